@@ -1,0 +1,67 @@
+"""Run settings: one typed dataclass that is the flags, the YAML file and run.json at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
+ENGINES = ("auto", "torch", "fast", "ort", "trt")
+SAMPLERS = ("pndm", "ddim", "dpm-solver++")
+PROFILES = ("0.3.0", "0.14.0")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model was made to be sampled with."""
+
+    size: int
+    steps: int
+    guidance: float
+
+
+# Upstream draws with 50 PLMS steps at guidance 5; the demo model was judged with the figures of its model card.
+SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0)
+DEMO_DEFAULTS = Defaults(size=128, steps=50, guidance=3.0)
+
+
+def setting(default, help: str, *, identity: bool = True, choices: tuple[str, ...] = (), metavar: str | None = None):
+    """A RunConfig field; `identity` fields decide the bytes of the data set, the others only how it is made."""
+    return field(default=default, metadata={"help": help, "identity": identity, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
+    decoder: str = setting("demo", "folder of trained decoders, one sub-folder per task", metavar="DIR")
+    task: tuple[str, ...] = setting(
+        ("semantic", "instance", "depth", "pose"), "labels to make, comma-separated: " + ", ".join(TASKS), choices=TASKS, metavar="LIST"
+    )
+    classes: tuple[str, ...] = setting((), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST")
+    engine: str = setting("auto", "how the networks run", choices=ENGINES, identity=True)
+    prompts: str = setting("", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT")
+    truncate_prompts: bool = setting(False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them")
+    number: int = setting(16, "images to make in all; prompts are repeated in turn", metavar="N")
+    per_class: int = setting(0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N")
+    seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")
+    steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
+    guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
+    sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
+    profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
+    size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
+    batch_size: int = setting(8, "images made together; changes rounding only", metavar="N")
+    image_format: str = setting("png", "image files", choices=("png", "jpg"))
+    out: str = setting("runs/demo", "run folder", identity=False, metavar="RUN")
+    only: str = setting("", "make this one sample of the run folder again", identity=False, metavar="ID")
+    resume: str = setting("auto", "go on with an existing run folder of the same configuration, or refuse it", identity=False, choices=("auto", "never"))
+    limit: int = setting(0, "stop after N new images; the same line again goes on", identity=False, metavar="N")
+    dry_run: bool = setting(False, "show the plan and stop", identity=False)
+    allow_download: bool = setting(False, "let --model name a model hub repository", identity=False)
+    json: bool = setting(False, "machine-readable result on stdout", identity=False)
+    quiet: bool = setting(False, "no progress", identity=False)
+    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
+    dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
+    device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
+
+    def identity(self) -> dict:
+        """The settings that decide the bytes of the data set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["identity"]}

@@ -1,0 +1,95 @@
+"""The nouns: what travels from a prompt to a labelled sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make; its noise comes from `seed` alone."""
+
+    index: int
+    prompt: str
+    seed: int
+    classes: tuple[str, ...] = ()  # class words the prompt names, for open-vocabulary labels and per-class balance
+
+    @property
+    def id(self) -> str:
+        return f"{self.index:08d}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests made together; the composition is fixed by the plan, and `padding` repeats of the last request are discarded."""
+
+    index: int
+    requests: tuple[Request, ...]
+    padding: int = 0
+
+    @property
+    def padded(self) -> tuple[Request, ...]:
+        return self.requests + (self.requests[-1],) * self.padding
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What the decoders read, taken at one UNet call: levels low, mid, high, highest (stages.LEVELS)."""
+
+    features: tuple[tuple[Tensor, ...], ...]  # per level: [B, 2C, h, w], halves joined per image: [uncond_b | cond_b]
+    maps: tuple[tuple[Tensor, ...], ...]  # per level: [B, heads, h*w, T], conditional half, up layers before down layers
+
+
+@dataclass(frozen=True)
+class SemanticMap:
+    labels: np.ndarray  # [H, W] uint8, 255 = ignore
+    confidence: np.ndarray  # [H, W] float32, 0..1
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Instances:
+    masks: np.ndarray  # [N, H, W] bool
+    class_ids: np.ndarray  # [N] int64, index into classes
+    scores: np.ndarray  # [N] float32
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DepthMap:
+    metres: np.ndarray  # [H, W] float32
+    max_depth: float
+
+
+@dataclass(frozen=True)
+class Keypoints:
+    points: np.ndarray  # [P, J, 3] float32: x, y in pixels, score 0..1
+    visibility: np.ndarray  # [P, J] int: 2 visible, 1 labelled but hidden, 0 absent (COCO)
+    scores: np.ndarray  # [P] float32
+    joints: tuple[str, ...]
+    limbs: tuple[tuple[int, int], ...] = ()
+
+
+Annotation = SemanticMap | Instances | DepthMap | Keypoints
+
+
+@dataclass(frozen=True)
+class Sample:
+    request: Request
+    image: np.ndarray  # [H, W, 3] uint8
+    annotations: dict[str, Annotation]  # task -> label
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A request whose images or labels did not come out as numbers; it is recorded, never written."""
+
+    request: Request
+    reason: str

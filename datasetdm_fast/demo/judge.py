@@ -1,0 +1,178 @@
+"""python -m datasetdm_fast.demo.judge --out DIR: do the demo model's pictures show what their captions say?
+
+A small segmentation net that has only ever seen renders looks for the captioned classes in generated pictures, under the right captions
+and under shuffled ones. Writes judge.json and contact.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from datasetdm_fast import sampling
+from datasetdm_fast.demo import world
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.loading import load_model
+
+LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first scene seeds: to learn from, to be tested on, to ask for
+ENOUGH = 100  # pixels of 128 x 128 that count as seen
+
+
+class Judge(nn.Module):
+    """A plain U-Net of three resolutions."""
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+
+        def block(channels_in: int, channels_out: int) -> nn.Sequential:
+            layers = [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.SiLU()]
+            return nn.Sequential(*layers, nn.Conv2d(channels_out, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.SiLU())
+
+        self.down = nn.ModuleList([block(3, width), block(width, 2 * width), block(2 * width, 4 * width), block(4 * width, 4 * width)])
+        self.up = nn.ModuleList([block(8 * width, 2 * width), block(4 * width, width), block(2 * width, width)])
+        self.head = nn.Conv2d(width, len(world.CLASSES), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, skips = F.avg_pool2d(images, 2), []  # half resolution is enough to name a shape
+        for k, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if k else x)
+            skips.append(x)
+        for block, skip in zip(self.up, reversed(skips[:-1])):
+            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skip], 1))
+        return F.interpolate(self.head(x), scale_factor=2.0, mode="bilinear")
+
+
+def softened(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Renders with random blur and noise, so that softness alone does not fool the judge."""
+    small = F.interpolate(images, scale_factor=float(torch.rand((), generator=generator) * 0.6 + 0.4), mode="bilinear", antialias=True)
+    soft = F.interpolate(small, size=images.shape[2:], mode="bilinear")
+    return soft + 0.04 * torch.randn(soft.shape, generator=generator)
+
+
+def train_judge(count: int, steps: int, size: int) -> Judge:
+    views = [world.view(LEARN + k, size) for k in range(count)]
+    images = torch.stack([torch.from_numpy(view.image) for view in views]).permute(0, 3, 1, 2)
+    labels = torch.stack([torch.from_numpy(view.semantic) for view in views])
+    torch.manual_seed(0)
+    judge, generator = Judge().train(), torch.Generator().manual_seed(0)
+    optimiser = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    for step in range(steps):
+        chosen = torch.randint(count, (16,), generator=generator)
+        loss = F.cross_entropy(judge(softened(images[chosen].float() / 127.5 - 1, generator)), labels[chosen].long())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            print(f"judge {step + 1}/{steps} loss {loss.item():.4f}", file=sys.stderr, flush=True)
+    return judge.eval()
+
+
+@torch.inference_mode()
+def seen(judge: Judge, images: np.ndarray) -> np.ndarray:
+    """[N, K] pixels of each class."""
+    found = [judge(torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1).argmax(1) for part in np.array_split(images, max(len(images) // 32, 1))]
+    return F.one_hot(torch.cat(found), len(world.CLASSES)).sum((1, 2)).numpy()
+
+
+@torch.inference_mode()
+def held_out_miou(judge: Judge, count: int, size: int) -> float:
+    confusion = np.zeros((len(world.CLASSES),) * 2)
+    for start in range(0, count, 32):
+        views = [world.view(HELD_OUT + k, size) for k in range(start, min(start + 32, count))]
+        guess = judge(torch.from_numpy(np.stack([v.image for v in views])).permute(0, 3, 1, 2).float() / 127.5 - 1).argmax(1).numpy()
+        truth = np.stack([v.semantic for v in views])
+        confusion += np.bincount(truth.ravel() * len(world.CLASSES) + guess.ravel(), minlength=confusion.size).reshape(confusion.shape)
+    both = np.diag(confusion)
+    return float((both / (confusion.sum(0) + confusion.sum(1) - both)).mean())
+
+
+def draw(engine, captions: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, sampler: str, batch_size: int = 20) -> np.ndarray:
+    schedule, side = sampling.make_schedule(engine.model.scheduler, sampler, steps), engine.model.size // 8
+    images, started = [], time.monotonic()
+    for start in range(0, len(captions), batch_size):
+        some, chosen = captions[start : start + batch_size], seeds[start : start + batch_size]
+        context = torch.cat([engine.encode_text([""] * len(some)), engine.encode_text(list(some))])
+        state = sampling.start(torch.stack([sampling.initial_noise(seed, 4, side, side) for seed in chosen]))
+        for k, time_step in enumerate(schedule.timesteps):
+            state = sampling.step(schedule, k, state, sampling.guide(engine.denoise(state.latents, time_step, context), guidance))
+        images.append(engine.decode_image(state.latents).numpy())
+        print(f"drawn {start + len(some)}/{len(captions)} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return np.concatenate(images)
+
+
+def score(counts: np.ndarray, scenes: Sequence[world.Scene]) -> dict:
+    """Shares of captioned objects seen, and of pictures in which every captioned class is seen."""
+    wanted = [sorted({world.CLASSES.index(thing.kind) for thing in scene.things}) for scene in scenes]
+    hits = [[bool(count[k] >= ENOUGH) for k in classes] for count, classes in zip(counts, wanted)]
+    one = [all(hit) for hit, scene in zip(hits, scenes) if len(scene.things) == 1]
+    two = [all(hit) for hit, scene in zip(hits, scenes) if len(scene.things) == 2]
+    objects = [flag for hit in hits for flag in hit]
+    shares = {"objects": objects, "pictures": [all(hit) for hit in hits], "one_object": one, "two_objects": two}
+    return {name: round(float(np.mean(values)), 4) for name, values in shares.items() if values}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--number", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--sampler", default="pndm")
+    parser.add_argument("--judge-steps", type=int, default=1200)
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    engine = build_engine("torch", load_model(options.model), {})
+    size, path = engine.model.size, options.out / "judge.pt"
+    options.out.mkdir(parents=True, exist_ok=True)
+    judge = Judge().eval()
+    if path.exists():
+        judge.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        judge = train_judge(2000, options.judge_steps, size)
+        torch.save(judge.state_dict(), path)
+    scenes = [world.sample_scene(ASKED + k, count=1 + k % 2) for k in range(options.number)]
+    images = draw(engine, [scene.caption for scene in scenes], [ASKED + k for k in range(options.number)], options.steps, options.guidance, options.sampler)
+    counts = seen(judge, images)
+    shuffled = [score(counts, scenes[shift:] + scenes[:shift]) for shift in (2, 38, 134, 222)]  # even shifts keep the number of objects
+    per_class = {}
+    for k, name in enumerate(world.CLASSES):
+        asked = [counts[i, k] >= ENOUGH for i, scene in enumerate(scenes) if any(thing.kind == name for thing in scene.things)]
+        if asked:
+            per_class[name] = [round(float(np.mean(asked)), 3), len(asked)]
+    result = {
+        "judge_miou": round(held_out_miou(judge, 320, size), 4),
+        "pictures": options.number,
+        "sampler": options.sampler,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "captions": score(counts, scenes),
+        "shuffled": {name: round(float(np.mean([row[name] for row in shuffled])), 4) for name in shuffled[0]},
+        "per_class": per_class,
+    }
+    (options.out / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
+    rows = [np.concatenate(list(images[start : start + 12]), 1) for start in range(0, min(len(images) // 12 * 12, 72), 12)]
+    Image.fromarray(np.concatenate(rows, 0)).save(options.out / "contact.png")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,409 @@
+"""python -m datasetdm_fast.demo.train --out DIR: the demo diffusion model from nothing; the same line again goes on where it stopped.
+
+Stages: tokenizer, autoencoder, latents, diffusion, polish (the autoencoder's decoder, its encoder frozen), export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from . import world
+
+SIZE, TOKENS, SEED = 128, 77, 20261120
+TRAIN_SEEDS = 10_000_000  # scenes from here on teach the diffusion model; scenes below it are for decoders and evaluation
+WORDS = (
+    *world.CLASSES, *world.COLOURS, *world.TABLES, "a", "an", "the", "and", "on", "at", "in", "of", "with", "near", "next", "to",
+    "beside", "night", "fog", "sunset", "day", "photo", "picture", "scene", ",", ".",
+)  # fmt: skip
+
+
+def byte_letters() -> list[str]:
+    """The 256 printable stand-ins of byte-level BPE, in byte order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(moved)) for byte in range(256)]
+
+
+def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """`symbols` after byte-pair merging by rank."""
+    while len(symbols) > 1:
+        pairs = [(ranks.get(pair, math.inf), at) for at, pair in enumerate(zip(symbols, symbols[1:]))]
+        rank, at = min(pairs)
+        if rank == math.inf:
+            return symbols
+        symbols = [*symbols[:at], symbols[at] + symbols[at + 1], *symbols[at + 2 :]]
+    return symbols
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer in which each word of the world is one token; other words fall back to pieces."""
+    ranks: dict[tuple[str, str], int] = {}
+    for word in dict.fromkeys(WORDS):
+        symbols = merge([*word[:-1], word[-1] + "</w>"], ranks)
+        while len(symbols) > 1:
+            ranks[symbols[0], symbols[1]] = len(ranks)
+            symbols = merge([symbols[0] + symbols[1], *symbols[2:]], ranks)
+    letters = byte_letters()
+    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in ranks), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={entry: k for k, entry in enumerate(entries)}, merges=list(ranks), model_max_length=TOKENS)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({entry: k for k, entry in enumerate(entries)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in ranks))
+    broken = [word for word in WORDS if len(tokenizer(word)["input_ids"]) != 3]
+    assert not broken, f"not one token each: {broken}"
+    return tokenizer
+
+
+def build_models(vocabulary: int) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+    torch.manual_seed(SEED)
+    autoencoder = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        sample_size=SIZE,
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(48, 96, 96, 96),
+        layers_per_block=1,
+        attention_head_dim=3,  # diffusers' name for the number of heads: widths 16, 32, 32, 32
+        cross_attention_dim=64,
+        norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+    return autoencoder, unet, text
+
+
+def build_scheduler() -> PNDMScheduler:
+    return PNDMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
+        prediction_type="v_prediction",
+    )
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix updates are orthogonalised (Jordan et al. 2024), with the step size of AdamW (Liu et al. 2025, eq. 4)."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
+            for parameter in group["params"]:
+                shapes.setdefault((parameter.shape[0], parameter[0].numel()), []).append(parameter)
+            for (rows, columns), parameters in shapes.items():
+                moves = []
+                for parameter in parameters:
+                    average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                    average.lerp_(parameter.grad, 1 - group["momentum"])
+                    moves.append(parameter.grad.lerp(average, group["momentum"]).reshape(rows, columns))
+                turned = orthogonal(torch.stack(moves)) * (0.2 * max(rows, columns) ** 0.5 * group["lr"])
+                for parameter, move in zip(parameters, turned):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(move.view_as(parameter))
+
+
+def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
+    """[G, m, n] with singular values pushed towards one by a quintic Newton-Schulz iteration."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        square = x @ x.transpose(1, 2)
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Average:
+    """Exponential moving average of the parameters of some modules."""
+
+    def __init__(self, modules: list[torch.nn.Module], decay: float):
+        self.parameters = [p for module in modules for p in module.parameters()]
+        self.values, self.decay, self.count = [p.detach().clone() for p in self.parameters], decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for parameter, value in zip(self.parameters, self.values):
+            kept = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+class Run:
+    """Weights, optimiser and average of one training stage, saved and resumed as a whole."""
+
+    def __init__(self, path: Path, modules: dict[str, torch.nn.Module], trained: list[torch.nn.Parameter], rate: float, total: int, decay: float, hold: float, muon: bool = False, tables: tuple[int, ...] = ()):
+        self.path, self.modules, self.total, self.rate, self.hold = path, modules, total, rate, hold
+        self.trained = trained
+        matrices = [p for p in trained if muon and p.dim() > 1 and p.shape[0] <= 1024 and min(p.shape[0], p[0].numel()) > 16 and p.shape[0] not in tables]
+        rest = [p for p in trained if not any(p is matrix for matrix in matrices)]
+        self.optimisers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)]
+        self.optimisers += [Muon(matrices, lr=rate)] if matrices else []
+        self.average = Average(list(modules.values()), decay)
+        self.step, self.samples, self.saved = 0, 0, time.monotonic()
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location=trained[0].device)
+            for name, module in modules.items():
+                module.load_state_dict(state["modules"][name])
+            for optimiser, saved in zip(self.optimisers, state.get("optimisers", [])):
+                optimiser.load_state_dict(saved)
+            self.average.values, self.average.count = state["average"], state["count"]
+            self.step, self.samples = state["step"], state["samples"]
+
+    def scheduled_rate(self) -> float:
+        """Warm-up over 100 steps, constant for the share `hold` of the run, then a cosine to 2 %."""
+        done = self.step / self.total
+        tail = max(done - self.hold, 0) / (1 - self.hold)
+        return self.rate * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(tail, 1))))
+
+    def advance(self, loss: torch.Tensor, samples: int) -> None:
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.scheduled_rate()
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self.average.update()
+        self.step += 1
+        self.samples += samples
+        if time.monotonic() - self.saved > 120:
+            self.save()
+
+    def save(self) -> None:
+        state = {
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "average": self.average.values,
+            "count": self.average.count,
+            "step": self.step,
+            "samples": self.samples,
+        }
+        torch.save(state, self.path.with_suffix(".tmp"))
+        self.path.with_suffix(".tmp").replace(self.path)
+        self.saved = time.monotonic()
+
+
+class Log:
+    """Means of a few figures, printed and appended to a JSON-lines file every `every` steps."""
+
+    def __init__(self, path: Path, stage: str, every: int = 50):
+        self.path, self.stage, self.every, self.sums, self.count, self.start = path, stage, every, {}, 0, time.monotonic()
+
+    def add(self, run: Run, **figures: float) -> None:
+        self.count += 1
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        if run.step % self.every and run.step != run.total:
+            return
+        means = {name: round(total / self.count, 5) for name, total in self.sums.items()}
+        seconds = (time.monotonic() - self.start) / self.count
+        row = {"stage": self.stage, "step": run.step, "of": run.total, "samples": run.samples, **means, "seconds_per_step": round(seconds, 4)}
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.sums, self.count, self.start = {}, 0, time.monotonic()
+
+
+def pictures(seeds: range) -> torch.Tensor:
+    """[N, 3, H, W] uint8 renders."""
+    return torch.stack([torch.from_numpy(world.view(seed, SIZE).image) for seed in seeds]).permute(0, 3, 1, 2).contiguous()
+
+
+def scaled(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1
+
+
+def edges(images: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of the horizontal and vertical gradients."""
+    difference = images - other
+    return (difference[..., 1:] - difference[..., :-1]).abs().mean() + (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
+
+
+def train_autoencoder(folder: Path, model: AutoencoderKL, steps: int, batch: int, renders: int, device: str, muon: bool, polish: bool) -> None:
+    stage = "polish" if polish else "autoencoder"
+    trained = [*model.decoder.parameters(), *model.post_quant_conv.parameters()] if polish else list(model.parameters())
+    model.requires_grad_(not polish)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    run = Run(folder / f"{stage}.pt", {"autoencoder": model}, trained, 1e-3 if polish else 2e-3, steps, 0.995, 0.3, muon)
+    if run.step >= steps:
+        return run.average.swap()
+    log, images = Log(folder / "log.jsonl", stage), pictures(range(TRAIN_SEEDS, TRAIN_SEEDS + renders)).to(device)
+    model.train().to(memory_format=torch.channels_last)
+    while run.step < steps:
+        generator = torch.Generator().manual_seed(SEED + run.step)
+        target = scaled(images[torch.randint(len(images), (batch,), generator=generator)]).contiguous(memory_format=torch.channels_last)
+        # The first part runs in bf16, which eager convolutions of this size gain from; the last in fp32, for the fine tones.
+        with torch.autocast(target.device.type, torch.bfloat16, enabled=run.step < 0.9 * steps):
+            posterior = model.encode(target).latent_dist
+            latent = posterior.mean if polish else posterior.sample()
+            output = model.decode(latent).sample
+        output = output.float()
+        difference = output - target
+        squared = difference.pow(2).mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss = difference.abs().mean() + squared + edges(output, target) + 2e-3 * kl
+        run.advance(loss, batch)
+        log.add(run, loss=loss.item(), psnr=10 * math.log10(4 / squared.item()), kl=kl.item())
+    run.save()
+    run.average.swap()
+
+
+@torch.no_grad()
+def cache_latents(folder: Path, model: AutoencoderKL, count: int, device: str) -> tuple[torch.Tensor, float]:
+    """Posterior means of `count` renders in fp16 and the factor that gives them unit variance."""
+    path = folder / "latents.pt"
+    model.eval()
+    done = torch.load(path, weights_only=True) if path.exists() else torch.empty(0, 4, SIZE // 8, SIZE // 8, dtype=torch.float16)
+    while len(done) < count:
+        parts = []
+        for start in range(len(done), min(len(done) + 4096, count), 64):
+            images = pictures(range(TRAIN_SEEDS + start, TRAIN_SEEDS + min(start + 64, count))).to(device)
+            parts.append(model.encode(scaled(images)).latent_dist.mean.half().cpu())
+        done = torch.cat([done, *parts])
+        torch.save(done, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        print(json.dumps({"stage": "latents", "done": len(done), "of": count}), file=sys.stderr, flush=True)
+    return done, float(1 / done[:4096].float().std())
+
+
+def train_diffusion(folder: Path, unet, text, tokenizer, latents: torch.Tensor, factor: float, steps: int, batch: int, device: str, muon: bool, rate: float) -> None:
+    parameters = [*unet.parameters(), *text.parameters()]
+    run = Run(folder / "diffusion.pt", {"unet": unet, "text": text}, parameters, rate, steps, 0.9985, 0.35, muon, tables=(len(tokenizer), TOKENS))
+    if run.step >= steps:
+        return run.average.swap()
+    log = Log(folder / "log.jsonl", "diffusion")
+    alphas = build_scheduler().alphas_cumprod.to(device)
+    scenes = [world.sample_scene(TRAIN_SEEDS + k) for k in range(len(latents))]
+    unet.train(), text.train()
+    while run.step < steps:
+        generator = torch.Generator().manual_seed(SEED + run.step)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        rng = np.random.default_rng([SEED, run.step])
+        retold = [scenes[k].caption if rng.random() < 0.6 else scenes[k].retold(rng) for k in chosen]
+        captions = ["" if rng.random() < 0.1 else caption for caption in retold]
+        tokens = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids.to(device)
+        clean = (latents[chosen].float() * factor).to(device)
+        # Stratified timesteps: each batch covers the whole schedule.
+        times = ((torch.rand(batch, generator=generator) + torch.arange(batch)) * (1000 / batch)).long().clamp(max=999).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        kept, mixed = alphas[times].sqrt()[:, None, None, None], (1 - alphas[times]).sqrt()[:, None, None, None]
+        guess = unet(kept * clean + mixed * noise, times, text(tokens).last_hidden_state).sample
+        loss = F.mse_loss(guess, kept * noise - mixed * clean)
+        run.advance(loss, batch)
+        log.add(run, loss=loss.item())
+    run.save()
+    run.average.swap()
+
+
+def export(folder: Path, tokenizer_folder: Path, autoencoder, unet, text, factor: float) -> None:
+    """The model as a diffusers folder in fp16, loadable by the stock StableDiffusionPipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    autoencoder.register_to_config(scaling_factor=factor)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder.half().to(memory_format=torch.contiguous_format),
+        text_encoder=text.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).write_bytes((tokenizer_folder / name).read_bytes())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model; checkpoints lie in OUT.work")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice")
+    parser.add_argument("--renders", type=int, default=8000, help="scenes the autoencoder sees")
+    parser.add_argument("--autoencoder-steps", type=int, default=2400)
+    parser.add_argument("--autoencoder-batch", type=int, default=16)
+    parser.add_argument("--latents", type=int, default=32768, help="scenes the diffusion model sees")
+    parser.add_argument("--diffusion-steps", type=int, default=12000)
+    parser.add_argument("--diffusion-batch", type=int, default=24)
+    parser.add_argument("--muon", action="store_true")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--polish-steps", type=int, default=800)
+    parser.add_argument("--until", choices=("autoencoder", "latents", "diffusion", "polish", "export"), default="export")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    work = options.out.with_name(options.out.name + ".work")
+    tokenizer = build_tokenizer(work / "tokenizer")
+    autoencoder, unet, text = (model.to(options.device) for model in build_models(len(tokenizer)))
+    stages = ("autoencoder", "latents", "diffusion", "polish", "export")
+    wanted = stages[: stages.index(options.until) + 1]
+    train_autoencoder(work, autoencoder, options.autoencoder_steps, options.autoencoder_batch, options.renders, options.device, options.muon, polish=False)
+    if "latents" in wanted:
+        latents, factor = cache_latents(work, autoencoder, options.latents, options.device)
+    if "diffusion" in wanted:
+        train_diffusion(work, unet, text, tokenizer, latents, factor, options.diffusion_steps, options.diffusion_batch, options.device, options.muon, options.rate)
+    if "polish" in wanted:
+        train_autoencoder(work, autoencoder, options.polish_steps, options.autoencoder_batch, options.renders, options.device, options.muon, polish=True)
+    if "export" in wanted:
+        export(options.out, work / "tokenizer", autoencoder, unet, text, factor)
+        print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

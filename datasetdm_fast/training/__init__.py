@@ -1,0 +1,1 @@
+"""Teaching a P-Decoder from labelled images: capture once, then fit."""
