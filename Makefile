@@ -1,0 +1,45 @@
+# make venv   sets up .venv, once           make demo   16 labelled images and a page to look at them
+# make test   every test                    make lint   what the style asks for
+# Variables: PYTHON=python3.12, TORCH=torch==2.11.0 and PIP_FLAGS=... choose another interpreter, torch and pip options.
+# VENV=/path/of/environment TORCH= adds what is missing to an environment that has its own torch, as GPU machines do.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.datasetdm-libraries
+BUILT := $(VENV)/.datasetdm-built
+# A spinning OpenMP pool starves its neighbours as soon as there are more threads than cores.
+QUIET_CORES := OMP_WAIT_POLICY=PASSIVE
+
+.PHONY: venv demo test lint clean
+venv: $(BUILT)
+
+# torch comes first and by itself, so that pip takes the build the machine offers; the lock repeats it and cannot exchange it.
+$(INSTALLED): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(PIP) install $(PIP_FLAGS) $(TORCH))
+	grep -v '^torch==' requirements.lock > $(VENV)/requirements.txt
+	$(PIP) install $(PIP_FLAGS) $(TORCH) -r $(VENV)/requirements.txt
+	touch $@
+
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*)
+	$(PIP) install $(PIP_FLAGS) --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: venv
+	$(QUIET_CORES) $(BIN)/python -m datasetdm_fast.generate
+
+test: venv
+	$(QUIET_CORES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: venv
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean:
+	rm -rf .venv build datasetdm_fast.egg-info datasetdm_fast/_C.*.so .pytest_cache .ruff_cache

@@ -1,0 +1,19 @@
+"""From a text prompt to an image and its labels in one diffusion pass: `Pipeline` makes them, `open_run` reads them back."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasetdm_fast.pipeline import Pipeline, open_run
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "__version__", "open_run"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: --help and --version must answer without importing torch.
+    if name in ("Pipeline", "open_run"):
+        return getattr(import_module("datasetdm_fast.pipeline"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

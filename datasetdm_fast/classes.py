@@ -1,0 +1,30 @@
+"""Class colours: the same number has the same colour in every label file and on every page."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+COLOURS = (
+    *((62, 70, 88), (201, 162, 123), (230, 82, 60), (52, 132, 228), (247, 181, 0), (146, 92, 214), (255, 120, 172), (46, 178, 108)),
+    *((0, 182, 198), (176, 206, 58), (240, 138, 44), (92, 104, 230), (214, 64, 128), (20, 120, 160), (150, 170, 130), (180, 110, 70)),
+)
+IGNORED = (236, 236, 236)
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """Red, green and blue, 0..255, of one class number; 255 is the ignored pixel."""
+    if index == 255:
+        return IGNORED
+    if index < len(COLOURS):
+        return COLOURS[index]
+    # The golden ratio spreads any number of hues so that neighbours differ.
+    turn = index * 0.618033988749895 % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(turn, 0.55 + 0.35 * (index % 3) / 2, 0.95 - 0.25 * (index % 2))
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def palette(numbers: Sequence[int] = ()) -> bytes:
+    """The 256 colours of an index PNG; value k has the colour of class numbers[k], of k itself beyond them."""
+    shown = [*numbers, *range(len(numbers), 256)]
+    return bytes(value for number in shown for value in colour(number))

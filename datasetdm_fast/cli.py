@@ -1,0 +1,41 @@
+"""The script `datasetdm-fast`: hands the rest of its line to the command that is named first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from datasetdm_fast import __version__
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.flags import nearest, run_command
+
+# name -> (module with main(arguments) -> exit code, what it does)
+COMMANDS = {
+    "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
+    "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command named by the first argument."""
+    return run_command(_dispatch, arguments)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(f"datasetdm-fast {__version__}")
+        return 0
+    if name not in COMMANDS:
+        said = f"unknown command {name!r}{nearest(name, COMMANDS)}" if name else "no command given"
+        raise Refused(f"datasetdm-fast: {said}", f"commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do")
+    return import_module(COMMANDS[name][0]).main(arguments[1:])
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {sentence}" for name, (_, sentence) in COMMANDS.items()]
+    return "\n".join(["usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)", "", *lines, "", "COMMAND --help lists its flags."])

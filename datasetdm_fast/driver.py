@@ -1,0 +1,219 @@
+"""From requests to labelled samples: batches, sampler loop, capture, tasks, writer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.data import Annotation, Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.ledger import SET_ASIDE, Ledger
+from datasetdm_fast.run_folder import RunFolder
+from datasetdm_fast.stages import FACTOR
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from datasetdm_fast.engines import Engine
+    from datasetdm_fast.job import Job, Remake
+    from datasetdm_fast.models.decoders import DecoderConfig
+    from datasetdm_fast.sampling import Schedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every image of a run is made, decided before the first batch."""
+
+    schedule: Schedule
+    guidance: float
+    size: int  # pixels
+    tasks: tuple[str, ...]
+    capture_call: int  # the sampler call whose activations the decoders read
+    words: tuple[str, ...] = ()  # open-vocabulary classes; a label map holds 1 + the position here
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
+
+
+def generate(
+    batches: Iterable[Batch], engine: Engine, recipe: Recipe, stepped: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
+    """Every batch with its samples; what did not come out finite is set aside. `stepped` hears of every UNet call."""
+    import torch
+
+    from datasetdm_fast import sampling
+
+    nothing, words = engine.encode_text([""]), WordTable(engine, recipe.words)
+    side = recipe.size // FACTOR
+    for batch in batches:
+        requests = batch.padded
+        context = torch.cat([nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
+        noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
+        state = sampling.start(noise.to(engine.device))
+
+        for call, timestep in enumerate(recipe.schedule.timesteps):
+            if call == recipe.capture_call:
+                output, capture = engine.denoise_and_capture(state.latents, timestep, context)
+            else:
+                output = engine.denoise(state.latents, timestep, context)
+            state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
+            stepped()
+
+        raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
+        del capture  # as large as the rest of the batch together, and the image decoder needs room
+        images = engine.decode_image(state.latents)
+        yield batch, collect(batch, state.latents, images, raw, engine, recipe)
+
+
+def collect(batch: Batch, latents: Tensor, images: Tensor, raw: dict[str, dict[str, Tensor]], engine: Engine, recipe: Recipe) -> list[Sample | SetAside]:
+    """Post-processing: one result per request of the batch, the padding left out."""
+    count = len(batch.requests)
+    broken = {"latents": not_finite(latents[:count])}
+    labels: dict[str, list[Annotation]] = {}
+    for task in recipe.tasks:
+        outputs = {name: value[:count] for name, value in raw[task].items()}
+        broken[task] = [any(flags) for flags in zip(*(not_finite(value) for value in outputs.values()), strict=True)]
+        labels[task] = postprocess(task, batch.requests, {name: value.nan_to_num() for name, value in outputs.items()}, engine.decoders[task].config, recipe)
+    pixels = images[:count].cpu().numpy()
+    results: list[Sample | SetAside] = []
+    for b, request in enumerate(batch.requests):
+        where = [name for name, flags in broken.items() if flags[b]]
+        if where:
+            results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
+        else:
+            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, dict(recipe.facts)))
+    return results
+
+
+def not_finite(values: Tensor) -> list[bool]:
+    """One flag per image."""
+    return (~values.isfinite()).flatten(1).any(1).tolist() if values.is_floating_point() else [False] * len(values)
+
+
+def postprocess(task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe) -> list[Annotation]:
+    from datasetdm_fast.tasks import TASKS as MODULES
+
+    found = MODULES[task].postprocess(raw, config, recipe.size)
+    if task != "open-vocabulary":
+        return found
+    return [renumber(label, request.classes, recipe.words) for label, request in zip(found, requests, strict=True)]
+
+
+class WordTable:
+    """Class embeddings of a run's words, computed once."""
+
+    def __init__(self, engine: Engine, words: Sequence[str]):
+        self.places = {word: k for k, word in enumerate(words)}
+        self.embeddings = engine.encode_classes(list(words)) if words else None
+
+    def of(self, requests: Sequence[Request]) -> Tensor:
+        """[B, K, D]: the words each request names, its last repeated up to the K of the longest; the first word stands in for none."""
+        import torch
+
+        slots = max(word_slots(requests), 1)
+        named = [[self.places[word] for word in request.classes] or [0] for request in requests]
+        padded = [[*places, *[places[-1]] * (slots - len(places))] for places in named]
+        return self.embeddings[torch.tensor(padded, device=self.embeddings.device)]
+
+
+def word_slots(requests: Sequence[Request]) -> int:
+    """Words the open-vocabulary decoder is asked for each image of a batch."""
+    return max(len(request.classes) for request in requests)
+
+
+def renumber(label: SemanticMap, named: tuple[str, ...], words: tuple[str, ...]) -> SemanticMap:
+    """A label map over the words of one prompt as one over the words of the run: 0 = none of them, 1 + k = word k."""
+    import numpy as np
+
+    numbers = np.zeros(256, np.uint8)
+    for place in range(len(label.classes) - 1):
+        numbers[place + 1] = 1 + words.index(named[min(place, len(named) - 1)]) if named else 0
+    return SemanticMap(numbers[label.labels], label.confidence, ("background", *words))
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    path: Path
+    number: int  # samples of the plan
+    done: int
+    made: int  # of these, by this process
+    set_aside: int
+    seconds: float
+
+    @property
+    def is_complete(self) -> bool:
+        return self.done + self.set_aside >= self.number
+
+    def check(self) -> None:
+        """Raises GateFailed where samples were set aside."""
+        if self.set_aside:
+            raise GateFailed(
+                f"{self.path}: {self.set_aside} of {self.number} samples were set aside because a number was not finite",
+                "Their rows in state/ledger.sqlite say where; try another --dtype.",
+            )
+
+
+def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, seconds: float = 0.0) -> Result:
+    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), seconds)
+
+
+def run(
+    job: Job,
+    *,
+    made: Callable[[int], None] = lambda count: None,
+    stepped: Callable[[], None] = lambda: None,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Makes what the run folder lacks, batch by batch; `made` hears of every commit, and `is_stopping` is asked after each."""
+    begin, new = time.perf_counter(), 0
+    with RunFolder(job.folder, job.document) as folder:
+        wanted = lacking(folder.ledger, job.plan.number, job.config.limit)
+        batches = (job.plan.batch(k) for k in sorted({index // job.plan.batch_size for index in wanted}))
+        for batch, results in generate(batches, job.engine, job.recipe, stepped):
+            kept = [result for result in results if result.request.index in wanted]
+            folder.add(kept, job.recipe.facts | {"word_slots": word_slots(batch.requests)})
+            new += len(kept)
+            made(len(kept))
+            if is_stopping():
+                break
+        seconds = time.perf_counter() - begin
+        folder.rebuild()
+        return result_of(job.folder, job.plan.number, folder.ledger, new, seconds)
+
+
+def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:
+    """Indices still to be made, the first `limit` of them where it is not 0."""
+    there = {*ledger.indices(), *ledger.indices(SET_ASIDE)}
+    missing = [index for index in range(number) if index not in there]
+    return set(missing[: limit or None])
+
+
+def remake(task: Remake) -> list[str]:
+    """Makes one sample of a run folder again, and returns the files that had to be written anew."""
+    ((_, results),) = generate([task.batch], task.engine, task.recipe)
+    result = results[task.place]
+    if isinstance(result, SetAside):
+        raise GateFailed(f"sample {result.request.id}: {result.reason}; nothing was written", "Try another --dtype in a run of its own.")
+    with RunFolder(task.folder, task.document) as folder:
+        if task.row.status == SET_ASIDE:
+            folder.add([result], task.row.recipe)
+            folder.rebuild()
+            return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
+        return folder.renew(task.row, result)
+
+
+def probe(engine: Engine, recipe: Recipe, batch_size: int) -> float:
+    """Seconds of one UNet call at the run's batch size."""
+    import torch
+
+    side, seconds = recipe.size // FACTOR, []
+    latents = torch.zeros(batch_size, 4, side, side, device=engine.device)
+    context = engine.encode_text([""]).expand(2 * batch_size, -1, -1)
+    while len(seconds) < 2 and sum(seconds) < 2:  # the first call also warms up, which does not matter where calls are slow
+        begin = time.perf_counter()
+        engine.denoise(latents, recipe.schedule.timesteps[0], context).sum().item()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)

@@ -1,0 +1,71 @@
+"""Engines: ways to run the networks behind one narrow protocol; loop, guidance, tasks and writers sit above it and exist once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from ..config import ENGINES as KNOWN
+from ..errors import Missing, Refused
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ..data import Capture
+    from ..loading import Model
+
+
+class Engine(Protocol):
+    """What every engine offers; tensors live on `device`, and none of the calls keeps a graph for gradients.
+
+    A CFG batch of 2B is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B-1}].
+    """
+
+    name: str
+    model: Model
+    decoders: Mapping[str, nn.Module]
+    device: torch.device
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """[B, T, D] last hidden states of the padded prompts."""
+
+    def encode_classes(self, words: Sequence[str]) -> Tensor:
+        """[K, D] class embeddings: the mean over all T positions."""
+
+    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+        """[2B, 4, h, w] UNet output for latents [B, 4, h, w] and context [2B, T, D]."""
+
+    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        """The same output, and what the decoders read."""
+
+    def decode_image(self, latents: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 images."""
+
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: the posterior's mean, or a sample of it per image's generator."""
+
+    def annotate(self, task: str, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+        """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Names and versions that decide the engine's rounding."""
+
+
+def _torch(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str) -> Engine:
+    from .torch import TorchEngine
+
+    return TorchEngine(model, decoders, dtype=dtype, device=device)
+
+
+ENGINES = {"torch": _torch}
+
+
+def build_engine(name: str, model: Model, decoders: Mapping[str, nn.Module] | None = None, *, dtype: str = "auto", device: str = "auto") -> Engine:
+    """The engine `name` for a loaded model; "auto" is the fast one where this installation has it."""
+    if name not in KNOWN:
+        raise Refused(f"engine: {name!r} is none of {', '.join(KNOWN)}")
+    chosen = ("fast" if "fast" in ENGINES else "torch") if name == "auto" else name
+    if chosen not in ENGINES:
+        raise Missing(f"engine: {chosen} is not part of this installation, which has {', '.join(ENGINES)}", "use one of those, or --engine auto")
+    return ENGINES[chosen](model, decoders or {}, dtype, device)

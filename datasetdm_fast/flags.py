@@ -1,0 +1,237 @@
+"""Command lines: flags made from a frozen dataclass, a YAML file under them, and the one way a command ends."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import platform
+import reprlib
+import select
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from datasetdm_fast import __version__
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+
+Config = TypeVar("Config")
+Converter = Callable[[str], Any]
+
+
+def parse(
+    arguments: Sequence[str], cls: type[Config] = RunConfig, prog: str = "datasetdm-fast generate", description: str | None = None
+) -> tuple[Config, set[str]]:
+    """The settings of a command line, and the names of those the user set by flag or by --config.
+
+    A field of `cls` is one flag; its metadata may hold `help`, `choices` and `metavar`; a field without a default must be given.
+    """
+    hints = get_type_hints(cls)
+    converters = {field.name: _converter(hints[field.name], field.metadata.get("choices", ())) for field in dataclasses.fields(cls)}
+    parser = _build_parser(cls, hints, converters, prog, description)
+    flags, unknown = parser.parse_known_args(_hyphenate(arguments))
+    if unknown:
+        _refuse_unknown(unknown, [*(name.replace("_", "-") for name in converters), "config", "version", "help"], prog)
+    given = vars(flags)
+    path = given.pop("config", None)
+    values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | given
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise Refused(f"{prog}: {_flag(field.name)} is missing", f"add {_flag(field.name)}: {field.metadata.get('help', 'it has no default')}")
+    return cls(**values), set(values)
+
+
+def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
+    """The exit code of command(arguments), sys.argv by default: 0 done, 2, 3, 4 as errors.py says, 130 and 143 for signals, 1 for a bug of ours."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop_on_sigterm) if is_main_thread else None
+    try:
+        code = command(sys.argv[1:] if arguments is None else arguments) or 0
+        sys.stdout.flush()  # here, so that a reader that has gone away is met inside this try
+        return code
+    except (Refused, Missing, GateFailed) as stop:
+        for line in (stop.cause, stop.remedy):
+            if line:
+                print(" ".join(line.split()), file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:  # --help, --version, SIGTERM
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BrokenPipeError as error:
+        return 141 if _reader_is_gone() else _report(error)
+    except Exception as error:
+        return _report(error)
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def nearest(word: str, known: Collection[str], before: str = "") -> str:
+    """' (did you mean X?)' where a known word starts like this one or is close to it, else nothing; `before` is put before X."""
+    longer = [candidate for candidate in known if word and candidate.startswith(word)]
+    close = longer or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {before}{close[0]}?)" if close else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{self.prog}: {message.removeprefix('argument ')}", f"run `{self.prog} --help` for the flags and their values")
+
+
+def _build_parser(cls: type, hints: dict[str, Any], converters: dict[str, Converter], prog: str, description: str | None) -> _Parser:
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"datasetdm-fast {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win over it")
+    for field in dataclasses.fields(cls):
+        choices = field.metadata.get("choices", ())
+        options: dict[str, Any] = {"dest": field.name, "help": _help(field)}
+        if hints[field.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            shown = "{" + ",".join(choices) + "}" if choices else field.name.upper()
+            options |= {"type": converters[field.name], "metavar": field.metadata.get("metavar") or shown}
+        parser.add_argument(_flag(field.name), **options)
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help(field: dataclasses.Field) -> str:
+    default = "" if field.default is dataclasses.MISSING else field.default
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    shown = "" if default == "" or isinstance(default, bool) else f" (default: {default})"
+    return (field.metadata.get("help", "") + shown).replace("%", "%%")
+
+
+def _hyphenate(arguments: Sequence[str]) -> list[str]:
+    """Flags with underscores written with hyphens; values are left as they are."""
+    split = [argument.partition("=") for argument in arguments]
+    return [name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value for name, equals, value in split]
+
+
+def _refuse_unknown(unknown: list[str], known: list[str], prog: str) -> NoReturn:
+    remedy = f"run `{prog} --help` for the flags"
+    flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), None)
+    if flag is None:
+        raise Refused(f"{prog}: unexpected argument {unknown[0]!r}, every setting is a flag", f"{remedy}; quote a value that has spaces")
+    raise Refused(f"{prog}: unknown flag {flag}{nearest(flag.lstrip('-'), known, before='--')}", remedy)
+
+
+def _converter(hint: Any, choices: tuple[str, ...]) -> Converter:
+    """Text to a value of the field's type; refuses with a sentence that argparse and the YAML reader put the name before."""
+
+    def one(text: str) -> str:
+        if choices and text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
+        return text
+
+    def listed(text: str) -> tuple[str, ...]:
+        words = tuple(dict.fromkeys(one(word.strip()) for word in text.split(",") if word.strip()))
+        if choices and not words:
+            raise argparse.ArgumentTypeError(f"the list is empty, expected one or more of {', '.join(choices)}")
+        return words
+
+    return {tuple[str, ...]: listed, str: one, int: _whole, float: _finite, bool: _truth}[hint]
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converter]) -> dict[str, Any]:
+    import yaml  # only a run with --config needs it
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused(f"--config: {path} cannot be read: {error.strerror}", "give a readable YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise Refused(f"--config: {path} is not valid YAML{place}", "write one `name: value` per line, UTF-8") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise Refused(f"--config: {path} holds a {type(loaded).__name__}, expected settings", "write one `name: value` per line")
+    values = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in converters:
+            cause = f"--config: {path} has the unknown setting {key!r}{nearest(name, converters)}"
+            raise Refused(cause, "settings are the long flags without the leading hyphens")
+        try:
+            values[name] = converters[name](_as_text(value, hints[name]))
+        except argparse.ArgumentTypeError as error:
+            raise Refused(f"--config: {path}: {key}: {error}", f"mend the line `{key}:` of {path}") from None
+    return values
+
+
+def _as_text(value: Any, hint: Any) -> str:
+    """What the user would have typed after the flag; a word that YAML read as a number, date or truth value is refused, not guessed back."""
+    if hint == tuple[str, ...] and isinstance(value, list) and all(isinstance(item, str) and "," not in item for item in value):
+        return ",".join(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, str) or (is_number and hint in (int, float)) or (isinstance(value, bool) and hint is bool):
+        return str(value)
+    raise argparse.ArgumentTypeError(f"{reprlib.repr(value)} has the wrong type for this setting; put text in quotes")
+
+
+def _stop_on_sigterm(*_: object) -> NoReturn:
+    sys.exit(143)
+
+
+def _reader_is_gone() -> bool:
+    """Whether the broken pipe was our own standard output; if so it is pointed elsewhere, so that the interpreter's last flush stays quiet."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported
+    except (OSError, ValueError):  # closed, or not a file at all
+        return False
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _report(error: Exception) -> int:
+    summary = f"datasetdm-fast: unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    facts = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}\ncommand: {sys.argv}\n\n"
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="datasetdm-fast-", suffix=".txt", delete=False) as report:
+            report.write(facts + "".join(traceback.format_exception(error)))
+    except OSError:
+        traceback.print_exception(error)
+        return 1
+    print(f"{summary}; this is a bug of ours, the report is {report.name}", file=sys.stderr)
+    return 1

@@ -1,0 +1,210 @@
+"""gallery/index.html: one page to look at a run, opened from the disk; it loads nothing but the run's own pictures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast import mask_rle, storage
+from datasetdm_fast.classes import colour
+from datasetdm_fast.label_files import colour_numbers, read_image
+from datasetdm_fast.ledger import Ledger, Row
+
+PAGE = "gallery/index.html"
+TEMPLATE = Path(__file__).with_name("gallery.html")
+LAYERS = {"semantic": ("semantic", "confidence"), "instance": ("instance",), "depth": ("depth",), "pose": ("pose",), "open-vocabulary": ("open-vocabulary",)}
+FIRST = ("instance", "semantic", "open-vocabulary", "depth", "pose")  # the layer shown when the page opens
+DEPTH_SIDE = 256  # pixels of a coloured depth picture
+HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
+OUTLINE_SIDE = 256  # cells an outline is traced on at most
+TOLERANCE = 1 / 260  # image widths an outline may be simplified by
+BLOCK = 64  # pictures published at once
+
+
+def write(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> None:
+    """Writes the page and the coloured depth pictures it needs."""
+    if "depth" in document["config"]["task"]:
+        wanted = (row for row in ledger.rows() if not (folder / _depth_name(row)).exists())
+        while block := list(islice(wanted, BLOCK)):
+            storage.publish({folder / _depth_name(row): depth_png(read_image(folder / row.files["depth"][0])) for row in block})
+    storage.publish({folder / PAGE: page(document, ledger)})
+
+
+def _depth_name(row: Row) -> str:
+    return f"gallery/depth/{row.request.id}.png"
+
+
+def depth_png(millimetres: np.ndarray) -> bytes:
+    """A coloured picture of a depth map, from its own nearest to its own farthest point."""
+    near, far = int(millimetres.min()), int(millimetres.max())
+    steps = ((millimetres.astype(np.float32) - near) * (255 / max(far - near, 1)) + 0.5).astype(np.uint8)
+    image = Image.fromarray(steps)
+    if image.width > DEPTH_SIDE:
+        image = image.resize((DEPTH_SIDE, DEPTH_SIDE), Image.Resampling.BOX)
+    image.putpalette(_heat())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=9)
+    return buffer.getvalue()
+
+
+def _heat() -> bytes:
+    anchors = np.array([[int(text[k : k + 2], 16) for k in (0, 2, 4)] for text in HEAT])
+    place = np.linspace(0, len(HEAT) - 1, 256)
+    channels = [np.interp(place, np.arange(len(HEAT)), anchors[:, k]) for k in range(3)]
+    return np.stack(channels, 1).round().astype(np.uint8).tobytes()
+
+
+def page(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
+    """The page in pieces, one a sample."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    before, after = template.replace("{{policy}}", _policy(template)).split("{{samples}}")
+    yield before.replace("{{run}}", _embedded(_facts(document, ledger))).encode()
+    yield b"["
+    for k, row in enumerate(ledger.rows()):
+        yield ((",\n" if k else "\n") + _embedded(_sample(document, row))).encode()
+    yield b"]"
+    yield after.encode()
+
+
+def _policy(template: str) -> str:
+    """Only this page's own style and script run, only pictures load, and nothing leaves the page."""
+    digests = {}
+    for tag in ("style", "script"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        digests[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+    return f"default-src 'none'; img-src 'self' file:; style-src {digests['style']}; script-src {digests['script']}; base-uri 'none'; form-action 'none'"
+
+
+def _embedded(value: Any) -> str:
+    """JSON that no HTML parser can leave, whatever its strings hold."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
+    config, sampling, labels = document["config"], document["sampling"], document["labels"]
+    layers = [layer for task in LAYERS if task in config["task"] for layer in LAYERS[task]]
+    counts = Counter(word for row in ledger.rows() for word in _classes(document, row))
+    return {
+        "title": f"Labelled images from {document['model']['name']}",
+        "size": sampling["size"],
+        "format": config["image_format"],
+        "layers": layers,
+        "first": next((layer for layer in FIRST if layer in layers), ""),
+        "limbs": labels.get("pose", {}).get("limbs", []),
+        "colours": _colours(document, list(counts)),
+        "classes": counts.most_common(),
+        "summary": ", ".join(config["task"]),
+        "facts": [
+            ["Model", document["model"]["name"]],
+            ["Sampler", f"{config['sampler']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}"],
+            ["Engine", document["engine"].get("engine", "")],
+        ],
+        "command": "python -m datasetdm_fast.generate --out RUN",
+    }
+
+
+def _colours(document: Mapping[str, Any], words: list[str]) -> dict[str, str]:
+    """One colour a class word, that of its pixels where a label map shows it."""
+    labels = document["labels"]
+    semantic, asked = (labels.get(task, {}).get("classes", []) for task in ("semantic", "open-vocabulary"))
+    numbers = {name: number for number, name in enumerate(semantic)}
+    numbers |= dict(zip(asked[1:], colour_numbers(semantic, asked)[1:], strict=True)) if semantic else {name: number for number, name in enumerate(asked)}
+    for name in [*labels.get("instance", {}).get("classes", []), *words]:
+        numbers.setdefault(name, len(numbers) + 1)
+    return {name: "#{:02x}{:02x}{:02x}".format(*colour(number)) for name, number in numbers.items()}
+
+
+def _classes(document: Mapping[str, Any], row: Row) -> list[str]:
+    """Class words of one sample: those its prompt names and those its labels hold."""
+    labels, words = document["labels"], dict.fromkeys(row.request.classes)
+    words |= dict.fromkeys(labels["instance"]["classes"][record["category_id"] - 1] for record in row.labels.get("instance", []))
+    for task in ("semantic", "open-vocabulary"):
+        names, pixels = labels.get(task, {}).get("classes", []), row.labels.get(task, {}).get("pixels", {})
+        least = document["sampling"]["size"] ** 2 / 500
+        words |= dict.fromkeys(names[int(number)] for number, count in pixels.items() if int(number) < len(names) and count >= least)
+    words.pop("background", None)
+    return list(words)
+
+
+def _sample(document: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    values: dict[str, Any] = {"id": row.request.id, "prompt": row.request.prompt, "seed": str(row.request.seed), "classes": _classes(document, row)}
+    if "instance" in row.labels:
+        names = document["labels"]["instance"]["classes"]
+        values["instances"] = [
+            [names[record["category_id"] - 1], round(record["score"], 3), outline(mask_rle.decode(record["segmentation"]))] for record in row.labels["instance"]
+        ]
+    if "pose" in row.labels:
+        values["people"] = [[round(value, 1) for value in record["keypoints"]] for record in row.labels["pose"] if record["num_keypoints"]]
+    if "depth" in row.labels:
+        values["depth"] = [row.labels["depth"]["min"], row.labels["depth"]["max"]]
+    return values
+
+
+def outline(mask: np.ndarray) -> str:
+    """The borders of a mask [H, W] bool, holes included, as the path of an SVG in pixels."""
+    step = max(max(mask.shape) // OUTLINE_SIDE, 1)
+    # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
+    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in borders(mask[::step, ::step]))
+    rings = (simplified(ring, TOLERANCE * max(mask.shape)) for ring in middles)
+    return "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in ring) + "Z" for ring in rings if len(ring) > 2)
+
+
+def borders(mask: np.ndarray) -> list[np.ndarray]:
+    """Closed rings [n, 2] of x, y along the pixel edges between inside and outside."""
+    padded = np.pad(mask, 1)
+    edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for (down, right), start, end in (
+        ((-1, 0), (0, 0), (1, 0)),  # outside above: walk right along the top edge
+        ((0, 1), (1, 0), (1, 1)),
+        ((1, 0), (1, 1), (0, 1)),
+        ((0, -1), (0, 1), (0, 0)),
+    ):
+        outside = np.roll(padded, (-down, -right), (0, 1))[1:-1, 1:-1]
+        for y, x in np.argwhere(mask & ~outside).tolist():
+            edges.setdefault((x + start[0], y + start[1]), []).append((x + end[0], y + end[1]))
+    rings = []
+    while edges:
+        first = place = next(iter(edges))
+        ring = [first]
+        while True:
+            following = edges[place].pop()
+            if not edges[place]:
+                del edges[place]
+            place = following
+            if place == first:
+                break
+            ring.append(place)
+        rings.append(np.array(ring, float))
+    return rings
+
+
+def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    """The ring with the points that lie within `tolerance` of the line between their neighbours left out (Douglas and Peucker)."""
+    far = int(np.abs(ring - ring[0]).sum(1).argmax())
+    closed = np.concatenate([ring, ring[:1]])
+    keep = np.zeros(len(closed), bool)
+    keep[[0, far]] = True
+    spans = [(0, far), (far, len(ring))]
+    while spans:
+        a, b = spans.pop()
+        if b - a < 2:
+            continue
+        (x, y), (dx, dy) = closed[a], closed[b] - closed[a]
+        offset = np.abs((closed[a + 1 : b, 0] - x) * dy - (closed[a + 1 : b, 1] - y) * dx) / max(np.hypot(dx, dy), 1e-9)
+        worst = int(offset.argmax())
+        if offset[worst] > tolerance:
+            keep[a + 1 + worst] = True
+            spans += [(a, a + 1 + worst), (a + 1 + worst, b)]
+    return closed[:-1][keep[:-1]]

@@ -1,0 +1,186 @@
+"""python -m datasetdm_fast.generate: images and their labels from prompts; without any flag, the demo run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.driver import Result, probe, remake, run
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.flags import parse, run_command
+from datasetdm_fast.job import Job, finished, prepare, prepare_remake
+from datasetdm_fast.storage import free_bytes
+
+PROG = "python -m datasetdm_fast.generate"
+OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
+EVERY = 10.0  # seconds between two lines of progress
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command."""
+    return run_command(_generate, arguments)
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    config, given = parse(arguments, RunConfig, PROG, __doc__)
+    for name in ("prompts", "classes"):
+        if name in given and not getattr(config, name):
+            raise Refused(f"--{name}: nothing was given after it", f"Drop the flag, or see {PROG} --help.")
+    if config.only:
+        return _make_again(config, given)
+    if result := finished(config):
+        _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
+        return _end(config, result)
+    job = prepare(config)
+    call = 0.0 if config.dry_run else probe(job.engine, job.recipe, job.plan.batch_size)
+    _say(config, *_table(job, call))
+    if config.dry_run:
+        _show_plan(job)
+        return 0
+    with Interruption(config.quiet) as interruption, Progress(job, config.quiet) as progress:
+        result = run(job, made=progress.made, stepped=progress.stepped, is_stopping=lambda: interruption.signal is not None)
+    code = _end(config, result)
+    if not result.is_complete:
+        print(f"{result.done} of {result.number} samples are there; go on with: {PROG} {shlex.join(arguments)}".rstrip(), file=sys.stderr)
+    return code if interruption.signal is None else 128 + interruption.signal
+
+
+def _make_again(config: RunConfig, given: set[str]) -> int:
+    task = prepare_remake(config, given)
+    written = remake(task)
+    _say(config, f"sample {task.row.request.id}: made again, {f'{len(written)} files written' if written else 'every byte as it was'}")
+    _put(config, {"path": str(task.folder), "id": task.row.request.id, "written": written}, str(task.folder))
+    return 0
+
+
+def _end(config: RunConfig, result: Result) -> int:
+    rate = result.made / result.seconds if result.made else 0.0
+    facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
+    _put(config, {"path": str(result.path), **facts, "complete": result.is_complete, "images_per_second": round(rate, 4)}, str(result.path))
+    if result.made:
+        _say(config, f"{result.made} images in {_duration(result.seconds)}, {rate:.3g} images per second; look at {result.path}/gallery/index.html")
+    result.check()
+    return 0
+
+
+def _put(config: RunConfig, facts: dict[str, Any], line: str) -> None:
+    print(json.dumps(facts) if config.json else line, flush=True)
+
+
+def _say(config: RunConfig, *lines: str) -> None:
+    if not config.quiet:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def _table(job: Job, call: float) -> list[str]:
+    plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
+    left = min(plan.number - job.done, job.config.limit or plan.number)
+    batches = -(-left // plan.batch_size)
+    rows = {
+        "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, seeds {plan.seed} to {plan.seed + plan.number - 1}",
+        "sampler": f"{facts['sampler']}, {facts['steps']} steps in {facts['calls']} calls, guidance {facts['guidance']:g}",
+        "labels": ", ".join(job.recipe.tasks),
+        "engine": f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}, {batches} batches of {plan.batch_size}",
+        "time": f"about {_duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "not measured in a dry run",
+        "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
+        "run folder": str(job.folder),
+    }
+    return [f"{name:<11}{value}" for name, value in rows.items()]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _show_plan(job: Job) -> None:
+    if not job.config.json:
+        for request in job.plan:
+            print(f"{request.id}  seed {request.seed}  {request.prompt!r}")
+        return
+    requests = [{"id": request.id, "seed": request.seed, "prompt": request.prompt, "classes": request.classes} for request in job.plan]
+    print(json.dumps({"path": str(job.folder), **job.recipe.facts, "batch_size": job.plan.batch_size, "bytes": job.bytes_needed, "requests": requests}))
+
+
+class Interruption:
+    """Within the block the first SIGINT or SIGTERM is remembered, so that the batch is finished; the second ends the process at once."""
+
+    def __init__(self, is_quiet: bool):
+        self.signal: int | None = None
+        self._is_quiet = is_quiet
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        if not self._is_quiet:
+            os.write(2, b"\nfinishing this batch; once more ends at once\n")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
+
+    def __init__(self, job: Job, is_quiet: bool):
+        self._calls, self._batch = len(job.recipe.schedule), job.plan.batch_size
+        self._images = min(job.plan.number - job.done, job.config.limit or job.plan.number)
+        self._made = self._stepped = 0
+        self._is_quiet, self._bar = is_quiet, None
+        self._begin = self._told = time.monotonic()
+        if not is_quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, unit="call", desc=self._title, file=sys.stderr)
+
+    @property
+    def _total(self) -> int:
+        return -(-self._images // self._batch) * self._calls
+
+    @property
+    def _title(self) -> str:
+        return f"{self._made}/{self._images} images"
+
+    def stepped(self) -> None:
+        self._stepped += 1
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update()
+        elif not self._is_quiet and now - self._told >= EVERY:
+            self._told = now
+            left = (now - self._begin) / self._stepped * max(self._total - self._stepped, 0)
+            print(f"{self._title}, {self._stepped / max(self._total, 1):.0%}, about {_duration(left)} left", file=sys.stderr, flush=True)
+
+    def made(self, count: int) -> None:
+        self._made += count
+        if self._bar:
+            self._bar.set_description(self._title)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

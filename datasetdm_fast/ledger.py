@@ -1,0 +1,140 @@
+"""The commit point: a sample exists when its row is committed here, after its files were published."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.data import Request
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.storage import Stored
+
+DONE, SET_ASIDE = "done", "set-aside"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS samples (
+    "index" INTEGER PRIMARY KEY, prompt TEXT NOT NULL, seed INTEGER NOT NULL, classes TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('done', 'set-aside')), reason TEXT NOT NULL,
+    recipe TEXT NOT NULL, files TEXT NOT NULL, labels TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+_COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels'
+
+
+@dataclass(frozen=True)
+class Row:
+    """Everything known of one sample: enough to make it again alone, and to rebuild every index file."""
+
+    request: Request
+    recipe: dict[str, Any]  # how it was made: sampler, steps, guidance, size, batch shape, digests
+    files: dict[str, tuple[str, Stored]] = field(default_factory=dict)  # role -> path inside the run folder, what was written
+    labels: dict[str, Any] = field(default_factory=dict)  # task -> records and figures
+    status: str = DONE
+    reason: str = ""
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling for one value."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+class Ledger:
+    """The rows of one run folder, in SQLite."""
+
+    def __init__(self, path: Path, *, read_only: bool = False):
+        self.path = path
+        try:
+            self._open(read_only)
+        except sqlite3.DatabaseError as error:
+            raise Refused(f"{path}: not a readable ledger ({error})", "Restore the file from a copy, or choose another --out.") from error
+
+    def _open(self, read_only: bool) -> None:
+        if not read_only:
+            self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.executescript(_SCHEMA)
+            return
+        # Without a write-ahead log nobody is writing, and `immutable` then lets a read-only medium be read.
+        quiet = "" if self.path.with_name(self.path.name + "-wal").exists() else "&immutable=1"
+        self._connection = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro{quiet}", uri=True, isolation_level=None, check_same_thread=False)
+        self._connection.execute("SELECT count(*) FROM samples")
+
+    def commit(self, rows: Iterable[Row]) -> None:
+        """All rows or none; returns once they would survive a loss of power."""
+        values = [
+            (
+                row.request.index,
+                row.request.prompt,
+                row.request.seed,
+                canonical(row.request.classes),
+                row.status,
+                row.reason,
+                canonical(row.recipe),
+                canonical({role: {"path": path, "sha256": stored.sha256, "bytes": stored.size} for role, (path, stored) in row.files.items()}),
+                canonical(row.labels),
+            )
+            for row in rows
+        ]
+        with self._writing():
+            self._connection.executemany(f"INSERT OR REPLACE INTO samples ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", values)
+            self._connection.execute("DELETE FROM notes WHERE name = 'indexed'")
+
+    def note(self, name: str, value: str) -> None:
+        with self._writing():
+            self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
+
+    def noted(self, name: str) -> str | None:
+        found = self._connection.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
+        return found and found[0]
+
+    def _writing(self) -> _Transaction:
+        return _Transaction(self._connection, self.path)
+
+    def indices(self, status: str = DONE) -> list[int]:
+        return [index for (index,) in self._connection.execute('SELECT "index" FROM samples WHERE status = ? ORDER BY "index"', (status,))]
+
+    def count(self, status: str = DONE) -> int:
+        return self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,)).fetchone()[0]
+
+    def row(self, index: int) -> Row | None:
+        found = self._connection.execute(f'SELECT {_COLUMNS} FROM samples WHERE "index" = ?', (index,)).fetchone()
+        return None if found is None else _row(found)
+
+    def rows(self, status: str = DONE) -> Iterator[Row]:
+        """Rows by index, read as they are asked for."""
+        for found in self._connection.execute(f'SELECT {_COLUMNS} FROM samples WHERE status = ? ORDER BY "index"', (status,)):
+            yield _row(found)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Transaction:
+    def __init__(self, connection: sqlite3.Connection, path: Path):
+        self._connection, self._path = connection, path
+
+    def __enter__(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            self._connection.execute("ROLLBACK" if kind else "COMMIT")
+        except sqlite3.OperationalError as failure:
+            raise Missing(f"{self._path}: {failure}", "Make room on the disk and run the same line again: it goes on where it stopped.") from failure
+
+
+def _row(found: tuple) -> Row:
+    index, prompt, seed, classes, status, reason, recipe, files, labels = found
+    stored = {role: (file["path"], Stored(file["sha256"], file["bytes"])) for role, file in json.loads(files).items()}
+    return Row(Request(index, prompt, seed, tuple(json.loads(classes))), json.loads(recipe), stored, json.loads(labels), status, reason)

@@ -1,0 +1,1 @@
+"""Networks of our own, built with the operations they are given."""

@@ -1,0 +1,116 @@
+"""What a P-Decoder is: its kind, its widths, what it was trained on and how its answers are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+from datasetdm_fast.config import TASKS
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.stages import LEVELS, Level, levels
+
+KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
+NORMALISATIONS = ("image", "running")
+SD1_LEVELS = levels({"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8}, tokens=77, size=512)
+COCO_JOINTS = (
+    *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow", "right_elbow"),
+    *("left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"),
+)
+COCO_LIMBS = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10))
+COCO_LIMBS += ((1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """One decoder; the widths left out are upstream's.
+
+    Sides follow the highest captured level of s cells: memory 20/64, 40/64 and 80/64 of s, masks 2.5 s, image 8 s.
+    """
+
+    kind: str  # one of KINDS
+    task: str  # one of config.TASKS
+    levels: tuple[Level, ...]  # of the UNet it was trained on
+    width: int = 256  # channels of a projected level; for masks also those of the transformer
+    heads: int = 8
+    layers: int = 10
+    feed_forward: int = 2048
+    mask_dim: int = 256
+    queries: int = 100
+    classes: tuple[str, ...] = ()  # semantic: every id including a background; instance: things; open vocabulary: words trained on
+    text_width: int = 768
+    max_depth: float = 10.0  # metres
+    depth_width: int = 1024  # hidden channels of the depth head
+    joints: tuple[str, ...] = ()
+    limbs: tuple[tuple[int, int], ...] = ()  # pairs of joint indices, for drawing
+    upscale: int = 0  # 0 = upstream: only bilinear resizes; r = r x r learnt sub-cells per cell of the highest level
+    capture_timestep: int | None = None  # UNet timestep it was trained at, None = that of the last sampler call
+    normalisation: str = "image"  # image = upstream: statistics of each image; running = the stored ones
+    score_threshold: float = 0.4  # instances and words below it are dropped; joints below it count as hidden, below half of it as absent
+    overlap_threshold: float = 0.5  # of two instances with a larger mask IoU the worse is dropped
+    min_area: int = 0  # pixels at 512 x 512, scaled to the image: smaller instances are dropped, classes with less evidence zeroed
+
+    def __post_init__(self):
+        for value, name, known in ((self.kind, "kind", KINDS), (self.task, "task", TASKS), (self.normalisation, "normalisation", NORMALISATIONS)):
+            if value not in known:
+                raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}")
+        if tuple(level.name for level in self.levels) != LEVELS:
+            raise Refused(f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}")
+        if self.has_queries and (self.width % self.heads or self.width % 4):
+            raise Refused(f"decoder config: width {self.width} must divide into {self.heads} heads and by 4")
+        for name, needed in (("classes", self.kind == "segmentation"), ("joints", self.kind in ("heatmap", "simcc"))):
+            if needed and not getattr(self, name):
+                raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}")
+
+        if self.task == "semantic" and len(self.classes) > 255:
+            raise Refused(f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit label map")
+
+    @property
+    def has_queries(self) -> bool:
+        return self.kind in ("segmentation", "open-vocabulary")
+
+    @property
+    def has_text(self) -> bool:
+        return self.kind == "open-vocabulary"
+
+    @property
+    def logits(self) -> int:
+        """Class logits of a query, the last for "no object"; an open-vocabulary query has upstream's three: unused, object, none."""
+        return 3 if self.has_text else len(self.classes) + 1
+
+    @property
+    def side(self) -> int:
+        """Cells of a side of the highest level, where the decoder was trained."""
+        return self.levels[-1].side
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> DecoderConfig:
+        try:
+            values = json.loads(text)
+            values["levels"] = tuple(Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])}) for level in values["levels"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise Refused(f"decoder config: not the JSON of a decoder ({type(error).__name__}: {error})") from None
+        unknown = sorted(set(values) - {field.name for field in fields(DecoderConfig)})
+        if unknown:
+            raise Refused(f"decoder config: unknown fields {', '.join(unknown)}; it may come from a newer version")
+        absent = [name for name in ("kind", "task") if name not in values]
+        if absent:
+            raise Refused(f"decoder config: {', '.join(absent)} not given, expected at least kind, task and levels")
+        for name in ("classes", "joints"):
+            values[name] = tuple(values.get(name, ()))
+        values["limbs"] = tuple(tuple(limb) for limb in values.get("limbs", ()))
+        return DecoderConfig(**values)
+
+
+def upstream(kind: str, **changes) -> DecoderConfig:
+    """The configuration of DatasetDM's own decoder of this kind on Stable Diffusion 1.x, `changes` replacing its fields."""
+    presets = {
+        "segmentation": {"task": "semantic", "classes": tuple(str(k) for k in range(19)), "min_area": 5000},
+        "open-vocabulary": {"task": "open-vocabulary", "queries": 20},
+        "depth": {"task": "depth"},
+        "heatmap": {"task": "pose", "joints": COCO_JOINTS, "limbs": COCO_LIMBS, "score_threshold": 0.2},
+        "simcc": {"task": "pose", "joints": COCO_JOINTS, "limbs": COCO_LIMBS, "score_threshold": 0.2},
+    }
+    return DecoderConfig(kind=kind, **{"levels": SD1_LEVELS, **presets.get(kind, {"task": "semantic"}), **changes})

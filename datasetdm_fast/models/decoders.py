@@ -1,0 +1,163 @@
+"""P-Decoders by configuration: built, saved, loaded, and filled from DatasetDM's own checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.kernels import reference
+from datasetdm_fast.models.decoder_config import DecoderConfig, upstream
+from datasetdm_fast.models.depth import DepthDecoder
+from datasetdm_fast.models.pose import HeatmapDecoder, SimccDecoder
+from datasetdm_fast.models.segmentation import OpenVocabularyDecoder, SegmentationDecoder
+from datasetdm_fast.models.trunk import Decoder, SpectralConv2d, fold
+from datasetdm_fast.stages import Level
+
+__all__ = ["Decoder", "DecoderConfig", "build_decoder", "check_levels", "fold", "load_decoder", "load_decoders", "load_upstream", "save_decoder", "upstream"]
+
+DECODERS = {
+    "segmentation": SegmentationDecoder,
+    "open-vocabulary": OpenVocabularyDecoder,
+    "depth": DepthDecoder,
+    "heatmap": HeatmapDecoder,
+    "simcc": SimccDecoder,
+}
+UNUSED = {  # parameters upstream creates and saves but never reads
+    "segmentation": ("query_feat_mlp.", "query_embed_mlp."),
+    "simcc": ("high_feature_conv.", "highest_feature_conv.", "high_feature_mix_conv.", "highest_feature_mix_conv."),
+}
+STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
+DEMO = Path(__file__).parents[1] / "demo" / "decoders"
+
+
+def build_decoder(config: DecoderConfig, ops: SimpleNamespace = reference) -> Decoder:
+    """A decoder with fresh weights, in training mode."""
+    return DECODERS[config.kind](config, ops)
+
+
+def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") -> Path:
+    """The folder with `config.json` and `model.safetensors`; `storage` fp16 halves the parameters, buffers stay fp32."""
+    if storage not in STORAGE:
+        raise Refused(f"save_decoder: storage is {storage!r}, expected one of {', '.join(STORAGE)}")
+    if not any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
+        raise Refused(
+            "save_decoder: the decoder was folded for inference, expected one that can be trained further", "save it before fold(), or load it with strict=True"
+        )
+    folder = Path(folder)
+    parameters = dict(decoder.named_parameters())
+    state = {
+        name: value.detach().to(STORAGE[storage] if name in parameters else value.dtype).contiguous().cpu() for name, value in decoder.state_dict().items()
+    }
+    check_finite(state, str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(decoder.config.to_json(), encoding="utf-8")
+    return folder
+
+
+def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespace = reference) -> Decoder:
+    """The decoder of a folder written by save_decoder, fp32, for inference.
+
+    `strict` keeps upstream's spectral norms, which move with every image: image k then depends on the images before it.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise Missing(f"decoder {folder}: {name} is not there", "give a folder written by training or save_decoder")
+    decoder = build_decoder(DecoderConfig.from_json((folder / "config.json").read_text(encoding="utf-8")), ops)
+    fill(decoder, read_state(folder / "model.safetensors"), str(folder))
+    return for_inference(decoder, strict)
+
+
+def load_decoders(folder: str | Path, *, ops: SimpleNamespace = reference) -> dict[str, Decoder]:
+    """The decoders of a folder's sub-folders by task; `demo` names those shipped with the package."""
+    folder = DEMO if str(folder) == "demo" else Path(folder)
+    found = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not found:
+        raise Missing(f"decoders {folder}: no sub-folder holds a config.json", "give a folder with one sub-folder per trained decoder")
+    decoders: dict[str, Decoder] = {}
+    for path in found:
+        decoder = load_decoder(path, ops=ops)
+        if decoder.config.task in decoders:
+            raise Refused(f"decoders {folder}: {path.name} is a second decoder for {decoder.config.task}, expected one a task")
+        decoders[decoder.config.task] = decoder
+    return decoders
+
+
+def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
+    """The decoder filled from a DatasetDM state dict or checkpoint file and made ready for inference; `strict` as in load_decoder."""
+    is_state = isinstance(source, Mapping)
+    state = source if is_state else read_state(Path(source))
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    unused = UNUSED.get(decoder.config.kind, ())
+    fill(decoder, {name: value for name, value in state.items() if not name.startswith(unused)}, "state dict" if is_state else str(source))
+    return for_inference(decoder, strict)
+
+
+def check_levels(decoder: Decoder, levels: tuple[Level, ...]) -> None:
+    """Refuses a decoder that was trained on another UNet than the one with these levels."""
+    config = decoder.config
+    for ours, theirs in zip(config.levels, levels, strict=True):
+        if (ours.features, ours.heads, ours.tokens) != (theirs.features, theirs.heads, theirs.tokens):
+            raise Refused(
+                f"{config.task} decoder: trained on a UNet whose level {ours.name} has {ours.channels} channels, but the model's has {theirs.channels}",
+                "use the decoder made for this model, or train one on it",
+            )
+    if config.kind == "simcc" and config.side != levels[-1].side:
+        raise Refused(
+            f"{config.task} decoder: trained on images of {8 * config.side} pixels, but the run makes {8 * levels[-1].side}", f"use --size {8 * config.side}"
+        )
+
+
+def for_inference(decoder: Decoder, strict: bool) -> Decoder:
+    return (decoder.train() if strict else fold(decoder)).requires_grad_(False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickle that holds nothing else."""
+    if not path.is_file():
+        raise Missing(f"decoder weights {path}: no such file", "check the path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes make the readers raise nearly anything
+        first = (str(error).splitlines() or [""])[0]
+        raise Refused(f"decoder weights {path}: not a file of plain tensors ({type(error).__name__}: {first})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise Refused(f"decoder weights {path}: holds {type(state).__name__}, expected a state dict of tensors")
+    return dict(state)
+
+
+def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
+    """Copies every tensor of `state` into the decoder, or refuses with everything that does not match."""
+    ours = decoder.state_dict()
+    missing = sorted(set(ours) - set(state))
+    unexpected = sorted(set(state) - set(ours))
+    shapes = [
+        f"{name} {list(state[name].shape)} for {list(ours[name].shape)}" for name in sorted(set(ours) & set(state)) if state[name].shape != ours[name].shape
+    ]
+    wrong = [f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("unexpected", unexpected), ("shape", shapes)) if names]
+    if wrong:
+        count = len(missing) + len(unexpected) + len(shapes)
+        raise Refused(
+            f"{origin}: {count} tensors do not fit this {decoder.config.kind} decoder; {'; '.join(wrong)}",
+            "check that the configuration is the one it was trained with",
+        )
+    check_finite(state, origin)
+    decoder.load_state_dict({name: value.to(ours[name].dtype) for name, value in state.items()})
+
+
+def check_finite(state: Mapping[str, Tensor], origin: str) -> None:
+    for name, value in state.items():
+        if not torch.isfinite(value).all():
+            raise Refused(
+                f"{origin}: {name} holds {int((~torch.isfinite(value)).sum())} values that are NaN or infinite",
+                "the weights are broken: take another copy, or train again",
+            )

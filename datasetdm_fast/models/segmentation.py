@@ -1,0 +1,196 @@
+"""The decoders that answer with masks: a transformer whose queries read the trunk through their own last masks."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasetdm_fast.data import Capture
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.models.trunk import Decoder, Upscale, cells
+
+MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of the highest captured level
+MASKS = 160 / 64  # side of the masks over the same
+TEMPERATURE = 10000.0
+
+
+def sine_position(side: int, channels: int, like: Tensor) -> Tensor:
+    """Sines and cosines of the normalised row, then of the column, of each cell [side * side, channels]."""
+    half = channels // 2
+    place = torch.arange(1, side + 1, dtype=torch.float32, device=like.device) / (side + 1e-6) * 2 * math.pi
+    exponent = 2 * (torch.arange(half, dtype=torch.float32, device=like.device) // 2) / half
+    angles = place[:, None] / TEMPERATURE**exponent
+    waves = torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], 2).flatten(1)  # [side, half]
+    rows, columns = waves[:, None].expand(side, side, half), waves[None].expand(side, side, half)
+    return torch.cat([rows, columns], 2).flatten(0, 1).to(like.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with packed input projections."""
+
+    def __init__(self, width: int, heads: int, ops: SimpleNamespace):
+        super().__init__()
+        self.heads, self.ops = heads, ops
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None) -> Tensor:
+        """The answer [B, N, C] of `keys` and `values` [B, S, C] to `queries` [B, N, C]."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, weight, bias in zip((queries, keys, values), weights, biases)
+        )
+        return self.out_proj(self.ops.masked_attention(q, k, v, blocked).transpose(1, 2).flatten(2))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
+        super().__init__()
+        self.self_attn = Attention(config.width, config.heads, ops)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        placed = content + position
+        return self.norm(content + self.self_attn(placed, placed, content))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
+        super().__init__()
+        self.multihead_attn = Attention(config.width, config.heads, ops)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, blocked: Tensor) -> Tensor:
+        return self.norm(content + self.multihead_attn(content + position, memory + memory_position, memory, blocked))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.linear1 = nn.Linear(config.width, config.feed_forward)
+        self.linear2 = nn.Linear(config.feed_forward, config.width)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, content: Tensor) -> Tensor:
+        return self.norm(content + self.linear2(F.relu(self.linear1(content))))
+
+
+class MaskEmbedding(nn.Module):
+    """Three linear layers with ReLU between, from a query to the mask features' channels."""
+
+    def __init__(self, width: int, mask_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, mask_dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class SegmentationDecoder(Decoder):
+    """Class logits `pred_logits` [B, N, K + 1] and mask logits `pred_masks` [B, N, m, m] of N queries."""
+
+    def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
+        width, layers = config.width, range(config.layers)
+        super().__init__(config, ops, {"mid": (2 * width, width), "high": (2 * width, width), "highest": (2 * width, config.mask_dim)})
+        self.upscale = Upscale(config.mask_dim, config.mask_dim, config.upscale) if config.upscale else None
+        self.query_feat = nn.Embedding(config.queries, width)
+        self.query_embed = nn.Embedding(config.queries, width)
+        self.level_embed = nn.Embedding(len(MEMORY), width)
+        self.transformer_cross_attention_layers = nn.ModuleList([CrossAttention(config, ops) for _ in layers])
+        self.transformer_self_attention_layers = nn.ModuleList([SelfAttention(config, ops) for _ in layers])
+        self.transformer_ffn_layers = nn.ModuleList([FeedForward(config) for _ in layers])
+        self.decoder_norm = nn.LayerNorm(width)
+        self.class_embed = nn.Linear(width, config.logits)
+        self.mask_embed = MaskEmbedding(width, config.mask_dim)
+
+    def forward(self, capture: Capture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
+        memory, mask_features = self.pixels(capture)
+        content, position = self.ask(len(mask_features), text)
+        return self.answer(content, position, memory, mask_features, auxiliary)
+
+    def pixels(self, capture: Capture) -> tuple[list[Tensor], Tensor]:
+        """Three memory levels [B, C, m_i, m_i] and the mask features [B, D, m, m]."""
+        side = cells(capture)
+        low = resize(self.project(capture, "low", side // 4), side // 2)
+        mid = resize(self.mix(capture, "mid", low, side // 2), side)
+        high = self.mix(capture, "high", mid, side)
+        highest = self.mix(capture, "highest", high, side)
+        memory = [resize(x, round(side * share)) for x, share in zip((low, mid, high), MEMORY)]
+        return memory, self.upscale(highest) if self.upscale else resize(highest, round(side * MASKS))
+
+    def ask(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Content and position [B, N, C] of the queries."""
+        return self.query_feat.weight.expand(batch, -1, -1), self.query_embed.weight.expand(batch, -1, -1)
+
+    def answer(self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor, auxiliary: bool) -> dict:
+        levels = [
+            (x.flatten(2).transpose(1, 2) + level, sine_position(x.shape[-1], x.shape[1], x), x.shape[-1]) for x, level in zip(memory, self.level_embed.weight)
+        ]
+        earlier = []
+        for i, (cross, itself, feed) in enumerate(
+            zip(self.transformer_cross_attention_layers, self.transformer_self_attention_layers, self.transformer_ffn_layers)
+        ):
+            tokens, token_position, side = levels[i % len(levels)]
+            if auxiliary:
+                earlier.append(self.heads(content, mask_features))
+            # Against the sigmoid, not the sign of the logit: just below zero the sigmoid rounds to one half, which upstream lets through.
+            masks = self.ops.mask_head(self.mask_embed(self.decoder_norm(content)), mask_features, side)
+            content = cross(content, position, tokens, token_position, masks.flatten(2).sigmoid() < 0.5)
+            content = feed(itself(content, position))
+        last = self.heads(content, mask_features)
+        return {**last, "aux": earlier} if auxiliary else last
+
+    def heads(self, content: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+        normed = self.decoder_norm(content)
+        masks = self.ops.mask_head(self.mask_embed(normed), mask_features, mask_features.shape[-1])
+        return {"pred_logits": self.class_embed(normed), "pred_masks": masks}
+
+
+class OpenVocabularyDecoder(SegmentationDecoder):
+    """The same for words given at run time, as class embeddings in `text`.
+
+    `text` [B, D] asks one word of each image and gives `pred_logits` [B, N, 3] and `pred_masks` [B, N, m, m];
+    `text` [B, K, D] asks K words of each and gives [B, K, N, 3] and [B, K, N, m, m], the trunk computed once.
+    """
+
+    def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
+        super().__init__(config, ops)
+        # Upstream feeds each layer what the other's name promises; the checkpoints keep it so.
+        self.query_feat_mlp = nn.Linear(config.width + config.text_width, config.width, bias=False)
+        self.query_embed_mlp = nn.Linear(config.width + config.text_width, config.width, bias=False)
+
+    def forward(self, capture: Capture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        batch = len(capture.features[-1][0])
+        width = self.config.text_width
+        if text is None or text.ndim not in (2, 3) or len(text) != batch or text.shape[-1] != width:
+            given = "nothing" if text is None else f"shape {list(text.shape)}"
+            raise Refused(f"open-vocabulary decoder: text is {given}, expected class embeddings [{batch}, {width}] or [{batch}, K, {width}]")
+        memory, mask_features = self.pixels(capture)
+        words = 1 if text.ndim == 2 else text.shape[1]
+        content, position = self.ask(batch * words, text.reshape(batch * words, -1))
+        memory = [x.repeat_interleave(words, 0) for x in memory]
+        found = self.answer(content, position, memory, mask_features.repeat_interleave(words, 0), auxiliary)
+        return found if text.ndim == 2 else by_image(found, batch)
+
+    def ask(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        content, position = super().ask(batch, None)
+        words = text[:, None].expand(-1, content.shape[1], -1)
+        return self.query_embed_mlp(torch.cat([content, words], 2)), self.query_feat_mlp(torch.cat([position, words], 2))
+
+
+def by_image(found: dict, batch: int) -> dict:
+    """Answers [B * K, ...] as [B, K, ...]."""
+    return {name: [by_image(one, batch) for one in value] if name == "aux" else value.unflatten(0, (batch, -1)) for name, value in found.items()}

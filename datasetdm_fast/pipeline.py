@@ -1,0 +1,207 @@
+"""The library: a Pipeline makes labelled images, or the captured pyramid of a real one; open_run reads a run folder back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasetdm_fast import driver, job, prompts
+from datasetdm_fast.config import TASKS
+from datasetdm_fast.data import Batch, Capture, DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.run_folder import Run, open_run
+from datasetdm_fast.stages import LEVELS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from datasetdm_fast.engines import Engine
+
+__all__ = ["Output", "Pipeline", "Run", "open_run"]
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Output:
+    """Samples in the order of their prompts; a task that was not asked for is an empty list."""
+
+    samples: list[Sample]
+
+    @property
+    def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8
+        return [sample.image for sample in self.samples]
+
+    @property
+    def semantic(self) -> list[SemanticMap]:
+        return self._labels("semantic")
+
+    @property
+    def instances(self) -> list[Instances]:
+        return self._labels("instance")
+
+    @property
+    def depth(self) -> list[DepthMap]:
+        return self._labels("depth")
+
+    @property
+    def keypoints(self) -> list[Keypoints]:
+        return self._labels("pose")
+
+    @property
+    def open_vocabulary(self) -> list[SemanticMap]:
+        return self._labels("open-vocabulary")
+
+    @property
+    def meta(self) -> list[dict[str, Any]]:
+        """Prompt, seed, classes and how it was made, of each sample."""
+        return [
+            {"prompt": sample.request.prompt, "seed": sample.request.seed, "classes": sample.request.classes, **sample.provenance} for sample in self.samples
+        ]
+
+    def _labels(self, task: str) -> list[Any]:
+        return [sample.annotations[task] for sample in self.samples if task in sample.annotations]
+
+
+class Pipeline:
+    """An engine with its decoders, ready to turn prompts into labelled images by the same path as the generate command."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "demo",
+        *,
+        engine: str = "auto",
+        decoder: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        size: int = 0,
+        allow_download: bool = False,
+        threads: int = 0,
+    ) -> Pipeline:
+        """The pipeline of a model (demo, a diffusers folder, a single file) and the folder of its decoders; None means the demo's own, or no labels."""
+        job.check_size(size)
+        decoder = "demo" if decoder is None and model == "demo" else decoder
+        built, _ = job.open_engine(str(model), decoder, engine=engine, dtype=dtype, device=device, size=size, allow_download=allow_download, threads=threads)
+        return cls(built)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The labels its decoders can make."""
+        return tuple(task for task in TASKS if task in self.engine.decoders)
+
+    def __call__(self, prompts: str | Sequence[str], seeds: Sequence[int] | None = None, *, seed: int = 0, batch_size: int = BATCH, **choices: Any) -> Output:
+        """Images and labels of all prompts at once; image k has seeds[k], or seed + k. The other choices are those of `stream`."""
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        if seeds is not None and len(seeds) != len(given):
+            raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed a prompt.")
+        size = max(min(batch_size, len(given)), 1)
+        return Output(list(self.stream(given, seed=seed, seeds=seeds, batch_size=size, **choices)))
+
+    def stream(
+        self,
+        prompts: Iterable[str],
+        seed: int = 0,
+        *,
+        seeds: Iterable[int] | None = None,
+        tasks: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
+        steps: int = 0,
+        guidance: float = 0.0,
+        sampler: str = "pndm",
+        profile: str = "0.3.0",
+        batch_size: int = BATCH,
+        truncate: bool = False,
+    ) -> Iterator[Sample]:
+        """Samples one by one, in order, with no more than a batch in memory; prompts may come from an endless generator.
+
+        `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for.
+        """
+        chosen = self.tasks if tasks is None else tuple(tasks)
+        job.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
+        self._check_tasks(chosen)
+        words = _checked_words(classes)
+        recipe = job.make_recipe(self.engine, chosen, sampler=sampler, steps=steps, guidance=guidance, profile=profile, classes=words)
+        words = recipe.words or job.class_words(self.engine, chosen, words)
+        recipe = replace(recipe, facts={**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name})
+        requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate)
+        return self._samples(_batches(requests, batch_size), recipe)
+
+    def _check_tasks(self, tasks: tuple[str, ...]) -> None:
+        if tasks:
+            job.check_tasks(tasks)
+        for task in tasks:
+            if task not in self.engine.decoders:
+                raise Refused(
+                    f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}", "Name a folder with one: decoder=DIR."
+                )
+
+    def _requests(self, given: Iterable[str], seeds: Iterable[int], words: tuple[str, ...], truncate: bool) -> Iterator[Request]:
+        for index, (prompt, seed) in enumerate(zip(given, seeds)):
+            where = f"prompt {index}"
+            ((_, text),) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
+            text = prompts.fit(text, self.engine.model.tokenizer, where, words, truncate=truncate)
+            yield Request(index, text, job.check_seed(seed), prompts.find_classes(text, words))
+
+    def _samples(self, batches: Iterator[Batch], recipe: driver.Recipe) -> Iterator[Sample]:
+        for _, results in driver.generate(batches, self.engine, recipe):
+            for result in results:
+                if isinstance(result, SetAside):
+                    raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")
+                yield result
+
+    def features(self, image: np.ndarray | Image, prompt: str = "", *, timestep: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """The captured levels low, mid, high and highest [1, C, h, w] of a real image: every feature, then every head and token of the maps.
+
+        The image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's noise, and seen by one call.
+        """
+        import torch
+
+        from datasetdm_fast.inversion import capture_timestep, invert
+
+        size, training = self.engine.model.size, int(self.engine.model.scheduler.get("num_train_timesteps", 1000))
+        pixels = np.array(image)
+        if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
+            raise Refused(
+                f"image: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [{size}, {size}, 3]", "Convert it to RGB and resize it first."
+            )
+        if timestep is None:
+            configs = [decoder.config for decoder in self.engine.decoders.values()]
+            timestep = capture_timestep(configs) if configs else 0
+        if not 0 <= timestep < training:
+            raise Refused(f"timestep: {timestep} is not within 0 .. {training - 1}", "Choose one of the model's training timesteps.")
+        words = prompts.fit(prompt, self.engine.model.tokenizer, "prompt")
+        capture = invert(self.engine, torch.from_numpy(pixels)[None], [words], timestep, [job.check_seed(seed)])
+        return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
+
+
+def _concatenated(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]
+    """One level as the decoders were defined on it: features in capture order, then maps by layer, head and token."""
+    import torch
+
+    features = capture.features[level]
+    side = features[0].shape[-1]
+    maps = [layer.transpose(2, 3).flatten(1, 2).unflatten(2, (side, side)) for layer in capture.maps[level]]
+    return torch.cat([*features, *maps], 1)
+
+
+def _checked_words(classes: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(classes, str):
+        raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
+    return prompts.check_classes(classes)
+
+
+def _batches(requests: Iterator[Request], size: int) -> Iterator[Batch]:
+    for index in count():
+        members = tuple(islice(requests, size))
+        if not members:
+            return
+        yield Batch(index, members, size - len(members))

@@ -1,0 +1,268 @@
+"""From prompts to the plan: which image is made from which words, with which seed, in which batch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.data import Batch, Request
+from datasetdm_fast.demo.world import sample_scene
+from datasetdm_fast.errors import Refused
+
+if TYPE_CHECKING:
+    from datasetdm_fast.config import RunConfig
+
+DEMO_SCENES = 900_000_000  # first scene seed of the demo captions, far from those the demo model was trained on
+LONGEST_LINE = 4096  # characters; no prompt of 77 tokens comes near it
+LARGEST_FILE = 256 * 2**20  # bytes
+OPENINGS = ("a photo of", "a picture of", "a scene with")
+SURROUNDINGS = ("", " at night", " at sunset", " in fog")
+IRREGULAR = {"child": "children", "foot": "feet", "goose": "geese", "knife": "knives", "man": "men", "mouse": "mice", "person": "people", "woman": "women"}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+Tokenizer = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every image of a run, a pure function of the settings: sample k has prompt k in turn and seed run seed + k."""
+
+    prompt: Callable[[int], str]
+    words: tuple[str, ...]  # class words looked for in the prompts
+    number: int
+    seed: int
+    batch_size: int
+    digest: str  # of the prompts
+    chosen: tuple[str, ...] = ()  # with per-class prompts: the classes, in turn
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-self.number // self.batch_size)
+
+    def request(self, index: int) -> Request:
+        prompt = self.prompt(index)
+        named = find_classes(prompt, self.words)
+        if self.chosen and (own := self.chosen[index % len(self.chosen)]) not in named:
+            named = (*named, own)
+        return Request(index, prompt, self.seed + index, named)
+
+    def batch(self, index: int) -> Batch:
+        """The requests index * batch_size and on, filled up to the batch size at the tail."""
+        first = index * self.batch_size
+        requests = tuple(self.request(k) for k in range(first, min(first + self.batch_size, self.number)))
+        return Batch(index, requests, self.batch_size - len(requests))
+
+    def __iter__(self) -> Iterator[Request]:
+        return (self.request(index) for index in range(self.number))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Prompts as they were given, not yet measured in tokens."""
+
+    lines: tuple[tuple[int, str], ...]  # line number from 1, prompt; empty: the demo world's captions, or templates
+    name: str  # for messages: the file, or --prompts
+    classes: tuple[str, ...]
+    per_class: int
+
+    @property
+    def digest(self) -> str:
+        text = "\n".join(prompt for _, prompt in self.lines) if self.lines else "templates" if self.per_class else "demo world"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_source(config: RunConfig) -> Source:
+    """The prompts of a run, checked as far as that needs no tokenizer."""
+    classes = check_classes(config.classes)
+    if config.per_class:
+        if not classes:
+            raise Refused(f"--per-class {config.per_class}: there are no classes to make prompts for", "Name them: --classes ball,cube")
+        if config.prompts:
+            raise Refused("--per-class makes its own prompts, so it cannot be combined with --prompts", "Drop one of the two.")
+        return Source((), "--classes", classes, config.per_class)
+    if config.prompts:
+        name, text = read_prompts(config.prompts)
+        return Source(split_prompts(text, name, truncate=config.truncate_prompts), name, classes, 0)
+    if config.model != "demo":
+        raise Refused(
+            f"--model {config.model}: no prompts were given, and only the demo model has captions of its own",
+            "Add --prompts FILE, or --classes with --per-class.",
+        )
+    return Source((), "the demo world", classes, 0)
+
+
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    seen = set()
+    for word in classes:
+        if not word.strip():
+            raise Refused("--classes: one of the class words is empty", "Separate the words by single commas: --classes ball,cube")
+        if _CONTROL.search(word) or not _is_unicode(word):
+            raise Refused(f"--classes: {_shown(word)} holds control characters or invalid UTF-8", "Use plain words.")
+        key = " ".join(word.lower().split())
+        if key in seen:
+            raise Refused(f"--classes: {_shown(word)} is named twice", "Name each class once.")
+        seen.add(key)
+    return tuple(" ".join(word.split()) for word in classes)
+
+
+def read_prompts(given: str) -> tuple[str, str]:
+    """The name to call the prompts by, and their text: the file `given` names, or `given` itself."""
+    path = _as_path(given)
+    if path is None:
+        if not _is_unicode(given):
+            raise Refused(f"--prompts: {_shown(given)} is not valid UTF-8", "Write the prompt in UTF-8.")
+        return "--prompts", given
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise Refused(f"{path}: {path.stat().st_size} bytes of prompts, at most {LARGEST_FILE} are read", "Split the file into several runs.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise Refused(
+            f"{path}: the prompt file cannot be read ({error.strerror})", "Name a readable file with one prompt a line, or give the prompt itself."
+        ) from error
+    try:
+        return str(path), data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise Refused(f"{path} line {line}: not valid UTF-8", "Save the file as UTF-8.") from error
+
+
+def _as_path(given: str) -> Path | None:
+    """The file `given` means: one that is there, or a word that can only be meant as one."""
+    path = Path(given)
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):
+        return None
+    looks_like_file = not re.search(r"\s", given) and (os.sep in given or re.search(r"\.[A-Za-z0-9]{1,5}$", given))
+    return path if looks_like_file else None
+
+
+def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[tuple[int, str], ...]:
+    """Line numbers and prompts; empty lines are skipped."""
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if bad := _CONTROL.search(line.rstrip("\r")):
+            what = "a NUL byte" if bad[0] == "\0" else f"the control character U+{ord(bad[0]):04X}"
+            raise Refused(f"{name} line {number}: holds {what}", "Remove it: prompts are plain text.")
+        prompt = line.strip()
+        if len(prompt) > LONGEST_LINE and not truncate:
+            raise Refused(f"{name} line {number}: {len(prompt)} characters, at most {LONGEST_LINE} are read", "Shorten it, or pass --truncate-prompts.")
+        if prompt:
+            lines.append((number, prompt))
+    if not lines:
+        raise Refused(f"{name}: holds no prompt", "Write one prompt a line.")
+    return tuple(lines)
+
+
+def make_plan(source: Source, tokenizer: Tokenizer, *, number: int, seed: int, batch_size: int, words: Sequence[str] = (), truncate: bool = False) -> Plan:
+    """The plan of a run; `words` are the class words to look for where --classes names none."""
+    words = source.classes or tuple(words)
+    chosen = source.classes if source.per_class else ()
+    if source.per_class:
+        number = source.per_class * len(source.classes)
+        _check_templates(source.classes, tokenizer)
+    prompts = tuple(fit(prompt, tokenizer, f"{source.name} line {line}", words, truncate=truncate) for line, prompt in source.lines)
+
+    def prompt(index: int) -> str:
+        if chosen:
+            return template(chosen[index % len(chosen)], index // len(chosen))
+        return prompts[index % len(prompts)] if prompts else sample_scene(DEMO_SCENES + seed + index).caption
+
+    # Batches of equal size leave less padding than full ones and a remainder.
+    batches = -(-number // batch_size)
+    return Plan(prompt, words, number, seed, -(-number // batches), source.digest, chosen)
+
+
+def template(word: str, turn: int) -> str:
+    """The prompt for the turn-th image of a class; all pairings of opening and surroundings come up equally often."""
+    opening = OPENINGS[turn % len(OPENINGS)]
+    surroundings = SURROUNDINGS[turn // len(OPENINGS) % len(SURROUNDINGS)]
+    return f"{opening} {'an' if word[0].lower() in 'aeiou' else 'a'} {word}{surroundings}"
+
+
+def _check_templates(classes: Sequence[str], tokenizer: Tokenizer) -> None:
+    longest = f"{max(OPENINGS, key=len)} an {{}}{max(SURROUNDINGS, key=len)}"
+    for word in classes:
+        count = count_tokens(longest.format(word), tokenizer)
+        if count > token_limit(tokenizer):
+            raise Refused(
+                f"--classes: {_shown(word)} makes a prompt of {count} tokens, at most {token_limit(tokenizer)} fit", "Use a shorter name for the class."
+            )
+
+
+def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer) -> None:
+    for word in classes:
+        count = count_tokens(word, tokenizer)
+        if count > token_limit(tokenizer):
+            raise Refused(f"--classes: {_shown(word)} has {count} tokens, at most {token_limit(tokenizer)} fit", "Use a shorter name for the class.")
+
+
+def token_limit(tokenizer: Tokenizer) -> int:
+    return min(tokenizer.model_max_length, 77)
+
+
+def count_tokens(prompt: str, tokenizer: Tokenizer) -> int:
+    """Tokens of a prompt, its start and end marks among them."""
+    return len(tokenizer(prompt, truncation=False).input_ids)
+
+
+def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = (), *, truncate: bool = False) -> str:
+    """The prompt itself where the text encoder takes it whole; with `truncate` its longest beginning, cut between words."""
+    limit = token_limit(tokenizer)
+    head = prompt[:LONGEST_LINE]
+    count = count_tokens(head, tokenizer)
+    if count <= limit and head == prompt:
+        return prompt
+    if not truncate:
+        raise Refused(f"{where}: {count} tokens, at most {limit} fit: {_shown(prompt)}", "Shorten it, or pass --truncate-prompts.")
+    shortest, longest = 0, len(head)
+    while shortest < longest:
+        middle = (shortest + longest + 1) // 2
+        shortest, longest = (middle, longest) if count_tokens(head[:middle], tokenizer) <= limit else (shortest, middle - 1)
+    kept = head[:shortest]
+    is_inside_word = not prompt[shortest : shortest + 1].isspace() and not kept[-1:].isspace()
+    if is_inside_word and re.search(r"\s", kept):
+        kept = kept.rsplit(None, 1)[0]
+    kept = kept.strip()
+    lost = [word for word in find_classes(prompt, words) if word not in find_classes(kept, words)]
+    if lost or not kept:
+        what = f"cutting it to {limit} tokens would lose the class word {_shown(lost[0])}" if lost else f"nothing of it fits into {limit} tokens"
+        raise Refused(f"{where}: {what}: {_shown(prompt)}", "Name the classes earlier in the prompt.")
+    return kept
+
+
+def find_classes(prompt: str, classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes a prompt names as whole words, in the order of `classes`; simple plurals count."""
+    return tuple(word for word in classes if _pattern(word).search(prompt))
+
+
+@cache
+def _pattern(word: str) -> re.Pattern[str]:
+    *before, last = word.split()
+    forms = {last, last + "s", last + "es", IRREGULAR.get(last.lower(), last)}
+    if re.search(r"[^aeiou]y$", last):
+        forms.add(last[:-1] + "ies")
+    start = "".join(re.escape(part) + r"[\s_-]+" for part in before)
+    ending = "|".join(re.escape(form) for form in sorted(forms))
+    return re.compile(rf"(?<!\w){start}(?:{ending})(?!\w)", re.IGNORECASE)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(text: str) -> str:
+    """The text for a message: short, and nothing in it can steer a terminal."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")

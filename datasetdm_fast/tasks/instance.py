@@ -1,0 +1,69 @@
+"""One mask per thing, every part and hole of it kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from datasetdm_fast.data import Instances
+from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.tasks.semantic import scaled_area
+
+MOST = 100  # instances of an image
+NOTHING = 1e-6  # pixels added to an area before dividing by it
+
+
+def candidates(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, class and score [B, k] of the k most probable pairs of query and class; score = probability times mean mask probability inside the mask."""
+    probability = class_logits.softmax(-1)[..., :-1]
+    classes = probability.shape[-1]
+    best, flat = probability.flatten(1).topk(min(count, probability[0].numel()), sorted=False)
+    queries = flat // classes
+    inside = mask_logits > 0
+    mean = (mask_logits.sigmoid() * inside).sum((2, 3)) / (inside.sum((2, 3)) + NOTHING)
+    return queries, flat % classes, best * mean.gather(1, queries)
+
+
+def upstream_instances(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """DatasetDM's masks [B, k, H, W] bool, class ids [B, k] and scores [B, k], from masks already at image size; in no order."""
+    queries, classes, scores = candidates(class_logits, mask_logits, count)
+    images = torch.arange(len(queries), device=queries.device)[:, None]
+    return (mask_logits > 0)[images, queries], classes, scores
+
+
+def upstream_kept(scores: Tensor, best: int = 20, threshold: float = 0.4) -> Tensor:
+    """Which of the scores [B, k] DatasetDM's COCO generator writes: those among the best 20 that reach 0.4."""
+    among = torch.zeros_like(scores, dtype=torch.bool)
+    among.scatter_(1, scores.topk(min(best, scores.shape[1])).indices, True)
+    return among & (scores >= threshold)
+
+
+def not_overlapping(inside: Tensor, is_wanted: Tensor, threshold: float) -> Tensor:
+    """Which wanted masks [B, k, S], given best first, overlap no better kept one by more than `threshold` of IoU."""
+    pixels = inside.float()
+    common = pixels @ pixels.transpose(1, 2)
+    areas = pixels.sum(2)
+    iou = common / (areas[:, :, None] + areas[:, None] - common).clamp(min=1)
+    is_hidden_by = (iou > threshold).tril(-1)  # [B, worse, better]
+    kept = is_wanted
+    while True:  # settles after as many rounds as the longest chain of masks hiding one another
+        again = is_wanted & ~(is_hidden_by & kept[:, None]).any(2)
+        if torch.equal(again, kept):
+            return kept
+        kept = again
+
+
+def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Instances]:
+    """Instances from best to worst: score at or above the threshold, no two of them the same thing, none empty or too small."""
+    class_logits, mask_logits = raw["pred_logits"].float(), raw["pred_masks"].float()
+    queries, classes, scores = candidates(class_logits, mask_logits, min(MOST, mask_logits.shape[1]))
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    queries, classes = queries.gather(1, order), classes.gather(1, order)
+    images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)
+    chosen = mask_logits[images, queries]  # [B, k, m, m]
+    kept = not_overlapping((chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold)
+    masks = (resize(chosen[kept][None], size)[0] if kept.any() else chosen.new_zeros(0, size, size)) > 0
+    is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
+    found = [x[is_large].cpu().numpy() for x in (images[kept], masks, classes[kept], scores[kept])]
+    return [Instances(*(x[found[0] == b] for x in found[1:]), config.classes) for b in range(len(queries))]

@@ -1,0 +1,18 @@
+"""samples.jsonl: one line a sample, with its prompt, seed, files and digests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasetdm_fast.ledger import Ledger, canonical
+
+
+def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
+    """The lines of samples.jsonl by id; records that the COCO files hold are given as counts."""
+    for row in ledger.rows():
+        files = {role: {"path": path, "sha256": stored.sha256, "bytes": stored.size} for role, (path, stored) in row.files.items()}
+        labels = {task: len(record) if isinstance(record, list) else record for task, record in row.labels.items()}
+        request = row.request
+        line = {"id": request.id, "prompt": request.prompt, "seed": request.seed, "classes": request.classes, "files": files, "labels": labels}
+        yield (canonical(line) + "\n").encode()

@@ -1,0 +1,50 @@
+"""One level of the captured pyramid brought to one width: resize every feature and map, concatenate, convolve 1x1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.kernels.case import Case, noise
+
+
+def planes(attention: Tensor) -> Tensor:
+    """Maps [B, heads, S, T] as channels [B, heads * T, h, w], the token index running fastest."""
+    batch, heads, cells, tokens = attention.shape
+    side = int(cells**0.5)
+    return attention.transpose(2, 3).reshape(batch, heads * tokens, side, side)
+
+
+def reference(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
+    """The projected level [B, F, side, side] of `features` [B, 2C, h, w] and `maps` [B, heads, S, T] under `weight` [F, channels, 1, 1]."""
+    tensors = [*features, *(planes(layer) for layer in maps)]
+    return F.conv2d(torch.cat([resize(x, side) for x in tensors], 1), weight)
+
+
+def projected(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
+    """The same level, each tensor projected where it lies and only the sum resized: both are linear and act on different axes."""
+    widths = [x.shape[1] for x in features] + [layer.shape[1] * layer.shape[3] for layer in maps]
+    parts = weight.split(widths, 1)
+    total = sum(F.conv2d(x, part) for x, part in zip(features, parts))
+    for layer, part in zip(maps, parts[len(features) :]):
+        shaped = part.reshape(len(part), layer.shape[1], layer.shape[3])
+        total = total + torch.einsum("bhst,fht->bfs", layer, shaped).reshape(total.shape)
+    return resize(total, side)
+
+
+def cases() -> list[Case]:
+    def level(batch, width, side, channels, heads, tokens, out):
+        features = [noise(batch, c, side, side) for c in channels]
+        maps = [torch.softmax(noise(batch, h, side * side, tokens), -1) for h in heads]
+        return features, maps, noise(width, sum(channels) + sum(heads) * tokens, 1, 1, scale=0.05), out
+
+    return [
+        Case("smallest: one feature, one map, one cell", level(1, 1, 1, (2,), (1,), 1, 1), (1, 1, 1, 1)),
+        Case("widths no block size divides", level(2, 7, 3, (5, 11), (3,), 13, 5), (2, 7, 5, 5)),
+        Case("no resize at the highest level", level(3, 64, 16, (96, 96, 160), (3, 3, 3), 77, 16), (3, 64, 16, 16)),
+        Case("SD 1.x low level, doubled", level(1, 256, 8, (2560, 2560), (8,), 77, 16), (1, 256, 16, 16)),
+    ]

@@ -1,0 +1,24 @@
+"""Settings every test needs before torch is imported, and the skip of GPU tests where there is no GPU."""
+
+import os
+
+# Decided before any import of torch or transformers: no spinning threads, one thread a worker, nothing fetched.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest  # noqa: E402
+
+from datasetdm_fast import _C  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    if _C.cuda_device_count():
+        return
+    reason = "no CUDA device" if _C.built_with_cuda else "the extension was built without CUDA"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))

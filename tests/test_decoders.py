@@ -1,0 +1,432 @@
+"""P-Decoders: against answers recorded from DatasetDM's own classes, batch against single images, files, refusals, training."""
+
+import importlib
+import json
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from datasetdm_fast import kernels
+from datasetdm_fast.data import Capture
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.models.decoder_config import SD1_LEVELS, DecoderConfig, upstream
+from datasetdm_fast.models.decoders import build_decoder, check_levels, load_decoder, load_decoders, load_upstream, save_decoder
+from datasetdm_fast.models.trunk import SpectralConv2d, cells
+from datasetdm_fast.stages import levels
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoders.json").read_text())
+RECORDED = {"segmentation": "segmentation", "open-vocabulary": "open_vocabulary", "depth": "depth", "heatmap": "pose_heatmap", "simcc": "pose_simcc"}
+OUTPUTS = {"depth": ("depth",), "heatmap": ("heatmaps",), "simcc": ("x", "y")}  # what upstream returns without names
+DEMO_LEVELS = levels({"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=128)
+KINDS = tuple(RECORDED)
+
+
+def small(kind: str, **changes) -> DecoderConfig:
+    sizes = dict(levels=DEMO_LEVELS, width=16, heads=2, layers=4, feed_forward=32, mask_dim=12, queries=5, depth_width=8, text_width=10)
+    names = dict(classes=("wall", "ball", "cone"), joints=("head", "hand"), limbs=((0, 1),), capture_timestep=100)
+    return upstream(kind, **{**sizes, **names, **changes})
+
+
+def capture_of(level_table, batch: int, seed: int = 0, dtype=torch.float32) -> Capture:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    features = tuple(tuple((draw(batch, 2 * c, level.side, level.side) * 0.5).to(dtype) for c in level.features) for level in level_table)
+    maps = tuple(tuple(torch.softmax(draw(batch, heads, level.side**2, level.tokens) * 2, -1).to(dtype) for heads in level.heads) for level in level_table)
+    return Capture(features, maps)
+
+
+def text_for(config: DecoderConfig, batch: int, words: int = 0):
+    if not config.has_text:
+        return None
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn((batch, words, config.text_width) if words else (batch, config.text_width), generator=generator)
+
+
+def image_of(capture: Capture, index: int) -> Capture:
+    return Capture(*(tuple(tuple(x[index : index + 1] for x in level) for level in part) for part in (capture.features, capture.maps)))
+
+
+def distance(ours, theirs) -> float:
+    ours, theirs = torch.as_tensor(ours, dtype=torch.float64).flatten(), torch.as_tensor(theirs, dtype=torch.float64).flatten()
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def randomise(decoder, seed: int = 3):
+    """Weights large enough that masks block some cells and sigmas differ from one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.ndim > 1 else 0.1))
+    return decoder
+
+
+# ---- upstream's own answers
+
+
+def seeded_state(shapes: dict[str, torch.Size], seed: int) -> dict[str, torch.Tensor]:
+    """The weights of the recording: keys in sorted order from one generator, norms around one, u0 of unit length, statistics as built."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key in sorted(shapes):
+        if "stored_" in key:
+            state[key] = torch.ones(shapes[key]) if "var" in key else torch.zeros(shapes[key])
+            continue
+        drawn = torch.randn(shapes[key], generator=generator)
+        if key.endswith("u0"):
+            state[key] = F.normalize(drawn, dim=-1)
+        else:
+            state[key] = 0.02 * drawn + (1 if "norm" in key and key.endswith("weight") else 0)
+    return state
+
+
+def unread_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
+    """What upstream's checkpoints of this kind hold besides what is used."""
+    if config.kind == "segmentation":
+        return {f"query_{name}_mlp.weight": torch.Size((256, 1024)) for name in ("feat", "embed")}
+    if config.kind != "simcc":
+        return {}
+    whole = build_decoder(upstream("heatmap")).state_dict()
+    return {key: value.shape for key, value in whole.items() if key.startswith("high")}
+
+
+@pytest.fixture(scope="module")
+def recorded_inputs():
+    generator = torch.Generator().manual_seed(GOLDEN["seed"])
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    features = tuple(tuple(draw(1, 2 * c, level.side, level.side) * 0.5 for c in level.features) for level in SD1_LEVELS)
+    maps = tuple(tuple(torch.softmax(draw(heads, level.side**2, level.tokens) * 2, -1)[None] for heads in level.heads) for level in SD1_LEVELS)
+    return Capture(features, maps), draw(1, 1, 768)[:, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_answers_of_upstream(kind, recorded_inputs):
+    capture, text = recorded_inputs
+    config = upstream(kind)
+    # Naive, the depth head is five trillion operations; the rearranged form is held equal to it in test_kernels.py.
+    decoder = build_decoder(config, kernels.rearranged if kind == "depth" else kernels.reference)
+    shapes = {key: value.shape for key, value in decoder.state_dict().items()} | unread_shapes(config)
+    load_upstream(decoder, {f"module.{key}": value for key, value in seeded_state(shapes, GOLDEN["seed"]).items()})
+    with torch.inference_mode():
+        answer = decoder(capture, text)
+    names = OUTPUTS.get(kind, ("pred_logits", "pred_masks"))
+    for name, recorded in zip(names, GOLDEN[RECORDED[kind]].values(), strict=True):
+        assert list(answer[name].shape) == recorded["shape"]
+        assert distance(answer[name].flatten()[recorded["at"]], recorded["values"]) <= 1e-4
+
+
+class Anything:
+    """Stands for what upstream's modules import but its decoders never compute with."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+    def __call__(self, *args, **kwargs):
+        return Anything()
+
+
+def normal_init(module, mean=0.0, std=1.0, bias=0.0):
+    torch.nn.init.normal_(module.weight, mean, std)
+
+
+@pytest.fixture
+def upstream_classes(monkeypatch):
+    checkout = os.environ.get("DATASETDM_UPSTREAM")
+    if not checkout:
+        pytest.skip("DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM")
+    pytest.importorskip("einops", reason="upstream's decoders compute with einops, which is not installed")
+    outside = ("black", "mmcv", "mmcv.cnn", "mmcv.runner", "torchvision", "torchvision.transforms", "detectron2", "detectron2.layers", "detectron2.config")
+    for name in (*outside, "fvcore", "fvcore.nn", "fvcore.nn.weight_init"):
+        module = types.ModuleType(name)
+        module.__path__ = []
+        module.__getattr__ = lambda attribute: normal_init if attribute == "normal_init" else Anything()
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("model", "model.segment"):  # as bare folders: their __init__ imports more than the decoders need
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(checkout, *name.split(".")))]
+        monkeypatch.setitem(sys.modules, name, package)
+
+    class Settings(dict):
+        __getattr__ = dict.__getitem__
+
+    settings = Settings(MODEL=Settings(HEAD_INPUT=1024), DATASETS=Settings(IMAGE_SIZE=[512, 512]))
+    places = {
+        "segmentation": ("model.segment.transformer_decoder", "seg_decorder", {"num_classes": 19, "num_queries": 100}),
+        "open-vocabulary": ("model.segment.transformer_decoder_semantic", "seg_decorder_open_word", {"num_classes": 2, "num_queries": 20}),
+        "depth": ("model.depth_module", "Depthmodule", {"max_depth": 10}),
+        "heatmap": ("model.pose_module_heat", "PoseModule_HeatMap", {"cfg": settings}),
+        "simcc": ("model.pose_module", "PoseModule", {"cfg": settings}),
+    }
+
+    def build(kind):
+        module, name, arguments = places[kind]
+        make = getattr(importlib.import_module(module), name)
+        return make(*arguments.values()) if kind in ("heatmap", "simcc") else make(**arguments)
+
+    yield build
+    for name in [name for name in sys.modules if name.startswith("model.")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_upstream_classes_beside_ours(kind, upstream_classes):
+    """Two images in a row through the same state: the second sees the spectral norms that the first moved."""
+    theirs, ours = upstream_classes(kind), build_decoder(upstream(kind), kernels.rearranged if kind == "depth" else kernels.reference)
+    state = seeded_state({key: value.shape for key, value in theirs.state_dict().items()}, seed=11)
+    theirs.load_state_dict(state)
+    load_upstream(ours, state, strict=True)
+    names = OUTPUTS.get(kind, ("pred_logits", "pred_masks"))
+    for image in range(1 if kind == "depth" else 2):
+        capture = capture_of(SD1_LEVELS, 1, seed=image)
+        text = text_for(ours.config, 1)
+        low, *others = capture.maps  # upstream keeps the maps by place in the UNet: three up layers and two down layers a level
+        places = {"mid_cross": [low[0][0]], "up_cross": [layer[0] for level in others for layer in level[:3]]}
+        places["down_cross"] = [layer[0] for level in others for layer in level[3:]]
+        store = types.SimpleNamespace(get_average_attention=lambda places=places: places)
+        features = {level.name: list(tensors) for level, tensors in zip(SD1_LEVELS, capture.features)}
+        with torch.no_grad():
+            expected = theirs(features, store, ["x"], None, *(() if text is None else (text[:, None],)))
+            answer = ours(capture, text)
+        expected = expected if isinstance(expected, dict) else dict(zip(names, expected if isinstance(expected, (tuple, list)) else [expected]))
+        for name in names:
+            assert distance(answer[name], expected[name]) <= 1e-4, f"{name} of image {image}"
+
+
+# ---- our own promises
+
+
+@pytest.mark.parametrize("upscale", (0, 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_equals_its_images(kind, upscale):
+    config = small(kind, upscale=upscale)
+    decoder, capture = randomise(build_decoder(config)).eval(), capture_of(DEMO_LEVELS, 3)
+    text = text_for(config, 3)
+    with torch.inference_mode():
+        together = decoder(capture, text)
+        alone = [decoder(image_of(capture, b), None if text is None else text[b : b + 1]) for b in range(3)]
+    for name, value in together.items():
+        assert distance(value, torch.cat([one[name] for one in alone])) <= 1e-5
+
+
+def test_words_asked_together_equal_words_asked_alone():
+    decoder = randomise(build_decoder(small("open-vocabulary"))).eval()
+    capture, text = capture_of(DEMO_LEVELS, 2), text_for(decoder.config, 2, words=3)
+    with torch.inference_mode():
+        together = decoder(capture, text)
+        alone = [decoder(capture, text[:, word]) for word in range(3)]
+    for name, value in together.items():
+        assert distance(value, torch.stack([one[name] for one in alone], 1)) <= 1e-5
+
+
+@pytest.mark.parametrize("wrong", (None, torch.zeros(2, 9), torch.zeros(1, 10), torch.zeros(10)))
+def test_open_vocabulary_needs_a_word_per_image(wrong):
+    with pytest.raises(Refused, match="expected class embeddings"):
+        build_decoder(small("open-vocabulary"))(capture_of(DEMO_LEVELS, 2), wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sides_follow_the_highest_level(kind):
+    config = small(kind)
+    with torch.inference_mode():
+        answer = build_decoder(config)(capture_of(DEMO_LEVELS, 2), text_for(config, 2))
+    expected = {
+        "pred_logits": (2, 5, config.logits),
+        "pred_masks": (2, 5, 40, 40),
+        "depth": (2, 1, 128, 128),
+        "heatmaps": (2, 2, 16, 16),
+        "x": (2, 2, 128),
+        "y": (2, 2, 128),
+    }
+    assert {name: tuple(value.shape) for name, value in answer.items()} == {name: expected[name] for name in answer}
+
+
+def test_another_image_size_than_trained():
+    larger = levels({"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=192)
+    with torch.inference_mode():
+        assert build_decoder(small("segmentation"))(capture_of(larger, 1))["pred_masks"].shape[-1] == 60
+        with pytest.raises(Refused, match="24 cells"):
+            build_decoder(small("simcc"))(capture_of(larger, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_learns(kind):
+    config = small(kind, upscale=2)
+    decoder, options = build_decoder(config), {"auxiliary": True} if config.has_queries else {}
+    with torch.no_grad():  # upstream starts the depth head too close to zero for a gradient to show
+        for parameter in decoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    before = {name: module.u0.clone() for name, module in decoder.named_modules() if isinstance(module, SpectralConv2d)}
+    answer = decoder(capture_of(DEMO_LEVELS, 2), text_for(config, 2), **options)
+    earlier = answer.pop("aux", [])
+    assert len(earlier) == (config.layers if config.has_queries else 0)
+    sum((one * torch.randn_like(one)).sum() for answers in (answer, *earlier) for one in answers.values()).backward()
+    assert [name for name, parameter in decoder.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0] == []
+    assert all(not torch.equal(before[name], decoder.get_submodule(name).u0) for name in before)
+
+
+def test_spectral_norm_gradient():
+    """The gradient goes through the norm as well: d/dW of W / sigma(W), against finite differences."""
+    layer = SpectralConv2d(3, 4, 3).double().eval()
+
+    def call(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (torch.ones(1, 3, 4, 4, dtype=torch.float64),))
+
+    # The power iteration is held fixed, as upstream does, so it must have converged for the difference quotient to agree.
+    layer.u0.copy_(torch.linalg.svd(layer.weight.detach().flatten(1))[0][:, :1].T)
+    assert torch.autograd.gradcheck(call, (layer.weight.detach().clone().requires_grad_(),), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ("segmentation", "simcc"))
+def test_folded_equals_the_first_image_and_strict_goes_on(kind, tmp_path):
+    decoder = randomise(build_decoder(small(kind)))
+    save_decoder(decoder, tmp_path)
+    folded, strict, capture = load_decoder(tmp_path), load_decoder(tmp_path, strict=True), capture_of(DEMO_LEVELS, 1)
+    assert not any(isinstance(module, SpectralConv2d) for module in folded.modules())
+    assert not any(parameter.requires_grad for loaded in (folded, strict) for parameter in loaded.parameters())
+    with torch.inference_mode():
+        repeated = [folded(capture), folded(capture)]
+        moving = [strict(capture), strict(capture)]
+    for name in moving[0]:
+        assert torch.equal(repeated[0][name], repeated[1][name])
+        assert distance(repeated[0][name], moving[0][name]) <= 1e-5
+        assert not torch.equal(moving[0][name], moving[1][name])
+
+
+def test_running_statistics_replace_the_image_own():
+    capture = capture_of(DEMO_LEVELS, 2)
+    decoder = randomise(build_decoder(small("heatmap", normalisation="running")))
+    by_image = randomise(build_decoder(small("heatmap")))
+    by_image.load_state_dict(decoder.state_dict())
+    with torch.no_grad():
+        first = decoder(capture)["heatmaps"]  # training: statistics of the image, the stored ones move
+        assert distance(first, by_image(capture)["heatmaps"]) <= 1e-5
+        for _ in range(60):
+            decoder(capture)
+        mixed = decoder.mid_feature_mix_conv
+        stored = mixed.stored_mean1.clone()
+        answer = decoder.eval()(capture)["heatmaps"]
+    assert torch.equal(stored, mixed.stored_mean1)
+    assert distance(answer, by_image.eval()(capture)["heatmaps"]) > 1e-3
+
+
+@pytest.mark.parametrize("storage,tolerance", (("fp32", 0.0), ("fp16", 2e-2)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded(kind, storage, tolerance, tmp_path):
+    config = small(kind, upscale=2 if kind == "depth" else 0)
+    decoder, capture = build_decoder(config), capture_of(DEMO_LEVELS, 1)
+    save_decoder(decoder, tmp_path, storage)
+    loaded = load_decoder(tmp_path)
+    assert loaded.config == config
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
+    with torch.inference_mode():
+        expected, answer = decoder.eval()(capture, text_for(config, 1)), loaded(capture, text_for(config, 1))
+    for name in expected:
+        assert distance(answer[name], expected[name]) <= max(tolerance, 1e-6)
+
+
+def test_config_refusals():
+    config = small("segmentation")
+    assert DecoderConfig.from_json(config.to_json()) == config
+    for change, message in (
+        ({"kind": "segmentor"}, "kind is 'segmentor'"),
+        ({"task": "semantics"}, "task is 'semantics'"),
+        ({"normalisation": "batch"}, "normalisation is 'batch'"),
+        ({"width": 20, "heads": 8}, "width 20 must divide"),
+        ({"classes": ()}, "at least one name in classes"),
+    ):
+        with pytest.raises(Refused, match=message):
+            DecoderConfig(**{**{name: getattr(config, name) for name in DecoderConfig.__dataclass_fields__}, **change})
+    for text in ("", "{}", "[]", '{"levels": 3}'):
+        with pytest.raises(Refused, match="not the JSON of a decoder"):
+            DecoderConfig.from_json(text)
+    with pytest.raises(Refused, match="unknown fields colour"):
+        DecoderConfig.from_json(config.to_json().replace('"kind"', '"colour": 1,\n"kind"'))
+    with pytest.raises(Refused, match="task not given"):
+        DecoderConfig.from_json('{"kind": "depth", "levels": []}')
+    with pytest.raises(Refused, match="levels are"):
+        DecoderConfig.from_json('{"kind": "depth", "task": "depth", "levels": []}')
+
+
+def test_what_does_not_fit_is_listed():
+    decoder = build_decoder(small("heatmap"))
+    state = dict(decoder.state_dict())
+    state["final_layer.extra"] = state.pop("final_layer.bias")
+    state["final_layer.weight"] = torch.zeros(3, 64, 1, 1)
+    with pytest.raises(Refused) as refusal:
+        load_upstream(decoder, state)
+    for part in ("3 tensors", "missing: final_layer.bias", "unexpected: final_layer.extra", "final_layer.weight [3, 64, 1, 1] for [2, 64, 1, 1]"):
+        assert part in refusal.value.cause
+
+
+def test_broken_files(tmp_path):
+    decoder = build_decoder(small("simcc"))
+    with pytest.raises(Missing, match="config.json is not there"):
+        load_decoder(tmp_path)
+    with pytest.raises(Missing, match="no sub-folder"):
+        load_decoders(tmp_path)
+    save_decoder(decoder, tmp_path / "a")
+    save_decoder(decoder, tmp_path / "b")
+    with pytest.raises(Refused, match="second decoder for pose"):
+        load_decoders(tmp_path)
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(Refused, match="not a file of plain tensors"):
+        load_decoder(tmp_path / "b")
+    (tmp_path / "b" / "config.json").unlink()
+    assert list(load_decoders(tmp_path)) == ["pose"]
+    with pytest.raises(Refused, match="storage is 'int8'"):
+        save_decoder(decoder, tmp_path / "c", "int8")
+    with pytest.raises(Refused, match="folded"):
+        save_decoder(load_decoder(tmp_path / "a"), tmp_path / "c")
+    with torch.no_grad():
+        decoder.mlp_head_y.bias[2] = float("nan")
+    for broken in (lambda: save_decoder(decoder, tmp_path / "c"), lambda: load_upstream(build_decoder(small("simcc")), decoder.state_dict())):
+        with pytest.raises(Refused, match="mlp_head_y.bias holds 1 values that are NaN"):
+            broken()
+    assert not (tmp_path / "c").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("a pickle ran code",)
+
+
+def test_pickles_may_hold_tensors_only(tmp_path, capsys):
+    decoder = build_decoder(small("depth"))
+    state = {f"module.{name}": value for name, value in decoder.state_dict().items()}
+    torch.save(state, tmp_path / "good.pth")
+    assert load_upstream(build_decoder(small("depth")), tmp_path / "good.pth").config.kind == "depth"
+    torch.save({**state, "extra": Payload()}, tmp_path / "code.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    for name in ("code.pth", "list.pth", "text.pth"):
+        with pytest.raises(Refused, match=name):
+            load_upstream(build_decoder(small("depth")), tmp_path / name)
+    with pytest.raises(Missing, match="none.pth"):
+        load_upstream(build_decoder(small("depth")), tmp_path / "none.pth")
+    assert "ran code" not in capsys.readouterr().out
+
+
+def test_levels_of_another_unet():
+    check_levels(build_decoder(small("heatmap")), DEMO_LEVELS)
+    with pytest.raises(Refused, match="trained on a UNet whose level low"):
+        check_levels(build_decoder(small("heatmap")), SD1_LEVELS)
+    larger = levels({"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=256)
+    check_levels(build_decoder(small("heatmap")), larger)
+    with pytest.raises(Refused, match="128 pixels, but the run makes 256"):
+        check_levels(build_decoder(small("simcc")), larger)
+
+
+def test_cells_of_a_capture():
+    assert cells(capture_of(DEMO_LEVELS, 1)) == 16

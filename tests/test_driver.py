@@ -1,0 +1,245 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from stub_engine import CONFIGS, StubEngine
+
+from datasetdm_fast import driver, job
+from datasetdm_fast.config import TASKS, RunConfig
+from datasetdm_fast.data import Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.demo import world
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.run_folder import open_run
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Every engine the job opens, newest last."""
+    opened = []
+
+    def open_engine(model="demo", decoder="demo", tasks=TASKS, **choices):
+        opened.append(StubEngine(choices.get("size") or 64, tasks=tuple(tasks or TASKS)))
+        return opened[-1], {task: {"digest": "stub", "licence": "none"} for task in tasks or TASKS}
+
+    monkeypatch.setattr(job, "open_engine", open_engine)
+    return opened
+
+
+def config(path, **changes):
+    return RunConfig(**{"out": str(path), "number": 7, "batch_size": 3, "task": TASKS, "sampler": "ddim", **changes})
+
+
+def tree(path):
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and "state" not in file.parts}
+
+
+def samples(engine, requests, size=None, tasks=("semantic", "depth"), **choices):
+    recipe = job.make_recipe(engine, tasks, **choices)
+    size = size or len(requests)
+    groups = [requests[k : k + size] for k in range(0, len(requests), size)]
+    batches = [Batch(k, tuple(group), size - len(group)) for k, group in enumerate(groups)]
+    return [result for _, results in driver.generate(batches, engine, recipe) for result in results]
+
+
+def requests(*prompts, classes=()):
+    return [Request(k, prompt, 10 + k, classes) for k, prompt in enumerate(prompts)]
+
+
+def test_the_loop_captures_once_at_the_last_call():
+    engine = StubEngine()
+    samples(engine, requests("a", "b", "c"), sampler="ddim", steps=5)
+    assert [entry[0] for entry in engine.log] == ["denoise"] * 5 + ["capture"]
+    assert engine.log[-1] == ("capture", engine.log[-2][1]) and all(entry[2] == 3 for entry in engine.log[:5])
+
+
+def test_the_capture_follows_the_decoders_timestep():
+    engine = StubEngine(configs={task: replace(config, capture_timestep=390) for task, config in CONFIGS.items()})
+    recipe = job.make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)
+    assert recipe.schedule.timesteps[recipe.capture_call] == 400 and recipe.facts["capture_timestep"] == 400
+
+
+def test_decoders_of_different_timesteps_are_refused():
+    engine = StubEngine(configs=CONFIGS | {"depth": replace(CONFIGS["depth"], capture_timestep=600)})
+    with pytest.raises(Refused, match="semantic at timestep 0, depth at timestep 600"):
+        job.make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)
+
+
+def test_a_repeated_timestep_is_captured_at_its_last_call():
+    schedule = job.make_recipe(StubEngine(), ("depth",), steps=4).schedule
+    repeated = schedule.timesteps.index(schedule.timesteps[1])
+    assert schedule.timesteps[1] == schedule.timesteps[2]
+    assert job.capture_call(schedule, {"depth": schedule.timesteps[1]}) == repeated + 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_batches_do_not_mix_images(size):
+    asked = requests("a ball", "two cubes", "a tree", "a star")
+    whole, parts = samples(StubEngine(), asked), samples(StubEngine(), asked, size)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.request == other.request and (one.image == other.image).all()
+        assert (one.annotations["semantic"].labels == other.annotations["semantic"].labels).all()
+        assert np.allclose(one.annotations["depth"].metres, other.annotations["depth"].metres)
+
+
+def test_samples_that_are_not_finite_are_set_aside_alone():
+    found = samples(StubEngine(), requests("a ball", "broken", "a tree"))
+    assert [type(result) for result in found] == [Sample, SetAside, Sample]
+    assert "latents" in found[1].reason and "semantic" in found[1].reason
+    assert (found[2].image == samples(StubEngine(), requests("a ball", "a cube", "a tree"))[2].image).all()
+
+
+def test_words_are_encoded_once_a_run_and_each_image_is_asked_its_own():
+    engine = StubEngine()
+    asked = [Request(0, "a ball and a tree", 0, ("ball", "tree")), Request(1, "nothing", 1), Request(2, "a cube", 2, ("cube",))]
+    found = samples(engine, asked, size=1, tasks=("open-vocabulary",))
+    assert [entry for entry in engine.log if entry[0] == "encode_classes"] == [("encode_classes", world.THINGS)]
+    numbers = [set(np.unique(sample.annotations["open-vocabulary"].labels)) - {0} for sample in found]
+    words = [{1 + world.THINGS.index(word) for word in request.classes} for request in asked]
+    assert all(seen <= named for seen, named in zip(numbers, words, strict=True)) and numbers[0] and numbers[2]
+    assert found[0].annotations["open-vocabulary"].classes == ("background", *world.THINGS)
+
+
+def test_renumbered_maps_speak_of_the_words_of_the_run():
+    label = SemanticMap(np.array([[0, 1], [2, 3]], np.uint8), np.ones((2, 2)), ("none", "1", "2", "3"))
+    assert driver.renumber(label, ("tree", "ball"), ("ball", "cube", "tree")).labels.tolist() == [[0, 3], [1, 1]]
+    assert driver.renumber(label, (), ("ball",)).labels.tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_run_is_made_once(engines, tmp_path):
+    settings = config(tmp_path / "run")
+    made = []
+    result = driver.run(job.prepare(settings), made=made.append)
+    assert (result.done, result.made, result.is_complete, made) == (7, 7, True, [3, 3, 1])
+    assert len(engines) == 1 and job.finished(settings).done == 7 and len(engines) == 1
+    assert len(open_run(tmp_path / "run")) == 7
+
+
+def test_interrupted_limited_and_resumed_runs_are_equal(engines, tmp_path):
+    driver.run(job.prepare(config(tmp_path / "whole")))
+    for limit in (1, 4, 0):
+        driver.run(job.prepare(config(tmp_path / "limited", limit=limit)))
+    driver.run(job.prepare(config(tmp_path / "stopped")), is_stopping=lambda: True)
+    assert len(open_run(tmp_path / "stopped")) == 3
+    driver.run(job.prepare(config(tmp_path / "stopped")))
+    assert tree(tmp_path / "whole") == tree(tmp_path / "limited") == tree(tmp_path / "stopped")
+
+
+def test_a_limit_counts_new_images(engines, tmp_path):
+    for done in (2, 4):
+        assert driver.run(job.prepare(config(tmp_path / "run", limit=2))).done == done
+
+
+def test_other_settings_weights_or_engines_are_refused(engines, tmp_path, monkeypatch):
+    driver.run(job.prepare(config(tmp_path / "run", limit=1)))
+    before = tree(tmp_path / "run")
+    with pytest.raises(Refused, match="guidance: 0.0 there, 4.0 asked for; seed: 0 there, 5 asked for"):
+        job.finished(config(tmp_path / "run", guidance=4.0, seed=5))
+    monkeypatch.setattr(StubEngine, "fingerprint", lambda self: {"engine": "stub", "dtype": "fp16", "device": "cuda:1"})
+    with pytest.raises(Refused, match='engine.dtype: "fp32" there, "fp16" asked for'):
+        job.prepare(config(tmp_path / "run"))
+    assert tree(tmp_path / "run") == before
+
+
+def test_another_device_of_the_same_kind_may_go_on(engines, tmp_path, monkeypatch):
+    driver.run(job.prepare(config(tmp_path / "run", limit=1)))
+    monkeypatch.setattr(StubEngine, "fingerprint", lambda self: {"engine": "stub", "dtype": "fp32", "device": "cpu:1"})
+    assert job.prepare(config(tmp_path / "run")).done == 1
+
+
+def test_resume_never_refuses_a_run_folder(engines, tmp_path):
+    driver.run(job.prepare(config(tmp_path / "run", limit=1)))
+    with pytest.raises(Refused, match="--resume never"):
+        job.finished(config(tmp_path / "run", resume="never"))
+
+
+def test_a_foreign_folder_is_left_alone(engines, tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(Refused, match="not empty"):
+        job.finished(config(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_is_found_before_the_first_byte(engines, tmp_path, monkeypatch):
+    monkeypatch.setattr(job.storage, "free_bytes", lambda path: 1000)
+    with pytest.raises(Missing, match="are free"):
+        job.prepare(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_set_aside_samples_end_the_run_with_a_failed_gate(engines, tmp_path):
+    result = driver.run(job.prepare(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)))
+    assert (result.done, result.set_aside, result.is_complete) == (2, 2, True)
+    with pytest.raises(GateFailed, match="2 of 4 samples were set aside"):
+        result.check()
+    assert [sample.id for sample in open_run(tmp_path / "run")] == ["00000000", "00000002"]
+    assert job.finished(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)).set_aside == 2
+
+
+@pytest.mark.parametrize("index", [0, 4, 6])  # first, middle of a batch, padded tail
+def test_one_sample_is_made_again_from_its_row(engines, tmp_path, index):
+    path = tmp_path / "run"
+    driver.run(job.prepare(config(path, classes=("ball", "cube", "tree"))))
+    before = tree(path)
+    damaged = path / "images" / f"{index:08d}.png"
+    damaged.write_bytes(b"damaged")
+    again = RunConfig(out=str(path), only=f"{index:08d}")
+    assert driver.remake(job.prepare_remake(again)) == [f"images/{index:08d}.png"]
+    assert driver.remake(job.prepare_remake(again)) == [] and tree(path) == before
+
+
+def test_a_sample_that_comes_out_otherwise_fails_and_is_not_written(engines, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    driver.run(job.prepare(config(path)))
+    before = tree(path)
+    monkeypatch.setattr(StubEngine, "decode_image", lambda self, latents: __import__("torch").zeros(len(latents), 64, 64, 3, dtype=__import__("torch").uint8))
+    with pytest.raises(GateFailed, match="differs from the run folder in images/00000002.png"):
+        driver.remake(job.prepare_remake(RunConfig(out=str(path), only="2")))
+    assert tree(path) == before
+
+
+def test_making_again_checks_what_was_given(engines, tmp_path):
+    driver.run(job.prepare(config(tmp_path / "run")))
+    for only, given, message in (("99", (), "no sample"), ("x", (), "no sample"), ("1", ("seed",), "seed: 0 there, 3 asked for")):
+        with pytest.raises(Refused, match=message):
+            job.prepare_remake(RunConfig(out=str(tmp_path / "run"), only=only, seed=3), given)
+    with pytest.raises(Refused, match="no run folder"):
+        job.prepare_remake(RunConfig(out=str(tmp_path / "none"), only="1"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": ("colour",)}, "--task colour: not one of"),
+        ({"task": ()}, "names no task"),
+        ({"task": ("depth", "depth")}, "named twice"),
+        ({"engine": "warp"}, "--engine warp: not one of"),
+        ({"sampler": "euler"}, "--sampler euler"),
+        ({"number": 0}, "--number 0: expected a number of 1 or more"),
+        ({"number": -3}, "--number -3"),
+        ({"steps": -1}, "--steps -1"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": 10**6}, "at most"),
+        ({"size": 100}, "--size 100: expected a multiple of 64"),
+        ({"size": -64}, "--size -64"),
+        ({"size": 2**20}, "--size 1048576"),
+        ({"guidance": float("nan")}, "--guidance nan"),
+        ({"guidance": float("inf")}, "--guidance inf"),
+        ({"guidance": -1.0}, "--guidance -1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"seed": 2**63 - 3}, "--seed 9223372036854775811"),
+        ({"limit": -1}, "--limit -1"),
+        ({"threads": -1}, "--threads -1"),
+        ({"prompts": "none.txt"}, "none.txt: the prompt file cannot be read"),
+        ({"prompts": "word " * 90}, "92 tokens, at most 77"),
+        ({"classes": ("",)}, "class words is empty"),
+        ({"classes": ("unicorn",), "task": ("semantic",)}, "no decoder of this run knows 'unicorn'"),
+        ({"classes": ("word " * 90,)}, "92 tokens, at most 77"),
+    ],
+)
+def test_bad_settings_are_refused_with_nothing_written(engines, tmp_path, changes, message):
+    settings = config(tmp_path / "run", **changes)
+    with pytest.raises(Refused, match=message) as refusal:
+        job.finished(settings)
+        job.prepare(settings)
+    assert "\n" not in refusal.value.cause and refusal.value.remedy
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,186 @@
+"""The reference engine: capture, per-image semantics in a batch, and agreement with the stock pipeline."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+from datasetdm_fast.config import ENGINES as KNOWN
+from datasetdm_fast.data import Capture
+from datasetdm_fast.engines import ENGINES, build_engine
+from datasetdm_fast.engines.torch import TorchEngine, capturing
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.loading import DEMO, load_model
+from datasetdm_fast.sampling import guide, initial_noise, make_schedule, start, step
+
+PROMPTS = ("a red ball beside a cube", "two cats", "", "a person at night, in fog")
+SEEDS = (7, 11, 200000, 3)
+
+
+@pytest.fixture(scope="module")
+def engine() -> TorchEngine:
+    return build_engine("torch", load_model("tiny"), device="cpu")
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value - truth).double().norm() / truth.double().norm().clamp(min=1e-30))
+
+
+def make(engine: TorchEngine, prompts, seeds, steps: int, guidance: float = 5.0, profile: str = "0.3.0") -> tuple[torch.Tensor, Capture]:
+    """Final latents and Capture of the prompts as one batch."""
+    side, schedule = engine.model.size // 8, make_schedule(engine.model.scheduler, "pndm", steps, profile)
+    context = torch.cat([engine.encode_text([""] * len(prompts)), engine.encode_text(prompts)])
+    state = start(torch.stack([initial_noise(seed, 4, side, side) for seed in seeds]))
+    for k, time in enumerate(schedule.timesteps[:-1]):
+        state = step(schedule, k, state, guide(engine.denoise(state.latents, time, context), guidance))
+    output, capture = engine.denoise_and_capture(state.latents, schedule.timesteps[-1], context)
+    return step(schedule, len(schedule) - 1, state, guide(output, guidance)).latents, capture
+
+
+def stock(engine: TorchEngine) -> StableDiffusionPipeline:
+    """diffusers' own pipeline over the same modules."""
+    model = engine.model
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=PNDMScheduler.from_config(model.scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_capture_has_the_shapes_of_the_stage_table(engine):
+    _, capture = make(engine, PROMPTS[:2], SEEDS[:2], 2)
+    assert sum(len(level) for level in capture.features) == 28 and sum(len(level) for level in capture.maps) == 16
+    for level, features, maps in zip(engine.model.levels, capture.features, capture.maps, strict=True):
+        assert [tuple(feature.shape) for feature in features] == [(2, 2 * channels, level.side, level.side) for channels in level.features]
+        assert [tuple(layer.shape) for layer in maps] == [(2, heads, level.side**2, level.tokens) for heads in level.heads]
+        assert all(torch.allclose(layer.sum(-1), torch.ones(())) for layer in maps)
+
+
+def test_features_join_both_halves_of_each_image_and_maps_keep_the_conditional_one(engine):
+    """With one context in both halves the halves are equal; changing one half changes its own channels only."""
+    latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in (1, 2)])
+    empty, text = engine.encode_text(["", ""]), engine.encode_text(["a cube", "a ball"])
+    _, same = engine.denoise_and_capture(latents, 1, torch.cat([text, text]))
+    _, other = engine.denoise_and_capture(latents, 1, torch.cat([empty, text]))
+    for level_same, level_other in zip(same.features, other.features):
+        for a, b in zip(level_same, level_other):
+            without, with_text = a.chunk(2, dim=1)
+            assert relative(without, with_text) <= 1e-5
+            assert relative(b.chunk(2, dim=1)[1], with_text) <= 1e-5
+    assert relative(other.features[0][-1].chunk(2, dim=1)[0], same.features[0][-1].chunk(2, dim=1)[0]) > 1e-3
+    for level_same, level_other in zip(same.maps, other.maps):
+        assert all(relative(b, a) <= 1e-5 for a, b in zip(level_same, level_other))
+
+
+def test_four_prompts_equal_four_runs_of_one(engine):
+    latents, capture = make(engine, PROMPTS, SEEDS, 3)
+    for k, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS)):
+        alone, single = make(engine, [prompt], [seed], 3)
+        assert relative(latents[k], alone[0]) <= 1e-5
+        for kind in ("features", "maps"):
+            for level, level_alone in zip(getattr(capture, kind), getattr(single, kind), strict=True):
+                for value, truth in zip(level, level_alone, strict=True):
+                    assert relative(value[k], truth[0]) <= 1e-5, kind
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("tiny", 6), pytest.param("demo", 10, marks=pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet"))]
+)
+def test_image_is_that_of_the_stock_pipeline(name, steps):
+    engine = build_engine("torch", load_model(name), device="cpu")
+    pipeline = stock(engine)
+    latents, _ = make(engine, PROMPTS[:3], SEEDS[:3], steps, profile="0.14.0")
+    for k in range(3):
+        arguments = {"num_inference_steps": steps, "guidance_scale": 5.0, "height": engine.model.size, "width": engine.model.size}
+        theirs = pipeline(PROMPTS[k], generator=torch.Generator("cpu").manual_seed(SEEDS[k]), output_type="latent", **arguments).images
+        assert relative(latents[k], theirs[0]) <= 1e-4
+    picture = pipeline(PROMPTS[2], generator=torch.Generator("cpu").manual_seed(SEEDS[2]), output_type="np", **arguments).images[0]
+    difference = np.abs(engine.decode_image(latents)[2].numpy().astype(int) - np.trunc(picture * 255).astype(int))
+    assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+
+
+def test_text_is_encoded_as_the_stock_pipeline_does(engine):
+    theirs, without = stock(engine).encode_prompt(list(PROMPTS[:2]), "cpu", 1, True)
+    assert torch.equal(engine.encode_text(PROMPTS[:2]), theirs)
+    assert torch.equal(engine.encode_text(["", ""]), without)
+    classes = engine.encode_classes(["ball", "cube"])
+    assert torch.equal(classes, engine.encode_text(["ball", "cube"]).mean(1)) and classes.shape == (2, 32)
+
+
+def test_plain_calls_are_not_observed(engine):
+    unet = engine.model.unet
+    kinds = {name: type(processor) for name, processor in unet.attn_processors.items()}
+    latents, context = initial_noise(0, 4, 16, 16)[None], engine.encode_text(["", "a cube"])
+    captured, _ = engine.denoise_and_capture(latents, 1, context)
+    assert relative(engine.denoise(latents, 1, context), captured) <= 1e-5
+    with pytest.raises(KeyError), capturing(unet):  # a forward that never came leaves nothing behind either
+        pass
+    assert {name: type(processor) for name, processor in unet.attn_processors.items()} == kinds
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+def test_pixels_are_cut_not_rounded(engine):
+    class Flat(torch.nn.Module):
+        config = engine.model.vae.config
+
+        def decode(self, latents, return_dict):
+            return (latents.new_tensor([-2.0, -1.0, 0.0, 0.999, 2.0]).expand(1, 3, 1, 5),)
+
+    flat = TorchEngine(replace(engine.model, vae=Flat()), device="cpu")
+    image = flat.decode_image(torch.zeros(1, 4, 1, 1))
+    assert image.dtype == torch.uint8 and image[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255]
+
+
+def test_real_images_are_encoded_by_mean_or_by_each_images_generator(engine):
+    images = torch.randint(0, 256, (2, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean = engine.encode_image(images)
+    with torch.no_grad():
+        posterior = engine.model.vae.encode(images.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    assert relative(mean, posterior.mean * engine.model.vae.config.scaling_factor) <= 1e-6
+    both = engine.encode_image(images, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
+    second = engine.encode_image(images[1:], [torch.Generator().manual_seed(2)])
+    assert relative(both[1], second[0]) <= 1e-5 and relative(both, mean) > 1e-3
+
+
+def test_decoders_are_called_by_task(engine):
+    class Decoder(torch.nn.Module):
+        def forward(self, capture, text=None):
+            return {"logits": capture.features[0][0], "text": text}
+
+    with_decoder = build_engine("torch", engine.model, {"semantic": Decoder()}, device="cpu")
+    text = torch.ones(1, 32)
+    raw = with_decoder.annotate("semantic", Capture(((torch.zeros(1),),), ()), text)
+    assert torch.equal(raw["logits"], torch.zeros(1)) and raw["text"] is text
+    with pytest.raises(Missing, match="depth"):
+        with_decoder.annotate("depth", Capture((), ()))
+
+
+def test_fingerprint_names_what_decides_rounding(engine):
+    fingerprint = engine.fingerprint()
+    assert fingerprint["engine"] == "torch" and fingerprint["dtype"] == "fp32" and fingerprint["torch"] == torch.__version__
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+
+
+def test_engines_that_are_not_there_are_named(engine):
+    with pytest.raises(Refused, match="warp"):
+        build_engine("warp", engine.model)
+    for name in set(KNOWN) - {"auto"} - set(ENGINES):
+        with pytest.raises(Missing, match=name) as stop:
+            build_engine(name, engine.model)
+        assert len(str(stop.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("option", "value", "error"), [("dtype", "fp16", Refused), ("device", "tpu", Refused), ("device", "cuda:99", Missing)])
+def test_impossible_arithmetic_or_device_is_refused(engine, option, value, error):
+    with pytest.raises(error, match=value):
+        build_engine("torch", engine.model, **{option: value})

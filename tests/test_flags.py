@@ -1,0 +1,207 @@
+"""Flags from RunConfig: spellings, types, YAML under flags, refusals in two lines, and how a command ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from datasetdm_fast import __version__
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.flags import parse, run_command
+
+
+def test_no_flags_give_the_defaults():
+    assert parse([]) == (RunConfig(), set())
+
+
+def test_hyphens_and_underscores_name_the_same_flag():
+    for line in (["--batch-size", "4"], ["--batch_size", "4"], ["--batch_size=4"], ["--batch-size=4"]):
+        config, given = parse(line)
+        assert config.batch_size == 4 and given == {"batch_size"}
+
+
+def test_values_keep_their_underscores_and_equals_signs():
+    assert parse(["--prompts=a_b = c_d"])[0].prompts == "a_b = c_d"
+    assert parse(["--out", "my_run"])[0].out == "my_run"
+
+
+def test_every_type_is_read():
+    config, given = parse(["--task", "depth, semantic,depth", "--seed", "-3", "--guidance", "2.5", "--quiet", "--no-json", "--classes", ""])
+    assert config.task == ("depth", "semantic") and config.seed == -3 and config.guidance == 2.5
+    assert config.quiet is True and config.json is False and config.classes == ()
+    assert given == {"task", "seed", "guidance", "quiet", "json", "classes"}
+
+
+WRONG = [
+    (["--sede", "3"], "unknown flag --sede (did you mean --seed?)"),
+    (["--batch"], "unknown flag --batch (did you mean --batch-size?)"),  # no abbreviations
+    (["--xyzzy=1"], "unknown flag --xyzzy"),
+    (["--task", "semantic,depht"], "--task: 'depht' is not one of semantic, instance, depth, pose, open-vocabulary (did you mean depth?)"),
+    (["--task", ","], "--task: the list is empty"),
+    (["--engine", "torhc"], "--engine: 'torhc' is not one of auto, torch, fast, ort, trt (did you mean torch?)"),
+    (["--seed", "three"], "--seed: 'three' is not a whole number"),
+    (["--steps", "2.5"], "--steps: '2.5' is not a whole number"),
+    (["--guidance", "nan"], "--guidance: 'nan' is not a finite number"),
+    (["--seed"], "--seed: expected one argument"),
+    (["--quiet=yes"], "--quiet"),
+    (["a red ball"], "unexpected argument 'a red ball'"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), WRONG)
+def test_wrong_lines_end_in_two_lines_and_exit_2(line, said, capsys):
+    assert run_command(lambda arguments: parse(arguments) and None, line) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 2
+    assert said in err.splitlines()[0] and "--help" in err.splitlines()[1]
+
+
+def test_a_yaml_file_lies_under_the_flags(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 3\nbatch-size: 2\nguidance: 1e-1\ntask: [depth, pose]\nclasses: a, b\nquiet: true\n")
+    config, given = parse(["--config", str(file), "--seed", "9", "--no-quiet"])
+    assert (config.seed, config.batch_size, config.guidance, config.quiet) == (9, 2, 0.1, False)
+    assert config.task == ("depth", "pose") and config.classes == ("a", "b")
+    assert given == {"seed", "batch_size", "guidance", "task", "classes", "quiet"}
+
+
+def test_an_empty_yaml_file_changes_nothing(tmp_path):
+    (tmp_path / "run.yaml").write_text("# nothing yet\n")
+    assert parse(["--config", str(tmp_path / "run.yaml")]) == (RunConfig(), set())
+
+
+WRONG_YAML = [
+    ("sed: 3", "unknown setting 'sed' (did you mean seed?)"),
+    ("7: 3", "unknown setting 7"),
+    ("task: [depht]", "task: 'depht' is not one of"),
+    ("seed: three", "seed: 'three' is not a whole number"),
+    ("seed: 1.5", "'1.5' is not a whole number"),
+    ("seed: true", "seed: True has the wrong type"),
+    ("only: 00000003", "only: 3 has the wrong type for this setting; put text in quotes"),  # YAML reads an octal number
+    ("resume: no", "resume: False has the wrong type"),
+    ("quiet: 'yes'", "quiet: 'yes' is neither true nor false"),
+    ("seed:", "seed: None has the wrong type"),
+    ("classes: [1, 2]", "classes: [1, 2] has the wrong type"),
+    ("- seed", "holds a list, expected settings"),
+    ("seed: [", "is not valid YAML at line 1"),
+    ("a: !!python/object/apply:os.system [ls]", "is not valid YAML"),
+    (b"\xff\xfe", "is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), WRONG_YAML)
+def test_wrong_yaml_is_refused(text, said, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(Refused) as refusal:
+        parse(["--config", str(file)])
+    assert said in refusal.value.cause and refusal.value.remedy
+
+
+def test_a_missing_yaml_file_is_refused(tmp_path):
+    with pytest.raises(Refused, match="cannot be read"):
+        parse(["--config", str(tmp_path / "none.yaml")])
+
+
+@dataclass(frozen=True)
+class Other:
+    data: str = field(metadata={"help": "what to read"})
+    share: float = field(default=0.5, metadata={"help": "100% means all"})
+
+
+def test_another_dataclass_makes_another_command(capsys):
+    assert parse(["--data", "demo:5@9"], Other, prog="datasetdm-fast evaluate") == (Other("demo:5@9"), {"data"})
+    with pytest.raises(Refused, match="datasetdm-fast evaluate: --data is missing"):
+        parse([], Other, prog="datasetdm-fast evaluate")
+    assert run_command(lambda arguments: parse(arguments, Other) and None, ["--help"]) == 0
+    assert "100% means all (default: 0.5)" in capsys.readouterr().out
+
+
+def test_help_names_every_setting(capsys):
+    assert run_command(lambda arguments: parse(arguments) and None, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in shown for name in RunConfig.__dataclass_fields__)
+    assert run_command(lambda arguments: parse(arguments) and None, ["--version"]) == 0
+    assert capsys.readouterr().out == f"datasetdm-fast {__version__}\n"
+
+
+def ends_with(error):
+    def command(arguments):
+        raise error
+
+    return run_command(command, [])
+
+
+@pytest.mark.parametrize(("kind", "code"), [(Refused, 2), (Missing, 3), (GateFailed, 4)])
+def test_a_no_is_two_lines_and_its_exit_code(kind, code, capsys):
+    assert ends_with(kind("the cause\n goes on", "the remedy")) == code
+    assert capsys.readouterr().err == "the cause goes on\nthe remedy\n"
+
+
+def test_exit_codes_of_success_and_interruption():
+    assert run_command(lambda arguments: None, []) == 0
+    assert run_command(lambda arguments: 4, []) == 4
+    assert ends_with(KeyboardInterrupt()) == 130
+
+
+def test_a_bug_leaves_a_report_and_no_traceback_on_the_screen(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert ends_with(KeyError("lost\nkey")) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+    report = Path(err.split("the report is ")[1].strip())
+    assert report.parent == tmp_path and "Traceback" in report.read_text() and __version__ in report.read_text()
+
+
+def child(code, **options):
+    lines = f"import os, sys, time\nfrom datasetdm_fast.flags import run_command\n{code}\nsys.exit(run_command(command))"
+    return subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_sigterm_unwinds_and_exits_143():
+    code = """
+def command(arguments):
+    try:
+        print('ready', flush=True)
+        time.sleep(60)
+    finally:
+        print('unwound', flush=True)
+"""
+    with child(code) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (143, "unwound\n", "")
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_goes_away_is_not_reported(flush):
+    code = f"""
+def command(arguments):
+    sys.stdin.read()
+    print('x' * 1000, flush={flush})
+"""
+    with child(code, stdin=subprocess.PIPE) as process:
+        process.stdout.close()
+        process.stdin.close()
+        err = process.stderr.read()
+        process.wait(timeout=30)
+    assert (process.returncode, err) == (141, "")
+
+
+def test_another_broken_pipe_is_reported(tmp_path):
+    code = """
+def command(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    os.write(write, b'x')
+"""
+    with child(code, env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and "BrokenPipeError" in err
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,163 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from stub_engine import StubEngine
+
+from datasetdm_fast import generate, job
+from datasetdm_fast.config import TASKS
+from datasetdm_fast.run_folder import open_run
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    opened = []
+
+    def open_engine(model="demo", decoder="demo", tasks=TASKS, **choices):
+        opened.append(StubEngine(choices.get("size") or 64, tasks=tuple(tasks)))
+        return opened[-1], {task: {"digest": "stub", "licence": "none"} for task in tasks}
+
+    monkeypatch.setattr(job, "open_engine", open_engine)
+    return opened
+
+
+def run(*arguments, out=None):
+    return generate.main([*arguments, *(["--out", str(out)] if out else [])])
+
+
+def test_without_flags_it_makes_the_demo_run(engines, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run() == 0
+    out, err = capsys.readouterr()
+    assert out == "runs/demo\n"
+    for line in (
+        "images     16 of 16, 64 x 64 pixels, seeds 0 to 15",
+        "labels     semantic, instance, depth, pose",
+        "2 batches of 8",
+        "time       about",
+        "disk       at most",
+    ):
+        assert line in err
+    assert len(open_run("runs/demo")) == 16 and (tmp_path / "runs/demo/gallery/index.html").exists()
+
+
+def test_json_is_one_object_and_quiet_is_quiet(engines, tmp_path, capsys):
+    assert run("--number", "3", "--json", "--quiet", out=tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert err == "" and result.pop("images_per_second") > 0
+    assert result == {"path": str(tmp_path / "run"), "number": 3, "done": 3, "made": 3, "set_aside": 0, "complete": True}
+
+
+def test_the_same_line_again_has_nothing_to_do(engines, tmp_path, capsys):
+    for _ in range(2):
+        assert run("--number", "3", out=tmp_path / "run") == 0
+    assert len(engines) == 1 and "complete with 3 samples, nothing to do" in capsys.readouterr().err
+
+
+def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):
+    assert run("--number", "3", "--limit", "1", out=tmp_path / "run") == 0
+    assert f"1 of 3 samples are there; go on with: python -m datasetdm_fast.generate --number 3 --limit 1 --out {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(engines, tmp_path, capsys):
+    assert run("--number", "2", "--prompts", "a ball", "--dry-run", out=tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["00000000  seed 0  'a ball'", "00000001  seed 1  'a ball'"] and "images     2 of 2" in err
+    assert run("--number", "2", "--prompts", "a ball", "--dry-run", "--json", out=tmp_path / "run") == 0
+    assert [request["seed"] for request in json.loads(capsys.readouterr().out)["requests"]] == [0, 1]
+    assert not (tmp_path / "run").exists() and not [entry for engine in engines for entry in engine.log if entry[0] == "denoise"]
+
+
+def test_per_class(engines, tmp_path):
+    assert run("--classes", "ball,cube", "--per-class", "3", "--task", "semantic", out=tmp_path / "run") == 0
+    assert [sample.classes for sample in open_run(tmp_path / "run")] == [("ball",), ("cube",)] * 3
+
+
+def test_only(engines, tmp_path, capsys):
+    assert run("--number", "3", out=tmp_path / "run") == 0
+    (tmp_path / "run/depth/00000001.png").unlink()
+    capsys.readouterr()
+    assert run("--only", "00000001", "--json", out=tmp_path / "run") == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "run"), "id": "00000001", "written": ["depth/00000001.png"]}
+    assert run("--only", "00000001", "--number", "4", out=tmp_path / "run") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--task", "colour"], "colour"),
+        (["--engine", "warp"], "warp"),
+        (["--number", "-1"], "-1"),
+        (["--number", "0"], "0"),
+        (["--steps", "-1"], "-1"),
+        (["--batch-size", "0"], "0"),
+        (["--guidance", "nan"], "nan"),
+        (["--size", "100"], "100"),
+        (["--prompts", "missing.txt"], "missing.txt"),
+        (["--prompts", "x " * 90], "92 tokens"),
+        (["--classes", "unicorn"], "unicorn"),
+        (["--per-class", "2"], "no classes"),
+        (["--prompts", ""], "--prompts"),
+        (["--classes", ""], "--classes"),
+        (["--model", "tiny"], "no prompts"),
+        (["--only", "7"], "no run folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_one_remedy_and_nothing_written(engines, tmp_path, capsys, arguments, cause):
+    assert run(*arguments, out=tmp_path / "run") == 2
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and len(lines) == 2 and cause in lines[0] and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_configurations_exit_with_two(engines, tmp_path, capsys):
+    assert run("--number", "2", out=tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run("--number", "3", "--seed", "4", out=tmp_path / "run") == 2
+    assert "number: 2 there, 3 asked for; seed: 0 there, 4 asked for" in capsys.readouterr().err
+
+
+def test_samples_set_aside_exit_with_four(engines, tmp_path, capsys):
+    for _ in range(2):
+        assert run("--prompts", "a ball\nbroken", "--number", "2", out=tmp_path / "run") == 4
+        out, err = capsys.readouterr()
+        assert out == f"{tmp_path / 'run'}\n" and "1 of 2 samples were set aside" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_finishes_the_batch(engines, tmp_path, capsys, monkeypatch, number, code):
+    denoise, sent = StubEngine.denoise, []
+
+    def interrupted(self, latents, timestep, context):
+        if (tmp_path / "run").exists() and not sent:  # not during the probe, and once
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return denoise(self, latents, timestep, context)
+
+    monkeypatch.setattr(StubEngine, "denoise", interrupted)
+    assert run("--number", "6", "--batch-size", "2", out=tmp_path / "run") == code
+    out, err = capsys.readouterr()
+    assert "2 of 6 samples are there; go on with: python -m datasetdm_fast.generate --number 6" in err
+    assert len(open_run(tmp_path / "run")) == 2 and (tmp_path / "run" / "instances.json").exists()
+    assert run("--number", "6", "--batch-size", "2", out=tmp_path / "run") == 0
+    assert len(open_run(tmp_path / "run")) == 6
+
+
+def test_the_second_signal_ends_at_once():
+    code = (
+        "import os, signal, time; from datasetdm_fast.generate import Interruption\n"
+        "with Interruption(True):\n    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 130
+
+
+def test_a_complete_run_loads_no_network(engines, tmp_path):
+    assert run("--number", "2", out=tmp_path / "run") == 0
+    arguments = ["--number", "2", "--out", str(tmp_path / "run")]
+    code = f"import sys; from datasetdm_fast.generate import main; sys.exit(main({arguments!r}) or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,272 @@
+import errno
+import json
+import os
+import sqlite3
+
+import numpy as np
+import pytest
+from PIL import Image
+from rendered import TASKS, document, rendered, write_run
+
+from datasetdm_fast import label_files, storage
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside
+from datasetdm_fast.demo import world
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.ledger import Ledger, Row
+from datasetdm_fast.run_folder import RunFolder, check_same, open_run, read_document
+from datasetdm_fast.storage import Stored
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    write_run(path, 12)
+    return path
+
+
+def tree(path):
+    """Every file of a run folder but its state, with its bytes."""
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and "state" not in file.parts}
+
+
+def test_rows_come_back_whole(tmp_path):
+    row = Row(Request(3, "a 🎈 'ball'\u202e", 2**63 - 1, ("ball",)), {"steps": 50}, {"image": ("images/3.png", Stored("ab", 5))}, {"depth": {"min": 0.5}})
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.commit([row])
+        assert ledger.row(3) == row and list(ledger.rows()) == [row]
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.row(3) == row and ledger.row(4) is None
+
+
+def test_a_commit_is_all_or_nothing(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        with pytest.raises(sqlite3.IntegrityError):
+            ledger.commit([Row(Request(0, "a", 0), {}), Row(Request(1, "b", 1), {}, status="lost")])
+        assert ledger.count() == 0
+
+
+def test_ledger_survives_power_loss_settings(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert ledger._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_broken_ledger_is_refused(tmp_path):
+    (tmp_path / "ledger.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(Refused, match="not a readable ledger"):
+        Ledger(tmp_path / "ledger.sqlite")
+
+
+def test_publish_leaves_nothing_behind_on_a_full_disk(tmp_path, monkeypatch):
+    def full(handle, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(Missing, match="full"):
+        storage.publish({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_publish_writes_what_short_writes_leave(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:3]))
+    storage.publish({tmp_path / "a": b"0123456789"})
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+def test_same_samples_give_the_same_bytes(run_path, tmp_path):
+    write_run(tmp_path / "again", 12)
+    assert tree(run_path) == tree(tmp_path / "again")
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(run_path, tmp_path):
+    path = tmp_path / "run"
+    with RunFolder(path, document(12)) as folder:
+        folder.add([rendered(k) for k in range(5)], {"batch_size": 4})
+    # Killed after files were published, before their row: they are overwritten by the same bytes.
+    (path / "images" / "00000005.png").write_bytes(b"half")
+    (path / "images" / ".00000006.png.123.part").write_bytes(b"half")
+    with RunFolder(path, document(12)) as folder:
+        folder.add([rendered(k) for k in range(5, 12)], {"batch_size": 4})
+        folder.rebuild()
+    assert tree(path) == tree(run_path)
+
+
+def test_files_hold_what_was_made(run_path):
+    made, image = rendered(3), Image.open(run_path / "images" / "00000003.png")
+    assert (np.array(image) == made.image).all()
+    semantic = Image.open(run_path / "semantic" / "00000003.png")
+    assert semantic.mode == "P" and (np.array(semantic) == made.annotations["semantic"].labels).all()
+    depth = np.array(Image.open(run_path / "depth" / "00000003.png"))
+    assert depth.dtype == np.uint16 and np.abs(depth / 1000 - made.annotations["depth"].metres).max() <= 0.0005 + 1e-6
+    assert np.array(Image.open(run_path / "confidence" / "00000003.png")).dtype == np.uint8
+
+
+def test_one_word_has_one_colour_in_all_label_maps(run_path):
+    maps = [Image.open(run_path / folder / "00000003.png") for folder in ("semantic", "open_vocabulary")]
+    cube = [
+        image.getpalette()[3 * number : 3 * number + 3]
+        for image, number in zip(maps, (world.CLASSES.index("cube"), 1 + world.THINGS.index("cube")), strict=True)
+    ]
+    assert cube[0] == cube[1]
+
+
+def test_pycocotools_reads_its_own_output(run_path):
+    pycocotools = pytest.importorskip("pycocotools.coco")
+    from pycocotools.cocoeval import COCOeval
+
+    truth = pycocotools.COCO(str(run_path / "instances.json"))
+    assert len(truth.getImgIds()) == 12 and [category["name"] for category in truth.loadCats(truth.getCatIds())] == list(world.THINGS)
+    annotations = truth.loadAnns(truth.getAnnIds())
+    assert all(item["area"] == truth.annToMask(item).sum() for item in annotations)
+    found = truth.loadRes([{name: item[name] for name in ("image_id", "category_id", "segmentation", "score")} for item in annotations])
+    for kind in ("segm", "bbox"):
+        judge = COCOeval(truth, found, kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+        assert judge.stats[0] == pytest.approx(1)
+
+
+def test_pycocotools_reads_keypoints(run_path):
+    pycocotools = pytest.importorskip("pycocotools.coco")
+    from pycocotools.cocoeval import COCOeval
+
+    truth = pycocotools.COCO(str(run_path / "keypoints.json"))
+    (person,) = truth.loadCats([1])
+    assert person["keypoints"] == list(world.JOINTS) and min(map(min, person["skeleton"])) == 1
+    people = truth.loadAnns(truth.getAnnIds())
+    found = truth.loadRes([{name: item[name] for name in ("image_id", "category_id", "keypoints", "score")} for item in people])
+    judge = COCOeval(truth, found, "keypoints")
+    judge.params.kpt_oks_sigmas = np.full(len(world.JOINTS), 0.08)
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert judge.stats[0] == pytest.approx(1)
+
+
+def test_samples_file_names_every_file_with_its_digest(run_path):
+    lines = [json.loads(line) for line in (run_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [f"{k:08d}" for k in range(12)]
+    for line in lines:
+        for file in line["files"].values():
+            assert storage.sha256_of(run_path / file["path"]) == file["sha256"] and (run_path / file["path"]).stat().st_size == file["bytes"]
+
+
+def test_card_quotes_no_foreign_markup(tmp_path):
+    hostile = document(1) | {"model": {"name": "`x`\n# <script>", "source": "", "licence": "[a](b)`", "digests": {}}}
+    hostile["labels"]["semantic"]["classes"][2] = "<img src=x> | [a](javascript:b)"
+    with RunFolder(tmp_path / "run", hostile) as folder:
+        folder.add([rendered(0)], {})
+        folder.rebuild()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "<img" not in card and "](" not in card.replace("`[a](b)'`", "") and "\n# <" not in card
+
+
+def test_open_run_gives_back_every_label(run_path):
+    run = open_run(run_path)
+    assert len(run) == 12 and run["00000003"].id == run[3].id == run[-9].id
+    for k in (0, 3, 11):
+        there, made = run[k], rendered(k)
+        assert (there.image == made.image).all() and there.prompt == made.request.prompt and there.seed == k
+        assert (there.semantic.labels == made.annotations["semantic"].labels).all() and there.semantic.classes == world.CLASSES
+        assert (there.instances.masks == made.annotations["instance"].masks).all()
+        assert (there.instances.class_ids == made.annotations["instance"].class_ids).all()
+        assert np.abs(there.depth.metres - made.annotations["depth"].metres).max() < 0.001
+        assert (there.keypoints.visibility == made.annotations["pose"].visibility).all()
+        assert (there.open_vocabulary.labels == made.annotations["open-vocabulary"].labels).all()
+    assert [type(label) for label in (there.semantic, there.instances, there.depth, there.keypoints)] == [SemanticMap, Instances, DepthMap, Keypoints]
+
+
+@pytest.mark.parametrize("key", ["00000012", "3x", "", "9" * 30, "-1"])
+def test_unknown_ids_are_key_errors(run_path, key):
+    with pytest.raises(KeyError):
+        open_run(run_path)[key]
+
+
+def test_positions_beyond_the_end_are_index_errors(run_path):
+    run = open_run(run_path)
+    for position in (12, -13):
+        with pytest.raises(IndexError):
+            run[position]
+    assert len(list(run)) == 12
+
+
+def test_no_run_folder_is_refused(tmp_path):
+    with pytest.raises(Refused, match="not a run folder"):
+        open_run(tmp_path / "none")
+    (tmp_path / "some.txt").write_text("x")
+    with pytest.raises(Refused, match="not empty"):
+        read_document(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99, "config": {}}', '{"format": 1, "config": 3}'])
+def test_unreadable_descriptions_are_refused(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(Refused, match="run.json"):
+        read_document(tmp_path)
+
+
+def test_other_configurations_are_refused_with_the_fields(tmp_path):
+    with pytest.raises(Refused, match="number: 4 there, 5 asked for; seed: 0 there, 1 asked for"):
+        check_same(tmp_path, document(4), {"config": document(5, seed=1)["config"]})
+
+
+def test_two_writers_are_refused(tmp_path):
+    with RunFolder(tmp_path / "run", document(1)), pytest.raises(Refused, match="another process"):
+        RunFolder(tmp_path / "run", document(1))
+
+
+def test_set_aside_samples_have_a_row_and_no_file(tmp_path):
+    with RunFolder(tmp_path / "run", document(2)) as folder:
+        folder.add([rendered(0), SetAside(Request(1, "a ball", 1), "NaN")], {})
+        folder.rebuild()
+        assert folder.ledger.indices() == [0] and folder.ledger.indices("set-aside") == [1]
+    assert len(list((tmp_path / "run" / "images").iterdir())) == 1 and "`00000001`" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_renewing_mends_files_and_never_writes_other_bytes(tmp_path):
+    write_run(tmp_path / "run", 2)
+    before = tree(tmp_path / "run")
+    (tmp_path / "run" / "depth" / "00000001.png").write_bytes(b"damaged")
+    (tmp_path / "run" / "images" / "00000001.png").unlink()
+    with RunFolder(tmp_path / "run", document(2)) as folder:
+        row = folder.ledger.row(1)
+        assert folder.renew(row, rendered(1)) == ["depth/00000001.png", "images/00000001.png"]
+        assert folder.renew(row, rendered(1)) == []
+        with pytest.raises(GateFailed, match="differs .* in depth/00000001.png"):
+            folder.renew(row, rendered(2, prompt=row.request.prompt).__class__(row.request, rendered(2).image, rendered(2).annotations))
+    assert tree(tmp_path / "run") == before
+
+
+def test_index_files_are_rebuilt_from_the_ledger(tmp_path):
+    write_run(tmp_path / "run", 3)
+    before = tree(tmp_path / "run")
+    for name in ("samples.jsonl", "instances.json", "keypoints.json", "README.md", "gallery/index.html"):
+        (tmp_path / "run" / name).unlink()
+    with RunFolder(tmp_path / "run", document(3)) as folder:
+        assert not folder.is_indexed()
+        folder.rebuild()
+        assert folder.is_indexed()
+    assert tree(tmp_path / "run") == before
+
+
+def test_jpeg_and_other_tasks_only(tmp_path):
+    sample = rendered(0)
+    files, records = label_files.encode(sample.__class__(sample.request, sample.image, {"depth": sample.annotations["depth"]}), "jpg")
+    assert sorted(files) == ["depth", "image"] and files["image"][0] == "images/00000000.jpg" and files["image"][1][:2] == b"\xff\xd8"
+    assert sorted(records) == ["depth"]
+
+
+def test_run_is_a_torch_data_set(run_path):
+    torch = pytest.importorskip("torch")
+    run = open_run(run_path)
+    batch, labels = next(iter(torch.utils.data.DataLoader(run.as_dataset("semantic"), batch_size=4)))
+    assert batch.shape == (4, 3, 64, 64) and batch.dtype == torch.float32 and labels.dtype == torch.int64 and labels.shape == (4, 64, 64)
+    assert run.as_dataset("depth")[0][1].dtype == torch.float32
+    assert run.as_dataset("instance")[3][1]["masks"].dtype == torch.bool and run.as_dataset("pose")[3][1]["keypoints"].shape[1:] == (len(world.JOINTS), 3)
+    assert len(list(torch.utils.data.DataLoader(run.as_dataset("depth"), num_workers=2))) == 12
+    with pytest.raises(Refused, match="no labels for"):
+        run.as_dataset("colour")
+    assert set(run.tasks) == set(TASKS)

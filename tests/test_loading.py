@@ -1,0 +1,459 @@
+"""Loading: what is supported loads with equal weights, everything else is refused by name."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from datasetdm_fast import loading
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.loading import DOWN_BLOCKS, SD_SCHEDULER, UNKNOWN_LICENCE, UP_BLOCKS, load_model, predicts_noise
+
+
+def pipeline(model, **parts) -> StableDiffusionPipeline:
+    parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer, "unet": model.unet, **parts}
+    scheduler = PNDMScheduler.from_config({**model.scheduler, **parts.pop("scheduler", {})})
+    return StableDiffusionPipeline(scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    pipeline(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def same_weights(first, second) -> bool:
+    first, second = first.state_dict(), second.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def change(path: Path, **settings) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **settings}))
+
+
+# Presets ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_tiny_is_seeded_and_leaves_the_global_generator_alone(tiny):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    again = load_model("tiny")
+    assert torch.equal(torch.rand(1), expected)
+    assert all(same_weights(getattr(tiny, part), getattr(again, part)) for part in ("unet", "vae", "text_encoder"))
+    assert not any(parameter.requires_grad for part in (tiny.unet, tiny.vae, tiny.text_encoder) for parameter in part.parameters())
+    assert not (tiny.unet.training or tiny.vae.training or tiny.text_encoder.training)
+    assert tiny.size == 128 and [level.side for level in tiny.levels] == [2, 4, 8, 16] and "seeded" in tiny.digests["unet"]
+
+
+def test_size_follows_the_wish(tiny):
+    assert load_model("tiny", size=64).levels[-1].side == 8
+    for size in (100, -64, 63):
+        with pytest.raises(Refused, match=f"size: {size}"):
+            load_model("tiny", size=size)
+
+
+def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):
+    if loading.DEMO.is_dir():
+        model = load_model("demo")
+        assert model.name == "demo" and model.size == 128 and model.unet.dtype == torch.float32
+        assert model.licence != UNKNOWN_LICENCE
+    monkeypatch.setattr(loading, "DEMO", tmp_path / "nowhere")
+    with pytest.raises(Missing, match="demo.train"):
+        load_model("demo")
+
+
+# Folders ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_gives_back_what_was_saved(tiny, saved):
+    model = load_model(str(saved))
+    assert all(same_weights(getattr(tiny, part), getattr(model, part)) for part in ("unet", "vae", "text_encoder"))
+    assert model.tokenizer(["a red ball"])["input_ids"] == tiny.tokenizer(["a red ball"])["input_ids"]
+    assert model.levels == tiny.levels and model.defaults.size == 128 and model.defaults.steps == 50
+    assert {key: model.scheduler[key] for key in SD_SCHEDULER} == SD_SCHEDULER
+    assert set(model.digests) == {"tokenizer", "text_encoder", "unet", "vae", "scheduler"} and model.licence == UNKNOWN_LICENCE
+    assert load_model(str(saved)).digests == model.digests
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"safe_serialization": False}], ids=["fp16 files only", "pickles only"])
+def test_other_weight_files_load(tiny, tmp_path, options):
+    pipeline(tiny).save_pretrained(tmp_path / "model", **options)
+    assert same_weights(load_model(str(tmp_path / "model")).unet, tiny.unet)
+
+
+def test_half_precision_files_become_fp32(tiny, folder):
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value.half() for key, value in load_file(path).items()}, path)
+    model = load_model(str(folder))
+    assert model.vae.dtype == torch.float32 and model.digests["vae"] == loading.digest([path])
+
+
+def test_licence_is_read_from_file_or_card(folder):
+    (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\ntags: [a]\n---\n# Model\n")
+    assert load_model(str(folder)).licence == "creativeml-openrail-m"
+    (folder / "LICENSE").write_text("Do as you like.\n")
+    assert load_model(str(folder)).licence == "Do as you like."
+
+
+def test_second_generation_folder_with_heads_per_level_and_linear_projections(tiny, tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 32, 64, 64),
+        attention_head_dim=[1, 2, 4, 4],
+        use_linear_projection=True,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+        down_block_types=DOWN_BLOCKS,
+        up_block_types=UP_BLOCKS,
+        upcast_attention=True,
+    )
+    pipeline(tiny, unet=unet, scheduler={"prediction_type": "v_prediction"}).save_pretrained(tmp_path / "second")
+    model = load_model(str(tmp_path / "second"))
+    assert [level.heads for level in model.levels] == [(4,), (4,) * 5, (2,) * 5, (1,) * 5] and model.scheduler["prediction_type"] == "v_prediction"
+    engine = build_engine("torch", model, device="cpu")
+    latents, context = torch.randn(1, 4, 16, 16), engine.encode_text(["", "a cube"])
+    noise, capture = engine.denoise_and_capture(latents, 1, context)
+    assert torch.allclose(noise, engine.denoise(latents, 1, context), atol=1e-4)
+    for level, maps in zip(model.levels, capture.maps, strict=True):
+        assert [layer.shape for layer in maps] == [(1, heads, level.side**2, 77) for heads in level.heads]
+
+
+def set_nan(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["conv_out.bias"][0] = float("nan")
+    save_file(state, path)
+
+
+def drop_tensor(part: str, key: str):
+    def spoil(folder: Path) -> None:
+        path = next((folder / part).glob("*.safetensors"))
+        state = load_file(path)
+        (found,) = [name for name in state if name.endswith(key)]
+        save_file({name: value for name, value in state.items() if name != found}, path, {"format": "pt"})
+
+    return spoil
+
+
+def write(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def remove(name: str):
+    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+def configure(name: str, **settings):
+    return lambda folder: change(folder / name, **settings)
+
+
+def forget_words(folder: Path) -> None:
+    for name in ("tokenizer.json", "vocab.json"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+
+
+SPOILT = {
+    "no unet": (remove("unet"), "no unet"),
+    "no vae": (remove("vae"), "no vae"),
+    "no text encoder": (remove("text_encoder"), "no text_encoder"),
+    "no tokenizer": (remove("tokenizer"), "no tokenizer"),
+    "no scheduler": (remove("scheduler"), "no scheduler"),
+    "config without weights": (remove("vae/diffusion_pytorch_model.safetensors"), "no weights of its vae"),
+    "weights cut off": (cut, r"diffusion_pytorch_model.safetensors is truncated"),
+    "weights are no safetensors": (write("vae/diffusion_pytorch_model.safetensors", b"nonsense" * 10), "truncated or no safetensors"),
+    "weights are a git-lfs pointer": (write("unet/diffusion_pytorch_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
+    "config is no json": (write("unet/config.json", b"{"), "not readable as JSON"),
+    "tensor missing in the unet": (drop_tensor("unet", "conv_out.bias"), "conv_out.bias"),
+    "tensor missing in the text encoder": (drop_tensor("text_encoder", "final_layer_norm.bias"), "final_layer_norm.bias"),
+    "not a number": (set_nan, "conv_out.bias holds NaN"),
+    "weights of another size": (configure("unet/config.json", block_out_channels=[32, 32, 64, 96]), "do not fit its config.json"),
+    "two text encoders": (configure("model_index.json", _class_name="StableDiffusionXLPipeline"), "SDXL"),
+    "another family": (configure("model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
+    "inpainting": (configure("unet/config.json", in_channels=9), "inpainting"),
+    "three levels": (configure("unet/config.json", down_block_types=list(DOWN_BLOCKS[1:])), "down_block_types"),
+    "deeper transformers": (configure("unet/config.json", transformer_layers_per_block=[1, 2, 10, 10]), "transformer_layers_per_block"),
+    "an autoencoder of factor four": (configure("vae/config.json", block_out_channels=[8, 16, 16]), "4 x 4"),
+    "flow matching": (write("scheduler/scheduler_config.json", b'{"_class_name": "FlowMatchEulerDiscreteScheduler"}'), "FlowMatchEulerDiscreteScheduler"),
+    "vocabulary gone": (forget_words, "vocabulary"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_folder_is_refused_by_name(folder, case):
+    spoil, word = SPOILT[case]
+    spoil(folder)
+    with pytest.raises(Refused, match=word) as stop:
+        load_model(str(folder))
+    assert "\n" not in stop.value.cause
+
+
+def test_parts_of_different_models_are_refused(tiny, folder):
+    config = CLIPTextConfig(vocab_size=len(tiny.tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    with pytest.raises(Refused, match="width 32, the text encoder gives 64"):
+        load_model(str(folder))
+
+
+def test_names_that_are_nothing_here(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("")
+    names = {tmp_path / "empty": "empty folder", tmp_path / "other": "none of the parts", tmp_path / "no" / "such" / "path": "neither", "sd": "neither"}
+    for name, word in names.items():
+        with pytest.raises(Refused, match=word):
+            load_model(str(name))
+    with pytest.raises(Refused, match="--allow-download"):
+        load_model("someone/some-model")
+
+
+# Single files -------------------------------------------------------------------------------------------------------------------------
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def original_unet_key(key: str) -> str:
+    """Where the original code keeps a tensor of a diffusers UNet with two layers per block."""
+    for new, old in ENDS.items():
+        if key.startswith(new + "."):
+            return key.replace(new, old, 1)
+    place, *rest = key.split(".")
+    if place == "mid_block":
+        kind, number, *tail = rest
+        block, inner = f"middle_block.{2 * int(number) if kind == 'resnets' else 1}", ".".join(tail)
+    else:
+        level, kind, number, *tail = rest
+        first, inner = int(level) * 3, ".".join(tail)
+        if kind == "downsamplers":
+            return f"input_blocks.{first + 3}.0.op.{tail[-1]}"
+        if kind == "upsamplers":
+            return f"output_blocks.{first + 2}.{1 if level == '0' else 2}.conv.{tail[-1]}"
+        block = f"input_blocks.{first + int(number) + 1}" if place == "down_blocks" else f"output_blocks.{first + int(number)}"
+        block += ".0" if kind == "resnets" else ".1"
+    if kind == "resnets":
+        for new, old in RESNET.items():
+            inner = inner.replace(new, old)
+    return f"{block}.{inner}"
+
+
+def original_vae(state: dict) -> dict:
+    """The autoencoder's tensors as the original code keeps them: levels of the decoder counted upwards, attention as convolutions."""
+    result = {}
+    for key, value in state.items():
+        if "up_blocks." in key:
+            before, after = key.split("up_blocks.")
+            key = f"{before}up.{3 - int(after[0])}{after[1:]}"
+        key = key.replace("down_blocks.", "down.").replace("resnets.", "block.").replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        key = key.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+        key = key.replace("mid_block.block.0", "mid.block_1").replace("mid_block.block.1", "mid.block_2").replace("mid_block.attentions.0", "mid.attn_1")
+        if "attn_1" in key:
+            key = key.replace("group_norm", "norm").replace("to_out.0", "proj_out").replace("to_", "")
+            value = value[:, :, None, None] if value.dim() == 2 else value
+        result[key] = value
+    return result
+
+
+def original_open_clip(state: dict, layers: int) -> dict:
+    """SD 2.x's text tensors as open_clip keeps them, with the last layer that Stable Diffusion does not use."""
+    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    width = state["final_layer_norm.weight"].shape[0]
+    result = {
+        "token_embedding.weight": state["embeddings.token_embedding.weight"],
+        "positional_embedding": state["embeddings.position_embedding.weight"],
+        "ln_final.weight": state["final_layer_norm.weight"],
+        "ln_final.bias": state["final_layer_norm.bias"],
+        "text_projection": torch.eye(width),
+        "logit_scale": torch.ones(()),
+    }
+    for layer in range(layers):
+        for kind in ("weight", "bias"):
+            parts = [state[f"encoder.layers.{layer}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            result[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+            for new, old in names.items():
+                result[f"transformer.resblocks.{layer}.{old}.{kind}"] = state[f"encoder.layers.{layer}.{new}.{kind}"]
+    last = {key.replace("resblocks.0.", f"resblocks.{layers}."): torch.zeros_like(value) for key, value in result.items() if "resblocks.0." in key}
+    return {**result, **last}
+
+
+def original(unet, vae, text: dict) -> dict:
+    state = {f"model.diffusion_model.{original_unet_key(key)}": value for key, value in unet.state_dict().items()}
+    state |= {f"first_stage_model.{key}": value for key, value in original_vae(vae.state_dict()).items()}
+    return {key: value.contiguous().clone() for key, value in {**state, **text}.items()}
+
+
+@pytest.fixture(scope="module")
+def first_generation(tiny):
+    """Parts with what the shapes of a file do not say set as in SD 1.x: 8 heads, 32 groups, heads of 64 in the text encoder."""
+    torch.manual_seed(1)
+    widths, blocks = (32, 32, 64, 64), {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS}
+    unet = UNet2DConditionModel(sample_size=64, block_out_channels=widths, attention_head_dim=8, cross_attention_dim=64, **blocks)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(block_out_channels=(32,) * 4, layers_per_block=2, latent_channels=4, **blocks)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tiny.tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1))
+    state = original(unet, vae, {f"cond_stage_model.transformer.text_model.{key}": value for key, value in text.state_dict().items()})
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    return unet, vae, text, state
+
+
+def with_vocabulary(tiny, folder: Path) -> Path:
+    tiny.tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_single_file_of_the_first_generation(tiny, first_generation, tmp_path, suffix):
+    unet, vae, text, state = first_generation
+    path = with_vocabulary(tiny, tmp_path) / f"model.{suffix}"
+    if suffix == "ckpt":
+        torch.save({"state_dict": state, "global_step": 7}, path)
+    else:
+        save_file(state, path, {"modelspec.license": "openrail"})
+    model = load_model(str(path), size=128)
+    assert same_weights(model.unet, unet) and same_weights(model.vae, vae) and same_weights(model.text_encoder, text)
+    assert model.unet.config.attention_head_dim == 8 and model.vae.config.scaling_factor == 0.18215 and model.text_encoder.config.hidden_act == "quick_gelu"
+    assert model.scheduler == SD_SCHEDULER and model.defaults.size == 512 and model.size == 128
+    assert model.licence == ("openrail" if suffix == "safetensors" else UNKNOWN_LICENCE) and set(model.digests) == {"file"}
+
+
+def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(64, 64, 128, 128),
+        attention_head_dim=[1, 1, 2, 2],
+        use_linear_projection=True,
+        cross_attention_dim=64,
+        down_block_types=DOWN_BLOCKS,
+        up_block_types=UP_BLOCKS,
+    )
+    config = CLIPTextConfig(vocab_size=len(tiny.tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1, hidden_act="gelu")
+    text = CLIPTextModel(config)
+    clip = {f"cond_stage_model.model.{key}": value for key, value in original_open_clip(text.state_dict(), 2).items()}
+    path = with_vocabulary(tiny, tmp_path) / "second.safetensors"
+    save_file(original(unet, first_generation[1], clip), path)
+    model = load_model(str(path), size=64)
+    assert same_weights(model.unet, unet) and same_weights(model.text_encoder, text)
+    assert [level.heads[0] for level in model.levels] == [2, 2, 1, 1] and model.text_encoder.config.num_hidden_layers == 2
+    assert model.scheduler["prediction_type"] == "v_prediction" and model.defaults.size == 768  # untrained: its output is not its input
+
+
+def test_a_noise_predictor_is_told_from_a_velocity_predictor():
+    class Predictor(torch.nn.Module):
+        config = type("Config", (), {"cross_attention_dim": 8})
+
+        def __init__(self, share: float):
+            super().__init__()
+            self.share = share
+
+        def forward(self, noise, timestep, context):
+            clean = torch.randn(noise.shape, generator=torch.Generator().manual_seed(1))
+            return type("Output", (), {"sample": self.share * noise + (1 - self.share**2) ** 0.5 * clean})
+
+    assert predicts_noise(Predictor(0.95)) and not predicts_noise(Predictor(0.07))
+
+
+class Payload:
+    def __reduce__(self):
+        return (open, ("unwanted", "w"))
+
+
+FILES = {
+    "LoRA": ({"lora_unet_down.lora_up.weight": torch.zeros(2)}, "LoRA"),
+    "SDXL": ({"conditioner.embedders.1.model.ln_final.bias": torch.zeros(2)}, "SDXL"),
+    "Flux": ({"double_blocks.0.img_mod.lin.weight": torch.zeros(2)}, "Flux"),
+    "ControlNet": ({"control_model.input_blocks.0.0.weight": torch.zeros(2)}, "ControlNet"),
+    "a UNet in diffusers layout": ({"conv_in.weight": torch.zeros(2)}, "no unet .*conv_in.weight"),
+    "nothing": ({}, "no tensor at all"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_other_files_are_refused_by_what_they_are(tmp_path, case):
+    state, word = FILES[case]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(Refused, match=word) as stop:
+        load_model(str(tmp_path / "model.safetensors"))
+    assert "\n" not in stop.value.cause
+
+
+def test_single_files_that_are_spoilt(tiny, first_generation, tmp_path):
+    *_, state = first_generation
+    path = with_vocabulary(tiny, tmp_path) / "model.safetensors"
+    first, bias = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.out.2.bias"
+    without_vae = {key: value for key, value in state.items() if not key.startswith("first_stage_model")}
+    wide = {**state, first: torch.zeros(32, 9, 3, 3)}
+    for spoilt, word in (
+        (without_vae, "no vae"),
+        (wide, "inpainting"),
+        ({key: value for key, value in state.items() if key != bias}, "conv_out.bias"),
+        ({**state, bias: torch.full((4,), float("inf"))}, "conv_out.bias holds NaN or inf"),
+        ({**state, bias: torch.zeros(5)}, r"\(5,\) where \(4,\)"),
+        ({**state, "first_stage_model.encoder.extra.weight": torch.zeros(1)}, None),
+    ):
+        save_file(spoilt, path)
+        if word is None:
+            load_model(str(path), size=64)  # the conversion leaves out what it does not know, as stock diffusers does
+        else:
+            with pytest.raises(Refused, match=word):
+                load_model(str(path), size=64)
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(Refused, match="is a .bin file"):
+        load_model(str(tmp_path / "model.bin"))
+
+
+def test_pickles_never_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Path("evil.ckpt").open("wb") as file:
+        pickle.dump({"state_dict": Payload()}, file)
+    torch.save({"state_dict": Payload()}, "modern.ckpt")
+    for name in ("evil.ckpt", "modern.ckpt"):
+        with pytest.raises(Refused, match="more than tensors"):
+            load_model(name)
+    assert not Path("unwanted").exists()
+
+
+def test_file_without_vocabulary_says_where_to_put_one(first_generation, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "VOCABULARY", "nobody/nothing")
+    save_file(first_generation[-1], tmp_path / "model.safetensors")
+    with pytest.raises(Missing, match="vocab.json"):
+        load_model(str(tmp_path / "model.safetensors"))

@@ -1,0 +1,143 @@
+"""The library surface on the tiny model with seeded decoders: the real path from prompt to label, without trained weights."""
+
+from itertools import count, islice
+
+import numpy as np
+import pytest
+import torch
+from stub_engine import StubEngine
+
+from datasetdm_fast import Pipeline, generate, open_run
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.demo import world
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.models.decoders import DecoderConfig, build_decoder, save_decoder
+from datasetdm_fast.stages import LEVELS
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    folder, levels = tmp_path_factory.mktemp("decoders"), load_model("tiny").levels
+    small = {"levels": levels, "width": 32, "heads": 4, "layers": 2, "feed_forward": 64, "mask_dim": 32, "queries": 10, "score_threshold": 0.0}
+    configs = [
+        DecoderConfig("segmentation", "semantic", classes=world.CLASSES, **small),
+        DecoderConfig("segmentation", "instance", classes=world.THINGS, **small),
+        DecoderConfig("depth", "depth", levels=levels, width=16, depth_width=16, max_depth=4.0),
+        DecoderConfig("heatmap", "pose", levels=levels, width=16, joints=world.JOINTS, limbs=world.LIMBS, score_threshold=0.01),
+        DecoderConfig("open-vocabulary", "open-vocabulary", classes=world.THINGS, text_width=32, **small),
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for config in configs:
+            save_decoder(build_decoder(config), folder / config.task)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(decoders):
+    return Pipeline.from_pretrained("tiny", engine="torch", decoder=str(decoders))
+
+
+def test_a_call_gives_images_and_the_labels_asked_for(pipe):
+    out = pipe(["a red ball beside a cube"], seeds=[7], tasks=("semantic", "depth"), steps=2)
+    assert out.images[0].shape == (128, 128, 3) and out.images[0].dtype == np.uint8
+    assert isinstance(out.semantic[0], SemanticMap) and isinstance(out.depth[0], DepthMap) and out.instances == out.keypoints == []
+    assert out.meta[0]["prompt"] == "a red ball beside a cube" and out.meta[0]["seed"] == 7 and out.meta[0]["steps"] == 2
+
+
+def test_all_tasks_by_default(pipe):
+    out = pipe("two cubes", steps=2)
+    assert (
+        isinstance(out.instances[0], Instances) and isinstance(out.keypoints[0], Keypoints) and out.open_vocabulary[0].classes == ("background", *world.THINGS)
+    )
+    assert set(pipe.tasks) == {"semantic", "instance", "depth", "pose", "open-vocabulary"}
+
+
+def test_command_and_library_give_the_same_samples(pipe, decoders, tmp_path):
+    arguments = ["--model", "tiny", "--decoder", str(decoders), "--engine", "torch", "--prompts", "a red ball\ntwo cubes", "--number", "3", "--seed", "5"]
+    arguments += ["--steps", "2", "--batch-size", "2", "--task", "semantic,instance,depth,pose,open-vocabulary", "--out", str(tmp_path / "run"), "--quiet"]
+    assert generate.main(arguments) == 0
+    stream = pipe.stream(["a red ball", "two cubes", "a red ball"], seed=5, batch_size=2, steps=2)
+    for stored, made in zip(open_run(tmp_path / "run"), stream, strict=True):
+        assert stored.prompt == made.request.prompt and stored.seed == made.request.seed and stored.classes == made.request.classes
+        assert (stored.image == made.image).all()
+        assert (stored.semantic.labels == made.annotations["semantic"].labels).all()
+        assert (stored.instances.masks == made.annotations["instance"].masks).all()
+        assert np.allclose(stored.depth.metres, made.annotations["depth"].metres, atol=5.1e-4)
+        assert (stored.keypoints.visibility == made.annotations["pose"].visibility).all()
+        assert (stored.open_vocabulary.labels == made.annotations["open-vocabulary"].labels).all()
+    assert generate.main(["--only", "00000002", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    (tmp_path / "run" / "images" / "00000002.png").unlink()
+    assert generate.main(["--only", "00000002", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+
+
+def test_features_are_the_levels_of_the_model(pipe):
+    image = world.view(1).image
+    levels = pipe.features(image, prompt="a ball")
+    assert tuple(levels) == LEVELS
+    assert [tuple(level.shape) for level in levels.values()] == [(1, level.channels, level.side, level.side) for level in pipe.engine.model.levels]
+    assert torch.equal(levels["mid"], pipe.features(image, prompt="a ball")["mid"])
+    assert not torch.equal(levels["mid"], pipe.features(image, prompt="a ball", seed=1)["mid"])
+    assert not torch.equal(levels["mid"], pipe.features(image, prompt="a ball", timestep=500)["mid"])
+
+
+def test_maps_follow_the_features_by_layer_head_and_token(pipe):
+    level = pipe.features(world.view(1).image)["low"][0]
+    heads, tokens = pipe.engine.model.levels[0].heads[0], pipe.engine.model.levels[0].tokens
+    maps = level[-heads * tokens :].unflatten(0, (heads, tokens))
+    assert torch.allclose(maps.sum(1), torch.ones_like(maps[:, 0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [(np.zeros((64, 64, 3), np.uint8), "64, 64, 3"), (np.zeros((128, 128, 3), np.float32), "float32"), (np.zeros((128, 128), np.uint8), "128, 128")],
+)
+def test_wrong_images_are_refused(pipe, image, message):
+    with pytest.raises(Refused, match=message):
+        pipe.features(image)
+
+
+def test_streams_are_lazy_and_hold_one_batch():
+    stub, asked = Pipeline(StubEngine()), []
+    endless = (asked.append(k) or f"a ball {k}" for k in count())
+    found = list(islice(stub.stream(endless, batch_size=4, tasks=("depth",)), 5))
+    assert [sample.request.index for sample in found] == [0, 1, 2, 3, 4] and len(asked) == 8
+
+
+def test_stream_refuses_before_it_is_read():
+    stub = Pipeline(StubEngine(tasks=("depth",)))
+    for choices, message in (
+        ({"tasks": ("semantic",)}, "no decoder for 'semantic'"),
+        ({"tasks": ("colour",)}, "not one of"),
+        ({"steps": -1}, "--steps -1"),
+        ({"guidance": float("nan")}, "--guidance nan"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"classes": "ball"}, "one string"),
+        ({"classes": ("",)}, "empty"),
+    ):
+        with pytest.raises(Refused, match=message):
+            stub.stream(["a ball"], **choices)
+    for prompt, message in (("x " * 90, "prompt 0: 92 tokens"), ("a\0", "NUL"), (" ", "holds no prompt")):
+        with pytest.raises(Refused, match=message):
+            stub([prompt])
+    with pytest.raises(Refused, match="1 were given for 2 prompts"):
+        stub(["a", "b"], seeds=[1])
+    with pytest.raises(GateFailed, match="prompt 1: NaN"):
+        stub(["a ball", "broken"])
+
+
+def test_pictures_that_cannot_be_made_are_refused(decoders):
+    with pytest.raises(Refused, match="--size 100"):
+        Pipeline.from_pretrained("tiny", decoder=str(decoders), size=100)
+    with pytest.raises(Missing):
+        Pipeline.from_pretrained("tiny", decoder=str(decoders / "none"))
+    with pytest.raises(Refused):
+        Pipeline.from_pretrained("no-such-model")
+
+
+def test_without_decoders_there_are_images_alone():
+    bare = Pipeline.from_pretrained("tiny", engine="torch")
+    out = bare("a ball", steps=2)
+    assert bare.tasks == () and len(out.images) == 1 and out.samples[0].annotations == {}

@@ -1,0 +1,162 @@
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from datasetdm_fast import prompts
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.errors import Refused
+
+
+class Tokenizer:
+    model_max_length = 77
+
+    def __call__(self, prompt, truncation=False):
+        return SimpleNamespace(input_ids=[0, *prompt.split(), 1])
+
+
+def plan_of(number=5, batch_size=2, seed=0, words=(), **config):
+    settings = RunConfig(number=number, batch_size=batch_size, seed=seed, **config)
+    source = prompts.read_source(settings)
+    return prompts.make_plan(source, Tokenizer(), number=number, seed=seed, batch_size=batch_size, words=words, truncate=settings.truncate_prompts)
+
+
+def test_layer_needs_no_torch():
+    code = "import sys, datasetdm_fast.prompts, datasetdm_fast.run_folder, datasetdm_fast.ledger, datasetdm_fast.gallery; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prompts_are_taken_in_turn_and_seeds_count_up():
+    plan = plan_of(prompts="a ball\n\n  two cubes \r\n", seed=7, words=("cube", "ball"))
+    assert [(request.prompt, request.seed, request.classes) for request in plan] == [
+        ("a ball", 7, ("ball",)),
+        ("two cubes", 8, ("cube",)),
+        ("a ball", 9, ("ball",)),
+        ("two cubes", 10, ("cube",)),
+        ("a ball", 11, ("ball",)),
+    ]
+
+
+def test_batches_have_a_fixed_composition_and_a_padded_tail():
+    plan = plan_of(number=5, batch_size=2, prompts="a ball")
+    assert [len(plan.batch(k).padded) for k in range(len(plan))] == [2, 2, 2]
+    assert [[request.index for request in plan.batch(k).requests] for k in range(len(plan))] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize(("number", "asked", "used"), [(1, 8, 1), (9, 8, 5), (16, 8, 8), (3, 2, 2)])
+def test_batch_size_leaves_little_padding(number, asked, used):
+    assert plan_of(number=number, batch_size=asked, prompts="a ball").batch_size == used
+
+
+def test_demo_captions_are_a_function_of_the_seed():
+    early, late = plan_of(number=4, seed=0), plan_of(number=2, seed=2)
+    assert [request.prompt for request in early][2:] == [request.prompt for request in late]
+
+
+def test_other_models_need_prompts():
+    with pytest.raises(Refused, match="no prompts"):
+        prompts.read_source(RunConfig(model="tiny"))
+
+
+def test_per_class_is_balanced_and_varied():
+    plan = plan_of(number=1, classes=("ball", "orange"), per_class=4)
+    found = list(plan)
+    assert plan.number == 8
+    assert sum("ball" in request.prompt for request in found) == 4
+    assert found[1].prompt == "a photo of an orange" and found[1].classes == ("orange",)
+    assert len({request.prompt for request in found}) == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("Two BALLS", ("ball",)),
+        ("a football", ()),
+        ("people near cherries", ("cherry", "person")),
+        ("earrings", ()),
+        ("a traffic-light", ("traffic light",)),
+        ("several traffic  lights.", ("traffic light",)),
+    ],
+)
+def test_class_words_are_whole_words_and_simple_plurals(prompt, found):
+    assert prompts.find_classes(prompt, ("ball", "ring", "cherry", "person", "traffic light")) == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no prompt"),
+        (b"\n \n", "holds no prompt"),
+        (b"a ball\nb\xff", "line 2: not valid UTF-8"),
+        (b"a ball\na\0b", "line 2: holds a NUL byte"),
+        (b"a \x1b[31mball", "control character U\\+001B"),
+        (b"x " * 80, "line 1: 82 tokens, at most 77"),
+        (b"x" * 5000, "5000 characters"),
+    ],
+)
+def test_bad_prompt_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(Refused, match=message):
+        plan_of(prompts=str(path))
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "folder/with/no/prompts"])
+def test_what_looks_like_a_file_must_be_one(name):
+    with pytest.raises(Refused, match="cannot be read"):
+        prompts.read_prompts(name)
+
+
+def test_a_folder_is_no_prompt_file(tmp_path):
+    with pytest.raises(Refused, match="cannot be read"):
+        prompts.read_prompts(str(tmp_path))
+
+
+def test_text_keeps_unusual_characters(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffein roter Bällchen\u2028Zeile 🎈\u202e\n".encode())
+    assert [request.prompt for request in plan_of(number=1, prompts=str(path))] == ["ein roter Bällchen\u2028Zeile 🎈\u202e"]
+
+
+def test_truncation_keeps_whole_words_and_class_words():
+    long = "a ball " + "word " * 100
+    plan = plan_of(prompts=long, number=1, words=("ball",), truncate_prompts=True)
+    assert plan.request(0).prompt == ("a ball " + "word " * 73).strip()
+    with pytest.raises(Refused, match="lose the class word 'cube'"):
+        plan_of(prompts=long + "cube", number=1, words=("ball", "cube"), truncate_prompts=True)
+
+
+def test_truncation_cuts_before_a_word_that_does_not_fit():
+    tokenizer = Tokenizer()
+    tokenizer.__class__ = type("Letters", (Tokenizer,), {"__call__": lambda self, prompt, truncation=False: SimpleNamespace(input_ids=[0, *prompt, 1])})
+    assert prompts.fit("abcde " * 20, tokenizer, "line", truncate=True) == ("abcde " * 12).strip()
+    assert prompts.fit("x" * 100, tokenizer, "line", truncate=True) == "x" * 75
+
+
+@pytest.mark.parametrize(("classes", "message"), [(("",), "empty"), (("a\0b",), "control"), (("ball", "Ball"), "named twice")])
+def test_bad_class_words_are_refused(classes, message):
+    with pytest.raises(Refused, match=message):
+        prompts.check_classes(classes)
+
+
+def test_too_long_class_words_are_refused():
+    with pytest.raises(Refused, match="81 tokens|tokens, at most 77"):
+        plan_of(classes=("x " * 80,), per_class=1)
+    with pytest.raises(Refused, match="82 tokens, at most 77"):
+        prompts.check_class_lengths(("x " * 80,), Tokenizer())
+
+
+def test_per_class_and_prompts_exclude_each_other():
+    with pytest.raises(Refused, match="combined"):
+        prompts.read_source(RunConfig(classes=("ball",), per_class=2, prompts="a ball"))
+    with pytest.raises(Refused, match="no classes"):
+        prompts.read_source(RunConfig(per_class=2))
+
+
+def test_digest_follows_the_prompts_and_not_the_file(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a ball\n")
+    digests = {prompts.read_source(RunConfig(prompts=str(tmp_path / name))).digest for name in ("a.txt", "b.txt")}
+    assert len(digests | {prompts.read_source(RunConfig(prompts="a ball")).digest}) == 1
+    assert prompts.read_source(RunConfig(prompts="a cube")).digest not in digests

@@ -1,0 +1,228 @@
+"""Samplers against diffusers' own schedulers and against 51 recorded calls of upstream's code."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
+
+from datasetdm_fast.engines.torch import TorchEngine
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.loading import SD_SCHEDULER
+from datasetdm_fast.sampling import add_noise, alphas_cumprod, guide, initial_noise, make_schedule, start, step
+from datasetdm_fast.stages import LEVELS
+
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "sampling.json").read_text())
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value - truth).double().norm() / truth.double().norm())
+
+
+def compare(schedule, scheduler, calls: int, tolerance: float = 1e-5) -> None:
+    """Step both with the same random outputs, each call from diffusers' sample, so that errors do not add up."""
+    generator = torch.Generator().manual_seed(3)
+    state = start(torch.randn(2, 4, 8, 8, generator=generator))
+    theirs = state.latents
+    assert schedule.timesteps == tuple(int(t) for t in scheduler.timesteps) and len(schedule) == calls
+    for k, time in enumerate(scheduler.timesteps):
+        output = torch.randn(theirs.shape, generator=generator)
+        state = step(schedule, k, state, output)
+        theirs = scheduler.step(output, time, theirs).prev_sample
+        assert relative(state.latents, theirs) <= tolerance, f"call {k} at t={int(time)}"
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [50, 4, 2, 30])  # 30 does not divide 1000
+@pytest.mark.parametrize("to_one", [False, True])
+def test_pndm_of_today_is_diffusers_pndm(prediction, steps, to_one):
+    config = {**BETAS, "prediction_type": prediction, "steps_offset": 1, "set_alpha_to_one": to_one, "skip_prk_steps": True}
+    scheduler = PNDMScheduler(**config)
+    scheduler.set_timesteps(steps)
+    compare(make_schedule(config, "pndm", steps, "0.14.0"), scheduler, steps + 1)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_pndm_follows_timestep_spacing(prediction, spacing):
+    config = {**BETAS, "prediction_type": prediction, "timestep_spacing": spacing, "skip_prk_steps": True}
+    scheduler = PNDMScheduler(**config)
+    scheduler.set_timesteps(20)
+    compare(make_schedule(config, "pndm", 20, "0.14.0"), scheduler, 21)
+
+
+def test_first_profile_is_the_recorded_one():
+    schedule = make_schedule(SD_SCHEDULER, "pndm", 50)
+    assert list(schedule.timesteps) == GOLDEN["timesteps"] and len(schedule) == 51
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [50, 7, 9])  # 7: the steps do not divide 1000; 9: the stride divides 999, one past the table
+def test_first_profile_updates_like_an_offset_of_one_and_ends_with_nothing(prediction, steps):
+    schedule = make_schedule({**SD_SCHEDULER, "prediction_type": prediction}, "pndm", steps, "0.3.0")
+    scheduler = PNDMScheduler(**BETAS, prediction_type=prediction, skip_prk_steps=True)
+    scheduler.set_timesteps(steps)
+    # The alphas of 0.3.0 lie one later than its timesteps, and the last transfer stays at the second alpha.
+    table = scheduler.alphas_cumprod
+    scheduler.alphas_cumprod = torch.cat([table[1:], table[-1:]])
+    scheduler.final_alpha_cumprod = table[1]
+    generator = torch.Generator().manual_seed(5)
+    state = start(torch.randn(1, 4, 8, 8, generator=generator))
+    theirs = state.latents
+    for k, time in enumerate(schedule.timesteps):
+        output, before = torch.randn(theirs.shape, generator=generator), state.latents
+        state = step(schedule, k, state, output)
+        theirs = scheduler.step(output, time, theirs).prev_sample
+        assert relative(state.latents, theirs) <= 1e-5, f"call {k}"
+    assert torch.equal(state.latents, before)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("steps", "to_one", "spacing"), [(50, False, "leading"), (20, True, "leading"), (30, False, "linspace"), (1, True, "trailing")])
+def test_ddim_is_diffusers_ddim(prediction, steps, to_one, spacing):
+    """Comparable with clip_sample off, as every Stable Diffusion config has it, and eta 0."""
+    config = {**BETAS, "prediction_type": prediction, "set_alpha_to_one": to_one, "timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
+    scheduler = DDIMScheduler(**config, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    compare(make_schedule(config, "ddim", steps), scheduler, steps)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("steps", "spacing"), [(50, "linspace"), (20, "linspace"), (8, "linspace"), (1, "linspace"), (25, "leading"), (25, "trailing")])
+def test_dpm_solver_is_diffusers_dpm_solver(prediction, steps, spacing):
+    """Comparable with algorithm dpmsolver++, order 2, midpoint, last sigma zero and no Karras sigmas: diffusers' defaults, said aloud."""
+    config = {**BETAS, "prediction_type": prediction, "timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
+    comparable = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero", "use_karras_sigmas": False}
+    scheduler = DPMSolverMultistepScheduler(**config, **comparable)
+    scheduler.set_timesteps(steps)
+    compare(make_schedule(config, "dpm-solver++", steps), scheduler, steps)
+
+
+def test_spacing_defaults_to_that_of_diffusers():
+    assert make_schedule(BETAS, "dpm-solver++", 20).timesteps[0] == 999
+    assert make_schedule(BETAS, "ddim", 20).timesteps[0] == 950
+
+
+def test_noise_is_drawn_per_image_from_its_seed():
+    alone = initial_noise(7, 4, 16, 16)
+    assert alone.shape == (4, 16, 16) and alone.dtype == torch.float32
+    assert torch.equal(alone, torch.randn((1, 4, 16, 16), generator=torch.Generator("cpu").manual_seed(7))[0])
+
+
+def test_guidance_moves_from_without_to_with_text():
+    noise = torch.tensor([1.0, 2.0, 3.0, 5.0]).view(4, 1, 1, 1)
+    assert guide(noise, 2.0).flatten().tolist() == [5.0, 8.0]
+
+
+def test_noised_latents_are_those_of_diffusers():
+    clean, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = DDIMScheduler(**BETAS).add_noise(clean, noise, torch.tensor([100, 100]))
+    assert relative(add_noise(BETAS, clean, noise, 100), theirs) < 1e-6
+    assert torch.equal(alphas_cumprod(BETAS), DDIMScheduler(**BETAS).alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "word"),
+    [
+        ({}, ("euler", 50), "sampler"),
+        ({}, ("pndm", 50, "0.9"), "profile"),
+        ({}, ("pndm", 1), "steps"),  # it would start at t=0 and denoise nothing
+        ({}, ("ddim", 0), "steps"),
+        ({}, ("ddim", 1001), "steps"),
+        ({}, ("dpm-solver++", 1000), "steps"),
+        ({"prediction_type": "sample"}, ("pndm", 50), "prediction_type"),
+        ({"beta_schedule": "sigmoid"}, ("pndm", 50), "beta_schedule"),
+        ({"timestep_spacing": "odd"}, ("ddim", 50), "timestep_spacing"),
+        ({"rescale_betas_zero_snr": True}, ("ddim", 50), "rescale_betas_zero_snr"),
+    ],
+)
+def test_what_is_not_supported_is_refused(change, arguments, word):
+    with pytest.raises(Refused, match=word):
+        make_schedule({**BETAS, **change}, *arguments)
+
+
+# The recording ------------------------------------------------------------------------------------------------------------------------
+
+
+def recorded_unet() -> UNet2DConditionModel:
+    """The network of the recording; its weights are drawn key by key in sorted order from one generator."""
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 96, 96),
+        cross_attention_dim=64,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    generator, weights = torch.Generator().manual_seed(GOLDEN["seed"]), {}
+    for key, old in sorted(unet.state_dict().items()):
+        drawn = torch.randn(old.shape, generator=generator)
+        if drawn.dim() > 1:
+            weights[key] = drawn / math.sqrt(drawn[0].numel())
+        else:
+            weights[key] = 1 + 0.02 * drawn if key.endswith("weight") and "norm" in key else 0.02 * drawn
+    assert len(weights) == GOLDEN["keys"] and sum(weight.numel() for weight in weights.values()) == GOLDEN["params"]
+    unet.load_state_dict(weights)
+    return unet.eval()
+
+
+@pytest.fixture(scope="module")
+def engine() -> TorchEngine:
+    return TorchEngine(SimpleNamespace(unet=recorded_unet(), vae=torch.nn.Identity(), text_encoder=torch.nn.Identity()), device="cpu")
+
+
+def play(engine: TorchEngine, images: tuple[int, ...]):
+    """Latents after every call, and the Capture of the last one, of recorded images made as one batch."""
+    seed = GOLDEN["seed"]
+    state = start(torch.stack([initial_noise(seed + image, 4, 64, 64) for image in images]))
+    contexts = torch.stack([torch.randn((2, 77, 64), generator=torch.Generator().manual_seed(1000 + seed + image)) for image in images])
+    context, schedule, trace = torch.cat([contexts[:, 0], contexts[:, 1]]), make_schedule(SD_SCHEDULER, "pndm", 50), []
+    for k, time in enumerate(schedule.timesteps):
+        if k == len(schedule) - 1:
+            output, capture = engine.denoise_and_capture(state.latents, time, context)
+        else:
+            output = engine.denoise(state.latents, time, context)
+        state = step(schedule, k, state, guide(output, 7.0))
+        trace.append(state.latents)
+    return trace, capture
+
+
+def distance(value: torch.Tensor, recorded: dict) -> float:
+    """Relative distance of the recorded entries of one image's tensor; its mean and spread must fit as well."""
+    flat = value.double().flatten()
+    truth = torch.tensor(recorded["values"], dtype=torch.double)
+    scale = float(truth.norm() / math.sqrt(len(truth)))
+    moments = max(abs(float(flat.mean()) - recorded["mean"]), abs(float(flat.std()) - recorded["std"])) / scale
+    return max(relative(flat[recorded["at"]], truth), moments)
+
+
+@pytest.mark.parametrize("images", [(0,), (1,), (0, 1)], ids=["first alone", "second alone", "both as one batch"])
+def test_upstream_recording_is_reproduced(engine, images):
+    trace, capture = play(engine, images)
+    for row, image in enumerate(images):
+        recorded = GOLDEN["images"][image]
+        for latents, call in zip(trace, recorded["latents"], strict=True):
+            assert distance(latents[row], call) <= 1e-4
+        assert distance(trace[-1][row], recorded["final"]) <= 1e-4
+        for level, features in zip(LEVELS, capture.features, strict=True):
+            for feature, known in zip(features, recorded["features"][level], strict=True):
+                assert list(feature[row : row + 1].shape) == known["shape"]
+                assert distance(feature[row], known) <= 1e-4, level
+        # The recording lists maps in the order of execution; a level reads its up layers, then its down layers.
+        places = recorded["maps"]
+        ordered = [places["mid_cross"]] + [
+            [known for place in ("up_cross", "down_cross") for known in places[place] if known["shape"][1] == side * side] for side in (16, 32, 64)
+        ]
+        assert [len(maps) for maps in ordered] == [1, 5, 5, 5]
+        for maps, known_maps in zip(capture.maps, ordered, strict=True):
+            for layer, known in zip(maps, known_maps, strict=True):
+                assert list(layer[row].shape) == known["shape"]
+                assert distance(layer[row], known) <= 1e-4

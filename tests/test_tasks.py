@@ -1,0 +1,301 @@
+"""From raw tensors to labels: DatasetDM's rules on hand-made logits, our own formats, a batch against its images."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from datasetdm_fast.config import TASKS as NAMES
+from datasetdm_fast.models.decoder_config import upstream
+from datasetdm_fast.tasks import TASKS, depth, instance, open_vocabulary, pose, semantic
+
+SIZE = 32
+ON, OFF = 20.0, -20.0  # logits of a sure pixel
+CLASSES = ("wall", "ball", "cone")
+
+
+def planes(*boxes, size=SIZE):
+    """Mask logits [1, N, size, size], on inside each box (top, left, bottom, right); None is an empty mask."""
+    masks = torch.full((1, len(boxes), size, size), OFF)
+    for n, box in enumerate(boxes):
+        if box:
+            masks[0, n, box[0] : box[2], box[1] : box[3]] = ON
+    return masks
+
+
+def sure(*ids, count=3, height=20.0):
+    """Class logits [1, N, K + 1], one sure class a query; None is "no object"."""
+    logits = torch.zeros(1, len(ids), count + 1)
+    for n, k in enumerate(ids):
+        logits[0, n, count if k is None else k] = height
+    return logits
+
+
+def raw(logits, masks):
+    return {"pred_logits": logits, "pred_masks": masks}
+
+
+def test_every_task_has_a_module():
+    assert tuple(TASKS) == NAMES
+    assert all(callable(module.postprocess) for module in TASKS.values())
+
+
+# ---- semantic
+
+
+def test_semantic_follows_the_masks():
+    config = upstream("segmentation", classes=CLASSES, min_area=0)
+    (label,) = semantic.postprocess(raw(sure(0, 2), planes((0, 0, 32, 16), (0, 16, 32, 32))), config, SIZE)
+    assert label.labels.dtype == np.uint8 and label.classes == CLASSES
+    assert (label.labels[:, :16] == 0).all() and (label.labels[:, 16:] == 2).all()
+    assert label.confidence.dtype == np.float32 and (label.confidence > 0.999).all() and (label.confidence <= 1).all()
+
+
+def test_semantic_small_classes_vanish_except_class_zero():
+    masks = planes((0, 0, 32, 16), (0, 16, 10, 26), (16, 16, 26, 26))  # 512, 100 and 100 pixels
+    logits = sure(2, 1, 0)
+    kept = semantic.upstream_labels(logits, masks, min_area=99)[0]
+    assert (kept[0:10, 16:26] == 1).all()
+    dropped = semantic.upstream_labels(logits, masks, min_area=101)[0]
+    assert set(dropped.unique().tolist()) == {0, 2}
+    assert (dropped[16:26, 16:26] == 0).all() and (dropped[:, :16] == 2).all()
+
+
+def test_semantic_area_counts_only_values_above_one_half():
+    logits = sure(1)
+    masks = torch.zeros(1, 1, SIZE, SIZE)  # sigmoid one half exactly: evidence of at most one half everywhere
+    assert (semantic.upstream_labels(logits, masks, min_area=1) == 0).all()
+    assert (semantic.upstream_labels(logits, masks + 0.1, min_area=1) == 1).all()
+
+
+def test_semantic_area_scales_with_the_image():
+    assert semantic.scaled_area(5000, 512) == 5000
+    config = upstream("segmentation", classes=CLASSES)  # 5000 of 512 x 512 are 19.5 pixels here
+    for side, present in ((4, False), (5, True)):
+        (label,) = semantic.postprocess(raw(sure(0, 1), planes((10, 0, 32, 32), (0, 0, side, side))), config, SIZE)
+        assert (label.labels == 1).any() == present
+
+
+def test_semantic_ties_go_to_the_lowest_id():
+    logits = torch.full((1, 1, 4), 1.0)
+    assert (semantic.upstream_labels(logits, planes((0, 0, 32, 32)), min_area=0) == 0).all()
+    logits[0, 0, 0] = -20
+    assert (semantic.upstream_labels(logits, planes((0, 0, 32, 32)), min_area=0) == 1).all()
+
+
+def test_semantic_without_any_object():
+    config = upstream("segmentation", classes=CLASSES)
+    (label,) = semantic.postprocess(raw(sure(None), planes(None)), config, SIZE)
+    assert (label.labels == 0).all() and np.isfinite(label.confidence).all()
+
+
+# ---- instance
+
+
+def test_upstream_instance_score():
+    logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]]])
+    masks = torch.full((1, 2, 2, 2), -1.0)
+    masks[0, 0, 0] = torch.tensor([1.0, 2.0])
+    found, classes, scores = instance.upstream_instances(logits, masks, 4)
+    probability = logits.softmax(-1)[0, :, :2]
+    inside = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-2))) / (2 + 1e-6)
+    by_pair = {(0 if mask.any() else 1, int(k)): float(score) for mask, k, score in zip(found[0], classes[0], scores[0])}
+    assert by_pair.keys() == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    for k in range(2):
+        assert by_pair[0, k] == pytest.approx(float(probability[0, k]) * inside, rel=1e-6)
+        assert by_pair[1, k] == 0  # an empty mask scores nothing and divides by no zero
+    assert instance.upstream_instances(logits, masks, 1)[1].tolist() == [[1]]
+    assert len(instance.upstream_instances(logits, masks, 100)[2][0]) == 4
+
+
+def test_upstream_instances_kept():
+    scores = torch.linspace(0.3, 0.9, 31)[None]
+    kept = instance.upstream_kept(scores)
+    assert kept.sum() == 20 and kept[0, 11:].all()
+    assert instance.upstream_kept(torch.tensor([[0.4, 0.39999, 0.5]])).tolist() == [[True, False, True]]
+
+
+def test_instances_keep_parts_and_holes_and_drop_doubles():
+    config = upstream("segmentation", task="instance", classes=CLASSES, min_area=0)
+    masks = planes((0, 0, 12, 12), (0, 0, 12, 11), (20, 20, 30, 30), None, (0, 20, 8, 28))
+    masks[0, 0, 4:6, 4:6] = OFF  # a hole
+    masks[0, 0, 28:31, 0:4] = ON  # a second part
+    logits = sure(1, 1, 2, 1, None)
+    logits[0, 1] *= 0.2  # the double is less sure
+    (found,) = instance.postprocess(raw(logits, masks), config, SIZE)
+    assert sorted(found.class_ids.tolist()) == [1, 2] and found.masks.dtype == bool and found.classes == CLASSES
+    mask = found.masks[found.class_ids.tolist().index(1)]
+    assert mask[0, 0] and not mask[4, 4] and mask[29, 1]
+    assert found.scores.dtype == np.float32 and (np.diff(found.scores) <= 0).all()
+
+
+def test_suppression_follows_the_order_of_scores():
+    """b is hidden by a, so c, which only b overlaps, stays."""
+    masks = planes((0, 0, 1, 10), (0, 4, 1, 14), (0, 8, 1, 18))[0].flatten(1)[None] > 0
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    assert instance.not_overlapping(masks, everything, 0.4).tolist() == [[True, False, True]]
+    assert instance.not_overlapping(masks, everything, 0.5).tolist() == [[True, True, True]]
+    assert instance.not_overlapping(masks, torch.tensor([[False, True, True]]), 0.4).tolist() == [[False, True, False]]
+
+
+def test_no_instances():
+    config = upstream("segmentation", task="instance", classes=CLASSES)
+    for logits, masks in ((sure(None, None), planes((0, 0, 9, 9), None)), (sure(1, 2), planes(None, None))):
+        (found,) = instance.postprocess(raw(logits, masks), config, SIZE)
+        assert found.masks.shape == (0, SIZE, SIZE) and len(found.class_ids) == len(found.scores) == 0
+
+
+def test_small_instances_are_dropped():
+    config = upstream("segmentation", task="instance", classes=CLASSES, min_area=5000)
+    (found,) = instance.postprocess(raw(sure(1, 2), planes((0, 0, 4, 4), (10, 10, 15, 15))), config, SIZE)
+    assert found.class_ids.tolist() == [2]
+
+
+# ---- open vocabulary
+
+
+def word_logits(*heights):
+    """Class logits [1, K, 1, 3] of one query a word."""
+    return torch.tensor([[0.0, height, 0.0] for height in heights])[None, :, None]
+
+
+def test_words_are_numbered_in_their_order():
+    config = upstream("open-vocabulary")
+    masks = planes((0, 0, 10, 10), (5, 5, 20, 20), (25, 25, 30, 30))[:, :, None]
+    (label,) = open_vocabulary.postprocess(raw(word_logits(20, 3, -20), masks), config, SIZE, ("ball", "cone", "star"))
+    assert label.classes == ("none", "ball", "cone", "star")
+    assert label.labels[0, 0] == 1 and label.labels[7, 7] == 1 and label.labels[15, 15] == 2  # the surer word keeps what both claim
+    assert label.labels[27, 27] == 0 and label.confidence[27, 27] > 0.99
+    assert label.confidence[15, 15] == pytest.approx(float(torch.tensor([0.0, 3.0, 0.0]).softmax(-1)[1]), rel=1e-4)
+
+
+def test_a_word_asked_twice_goes_to_the_first():
+    masks = planes((0, 0, 10, 10), (0, 0, 10, 10))[:, :, None]
+    (label,) = open_vocabulary.postprocess(raw(word_logits(20, 20), masks), upstream("open-vocabulary"), SIZE)
+    assert set(np.unique(label.labels)) == {0, 1} and label.classes == ("none", "1", "2")
+
+
+def test_one_word_without_its_own_axis():
+    logits, masks = torch.tensor([[[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]]), planes((0, 0, 10, 10), (0, 0, 32, 32))
+    (label,) = open_vocabulary.postprocess(raw(logits, masks), upstream("open-vocabulary"), SIZE)
+    assert (label.labels[:10, :10] == 1).all() and label.labels.sum() == 100
+
+
+def test_upstream_voc_mask():
+    logits = torch.tensor([[[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]])
+    label = open_vocabulary.upstream_mask(logits, planes((0, 0, 10, 10), (0, 0, 32, 32)), 15)
+    assert set(label.unique().tolist()) == {0, 15} and (label == 15).sum() == 100
+    assert (open_vocabulary.upstream_mask(logits, planes(None, None), 15) == 0).all()
+
+
+# ---- depth
+
+
+def test_depth_bytes_round_half_to_even_and_saturate():
+    values = np.array([0.5, 1.5, 2.5, 255.6, 300.0, 0.0], np.float32)
+    assert depth.upstream_bytes(values * 80 / 256, 80).tolist() == [0, 2, 2, 255, 255, 0]
+    assert depth.upstream_bytes(values, 256).dtype == np.uint8
+
+
+def test_depth_is_metres_at_image_size():
+    (label,) = depth.postprocess({"depth": torch.full((1, 1, 16, 16), 2.5)}, upstream("depth", max_depth=4.0), SIZE)
+    assert label.metres.shape == (SIZE, SIZE) and label.metres.dtype == np.float32 and (label.metres == 2.5).all() and label.max_depth == 4.0
+
+
+# ---- pose
+
+
+def bumps(*places, side=16, sigma=1.5):
+    """Heatmaps [1, J, side, side] of a Gaussian around each (column, row) in cells; None is an absent joint."""
+    axis = torch.arange(side, dtype=torch.float32)
+    maps = [
+        torch.zeros(side, side) if place is None else torch.exp(-((axis - place[0]) ** 2 + (axis[:, None] - place[1]) ** 2) / (2 * sigma**2))
+        for place in places
+    ]
+    return torch.stack(maps)[None]
+
+
+def test_upstream_keypoints_at_the_border():
+    maps = torch.zeros(1, 6, 16, 16)
+    for j, (column, row) in enumerate(((5, 5), (1, 5), (2, 5), (15, 5), (14, 14))):
+        maps[0, j, row, column] = 1
+    maps[0, 0, 5, 6], maps[0, 0, 4, 5], maps[0, 0, 6, 5] = 0.5, 0.2, 0.2
+    maps[0, 5] = -1
+    found, is_written = pose.upstream_keypoints(maps, 16)
+    assert is_written.tolist() == [[True, False, True, False, True, False]]
+    assert found[0, 0].tolist() == [5.25, 5.0, 1.0]
+    assert found[0, 2].tolist() == [2.0, 5.0, 1.0]
+    assert found[0, 4].tolist() == [14.0, 14.0, 1.0]
+    assert found[0, 5].tolist() == [0.0, 0.0, -1.0]
+
+
+def test_upstream_keypoints_take_the_first_maximum_of_the_resized_map():
+    maps = torch.zeros(1, 1, 16, 16)
+    maps[0, 0, 4, 4] = maps[0, 0, 4, 9] = 1
+    found, _ = pose.upstream_keypoints(maps, 16)
+    assert found[0, 0, :2].tolist() == [4.0, 4.0]
+    resized, is_written = pose.upstream_keypoints(bumps((8, 6)), 64)
+    assert is_written.all() and resized[0, 0, 0] == pytest.approx(8.5 * 4 - 0.5, abs=0.76)
+
+
+def test_heatmap_places_are_found_between_cells():
+    places = ((5.3, 7.8), (3.5, 9.1), (8.0, 8.0))
+    config = upstream("heatmap", joints=("head", "neck", "hand"))
+    (found,) = pose.postprocess({"heatmaps": bumps(*places)}, config, 128)
+    expected = [[(x + 0.5) * 8, (y + 0.5) * 8] for x, y in places]
+    assert np.abs(found.points[0, :, :2] - expected).max() < 0.05
+    assert found.points.dtype == np.float32 and found.visibility.tolist() == [[2, 2, 2]] and found.joints == config.joints
+
+
+def test_joints_at_the_border_flat_and_absent():
+    config = upstream("heatmap", joints=("corner", "flat", "absent", "faint"), score_threshold=0.3)
+    maps = bumps((0, 15), None, None, (6, 6))
+    maps[0, 1], maps[0, 2] = 0.5, -1.0
+    maps[0, 3] *= 0.2
+    (found,) = pose.postprocess({"heatmaps": maps}, config, 128)
+    assert found.points[0, 0, :2].tolist() == [4.0, 124.0]
+    assert np.isfinite(found.points).all() and (found.points[..., 2] >= 0).all()
+    assert found.visibility.tolist() == [[2, 2, 0, 1]]
+    assert found.scores[0] == pytest.approx((1 + 0.5) / 2)
+
+
+def test_no_person():
+    config = upstream("heatmap", joints=("head",))
+    (found,) = pose.postprocess({"heatmaps": torch.zeros(1, 1, 16, 16)}, config, 128)
+    assert found.points.shape == (0, 1, 3) and found.visibility.shape == (0, 1) and len(found.scores) == 0
+
+
+def test_simcc_bins():
+    bins = torch.arange(64.0)
+    x, y = -((bins - 20.4) ** 2)[None, None], -((bins - 63.0) ** 2)[None, None]
+    assert pose.upstream_bins(x, y).tolist() == [[[20, 63]]]
+    (found,) = pose.postprocess({"x": x, "y": y}, upstream("simcc", joints=("head",)), 64)
+    assert found.points[0, 0, 0] == pytest.approx(20.4, abs=0.02) and found.points[0, 0, 1] > 62 and found.points[0, 0, 2] > 0.99
+
+
+# ---- every task
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_a_batch_equals_its_images(task):
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda *shape: torch.randn(shape, generator=generator) * 3  # noqa: E731
+    answers = {
+        "semantic": {"pred_logits": draw(3, 9, 4), "pred_masks": draw(3, 9, 20, 20)},
+        "instance": {"pred_logits": draw(3, 9, 4), "pred_masks": draw(3, 9, 20, 20)},
+        "depth": {"depth": draw(3, 1, 16, 16).abs()},
+        "pose": {"heatmaps": draw(3, 4, 16, 16)},
+        "open-vocabulary": {"pred_logits": draw(3, 2, 9, 3), "pred_masks": draw(3, 2, 9, 20, 20)},
+    }[task]
+    kind = {"semantic": "segmentation", "instance": "segmentation", "pose": "heatmap"}.get(task, task)
+    config = upstream(kind, task=task, classes=CLASSES, joints=("a", "b", "c", "d"), min_area=0, score_threshold=0.2)
+    together = TASKS[task].postprocess(answers, config, SIZE)
+    assert len(together) == 3
+    for b, label in enumerate(together):
+        (alone,) = TASKS[task].postprocess({name: value[b : b + 1] for name, value in answers.items()}, config, SIZE)
+        for name, value in vars(label).items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_allclose(value, getattr(alone, name), rtol=1e-5, atol=1e-6)
+            else:
+                assert value == getattr(alone, name)
