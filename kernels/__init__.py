@@ -12,24 +12,24 @@ def _importers() -> list[str]:
     return names
 
 
-if __name__ != "datasetdm_fast.kernels":
-    # transformers imports whatever is called `kernels` to read its version, and in a checkout that is this folder: let it find none.
-    if not any(name.startswith("transformers.") for name in _importers()):
-        raise ImportError(f"{__name__!r} is a source folder, not a module of its own: import datasetdm_fast.kernels instead")
+if __name__ == "datasetdm_fast.kernels":
+    from types import SimpleNamespace
 
-from types import SimpleNamespace
+    from datasetdm_fast.kernels import depth_head, image_norm, mask_head, masked_attention, pyramid
 
-from datasetdm_fast.kernels import depth_head, image_norm, mask_head, masked_attention, pyramid
+    OPS = {
+        "pyramid": pyramid,
+        "image_norm": image_norm,
+        "masked_attention": masked_attention,
+        "mask_head": mask_head,
+        "depth_head": depth_head,
+    }
 
-OPS = {
-    "pyramid": pyramid,
-    "image_norm": image_norm,
-    "masked_attention": masked_attention,
-    "mask_head": mask_head,
-    "depth_head": depth_head,
-}
+    reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 
-reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
+    # The same results up to rounding for a fraction of the work and memory, still in plain PyTorch.
+    rearranged = SimpleNamespace(**{**vars(reference), "pyramid": pyramid.projected, "depth_head": depth_head.low_resolution})
 
-# The same results up to rounding for a fraction of the work and memory, still in plain PyTorch.
-rearranged = SimpleNamespace(**{**vars(reference), "pyramid": pyramid.projected, "depth_head": depth_head.low_resolution})
+# transformers imports whatever is called `kernels` to read its version, and beside a checkout that is this folder: it must find none.
+elif not any(name.startswith("transformers.") for name in _importers()):
+    raise ImportError(f"{__name__!r} is a source folder, not a module of its own: import datasetdm_fast.kernels instead")

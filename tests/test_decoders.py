@@ -15,7 +15,7 @@ from datasetdm_fast import kernels
 from datasetdm_fast.data import Capture
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.models.decoder_config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.models.decoders import build_decoder, check_levels, load_decoder, load_decoders, load_upstream, save_decoder
+from datasetdm_fast.models.decoders import Decoder, build_decoder, check_levels, load_decoder, load_decoders, load_upstream, save_decoder
 from datasetdm_fast.models.trunk import SpectralConv2d, cells
 from datasetdm_fast.stages import levels
 
@@ -326,8 +326,8 @@ def test_running_statistics_replace_the_image_own():
 def test_saved_and_loaded(kind, storage, tolerance, tmp_path):
     config = small(kind, upscale=2 if kind == "depth" else 0)
     decoder, capture = build_decoder(config), capture_of(DEMO_LEVELS, 1)
-    save_decoder(decoder, tmp_path, storage)
-    loaded = load_decoder(tmp_path)
+    decoder.save_pretrained(tmp_path, storage)
+    loaded = Decoder.from_pretrained(tmp_path)
     assert loaded.config == config
     assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
     with torch.inference_mode():

@@ -5,6 +5,7 @@ Parameter names are those of DatasetDM's checkpoints, so that these load as they
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -112,6 +113,19 @@ class Decoder(nn.Module):
                 self.add_module(f"{level.name}_feature_conv", nn.Sequential(nn.Conv2d(level.channels, config.width, 1, bias=False)))
         for name, (channels_in, channels_out) in mixes.items():
             self.add_module(f"{name}_feature_mix_conv", SegBlock(channels_in, channels_out, ops, config.normalisation))
+
+    def save_pretrained(self, folder: str | Path, storage: str = "fp32") -> Path:
+        """The folder with `config.json` and `model.safetensors`; see decoders.save_decoder."""
+        from datasetdm_fast.models.decoders import save_decoder
+
+        return save_decoder(self, folder, storage)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path, *, strict: bool = False) -> Decoder:
+        """The decoder of whatever kind a folder holds, for inference; see decoders.load_decoder."""
+        from datasetdm_fast.models.decoders import load_decoder
+
+        return load_decoder(folder, strict=strict)
 
     def project(self, capture: Capture, name: str, side: int) -> Tensor:
         """The captured level `name` at `width` channels [B, F, side, side]."""
