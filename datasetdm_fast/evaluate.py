@@ -28,7 +28,9 @@ class EvaluateConfig:
     quiet: bool = setting(False, "no progress")
 
 
-def evaluate(engine, source, tasks: Sequence[str], captions: str = "true", batch_size: int = 10, seed: int = 0, progress: Callable[[int], None] = lambda count: None) -> dict:
+def evaluate(
+    engine, source, tasks: Sequence[str], captions: str = "true", batch_size: int = 10, seed: int = 0, progress: Callable[[int], None] = lambda count: None
+) -> dict:
     """{task: {metric: value}} of the engine's decoders over a data set, every image read through the capture path."""
     import numpy as np
     import torch

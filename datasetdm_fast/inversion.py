@@ -26,5 +26,8 @@ def capture_timestep(configs: Iterable[DecoderConfig]) -> int:
     """The one UNet timestep all decoders were trained at; 0, upstream's, where they do not say."""
     named = {config.task: config.capture_timestep or 0 for config in configs}
     if len(set(named.values())) > 1:
-        raise Refused(f"decoders: trained at different timesteps ({', '.join(f'{task} {t}' for task, t in named.items())}), one capture cannot serve them", "run them apart")
+        raise Refused(
+            f"decoders: trained at different timesteps ({', '.join(f'{task} {t}' for task, t in named.items())}), one capture cannot serve them",
+            "run them apart",
+        )
     return next(iter(named.values()))

@@ -69,6 +69,8 @@ class Model:
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
     """The model `name`: demo, tiny, random-sd14, a diffusers folder, a single file, or a hub repository where downloads are allowed."""
+    if size:
+        _check_size(size)  # before seconds go into reading weights
     path = Path(name)
     if name in PRESETS:
         return PRESETS[name](size)
@@ -129,8 +131,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Mod
 def _model(name, source, tokenizer, text_encoder, unet, vae, scheduler, defaults, size, digests, licence) -> Model:
     """The last checks common to every source: the parts fit each other, their numbers are finite, the size is possible."""
     size = size or defaults.size
-    if size < 0 or size % 64:
-        raise Refused(f"size: {size} is not a positive multiple of 64, which the four levels of the model need")
+    _check_size(size)
     width, hidden = unet.config.cross_attention_dim, text_encoder.config.hidden_size
     if width != hidden:
         raise Refused(f"model: {name}: the UNet reads text of width {width}, the text encoder gives {hidden}, so they belong to different models")
@@ -142,6 +143,11 @@ def _model(name, source, tokenizer, text_encoder, unet, vae, scheduler, defaults
     scheduler = {key: value for key, value in scheduler.items() if key != "_diffusers_version"}
     tokens = text_encoder.config.max_position_embeddings
     return Model(name, source, tokenizer, text_encoder, unet, vae, scheduler, defaults, size, digests, licence, levels(unet.config, tokens, size))
+
+
+def _check_size(size: int) -> None:
+    if size <= 0 or size % 64:
+        raise Refused(f"size: {size} is not a positive multiple of 64, which the four levels of the model need")
 
 
 def _check_finite(name: str, state: Mapping[str, Tensor]) -> None:
@@ -305,7 +311,7 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
 def _json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise Refused(f"model: {path} is not readable as JSON ({error})") from error
 
 
@@ -377,9 +383,13 @@ def _check_readable(file: Path) -> None:
     """Refuse a file that is missing, a pointer left by git-lfs, or cut off."""
     if not file.is_file():
         raise Refused(f"model: {file} is listed in its index but missing")
-    with file.open("rb") as opened:
-        if opened.read(40).startswith(b"version https://git-lfs"):
-            raise Refused(f"model: {file} is a git-lfs pointer, not the weights", "run git lfs pull in that folder")
+    try:
+        with file.open("rb") as opened:
+            beginning = opened.read(40)
+    except OSError as error:
+        raise Refused(f"model: {file} cannot be read ({error.strerror})") from error
+    if beginning.startswith(b"version https://git-lfs"):
+        raise Refused(f"model: {file} is a git-lfs pointer, not the weights", "run git lfs pull in that folder")
     if file.suffix == ".safetensors":
         try:
             with safetensors.safe_open(file, "pt"):

@@ -60,7 +60,15 @@ class Instance:
         self.images.append({"id": image, "height": truth.image.shape[0], "width": truth.image.shape[1]})
         encoded = mask_rle.encode(truth.masks)
         for rle, area, box, category in zip(encoded.rles, encoded.areas, encoded.boxes, truth.mask_classes):
-            row = {"id": len(self.truth) + 1, "image_id": image, "category_id": int(category) + 1, "segmentation": rle, "area": float(area), "bbox": [float(x) for x in box], "iscrowd": 0}
+            row = {
+                "id": len(self.truth) + 1,
+                "image_id": image,
+                "category_id": int(category) + 1,
+                "segmentation": rle,
+                "area": float(area),
+                "bbox": [float(x) for x in box],
+                "iscrowd": 0,
+            }
             self.truth.append(row)
         for rle, category, score in zip(mask_rle.encode(found.masks).rles, found.class_ids, found.scores):
             self.found.append({"image_id": image, "category_id": int(category) + 1, "segmentation": rle, "score": float(score)})
@@ -88,7 +96,16 @@ class Pose:
             flat = points.copy()
             flat[points[:, 2] == 0] = 0
             count = int((points[:, 2] > 0).sum())
-            row = {"id": len(self.truth) + 1, "image_id": image, "category_id": 1, "keypoints": flat.ravel().tolist(), "num_keypoints": count, "area": float(area), "bbox": box.tolist(), "iscrowd": 0}
+            row = {
+                "id": len(self.truth) + 1,
+                "image_id": image,
+                "category_id": 1,
+                "keypoints": flat.ravel().tolist(),
+                "num_keypoints": count,
+                "area": float(area),
+                "bbox": box.tolist(),
+                "iscrowd": 0,
+            }
             self.truth.append(row)
         for points, score in zip(found.points, found.scores):
             self.found.append({"image_id": image, "category_id": 1, "keypoints": points.astype(float).ravel().tolist(), "score": float(score)})

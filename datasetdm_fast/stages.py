@@ -64,7 +64,11 @@ STAGES = {
     ),
     "denoise_and_capture": Tensors(
         {"latents": (("B", 4, "h", "w"), "float"), "timestep": ((), "float32"), "context": (("2B", "T", "D"), "float")},
-        {"noise": (("2B", 4, "h", "w"), "float"), **{f"features_{name}": (("B", "C", "h", "w"), "float") for name in LEVELS}, **{f"maps_{name}": (("B", "heads", "S", "T"), "float") for name in LEVELS}},
+        {
+            "noise": (("2B", 4, "h", "w"), "float"),
+            **{f"features_{name}": (("B", "C", "h", "w"), "float") for name in LEVELS},
+            **{f"maps_{name}": (("B", "heads", "S", "T"), "float") for name in LEVELS},
+        },
     ),
     "decode_image": Tensors({"latents": (("B", 4, "h", "w"), "float")}, {"image": (("B", "H", "W", 3), "uint8")}),
 }

@@ -26,7 +26,9 @@ def perfect(source, item):
         "instance": Instances(item.masks, item.mask_classes, np.ones(len(item.masks), np.float32), source.thing_classes),
         "depth": DepthMap(item.depth, source.max_depth),
         "pose": Keypoints(np.concatenate([item.keypoints[..., :2], score], -1), np.where(score[..., 0] > 0, 2, 0), np.ones(people, np.float32), source.joints),
-        "open-vocabulary": SemanticMap(np.where(item.semantic > 1, item.semantic - 1, 0).astype(np.uint8), np.ones(shape, np.float32), ("none", *source.thing_classes)),
+        "open-vocabulary": SemanticMap(
+            np.where(item.semantic > 1, item.semantic - 1, 0).astype(np.uint8), np.ones(shape, np.float32), ("none", *source.thing_classes)
+        ),
     }
 
 

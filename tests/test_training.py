@@ -72,7 +72,9 @@ def test_an_image_without_things_still_teaches_their_absence():
 def test_scale_invariant_log_by_its_formula():
     truth = torch.tensor([[1.0, 2.0, 0.0, 4.0]])
     d = np.log([1 / 2, 2 / 2, 4 / 3])
-    assert losses.scale_invariant_log(torch.tensor([[2.0, 2.0, 9.0, 3.0]]), truth).item() == pytest.approx(math.sqrt((d**2).mean() - 0.5 * d.mean() ** 2), rel=1e-5)
+    assert losses.scale_invariant_log(torch.tensor([[2.0, 2.0, 9.0, 3.0]]), truth).item() == pytest.approx(
+        math.sqrt((d**2).mean() - 0.5 * d.mean() ** 2), rel=1e-5
+    )
 
 
 def test_gaussians_stand_on_their_points():

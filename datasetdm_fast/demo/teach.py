@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,20 +24,38 @@ from datasetdm_fast.training.loop import Schedule, fit
 from datasetdm_fast.training.targets import target
 
 TIMESTEP = 1
-MASKS = {"width": 64, "heads": 4, "layers": 4, "feed_forward": 128, "mask_dim": 64, "queries": 16, "upscale": 4}
+MASKS = {"width": 64, "heads": 4, "layers": 3, "feed_forward": 128, "mask_dim": 64, "queries": 16, "upscale": 2}
 
 
 def configs(levels, text_width: int, timestep: int) -> dict[str, tuple[DecoderConfig, Schedule]]:
     """Each task's decoder and how it is fitted."""
     shared = {"levels": levels, "text_width": text_width, "capture_timestep": timestep}
     pose = {"joints": world.JOINTS, "limbs": world.LIMBS, "score_threshold": 0.3}
+    masks = Schedule(batch_size=12, points=512)
     return {
-        "semantic": (DecoderConfig(kind="segmentation", task="semantic", classes=world.CLASSES, **MASKS, **shared), Schedule(steps=1500)),
-        "instance": (DecoderConfig(kind="segmentation", task="instance", classes=world.THINGS, **MASKS, **shared), Schedule(steps=1800)),
-        "depth": (DecoderConfig(kind="depth", task="depth", width=24, depth_width=32, max_depth=world.MAX_DEPTH, upscale=4, **shared), Schedule(steps=900)),
+        "semantic": (DecoderConfig(kind="segmentation", task="semantic", classes=world.CLASSES, **MASKS, **shared), replace(masks, steps=1200)),
+        "instance": (DecoderConfig(kind="segmentation", task="instance", classes=world.THINGS, **MASKS, **shared), replace(masks, steps=1500)),
+        "depth": (
+            DecoderConfig(kind="depth", task="depth", width=16, depth_width=24, max_depth=world.MAX_DEPTH, upscale=2, **shared),
+            Schedule(batch_size=12, steps=900, rate=2e-3),
+        ),
         "pose": (DecoderConfig(kind="heatmap", task="pose", width=32, upscale=2, **pose, **shared), Schedule(steps=1500, sigma=1.5)),
-        "open-vocabulary": (DecoderConfig(kind="open-vocabulary", task="open-vocabulary", classes=world.THINGS, **{**MASKS, "queries": 8}, **shared), Schedule(steps=1500)),
+        "open-vocabulary": (
+            DecoderConfig(kind="open-vocabulary", task="open-vocabulary", classes=world.THINGS, **{**MASKS, "queries": 8}, **shared),
+            replace(masks, steps=1200),
+        ),
     }
+
+
+def reporter(task: str, steps: int) -> Callable[[int, float], None]:
+    """A line every hundred steps."""
+    started = time.monotonic()
+
+    def report(step: int, loss: float) -> None:
+        if step % 100 == 0 or step == steps:
+            print(f"{task} {step}/{steps} loss {loss:.4f} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    return report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,14 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     for task, (config, schedule) in configs(engine.model.levels, words.shape[1], options.timestep).items():
         if task not in options.task.split(","):
             continue
-        schedule = Schedule(**{**vars(schedule), "seed": options.seed, **({"steps": options.steps} if options.steps else {})})
-        targets, started = [target(source, items[view.image], task, view.is_mirrored) for view in cache.views], time.monotonic()
-
-        def report(step: int, loss: float) -> None:
-            if step % 100 == 0 or step == schedule.steps:
-                print(f"{task} {step}/{schedule.steps} loss {loss:.4f} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-
-        decoder = fit(config, cache, targets, schedule, words.clone() if task == "open-vocabulary" else None, report)
+        schedule = replace(schedule, seed=options.seed, steps=options.steps or schedule.steps)
+        targets = [target(source, items[view.image], task, view.is_mirrored) for view in cache.views]
+        decoder = fit(config, cache, targets, schedule, words.clone() if config.has_text else None, reporter(task, schedule.steps))
         save_decoder(decoder, options.out / task, storage="fp16")
     print(options.out)
     return 0

@@ -179,23 +179,28 @@ class Average:
             value.copy_(kept)
 
 
-class Run:
-    """Weights, optimiser and average of one training stage, saved and resumed as a whole."""
+def matrices(modules: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The weights worth orthogonalising: those of linear layers and convolutions that are no mere edge of the network."""
+    layers = (layer for module in modules.values() for layer in module.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)))
+    return [layer.weight for layer in layers if layer.weight.requires_grad and min(layer.weight.shape[0], layer.weight[0].numel()) > 16]
 
-    def __init__(self, path: Path, modules: dict[str, torch.nn.Module], trained: list[torch.nn.Parameter], rate: float, total: int, decay: float, hold: float, muon: bool = False, tables: tuple[int, ...] = ()):
+
+class Run:
+    """Weights, optimisers and average of one training stage, saved and resumed as a whole."""
+
+    def __init__(self, path: Path, modules: dict[str, torch.nn.Module], rate: float, total: int, decay: float, hold: float):
         self.path, self.modules, self.total, self.rate, self.hold = path, modules, total, rate, hold
-        self.trained = trained
-        matrices = [p for p in trained if muon and p.dim() > 1 and p.shape[0] <= 1024 and min(p.shape[0], p[0].numel()) > 16 and p.shape[0] not in tables]
-        rest = [p for p in trained if not any(p is matrix for matrix in matrices)]
-        self.optimisers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)]
-        self.optimisers += [Muon(matrices, lr=rate)] if matrices else []
+        self.trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+        turned = matrices(modules)
+        rest = [p for p in self.trained if not any(p is matrix for matrix in turned)]
+        self.optimisers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True), Muon(turned, lr=rate)]
         self.average = Average(list(modules.values()), decay)
         self.step, self.samples, self.saved = 0, 0, time.monotonic()
         if path.exists():
-            state = torch.load(path, weights_only=True, map_location=trained[0].device)
+            state = torch.load(path, weights_only=True, map_location=self.trained[0].device)
             for name, module in modules.items():
                 module.load_state_dict(state["modules"][name])
-            for optimiser, saved in zip(self.optimisers, state.get("optimisers", [])):
+            for optimiser, saved in zip(self.optimisers, state["optimisers"]):
                 optimiser.load_state_dict(saved)
             self.average.values, self.average.count = state["average"], state["count"]
             self.step, self.samples = state["step"], state["samples"]
@@ -271,13 +276,11 @@ def edges(images: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (difference[..., 1:] - difference[..., :-1]).abs().mean() + (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
 
 
-def train_autoencoder(folder: Path, model: AutoencoderKL, steps: int, batch: int, renders: int, device: str, muon: bool, polish: bool) -> None:
+def train_autoencoder(folder: Path, model: AutoencoderKL, steps: int, batch: int, renders: int, rate: float, device: str, polish: bool) -> None:
     stage = "polish" if polish else "autoencoder"
-    trained = [*model.decoder.parameters(), *model.post_quant_conv.parameters()] if polish else list(model.parameters())
-    model.requires_grad_(not polish)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    run = Run(folder / f"{stage}.pt", {"autoencoder": model}, trained, 1e-3 if polish else 2e-3, steps, 0.995, 0.3, muon)
+    for part in (model.encoder, model.quant_conv):
+        part.requires_grad_(not polish)
+    run = Run(folder / f"{stage}.pt", {"autoencoder": model}, rate, steps, decay=0.995, hold=0.3)
     if run.step >= steps:
         return run.average.swap()
     log, images = Log(folder / "log.jsonl", stage), pictures(range(TRAIN_SEEDS, TRAIN_SEEDS + renders)).to(device)
@@ -319,9 +322,8 @@ def cache_latents(folder: Path, model: AutoencoderKL, count: int, device: str) -
     return done, float(1 / done[:4096].float().std())
 
 
-def train_diffusion(folder: Path, unet, text, tokenizer, latents: torch.Tensor, factor: float, steps: int, batch: int, device: str, muon: bool, rate: float) -> None:
-    parameters = [*unet.parameters(), *text.parameters()]
-    run = Run(folder / "diffusion.pt", {"unet": unet, "text": text}, parameters, rate, steps, 0.9985, 0.35, muon, tables=(len(tokenizer), TOKENS))
+def train_diffusion(folder: Path, unet, text, tokenizer, latents: torch.Tensor, factor: float, steps: int, batch: int, rate: float, device: str) -> None:
+    run = Run(folder / "diffusion.pt", {"unet": unet, "text": text}, rate, steps, decay=0.9985, hold=0.35)
     if run.step >= steps:
         return run.average.swap()
     log = Log(folder / "log.jsonl", "diffusion")
@@ -375,14 +377,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice")
     parser.add_argument("--renders", type=int, default=8000, help="scenes the autoencoder sees")
-    parser.add_argument("--autoencoder-steps", type=int, default=2400)
+    parser.add_argument("--autoencoder-steps", type=int, default=1850)
     parser.add_argument("--autoencoder-batch", type=int, default=16)
-    parser.add_argument("--latents", type=int, default=32768, help="scenes the diffusion model sees")
-    parser.add_argument("--diffusion-steps", type=int, default=12000)
-    parser.add_argument("--diffusion-batch", type=int, default=24)
-    parser.add_argument("--muon", action="store_true")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--polish-steps", type=int, default=800)
+    parser.add_argument("--latents", type=int, default=24576, help="scenes the diffusion model sees")
+    parser.add_argument("--diffusion-steps", type=int, default=2900)
+    parser.add_argument("--diffusion-batch", type=int, default=48)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the diffusion model")
+    parser.add_argument("--polish-steps", type=int, default=600)
     parser.add_argument("--until", choices=("autoencoder", "latents", "diffusion", "polish", "export"), default="export")
     options = parser.parse_args(arguments)
     if options.threads:
@@ -392,13 +393,14 @@ def main(arguments: list[str] | None = None) -> int:
     autoencoder, unet, text = (model.to(options.device) for model in build_models(len(tokenizer)))
     stages = ("autoencoder", "latents", "diffusion", "polish", "export")
     wanted = stages[: stages.index(options.until) + 1]
-    train_autoencoder(work, autoencoder, options.autoencoder_steps, options.autoencoder_batch, options.renders, options.device, options.muon, polish=False)
+    seen = (options.autoencoder_batch, options.renders)
+    train_autoencoder(work, autoencoder, options.autoencoder_steps, *seen, 2e-3, options.device, polish=False)
     if "latents" in wanted:
         latents, factor = cache_latents(work, autoencoder, options.latents, options.device)
     if "diffusion" in wanted:
-        train_diffusion(work, unet, text, tokenizer, latents, factor, options.diffusion_steps, options.diffusion_batch, options.device, options.muon, options.rate)
+        train_diffusion(work, unet, text, tokenizer, latents, factor, options.diffusion_steps, options.diffusion_batch, options.rate, options.device)
     if "polish" in wanted:
-        train_autoencoder(work, autoencoder, options.polish_steps, options.autoencoder_batch, options.renders, options.device, options.muon, polish=True)
+        train_autoencoder(work, autoencoder, options.polish_steps, *seen, 1.5e-3, options.device, polish=True)
     if "export" in wanted:
         export(options.out, work / "tokenizer", autoencoder, unet, text, factor)
         print(options.out)

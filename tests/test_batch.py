@@ -1,0 +1,74 @@
+"""The promise upstream could not keep: a batch says of each prompt what the prompt says alone, down to the labels."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasetdm_fast.data import Batch, Request
+from datasetdm_fast.driver import generate
+from datasetdm_fast.job import make_recipe, open_engine
+from datasetdm_fast.loading import DEMO
+from datasetdm_fast.sampling import guide, initial_noise, start, step
+
+pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
+PROMPTS = ("a red ball beside a cube", "a blue person on a grey table", "a star and a ring at night", "an orange tree in fog")
+SEEDS = (5, 90210, 7, 123456)
+TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return open_engine("demo", "demo", TASKS, engine="torch")[0]
+
+
+@pytest.fixture(scope="module")
+def recipe(engine):
+    return make_recipe(engine, TASKS, steps=12)
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value - truth).double().norm() / truth.double().norm().clamp(min=1e-30))
+
+
+def raw(engine, recipe, chosen):
+    """Latents, Capture and every decoder's tensors for some of the prompts as one batch."""
+    context = torch.cat([engine.encode_text([""] * len(chosen)), engine.encode_text([PROMPTS[k] for k in chosen])])
+    state = start(torch.stack([initial_noise(SEEDS[k], 4, 16, 16) for k in chosen]))
+    for call, timestep in enumerate(recipe.schedule.timesteps):
+        if call == recipe.capture_call:
+            output, capture = engine.denoise_and_capture(state.latents, timestep, context)
+        else:
+            output = engine.denoise(state.latents, timestep, context)
+        state = step(recipe.schedule, call, state, guide(output, recipe.guidance))
+    words = engine.encode_classes(["ball", "person"])[None].expand(len(chosen), -1, -1)
+    found = {task: engine.annotate(task, capture, words if task == "open-vocabulary" else None) for task in TASKS}
+    return state.latents, capture, found
+
+
+def test_four_prompts_equal_four_alone_in_every_tensor(engine, recipe):
+    latents, capture, found = raw(engine, recipe, range(4))
+    for k in range(4):
+        alone, single, by_itself = raw(engine, recipe, [k])
+        assert relative(latents[k], alone[0]) <= 1e-5
+        for kind in ("features", "maps"):
+            for level, level_alone in zip(getattr(capture, kind), getattr(single, kind), strict=True):
+                for value, truth in zip(level, level_alone, strict=True):
+                    assert relative(value[k], truth[0]) <= 1e-5, kind
+        for task in TASKS:
+            for name, truth in by_itself[task].items():
+                assert relative(found[task][name][k], truth[0]) <= 1e-5, (task, name)
+
+
+def test_four_prompts_equal_four_alone_in_every_label(engine, recipe):
+    requests = [Request(k, prompt, seed, ("ball", "person")) for k, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS))]
+    ((_, together),) = generate([Batch(0, tuple(requests))], engine, recipe)
+    for request, sample in zip(requests, together):
+        ((_, (alone,)),) = generate([Batch(0, (request,))], engine, recipe)
+        assert np.abs(sample.image.astype(int) - alone.image.astype(int)).max() <= 1
+        mine, other = sample.annotations, alone.annotations
+        for task in ("semantic", "open-vocabulary"):
+            assert (mine[task].labels == other[task].labels).mean() >= 0.9999
+        assert mine["instance"].masks.shape == other["instance"].masks.shape
+        assert (mine["instance"].masks == other["instance"].masks).mean() >= 0.9999 and np.array_equal(mine["instance"].class_ids, other["instance"].class_ids)
+        assert np.allclose(mine["depth"].metres, other["depth"].metres, rtol=1e-5)
+        assert mine["pose"].points.shape == other["pose"].points.shape and np.allclose(mine["pose"].points, other["pose"].points, atol=0.01)
