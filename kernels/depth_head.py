@@ -73,7 +73,7 @@ def compiled(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_
     wide = torch.promote_types(x.dtype, torch.float32)
     cells = x.detach().flatten(2).transpose(1, 2)  # [B, h h, C]
     taps = last_weight.detach()[0].flatten(1).T.to(wide)  # [9, D]
-    logits = last_bias.detach().to(wide).expand(batch, full, full).contiguous()
+    logits = last_bias.detach().to(wide).repeat(batch, full, full)
     for start in range(0, len(weight), SLICE):
         part = weight.detach()[start : start + SLICE].permute(2, 3, 0, 1).reshape(-1, weight.shape[1])  # [9 d, C]
         products = F.linear(cells, part).to(wide).view(batch, side, side, 9, -1)
