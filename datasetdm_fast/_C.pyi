@@ -29,11 +29,23 @@ def guided_step_cuda(
 def depth_head_vector_bytes() -> list[int]: ...
 @overload
 def depth_head_add(
-    products: NDArray[np.float32], bias: NDArray[np.float32], last: NDArray[np.float32], middle: int, logits: NDArray[np.float32], threads: int, vector_bytes: int = 0
+    products: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    last: NDArray[np.float32],
+    middle: int,
+    logits: NDArray[np.float32],
+    threads: int,
+    vector_bytes: int = 0,
 ) -> None: ...
 @overload
 def depth_head_add(
-    products: NDArray[np.float64], bias: NDArray[np.float64], last: NDArray[np.float64], middle: int, logits: NDArray[np.float64], threads: int, vector_bytes: int = 0
+    products: NDArray[np.float64],
+    bias: NDArray[np.float64],
+    last: NDArray[np.float64],
+    middle: int,
+    logits: NDArray[np.float64],
+    threads: int,
+    vector_bytes: int = 0,
 ) -> None: ...
 def threshold_masks(logits: NDArray[np.float32], threshold: float) -> tuple[NDArray[np.uint8], NDArray[np.int64]]: ...
 def threshold_masks_cuda(logits: int, count: int, height: int, width: int, threshold: float, masks: int, areas: int, stream: int) -> None: ...

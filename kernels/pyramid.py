@@ -52,9 +52,7 @@ def projected(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor
     return resize(total.to(weight.dtype).unflatten(2, features[0].shape[-2:]), side)
 
 
-def without_maps(
-    features: Sequence[Tensor], attention: Sequence[tuple[Tensor, Tensor, Tensor]], weight: Tensor, side: int
-) -> tuple[Tensor, list[Tensor]]:
+def without_maps(features: Sequence[Tensor], attention: Sequence[tuple[Tensor, Tensor, Tensor]], weight: Tensor, side: int) -> tuple[Tensor, list[Tensor]]:
     """The same level and the answers [B, heads, S, d] of its cross-attentions, whose maps exist one head at a time: P [V | W] for each.
 
     `attention` holds the queries [B, heads, S, d], keys and values [B, heads, T, d] of each layer.

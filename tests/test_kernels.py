@@ -68,6 +68,7 @@ def test_narrow_levels_are_summed_in_fp32():
     budget = distance(pyramid.reference(*narrow, weight.bfloat16(), 8), exact)
     assert distance(pyramid.projected(*narrow, weight.bfloat16(), 8), exact) <= 2 * budget
 
+
 def test_queries_share_no_blocked_cell():
     """A query that blocked all but one cell returns that cell's value."""
     q, k, v, _ = (noise.double() for noise in torch.randn(4, 1, 2, 3, 4))

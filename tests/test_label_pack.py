@@ -69,7 +69,11 @@ def test_pictures_on_the_gpu():
 
 
 def test_null_pointers_are_refused():
-    for call in (lambda: _C.pack_labels_cuda(0, 1, 1, 1, 0, 0, 0), lambda: _C.pack_image_cuda(0, 1, 1, 0, 0), lambda: _C.mask_starts_cuda(0, 1, 1, 1, 0, 0, 0, 0)):
+    for call in (
+        lambda: _C.pack_labels_cuda(0, 1, 1, 1, 0, 0, 0),
+        lambda: _C.pack_image_cuda(0, 1, 1, 0, 0),
+        lambda: _C.mask_starts_cuda(0, 1, 1, 1, 0, 0, 0, 0),
+    ):
         with pytest.raises(ValueError, match="pointer is null"):
             call()
 
