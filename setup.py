@@ -42,7 +42,7 @@ def code_flags(nvcc: Path) -> list[str]:
 
 def library_folders(nvcc: Path) -> list[str]:
     """Where nvcc itself would link from: its path alone does not say, as it may be a wrapper script or a link."""
-    told = subprocess.run([nvcc, "--dryrun", "-c", "csrc/mask_pack.cu", "-o", os.devnull], check=True, capture_output=True, text=True).stderr
+    told = subprocess.run([nvcc, "--dryrun", "-c", "csrc/device.cu", "-o", os.devnull], check=True, capture_output=True, text=True).stderr
     return re.findall(r'"-L([^"]+)"', next(line for line in told.splitlines() if "LIBRARIES=" in line))
 
 
@@ -79,6 +79,7 @@ setup(
             sorted(str(source) for source in Path("csrc").glob("*.cpp")),
             depends=sorted(str(source) for pattern in ("*.h", "*.cu") for source in Path("csrc").glob(pattern)),
             cxx_std=17,
+            extra_link_args=["-pthread"],  # older C libraries keep std::thread in a library of its own
             extra_compile_args=["-O3"],  # some Pythons were built with -O2, which leaves the mask loops scalar
         )
     ],

@@ -1,5 +1,11 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "depth_head.h"
+#include "device.h"
+#include "guided_step.h"
+#include "label_pack.h"
+#include "mask_changes.h"
 #include "mask_pack.h"
 #include "mask_rle.h"
 
@@ -9,10 +15,26 @@ using namespace py::literals;
 PYBIND11_MODULE(_C, m) {
     m.attr("built_with_cuda") = datasetdm::built_with_cuda();
     m.def("cuda_device_count", &datasetdm::cuda_device_count);
+    m.def("depth_head_vector_bytes", &datasetdm::depth_head_vector_bytes);
+    m.def("depth_head_add", &datasetdm::depth_head_add<float>, "products"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "middle"_a,
+          "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
+    m.def("depth_head_add", &datasetdm::depth_head_add<double>, "products"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "middle"_a,
+          "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
     m.def("rle_encode", &datasetdm::rle_encode, "masks"_a.noconvert());
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);
     m.def("rle_to_runs", &datasetdm::rle_to_runs, "counts"_a, "height"_a, "width"_a);
     m.def("rle_from_runs", &datasetdm::rle_from_runs, "runs"_a.noconvert(), "height"_a, "width"_a);
+    m.def("rle_from_changes", &datasetdm::rle_from_changes, "starts"_a.noconvert(), "places"_a.noconvert(), "height"_a, "width"_a);
     m.def("threshold_masks", &datasetdm::threshold_masks, "logits"_a.noconvert(), "threshold"_a);
     m.def("threshold_masks_cuda", &datasetdm::threshold_masks_cuda, "logits"_a, "count"_a, "height"_a, "width"_a, "threshold"_a, "masks"_a, "areas"_a, "stream"_a);
+    m.def("mask_changes", &datasetdm::mask_changes, "masks"_a.noconvert());
+    m.def("mask_starts_cuda", &datasetdm::mask_starts_cuda, "masks"_a, "count"_a, "height"_a, "width"_a, "starts"_a, "areas"_a, "extents"_a, "stream"_a);
+    m.def("mask_places_cuda", &datasetdm::mask_places_cuda, "masks"_a, "count"_a, "height"_a, "width"_a, "starts"_a, "places"_a, "stream"_a);
+    m.def("pack_labels", &datasetdm::pack_labels, "scores"_a.noconvert());
+    m.def("pack_labels_cuda", &datasetdm::pack_labels_cuda, "scores"_a, "images"_a, "classes"_a, "pixels"_a, "labels"_a, "largest"_a, "stream"_a);
+    m.def("pack_image", &datasetdm::pack_image, "decoded"_a.noconvert());
+    m.def("pack_image_cuda", &datasetdm::pack_image_cuda, "decoded"_a, "images"_a, "pixels"_a, "bytes"_a, "stream"_a);
+    m.def("guided_step", &datasetdm::guided_step, "output"_a.noconvert(), "latents"_a.noconvert(), "history"_a.noconvert(), "numbers"_a.noconvert());
+    m.def("guided_step_cuda", &datasetdm::guided_step_cuda, "output"_a, "output_bytes"_a, "is_bfloat"_a, "latents"_a, "history"_a, "slots"_a, "numbers"_a, "next"_a,
+          "size"_a, "stream"_a);
 }

@@ -1,9 +1,7 @@
 #include "mask_pack.h"
 
-#include <string>
-#include <vector>
-
 #include "check.h"
+#include "device.h"
 
 namespace py = pybind11;
 
@@ -31,39 +29,14 @@ py::tuple threshold_masks(const py::array_t<float, py::array::c_style>& logits, 
     return py::make_tuple(masks, areas);
 }
 
-#ifdef DATASETDM_WITH_CUDA
-
 void threshold_masks_cuda(uintptr_t logits, int64_t count, int64_t height, int64_t width, float threshold, uintptr_t masks, uintptr_t areas, uintptr_t stream) {
     require(count >= 0, "threshold_masks_cuda: count is ", count, ", expected 0 or more");
     require_size("threshold_masks_cuda", height, width);
     if (count == 0) return;
     require(logits && masks && areas, "threshold_masks_cuda: a pointer is null; pass data_ptr() of tensors on the GPU");
-    int code;
-    {
-        py::gil_scoped_release release;
-        code = datasetdm_threshold_masks(reinterpret_cast<const float*>(logits), count, height * width, threshold, reinterpret_cast<uint8_t*>(masks),
-                                         reinterpret_cast<int64_t*>(areas), reinterpret_cast<void*>(stream));
-    }
-    if (code) throw std::runtime_error(std::string("threshold_masks_cuda: ") + datasetdm_cuda_error(code));
+    DATASETDM_LAUNCH("threshold_masks_cuda",
+                     datasetdm_threshold_masks(reinterpret_cast<const float*>(logits), count, height * width, threshold, reinterpret_cast<uint8_t*>(masks),
+                                               reinterpret_cast<int64_t*>(areas), reinterpret_cast<void*>(stream)));
 }
-
-int cuda_device_count() {
-    int count = 0;
-    return datasetdm_cuda_device_count(&count) ? 0 : count;
-}
-
-bool built_with_cuda() { return true; }
-
-#else
-
-void threshold_masks_cuda(uintptr_t, int64_t, int64_t, int64_t, float, uintptr_t, uintptr_t, uintptr_t) {
-    throw std::runtime_error("threshold_masks_cuda: this build has no CUDA code; install nvcc and build again with DATASETDM_CUDA=1");
-}
-
-int cuda_device_count() { return 0; }
-
-bool built_with_cuda() { return false; }
-
-#endif
 
 }  // namespace datasetdm

@@ -1,5 +1,6 @@
-// Plain CUDA runtime only, linked statically: without a driver the calls return an error code and importing still works.
 #include <cstdint>
+
+#include "device_guard.h"
 
 namespace {
 
@@ -29,25 +30,10 @@ __global__ void threshold_masks_kernel(const float* logits, int64_t pixels, floa
     }
 }
 
-// The device of the data is made current for the launch and the caller's put back after it.
-struct DeviceGuard {
-    int before = 0;
-    cudaError_t code;
-
-    explicit DeviceGuard(const void* data) {
-        cudaPointerAttributes attributes{};
-        code = cudaGetDevice(&before);
-        if (code == cudaSuccess) code = cudaPointerGetAttributes(&attributes, data);
-        if (code == cudaSuccess && attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) code = cudaErrorInvalidDevicePointer;
-        if (code == cudaSuccess) code = cudaSetDevice(attributes.device);
-    }
-    ~DeviceGuard() { cudaSetDevice(before); }
-};
-
 }  // namespace
 
 extern "C" int datasetdm_threshold_masks(const float* logits, int64_t count, int64_t pixels, float threshold, uint8_t* masks, int64_t* areas, void* stream) {
-    const DeviceGuard guard(logits);
+    const datasetdm::DeviceGuard guard(logits);
     if (guard.code != cudaSuccess) return guard.code;
     const cudaStream_t current = static_cast<cudaStream_t>(stream);
     const cudaError_t cleared = cudaMemsetAsync(areas, 0, count * sizeof(int64_t), current);
@@ -57,7 +43,3 @@ extern "C" int datasetdm_threshold_masks(const float* logits, int64_t count, int
     threshold_masks_kernel<<<grid, kThreads, 0, current>>>(logits, pixels, threshold, masks, reinterpret_cast<unsigned long long*>(areas));
     return cudaGetLastError();
 }
-
-extern "C" int datasetdm_cuda_device_count(int* count) { return cudaGetDeviceCount(count); }
-
-extern "C" const char* datasetdm_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -8,12 +8,8 @@ namespace datasetdm {
 
 pybind11::tuple threshold_masks(const pybind11::array_t<float, pybind11::array::c_style>& logits, float threshold);
 void threshold_masks_cuda(uintptr_t logits, int64_t count, int64_t height, int64_t width, float threshold, uintptr_t masks, uintptr_t areas, uintptr_t stream);
-int cuda_device_count();
-bool built_with_cuda();
 
 }  // namespace datasetdm
 
-// Both return a CUDA error code, 0 for success, and `datasetdm_cuda_error` its text: no CUDA header is needed to call them.
+// Returns a CUDA error code, 0 for success: no CUDA header is needed to call it.
 extern "C" int datasetdm_threshold_masks(const float* logits, int64_t count, int64_t pixels, float threshold, uint8_t* masks, int64_t* areas, void* stream);
-extern "C" int datasetdm_cuda_device_count(int* count);
-extern "C" const char* datasetdm_cuda_error(int code);

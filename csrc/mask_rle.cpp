@@ -208,4 +208,30 @@ std::string rle_from_runs(const Runs& runs, int64_t height, int64_t width) {
     return counts;
 }
 
+std::vector<std::string> rle_from_changes(const Runs& starts, const Places& places, int64_t height, int64_t width) {
+    require_size("rle_from_changes", height, width);
+    require(starts.ndim() == 1 && starts.size() > 0 && places.ndim() == 1, "rle_from_changes: starts must be [N + 1], places one-dimensional");
+    const int64_t pixels = height * width, count = starts.size() - 1;
+    const int64_t* start = starts.data();
+    const int32_t* place = places.data();
+    require(start[0] == 0 && start[count] == places.size() && std::is_sorted(start, start + count + 1), "rle_from_changes: starts must rise from 0 to ",
+            places.size(), ", the number of places");
+    std::vector<std::string> strings(count);
+    py::gil_scoped_release release;
+    std::vector<int64_t> runs;
+    for (int64_t n = 0; n < count; ++n) {
+        runs.clear();
+        int64_t run_start = 0;
+        for (int64_t i = start[n]; i < start[n + 1]; ++i) {
+            require(place[i] < pixels && (i == start[n] ? place[i] >= 0 : place[i] > run_start), "rle_from_changes: place ", place[i],
+                    " does not follow ", run_start, " within ", pixels, " pixels");
+            runs.push_back(place[i] - run_start);
+            run_start = place[i];
+        }
+        runs.push_back(pixels - run_start);
+        write_counts(runs, strings[n]);
+    }
+    return strings;
+}
+
 }  // namespace datasetdm

@@ -30,6 +30,9 @@ if __name__ == "datasetdm_fast.kernels":
     # The same results up to rounding for a fraction of the work and memory, still in plain PyTorch.
     rearranged = SimpleNamespace(**{**vars(reference), "pyramid": pyramid.projected, "depth_head": depth_head.low_resolution})
 
+    # What a CPU runs for inference: the same once more, where C++ beats the rearranged form.
+    compiled = SimpleNamespace(**{**vars(rearranged), "depth_head": depth_head.compiled})
+
 # transformers imports whatever is called `kernels` to read its version, and beside a checkout that is this folder: it must find none.
 elif not any(name.startswith("transformers.") for name in _importers()):
     raise ImportError(f"{__name__!r} is a source folder, not a module of its own: import datasetdm_fast.kernels instead")

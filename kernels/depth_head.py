@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasetdm_fast import _C
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.case import Case, noise
 
+SLICE = 256  # hidden channels whose products are held at once: 36 MiB per image of 64 x 64 cells in fp32
 CHUNK = 64  # hidden channels held at full size at once: 64 MiB per image of 512 pixels in fp32
 
 
@@ -53,6 +55,31 @@ def low_resolution(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor,
         hidden = F.relu(hidden + bias[start : start + CHUNK, None, None])
         answer = answer + F.conv2d(hidden, last_weight[:, start : start + CHUNK], padding=1)
     return answer
+
+
+def compiled(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]) -> Tensor:
+    """The same logits on a CPU, for inference: the nine products are matrix products, and csrc/depth_head.cpp adds them up without the wide map.
+
+    Products in fp64 are added in fp64, all others in fp32.
+    """
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (x, weight, bias, last_weight, last_bias)):
+        raise RuntimeError("depth_head: the compiled form has no backward; run under torch.no_grad(), or train with low_resolution")
+    if x.device.type != "cpu":
+        raise ValueError(f"depth_head: the compiled form got a tensor on {x.device}, expected one on the CPU; use the fused form there")
+    for side in sides[:-2]:
+        x = resize(x, side)
+    batch, _, side, _ = x.shape
+    middle, full = (sides[-2] if len(sides) > 1 else side), sides[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cells = x.detach().flatten(2).transpose(1, 2)  # [B, h h, C]
+    taps = last_weight.detach()[0].flatten(1).T.to(wide)  # [9, D]
+    logits = last_bias.detach().to(wide).repeat(batch, full, full)
+    for start in range(0, len(weight), SLICE):
+        part = weight.detach()[start : start + SLICE].permute(2, 3, 0, 1).reshape(-1, weight.shape[1])  # [9 d, C]
+        products = F.linear(cells, part).to(wide).view(batch, side, side, 9, -1)
+        arrays = (products, bias.detach()[start : start + SLICE].to(wide), taps[:, start : start + SLICE].contiguous())
+        _C.depth_head_add(*(one.numpy() for one in arrays), middle, logits.numpy(), torch.get_num_threads())
+    return logits[:, None].to(x.dtype)
 
 
 def cases() -> list[Case]:

@@ -25,15 +25,50 @@ def reference(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor
     return F.conv2d(torch.cat([resize(x, side) for x in tensors], 1), weight)
 
 
+def add_product(total: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """`total` [B, F, S] with `weight` [F, C] times `x` [B, C, S] added in place; narrow types are multiplied as they are and summed in fp32."""
+    if total.dtype == x.dtype:
+        return total.baddbmm_(weight.expand(len(x), *weight.shape), x)
+    return total.add_(torch.matmul(weight, x))
+
+
+def added_features(features: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """The sum [B, F, h w] of every feature under its part [F, C] of the level's weight."""
+    first, exact = features[0], torch.promote_types(features[0].dtype, torch.float32)
+    total = first.new_zeros((len(first), len(parts[0]), first.shape[-2] * first.shape[-1]), dtype=exact)
+    for x, part in zip(features, parts):
+        total = add_product(total, part, x.flatten(2))
+    return total
+
+
 def projected(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
     """The same level, each tensor projected where it lies and only the sum resized: both are linear and act on different axes."""
     widths = [x.shape[1] for x in features] + [layer.shape[1] * layer.shape[3] for layer in maps]
-    parts = weight.split(widths, 1)
-    total = sum(F.conv2d(x, part) for x, part in zip(features, parts))
+    parts = weight.flatten(1).split(widths, 1)
+    total = added_features(features, parts)
     for layer, part in zip(maps, parts[len(features) :]):
-        shaped = part.reshape(len(part), layer.shape[1], layer.shape[3])
-        total = total + torch.einsum("bhst,fht->bfs", layer, shaped).reshape(total.shape)
-    return resize(total, side)
+        for head, tokens in enumerate(part.split(layer.shape[3], 1)):
+            total = add_product(total, tokens, layer[:, head].transpose(1, 2))
+    return resize(total.to(weight.dtype).unflatten(2, features[0].shape[-2:]), side)
+
+
+def without_maps(features: Sequence[Tensor], attention: Sequence[tuple[Tensor, Tensor, Tensor]], weight: Tensor, side: int) -> tuple[Tensor, list[Tensor]]:
+    """The same level and the answers [B, heads, S, d] of its cross-attentions, whose maps exist one head at a time: P [V | W] for each.
+
+    `attention` holds the queries [B, heads, S, d], keys and values [B, heads, T, d] of each layer.
+    """
+    widths = [x.shape[1] for x in features] + [k.shape[1] * k.shape[2] for _, k, _ in attention]
+    parts = weight.flatten(1).split(widths, 1)
+    total, answers = added_features(features, parts), []
+    for (q, k, v), part in zip(attention, parts[len(features) :]):
+        answer = torch.empty_like(q)
+        for head, tokens in enumerate(part.split(k.shape[2], 1)):
+            scores = torch.matmul(q[:, head] * q.shape[-1] ** -0.5, k[:, head].transpose(1, 2))
+            attended = torch.softmax(scores, -1, dtype=total.dtype).to(v.dtype)  # [B, S, T]
+            answer[:, head] = torch.matmul(attended, v[:, head])
+            total = add_product(total, tokens, attended.transpose(1, 2))
+        answers.append(answer)
+    return resize(total.to(weight.dtype).unflatten(2, features[0].shape[-2:]), side), answers
 
 
 def cases() -> list[Case]:

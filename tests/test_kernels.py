@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels import OPS, depth_head, pyramid, rearranged, reference
+from datasetdm_fast.kernels import OPS, compiled, depth_head, pyramid, rearranged, reference
 
 FLOOR = 1e-6
 CASES = [pytest.param(op, case, id=f"{name}-{case.reason}") for name, op in OPS.items() for case in op.cases()]
@@ -35,7 +35,9 @@ def test_reference_against_double(op, case):
     assert distance(answer, exact) <= (1e-4 if "far from zero" in case.reason else FLOOR)
 
 
-@pytest.mark.parametrize("plain,other", ((pyramid.reference, pyramid.projected), (depth_head.reference, depth_head.low_resolution)))
+@pytest.mark.parametrize(
+    "plain,other", ((pyramid.reference, pyramid.projected), (depth_head.reference, depth_head.low_resolution), (depth_head.reference, depth_head.compiled))
+)
 def test_rearranged_is_exact(plain, other):
     module = sys.modules[plain.__module__]
     for case in module.cases():
@@ -44,7 +46,27 @@ def test_rearranged_is_exact(plain, other):
 
 
 def test_namespaces_offer_every_op():
-    assert set(vars(reference)) == set(vars(rearranged)) == set(OPS)
+    assert set(vars(reference)) == set(vars(rearranged)) == set(vars(compiled)) == set(OPS)
+
+
+def test_a_level_without_maps_is_exact():
+    features = [torch.randn(2, channels, 6, 6, dtype=torch.float64) for channels in (5, 8)]
+    attention = [tuple(torch.randn(2, 3, size, 4, dtype=torch.float64) for size in (36, 7, 7)) for _ in range(2)]
+    weight = torch.randn(9, 5 + 8 + 2 * 3 * 7, 1, 1, dtype=torch.float64)
+    maps = [torch.softmax(q @ k.transpose(2, 3) / 2, -1) for q, k, _ in attention]
+    level, answers = pyramid.without_maps(features, attention, weight, 11)
+    assert distance(level, pyramid.reference(features, maps, weight, 11)) <= 1e-12
+    for answer, written, (_, _, v) in zip(answers, maps, attention, strict=True):
+        assert distance(answer, written @ v) <= 1e-12
+
+
+def test_narrow_levels_are_summed_in_fp32():
+    features, maps = [torch.randn(1, 64, 8, 8) for _ in range(12)], [torch.softmax(torch.randn(1, 8, 64, 77), -1)]
+    weight = torch.randn(32, 12 * 64 + 8 * 77, 1, 1) * 0.03
+    exact = pyramid.reference(*doubled((features, maps, weight)), 8)
+    narrow = [[x.bfloat16() for x in tensors] for tensors in (features, maps)]
+    budget = distance(pyramid.reference(*narrow, weight.bfloat16(), 8), exact)
+    assert distance(pyramid.projected(*narrow, weight.bfloat16(), 8), exact) <= 2 * budget
 
 
 def test_queries_share_no_blocked_cell():

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as coco
 
 from datasetdm_fast import _C, mask_rle
@@ -168,6 +169,55 @@ def test_the_gil_is_released_while_encoding():
     assert any(turns_taken_meanwhile() > 3 for _ in range(5))
 
 
+def changed(masks):
+    starts, places, areas, extents = _C.mask_changes(masks.view(np.uint8))
+    return mask_rle.from_changes(np.ascontiguousarray(starts[:: masks.shape[2]]), places, areas, extents, masks.shape[1:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_changes_make_the_same_strings_areas_and_boxes(shape):
+    generator = np.random.default_rng(shape[0] + shape[1])
+    masks = np.stack([np.zeros(shape, bool), np.ones(shape, bool), *(generator.random(shape) < density for density in (0.02, 0.5, 0.98))])
+    ours, expected = changed(masks), mask_rle.encode(masks)
+    assert ours.rles == expected.rles
+    np.testing.assert_array_equal(ours.areas, expected.areas)
+    np.testing.assert_array_equal(ours.boxes, expected.boxes)
+
+
+@pytest.mark.parametrize(
+    ("starts", "places", "said"),
+    [
+        ([0, 2], [3], "rise from 0 to 1"),
+        ([0, 2, 1, 2], [3, 4], "rise"),
+        ([1, 2], [3, 4], "rise"),
+        ([0, 2], [4, 4], "place 4 does not follow 4"),
+        ([0, 1], [16], "within 16 pixels"),
+        ([0, 1], [-1], "place -1"),
+    ],
+)
+def test_malformed_changes_are_refused(starts, places, said):
+    with pytest.raises(ValueError, match=said):
+        _C.rle_from_changes(np.array(starts), np.array(places, np.int32), 4, 4)
+
+
+def test_encode_on_device_takes_cpu_tensors_and_refuses_others():
+    masks = np.random.default_rng(8).random((3, 20, 31)) < 0.5
+    assert mask_rle.encode_on_device(torch.from_numpy(masks)).rles == mask_rle.encode(masks).rles
+    with pytest.raises(ValueError, match="float32"):
+        mask_rle.encode_on_device(torch.zeros(1, 2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_encode_on_device_equals_cpu(shape):
+    generator = np.random.default_rng(sum(shape))
+    masks = np.stack([np.zeros(shape, bool), np.ones(shape, bool), *(generator.random(shape) < density for density in (0.02, 0.5, 0.98))] * 5)
+    ours, expected = mask_rle.encode_on_device(torch.from_numpy(masks).cuda()), mask_rle.encode(masks)
+    assert ours.rles == expected.rles
+    np.testing.assert_array_equal(ours.areas, expected.areas)
+    np.testing.assert_array_equal(ours.boxes, expected.boxes)
+
+
 def logits():
     values = np.random.default_rng(6).normal(size=(3, 37, 53)).astype(np.float32)
     values[0, 0, :3] = np.nan, np.inf, 0.25  # never set; always set; equal to the threshold: not set
@@ -191,8 +241,6 @@ def test_threshold_masks_refuses_other_shapes_and_types():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 37, 53), (5, 512, 512)])
 def test_threshold_masks_cuda_equals_cpu(shape):
-    import torch
-
     values = np.random.default_rng(7).normal(size=shape).astype(np.float32)
     values.flat[0] = np.nan
     expected_masks, expected_areas = _C.threshold_masks(values, 0.25)

@@ -1,0 +1,91 @@
+"""Time and memory of two ways to the same answer, taken in turn in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from datasetdm_fast.errors import GateFailed, Missing
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+
+
+class Spread(NamedTuple):
+    least: float
+    median: float
+    most: float
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Relative L2 distance."""
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+def compare(name: str, naive: Callable[[], list[Tensor]], ours: Callable[[], list[Tensor]], rounds: int, limit: float) -> dict[str, Any]:
+    """The row of `name`: error, then naive over ours in median seconds and in peak bytes; GateFailed where the error is above `limit`.
+
+    `cpu_ratio` is the same for the seconds that cores were really at work: on a busy machine it is the steadier one.
+    """
+    with torch.inference_mode():
+        (theirs, naive_bytes), (mine, our_bytes) = with_peak(naive), with_peak(ours)
+        error = max(distance(a, b) for a, b in zip(mine, theirs, strict=True))
+        if not error <= limit:
+            raise GateFailed(f"{name}: the two forms differ by {error:.1e}, expected at most {limit:.0e}", "nothing was timed; mend the faster form first")
+        del theirs, mine
+        seconds, busy = in_turn({"naive": naive, "ours": ours}, rounds)
+    spreads = {side: Spread(min(values), statistics.median(values), max(values)) for side, values in seconds.items()}
+    worked = {side: statistics.median(values) for side, values in busy.items()}
+    return {
+        "time_ratio": round(spreads["naive"].median / spreads["ours"].median, 2),
+        "memory_ratio": round(naive_bytes / our_bytes, 2),
+        "error": error,
+        "cpu_ratio": round(worked["naive"] / worked["ours"], 2),
+        "seconds": {side: [round(value, 4) for value in spread] for side, spread in spreads.items()},
+        "cpu_seconds": {side: round(value, 4) for side, value in worked.items()},
+        "peak_mib": {"naive": round(naive_bytes / 2**20, 1), "ours": round(our_bytes / 2**20, 1)},
+    }
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds by the clock, and of all cores at work, of each call in each round: neighbours in time meet the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    busy: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, worked = time.perf_counter(), time.process_time()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+            busy[name].append(time.process_time() - worked)
+    return seconds, busy
+
+
+def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
+    """The answer of `call` and the most bytes the process grew by while it ran, whoever allocated them; never less than a page.
+
+    Run its code before: pages of the libraries count as well.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide what is asked for next
+    try:
+        CLEAR.write_text(RESET_PEAK)
+    except OSError as error:
+        raise Missing(f"peak memory: {CLEAR} cannot be written ({error.strerror})", "measure on Linux, outside a sandbox that hides /proc") from None
+    before = status("VmRSS")
+    answer = call()
+    return answer, max(status("VmHWM") - before, 4096)
+
+
+def status(field: str) -> int:
+    """Bytes of one field of this process's status."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024

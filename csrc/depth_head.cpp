@@ -1,0 +1,198 @@
+#include "depth_head.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#include "check.h"
+
+namespace py = pybind11;
+
+namespace datasetdm {
+namespace {
+
+constexpr int64_t kTaps = 9;
+constexpr int64_t kChannels = 32;   // hidden channels worked on at once: four resized rows of 160 cells stay in a 1 MiB second-level cache
+constexpr int64_t kBlock = 64;      // pixels of a row worked on at once: their hidden channels stay in the first-level cache
+constexpr int64_t kPixels = 4;      // pixels that share one load of the second convolution's weights; divides kBlock
+constexpr int64_t kAlignment = 64;  // bytes of the widest vector
+
+// Where a bilinear resize reads: cells low and high with their weights.
+template <typename Real>
+struct Place {
+    int64_t low, high;
+    Real weight_low, weight_high;
+};
+
+// Half-pixel centres, clamped at the border.
+template <typename Real>
+Place<Real> place(int64_t target, int64_t from, int64_t to) {
+    const double at = std::max(0.0, (target + 0.5) * from / to - 0.5);
+    const int64_t low = std::min(static_cast<int64_t>(at), from - 1);
+    const double share = from == to ? 0.0 : at - low;
+    return {low, std::min(low + 1, from - 1), static_cast<Real>(1 - share), static_cast<Real>(share)};
+}
+
+// One slice of hidden channels, ready to be resized and added.
+template <typename Real>
+struct Head {
+    int64_t side, middle, full, channels, span;
+    const Real *bias, *last;
+    std::vector<Place<Real>> to_middle;  // [middle]
+    std::vector<Place<Real>> to_full;    // [full, 3]: of the pixel before, at and after each place; no weight beyond the border
+
+    Head(int64_t side, int64_t middle, int64_t full, int64_t channels, const Real* bias, const Real* last)
+        : side(side), middle(middle), full(full), channels(channels), span(0), bias(bias), last(last) {
+        for (int64_t i = 0; i < middle; ++i) to_middle.push_back(place<Real>(i, side, middle));
+        for (int64_t i = 0; i < full; ++i) {
+            for (int64_t tap = -1; tap <= 1; ++tap) {
+                to_full.push_back(place<Real>(std::clamp<int64_t>(i + tap, 0, full - 1), middle, full));
+                if (i + tap < 0 || i + tap >= full) to_full.back().weight_low = to_full.back().weight_high = 0;
+            }
+            span = std::max(span, to_full[i * 3 + 2].high - to_full[i * 3].low + 1);
+        }
+    }
+    int64_t padded() const { return (full + kBlock - 1) / kBlock * kBlock; }
+};
+
+// What one thread works in: every buffer at its own aligned place of one allocation.
+template <typename Real>
+struct Scratch {
+    std::vector<Real> memory;
+    Real *bias, *last, *cells, *rows, *columns, *hidden, *sums;
+    int64_t lanes;
+
+    Scratch(const Head<Real>& head, int64_t vector_bytes) : lanes(vector_bytes / sizeof(Real)) {
+        const int64_t sizes[] = {kChannels, kTaps * kChannels, head.side * kTaps * kChannels, head.span * head.middle * kTaps * kChannels,
+                                 head.middle * 3 * kChannels, (kBlock + 2) * kChannels, 3 * head.padded() * lanes};
+        int64_t total = kAlignment / sizeof(Real);
+        for (int64_t size : sizes) total += rounded(size);
+        memory.resize(total);
+        void* start = memory.data();
+        size_t space = total * sizeof(Real);
+        Real* at = static_cast<Real*>(std::align(kAlignment, sizeof(Real), start, space));
+        Real** const places[] = {&bias, &last, &cells, &rows, &columns, &hidden, &sums};
+        for (size_t i = 0; i < std::size(sizes); ++i) {
+            *places[i] = at;
+            at += rounded(sizes[i]);
+        }
+    }
+    static int64_t rounded(int64_t size) {
+        constexpr int64_t kStep = kAlignment / sizeof(Real);
+        return (size + kStep - 1) / kStep * kStep;
+    }
+    Real* row(const Head<Real>& head, int64_t row) const { return rows + row % head.span * head.middle * kTaps * kChannels; }
+    Real* sum(const Head<Real>& head, int64_t row) const { return sums + (row + 3) % 3 * head.padded() * lanes; }
+
+    void begin(const Head<Real>& head, int64_t channel) {
+        const int64_t count = std::min(kChannels, head.channels - channel);
+        std::fill(bias, bias + kChannels, Real{0});
+        std::fill(last, last + kTaps * kChannels, Real{0});
+        std::fill(cells, cells + head.side * kTaps * kChannels, Real{0});
+        std::fill(sums, sums + 3 * head.padded() * lanes, Real{0});
+        std::copy_n(head.bias + channel, count, bias);
+        for (int64_t tap = 0; tap < kTaps; ++tap) std::copy_n(head.last + tap * head.channels + channel, count, last + tap * kChannels);
+    }
+};
+
+}  // namespace
+}  // namespace datasetdm
+
+#if defined(__x86_64__)
+#define WITH_INSTRUCTIONS avx512
+#define INSTRUCTIONS __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
+#define VECTOR_BYTES 64
+#include "depth_head_rows.h"
+#undef WITH_INSTRUCTIONS
+#undef INSTRUCTIONS
+#undef VECTOR_BYTES
+
+#define WITH_INSTRUCTIONS avx2
+#define INSTRUCTIONS __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
+#include "depth_head_rows.h"
+#undef WITH_INSTRUCTIONS
+#undef INSTRUCTIONS
+#undef VECTOR_BYTES
+#endif
+
+#define WITH_INSTRUCTIONS baseline
+#define INSTRUCTIONS
+#define VECTOR_BYTES 16
+#include "depth_head_rows.h"
+
+namespace datasetdm {
+namespace {
+
+template <typename Real>
+using AddRows = void (*)(const Head<Real>&, Scratch<Real>&, const Real*, int64_t, int64_t, int64_t, Real*);
+
+template <typename Real>
+AddRows<Real> add_rows_with(int64_t vector_bytes) {
+#if defined(__x86_64__)
+    if (vector_bytes == 64) return avx512::add_rows<Real>;
+    if (vector_bytes == 32) return avx2::add_rows<Real>;
+#endif
+    return baseline::add_rows<Real>;
+}
+
+}  // namespace
+
+std::vector<int64_t> depth_head_vector_bytes() {
+    std::vector<int64_t> found;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+        found.push_back(64);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(32);
+#endif
+    found.push_back(16);
+    return found;
+}
+
+template <typename Real>
+void depth_head_add(const py::array_t<Real, py::array::c_style>& products, const py::array_t<Real, py::array::c_style>& bias,
+                    const py::array_t<Real, py::array::c_style>& last, int64_t middle, py::array_t<Real, py::array::c_style> logits, int64_t threads,
+                    int64_t vector_bytes) {
+    require(products.ndim() == 5 && products.shape(1) == products.shape(2) && products.shape(3) == kTaps,
+            "depth_head_add: products must be [B, h, h, 9, C]");
+    require(logits.ndim() == 3 && logits.shape(1) == logits.shape(2) && logits.shape(0) == products.shape(0),
+            "depth_head_add: logits must be [B, H, H] with the batch of the products, ", products.shape(0));
+    const int64_t batch = products.shape(0), side = products.shape(1), channels = products.shape(4), full = logits.shape(1);
+    require(bias.ndim() == 1 && bias.shape(0) == channels, "depth_head_add: bias must be [", channels, "], one for each channel of the products");
+    require(last.ndim() == 2 && last.shape(0) == kTaps && last.shape(1) == channels, "depth_head_add: last must be [9, ", channels, "]");
+    require(threads > 0, "depth_head_add: threads is ", threads, ", expected at least 1");
+    require_size("depth_head_add: cells", side, side);
+    require_size("depth_head_add: middle", middle, middle);
+    require_size("depth_head_add: logits", full, full);
+    const std::vector<int64_t> found = depth_head_vector_bytes();
+    if (vector_bytes == 0) vector_bytes = found.front();
+    require(std::count(found.begin(), found.end(), vector_bytes), "depth_head_add: this CPU has no vectors of ", vector_bytes, " bytes");
+    const Real* source = products.data();
+    Real* target = logits.mutable_data();
+    const AddRows<Real> add_rows = add_rows_with<Real>(vector_bytes);
+    py::gil_scoped_release release;
+    const Head<Real> head(side, middle, full, channels, bias.data(), last.data());
+    // Each thread owns a band of rows and meets the channels in the same order: their number cannot change a sum.
+    const int64_t bands = std::min(threads, full);
+    std::vector<Scratch<Real>> scratch;
+    for (int64_t band = 0; band < bands; ++band) scratch.emplace_back(head, vector_bytes);
+    const auto work = [&](int64_t band) {
+        for (int64_t image = 0; image < batch; ++image)
+            for (int64_t channel = 0; channel < channels; channel += kChannels)
+                add_rows(head, scratch[band], source + image * side * side * kTaps * channels, channel, full * band / bands, full * (band + 1) / bands,
+                         target + image * full * full);
+    };
+    std::vector<std::thread> others;
+    for (int64_t band = 1; band < bands; ++band) others.emplace_back(work, band);
+    work(0);
+    for (std::thread& other : others) other.join();
+}
+
+template void depth_head_add<float>(const py::array_t<float, py::array::c_style>&, const py::array_t<float, py::array::c_style>&,
+                                    const py::array_t<float, py::array::c_style>&, int64_t, py::array_t<float, py::array::c_style>, int64_t, int64_t);
+template void depth_head_add<double>(const py::array_t<double, py::array::c_style>&, const py::array_t<double, py::array::c_style>&,
+                                     const py::array_t<double, py::array::c_style>&, int64_t, py::array_t<double, py::array::c_style>, int64_t, int64_t);
+
+}  // namespace datasetdm

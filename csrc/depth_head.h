@@ -1,0 +1,21 @@
+// The depth head after its matrix products: resize, shift and add the nine taps, ReLU, second convolution, without the wide map between.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace datasetdm {
+
+// Adds the second convolution's answer for one slice of hidden channels to `logits` [B, H, H].
+// `products` [B, h, h, 9, C]: what each of the 3 x 3 taps of the first convolution, bias aside, says of each cell; `bias` [C]; `last` [9, C].
+// The cells are resized to middle x middle, then to H x H. `vector_bytes` 0 takes the widest instructions of this CPU.
+template <typename Real>
+void depth_head_add(const pybind11::array_t<Real, pybind11::array::c_style>& products, const pybind11::array_t<Real, pybind11::array::c_style>& bias,
+                    const pybind11::array_t<Real, pybind11::array::c_style>& last, int64_t middle, pybind11::array_t<Real, pybind11::array::c_style> logits,
+                    int64_t threads, int64_t vector_bytes);
+
+std::vector<int64_t> depth_head_vector_bytes();  // that this CPU has, widest first
+
+}  // namespace datasetdm
