@@ -79,7 +79,7 @@ def blocks(name: str, x: Tensor) -> dict[str, int]:
 
 
 def _row(num_warps: int, num_stages: int = 1, **sizes: int) -> dict[str, int]:
-    return {**sizes, "num_warps": num_warps, "num_stages": num_stages}
+    return {**sizes, "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def _both(name: str, row: dict[str, int]) -> dict[tuple[str, int], dict[str, int]]:

@@ -1,0 +1,1 @@
+"""Measurements of this package: python -m bench NAME, from the root of a checkout."""
