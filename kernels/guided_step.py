@@ -55,12 +55,13 @@ def _guided_step_kernel(
     guided = without + tl.load(numbers_ptr).to(tl.float32) * (with_text - without)
     entry = tl.load(numbers_ptr + 2).to(tl.float32) * latents + tl.load(numbers_ptr + 3).to(tl.float32) * guided
     answer = tl.load(numbers_ptr + 1).to(tl.float32) * latents + tl.load(numbers_ptr + 4).to(tl.float32) * entry
-    slot_place = place
+    earlier_place = place
     for slot in tl.static_range(SLOTS):
         weight = tl.load(numbers_ptr + 5 + slot).to(tl.float32)
-        earlier = tl.load(history_ptr + slot_place, mask=inside & (weight != 0.0), other=0.0)
+        end = tl.where(weight == 0.0, 0, size)  # of an entry of weight zero nothing is read: nothing may have been written
+        earlier = tl.load(history_ptr + earlier_place, mask=place < end, other=0.0)
         answer += weight * earlier.to(tl.float32)
-        slot_place += size
+        earlier_place = earlier_place + size
     tl.store(out_ptr + place, answer.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(out_ptr + far, entry.to(out_ptr.dtype.element_ty), mask=inside)
 
