@@ -1,1 +1,1 @@
-"""Measurements: every row is timed only after it agreed with its naive form in the same process."""
+"""Measurements of this package: python -m bench NAME, from the root of a checkout."""

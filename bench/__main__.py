@@ -1,22 +1,32 @@
-"""python -m bench COMMAND: one measurement a command; each knows --help."""
+"""python -m bench NAME: hands the rest of its line to the measurement that is named first."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
-COMMANDS = {
-    "capture": "bench.capture",
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.flags import nearest, run_command
+
+# name -> (module with main(arguments) -> exit code, what it measures)
+BENCHES = {
+    "capture": ("bench.capture", "capture, level projection and depth head against their naive forms"),
+    "kernels": ("bench.kernels", "registers, spills and shared memory of every kernel (--audit)"),
 }
 
 
-def main(arguments: list[str]) -> int:
-    """The exit code of the command that the first argument names."""
-    if not arguments or arguments[0] not in COMMANDS:
-        print(f"bench: expected one of {', '.join(COMMANDS)}, got {arguments[0] if arguments else 'nothing'}", file=sys.stderr)
-        return 2
-    return import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+def dispatch(arguments: Sequence[str]) -> int:
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        lines = [f"  {each:10}  {sentence}" for each, (_, sentence) in BENCHES.items()]
+        print("\n".join(["usage: python -m bench NAME [flags]", "", *lines]))
+        return 0
+    if name not in BENCHES:
+        said = f"unknown measurement {name!r}{nearest(name, BENCHES)}" if name else "no measurement named"
+        raise Refused(f"bench: {said}", f"there are: {', '.join(BENCHES)}; `python -m bench --help` says what they measure")
+    return import_module(BENCHES[name][0]).main(arguments[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(dispatch))

@@ -1,4 +1,4 @@
-"""Every operation worth a kernel, one file each: the plain form that defines it and the cases it is judged on."""
+"""Every operation worth a kernel, one file each: the plain form that defines it, its kernel, and the cases both are judged on."""
 
 import sys
 
@@ -15,9 +15,27 @@ def _importers() -> list[str]:
 if __name__ == "datasetdm_fast.kernels":
     from types import SimpleNamespace
 
-    from datasetdm_fast.kernels import depth_head, image_norm, mask_head, masked_attention, pyramid
+    from datasetdm_fast.kernels import (
+        attention,
+        attention_capture,
+        depth_head,
+        geglu,
+        group_norm_silu,
+        guided_step,
+        image_norm,
+        layer_norm,
+        mask_head,
+        masked_attention,
+        pyramid,
+    )
 
     OPS = {
+        "group_norm_silu": group_norm_silu,
+        "layer_norm": layer_norm,
+        "geglu": geglu,
+        "attention": attention,
+        "guided_step": guided_step,
+        "attention_capture": attention_capture,
         "pyramid": pyramid,
         "image_norm": image_norm,
         "masked_attention": masked_attention,
@@ -32,6 +50,9 @@ if __name__ == "datasetdm_fast.kernels":
 
     # What a CPU runs for inference: the same once more, where C++ beats the rearranged form.
     compiled = SimpleNamespace(**{**vars(rearranged), "depth_head": depth_head.compiled})
+
+    # The same results up to rounding from the kernels; on a CPU without Triton's interpreter each is its plain form.
+    fused = SimpleNamespace(**{name: op.fused for name, op in OPS.items()})
 
 # transformers imports whatever is called `kernels` to read its version, and beside a checkout that is this folder: it must find none.
 elif not any(name.startswith("transformers.") for name in _importers()):

@@ -11,7 +11,7 @@ from torch import Tensor
 class Case(NamedTuple):
     reason: str
     inputs: tuple[Any, ...]
-    shape: tuple[int, ...]  # of the output
+    shape: tuple[int, ...] | tuple[tuple[int, ...], ...]  # of the output, or of each of several
 
 
 def noise(*shape: int, scale: float = 1.0) -> Tensor:

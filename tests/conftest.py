@@ -14,6 +14,10 @@ import pytest  # noqa: E402
 
 from datasetdm_fast import _C  # noqa: E402
 
+# Read by Triton where a kernel is decorated, so before any kernel file is imported; with a GPU the kernels run there.
+if not _C.cuda_device_count():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_collection_modifyitems(items):
     if _C.cuda_device_count():

@@ -1,4 +1,7 @@
-"""Every op on each of its cases: the plain form in fp32 against itself in fp64, and the rearranged forms against the plain ones."""
+"""Every op on each of its cases: the plain form in fp32 against itself in fp64, the rearranged forms and the kernels against the plain one.
+
+Kernels run on a GPU where there is one, else in Triton's interpreter.
+"""
 
 import subprocess
 import sys
@@ -8,31 +11,83 @@ import pytest
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels import OPS, compiled, depth_head, pyramid, rearranged, reference
+from datasetdm_fast import sampling
+from datasetdm_fast.kernels import OPS, compiled, depth_head, fused, guided_step, launch, pyramid, rearranged, reference
 
 FLOOR = 1e-6
+FLOORS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half a unit of the last place of the answer, a few in fp32
+# The interpreter truncates bf16 where hardware rounds, and its products of bf16 tiles are wrong.
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [pytest.param(op, case, id=f"{name}-{case.reason}") for name, op in OPS.items() for case in op.cases()]
+
+needs_triton = pytest.mark.skipif(launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'")
+
+
+def changed(value, change):
+    """`value` with `change` made to every floating-point tensor in it."""
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() else value
+    return type(value)(changed(one, change) for one in value) if isinstance(value, (list, tuple)) else value
 
 
 def doubled(value):
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return type(value)(doubled(one) for one in value) if isinstance(value, (list, tuple)) else value
+    return changed(value, Tensor.double)
+
+
+def fenced(x: Tensor) -> Tensor:
+    """`x` with its strides, between numbers that spoil whatever reads them."""
+    room, size = 4096, 1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride())) if x.numel() else 0
+    field = torch.full((size + 2 * room,), float("nan"), dtype=x.dtype, device=x.device)
+    return field.as_strided(x.shape, x.stride(), room).copy_(x)
+
+
+def listed(answer) -> list[Tensor]:
+    return list(answer) if isinstance(answer, tuple) else [answer]
+
+
+def shapes(case) -> list[tuple[int, ...]]:
+    return list(case.shape) if isinstance(case.shape[0], tuple) else [case.shape]
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-12))
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12))
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory filled with NaN, so that an element nobody wrote cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("op,case", CASES)
 def test_reference_against_double(op, case):
-    answer = op.reference(*case.inputs)
-    exact = op.reference(*doubled(case.inputs))
-    assert answer.dtype == torch.float32 and exact.dtype == torch.float64
-    assert tuple(answer.shape) == tuple(exact.shape) == case.shape
-    assert torch.isfinite(answer).all()
-    # Normalising planes a hundred deviations from zero costs two digits.
-    assert distance(answer, exact) <= (1e-4 if "far from zero" in case.reason else FLOOR)
+    answers = listed(op.reference(*case.inputs))
+    exacts = listed(op.reference(*doubled(case.inputs)))
+    assert [tuple(answer.shape) for answer in answers] == [tuple(exact.shape) for exact in exacts] == shapes(case)
+    for answer, exact in zip(answers, exacts):
+        assert answer.dtype == torch.float32 and exact.dtype == torch.float64
+        assert torch.isfinite(answer).all()
+        # Normalising planes a hundred deviations from zero costs two digits.
+        assert distance(answer, exact) <= (1e-4 if "far from zero" in case.reason else FLOOR)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("op,case", CASES)
+def test_fused_stays_within_the_error_budget(op, case, dtype, poisoned):
+    """At most twice as far from the exact answer as the plain form in the same dtype, plus a floor."""
+    inputs = changed(case.inputs, lambda x: x.to(DEVICE, dtype))
+    exacts = listed(op.reference(*doubled(inputs)))
+    plain = listed(op.reference(*inputs))
+    answers = listed(op.fused(*changed(inputs, fenced)))
+    assert [tuple(answer.shape) for answer in answers] == shapes(case)
+    for answer, other, exact in zip(answers, plain, exacts):
+        assert answer.dtype == other.dtype
+        assert torch.isfinite(answer).all()
+        assert distance(answer, exact) <= 2 * distance(other, exact) + FLOORS[dtype]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +101,7 @@ def test_rearranged_is_exact(plain, other):
 
 
 def test_namespaces_offer_every_op():
-    assert set(vars(reference)) == set(vars(rearranged)) == set(vars(compiled)) == set(OPS)
+    assert set(vars(reference)) == set(vars(rearranged)) == set(vars(compiled)) == set(vars(fused)) == set(OPS)
 
 
 def test_a_level_without_maps_is_exact():
@@ -67,6 +122,25 @@ def test_narrow_levels_are_summed_in_fp32():
     narrow = [[x.bfloat16() for x in tensors] for tensors in (features, maps)]
     budget = distance(pyramid.reference(*narrow, weight.bfloat16(), 8), exact)
     assert distance(pyramid.projected(*narrow, weight.bfloat16(), 8), exact) <= 2 * budget
+
+
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+def test_guided_step_is_the_sampler(sampler):
+    """Call by call the state that sampling.step reaches; the slots beyond what a call reads may hold anything."""
+    schedule = sampling.make_schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, sampler, 7)
+    state, slots = sampling.start(torch.randn(2, 4, 3, 3, dtype=torch.float64)), sampling.MEMORY[sampler]
+    for k, update in enumerate(schedule.updates):
+        output = torch.randn(4, 4, 3, 3, dtype=torch.float64)
+        history = torch.full((slots, 2, 4, 3, 3), float("nan"), dtype=torch.float64)
+        for slot, entry in enumerate(state.history):
+            history[slot] = entry
+        latents = state.origin if update.restarts else state.latents
+        numbers = torch.tensor(guided_step.coefficients(update, 7.5, slots), dtype=torch.float64)
+        answer, entry = guided_step.reference(output, latents, history, numbers)
+        state = sampling.step(schedule, k, state, sampling.guide(output, 7.5))
+        torch.testing.assert_close(answer, state.latents)
+        if update.is_kept and slots:
+            torch.testing.assert_close(entry, state.history[0])
 
 
 def test_queries_share_no_blocked_cell():

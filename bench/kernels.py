@@ -1,0 +1,230 @@
+"""python -m bench kernels --audit: compiles every kernel at model sizes for GPUs that need not be there, and reads back what each takes.
+
+The kernels' own entry points are called with tensors that have a shape and no memory, and each launch is compiled instead of run, so what is
+audited is what an engine would launch: block sizes, strides and alignment included.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.flags import parse
+
+SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "120": 99 * 1024}  # bytes a block may have, by compute capability
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+TYPE_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "u8", "int32": "i32"}
+BATCH = 8
+FEATURES = 256  # channels of a projected level
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    audit: bool = field(default=False, metadata={"help": "compile the kernels and report registers, spills and shared memory"})
+    json: bool = field(default=False, metadata={"help": "one JSON object on standard output instead of a table"})
+    ops: tuple[str, ...] = field(default=(), metadata={"help": "only these ops (default: all)"})
+    dtypes: tuple[str, ...] = field(default=tuple(DTYPES), metadata={"choices": tuple(DTYPES), "help": "storage types"})
+    targets: tuple[str, ...] = field(default=tuple(SHARED_LIMIT), metadata={"choices": tuple(SHARED_LIMIT), "help": "compute capabilities, times ten"})
+
+
+class Launch(NamedTuple):
+    """One kernel as an engine would launch it, ready to compile; equal launches are the same machine code."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]  # argument -> type
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]  # places of arguments that 16 divides
+    options: tuple[tuple[str, Any], ...]
+
+
+class Row(NamedTuple):
+    kernel: str
+    case: str
+    dtype: str
+    target: str
+    registers: int
+    spills: int  # bytes of stack of a thread
+    shared: int  # bytes of a block
+
+
+def model_sizes(op: str, empty: Callable) -> Iterator[tuple[str, tuple]]:
+    """Inputs of `op` as SD 1.x at 512 pixels and its decoders have them, made by empty(*shape)."""
+    for side, width in ((64, 320), (32, 640), (16, 1280)):
+        cells, heads = side * side, 8
+        image = empty(BATCH, side, side, width).permute(0, 3, 1, 2)
+        if op == "group_norm_silu":
+            yield f"{width} channels", (image, empty(width), empty(width), 32, 1e-5, empty(BATCH, width))
+            yield f"{width} channels, no SiLU", (image, empty(width), empty(width), 32, 1e-6, None, False)
+        elif op == "layer_norm":
+            yield f"{width} channels", (empty(BATCH, cells, width), empty(width), empty(width), 1e-5)
+        elif op == "geglu":
+            yield f"{4 * width} channels", (empty(BATCH, cells, 8 * width),)
+        elif op == "attention":
+            q, k, v = empty(BATCH, cells, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
+            text = empty(BATCH, 77, 2, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
+            yield f"{cells} cells, heads of {width // heads}", (q, k, v)
+            yield f"{cells} cells over 77 tokens, heads of {width // heads}", (q, *text)
+        elif op == "attention_capture":
+            q = empty(BATCH, cells, heads, width // heads).transpose(1, 2)
+            k, v = empty(BATCH, 77, 2, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
+            yield f"heads of {width // heads}", (q, k, v, empty(FEATURES, heads, 77))
+        elif op == "pyramid":
+            yield f"{width} channels", ([image, empty(BATCH, 2 * width, side, side)], [empty(BATCH, heads, cells, 77)], empty(FEATURES, 3 * width + 616, 1, 1), 64)
+    if op == "layer_norm":
+        yield "text encoder", (empty(BATCH, 77, 768), empty(768), empty(768), 1e-5)
+    elif op == "attention":
+        for width in (16, 32, 64, 128):
+            yield f"1024 cells, heads of {width}", tuple(empty(BATCH, 8, 1024, width) for _ in range(3))
+    elif op == "guided_step":
+        for slots in (0, 1, 3):
+            yield f"{slots} earlier entries", (empty(2 * BATCH, 4, 64, 64), empty(BATCH, 4, 64, 64), empty(slots, BATCH, 4, 64, 64), empty(5 + slots))
+    elif op == "image_norm":
+        yield "channels last", (empty(BATCH, 64, 64, 1024).permute(0, 3, 1, 2),)
+        yield "planes", (empty(BATCH, 1024, 64, 64),)
+    elif op == "masked_attention":
+        for cells in (100, 1600):
+            q, k, v = (empty(BATCH, 8, size, 32) for size in (100, cells, cells))
+            yield f"{cells} cells", (q, k, v, None if cells == 100 else empty.bools(BATCH, 100, cells))
+    elif op == "mask_head":
+        for side in (40, 160):
+            yield f"{side} cells a side", (empty(BATCH, 100, 256), empty(BATCH, 256, 160, 160), side)
+    elif op == "depth_head":
+        hidden = 1024
+        weights = empty(hidden, 1024, 3, 3), empty(hidden), empty(1, hidden, 3, 3), empty(1)
+        yield "64 cells to 512 pixels", (empty(BATCH, 1024, 64, 64), *weights, (160, 512))
+
+
+class Empty:
+    """Tensors of one dtype that have a shape and no memory."""
+
+    def __init__(self, dtype: str):
+        import torch
+
+        self.torch, self.dtype = torch, getattr(torch, DTYPES[dtype])
+
+    def __call__(self, *shape: int):
+        return self.torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def bools(self, *shape: int):
+        return self.torch.empty(shape, dtype=self.torch.bool, device="meta")
+
+
+class Recorder:
+    """Stands where a kernel stood and notes each launch."""
+
+    def __init__(self, kernel, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return self.note
+
+    def note(self, *positional, **named) -> None:
+        """Types, constants and alignment as Triton itself specialises them."""
+        from torch import Tensor
+
+        parameters = self.kernel.params
+        given = dict(zip((parameter.name for parameter in parameters), positional)) | named
+        signature, constants, aligned = {}, {}, []
+        for place, parameter in enumerate(parameters):
+            value = given.pop(parameter.name)
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                signature[parameter.name] = "*" + TYPE_NAMES[str(value.dtype).removeprefix("torch.")]
+                if value.storage_offset() * value.element_size() % 16 == 0:
+                    aligned.append(place)
+            elif isinstance(value, int):
+                signature[parameter.name] = "i32" if value < 2**31 else "i64"
+                if value % 16 == 0:
+                    aligned.append(place)
+            else:
+                signature[parameter.name] = "fp32"
+        self.launches.append(
+            Launch(self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(given.items())))
+        )
+
+
+def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
+    """Every distinct launch that `op` makes at model sizes, with the first case that makes it."""
+    from datasetdm_fast.kernels import OPS
+
+    module, noted, seen = OPS[op], [], set()
+    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
+    vars(module).update({name: Recorder(kernel, noted) for name, kernel in kernels.items()})
+    try:
+        for case, inputs in model_sizes(op, Empty(dtype)):
+            noted.clear()
+            module.fused(*inputs)
+            for launch in noted:
+                if launch not in seen:
+                    seen.add(launch)
+                    yield case, launch
+    finally:
+        vars(module).update(kernels)
+
+
+def compiled(launch: Launch, target: str) -> tuple[int, int, int]:
+    """Registers and bytes of stack of a thread, and bytes of shared memory of a block."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    attributes = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", int(target), 32), options=dict(launch.options))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+    taken = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said))
+    return int(taken["REG"]), int(taken["STACK"]) + int(taken["LOCAL"]), made.metadata.shared
+
+
+def rows(ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> Iterator[Row]:
+    for op in ops:
+        for dtype in dtypes:
+            for case, launch in launches(op, dtype):
+                for target in targets:
+                    yield Row(launch.kernel.__name__.strip("_").removesuffix("_kernel"), case, dtype, f"sm_{target}", *compiled(launch, target))
+
+
+def is_sound(row: Row) -> bool:
+    return row.spills == 0 and row.shared <= SHARED_LIMIT[row.target.removeprefix("sm_")]
+
+
+def main(arguments: Sequence[str]) -> int:
+    config, _ = parse(arguments, AuditConfig, "python -m bench kernels", "What every kernel takes of a GPU.")
+    if not config.audit:
+        raise Refused("python -m bench kernels: nothing to do", "add --audit")
+    from datasetdm_fast.kernels import OPS, launch
+
+    if launch.triton is None:
+        raise Missing("python -m bench kernels: Triton is not installed", "pip install 'datasetdm-fast[triton]'")
+    if launch.IS_INTERPRETED:
+        raise Refused("python -m bench kernels: TRITON_INTERPRET is set, so nothing would be compiled", "unset it")
+    unknown = [op for op in config.ops if op not in OPS]
+    if unknown:
+        raise Refused(f"python -m bench kernels: --ops names {', '.join(unknown)}", f"there are: {', '.join(OPS)}")
+    found = []
+    for row in rows(config.ops or tuple(OPS), config.dtypes, config.targets):
+        found.append(row)
+        if not config.json:
+            print(f"{row.kernel:24} {row.case:44} {row.dtype:5} {row.target:7} {row.registers:4} registers {row.spills:5} B stack {row.shared:7} B shared", flush=True)
+    wrong = [row for row in found if not is_sound(row)]
+    if config.json:
+        print(json.dumps({"triton": launch.triton.__version__, "shared_limit": SHARED_LIMIT, "kernels": [row._asdict() for row in found]}, indent=1))
+    if wrong:
+        worst = max(wrong, key=lambda row: (row.spills, row.shared))
+        raise GateFailed(
+            f"{len(wrong)} of {len(found)} compiled kernels spill or take too much shared memory, worst {worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})",
+            "choose smaller blocks or more warps in kernels/launch.py",
+        )
+    return 0

@@ -1,0 +1,188 @@
+"""Group normalisation and SiLU in one pass over a channels-last tensor, the time embedding added on the way."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.kernels.case import Case, noise
+from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, padded, plane_strides, tl
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True) -> Tensor:
+    """SiLU of the normalised `x` [B, C, h, w], after `shift` [B, C] was added; without SiLU where the norm stands alone."""
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    x = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(x) if has_silu else x
+
+
+@jit
+def _group_norm_silu_sums_kernel(
+    x_ptr,  # [B, C, S]
+    mean_ptr,  # [B, chunks, C] fp32, of the cells of one chunk
+    spread_ptr,  # [B, chunks, C] fp32, sum of squares around that mean
+    channels,
+    cells,
+    stride_image,
+    stride_channel,
+    stride_cell,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk, image = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    cell = chunk * BLOCK_S + tl.arange(0, BLOCK_S)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (cell < cells)[:, None] & (channel < channels)[None, :]
+    place = image * stride_image + cell[:, None] * stride_cell + channel[None, :] * stride_channel
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(cells - chunk * BLOCK_S, BLOCK_S).to(tl.float32)
+    mean = tl.sum(x, 0) / count
+    distance = tl.where(inside, x - mean[None, :], 0.0)
+    row = (image * tl.num_programs(0) + chunk) * channels + channel
+    tl.store(mean_ptr + row, mean, mask=channel < channels)
+    tl.store(spread_ptr + row, tl.sum(distance * distance, 0), mask=channel < channels)
+
+
+@jit
+def _group_norm_silu_combine_kernel(
+    mean_ptr,  # [B, chunks, C]
+    spread_ptr,  # [B, chunks, C]
+    weight_ptr,  # [C]
+    shift_ptr,  # [B, C] or None
+    centre_ptr,  # [B, C] fp32
+    scale_ptr,  # [B, C] fp32
+    channels,
+    cells,
+    chunks,
+    width,  # channels of a group
+    stride_shift,
+    eps,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    group, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, BLOCK_G)
+    channel = group * width + lane
+    is_ours = lane < width
+    shift = tl.zeros([BLOCK_G], tl.float32)
+    if shift_ptr is not None:
+        shift = tl.load(shift_ptr + image * stride_shift + channel, mask=is_ours, other=0.0).to(tl.float32)
+    # Adding a constant to a channel moves its mean and leaves its spread.
+    total = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
+    for start in range(0, chunks, BLOCK_N):
+        chunk = start + tl.arange(0, BLOCK_N)
+        inside = (chunk < chunks)[:, None] & is_ours[None, :]
+        row = (image * chunks + chunk)[:, None] * channels + channel[None, :]
+        count = tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=inside, other=0.0) + shift[None, :]
+        total += tl.where(inside, mean * count[:, None], 0.0)
+    size = width * 1.0 * cells
+    centre = tl.sum(tl.sum(total, 1), 0) / size
+    total = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
+    for start in range(0, chunks, BLOCK_N):
+        chunk = start + tl.arange(0, BLOCK_N)
+        inside = (chunk < chunks)[:, None] & is_ours[None, :]
+        row = (image * chunks + chunk)[:, None] * channels + channel[None, :]
+        count = tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=inside, other=0.0) + shift[None, :]
+        spread = tl.load(spread_ptr + row, mask=inside, other=0.0)
+        total += tl.where(inside, spread + count[:, None] * (mean - centre) * (mean - centre), 0.0)
+    variance = tl.sum(tl.sum(total, 1), 0) / size
+    weight = tl.load(weight_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)
+    tl.store(centre_ptr + image * channels + channel, centre - shift, mask=is_ours)
+    tl.store(scale_ptr + image * channels + channel, weight * tl.rsqrt(variance + eps), mask=is_ours)
+
+
+@jit
+def _group_norm_silu_kernel(
+    x_ptr,  # [B, C, S]
+    centre_ptr,  # [B, C]
+    scale_ptr,  # [B, C]
+    bias_ptr,  # [C]
+    out_ptr,  # [B, C, S]
+    channels,
+    cells,
+    stride_image,
+    stride_channel,
+    stride_cell,
+    out_stride_image,
+    out_stride_channel,
+    out_stride_cell,
+    HAS_SILU: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image = tl.program_id(2).to(tl.int64)
+    cell = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (cell < cells)[:, None] & (channel < channels)[None, :]
+    is_channel = channel < channels
+    place = image * stride_image + cell[:, None] * stride_cell + channel[None, :] * stride_channel
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    centre = tl.load(centre_ptr + image * channels + channel, mask=is_channel, other=0.0)
+    scale = tl.load(scale_ptr + image * channels + channel, mask=is_channel, other=0.0)
+    bias = tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    y = (x - centre[None, :]) * scale[None, :] + bias[None, :]
+    if HAS_SILU:
+        y = y / (1.0 + tl.exp(-y))
+    place = image * out_stride_image + cell[:, None] * out_stride_cell + channel[None, :] * out_stride_channel
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True) -> Tensor:
+    """What `reference` says; both layouts are served, channels-last is the fast one."""
+    batch, channels, height, width = x.shape
+    if channels % groups:
+        raise ValueError(f"group_norm_silu: {channels} channels do not divide into {groups} groups")
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(f"group_norm_silu: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit {channels} channels")
+    if shift is not None and (shift.shape != (batch, channels) or shift.stride(1) != 1):
+        raise ValueError(f"group_norm_silu: shift {list(shift.shape)} is not a contiguous [{batch}, {channels}]")
+    if not is_served("group_norm_silu", x, weight, bias, *([] if shift is None else [shift])):
+        return reference(x, weight, bias, groups, eps, shift, has_silu)
+    cells, sizes = height * width, blocks("group_norm_silu", x)
+    strides, chunks = plane_strides("group_norm_silu", x), ceil_divide(cells, sizes["BLOCK_S"])
+    grid = (chunks, ceil_divide(channels, sizes["BLOCK_C"]), batch)
+    mean, spread = torch.empty((2, batch, chunks, channels), dtype=torch.float32, device=x.device)
+    centre, scale = torch.empty((2, batch, channels), dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x)
+    _group_norm_silu_sums_kernel[grid](x, mean, spread, channels, cells, *strides, **sizes)
+    _group_norm_silu_combine_kernel[groups, batch](
+        mean,
+        spread,
+        weight,
+        shift,
+        centre,
+        scale,
+        channels,
+        cells,
+        chunks,
+        channels // groups,
+        0 if shift is None else shift.stride(0),
+        eps,
+        CHUNK=sizes["BLOCK_S"],
+        BLOCK_G=padded(channels // groups, 1),
+        **blocks("group_norm_silu combine", x),
+    )
+    out_strides = plane_strides("group_norm_silu", out)
+    _group_norm_silu_kernel[grid](x, centre, scale, bias, out, channels, cells, *strides, *out_strides, HAS_SILU=has_silu, **sizes)
+    return out
+
+
+def cases() -> list[Case]:
+    def norm(batch, channels, groups, height, width, **options):
+        x = noise(batch, channels, height, width).contiguous(memory_format=torch.channels_last)
+        shift = noise(batch, channels) if options.pop("has_shift", False) else None
+        x = x * options.pop("spread", 1) + options.pop("offset", 0)
+        return x, noise(channels) + 1, noise(channels + 1)[1:], groups, 1e-5, shift, options.pop("has_silu", True)
+
+    return [
+        Case("smallest plane that varies", norm(1, 2, 1, 1, 2), (1, 2, 1, 2)),
+        Case("odd planes, ragged groups, time embedding", norm(2, 33, 3, 7, 11, has_shift=True), (2, 33, 7, 11)),
+        Case("the norm before attention has no SiLU", norm(1, 96, 32, 9, 9, has_silu=False), (1, 96, 9, 9)),
+        Case("far from zero", norm(1, 64, 32, 16, 16, offset=15), (1, 64, 16, 16)),
+        Case("SD 1.x second level", norm(1, 640, 32, 32, 32, has_shift=True), (1, 640, 32, 32)),
+    ]

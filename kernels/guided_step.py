@@ -1,0 +1,96 @@
+"""Classifier-free guidance and one sampler update, read and written once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from datasetdm_fast.kernels.case import Case, noise
+from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.sampling import Update
+
+FIXED = 5  # coefficients before those of the earlier entries
+
+
+def coefficients(update: Update, guidance: float, slots: int) -> list[float]:
+    """One call's numbers for `reference` and `fused`: guidance, sample, both of the entry, this entry's weight, then `slots` earlier ones'."""
+    earlier = update.weights[1:]
+    if len(earlier) > slots:
+        raise ValueError(f"guided_step: an update with {len(earlier)} earlier entries does not fit {slots} slots")
+    return [guidance, update.sample, *update.entry, update.weights[0], *earlier, *[0.0] * (slots - len(earlier))]
+
+
+def reference(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
+    """The next latents and this call's entry [2, B, C, h, w] from the UNet's `output` [2B, C, h, w].
+
+    `history` [M, B, C, h, w] holds earlier entries, newest first; one of weight zero is not read. `numbers` [5 + M] fp32 are `coefficients`.
+    """
+    exact = torch.promote_types(latents.dtype, torch.float32)
+    numbers = numbers.to(exact)
+    guidance, sample, of_sample, of_output, weight = numbers[:FIXED]
+    without, with_text = output.to(exact).chunk(2)
+    entry = of_sample * latents + of_output * (without + guidance * (with_text - without))
+    weights = numbers[FIXED:].view(-1, *[1] * latents.ndim)
+    earlier = torch.where(weights == 0, 0, weights * history).sum(0)
+    return torch.stack([sample * latents + weight * entry + earlier, entry]).to(latents.dtype)
+
+
+@jit
+def _guided_step_kernel(
+    output_ptr,  # [2, size]
+    latents_ptr,  # [size]
+    history_ptr,  # [SLOTS, size]
+    numbers_ptr,  # [5 + SLOTS] fp32
+    out_ptr,  # [2, size]
+    size,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    far = place + size  # in the second half of a pair
+    without = tl.load(output_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    with_text = tl.load(output_ptr + far, mask=inside, other=0.0).to(tl.float32)
+    latents = tl.load(latents_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    guided = without + tl.load(numbers_ptr).to(tl.float32) * (with_text - without)
+    entry = tl.load(numbers_ptr + 2).to(tl.float32) * latents + tl.load(numbers_ptr + 3).to(tl.float32) * guided
+    answer = tl.load(numbers_ptr + 1).to(tl.float32) * latents + tl.load(numbers_ptr + 4).to(tl.float32) * entry
+    earlier_place = place
+    for slot in tl.static_range(SLOTS):
+        weight = tl.load(numbers_ptr + 5 + slot).to(tl.float32)
+        end = tl.where(weight == 0.0, 0, size)  # of an entry of weight zero nothing is read: nothing may have been written
+        earlier = tl.load(history_ptr + earlier_place, mask=place < end, other=0.0)
+        answer += weight * earlier.to(tl.float32)
+        earlier_place = earlier_place + size
+    tl.store(out_ptr + place, answer.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + far, entry.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
+    """What `reference` says; the numbers stay on the device, so one captured graph serves every call."""
+    if output.shape != (2 * len(latents), *latents.shape[1:]):
+        raise ValueError(f"guided_step: output {list(output.shape)} is not twice the latents {list(latents.shape)}")
+    if history.shape[1:] != latents.shape or numbers.shape != (FIXED + len(history),):
+        raise ValueError(f"guided_step: history {list(history.shape)} and {len(numbers)} numbers do not fit latents {list(latents.shape)}")
+    if not is_served("guided_step", output, latents, history, numbers):
+        return reference(output, latents, history, numbers)
+    out, sizes = latents.new_empty((2, *latents.shape)), blocks("guided_step", latents)
+    parts = output.contiguous(), latents.contiguous(), history.contiguous(), numbers
+    _guided_step_kernel[(ceil_divide(latents.numel(), sizes["BLOCK"]),)](*parts, out, latents.numel(), SLOTS=len(history), **sizes)
+    return out
+
+
+def cases() -> list[Case]:
+    def step(batch, side, weights, sample=0.9, entry=(0.0, 1.0), unread=()):
+        history = noise(len(weights) - 1, batch, 4, side, side)
+        for slot in unread:
+            history[slot] = float("nan")
+        numbers = torch.tensor([7.5, sample, *entry, *weights])
+        return noise(2 * batch, 4, side, side), noise(batch, 4, side, side), history, numbers
+
+    return [
+        Case("smallest, no memory: DDIM", step(1, 1, (-0.3,)), (2, 1, 4, 1, 1)),
+        Case("odd side, an earlier entry, a clean sample: DPM-Solver++", step(3, 5, (0.8, -0.2), 0.4, (1.1, -0.3)), (2, 3, 4, 5, 5)),
+        Case("second call of PLMS: slots that nothing was written to", step(2, 9, (-0.5, -0.5, 0.0, 0.0), unread=(1, 2)), (2, 2, 4, 9, 9)),
+        Case("PLMS at 512 pixels", step(2, 64, (-0.12, 0.13, -0.08, 0.02)), (2, 2, 4, 64, 64)),
+    ]
