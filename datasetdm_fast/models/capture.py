@@ -86,13 +86,13 @@ class Projection(nn.Module):
             self.widths.append(start)
             stacked = torch.cat([torch.zeros(0, level.channels), *(weight.flatten(1).cpu() for weight in weights.values() if weight is not None)])
             parts = iter(stacked.split([*(2 * channels for channels in level.features), *(heads * level.tokens for heads in level.heads)], 1))
-            self.features.append(nn.ParameterList(frozen(_sliced(next(parts), 2)) for _ in level.features))
-            self.maps.append(nn.ParameterList(frozen(_sliced(next(parts), heads)) for heads in level.heads))
+            self.features.append(nn.ParameterList(frozen(_halves(next(parts))) for _ in level.features))
+            self.maps.append(nn.ParameterList(frozen(next(parts).unflatten(1, (heads, -1)).contiguous()) for heads in level.heads))
 
 
-def _sliced(weight: Tensor, parts: int) -> Tensor:
-    """A weight [F, parts * C] as matrices [parts, C, F]."""
-    return weight.unflatten(1, (parts, -1)).permute(1, 2, 0).contiguous()
+def _halves(weight: Tensor) -> Tensor:
+    """A weight [F, 2C] as the matrices [2, C, F] of both CFG halves."""
+    return weight.unflatten(1, (2, -1)).permute(1, 2, 0).contiguous()
 
 
 class Summing:

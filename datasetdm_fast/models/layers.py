@@ -56,19 +56,21 @@ class Convolution(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    def __init__(self, weights: Weights, groups: int, eps: float, op):
+    """Group normalisation, with SiLU after it where a convolution follows."""
+
+    def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace, has_silu: bool = True):
         super().__init__()
-        self.groups, self.eps, self.op = groups, eps, op
+        self.groups, self.eps, self.has_silu, self.op = groups, eps, has_silu, ops.group_norm_silu
         self.weight, self.bias = frozen(weights["weight"]), frozen(weights["bias"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, self.groups, self.weight, self.bias, self.eps)
+        return self.op(x, self.weight, self.bias, self.groups, self.eps, has_silu=self.has_silu)
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, weights: Weights, eps: float, op):
+    def __init__(self, weights: Weights, eps: float, ops: SimpleNamespace):
         super().__init__()
-        self.eps, self.op = eps, op
+        self.eps, self.op = eps, ops.layer_norm
         self.weight, self.bias = frozen(weights["weight"]), frozen(weights["bias"])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,9 +82,9 @@ class Resnet(nn.Module):
 
     def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace):
         super().__init__()
-        self.norm1 = GroupNorm(weights / "norm1", groups, eps, ops.group_norm_silu)
+        self.norm1 = GroupNorm(weights / "norm1", groups, eps, ops)
         self.conv1 = Convolution(weights / "conv1")
-        self.norm2 = GroupNorm(weights / "norm2", groups, eps, ops.group_norm_silu)
+        self.norm2 = GroupNorm(weights / "norm2", groups, eps, ops)
         self.conv2 = Convolution(weights / "conv2")
         self.shortcut = Convolution(weights / "conv_shortcut", padding=0) if "conv_shortcut.weight" in weights else nn.Identity()
 

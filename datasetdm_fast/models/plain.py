@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`x` [B, C, h, w], each group of channels of each image with zero mean and unit variance, then scaled and shifted."""
-    return F.group_norm(x, groups, weight, bias, eps)
-
-
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True) -> Tensor:
+    """SiLU of the normalised `x` [B, C, h, w]; without SiLU where the norm stands alone."""
+    x = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(x) if has_silu else x
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -40,17 +37,10 @@ def probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention_capture(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention output [B, heads, S, d], and its maps under `weight` [heads, T, F], summed over heads and tokens: [B, S, F]."""
+    """The attention output [B, heads, S, d], and its maps under `weight` [F, heads, T], summed over heads and tokens: [B, S, F] fp32."""
     maps = probabilities(q, k)
-    joined = maps.transpose(1, 2).flatten(2)  # [B, S, heads * T]
-    return torch.matmul(maps, v), torch.matmul(joined, weight.flatten(0, 1))
+    projected = F.linear(maps.transpose(1, 2).flatten(2), weight.flatten(1))
+    return torch.matmul(maps, v), projected.to(torch.promote_types(projected.dtype, torch.float32))
 
 
-PLAIN = SimpleNamespace(
-    group_norm=group_norm,
-    group_norm_silu=group_norm_silu,
-    layer_norm=layer_norm,
-    geglu=geglu,
-    attention=attention,
-    attention_capture=attention_capture,
-)
+PLAIN = SimpleNamespace(group_norm_silu=group_norm_silu, layer_norm=layer_norm, geglu=geglu, attention=attention, attention_capture=attention_capture)

@@ -18,10 +18,10 @@ class Layer(nn.Module):
         super().__init__()
         itself = weights / "self_attn"
         self.heads, self.activation = heads, activation
-        self.norm1 = LayerNorm(weights / "layer_norm1", eps, ops.layer_norm)
+        self.norm1 = LayerNorm(weights / "layer_norm1", eps, ops)
         self.qkv = Linear(itself / "q_proj", itself / "k_proj", itself / "v_proj")
         self.out = Linear(itself / "out_proj")
-        self.norm2 = LayerNorm(weights / "layer_norm2", eps, ops.layer_norm)
+        self.norm2 = LayerNorm(weights / "layer_norm2", eps, ops)
         self.wide, self.narrow = Linear(weights / "mlp" / "fc1"), Linear(weights / "mlp" / "fc2")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,9 +43,10 @@ class TextEncoder(nn.Module):
         self.places = frozen(weights["embeddings.position_embedding.weight"])
         activation = ACTIVATIONS[config.hidden_act]
         self.layers = nn.ModuleList(
-            Layer(weights / "encoder" / "layers" / k, config.num_attention_heads, config.layer_norm_eps, activation, ops) for k in range(config.num_hidden_layers)
+            Layer(weights / "encoder" / "layers" / k, config.num_attention_heads, config.layer_norm_eps, activation, ops)
+            for k in range(config.num_hidden_layers)
         )
-        self.norm = LayerNorm(weights / "final_layer_norm", config.layer_norm_eps, ops.layer_norm)
+        self.norm = LayerNorm(weights / "final_layer_norm", config.layer_norm_eps, ops)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = F.embedding(ids, self.words) + self.places[: ids.shape[1]]

@@ -92,9 +92,9 @@ class Transformer(nn.Module):
         itself, text = block / "attn1", block / "attn2"
         self.heads, self.feature, self.layer, self.ops = heads, feature, layer, ops
         self.spread = spread  # `doubled` in the first transformer, whose text attention is where the CFG halves part
-        self.norm = GroupNorm(weights / "norm", groups, TRANSFORMER_EPS, ops.group_norm)
+        self.norm = GroupNorm(weights / "norm", groups, TRANSFORMER_EPS, ops, has_silu=False)
         self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
-        self.norm1, self.norm2, self.norm3 = (LayerNorm(block / f"norm{k}", LAYER_EPS, ops.layer_norm) for k in (1, 2, 3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(block / f"norm{k}", LAYER_EPS, ops) for k in (1, 2, 3))
         self.self_qkv, self.self_out = Linear(itself / "to_q", itself / "to_k", itself / "to_v"), Linear(itself / "to_out" / 0)
         self.text_q, self.text_out = Linear(text / "to_q"), Linear(text / "to_out" / 0)
         self.wide, self.narrow = Linear(block / "ff" / "net" / 0 / "proj"), Linear(block / "ff" / "net" / 2)
@@ -142,9 +142,7 @@ class Down(nn.Module):
         self.transformers, self.shrink = nn.ModuleList(), None
         if depth < DEPTHS - 1:
             spreads = [doubled if depth == i == 0 else unchanged for i in range(count)]
-            self.transformers.extend(
-                plan.transformer(weights / "attentions" / i, depth, 1 + i, count + 1 + i, spread) for i, spread in enumerate(spreads)
-            )
+            self.transformers.extend(plan.transformer(weights / "attentions" / i, depth, 1 + i, count + 1 + i, spread) for i, spread in enumerate(spreads))
             self.shrink, self.entry = Convolution(weights / "downsamplers" / 0 / "conv", stride=2), plan.feature(depth + 1, 0)
 
     def forward(self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], watch: Watch) -> Tensor:
@@ -213,7 +211,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(Down(plan, depth) for depth in range(DEPTHS))
         self.middle = Middle(plan)
         self.up = nn.ModuleList(Up(plan, depth) for depth in reversed(range(DEPTHS)))
-        self.norm_out = GroupNorm(plan.weights / "conv_norm_out", plan.groups, plan.eps, ops.group_norm_silu)
+        self.norm_out = GroupNorm(plan.weights / "conv_norm_out", plan.groups, plan.eps, ops)
         self.conv_out = Convolution(plan.weights / "conv_out")
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], watch: Watch) -> Tensor:

@@ -18,7 +18,7 @@ class Attention(nn.Module):
     def __init__(self, weights: Weights, groups: int, ops: SimpleNamespace):
         super().__init__()
         self.ops = ops
-        self.norm = GroupNorm(weights / "group_norm", groups, EPS, ops.group_norm)
+        self.norm = GroupNorm(weights / "group_norm", groups, EPS, ops, has_silu=False)
         self.qkv = Linear(weights / "to_q", weights / "to_k", weights / "to_v")
         self.out = Linear(weights / "to_out" / 0)
 
@@ -49,7 +49,7 @@ def _middle(weights: Weights, groups: int, ops: SimpleNamespace) -> list[nn.Modu
 
 
 def _ending(weights: Weights, groups: int, ops: SimpleNamespace) -> list[nn.Module]:
-    return [GroupNorm(weights / "conv_norm_out", groups, EPS, ops.group_norm_silu), Convolution(weights / "conv_out")]
+    return [GroupNorm(weights / "conv_norm_out", groups, EPS, ops), Convolution(weights / "conv_out")]
 
 
 class ImageDecoder(nn.Module):

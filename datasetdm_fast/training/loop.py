@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Capture
-from datasetdm_fast.models.decoders import Decoder, DecoderConfig, build_decoder
 from datasetdm_fast.kernels import rearranged
+from datasetdm_fast.models.decoders import Decoder, DecoderConfig, build_decoder
 from datasetdm_fast.training import losses
 from datasetdm_fast.training.cache import CaptureCache
 from datasetdm_fast.training.targets import Target
