@@ -29,6 +29,7 @@ class Observation:
     outputs: tuple[Tensor, ...]  # [2B, 4, h, w] of each call
     latents: Tensor  # after the last call
     levels: dict[str, list[Tensor]]  # level -> what the decoders read of it, [B, F, h, w] each
+    answers: dict[str, dict[str, Tensor]]  # raw outputs of each task's decoder
     labels: dict[str, list[Annotation]]
     images: np.ndarray  # [B, H, W, 3] uint8
 
@@ -54,10 +55,11 @@ def observe(engine, requests: Sequence[Request], recipe: Recipe, led: Observatio
         stepped()
     words = WordTable(engine, recipe.words)
     raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
-    labels = {task: postprocess(task, requests, outputs_, engine.decoders[task].config, recipe) for task, outputs_ in raw.items()}
+    labels = {task: postprocess(task, requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()}
+    answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
-    return Observation(context.cpu(), tuple(seen), tuple(outputs), latents.cpu(), level_tensors(engine, capture), labels, images)
+    return Observation(context.cpu(), tuple(seen), tuple(outputs), latents.cpu(), level_tensors(engine, capture), answers, labels, images)
 
 
 def level_tensors(engine, capture: Capture | ProjectedCapture) -> dict[str, list[Tensor]]:
@@ -167,7 +169,11 @@ def led_distances(found: Observation, truth: Observation) -> dict[str, np.ndarra
         for name, tensors in truth.levels.items()
         if tensors
     }
-    return {"call": np.concatenate(calls), **levels, "image": image_distance(found.images, truth.images), **_label_distances("", found, truth)}
+    outputs = {
+        f"outputs {task}": np.max([relative(found.answers[task][name], value) for name, value in answer.items()], 0) for task, answer in truth.answers.items()
+    }
+    image = {"image": image_distance(found.images, truth.images)}
+    return {"call": np.concatenate(calls), **levels, **outputs, **_label_distances("", found, truth), **image}
 
 
 def free_distances(found: Observation, truth: Observation) -> dict[str, np.ndarray]:
@@ -191,7 +197,8 @@ EXACT: dict[str, Limit] = {  # fp32 against fp32
     "text": SAME_TEXT,
     "call": (1e-5, 4e-5),
     "level": (1e-5, 4e-5),
-    "image": (1e-3, 2e-3),  # 60 dB, 54 dB
+    "outputs": (1e-4, 1e-2),  # a mask that flips one cell of what a query may see moves its whole answer
+    "image": (2e-4, 5e-4),  # 74 dB, 66 dB: one grey level at a few pixels
     "semantic": (1e-4, 1e-3),
     "open-vocabulary": (1e-4, 1e-3),
     "instance": (1e-3, 1e-2),
@@ -209,6 +216,7 @@ ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
     "text": SAME_TEXT,
     "call": (1e-2, 4e-2),
     "level": (5e-3, 2e-2),
+    "outputs": (5e-2, 0.2),
     "image": (1e-2, 2e-2),  # 40 dB, 34 dB
     "semantic": (5e-3, 2e-2),
     "open-vocabulary": (5e-3, 2e-2),
@@ -246,7 +254,7 @@ def judge(distances: Mapping[str, np.ndarray], gates: Mapping[str, Limit], floor
     """A row for every measure of distances [calls or 1, images]; a gate gives way where the reference itself drifts more at that precision."""
     rows = []
     for name, values in distances.items():
-        limit, floor = gates[name.split()[0] if name.startswith("level ") else name], None
+        limit, floor = gates[name.split()[0] if name.startswith(("level ", "outputs ")) else name], None
         if name in floors:
             floor = summary(floors[name])
             limit = tuple(max(gate, MARGIN * drift) for gate, drift in zip(limit, floor))

@@ -30,7 +30,9 @@ class Weights:
 
 
 def frozen(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.detach(), requires_grad=False)
+    """A copy of its own, so that neither side's changes reach the other."""
+    layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+    return nn.Parameter(value.detach().clone(memory_format=layout), requires_grad=False)
 
 
 class Linear(nn.Module):
