@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,38 @@ class Capture:
 
     features: tuple[tuple[Tensor, ...], ...]  # per level: [B, 2C, h, w], halves joined per image: [uncond_b | cond_b]
     maps: tuple[tuple[Tensor, ...], ...]  # per level: [B, heads, h*w, T], conditional half, up layers before down layers
+
+    @property
+    def batch(self) -> int:
+        return len(self.features[-1][0])
+
+    @property
+    def side(self) -> int:
+        """Cells of a side of the highest level."""
+        return self.features[-1][0].shape[-1]
+
+
+@dataclass(frozen=True)
+class ProjectedCapture:
+    """The same after the first layers of the decoders of a run: the only thing they make of it, and far smaller."""
+
+    sums: tuple[Tensor, ...]  # per level: [B, F, h, w] fp32, the widths of all decoders end to end
+    slices: Mapping[str, tuple[slice, ...]]  # task -> per level, the channels that are its own
+
+    def of(self, task: str) -> ProjectedCapture:
+        """The part of one task."""
+        own = self.slices[task]
+        parts = tuple(total[:, part] for total, part in zip(self.sums, own))
+        return ProjectedCapture(parts, {task: tuple(slice(0, part.stop - part.start) for part in own)})
+
+    @property
+    def batch(self) -> int:
+        return len(self.sums[-1])
+
+    @property
+    def side(self) -> int:
+        """Cells of a side of the highest level."""
+        return self.sums[-1].shape[-1]
 
 
 @dataclass(frozen=True)

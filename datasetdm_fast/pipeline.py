@@ -179,7 +179,7 @@ class Pipeline:
         if not 0 <= timestep < training:
             raise Refused(f"timestep: {timestep} is not within 0 .. {training - 1}", "Choose one of the model's training timesteps.")
         words = prompts.fit(prompt, self.engine.model.tokenizer, "prompt")
-        capture = invert(self.engine, torch.from_numpy(pixels)[None], [words], timestep, [job.check_seed(seed)])
+        capture = invert(self.engine, torch.from_numpy(pixels)[None], [words], timestep, [job.check_seed(seed)], is_raw=True)
         return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
 
 

@@ -149,6 +149,15 @@ def _pretty(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
+def note(folder: Path, name: str, value: Any) -> None:
+    """Adds what was found out about a run later to its run.json, beside what decides its bytes."""
+    document = read_document(folder)
+    if document is None:
+        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder", "Name the folder of a run.")
+    with storage.locked(folder / LOCK):
+        storage.publish({folder / DOCUMENT: _pretty(document | {name: value})})
+
+
 def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
     """Whether every index file is there and shows the rows of the ledger."""
     tasks = ("", *document["config"]["task"])

@@ -72,6 +72,8 @@ class StubEngine:
         joined = torch.cat(noise.chunk(2), 1)
         return noise, Capture(((joined,),) * 4, ((joined.flatten(2)[:, None].transpose(2, 3),),) * 4)
 
+    denoise_and_keep = denoise_and_capture
+
     def decode_image(self, latents):
         pixels = (latents[:, :3].nan_to_num().sigmoid() * 255).to(torch.uint8)
         return pixels.repeat_interleave(8, 2).repeat_interleave(8, 3).permute(0, 2, 3, 1)

@@ -16,7 +16,7 @@ from datasetdm_fast.data import Capture
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.models.decoder_config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.models.decoders import Decoder, build_decoder, check_levels, load_decoder, load_decoders, load_upstream, save_decoder
-from datasetdm_fast.models.trunk import SpectralConv2d, cells
+from datasetdm_fast.models.trunk import SpectralConv2d
 from datasetdm_fast.stages import levels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoders.json").read_text())
@@ -428,5 +428,6 @@ def test_levels_of_another_unet():
         check_levels(build_decoder(small("simcc")), larger)
 
 
-def test_cells_of_a_capture():
-    assert cells(capture_of(DEMO_LEVELS, 1)) == 16
+def test_sizes_of_a_capture():
+    capture = capture_of(DEMO_LEVELS, 1)
+    assert (capture.batch, capture.side) == (1, 16)

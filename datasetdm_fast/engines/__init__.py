@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ..data import Capture
+    from ..data import Capture, ProjectedCapture
     from ..loading import Model
 
 
@@ -36,8 +36,11 @@ class Engine(Protocol):
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
         """[2B, 4, h, w] UNet output for latents [B, 4, h, w] and context [2B, T, D]."""
 
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture | ProjectedCapture]:
         """The same output, and what the decoders read."""
+
+    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        """The same output, and every feature and map as it is."""
 
     def decode_image(self, latents: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 images."""
@@ -45,7 +48,7 @@ class Engine(Protocol):
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: the posterior's mean, or a sample of it per image's generator."""
 
-    def annotate(self, task: str, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
 
     def fingerprint(self) -> dict[str, str]:
@@ -58,14 +61,20 @@ def _torch(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: 
     return TorchEngine(model, decoders, dtype=dtype, device=device)
 
 
-ENGINES = {"torch": _torch}
+def _fast(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str) -> Engine:
+    from .fast import FastEngine
+
+    return FastEngine(model, decoders, dtype=dtype, device=device)
+
+
+ENGINES = {"torch": _torch, "fast": _fast}
 
 
 def build_engine(name: str, model: Model, decoders: Mapping[str, nn.Module] | None = None, *, dtype: str = "auto", device: str = "auto") -> Engine:
-    """The engine `name` for a loaded model; "auto" is the fast one where this installation has it."""
+    """The engine `name` for a loaded model; "auto" is the fast one."""
     if name not in KNOWN:
         raise Refused(f"engine: {name!r} is none of {', '.join(KNOWN)}")
-    chosen = ("fast" if "fast" in ENGINES else "torch") if name == "auto" else name
+    chosen = "fast" if name == "auto" else name
     if chosen not in ENGINES:
         raise Missing(f"engine: {chosen} is not part of this installation, which has {', '.join(ENGINES)}", "use one of those, or --engine auto")
     return ENGINES[chosen](model, decoders or {}, dtype, device)

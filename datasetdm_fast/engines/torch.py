@@ -142,6 +142,8 @@ class TorchEngine:
             noise = self.denoise(latents, timestep, context)
         return noise, captures[0]
 
+    denoise_and_keep = denoise_and_capture
+
     @_oracle
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         decoded = self.model.vae.decode(latents / self.model.vae.config.scaling_factor, return_dict=False)[0]

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.models.decoder_config import DecoderConfig
 from datasetdm_fast.models.segmentation import MASKS
-from datasetdm_fast.models.trunk import Decoder, Upscale, cells, wide_mixes
+from datasetdm_fast.models.trunk import Decoder, Upscale, wide_mixes
 from datasetdm_fast.stages import FACTOR
 
 
@@ -29,9 +29,9 @@ class DepthDecoder(Decoder):
             nn.init.normal_(convolution.weight, std=0.001)
             nn.init.zeros_(convolution.bias)
 
-    def forward(self, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         first, last = self.last_layer_depth[0], self.last_layer_depth[2]
-        side = cells(capture)
+        side = capture.side
         x = self.climb(capture)
         if self.upscale:
             x, sides = self.upscale(x), (side * FACTOR,)

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.decoder_config import DecoderConfig
-from datasetdm_fast.models.trunk import Decoder, Upscale, cells, wide_mixes
+from datasetdm_fast.models.trunk import Decoder, Upscale, wide_mixes
 from datasetdm_fast.stages import FACTOR
 
 
@@ -22,7 +22,7 @@ class HeatmapDecoder(Decoder):
         self.upscale = Upscale(4 * config.width, config.width, config.upscale) if config.upscale else nn.Identity()
         self.final_layer = nn.Conv2d(config.width if config.upscale else 4 * config.width, len(config.joints), 1)
 
-    def forward(self, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         return {"heatmaps": self.final_layer(self.upscale(self.climb(capture)))}
 
 
@@ -35,8 +35,8 @@ class SimccDecoder(Decoder):
         self.mlp_head_x = nn.Linear(tokens, bins)
         self.mlp_head_y = nn.Linear(tokens, bins)
 
-    def forward(self, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
-        side = cells(capture)
+    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
+        side = capture.side
         if side != self.config.side:
             raise Refused(f"simcc decoder: the capture has {side} cells a side, expected the {self.config.side} it was trained on")
         low = resize(self.project(capture, "low", side // 4), side // 2)

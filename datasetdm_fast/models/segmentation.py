@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.decoder_config import DecoderConfig
-from datasetdm_fast.models.trunk import Decoder, Upscale, cells
+from datasetdm_fast.models.trunk import Decoder, Upscale
 
 MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of the highest captured level
 MASKS = 160 / 64  # side of the masks over the same
@@ -115,15 +115,15 @@ class SegmentationDecoder(Decoder):
         self.class_embed = nn.Linear(width, config.logits)
         self.mask_embed = MaskEmbedding(width, config.mask_dim)
 
-    def forward(self, capture: Capture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
         memory, mask_features = self.pixels(capture)
         content, position = self.ask(len(mask_features), text)
         return self.answer(content, position, memory, mask_features, auxiliary)
 
-    def pixels(self, capture: Capture) -> tuple[list[Tensor], Tensor]:
+    def pixels(self, capture: Capture | ProjectedCapture) -> tuple[list[Tensor], Tensor]:
         """Three memory levels [B, C, m_i, m_i] and the mask features [B, D, m, m]."""
-        side = cells(capture)
+        side = capture.side
         low = resize(self.project(capture, "low", side // 4), side // 2)
         mid = resize(self.mix(capture, "mid", low, side // 2), side)
         high = self.mix(capture, "high", mid, side)
@@ -172,8 +172,8 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         self.query_feat_mlp = nn.Linear(config.width + config.text_width, config.width, bias=False)
         self.query_embed_mlp = nn.Linear(config.width + config.text_width, config.width, bias=False)
 
-    def forward(self, capture: Capture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
-        batch = len(capture.features[-1][0])
+    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        batch = capture.batch
         width = self.config.text_width
         if text is None or text.ndim not in (2, 3) or len(text) != batch or text.shape[-1] != width:
             given = "nothing" if text is None else f"shape {list(text.shape)}"

@@ -5,6 +5,7 @@ Parameter names are those of DatasetDM's checkpoints, so that these load as they
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.image_norm import EPS
 from datasetdm_fast.models.decoder_config import DecoderConfig
@@ -127,20 +128,26 @@ class Decoder(nn.Module):
 
         return load_decoder(folder, strict=strict)
 
-    def project(self, capture: Capture, name: str, side: int) -> Tensor:
-        """The captured level `name` at `width` channels [B, F, side, side]."""
+    def projections(self) -> dict[str, Tensor]:
+        """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads."""
+        return {name: self.get_submodule(f"{name}_feature_conv.0").weight for name in LEVELS if hasattr(self, f"{name}_feature_conv")}
+
+    def project(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
+        """The captured level `name` at `width` channels [B, F, side, side]; a ProjectedCapture must be this decoder's own part."""
         place = LEVELS.index(name)
+        if isinstance(capture, ProjectedCapture):
+            return resize(capture.sums[place], side)
         convolution = self.get_submodule(f"{name}_feature_conv.0")
         return self.ops.pyramid(capture.features[place], capture.maps[place], convolution.weight, side)
 
-    def mix(self, capture: Capture, name: str, below: Tensor, side: int) -> Tensor:
+    def mix(self, capture: Capture | ProjectedCapture, name: str, below: Tensor, side: int) -> Tensor:
         """The level `name` joined with the levels below it, at its own resolution."""
         joined = torch.cat([below, self.project(capture, name, side)], 1)
         return self.get_submodule(f"{name}_feature_mix_conv")(joined)
 
-    def climb(self, capture: Capture) -> Tensor:
+    def climb(self, capture: Capture | ProjectedCapture) -> Tensor:
         """All four levels mixed, at the resolution of the highest."""
-        side = cells(capture)
+        side = capture.side
         low = resize(self.project(capture, "low", side // 4), side // 2)
         mid = resize(self.mix(capture, "mid", low, side // 2), side)
         return self.mix(capture, "highest", self.mix(capture, "high", mid, side), side)
@@ -151,9 +158,13 @@ def wide_mixes(width: int) -> dict[str, tuple[int, int]]:
     return {name: (count * width, count * width) for name, count in (("mid", 2), ("high", 3), ("highest", 4))}
 
 
-def cells(capture: Capture) -> int:
-    """Cells of a side of the highest captured level."""
-    return capture.features[-1][0].shape[-1]
+def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
+    """A copy of the decoder that computes with other operations."""
+    copied = copy.deepcopy(decoder)
+    for module in copied.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
+    return copied
 
 
 def fold(decoder: Decoder) -> Decoder:

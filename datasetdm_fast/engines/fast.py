@@ -1,0 +1,255 @@
+"""The fast engine: our own networks without repeated work, in half precision with CUDA graphs on a GPU, in fp32 or bf16 on a CPU."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Capture, ProjectedCapture
+from ..errors import Missing, Refused
+from ..kernels import rearranged
+from ..loading import Model
+from ..models.capture import Keeping, Projection, Summing, Unwatched, Watch
+from ..models.plain import PLAIN
+from ..models.text_encoder import TextEncoder
+from ..models.trunk import Decoder, with_ops
+from ..models.unet import TextTable, TimeTable, UNet
+from ..models.vae import ImageDecoder, ImageEncoder
+from .torch import resolve_device
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CHUNK_PIXELS = {"cpu": 512 * 512, "cuda": 8 * 512 * 512}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
+TIMES = 2048  # timesteps whose biases are kept
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The storage of the UNet and the autoencoder: as asked, or fp32 on a CPU and fp16 on a GPU."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
+    if name == "fp16" and device.type == "cpu":
+        raise Refused("dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones", "use --dtype bf16 or --dtype fp32")
+    return DTYPES[name]
+
+
+def _inference(method):
+    @functools.wraps(method)
+    def without_gradients(*arguments, **keywords):
+        with torch.inference_mode():
+            return method(*arguments, **keywords)
+
+    return without_gradients
+
+
+def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """`module` on the device, its convolutions channels-last."""
+    return module.eval().to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+class FastEngine:
+    """See engines.Engine; the fp32 modules of `model` are read at construction and left as they are.
+
+    Text encoder, timestep table, level sums and decoders are fp32 in every mode: they cost little, and labels hang on them. The UNet and
+    the autoencoder are stored as `dtype`; norms and softmax add up in fp32 inside their operations.
+    """
+
+    name = "fast"
+
+    def __init__(
+        self,
+        model: Model,
+        decoders: Mapping[str, Decoder] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        ops: SimpleNamespace = PLAIN,
+        decoder_ops: SimpleNamespace = rearranged,
+    ):
+        self.model, self.device, self.ops, self.decoder_ops = model, resolve_device(device), ops, decoder_ops
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.decoders = {task: with_ops(decoder, decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()}
+        self._read_weights()
+
+    def _read_weights(self) -> None:
+        model, device, ops = self.model, self.device, self.ops
+        self._seen = self._weight_versions()
+        self.text_encoder = placed(TextEncoder(model.text_encoder, ops), device, torch.float32)
+        self.times = placed(TimeTable(model.unet), device, torch.float32)
+        self.texts, self.unet = (placed(module, device, self.dtype) for module in (TextTable(model.unet), UNet(model.unet, ops)))
+        self.image_decoder, self.image_encoder = (placed(part(model.vae, ops), device, self.dtype) for part in (ImageDecoder, ImageEncoder))
+        self.projection = placed(Projection(model.levels, self.decoders), device, self.dtype)
+        self._rows: dict[float, Tensor] = {}
+        self._text: tuple[Tensor, int] | None = None
+        self._keys_values: tuple[Tensor, ...] = ()
+        self._graphs: dict[tuple[int, int, int, bool], StepGraph] = {}
+        self._pool = None
+
+    def _weight_versions(self) -> tuple[int, ...]:
+        """Counters PyTorch advances when a weight is changed in place."""
+        modules = (self.model.text_encoder, self.model.unet, self.model.vae, *self.decoders.values())
+        return tuple(sum(parameter._version for parameter in module.parameters() if not parameter.is_inference()) for module in modules)
+
+    @_inference
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
+        length = min(self.model.tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
+        ids = self.model.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        return self.text_encoder(ids.to(self.device))
+
+    @_inference
+    def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
+        return self.encode_text(words).mean(1)
+
+    @_inference
+    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
+        inputs = self._inputs(latents, timestep, context)
+        if self.device.type == "cuda":
+            return self._graph(inputs, is_capture=False)(*inputs)[0]
+        return self._plain(*inputs)[0]
+
+    @_inference
+    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
+        """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
+        if not self.decoders:
+            return self.denoise_and_keep(latents, timestep, context)
+        inputs = self._inputs(latents, timestep, context)
+        if self.device.type == "cuda":
+            noise, *sums = self._graph(inputs, is_capture=True)(*inputs)
+        else:
+            noise, *sums = self._captured(*inputs)
+        return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
+
+    @_inference
+    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        """The noise and every captured feature and map as the reference engine gives them."""
+        watch = Keeping(self.model.levels, self.ops)
+        noise = self._run(watch, *self._inputs(latents, timestep, context))
+        return noise, watch.result()
+
+    def _inputs(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ...]:
+        """The UNet's own inputs: latents, the timestep's biases, and the keys and values of every text layer."""
+        keys_values = self._text_layers(context)
+        if (row := self._rows.get(float(timestep))) is None:
+            if len(self._rows) >= TIMES:
+                self._rows.clear()
+            row = self.times(torch.tensor(float(timestep), device=self.device)).to(self.dtype)
+            self._rows[float(timestep)] = row
+        return latents.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last), row, *keys_values
+
+    def _text_layers(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of the texts, computed when they were not those of the call before."""
+        # Inference tensors count no changes, so of them it cannot be known that they are still the same.
+        version = -1 if context.is_inference() else context._version
+        if version < 0 or self._text is None or self._text[0] is not context or self._text[1] != version:
+            if self._weight_versions() != self._seen:
+                self._read_weights()
+            self._keys_values = self._tabled(context.to(self.device))
+            self._text = (context, version)
+        return self._keys_values
+
+    def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values of every layer; those of one text for all unconditional rows where these are the same text."""
+        batch = len(context) // 2
+        # On a GPU the comparison would make the host wait, for a product that is small there.
+        if batch > 1 and self.device.type == "cpu" and torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
+            tables = self.texts(context[batch - 1 :].to(self.dtype))
+            return tuple(torch.cat([table[:, :1].expand(-1, batch, -1, -1, -1), table[:, 1:]], 1) for table in tables)
+        return self.texts(context.to(self.dtype))
+
+    def _run(self, watch: Watch, latents: Tensor, row: Tensor, *keys_values: Tensor) -> Tensor:
+        return self.unet(latents, row, keys_values, watch).float().contiguous()
+
+    def _plain(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (self._run(Unwatched(self.ops), *inputs),)
+
+    def _captured(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        watch = Summing(self.projection, inputs[0], self.ops)
+        return self._run(watch, *inputs), *watch.result()
+
+    def _graph(self, inputs: Sequence[Tensor], is_capture: bool) -> StepGraph:
+        latents = inputs[0]
+        key = (len(latents), *latents.shape[-2:], is_capture)
+        if key not in self._graphs:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = StepGraph(self._captured if is_capture else self._plain, inputs, self._pool)
+        return self._graphs[key]
+
+    @_inference
+    def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
+        images = [self._decoded(chunk) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))]
+        return torch.cat(images)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        pixels = self.image_decoder(_channels_last(latents, self.dtype)).float()
+        if self.dtype == torch.float16 and not bool(pixels.isfinite().all()):  # some autoencoders leave the range of fp16
+            pixels = self._wide_image_decoder(_channels_last(latents, torch.float32))
+        return ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+
+    @functools.cached_property
+    def _wide_image_decoder(self) -> nn.Module:
+        return placed(ImageDecoder(self.model.vae, self.ops), self.device, torch.float32)
+
+    @_inference
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
+        parts = images.to(self.device).split(self._chunk(images.shape[2]))
+        moments = torch.cat([self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float() for part in parts])
+        latents, log_variance = moments.contiguous().chunk(2, 1)
+        if generators is not None:
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+            latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(self.device)
+        return latents * self.model.vae.config.scaling_factor
+
+    def _chunk(self, side: int) -> int:
+        return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
+
+    @_inference
+    def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+        if task not in self.decoders:
+            loaded = ", ".join(self.decoders) or "none"
+            raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
+        return self.decoders[task](capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
+
+    def fingerprint(self) -> dict[str, str]:
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
+        return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": dtype, "torch": torch.__version__}
+
+
+def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+class StepGraph:
+    """One UNet call as a CUDA graph over its own input and output buffers."""
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Iterable[Tensor], pool):
+        self.inputs = [torch.empty_like(value).copy_(value) for value in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # lets libraries choose their algorithms and allocate before anything is recorded
+                run(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.outputs = run(*self.inputs)
+        self.pointers = self._pointers()
+        self.held: list[Tensor | None] = [None] * len(self.inputs)
+
+    def _pointers(self) -> list[int]:
+        return [value.data_ptr() for value in (*self.inputs, *self.outputs)]
+
+    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for new inputs, as tensors of the caller's own."""
+        assert self._pointers() == self.pointers, "a buffer of a recorded call was moved"
+        for place, (buffer, value) in enumerate(zip(self.inputs, values)):
+            if place == 0 or self.held[place] is not value:  # all but the latents come from the engine's own tables, which are never written to
+                buffer.copy_(value)
+                self.held[place] = value if place else None
+        self.graph.replay()
+        return tuple(value.clone() for value in self.outputs)

@@ -1,0 +1,131 @@
+"""Who reads along while the UNet runs: nobody, one that keeps every feature and map, or one that keeps what the decoders would make of them.
+
+A decoder's first layer is a 1x1 convolution over everything it reads of a level, and projecting commutes with resizing, so each tensor
+is multiplied by its own slice of that weight where it lies and added to the level's sum. The concatenated level never exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.data import Capture
+from datasetdm_fast.models.layers import frozen, tokens
+from datasetdm_fast.models.plain import probabilities
+from datasetdm_fast.stages import LEVELS, Level
+
+if TYPE_CHECKING:
+    from datasetdm_fast.models.trunk import Decoder
+
+Slot = tuple[int, int]  # level, place within it
+
+
+class Watch(Protocol):
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        """Hears of the output [2B, C, h, w] that is the feature `slot`, None where it is none."""
+
+    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
+
+
+class Unwatched:
+    """Reads nothing: every call but the captured one."""
+
+    def __init__(self, ops: SimpleNamespace):
+        self.ops = ops
+
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        pass
+
+    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.ops.attention(q, k, v)
+
+
+class Keeping:
+    """Keeps every feature and map as the reference engine does."""
+
+    def __init__(self, levels: Sequence[Level], ops: SimpleNamespace):
+        self.levels, self.ops = levels, ops
+        self.features: dict[Slot, Tensor] = {}
+        self.maps: dict[Slot, Tensor] = {}
+
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        if slot is not None:
+            self.features[slot] = torch.cat(x.chunk(2), 1)
+
+    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.maps[slot] = probabilities(q.chunk(2)[1], k.chunk(2)[1])
+        return self.ops.attention(q, k, v)
+
+    def result(self) -> Capture:
+        def ordered(kept: Mapping[Slot, Tensor], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+            return tuple(tuple(kept[level, place].float() for place in range(count)) for level, count in enumerate(counts))
+
+        features = ordered(self.features, [len(level.features) for level in self.levels])
+        return Capture(features, ordered(self.maps, [len(level.heads) for level in self.levels]))
+
+
+class Projection(nn.Module):
+    """The first layers of all decoders of a run, stacked along their outputs and cut into one matrix for each captured tensor."""
+
+    def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Decoder]):
+        super().__init__()
+        self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(decoders, ())  # which of the sums are a task's own, per level
+        self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
+        for level in levels:
+            weights = {task: decoder.projections().get(level.name) for task, decoder in decoders.items()}
+            start = 0
+            for task, weight in weights.items():
+                stop = start + (0 if weight is None else len(weight))
+                self.tasks[task] += (slice(start, stop),)
+                start = stop
+            self.widths.append(start)
+            stacked = torch.cat([torch.zeros(0, level.channels), *(weight.flatten(1).cpu() for weight in weights.values() if weight is not None)])
+            parts = iter(stacked.split([*(2 * channels for channels in level.features), *(heads * level.tokens for heads in level.heads)], 1))
+            self.features.append(nn.ParameterList(frozen(_halves(next(parts))) for _ in level.features))
+            self.maps.append(nn.ParameterList(frozen(next(parts).unflatten(1, (heads, -1)).contiguous()) for heads in level.heads))
+
+
+def _halves(weight: Tensor) -> Tensor:
+    """A weight [F, 2C] as the matrices [2, C, F] of both CFG halves."""
+    return weight.unflatten(1, (2, -1)).permute(1, 2, 0).contiguous()
+
+
+class Summing:
+    """Keeps the level sums of a Projection, in fp32 whatever the arithmetic."""
+
+    def __init__(self, projection: Projection, latents: Tensor, ops: SimpleNamespace):
+        self.projection, self.ops, self.batch = projection, ops, len(latents)
+        height, width = latents.shape[-2:]
+        self.sizes = [(height >> depth, width >> depth) for depth in reversed(range(len(LEVELS)))]
+        self.sums = [torch.zeros(self.batch * h * w, width, device=latents.device) for (h, w), width in zip(self.sizes, projection.widths)]
+
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        if slot is not None and self.projection.widths[slot[0]]:
+            level, place = slot
+            for half, weight in zip(tokens(x).chunk(2), self.projection.features[level][place]):
+                _add_product(self.sums[level], half.flatten(0, 1), weight)
+
+    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        level, place = slot
+        if not self.projection.widths[level]:
+            return self.ops.attention(q, k, v)
+        (plain_q, q), (plain_k, k), (plain_v, v) = q.chunk(2), k.chunk(2), v.chunk(2)
+        output, projected = self.ops.attention_capture(q, k, v, self.projection.maps[level][place])
+        self.sums[level].add_(projected.flatten(0, 1))
+        return torch.cat([self.ops.attention(plain_q, plain_k, plain_v), output])
+
+    def result(self) -> tuple[Tensor, ...]:
+        """Per level the sums [B, F, h, w] of all tasks."""
+        return tuple(total.unflatten(0, (self.batch, h, w)).permute(0, 3, 1, 2) for total, (h, w) in zip(self.sums, self.sizes))
+
+
+def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    if total.dtype == x.dtype:
+        total.addmm_(x, weight)
+    else:
+        total.add_(x @ weight)

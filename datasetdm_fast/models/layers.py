@@ -1,0 +1,144 @@
+"""Layers the UNet and the autoencoder share, filled from the state dicts of diffusers modules; images are channels-last throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Weights:
+    """A state dict seen from a prefix."""
+
+    def __init__(self, state: Mapping[str, Tensor], prefix: str = ""):
+        self.state, self.prefix = state, prefix
+
+    def __truediv__(self, name: str | int) -> Weights:
+        return Weights(self.state, f"{self.prefix}{name}.")
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[self.prefix + name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.state.get(self.prefix + name)
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    """A copy of its own, so that neither side's changes reach the other."""
+    layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+    return nn.Parameter(value.detach().clone(memory_format=layout), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """One linear map from one or several, packed along the output; a 1x1 convolution is one too."""
+
+    def __init__(self, *parts: Weights):
+        super().__init__()
+        self.weight = frozen(torch.cat([part["weight"].flatten(1) for part in parts]))
+        self.bias = frozen(torch.cat([part["bias"] for part in parts])) if "bias" in parts[0] else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Convolution(nn.Module):
+    def __init__(self, weights: Weights, stride: int = 1, padding: int = 1):
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        self.weight, self.bias = frozen(weights["weight"]), frozen(weights["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation, with SiLU after it where a convolution follows."""
+
+    def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace, has_silu: bool = True):
+        super().__init__()
+        self.groups, self.eps, self.has_silu, self.op = groups, eps, has_silu, ops.group_norm_silu
+        self.weight, self.bias = frozen(weights["weight"]), frozen(weights["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.bias, self.groups, self.eps, has_silu=self.has_silu)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, weights: Weights, eps: float, ops: SimpleNamespace):
+        super().__init__()
+        self.eps, self.op = eps, ops.layer_norm
+        self.weight, self.bias = frozen(weights["weight"]), frozen(weights["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.bias, self.eps)
+
+
+class Resnet(nn.Module):
+    """Two normalised convolutions and a shortcut; the bias of the first is an argument where it depends on the timestep."""
+
+    def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace):
+        super().__init__()
+        self.norm1 = GroupNorm(weights / "norm1", groups, eps, ops)
+        self.conv1 = Convolution(weights / "conv1")
+        self.norm2 = GroupNorm(weights / "norm2", groups, eps, ops)
+        self.conv2 = Convolution(weights / "conv2")
+        self.shortcut = Convolution(weights / "conv_shortcut", padding=0) if "conv_shortcut.weight" in weights else nn.Identity()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        h = F.conv2d(self.norm1(x), self.conv1.weight, self.conv1.bias if bias is None else bias, padding=1)
+        return self.conv2(self.norm2(h)).add_(self.shortcut(x))
+
+
+class Upsample(nn.Module):
+    """Each cell doubled along both axes, then a 3x3 convolution.
+
+    Of the three taps along an axis two always fall on the same cell, so four 2x2 convolutions, one for each place within a doubled
+    cell, give the same with 4 products in place of 9.
+    """
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        weight = weights["weight"]
+        self.weight = frozen(torch.cat([_pairs(row, 3) for row in _pairs(weight, 2).chunk(2)]))  # [4 * out, in, 2, 2]: row, column
+        self.bias = frozen(weights["bias"].repeat(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        places = F.conv2d(x, self.weight, self.bias, padding=1).unflatten(1, (2, 2, -1))  # [B, 2, 2, C, h + 1, w + 1]
+        doubled = x.new_empty(len(x), 2 * height, 2 * width, places.shape[3]).permute(0, 3, 1, 2)
+        for row in (0, 1):
+            for column in (0, 1):
+                doubled[:, :, row::2, column::2] = places[:, row, column, :, row : row + height, column : column + width]
+        return doubled
+
+
+def _pairs(weight: Tensor, axis: int) -> Tensor:
+    """Three taps along `axis` as two, for the first and then for the second place within a doubled cell, stacked on axis 0."""
+    first, middle, last = weight.unbind(axis)
+    return torch.cat([torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)])
+
+
+def tokens(x: Tensor) -> Tensor:
+    """[B, S, C] of a channels-last image [B, C, h, w], without a copy."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def image(x: Tensor, height: int, width: int) -> Tensor:
+    """The channels-last image [B, C, h, w] of tokens [B, S, C], without a copy."""
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """Packed projections [B, S, parts * C] as `parts` tensors [B, heads, S, d]."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[B, S, C] of [B, heads, S, d]."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,304 @@
+"""The lean models and the fast engine, stage by stage against the reference engine on the same weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from datasetdm_fast import stages
+from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.loading import DOWN_BLOCKS, UP_BLOCKS, _seeded, load_model
+from datasetdm_fast.models.capture import Projection, Summing
+from datasetdm_fast.models.decoder_config import upstream
+from datasetdm_fast.models.decoders import build_decoder, fold
+from datasetdm_fast.models.layers import Upsample, Weights
+from datasetdm_fast.models.plain import PLAIN, attention_capture, probabilities
+from datasetdm_fast.sampling import guide, initial_noise, make_schedule, start, step
+
+PROMPTS = ("a red ball beside a cube", "two cats", "a person at night, in fog")
+STAGE = 1e-5  # relative L2 of one stage in fp32
+SMALL = dict(width=12, heads=2, layers=2, feed_forward=16, mask_dim=8, queries=5, depth_width=8, text_width=32, capture_timestep=1)
+KINDS = {"semantic": "segmentation", "open-vocabulary": "open-vocabulary", "depth": "depth", "pose": "simcc"}
+
+
+def second_generation(tiny):
+    """The tiny model with heads per level, linear projections, one layer a block and v-prediction, as SD 2.x has them."""
+    config = dict(sample_size=16, block_out_channels=(32, 64, 64, 64), attention_head_dim=[1, 2, 4, 4], use_linear_projection=True, layers_per_block=1)
+    unet = _seeded(
+        lambda: UNet2DConditionModel(cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config), seed=3
+    )
+    unet.eval().requires_grad_(False)
+    return replace(tiny, unet=unet, scheduler={**tiny.scheduler, "prediction_type": "v_prediction"}, levels=stages.levels(unet.config, 77, 128))
+
+
+def decoders_for(model) -> dict:
+    torch.manual_seed(7)
+    decoders = {}
+    for task, kind in KINDS.items():
+        names = {} if task == "open-vocabulary" else {"classes": ("wall", "ball", "cone")} if task == "semantic" else {}
+        names |= {"joints": ("head", "hand")} if task == "pose" else {}
+        decoders[task] = fold(build_decoder(upstream(kind, task=task, levels=model.levels, **SMALL, **names))).requires_grad_(False)
+    return decoders
+
+
+class Pair:
+    """Both engines over one model and one set of decoders."""
+
+    def __init__(self, model):
+        self.model, decoders = model, decoders_for(model)
+        self.torch, self.fast = (build_engine(name, model, decoders, device="cpu") for name in ("torch", "fast"))
+
+
+@pytest.fixture(scope="module", params=["SD 1.x", "SD 2.x"])
+def pair(request) -> Pair:
+    tiny = load_model("tiny")
+    return Pair(tiny if request.param == "SD 1.x" else second_generation(tiny))
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value - truth).double().norm() / truth.double().norm().clamp(min=1e-30))
+
+
+def inputs(engine, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(batch)])
+    return latents, torch.cat([engine.encode_text([""] * batch), engine.encode_text(PROMPTS[:batch])])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_feature_and_map(pair, batch):
+    latents, context = inputs(pair.torch, batch)
+    noise, truth = pair.torch.denoise_and_capture(latents, 321, context)
+    ours, capture = pair.fast.denoise_and_keep(latents, 321, context)
+    assert relative(ours, noise) <= STAGE and relative(pair.fast.denoise(latents, 321, context), noise) <= STAGE
+    for kind in ("features", "maps"):
+        for level, expected in zip(getattr(capture, kind), getattr(truth, kind), strict=True):
+            for place, (value, right) in enumerate(zip(level, expected, strict=True)):
+                assert value.shape == right.shape and relative(value, right) <= STAGE, (kind, place)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_level_sums_and_labels(pair, batch):
+    """Every decoder reads its own part of the stacked sums and says what it says of the features and maps themselves."""
+    latents, context = inputs(pair.torch, batch)
+    noise, raw = pair.torch.denoise_and_capture(latents, 1, context)
+    ours, sums = pair.fast.denoise_and_capture(latents, 1, context)
+    assert isinstance(sums, ProjectedCapture) and relative(ours, noise) <= STAGE and (sums.batch, sums.side) == (batch, 16)
+    words = pair.torch.encode_classes(["ball", "cube"]).expand(batch, -1, -1)
+    for task, decoder in pair.torch.decoders.items():
+        own = sums.of(task)
+        for place, level in enumerate(pair.model.levels):
+            weight = decoder.projections().get(level.name)
+            if weight is None:
+                assert own.sums[place].shape == (batch, 0, level.side, level.side)
+                continue
+            assert relative(own.sums[place], pyramid.reference(raw.features[place], raw.maps[place], weight, level.side)) <= STAGE, (task, level.name)
+        text = words if task == "open-vocabulary" else None
+        expected = pair.torch.annotate(task, raw, text)
+        for given in (sums, raw):
+            answer = pair.fast.annotate(task, given, text)
+            assert all(relative(answer[name], value) <= 1e-4 for name, value in expected.items()), task
+
+
+def test_image_stages(pair):
+    latents, _ = inputs(pair.torch, 3)
+    truth, ours = pair.torch.decode_image(latents), pair.fast.decode_image(latents)
+    difference = (truth.int() - ours.int()).abs()
+    assert ours.shape == (3, 128, 128, 3) and difference.max() <= 1 and (difference > 0).float().mean() <= 1e-3
+    assert relative(pair.fast.encode_image(truth), pair.torch.encode_image(truth)) <= STAGE
+    drawn = [engine.encode_image(truth, [torch.Generator().manual_seed(seed) for seed in range(3)]) for engine in (pair.fast, pair.torch)]
+    assert relative(*drawn) <= STAGE
+
+
+def test_text_stages(pair):
+    assert relative(pair.fast.encode_text(PROMPTS), pair.torch.encode_text(PROMPTS)) <= STAGE
+    assert relative(pair.fast.encode_classes(["ball"]), pair.torch.encode_classes(["ball"])) <= STAGE
+
+
+def free(engine, batch: int, steps: int = 6) -> torch.Tensor:
+    latents, context = inputs(engine, batch)
+    schedule = make_schedule(engine.model.scheduler, "pndm", steps)
+    state = start(latents)
+    for k, time in enumerate(schedule.timesteps):
+        state = step(schedule, k, state, guide(engine.denoise(state.latents, time, context), 5.0))
+    return state.latents
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_free_running_latents(pair, batch):
+    assert relative(free(pair.fast, batch), free(pair.torch, batch)) <= 1e-4
+
+
+def test_a_batch_says_what_its_images_say_alone(pair):
+    latents, context = inputs(pair.fast, 3)
+    noise, sums = pair.fast.denoise_and_capture(latents, 41, context)
+    for b in range(3):
+        alone, own = pair.fast.denoise_and_capture(latents[b : b + 1], 41, context[[b, 3 + b]])
+        assert relative(noise[[b, 3 + b]], alone) <= STAGE
+        assert all(relative(value[b : b + 1], truth) <= STAGE for value, truth in zip(sums.sums, own.sums))
+
+
+def test_without_decoders_the_capture_is_raw(pair):
+    engine = build_engine("fast", pair.model, device="cpu")
+    latents, context = inputs(engine, 1)
+    assert len(engine.denoise_and_capture(latents, 1, context)[1].features[0]) == len(pair.model.levels[0].features)
+    with pytest.raises(Missing, match="depth"):
+        engine.annotate("depth", None)
+
+
+def test_texts_are_read_again_when_they_change(pair):
+    """The same tensor is read once; another one, or the same written to, is read anew."""
+    engine, reads = build_engine("fast", pair.model, device="cpu"), []
+    inner = engine.texts.forward
+    engine.texts.forward = lambda text: reads.append(len(text)) or inner(text)
+    latents, context = inputs(engine, 2)
+    first = engine.denoise(latents, 5, context)
+    engine.denoise(latents, 6, context)
+    assert reads == [3]  # the empty prompt of both images once, then their own
+    context[3] = context[2]
+    second = engine.denoise(latents, 5, context)
+    assert reads == [3, 3] and relative(second, first) > 1e-4
+    assert relative(second, pair.torch.denoise(latents, 5, context)) <= STAGE
+    with torch.inference_mode():
+        untracked = context.clone()
+    engine.denoise(latents, 5, untracked)
+    engine.denoise(latents, 5, untracked)
+    assert len(reads) == 4
+
+
+def test_weights_changed_in_place_are_read_again():
+    model = load_model("tiny")
+    engine = build_engine("fast", model, device="cpu")
+    latents, context = inputs(engine, 1)
+    before = engine.denoise(latents, 5, context)
+    model.unet.conv_out.weight.mul_(2)
+    after = engine.denoise(latents, 5, context.clone())
+    assert relative(after, before) > 0.1
+    assert relative(after, build_engine("torch", model, device="cpu").denoise(latents, 5, context)) <= STAGE
+
+
+def test_one_call_of_the_text_encoder_and_the_timetable_is_enough(pair):
+    engine = build_engine("fast", pair.model, device="cpu")
+    calls, inner = [], engine.times.forward
+    engine.times.forward = lambda timestep: calls.append(float(timestep)) or inner(timestep)
+    latents, context = inputs(engine, 1)
+    for time in (5, 9, 5, 9.0):
+        engine.denoise(latents, time, context)
+    assert calls == [5, 9]
+
+
+def test_bf16_stays_within_its_budget(pair):
+    """Against fp32, as the gates of that precision have it; sums stay fp32 in storage."""
+    latents, context = inputs(pair.torch, 2)
+    noise, _ = pair.torch.denoise_and_capture(latents, 321, context)
+    engine = FastEngine(pair.model, pair.torch.decoders, dtype="bf16", device="cpu")
+    ours, sums = engine.denoise_and_capture(latents, 321, context)
+    assert ours.dtype == torch.float32 and all(value.dtype == torch.float32 for value in sums.sums)
+    assert relative(ours, noise) <= 5e-2
+    assert engine.fingerprint()["dtype"] == "bf16"
+
+
+def test_arithmetic_a_cpu_cannot_do_is_refused(pair):
+    with pytest.raises(Refused, match="fp16"):
+        build_engine("fast", pair.model, dtype="fp16", device="cpu")
+    assert build_engine("auto", pair.model, device="cpu").name == "fast"
+
+
+# Exact rearrangements, in fp64 -------------------------------------------------------------------------------------------------------
+
+
+def test_upsampling_by_places_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(5, 3, 3, 3, generator=generator).double(), torch.randn(5, generator=generator).double()
+    layer = Upsample(Weights({"weight": weight, "bias": bias}))
+    for size in ((1, 1), (2, 3), (7, 4)):
+        x = torch.randn(2, 3, *size, generator=generator).double()
+        doubled = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+        assert relative(layer(x), torch.nn.functional.conv2d(doubled, weight, bias, padding=1)) <= 1e-12
+
+
+def test_capture_of_attention_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, cells, 8, generator=generator).double() for cells in (16, 7, 7))
+    weight = torch.randn(5, 3 * 7, 1, 1, generator=generator).double()
+    output, projected = attention_capture(q, k, v, weight.reshape(5, 3, 7))
+    assert relative(output, PLAIN.attention(q, k, v)) <= 1e-12
+    assert relative(projected.transpose(1, 2).unflatten(2, (4, 4)), pyramid.reference([], [probabilities(q, k)], weight, 4)) <= 1e-12
+
+
+def test_summing_is_exact(pair):
+    """Features and maps added one by one give the concatenated level under its 1x1 convolution."""
+    generator = torch.Generator().manual_seed(0)
+    projection = Projection(pair.model.levels, pair.torch.decoders).double()
+    watch = Summing(projection, torch.zeros(2, 4, 16, 16), PLAIN)
+    watch.sums = [total.double() for total in watch.sums]
+    kept = [([], []) for _ in pair.model.levels]
+    for place, level in enumerate(pair.model.levels):
+        for number, channels in enumerate(level.features):
+            x = torch.randn(4, channels, level.side, level.side, generator=generator).double()
+            watch.feature((place, number), x)
+            kept[place][0].append(torch.cat(x.chunk(2), 1))
+        for number, heads in enumerate(level.heads):
+            q, k = (torch.randn(4, heads, cells, 4, generator=generator).double() for cells in (level.side**2, level.tokens))
+            watch.attend((place, number), q, k, k)
+            kept[place][1].append(probabilities(q[2:], k[2:]))
+    sums = ProjectedCapture(watch.result(), projection.tasks)
+    for task, decoder in pair.torch.decoders.items():
+        for place, level in enumerate(pair.model.levels):
+            if (weight := decoder.projections().get(level.name)) is not None:
+                assert relative(sums.of(task).sums[place], pyramid.reference(*kept[place], weight.double(), level.side)) <= 1e-12
+
+
+# On a GPU ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_graphs_say_what_eager_calls_say(pair, dtype):
+    engine = FastEngine(pair.model, pair.torch.decoders, dtype=dtype, device="cuda")
+    for batch in (1, 3, 1):
+        latents, context = inputs(engine, batch)
+        latents = latents.cuda()
+        for time in (981, 321, 1):
+            noise, sums = engine.denoise_and_capture(latents, time, context)
+            plain = engine.denoise(latents, time, context)
+            with torch.inference_mode():
+                expected, *levels = engine._captured(*engine._inputs(latents, time, context))
+            budget = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}[dtype]
+            assert relative(noise, expected) <= budget and relative(plain, expected) <= budget
+            assert all(relative(value, truth) <= budget for value, truth in zip(sums.sums, levels))
+    assert len(engine._graphs) == 4
+
+
+@pytest.mark.gpu
+def test_no_call_of_the_loop_waits_for_the_device(pair):
+    engine = FastEngine(pair.model, pair.torch.decoders, device="cuda")
+    latents, context = inputs(engine, 2)
+    schedule = make_schedule(engine.model.scheduler, "pndm", 4)
+    for is_counted in (False, True):  # the first round records the graphs and fills the timetable
+        state = start(latents.cuda())
+        torch.cuda.set_sync_debug_mode("error" if is_counted else "default")
+        try:
+            for k, time in enumerate(schedule.timesteps):
+                call = engine.denoise_and_capture if k == len(schedule) - 1 else engine.denoise
+                output = call(state.latents, time, context)
+                output = output[0] if isinstance(output, tuple) else output
+                state = step(schedule, k, state, guide(output, 5.0))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert bool(state.latents.isfinite().all())
+
+
+@pytest.mark.gpu
+def test_a_moved_buffer_is_noticed(pair):
+    engine = FastEngine(pair.model, device="cuda")
+    latents, context = inputs(engine, 1)
+    engine.denoise(latents.cuda(), 5, context)
+    (graph,) = engine._graphs.values()
+    graph.inputs[0] = graph.inputs[0].clone()
+    with pytest.raises(AssertionError, match="moved"):
+        engine.denoise(latents.cuda(), 5, context)
