@@ -74,9 +74,12 @@ def model_sizes(op: str, empty: Callable) -> Iterator[tuple[str, tuple]]:
         elif op == "attention_capture":
             q = empty(BATCH, cells, heads, width // heads).transpose(1, 2)
             k, v = empty(BATCH, 77, 2, heads, width // heads).permute(2, 0, 3, 1, 4).unbind(0)
-            yield f"heads of {width // heads}", (q, k, v, empty(FEATURES, heads, 77))
+            yield f"heads of {width // heads}", (q, k, v, empty(heads, 77, FEATURES))
         elif op == "pyramid":
-            yield f"{width} channels", ([image, empty(BATCH, 2 * width, side, side)], [empty(BATCH, heads, cells, 77)], empty(FEATURES, 3 * width + 616, 1, 1), 64)
+            yield (
+                f"{width} channels",
+                ([image, empty(BATCH, 2 * width, side, side)], [empty(BATCH, heads, cells, 77)], empty(FEATURES, 3 * width + 616, 1, 1), 64),
+            )
     if op == "layer_norm":
         yield "text encoder", (empty(BATCH, 77, 768), empty(768), empty(768), 1e-5)
     elif op == "attention":
@@ -146,9 +149,7 @@ class Recorder:
                     aligned.append(place)
             else:
                 signature[parameter.name] = "fp32"
-        self.launches.append(
-            Launch(self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(given.items())))
-        )
+        self.launches.append(Launch(self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(given.items()))))
 
 
 def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
@@ -217,7 +218,10 @@ def main(arguments: Sequence[str]) -> int:
     for row in rows(config.ops or tuple(OPS), config.dtypes, config.targets):
         found.append(row)
         if not config.json:
-            print(f"{row.kernel:24} {row.case:44} {row.dtype:5} {row.target:7} {row.registers:4} registers {row.spills:5} B stack {row.shared:7} B shared", flush=True)
+            print(
+                f"{row.kernel:24} {row.case:44} {row.dtype:5} {row.target:7} {row.registers:4} registers {row.spills:5} B stack {row.shared:7} B shared",
+                flush=True,
+            )
     wrong = [row for row in found if not is_sound(row)]
     if config.json:
         print(json.dumps({"triton": launch.triton.__version__, "shared_limit": SHARED_LIMIT, "kernels": [row._asdict() for row in found]}, indent=1))

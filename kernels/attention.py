@@ -26,19 +26,19 @@ def _attention_kernel(
     v_ptr,  # [B, heads, S, d]
     out_ptr,  # [B, heads, N, d]
     q_stride_image,
-    q_stride_head,
+    q_stride_head: tl.constexpr,  # known, so that Triton sees heads of 40 start at multiples of 16 bytes and loads whole vectors
     q_stride_query,
     q_stride_width,
     k_stride_image,
-    k_stride_head,
+    k_stride_head: tl.constexpr,
     k_stride_cell,
     k_stride_width,
     v_stride_image,
-    v_stride_head,
+    v_stride_head: tl.constexpr,
     v_stride_cell,
     v_stride_width,
     out_stride_image,
-    out_stride_head,
+    out_stride_head: tl.constexpr,
     out_stride_query,
     out_stride_width,
     heads,

@@ -8,19 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.attention import LOG2_E, check
+from datasetdm_fast.kernels.attention import LOG2_E, check, split
 from datasetdm_fast.kernels.case import Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_served, jit, tl
 
 MOST_TOKENS = 128  # all of a query's scores are held at once
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer [B, heads, N, d] and the projected maps [B, N, F] fp32, of `weight` [F, heads, T] for `q` [B, heads, N, d], `k`, `v` [B, heads, T, d]."""
+    """The answer [B, heads, N, d] and the projected maps [B, N, F] fp32, of `weight` [heads, T, F] for `q` [B, heads, N, d], `k`, `v` [B, heads, T, d]."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
     exact = torch.promote_types(scores.dtype, torch.float32)
     maps = torch.softmax(scores, -1, dtype=exact).to(v.dtype)
-    return torch.matmul(maps, v), torch.einsum("bhnt,fht->bnf", maps, weight).to(exact)
+    return torch.matmul(maps, v), torch.einsum("bhnt,htf->bnf", maps, weight).to(exact)
 
 
 @jit
@@ -28,26 +28,26 @@ def _attention_capture_kernel(
     q_ptr,  # [B, heads, N, d]
     k_ptr,  # [B, heads, T, d]
     v_ptr,  # [B, heads, T, d]
-    weight_ptr,  # [F, heads, T]
+    weight_ptr,  # [heads, T, F]
     out_ptr,  # [B, heads, N, d]
     level_ptr,  # [B, N, F] fp32
     q_stride_image,
-    q_stride_head,
+    q_stride_head: tl.constexpr,  # known, so that Triton sees heads of 40 start at multiples of 16 bytes and loads whole vectors
     q_stride_query,
     q_stride_width,
     k_stride_image,
-    k_stride_head,
+    k_stride_head: tl.constexpr,
     k_stride_token,
     k_stride_width,
     v_stride_image,
-    v_stride_head,
+    v_stride_head: tl.constexpr,
     v_stride_token,
     v_stride_width,
-    weight_stride_feature,
     weight_stride_head,
     weight_stride_token,
+    weight_stride_feature,
     out_stride_image,
-    out_stride_head,
+    out_stride_head: tl.constexpr,
     out_stride_query,
     out_stride_width,
     heads,
@@ -56,44 +56,71 @@ def _attention_capture_kernel(
     width,
     features,
     scale,
+    WIDE: tl.constexpr,  # 77 tokens are no power of two: a wide part and a rest, 64 + 13
+    REST: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
     image, share = tl.program_id(2).to(tl.int64), tl.program_id(1)
     query = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    token = tl.arange(0, BLOCK_T).to(tl.int64)
+    wide = tl.arange(0, WIDE).to(tl.int64)
     lane = tl.arange(0, BLOCK_D).to(tl.int64)
     feature = share.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    is_query, is_token, is_feature = query < queries, token < tokens, feature < features
+    is_query, is_wide, is_feature = query < queries, wide < tokens, feature < features
+    if REST > 0:
+        rest = WIDE + tl.arange(0, REST).to(tl.int64)
+        is_rest = rest < tokens
     level = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
     for head in range(heads):
         q_head = q_ptr + image * q_stride_image + head * q_stride_head
         k_head = k_ptr + image * k_stride_image + head * k_stride_head
-        scores = tl.zeros([BLOCK_S, BLOCK_T], tl.float32)
+        scores = tl.zeros([BLOCK_S, WIDE], tl.float32)
+        if REST > 0:
+            scores_rest = tl.zeros([BLOCK_S, REST], tl.float32)
         for start in range(0, width, BLOCK_D):
             column = start + lane
             is_column = column < width
             q = tl.load(q_head + query[:, None] * q_stride_query + column[None, :] * q_stride_width, mask=is_query[:, None] & is_column[None, :], other=0.0)
-            k = tl.load(k_head + token[None, :] * k_stride_token + column[:, None] * k_stride_width, mask=is_token[None, :] & is_column[:, None], other=0.0)
+            k = tl.load(k_head + wide[None, :] * k_stride_token + column[:, None] * k_stride_width, mask=is_wide[None, :] & is_column[:, None], other=0.0)
             scores = tl.dot(q, k, scores, input_precision=PRECISION)
-        scores = tl.where(is_token[None, :], scores * scale, float("-inf"))
-        maps = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        maps = (maps / tl.sum(maps, 1)[:, None]).to(weight_ptr.dtype.element_ty)
-        place = feature[None, :] * weight_stride_feature + head * weight_stride_head + token[:, None] * weight_stride_token
-        weight = tl.load(weight_ptr + place, mask=is_token[:, None] & is_feature[None, :], other=0.0)
+            if REST > 0:
+                k = tl.load(k_head + rest[None, :] * k_stride_token + column[:, None] * k_stride_width, mask=is_rest[None, :] & is_column[:, None], other=0.0)
+                scores_rest = tl.dot(q, k, scores_rest, input_precision=PRECISION)
+        scores = tl.where(is_wide[None, :], scores * scale, float("-inf"))
+        highest = tl.max(scores, 1)
+        if REST > 0:
+            scores_rest = tl.where(is_rest[None, :], scores_rest * scale, float("-inf"))
+            highest = tl.maximum(highest, tl.max(scores_rest, 1))
+        maps = tl.exp2(scores - highest[:, None])
+        total = tl.sum(maps, 1)
+        if REST > 0:
+            maps_rest = tl.exp2(scores_rest - highest[:, None])
+            total += tl.sum(maps_rest, 1)
+            maps_rest = (maps_rest / total[:, None]).to(weight_ptr.dtype.element_ty)
+        maps = (maps / total[:, None]).to(weight_ptr.dtype.element_ty)
+        weight_head = weight_ptr + head * weight_stride_head + feature[None, :] * weight_stride_feature
+        weight = tl.load(weight_head + wide[:, None] * weight_stride_token, mask=is_wide[:, None] & is_feature[None, :], other=0.0)
         level = tl.dot(maps, weight, level, input_precision=PRECISION)
+        if REST > 0:
+            weight = tl.load(weight_head + rest[:, None] * weight_stride_token, mask=is_rest[:, None] & is_feature[None, :], other=0.0)
+            level = tl.dot(maps_rest, weight, level, input_precision=PRECISION)
         if share == 0:
             v_head = v_ptr + image * v_stride_image + head * v_stride_head
             out_head = out_ptr + image * out_stride_image + head * out_stride_head
             for start in range(0, width, BLOCK_D):
                 column = start + lane
                 is_column = column < width
-                v = tl.load(v_head + token[:, None] * v_stride_token + column[None, :] * v_stride_width, mask=is_token[:, None] & is_column[None, :], other=0.0)
-                answer = tl.dot(maps, v, input_precision=PRECISION).to(out_ptr.dtype.element_ty)
-                tl.store(out_head + query[:, None] * out_stride_query + column[None, :] * out_stride_width, answer, mask=is_query[:, None] & is_column[None, :])
+                v = tl.load(v_head + wide[:, None] * v_stride_token + column[None, :] * v_stride_width, mask=is_wide[:, None] & is_column[None, :], other=0.0)
+                answer = tl.dot(maps, v, input_precision=PRECISION)
+                if REST > 0:
+                    v = tl.load(
+                        v_head + rest[:, None] * v_stride_token + column[None, :] * v_stride_width, mask=is_rest[:, None] & is_column[None, :], other=0.0
+                    )
+                    answer = tl.dot(maps_rest, v, answer, input_precision=PRECISION)
+                place = query[:, None] * out_stride_query + column[None, :] * out_stride_width
+                tl.store(out_head + place, answer.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & is_column[None, :])
     row = (image * queries + query)[:, None] * features + feature[None, :]
     tl.store(level_ptr + row, level, mask=is_query[:, None] & is_feature[None, :])
 
@@ -102,13 +129,13 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     """What `reference` says; the answer lies in memory as [B, N, heads, d]."""
     check("attention_capture", q, k, v)
     (batch, heads, queries, width), tokens = q.shape, k.shape[2]
-    if weight.ndim != 3 or weight.shape[1:] != (heads, tokens) or weight.dtype != q.dtype:
-        raise ValueError(f"attention_capture: weight {list(weight.shape)} {weight.dtype} is not [F, {heads}, {tokens}] {q.dtype}")
+    if weight.ndim != 3 or weight.shape[:2] != (heads, tokens) or weight.dtype != q.dtype:
+        raise ValueError(f"attention_capture: weight {list(weight.shape)} {weight.dtype} is not [{heads}, {tokens}, F] {q.dtype}")
     if not is_served("attention_capture", q, k, v, weight):
         return reference(q, k, v, weight)
     if tokens > MOST_TOKENS:
         raise ValueError(f"attention_capture: {tokens} tokens are too many to hold at once, at most {MOST_TOKENS} are supported")
-    features, sizes = len(weight), blocks("attention_capture", q)
+    features, (wide, rest), sizes = weight.shape[2], split(tokens), blocks("attention_capture", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
     level = q.new_empty((batch, queries, features), dtype=torch.float32)
     _attention_capture_kernel[ceil_divide(queries, sizes["BLOCK_S"]), ceil_divide(features, sizes["BLOCK_F"]), batch](
@@ -129,8 +156,9 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
         width,
         features,
         width**-0.5 * LOG2_E,
+        WIDE=wide,
+        REST=rest,
         PRECISION=PRECISION,
-        BLOCK_T=padded(tokens),
         **sizes,
     )
     return out, level
@@ -141,12 +169,13 @@ def cases() -> list[Case]:
         q, k, v = noise(batch, heads, queries, width), noise(batch, heads, tokens, width), noise(batch, heads, tokens, width) + 1
         return Case(
             f"{heads} heads of {width}, {queries} queries, {tokens} tokens, {features} features",
-            (q, k, v, noise(features, heads, tokens)),
+            (q, k, v, noise(heads, tokens, features)),
             ((batch, heads, queries, width), (batch, queries, features)),
         )
 
     return [
         layer(1, 1, 1, 1, 1, 1)._replace(reason="smallest"),
+        layer(1, 1, 5, 30, 8, 4)._replace(reason="tokens and widths that split into nothing"),
         layer(2, 3, 21, 13, 11, 9)._replace(reason="ragged in every size"),
         layer(1, 3, 64, 77, 32, 32)._replace(reason="demo model's middle"),
         layer(1, 2, 80, 77, 40, 200)._replace(reason="SD 1.x first level's heads, several blocks of features"),

@@ -198,7 +198,7 @@ def cases() -> list[Case]:
         return noise(batch, channels, side, side), weight, noise(hidden), last, noise(1), sides
 
     return [
-        Case("smallest", head(1, 1, 1, 1, (1,)), (1, 1, 1, 1)),
-        Case("two resizes, odd sides, a ragged last chunk", head(2, 5, 67, 3, (7, 17)), (2, 1, 17, 17)),
-        Case("demo size", head(1, 32, 32, 16, (40, 128)), (1, 1, 128, 128)),
+        Case("smallest", head(2, 1, 1, 1, (1,)), (2, 1, 1, 1)),
+        Case("two resizes, odd sides, a ragged last chunk", head(1, 5, 67, 3, (7, 17)), (1, 1, 17, 17)),
+        Case("demo's cells and channels", head(1, 32, 32, 16, (40, 64)), (1, 1, 64, 64)),
     ]

@@ -184,5 +184,5 @@ def cases() -> list[Case]:
         Case("odd planes, ragged groups, time embedding", norm(2, 33, 3, 7, 11, has_shift=True), (2, 33, 7, 11)),
         Case("the norm before attention has no SiLU", norm(1, 96, 32, 9, 9, has_silu=False), (1, 96, 9, 9)),
         Case("far from zero", norm(1, 64, 32, 16, 16, offset=15), (1, 64, 16, 16)),
-        Case("SD 1.x second level", norm(1, 640, 32, 32, 32, has_shift=True), (1, 640, 32, 32)),
+        Case("SD 1.x third level", norm(1, 1280, 32, 16, 16, has_shift=True), (1, 1280, 16, 16)),
     ]

@@ -150,5 +150,5 @@ def cases() -> list[Case]:
         Case("self-attention blocks nothing", attention(3, 2, 20, 20, 16), (3, 2, 20, 16)),
         Case("a query that blocked every cell", all_blocked(), (2, 2, 5, 8)),
         Case("several blocks of cells, some wholly blocked", several_blocks(), (2, 2, 70, 32)),
-        Case("upstream's second memory level", attention(1, 8, 100, 1600, 32, 0.7), (1, 8, 100, 32)),
+        Case("upstream's first memory level", attention(1, 8, 100, 400, 32, 0.7), (1, 8, 100, 32)),
     ]

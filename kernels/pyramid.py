@@ -174,7 +174,6 @@ def check(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor) ->
         raise ValueError(f"pyramid: features and maps are {sorted({str(x.dtype) for x in [*features, *maps]})}, expected the weight's {weight.dtype}")
 
 
-
 def cases() -> list[Case]:
     def level(batch, width, side, channels, heads, tokens, out):
         features = [noise(batch, c, side, side) for c in channels]

@@ -3,6 +3,8 @@
 Kernels run on a GPU where there is one, else in Triton's interpreter.
 """
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 from datasetdm_fast import sampling
 from datasetdm_fast.kernels import OPS, compiled, depth_head, fused, guided_step, launch, pyramid, rearranged, reference
 
+ROOT = Path(__file__).parents[1]
 FLOOR = 1e-6
 FLOORS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half a unit of the last place of the answer, a few in fp32
 # The interpreter truncates bf16 where hardware rounds, and its products of bf16 tiles are wrong.
@@ -143,6 +146,66 @@ def test_guided_step_is_the_sampler(sampler):
             torch.testing.assert_close(entry, state.history[0])
 
 
+def audit(*flags):
+    """The audit as a user runs it; the interpreter's switch would leave nothing to compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-m", "bench", "kernels", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ("fp16", "fp32"))
+def test_every_kernel_compiles_without_spills(dtype):
+    """For GPUs that need not be there; bf16 compiles to the same tiles as fp16 and is left to the command."""
+    ran = audit("--audit", "--json", "--dtypes", dtype)
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads(ran.stdout)["kernels"]
+    compiled = {(row["kernel"], row["target"]) for row in rows}
+    kernels = {name.strip("_").removesuffix("_kernel") for op in OPS.values() for name in vars(op) if name.endswith("_kernel")}
+    assert compiled == {(kernel, target) for kernel in kernels for target in ("sm_80", "sm_90", "sm_120")}
+    assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
+
+
+@needs_triton
+def test_the_audit_refuses_in_two_lines():
+    for flags in ((), ("--audit", "--ops", "softmax")):
+        ran = audit(*flags)
+        assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 2
+
+
+def test_fused_falls_back_only_where_no_kernel_runs(monkeypatch):
+    """On a CPU without the interpreter the answer is the plain form's, whatever the dtype; a GPU tensor is never handed to it."""
+    monkeypatch.setattr(launch, "IS_INTERPRETED", False)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert torch.equal(fused.geglu(x), reference.geglu(x))
+    if launch.triton is not None:
+        with pytest.raises(ValueError, match="geglu: torch.float64 has no kernel"):
+            fused.geglu(x.to("meta"))
+
+
+REFUSED = {
+    "group_norm_silu: 320 channels do not divide into 48 groups": lambda: fused.group_norm_silu(
+        torch.ones(1, 320, 2, 2), torch.ones(320), torch.ones(320), 48, 1e-5
+    ),
+    "layer_norm: weight": lambda: fused.layer_norm(torch.ones(2, 8), torch.ones(7), torch.ones(8), 1e-5),
+    "geglu: rows of 3": lambda: fused.geglu(torch.ones(2, 3)),
+    "guided_step: output": lambda: fused.guided_step(torch.ones(3, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(0, 1, 4, 2, 2), torch.ones(5)),
+    "attention: heads of width 320": lambda: fused.attention(*[torch.ones(1, 1, 2, 320)] * 3),
+    "attention_capture: weight": lambda: fused.attention_capture(*[torch.ones(1, 2, 4, 8)] * 3, torch.ones(5, 2, 4)),
+    "masked_attention: blocked": lambda: fused.masked_attention(*[torch.ones(1, 1, 2, 8)] * 3, torch.ones(1, 2, 2)),
+    "pyramid: a weight": lambda: fused.pyramid([torch.ones(1, 4, 2, 2)], [torch.ones(1, 1, 4, 3)], torch.ones(5, 6, 1, 1), 2),
+    "image_norm: x": lambda: fused.image_norm(torch.ones(4, 2, 2)),
+    "mask_head: queries": lambda: fused.mask_head(torch.ones(1, 3, 4), torch.ones(1, 5, 2, 2), 2),
+    "depth_head: ": lambda: fused.depth_head(torch.ones(1, 4, 2, 2), torch.ones(8, 5, 3, 3), torch.ones(8), torch.ones(1, 8, 3, 3), torch.ones(1), (4,)),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_wrong_inputs_are_refused_in_a_sentence(sentence):
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        REFUSED[sentence]()
+    assert "\n" not in str(refusal.value)
+
+
 def test_queries_share_no_blocked_cell():
     """A query that blocked all but one cell returns that cell's value."""
     q, k, v, _ = (noise.double() for noise in torch.randn(4, 1, 2, 3, 4))
@@ -153,6 +216,5 @@ def test_queries_share_no_blocked_cell():
 
 
 def test_bare_import_is_refused():
-    root = Path(__file__).parents[1]
-    ran = subprocess.run([sys.executable, "-c", "import kernels"], cwd=root, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 1 and "import datasetdm_fast.kernels" in ran.stderr.splitlines()[-1]
