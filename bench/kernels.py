@@ -228,7 +228,8 @@ def main(arguments: Sequence[str]) -> int:
     if wrong:
         worst = max(wrong, key=lambda row: (row.spills, row.shared))
         raise GateFailed(
-            f"{len(wrong)} of {len(found)} compiled kernels spill or take too much shared memory, worst {worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})",
+            f"{len(wrong)} of {len(found)} compiled kernels spill or take too much shared memory, "
+            f"worst {worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})",
             "choose smaller blocks or more warps in kernels/launch.py",
         )
     return 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Capture, ProjectedCapture
 from ..errors import Missing, Refused
-from ..kernels import rearranged
+from ..kernels import compiled, rearranged
 from ..loading import Model
 from ..models.capture import Keeping, Projection, Summing, Unwatched, Watch
 from ..models.plain import PLAIN
@@ -69,11 +69,12 @@ class FastEngine:
         dtype: str = "auto",
         device: str = "auto",
         ops: SimpleNamespace = PLAIN,
-        decoder_ops: SimpleNamespace = rearranged,
+        decoder_ops: SimpleNamespace | None = None,
     ):
-        self.model, self.device, self.ops, self.decoder_ops = model, resolve_device(device), ops, decoder_ops
+        self.model, self.device, self.ops = model, resolve_device(device), ops
+        self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
         self.dtype = resolve_dtype(dtype, self.device)
-        self.decoders = {task: with_ops(decoder, decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()}
+        self.decoders = {task: with_ops(decoder, self.decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()}
         self._read_weights()
 
     def _read_weights(self) -> None:
