@@ -41,7 +41,7 @@ def configs(levels, text_width: int, timestep: int) -> dict[str, tuple[DecoderCo
         ),
         "pose": (DecoderConfig(kind="heatmap", task="pose", width=32, upscale=2, **pose, **shared), Schedule(steps=1500, sigma=1.5)),
         "open-vocabulary": (
-            DecoderConfig(kind="open-vocabulary", task="open-vocabulary", classes=world.THINGS, **{**MASKS, "queries": 8}, **shared),
+            DecoderConfig(kind="open-vocabulary", task="open-vocabulary", classes=world.THINGS, text_centre=True, **{**MASKS, "queries": 8}, **shared),
             replace(masks, steps=1200),
         ),
     }
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", default="demo:100@1000")
     parser.add_argument("--task", default="semantic,instance,depth,pose,open-vocabulary")
     parser.add_argument("--timestep", type=int, default=TIMESTEP)
-    parser.add_argument("--draws", type=int, default=2, help="noise draws of each image and of its mirror image")
+    parser.add_argument("--draws", type=int, default=6, help="noise draws of each image and of its mirror image")
     parser.add_argument("--steps", type=int, default=0, help="0 = each task's own")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)

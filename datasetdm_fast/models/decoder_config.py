@@ -38,6 +38,7 @@ class DecoderConfig:
     queries: int = 100
     classes: tuple[str, ...] = ()  # semantic: every id including a background; instance: things; open vocabulary: words trained on
     text_width: int = 768
+    text_centre: bool = False  # whether class embeddings are centred and scaled by those trained on; small text encoders hardly tell words apart
     max_depth: float = 10.0  # metres
     depth_width: int = 1024  # hidden channels of the depth head
     joints: tuple[str, ...] = ()

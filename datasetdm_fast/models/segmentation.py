@@ -171,6 +171,14 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         # Upstream feeds each layer what the other's name promises; the checkpoints keep it so.
         self.query_feat_mlp = nn.Linear(config.width + config.text_width, config.width, bias=False)
         self.query_embed_mlp = nn.Linear(config.width + config.text_width, config.width, bias=False)
+        if config.text_centre:
+            self.register_buffer("text_mean", torch.zeros(config.text_width))
+            self.register_buffer("text_gain", torch.ones(()))
+
+    def centre(self, words: Tensor) -> None:
+        """Takes mean and spread of the class embeddings [K, D] that the decoder is to tell apart."""
+        self.text_mean.copy_(words.mean(0))
+        self.text_gain.copy_(1 / (words - words.mean(0)).std())
 
     def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         batch = capture.batch
@@ -187,6 +195,8 @@ class OpenVocabularyDecoder(SegmentationDecoder):
 
     def ask(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         content, position = super().ask(batch, None)
+        if self.config.text_centre:
+            text = (text - self.text_mean) * self.text_gain
         words = text[:, None].expand(-1, content.shape[1], -1)
         return self.query_embed_mlp(torch.cat([content, words], 2)), self.query_feat_mlp(torch.cat([position, words], 2))
 

@@ -26,6 +26,7 @@ class Schedule:
     average: float = 0.995
     points: int = 2048  # sampled on each mask; upstream takes 12544 at 512 pixels
     sigma: float = 1.0  # heatmap width in its own cells; upstream 2 at 64 cells
+    dropout: float = 0.3  # share of feature channels hidden from each view, so that a hundred images are not learnt by heart
     seed: int = 0
 
 
@@ -40,6 +41,8 @@ def fit(
     """A trained decoder; targets[v] belongs to view v of the cache, `words` [K, D] are class embeddings for open vocabulary."""
     torch.manual_seed(schedule.seed)
     decoder = build_decoder(config, rearranged).train()
+    if config.text_centre:
+        decoder.centre(words)
     trained = list(decoder.parameters())
     optimiser = torch.optim.AdamW(trained, lr=schedule.rate, weight_decay=schedule.weight_decay)
     average = [parameter.detach().clone() for parameter in trained]
@@ -47,7 +50,7 @@ def fit(
         rate = schedule.rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
         optimiser.param_groups[0]["lr"] = rate
         views = torch.randint(len(targets), (schedule.batch_size,)).tolist()
-        loss = loss_of(decoder, cache.batch(views), [targets[v] for v in views], schedule, words)
+        loss = loss_of(decoder, thinned(cache.batch(views), schedule.dropout), [targets[v] for v in views], schedule, words)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -60,6 +63,15 @@ def fit(
             parameter.copy_(value)
         decoder(cache.batch([0]), *(() if words is None else (words[:1],)))  # settles the spectral norms on the averaged weights
     return decoder
+
+
+def thinned(capture: Capture, share: float) -> Capture:
+    """The capture with a random share of each feature's channels zeroed and the others raised to make up for it."""
+
+    def some(feature: Tensor) -> Tensor:
+        return feature * (torch.rand(*feature.shape[:2], 1, 1) >= share) / (1 - share)
+
+    return Capture(tuple(tuple(some(feature) for feature in level) for level in capture.features), capture.maps) if share else capture
 
 
 def loss_of(decoder: Decoder, capture: Capture, targets: Sequence[Target], schedule: Schedule, words: Tensor | None) -> Tensor:
