@@ -336,6 +336,21 @@ def test_saved_and_loaded(kind, storage, tolerance, tmp_path):
         assert distance(answer[name], expected[name]) <= max(tolerance, 1e-6)
 
 
+def test_words_that_differ_little_are_told_apart_once_centred(tmp_path):
+    words = 7 + 0.05 * torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    decoder = build_decoder(small("open-vocabulary", text_centre=True)).eval()
+    with torch.inference_mode():
+        before = (decoder.ask(4, words)[0] - decoder.ask(4, words)[0].mean(0)).norm()
+        decoder.centre(words)
+        after = (decoder.ask(4, words)[0] - decoder.ask(4, words)[0].mean(0)).norm()
+        assert after > 10 * before
+        decoder.save_pretrained(tmp_path)
+        capture = capture_of(DEMO_LEVELS, 4)
+        expected, answer = decoder(capture, words), Decoder.from_pretrained(tmp_path)(capture, words)
+    for name in expected:
+        assert distance(answer[name], expected[name]) <= 1e-6
+
+
 def test_config_refusals():
     config = small("segmentation")
     assert DecoderConfig.from_json(config.to_json()) == config
