@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from datasetdm_fast import _C
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Rle(TypedDict):
@@ -38,6 +39,8 @@ def encode(masks: np.ndarray) -> Encoded:
 
 def encode_on_device(masks: Tensor) -> Encoded:
     """The same for masks [N, H, W] bool on a GPU: the places where they change value are found there, and only these cross the bus."""
+    import torch  # only callers that hold a tensor need it
+
     if masks.ndim != 3 or masks.dtype not in (torch.bool, torch.uint8):
         raise ValueError(f"encode_on_device: masks are {masks.dtype} {list(masks.shape)}, expected bool or uint8 [N, H, W]")
     count, height, width = masks.shape

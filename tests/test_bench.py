@@ -7,11 +7,12 @@ import torch
 
 from bench import __main__ as bench
 from bench import capture, measure
-from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.errors import GateFailed, Refused
 
 
 def test_an_unknown_command_names_the_known():
-    assert bench.main(["nothing"]) == 2
+    with pytest.raises(Refused, match="(?s)unknown measurement 'nothing'.*capture, kernels"):
+        bench.dispatch(["nothing"])
 
 
 def test_a_wrong_answer_is_not_timed():

@@ -321,7 +321,8 @@ def test_running_statistics_replace_the_image_own():
     assert distance(answer, by_image.eval()(capture)["heatmaps"]) > 1e-3
 
 
-@pytest.mark.parametrize("storage,tolerance", (("fp32", 0.0), ("fp16", 2e-2)))
+# Half a unit of fp16 can carry a mask logit over the edge at which attention is blocked, and then an answer jumps.
+@pytest.mark.parametrize("storage,tolerance", (("fp32", 0.0), ("fp16", 5e-2)))
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded(kind, storage, tolerance, tmp_path):
     config = small(kind, upscale=2 if kind == "depth" else 0)

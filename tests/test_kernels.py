@@ -73,8 +73,8 @@ def test_reference_against_double(op, case):
     for answer, exact in zip(answers, exacts):
         assert answer.dtype == torch.float32 and exact.dtype == torch.float64
         assert torch.isfinite(answer).all()
-        # Normalising planes a hundred deviations from zero costs two digits.
-        assert distance(answer, exact) <= (1e-4 if "far from zero" in case.reason else FLOOR)
+        # Normalising planes a hundred deviations from zero costs two digits, scores in the hundreds a bit or two.
+        assert distance(answer, exact) <= (1e-4 if "far from zero" in case.reason else 4 * FLOOR if "overflow" in case.reason else FLOOR)
 
 
 @needs_triton
