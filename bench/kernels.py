@@ -227,8 +227,8 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps({"triton": launch.triton.__version__, "shared_limit": SHARED_LIMIT, "kernels": [row._asdict() for row in found]}, indent=1))
     if wrong:
         worst = max(wrong, key=lambda row: (row.spills, row.shared))
+        cause = f"{len(wrong)} of {len(found)} compiled kernels spill or take too much shared memory"
         raise GateFailed(
-            f"{len(wrong)} of {len(found)} compiled kernels spill or take too much shared memory, worst {worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})",
-            "choose smaller blocks or more warps in kernels/launch.py",
+            f"{cause}, worst {worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})", "choose smaller blocks or more warps in kernels/launch.py"
         )
     return 0

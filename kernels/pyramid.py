@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasetdm_fast.kernels.bilinear import neighbours, resize
 from datasetdm_fast.kernels.case import Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_served, jit, plane_strides, tl
+from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_served, jit, tl
 
 
 def planes(attention: Tensor) -> Tensor:
