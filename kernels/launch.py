@@ -100,7 +100,7 @@ TABLE: dict[str, dict[tuple[str, int], dict[str, int]]] = {
         **_both("pyramid resize", _row(4, BLOCK_S=32, BLOCK_F=64)),
         **_both("depth_head sum", _row(4, BLOCK=512)),
         ("pyramid", 16): _row(8, 3, BLOCK_S=64, BLOCK_F=128, BLOCK_C=32),
-        ("pyramid", 32): _row(4, 2, BLOCK_S=64, BLOCK_F=64, BLOCK_C=32),
+        ("pyramid", 32): _row(8, 2, BLOCK_S=64, BLOCK_F=64, BLOCK_C=32),
         ("attention_capture", 16): _row(8, 1, BLOCK_S=64, BLOCK_D=16, BLOCK_F=64),
         ("attention_capture", 32): _row(8, 1, BLOCK_S=32, BLOCK_D=16, BLOCK_F=16),
         ("attention 64", 16): _row(8, 3, BLOCK_N=128, BLOCK_S=64),
