@@ -91,7 +91,7 @@ def _both(name: str, row: dict[str, int]) -> dict[tuple[str, int], dict[str, int
 TABLE: dict[str, dict[tuple[str, int], dict[str, int]]] = {
     "untuned": {
         **_both("group_norm_silu", _row(4, BLOCK_S=64, BLOCK_C=64)),
-        **_both("group_norm_silu combine", _row(4, BLOCK_N=64)),
+        **_both("group_norm_silu combine", _row(4, BLOCK_N=32)),
         **_both("layer_norm", _row(4, BLOCK_S=2)),
         **_both("geglu", _row(4, BLOCK_S=4, BLOCK_C=512)),
         **_both("guided_step", _row(4, BLOCK=1024)),
@@ -104,9 +104,9 @@ TABLE: dict[str, dict[tuple[str, int], dict[str, int]]] = {
         ("attention_capture", 16): _row(8, 1, BLOCK_S=64, BLOCK_D=16, BLOCK_F=64),
         ("attention_capture", 32): _row(8, 1, BLOCK_S=32, BLOCK_D=16, BLOCK_F=16),
         ("attention 64", 16): _row(8, 3, BLOCK_N=128, BLOCK_S=64),
-        ("attention 128", 16): _row(8, 2, BLOCK_N=128, BLOCK_S=64),
-        ("attention 256", 16): _row(8, 2, BLOCK_N=64, BLOCK_S=32),
-        ("attention 64", 32): _row(4, 1, BLOCK_N=64, BLOCK_S=32),
+        ("attention 128", 16): _row(8, 2, BLOCK_N=128, BLOCK_S=32),
+        ("attention 256", 16): _row(4, 2, BLOCK_N=64, BLOCK_S=16),
+        ("attention 64", 32): _row(4, 1, BLOCK_N=64, BLOCK_S=16),
         ("masked_attention", 16): _row(4, 2, BLOCK_N=64, BLOCK_S=64, BLOCK_D=32),
         ("masked_attention", 32): _row(4, 1, BLOCK_N=32, BLOCK_S=32, BLOCK_D=32),
         ("mask_head", 16): _row(4, 2, BLOCK_N=64, BLOCK_S=64, BLOCK_D=32),
