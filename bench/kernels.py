@@ -156,19 +156,21 @@ def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
     """Every distinct launch that `op` makes at model sizes, with the first case that makes it."""
     from datasetdm_fast.kernels import OPS
 
-    module, noted, seen = OPS[op], [], set()
-    kernels = {name: value for name, value in vars(module).items() if name.endswith("_kernel")}
-    vars(module).update({name: Recorder(kernel, noted) for name, kernel in kernels.items()})
+    noted, seen = [], set()
+    kernels = [(vars(module), name, kernel) for module in OPS.values() for name, kernel in vars(module).items() if name.endswith("_kernel")]
+    for names, name, kernel in kernels:
+        names[name] = Recorder(kernel, noted)
     try:
         for case, inputs in model_sizes(op, Empty(dtype)):
             noted.clear()
-            module.fused(*inputs)
+            OPS[op].fused(*inputs)
             for launch in noted:
                 if launch not in seen:
                     seen.add(launch)
                     yield case, launch
     finally:
-        vars(module).update(kernels)
+        for names, name, kernel in kernels:
+            names[name] = kernel
 
 
 def compiled(launch: Launch, target: str) -> tuple[int, int, int]:
@@ -227,9 +229,8 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps({"triton": launch.triton.__version__, "shared_limit": SHARED_LIMIT, "kernels": [row._asdict() for row in found]}, indent=1))
     if wrong:
         worst = max(wrong, key=lambda row: (row.spills, row.shared))
+        cause = f"{len(wrong)} of {len(found)} compiled kernels spill or take too much shared memory"
         raise GateFailed(
-            f"{len(wrong)} of {len(found)} compiled kernels spill or take too much shared memory, "
-            f"worst {worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})",
-            "choose smaller blocks or more warps in kernels/launch.py",
+            f"{cause}, worst {worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})", "choose smaller blocks or more warps in kernels/launch.py"
         )
     return 0

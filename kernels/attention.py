@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from datasetdm_fast.kernels import masked_attention
 from datasetdm_fast.kernels.case import Case, noise
 from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_served, jit, padded, tl
+from datasetdm_fast.kernels.masked_attention import LOG2_E, check
 
-WIDEST = 256
-LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
+EXACT_WIDEST = 64  # three products for one keep twice the factors in registers: wider fp32 heads would spill
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,23 +110,13 @@ def split(width: int) -> tuple[int, int]:
     return (whole, 0) if wide < 16 or wide + rest >= whole else (wide, rest)
 
 
-def check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuses what is no q [B, heads, N, d] with k and v [B, heads, S, d]."""
-    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"{op}: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not belong together")
-    if not q.shape[2] or not k.shape[2]:
-        raise ValueError(f"{op}: {q.shape[2]} queries over {k.shape[2]} cells leave nothing to attend to")
-    if q.shape[3] > WIDEST:
-        raise ValueError(f"{op}: heads of width {q.shape[3]} are too wide, at most {WIDEST} are supported")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"{op}: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
-
-
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What `reference` says, lying in memory as [B, N, heads, d], so that joining the heads moves nothing."""
     check("attention", q, k, v)
     if not is_served("attention", q, k, v):
         return reference(q, k, v)
+    if q.dtype == torch.float32 and q.shape[3] > EXACT_WIDEST:
+        return masked_attention.fused(q, k, v)  # that kernel holds a part of a head at a time
     batch, heads, queries, width = q.shape
     cells, (wide, rest), sizes = k.shape[2], split(width), blocks(f"attention {max(64, padded(width))}", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.attention import LOG2_E, check, split
+from datasetdm_fast.kernels.attention import split
 from datasetdm_fast.kernels.case import Case, noise
 from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.kernels.masked_attention import LOG2_E, check
 
 MOST_TOKENS = 128  # all of a query's scores are held at once
 
