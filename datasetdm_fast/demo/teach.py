@@ -33,16 +33,19 @@ def configs(levels, text_width: int, timestep: int) -> dict[str, tuple[DecoderCo
     pose = {"joints": world.JOINTS, "limbs": world.LIMBS, "score_threshold": 0.3}
     masks = Schedule(batch_size=12, points=512)
     return {
-        "semantic": (DecoderConfig(kind="segmentation", task="semantic", classes=world.CLASSES, **MASKS, **shared), replace(masks, steps=1200)),
-        "instance": (DecoderConfig(kind="segmentation", task="instance", classes=world.THINGS, **MASKS, **shared), replace(masks, steps=1500)),
+        "semantic": (
+            DecoderConfig(kind="segmentation", task="semantic", classes=world.CLASSES, **MASKS, **shared),
+            replace(masks, steps=1250, dropout=0.6, weight_decay=0.2),
+        ),
+        "instance": (DecoderConfig(kind="segmentation", task="instance", classes=world.THINGS, **MASKS, **shared), replace(masks, steps=1500, dropout=0.0)),
         "depth": (
             DecoderConfig(kind="depth", task="depth", width=16, depth_width=24, max_depth=world.MAX_DEPTH, upscale=2, **shared),
-            Schedule(batch_size=12, steps=900, rate=2e-3),
+            Schedule(batch_size=12, steps=900, rate=2e-3, dropout=0.0),
         ),
-        "pose": (DecoderConfig(kind="heatmap", task="pose", width=32, upscale=2, **pose, **shared), Schedule(steps=1500, sigma=1.5)),
+        "pose": (DecoderConfig(kind="heatmap", task="pose", width=32, upscale=2, **pose, **shared), Schedule(steps=1500, sigma=1.5, dropout=0.0)),
         "open-vocabulary": (
             DecoderConfig(kind="open-vocabulary", task="open-vocabulary", classes=world.THINGS, text_centre=True, **{**MASKS, "queries": 8}, **shared),
-            replace(masks, steps=1200),
+            replace(masks, steps=900),
         ),
     }
 
