@@ -99,7 +99,11 @@ def _build_parser(cls: type, hints: dict[str, Any], converters: dict[str, Conver
         else:
             shown = "{" + ",".join(choices) + "}" if choices else field.name.upper()
             options |= {"type": converters[field.name], "metavar": field.metadata.get("metavar") or shown}
-        parser.add_argument(_flag(field.name), **options)
+        if field.metadata.get("positional"):
+            del options["dest"]
+            parser.add_argument(field.name, nargs="?", **options)
+        else:
+            parser.add_argument(_flag(field.name), **options)
     return parser
 
 

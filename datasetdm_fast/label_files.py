@@ -64,7 +64,8 @@ def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
     return _png(image)
 
 
-def _pixels(labels: np.ndarray) -> dict[str, int]:
+def count_pixels(labels: np.ndarray) -> dict[str, int]:
+    """Pixels of each number of a label map."""
     values, counts = np.unique(labels, return_counts=True)
     return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
 
@@ -72,11 +73,11 @@ def _pixels(labels: np.ndarray) -> dict[str, int]:
 def _encode_semantic(id: str, label: SemanticMap) -> tuple[Files, dict[str, Any]]:
     confidence = (np.clip(np.nan_to_num(label.confidence), 0, 1) * 255 + 0.5).astype(np.uint8)
     files = {"semantic": (f"semantic/{id}.png", index_png(label.labels)), "confidence": (f"confidence/{id}.png", _png(Image.fromarray(confidence)))}
-    return files, {"pixels": _pixels(label.labels), "mean_confidence": round(float(confidence.mean()) / 255, 4)}
+    return files, {"pixels": count_pixels(label.labels), "mean_confidence": round(float(confidence.mean()) / 255, 4)}
 
 
 def _encode_open_vocabulary(id: str, label: SemanticMap) -> tuple[Files, dict[str, Any]]:
-    return {"open_vocabulary": (f"open_vocabulary/{id}.png", index_png(label.labels))}, {"pixels": _pixels(label.labels)}
+    return {"open_vocabulary": (f"open_vocabulary/{id}.png", index_png(label.labels))}, {"pixels": count_pixels(label.labels)}
 
 
 def _encode_instances(id: str, label: Instances) -> tuple[Files, list[dict[str, Any]]]:
@@ -91,8 +92,12 @@ def _encode_instances(id: str, label: Instances) -> tuple[Files, list[dict[str, 
 
 def _encode_depth(id: str, label: DepthMap) -> tuple[Files, dict[str, Any]]:
     millimetres = np.clip(np.rint(label.metres.astype(np.float64) * MILLIMETRES), 0, 65535).astype(np.uint16)
-    figures = {name: _rounded(value / MILLIMETRES) for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))}
-    return {"depth": (f"depth/{id}.png", _png(Image.fromarray(millimetres)))}, figures
+    return {"depth": (f"depth/{id}.png", _png(Image.fromarray(millimetres)))}, depth_figures(millimetres)
+
+
+def depth_figures(millimetres: np.ndarray) -> dict[str, float]:
+    """Nearest, mean and farthest depth of a map, in metres."""
+    return {name: _rounded(value / MILLIMETRES) for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))}
 
 
 def _encode_keypoints(id: str, label: Keypoints) -> tuple[Files, list[dict[str, Any]]]:

@@ -85,6 +85,10 @@ class Ledger:
         found = self._connection.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
         return found and found[0]
 
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with the file."""
+        return [line for (line,) in self._connection.execute("PRAGMA integrity_check(10)") if line != "ok"]
+
     def settle(self) -> bool:
         """Moves every commit into the file itself; False where another process is just reading it."""
         return not self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]

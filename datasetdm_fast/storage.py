@@ -226,26 +226,29 @@ def locked(path: Path) -> Iterator[None]:
 
 def connect(path: Path) -> Connection:
     """A database for writing, whose commits survive a loss of power; what goes wrong in it later is refused by name."""
-    with _refusing(path):
-        opened: Connection = through("sqlite OPEN", lambda: sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS, factory=Connection))
-        opened.prepare(path)
-        opened.execute("PRAGMA journal_mode=WAL")
-        opened.execute("PRAGMA synchronous=FULL")
-        return opened
+    return _opened(path, path, "PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
 
 
 def connect_to_read(path: Path) -> Connection:
     """A database for reading, from any thread."""
     # Without a write-ahead log nobody is writing, and `immutable` then lets a read-only medium be read.
     quiet = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
-    address = f"{path.resolve().as_uri()}?mode=ro{quiet}"
+    return _opened(path, f"{path.resolve().as_uri()}?mode=ro{quiet}", uri=True, check_same_thread=False)
+
+
+def _opened(path: Path, address: Path | str, *settings: str, **options: Any) -> Connection:
     with _refusing(path):
-        opened: Connection = through(
-            "sqlite OPEN",
-            lambda: sqlite3.connect(address, uri=True, isolation_level=None, timeout=BUSY_SECONDS, check_same_thread=False, factory=Connection),
+        connection: Connection = through(
+            "sqlite OPEN", lambda: sqlite3.connect(address, isolation_level=None, timeout=BUSY_SECONDS, factory=Connection, **options)
         )
-        opened.prepare(path)
-        return opened
+    try:
+        connection.prepare(path)
+        for setting in settings:
+            connection.execute(setting)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 class Connection(sqlite3.Connection):
@@ -260,8 +263,15 @@ class Connection(sqlite3.Connection):
         self.execute("PRAGMA trusted_schema=OFF")
         self.execute("PRAGMA cell_size_check=ON")
 
-    def cursor(self, factory: type[sqlite3.Cursor] | None = None) -> sqlite3.Cursor:
-        return super().cursor(factory or _Cursor)
+    # sqlite3 itself would take the short way past our cursor.
+    def execute(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+        return self.cursor(_Cursor).execute(statement, *arguments)
+
+    def executemany(self, statement: str, *arguments: Any) -> sqlite3.Cursor:
+        return self.cursor(_Cursor).executemany(statement, *arguments)
+
+    def executescript(self, script: str) -> sqlite3.Cursor:
+        return self.cursor(_Cursor).executescript(script)
 
 
 class _Cursor(sqlite3.Cursor):
