@@ -76,13 +76,13 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
     try:
         ledger = Ledger(folder / run_folder.LEDGER, read_only=True)
     except (Refused, Missing) as error:
-        findings.append(Finding(run_folder.LEDGER, _without(error.cause, folder), _restore(folder)))
+        findings.append(Finding(run_folder.LEDGER, _told_of(error, folder, run_folder.LEDGER), _restore(folder)))
         return Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
     with ledger:
         try:
             return _audit(folder, document, ledger, findings, threads or os.cpu_count() or 1, seen)
         except Refused as error:  # a page of the ledger that only reading it shows to be damaged
-            findings.append(Finding(run_folder.LEDGER, _without(error.cause, folder), _restore(folder)))
+            findings.append(Finding(run_folder.LEDGER, _told_of(error, folder, run_folder.LEDGER), _restore(folder)))
             return Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
 
 
@@ -120,15 +120,16 @@ def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
         document = run_folder.read_document(folder)
         what = "is not there"
     except (Refused, Missing) as error:
-        document, what = None, _without(error.cause, folder)
+        document, what = None, _told_of(error, folder, run_folder.DOCUMENT)
     if document is None:
         findings.append(Finding(run_folder.DOCUMENT, what, "Restore run.json from a copy; the ledger holds its content under notes."))
     return document
 
 
-def _without(cause: str, folder: Path) -> str:
-    """A refusal's sentence without the path it starts with, which the finding names already."""
-    return cause.removeprefix(f"{folder / run_folder.LEDGER}: ").removeprefix(f"{folder / run_folder.DOCUMENT}: ")
+def _told_of(error: Exception, folder: Path, name: str) -> str:
+    """An error's sentence without the path it starts with, which the finding names already."""
+    cause = error.cause if isinstance(error, (Refused, Missing)) else str(error)
+    return cause.removeprefix(f"{folder / name}: ").removeprefix(f"{name}: ")
 
 
 def _restore(folder: Path) -> str:
@@ -149,18 +150,21 @@ def _check_seal(folder: Path, is_indexed: bool) -> Iterator[Finding]:
     try:
         digests = untrusted.read_object(folder / run_folder.SEAL) if (folder / run_folder.SEAL).exists() else None
     except (Refused, Missing) as error:
-        yield Finding(run_folder.SEAL, error.cause.removeprefix(f"{folder / run_folder.SEAL}: "), f"Delete it. {remedy}")
+        yield Finding(run_folder.SEAL, _told_of(error, folder, run_folder.SEAL), f"Delete it. {remedy}")
         return
     if digests is None:
         if is_indexed:
             yield Finding(run_folder.SEAL, "is not there, so nothing tells whether ledger and index files were changed", remedy)
         return
+    log = folder / f"{run_folder.LEDGER}-wal"
+    if log.exists() and log.stat().st_size:
+        yield Finding(f"{run_folder.LEDGER}-wal", "something was written to the ledger after the run was finished", _restore(folder))
     for name, digest in digests.items():
         found = storage.sha256_of(folder / name)
         if found != digest:
             what = "its bytes are not those that were written" if found else "is not there"
             is_rebuilt = name not in (run_folder.DOCUMENT, run_folder.LEDGER)
-            yield Finding(name, what, f"Delete it and state/seal.json. {remedy}" if is_rebuilt and found else remedy if is_rebuilt else _restore(folder))
+            yield Finding(name, what, (f"Delete it. {remedy}" if found else remedy) if is_rebuilt else _restore(folder))
 
 
 def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
@@ -216,8 +220,7 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
             _check_bytes(data, stored)
             arrays[role] = np.array(untrusted.decode_image(data, name))
         except (ValueError, Missing) as error:
-            what = error.cause if isinstance(error, (Refused, Missing)) else str(error)
-            findings.append(Finding(name, what.removeprefix(f"{folder / name}: ").removeprefix(f"{name}: "), _again(folder, id)))
+            findings.append(Finding(name, _told_of(error, folder, name), _again(folder, id)))
     for task in config["task"]:
         findings += [Finding(run_folder.LEDGER, f"sample {id}, {task}: {what}", _again(folder, id)) for what in _label(task, row, arrays, document)]
     if is_indexed and "depth" in arrays:
@@ -243,8 +246,7 @@ def _check_picture(folder: Path, row: Row, millimetres: np.ndarray) -> Iterator[
         if not np.array_equal(np.array(untrusted.decode_image(data, name)), np.array(gallery.depth_picture(millimetres))):
             raise ValueError("does not show the depth map of its sample")
     except (ValueError, Missing) as error:
-        what = error.cause if isinstance(error, (Refused, Missing)) else str(error)
-        yield Finding(name, what, f"Delete it and {gallery.PAGE}. Run the generate line once more: both are written anew.")
+        yield Finding(name, _told_of(error, folder, name), f"Delete it and {gallery.PAGE}. Run the generate line once more: both are written anew.")
 
 
 def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:

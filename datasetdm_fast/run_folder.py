@@ -223,7 +223,7 @@ def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bo
 
 def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
     """Whether nothing is left to be done for a folder whose samples are complete."""
-    return has_indexes(folder, document, ledger) and (folder / SEAL).exists()
+    return has_indexes(folder, document, ledger) and all((folder / name).exists() for name in (SEAL, LOCK))
 
 
 def seal(folder: Path, document: Mapping[str, Any]) -> None:
