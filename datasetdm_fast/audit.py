@@ -73,6 +73,8 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
         )
     findings: list[Finding] = []
     document = _document(folder, findings)
+    if document and not any((folder / name).exists() for name in (run_folder.LEDGER, run_folder.SEAL)):
+        return Report(str(folder), document["plan"]["number"], 0, 0, 0, 0, findings)  # killed before its first sample
     try:
         ledger = Ledger(folder / run_folder.LEDGER, read_only=True)
     except (Refused, Missing) as error:
@@ -99,7 +101,7 @@ def _audit(folder: Path, document: dict[str, Any] | None, ledger: Ledger, findin
         for line in run_folder.differences(document.get(part), noted[part], part)
     ]
     is_indexed = ledger.noted("indexed") is not None
-    findings += _check_seal(folder, is_indexed)
+    findings += _check_seal(folder)
     known: set[str] = set()
     files = total = 0
     done, aside = ledger.count(), ledger.indices(SET_ASIDE)
@@ -144,17 +146,18 @@ def _beyond(folder: Path, index: int, number: int) -> Finding:
     return Finding(run_folder.LEDGER, f"has a sample {index}, but the plan has {number}", _restore(folder))
 
 
-def _check_seal(folder: Path, is_indexed: bool) -> Iterator[Finding]:
+def _check_seal(folder: Path) -> Iterator[Finding]:
     """What differs from the digests that were written down when the run was finished."""
     remedy = "Run its generate line once more: it is written anew."
+    if not (folder / run_folder.SEAL).exists():
+        yield Finding(run_folder.SEAL, "is not there, so nothing tells whether ledger and index files were changed", remedy)
+        return
     try:
-        digests = untrusted.read_object(folder / run_folder.SEAL) if (folder / run_folder.SEAL).exists() else None
+        digests = untrusted.read_object(folder / run_folder.SEAL)
     except (Refused, Missing) as error:
         yield Finding(run_folder.SEAL, _told_of(error, folder, run_folder.SEAL), f"Delete it. {remedy}")
         return
-    if digests is None:
-        if is_indexed:
-            yield Finding(run_folder.SEAL, "is not there, so nothing tells whether ledger and index files were changed", remedy)
+    if not digests:  # the run goes on, or was killed
         return
     log = folder / f"{run_folder.LEDGER}-wal"
     if log.exists() and log.stat().st_size:
@@ -170,7 +173,7 @@ def _check_seal(folder: Path, is_indexed: bool) -> Iterator[Finding]:
 def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
     """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again writes over."""
     state = {run_folder.LEDGER, run_folder.LOCK, run_folder.SEAL, f"{run_folder.LEDGER}-wal", f"{run_folder.LEDGER}-shm"}
-    if not (folder / run_folder.SEAL).exists():
+    if not run_folder.is_sealed(folder):
         return
     for name in FOLDERS:
         if not (folder / name).is_dir():

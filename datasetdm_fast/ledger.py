@@ -54,8 +54,7 @@ class Ledger:
             self._connection = storage.connect_to_read(path)
             self._connection.execute("SELECT count(*) FROM samples")
             return
-        self._connection = storage.connect(path)
-        self._connection.executescript(_SCHEMA)
+        self._connection = storage.connect(path, _SCHEMA)
 
     def commit(self, rows: Iterable[Row]) -> None:
         """All rows or none; returns once they would survive a loss of power."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
-SEAL = "state/seal.json"  # digests of what is no sample's own file, written when everything is in place and removed before anything changes
+SEAL = "state/seal.json"  # digests of what is no sample's own file; empty from before the first change until everything is in place
 FORM = {
     "versions": {"datasetdm_fast": str},
     "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},
@@ -112,7 +112,8 @@ class RunFolder:
     """A run folder open for writing, held for this process until `close`."""
 
     def __init__(self, path: Path, document: Mapping[str, Any]):
-        self.path, self.document = path, document
+        self.path = path
+        self.document: dict[str, Any] = json.loads(_pretty(document))  # in the order of the file, which is what a later start will read
         self._closing = ExitStack()
         storage.make_folder(path / "state")
         self._closing.enter_context(storage.locked(path / LOCK))
@@ -120,6 +121,8 @@ class RunFolder:
             storage.remove_temporaries(path)
             if not (path / DOCUMENT).exists():
                 storage.publish({path / DOCUMENT: _pretty(document)})
+            if not (path / SEAL).exists():
+                storage.publish({path / SEAL: _pretty({})})
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER))
             described = json.dumps(document, ensure_ascii=False, sort_keys=True)
             if self.ledger.noted("run") != described:
@@ -177,7 +180,7 @@ class RunFolder:
                     f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
                 ) from error
             self.ledger.note("indexed", "yes")
-        if not (self.path / SEAL).exists() and self.ledger.settle():
+        if not is_sealed(self.path) and self.ledger.settle():
             seal(self.path, self.document)
 
     def is_indexed(self) -> bool:
@@ -203,7 +206,7 @@ def note(folder: Path, name: str, value: Any) -> None:
     if document is None:
         raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder", "Name the folder of a run.")
     with storage.locked(folder / LOCK):
-        was_sealed = (folder / SEAL).exists()
+        was_sealed = is_sealed(folder)
         unseal(folder)
         storage.publish({folder / DOCUMENT: _pretty(document | {name: value})})
         if was_sealed:
@@ -223,7 +226,7 @@ def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bo
 
 def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
     """Whether nothing is left to be done for a folder whose samples are complete."""
-    return has_indexes(folder, document, ledger) and all((folder / name).exists() for name in (SEAL, LOCK))
+    return has_indexes(folder, document, ledger) and is_sealed(folder) and (folder / LOCK).exists()
 
 
 def seal(folder: Path, document: Mapping[str, Any]) -> None:
@@ -233,8 +236,13 @@ def seal(folder: Path, document: Mapping[str, Any]) -> None:
 
 
 def unseal(folder: Path) -> None:
-    if (folder / SEAL).exists():
-        storage.remove(folder / SEAL)
+    """Takes the digests back before the first change, so that a run killed in the middle of one is not taken for a damaged one."""
+    if is_sealed(folder):
+        storage.publish({folder / SEAL: _pretty({})})
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / SEAL).exists() and (folder / SEAL).stat().st_size > len(_pretty({}))
 
 
 @dataclass(frozen=True)

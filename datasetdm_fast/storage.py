@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from datasetdm_fast.errors import Missing, Refused
 _TEMPORARY = re.compile(r"\..+\.\d+\.part")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 TOGETHER = 64  # files written before the first of them is synced: the disk then joins their journal entries
+SYNCHRONOUS = "PRAGMA synchronous=FULL"
 BUSY_SECONDS = 30.0  # a reader waits this long for a writer of the ledger, and the other way round
 LONGEST_ROW = 64 * 2**20  # bytes of a text in a ledger
 
@@ -50,7 +51,8 @@ def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, Stored]
     stored: dict[Path, Stored] = {}
     try:
         for folder in dict.fromkeys(path.parent for path in files):
-            through("mkdir", os.makedirs, folder, 0o755, True)
+            if not folder.is_dir():
+                make_folder(folder)
         waiting = iter(files.items())
         while block := list(islice(waiting, TOGETHER)):
             stored |= _write({parts[path]: content for path, content in block}, [path for path, _ in block])
@@ -184,17 +186,6 @@ def remove_temporaries(folder: Path) -> int:
     return len(leftovers)
 
 
-def remove(path: Path) -> None:
-    """Removes a file where there is one, durably."""
-    try:
-        through("unlink", os.unlink, path)
-        sync_folder(path.parent)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise refusal(error, path) from error
-
-
 def free_bytes(path: Path) -> int:
     """Free bytes where `path` is, or will be."""
     while not path.exists():
@@ -224,9 +215,34 @@ def locked(path: Path) -> Iterator[None]:
 # SQLite -----------------------------------------------------------------------------------------------------------------------------
 
 
-def connect(path: Path) -> Connection:
-    """A database for writing, whose commits survive a loss of power; what goes wrong in it later is refused by name."""
-    return _opened(path, path, "PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL")
+def connect(path: Path, schema: str) -> Connection:
+    """A database for writing, whose commits survive a loss of power; what goes wrong in it later is refused by name.
+
+    Where there is none it is made beside its place, so that one that is there has its tables.
+    """
+    if not path.exists():
+        _create(path, schema)
+    return _opened(path, path, "PRAGMA journal_mode=WAL", SYNCHRONOUS)
+
+
+def _create(path: Path, schema: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _forget(part)
+        with closing(_opened(path, part, "PRAGMA journal_mode=OFF", SYNCHRONOUS)) as connection:
+            connection.executescript(schema)
+        handle = through("open", os.open, part, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            through("fsync", os.fsync, handle)
+        finally:
+            os.close(handle)
+        through("rename", os.replace, part, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        _forget(part)
+        if isinstance(error, OSError):
+            raise refusal(error, path) from error
+        raise
 
 
 def connect_to_read(path: Path) -> Connection:
