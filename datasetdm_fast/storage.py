@@ -99,6 +99,20 @@ def _fill(handle: int, chunks: Iterable[bytes]) -> Stored:
     return Stored(digest.hexdigest(), size)
 
 
+def move(part: Path, path: Path) -> None:
+    """Gives a file that was written beside its place, by whomever, its name for good."""
+    try:
+        handle = through("open", os.open, part, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            through("fsync", os.fsync, handle)
+        finally:
+            os.close(handle)
+        through("rename", os.replace, part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise refusal(error, path) from error
+
+
 def _forget(part: Path) -> None:
     """Removes what a failed write left; what even that cannot remove is removed by the next start."""
     try:
@@ -144,7 +158,7 @@ def read(path: Path, most: int) -> bytes:
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            raise Refused(f"{path}: not a regular file", "Name a file.")
+            raise Refused(f"{path}: cannot be read, it is not a regular file", "Name a file.")
         if found.st_size > most:
             raise Refused(f"{path}: {found.st_size} bytes, at most {most} are read", "Name the right file, or a smaller one.")
         parts = []
@@ -184,6 +198,13 @@ def remove_temporaries(folder: Path) -> int:
     except OSError as error:
         raise refusal(error, error.filename or folder) from error
     return len(leftovers)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("DATASETDM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
 
 
 def free_bytes(path: Path) -> int:
@@ -231,17 +252,9 @@ def _create(path: Path, schema: str) -> None:
         _forget(part)
         with closing(_opened(path, part, "PRAGMA journal_mode=OFF", SYNCHRONOUS)) as connection:
             connection.executescript(schema)
-        handle = through("open", os.open, part, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            through("fsync", os.fsync, handle)
-        finally:
-            os.close(handle)
-        through("rename", os.replace, part, path)
-        sync_folder(path.parent)
-    except BaseException as error:
+        move(part, path)
+    except BaseException:
         _forget(part)
-        if isinstance(error, OSError):
-            raise refusal(error, path) from error
         raise
 
 

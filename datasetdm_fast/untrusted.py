@@ -55,6 +55,12 @@ def check_inside(name: str) -> str:
     return name
 
 
+def plain(text: str) -> str:
+    """A foreign sentence for a message: one line, bounded, and nothing in it can steer a terminal."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in (line if len(line) <= 400 else line[:397] + "..."))
+
+
 def shown(value: Any) -> str:
     """A foreign value for a message: short, in quotes, and nothing in it can steer a terminal."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
@@ -152,7 +158,7 @@ def read_yaml(path: Path) -> Any:
     except Exception as error:  # a value such as 2001-99-99 makes PyYAML raise whatever the value's type raises
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
-        raise Refused(f"{path}: not valid YAML{place} ({_reason(error)})", "Write one `name: value` per line, UTF-8.") from error
+        raise Refused(f"{path} is not valid YAML{place} ({_reason(error)})", "Write one `name: value` per line, UTF-8.") from error
 
 
 def read_xml(path: Path) -> ElementTree.Element:
@@ -272,12 +278,12 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(LARGEST_HEADER, size - 8):
-                raise Refused(f"{path}: truncated or no safetensors file (a header of {length} bytes in a file of {size})", GET_AGAIN)
+                raise Refused(f"{path} is truncated or no safetensors file (a header of {length} bytes in a file of {size})", GET_AGAIN)
             header = parse_json(file.read(length), f"{path}: its header")
     except OSError as error:
         raise storage.refusal(error, path) from error
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
-        raise Refused(f"{path}: truncated or no safetensors file (its header is no table of at most {MOST_TENSORS} tensors)", GET_AGAIN)
+        raise Refused(f"{path} is truncated or no safetensors file (its header is no table of at most {MOST_TENSORS} tensors)", GET_AGAIN)
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise Refused(f"{path}: its metadata is not made of texts", GET_AGAIN)
@@ -292,7 +298,7 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise Refused(f"{path}: tensors overlap or leave a gap at byte {place} of the data", GET_AGAIN)
         place = end
     if place != size - 8 - length:
-        raise Refused(f"{path}: truncated or no safetensors file ({size - 8 - length} bytes of data, the header tells of {place})", GET_AGAIN)
+        raise Refused(f"{path} is truncated or no safetensors file ({size - 8 - length} bytes of data, the header tells of {place})", GET_AGAIN)
     return found
 
 
