@@ -58,19 +58,20 @@ def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
 _palette = cache(palette)
 
 
-def _pixels(labels: np.ndarray) -> dict[str, int]:
+def count_pixels(labels: np.ndarray) -> dict[str, int]:
+    """Pixels of each number of a label map."""
     return {str(value): count for value, count in enumerate(_C.count_bytes(np.ascontiguousarray(labels, np.uint8)).tolist()) if count}
 
 
 def _encode_semantic(id: str, label: SemanticMap, _: Labels) -> tuple[Files, dict[str, Any]]:
     confidence = (np.clip(np.nan_to_num(label.confidence), 0, 1) * 255 + 0.5).astype(np.uint8)
     files = {"semantic": (f"semantic/{id}.png", index_png(label.labels)), "confidence": (f"confidence/{id}.png", _C.png_encode(confidence))}
-    return files, {"pixels": _pixels(label.labels), "mean_confidence": round(float(confidence.mean()) / 255, 4)}
+    return files, {"pixels": count_pixels(label.labels), "mean_confidence": round(float(confidence.mean()) / 255, 4)}
 
 
 def _encode_open_vocabulary(id: str, label: SemanticMap, labels: Labels) -> tuple[Files, dict[str, Any]]:
     numbers = colour_numbers(labels["semantic"].classes, label.classes) if "semantic" in labels else ()
-    return {"open_vocabulary": (f"open_vocabulary/{id}.png", index_png(label.labels, numbers))}, {"pixels": _pixels(label.labels)}
+    return {"open_vocabulary": (f"open_vocabulary/{id}.png", index_png(label.labels, numbers))}, {"pixels": count_pixels(label.labels)}
 
 
 def _encode_instances(id: str, label: Instances, _: Labels) -> tuple[Files, list[dict[str, Any]]]:
@@ -85,8 +86,12 @@ def _encode_instances(id: str, label: Instances, _: Labels) -> tuple[Files, list
 
 def _encode_depth(id: str, label: DepthMap, _: Labels) -> tuple[Files, dict[str, Any]]:
     millimetres = np.clip(np.rint(label.metres.astype(np.float64) * MILLIMETRES), 0, 65535).astype(np.uint16)
-    figures = {name: _rounded(value / MILLIMETRES) for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))}
-    return {"depth": (f"depth/{id}.png", _C.png_encode_words(millimetres))}, figures
+    return {"depth": (f"depth/{id}.png", _C.png_encode_words(millimetres))}, depth_figures(millimetres)
+
+
+def depth_figures(millimetres: np.ndarray) -> dict[str, float]:
+    """Nearest, mean and farthest depth of a map, in metres."""
+    return {name: _rounded(value / MILLIMETRES) for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))}
 
 
 def _encode_keypoints(id: str, label: Keypoints, _: Labels) -> tuple[Files, list[dict[str, Any]]]:
