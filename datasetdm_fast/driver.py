@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.data import Annotation, Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.ledger import SET_ASIDE, Ledger
+from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.overlap import Beside, Writing
 from datasetdm_fast.run_folder import RunFolder
 from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.transfer import to_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,46 +41,71 @@ class Recipe:
 def generate(
     batches: Iterable[Batch], engine: Engine, recipe: Recipe, stepped: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
-    """Every batch with its samples; what did not come out finite is set aside. `stepped` hears of every UNet call."""
+    """Every batch with its samples, in order; what did not come out finite is set aside. `stepped` hears of every UNet call.
+
+    On a GPU the images and labels of a batch are made while the next one is sampled, and it comes out up to two batches later.
+    """
+    nothing, words = engine.encode_text([""]), WordTable(engine, recipe.words)
+    with Beside(engine.device) as beside:
+        for batch in batches:
+            drawn = sample(batch, nothing, engine, recipe, stepped)
+            beside.put(label, batch, drawn, words, engine, recipe)
+            yield from beside.ready()
+        yield from beside.rest()
+
+
+@dataclass
+class Drawn:
+    """A sampled batch, and what its labels will be read from."""
+
+    latents: Tensor
+    capture: Capture | ProjectedCapture | None
+
+
+def sample(batch: Batch, nothing: Tensor, engine: Engine, recipe: Recipe, stepped: Callable[[], None]) -> Drawn:
+    """Sampling with guidance; the activations are captured at one of the calls. On a GPU the host only queues the work and waits for none of it."""
     import torch
 
     from datasetdm_fast import sampling
 
-    nothing, words = engine.encode_text([""]), WordTable(engine, recipe.words)
-    side = recipe.size // FACTOR
-    for batch in batches:
-        requests = batch.padded
-        context = torch.cat([nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
-        noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
-        state = sampling.start(noise.to(engine.device))
+    requests, side = batch.padded, recipe.size // FACTOR
+    context = torch.cat([nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
+    noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
+    state = sampling.start(noise.to(engine.device))
+    for call, timestep in enumerate(recipe.schedule.timesteps):
+        if call == recipe.capture_call:
+            output, capture = engine.denoise_and_capture(state.latents, timestep, context)
+        else:
+            output = engine.denoise(state.latents, timestep, context)
+        state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
+        stepped()
+    return Drawn(state.latents, capture)
 
-        for call, timestep in enumerate(recipe.schedule.timesteps):
-            if call == recipe.capture_call:
-                output, capture = engine.denoise_and_capture(state.latents, timestep, context)
-            else:
-                output = engine.denoise(state.latents, timestep, context)
-            state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
-            stepped()
 
-        raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
-        del capture  # as large as the rest of the batch together, and the image decoder needs room
-        images = engine.decode_image(state.latents)
-        yield batch, collect(batch, state.latents, images, raw, engine, recipe)
+def label(batch: Batch, drawn: Drawn, words: WordTable, engine: Engine, recipe: Recipe) -> tuple[Batch, list[Sample | SetAside]]:
+    """Annotations, then images, then the post-processing that turns both into samples."""
+    asked = {"open-vocabulary": words.of(batch.padded)} if "open-vocabulary" in recipe.tasks else {}
+    raw = {task: engine.annotate(task, drawn.capture, asked.get(task)) for task in recipe.tasks}
+    drawn.capture = None  # as large as the rest of the batch together, and the image decoder needs room
+    images = engine.decode_image(drawn.latents)
+    return batch, collect(batch, drawn.latents, images, raw, engine, recipe)
 
 
 def collect(batch: Batch, latents: Tensor, images: Tensor, raw: dict[str, dict[str, Tensor]], engine: Engine, recipe: Recipe) -> list[Sample | SetAside]:
     """Post-processing: one result per request of the batch, the padding left out."""
+    import torch
+
     count = len(batch.requests)
-    broken = {"latents": not_finite(latents[:count])}
-    labels: dict[str, list[Annotation]] = {}
-    for task in recipe.tasks:
-        outputs = {name: value[:count] for name, value in raw[task].items()}
-        broken[task] = [any(flags) for flags in zip(*(not_finite(value) for value in outputs.values()), strict=True)]
-        labels[task] = postprocess(task, batch.requests, {name: value.nan_to_num() for name, value in outputs.items()}, engine.decoders[task].config, recipe)
-    pixels = images[:count].cpu().numpy()
+    outputs = {task: {name: value[:count] for name, value in raw[task].items()} for task in recipe.tasks}
+    broken = {"latents": is_broken(latents[:count])} | {task: sum(is_broken(value) for value in outputs[task].values()) for task in recipe.tasks}
+    flags, pixels = to_host(torch.stack(list(broken.values())), images[:count])
+    labels = {
+        task: postprocess(task, batch.requests, {name: value.nan_to_num() for name, value in outputs[task].items()}, engine.decoders[task].config, recipe)
+        for task in recipe.tasks
+    }
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
-        where = [name for name, flags in broken.items() if flags[b]]
+        where = [name for name, is_so in zip(broken, flags[:, b] > 0, strict=True) if is_so]
         if where:
             results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
@@ -86,9 +113,9 @@ def collect(batch: Batch, latents: Tensor, images: Tensor, raw: dict[str, dict[s
     return results
 
 
-def not_finite(values: Tensor) -> list[bool]:
-    """One flag per image."""
-    return (~values.isfinite()).flatten(1).any(1).tolist() if values.is_floating_point() else [False] * len(values)
+def is_broken(values: Tensor) -> Tensor:  # [B] int32
+    """Of each image, whether any of its values is no finite number, as 1 or 0."""
+    return (~values.isfinite()).flatten(1).any(1).int()
 
 
 def postprocess(task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe) -> list[Annotation]:
@@ -167,21 +194,32 @@ def run(
     stepped: Callable[[], None] = lambda: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Makes what the run folder lacks, batch by batch; `made` hears of every commit, and `is_stopping` is asked after each."""
+    """Makes what the run folder lacks, batch by batch; `made` hears of every commit, and `is_stopping` is asked after every sampled batch."""
     begin, new = time.perf_counter(), 0
+
+    def committed(rows: list[Row]) -> None:
+        nonlocal new
+        new += len(rows)
+        made(len(rows))
+
     with RunFolder(job.folder, job.document) as folder:
         wanted = lacking(folder.ledger, job.plan.number, job.config.limit)
         batches = (job.plan.batch(k) for k in sorted({index // job.plan.batch_size for index in wanted}))
-        for batch, results in generate(batches, job.engine, job.recipe, stepped):
-            kept = [result for result in results if result.request.index in wanted]
-            folder.add(kept, job.recipe.facts | {"word_slots": word_slots(batch.requests)})
-            new += len(kept)
-            made(len(kept))
-            if is_stopping():
-                break
+        with Writing(folder, committed) as writing:
+            for batch, results in generate(until(is_stopping, batches), job.engine, job.recipe, stepped):
+                kept = [result for result in results if result.request.index in wanted]
+                writing.put(kept, job.recipe.facts | {"word_slots": word_slots(batch.requests)})
         seconds = time.perf_counter() - begin
         folder.rebuild()
         return result_of(job.folder, job.plan.number, folder.ledger, new, seconds)
+
+
+def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches up to the one after which `is_stopping` says so."""
+    for batch in batches:
+        yield batch
+        if is_stopping():
+            return
 
 
 def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:

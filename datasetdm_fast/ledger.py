@@ -128,11 +128,13 @@ class _Transaction:
         self._connection.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is None:
-            self._connection.execute("COMMIT")
-        elif self._connection.in_transaction:  # a full disk has already rolled it back
-            with suppress(Missing):  # what went wrong first is what is told; closing rolls back as well
-                self._connection.execute("ROLLBACK")
+        try:
+            if kind is None:
+                self._connection.execute("COMMIT")
+        finally:
+            if self._connection.in_transaction:  # a full disk has already rolled it back
+                with suppress(Missing):  # what went wrong first is what is told; closing rolls back as well
+                    self._connection.execute("ROLLBACK")
 
 
 def _row(found: tuple, path: Path) -> Row:

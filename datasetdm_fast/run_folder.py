@@ -134,7 +134,15 @@ class RunFolder:
 
     def add(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
         """Makes the results part of the data set, all or none."""
+        self.unseal()
+        self.ledger.commit(self.write(results, recipe))
+
+    def unseal(self) -> None:
+        """To be called before the first change."""
         unseal(self.path)
+
+    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+        """Publishes the files of the results in an unsealed folder; they are samples once the rows are committed. Threads may write different ones at once."""
         files, rows = {}, []
         for result in results:
             if isinstance(result, SetAside):
@@ -146,7 +154,7 @@ class RunFolder:
         stored = storage.publish({self.path / name: content for made in files.values() for name, content in made.values()})
         for row in rows:
             row.files.update({role: (name, stored[self.path / name]) for role, (name, _) in files.get(row.request.index, {}).items()})
-        self.ledger.commit(rows)
+        return rows
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Paths of the files that were missing or damaged and are there again; bytes that differ from the row's are never written."""

@@ -237,13 +237,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def connect(path: Path, schema: str) -> Connection:
-    """A database for writing, whose commits survive a loss of power; what goes wrong in it later is refused by name.
+    """A database for writing, by one thread at a time, whose commits survive a loss of power; what goes wrong in it later is refused by name.
 
     Where there is none it is made beside its place, so that one that is there has its tables.
     """
     if not path.exists():
         _create(path, schema)
-    return _opened(path, path, "PRAGMA journal_mode=WAL", SYNCHRONOUS)
+    return _opened(path, path, "PRAGMA journal_mode=WAL", SYNCHRONOUS, check_same_thread=False)
 
 
 def _create(path: Path, schema: str) -> None:
