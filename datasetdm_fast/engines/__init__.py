@@ -45,11 +45,17 @@ class Engine(Protocol):
     def decode_image(self, latents: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 images."""
 
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and of each image [B] whether its pixels were finite numbers."""
+
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: the posterior's mean, or a sample of it per image's generator."""
 
     def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
+
+    def widened(self) -> Engine | None:
+        """An engine over the same weights in fp32, for what this one could not hold; None where this one is."""
 
     def fingerprint(self) -> dict[str, str]:
         """Names and versions that decide the engine's rounding."""

@@ -198,15 +198,20 @@ class FastEngine:
             self._graphs[key] = StepGraph(step, inputs, self._pool)
         return self._graphs[key]
 
-    @_inference
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return torch.cat(self.lanes.map(self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))]))
+        return self.decode_and_check(latents)[0]
 
-    def _decoded(self, latents: Tensor) -> Tensor:
+    @_inference
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        parts = self.lanes.map(self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))])
+        return tuple(torch.cat(part) for part in zip(*parts))
+
+    def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.image_decoder(_channels_last(latents, self.dtype)).float()
         if self.dtype == torch.float16 and not bool(pixels.isfinite().all()):  # some autoencoders leave the range of fp16
             pixels = self._wide_image_decoder(_channels_last(latents, torch.float32))
-        return ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        images = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        return images, pixels.isfinite().flatten(1).all(1)
 
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
@@ -238,6 +243,13 @@ class FastEngine:
         sums = zip(*(total.split(size) for total in own.sums))
         parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def widened(self) -> FastEngine | None:
+        return None if self.dtype == torch.float32 else self._wide
+
+    @functools.cached_property
+    def _wide(self) -> FastEngine:
+        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
