@@ -110,7 +110,7 @@ def collect(
         if where:
             results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
-            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, dict(recipe.facts)))
+            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, {**recipe.facts, **engine.adjustments}))
     return results
 
 

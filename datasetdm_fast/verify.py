@@ -48,6 +48,7 @@ class VerifyConfig:
     profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
     dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16"))
+    compile: bool = setting(False, "judge the fast engine with torch.compile")
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
     html: str = setting("", "write a page with the worst samples side by side", metavar="FILE")
@@ -163,7 +164,9 @@ def _prepared(config: VerifyConfig):
     options = dict(engine=config.against, device=config.device, size=config.size, allow_download=config.allow_download, threads=config.threads)
     reference, _ = job.open_engine(config.model, decoder, config.task or None, **options)
     # Both read the modules of one loaded model: equal weights need not be assumed.
-    engine = build_engine(config.engine, reference.model, reference.decoders, dtype=config.dtype, device=config.device)
+    engine = build_engine(
+        config.engine, reference.model, reference.decoders, dtype=config.dtype, device=config.device, **({"compile": True} if config.compile else {})
+    )
     tasks = tuple(task for task in TASKS if task in reference.decoders)
     chosen = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "profile", "classes")}
     recipe = job.make_recipe(reference, tasks, **chosen)

@@ -35,6 +35,7 @@ class StubEngine:
 
     name = "stub"
     device = torch.device("cpu")
+    adjustments = {}
 
     def __init__(self, size=64, configs=CONFIGS, tasks=tuple(CONFIGS)):
         self.model = SimpleNamespace(
@@ -80,6 +81,9 @@ class StubEngine:
 
     def decode_and_check(self, latents):
         return self.decode_image(latents), latents.isfinite().flatten(1).all(1)
+
+    def suggested_batch(self):
+        return 8
 
     def widened(self):
         return None

@@ -258,7 +258,7 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
         ({"number": 0}, "--number 0: expected a number of 1 or more"),
         ({"number": -3}, "--number -3"),
         ({"steps": -1}, "--steps -1"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": -1}, "--batch-size -1"),
         ({"batch_size": 10**6}, "at most"),
         ({"size": 100}, "--size 100: expected a multiple of 64"),
         ({"size": -64}, "--size -64"),

@@ -26,6 +26,7 @@ class Engine(Protocol):
     model: Model
     decoders: Mapping[str, nn.Module]
     device: torch.device
+    adjustments: Mapping[str, int]  # what had to be done differently from what was asked, for the rows of the samples made since
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """[B, T, D] last hidden states of the padded prompts."""
@@ -54,6 +55,9 @@ class Engine(Protocol):
     def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
 
+    def suggested_batch(self) -> int:
+        """Images to make together where nobody says."""
+
     def widened(self) -> Engine | None:
         """An engine over the same weights in fp32, for what this one could not hold; None where this one is."""
 
@@ -61,26 +65,28 @@ class Engine(Protocol):
         """Names and versions that decide the engine's rounding."""
 
 
-def _torch(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str) -> Engine:
+def _torch(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, compile: bool = False) -> Engine:
     from .torch import TorchEngine
 
+    if compile:
+        raise Refused("--compile: the torch engine is the reference and stays as it is", "Use it with --engine fast.")
     return TorchEngine(model, decoders, dtype=dtype, device=device)
 
 
-def _fast(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str) -> Engine:
+def _fast(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, compile: bool = False) -> Engine:
     from .fast import FastEngine
 
-    return FastEngine(model, decoders, dtype=dtype, device=device)
+    return FastEngine(model, decoders, dtype=dtype, device=device, is_compiled=compile)
 
 
 ENGINES = {"torch": _torch, "fast": _fast}
 
 
-def build_engine(name: str, model: Model, decoders: Mapping[str, nn.Module] | None = None, *, dtype: str = "auto", device: str = "auto") -> Engine:
-    """The engine `name` for a loaded model; "auto" is the fast one."""
+def build_engine(name: str, model: Model, decoders: Mapping[str, nn.Module] | None = None, *, dtype: str = "auto", device: str = "auto", **options) -> Engine:
+    """The engine `name` for a loaded model; "auto" is the fast one. `options` are those of one kind of engine, left out where not set."""
     if name not in KNOWN:
         raise Refused(f"engine: {name!r} is none of {', '.join(KNOWN)}")
     chosen = "fast" if name == "auto" else name
     if chosen not in ENGINES:
         raise Missing(f"engine: {chosen} is not part of this installation, which has {', '.join(ENGINES)}", "use one of those, or --engine auto")
-    return ENGINES[chosen](model, decoders or {}, dtype, device)
+    return ENGINES[chosen](model, decoders or {}, dtype, device, **{option: value for option, value in options.items() if value})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data import Capture
 from ..errors import Missing, Refused
 from ..loading import Model
+from .memory import suggested
 
 
 def _oracle(method):
@@ -113,6 +114,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    adjustments: Mapping[str, int] = {}
 
     def __init__(self, model: Model, decoders: Mapping[str, nn.Module] | None = None, *, dtype: str = "auto", device: str = "auto"):
         if dtype not in ("auto", "fp32"):
@@ -169,6 +171,9 @@ class TorchEngine:
             loaded = ", ".join(self.decoders) or "none"
             raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
         return self.decoders[task](capture, text)
+
+    def suggested_batch(self) -> int:
+        return 8 if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
 
     def widened(self) -> None:
         return None
