@@ -85,10 +85,7 @@ def _check(decoders: Mapping[str, Decoder], precision: str) -> None:
 def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
     """SHA-256 of all that decides the graphs and their weights: parameters, configurations and this package's own code."""
     parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
-    configs = {
-        name: {key: value for key, value in dict(part.config.items() if name != "text_encoder" else part.config.to_dict().items()).items()}
-        for name, part in parts.items()
-    }
+    configs = {name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()}
     total = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     for task, decoder in decoders.items():  # their order decides that of the channels
         total.update(f"{task} {decoder.config.to_json()}".encode())
@@ -305,10 +302,9 @@ def _told(table: Mapping[str, tuple[stages.Shape, str]], values: Sequence[Value]
     rows = []
     for (name, (axes, dtype)), value in zip(table.items(), values, strict=True):
         shape = tuple(str(size) if isinstance(size, Extent) else size for size in value.shape)
-        assert len(axes) == len(shape) and getattr(torch, dtype) == value.dtype, f"{name} is {shape} {value.dtype}, its table says {axes} {dtype}"
-        assert all(axis == size for axis, size in zip(axes, shape) if isinstance(axis, int) or isinstance(size, str)), (
-            f"{name} is {shape}, its table says {axes}"
-        )
+        is_as_told = len(axes) == len(shape) and getattr(torch, dtype) == value.dtype
+        is_as_told &= all(axis == size for axis, size in zip(axes, shape) if isinstance(axis, int) or isinstance(size, str))
+        assert is_as_told, f"{name} is {shape} {value.dtype}, its table says {axes} {dtype}"
         rows.append(TensorInfo(name, axes, shape, dtype))
     return tuple(rows)
 
