@@ -336,7 +336,7 @@ def _operands(*given) -> list[Value]:
     values = [one for one in given if isinstance(one, Value)]
     graph = values[0].graph
     dtype = next((one.dtype for one in values if one.tensor is None), values[0].dtype)
-    return [_as(one, dtype) if isinstance(one, Value) else graph.constant(one, one.dtype if isinstance(one, Tensor) else dtype) for one in given]
+    return [_as(one if isinstance(one, Value) else graph.constant(one, None if isinstance(one, Tensor) else dtype), dtype) for one in given]
 
 
 def _broadcast(*shapes: Sequence[Size]) -> tuple[Size, ...]:
