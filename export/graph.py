@@ -198,8 +198,12 @@ class Graph:
         return value
 
     def output(self, name: str, value: Value) -> None:
-        """Gives `value` to the caller as `name`."""
-        self.outputs.append(self.emit("Identity", [value], value.shape, value.dtype, name=name))
+        """Gives `value` to the caller as `name`; the node that makes it does so under that name, as TensorRT casts to uint8 only at the very end."""
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if one == value.name else one for one in names]
+        value.name = name
+        self.outputs.append(value)
 
     def constant(self, value: Tensor | float | Sequence, dtype: torch.dtype | None = None, name: str = "") -> Value:
         """A constant; its bytes are looked up when a node reads it."""
