@@ -47,6 +47,33 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class PackedLinear(nn.Module):
+    """A Linear in the order oneDNN reads its weight in: on a CPU about a tenth faster, and most where there are few rows."""
+
+    ROWS = 2048  # oneDNN is told how many to expect
+
+    def __init__(self, linear: Linear):
+        super().__init__()
+        self.weight, self.bias, self._seen = linear.weight, linear.bias, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._seen != (version := 0 if self.weight.is_inference() else self.weight._version):  # never, or changed in place
+            self._packed, self._seen = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), self.ROWS), version
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+def packed(module: nn.Module) -> nn.Module:
+    """`module` with every Linear packed where this CPU's oneDNN takes its storage."""
+    if not torch.backends.mkldnn.is_available():
+        return module
+    for name, child in module.named_children():
+        if not isinstance(child, Linear):
+            packed(child)
+        elif child.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            setattr(module, name, PackedLinear(child))
+    return module
+
+
 class Convolution(nn.Module):
     def __init__(self, weights: Weights, stride: int = 1, padding: int = 1):
         super().__init__()
