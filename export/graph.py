@@ -296,14 +296,9 @@ class Graph:
         nodes, read = self._needed()
         constants = [constant for name, constant in self._constants.items() if name in read]
         graph = helper.make_graph(nodes, self.name, described(self.inputs), described(self.outputs), constants)
-        model = helper.make_model(
-            graph,
-            opset_imports=[
-                helper.make_opsetid(domain, version) for domain, version in DOMAINS.items() if not domain or any(node.domain == domain for node in nodes)
-            ],
-            ir_version=IR_VERSION,
-            producer_name="datasetdm_fast",
-        )
+        used = {node.domain for node in nodes}
+        domains = [helper.make_opsetid(domain, version) for domain, version in DOMAINS.items() if domain in used]
+        model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="datasetdm_fast")
         for key, content in metadata.items():
             model.metadata_props.add(key=key, value=content)
         return model

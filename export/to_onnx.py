@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.graph import OPSET, Extent, Graph, Value, traced
 from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo
 from datasetdm_fast.export.operations import ONNX_RUNTIME, PORTABLE, exportable
-from datasetdm_fast.export.staging import alone, staged
+from datasetdm_fast.export.staging import alone, cache_folder, staged
 from datasetdm_fast.export.weights import DataFile, deferred, digest
 from datasetdm_fast.loading import Model
 from datasetdm_fast.models.capture import Keeping, Projection, Slot, Unwatched
@@ -51,19 +52,62 @@ def export(
     """The manifest of the folder `out`, which afterwards holds every stage, or those named by `only`; equal input gives equal bytes.
 
     UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each. `raw_capture` adds
-    the stage that hands out all features and maps. For `runtime` onnxruntime attention is that library's own operator. A folder that holds this very export already is left as it is; of several processes
-    that export into it at once one does the work. `told` hears the name of each stage before it is written.
+    the stage that hands out all features and maps. For the `runtime` onnxruntime attention is that library's own operator. A folder that
+    holds this very export already is left as it is; of several processes that export into it at once one does the work. `told` hears the
+    name of each stage before it is written.
     """
-    out = Path(out)
     _check(decoders, precision, runtime)
-    names = [name for name in stage_names(decoders, raw_capture) if only is None or name in only]
-    source = source_digest(model, decoders)
+    return _export(
+        model, decoders, Path(out), _Wish(_chosen(decoders, raw_capture, only), precision, runtime, source_digest(model, decoders), model.size), told
+    )
+
+
+def cached(
+    model: Model,
+    decoders: Mapping[str, Decoder],
+    *,
+    precision: str = "fp32",
+    raw_capture: bool = False,
+    only: Sequence[str] | None = None,
+    runtime: str = "any",
+    told: Callable[[str], None] = lambda stage: None,
+) -> tuple[Path, Manifest]:
+    """The same in a folder of the cache, named by all that decides its files."""
+    _check(decoders, precision, runtime)
+    wish = _Wish(_chosen(decoders, raw_capture, only), precision, runtime, source_digest(model, decoders), model.size)
+    folder = cache_folder() / "onnx" / hashlib.sha256(repr(wish).encode()).hexdigest()[:32]
+    return folder, _export(model, decoders, folder, wish, told)
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What decides the files of an export."""
+
+    names: tuple[str, ...]
+    precision: str
+    runtime: str
+    source: str
+    size: int
+
+    def is_met_by(self, found: Manifest) -> bool:
+        return _Wish(tuple(found.stages), found.precision, found.runtime, found.source, found.size) == self
+
+
+def _export(model: Model, decoders: Mapping[str, Decoder], out: Path, wish: _Wish, told: Callable[[str], None]) -> Manifest:
     with alone(out):
-        there = _reusable(out, names, precision, source, model.size, runtime)
+        there = _reusable(out, wish)
         if there:
             return there
         with staged(out, last=NAME) as folder:
-            return _Export(model, decoders, precision, runtime, source, told).write(folder, names)
+            return _Export(model, decoders, wish, told).write(folder)
+
+
+def _chosen(decoders: Mapping[str, Decoder], raw_capture: bool, only: Sequence[str] | None) -> tuple[str, ...]:
+    names = stage_names(decoders, raw_capture)
+    for name in only or ():
+        if name not in names:
+            raise Refused(f"stage: {name!r} is none of {', '.join(names)}")
+    return tuple(name for name in names if only is None or name in only)
 
 
 def stage_names(decoders: Mapping[str, Decoder], raw_capture: bool = False) -> list[str]:
@@ -109,15 +153,16 @@ def exporter() -> str:
     return f"{__version__}+{total.hexdigest()[:12]}"
 
 
-def _reusable(out: Path, names: Sequence[str], precision: str, source: str, size: int, runtime: str) -> Manifest | None:
+def _reusable(out: Path, wish: _Wish) -> Manifest | None:
     """The manifest in `out` where it is of this very export and its files are whole."""
     try:
         found = Manifest.read(out)
-        found.check_files(out)
-    except (Refused, RuntimeError):
-        return None
-    is_same = (found.source, found.precision, found.size, found.runtime) == (source, precision, size, runtime) and set(found.stages) == set(names)
-    return found if is_same else None
+        if wish.is_met_by(found):
+            found.check_files(out)
+            return found
+    except (Refused, Missing):
+        pass  # whatever lies there is replaced
+    return None
 
 
 # What the stages compute ---------------------------------------------------------------------------------------------------------------
@@ -143,7 +188,7 @@ class Adding:
             return self.ops.attention(q, k, v)
         output, maps = self.ops.attention_maps(q, k, v)
         maps = maps.chunk(2)[1]
-        planes = self.projection.maps[level][place].flatten(1) @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
+        planes = self.projection.maps[level][place].flatten(0, 1).transpose(0, 1) @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
         side = int(planes.shape[2] ** 0.5)
         self._add(level, planes.unflatten(2, (side, side)))
         return output
@@ -165,19 +210,18 @@ class KeepingOnce(Keeping):
 class _Export:
     """One export: modules and data files are made once and shared by the stages that read them."""
 
-    def __init__(self, model: Model, decoders: Mapping[str, Decoder], precision: str, runtime: str, source: str, told: Callable[[str], None]):
-        self.model, self.decoders, self.precision, self.runtime, self.source, self.told = model, decoders, precision, runtime, source, told
-        self.ops = OPERATIONS[runtime]
-        self.dtype = TYPES[precision]
+    def __init__(self, model: Model, decoders: Mapping[str, Decoder], wish: _Wish, told: Callable[[str], None]):
+        self.model, self.decoders, self.wish, self.told = model, decoders, wish, told
+        self.dtype, self.ops = TYPES[wish.precision], OPERATIONS[wish.runtime]
         self.projection = Projection(model.levels, decoders)
         side = model.size // FACTOR
         self.sizes = {"B": BATCH, "2B": BATCH * 2, "K": WORDS, "h": side, "w": side, "H": model.size, "W": model.size}
         self.sizes |= {"T": model.levels[0].tokens, "D": model.unet.config.cross_attention_dim}
 
-    def write(self, folder: Path, names: Sequence[str]) -> Manifest:
+    def write(self, folder: Path) -> Manifest:
         """The manifest, once every file is in the folder."""
         found: dict[str, StageFile] = {}
-        for group, members in self._groups(names).items():
+        for group, members in self._groups().items():
             data = DataFile(f"{group}.data")
             parts = self._parts(group)
             for name in members:
@@ -192,14 +236,14 @@ class _Export:
         for path in sorted(folder.iterdir()):
             with path.open("rb") as file:
                 files[path.name] = FileInfo(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
-        manifest = self._manifest({name: found[name] for name in names}, files)
+        manifest = self._manifest({name: found[name] for name in self.wish.names}, files)
         (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 
-    def _groups(self, names: Sequence[str]) -> dict[str, list[str]]:
+    def _groups(self) -> dict[str, list[str]]:
         """Stages by the data file they share: all of the UNet's have one."""
         groups: dict[str, list[str]] = {}
-        for name in names:
+        for name in self.wish.names:
             groups.setdefault("unet" if name.startswith("denoise") else name, []).append(name)
         return groups
 
@@ -211,11 +255,11 @@ class _Export:
         return Manifest(
             stages=found,
             files=files,
-            precision=self.precision,
-            runtime=self.runtime,
+            precision=self.wish.precision,
+            runtime=self.wish.runtime,
             opset=OPSET,
             size=self.model.size,
-            source=self.source,
+            source=self.wish.source,
             model={"name": self.model.name, **self.model.digests},
             tasks={task: decoder.config.kind for task, decoder in self.decoders.items()},
             channels=channels,
@@ -249,7 +293,7 @@ class _Export:
         assert set(outputs) == set(table.outputs), f"{name} gives {sorted(outputs)}, its table {sorted(table.outputs)}"
         for key in table.outputs:
             graph.output(key, outputs[key])
-        proto = graph.model({"datasetdm_fast.stage": name, "datasetdm_fast.source": self.source, "datasetdm_fast.precision": self.precision})
+        proto = graph.model({"datasetdm_fast.stage": name, "datasetdm_fast.source": self.wish.source, "datasetdm_fast.precision": self.wish.precision})
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
         has_data = any(constant.external_data for constant in proto.graph.initializer)
         return StageFile(f"{name}.onnx", data.name if has_data else "", _told(table.inputs, graph.inputs), _told(table.outputs, graph.outputs))
