@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 ENGINES = ("auto", "torch", "fast", "ort", "trt")
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
 SAMPLERS = ("pndm", "ddim", "dpm-solver++")
 PROFILES = ("0.3.0", "0.14.0")
 
@@ -61,6 +62,7 @@ class RunConfig:
     threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
     dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
+    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
 
     def identity(self) -> dict:
         """The settings that decide the bytes of the data set."""
