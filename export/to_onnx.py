@@ -1,0 +1,319 @@
+"""Every stage of a model and its decoders as ONNX graphs, beside a manifest that says what they are."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast import __version__, stages
+from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.export.graph import OPSET, Extent, Graph, Value, traced
+from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo
+from datasetdm_fast.export.operations import PORTABLE, exportable
+from datasetdm_fast.export.staging import alone, staged
+from datasetdm_fast.export.weights import DataFile, deferred, digest
+from datasetdm_fast.loading import Model
+from datasetdm_fast.models.capture import Keeping, Projection, Slot, Unwatched
+from datasetdm_fast.models.plain import probabilities
+from datasetdm_fast.models.text_encoder import TextEncoder
+from datasetdm_fast.models.trunk import Decoder, SpectralConv2d
+from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
+from datasetdm_fast.stages import FACTOR, LEVELS, Tensors
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BATCH = Extent(1, ("B",))
+WORDS = Extent(1, ("K",))
+RAW = "denoise_and_keep"
+
+
+def export(
+    model: Model,
+    decoders: Mapping[str, Decoder],
+    out: Path | str,
+    *,
+    precision: str = "fp32",
+    raw_capture: bool = False,
+    only: Sequence[str] | None = None,
+    told: Callable[[str], None] = lambda stage: None,
+) -> Manifest:
+    """The manifest of the folder `out`, which afterwards holds every stage, or those named by `only`; equal input gives equal bytes.
+
+    UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each. `raw_capture` adds
+    the stage that hands out all features and maps. A folder that holds this very export already is left as it is; of several processes
+    that export into it at once one does the work. `told` hears the name of each stage before it is written.
+    """
+    out = Path(out)
+    _check(decoders, precision)
+    names = [name for name in stage_names(decoders, raw_capture) if only is None or name in only]
+    source = source_digest(model, decoders)
+    with alone(out):
+        there = _reusable(out, names, precision, source, model.size)
+        if there:
+            return there
+        with staged(out, last=NAME) as folder:
+            return _Export(model, decoders, precision, source, told).write(folder, names)
+
+
+def stage_names(decoders: Mapping[str, Decoder], raw_capture: bool = False) -> list[str]:
+    """Without decoders there is nothing to capture but the features and maps themselves."""
+    captures = [name for name, is_wanted in (("denoise_and_capture", bool(decoders)), (RAW, raw_capture)) if is_wanted]
+    return ["encode_text", "denoise", *captures, "decode_image", "encode_image", *(annotate_name(task) for task in decoders)]
+
+
+def annotate_name(task: str) -> str:
+    return f"annotate_{task}"
+
+
+def _check(decoders: Mapping[str, Decoder], precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}")
+    for task, decoder in decoders.items():
+        if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
+            raise Refused(f"{task} decoder: its spectral norms move with every image, which a graph cannot do", "load it without strict=True")
+
+
+def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
+    """SHA-256 of all that decides the graphs and their weights: parameters, configurations and this package's own code."""
+    parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
+    configs = {name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()}
+    total = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
+    for task, decoder in decoders.items():  # their order decides that of the channels
+        total.update(f"{task} {decoder.config.to_json()}".encode())
+    total.update(digest({**parts, **{f"decoder {task}": decoder for task, decoder in decoders.items()}}).encode())
+    total.update(exporter().encode())
+    return total.hexdigest()
+
+
+@cache
+def exporter() -> str:
+    """Version of this package, with a digest of the code that decides what the graphs say."""
+    root = Path(stages.__file__).parent
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted((root / "models").glob("*.py")), Path(stages.__file__)]
+    total = hashlib.sha256()
+    for path in files:
+        total.update(path.read_bytes())
+    return f"{__version__}+{total.hexdigest()[:12]}"
+
+
+def _reusable(out: Path, names: Sequence[str], precision: str, source: str, size: int) -> Manifest | None:
+    """The manifest in `out` where it is of this very export and its files are whole."""
+    try:
+        found = Manifest.read(out)
+        found.check_files(out)
+    except (Refused, RuntimeError):
+        return None
+    is_same = (found.source, found.precision, found.size) == (source, precision, size) and set(found.stages) == set(names)
+    return found if is_same else None
+
+
+# What the stages compute ---------------------------------------------------------------------------------------------------------------
+
+
+class Adding:
+    """Adds up what the decoders' first layers make of features and maps: level sums [B, F, h, w] fp32."""
+
+    def __init__(self, projection: Projection):
+        self.projection = projection
+        self.sums: dict[int, Value] = {}
+
+    def feature(self, slot: Slot | None, x: Value) -> None:
+        if slot is None or not self.projection.widths[slot[0]]:
+            return
+        level, place = slot
+        for half, weight in zip(x.chunk(2), self.projection.features[level][place]):
+            self._add(level, nn.functional.conv2d(half, weight.transpose(0, 1).unsqueeze(2).unsqueeze(3)))
+
+    def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+        level, place = slot
+        if not self.projection.widths[level]:
+            return PORTABLE.attention(q, k, v)
+        (plain_q, q), (plain_k, k), (plain_v, v) = q.chunk(2), k.chunk(2), v.chunk(2)
+        output, planes = PORTABLE.attention_capture(q, k, v, self.projection.maps[level][place])
+        side = int(planes.shape[2] ** 0.5)
+        self._add(level, planes.unflatten(2, (side, side)))
+        return torch.cat([PORTABLE.attention(plain_q, plain_k, plain_v), output])
+
+    def _add(self, level: int, planes: Value) -> None:
+        planes = planes.float()
+        self.sums[level] = self.sums[level] + planes if level in self.sums else planes
+
+
+class KeepingOnce(Keeping):
+    """Keeps the maps that the attention itself uses."""
+
+    def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+        (plain_q, q), (plain_k, k), (plain_v, v) = q.chunk(2), k.chunk(2), v.chunk(2)
+        self.maps[slot] = probabilities(q, k)
+        return torch.cat([PORTABLE.attention(plain_q, plain_k, plain_v), self.maps[slot] @ v])
+
+
+class _Export:
+    """One export: modules and data files are made once and shared by the stages that read them."""
+
+    def __init__(self, model: Model, decoders: Mapping[str, Decoder], precision: str, source: str, told: Callable[[str], None]):
+        self.model, self.decoders, self.precision, self.source, self.told = model, decoders, precision, source, told
+        self.dtype = TYPES[precision]
+        self.projection = Projection(model.levels, decoders)
+        side = model.size // FACTOR
+        self.sizes = {"B": BATCH, "2B": BATCH * 2, "K": WORDS, "h": side, "w": side, "H": model.size, "W": model.size}
+        self.sizes |= {"T": model.levels[0].tokens, "D": model.unet.config.cross_attention_dim}
+
+    def write(self, folder: Path, names: Sequence[str]) -> Manifest:
+        """The manifest, once every file is in the folder."""
+        found: dict[str, StageFile] = {}
+        for group, members in self._groups(names).items():
+            data = DataFile(f"{group}.data")
+            parts = self._parts(group)
+            for name in members:
+                self.told(name)
+                found[name] = self._stage(folder, name, data, parts)
+            if data.size:
+                with (folder / data.name).open("wb") as file:
+                    file.writelines(data.chunks())
+        for stage in found.values():
+            onnx.checker.check_model(str(folder / stage.file))
+        files = {}
+        for path in sorted(folder.iterdir()):
+            with path.open("rb") as file:
+                files[path.name] = FileInfo(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+        manifest = self._manifest({name: found[name] for name in names}, files)
+        (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+    def _groups(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Stages by the data file they share: all of the UNet's have one."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault("unet" if name.startswith("denoise") else name, []).append(name)
+        return groups
+
+    def _manifest(self, found: Mapping[str, StageFile], files: Mapping[str, FileInfo]) -> Manifest:
+        channels = {
+            task: {level: (part.start, part.stop) for level, part in zip(LEVELS, parts) if part.stop > part.start}
+            for task, parts in self.projection.tasks.items()
+        }
+        return Manifest(
+            stages=found,
+            files=files,
+            precision=self.precision,
+            opset=OPSET,
+            size=self.model.size,
+            source=self.source,
+            model={"name": self.model.name, **self.model.digests},
+            tasks={task: decoder.config.kind for task, decoder in self.decoders.items()},
+            channels=channels,
+            exporter=exporter(),
+        )
+
+    # Modules
+
+    def _parts(self, group: str) -> dict[str, nn.Module]:
+        """The modules a group of stages is traced from, by the prefix of their weights' names."""
+        model = self.model
+        if group == "unet":
+            unet = deferred(model.unet)
+            return {"times": TimeTable(unet), "texts": TextTable(unet), "unet": exportable(UNet(unet, PORTABLE)), "projection": self.projection}
+        if group == "encode_text":
+            return {"text_encoder": TextEncoder(deferred(model.text_encoder), PORTABLE)}
+        if group == "decode_image":
+            return {"image_decoder": exportable(ImageDecoder(deferred(model.vae), PORTABLE))}
+        if group == "encode_image":
+            return {"image_encoder": ImageEncoder(deferred(model.vae), PORTABLE)}
+        return {"decoder": _shared_copy(self.decoders[group.removeprefix("annotate_")])}
+
+    # Graphs
+
+    def _stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:
+        graph, table = Graph(name, data), self._table(name)
+        modules = {prefix: traced(module, graph, prefix) for prefix, module in parts.items()}
+        inputs = {key: graph.input(key, self._shape(name, key, axes), getattr(torch, dtype)) for key, (axes, dtype) in table.inputs.items()}
+        outputs = self._outputs(name, modules, inputs)
+        table = Tensors(table.inputs, {key: value for key, value in table.outputs.items() if key in outputs or not key.startswith("sums_")})
+        assert set(outputs) == set(table.outputs), f"{name} gives {sorted(outputs)}, its table {sorted(table.outputs)}"
+        for key in table.outputs:
+            graph.output(key, outputs[key])
+        proto = graph.model({"datasetdm_fast.stage": name, "datasetdm_fast.source": self.source, "datasetdm_fast.precision": self.precision})
+        (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
+        has_data = any(constant.external_data for constant in proto.graph.initializer)
+        return StageFile(f"{name}.onnx", data.name if has_data else "", _told(table.inputs, graph.inputs), _told(table.outputs, graph.outputs))
+
+    def _table(self, name: str) -> Tensors:
+        if name == RAW:
+            return stages.keep(self.model.levels)
+        if name in stages.STAGES:
+            return stages.STAGES[name]
+        decoder = self.decoders[name.removeprefix("annotate_")]
+        return stages.annotate(decoder.config.kind, list(decoder.projections()))
+
+    def _shape(self, name: str, key: str, axes: stages.Shape) -> list[int | Extent]:
+        sizes = dict(self.sizes)
+        if key.startswith("sums_"):
+            task, level = name.removeprefix("annotate_"), LEVELS.index(key.removeprefix("sums_"))
+            part = self.projection.tasks[task][level]
+            side = self.model.levels[level].side
+            sizes |= {"F": part.stop - part.start, "h": side, "w": side}
+        return [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
+
+    def _outputs(self, name: str, modules: Mapping[str, nn.Module], inputs: Mapping[str, Value]) -> dict[str, Value]:
+        if name.startswith("denoise"):
+            return self._unet_outputs(name, modules, **inputs)
+        if name == "encode_text":
+            return {"context": modules["text_encoder"](inputs["tokens"])}
+        if name == "decode_image":
+            pixels = modules["image_decoder"](inputs["latents"].to(self.dtype)).float()
+            return {"image": ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).floor().to(torch.uint8)}
+        if name == "encode_image":
+            pixels = inputs["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
+            return {"moments": modules["image_encoder"](pixels.to(self.dtype)).float()}
+        return self._answers(name.removeprefix("annotate_"), modules["decoder"], inputs)
+
+    def _unet_outputs(self, name: str, modules: Mapping[str, nn.Module], latents: Value, timestep: Value, context: Value) -> dict[str, Value]:
+        watch = {
+            "denoise": lambda: Unwatched(PORTABLE),
+            "denoise_and_capture": lambda: Adding(self.projection),
+            RAW: lambda: KeepingOnce(self.model.levels, PORTABLE),
+        }[name]()
+        biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
+        noise = modules["unet"](latents.to(self.dtype), biases, texts, watch).float()
+        if name == RAW:
+            capture = watch.result()
+            kept = ((kind, getattr(capture, kind)) for kind in ("features", "maps"))
+            raw = {f"{kind}_{LEVELS[level]}_{place}": value for kind, values in kept for level, row in enumerate(values) for place, value in enumerate(row)}
+            return {"noise": noise, **raw}
+        return {"noise": noise, **({f"sums_{LEVELS[level]}": watch.sums[level] for level in sorted(watch.sums)} if name != "denoise" else {})}
+
+    def _answers(self, task: str, decoder: nn.Module, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        graph = next(iter(inputs.values())).graph
+        unread = {f"sums_{level.name}": Value(graph, "", (BATCH, 0, level.side, level.side), torch.float32) for level in self.model.levels}
+        return decoder(ProjectedCapture(tuple((unread | inputs)[f"sums_{name}"] for name in LEVELS), {}), inputs.get("text"))
+
+
+def _told(table: Mapping[str, tuple[stages.Shape, str]], values: Sequence[Value]) -> tuple[TensorInfo, ...]:
+    rows = []
+    for (name, (axes, dtype)), value in zip(table.items(), values, strict=True):
+        shape = tuple(str(size) if isinstance(size, Extent) else size for size in value.shape)
+        is_as_told = len(axes) == len(shape) and getattr(torch, dtype) == value.dtype
+        is_as_told &= all(axis == size for axis, size in zip(axes, shape) if isinstance(axis, int) or isinstance(size, str))
+        assert is_as_told, f"{name} is {shape} {value.dtype}, its table says {axes} {dtype}"
+        rows.append(TensorInfo(name, axes, shape, dtype))
+    return tuple(rows)
+
+
+def _shared_copy(decoder: Decoder) -> Decoder:
+    """A copy whose structure may be changed, over the same weights."""
+    tensors: Iterator[Tensor] = (tensor for kind in (decoder.parameters(), decoder.buffers()) for tensor in kind)
+    copied = copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
+    for module in copied.modules():
+        if hasattr(module, "ops"):
+            module.ops = PORTABLE
+    return copied
