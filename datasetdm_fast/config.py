@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 ENGINES = ("auto", "torch", "fast", "ort", "trt")
+FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = ("pndm", "ddim", "dpm-solver++")
 PROFILES = ("0.3.0", "0.14.0")
 
@@ -61,6 +62,8 @@ class RunConfig:
     threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
     dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
+    engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES")
+    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", identity=False, choices=FLAVOURS)
 
     def identity(self) -> dict:
         """The settings that decide the bytes of the data set."""

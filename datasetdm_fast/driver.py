@@ -57,7 +57,7 @@ def generate(
                 output, capture = engine.denoise_and_capture(state.latents, timestep, context)
             else:
                 output = engine.denoise(state.latents, timestep, context)
-            state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
+            state = sampling.advance(recipe.schedule, call, state, output, recipe.guidance)
             stepped()
 
         raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}

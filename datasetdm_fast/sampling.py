@@ -6,6 +6,7 @@ coefficients are Python floats indexed by the call, so the loop never waits for 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -130,6 +131,43 @@ def step(schedule: Schedule, k: int, state: State, output: Tensor) -> State:
         latents = latents + weight * value
     history = entries[: MEMORY[schedule.kind]] if update.is_kept else state.history
     return State(latents, history, state.origin)
+
+
+def advance(schedule: Schedule, k: int, state: State, output: Tensor, guidance: float) -> State:
+    """`step` with the guided `output` of a CFG batch [2B, C, h, w]; on a GPU one compiled kernel, queued without a word from the host."""
+    if output.device.type != "cuda":
+        return step(schedule, k, state, guide(output, guidance))
+    return _advanced(schedule, k, state, output, _numbers(schedule, guidance, output.device)[k])
+
+
+def _advanced(schedule: Schedule, k: int, state: State, output: Tensor, numbers: Tensor) -> State:
+    update = schedule.updates[k]
+    sample = state.origin if update.restarts else state.latents
+    latents, entry = _guided_step(output, sample, state.history, numbers)
+    entries = (entry, *state.history)
+    return State(latents, entries[: MEMORY[schedule.kind]] if update.is_kept else state.history, state.origin)
+
+
+def _guided_step(output: Tensor, sample: Tensor, history: tuple[Tensor, ...], numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """The next latents and this call's entry, by csrc; `numbers` may name more earlier entries than there are, with weight zero."""
+    from . import _C
+
+    output, sample = output.contiguous(), sample.contiguous()
+    earlier = torch.stack(history) if history else None
+    following = torch.empty((2, *sample.shape), dtype=torch.float32, device=sample.device)
+    stream = torch.cuda.current_stream(sample.device).cuda_stream
+    slots, place = len(history), earlier.data_ptr() if history else 0
+    kind = output.element_size(), output.dtype == torch.bfloat16
+    _C.guided_step_cuda(output.data_ptr(), *kind, sample.data_ptr(), place, slots, numbers.data_ptr(), following.data_ptr(), sample.numel(), stream)
+    return following[0], following[1]
+
+
+@functools.lru_cache(8)
+def _numbers(schedule: Schedule, guidance: float, device: torch.device) -> Tensor:
+    """One row a call, on the device: guidance, sample, both of the entry, the weight of this call's entry, then those of the earlier ones."""
+    width = 5 + MEMORY[schedule.kind]
+    rows = [(guidance, update.sample, *update.entry, *update.weights) for update in schedule.updates]
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32, device=device)
 
 
 def _spaced(scheduler: Mapping, sampler: str, count: int, steps: int) -> list[int]:

@@ -199,6 +199,11 @@ class Graph:
 
     def output(self, name: str, value: Value) -> None:
         """Gives `value` to the caller as `name`."""
+        if value.dtype == torch.uint8:  # TensorRT makes bytes only in the cast that ends a graph, which is the node just emitted
+            assert list(self._nodes[-1].output) == [value.name], f"{name} is not what the last node makes"
+            self._nodes[-1].output[0] = name
+            self.outputs.append(Value(self, name, value.shape, value.dtype))
+            return
         self.outputs.append(self.emit("Identity", [value], value.shape, value.dtype, name=name))
 
     def constant(self, value: Tensor | float | Sequence, dtype: torch.dtype | None = None, name: str = "") -> Value:

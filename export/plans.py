@@ -26,6 +26,7 @@ SUFFIX = ".plan"
 GOLDEN = ".golden.safetensors"
 LARGEST_GOLDEN = 256 << 20
 SHOWN_KEY = 16  # characters of a key in a file name
+FLEXIBLE = ("profiles", "capabilities", "flags")  # facts in which a plan may differ from an order and still do
 CAP = 64 << 30  # bytes of plans that prune leaves
 
 
@@ -34,6 +35,7 @@ class Order:
     """What a plan is to be: everything that decides its bytes or whether it may run here."""
 
     stage: str
+    source: str  # digest of model and decoders
     graph: str  # digest of the ONNX graph with its weights
     profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]  # per profile: input -> least, usual and largest shape
     precision: str
@@ -60,6 +62,7 @@ class Plan:
 
     path: Path
     content: bytes
+    facts: Mapping[str, Any]  # its order
     notes: Mapping[str, Any]  # layers, fused_attentions, seconds, golden
     golden: Mapping[str, np.ndarray]  # in.NAME and out.NAME
 
@@ -91,17 +94,13 @@ class PlanFolder:
     def path(self, order: Order) -> Path:
         return self.folder / f"{order.stage}-{order.key[:SHOWN_KEY]}{SUFFIX}"
 
-    def open_or_build(self, order: Order, build: Build) -> Plan:
-        """The plan of `order`; what lies in its place but must not be used is named and built anew, by one process for all that wait."""
-        try:
-            plan = self.read(order)
-        except FileNotFoundError:
-            pass
-        except Unusable as refusal:
-            self.tell(f"{refusal}; it is not loaded but built anew")
-        else:
-            with suppress(OSError):  # a folder of others may be read-only
-                os.utime(plan.path)
+    def open_or_build(self, order: Order, build: Build, accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False) -> Plan:
+        """The plan of `order`, or another whose facts are `accept`ed; what lies in its place but must not be used is named and built anew.
+
+        One process builds for all that wait.
+        """
+        plan = self._in_place(order) or self._other(order, accepts)
+        if plan:
             return plan
         storage.make_folder(self.folder)
         with self._building(order):
@@ -110,11 +109,39 @@ class PlanFolder:
             self._build(order, build)
             return self.read(order)
 
+    def _in_place(self, order: Order) -> Plan | None:
+        try:
+            plan = self.read(order)
+        except FileNotFoundError:
+            return None
+        except Unusable as refusal:
+            self.tell(f"{refusal}; it is not loaded but built anew")
+            return None
+        with suppress(OSError):  # a folder of others may be read-only
+            os.utime(plan.path)
+        return plan
+
+    def _other(self, order: Order, accepts: Callable[[Mapping[str, Any]], bool]) -> Plan | None:
+        """A plan that differs from the order only in what the caller accepts: shapes, GPUs served, builder flags."""
+        wanted = order.facts()
+        for path in sorted(self.folder.glob(f"{order.stage}-*{SUFFIX}")):
+            if path == self.path(order):
+                continue
+            try:
+                facts = sealed.read_header(path, self.key).facts
+                if all(facts.get(name) == wanted[name] for name in wanted if name not in FLEXIBLE) and accepts(facts):
+                    return self._read(path, facts)
+            except (FileNotFoundError, Unusable) as refusal:
+                self.tell(f"{refusal}; it is passed over")
+        return None
+
     def read(self, order: Order) -> Plan:
         """The plan of `order`; raises FileNotFoundError, or Unusable with the reason."""
-        path = self.path(order)
-        header, content = sealed.read(path, self.key, order.facts())
-        return Plan(path, content, header.notes, self._read_golden(path, header))
+        return self._read(self.path(order), order.facts())
+
+    def _read(self, path: Path, facts: Mapping[str, Any]) -> Plan:
+        header, content = sealed.read(path, self.key, facts)
+        return Plan(path, content, header.facts, header.notes, self._read_golden(path, header))
 
     def _read_golden(self, path: Path, header: sealed.Header) -> dict[str, np.ndarray]:
         from safetensors.numpy import load

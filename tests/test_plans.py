@@ -14,6 +14,7 @@ from datasetdm_fast.export import plans, sealed
 
 ORDER = plans.Order(
     stage="denoise",
+    source="e" * 64,
     graph="a" * 64,
     profiles=({"latents": ((1, 4, 16, 16), (1, 4, 16, 16), (1, 4, 16, 16))},),
     precision="fp16",
@@ -64,6 +65,7 @@ def test_a_plan_is_built_once_and_read_back_as_it_was(folder):
 def test_every_field_of_an_order_has_a_plan_of_its_own():
     changed = {
         "stage": "decode_image",
+        "source": "f" * 64,
         "graph": "b" * 64,
         "profiles": ({"latents": ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16))},),
         "precision": "fp32",
