@@ -5,10 +5,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import fake_tensorrt
 import pytest
 import torch
 
-import fake_tensorrt
 from datasetdm_fast import agreement, driver, job, sampling
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request

@@ -168,8 +168,9 @@ class LoadedPlan:
                 found = golden.sampled(_of_image(one, outputs[one.name].cpu(), place, batch).float().numpy())
                 far = golden.distance(found, truth)
                 if not far <= golden.FAR[precision]:
+                    limit = f"at most {golden.FAR[precision]:g} is allowed"
                     raise GateFailed(
-                        f"{self.plan.path}: on {self.queue.gpu} the output {one.name} is {far:.2g} away from the golden one, at most {golden.FAR[precision]:g} is allowed",
+                        f"{self.plan.path}: on {self.queue.gpu} the output {one.name} is {far:.2g} away from the golden one, {limit}",
                         "Update the NVIDIA driver or build the plan on this machine; --precision fp32 asks less of it.",
                     )
 
