@@ -198,13 +198,12 @@ class Graph:
         return value
 
     def output(self, name: str, value: Value) -> None:
-        """Gives `value` to the caller as `name`."""
-        if value.dtype == torch.uint8:  # TensorRT makes bytes only in the cast that ends a graph, which is the node just emitted
-            assert list(self._nodes[-1].output) == [value.name], f"{name} is not what the last node makes"
-            self._nodes[-1].output[0] = name
-            self.outputs.append(Value(self, name, value.shape, value.dtype))
-            return
-        self.outputs.append(self.emit("Identity", [value], value.shape, value.dtype, name=name))
+        """Gives `value` to the caller as `name`; the node that makes it does so under that name, as TensorRT casts to uint8 only at the very end."""
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if one == value.name else one for one in names]
+        value.name = name
+        self.outputs.append(value)
 
     def constant(self, value: Tensor | float | Sequence, dtype: torch.dtype | None = None, name: str = "") -> Value:
         """A constant; its bytes are looked up when a node reads it."""
@@ -341,7 +340,7 @@ def _operands(*given) -> list[Value]:
     values = [one for one in given if isinstance(one, Value)]
     graph = values[0].graph
     dtype = next((one.dtype for one in values if one.tensor is None), values[0].dtype)
-    return [_as(one, dtype) if isinstance(one, Value) else graph.constant(one, one.dtype if isinstance(one, Tensor) else dtype) for one in given]
+    return [_as(one if isinstance(one, Value) else graph.constant(one, None if isinstance(one, Tensor) else dtype), dtype) for one in given]
 
 
 def _broadcast(*shapes: Sequence[Size]) -> tuple[Size, ...]:

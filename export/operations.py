@@ -42,20 +42,26 @@ def geglu(x: Value) -> Value:
     return value * nn.functional.gelu(gate)
 
 
-def probabilities(q: Value, k: Value) -> Value:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+def probabilities(q: Value, k: Value, scale: float) -> Value:
+    scores = (q * scale) @ k.transpose(2, 3)
     return scores.softmax(-1, torch.float32).to(q.dtype)
 
 
 def attention(q: Value, k: Value, v: Value) -> Value:
-    return probabilities(q, k) @ v
+    return probabilities(q, k, q.shape[-1] ** -0.5) @ v
 
 
-def attention_capture(q: Value, k: Value, v: Value, weight: Value) -> tuple[Value, Value]:
-    """The answer [B, heads, S, d], and the maps under `weight` [F, heads, T] as planes [B, F, S] fp32."""
-    maps = probabilities(q, k)
-    planes = weight.flatten(1) @ maps.transpose(2, 3).flatten(1, 2)
-    return maps @ v, planes.to(torch.float32)
+def attention_maps(q: Value, k: Value, v: Value) -> tuple[Value, Value]:
+    """The answer [B, heads, S, d] and the probabilities [B, heads, S, T] themselves.
+
+    A second reader of the softmax would cost TensorRT its one kernel, and so would values wider than keys. So all three are made as wide
+    as both results together: zeros beside queries and keys change no score, and the unit matrix beside the values hands out the maps.
+    """
+    width, count = q.shape[3], k.shape[2]
+    beside = (0, count)
+    unit = nn.functional.pad(torch.eye(count), (width, 0))  # [T, d + T]
+    both = probabilities(nn.functional.pad(q, beside), nn.functional.pad(k, beside), width**-0.5) @ (nn.functional.pad(v, beside) + unit)
+    return tuple(both.split([width, count], 3))
 
 
 def image_norm(x: Value) -> Value:
@@ -137,7 +143,6 @@ PORTABLE = SimpleNamespace(
     layer_norm=layer_norm,
     geglu=geglu,
     attention=attention,
-    attention_capture=attention_capture,
     image_norm=image_norm,
     masked_attention=masked_attention,
     mask_head=mask_head,

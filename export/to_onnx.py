@@ -18,12 +18,11 @@ from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.graph import OPSET, Extent, Graph, Value, traced
 from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo
-from datasetdm_fast.export.operations import PORTABLE, exportable
+from datasetdm_fast.export.operations import PORTABLE, attention_maps, exportable
 from datasetdm_fast.export.staging import alone, staged
 from datasetdm_fast.export.weights import DataFile, deferred, digest
 from datasetdm_fast.loading import Model
 from datasetdm_fast.models.capture import Keeping, Projection, Slot, Unwatched
-from datasetdm_fast.models.plain import probabilities
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
@@ -137,11 +136,12 @@ class Adding:
         level, place = slot
         if not self.projection.widths[level]:
             return PORTABLE.attention(q, k, v)
-        (plain_q, q), (plain_k, k), (plain_v, v) = q.chunk(2), k.chunk(2), v.chunk(2)
-        output, planes = PORTABLE.attention_capture(q, k, v, self.projection.maps[level][place])
+        output, maps = attention_maps(q, k, v)
+        maps = maps.chunk(2)[1]
+        planes = self.projection.maps[level][place].flatten(1) @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
         side = int(planes.shape[2] ** 0.5)
         self._add(level, planes.unflatten(2, (side, side)))
-        return torch.cat([PORTABLE.attention(plain_q, plain_k, plain_v), output])
+        return output
 
     def _add(self, level: int, planes: Value) -> None:
         planes = planes.float()
@@ -152,9 +152,9 @@ class KeepingOnce(Keeping):
     """Keeps the maps that the attention itself uses."""
 
     def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
-        (plain_q, q), (plain_k, k), (plain_v, v) = q.chunk(2), k.chunk(2), v.chunk(2)
-        self.maps[slot] = probabilities(q, k)
-        return torch.cat([PORTABLE.attention(plain_q, plain_k, plain_v), self.maps[slot] @ v])
+        output, maps = attention_maps(q, k, v)
+        self.maps[slot] = maps.chunk(2)[1]
+        return output
 
 
 class _Export:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -16,20 +16,18 @@ LINE = 64
 
 
 class Deferred(torch.Tensor):
-    """A tensor that remembers how it is made of others; only `value` computes it."""
+    """A tensor that remembers how it is made of others; only `value_of` computes it."""
 
     @staticmethod
-    def __new__(cls, like: Tensor, make: Callable[[], Tensor]) -> Deferred:
-        self = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device="cpu")
-        self.make = make
-        return self
+    def __new__(cls, like: Tensor, make: Callable[[Made], Tensor]) -> Deferred:
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device="cpu")
 
-    def __init__(self, like: Tensor, make: Callable[[], Tensor]):
-        self.like = like  # on the meta device
+    def __init__(self, like: Tensor, make: Callable[[Made], Tensor]):
+        self.like, self.make = like, make  # the same without memory; the calls that give it
 
     @classmethod
     def of(cls, value: Tensor) -> Deferred:
-        return cls(value.to("meta"), lambda: value)
+        return cls(value.to("meta"), lambda _: value)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -38,24 +36,33 @@ class Deferred(torch.Tensor):
         def with_each(change: Callable[[Tensor], Tensor]):
             return tree_map(lambda value: change(value) if isinstance(value, Tensor) else value, (args, kwargs))
 
-        def computed():
-            positional, named = with_each(value_of)
-            return func(*positional, **named)
+        def computed(made: Made):
+            if computed not in made:
+                positional, named = with_each(lambda value: _made(value, made))
+                made[computed] = func(*positional, **named)
+            return made[computed]
 
         positional, named = with_each(lambda value: value.like if isinstance(value, Deferred) else value.to("meta"))
         shapes = func(*positional, **named)
         if isinstance(shapes, Tensor):
             return cls(shapes, computed)
-        return type(shapes)(cls(shape, lambda place=place: computed()[place]) for place, shape in enumerate(shapes))
+        return type(shapes)(cls(shape, lambda made, place=place: computed(made)[place]) for place, shape in enumerate(shapes))
 
     def __repr__(self) -> str:  # printing must not compute
         return f"Deferred({list(self.shape)}, {self.dtype})"
 
 
+Made = dict[Callable, Tensor | Sequence[Tensor]]  # what was computed already on the way to one tensor
+
+
+def _made(tensor: Tensor, made: Made) -> Tensor:
+    return tensor.make(made) if isinstance(tensor, Deferred) else tensor.detach()
+
+
 def value_of(tensor: Tensor) -> Tensor:
     """The tensor itself, a Deferred one computed."""
     with torch.no_grad():
-        return tensor.make() if isinstance(tensor, Deferred) else tensor.detach()
+        return _made(tensor, {})
 
 
 def deferred(module: nn.Module) -> SimpleNamespace:
