@@ -17,6 +17,7 @@ from datasetdm_fast.errors import Missing, Refused
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavour -> module, the first of them that is installed is taken
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+DATA_CENTRE = {"sm90", "sm100", "sm103"}
 INSTALL = {
     "tensorrt": "Install it with: pip install tensorrt, on a machine with an NVIDIA driver.",
     "tensorrt-rtx": "Install it with: pip install 'datasetdm-fast[trt]'.",
@@ -50,8 +51,8 @@ class Flavour:
         return bool(self.capabilities)
 
 
-def find(name: str = "auto") -> Flavour:
-    """The flavour of that name, or the first installed one; raises Missing where there is none."""
+def find(name: str = "auto", asker: str = "engine trt") -> Flavour:
+    """The flavour of that name, or the first installed one; raises Missing, on behalf of `asker`, where there is none."""
     tried = tuple(MODULES) if name == "auto" else (name,)
     broken = []
     for flavour in tried:
@@ -64,10 +65,15 @@ def find(name: str = "auto") -> Flavour:
         else:
             return Flavour(flavour, version, _cuda_of(MODULES[flavour]))
     if broken:
-        raise Missing(f"engine trt: {'; '.join(broken)}; {driver()}", "Install it anew: its libraries are packages of their own.")
-    names = " nor ".join(f"{MODULES[flavour]}" for flavour in tried)
+        raise Missing(f"{asker}: {'; '.join(broken)}; {driver()}", "Install it anew: its libraries are packages of their own.")
+    names = " nor ".join(MODULES[flavour] for flavour in tried)
     said = f"neither the module {names} is installed" if len(tried) > 1 else f"the module {names} is not installed"
-    raise Missing(f"engine trt: {said}; {driver()}", INSTALL["tensorrt-rtx" if name == "auto" else name])
+    raise Missing(f"{asker}: {said}; {driver()}", INSTALL[_fitting(gpu_capabilities()) if name == "auto" else name])
+
+
+def _fitting(gpus: Sequence[str]) -> str:
+    """The flavour to recommend for these GPUs: data-centre ones from Hopper on are served by the full TensorRT alone."""
+    return "tensorrt" if set(gpus) & DATA_CENTRE else "tensorrt-rtx"
 
 
 def _cuda_of(module: str) -> str:
@@ -147,7 +153,7 @@ def check_capabilities(flavour: Flavour, wanted: Sequence[str], gpus: Sequence[s
     if flavour.is_portable:
         for capability in wanted:
             if capability not in flavour.capabilities:
-                hopper = "; the full tensorrt serves Hopper" if capability in ("sm90", "sm90a", "sm100", "sm103") else ""
+                hopper = "; the full tensorrt serves such GPUs" if capability in DATA_CENTRE else ""
                 raise Refused(
                     f"--capability {capability}: {flavour.title} does not know it, it knows {', '.join(flavour.capabilities)}{hopper}",
                     "Choose from these, or leave the flag out for a plan that serves all of them from Ampere on.",

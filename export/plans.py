@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,7 @@ class Plan:
     facts: Mapping[str, Any]  # its order
     notes: Mapping[str, Any]  # layers, fused_attentions, seconds, golden
     golden: Mapping[str, np.ndarray]  # in.NAME and out.NAME
+    is_new: bool = False  # whether it was built just now
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class PlanFolder:
             with suppress(FileNotFoundError, Unusable):  # another process may have built it meanwhile
                 return self.read(order)
             self._build(order, build)
-            return self.read(order)
+            return replace(self.read(order), is_new=True)
 
     def _in_place(self, order: Order) -> Plan | None:
         try:
