@@ -51,7 +51,7 @@ def observe(engine, requests: Sequence[Request], recipe: Recipe, led: Observatio
             output = engine.denoise(latents, timestep, context)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
-        state = sampling.advance(recipe.schedule, call, state, output, recipe.guidance)
+        state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
         stepped()
     words = WordTable(engine, recipe.words)
     raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}

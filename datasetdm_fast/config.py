@@ -25,9 +25,9 @@ SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0)
 DEMO_DEFAULTS = Defaults(size=128, steps=50, guidance=3.0)
 
 
-def setting(default, help: str, *, identity: bool = True, choices: tuple[str, ...] = (), metavar: str | None = None):
-    """A RunConfig field; `identity` fields decide the bytes of the data set, the others only how it is made."""
-    return field(default=default, metadata={"help": help, "identity": identity, "choices": choices, "metavar": metavar})
+def setting(default, help: str, *, identity: bool = True, choices: tuple[str, ...] = (), metavar: str | None = None, positional: bool = False):
+    """A RunConfig field; `identity` fields decide the bytes of the data set, the others only how it is made. `positional` needs no flag before it."""
+    return field(default=default, metadata={"help": help, "identity": identity, "choices": choices, "metavar": metavar, "positional": positional})
 
 
 @dataclass(frozen=True)

@@ -50,20 +50,20 @@ def generate(
         requests = batch.padded
         context = torch.cat([nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
         noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
-        state = sampling.start(noise.to(engine.device))
+        walk = sampling.Walk(recipe.schedule, recipe.guidance, noise.to(engine.device))
 
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call == recipe.capture_call:
-                output, capture = engine.denoise_and_capture(state.latents, timestep, context)
+                output, capture = engine.denoise_and_capture(walk.latents, timestep, context)
             else:
-                output = engine.denoise(state.latents, timestep, context)
-            state = sampling.advance(recipe.schedule, call, state, output, recipe.guidance)
+                output = engine.denoise(walk.latents, timestep, context)
+            walk.step(call, output)
             stepped()
 
         raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
         del capture  # as large as the rest of the batch together, and the image decoder needs room
-        images = engine.decode_image(state.latents)
-        yield batch, collect(batch, state.latents, images, raw, engine, recipe)
+        images = engine.decode_image(walk.latents)
+        yield batch, collect(batch, walk.latents, images, raw, engine, recipe)
 
 
 def collect(batch: Batch, latents: Tensor, images: Tensor, raw: dict[str, dict[str, Tensor]], engine: Engine, recipe: Recipe) -> list[Sample | SetAside]:

@@ -6,10 +6,10 @@ coefficients are Python floats indexed by the call, so the loop never waits for 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,6 +45,14 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def settled(self) -> int:
+        """Calls after which the sample changes no more: with PNDM of profile 0.3.0 the last one only fills the capture, and images can be decoded before it."""
+        calls = len(self.updates)
+        while calls and self.updates[calls - 1].sample == 1.0 and not any(self.updates[calls - 1].weights):
+            calls -= 1
+        return calls
 
 
 @dataclass(frozen=True)
@@ -133,41 +141,41 @@ def step(schedule: Schedule, k: int, state: State, output: Tensor) -> State:
     return State(latents, history, state.origin)
 
 
-def advance(schedule: Schedule, k: int, state: State, output: Tensor, guidance: float) -> State:
-    """`step` with the guided `output` of a CFG batch [2B, C, h, w]; on a GPU one compiled kernel, queued without a word from the host."""
-    if output.device.type != "cuda":
-        return step(schedule, k, state, guide(output, guidance))
-    return _advanced(schedule, k, state, output, _numbers(schedule, guidance, output.device)[k])
+class Walk:
+    """A batch on its way through a schedule: what `guide` and `step` say in a dozen small operations, in one per call.
+
+    Earlier entries lie in a ring that is written in place; which of its slots a call reads, and with what weight, is in its row of numbers,
+    computed once per run, so nothing here waits for a device.
+    """
+
+    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor):
+        self.schedule, self.latents, self.origin = schedule, latents, latents
+        self.ring = latents.new_zeros((MEMORY[schedule.kind], *latents.shape))
+        self.numbers, self.places = _walk_numbers(schedule, guidance, latents.device)
+
+    def step(self, k: int, output: Tensor) -> Tensor:
+        """The latents after call k, whose UNet output for both CFG halves is `output`."""
+        from .kernels import guided_step  # the kernels' coefficients are those of this module
+
+        latents = self.origin if self.schedule.updates[k].restarts else self.latents
+        self.latents, entry = guided_step.native(output, latents, self.ring, self.numbers[k]).unbind()
+        if self.places[k] is not None:
+            self.ring[self.places[k]].copy_(entry)
+        return self.latents
 
 
-def _advanced(schedule: Schedule, k: int, state: State, output: Tensor, numbers: Tensor) -> State:
-    update = schedule.updates[k]
-    sample = state.origin if update.restarts else state.latents
-    latents, entry = _guided_step(output, sample, state.history, numbers)
-    entries = (entry, *state.history)
-    return State(latents, entries[: MEMORY[schedule.kind]] if update.is_kept else state.history, state.origin)
-
-
-def _guided_step(output: Tensor, sample: Tensor, history: tuple[Tensor, ...], numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """The next latents and this call's entry, by csrc; `numbers` may name more earlier entries than there are, with weight zero."""
-    from . import _C
-
-    output, sample = output.contiguous(), sample.contiguous()
-    earlier = torch.stack(history) if history else None
-    following = torch.empty((2, *sample.shape), dtype=torch.float32, device=sample.device)
-    stream = torch.cuda.current_stream(sample.device).cuda_stream
-    slots, place = len(history), earlier.data_ptr() if history else 0
-    kind = output.element_size(), output.dtype == torch.bfloat16
-    _C.guided_step_cuda(output.data_ptr(), *kind, sample.data_ptr(), place, slots, numbers.data_ptr(), following.data_ptr(), sample.numel(), stream)
-    return following[0], following[1]
-
-
-@functools.lru_cache(8)
-def _numbers(schedule: Schedule, guidance: float, device: torch.device) -> Tensor:
-    """One row a call, on the device: guidance, sample, both of the entry, the weight of this call's entry, then those of the earlier ones."""
-    width = 5 + MEMORY[schedule.kind]
-    rows = [(guidance, update.sample, *update.entry, *update.weights) for update in schedule.updates]
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows], dtype=torch.float32, device=device)
+@lru_cache(8)
+def _walk_numbers(schedule: Schedule, guidance: float, device: torch.device) -> tuple[Tensor, tuple[int | None, ...]]:
+    """Per call the numbers of kernels/guided_step.py, and the slot of the ring that keeps its entry."""
+    slots, newest, rows, places = MEMORY[schedule.kind], 0, [], []
+    for update in schedule.updates:
+        earlier = [0.0] * slots
+        for age, weight in enumerate(update.weights[1:]):
+            earlier[(newest + age) % slots] = weight
+        rows.append([guidance, update.sample, *update.entry, update.weights[0], *earlier])
+        newest = (newest - 1) % slots if slots and update.is_kept else newest
+        places.append(newest if slots and update.is_kept else None)
+    return torch.tensor(rows, dtype=torch.float32).to(device), tuple(places)
 
 
 def _spaced(scheduler: Mapping, sampler: str, count: int, steps: int) -> list[int]:

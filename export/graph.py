@@ -21,6 +21,7 @@ from datasetdm_fast.export.weights import DataFile, tensor_bytes, value_of
 
 OPSET = 18  # decomposed attention is what TensorRT turns into one kernel, and every runtime since 2023 reads it
 IR_VERSION = 8
+DOMAINS = {"": OPSET, "com.microsoft": 1}
 BLOCKED = -1e30  # added to the score of a cell that is not to be seen: exp of it is exactly 0
 SMALL = 256  # elements up to which a constant stays in the graph itself
 TYPES = {
@@ -64,6 +65,7 @@ class Value:
     def __init__(self, graph: Graph, name: str, shape: Sequence[Size], dtype: torch.dtype, tensor: Tensor | None = None):
         self.graph, self.name, self.shape, self.dtype, self.tensor = graph, name, tuple(shape), dtype, tensor
         self.is_spent = False  # overwritten in place: its name no longer says what it holds
+        self.origin: tuple[str, Value, tuple[int, ...]] | None = None  # of a Reshape or Transpose: its kind, what it was made of, its permutation
         self.device = torch.device("cpu")
 
     @property
@@ -291,11 +293,30 @@ class Graph:
                 for value in values
             ]
 
-        graph = helper.make_graph(self._nodes, self.name, described(self.inputs), described(self.outputs), list(self._constants.values()))
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="datasetdm_fast")
+        nodes, read = self._needed()
+        constants = [constant for name, constant in self._constants.items() if name in read]
+        graph = helper.make_graph(nodes, self.name, described(self.inputs), described(self.outputs), constants)
+        model = helper.make_model(
+            graph,
+            opset_imports=[
+                helper.make_opsetid(domain, version) for domain, version in DOMAINS.items() if not domain or any(node.domain == domain for node in nodes)
+            ],
+            ir_version=IR_VERSION,
+            producer_name="datasetdm_fast",
+        )
         for key, content in metadata.items():
             model.metadata_props.add(key=key, value=content)
         return model
+
+    def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that an output depends on, and every name they read: a transposition that was undone leaves a node nobody reads."""
+        read = {value.name for value in self.outputs}
+        needed = []
+        for node in reversed(self._nodes):
+            if read.intersection(node.output):
+                read.update(node.input)
+                needed.append(node)
+        return needed[::-1], read
 
 
 def traced(module: nn.Module, graph: Graph, prefix: str) -> nn.Module:
@@ -486,9 +507,14 @@ def unbind(x: Value, dim: int = 0) -> list[Value]:
 
 def permute(x: Value, *axes) -> Value:
     axes = [axis % x.ndim for axis in (axes[0] if isinstance(axes[0], (tuple, list)) else axes)]
+    if x.origin and x.origin[0] == "Transpose":
+        _, x, before = x.origin
+        axes = [before[axis] for axis in axes]
     if axes == sorted(axes):
         return x
-    return x.graph.emit("Transpose", [x], [x.shape[axis] for axis in axes], x.dtype, perm=axes)
+    out = x.graph.emit("Transpose", [x], [x.shape[axis] for axis in axes], x.dtype, perm=axes)
+    out.origin = ("Transpose", x, tuple(axes))
+    return out
 
 
 def transpose(x: Value, first: int, second: int) -> Value:
@@ -502,9 +528,13 @@ def reshape(x: Value, *sizes) -> Value:
     if -1 in sizes:
         place = sizes.index(-1)
         sizes[place] = _quotient(x.shape, sizes[:place] + sizes[place + 1 :])
+    if x.origin and x.origin[0] == "Reshape":
+        x = x.origin[1]
     if tuple(sizes) == x.shape:
         return x
-    return x.graph.emit("Reshape", [x, x.graph.shape(sizes, is_reshape=True)], sizes, x.dtype)
+    out = x.graph.emit("Reshape", [x, x.graph.shape(sizes, is_reshape=True)], sizes, x.dtype)
+    out.origin = ("Reshape", x, ())
+    return out
 
 
 def _quotient(whole: Sequence[Size], parts: Sequence[Size]) -> Size:

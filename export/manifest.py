@@ -48,6 +48,7 @@ class Manifest:
     stages: Mapping[str, StageFile]
     files: Mapping[str, FileInfo]
     precision: str
+    runtime: str  # any, or the one library whose own operators the graphs use
     opset: int
     size: int  # pixels of a side
     source: str

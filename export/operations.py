@@ -143,8 +143,29 @@ PORTABLE = SimpleNamespace(
     layer_norm=layer_norm,
     geglu=geglu,
     attention=attention,
+    attention_maps=attention_maps,
     image_norm=image_norm,
     masked_attention=masked_attention,
     mask_head=mask_head,
     depth_head=depth_head,
 )
+
+
+# For ONNX Runtime alone: its own attention, which on no device writes the scores to memory.
+
+
+def one_node_attention(q: Value, k: Value, v: Value) -> Value:
+    """See attention."""
+    heads, cells, width = q.shape[1:]
+    joined = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
+    out = q.graph.emit("MultiHeadAttention", joined, joined[0].shape, q.dtype, domain="com.microsoft", num_heads=heads, scale=width**-0.5)
+    return out.unflatten(2, (heads, width)).transpose(1, 2)
+
+
+def plain_attention_maps(q: Value, k: Value, v: Value) -> tuple[Value, Value]:
+    """See attention_maps; texts are short, so nothing is lost by reading the probabilities twice."""
+    maps = probabilities(q, k, q.shape[-1] ** -0.5)
+    return maps @ v, maps
+
+
+ONNX_RUNTIME = SimpleNamespace(**{**vars(PORTABLE), "attention": one_node_attention, "attention_maps": plain_attention_maps})

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import torch
@@ -18,7 +19,7 @@ from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.graph import OPSET, Extent, Graph, Value, traced
 from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo
-from datasetdm_fast.export.operations import PORTABLE, attention_maps, exportable
+from datasetdm_fast.export.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.staging import alone, staged
 from datasetdm_fast.export.weights import DataFile, deferred, digest
 from datasetdm_fast.loading import Model
@@ -33,6 +34,7 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BATCH = Extent(1, ("B",))
 WORDS = Extent(1, ("K",))
 RAW = "denoise_and_keep"
+OPERATIONS = {"any": PORTABLE, "onnxruntime": ONNX_RUNTIME}
 
 
 def export(
@@ -43,24 +45,25 @@ def export(
     precision: str = "fp32",
     raw_capture: bool = False,
     only: Sequence[str] | None = None,
+    runtime: str = "any",
     told: Callable[[str], None] = lambda stage: None,
 ) -> Manifest:
     """The manifest of the folder `out`, which afterwards holds every stage, or those named by `only`; equal input gives equal bytes.
 
     UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each. `raw_capture` adds
-    the stage that hands out all features and maps. A folder that holds this very export already is left as it is; of several processes
+    the stage that hands out all features and maps. For `runtime` onnxruntime attention is that library's own operator. A folder that holds this very export already is left as it is; of several processes
     that export into it at once one does the work. `told` hears the name of each stage before it is written.
     """
     out = Path(out)
-    _check(decoders, precision)
+    _check(decoders, precision, runtime)
     names = [name for name in stage_names(decoders, raw_capture) if only is None or name in only]
     source = source_digest(model, decoders)
     with alone(out):
-        there = _reusable(out, names, precision, source, model.size)
+        there = _reusable(out, names, precision, source, model.size, runtime)
         if there:
             return there
         with staged(out, last=NAME) as folder:
-            return _Export(model, decoders, precision, source, told).write(folder, names)
+            return _Export(model, decoders, precision, runtime, source, told).write(folder, names)
 
 
 def stage_names(decoders: Mapping[str, Decoder], raw_capture: bool = False) -> list[str]:
@@ -73,9 +76,11 @@ def annotate_name(task: str) -> str:
     return f"annotate_{task}"
 
 
-def _check(decoders: Mapping[str, Decoder], precision: str) -> None:
+def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
     if precision not in PRECISIONS:
         raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}")
+    if runtime not in OPERATIONS:
+        raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}")
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
             raise Refused(f"{task} decoder: its spectral norms move with every image, which a graph cannot do", "load it without strict=True")
@@ -104,14 +109,14 @@ def exporter() -> str:
     return f"{__version__}+{total.hexdigest()[:12]}"
 
 
-def _reusable(out: Path, names: Sequence[str], precision: str, source: str, size: int) -> Manifest | None:
+def _reusable(out: Path, names: Sequence[str], precision: str, source: str, size: int, runtime: str) -> Manifest | None:
     """The manifest in `out` where it is of this very export and its files are whole."""
     try:
         found = Manifest.read(out)
         found.check_files(out)
     except (Refused, RuntimeError):
         return None
-    is_same = (found.source, found.precision, found.size) == (source, precision, size) and set(found.stages) == set(names)
+    is_same = (found.source, found.precision, found.size, found.runtime) == (source, precision, size, runtime) and set(found.stages) == set(names)
     return found if is_same else None
 
 
@@ -121,8 +126,8 @@ def _reusable(out: Path, names: Sequence[str], precision: str, source: str, size
 class Adding:
     """Adds up what the decoders' first layers make of features and maps: level sums [B, F, h, w] fp32."""
 
-    def __init__(self, projection: Projection):
-        self.projection = projection
+    def __init__(self, projection: Projection, ops: SimpleNamespace):
+        self.projection, self.ops = projection, ops
         self.sums: dict[int, Value] = {}
 
     def feature(self, slot: Slot | None, x: Value) -> None:
@@ -135,8 +140,8 @@ class Adding:
     def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
         level, place = slot
         if not self.projection.widths[level]:
-            return PORTABLE.attention(q, k, v)
-        output, maps = attention_maps(q, k, v)
+            return self.ops.attention(q, k, v)
+        output, maps = self.ops.attention_maps(q, k, v)
         maps = maps.chunk(2)[1]
         planes = self.projection.maps[level][place].flatten(1) @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
         side = int(planes.shape[2] ** 0.5)
@@ -152,7 +157,7 @@ class KeepingOnce(Keeping):
     """Keeps the maps that the attention itself uses."""
 
     def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
-        output, maps = attention_maps(q, k, v)
+        output, maps = self.ops.attention_maps(q, k, v)
         self.maps[slot] = maps.chunk(2)[1]
         return output
 
@@ -160,8 +165,9 @@ class KeepingOnce(Keeping):
 class _Export:
     """One export: modules and data files are made once and shared by the stages that read them."""
 
-    def __init__(self, model: Model, decoders: Mapping[str, Decoder], precision: str, source: str, told: Callable[[str], None]):
-        self.model, self.decoders, self.precision, self.source, self.told = model, decoders, precision, source, told
+    def __init__(self, model: Model, decoders: Mapping[str, Decoder], precision: str, runtime: str, source: str, told: Callable[[str], None]):
+        self.model, self.decoders, self.precision, self.runtime, self.source, self.told = model, decoders, precision, runtime, source, told
+        self.ops = OPERATIONS[runtime]
         self.dtype = TYPES[precision]
         self.projection = Projection(model.levels, decoders)
         side = model.size // FACTOR
@@ -206,6 +212,7 @@ class _Export:
             stages=found,
             files=files,
             precision=self.precision,
+            runtime=self.runtime,
             opset=OPSET,
             size=self.model.size,
             source=self.source,
@@ -222,14 +229,14 @@ class _Export:
         model = self.model
         if group == "unet":
             unet = deferred(model.unet)
-            return {"times": TimeTable(unet), "texts": TextTable(unet), "unet": exportable(UNet(unet, PORTABLE)), "projection": self.projection}
+            return {"times": TimeTable(unet), "texts": TextTable(unet), "unet": exportable(UNet(unet, self.ops)), "projection": self.projection}
         if group == "encode_text":
-            return {"text_encoder": TextEncoder(deferred(model.text_encoder), PORTABLE)}
+            return {"text_encoder": TextEncoder(deferred(model.text_encoder), self.ops)}
         if group == "decode_image":
-            return {"image_decoder": exportable(ImageDecoder(deferred(model.vae), PORTABLE))}
+            return {"image_decoder": exportable(ImageDecoder(deferred(model.vae), self.ops))}
         if group == "encode_image":
-            return {"image_encoder": ImageEncoder(deferred(model.vae), PORTABLE)}
-        return {"decoder": _shared_copy(self.decoders[group.removeprefix("annotate_")])}
+            return {"image_encoder": ImageEncoder(deferred(model.vae), self.ops)}
+        return {"decoder": _shared_copy(self.decoders[group.removeprefix("annotate_")], self.ops)}
 
     # Graphs
 
@@ -279,9 +286,9 @@ class _Export:
 
     def _unet_outputs(self, name: str, modules: Mapping[str, nn.Module], latents: Value, timestep: Value, context: Value) -> dict[str, Value]:
         watch = {
-            "denoise": lambda: Unwatched(PORTABLE),
-            "denoise_and_capture": lambda: Adding(self.projection),
-            RAW: lambda: KeepingOnce(self.model.levels, PORTABLE),
+            "denoise": lambda: Unwatched(self.ops),
+            "denoise_and_capture": lambda: Adding(self.projection, self.ops),
+            RAW: lambda: KeepingOnce(self.model.levels, self.ops),
         }[name]()
         biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
         noise = modules["unet"](latents.to(self.dtype), biases, texts, watch).float()
@@ -309,11 +316,11 @@ def _told(table: Mapping[str, tuple[stages.Shape, str]], values: Sequence[Value]
     return tuple(rows)
 
 
-def _shared_copy(decoder: Decoder) -> Decoder:
+def _shared_copy(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
     """A copy whose structure may be changed, over the same weights."""
     tensors: Iterator[Tensor] = (tensor for kind in (decoder.parameters(), decoder.buffers()) for tensor in kind)
     copied = copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
     for module in copied.modules():
         if hasattr(module, "ops"):
-            module.ops = PORTABLE
+            module.ops = ops
     return copied

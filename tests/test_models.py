@@ -225,7 +225,7 @@ def test_capture_of_attention_is_exact():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, cells, 8, generator=generator).double() for cells in (16, 7, 7))
     weight = torch.randn(5, 3 * 7, 1, 1, generator=generator).double()
-    output, projected = attention_capture(q, k, v, weight.reshape(5, 3, 7))
+    output, projected = attention_capture(q, k, v, weight.reshape(5, 3, 7).permute(1, 2, 0))
     assert relative(output, PLAIN.attention(q, k, v)) <= 1e-12
     assert relative(projected.transpose(1, 2).unflatten(2, (4, 4)), pyramid.reference([], [probabilities(q, k)], weight, 4)) <= 1e-12
 

@@ -15,16 +15,20 @@ from ..errors import Missing, Refused
 from ..kernels import compiled, rearranged
 from ..loading import Model
 from ..models.capture import Keeping, Projection, Summing, Unwatched, Watch
+from ..models.layers import packed
 from ..models.plain import PLAIN
 from ..models.text_encoder import TextEncoder
 from ..models.trunk import Decoder, with_ops
 from ..models.unet import TextTable, TimeTable, UNet
 from ..models.vae import ImageDecoder, ImageEncoder
+from .lanes import Lanes
 from .torch import resolve_device
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CHUNK_PIXELS = {"cpu": 512 * 512, "cuda": 8 * 512 * 512}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
+CHUNK_PIXELS = {"cpu": 256 * 256, "cuda": 8 * 512 * 512}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
+NATIVE = SimpleNamespace(**{**vars(PLAIN), **{name: getattr(compiled, name) for name in ("attention", "geglu", "group_norm_silu", "layer_norm")}})
 TIMES = 2048  # timesteps whose biases are kept
+WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -68,10 +72,11 @@ class FastEngine:
         *,
         dtype: str = "auto",
         device: str = "auto",
-        ops: SimpleNamespace = PLAIN,
+        ops: SimpleNamespace | None = None,
         decoder_ops: SimpleNamespace | None = None,
     ):
-        self.model, self.device, self.ops = model, resolve_device(device), ops
+        self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
+        self.ops = ops or (NATIVE if self.device.type == "cpu" else PLAIN)
         self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
         self.dtype = resolve_dtype(dtype, self.device)
         self.decoders = {task: with_ops(decoder, self.decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()}
@@ -84,17 +89,23 @@ class FastEngine:
         self.times = placed(TimeTable(model.unet), device, torch.float32)
         self.texts, self.unet = (placed(module, device, self.dtype) for module in (TextTable(model.unet), UNet(model.unet, ops)))
         self.image_decoder, self.image_encoder = (placed(part(model.vae, ops), device, self.dtype) for part in (ImageDecoder, ImageEncoder))
+        if device.type == "cpu":
+            packed(self.unet)
         self.projection = placed(Projection(model.levels, self.decoders), device, self.dtype)
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int] | None = None
-        self._keys_values: tuple[Tensor, ...] = ()
-        self._graphs: dict[tuple[int, int, int, bool], StepGraph] = {}
+        self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
+        self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
 
     def _weight_versions(self) -> tuple[int, ...]:
         """Counters PyTorch advances when a weight is changed in place."""
         modules = (self.model.text_encoder, self.model.unet, self.model.vae, *self.decoders.values())
         return tuple(sum(parameter._version for parameter in module.parameters() if not parameter.is_inference()) for module in modules)
+
+    def _refresh(self) -> None:
+        if self._weight_versions() != self._seen:
+            self._read_weights()
 
     @_inference
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
@@ -108,48 +119,56 @@ class FastEngine:
 
     @_inference
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
-        inputs = self._inputs(latents, timestep, context)
-        if self.device.type == "cuda":
-            return self._graph(inputs, is_capture=False)(*inputs)[0]
-        return self._plain(*inputs)[0]
+        return self._call(self._plain, latents, timestep, context)[0]
 
     @_inference
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
         """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
         if not self.decoders:
             return self.denoise_and_keep(latents, timestep, context)
-        inputs = self._inputs(latents, timestep, context)
-        if self.device.type == "cuda":
-            noise, *sums = self._graph(inputs, is_capture=True)(*inputs)
-        else:
-            noise, *sums = self._captured(*inputs)
+        noise, *sums = self._call(self._captured, latents, timestep, context)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
     @_inference
     def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
+        self._refresh()
         watch = Keeping(self.model.levels, self.ops)
-        noise = self._run(watch, *self._inputs(latents, timestep, context))
+        noise = self._run(watch, self._latents(latents), self._row(timestep), *self._tabled(context.to(self.device)))
         return noise, watch.result()
 
-    def _inputs(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ...]:
-        """The UNet's own inputs: latents, the timestep's biases, and the keys and values of every text layer."""
-        keys_values = self._text_layers(context)
+    def _call(self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ...]:
+        """The noise [2B, 4, h, w], and whatever [B, ...] `step` gives besides, from the UNet's own inputs: latents, the timestep's biases, and
+        the keys and values of every text layer."""
+        tables, row, latents = self._text_layers(context), self._row(timestep), self._latents(latents)
+        if self.device.type == "cuda":
+            inputs = (latents, row, *tables[0])
+            return self._graph(inputs, step)(*inputs)
+        parts = self.lanes.map(step, [(part, row, *table) for part, table in zip(latents.split(slice_of(len(latents))), tables)])
+        noise, *others = zip(*parts)
+        unconditional, conditional = zip(*(part.chunk(2) for part in noise))
+        return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
+
+    def _latents(self, latents: Tensor) -> Tensor:
+        return latents.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def _row(self, timestep: float) -> Tensor:
         if (row := self._rows.get(float(timestep))) is None:
             if len(self._rows) >= TIMES:
                 self._rows.clear()
             row = self.times(torch.tensor(float(timestep), device=self.device)).to(self.dtype)
             self._rows[float(timestep)] = row
-        return latents.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last), row, *keys_values
+        return row
 
-    def _text_layers(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of the texts, computed when they were not those of the call before."""
+    def _text_layers(self, context: Tensor) -> list[tuple[Tensor, ...]]:
+        """Keys and values of the texts of every slice, computed when they were not those of the call before."""
         # Inference tensors count no changes, so of them it cannot be known that they are still the same.
         version = -1 if context.is_inference() else context._version
         if version < 0 or self._text is None or self._text[0] is not context or self._text[1] != version:
-            if self._weight_versions() != self._seen:
-                self._read_weights()
-            self._keys_values = self._tabled(context.to(self.device))
+            self._refresh()
+            tables, batch = self._tabled(context.to(self.device)), len(context) // 2
+            size = batch if self.device.type == "cuda" else slice_of(batch)
+            self._keys_values = [tuple(_rows_of(table, batch, start, size) for table in tables) for start in range(0, batch, size)]
             self._text = (context, version)
         return self._keys_values
 
@@ -172,18 +191,16 @@ class FastEngine:
         watch = Summing(self.projection, inputs[0], self.ops)
         return self._run(watch, *inputs), *watch.result()
 
-    def _graph(self, inputs: Sequence[Tensor], is_capture: bool) -> StepGraph:
-        latents = inputs[0]
-        key = (len(latents), *latents.shape[-2:], is_capture)
+    def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
+        key = (len(inputs[0]), *inputs[0].shape[-2:], step.__name__)
         if key not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[key] = StepGraph(self._captured if is_capture else self._plain, inputs, self._pool)
+            self._graphs[key] = StepGraph(step, inputs, self._pool)
         return self._graphs[key]
 
     @_inference
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        images = [self._decoded(chunk) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))]
-        return torch.cat(images)
+        return torch.cat(self.lanes.map(self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))]))
 
     def _decoded(self, latents: Tensor) -> Tensor:
         pixels = self.image_decoder(_channels_last(latents, self.dtype)).float()
@@ -213,12 +230,31 @@ class FastEngine:
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"
             raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
-        return self.decoders[task](capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
+        decoder, own = self.decoders[task], capture.of(task) if isinstance(capture, ProjectedCapture) else capture
+        if self.device.type == "cuda" or not isinstance(own, ProjectedCapture):
+            return decoder(own, text)
+        size = slice_of(own.batch)
+        texts = [None] * own.batch if text is None else text.split(size)
+        sums = zip(*(total.split(size) for total in own.sums))
+        parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
         return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": dtype, "torch": torch.__version__}
+
+
+def slice_of(batch: int) -> int:
+    """Images of a batch that a CPU works on together. It depends on nothing but the batch, so that threads and ranks change no rounding."""
+    return min(-(-batch // 2), WIDEST_SLICE)
+
+
+def _rows_of(table: Tensor, batch: int, start: int, count: int) -> Tensor:
+    """The part of a TextTable's [2, 2B, heads, T, d] that belongs to images start .. start + count."""
+    if batch <= count:
+        return table
+    return table.unflatten(1, (2, batch))[:, :, start : start + count].flatten(1, 2)
 
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
