@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import setting
+from datasetdm_fast.config import FLAVOURS, setting
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m datasetdm_fast.export"
@@ -17,14 +17,24 @@ PROG = "python -m datasetdm_fast.export"
 @dataclass(frozen=True)
 class ExportConfig:
     out: str = setting("", "folder the files go to", metavar="ENGINES")
-    to: str = setting("onnx", "what to write", choices=("onnx",))
+    to: str = setting("onnx", "what to write: graphs, or plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx"))
     model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
     decoder: str = setting("demo", "folder of trained decoders, or none", metavar="DIR")
-    precision: str = setting("fp32", "storage of UNet and autoencoder", choices=("fp32", "fp16", "bf16"))
+    precision: str = setting(
+        "auto", "storage of UNet and autoencoder; auto is fp32 for graphs and fp16 for plans", choices=("auto", "fp32", "fp16", "bf16", "fp8")
+    )
+    batch: tuple[str, ...] = setting(("1", "8"), "batch sizes plans are built for", metavar="LIST")
+    capability: tuple[str, ...] = setting((), "GPUs plans are built for, for example sm86,sm120; default: this machine's, or portable", metavar="LIST")
+    trt_flavour: str = setting("auto", "which TensorRT builds; auto is the one --to names", choices=FLAVOURS)
+    weight_streaming: bool = setting(False, "plans that may leave part of their weights in host memory")
+    refit: bool = setting(False, "plans whose weights may be exchanged")
     raw_capture: bool = setting(False, "also a stage that hands out every feature and attention map")
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
     allow_download: bool = setting(False, "let --model name a model hub repository")
-    json: bool = setting(False, "the manifest on stdout")
+    list: bool = setting(False, "show the plans of --out, or of the cache")
+    prune: bool = setting(False, "delete plans of --out, or of the cache, that would not be used")
+    cap_gb: float = setting(64.0, "gigabytes of plans --prune leaves, the last used ones", metavar="GB")
+    json: bool = setting(False, "the manifest, or what plans there are, on stdout")
     quiet: bool = setting(False, "no progress")
 
 
@@ -39,6 +49,12 @@ def _run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.flags import parse
 
     config, _ = parse(arguments, ExportConfig, PROG, __doc__)
+    for name in ("list", "prune"):
+        if getattr(config, name):
+            from datasetdm_fast.export import plan_commands
+
+            {"list": plan_commands.list_plans, "prune": plan_commands.prune}[name](config)
+            return 0
     if not config.out:
         raise Refused("--out: no folder was given", "Add --out ENGINES.")
     TARGETS[config.to](config)
@@ -46,15 +62,30 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _to_onnx(config: ExportConfig) -> None:
+    if config.precision == "fp8":
+        raise Refused("--precision fp8: graphs are written in fp32, fp16 or bf16", "Choose one of these.")
     model, decoders = load(config)
     from datasetdm_fast.export.to_onnx import export
+
+    precision = "fp32" if config.precision == "auto" else config.precision
+    manifest = export(model, decoders, Path(config.out), precision=precision, raw_capture=config.raw_capture, told=teller(config))
+    print(manifest.to_json() if config.json else config.out, flush=True)
+
+
+def _to_tensorrt(config: ExportConfig) -> None:
+    from datasetdm_fast.export import plan_commands
+
+    plan_commands.build(config)
+
+
+def teller(config: ExportConfig) -> Callable[[str], None]:
+    """Says which stage is being written, unless all is to be quiet."""
 
     def told(stage: str) -> None:
         if not config.quiet:
             print(f"{stage}", file=sys.stderr, flush=True)
 
-    manifest = export(model, decoders, Path(config.out), precision=config.precision, raw_capture=config.raw_capture, told=told)
-    print(manifest.to_json() if config.json else config.out, flush=True)
+    return told
 
 
 def load(config: ExportConfig) -> tuple[Any, dict[str, Any]]:
@@ -69,7 +100,7 @@ def load(config: ExportConfig) -> tuple[Any, dict[str, Any]]:
     return model, decoders
 
 
-TARGETS: dict[str, Callable[[ExportConfig], None]] = {"onnx": _to_onnx}
+TARGETS: dict[str, Callable[[ExportConfig], None]] = {"onnx": _to_onnx, "tensorrt": _to_tensorrt, "tensorrt-rtx": _to_tensorrt}
 
 
 if __name__ == "__main__":

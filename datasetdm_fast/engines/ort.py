@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data import Capture, ProjectedCapture
 from ..errors import Missing, Refused
 from ..export.manifest import Manifest, StageFile
+from ..export.plans import say
 from ..export.to_onnx import RAW, annotate_name, cached
 from ..kernels import pyramid
 from ..loading import Model
@@ -53,10 +54,10 @@ class OrtEngine:
         dtype: str = "auto",
         device: str = "auto",
         provider: str = "auto",
-        told: Callable[[str], None] = lambda line: None,
+        tell: Callable[[str], None] = say,
     ):
         require_provider(provider)
-        self.model, self.decoders, self.told = model, dict(decoders or {}), told
+        self.model, self.decoders, self.tell = model, dict(decoders or {}), tell
         self.provider, self.device = resolve_provider(provider, device)
         self.precision = resolve_precision(dtype, self.provider)
         self.folder, self.manifest = self._export()
@@ -64,9 +65,13 @@ class OrtEngine:
 
     def _export(self, **which) -> tuple[Path, Manifest]:
         """The folder of the exported graphs; TensorRT reads standard operators only, the others are given ONNX Runtime's own attention."""
+
+        def told(stage: str) -> None:
+            if stage in ("encode_text", RAW):
+                self.tell(f"writing the graphs of {self.model.name} for ONNX Runtime, once")
+
         runtime = "any" if self.provider == "tensorrt" else "onnxruntime"
-        told = functools.cache(lambda: self.told(f"writing the graphs of {self.model.name} for ONNX Runtime, once"))
-        return cached(self.model, self.decoders, precision=self.precision, runtime=runtime, told=lambda stage: told(), **which)
+        return cached(self.model, self.decoders, precision=self.precision, runtime=runtime, told=told, **which)
 
     def _run(self, name: str, **inputs: Tensor) -> dict[str, Tensor]:
         if name not in self._stages:
@@ -77,9 +82,7 @@ class OrtEngine:
 
     @_inference
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
-        length = min(self.model.tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
-        ids = self.model.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        return self._run("encode_text", tokens=ids)["context"]
+        return self._run("encode_text", tokens=self.model.token_ids(prompts))["context"]
 
     @_inference
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
