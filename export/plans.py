@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +16,7 @@ from datasetdm_fast import storage
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export import sealed
 from datasetdm_fast.export.sealed import Unusable
+from datasetdm_fast.export.staging import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,10 +80,6 @@ class Entry:
 
 
 Build = Callable[[Path], tuple[dict[str, Any], Mapping[str, "np.ndarray"]]]
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class PlanFolder:

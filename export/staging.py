@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Within the block no other process fills `folder`; whoever comes later waits. The lock ends with its process, however that ends."""
@@ -30,7 +35,11 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that fills {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError as error:
         if handle is not None:
             os.close(handle)
@@ -44,10 +53,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged(folder: Path, last: str) -> Iterator[Path]:
+def staged(folder: Path, last: str, earlier: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write into; at the end of the block its files are moved to `folder`, `last` after the others, or none of them on an error.
 
-    Call it within `alone(folder)`.
+    Files of the names `earlier` that are not written anew are deleted then. Call it within `alone(folder)`.
     """
     stage = folder / f".{os.getpid()}{PART}"
     try:
@@ -57,6 +66,8 @@ def staged(folder: Path, last: str) -> Iterator[Path]:
         for name in names:
             _sync(stage / name)
         (folder / last).unlink(missing_ok=True)  # between old and new files there is no moment at which it names a mixture
+        for name in set(earlier).difference(names):
+            (folder / name).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name == last):
             os.replace(stage / name, folder / name)
         sync_folder(folder)

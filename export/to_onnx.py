@@ -95,10 +95,15 @@ class _Wish:
 
 def _export(model: Model, decoders: Mapping[str, Decoder], out: Path, wish: _Wish, told: Callable[[str], None]) -> Manifest:
     with alone(out):
-        there = _reusable(out, wish)
-        if there:
-            return there
-        with staged(out, last=NAME) as folder:
+        try:
+            there = Manifest.read(out)
+            if wish.is_met_by(there):
+                there.check_files(out)
+                return there
+            earlier = tuple(there.files)
+        except (Refused, Missing):
+            earlier = ()  # whatever lies there is replaced
+        with staged(out, NAME, earlier) as folder:
             return _Export(model, decoders, wish, told).write(folder)
 
 
@@ -151,18 +156,6 @@ def exporter() -> str:
     for path in files:
         total.update(path.read_bytes())
     return f"{__version__}+{total.hexdigest()[:12]}"
-
-
-def _reusable(out: Path, wish: _Wish) -> Manifest | None:
-    """The manifest in `out` where it is of this very export and its files are whole."""
-    try:
-        found = Manifest.read(out)
-        if wish.is_met_by(found):
-            found.check_files(out)
-            return found
-    except (Refused, Missing):
-        pass  # whatever lies there is replaced
-    return None
 
 
 # What the stages compute ---------------------------------------------------------------------------------------------------------------

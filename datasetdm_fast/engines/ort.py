@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import Capture, ProjectedCapture
 from ..errors import Missing, Refused
 from ..export.manifest import Manifest, StageFile
-from ..export.plans import say
+from ..export.staging import say
 from ..export.to_onnx import RAW, annotate_name, cached
 from ..kernels import pyramid
 from ..loading import Model
