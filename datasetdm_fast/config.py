@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 ENGINES = ("auto", "torch", "fast", "ort", "trt")
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
+FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = ("pndm", "ddim", "dpm-solver++")
 PROFILES = ("0.3.0", "0.14.0")
 
@@ -62,6 +64,9 @@ class RunConfig:
     dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
+    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
+    engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES")
+    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", identity=False, choices=FLAVOURS)
 
     def identity(self) -> dict:
         """The settings that decide the bytes of the data set."""

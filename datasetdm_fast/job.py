@@ -98,14 +98,19 @@ def open_engine(
     size: int = 0,
     allow_download: bool = False,
     threads: int = 0,
+    engines: str = "",
+    trt_flavour: str = "auto",
+    provider: str = "auto",
     compile: bool = False,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine with the decoders of `tasks`, None = all of the folder, and what is to be written down about these decoders."""
+    from datasetdm_fast.engines import build_engine, check_engine
+
+    check_engine(engine, trt_flavour, provider)
     # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.models.decoders import check_levels, load_decoders
 
@@ -120,7 +125,9 @@ def open_engine(
                 f"--task {task}: {decoder} holds no decoder for it, only for {', '.join(found)}", "Name a folder that has one with --decoder, or drop the task."
             )
         check_levels(found[task], loaded.levels)
-    built = build_engine(engine, loaded, {task: found[task] for task in tasks}, dtype=dtype, device=device, compile=compile)
+    chosen = {task: found[task] for task in tasks}
+    where = dict(engines=engines, trt_flavour=trt_flavour, provider=provider, compile=compile)
+    built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, **where)
     return built, describe_decoders(decoder, tasks) if decoder else {}
 
 
@@ -287,7 +294,7 @@ def _batch_size(config: RunConfig, engine: Engine) -> int:
 
 
 def _engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
-    names = ("engine", "dtype", "device", "size", "allow_download", "threads", "compile")
+    names = ("engine", "dtype", "device", "size", "allow_download", "threads", "engines", "trt_flavour", "provider", "compile")
     return open_engine(config.model, config.decoder, config.task, **{name: getattr(config, name) for name in names})
 
 

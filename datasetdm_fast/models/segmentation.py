@@ -118,7 +118,7 @@ class SegmentationDecoder(Decoder):
     def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
         memory, mask_features = self.pixels(capture)
-        content, position = self.ask(len(mask_features), text)
+        content, position = self.ask(mask_features.shape[0], text)
         return self.answer(content, position, memory, mask_features, auxiliary)
 
     def pixels(self, capture: Capture | ProjectedCapture) -> tuple[list[Tensor], Tensor]:
@@ -183,7 +183,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
     def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         batch = capture.batch
         width = self.config.text_width
-        if text is None or text.ndim not in (2, 3) or len(text) != batch or text.shape[-1] != width:
+        if text is None or text.ndim not in (2, 3) or text.shape[0] != batch or text.shape[-1] != width:
             given = "nothing" if text is None else f"shape {list(text.shape)}"
             raise Refused(f"open-vocabulary decoder: text is {given}, expected class embeddings [{batch}, {width}] or [{batch}, K, {width}]")
         memory, mask_features = self.pixels(capture)
