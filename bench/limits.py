@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -97,13 +96,13 @@ def _exponentials_kernel(x_ptr, out_ptr, TURNS: tl.constexpr, BLOCK: tl.constexp
     tl.store(out_ptr + place, x)
 
 
-def nearest_limit(flops: float, moved: float, seconds: float, limits: dict[str, Any], dtype: str) -> dict[str, float]:
-    """Rates of a piece of work, and its share of the limit it would meet first."""
-    product = limits["tflops"].get(dtype, limits["tflops"]["fp32"])
-    least = max(flops / (product * 1e12), moved / (limits["gbps"] * 1e9))
-    return {"tflops": round(flops / seconds / 1e12, 4), "gbps": round(moved / seconds / 1e9, 2), "share": round(least / seconds, 4)}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Least, median and most, as every row gives them."""
-    return {"least": min(values), "median": statistics.median(values), "most": max(values)}
+def nearest_limit(flops: float, moved: float, exps: float, seconds: float, limits: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Rates of a piece of work, the limit it would meet first, and its share of that."""
+    least = {
+        "products": flops / (limits["tflops"].get(dtype, limits["tflops"]["fp32"]) * 1e12),
+        "memory": moved / (limits["gbps"] * 1e9),
+        "exponentials": exps / (limits["gexps"] * 1e9) if limits["gexps"] else 0.0,
+    }
+    bound = max(least, key=least.get)
+    rates = {"tflops": round(flops / seconds / 1e12, 4), "gbps": round(moved / seconds / 1e9, 2), "flop_per_byte": round(flops / max(moved, 1), 2)}
+    return {**rates, "bound": bound, "share": round(least[bound] / seconds, 4)}

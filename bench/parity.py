@@ -12,8 +12,22 @@ from torch import Tensor
 
 from bench.peers import Peer
 from bench.setting import Setting
-from datasetdm_fast.agreement import EXACT, ROUNDED, Observation, Rounded, by_image, free_distances, image_distance, judge, label_distance
-from datasetdm_fast.agreement import Row, led_distances, level_tensors, observe, relative
+from datasetdm_fast.agreement import (
+    EXACT,
+    ROUNDED,
+    Observation,
+    Rounded,
+    Row,
+    by_image,
+    free_distances,
+    image_distance,
+    judge,
+    label_distance,
+    led_distances,
+    level_tensors,
+    observe,
+    relative,
+)
 from datasetdm_fast.data import Sample
 
 STORED = {"tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}  # whose drift is allowed; TF32 keeps as many bits as fp16

@@ -6,7 +6,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from bench import parity
 from bench.machine import is_out_of_memory, joules, peak, wait
 from bench.measure import Rounds, interleaved
-from bench.peers import PEERS, Peer
+from bench.peers import PEERS, Offer, Peer
 from bench.setting import Setting
 from datasetdm_fast import label_files
 from datasetdm_fast.data import Request, Sample
@@ -35,15 +35,24 @@ class Runner:
     row: dict[str, Any] = field(default_factory=dict)
 
 
-def race(setting: Setting, names: Sequence[str], judge: parity.Judge, limits: dict[str, Any], seconds: float, *, draws: bool = True) -> list[dict[str, Any]]:
-    """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times."""
-    rows, runners, batches = [], [], {}
-    for name in names:
-        row, runner = prepare(setting, name, judge, batches)
-        rows.append(row)
-        if runner:
-            runners.append(runner)
-            batches[name] = runner.peer.batch
+def race(
+    setting: Setting,
+    names: Sequence[str],
+    judge: parity.Judge,
+    limits: dict[str, Any],
+    seconds: float,
+    *,
+    offers: Mapping[str, Offer] = PEERS,
+    batches: dict[str, int] | None = None,
+    draws: bool = False,
+) -> list[dict[str, Any]]:
+    """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times.
+
+    `batches` holds batch sizes that are known to be best and takes those that are found; with `draws` the images alone are timed as well.
+    """
+    batches = {} if batches is None else batches
+    prepared = [prepare(setting, name, offers[name], judge, batches) for name in names]
+    runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
         finished = {runner.name: finisher(runner.peer, setting.batch(runner.peer.batch), Path(folder)) for runner in runners}
         for runner in runners:
@@ -53,21 +62,25 @@ def race(setting: Setting, names: Sequence[str], judge: parity.Judge, limits: di
     if draws:
         images = {runner.name: drawer(runner.peer, setting.batch(runner.peer.batch)) for runner in runners}
         add_draws(runners, interleaved(images, seconds / 2, meter(setting)))
+    rows = [row for row, _ in prepared]
+    del prepared, runners
     release(setting.device)
     return rows
 
 
-def prepare(setting: Setting, name: str, judge: parity.Judge, batches: dict[str, int]) -> tuple[dict[str, Any], Runner | None]:
+def prepare(setting: Setting, name: str, offer: Offer, judge: parity.Judge, batches: dict[str, int]) -> tuple[dict[str, Any], Runner | None]:
     """The row of a peer so far, and the peer itself where it may be timed."""
-    offer, row = PEERS[name], {"peer": name, "title": PEERS[name].title}
-    begin = time.perf_counter()
+    row: dict[str, Any] = {"peer": name, "title": offer.title}
+    known = offer.batch or batches.get(offer.like or name, 0)
     try:
-        peer = offer.build(setting, offer.batch or batches.get(offer.like or "", 0) or 1)
+        begin = time.perf_counter()
+        peer = offer.build(setting, known or 1)
         wait(setting.device)
-        row["load_s"] = round(time.perf_counter() - begin, 3)
-        if not offer.batch and not batches.get(offer.like or ""):
+        row |= {"dtype": peer.dtype, "load_s": round(time.perf_counter() - begin, 3)}
+        if not known:
             peer.batch, row["tried"] = best_batch(peer, setting, judge)
-        row |= {"dtype": peer.dtype, "batch": peer.batch}
+            batches[name] = peer.batch
+        row["batch"] = peer.batch
         begin = time.perf_counter()
         peer.make(setting.batch(peer.batch))
         row["first_s"] = round(time.perf_counter() - begin, 3)
@@ -77,9 +90,8 @@ def prepare(setting: Setting, name: str, judge: parity.Judge, batches: dict[str,
     except GateFailed as error:
         return row | {"status": "failed", "why": error.cause}, None
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return row | {"status": "absent", "why": "not enough memory"}, None
+        status = "failed" if offer.must_run and not is_out_of_memory(error) else "absent"
+        return row | {"status": status, "why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}, None
     row["parity"] = parity.document(judged)
     if failed := parity.failures(judged):
         return row | {"status": "failed", "why": "does not say what the oracle says: " + "; ".join(failed)}, None

@@ -41,20 +41,21 @@ class Offer(NamedTuple):
     build: Callable[[Setting, int], Peer]
     batch: int = 0  # 0 = the one that proves best
     like: str = ""  # the peer whose best batch it takes: to try several would mean to compile for each
+    must_run: bool = False  # an exception in it is a failed row; in others', a row that is not there
 
 
 PEERS = {
-    "upstream": Offer("DatasetDM as written, fp32", upstream.build, batch=1),
+    "upstream": Offer("DatasetDM as written, fp32", upstream.build, batch=1, must_run=True),
     "upstream-tf32": Offer("the same with TF32", upstream.build_tf32, batch=1),
     "upstream-fp16": Offer("the same in fp16", upstream.build_half, batch=1),
     "upstream-classes": Offer("DatasetDM's own classes, fp32", upstream_classes.build, batch=1),
-    "torch": Offer("our reference engine, fp32", oracle.build),
+    "torch": Offer("our reference engine, fp32", oracle.build, must_run=True),
     "diffusers-1": Offer("diffusers, one image at a time", diffusers.build, batch=1),
     "diffusers": Offer("diffusers at its best batch", diffusers.build),
     "diffusers-compiled": Offer("diffusers, torch.compile", compiled.build, like="diffusers"),
     "ort": Offer("ONNX Runtime", ort.build, like="diffusers"),
     "tensorrt": Offer("TensorRT", tensorrt.build, like="diffusers"),
-    "ours-1": Offer("datasetdm_fast, one image at a time", ours.build, batch=1),
-    "ours": Offer("datasetdm_fast", ours.build),
-    "ours-bf16": Offer("datasetdm_fast, bf16", ours.build_bf16),
+    "ours-1": Offer("datasetdm_fast, one image at a time", ours.build, batch=1, must_run=True),
+    "ours": Offer("datasetdm_fast", ours.build, must_run=True),
+    "ours-bf16": Offer("datasetdm_fast, bf16", ours.build_bf16, must_run=True),
 }

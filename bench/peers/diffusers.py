@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +12,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from bench.peers.samples import noise_of, samples_of
-from bench.peers.upstream import arithmetic, lean_decoders
+from bench.peers.upstream import arithmetic, lean_decoders, stored
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
 from datasetdm_fast.engines.torch import capturing
@@ -27,7 +26,7 @@ class Diffusers:
         self.dtype = "fp32" if setting.device.type == "cpu" else "fp16"
         self.storage = torch.float32 if self.dtype == "fp32" else torch.float16
         model = setting.model
-        parts = {name: copy.deepcopy(getattr(model, name)).to(self.storage) for name in ("vae", "text_encoder", "unet")}
+        parts = {name: stored(getattr(model, name), self.storage) for name in ("vae", "text_encoder", "unet")}
         scheduler = PNDMScheduler.from_config(dict(model.scheduler))
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         self.pipe = StableDiffusionPipeline(**parts, tokenizer=model.tokenizer, scheduler=scheduler, **absent)

@@ -20,6 +20,7 @@ from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
 from datasetdm_fast.engines.torch import capturing, feature_modules
 from datasetdm_fast.errors import Missing
+from datasetdm_fast.kernels import compiled, rearranged
 from datasetdm_fast.models.decoders import Decoder
 from datasetdm_fast.models.trunk import with_ops
 
@@ -76,6 +77,12 @@ def arithmetic(has_tf32: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def stored(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a module's own in `dtype`."""
+    copied = copy.deepcopy(module)
+    return copied if next(copied.parameters()).dtype == dtype else copied.to(dtype)
+
+
 class Upstream:
     """`forms_maps` and `has_naive_decoders` undo one of its habits each, for the ladder from it to us."""
 
@@ -86,7 +93,7 @@ class Upstream:
         self.storage = torch.float16 if dtype == "fp16" else torch.float32
         model = setting.model
         self.tokenizer, self.levels, self.forms_maps = model.tokenizer, model.levels, forms_maps
-        self.text_encoder, self.unet, self.vae = (copy.deepcopy(part).to(self.storage) for part in (model.text_encoder, model.unet, model.vae))
+        self.text_encoder, self.unet, self.vae = (stored(part, self.storage) for part in (model.text_encoder, model.unet, model.vae))
         self.scheduler = PNDMScheduler.from_config(dict(model.scheduler))
         self.store, self.features = Store(), {}
         self.layers = feature_modules(self.unet)
@@ -124,10 +131,10 @@ class Upstream:
             return self.unet(torch.cat([latents, latents]).to(self.storage), moment, context.to(self.storage), return_dict=False)[0].float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> tuple[Tensor, Capture]:
-        noise = self._captured(latents, timestep, context)
+        noise = self.captured(latents, timestep, context)
         return noise, self.capture()
 
-    def _captured(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
+    def captured(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
         if not self.forms_maps:
             with capturing(self.unet) as captures:
                 noise = self.denoise(latents, timestep, context)
@@ -153,14 +160,14 @@ class Upstream:
         return [layer.float()[None] for layer in layers if layer.shape[1] == side * side]
 
     def draw(self, requests: Sequence[Request]) -> np.ndarray:
-        return self._image(self._sampled(requests))
+        return self.image_of(self._sampled(requests))
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:
         """The sample of the one request there is."""
         for buffer, first in self._first:
             buffer.copy_(first)
         latents = self._sampled(requests)
-        image = self._image(latents)
+        image = self.image_of(latents)
         with self.arithmetic():
             answers = {task: decoder(self.capture()) for task, decoder in self.decoders.items()}
         on_host = {task: {name: value.cpu() for name, value in answer.items()} for task, answer in answers.items()}
@@ -175,12 +182,12 @@ class Upstream:
         latents = noise_of(requests, self.recipe).to(self.device)
         self.scheduler.set_timesteps(self.recipe.facts["steps"])
         for call, timestep in enumerate(self.scheduler.timesteps):
-            predict = self._captured if call == self.recipe.capture_call else self.denoise
+            predict = self.captured if call == self.recipe.capture_call else self.denoise
             without, with_text = predict(latents, timestep, context).chunk(2)
             latents = self.scheduler.step(without + self.recipe.guidance * (with_text - without), timestep, latents)["prev_sample"]
         return latents
 
-    def _image(self, latents: Tensor) -> np.ndarray:
+    def image_of(self, latents: Tensor) -> np.ndarray:
         with self.arithmetic():
             decoded = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.storage), return_dict=False)[0]
         pixels = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
@@ -194,8 +201,6 @@ def own_decoders(setting: Setting) -> dict[str, Decoder]:
 
 def lean_decoders(setting: Setting) -> dict[str, Decoder]:
     """The decoders folded, with the operations of ours."""
-    from datasetdm_fast.kernels import compiled, rearranged
-
     return {task: with_ops(decoder, compiled if setting.device.type == "cpu" else rearranged) for task, decoder in setting.reference.decoders.items()}
 
 
