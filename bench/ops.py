@@ -28,8 +28,8 @@ def rows(device: torch.device, dtype: str, limits: dict[str, Any], forms: dict[s
 
 
 def forms_of(engine: FastEngine) -> dict[str, SimpleNamespace]:
-    """The kernels, and what the engine computes with on its device."""
-    return {"fused": fused, "engine": SimpleNamespace(**{**vars(engine.decoder_ops), **vars(engine.ops)})}
+    """The kernels, and what the engine's decoders compute with on its device."""
+    return {"fused": fused, "engine": engine.decoder_ops}
 
 
 def op_rows(op: str, device: torch.device, dtype: str, limits: dict[str, Any], forms: dict[str, SimpleNamespace], seconds: float) -> Iterator[dict[str, Any]]:

@@ -28,7 +28,7 @@ from datasetdm_fast.agreement import (
     observe,
     relative,
 )
-from datasetdm_fast.data import Sample
+from datasetdm_fast.data import Request, Sample
 
 STORED = {"tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}  # whose drift is allowed; TF32 keeps as many bits as fp16
 
@@ -49,7 +49,7 @@ class Judge:
 
     def _led(self, peer: Peer) -> dict[str, np.ndarray]:
         setting, truth, recipe = self.setting, self.truth, self.setting.recipe
-        prompts = [request.prompt for request in setting.batch(peer.batch)]
+        prompts = [request.prompt for request in self._part(0, peer.batch)]
         context = torch.cat([peer.encode_text([""] * peer.batch), peer.encode_text(prompts)]).cpu()
         given = fitted_pair(truth.context, peer.batch).to(setting.device)
         calls = []
@@ -73,7 +73,7 @@ class Judge:
         made = [sample for k in range(count) for sample in peer.make(self._part(k, peer.batch))][: len(self.requests)]
         return free_of(made, self.truth) if self.setting.is_trained else {"free image": free_of(made, self.truth)["free image"]}
 
-    def _part(self, place: int, batch: int):
+    def _part(self, place: int, batch: int) -> tuple[Request, ...]:
         return tuple(self.requests[k % len(self.requests)] for k in range(place * batch, (place + 1) * batch))
 
     def floors(self, dtype: torch.dtype) -> dict[str, np.ndarray]:

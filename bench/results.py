@@ -39,10 +39,6 @@ class ResultFile:
                 raise Refused(f"{path}: was measured with {name} {document['machine'][name]}, here it is {head['machine'][name]}", "choose another --out")
         return cls(path, document)
 
-    def is_settled(self, part: str) -> bool:
-        """Whether a part was measured, or began twice and never ended."""
-        return self.document["parts"].get(part, {}).get("status") in (DONE, BROKEN)
-
     def begin(self, part: str) -> None:
         """Notes that a part was begun, so that one which takes the process with it is not tried for ever."""
         again = self.document["parts"].get(part, {}).get("status") == BEGUN
@@ -81,6 +77,16 @@ def read(path: Path) -> dict[str, Any]:
     if not known:
         raise Refused(f"{path}: format {document['format']!r}, this version reads {FORMAT}", "read it with the version that wrote it")
     return document
+
+
+def is_settled(document: Mapping[str, Any], part: str) -> bool:
+    """Whether a part was measured, or began twice and never ended."""
+    return document["parts"].get(part, {}).get("status") in (DONE, BROKEN)
+
+
+def batches_of(document: Mapping[str, Any]) -> dict[str, int]:
+    """The batch size every peer was measured at."""
+    return {row["peer"]: row["batch"] for part in ("peers", "ladder") for row in rows_of(document, part) if row.get("batch")}
 
 
 def rows_of(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:

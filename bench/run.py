@@ -21,12 +21,14 @@ SECONDS = {True: 12.0, False: 60.0}  # quick or not: for the rounds of one race
 JUDGED = {True: 2, False: 4}  # images every peer is judged by
 QUICK_STEPS = 10
 QUICK_PARTS = ("limits", "peers", "ops")
+COMPILED = "diffusers-compiled"
 QUICK_PEERS = ("upstream", "torch", "diffusers-1", "diffusers", "ours", "ours-bf16")
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     quick: bool = setting(False, "a minute instead of five: fewer steps, peers and parts; the file is kept only with --out")
+    compile: bool = setting(False, "also diffusers under torch.compile, which takes a CPU minutes to compile")
     parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     peers: tuple[str, ...] = setting((), "only these peers, comma-separated (default: all)", metavar="LIST")
     model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     from bench import suite
     from bench.peers import PEERS
 
-    names = chosen("peers", config.peers, tuple(PEERS), QUICK_PEERS if config.quick else tuple(PEERS))
+    usual = QUICK_PEERS if config.quick else tuple(name for name in PEERS if name != COMPILED)
+    names = chosen("peers", config.peers, tuple(PEERS), (*usual, COMPILED) if config.compile else usual)
     parts = {part.name: part for part in (suite.LIMITS, suite.TOGETHER, *suite.SHARED)}
     wanted = chosen("parts", config.parts, tuple(parts), QUICK_PARTS if config.quick else tuple(parts))
     steps = config.steps or (QUICK_STEPS if config.quick else 0)
@@ -99,6 +102,7 @@ def open_measurement(
     names: Sequence[str],
     prog: str = PROG,
     goes_on: bool = False,
+    keeps: bool = False,
 ) -> Any:
     """The setting and its result file, before anything is measured."""
     from bench import machine, results, suite
@@ -113,7 +117,7 @@ def open_measurement(
         "machine": described,
         "setting": opened.document(),
     }
-    path = Path(out) if out else None if quick else results.default_path(described)
+    path = Path(out) if out else None if quick and not keeps else results.default_path(described)
     file = results.ResultFile.open(path, head, goes_on=goes_on)
     return suite.Measurement(opened, file, seconds or SECONDS[quick], JUDGED[quick], tuple(names))
 

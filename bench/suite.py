@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from bench import ladder, limits, ops, profile, quality, race, scale, stages, sweep
 from bench.parity import Judge
 from bench.peers import PEERS
-from bench.results import ResultFile
+from bench.results import ResultFile, is_settled
 from bench.setting import Setting
 from datasetdm_fast.errors import GateFailed
 
@@ -95,7 +95,7 @@ def measure(m: Measurement, parts: Sequence[Part], until: float, say: Callable[[
     m.file.give_up_broken()
     left = []
     for part in parts:
-        if m.file.is_settled(part.name):
+        if is_settled(m.file.document, part.name):
             continue
         if time.monotonic() + part.least > until:
             left.append(part.name)
