@@ -67,9 +67,9 @@ class Setting:
         return {**facts, "calls": len(self.recipe.schedule), "guidance": self.recipe.guidance, "tflop_per_image": round(self.flops / 1e12, 6)}
 
 
-def open_setting(model: str, device: str = "auto", *, steps: int = 0, number: int = 32, quick: bool = False) -> Setting:
+def open_setting(model: str, device: str = "auto", *, steps: int = 0, number: int = 32, size: int = 0, quick: bool = False) -> Setting:
     """The model with its decoders: those shipped for the demo, seeded ones for any other."""
-    loaded, target = load_model(model), resolve_device(device)
+    loaded, target = load_model(model, size=size), resolve_device(device)
     folded, trained = shipped_decoders() if model == "demo" else seeded_decoders(loaded)
     for decoder in folded.values():
         check_levels(decoder, loaded.levels)

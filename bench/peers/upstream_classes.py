@@ -30,6 +30,7 @@ from datasetdm_fast.models.decoder_config import SD1_LEVELS
 from datasetdm_fast.stages import LEVELS
 
 SIDE = 512  # pixels, fixed in upstream's loop
+GROUPS = 32  # of every norm, fixed in the UNet it vendors
 UNUSED = (
     *("cv2", "IPython", "IPython.display", "tqdm.notebook", "black", "mmcv", "mmcv.cnn", "mmcv.runner", "torchvision", "torchvision.transforms"),
     *("detectron2", "detectron2.layers", "detectron2.config", "fvcore", "fvcore.nn", "fvcore.nn.weight_init"),
@@ -215,8 +216,9 @@ def build(setting: Setting, batch: int) -> UpstreamClasses:
     named_root = os.environ.get("DATASETDM_UPSTREAM")
     if not named_root:
         raise Missing("DatasetDM's own classes: DATASETDM_UPSTREAM is not set", "set it to a checkout of showlab/DatasetDM")
-    if setting.recipe.size != SIDE or setting.recipe.schedule.timesteps[setting.recipe.capture_call] not in (0, 1):
-        raise Missing(f"DatasetDM's own classes: they draw {SIDE} pixels and capture at the last call, this run does not", "measure random-sd14")
+    recipe = setting.recipe
+    if recipe.size != SIDE or recipe.schedule.timesteps[recipe.capture_call] not in (0, 1) or setting.model.unet.config.norm_num_groups != GROUPS:
+        raise Missing(f"DatasetDM's own classes: they are made for {SIDE} pixels, the last call and norms of {GROUPS} groups", "measure random-sd14")
     if importlib.util.find_spec("einops") is None and setting.model.levels == SD1_LEVELS:
         raise Missing("DatasetDM's own classes: einops is not installed, its decoders compute with it", "pip install einops")
     return UpstreamClasses(setting, Path(named_root))
