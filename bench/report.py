@@ -127,7 +127,7 @@ def paper(found: dict[str, dict[str, Any]]) -> str:
     source = "measured" if rate else "assumed, as none was measured yet"
     said = (
         f"One GPU makes {tables.number(each)} images a second ({source}). The driver's own cost is {tables.number(own)} ms an image (measured, stub engine), "
-        f"encoding and writing {tables.number(written)} ms of one core for an image of {PAPER_SIDE} pixels (measured at {cpu['setting']['size']}, times the pixels). "
+        f"encoding and writing {tables.number(written)} ms of one core for an image of {PAPER_SIDE} pixels (measured at {cpu['setting']['size']}). "
         "Ranks do not speak with each other, so images a second grow with the GPUs as long as each has the cores of the fourth column beside it."
     )
     head = ["GPUs", "images a second", "driver, cores", "encode and write, cores", "a million images"]
