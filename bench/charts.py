@@ -113,7 +113,7 @@ class Axes:
 
     def __init__(self, drawing: Drawing, xs: tuple[float, float], ys: tuple[float, float], height: float = 300):
         self.drawing, self.xs, self.ys = drawing, xs, ys
-        self.left, self.right, self.top, self.bottom = 80, WIDTH - 150, 72, 72 + height
+        self.left, self.right, self.top, self.bottom = 80, WIDTH - 170, 92, 92 + height
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = (math.log(x) - math.log(self.xs[0])) / (math.log(self.xs[1]) - math.log(self.xs[0]))
@@ -153,28 +153,28 @@ def batches(document: dict[str, Any]) -> str:
 
 
 def roofline(document: dict[str, Any]) -> str:
-    """Operations and UNet calls under the measured limits."""
-    limits = rows_of(document, "limits")[0]
-    points = [(row["flop_per_byte"], row["tflops"], row["op"]) for row in timed_ops(document)]
-    drawing = Drawing("Operations under the measured limits", f"{where(document)}; work counted as the plain form is written")
+    """Layers and operations under the measured limits."""
+    limits, layers, ops = rows_of(document, "limits")[0], rows_of(document, "layers"), timed_ops(document)
+    drawing = Drawing("Layers and operations under the measured limits", f"{where(document)}; work counted as the plain form is written")
+    xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]
     most = max(limits["tflops"].values())
-    xs = (min([0.5, *(x for x, _, _ in points)]) / 1.5, max([2e3 * most / limits["gbps"], *(x for x, _, _ in points)]) * 2)
-    ys = (min([most / 100, *(y for _, y, _ in points)]) / 2, max([most, *(y for _, y, _ in points)]) * 2)
-    axes = Axes(drawing, xs, ys)
-    axes.frame(ticks(*xs), ticks(*ys), "operations a byte", "TFLOP/s")
+    axes = Axes(drawing, (min(xs) / 1.5, max([2e3 * most / limits["gbps"], *xs]) * 1.5), (min(ys) / 1.5, max([most, *ys]) * 1.5))
+    axes.frame(ticks(*axes.xs), ticks(*axes.ys), "operations a byte", "TFLOP/s")
     for place, (name, rate) in enumerate(limits["tflops"].items()):
-        knee = 1e3 * rate / limits["gbps"]
-        drawing.line([axes.at(xs[0], xs[0] * limits["gbps"] / 1e3), axes.at(knee, rate)] if place == 0 else [], "s1", 1.5)
-        drawing.line([axes.at(max(knee, xs[0]), rate), axes.at(xs[1], rate)], f"s{place + 2}", 1.5, "6 4")
-        drawing.text(axes.right + 6, axes.at(xs[1], rate)[1] + 4, f"{name} {number(rate)}", "dim")
-    lowest: dict[int, float] = {}
-    for x, y, name in sorted(points, key=lambda point: -point[1]):
-        column, row = axes.at(x, y)
-        drawing.dot(column, row, "c0")
-        cell = round(column / 90)  # labels of neighbours go below each other
-        row = max(row, lowest.get(cell, 0) + LINE - 3)
-        lowest[cell] = row
-        drawing.text(column + 8, row + 4, name)
+        knee = max(1e3 * rate / limits["gbps"], axes.xs[0])
+        drawing.line([axes.at(knee, rate), axes.at(axes.xs[1], rate)], f"s{place + 2}", 1.5, "6 4")
+        drawing.text(axes.right + 6, axes.at(axes.xs[1], rate)[1] + 4, f"{name}, {number(rate)}", "dim")
+    start, end = max(axes.xs[0], 1e3 * axes.ys[0] / limits["gbps"]), 1e3 * most / limits["gbps"]
+    drawing.line([axes.at(start, start * limits["gbps"] / 1e3), axes.at(end, most)], "s1", 1.5)
+    for row in layers:
+        drawing.dot(*axes.at(row["flop_per_byte"], row["tflops"]), "c5" if row["layer"].startswith("conv") else "c3", 2.5 + 14 * row["of_work"] ** 0.5)
+    for row in ops:
+        x, y = axes.at(row["flop_per_byte"], row["tflops"])
+        drawing.dot(x, y, "c0")
+        drawing.text(x + 8, y + 4, row["op"])
+    for place, (kind, words) in enumerate((("c5", "convolution"), ("c3", "linear"), ("c0", "operation of kernels/"))):
+        drawing.dot(axes.right + 12, axes.top + 150 + 20 * place, kind)
+        drawing.text(axes.right + 22, axes.top + 154 + 20 * place, words, "dim")
     return drawing.svg(axes.bottom + 56)
 
 
@@ -196,7 +196,7 @@ def where(document: dict[str, Any]) -> str:
 
 
 CHARTS: dict[str, Callable[[dict[str, Any]], str]] = {"peers": peers, "ladder": ladder, "batches": batches, "profile": profile, "roofline": roofline}
-NEEDS = {"roofline": "ops"}  # the part a chart is drawn from, where it has another name
+NEEDS = {"roofline": "layers"}  # the part a chart is drawn from, where it has another name
 
 
 def drawn(document: dict[str, Any]) -> dict[str, str]:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from bench import ladder, limits, ops, profile, quality, race, scale, stages, sweep
+from bench import ladder, layers, limits, ops, profile, quality, race, scale, stages, sweep
 from bench.parity import Judge
 from bench.peers import PEERS
 from bench.results import ResultFile, is_settled
 from bench.setting import Setting
+from datasetdm_fast.engines.fast import DTYPES, resolve_dtype
 from datasetdm_fast.errors import GateFailed
 
 PROFILED = ("upstream", "diffusers", "ours")
@@ -60,6 +61,12 @@ def machine_limits(m: Measurement) -> list[dict[str, Any]]:
     return [limits.measure(m.setting.device, 0.15 if m.setting.quick else 0.6)]
 
 
+def layer_rows(m: Measurement) -> list[dict[str, Any]]:
+    dtype = resolve_dtype("auto", m.setting.device)
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+    return layers.rows(m.setting, m.limits, name, m.batch, m.seconds / 6)
+
+
 def op_rows(m: Measurement) -> list[dict[str, Any]]:
     engine = PEERS[race.OURS].build(m.setting, 1).engine
     dtype = engine.fingerprint()["dtype"]
@@ -70,6 +77,7 @@ LIMITS = Part("limits", "what the machine can do at most", machine_limits)
 SHARED = (
     Part("stages", "every stage, as DatasetDM writes it and as we do", lambda m: stages.rows(m.setting, m.judge, m.limits, m.seconds / 3, m.batch), 60),
     Part("ops", "every operation against its plain form", op_rows, 60),
+    Part("layers", "every layer shape of the UNet by itself", layer_rows, 30),
     Part("batches", "one UNet call by batch size", lambda m: sweep.batch_rows(m.setting, m.judge, SWEPT, m.seconds / 3), 60),
     Part("chunks", "image decoding by how many at once", lambda m: sweep.chunk_rows(m.setting, m.judge, m.seconds / 8), 30),
     Part("profile", "where the time of one call goes", lambda m: profile.rows(m.setting, m.judge, PROFILED, m.batches), 60),

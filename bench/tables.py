@@ -43,6 +43,7 @@ def parity(document: dict[str, Any]) -> str:
     return "fail" if "failed" in statuses else "pass"
 
 
+MOST_LAYERS = 12
 Table = tuple[list[str], list[list[str]]]  # head, rows
 
 
@@ -109,6 +110,16 @@ def op_table(document: dict[str, Any]) -> Table:
     return head, rows
 
 
+def layer_table(document: dict[str, Any]) -> Table:
+    """The shapes that most of the work is in."""
+    head = ["layer", "times", "of the work", "type", "batch", "ms an image", "TFLOP/s", "GB/s", "bound by", "of that limit"]
+    rows = []
+    for row in rows_of(document, "layers")[:MOST_LAYERS]:
+        rates = [number(1e3 * row["layer_s"]), number(row["tflops"]), number(row["gbps"]), row["bound"], percent(row["share"])]
+        rows.append([row["layer"], str(row["count"]), percent(row["of_work"]), row["dtype"], str(row["batch"]), *rates])
+    return head, rows
+
+
 def batch_table(document: dict[str, Any]) -> Table:
     head = ["who", "type", "batch", "ms an image and call", "TFLOP/s", "memory"]
     return head, [
@@ -172,6 +183,7 @@ TABLES = {
     "peers": ("Who makes labelled samples how fast", peer_table),
     "stages": ("Stage by stage", stage_table),
     "ops": ("Operations against their plain form", op_table),
+    "layers": ("The largest layers of the UNet by themselves", layer_table),
     "batches": ("One UNet call by batch size", batch_table),
     "chunks": ("Image decoding by how many at once", chunk_table),
     "profile": ("Where the time of one UNet call goes", profile_table),
