@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +41,30 @@ class Recipe:
 def generate(
     batches: Iterable[Batch], engine: Engine, recipe: Recipe, stepped: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
-    """Every batch with its samples, in order; what did not come out finite is set aside. `stepped` hears of every UNet call.
-
-    On a GPU the images and labels of a batch are made while the next one is sampled, and it comes out up to two batches later.
-    """
-    nothing, words = engine.encode_text([""]), WordTable(engine, recipe.words)
+    """Every batch with its samples, in order; what did not come out finite is made once more in fp32, then set aside. `stepped` hears of every UNet call."""
+    studio = Studio(engine, recipe, stepped)
     with Beside(engine.device) as beside:
-        for batch in batches:
-            drawn = sample(batch, nothing, engine, recipe, stepped)
-            beside.put(label, batch, drawn, words, engine, recipe)
-            yield from beside.ready()
-        yield from beside.rest()
+        for batch, results in side_by_side(studio, batches, beside):
+            if any(isinstance(result, SetAside) for result in results) and (wide := engine.widened()) is not None:
+                beside.settle()  # what a new engine records on a GPU must not be disturbed
+                second = Studio(wide, recipe, stepped).make(batch)
+                results = [again(*both) if isinstance(both[0], SetAside) else both[0] for both in zip(results, second, strict=True)]
+            yield batch, results
+
+
+def side_by_side(studio: Studio, batches: Iterable[Batch], beside: Beside) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
+    """Every batch, sampled while `beside` makes the labels and images of the one before."""
+    for batch in batches:
+        beside.put(batch, studio.label, batch, studio.sample(batch))
+        yield from beside.ready()
+    yield from beside.rest()
+
+
+def again(first: SetAside, second: Sample | SetAside) -> Sample | SetAside:
+    """The second attempt, which says that it is one."""
+    if isinstance(second, SetAside):
+        return SetAside(second.request, f"{second.reason}, in fp32 too")
+    return replace(second, provenance={**second.provenance, "retried": f"fp32 after {first.reason}"})
 
 
 @dataclass
@@ -62,60 +75,87 @@ class Drawn:
     capture: Capture | ProjectedCapture | None
 
 
-def sample(batch: Batch, nothing: Tensor, engine: Engine, recipe: Recipe, stepped: Callable[[], None]) -> Drawn:
-    """Sampling with guidance; the activations are captured at one of the calls. On a GPU the host only queues the work and waits for none of it."""
-    import torch
+class Studio:
+    """What one run keeps between batches: the empty prompt and the class words as the engine reads them."""
 
-    from datasetdm_fast import sampling
+    def __init__(self, engine: Engine, recipe: Recipe, stepped: Callable[[], None]):
+        self.engine, self.recipe, self.stepped = engine, recipe, stepped
+        self.nothing, self.words = engine.encode_text([""]), WordTable(engine, recipe.words)
 
-    requests, side = batch.padded, recipe.size // FACTOR
-    context = torch.cat([nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
-    noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
-    state = sampling.start(noise.to(engine.device))
-    for call, timestep in enumerate(recipe.schedule.timesteps):
-        if call == recipe.capture_call:
-            output, capture = engine.denoise_and_capture(state.latents, timestep, context)
-        else:
-            output = engine.denoise(state.latents, timestep, context)
-        state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
-        stepped()
-    return Drawn(state.latents, capture)
+    def make(self, batch: Batch) -> list[Sample | SetAside]:
+        """Sampler loop, capture, tasks and image of one batch."""
+        return self.label(batch, self.sample(batch))
+
+    def sample(self, batch: Batch) -> Drawn:
+        """The sampler loop, with the capture at one of its calls; on a GPU the host queues all of it and waits for nothing."""
+        import torch
+
+        from datasetdm_fast import sampling
+
+        engine, recipe, requests = self.engine, self.recipe, batch.padded
+        context = torch.cat([self.nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
+        side = recipe.size // FACTOR
+        noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
+        walk = sampling.Walk(recipe.schedule, recipe.guidance, noise.to(engine.device))
+
+        for call, timestep in enumerate(recipe.schedule.timesteps):
+            if call == recipe.capture_call:
+                output, capture = engine.denoise_and_capture(walk.latents, timestep, context)
+            else:
+                output = engine.denoise(walk.latents, timestep, context)
+            walk.step(call, output)
+            self.stepped()
+        return Drawn(walk.latents, capture)
+
+    def label(self, batch: Batch, drawn: Drawn) -> list[Sample | SetAside]:
+        """Annotations, image and post-processing; `drawn` loses its capture on the way."""
+        engine, recipe, requests = self.engine, self.recipe, batch.padded
+        raw = {task: engine.annotate(task, drawn.capture, self.words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
+        checks = {"latents": is_finite(drawn.latents), "features": capture_is_finite(drawn.capture)}
+        drawn.capture = None  # as large as the rest of the batch together, and the image decoder needs room
+        images, checks["image"] = engine.decode_and_check(drawn.latents)
+        checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
+        return collect(batch, images, raw, checks, engine, recipe)
 
 
-def label(batch: Batch, drawn: Drawn, words: WordTable, engine: Engine, recipe: Recipe) -> tuple[Batch, list[Sample | SetAside]]:
-    """Annotations, then images, then the post-processing that turns both into samples."""
-    asked = {"open-vocabulary": words.of(batch.padded)} if "open-vocabulary" in recipe.tasks else {}
-    raw = {task: engine.annotate(task, drawn.capture, asked.get(task)) for task in recipe.tasks}
-    drawn.capture = None  # as large as the rest of the batch together, and the image decoder needs room
-    images = engine.decode_image(drawn.latents)
-    return batch, collect(batch, drawn.latents, images, raw, engine, recipe)
-
-
-def collect(batch: Batch, latents: Tensor, images: Tensor, raw: dict[str, dict[str, Tensor]], engine: Engine, recipe: Recipe) -> list[Sample | SetAside]:
+def collect(
+    batch: Batch, images: Tensor, raw: dict[str, dict[str, Tensor]], checks: dict[str, Tensor], engine: Engine, recipe: Recipe
+) -> list[Sample | SetAside]:
     """Post-processing: one result per request of the batch, the padding left out."""
     import torch
 
     count = len(batch.requests)
-    outputs = {task: {name: value[:count] for name, value in raw[task].items()} for task in recipe.tasks}
-    broken = {"latents": is_broken(latents[:count])} | {task: sum(is_broken(value) for value in outputs[task].values()) for task in recipe.tasks}
-    flags, pixels = to_host(torch.stack(list(broken.values())), images[:count])
-    labels = {
-        task: postprocess(task, batch.requests, {name: value.nan_to_num() for name, value in outputs[task].items()}, engine.decoders[task].config, recipe)
-        for task in recipe.tasks
-    }
+    passed, pixels = to_host(torch.stack(list(checks.values()))[:, :count], images[:count])
+    labels: dict[str, list[Annotation]] = {}
+    for task in recipe.tasks:
+        outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
+        labels[task] = postprocess(task, batch.requests, outputs, engine.decoders[task].config, recipe)
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
-        where = [name for name, is_so in zip(broken, flags[:, b] > 0, strict=True) if is_so]
+        where = [name for name, flags in zip(checks, passed) if not flags[b]]
         if where:
             results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
-            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, dict(recipe.facts)))
+            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, {**recipe.facts, **engine.adjustments}))
     return results
 
 
-def is_broken(values: Tensor) -> Tensor:  # [B] int32
-    """Of each image, whether any of its values is no finite number, as 1 or 0."""
-    return (~values.isfinite()).flatten(1).any(1).int()
+def is_finite(values: Tensor) -> Tensor:
+    """One flag per image, on the device."""
+    return values.isfinite().flatten(1).all(1)
+
+
+def all_of(flags: Iterable[Tensor]) -> Tensor:
+    first, *others = flags
+    for other in others:
+        first = first & other
+    return first
+
+
+def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
+    if isinstance(capture, ProjectedCapture):
+        return all_of(is_finite(total) for total in capture.sums)
+    return all_of(is_finite(value) for level in (*capture.features, *capture.maps) for value in level)
 
 
 def postprocess(task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe) -> list[Annotation]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.data import Sample, SetAside
@@ -20,28 +20,31 @@ WRITERS = 2  # threads that encode and write, a batch each
 
 
 class Beside:
-    """Does what it is given on a second stream and thread of a GPU; on a CPU, whose cores the sampler uses already, at once."""
+    """Does what it is given on a stream and thread of its own beside those that sample on a GPU; on a CPU, whose cores are in use already, at once.
+
+    Whatever comes out later than it was put in is bounded: two batches wait, a third makes the sampler wait.
+    """
 
     def __init__(self, device: torch.device):
         self._device, self._pool, self._stream = device, None, None
-        self._waiting: deque[Future] = deque()
+        self._waiting: deque[tuple[Any, Future]] = deque()
         if device.type == "cuda":
             import torch
 
             self._pool, self._stream = ThreadPoolExecutor(1, "labels"), torch.cuda.Stream(device)
 
-    def put(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Begins work(*arguments), which may read what this thread has queued on the GPU so far; tensors among the arguments must not be written to again."""
+    def put(self, name: Any, work: Callable[..., Any], *arguments: Any) -> None:
+        """Begins work(*arguments), which may read what this thread has queued on the GPU so far, and which comes out again as `name` and result."""
         if self._pool is None:
             done: Future = Future()
             done.set_result(work(*arguments))
-            self._waiting.append(done)
+            self._waiting.append((name, done))
             return
         import torch
 
         queued = torch.cuda.Event()
         queued.record(torch.cuda.current_stream(self._device))
-        self._waiting.append(self._pool.submit(self._follow, queued, work, arguments))
+        self._waiting.append((name, self._pool.submit(self._follow, queued, work, arguments)))
 
     def _follow(self, queued: torch.cuda.Event, work: Callable[..., Any], arguments: tuple) -> Any:
         import torch
@@ -52,14 +55,20 @@ class Beside:
             self._stream.synchronize()  # the arguments go back to the sampler's stream, which may use their memory at once
             return found
 
-    def ready(self) -> Iterator[Any]:
-        """The results that are there, in order; the oldest is waited for where too many are under way."""
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) > AHEAD):
-            yield self._waiting.popleft().result()
+    def settle(self) -> None:
+        """Waits until nothing is under way; the results stay where they are."""
+        wait([result for _, result in self._waiting])
 
-    def rest(self) -> Iterator[Any]:
+    def ready(self) -> Iterator[tuple[Any, Any]]:
+        """The results that are there, in order; the oldest is waited for where too many are under way."""
+        while self._waiting and (self._waiting[0][1].done() or len(self._waiting) > AHEAD):
+            name, result = self._waiting.popleft()
+            yield name, result.result()
+
+    def rest(self) -> Iterator[tuple[Any, Any]]:
         while self._waiting:
-            yield self._waiting.popleft().result()
+            name, result = self._waiting.popleft()
+            yield name, result.result()
 
     def __enter__(self) -> Beside:
         return self

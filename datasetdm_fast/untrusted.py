@@ -341,8 +341,8 @@ def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
         size = path.stat().st_size
         if not 0 < size <= LARGEST_ONNX:
             raise Refused(f"{path}: {size} bytes, expected an ONNX graph of at most {LARGEST_ONNX}", "Keep large tensors in external data.")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            graph = _walk(memoryview(data))
+        with path.open("rb") as file:
+            graph = _walk(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:
         raise storage.refusal(error, path) from error
     except _Malformed as error:
