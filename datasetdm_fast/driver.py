@@ -244,14 +244,19 @@ def run(
 
     with RunFolder(job.folder, job.document) as folder:
         wanted = lacking(folder.ledger, job.plan.number, job.config.limit)
-        batches = (job.plan.batch(k) for k in sorted({index // job.plan.batch_size for index in wanted}))
+        batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
         with Writing(folder, committed) as writing:
             for batch, results in generate(until(is_stopping, batches), job.engine, job.recipe, stepped):
                 kept = [result for result in results if result.request.index in wanted]
-                writing.put(kept, job.recipe.facts | {"word_slots": word_slots(batch.requests)})
+                writing.put(kept, facts_of(job.recipe, batch))
         seconds = time.perf_counter() - begin
         folder.rebuild()
         return result_of(job.folder, job.plan.number, folder.ledger, new, seconds)
+
+
+def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:
+    """What the rows of a batch say of how it was made."""
+    return {**recipe.facts, "word_slots": word_slots(batch.requests)}
 
 
 def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -260,6 +265,11 @@ def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator
         yield batch
         if is_stopping():
             return
+
+
+def in_order(wanted: Iterable[int], size: int) -> list[int]:
+    """The batches that hold these samples, in the order they are handed out."""
+    return sorted({index // size for index in wanted})
 
 
 def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:
