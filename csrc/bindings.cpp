@@ -9,6 +9,7 @@
 #include "mask_pack.h"
 #include "mask_rle.h"
 #include "network_ops.h"
+#include "png.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -42,6 +43,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("pack_labels_cuda", &datasetdm::pack_labels_cuda, "scores"_a, "images"_a, "classes"_a, "pixels"_a, "labels"_a, "largest"_a, "stream"_a);
     m.def("pack_image", &datasetdm::pack_image, "decoded"_a.noconvert());
     m.def("pack_image_cuda", &datasetdm::pack_image_cuda, "decoded"_a, "images"_a, "pixels"_a, "bytes"_a, "stream"_a);
+    m.def("png_encode", &datasetdm::png_encode, "pixels"_a.noconvert(), "palette"_a = std::string());
+    m.def("png_encode_words", &datasetdm::png_encode_words, "pixels"_a.noconvert());
+    m.def("count_bytes", &datasetdm::count_bytes, "pixels"_a.noconvert());
     m.def("guided_step", &datasetdm::guided_step, "output"_a.noconvert(), "latents"_a.noconvert(), "history"_a.noconvert(), "numbers"_a.noconvert());
     m.def("guided_step_cuda", &datasetdm::guided_step_cuda, "output"_a, "output_bytes"_a, "is_bfloat"_a, "latents"_a, "history"_a, "slots"_a, "numbers"_a, "next"_a,
           "size"_a, "stream"_a);

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,11 @@ class Model:
     digests: dict[str, str]  # part -> SHA-256 of its files, or the recipe of seeded weights
     licence: str
     levels: tuple[Level, ...]
+
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:  # [B, T] int64
+        """The padded tokens of each prompt, cut off where the text encoder's positions end."""
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        return self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:

@@ -143,7 +143,7 @@ class RunFolder:
                 continue
             made, records = label_files.encode(result, self.document["config"]["image_format"])
             files[result.request.index] = made
-            rows.append(Row(result.request, dict(recipe), labels=records))
+            rows.append(Row(result.request, {**recipe, **result.provenance}, labels=records))
         stored = storage.publish({self.path / name: content for made in files.values() for name, content in made.values()})
         for row in rows:
             row.files.update({role: (name, stored[self.path / name]) for role, (name, _) in files.get(row.request.index, {}).items()})
