@@ -8,6 +8,8 @@
 #include "mask_changes.h"
 #include "mask_pack.h"
 #include "mask_rle.h"
+#include "network_ops.h"
+#include "png.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -20,6 +22,13 @@ PYBIND11_MODULE(_C, m) {
           "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
     m.def("depth_head_add", &datasetdm::depth_head_add<double>, "products"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "middle"_a,
           "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
+    m.def("attention", &datasetdm::attention_cpu, "storage"_a, "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "out_strides"_a,
+          "images"_a, "heads"_a, "queries"_a, "keys"_a, "width"_a, "scale"_a, "threads"_a, "vector_bytes"_a = 0);
+    m.def("group_norm", &datasetdm::group_norm_cpu, "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "images"_a, "cells"_a, "channels"_a, "groups"_a, "eps"_a,
+          "has_silu"_a, "threads"_a, "vector_bytes"_a = 0);
+    m.def("layer_norm", &datasetdm::layer_norm_cpu, "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "rows"_a, "channels"_a, "eps"_a, "threads"_a,
+          "vector_bytes"_a = 0);
+    m.def("geglu", &datasetdm::geglu_cpu, "storage"_a, "x"_a, "out"_a, "rows"_a, "channels"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("rle_encode", &datasetdm::rle_encode, "masks"_a.noconvert());
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);
     m.def("rle_to_runs", &datasetdm::rle_to_runs, "counts"_a, "height"_a, "width"_a);
@@ -34,6 +43,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("pack_labels_cuda", &datasetdm::pack_labels_cuda, "scores"_a, "images"_a, "classes"_a, "pixels"_a, "labels"_a, "largest"_a, "stream"_a);
     m.def("pack_image", &datasetdm::pack_image, "decoded"_a.noconvert());
     m.def("pack_image_cuda", &datasetdm::pack_image_cuda, "decoded"_a, "images"_a, "pixels"_a, "bytes"_a, "stream"_a);
+    m.def("png_encode", &datasetdm::png_encode, "pixels"_a.noconvert(), "palette"_a = std::string());
+    m.def("png_encode_words", &datasetdm::png_encode_words, "pixels"_a.noconvert());
+    m.def("count_bytes", &datasetdm::count_bytes, "pixels"_a.noconvert());
     m.def("guided_step", &datasetdm::guided_step, "output"_a.noconvert(), "latents"_a.noconvert(), "history"_a.noconvert(), "numbers"_a.noconvert());
     m.def("guided_step_cuda", &datasetdm::guided_step_cuda, "output"_a, "output_bytes"_a, "is_bfloat"_a, "latents"_a, "history"_a, "slots"_a, "numbers"_a, "next"_a,
           "size"_a, "stream"_a);

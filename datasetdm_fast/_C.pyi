@@ -1,5 +1,6 @@
 """The compiled extension; the checks and the friendly face of the RLE functions are in mask_rle.py."""
 
+from collections.abc import Sequence
 from typing import overload
 
 import numpy as np
@@ -20,6 +21,9 @@ def pack_labels(scores: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray
 def pack_labels_cuda(scores: int, images: int, classes: int, pixels: int, labels: int, largest: int, stream: int) -> None: ...
 def pack_image(decoded: NDArray[np.float32]) -> NDArray[np.uint8]: ...
 def pack_image_cuda(decoded: int, images: int, pixels: int, bytes: int, stream: int) -> None: ...
+def png_encode(pixels: NDArray[np.uint8], palette: bytes = b"") -> bytes: ...
+def png_encode_words(pixels: NDArray[np.uint16]) -> bytes: ...
+def count_bytes(pixels: NDArray[np.uint8]) -> NDArray[np.int64]: ...
 def guided_step(
     output: NDArray[np.float32], latents: NDArray[np.float32], history: NDArray[np.float32], numbers: NDArray[np.float32]
 ) -> NDArray[np.float32]: ...
@@ -49,3 +53,39 @@ def depth_head_add(
 ) -> None: ...
 def threshold_masks(logits: NDArray[np.float32], threshold: float) -> tuple[NDArray[np.uint8], NDArray[np.int64]]: ...
 def threshold_masks_cuda(logits: int, count: int, height: int, width: int, threshold: float, masks: int, areas: int, stream: int) -> None: ...
+def attention(
+    storage: int,
+    q: int,
+    q_strides: Sequence[int],
+    k: int,
+    k_strides: Sequence[int],
+    v: int,
+    v_strides: Sequence[int],
+    out: int,
+    out_strides: Sequence[int],
+    images: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    width: int,
+    scale: float,
+    threads: int,
+    vector_bytes: int = 0,
+) -> None: ...
+def group_norm(
+    storage: int,
+    x: int,
+    weight: int,
+    bias: int,
+    out: int,
+    images: int,
+    cells: int,
+    channels: int,
+    groups: int,
+    eps: float,
+    has_silu: bool,
+    threads: int,
+    vector_bytes: int = 0,
+) -> None: ...
+def layer_norm(storage: int, x: int, weight: int, bias: int, out: int, rows: int, channels: int, eps: float, threads: int, vector_bytes: int = 0) -> None: ...
+def geglu(storage: int, x: int, out: int, rows: int, channels: int, threads: int, vector_bytes: int = 0) -> None: ...

@@ -13,7 +13,9 @@ from datasetdm_fast.flags import nearest, run_command
 COMMANDS = {
     "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
+    "audit": ("datasetdm_fast.audit", "prove that a run folder is whole, or say what is damaged"),
     "verify": ("datasetdm_fast.verify", "prove that one engine says what another says"),
+    "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs"),
 }
 
 

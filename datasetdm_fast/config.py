@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 ENGINES = ("auto", "torch", "fast", "ort", "trt")
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
+FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = ("pndm", "ddim", "dpm-solver++")
 PROFILES = ("0.3.0", "0.14.0")
 
@@ -24,9 +26,9 @@ SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0)
 DEMO_DEFAULTS = Defaults(size=128, steps=50, guidance=3.0)
 
 
-def setting(default, help: str, *, identity: bool = True, choices: tuple[str, ...] = (), metavar: str | None = None):
-    """A RunConfig field; `identity` fields decide the bytes of the data set, the others only how it is made."""
-    return field(default=default, metadata={"help": help, "identity": identity, "choices": choices, "metavar": metavar})
+def setting(default, help: str, *, identity: bool = True, choices: tuple[str, ...] = (), metavar: str | None = None, positional: bool = False):
+    """A RunConfig field; `identity` fields decide the bytes of the data set, the others only how it is made. `positional` needs no flag before it."""
+    return field(default=default, metadata={"help": help, "identity": identity, "choices": choices, "metavar": metavar, "positional": positional})
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class RunConfig:
     sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
     profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    batch_size: int = setting(8, "images made together; changes rounding only", metavar="N")
+    batch_size: int = setting(0, "images made together, which changes rounding only; 0 = what the memory holds", metavar="N")
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
     out: str = setting("runs/demo", "run folder", identity=False, metavar="RUN")
     only: str = setting("", "make this one sample of the run folder again", identity=False, metavar="ID")
@@ -60,7 +62,11 @@ class RunConfig:
     quiet: bool = setting(False, "no progress", identity=False)
     threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
     dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
+    compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
+    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
+    engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES")
+    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", identity=False, choices=FLAVOURS)
 
     def identity(self) -> dict:
         """The settings that decide the bytes of the data set."""

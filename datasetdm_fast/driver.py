@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.data import Annotation, Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.ledger import SET_ASIDE, Ledger
 from datasetdm_fast.run_folder import RunFolder
@@ -39,56 +39,97 @@ class Recipe:
 def generate(
     batches: Iterable[Batch], engine: Engine, recipe: Recipe, stepped: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
-    """Every batch with its samples; what did not come out finite is set aside. `stepped` hears of every UNet call."""
-    import torch
-
-    from datasetdm_fast import sampling
-
-    nothing, words = engine.encode_text([""]), WordTable(engine, recipe.words)
-    side = recipe.size // FACTOR
+    """Every batch with its samples; what did not come out finite is made once more in fp32, then set aside. `stepped` hears of every UNet call."""
+    studio = Studio(engine, recipe, stepped)
     for batch in batches:
-        requests = batch.padded
-        context = torch.cat([nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
+        results = studio.make(batch)
+        if any(isinstance(result, SetAside) for result in results) and (wide := engine.widened()) is not None:
+            second = Studio(wide, recipe, stepped).make(batch)
+            results = [again(*both) if isinstance(both[0], SetAside) else both[0] for both in zip(results, second, strict=True)]
+        yield batch, results
+
+
+def again(first: SetAside, second: Sample | SetAside) -> Sample | SetAside:
+    """The second attempt, which says that it is one."""
+    if isinstance(second, SetAside):
+        return SetAside(second.request, f"{second.reason}, in fp32 too")
+    return replace(second, provenance={**second.provenance, "retried": f"fp32 after {first.reason}"})
+
+
+class Studio:
+    """What one run keeps between batches: the empty prompt and the class words as the engine reads them."""
+
+    def __init__(self, engine: Engine, recipe: Recipe, stepped: Callable[[], None]):
+        self.engine, self.recipe, self.stepped = engine, recipe, stepped
+        self.nothing, self.words = engine.encode_text([""]), WordTable(engine, recipe.words)
+
+    def make(self, batch: Batch) -> list[Sample | SetAside]:
+        """Sampler loop, capture, tasks and image of one batch."""
+        import torch
+
+        from datasetdm_fast import sampling
+
+        engine, recipe, requests = self.engine, self.recipe, batch.padded
+        context = torch.cat([self.nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
+        side = recipe.size // FACTOR
         noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
-        state = sampling.start(noise.to(engine.device))
+        walk = sampling.Walk(recipe.schedule, recipe.guidance, noise.to(engine.device))
 
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call == recipe.capture_call:
-                output, capture = engine.denoise_and_capture(state.latents, timestep, context)
+                output, capture = engine.denoise_and_capture(walk.latents, timestep, context)
             else:
-                output = engine.denoise(state.latents, timestep, context)
-            state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
-            stepped()
+                output = engine.denoise(walk.latents, timestep, context)
+            walk.step(call, output)
+            self.stepped()
 
-        raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
+        raw = {task: engine.annotate(task, capture, self.words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
+        checks = {"latents": is_finite(walk.latents), "features": capture_is_finite(capture)}
         del capture  # as large as the rest of the batch together, and the image decoder needs room
-        images = engine.decode_image(state.latents)
-        yield batch, collect(batch, state.latents, images, raw, engine, recipe)
+        images, checks["image"] = engine.decode_and_check(walk.latents)
+        checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
+        return collect(batch, images, raw, checks, engine, recipe)
 
 
-def collect(batch: Batch, latents: Tensor, images: Tensor, raw: dict[str, dict[str, Tensor]], engine: Engine, recipe: Recipe) -> list[Sample | SetAside]:
+def collect(
+    batch: Batch, images: Tensor, raw: dict[str, dict[str, Tensor]], checks: dict[str, Tensor], engine: Engine, recipe: Recipe
+) -> list[Sample | SetAside]:
     """Post-processing: one result per request of the batch, the padding left out."""
+    import torch
+
     count = len(batch.requests)
-    broken = {"latents": not_finite(latents[:count])}
+    passed = torch.stack(list(checks.values()))[:, :count].tolist()  # all points of all images in one transfer
     labels: dict[str, list[Annotation]] = {}
     for task in recipe.tasks:
-        outputs = {name: value[:count] for name, value in raw[task].items()}
-        broken[task] = [any(flags) for flags in zip(*(not_finite(value) for value in outputs.values()), strict=True)]
-        labels[task] = postprocess(task, batch.requests, {name: value.nan_to_num() for name, value in outputs.items()}, engine.decoders[task].config, recipe)
+        outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
+        labels[task] = postprocess(task, batch.requests, outputs, engine.decoders[task].config, recipe)
     pixels = images[:count].cpu().numpy()
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
-        where = [name for name, flags in broken.items() if flags[b]]
+        where = [name for name, flags in zip(checks, passed) if not flags[b]]
         if where:
             results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
-            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, dict(recipe.facts)))
+            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, {**recipe.facts, **engine.adjustments}))
     return results
 
 
-def not_finite(values: Tensor) -> list[bool]:
-    """One flag per image."""
-    return (~values.isfinite()).flatten(1).any(1).tolist() if values.is_floating_point() else [False] * len(values)
+def is_finite(values: Tensor) -> Tensor:
+    """One flag per image, on the device."""
+    return values.isfinite().flatten(1).all(1)
+
+
+def all_of(flags: Iterable[Tensor]) -> Tensor:
+    first, *others = flags
+    for other in others:
+        first = first & other
+    return first
+
+
+def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
+    if isinstance(capture, ProjectedCapture):
+        return all_of(is_finite(total) for total in capture.sums)
+    return all_of(is_finite(value) for level in (*capture.features, *capture.maps) for value in level)
 
 
 def postprocess(task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe) -> list[Annotation]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from datasetdm_fast import __version__
+from datasetdm_fast import __version__, untrusted
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
@@ -60,7 +60,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
     except (Refused, Missing, GateFailed) as stop:
         for line in (stop.cause, stop.remedy):
             if line:
-                print(" ".join(line.split()), file=sys.stderr)
+                print(untrusted.plain(line), file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -99,7 +99,11 @@ def _build_parser(cls: type, hints: dict[str, Any], converters: dict[str, Conver
         else:
             shown = "{" + ",".join(choices) + "}" if choices else field.name.upper()
             options |= {"type": converters[field.name], "metavar": field.metadata.get("metavar") or shown}
-        parser.add_argument(_flag(field.name), **options)
+        if field.metadata.get("positional"):
+            del options["dest"]
+            parser.add_argument(field.name, nargs="?", **options)
+        else:
+            parser.add_argument(_flag(field.name), **options)
     return parser
 
 
@@ -170,16 +174,12 @@ def _truth(text: str) -> bool:
 
 
 def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converter]) -> dict[str, Any]:
-    import yaml  # only a run with --config needs it
-
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"--config: {path} cannot be read: {error.strerror}", "give a readable YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise Refused(f"--config: {path} is not valid YAML{place}", "write one `name: value` per line, UTF-8") from None
+        loaded = untrusted.read_yaml(path)
+    except Missing as stop:
+        raise Refused(f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "give a readable YAML file") from stop
+    except Refused as stop:
+        raise Refused(f"--config: {stop.cause}", stop.remedy) from stop
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -188,7 +188,7 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in converters:
-            cause = f"--config: {path} has the unknown setting {key!r}{nearest(name, converters)}"
+            cause = f"--config: {path} has the unknown setting {untrusted.shown(key)}{nearest(name, converters)}"
             raise Refused(cause, "settings are the long flags without the leading hyphens")
         try:
             values[name] = converters[name](_as_text(value, hints[name]))

@@ -35,17 +35,25 @@ BLOCK = 64  # pictures published at once
 def write(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> None:
     """Writes the page and the coloured depth pictures it needs."""
     if "depth" in document["config"]["task"]:
-        wanted = (row for row in ledger.rows() if not (folder / _depth_name(row)).exists())
+        wanted = (row for row in ledger.rows() if not (folder / depth_name(row)).exists())
         while block := list(islice(wanted, BLOCK)):
-            storage.publish({folder / _depth_name(row): depth_png(read_image(folder / row.files["depth"][0])) for row in block})
+            storage.publish({folder / depth_name(row): depth_png(read_image(folder / row.files["depth"][0])) for row in block})
     storage.publish({folder / PAGE: page(document, ledger)})
 
 
-def _depth_name(row: Row) -> str:
+def depth_name(row: Row) -> str:
+    """Where the coloured depth picture of a sample lies."""
     return f"gallery/depth/{row.request.id}.png"
 
 
 def depth_png(millimetres: np.ndarray) -> bytes:
+    """The file of such a picture."""
+    buffer = io.BytesIO()
+    depth_picture(millimetres).save(buffer, "PNG", compress_level=9)
+    return buffer.getvalue()
+
+
+def depth_picture(millimetres: np.ndarray) -> Image.Image:
     """A coloured picture of a depth map, from its own nearest to its own farthest point."""
     near, far = int(millimetres.min()), int(millimetres.max())
     steps = ((millimetres.astype(np.float32) - near) * (255 / max(far - near, 1)) + 0.5).astype(np.uint8)
@@ -53,9 +61,7 @@ def depth_png(millimetres: np.ndarray) -> bytes:
     if image.width > DEPTH_SIDE:
         image = image.resize((DEPTH_SIDE, DEPTH_SIDE), Image.Resampling.BOX)
     image.putpalette(_heat())
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=9)
-    return buffer.getvalue()
+    return image
 
 
 def _heat() -> bytes:

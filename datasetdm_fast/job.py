@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engines import Engine
     from datasetdm_fast.sampling import Schedule
 
-LEAST = {"number": 1, "per_class": 0, "seed": 0, "steps": 0, "guidance": 0, "batch_size": 1, "limit": 0, "threads": 0}
+LEAST = {"number": 1, "per_class": 0, "seed": 0, "steps": 0, "guidance": 0, "batch_size": 0, "limit": 0, "threads": 0}
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
@@ -98,13 +98,19 @@ def open_engine(
     size: int = 0,
     allow_download: bool = False,
     threads: int = 0,
+    engines: str = "",
+    trt_flavour: str = "auto",
+    provider: str = "auto",
+    compile: bool = False,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine with the decoders of `tasks`, None = all of the folder, and what is to be written down about these decoders."""
+    from datasetdm_fast.engines import build_engine, check_engine
+
+    check_engine(engine, trt_flavour, provider)
     # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.models.decoders import check_levels, load_decoders
 
@@ -119,7 +125,9 @@ def open_engine(
                 f"--task {task}: {decoder} holds no decoder for it, only for {', '.join(found)}", "Name a folder that has one with --decoder, or drop the task."
             )
         check_levels(found[task], loaded.levels)
-    built = build_engine(engine, loaded, {task: found[task] for task in tasks}, dtype=dtype, device=device)
+    chosen = {task: found[task] for task in tasks}
+    where = dict(engines=engines, trt_flavour=trt_flavour, provider=provider, compile=compile)
+    built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, **where)
     return built, describe_decoders(decoder, tasks) if decoder else {}
 
 
@@ -261,8 +269,9 @@ def prepare(config: RunConfig) -> Job:
     engine, decoders = _engine_of(config)
     recipe = _recipe_of(config, engine, source.classes)
     words = recipe.words or class_words(engine, config.task, source.classes)
+    size = _batch_size(config, engine)
     plan = prompts.make_plan(
-        source, engine.model.tokenizer, number=config.number, seed=config.seed, batch_size=config.batch_size, words=words, truncate=config.truncate_prompts
+        source, engine.model.tokenizer, number=config.number, seed=config.seed, batch_size=size, words=words, truncate=config.truncate_prompts
     )
     document = describe(identity(config, source), plan, engine, recipe, decoders)
     recipe = replace(recipe, facts=row_facts(document))
@@ -276,8 +285,16 @@ def prepare(config: RunConfig) -> Job:
     return job
 
 
+def _batch_size(config: RunConfig, engine: Engine) -> int:
+    """The size asked for, else that of the run folder, which must not change with the memory that happens to be free, else what fits."""
+    if config.batch_size:
+        return config.batch_size
+    stored = read_document(Path(config.out))
+    return stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), count_images(config))
+
+
 def _engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
-    names = ("engine", "dtype", "device", "size", "allow_download", "threads")
+    names = ("engine", "dtype", "device", "size", "allow_download", "threads", "engines", "trt_flavour", "provider", "compile")
     return open_engine(config.model, config.decoder, config.task, **{name: getattr(config, name) for name in names})
 
 

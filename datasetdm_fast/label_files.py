@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast import mask_rle
+from datasetdm_fast import _C, mask_rle
 from datasetdm_fast.classes import palette
 from datasetdm_fast.data import Annotation, DepthMap, Instances, Keypoints, Sample, SemanticMap
 
@@ -20,6 +21,7 @@ MILLIMETRES = 1000.0
 JPEG = {"quality": 95, "subsampling": 0, "optimize": False}
 
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content
+Labels = Mapping[str, Annotation]  # by task
 
 
 def encode(sample: Sample, image_format: str) -> tuple[Files, dict[str, Any]]:
@@ -28,26 +30,17 @@ def encode(sample: Sample, image_format: str) -> tuple[Files, dict[str, Any]]:
     files: Files = {"image": (f"images/{id}.{image_format}", image_bytes(sample.image, image_format))}
     records = {}
     for task, annotation in sorted(sample.annotations.items()):
-        more, records[task] = ENCODERS[task](id, annotation)
+        more, records[task] = ENCODERS[task](id, annotation, sample.annotations)
         files |= more
-    if {"semantic", "open-vocabulary"} <= sample.annotations.keys():
-        asked, known = sample.annotations["open-vocabulary"], sample.annotations["semantic"].classes
-        files["open_vocabulary"] = (files["open_vocabulary"][0], index_png(asked.labels, colour_numbers(known, asked.classes)))
     return files, records
 
 
 def image_bytes(image: np.ndarray, image_format: str) -> bytes:
     """A PNG or JPEG of an image [H, W, 3] uint8, without metadata."""
-    return _png(Image.fromarray(image)) if image_format == "png" else _saved(Image.fromarray(image), "JPEG", **JPEG)
-
-
-def _png(image: Image.Image) -> bytes:
-    return _saved(image, "PNG", compress_level=6)
-
-
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    if image_format == "png":
+        return _C.png_encode(np.ascontiguousarray(image))
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    Image.fromarray(image).save(buffer, "JPEG", **JPEG)
     return buffer.getvalue()
 
 
@@ -59,27 +52,29 @@ def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
     """A palette PNG whose pixel values are the labels [H, W] uint8; label k has the colour of class numbers[k], of k itself beyond them."""
-    image = Image.fromarray(np.ascontiguousarray(labels, np.uint8))
-    image.putpalette(palette(numbers))
-    return _png(image)
+    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), _palette(tuple(numbers)))
 
 
-def _pixels(labels: np.ndarray) -> dict[str, int]:
-    values, counts = np.unique(labels, return_counts=True)
-    return {str(value): int(count) for value, count in zip(values, counts, strict=True)}
+_palette = cache(palette)
 
 
-def _encode_semantic(id: str, label: SemanticMap) -> tuple[Files, dict[str, Any]]:
+def count_pixels(labels: np.ndarray) -> dict[str, int]:
+    """Pixels of each number of a label map."""
+    return {str(value): count for value, count in enumerate(_C.count_bytes(np.ascontiguousarray(labels, np.uint8)).tolist()) if count}
+
+
+def _encode_semantic(id: str, label: SemanticMap, _: Labels) -> tuple[Files, dict[str, Any]]:
     confidence = (np.clip(np.nan_to_num(label.confidence), 0, 1) * 255 + 0.5).astype(np.uint8)
-    files = {"semantic": (f"semantic/{id}.png", index_png(label.labels)), "confidence": (f"confidence/{id}.png", _png(Image.fromarray(confidence)))}
-    return files, {"pixels": _pixels(label.labels), "mean_confidence": round(float(confidence.mean()) / 255, 4)}
+    files = {"semantic": (f"semantic/{id}.png", index_png(label.labels)), "confidence": (f"confidence/{id}.png", _C.png_encode(confidence))}
+    return files, {"pixels": count_pixels(label.labels), "mean_confidence": round(float(confidence.mean()) / 255, 4)}
 
 
-def _encode_open_vocabulary(id: str, label: SemanticMap) -> tuple[Files, dict[str, Any]]:
-    return {"open_vocabulary": (f"open_vocabulary/{id}.png", index_png(label.labels))}, {"pixels": _pixels(label.labels)}
+def _encode_open_vocabulary(id: str, label: SemanticMap, labels: Labels) -> tuple[Files, dict[str, Any]]:
+    numbers = colour_numbers(labels["semantic"].classes, label.classes) if "semantic" in labels else ()
+    return {"open_vocabulary": (f"open_vocabulary/{id}.png", index_png(label.labels, numbers))}, {"pixels": count_pixels(label.labels)}
 
 
-def _encode_instances(id: str, label: Instances) -> tuple[Files, list[dict[str, Any]]]:
+def _encode_instances(id: str, label: Instances, _: Labels) -> tuple[Files, list[dict[str, Any]]]:
     if not len(label.masks):
         return {}, []
     encoded = mask_rle.encode(np.asarray(label.masks, bool))
@@ -89,13 +84,17 @@ def _encode_instances(id: str, label: Instances) -> tuple[Files, list[dict[str, 
     ]
 
 
-def _encode_depth(id: str, label: DepthMap) -> tuple[Files, dict[str, Any]]:
+def _encode_depth(id: str, label: DepthMap, _: Labels) -> tuple[Files, dict[str, Any]]:
     millimetres = np.clip(np.rint(label.metres.astype(np.float64) * MILLIMETRES), 0, 65535).astype(np.uint16)
-    figures = {name: _rounded(value / MILLIMETRES) for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))}
-    return {"depth": (f"depth/{id}.png", _png(Image.fromarray(millimetres)))}, figures
+    return {"depth": (f"depth/{id}.png", _C.png_encode_words(millimetres))}, depth_figures(millimetres)
 
 
-def _encode_keypoints(id: str, label: Keypoints) -> tuple[Files, list[dict[str, Any]]]:
+def depth_figures(millimetres: np.ndarray) -> dict[str, float]:
+    """Nearest, mean and farthest depth of a map, in metres."""
+    return {name: _rounded(value / MILLIMETRES) for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))}
+
+
+def _encode_keypoints(id: str, label: Keypoints, _: Labels) -> tuple[Files, list[dict[str, Any]]]:
     people = []
     for points, visibility, score in zip(label.points, label.visibility, label.scores, strict=True):
         seen = visibility > 0
@@ -115,7 +114,8 @@ def _encode_keypoints(id: str, label: Keypoints) -> tuple[Files, list[dict[str, 
     return {}, people
 
 
-ENCODERS: dict[str, Callable[[str, Any], tuple[Files, Any]]] = {
+# task -> files and record of one label, given the id and all labels of the sample
+ENCODERS: dict[str, Callable[[str, Any, Labels], tuple[Files, Any]]] = {
     "semantic": _encode_semantic,
     "instance": _encode_instances,
     "depth": _encode_depth,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast import storage, untrusted
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.storage import Stored
@@ -22,6 +24,7 @@ CREATE TABLE IF NOT EXISTS samples (
 );
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+_FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict}
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels'
 
 
@@ -47,22 +50,11 @@ class Ledger:
 
     def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
-        try:
-            self._open(read_only)
-        except sqlite3.DatabaseError as error:
-            raise Refused(f"{path}: not a readable ledger ({error})", "Restore the file from a copy, or choose another --out.") from error
-
-    def _open(self, read_only: bool) -> None:
-        if not read_only:
-            self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=30)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
-            self._connection.executescript(_SCHEMA)
+        if read_only:
+            self._connection = storage.connect_to_read(path)
+            self._connection.execute("SELECT count(*) FROM samples")
             return
-        # Without a write-ahead log nobody is writing, and `immutable` then lets a read-only medium be read.
-        quiet = "" if self.path.with_name(self.path.name + "-wal").exists() else "&immutable=1"
-        self._connection = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro{quiet}", uri=True, isolation_level=None, check_same_thread=False)
-        self._connection.execute("SELECT count(*) FROM samples")
+        self._connection = storage.connect(path, _SCHEMA)
 
     def commit(self, rows: Iterable[Row]) -> None:
         """All rows or none; returns once they would survive a loss of power."""
@@ -92,8 +84,16 @@ class Ledger:
         found = self._connection.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
         return found and found[0]
 
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with the file."""
+        return [line for (line,) in self._connection.execute("PRAGMA integrity_check(10)") if line != "ok"]
+
+    def settle(self) -> bool:
+        """Moves every commit into the file itself; False where another process is just reading it."""
+        return not self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+
     def _writing(self) -> _Transaction:
-        return _Transaction(self._connection, self.path)
+        return _Transaction(self._connection)
 
     def indices(self, status: str = DONE) -> list[int]:
         return [index for (index,) in self._connection.execute('SELECT "index" FROM samples WHERE status = ? ORDER BY "index"', (status,))]
@@ -103,12 +103,12 @@ class Ledger:
 
     def row(self, index: int) -> Row | None:
         found = self._connection.execute(f'SELECT {_COLUMNS} FROM samples WHERE "index" = ?', (index,)).fetchone()
-        return None if found is None else _row(found)
+        return None if found is None else _row(found, self.path)
 
     def rows(self, status: str = DONE) -> Iterator[Row]:
         """Rows by index, read as they are asked for."""
         for found in self._connection.execute(f'SELECT {_COLUMNS} FROM samples WHERE status = ? ORDER BY "index"', (status,)):
-            yield _row(found)
+            yield _row(found, self.path)
 
     def close(self) -> None:
         self._connection.close()
@@ -121,20 +121,28 @@ class Ledger:
 
 
 class _Transaction:
-    def __init__(self, connection: sqlite3.Connection, path: Path):
-        self._connection, self._path = connection, path
+    def __init__(self, connection: sqlite3.Connection):
+        self._connection = connection
 
     def __enter__(self) -> None:
         self._connection.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        try:
-            self._connection.execute("ROLLBACK" if kind else "COMMIT")
-        except sqlite3.OperationalError as failure:
-            raise Missing(f"{self._path}: {failure}", "Make room on the disk and run the same line again: it goes on where it stopped.") from failure
+        if kind is None:
+            self._connection.execute("COMMIT")
+        elif self._connection.in_transaction:  # a full disk has already rolled it back
+            with suppress(Missing):  # what went wrong first is what is told; closing rolls back as well
+                self._connection.execute("ROLLBACK")
 
 
-def _row(found: tuple) -> Row:
-    index, prompt, seed, classes, status, reason, recipe, files, labels = found
-    stored = {role: (file["path"], Stored(file["sha256"], file["bytes"])) for role, file in json.loads(files).items()}
-    return Row(Request(index, prompt, seed, tuple(json.loads(classes))), json.loads(recipe), stored, json.loads(labels), status, reason)
+def _row(found: tuple, path: Path) -> Row:
+    try:
+        index, prompt, seed, classes, status, reason, *texts = found
+        recipe, files, labels = (json.loads(text) for text in texts)
+        untrusted.check_form({"prompt": prompt, "seed": seed, "reason": reason, "recipe": recipe, "files": files, "labels": labels}, _FORM)
+        stored = {role: (untrusted.check_inside(file["path"]), Stored(file["sha256"], file["bytes"])) for role, file in files.items()}
+        return Row(Request(index, prompt, seed, tuple(json.loads(classes))), recipe, stored, labels, status, reason)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise Refused(
+            f"{path}: the row of sample {found[0]!r} is damaged ({type(error).__name__}: {error})", "Restore the file from a copy, or choose another --out."
+        ) from error

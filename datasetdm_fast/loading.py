@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import re
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import safetensors
+import safetensors.torch
 import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,6 +23,7 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from . import pickles, storage, untrusted
 from .config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
 from .errors import Missing, Refused
 from .stages import FACTOR, Level, levels
@@ -33,6 +35,23 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 BYTES = 256  # entries every byte-level vocabulary starts with
+LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
+LARGEST_NUMBER, MOST_LAYERS, LARGEST_SIDE, MOST_TIMESTEPS = 2**20, 64, 512, 100_000  # of a config: any number, layers, latent cells of a side, steps
+# What is read of a config. Other settings change no network of this kind, and some name code that a library would fetch and run.
+ARCHITECTURE = {
+    "unet": {*inspect.signature(UNet2DConditionModel.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"},
+    "vae": {*inspect.signature(AutoencoderKL.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"},
+    "text_encoder": {
+        *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+        *("hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id"),
+        *("architectures", "model_type"),
+    },
+    "tokenizer": {
+        *("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length", "added_tokens_decoder", "add_prefix_space", "do_lower_case"),
+        *("errors", "clean_up_tokenization_spaces", "tokenizer_class"),
+    },
+}
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARY = "openai/clip-vit-large-patch14"  # the tokenizer of every SD 1.x and 2.x model
 SD_SCHEDULER = {
     "_class_name": "PNDMScheduler",
@@ -66,9 +85,23 @@ class Model:
     licence: str
     levels: tuple[Level, ...]
 
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:  # [B, T] int64
+        """The padded tokens of each prompt, cut off where the text encoder's positions end."""
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        return self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
     """The model `name`: demo, tiny, random-sd14, a diffusers folder, a single file, or a hub repository where downloads are allowed."""
+    try:
+        return _load(name, size, allow_download)
+    except Refused as stop:
+        if stop.remedy:
+            raise
+        raise Refused(stop.cause, "Choose another --model, or get its files again and compare their checksums.") from stop
+
+
+def _load(name: str, size: int, allow_download: bool) -> Model:
     if size:
         _check_size(size)  # before seconds go into reading weights
     path = Path(name)
@@ -89,17 +122,24 @@ def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Mod
 
 def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaults | None = None) -> Model:
     """The model in a diffusers folder; every part, its form and each of its tensors is checked."""
-    configs = _folder_configs(folder)
-    _check_scheduler(configs["scheduler"], folder)
-    _check_unet(configs["unet"], folder)
-    _check_vae(configs["vae"], folder)
+    with _making_sense(folder):
+        configs = _folder_configs(folder)
+        for part in ("unet", "vae", "text_encoder"):
+            configs[part] = {key: value for key, value in configs[part].items() if key in ARCHITECTURE[part]}
+            _check_bounds(configs[part], folder / part)
+        _check_scheduler(configs["scheduler"], folder)
+        _check_unet(configs["unet"], folder)
+        _check_vae(configs["vae"], folder)
     weights = {part: _weight_files(folder / part) for part in ("text_encoder", "unet", "vae")}
     tokenizer = _tokenizer(folder / "tokenizer")
-    text_encoder = _from_folder(CLIPTextModel, folder / "text_encoder", weights["text_encoder"])
-    unet = _from_folder(UNet2DConditionModel, folder / "unet", weights["unet"])
-    vae = _from_folder(AutoencoderKL, folder / "vae", weights["vae"])
+    text_encoder = _from_folder(CLIPTextModel, folder / "text_encoder", weights["text_encoder"], configs["text_encoder"])
+    unet = _from_folder(UNet2DConditionModel, folder / "unet", weights["unet"], configs["unet"])
+    vae = _from_folder(AutoencoderKL, folder / "vae", weights["vae"], configs["vae"])
     files = {**{part: found.files for part, found in weights.items()}, "tokenizer": _files(folder / "tokenizer"), "scheduler": _files(folder / "scheduler")}
-    defaults = defaults or Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    side = unet.config.sample_size
+    if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
+        raise Refused(f"model: {folder}: the UNet's sample_size is {untrusted.shown(side)}, expected a number up to {LARGEST_SIDE}, {SUPPORTED}")
+    defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     digests, licence = {part: digest(files[part]) for part in PARTS}, folder_licence(folder)
     return _model(name or str(folder), str(folder.resolve()), tokenizer, text_encoder, unet, vae, configs["scheduler"], defaults, size, digests, licence)
 
@@ -283,6 +323,7 @@ class _Weights:
     files: list[Path]
     variant: str | None
     is_safe: bool
+    index: Path  # which tensor lies in which file, where there are several
 
 
 def _folder_configs(folder: Path) -> dict[str, dict]:
@@ -309,10 +350,29 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
 
 
 def _json(path: Path) -> dict:
+    return untrusted.read_object(path, most=LARGEST_VOCABULARY)
+
+
+def _check_bounds(config: Mapping, source: Path, deep: int = 0) -> None:
+    """Refuse numbers no model of this kind has: modules are built by them before any weight is looked at."""
+    for key, value in config.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        most = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
+        is_list = isinstance(value, (list, tuple)) and len(values) <= 16 and not any(isinstance(inner, (list, dict)) for inner in values)
+        is_possible = all(not isinstance(number, (int, float)) or abs(number) <= most for number in values)
+        if not is_possible or isinstance(value, (list, tuple)) and not is_list:
+            raise Refused(f"model: {source}: the setting {untrusted.shown(key)} is {untrusted.shown(value)}, expected numbers of at most {most}")
+
+
+@contextmanager
+def _making_sense(source: Path) -> Iterator[None]:
+    """Refuses, within the block, configs whose values have other types than a reader can expect."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise Refused(f"model: {path} is not readable as JSON ({error})") from error
+        yield
+    except Refused:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise Refused(f"model: {source}: its configs make no sense ({type(error).__name__}: {_first_line(error)})") from error
 
 
 def _check_unet(config: Mapping, source: Path) -> None:
@@ -358,6 +418,14 @@ def _check_vae(config: Mapping, source: Path) -> None:
 
 
 def _check_scheduler(config: Mapping, source: Path) -> None:
+    forms = {"num_train_timesteps": int, "steps_offset": int, "beta_start": float, "beta_end": float, "set_alpha_to_one": bool, "trained_betas": [float]}
+    untrusted.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
+    count = config.get("num_train_timesteps", 1000)
+    betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
+    if not 0 < count <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
+        raise Refused(f"model: {source}: the scheduler's steps or betas are out of range, expected 1 to {MOST_TIMESTEPS} steps and betas between 0 and 1")
+    if not 0 <= config.get("steps_offset", 0) < count:
+        raise Refused(f"model: {source}: the scheduler's steps_offset is {config['steps_offset']}, expected 0 to {count - 1}")
     if "beta_schedule" not in config and config.get("trained_betas") is None:
         raise Refused(f"model: {source}: the scheduler {config.get('_class_name', '')} has no beta_schedule, so the model is of another kind, {SUPPORTED}")
 
@@ -371,12 +439,21 @@ def _weight_files(part: Path) -> _Weights:
                 single, index = part / f"{stem}{tag}.{extension}", part / f"{stem}.{extension}.index{tag}.json"
                 files = [single] if single.is_file() else []
                 if not files and index.is_file():
-                    files = [part / name for name in sorted(set(_json(index)["weight_map"].values()))]
+                    files = _shards(index)
                 if files:
                     for file in files:
                         _check_readable(file)
-                    return _Weights(files, variant, extension == "safetensors")
+                    return _Weights(files, variant, extension == "safetensors", index)
     raise Refused(f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files an index of split weights names, each beside it."""
+    try:
+        names = sorted(set(_json(index)["weight_map"].values()))
+        return [index.parent / untrusted.check_inside(name) for name in names]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Refused(f"model: {index} is no index of weight files ({_first_line(error)})") from error
 
 
 def _check_readable(file: Path) -> None:
@@ -391,21 +468,19 @@ def _check_readable(file: Path) -> None:
     if beginning.startswith(b"version https://git-lfs"):
         raise Refused(f"model: {file} is a git-lfs pointer, not the weights", "run git lfs pull in that folder")
     if file.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(file, "pt"):
-                pass
-        except Exception as error:
-            raise Refused(f"model: {file} is truncated or no safetensors file ({error})", "get the file again and compare its checksum") from error
+        untrusted.check_safetensors(file)
 
 
-def _from_folder(kind: type, folder: Path, weights: _Weights) -> nn.Module:
+def _from_folder(kind: type, folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
     try:
-        with _quiet():
+        with _quiet(), _only_weights(folder, weights, config) as safe:
             module, info = kind.from_pretrained(
-                folder, torch_dtype=torch.float32, variant=weights.variant, use_safetensors=weights.is_safe, local_files_only=True, output_loading_info=True
+                safe, torch_dtype=torch.float32, variant=weights.variant, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+    except (Refused, Missing):
+        raise
+    except Exception as error:  # a config that makes no sense lets the libraries raise nearly anything
         raise Refused(f"model: {folder} cannot be loaded, its weights do not fit its config.json ({_first_line(error)})") from error
     lacking = sorted(info["missing_keys"])
     if lacking:
@@ -413,8 +488,26 @@ def _from_folder(kind: type, folder: Path, weights: _Weights) -> nn.Module:
     return module
 
 
+@contextmanager
+def _only_weights(folder: Path, weights: _Weights, config: Mapping) -> Iterator[Path]:
+    """A folder with the numbers of the architecture and links to safetensors files, so that nothing else of `folder` reaches a library."""
+    with tempfile.TemporaryDirectory() as made:
+        safe = Path(made)
+        safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")
+        for file in weights.files:
+            safe.joinpath(_safe_name(file.name)).symlink_to((file if weights.is_safe else pickles.safe_copy(file)).resolve())
+        if len(weights.files) > 1:
+            table = {name: _safe_name(file) for name, file in _json(weights.index)["weight_map"].items()}
+            safe.joinpath(_safe_name(weights.index.name)).write_text(json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8")
+        yield safe
+
+
+def _safe_name(name: str) -> str:
+    return re.sub(r"^pytorch_model", "model", name).replace(".bin", ".safetensors")
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return untrusted.plain((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 @contextmanager
@@ -438,13 +531,29 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     if not (folder / "tokenizer.json").is_file() and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         raise Refused(f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json")
     try:
-        with _quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+        with _quiet(), _only_vocabulary(folder) as safe:
+            tokenizer = CLIPTokenizer.from_pretrained(safe, local_files_only=True)
+    except (Refused, Missing, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library panics with an error that is no Exception
         raise Refused(f"model: {folder} cannot be read as a CLIP tokenizer ({_first_line(error)})") from error
     if len(tokenizer) < BYTES:
         raise Refused(f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes every CLIP vocabulary starts with")
     return tokenizer
+
+
+@contextmanager
+def _only_vocabulary(folder: Path) -> Iterator[Path]:
+    """A folder with the words and marks of a tokenizer, and nothing else of `folder`."""
+    settings = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    with tempfile.TemporaryDirectory() as made:
+        safe = Path(made)
+        kept = {key: value for key, value in settings.items() if key in ARCHITECTURE["tokenizer"]}
+        safe.joinpath("tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
+        for name in VOCABULARY_FILES:
+            if (folder / name).is_file():
+                safe.joinpath(name).write_bytes(storage.read(folder / name, LARGEST_VOCABULARY))
+        yield safe
 
 
 def _files(folder: Path) -> list[Path]:
@@ -493,7 +602,7 @@ UNET, VAE, CLIP, OPEN_CLIP = "model.diffusion_model.", "first_stage_model.", "co
 
 
 def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a single-file checkpoint and its licence; pickles only through torch's restricted reader."""
+    """The tensors of a single-file checkpoint and its licence; of a pickle, those of the safetensors copy another process made."""
     if path.suffix == ".safetensors":
         _check_readable(path)
         with safetensors.safe_open(path, "pt") as file:
@@ -502,15 +611,7 @@ def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
     if path.suffix != ".ckpt":
         raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file, {SUPPORTED}")
     _check_readable(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        raise Refused(
-            f"model: {path} is truncated, or a pickle that holds more than tensors, which could run code and is not read ({_first_line(error)})",
-            "convert it to .safetensors where you trust it, or get the .safetensors file of the same model",
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, UNKNOWN_LICENCE
+    return safetensors.torch.load_file(pickles.safe_copy(path)), UNKNOWN_LICENCE
 
 
 def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:

@@ -11,15 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datasetdm_fast import storage
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.demo.world import sample_scene
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 
 if TYPE_CHECKING:
     from datasetdm_fast.config import RunConfig
 
 DEMO_SCENES = 900_000_000  # first scene seed of the demo captions, far from those the demo model was trained on
-LONGEST_LINE = 4096  # characters; no prompt of 77 tokens comes near it
+LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes
 OPENINGS = ("a photo of", "a picture of", "a scene with")
 SURROUNDINGS = ("", " at night", " at sunset", " in fog")
@@ -119,12 +120,11 @@ def read_prompts(given: str) -> tuple[str, str]:
             raise Refused(f"--prompts: {_shown(given)} is not valid UTF-8", "Write the prompt in UTF-8.")
         return "--prompts", given
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise Refused(f"{path}: {path.stat().st_size} bytes of prompts, at most {LARGEST_FILE} are read", "Split the file into several runs.")
-        data = path.read_bytes()
-    except OSError as error:
+        data = storage.read(path, LARGEST_FILE)
+    except Missing as error:
         raise Refused(
-            f"{path}: the prompt file cannot be read ({error.strerror})", "Name a readable file with one prompt a line, or give the prompt itself."
+            f"{path}: the prompt file cannot be read ({getattr(error.__cause__, 'strerror', '')})",
+            "Name a readable file with one prompt a line, or give the prompt itself.",
         ) from error
     try:
         return str(path), data.decode("utf-8-sig")
@@ -153,8 +153,8 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[tupl
             what = "a NUL byte" if bad[0] == "\0" else f"the control character U+{ord(bad[0]):04X}"
             raise Refused(f"{name} line {number}: holds {what}", "Remove it: prompts are plain text.")
         prompt = line.strip()
-        if len(prompt) > LONGEST_LINE and not truncate:
-            raise Refused(f"{name} line {number}: {len(prompt)} characters, at most {LONGEST_LINE} are read", "Shorten it, or pass --truncate-prompts.")
+        if (size := len(prompt.encode())) > LONGEST_LINE and not truncate:
+            raise Refused(f"{name} line {number}: {size} bytes, at most {LONGEST_LINE} are read", "Shorten it, or pass --truncate-prompts.")
         if prompt:
             lines.append((number, prompt))
     if not lines:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast import gallery, label_files, storage
+from datasetdm_fast import gallery, label_files, storage, untrusted
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
@@ -25,30 +25,67 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
+SEAL = "state/seal.json"  # digests of what is no sample's own file; empty from before the first change until everything is in place
+FORM = {
+    "versions": {"datasetdm_fast": str},
+    "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},
+    "plan": {"number": int, "batch_size": int},
+    "sampling": {"size": int, "steps": int, "calls": int, "guidance": float},
+    "model": {"name": str, "source": str, "licence": str, "digests": dict},
+    "decoders": dict,
+    "engine": dict,
+    "labels": dict,
+}
+DECODER_FORM = {"digest": str, "licence": str}
+LABEL_FORMS = {
+    "semantic": {"classes": [str]},
+    "instance": {"classes": [str], "size": [int]},
+    "depth": {"max_depth": float},
+    "pose": {"joints": [str], "limbs": [[int]]},
+    "open-vocabulary": {"classes": [str]},
+}
 
 
 def read_document(folder: Path) -> dict[str, Any] | None:
     """run.json, or None where `folder` is no run folder yet; a folder that holds anything else is refused."""
     path = folder / DOCUMENT
-    if folder.exists() and not folder.is_dir():
-        raise Refused(f"{folder}: a file has this name, expected a run folder", "Choose another --out.")
-    if not path.exists():
-        # A process killed right at the start leaves no more than its lock and a half-written description.
-        if folder.is_dir() and any(inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()):
-            raise Refused(
-                f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is no run folder", "Choose another --out; nothing is ever overwritten."
-            )
-        return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        known = document["format"] == FORMAT and isinstance(document["config"], dict)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(
-            f"{path}: not a readable description of a run ({type(error).__name__}: {error})", "Restore the file from a copy, or choose another --out."
-        ) from error
-    if not known:
-        raise Refused(f"{path}: format {document['format']!r}, this version reads {FORMAT}", "Read it with the version that wrote it.")
+        if folder.exists() and not folder.is_dir():
+            raise Refused(f"{folder}: a file has this name, expected a run folder", "Choose another --out.")
+        if not path.exists():
+            # A process killed right at the start leaves no more than its lock and a half-written description.
+            if folder.is_dir() and any(inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()):
+                raise Refused(
+                    f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is no run folder", "Choose another --out; nothing is ever overwritten."
+                )
+            return None
+    except OSError as error:
+        raise storage.refusal(error, folder) from error
+    except ValueError as error:  # a NUL byte
+        raise Refused(f"--out {untrusted.shown(str(folder))}: no possible name of a folder ({error})", "Choose another --out.") from error
+    document = untrusted.read_object(path)
+    if document.get("format") != FORMAT:
+        raise Refused(f"{path}: format {untrusted.shown(document.get('format'))}, this version reads {FORMAT}", "Read it with the version that wrote it.")
+    try:
+        _check_document(document)
+    except ValueError as error:
+        raise Refused(f"{path}: not the description of a run ({error})", "Restore the file from a copy, or choose another --out.") from error
     return document
+
+
+def _check_document(document: Mapping[str, Any]) -> None:
+    untrusted.check_form(document, FORM)
+    tasks, size = document["config"]["task"], document["sampling"]["size"]
+    for name, entry in document["decoders"].items():
+        untrusted.check_form(entry, DECODER_FORM, f"decoders.{name}")
+    for task in tasks:
+        if task not in LABEL_FORMS:
+            raise ValueError(f"config.task names {untrusted.shown(task)}, expected {', '.join(LABEL_FORMS)}")
+        untrusted.check_form(document["labels"].get(task), LABEL_FORMS[task], f"labels.{task}")
+    if document["config"]["image_format"] not in ("png", "jpg"):
+        raise ValueError(f"config.image_format is {untrusted.shown(document['config']['image_format'])}, expected png or jpg")
+    if not 0 < size**2 <= untrusted.MOST_PIXELS or not 0 < document["plan"]["number"] < 2**48 or not 0 < document["plan"]["batch_size"] < 2**31:
+        raise ValueError("a number in sampling or plan is out of range")
 
 
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
@@ -75,7 +112,8 @@ class RunFolder:
     """A run folder open for writing, held for this process until `close`."""
 
     def __init__(self, path: Path, document: Mapping[str, Any]):
-        self.path, self.document = path, document
+        self.path = path
+        self.document: dict[str, Any] = json.loads(_pretty(document))  # in the order of the file, which is what a later start will read
         self._closing = ExitStack()
         storage.make_folder(path / "state")
         self._closing.enter_context(storage.locked(path / LOCK))
@@ -83,14 +121,20 @@ class RunFolder:
             storage.remove_temporaries(path)
             if not (path / DOCUMENT).exists():
                 storage.publish({path / DOCUMENT: _pretty(document)})
+            if not (path / SEAL).exists():
+                storage.publish({path / SEAL: _pretty({})})
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER))
-            self.ledger.note("run", json.dumps(document, ensure_ascii=False, sort_keys=True))
+            described = json.dumps(document, ensure_ascii=False, sort_keys=True)
+            if self.ledger.noted("run") != described:
+                unseal(path)
+                self.ledger.note("run", described)
         except BaseException:
             self._closing.close()
             raise
 
     def add(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
         """Makes the results part of the data set, all or none."""
+        unseal(self.path)
         files, rows = {}, []
         for result in results:
             if isinstance(result, SetAside):
@@ -98,7 +142,7 @@ class RunFolder:
                 continue
             made, records = label_files.encode(result, self.document["config"]["image_format"])
             files[result.request.index] = made
-            rows.append(Row(result.request, dict(recipe), labels=records))
+            rows.append(Row(result.request, {**recipe, **result.provenance}, labels=records))
         stored = storage.publish({self.path / name: content for made in files.values() for name, content in made.values()})
         for row in rows:
             row.files.update({role: (name, stored[self.path / name]) for role, (name, _) in files.get(row.request.index, {}).items()})
@@ -124,13 +168,20 @@ class RunFolder:
         return sorted(damaged)
 
     def rebuild(self) -> None:
-        """Writes every index file anew from the ledger, unless the last rebuild saw the same rows."""
-        if self.is_indexed():
-            return
-        tasks = ("", *self.document["config"]["task"])
-        storage.publish({self.path / name: write(self.document, self.ledger) for name, (task, write) in INDEXES.items() if task in tasks})
-        gallery.write(self.path, self.document, self.ledger)
-        self.ledger.note("indexed", "yes")
+        """Writes every index file anew from the ledger, unless the last rebuild saw the same rows, and seals the folder."""
+        if not has_indexes(self.path, self.document, self.ledger):
+            unseal(self.path)
+            try:
+                storage.publish({self.path / name: INDEXES[name][1](self.document, self.ledger) for name in INDEXES if name in index_files(self.document)})
+                gallery.write(self.path, self.document, self.ledger)
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise Refused(
+                    f"{self.path / LEDGER}: its rows do not fit {DOCUMENT} ({type(error).__name__}: {error})",
+                    f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
+                ) from error
+            self.ledger.note("indexed", "yes")
+        if not is_sealed(self.path) and self.ledger.settle():
+            seal(self.path, self.document)
 
     def is_indexed(self) -> bool:
         return is_indexed(self.path, self.document, self.ledger)
@@ -155,14 +206,43 @@ def note(folder: Path, name: str, value: Any) -> None:
     if document is None:
         raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder", "Name the folder of a run.")
     with storage.locked(folder / LOCK):
+        was_sealed = is_sealed(folder)
+        unseal(folder)
         storage.publish({folder / DOCUMENT: _pretty(document | {name: value})})
+        if was_sealed:
+            seal(folder, document)
+
+
+def index_files(document: Mapping[str, Any]) -> list[str]:
+    """The files of a run folder that are rebuilt from the ledger, the gallery's pictures aside."""
+    tasks = ("", *document["config"]["task"])
+    return [name for name, (task, _) in INDEXES.items() if task in tasks] + [gallery.PAGE]
+
+
+def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
+    """Whether every index file is there and shows the rows of the ledger."""
+    return ledger.noted("indexed") is not None and all((folder / name).exists() for name in index_files(document))
 
 
 def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
-    """Whether every index file is there and shows the rows of the ledger."""
-    tasks = ("", *document["config"]["task"])
-    names = [name for name, (task, _) in INDEXES.items() if task in tasks] + [gallery.PAGE]
-    return ledger.noted("indexed") is not None and all((folder / name).exists() for name in names)
+    """Whether nothing is left to be done for a folder whose samples are complete."""
+    return has_indexes(folder, document, ledger) and is_sealed(folder) and (folder / LOCK).exists()
+
+
+def seal(folder: Path, document: Mapping[str, Any]) -> None:
+    """Writes down the digests of run.json, ledger and index files, by which an audit knows that nobody changed them since."""
+    digests = {name: storage.sha256_of(folder / name) for name in (DOCUMENT, LEDGER, LOCK, *index_files(document))}
+    storage.publish({folder / SEAL: _pretty(digests)})
+
+
+def unseal(folder: Path) -> None:
+    """Takes the digests back before the first change, so that a run killed in the middle of one is not taken for a damaged one."""
+    if is_sealed(folder):
+        storage.publish({folder / SEAL: _pretty({})})
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / SEAL).exists() and (folder / SEAL).stat().st_size > len(_pretty({}))
 
 
 @dataclass(frozen=True)

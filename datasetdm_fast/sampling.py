@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -44,6 +45,14 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def settled(self) -> int:
+        """Calls after which the sample changes no more: with PNDM of profile 0.3.0 the last one only fills the capture, and images can be decoded before it."""
+        calls = len(self.updates)
+        while calls and self.updates[calls - 1].sample == 1.0 and not any(self.updates[calls - 1].weights):
+            calls -= 1
+        return calls
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,43 @@ def step(schedule: Schedule, k: int, state: State, output: Tensor) -> State:
         latents = latents + weight * value
     history = entries[: MEMORY[schedule.kind]] if update.is_kept else state.history
     return State(latents, history, state.origin)
+
+
+class Walk:
+    """A batch on its way through a schedule: what `guide` and `step` say in a dozen small operations, in one per call.
+
+    Earlier entries lie in a ring that is written in place; which of its slots a call reads, and with what weight, is in its row of numbers,
+    computed once per run, so nothing here waits for a device.
+    """
+
+    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor):
+        self.schedule, self.latents, self.origin = schedule, latents, latents
+        self.ring = latents.new_zeros((MEMORY[schedule.kind], *latents.shape))
+        self.numbers, self.places = _walk_numbers(schedule, guidance, latents.device)
+
+    def step(self, k: int, output: Tensor) -> Tensor:
+        """The latents after call k, whose UNet output for both CFG halves is `output`."""
+        from .kernels import guided_step  # the kernels' coefficients are those of this module
+
+        latents = self.origin if self.schedule.updates[k].restarts else self.latents
+        self.latents, entry = guided_step.native(output, latents, self.ring, self.numbers[k]).unbind()
+        if self.places[k] is not None:
+            self.ring[self.places[k]].copy_(entry)
+        return self.latents
+
+
+@lru_cache(8)
+def _walk_numbers(schedule: Schedule, guidance: float, device: torch.device) -> tuple[Tensor, tuple[int | None, ...]]:
+    """Per call the numbers of kernels/guided_step.py, and the slot of the ring that keeps its entry."""
+    slots, newest, rows, places = MEMORY[schedule.kind], 0, [], []
+    for update in schedule.updates:
+        earlier = [0.0] * slots
+        for age, weight in enumerate(update.weights[1:]):
+            earlier[(newest + age) % slots] = weight
+        rows.append([guidance, update.sample, *update.entry, update.weights[0], *earlier])
+        newest = (newest - 1) % slots if slots and update.is_kept else newest
+        places.append(newest if slots and update.is_kept else None)
+    return torch.tensor(rows, dtype=torch.float32).to(device), tuple(places)
 
 
 def _spaced(scheduler: Mapping, sampler: str, count: int, steps: int) -> list[int]:

@@ -49,7 +49,7 @@ if __name__ == "datasetdm_fast.kernels":
     rearranged = SimpleNamespace(**{**vars(reference), "pyramid": pyramid.projected, "depth_head": depth_head.low_resolution})
 
     # What a CPU runs for inference: the same once more, where C++ beats the rearranged form.
-    compiled = SimpleNamespace(**{**vars(rearranged), "depth_head": depth_head.compiled})
+    compiled = SimpleNamespace(**{**vars(rearranged), **{name: op.compiled for name, op in OPS.items() if hasattr(op, "compiled")}})
 
     # The same results up to rounding from the kernels; on a CPU without Triton's interpreter each is its plain form.
     fused = SimpleNamespace(**{name: op.fused for name, op in OPS.items()})

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from datasetdm_fast import _C
 from datasetdm_fast.kernels import masked_attention
 from datasetdm_fast.kernels.case import Case, noise
 from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_served, jit, padded, tl
 from datasetdm_fast.kernels.masked_attention import LOG2_E, check
+from datasetdm_fast.kernels.native import STORAGES, is_native, threads
 
+NATIVE_KEYS = 1024  # all scores of a few queries are held at once; longer rows leave the second-level cache
 EXACT_WIDEST = 64  # three products for one keep twice the factors in registers: wider fp32 heads would spill
 
 
@@ -18,6 +22,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return torch.matmul(weights.to(v.dtype), v)
+
+
+def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same on a CPU: csrc/network_ops.cpp where the rows are short, PyTorch's own fused attention elsewhere."""
+    if not is_native(q, k, v) or k.shape[2] > NATIVE_KEYS:
+        return F.scaled_dot_product_attention(q, k, v)
+    batch, heads, queries, width = q.shape
+    out = q.new_empty(batch, queries, heads, width).transpose(1, 2)  # heads side by side, as the layer after it reads them
+    places = [part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride()[:3])]
+    _C.attention(STORAGES[q.dtype], *places, batch, heads, queries, k.shape[2], width, width**-0.5, threads(q))
+    return out
 
 
 @jit

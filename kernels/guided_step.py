@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from datasetdm_fast import _C
 from datasetdm_fast.kernels.case import Case, noise
-from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, tl, triton
 from datasetdm_fast.sampling import Update
 
 FIXED = 5  # coefficients before those of the earlier entries
@@ -33,6 +34,27 @@ def reference(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor)
     weights = numbers[FIXED:].view(-1, *[1] * latents.ndim)
     earlier = torch.where(weights == 0, 0, weights * history).sum(0)
     return torch.stack([sample * latents + weight * entry + earlier, entry]).to(latents.dtype)
+
+
+def compiled(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
+    """The same from csrc/guided_step.cpp or guided_step.cu, fp32 latents and history wherever they lie."""
+    if latents.dtype != torch.float32 or history.dtype != torch.float32 or (latents.is_cuda and not _C.built_with_cuda):
+        return reference(output, latents, history, numbers)
+    size, slots = latents.numel(), len(history)
+    if latents.is_cuda:
+        following, parts = latents.new_empty((2, *latents.shape)), [x.contiguous() for x in (output, latents, history, numbers)]
+        (output, latents, history, numbers), is_bfloat = parts, output.dtype == torch.bfloat16
+        stream = torch.cuda.current_stream(latents.device).cuda_stream
+        places = latents.data_ptr(), history.data_ptr() if slots else 0, slots, numbers.data_ptr(), following.data_ptr()
+        _C.guided_step_cuda(output.data_ptr(), output.element_size(), is_bfloat, *places, size, stream)
+        return following
+    parts = output.float().reshape(2, size), latents.reshape(size), history.reshape(slots, size), numbers
+    return torch.from_numpy(_C.guided_step(*(x.contiguous().numpy() for x in parts))).view(2, *latents.shape)
+
+
+def native(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
+    """What `reference` says, from the kernel where it runs and from csrc elsewhere."""
+    return (fused if latents.is_cuda and triton is not None else compiled)(output, latents, history, numbers)
 
 
 @jit

@@ -225,7 +225,7 @@ def test_capture_of_attention_is_exact():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, cells, 8, generator=generator).double() for cells in (16, 7, 7))
     weight = torch.randn(5, 3 * 7, 1, 1, generator=generator).double()
-    output, projected = attention_capture(q, k, v, weight.reshape(5, 3, 7))
+    output, projected = attention_capture(q, k, v, weight.reshape(5, 3, 7).permute(1, 2, 0))
     assert relative(output, PLAIN.attention(q, k, v)) <= 1e-12
     assert relative(projected.transpose(1, 2).unflatten(2, (4, 4)), pyramid.reference([], [probabilities(q, k)], weight, 4)) <= 1e-12
 
@@ -267,7 +267,7 @@ def test_graphs_say_what_eager_calls_say(pair, dtype):
             noise, sums = engine.denoise_and_capture(latents, time, context)
             plain = engine.denoise(latents, time, context)
             with torch.inference_mode():
-                expected, *levels = engine._captured(*engine._inputs(latents, time, context))
+                expected, *levels = engine._captured(engine._latents(latents), engine._row(time), *engine._tabled(context))
             budget = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}[dtype]
             assert relative(noise, expected) <= budget and relative(plain, expected) <= budget
             assert all(relative(value, truth) <= budget for value, truth in zip(sums.sums, levels))

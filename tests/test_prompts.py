@@ -92,7 +92,7 @@ def test_class_words_are_whole_words_and_simple_plurals(prompt, found):
         (b"a ball\na\0b", "line 2: holds a NUL byte"),
         (b"a \x1b[31mball", "control character U\\+001B"),
         (b"x " * 80, "line 1: 82 tokens, at most 77"),
-        (b"x" * 5000, "5000 characters"),
+        (b"x" * 5000, "5000 bytes"),
     ],
 )
 def test_bad_prompt_files_are_refused(tmp_path, content, message):

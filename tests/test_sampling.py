@@ -14,7 +14,7 @@ from datasetdm_fast.data import Capture
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.loading import SD_SCHEDULER
-from datasetdm_fast.sampling import Schedule, State, add_noise, alphas_cumprod, guide, initial_noise, make_schedule, start, step
+from datasetdm_fast.sampling import Schedule, State, Walk, add_noise, alphas_cumprod, guide, initial_noise, make_schedule, start, step
 from datasetdm_fast.stages import LEVELS
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -265,3 +265,26 @@ def test_upstream_recording_is_reproduced_alone_from_its_noise(engine, image):
     schedule, state = make_schedule(SD_SCHEDULER, "pndm", 50), first_state((image,))
     for k in range(len(schedule)):
         state = call(engine, schedule, k, state, (image,))
+
+
+# The walk -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("sampler", "steps", "profile"), [("pndm", 9, "0.3.0"), ("pndm", 2, "0.14.0"), ("ddim", 4, "0.3.0"), ("dpm-solver++", 5, "0.3.0")])
+def test_a_walk_is_guide_and_step(sampler, steps, profile, prediction):
+    schedule = make_schedule({**BETAS, "prediction_type": prediction}, sampler, steps, profile)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, 4, 5, 7, generator=generator)
+    state, walk = start(noise), Walk(schedule, 7.5, noise.clone())
+    for k in range(len(schedule)):
+        output = torch.randn(6, 4, 5, 7, generator=generator)
+        state = step(schedule, k, state, guide(output, 7.5))
+        after = walk.step(k, output)
+        assert after is walk.latents and torch.allclose(after, state.latents, rtol=1e-5, atol=1e-5), k
+
+
+def test_the_last_call_of_the_first_profile_changes_nothing():
+    assert make_schedule(BETAS, "pndm", 50, "0.3.0").settled == 50
+    assert make_schedule({**BETAS, "steps_offset": 1}, "pndm", 50, "0.14.0").settled == 51
+    assert make_schedule(BETAS, "ddim", 7).settled == 7

@@ -15,16 +15,21 @@ from ..errors import Missing, Refused
 from ..kernels import compiled, rearranged
 from ..loading import Model
 from ..models.capture import Keeping, Projection, Summing, Unwatched, Watch
+from ..models.layers import packed
 from ..models.plain import PLAIN
 from ..models.text_encoder import TextEncoder
 from ..models.trunk import Decoder, with_ops
 from ..models.unet import TextTable, TimeTable, UNet
 from ..models.vae import ImageDecoder, ImageEncoder
+from .lanes import Lanes
+from .memory import halving, suggested
+from .operations import operations
 from .torch import resolve_device
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CHUNK_PIXELS = {"cpu": 512 * 512, "cuda": 8 * 512 * 512}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
+CHUNK_PIXELS = {"cpu": 256 * 256, "cuda": 8 * 512 * 512}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
 TIMES = 2048  # timesteps whose biases are kept
+WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -68,12 +73,16 @@ class FastEngine:
         *,
         dtype: str = "auto",
         device: str = "auto",
-        ops: SimpleNamespace = PLAIN,
+        ops: SimpleNamespace | None = None,
         decoder_ops: SimpleNamespace | None = None,
+        is_compiled: bool = False,
     ):
-        self.model, self.device, self.ops = model, resolve_device(device), ops
-        self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
+        self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
         self.dtype = resolve_dtype(dtype, self.device)
+        self.is_compiled, self.widest = is_compiled, 0  # images a GPU takes at once, 0 = as many as it is given
+        self.adjustments: dict[str, int] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
+        self.ops = ops or (PLAIN if is_compiled else operations(self.device, self.dtype))  # a compiler fuses the plain forms itself
+        self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
         self.decoders = {task: with_ops(decoder, self.decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()}
         self._read_weights()
 
@@ -84,17 +93,24 @@ class FastEngine:
         self.times = placed(TimeTable(model.unet), device, torch.float32)
         self.texts, self.unet = (placed(module, device, self.dtype) for module in (TextTable(model.unet), UNet(model.unet, ops)))
         self.image_decoder, self.image_encoder = (placed(part(model.vae, ops), device, self.dtype) for part in (ImageDecoder, ImageEncoder))
+        if device.type == "cpu" and not self.is_compiled:
+            packed(self.unet)
+        self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self.projection = placed(Projection(model.levels, self.decoders), device, self.dtype)
         self._rows: dict[float, Tensor] = {}
-        self._text: tuple[Tensor, int] | None = None
-        self._keys_values: tuple[Tensor, ...] = ()
-        self._graphs: dict[tuple[int, int, int, bool], StepGraph] = {}
+        self._text: tuple[Tensor, int, int] | None = None
+        self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
+        self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
 
     def _weight_versions(self) -> tuple[int, ...]:
         """Counters PyTorch advances when a weight is changed in place."""
         modules = (self.model.text_encoder, self.model.unet, self.model.vae, *self.decoders.values())
         return tuple(sum(parameter._version for parameter in module.parameters() if not parameter.is_inference()) for module in modules)
+
+    def _refresh(self) -> None:
+        if self._weight_versions() != self._seen:
+            self._read_weights()
 
     @_inference
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
@@ -108,49 +124,71 @@ class FastEngine:
 
     @_inference
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
-        inputs = self._inputs(latents, timestep, context)
-        if self.device.type == "cuda":
-            return self._graph(inputs, is_capture=False)(*inputs)[0]
-        return self._plain(*inputs)[0]
+        return self._call(self._step, latents, timestep, context)[0]
 
     @_inference
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
         """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
         if not self.decoders:
             return self.denoise_and_keep(latents, timestep, context)
-        inputs = self._inputs(latents, timestep, context)
-        if self.device.type == "cuda":
-            noise, *sums = self._graph(inputs, is_capture=True)(*inputs)
-        else:
-            noise, *sums = self._captured(*inputs)
+        noise, *sums = self._call(self._captured, latents, timestep, context)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
     @_inference
     def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
+        self._refresh()
         watch = Keeping(self.model.levels, self.ops)
-        noise = self._run(watch, *self._inputs(latents, timestep, context))
+        noise = self._run(watch, self._latents(latents), self._row(timestep), *self._tabled(context.to(self.device)))
         return noise, watch.result()
 
-    def _inputs(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ...]:
-        """The UNet's own inputs: latents, the timestep's biases, and the keys and values of every text layer."""
-        keys_values = self._text_layers(context)
+    def _call(self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ...]:
+        """The noise [2B, 4, h, w], and whatever [B, ...] `step` gives besides, from the UNet's own inputs: latents, the timestep's biases, and
+        the keys and values of every text layer."""
+        row, latents = self._row(timestep), self._latents(latents)
+        if self.device.type == "cpu":
+            parts = self._in_slices(step, latents, row, context, slice_of(len(latents)))
+        else:
+            size = min(self.widest or len(latents), len(latents))
+            parts, worked = halving(lambda size: self._in_slices(step, latents, row, context, size), size, self._forget)
+            if worked < size:
+                self.widest, self.adjustments = worked, {"unet_batch": worked}
+        noise, *others = zip(*parts)
+        unconditional, conditional = zip(*(part.chunk(2) for part in noise))
+        return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
+
+    def _in_slices(self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, row: Tensor, context: Tensor, size: int) -> list[tuple[Tensor, ...]]:
+        slices = [(part, row, *table) for part, table in zip(latents.split(size), self._text_layers(context, size))]
+        if self.device.type == "cpu":
+            return self.lanes.map(step, slices)
+        return [self._graph(one, step)(*one) for one in slices]
+
+    def _forget(self) -> None:
+        """Drops every recorded call and the tables of the texts."""
+        self._graphs.clear()
+        self._pool = self._text = None
+        torch.cuda.empty_cache()
+
+    def _latents(self, latents: Tensor) -> Tensor:
+        return latents.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def _row(self, timestep: float) -> Tensor:
         if (row := self._rows.get(float(timestep))) is None:
             if len(self._rows) >= TIMES:
                 self._rows.clear()
             row = self.times(torch.tensor(float(timestep), device=self.device)).to(self.dtype)
             self._rows[float(timestep)] = row
-        return latents.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last), row, *keys_values
+        return row
 
-    def _text_layers(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of the texts, computed when they were not those of the call before."""
+    def _text_layers(self, context: Tensor, size: int) -> list[tuple[Tensor, ...]]:
+        """Keys and values of the texts of every slice, computed when they were not those of the call before."""
         # Inference tensors count no changes, so of them it cannot be known that they are still the same.
         version = -1 if context.is_inference() else context._version
-        if version < 0 or self._text is None or self._text[0] is not context or self._text[1] != version:
-            if self._weight_versions() != self._seen:
-                self._read_weights()
-            self._keys_values = self._tabled(context.to(self.device))
-            self._text = (context, version)
+        if version < 0 or self._text is None or self._text[0] is not context or self._text[1:] != (version, size):
+            self._refresh()
+            tables, batch = self._tabled(context.to(self.device)), len(context) // 2
+            self._keys_values = [tuple(_rows_of(table, batch, start, size) for table in tables) for start in range(0, batch, size)]
+            self._text = (context, version, size)
         return self._keys_values
 
     def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
@@ -172,24 +210,27 @@ class FastEngine:
         watch = Summing(self.projection, inputs[0], self.ops)
         return self._run(watch, *inputs), *watch.result()
 
-    def _graph(self, inputs: Sequence[Tensor], is_capture: bool) -> StepGraph:
-        latents = inputs[0]
-        key = (len(latents), *latents.shape[-2:], is_capture)
+    def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
+        key = (len(inputs[0]), *inputs[0].shape[-2:], "capture" if step == self._captured else "plain")
         if key not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[key] = StepGraph(self._captured if is_capture else self._plain, inputs, self._pool)
+            self._graphs[key] = StepGraph(step, inputs, self._pool)
         return self._graphs[key]
 
-    @_inference
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        images = [self._decoded(chunk) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))]
-        return torch.cat(images)
+        return self.decode_and_check(latents)[0]
 
-    def _decoded(self, latents: Tensor) -> Tensor:
+    @_inference
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        parts = self.lanes.map(self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))])
+        return tuple(torch.cat(part) for part in zip(*parts))
+
+    def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.image_decoder(_channels_last(latents, self.dtype)).float()
         if self.dtype == torch.float16 and not bool(pixels.isfinite().all()):  # some autoencoders leave the range of fp16
             pixels = self._wide_image_decoder(_channels_last(latents, torch.float32))
-        return ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        images = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        return images, pixels.isfinite().flatten(1).all(1)
 
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
@@ -213,12 +254,53 @@ class FastEngine:
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"
             raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
-        return self.decoders[task](capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
+        decoder, own = self.decoders[task], capture.of(task) if isinstance(capture, ProjectedCapture) else capture
+        if self.device.type == "cuda" or not isinstance(own, ProjectedCapture):
+            return decoder(own, text)
+        size = slice_of(own.batch)
+        texts = [None] * own.batch if text is None else text.split(size)
+        sums = zip(*(total.split(size) for total in own.sums))
+        parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def widened(self) -> FastEngine | None:
+        return None if self.dtype == torch.float32 else self._wide
+
+    @functools.cached_property
+    def _wide(self) -> FastEngine:
+        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device), is_compiled=self.is_compiled)
+
+    @_inference
+    def suggested_batch(self) -> int:
+        """Images to make together where nobody says: from the free memory of a GPU, from the caches of a CPU."""
+        return suggested(self.model.size // 8, self.device, self._bytes_of)
+
+    def _bytes_of(self, batch: int) -> int:
+        """Peak memory of one captured call."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        side = self.model.size // 8
+        latents, context = torch.zeros(batch, 4, side, side, device=self.device), self.encode_text([""]).expand(2 * batch, -1, -1)
+        self._captured(self._latents(latents), self._row(1), *self._tabled(context))
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
-        return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": dtype, "torch": torch.__version__}
+        compiled_by = {"compiled": "yes"} if self.is_compiled else {}
+        return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": dtype, "torch": torch.__version__, **compiled_by}
+
+
+def slice_of(batch: int) -> int:
+    """Images of a batch that a CPU works on together. It depends on nothing but the batch, so that threads and ranks change no rounding."""
+    return min(-(-batch // 2), WIDEST_SLICE)
+
+
+def _rows_of(table: Tensor, batch: int, start: int, count: int) -> Tensor:
+    """The part of a TextTable's [2, 2B, heads, T, d] that belongs to images start .. start + count."""
+    if batch <= count:
+        return table
+    return table.unflatten(1, (2, batch))[:, :, start : start + count].flatten(1, 2)
 
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -87,7 +87,7 @@ class Projection(nn.Module):
             stacked = torch.cat([torch.zeros(0, level.channels), *(weight.flatten(1).cpu() for weight in weights.values() if weight is not None)])
             parts = iter(stacked.split([*(2 * channels for channels in level.features), *(heads * level.tokens for heads in level.heads)], 1))
             self.features.append(nn.ParameterList(frozen(_halves(next(parts))) for _ in level.features))
-            self.maps.append(nn.ParameterList(frozen(next(parts).unflatten(1, (heads, -1)).contiguous()) for heads in level.heads))
+            self.maps.append(nn.ParameterList(frozen(next(parts).T.unflatten(0, (heads, -1)).contiguous()) for heads in level.heads))  # [heads, T, F]
 
 
 def _halves(weight: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
+from datasetdm_fast import untrusted
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS, Level, levels
@@ -89,20 +92,55 @@ class DecoderConfig:
     @staticmethod
     def from_json(text: str) -> DecoderConfig:
         try:
-            values = json.loads(text)
-            values["levels"] = tuple(Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])}) for level in values["levels"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise Refused(f"decoder config: not the JSON of a decoder ({type(error).__name__}: {error})") from None
+            values = untrusted.parse_json(text, "it")
+            untrusted.check_form(values, {"levels": [LEVEL_FORM]})
+            if absent := [name for name in ("kind", "task") if name not in values]:
+                raise ValueError(f"{', '.join(absent)} not given, expected at least kind, task and levels")
+            untrusted.check_form(values, {name: form for name, form in FORM.items() if name in values})
+            _check_bounds(values)
+        except ValueError as error:
+            raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})") from None
         unknown = sorted(set(values) - {field.name for field in fields(DecoderConfig)})
         if unknown:
-            raise Refused(f"decoder config: unknown fields {', '.join(unknown)}; it may come from a newer version")
-        absent = [name for name in ("kind", "task") if name not in values]
-        if absent:
-            raise Refused(f"decoder config: {', '.join(absent)} not given, expected at least kind, task and levels")
+            raise Refused(f"decoder config: unknown fields {untrusted.plain(', '.join(unknown))}; it may come from a newer version")
+        for level in values["levels"]:
+            if unknown := sorted(set(level) - set(LEVEL_FORM)):
+                raise Refused(f"decoder config: unknown fields {untrusted.plain(', '.join(unknown))} of a level; it may come from a newer version")
+        values["levels"] = tuple(Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])}) for level in values["levels"])
         for name in ("classes", "joints"):
             values[name] = tuple(values.get(name, ()))
         values["limbs"] = tuple(tuple(limb) for limb in values.get("limbs", ()))
         return DecoderConfig(**values)
+
+
+LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "tokens": int}
+FORM = {
+    **dict.fromkeys(("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width", "upscale", "min_area"), int),
+    **dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float),
+    **{"kind": str, "task": str, "classes": [str], "joints": [str], "limbs": [[int]], "text_centre": bool, "normalisation": str},
+}
+LEAST = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1
+MOST = {"layers": 64, "heads": 1024, "upscale": 16, "min_area": 2**30, "max_depth": 1e6}  # others: 65536
+MOST_NAMES = 65536
+
+
+def _check_bounds(values: Mapping[str, Any]) -> None:
+    """A ValueError where a number is one no decoder has: networks are built by them before any weight is looked at."""
+    for name, value in values.items():
+        if FORM.get(name) in (int, float) and not LEAST.get(name, 1) <= value <= MOST.get(name, 65536):
+            raise ValueError(f"{name} is {value}, expected {LEAST.get(name, 1)} to {MOST.get(name, 65536)}")
+    timestep = values.get("capture_timestep")
+    if timestep is not None and not (isinstance(timestep, int) and not isinstance(timestep, bool) and 0 <= timestep < 100_000):
+        raise ValueError(f"capture_timestep is {untrusted.shown(timestep)}, expected a timestep or null")
+    for level in values["levels"]:
+        numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])
+        if not all(1 <= number <= 65536 for number in numbers) or len(numbers) > 128:
+            raise ValueError("a level's numbers are out of range")
+    if len(values.get("classes", ())) > MOST_NAMES or len(values.get("joints", ())) > 1024:
+        raise ValueError("it names more classes or joints than a decoder has")
+    joints = len(values.get("joints", ()))
+    if any(len(limb) != 2 or not all(0 <= joint < joints for joint in limb) for limb in values.get("limbs", ())):
+        raise ValueError("its limbs do not join two of its joints")
 
 
 def upstream(kind: str, **changes) -> DecoderConfig:

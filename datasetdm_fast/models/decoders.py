@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from datasetdm_fast import pickles, storage, untrusted
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.models.decoder_config import DecoderConfig, upstream
@@ -70,9 +71,21 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise Missing(f"decoder {folder}: {name} is not there", "give a folder written by training or save_decoder")
-    decoder = build_decoder(DecoderConfig.from_json((folder / "config.json").read_text(encoding="utf-8")), ops)
-    fill(decoder, read_state(folder / "model.safetensors"), str(folder))
+    config = read_config(folder)
+    state = read_state(folder / "model.safetensors")
+    with torch.device("meta"):  # before memory is taken for what the configuration asks for
+        check_fit(build_decoder(config, ops), state, str(folder))
+    decoder = build_decoder(config, ops)
+    fill(decoder, state, str(folder))
     return for_inference(decoder, strict)
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The configuration in a decoder's folder."""
+    try:
+        return DecoderConfig.from_json(storage.read(folder / "config.json", untrusted.LARGEST_CONFIG).decode())
+    except (Refused, UnicodeDecodeError) as error:
+        raise Refused(f"decoder {folder}: {str(error).splitlines()[0]}", "give a folder written by training or save_decoder") from error
 
 
 def load_decoders(folder: str | Path, *, ops: SimpleNamespace = reference) -> dict[str, Decoder]:
@@ -124,19 +137,26 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise Missing(f"decoder weights {path}: no such file", "check the path")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
+        untrusted.check_safetensors(safe)
+        return load_file(safe)
+    except Missing:
+        raise
     except Exception as error:  # foreign bytes make the readers raise nearly anything
         first = (str(error).splitlines() or [""])[0]
-        raise Refused(f"decoder weights {path}: not a file of plain tensors ({type(error).__name__}: {first})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise Refused(f"decoder weights {path}: holds {type(state).__name__}, expected a state dict of tensors")
-    return dict(state)
+        raise Refused(f"decoder weights {path}: not a file of plain tensors ({first})") from error
 
 
 def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
     """Copies every tensor of `state` into the decoder, or refuses with everything that does not match."""
+    check_fit(decoder, state, origin)
+    check_finite(state, origin)
+    ours = decoder.state_dict()
+    decoder.load_state_dict({name: value.to(ours[name].dtype) for name, value in state.items()})
+
+
+def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
+    """Refuses a state that has not exactly the decoder's tensors, by every one that differs."""
     ours = decoder.state_dict()
     missing = sorted(set(ours) - set(state))
     unexpected = sorted(set(state) - set(ours))
@@ -150,8 +170,6 @@ def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
             f"{origin}: {count} tensors do not fit this {decoder.config.kind} decoder; {'; '.join(wrong)}",
             "check that the configuration is the one it was trained with",
         )
-    check_finite(state, origin)
-    decoder.load_state_dict({name: value.to(ours[name].dtype) for name, value in state.items()})
 
 
 def check_finite(state: Mapping[str, Tensor], origin: str) -> None:

@@ -47,6 +47,33 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class PackedLinear(nn.Module):
+    """A Linear in the order oneDNN reads its weight in: on a CPU about a tenth faster, and most where there are few rows."""
+
+    ROWS = 2048  # oneDNN is told how many to expect
+
+    def __init__(self, linear: Linear):
+        super().__init__()
+        self.weight, self.bias, self._seen = linear.weight, linear.bias, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._seen != (version := 0 if self.weight.is_inference() else self.weight._version):  # never, or changed in place
+            self._packed, self._seen = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), self.ROWS), version
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+def packed(module: nn.Module) -> nn.Module:
+    """`module` with every Linear packed where this CPU's oneDNN takes its storage."""
+    if not torch.backends.mkldnn.is_available():
+        return module
+    for name, child in module.named_children():
+        if not isinstance(child, Linear):
+            packed(child)
+        elif child.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            setattr(module, name, PackedLinear(child))
+    return module
+
+
 class Convolution(nn.Module):
     def __init__(self, weights: Weights, stride: int = 1, padding: int = 1):
         super().__init__()
@@ -136,7 +163,7 @@ def image(x: Tensor, height: int, width: int) -> Tensor:
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """Packed projections [B, S, parts * C] as `parts` tensors [B, heads, S, d]."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return tuple(part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(parts, -1))
 
 
 def join_heads(x: Tensor) -> Tensor:

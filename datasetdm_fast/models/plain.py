@@ -37,9 +37,9 @@ def probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention_capture(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention output [B, heads, S, d], and its maps under `weight` [F, heads, T], summed over heads and tokens: [B, S, F] fp32."""
+    """The attention output [B, heads, S, d], and its maps under `weight` [heads, T, F], summed over heads and tokens: [B, S, F] fp32."""
     maps = probabilities(q, k)
-    projected = F.linear(maps.transpose(1, 2).flatten(2), weight.flatten(1))
+    projected = torch.matmul(maps.transpose(1, 2).flatten(2), weight.flatten(0, 1))
     return torch.matmul(maps, v), projected.to(torch.promote_types(projected.dtype, torch.float32))
 
 

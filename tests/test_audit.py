@@ -1,0 +1,189 @@
+"""The audit finds every planted damage, and nothing in a run folder that is whole."""
+
+import json
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rendered import document, write_run
+from rendered import rendered as render
+
+from datasetdm_fast import audit, run_folder, storage
+from datasetdm_fast.data import Request, SetAside
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.ledger import Ledger
+
+DAMAGES = 1000 if os.environ.get("DATASETDM_LONG_TESTS") else 150
+NUMBER = 4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("audited") / "run"
+    write_run(path, NUMBER)
+    return path
+
+
+@pytest.fixture
+def spoilt(whole, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def places(path: Path) -> list[str]:
+    return sorted({finding.place for finding in audit.audit(path, threads=1).findings})
+
+
+def test_a_whole_run_has_no_findings(whole):
+    report = audit.audit(whole)
+    assert report.findings == [] and report.is_complete and (report.done, report.set_aside, report.number) == (NUMBER, 0, NUMBER)
+    kept = [path for path in whole.rglob("*.png") if "gallery" not in path.parts]
+    assert report.files == len(kept) and report.bytes == sum(path.stat().st_size for path in kept)
+
+
+def damage(path: Path, dice: random.Random) -> tuple[str, set[str]]:
+    """One flip, truncation, swap or deletion; what was done, and the files that were hit."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    kind = dice.choice(("flip", "cut", "swap", "delete"))
+    chosen = dice.choice([file for file in files if file.stat().st_size] if kind != "delete" else files)
+    name = chosen.relative_to(path).as_posix()
+    data = bytearray(chosen.read_bytes())
+    if kind == "flip":
+        place = dice.randrange(len(data))
+        data[place] ^= 1 << dice.randrange(8)
+        chosen.write_bytes(data)
+    elif kind == "cut":
+        chosen.write_bytes(data[: dice.randrange(len(data))])
+    elif kind == "delete":
+        chosen.unlink()
+    else:
+        other = dice.choice([file for file in files if file.read_bytes() != bytes(data)])
+        chosen.write_bytes(other.read_bytes())
+        other.write_bytes(data)
+        return f"swap of {name} and {other.relative_to(path)}", {name, other.relative_to(path).as_posix()}
+    return f"{kind} of {name}", {name}
+
+
+def test_every_planted_damage_is_found(whole, tmp_path):
+    missed = []
+    for seed in range(DAMAGES):
+        path = Path(shutil.copytree(whole, tmp_path / "run"))
+        done, hit = damage(path, random.Random(seed))
+        found = places(path)
+        # A description or ledger that cannot be read hides the rest; otherwise every file that was hit is named.
+        if not found or not (hit <= set(found) or hit & {run_folder.DOCUMENT, run_folder.LEDGER, run_folder.SEAL} & set(found)):
+            missed.append(f"seed {seed}: {done}: {found}")
+        shutil.rmtree(path)
+    assert missed == []
+
+
+@pytest.mark.parametrize("name", ["images/00000001.png", "semantic/00000002.png", "depth/00000003.png"])
+def test_a_damaged_sample_says_how_to_make_it_again(spoilt, capsys, name):
+    (spoilt / name).write_bytes((spoilt / name).read_bytes()[:-1])
+    assert audit.main([str(spoilt)]) == 4
+    out, err = capsys.readouterr()
+    id = Path(name).stem
+    assert out.startswith(f"{name}: has ") and out.endswith(f"Make it again: python -m datasetdm_fast.generate --out {spoilt} --only {id}\n")
+    assert err.splitlines()[0] == f"{spoilt}: 1 findings in 1 files" and len(err.splitlines()) == 2
+
+
+def test_the_report_as_json(spoilt, capsys):
+    assert audit.main([str(spoilt), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["findings"] == [] and told["complete"] and told["done"] == NUMBER
+    (spoilt / "images/00000000.png").unlink()
+    assert audit.main(["--json", str(spoilt), "--threads", "1"]) == 4
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["place"] == "images/00000000.png" and finding["what"] == "is not there" and finding["remedy"]
+
+
+def test_index_files_and_pictures_come_back_as_the_remedy_says(spoilt):
+    """Deleting what is damaged and running the line again makes the folder whole."""
+    before = {file.relative_to(spoilt): file.read_bytes() for file in spoilt.rglob("*") if file.is_file() and "state" not in file.parts}
+    for name in ("samples.jsonl", "gallery/index.html", "gallery/depth/00000001.png"):
+        (spoilt / name).write_bytes(b"damaged")
+    assert places(spoilt) == ["gallery/depth/00000001.png", "gallery/index.html", "samples.jsonl"]
+    for name in ("samples.jsonl", "gallery/index.html", "gallery/depth/00000001.png"):
+        (spoilt / name).unlink()
+    with run_folder.RunFolder(spoilt, document(NUMBER)) as folder:
+        folder.rebuild()
+    assert places(spoilt) == []
+    assert before == {file.relative_to(spoilt): file.read_bytes() for file in spoilt.rglob("*") if file.is_file() and "state" not in file.parts}
+
+
+def test_a_run_that_goes_on_is_whole_so_far(tmp_path, capsys):
+    with run_folder.RunFolder(tmp_path / "run", document(3)) as folder:
+        folder.add([render(0), SetAside(Request(1, "a ball", 1), "NaN")], {})
+        storage.publish({tmp_path / "run/images/00000002.png": b"of the batch that was killed"})
+        assert audit.audit(tmp_path / "run").findings == []  # while it is being written
+    assert audit.main([str(tmp_path / "run")]) == 0
+    assert "whole, 1 of 3 samples (1 still to be made)" in capsys.readouterr().out
+
+
+def edit(path: Path, statement: str) -> None:
+    with sqlite3.connect(path / run_folder.LEDGER) as connection:
+        connection.execute(statement)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ('UPDATE samples SET seed = 7 WHERE "index" = 1', "the seed 7, the plan says 1"),
+        ('UPDATE samples SET "index" = 9 WHERE "index" = 1', "a sample 9, but the plan has 4"),
+        ("UPDATE samples SET files = '{}' WHERE \"index\" = 1", "has the files []"),
+        ("UPDATE samples SET files = replace(files, 'images/00000001', '../00000001') WHERE \"index\" = 1", "leads out of its folder"),
+        ('UPDATE samples SET labels = replace(labels, \'"area":\', \'"area":1\') WHERE "index" = 3', "pixels in"),
+        ('UPDATE samples SET labels = replace(labels, \'"counts":"\', \'"counts":"0\') WHERE "index" = 3', "instance: "),
+        ('UPDATE samples SET labels = replace(labels, \'"max":\', \'"max":1\') WHERE "index" = 3', "its depth map has"),
+        ('UPDATE samples SET labels = replace(labels, \'"num_keypoints":\', \'"num_keypoints":1\') WHERE "index" = 3', "joints, the ledger says"),
+        ("UPDATE samples SET labels = '{}' WHERE \"index\" = 1", "not the form"),
+        ("UPDATE samples SET labels = 'x' WHERE \"index\" = 1", "is damaged"),
+        ("UPDATE samples SET prompt = x'00ff' WHERE \"index\" = 1", "is damaged"),
+        ('DELETE FROM samples WHERE "index" = 1', "no sample of the ledger has this file"),
+        ("DROP TABLE samples", "no such table"),
+    ],
+)
+def test_a_ledger_changed_by_hand_is_found_without_the_seal(spoilt, statement, what):
+    if "num_keypoints" in statement:
+        with Ledger(spoilt / run_folder.LEDGER, read_only=True) as ledger:
+            posed = next(row.request.index for row in ledger.rows() if row.labels["pose"])
+        statement = statement.replace('"index" = 3', f'"index" = {posed}')
+    edit(spoilt, statement)
+    seal = json.loads((spoilt / run_folder.SEAL).read_text())
+    told = " ".join(finding.what for finding in audit.audit(spoilt).findings)
+    assert what in told
+    assert storage.sha256_of(spoilt / run_folder.LEDGER) != seal[run_folder.LEDGER]
+    seal[run_folder.LEDGER] = storage.sha256_of(spoilt / run_folder.LEDGER)
+    (spoilt / run_folder.SEAL).write_text(json.dumps(seal))
+    assert what in " ".join(finding.what for finding in audit.audit(spoilt).findings)
+
+
+def test_a_prompt_changed_by_hand_is_found_by_the_seal(spoilt):
+    edit(spoilt, "UPDATE samples SET prompt = 'another' WHERE \"index\" = 1")
+    assert places(spoilt) == [run_folder.LEDGER]
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for arguments in ([], [str(tmp_path)], [str(tmp_path / "none")], [str(tmp_path / "file")], ["\0"], [str(tmp_path), "more"], ["--threads", "-1", "x"]):
+        assert audit.main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 2
+    with pytest.raises(Refused):
+        audit.audit(tmp_path)
+
+
+def test_notes_keep_the_seal(spoilt):
+    run_folder.note(spoilt, "verified", {"agrees": True})
+    assert places(spoilt) == [] and run_folder.read_document(spoilt)["verified"] == {"agrees": True}
+
+
+def test_the_audit_loads_no_torch(whole):
+    code = f"import sys; from datasetdm_fast.audit import main; sys.exit(main([{str(whole)!r}]) or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -1,0 +1,111 @@
+"""The CPU forms of the network's operations: every instruction set against the plain form, and slices of a batch on several threads."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from datasetdm_fast import _C
+from datasetdm_fast.engines.lanes import Lanes
+from datasetdm_fast.kernels import OPS, attention, native
+
+NATIVE = ("attention", "geglu", "group_norm_silu", "layer_norm")
+CASES = [pytest.param(OPS[name], case, id=f"{name}: {case.reason}") for name in NATIVE for case in OPS[name].cases()]
+VECTORS = _C.depth_head_vector_bytes()
+
+
+def distance(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def converted(inputs, dtype) -> list:
+    return [x.to(dtype) if isinstance(x, Tensor) else x for x in inputs]
+
+
+@pytest.fixture
+def with_vectors(monkeypatch, request):
+    """The extension's functions with one instruction set, writing into memory full of NaN."""
+    for name in ("attention", "group_norm", "layer_norm", "geglu"):
+        inner = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *arguments, inner=inner: inner(*arguments, request.param))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **keywords: torch.full_like(x, torch.nan, **keywords))
+    monkeypatch.setattr(Tensor, "new_empty", lambda x, *shape: torch.full(shape[0] if isinstance(shape[0], tuple) else shape, torch.nan, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
+@pytest.mark.parametrize(("op", "case"), CASES)
+@torch.inference_mode()
+def test_says_what_the_plain_form_says(op, case, with_vectors):
+    truth = op.reference(*converted(case.inputs, torch.float64))
+    for dtype, budget in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        inputs = converted(case.inputs, dtype)
+        plain, ours = distance(op.reference(*inputs), truth), op.compiled(*inputs)
+        assert ours.shape == truth.shape and ours.dtype == dtype
+        assert distance(ours, truth) <= max(1.3 * plain, budget), (dtype, plain)
+
+
+@torch.inference_mode()
+def test_attention_reads_packed_heads_where_they_lie():
+    packed = torch.randn(2, 19, 3 * 5 * 24, generator=torch.Generator().manual_seed(1))
+    q, k, v = packed.unflatten(-1, (3, 5, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)  # one text for all images
+    ours = attention.compiled(q, k, v)
+    assert distance(ours, attention.reference(*(x.double() for x in (q, k, v)))) <= 1e-6
+    assert ours.transpose(1, 2).is_contiguous()
+
+
+@torch.inference_mode()
+def test_threads_do_not_change_a_bit(monkeypatch):
+    results = []
+    for count in (1, 3):
+        for module in {OPS[name] for name in NATIVE}:
+            monkeypatch.setattr(module, "threads", lambda x, count=count: count)
+        results.append([OPS[name].compiled(*case.inputs) for name in NATIVE for case in OPS[name].cases()])
+    assert all(torch.equal(one, three) for one, three in zip(*results))
+
+
+def test_gradients_get_the_plain_form():
+    x = torch.randn(3, 8, requires_grad=True)
+    assert not native.is_native(x)
+    OPS["geglu"].compiled(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda at: _C.geglu(0, 0, at, 1, 1, 1), "null"),
+        (lambda at: _C.geglu(2, at, at, 1, 1, 1), "storage is 2"),
+        (lambda at: _C.geglu(0, at, at, 0, 1, 1), "empty"),
+        (lambda at: _C.layer_norm(0, at, at, at, at, 1, 1, 1e-5, 0), "threads is 0"),
+        (lambda at: _C.group_norm(0, at, at, at, at, 1, 1, 3, 2, 1e-5, True, 1), "3 channels do not make 2 groups"),
+        (lambda at: _C.geglu(0, at, at, 1, 1, 1, 7), "no vectors of 7 bytes"),
+        (lambda at: _C.attention(0, at, [1], at, [1], at, [1], at, [1], 1, 1, 1, 1, 1, 1.0, 1), "strides"),
+    ],
+)
+def test_refuses(call, told):
+    memory = np.zeros(64, np.float32)
+    with pytest.raises(ValueError, match=told):
+        call(memory.ctypes.data)
+
+
+def test_lanes_keep_the_order_and_share_the_threads():
+    lanes, threads = Lanes(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        seen = lanes.map(lambda number: (number, torch.get_num_threads(), torch.is_inference_mode_enabled()), [(k,) for k in range(2)])
+        assert seen == [(0, 2, True), (1, 2, True)] and torch.get_num_threads() == 4
+        torch.set_num_threads(1)
+        assert lanes.map(lambda number: torch.get_num_threads(), [(k,) for k in range(3)]) == [1, 1, 1]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_an_error_in_a_lane_is_the_callers():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            Lanes().map(lambda number: 1 // number, [(1,), (0,)])
+    finally:
+        torch.set_num_threads(threads)
