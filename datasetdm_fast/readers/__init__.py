@@ -58,13 +58,12 @@ def open_data(spec: str, size: int, *, tasks: Sequence[str] = (), selection: Sel
         try:
             source = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
         except Missing as stop:
-            if "not installed" in stop.cause:
+            if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
                 raise
             raise Refused(stop.cause, stop.remedy) from stop
     else:
-        raise Refused(
-            f"--data {spec}: no reader is called {kind!r}{nearest(kind, ('demo', *READERS))}", f"Expected {ADDRESS}; kinds: demo, {', '.join(READERS)}."
-        )
+        known = ("demo", *READERS)
+        raise Refused(f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}", f"Expected {ADDRESS}; kinds: {', '.join(known)}.")
     if absent := [task for task in tasks if task in TASKS and task not in source.tasks]:
         raise Refused(f"--data {spec}: no truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
     source.skip_bad, source.framing = skip_bad, framing

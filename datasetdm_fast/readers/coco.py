@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast import mask_rle, untrusted
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.models.decoder_config import COCO_JOINTS, COCO_LIMBS
 from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.json_stream import JsonStream
@@ -131,7 +132,10 @@ class Coco(PictureSource):
         super().__init__(size, len(self.images) if self.people is None else len(self.people))
 
     def name(self, record: int) -> str:
-        return str(self.image_path(self._image_of(record)))
+        try:
+            return str(self.image_path(self._image_of(record)))
+        except Refused:  # its file name is what is wrong with it
+            return f"image {self._image_of(record)}"
 
     def _image_of(self, record: int) -> int:
         return self.images[record] if self.people is None else int(self.persons.rows["image"][self.people[record]])
@@ -251,4 +255,4 @@ def rasterised(polygons: Sequence[Sequence[float]], shape: Sequence[int]) -> np.
 
     height, width = shape[:2]
     drawn = coco_mask.merge(coco_mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width))
-    return coco_mask.decode(drawn).astype(bool)
+    return mask_rle.decode(drawn)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast import storage, untrusted
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers.labelled import IGNORED
 
 LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
@@ -107,9 +107,8 @@ def first_there(*paths: Path) -> Path:
     for path in paths:
         if path.exists():
             return path
-    raise Missing(
-        f"{paths[0]}: not there" + (f", nor {', '.join(str(path) for path in paths[1:])}" if len(paths) > 1 else ""), "Give the data set's own folder."
-    )
+    others = f", nor {', '.join(map(str, paths[1:]))}" if len(paths) > 1 else ""
+    raise Refused(f"{paths[0]}: not there{others}", "Give the data set's own folder, laid out as it was published.")
 
 
 @lru_cache(maxsize=8)

@@ -48,9 +48,7 @@ class JsonStream:
         """Every element of every list of the object, and every other value of it whole."""
         self.text, self.base = "", 0
         place, seen = self._expect(self._space(3 if self.data[:3] == b"\xef\xbb\xbf" else 0), "{"), set()
-        if self._at(place := self._space(place)) == "}":
-            return
-        while True:
+        while self._at(place := self._space(place)) != "}" or seen:
             key, place = self._value(place)
             if not isinstance(key, str) or key in seen:
                 self._refuse(place, f"{untrusted.shown(key)} is no key, or is there twice")
