@@ -67,13 +67,14 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     if document.get("format") != FORMAT:
         raise Refused(f"{path}: format {untrusted.shown(document.get('format'))}, this version reads {FORMAT}", "Read it with the version that wrote it.")
     try:
-        _check_document(document)
+        check_document(document)
     except ValueError as error:
         raise Refused(f"{path}: not the description of a run ({error})", "Restore the file from a copy, or choose another --out.") from error
     return document
 
 
-def _check_document(document: Mapping[str, Any]) -> None:
+def check_document(document: Mapping[str, Any]) -> None:
+    """A ValueError where it is not the content of a run.json."""
     untrusted.check_form(document, FORM)
     tasks, size = document["config"]["task"], document["sampling"]["size"]
     for name, entry in document["decoders"].items():

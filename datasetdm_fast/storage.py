@@ -157,6 +157,8 @@ def read(path: Path, most: int) -> bytes:
         handle = through("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise refusal(error, path) from error
+    except ValueError as error:  # a NUL byte
+        raise Refused(f"{str(path)!r}: cannot be read, no file has such a name", "Name a file.") from error
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
