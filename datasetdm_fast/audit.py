@@ -183,7 +183,7 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
 
 def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
     """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again writes over."""
-    state = {run_folder.LEDGER, run_folder.LOCK, run_folder.SEAL, f"{run_folder.LEDGER}-wal", f"{run_folder.LEDGER}-shm"}
+    state = {run_folder.LEDGER, run_folder.LOCK, run_folder.SEAL, *(f"{run_folder.LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     if not run_folder.is_sealed(folder):
         return
     for name in FOLDERS:

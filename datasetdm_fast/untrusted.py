@@ -96,12 +96,17 @@ def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
 def parse_json(text: str | bytes, name: str) -> Any:
     """The value of a JSON text; `name` is how messages call it. Repeated keys, NaN and deep nesting are refused, as readers differ about them."""
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise Refused(f"{name}: not readable as JSON ({_reason(error)})", GET_AGAIN) from error
     if _depth(value) > DEEPEST:
         raise Refused(f"{name}: nested more than {DEEPEST} deep", GET_AGAIN)
     return value
+
+
+def json_decoder() -> json.JSONDecoder:
+    """A decoder that refuses repeated keys and NaN."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
