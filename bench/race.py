@@ -55,10 +55,10 @@ def race(
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
         finished = {runner.name: finisher(runner.peer, setting.batch(runner.peer.batch), Path(folder)) for runner in runners}
-        for runner in runners:
+        for runner in runners if not setting.quick else ():
             _, most = peak(setting.device, finished[runner.name])
             runner.row["peak_mib"] = round(most / 2**20, 1)
-        add_times(runners, interleaved(finished, seconds, meter(setting)), setting, limits)
+        add_times(runners, interleaved(finished, seconds, meter(setting), least=2 if setting.quick else 3), setting, limits)
     if draws:
         images = {runner.name: drawer(runner.peer, setting.batch(runner.peer.batch)) for runner in runners}
         add_draws(runners, interleaved(images, seconds / 2, meter(setting)))

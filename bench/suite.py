@@ -47,7 +47,8 @@ class Measurement:
         return found[0]["batch"] if found else 4
 
     def race(self, names: Sequence[str], offers=PEERS, seconds: float = 0.0, draws: bool = False) -> list[dict[str, Any]]:
-        return race.race(self.setting, names, self.judge, self.limits, seconds or self.seconds, offers=offers, draws=draws, batches=self.batches)
+        options = {"offers": offers, "draws": draws, "batches": self.batches}
+        return race.race(self.setting, names, self.judge, self.limits, seconds or self.seconds, **options)
 
 
 class Part(NamedTuple):

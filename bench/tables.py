@@ -79,7 +79,7 @@ def peer_row(row: dict[str, Any]) -> list[str]:
         said = "FAILED" if row["status"] == "failed" else "not here"
         return [*who, f"{said}: {row['why']}", *[""] * 8]
     rates = [number(row["images_per_second"]), span(row["seconds_per_image"]), number(row["tflops"]), percent(row["share_of_products"])]
-    costs = [f"{row['peak_mib']:,.0f} MiB", number(row["joules_per_image"]), number(row["load_s"], 2, " s"), number(row["first_s"], 2, " s")]
+    costs = [f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "–", number(row["joules_per_image"]), number(row["load_s"], 2, " s"), number(row["first_s"], 2, " s")]
     return [*who, *rates, *costs, "" if row["peer"] == "ours" else span(row.get("ours_over"), unit=" x")]
 
 

@@ -78,8 +78,9 @@ def masked_attention(q: Value, k: Value, v: Value, blocked: Value | None = None)
     return scores.softmax(-1) @ v
 
 
-def mask_head(queries: Value, features: Value, side: int) -> Value:
-    return resize((queries @ features.flatten(2)).unflatten(2, features.shape[2:]), side)
+def mask_head(queries: Value, features: Value, side: int, is_blocking: bool = False) -> Value:
+    logits = resize((queries @ features.flatten(2)).unflatten(2, features.shape[2:]), side)
+    return logits.sigmoid() < 0.5 if is_blocking else logits
 
 
 def depth_head(x: Value, weight: Value, bias: Value, last_weight: Value, last_bias: Value, sides: Sequence[int]) -> Value:
