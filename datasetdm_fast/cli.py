@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
     "audit": ("datasetdm_fast.audit", "prove that a run folder is whole, or say what is damaged"),
     "verify": ("datasetdm_fast.verify", "prove that one engine says what another says"),
+    "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs"),
 }
 
 

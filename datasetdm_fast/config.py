@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 ENGINES = ("auto", "torch", "fast", "ort", "trt")
+PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
+FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = ("pndm", "ddim", "dpm-solver++")
 PROFILES = ("0.3.0", "0.14.0")
 
@@ -60,10 +62,15 @@ class RunConfig:
     allow_download: bool = setting(False, "let --model name a model hub repository", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "no progress", identity=False)
-    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
+    threads: int = setting(0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N")
+    gpus: str = setting("", "GPUs to use, one process each: all, how many, or a list such as 0,2,5", identity=False, metavar="all|N|LIST")
+    ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N")
     dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
+    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
+    engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES")
+    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", identity=False, choices=FLAVOURS)
 
     def identity(self) -> dict:
         """The settings that decide the bytes of the data set."""

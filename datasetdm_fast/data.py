@@ -48,7 +48,7 @@ class Capture:
 
     @property
     def batch(self) -> int:
-        return len(self.features[-1][0])
+        return self.features[-1][0].shape[0]
 
     @property
     def side(self) -> int:
@@ -71,7 +71,7 @@ class ProjectedCapture:
 
     @property
     def batch(self) -> int:
-        return len(self.sums[-1])
+        return self.sums[-1].shape[0]
 
     @property
     def side(self) -> int:

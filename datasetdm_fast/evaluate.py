@@ -71,9 +71,11 @@ def _run(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, EvaluateConfig, "datasetdm-fast evaluate", __doc__)
     if config.batch_size < 1:
         raise Refused(f"--batch-size: {config.batch_size} is not at least 1")
+    from datasetdm_fast.engines import build_engine, check_engine
+
+    check_engine(config.engine)
     import torch
 
-    from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.models.decoders import check_levels, load_decoders
     from datasetdm_fast.readers import open_data

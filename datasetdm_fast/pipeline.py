@@ -84,11 +84,13 @@ class Pipeline:
         size: int = 0,
         allow_download: bool = False,
         threads: int = 0,
+        provider: str = "auto",
     ) -> Pipeline:
         """The pipeline of a model (demo, a diffusers folder, a single file) and the folder of its decoders; None means the demo's own, or no labels."""
         job.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder
-        built, _ = job.open_engine(str(model), decoder, engine=engine, dtype=dtype, device=device, size=size, allow_download=allow_download, threads=threads)
+        choices = dict(engine=engine, dtype=dtype, device=device, size=size, allow_download=allow_download, threads=threads, provider=provider)
+        built, _ = job.open_engine(str(model), decoder, **choices)
         return cls(built)
 
     @property

@@ -6,7 +6,7 @@ K classes, J joints. A CFG batch is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LEVELS = ("low", "mid", "high", "highest")
@@ -48,27 +48,51 @@ def levels(unet: Mapping, tokens: int, size: int) -> tuple[Level, ...]:
     return (low, *rest)
 
 
+Shape = tuple[str | int, ...]
+
+
 @dataclass(frozen=True)
 class Tensors:
-    """Named tensors of one stage: name -> (shape in size letters or numbers, dtype; `float` = the engine's own)."""
+    """Named tensors of one stage: name -> (shape in size letters or numbers, dtype).
 
-    inputs: dict[str, tuple[tuple[str | int, ...], str]]
-    outputs: dict[str, tuple[tuple[str | int, ...], str]]
+    `2B` is a CFG batch, F the stacked channels of every decoder's first layer, L the logits of a query, M the side of a decoder's map.
+    """
 
+    inputs: dict[str, tuple[Shape, str]]
+    outputs: dict[str, tuple[Shape, str]]
+
+
+DYNAMIC = ("B", "K")  # letters whose size a call decides; all others are fixed by model, decoders and image size
+_LATENTS: tuple[Shape, str] = (("B", 4, "h", "w"), "float32")
+_CALL = {"latents": _LATENTS, "timestep": ((), "float32"), "context": (("2B", "T", "D"), "float32")}
+_NOISE: tuple[Shape, str] = (("2B", 4, "h", "w"), "float32")
 
 STAGES = {
-    "encode_text": Tensors({"tokens": (("B", "T"), "int64")}, {"context": (("B", "T", "D"), "float")}),
-    "denoise": Tensors(
-        {"latents": (("B", 4, "h", "w"), "float"), "timestep": ((), "float32"), "context": (("2B", "T", "D"), "float")},
-        {"noise": (("2B", 4, "h", "w"), "float")},
-    ),
-    "denoise_and_capture": Tensors(
-        {"latents": (("B", 4, "h", "w"), "float"), "timestep": ((), "float32"), "context": (("2B", "T", "D"), "float")},
-        {
-            "noise": (("2B", 4, "h", "w"), "float"),
-            **{f"features_{name}": (("B", "C", "h", "w"), "float") for name in LEVELS},
-            **{f"maps_{name}": (("B", "heads", "S", "T"), "float") for name in LEVELS},
-        },
-    ),
-    "decode_image": Tensors({"latents": (("B", 4, "h", "w"), "float")}, {"image": (("B", "H", "W", 3), "uint8")}),
+    "encode_text": Tensors({"tokens": (("B", "T"), "int64")}, {"context": (("B", "T", "D"), "float32")}),
+    "denoise": Tensors(_CALL, {"noise": _NOISE}),
+    "denoise_and_capture": Tensors(_CALL, {"noise": _NOISE, **{f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in LEVELS}}),
+    "decode_image": Tensors({"latents": _LATENTS}, {"image": (("B", "H", "W", 3), "uint8")}),
+    "encode_image": Tensors({"image": (("B", "H", "W", 3), "uint8")}, {"moments": (("B", 8, "h", "w"), "float32")}),
 }
+
+ANSWERS: dict[str, dict[str, Shape]] = {  # kind of decoder -> its raw outputs
+    "segmentation": {"pred_logits": ("B", "N", "L"), "pred_masks": ("B", "N", "M", "M")},
+    "open-vocabulary": {"pred_logits": ("B", "K", "N", "L"), "pred_masks": ("B", "K", "N", "M", "M")},
+    "depth": {"depth": ("B", 1, "H", "W")},
+    "heatmap": {"heatmaps": ("B", "J", "M", "M")},
+    "simcc": {"x": ("B", "J", "W"), "y": ("B", "J", "H")},
+}
+
+
+def keep(pyramid: Sequence[Level]) -> Tensors:
+    """The stage that hands out every feature and map itself: `features_LEVEL_PLACE` and `maps_LEVEL_PLACE`."""
+    features = {f"features_{level.name}_{place}": (("B", "C", "h", "w"), "float32") for level in pyramid for place in range(len(level.features))}
+    maps = {f"maps_{level.name}_{place}": (("B", "heads", "S", "T"), "float32") for level in pyramid for place in range(len(level.heads))}
+    return Tensors(_CALL, {"noise": _NOISE, **features, **maps})
+
+
+def annotate(kind: str, levels_read: Sequence[str]) -> Tensors:
+    """The stage of a decoder of this kind, which reads its own channels of these levels' sums and, for words, their class embeddings."""
+    sums = {f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in levels_read}
+    text = {"text": (("B", "K", "D"), "float32")} if kind == "open-vocabulary" else {}
+    return Tensors({**sums, **text}, {name: (shape, "float32") for name, shape in ANSWERS[kind].items()})

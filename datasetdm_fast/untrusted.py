@@ -96,12 +96,17 @@ def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
 def parse_json(text: str | bytes, name: str) -> Any:
     """The value of a JSON text; `name` is how messages call it. Repeated keys, NaN and deep nesting are refused, as readers differ about them."""
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise Refused(f"{name}: not readable as JSON ({_reason(error)})", GET_AGAIN) from error
     if _depth(value) > DEEPEST:
         raise Refused(f"{name}: nested more than {DEEPEST} deep", GET_AGAIN)
     return value
+
+
+def json_decoder() -> json.JSONDecoder:
+    """A decoder that refuses repeated keys and NaN."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -341,8 +346,8 @@ def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
         size = path.stat().st_size
         if not 0 < size <= LARGEST_ONNX:
             raise Refused(f"{path}: {size} bytes, expected an ONNX graph of at most {LARGEST_ONNX}", "Keep large tensors in external data.")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            graph = _walk(memoryview(data))
+        with path.open("rb") as file:
+            graph = _walk(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:
         raise storage.refusal(error, path) from error
     except _Malformed as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast import __version__
-from datasetdm_fast.config import ENGINES, PROFILES, SAMPLERS, TASKS, RunConfig, setting
+from datasetdm_fast.config import ENGINES, FLAVOURS, PROFILES, PROVIDERS, SAMPLERS, TASKS, RunConfig, setting
 from datasetdm_fast.errors import GateFailed, Refused
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class VerifyConfig:
     dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16"))
     compile: bool = setting(False, "judge the fast engine with torch.compile")
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
+    engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", metavar="ENGINES")
+    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", choices=FLAVOURS)
+    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", choices=PROVIDERS)
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
     html: str = setting("", "write a page with the worst samples side by side", metavar="FILE")
     run: str = setting("", "run folder whose run.json is to hold the verdict", metavar="RUN")
@@ -158,15 +161,17 @@ def _run(arguments: Sequence[str]) -> int:
 def _prepared(config: VerifyConfig):
     """Both engines over one model, the recipe, and the requests."""
     from datasetdm_fast import job, prompts
-    from datasetdm_fast.engines import build_engine
+    from datasetdm_fast.engines import build_engine, check_engine
 
+    check_engine(config.engine, config.trt_flavour, config.provider)
+    check_engine(config.against, config.trt_flavour)
+    where = {"engines": config.engines, "trt_flavour": config.trt_flavour}
     decoder = None if config.decoder == "none" else config.decoder
-    options = dict(engine=config.against, device=config.device, size=config.size, allow_download=config.allow_download, threads=config.threads)
+    options = dict(engine=config.against, device=config.device, size=config.size, allow_download=config.allow_download, threads=config.threads, **where)
     reference, _ = job.open_engine(config.model, decoder, config.task or None, **options)
     # Both read the modules of one loaded model: equal weights need not be assumed.
-    engine = build_engine(
-        config.engine, reference.model, reference.decoders, dtype=config.dtype, device=config.device, **({"compile": True} if config.compile else {})
-    )
+    chosen = dict(dtype=config.dtype, device=config.device, provider=config.provider, compile=config.compile, **where)
+    engine = build_engine(config.engine, reference.model, reference.decoders, **chosen)
     tasks = tuple(task for task in TASKS if task in reference.decoders)
     chosen = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "profile", "classes")}
     recipe = job.make_recipe(reference, tasks, **chosen)

@@ -83,5 +83,5 @@ def test_bad_demo_specifications_are_refused(spec):
 
 
 def test_an_unknown_reader_is_refused_with_the_known_ones():
-    with pytest.raises(Refused, match="(?s)no reader is called 'dem'.*Did you mean demo"):
+    with pytest.raises(Refused, match="(?s)no reader is called 'dem'.*did you mean demo"):
         open_data("dem:5", SIZE)

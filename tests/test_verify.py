@@ -17,7 +17,11 @@ from datasetdm_fast.models.decoder_config import upstream
 from datasetdm_fast.models.decoders import build_decoder, load_decoders, save_decoder
 
 SMALL = dict(width=12, heads=2, layers=2, feed_forward=16, mask_dim=8, queries=5, depth_width=8, text_width=32, capture_timestep=1, min_area=0)
-KINDS = {"semantic": ("segmentation", {"classes": ("wall", "ball", "cone")}), "depth": ("depth", {}), "pose": ("simcc", {"joints": ("head", "hand")})}
+KINDS = {
+    "semantic": ("segmentation", {"classes": ("wall", "ball", "cone")}),
+    "depth": ("depth", {}),
+    "pose": ("simcc", {"joints": ("head", "hand"), "limbs": ((0, 1),)}),
+}
 PROMPTS = ("a red ball beside a cube", "two cats", "a person at night")
 STEPS = 2
 

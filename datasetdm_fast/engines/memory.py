@@ -10,6 +10,7 @@ import torch
 from ..errors import Missing
 
 Answer = TypeVar("Answer")
+BATCH = 8  # of engines whose graphs tell nothing about their memory
 CPU_CELLS = 4096  # latent cells a CPU works on at once: 16 demo images, one of 512 x 512
 SHARE = 0.8  # of the free memory; the rest is for what other batches of the pipeline hold
 LARGEST = 32  # beyond it a GPU is busy anyway, and images only wait for each other

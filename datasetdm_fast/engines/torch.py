@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data import Capture
 from ..errors import Missing, Refused
 from ..loading import Model
-from .memory import suggested
+from .memory import BATCH, suggested
 
 
 def _oracle(method):
@@ -173,7 +173,7 @@ class TorchEngine:
         return self.decoders[task](capture, text)
 
     def suggested_batch(self) -> int:
-        return 8 if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
+        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
 
     def widened(self) -> None:
         return None

@@ -163,7 +163,7 @@ def image(x: Tensor, height: int, width: int) -> Tensor:
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """Packed projections [B, S, parts * C] as `parts` tensors [B, heads, S, d]."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return tuple(part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(parts, -1))
 
 
 def join_heads(x: Tensor) -> Tensor:

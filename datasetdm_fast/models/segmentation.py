@@ -118,7 +118,7 @@ class SegmentationDecoder(Decoder):
     def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
         memory, mask_features = self.pixels(capture)
-        content, position = self.ask(len(mask_features), text)
+        content, position = self.ask(mask_features.shape[0], text)
         return self.answer(content, position, memory, mask_features, auxiliary)
 
     def pixels(self, capture: Capture | ProjectedCapture) -> tuple[list[Tensor], Tensor]:
@@ -146,9 +146,8 @@ class SegmentationDecoder(Decoder):
             tokens, token_position, side = levels[i % len(levels)]
             if auxiliary:
                 earlier.append(self.heads(content, mask_features))
-            # Against the sigmoid, not the sign of the logit: just below zero the sigmoid rounds to one half, which upstream lets through.
-            masks = self.ops.mask_head(self.mask_embed(self.decoder_norm(content)), mask_features, side)
-            content = cross(content, position, tokens, token_position, masks.flatten(2).sigmoid() < 0.5)
+            blocked = self.ops.mask_head(self.mask_embed(self.decoder_norm(content)), mask_features, side, is_blocking=True)
+            content = cross(content, position, tokens, token_position, blocked.flatten(2))
             content = feed(itself(content, position))
         last = self.heads(content, mask_features)
         return {**last, "aux": earlier} if auxiliary else last
@@ -183,7 +182,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
     def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         batch = capture.batch
         width = self.config.text_width
-        if text is None or text.ndim not in (2, 3) or len(text) != batch or text.shape[-1] != width:
+        if text is None or text.ndim not in (2, 3) or text.shape[0] != batch or text.shape[-1] != width:
             given = "nothing" if text is None else f"shape {list(text.shape)}"
             raise Refused(f"open-vocabulary decoder: text is {given}, expected class embeddings [{batch}, {width}] or [{batch}, K, {width}]")
         memory, mask_features = self.pixels(capture)

@@ -1,0 +1,259 @@
+"""The ort engine: every stage an ONNX Runtime session over its exported graph, tensors bound where they lie."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from ..data import Capture, ProjectedCapture
+from ..errors import Missing, Refused
+from ..export.manifest import Manifest, StageFile
+from ..export.staging import say
+from ..export.to_onnx import RAW, annotate_name, cached
+from ..kernels import pyramid
+from ..loading import Model
+from ..models.trunk import Decoder
+from ..stages import LEVELS
+from .fast import CHUNK_PIXELS, DTYPES, FastEngine
+from .memory import BATCH, suggested
+from .providers import NAMES, available, require_provider
+from .torch import resolve_device
+
+NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
+FATAL = 3  # ONNX Runtime's log level that leaves only errors
+
+
+def _inference(method):
+    @functools.wraps(method)
+    def without_gradients(*arguments, **keywords):
+        with torch.inference_mode():
+            return method(*arguments, **keywords)
+
+    return without_gradients
+
+
+class OrtEngine:
+    """See engines.Engine; the weights of `model` and `decoders` are read at construction, and their graphs written to the cache if they are not there.
+
+    UNet and autoencoder run in `dtype`; text encoder, timesteps, level sums and decoders are fp32 in every mode.
+    """
+
+    name = "ort"
+    adjustments: Mapping[str, int] = {}
+
+    def __init__(
+        self,
+        model: Model,
+        decoders: Mapping[str, Decoder] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        provider: str = "auto",
+        tell: Callable[[str], None] = say,
+    ):
+        require_provider(provider)
+        self.model, self.decoders, self.tell = model, dict(decoders or {}), tell
+        self.provider, self.device = resolve_provider(provider, device)
+        self.precision = resolve_precision(dtype, self.provider)
+        self.folder, self.manifest = self._export()
+        self._stages: dict[str, Stage] = {}
+
+    def _export(self, **which) -> tuple[Path, Manifest]:
+        """The folder of the exported graphs; TensorRT reads standard operators only, the others are given ONNX Runtime's own attention."""
+
+        def told(stage: str) -> None:
+            if stage in ("encode_text", RAW):
+                self.tell(f"writing the graphs of {self.model.name} for ONNX Runtime, once")
+
+        runtime = "any" if self.provider == "tensorrt" else "onnxruntime"
+        return cached(self.model, self.decoders, precision=self.precision, runtime=runtime, told=told, **which)
+
+    def _run(self, name: str, **inputs: Tensor) -> dict[str, Tensor]:
+        if name not in self._stages:
+            folder, manifest = self._export(raw_capture=True, only=[RAW]) if name == RAW else (self.folder, self.manifest)
+            file = manifest.stages[name]
+            self._stages[name] = Stage(open_session(folder / file.file, self.provider, self.device), file, self.device)
+        return self._stages[name](inputs)
+
+    @_inference
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
+        return self._run("encode_text", tokens=self.model.token_ids(prompts))["context"]
+
+    @_inference
+    def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
+        return self.encode_text(words).mean(1)
+
+    @_inference
+    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
+        return self._run("denoise", latents=latents, timestep=torch.tensor(float(timestep)), context=context)["noise"]
+
+    @_inference
+    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
+        """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
+        if not self.decoders:
+            return self.denoise_and_keep(latents, timestep, context)
+        found = self._run("denoise_and_capture", latents=latents, timestep=torch.tensor(float(timestep)), context=context)
+        unread = {f"sums_{level.name}": latents.new_zeros(len(latents), 0, level.side, level.side) for level in self.model.levels}
+        return found["noise"], ProjectedCapture(tuple((unread | found)[f"sums_{name}"] for name in LEVELS), self.slices)
+
+    @functools.cached_property
+    def slices(self) -> dict[str, tuple[slice, ...]]:
+        """Task -> per level, its own channels of the sums."""
+        return {task: tuple(slice(*own.get(name, (0, 0))) for name in LEVELS) for task, own in self.manifest.channels.items()}
+
+    @_inference
+    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        """The noise and every captured feature and map as the reference engine gives them."""
+        found = self._run(RAW, latents=latents, timestep=torch.tensor(float(timestep)), context=context)
+
+        def ordered(kind: str, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+            return tuple(tuple(found[f"{kind}_{name}_{place}"] for place in range(count)) for name, count in zip(LEVELS, counts))
+
+        features = ordered("features", [len(level.features) for level in self.model.levels])
+        return found["noise"], Capture(features, ordered("maps", [len(level.heads) for level in self.model.levels]))
+
+    @_inference
+    def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
+        return torch.cat([self._run("decode_image", latents=part)["image"] for part in latents.split(self._chunk)])
+
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+
+    @_inference
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
+        moments = torch.cat([self._run("encode_image", image=part)["moments"] for part in images.split(self._chunk)])
+        latents, log_variance = moments.chunk(2, 1)
+        if generators is not None:
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+            latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(self.device)
+        return latents * self.model.vae.config.scaling_factor
+
+    @property
+    def _chunk(self) -> int:
+        return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
+
+    @_inference
+    def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+        if task not in self.decoders:
+            loaded = ", ".join(self.decoders) or "none"
+            raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
+        inputs = self._sums(task, capture)
+        if not self.decoders[task].config.has_text:
+            return self._run(annotate_name(task), **inputs)
+        width = self.decoders[task].config.text_width
+        if text is None or text.ndim not in (2, 3) or text.shape[0] != capture.batch or text.shape[-1] != width:
+            given = "nothing" if text is None else f"shape {list(text.shape)}"
+            raise Refused(f"open-vocabulary decoder: text is {given}, expected class embeddings [{capture.batch}, {width}] or [{capture.batch}, K, {width}]")
+        if text.ndim == 3:
+            return self._run(annotate_name(task), **inputs, text=text)
+        return {name: value[:, 0] for name, value in self._run(annotate_name(task), **inputs, text=text[:, None]).items()}
+
+    def _sums(self, task: str, capture: ProjectedCapture | Capture) -> dict[str, Tensor]:
+        """What the task's decoder reads, by the names of its stage."""
+        if isinstance(capture, ProjectedCapture):
+            return {f"sums_{name}": total for name, total in zip(LEVELS, capture.of(task).sums) if total.shape[1]}
+        weights = self.decoders[task].projections()
+        levels = {level.name: (place, level.side) for place, level in enumerate(self.model.levels)}
+        return {
+            f"sums_{name}": pyramid.projected(capture.features[place], capture.maps[place], weights[name].to(self.device), side)
+            for name, (place, side) in levels.items()
+            if name in weights
+        }
+
+    def suggested_batch(self) -> int:
+        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
+
+    def widened(self) -> FastEngine | None:
+        return None if self.precision == "fp32" else self._wide
+
+    @functools.cached_property
+    def _wide(self) -> FastEngine:
+        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
+
+    def fingerprint(self) -> dict[str, str]:
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        told = {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": self.precision, "provider": self.provider}
+        return {**told, "onnxruntime": onnxruntime.__version__}
+
+
+class Stage:
+    """A session that reads its inputs and writes its outputs in the memory of torch tensors."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, file: StageFile, device: torch.device):
+        self.session, self.file, self.device = session, file, device
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        binding, sizes, held = self.session.io_binding(), {}, []
+        for info in self.file.inputs:
+            # A single number may stay on the host.
+            value = inputs[info.name].to(self.device if info.shape else "cpu", getattr(torch, info.dtype)).contiguous()
+            held.append(value)
+            sizes |= {size: given for size, given in zip(info.shape, value.shape) if isinstance(size, str)}
+            binding.bind_input(info.name, value.device.type, value.device.index or 0, NUMPY[info.dtype], list(value.shape), value.data_ptr())
+        if "2B" in sizes:
+            assert sizes["2B"] == 2 * sizes["B"], f"context has {sizes['2B']} rows for {sizes['B']} images"
+        outputs = {}
+        for info in self.file.outputs:
+            shape = [sizes["B"] * 2 if size == "2B" else sizes.get(size, size) for size in info.shape]
+            value = outputs[info.name] = torch.empty(shape, dtype=getattr(torch, info.dtype), device=self.device)
+            binding.bind_output(info.name, value.device.type, value.device.index or 0, NUMPY[info.dtype], shape, value.data_ptr())
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime works on a stream of its own
+        self.session.run_with_iobinding(binding)
+        return outputs
+
+
+def open_session(path: Path, provider: str, device: torch.device) -> onnxruntime.InferenceSession:
+    """A session on the provider asked for, and on no other."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads take the cores of the processes beside them
+    place = {"device_id": str(device.index or 0)}
+    providers = {
+        "cpu": ["CPUExecutionProvider"],
+        "cuda": [("CUDAExecutionProvider", place), "CPUExecutionProvider"],
+        # Its own cache of engines is left off: it would load native code that nobody has checked.
+        "tensorrt": [("TensorrtExecutionProvider", place), ("CUDAExecutionProvider", place), "CPUExecutionProvider"],
+    }[provider]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if session.get_providers()[0] != NAMES[provider]:
+        raise Missing(
+            f"provider: {provider} could not be started, ONNX Runtime offers {', '.join(session.get_providers())} in its place",
+            "check its CUDA libraries, or use --provider cpu",
+        )
+    return session
+
+
+def resolve_provider(provider: str, device: str) -> tuple[str, torch.device]:
+    """The provider and where its tensors lie; "auto" follows the device, and a device left open follows what there is."""
+    if provider == "cpu":
+        place = resolve_device("cpu" if device == "auto" else device)
+    elif provider == "auto":
+        has_cuda = NAMES["cuda"] in available()
+        place = resolve_device(device if device != "auto" or has_cuda else "cpu")
+        provider = "cuda" if place.type == "cuda" else "cpu"
+        require_provider(provider)
+    else:
+        place = resolve_device("cuda" if device == "auto" else device)
+    if (place.type == "cpu") != (provider == "cpu"):
+        raise Refused(f"provider: {provider} does not run on the device {place}", "leave out --device, or choose another --provider")
+    return provider, place
+
+
+def resolve_precision(dtype: str, provider: str) -> str:
+    """The storage of UNet and autoencoder: as asked, or fp32 on a CPU and fp16 elsewhere."""
+    if dtype == "auto":
+        return "fp32" if provider == "cpu" else "fp16"
+    if dtype not in DTYPES:
+        raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    if dtype == "bf16":
+        raise Refused("dtype: ONNX Runtime has no bf16 convolutions", "use --dtype fp16 or --dtype fp32")
+    return dtype

@@ -1,0 +1,268 @@
+"""The TensorRT engine: every stage a plan built from its exported graph, on a GPU, by whichever TensorRT is installed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engines.memory import BATCH, suggested
+from datasetdm_fast.engines.torch import resolve_device
+from datasetdm_fast.engines.trt_plan import LoadedPlan, Queue
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export import flavours
+from datasetdm_fast.export.golden import Reference
+from datasetdm_fast.export.manifest import PRECISIONS, Manifest
+from datasetdm_fast.export.plans import PlanFolder, say
+from datasetdm_fast.export.staging import cache_folder
+from datasetdm_fast.export.to_onnx import RAW, annotate_name, export, source_digest
+from datasetdm_fast.export.to_tensorrt import WORDS, Target, at_once, open_plan
+from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.loading import Model
+from datasetdm_fast.models.trunk import Decoder
+from datasetdm_fast.stages import LEVELS
+
+PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
+
+
+def _inference(method):
+    @functools.wraps(method)
+    def without_gradients(*arguments, **keywords):
+        with torch.inference_mode():
+            return method(*arguments, **keywords)
+
+    return without_gradients
+
+
+class TrtEngine:
+    """See engines.Engine; plans are built at the first call of a batch size, or read from `folder`, where `export` may have put them.
+
+    UNet and autoencoder run in `dtype`; text encoder, level sums and decoders are fp32 in every mode. All calls share one stream.
+    """
+
+    name = "trt"
+    adjustments: Mapping[str, int] = {}
+
+    def __init__(
+        self,
+        model: Model,
+        decoders: Mapping[str, Decoder] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        folder: str | Path = "",
+        flavour: str = "auto",
+        queue: Queue | None = None,
+        found: flavours.Flavour | None = None,
+        tell: Callable[[str], None] = say,
+    ):
+        self.flavour = found or flavours.require_gpu(flavour)
+        self.queue = queue or Queue(_gpu(device))
+        self.model, self.decoders, self.device, self.tell = model, dict(decoders or {}), self.queue.device, tell
+        self.precision = "fp16" if dtype == "auto" else dtype
+        if self.precision not in PRECISIONS:
+            raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}")
+        self.source = source_digest(model, self.decoders)
+        self.folder = Path(folder) if folder else cache_folder() / "engines" / f"{self.source[:16]}-{self.precision}-{model.size}"
+        self.is_given = bool(folder)
+        self._golden = Reference(model, self.decoders)
+        self._loaded: dict[str, list[LoadedPlan]] = {}
+
+    # Stages
+
+    def _manifest(self, stage: str) -> tuple[Path, Manifest]:
+        """The folder that holds a stage's graph, and what lies there; a graph that is in none is exported now."""
+        there = self._read(self.folder)
+        if there and stage in there.stages and self._is_ours(there):
+            return self.folder, there
+        if stage == RAW:  # few runs need it, so it has a folder of its own
+            folder = self.folder / RAW
+            there = self._read(folder)
+            if there and self._is_ours(there):
+                return folder, there
+            self.tell(f"exporting {RAW} to {folder}")
+            return folder, export(self.model, self.decoders, folder, precision=self.precision, raw_capture=True, only=[RAW])
+        if there and self.is_given:
+            cause = f"{self.folder}: holds other stages than asked for ({self._difference(there, stage)})"
+            raise Refused(cause, "Export this model with these decoders into it again, or name another folder.")
+        self.tell(f"exporting the stages to {self.folder}")
+        return self.folder, export(self.model, self.decoders, self.folder, precision=self.precision)
+
+    def _read(self, folder: Path) -> Manifest | None:
+        try:
+            return Manifest.read(folder)
+        except Missing:
+            return None
+
+    def _is_ours(self, manifest: Manifest) -> bool:
+        return (manifest.source, manifest.precision, manifest.size) == (self.source, self.precision, self.model.size)
+
+    def _difference(self, manifest: Manifest, stage: str) -> str:
+        ours = {"model and decoders": self.source[:12], "precision": self.precision, "size": self.model.size}
+        theirs = {"model and decoders": manifest.source[:12], "precision": manifest.precision, "size": manifest.size}
+        told = [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]
+        return "; ".join(told) or f"{stage} is not among them"
+
+    def _plan(self, stage: str, batch: int) -> LoadedPlan:
+        """The loaded plan of a stage for that many at once; read or built at the first call, and its golden output checked."""
+        for loaded in self._loaded.get(stage, ()):
+            if batch in loaded.batches:
+                return loaded
+        folder, manifest = self._manifest(stage)
+        opened = PlanFolder(folder, self.tell)
+
+        def serves(facts: Mapping[str, Any]) -> bool:
+            tensors = manifest.stages[stage].inputs
+            leading = next(one.name for one in tensors if one.shape[:1] == ("B",))
+            return self._runs_here(facts["capabilities"]) and any(shapes[leading][0][0] == batch for shapes in facts["profiles"])
+
+        plan = open_plan(opened, stage, manifest, self._target(batch), self._golden, accepts=serves)
+        loaded = LoadedPlan(plan, manifest.stages[stage], self.flavour, self.queue, opened.key)
+        loaded.check(self.precision)
+        loaded.keep_compiled()
+        self._loaded.setdefault(stage, []).append(loaded)
+        return loaded
+
+    def _target(self, batch: int) -> Target:
+        is_known = not self.flavour.is_portable or self.queue.capability in self.flavour.capabilities
+        return Target(self.flavour, (batch,), (self.queue.capability,) if is_known else (), gpu="" if self.flavour.is_portable else self.queue.gpu)
+
+    def _runs_here(self, capabilities: Sequence[str]) -> bool:
+        return self.queue.capability in capabilities or (not capabilities and int(self.queue.capability.removeprefix("sm")) >= PORTABLE_FROM)
+
+    def _call(self, stage: str, batch: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._plan(stage, batch)(batch, inputs)
+
+    def _in_parts(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
+        """A stage with one input, which takes a few at once: the last part is filled up with its last one."""
+        size = at_once(stage, self.model.size, len(values))
+        parts = [self._call(stage, size, {name: _filled(part, size)}) for part in values.split(size)]
+        return {key: torch.cat([part[key] for part in parts])[: len(values)] for key in parts[0]}
+
+    # The protocol
+
+    @_inference
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
+        return self._in_parts("encode_text", "tokens", self.model.token_ids(prompts).to(self.device))["context"]
+
+    @_inference
+    def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
+        return self.encode_text(words).mean(1)
+
+    @_inference
+    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
+        return self._call("denoise", len(latents), self._inputs(latents, timestep, context))["noise"]
+
+    @_inference
+    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
+        """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
+        if not self.decoders:
+            return self.denoise_and_keep(latents, timestep, context)
+        found = self._call("denoise_and_capture", len(latents), self._inputs(latents, timestep, context))
+        unread = [latents.new_zeros(len(latents), 0, level.side, level.side, dtype=torch.float32, device=self.device) for level in self.model.levels]
+        return found["noise"], ProjectedCapture(tuple(found.get(f"sums_{name}", none) for name, none in zip(LEVELS, unread)), self._slices)
+
+    @functools.cached_property
+    def _slices(self) -> dict[str, tuple[slice, ...]]:
+        channels = self._manifest("denoise_and_capture")[1].channels
+        return {task: tuple(slice(*own.get(name, (0, 0))) for name in LEVELS) for task, own in channels.items()}
+
+    @_inference
+    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        """The noise and every captured feature and map as the reference engine gives them."""
+        found = self._call(RAW, len(latents), self._inputs(latents, timestep, context))
+
+        def ordered(kind: str, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
+            return tuple(tuple(found[f"{kind}_{name}_{place}"] for place in range(count)) for name, count in zip(LEVELS, counts))
+
+        levels = self.model.levels
+        return found["noise"], Capture(ordered("features", [len(one.features) for one in levels]), ordered("maps", [len(one.heads) for one in levels]))
+
+    def _inputs(self, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
+        return {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context}
+
+    @functools.cached_property
+    def _timestep(self) -> Callable[[float], Tensor]:
+        # On the device already: a copy from the host would make the loop wait.
+        return functools.lru_cache(2048)(lambda timestep: torch.tensor(timestep, dtype=torch.float32, device=self.device))
+
+    @_inference
+    def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
+        return self._in_parts("decode_image", "latents", latents)["image"]
+
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+
+    @_inference
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
+        latents, log_variance = self._in_parts("encode_image", "image", images.to(self.device))["moments"].chunk(2, 1)
+        if generators is not None:
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+            latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(self.device)
+        return latents * self.model.vae.config.scaling_factor
+
+    @_inference
+    def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+        if task not in self.decoders:
+            loaded = ", ".join(self.decoders) or "none"
+            raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
+        own = capture.of(task) if isinstance(capture, ProjectedCapture) else self._projected(task, capture)
+        sums = {f"sums_{name}": total for name, total in zip(LEVELS, own.sums) if total.shape[1]}
+        stage = annotate_name(task)
+        if text is None:
+            return self._call(stage, own.batch, sums)
+        words = text[:, None] if text.ndim == 2 else text
+        parts = [self._call(stage, own.batch, sums | {"text": _filled(part, WORDS, 1)}) for part in words.split(WORDS, 1)]
+        answer = {name: torch.cat([part[name] for part in parts], 1)[:, : words.shape[1]] for name in parts[0]}
+        return {name: value[:, 0] for name, value in answer.items()} if text.ndim == 2 else answer
+
+    def _projected(self, task: str, capture: Capture) -> ProjectedCapture:
+        weights = self.decoders[task].projections()
+        sums = []
+        for level, features, maps in zip(self.model.levels, capture.features, capture.maps):
+            weight = weights.get(level.name)
+            none = features[0].new_zeros(capture.batch, 0, level.side, level.side)
+            sums.append(none if weight is None else pyramid.projected(features, maps, weight.to(features[0].device), level.side))
+        return ProjectedCapture(tuple(sums), {})
+
+    def suggested_batch(self) -> int:
+        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
+
+    def widened(self) -> FastEngine | None:
+        return None if self.precision == "fp32" else self._wide
+
+    @functools.cached_property
+    def _wide(self) -> FastEngine:
+        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
+
+    def fingerprint(self) -> dict[str, str]:
+        return {
+            "engine": self.name,
+            "device": str(self.device),
+            "device_name": self.queue.gpu,
+            "dtype": self.precision,
+            "tensorrt": self.flavour.title,
+            "cuda": self.flavour.cuda,
+            "torch": torch.__version__,
+        }
+
+
+def _gpu(device: str) -> torch.device:
+    found = resolve_device(device)
+    if found.type != "cuda":
+        if device != "auto":
+            raise Refused(f"device: the trt engine runs on a GPU, not on {device}", "Use --device cuda, or --engine fast.")
+        raise Missing(f"engine trt: this PyTorch ({torch.__version__}) sees no GPU; {flavours.driver()}", "Install a PyTorch built for CUDA.")
+    return torch.device("cuda", found.index if found.index is not None else torch.cuda.current_device())
+
+
+def _filled(part: Tensor, size: int, axis: int = 0) -> Tensor:
+    """`part` with its last entry along `axis` repeated up to `size`."""
+    short = size - part.shape[axis]
+    return torch.cat([part, part.narrow(axis, -1, 1).repeat_interleave(short, axis)], axis) if short else part

@@ -1,0 +1,121 @@
+"""What each exported stage is to say: one image through our own modules in fp32, kept beside a plan and asked again whenever it is loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from datasetdm_fast.stages import FACTOR, LEVELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from datasetdm_fast.loading import Model
+    from datasetdm_fast.models.trunk import Decoder
+
+PROMPT = "a red ball beside a cube on a table"
+WORD = "ball"
+TIMESTEP = 401.0
+KEPT = 1 << 16  # values of an output that are kept, evenly spaced over it
+FAR = {"fp32": 2e-2, "fp16": 5e-2, "bf16": 0.15}  # relative L2 beyond which a plan does not say what it was built to say
+
+
+class Reference:
+    """Golden inputs and outputs of every stage, computed when they are first asked for."""
+
+    def __init__(self, model: Model, decoders: Mapping[str, Decoder]):
+        self.model, self.decoders = model, decoders
+
+    @functools.cached_property
+    def _engine(self):
+        from datasetdm_fast.engines.fast import FastEngine
+
+        return FastEngine(self.model, self.decoders, dtype="fp32", device="cpu")
+
+    def __call__(self, stage: str) -> dict[str, np.ndarray]:
+        """in.NAME and out.NAME of the stage for one image; of a large output only every n-th value."""
+        import torch
+
+        with torch.inference_mode():
+            if stage.startswith("annotate_"):
+                inputs, outputs = self._annotate(stage.removeprefix("annotate_"))
+            else:
+                inputs, outputs = getattr(self, f"_{stage}")()
+        given = {f"in.{name}": value.numpy().copy(order="C") for name, value in inputs.items()}
+        return given | {f"out.{name}": sampled(value.numpy()) for name, value in outputs.items()}
+
+    @functools.cached_property
+    def _call(self) -> dict[str, Tensor]:
+        import torch
+
+        from datasetdm_fast.sampling import initial_noise
+
+        side = self.model.size // FACTOR
+        context = self._engine.encode_text(["", PROMPT])
+        return {"latents": initial_noise(0, 4, side, side)[None], "timestep": torch.tensor(TIMESTEP), "context": context}
+
+    @functools.cached_property
+    def _captured(self) -> tuple[Tensor, tuple[Tensor, ...], Mapping[str, tuple[slice, ...]]]:
+        noise, capture = self._engine.denoise_and_capture(self._call["latents"], TIMESTEP, self._call["context"])
+        return noise, capture.sums, capture.slices
+
+    def _encode_text(self):
+        ids = self.model.token_ids([PROMPT])
+        return {"tokens": ids}, {"context": self._engine.text_encoder(ids)}
+
+    def _denoise(self):
+        return self._call, {"noise": self._captured[0] if self.decoders else self._engine.denoise(self._call["latents"], TIMESTEP, self._call["context"])}
+
+    def _denoise_and_capture(self):
+        noise, sums, _ = self._captured
+        return self._call, {"noise": noise, **{f"sums_{name}": total for name, total in zip(LEVELS, sums) if total.shape[1]}}
+
+    def _denoise_and_keep(self):
+        noise, capture = self._engine.denoise_and_keep(self._call["latents"], TIMESTEP, self._call["context"])
+        kept = {
+            f"{kind}_{name}_{place}": value
+            for kind in ("features", "maps")
+            for name, level in zip(LEVELS, getattr(capture, kind))
+            for place, value in enumerate(level)
+        }
+        return self._call, {"noise": noise, **kept}
+
+    def _decode_image(self):
+        return {"latents": self._call["latents"]}, {"image": self._image}
+
+    @functools.cached_property
+    def _image(self) -> Tensor:
+        return self._engine.decode_image(self._call["latents"])
+
+    def _encode_image(self):
+        pixels = self._image.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return {"image": self._image}, {"moments": self._engine.image_encoder(pixels)}
+
+    def _annotate(self, task: str):
+        _, sums, slices = self._captured
+        own = {f"sums_{name}": total[:, part] for name, total, part in zip(LEVELS, sums, slices[task]) if part.stop > part.start}
+        text = {"text": self._engine.encode_classes([WORD])[None]} if self.decoders[task].config.kind == "open-vocabulary" else {}
+        return own | text, self._engine.annotate(task, self._projected, text.get("text"))
+
+    @property
+    def _projected(self):
+        from datasetdm_fast.data import ProjectedCapture
+
+        return ProjectedCapture(*self._captured[1:])
+
+
+def sampled(value: np.ndarray) -> np.ndarray:
+    """Evenly spaced values of an array, at most KEPT of them, in order."""
+    flat = value.reshape(-1)
+    return np.ascontiguousarray(flat[:: -(-flat.size // KEPT) or 1])
+
+
+def distance(found: np.ndarray, truth: np.ndarray) -> float:
+    """Relative L2; infinite where something is not a number."""
+    found, truth = found.astype(np.float64), truth.astype(np.float64)
+    if not np.isfinite(found).all():
+        return float("inf")
+    return float(np.linalg.norm(found - truth) / max(np.linalg.norm(truth), 1e-12))

@@ -1,0 +1,115 @@
+"""What lies in a folder of exported stages: files, tensors, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from datasetdm_fast.errors import Missing, Refused
+
+NAME = "manifest.json"
+FORMAT = 1
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a stage."""
+
+    name: str
+    axes: tuple[str | int, ...]  # size letters of stages.py
+    shape: tuple[str | int, ...]  # the same as numbers, but for what a call decides: B, 2B, K
+    dtype: str
+
+
+@dataclass(frozen=True)
+class StageFile:
+    """One exported stage."""
+
+    file: str
+    data: str  # the file beside it that holds its large weights; stages may share one; empty where it has none
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    sha256: str
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The stages of one model and its decoders; `source` is a digest of every weight, so equal sources mean equal files."""
+
+    stages: Mapping[str, StageFile]
+    files: Mapping[str, FileInfo]
+    precision: str
+    runtime: str  # any, or the one library whose own operators the graphs use
+    opset: int
+    size: int  # pixels of a side
+    source: str
+    model: Mapping[str, str]  # name and digests of its parts
+    tasks: Mapping[str, str]  # task -> kind of its decoder
+    channels: Mapping[str, Mapping[str, tuple[int, int]]]  # task -> level -> its own channels of that level's sums, first and one past the last
+    exporter: str  # version of this package
+    format: int = field(default=FORMAT)
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest, thereby of every file it names."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, origin: str = NAME) -> Manifest:
+        """The manifest of a JSON text; refuses what is none, and file names that lead out of its folder."""
+        try:
+            values = json.loads(text)
+            if values.get("format") != FORMAT:
+                raise Refused(f"{origin}: format {values.get('format')!r}, expected {FORMAT}", "Export the model again with this version.")
+            stages = {name: _stage(stage) for name, stage in values.pop("stages").items()}
+            files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
+            channels = {task: {level: tuple(part) for level, part in levels.items()} for task, levels in values.pop("channels").items()}
+            manifest = Manifest(stages=stages, files=files, channels=channels, **values)
+        except Refused:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Refused(f"{origin}: not a manifest of exported stages ({type(error).__name__}: {error})", "Export the model again.") from None
+        for name in [*files, *(name for stage in stages.values() for name in (stage.file, stage.data) if name)]:
+            if Path(name).name != name or name.startswith(".") or name not in files:
+                raise Refused(f"{origin}: {name!r} is not the name of a file beside it", "Export the model again.")
+        return manifest
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        path = folder / NAME
+        try:
+            return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+        except FileNotFoundError:
+            raise Missing(f"{path}: there is none", f"Export into that folder: python -m datasetdm_fast.export --to onnx --out {folder}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refused(f"{path}: cannot be read ({error})", "Export the model again.") from None
+
+    def check_files(self, folder: Path) -> None:
+        """Refuses a folder whose files are not, byte for byte, those that were exported."""
+        for name, info in self.files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != info.size:
+                found = f"{path.stat().st_size} bytes" if path.is_file() else "not there"
+                raise Refused(f"{path}: {found}, expected {info.size} bytes", "Export the model again.")
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != info.sha256:
+                raise Refused(f"{path}: its SHA-256 is {found[:12]}, expected {info.sha256[:12]}", "Export the model again.")
+
+
+def _stage(values: Mapping) -> StageFile:
+    def tensors(name: str) -> tuple[TensorInfo, ...]:
+        return tuple(TensorInfo(one["name"], tuple(one["axes"]), tuple(one["shape"]), one["dtype"]) for one in values[name])
+
+    return StageFile(values["file"], values["data"], tensors("inputs"), tensors("outputs"))

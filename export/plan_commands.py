@@ -1,0 +1,154 @@
+"""What `export` does with TensorRT plans: builds them, lists them, clears them away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.export import flavours
+from datasetdm_fast.export.manifest import NAME, Manifest
+from datasetdm_fast.export.plans import SUFFIX, Entry, PlanFolder, say
+from datasetdm_fast.export.staging import cache_folder
+
+if TYPE_CHECKING:
+    from datasetdm_fast.export.__main__ import ExportConfig
+
+
+def build(config: ExportConfig) -> None:
+    """The plans of every stage in --out, built or found whole; what cannot come out well is refused before any model is read."""
+    from datasetdm_fast.export import to_tensorrt
+
+    named = config.to if config.trt_flavour == "auto" else config.trt_flavour
+    if config.to == "tensorrt-rtx" and named != "tensorrt-rtx":
+        raise Refused(f"--trt-flavour {named}: --to tensorrt-rtx names another one", "Drop one of the two flags.")
+    flavour, gpus = flavours.find(named, f"--to {named}"), flavours.gpu_capabilities()
+    batches = to_tensorrt.check_batches(config.batch)
+    capabilities = flavours.check_capabilities(flavour, config.capability, gpus)
+    flags = to_tensorrt.check_flags(flavour, [flag for flag in ("weight-streaming", "refit") if getattr(config, flag.replace("-", "_"))], gpus)
+
+    from datasetdm_fast.export.__main__ import load, teller
+    from datasetdm_fast.export.golden import Reference
+    from datasetdm_fast.export.to_onnx import export
+
+    model, decoders = load(config)
+    folder, precision = Path(config.out), "fp16" if config.precision == "auto" else config.precision
+    manifest = export(model, decoders, folder, precision=precision, raw_capture=config.raw_capture, told=teller(config))
+    target = to_tensorrt.Target(flavour, batches, capabilities, flags, "" if flavour.is_portable else _gpu_name())
+    opened, golden, rows = PlanFolder(folder, say), Reference(model, decoders), []
+    for stage in manifest.stages:
+        plan = to_tensorrt.open_plan(opened, stage, manifest, target, golden, is_quiet=config.quiet)
+        rows.append({"stage": stage, "file": plan.path.name, "bytes": len(plan.content), "built": plan.is_new, **{name: plan.notes[name] for name in NOTES}})
+        if not config.quiet:
+            say(row_line(rows[-1]))
+    print(json.dumps({"path": str(folder), "flavour": flavour.title, "capabilities": list(capabilities), "plans": rows}) if config.json else folder, flush=True)
+
+
+NOTES = ("layers", "fused_attentions", "seconds")
+
+
+def row_line(row: Mapping[str, Any]) -> str:
+    begin = f"{row['stage']:<26}{row['bytes'] / 1e6:9.1f} MB   {row['layers']} layers, {row['fused_attentions']} fused attentions"
+    return f"{begin}, {'built in' if row['built'] else 'was there, built in'} {row['seconds']:.1f} s"
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def list_plans(config: ExportConfig) -> None:
+    """Every plan of --out, or of the cache, with what it is for; raises GateFailed where one of them would not be used."""
+    rows, faulty = [], 0
+    for opened in _folders(config.out):
+        for entry in opened.entries():
+            reason = entry.fault or _staleness(opened.folder)(entry.facts)
+            faulty += bool(reason)
+            rows.append(_described(entry) | {"fault": reason})
+            if not config.json:
+                print(_line(rows[-1]))
+    if config.json:
+        print(json.dumps(rows))
+    elif not rows:
+        say("no plans")
+    if faulty:
+        raise GateFailed(f"--list: {faulty} of {len(rows)} plans would not be used", "Delete them with --prune; they are built anew when they are needed.")
+
+
+def prune(config: ExportConfig) -> None:
+    """Deletes the plans of --out, or of the cache, that would not be used, and the least recently used beyond --cap-gb."""
+    removed = [one for opened in _folders(config.out) for one in opened.prune(_staleness(opened.folder), int(config.cap_gb * 1e9))]
+    if config.json:
+        print(json.dumps([{"path": str(path), "reason": reason} for path, reason in removed]))
+        return
+    for path, reason in removed:
+        print(f"{path}: {reason.removeprefix(f'{path} ')}")
+    say(f"{len(removed)} files deleted")
+
+
+def _folders(out: str) -> list[PlanFolder]:
+    if out and not Path(out).is_dir():
+        raise Missing(f"--out: {out} is not a folder", "Name the folder of the plans, or leave the flag out for the cache.")
+    roots = [Path(out)] if out else sorted(path for path in (cache_folder() / "engines").glob("*") if path.is_dir())
+    found = [folder for root in roots for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))]
+    return [PlanFolder(folder) for folder in found if any(folder.glob(f"*{SUFFIX}"))]
+
+
+def _staleness(folder: Path):
+    """Why nothing would ever ask for a plan again: another version of TensorRT is installed, or its graph was exported anew."""
+    try:
+        graphs = Manifest.read(folder) if (folder / NAME).is_file() else None
+    except Refused:
+        graphs = None
+
+    def reason(facts: Mapping[str, Any]) -> str:
+        try:
+            installed = flavours.find(facts["flavour"], "--list")
+        except Missing:
+            installed = None  # built here for another machine
+        if installed and (installed.version, installed.cuda) != (facts["version"], facts["cuda"]):
+            return f"is stale: built by version {facts['version']}, installed is {installed.version}"
+        if graphs and (facts["source"] != graphs.source or facts["stage"] not in graphs.stages):
+            return f"is stale: {folder / NAME} tells of other graphs"
+        return ""
+
+    return reason
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    facts, notes = entry.facts, entry.notes
+    if not facts:
+        return {"path": str(entry.path), "bytes": entry.size}
+    return {
+        "path": str(entry.path),
+        "bytes": entry.size,
+        "stage": facts["stage"],
+        "precision": facts["precision"],
+        "batches": _batches(facts["profiles"]),
+        "flavour": f"{flavours.TITLES[facts['flavour']]} {facts['version']}",
+        "cuda": facts["cuda"],
+        "capabilities": facts["capabilities"] or ["portable"],
+        "gpu": facts["gpu"],
+        "flags": facts["flags"],
+        **{name: notes[name] for name in NOTES},
+    }
+
+
+def _batches(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> list[int]:
+    """The images each optimisation profile takes; a CFG batch is twice as long and never the shortest input."""
+    return [min(shapes[1][0] for shapes in profile.values()) for profile in profiles]
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    if "stage" not in row:
+        return f"{row['path']}  {row['bytes'] / 1e6:.1f} MB  not usable: {_about(row)}"
+    told = f"{row['stage']} {row['precision']}, batch {','.join(map(str, row['batches']))}, {row['flavour']} for {','.join(row['capabilities'])}"
+    end = f"  not usable: {_about(row)}" if row["fault"] else f", {row['layers']} layers"
+    return f"{row['path']}  {row['bytes'] / 1e6:.1f} MB  {told}{end}"
+
+
+def _about(row: Mapping[str, Any]) -> str:
+    return row["fault"].removeprefix(f"{row['path']} ")

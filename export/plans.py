@@ -1,0 +1,248 @@
+"""Built plans on the disk: what each was built for, the seal it is read under, and one build however many processes ask for it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast import storage
+from datasetdm_fast.errors import Missing
+from datasetdm_fast.export import sealed
+from datasetdm_fast.export.sealed import Unusable
+from datasetdm_fast.export.staging import say
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = 1  # of the facts below; another one makes every plan stale
+SUFFIX = ".plan"
+GOLDEN = ".golden.safetensors"
+LARGEST_GOLDEN = 256 << 20
+SHOWN_KEY = 16  # characters of a key in a file name
+FLEXIBLE = ("profiles", "capabilities", "flags")  # facts in which a plan may differ from an order and still do
+CAP = 64 << 30  # bytes of plans that prune leaves
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a plan is to be: everything that decides its bytes or whether it may run here."""
+
+    stage: str
+    source: str  # digest of model and decoders
+    graph: str  # digest of the ONNX graph with its weights
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]  # per profile: input -> least, usual and largest shape
+    precision: str
+    flavour: str
+    version: str
+    cuda: str
+    capabilities: tuple[str, ...]  # of the GPUs it serves; empty for what the flavour calls portable
+    flags: tuple[str, ...] = ()
+    gpu: str = ""  # name of the only GPU model it serves, where the flavour binds plans to one
+    format: int = field(default=FORMAT)
+
+    def facts(self) -> dict[str, Any]:
+        """The order as JSON gives it back."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan whose seal was checked, and what it is to say of its golden inputs."""
+
+    path: Path
+    content: bytes
+    facts: Mapping[str, Any]  # its order
+    notes: Mapping[str, Any]  # layers, fused_attentions, seconds, golden
+    golden: Mapping[str, np.ndarray]  # in.NAME and out.NAME
+    is_new: bool = False  # whether it was built just now
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a plan folder."""
+
+    path: Path
+    size: int
+    facts: Mapping[str, Any]
+    notes: Mapping[str, Any]
+    fault: str  # why it would not be used; empty for a good one
+
+
+Build = Callable[[Path], tuple[dict[str, Any], Mapping[str, "np.ndarray"]]]
+
+
+class PlanFolder:
+    """The plans of one folder, read and written under this user's key."""
+
+    def __init__(self, folder: Path, tell: Callable[[str], None] = say):
+        self.folder, self.tell, self.key = Path(folder), tell, sealed.load_key()
+
+    def path(self, order: Order) -> Path:
+        return self.folder / f"{order.stage}-{order.key[:SHOWN_KEY]}{SUFFIX}"
+
+    def open_or_build(self, order: Order, build: Build, accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False) -> Plan:
+        """The plan of `order`, or another whose facts are `accept`ed; what lies in its place but must not be used is named and built anew.
+
+        One process builds for all that wait.
+        """
+        plan = self._in_place(order) or self._other(order, accepts)
+        if plan:
+            return plan
+        storage.make_folder(self.folder)
+        with self._building(order):
+            with suppress(FileNotFoundError, Unusable):  # another process may have built it meanwhile
+                return self.read(order)
+            self._build(order, build)
+            return replace(self.read(order), is_new=True)
+
+    def _in_place(self, order: Order) -> Plan | None:
+        try:
+            plan = self.read(order)
+        except FileNotFoundError:
+            return None
+        except Unusable as refusal:
+            self.tell(f"{refusal}; it is not loaded but built anew")
+            return None
+        with suppress(OSError):  # a folder of others may be read-only
+            os.utime(plan.path)
+        return plan
+
+    def _other(self, order: Order, accepts: Callable[[Mapping[str, Any]], bool]) -> Plan | None:
+        """A plan that differs from the order only in what the caller accepts: shapes, GPUs served, builder flags."""
+        wanted = order.facts()
+        for path in sorted(self.folder.glob(f"{order.stage}-*{SUFFIX}")):
+            if path == self.path(order):
+                continue
+            try:
+                facts = sealed.read_header(path, self.key).facts
+                if all(facts.get(name) == wanted[name] for name in wanted if name not in FLEXIBLE) and accepts(facts):
+                    return self._read(path, facts)
+            except (FileNotFoundError, Unusable) as refusal:
+                self.tell(f"{refusal}; it is passed over")
+        return None
+
+    def read(self, order: Order) -> Plan:
+        """The plan of `order`; raises FileNotFoundError, or Unusable with the reason."""
+        return self._read(self.path(order), order.facts())
+
+    def _read(self, path: Path, facts: Mapping[str, Any]) -> Plan:
+        header, content = sealed.read(path, self.key, facts)
+        return Plan(path, content, header.facts, header.notes, self._read_golden(path, header))
+
+    def _read_golden(self, path: Path, header: sealed.Header) -> dict[str, np.ndarray]:
+        from safetensors.numpy import load
+
+        expected, beside = header.notes["golden"], golden_path(path)
+        if not beside.is_file() or beside.stat().st_size > LARGEST_GOLDEN:
+            raise Unusable(f"{path} lacks its golden output {beside.name}")
+        content = beside.read_bytes()
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise Unusable(f"{beside} was edited: it does not have the digest its plan was sealed with")
+        return load(content)
+
+    def _build(self, order: Order, build: Build) -> None:
+        from safetensors.numpy import save
+
+        path = self.path(order)
+        for leftover in self.folder.glob(f".{path.stem}.*.part"):  # of a process that was killed; nobody else writes this plan now
+            leftover.unlink(missing_ok=True)
+        part = path.with_name(f".{path.name}.raw.{os.getpid()}.part")
+        try:
+            notes, golden = build(part)
+            content = save(dict(golden))
+            storage.publish({golden_path(path): content})
+            sealed.write(path, order.facts(), part, self.key, notes | {"golden": hashlib.sha256(content).hexdigest()})
+        finally:
+            part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _building(self, order: Order) -> Iterator[None]:
+        """Only one process at a time is within the block for one order; the operating system ends a dead one's turn."""
+        path = self.path(order).with_suffix(".lock")
+        with lock(path, lambda: self.tell(f"{order.stage}: another process builds this plan, waiting for it")):
+            yield
+
+    def entries(self) -> list[Entry]:
+        """Every plan file with what it was built for, seal and content checked."""
+        found = []
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            facts: Mapping[str, Any] = {}
+            notes: Mapping[str, Any] = {}
+            fault = ""
+            try:
+                header, _ = sealed.read(path, self.key)
+                facts, notes = header.facts, header.notes
+                self._read_golden(path, header)
+                if path.name != f"{facts['stage']}-{_key_of(facts)[:SHOWN_KEY]}{SUFFIX}":
+                    raise Unusable(f"{path} carries another plan's name: it is {facts['stage']} of graph {facts['graph'][:12]}")
+            except Unusable as refusal:
+                fault = str(refusal)
+            found.append(Entry(path, path.stat().st_size, facts, notes, fault))
+        return found
+
+    def prune(self, is_stale: Callable[[Mapping[str, Any]], str], cap: int = CAP) -> list[tuple[Path, str]]:
+        """What was deleted and why: unusable and stale plans, what belongs to no plan, then the plans least recently used beyond `cap` bytes."""
+        removed, good = [], []
+        for entry in self.entries():
+            reason = entry.fault or is_stale(entry.facts)
+            if reason:
+                self._remove(entry.path)
+                removed.append((entry.path, reason))
+            else:
+                good.append(entry)
+        good.sort(key=lambda entry: entry.path.stat().st_mtime, reverse=True)
+        total = 0
+        for entry in good:
+            total += entry.size
+            if total > cap:
+                self._remove(entry.path)
+                removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
+        names = {golden_path(path) for path in self.folder.glob(f"*{SUFFIX}")}
+        for orphan in self.folder.glob(f"*{GOLDEN}"):
+            if orphan not in names:
+                orphan.unlink(missing_ok=True)
+                removed.append((orphan, "belongs to no plan"))
+        return removed
+
+    def _remove(self, path: Path) -> None:
+        for one in (path, golden_path(path), path.with_suffix(".lock")):
+            one.unlink(missing_ok=True)
+
+
+def golden_path(plan: Path) -> Path:
+    return plan.with_name(plan.name.removesuffix(SUFFIX) + GOLDEN)
+
+
+def _key_of(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Holds the lock file for this process, waiting for whoever has it; `waits` is called once if it must wait."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Missing(f"{path}: {error.strerror}", "Check the folder and its permissions.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise Missing(f"{path}: the file system cannot lock files ({error.strerror})", "Choose a folder on a local disk.") from error
+        yield
+    finally:
+        os.close(handle)

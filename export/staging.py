@@ -1,0 +1,85 @@
+"""Folders that are filled by one process while others wait, and hold whole files only."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasetdm_fast.errors import Missing
+from datasetdm_fast.storage import sync_folder
+
+CACHE_VARIABLE = "DATASETDM_CACHE"
+PART = ".part"
+
+
+def cache_folder() -> Path:
+    """Where engines keep what they built: $DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block no other process fills `folder`; whoever comes later waits. The lock ends with its process, however that ends."""
+    handle = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that fills {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        if handle is not None:
+            os.close(handle)
+        raise Missing(f"{folder}: cannot be written to ({error.strerror})", f"Choose another folder; {CACHE_VARIABLE} names that of the cache.") from error
+    try:
+        for leftover in folder.glob(f".*{PART}"):  # of processes that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def staged(folder: Path, last: str, earlier: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write into; at the end of the block its files are moved to `folder`, `last` after the others, or none of them on an error.
+
+    Files of the names `earlier` that are not written anew are deleted then. Call it within `alone(folder)`.
+    """
+    stage = folder / f".{os.getpid()}{PART}"
+    try:
+        stage.mkdir()
+        yield stage
+        names = sorted(path.name for path in stage.iterdir())
+        for name in names:
+            _sync(stage / name)
+        (folder / last).unlink(missing_ok=True)  # between old and new files there is no moment at which it names a mixture
+        for name in set(earlier).difference(names):
+            (folder / name).unlink(missing_ok=True)
+        for name in sorted(names, key=lambda name: name == last):
+            os.replace(stage / name, folder / name)
+        sync_folder(folder)
+    except OSError as error:
+        raise Missing(f"{folder}: {error.strerror or error}", "Make room or choose another folder, then run the same line again.") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,363 @@
+"""Every stage of a model and its decoders as ONNX graphs, beside a manifest that says what they are."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast import __version__, stages
+from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export.graph import OPSET, Extent, Graph, Value, traced
+from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo
+from datasetdm_fast.export.operations import ONNX_RUNTIME, PORTABLE, exportable
+from datasetdm_fast.export.staging import alone, cache_folder, staged
+from datasetdm_fast.export.weights import DataFile, deferred, digest
+from datasetdm_fast.loading import Model
+from datasetdm_fast.models.capture import Keeping, Projection, Slot, Unwatched
+from datasetdm_fast.models.text_encoder import TextEncoder
+from datasetdm_fast.models.trunk import Decoder, SpectralConv2d
+from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
+from datasetdm_fast.stages import FACTOR, LEVELS, Tensors
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BATCH = Extent(1, ("B",))
+WORDS = Extent(1, ("K",))
+RAW = "denoise_and_keep"
+OPERATIONS = {"any": PORTABLE, "onnxruntime": ONNX_RUNTIME}
+
+
+def export(
+    model: Model,
+    decoders: Mapping[str, Decoder],
+    out: Path | str,
+    *,
+    precision: str = "fp32",
+    raw_capture: bool = False,
+    only: Sequence[str] | None = None,
+    runtime: str = "any",
+    told: Callable[[str], None] = lambda stage: None,
+) -> Manifest:
+    """The manifest of the folder `out`, which afterwards holds every stage, or those named by `only`; equal input gives equal bytes.
+
+    UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each. `raw_capture` adds
+    the stage that hands out all features and maps. For the `runtime` onnxruntime attention is that library's own operator. A folder that
+    holds this very export already is left as it is; of several processes that export into it at once one does the work. `told` hears the
+    name of each stage before it is written.
+    """
+    _check(decoders, precision, runtime)
+    return _export(
+        model, decoders, Path(out), _Wish(_chosen(decoders, raw_capture, only), precision, runtime, source_digest(model, decoders), model.size), told
+    )
+
+
+def cached(
+    model: Model,
+    decoders: Mapping[str, Decoder],
+    *,
+    precision: str = "fp32",
+    raw_capture: bool = False,
+    only: Sequence[str] | None = None,
+    runtime: str = "any",
+    told: Callable[[str], None] = lambda stage: None,
+) -> tuple[Path, Manifest]:
+    """The same in a folder of the cache, named by all that decides its files."""
+    _check(decoders, precision, runtime)
+    wish = _Wish(_chosen(decoders, raw_capture, only), precision, runtime, source_digest(model, decoders), model.size)
+    folder = cache_folder() / "onnx" / hashlib.sha256(repr(wish).encode()).hexdigest()[:32]
+    return folder, _export(model, decoders, folder, wish, told)
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What decides the files of an export."""
+
+    names: tuple[str, ...]
+    precision: str
+    runtime: str
+    source: str
+    size: int
+
+    def is_met_by(self, found: Manifest) -> bool:
+        return _Wish(tuple(found.stages), found.precision, found.runtime, found.source, found.size) == self
+
+
+def _export(model: Model, decoders: Mapping[str, Decoder], out: Path, wish: _Wish, told: Callable[[str], None]) -> Manifest:
+    with alone(out):
+        try:
+            there = Manifest.read(out)
+            if wish.is_met_by(there):
+                there.check_files(out)
+                return there
+            earlier = tuple(there.files)
+        except (Refused, Missing):
+            earlier = ()  # whatever lies there is replaced
+        with staged(out, NAME, earlier) as folder:
+            return _Export(model, decoders, wish, told).write(folder)
+
+
+def _chosen(decoders: Mapping[str, Decoder], raw_capture: bool, only: Sequence[str] | None) -> tuple[str, ...]:
+    names = stage_names(decoders, raw_capture)
+    for name in only or ():
+        if name not in names:
+            raise Refused(f"stage: {name!r} is none of {', '.join(names)}")
+    return tuple(name for name in names if only is None or name in only)
+
+
+def stage_names(decoders: Mapping[str, Decoder], raw_capture: bool = False) -> list[str]:
+    """Without decoders there is nothing to capture but the features and maps themselves."""
+    captures = [name for name, is_wanted in (("denoise_and_capture", bool(decoders)), (RAW, raw_capture)) if is_wanted]
+    return ["encode_text", "denoise", *captures, "decode_image", "encode_image", *(annotate_name(task) for task in decoders)]
+
+
+def annotate_name(task: str) -> str:
+    return f"annotate_{task}"
+
+
+def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
+    if precision not in PRECISIONS:
+        raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}")
+    if runtime not in OPERATIONS:
+        raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}")
+    for task, decoder in decoders.items():
+        if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
+            raise Refused(f"{task} decoder: its spectral norms move with every image, which a graph cannot do", "load it without strict=True")
+
+
+def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
+    """SHA-256 of all that decides the graphs and their weights: parameters, configurations and this package's own code."""
+    parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
+    configs = {name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()}
+    total = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
+    for task, decoder in decoders.items():  # their order decides that of the channels
+        total.update(f"{task} {decoder.config.to_json()}".encode())
+    total.update(digest({**parts, **{f"decoder {task}": decoder for task, decoder in decoders.items()}}).encode())
+    total.update(exporter().encode())
+    return total.hexdigest()
+
+
+@cache
+def exporter() -> str:
+    """Version of this package, with a digest of the code that decides what the graphs say."""
+    root = Path(stages.__file__).parent
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted((root / "models").glob("*.py")), Path(stages.__file__)]
+    total = hashlib.sha256()
+    for path in files:
+        total.update(path.read_bytes())
+    return f"{__version__}+{total.hexdigest()[:12]}"
+
+
+# What the stages compute ---------------------------------------------------------------------------------------------------------------
+
+
+class Adding:
+    """Adds up what the decoders' first layers make of features and maps: level sums [B, F, h, w] fp32."""
+
+    def __init__(self, projection: Projection, ops: SimpleNamespace):
+        self.projection, self.ops = projection, ops
+        self.sums: dict[int, Value] = {}
+
+    def feature(self, slot: Slot | None, x: Value) -> None:
+        if slot is None or not self.projection.widths[slot[0]]:
+            return
+        level, place = slot
+        for half, weight in zip(x.chunk(2), self.projection.features[level][place]):
+            self._add(level, nn.functional.conv2d(half, weight.transpose(0, 1).unsqueeze(2).unsqueeze(3)))
+
+    def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+        level, place = slot
+        if not self.projection.widths[level]:
+            return self.ops.attention(q, k, v)
+        output, maps = self.ops.attention_maps(q, k, v)
+        maps = maps.chunk(2)[1]
+        planes = self.projection.maps[level][place].flatten(0, 1).transpose(0, 1) @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
+        side = int(planes.shape[2] ** 0.5)
+        self._add(level, planes.unflatten(2, (side, side)))
+        return output
+
+    def _add(self, level: int, planes: Value) -> None:
+        planes = planes.float()
+        self.sums[level] = self.sums[level] + planes if level in self.sums else planes
+
+
+class KeepingOnce(Keeping):
+    """Keeps the maps that the attention itself uses."""
+
+    def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+        output, maps = self.ops.attention_maps(q, k, v)
+        self.maps[slot] = maps.chunk(2)[1]
+        return output
+
+
+class _Export:
+    """One export: modules and data files are made once and shared by the stages that read them."""
+
+    def __init__(self, model: Model, decoders: Mapping[str, Decoder], wish: _Wish, told: Callable[[str], None]):
+        self.model, self.decoders, self.wish, self.told = model, decoders, wish, told
+        self.dtype, self.ops = TYPES[wish.precision], OPERATIONS[wish.runtime]
+        self.projection = Projection(model.levels, decoders)
+        side = model.size // FACTOR
+        self.sizes = {"B": BATCH, "2B": BATCH * 2, "K": WORDS, "h": side, "w": side, "H": model.size, "W": model.size}
+        self.sizes |= {"T": model.levels[0].tokens, "D": model.unet.config.cross_attention_dim}
+
+    def write(self, folder: Path) -> Manifest:
+        """The manifest, once every file is in the folder."""
+        found: dict[str, StageFile] = {}
+        for group, members in self._groups().items():
+            data = DataFile(f"{group}.data")
+            parts = self._parts(group)
+            for name in members:
+                self.told(name)
+                found[name] = self._stage(folder, name, data, parts)
+            if data.size:
+                with (folder / data.name).open("wb") as file:
+                    file.writelines(data.chunks())
+        for stage in found.values():
+            onnx.checker.check_model(str(folder / stage.file))
+        files = {}
+        for path in sorted(folder.iterdir()):
+            with path.open("rb") as file:
+                files[path.name] = FileInfo(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+        manifest = self._manifest({name: found[name] for name in self.wish.names}, files)
+        (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+    def _groups(self) -> dict[str, list[str]]:
+        """Stages by the data file they share: all of the UNet's have one."""
+        groups: dict[str, list[str]] = {}
+        for name in self.wish.names:
+            groups.setdefault("unet" if name.startswith("denoise") else name, []).append(name)
+        return groups
+
+    def _manifest(self, found: Mapping[str, StageFile], files: Mapping[str, FileInfo]) -> Manifest:
+        channels = {
+            task: {level: (part.start, part.stop) for level, part in zip(LEVELS, parts) if part.stop > part.start}
+            for task, parts in self.projection.tasks.items()
+        }
+        return Manifest(
+            stages=found,
+            files=files,
+            precision=self.wish.precision,
+            runtime=self.wish.runtime,
+            opset=OPSET,
+            size=self.model.size,
+            source=self.wish.source,
+            model={"name": self.model.name, **self.model.digests},
+            tasks={task: decoder.config.kind for task, decoder in self.decoders.items()},
+            channels=channels,
+            exporter=exporter(),
+        )
+
+    # Modules
+
+    def _parts(self, group: str) -> dict[str, nn.Module]:
+        """The modules a group of stages is traced from, by the prefix of their weights' names."""
+        model = self.model
+        if group == "unet":
+            unet = deferred(model.unet)
+            return {"times": TimeTable(unet), "texts": TextTable(unet), "unet": exportable(UNet(unet, self.ops)), "projection": self.projection}
+        if group == "encode_text":
+            return {"text_encoder": TextEncoder(deferred(model.text_encoder), self.ops)}
+        if group == "decode_image":
+            return {"image_decoder": exportable(ImageDecoder(deferred(model.vae), self.ops))}
+        if group == "encode_image":
+            return {"image_encoder": ImageEncoder(deferred(model.vae), self.ops)}
+        return {"decoder": _shared_copy(self.decoders[group.removeprefix("annotate_")], self.ops)}
+
+    # Graphs
+
+    def _stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:
+        graph, table = Graph(name, data), self._table(name)
+        modules = {prefix: traced(module, graph, prefix) for prefix, module in parts.items()}
+        inputs = {key: graph.input(key, self._shape(name, key, axes), getattr(torch, dtype)) for key, (axes, dtype) in table.inputs.items()}
+        outputs = self._outputs(name, modules, inputs)
+        table = Tensors(table.inputs, {key: value for key, value in table.outputs.items() if key in outputs or not key.startswith("sums_")})
+        assert set(outputs) == set(table.outputs), f"{name} gives {sorted(outputs)}, its table {sorted(table.outputs)}"
+        for key in table.outputs:
+            graph.output(key, outputs[key])
+        proto = graph.model({"datasetdm_fast.stage": name, "datasetdm_fast.source": self.wish.source, "datasetdm_fast.precision": self.wish.precision})
+        (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
+        has_data = any(constant.external_data for constant in proto.graph.initializer)
+        return StageFile(f"{name}.onnx", data.name if has_data else "", _told(table.inputs, graph.inputs), _told(table.outputs, graph.outputs))
+
+    def _table(self, name: str) -> Tensors:
+        if name == RAW:
+            return stages.keep(self.model.levels)
+        if name in stages.STAGES:
+            return stages.STAGES[name]
+        decoder = self.decoders[name.removeprefix("annotate_")]
+        return stages.annotate(decoder.config.kind, list(decoder.projections()))
+
+    def _shape(self, name: str, key: str, axes: stages.Shape) -> list[int | Extent]:
+        sizes = dict(self.sizes)
+        if key.startswith("sums_"):
+            task, level = name.removeprefix("annotate_"), LEVELS.index(key.removeprefix("sums_"))
+            part = self.projection.tasks[task][level]
+            side = self.model.levels[level].side
+            sizes |= {"F": part.stop - part.start, "h": side, "w": side}
+        return [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
+
+    def _outputs(self, name: str, modules: Mapping[str, nn.Module], inputs: Mapping[str, Value]) -> dict[str, Value]:
+        if name.startswith("denoise"):
+            return self._unet_outputs(name, modules, **inputs)
+        if name == "encode_text":
+            return {"context": modules["text_encoder"](inputs["tokens"])}
+        if name == "decode_image":
+            pixels = modules["image_decoder"](inputs["latents"].to(self.dtype)).float()
+            return {"image": ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).floor().to(torch.uint8)}
+        if name == "encode_image":
+            pixels = inputs["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
+            return {"moments": modules["image_encoder"](pixels.to(self.dtype)).float()}
+        return self._answers(name.removeprefix("annotate_"), modules["decoder"], inputs)
+
+    def _unet_outputs(self, name: str, modules: Mapping[str, nn.Module], latents: Value, timestep: Value, context: Value) -> dict[str, Value]:
+        watch = {
+            "denoise": lambda: Unwatched(self.ops),
+            "denoise_and_capture": lambda: Adding(self.projection, self.ops),
+            RAW: lambda: KeepingOnce(self.model.levels, self.ops),
+        }[name]()
+        biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
+        noise = modules["unet"](latents.to(self.dtype), biases, texts, watch).float()
+        if name == RAW:
+            capture = watch.result()
+            kept = ((kind, getattr(capture, kind)) for kind in ("features", "maps"))
+            raw = {f"{kind}_{LEVELS[level]}_{place}": value for kind, values in kept for level, row in enumerate(values) for place, value in enumerate(row)}
+            return {"noise": noise, **raw}
+        return {"noise": noise, **({f"sums_{LEVELS[level]}": watch.sums[level] for level in sorted(watch.sums)} if name != "denoise" else {})}
+
+    def _answers(self, task: str, decoder: nn.Module, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        graph = next(iter(inputs.values())).graph
+        unread = {f"sums_{level.name}": Value(graph, "", (BATCH, 0, level.side, level.side), torch.float32) for level in self.model.levels}
+        return decoder(ProjectedCapture(tuple((unread | inputs)[f"sums_{name}"] for name in LEVELS), {}), inputs.get("text"))
+
+
+def _told(table: Mapping[str, tuple[stages.Shape, str]], values: Sequence[Value]) -> tuple[TensorInfo, ...]:
+    rows = []
+    for (name, (axes, dtype)), value in zip(table.items(), values, strict=True):
+        shape = tuple(str(size) if isinstance(size, Extent) else size for size in value.shape)
+        is_as_told = len(axes) == len(shape) and getattr(torch, dtype) == value.dtype
+        is_as_told &= all(axis == size for axis, size in zip(axes, shape) if isinstance(axis, int) or isinstance(size, str))
+        assert is_as_told, f"{name} is {shape} {value.dtype}, its table says {axes} {dtype}"
+        rows.append(TensorInfo(name, axes, shape, dtype))
+    return tuple(rows)
+
+
+def _shared_copy(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
+    """A copy whose structure may be changed, over the same weights."""
+    tensors: Iterator[Tensor] = (tensor for kind in (decoder.parameters(), decoder.buffers()) for tensor in kind)
+    copied = copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
+    for module in copied.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
+    return copied

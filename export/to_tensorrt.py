@@ -1,0 +1,261 @@
+"""TensorRT plans of exported stages: shapes, orders, and the builds, each in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast import storage
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export import sealed
+from datasetdm_fast.export.flavours import MODULES, Flavour
+from datasetdm_fast.export.plan_builder import FLAGS
+from datasetdm_fast.export.plans import Order, Plan, PlanFolder, lock, say
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from datasetdm_fast.export.manifest import Manifest, StageFile
+
+EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+TEXTS = 8  # prompts or words the text encoder takes at once
+WORDS = 4  # class words the open-vocabulary decoder takes at once
+PIXELS = 8 * 512 * 512  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
+LARGEST_BATCH = 256
+SPACE = 2.5  # bytes of disk a build needs, per byte of the stage's weights: the plan, and its copy being sealed
+
+Golden = Callable[[str], Mapping[str, "np.ndarray"]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What plans are to be built for."""
+
+    flavour: Flavour
+    batches: tuple[int, ...]
+    capabilities: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    gpu: str = ""  # name of this machine's GPU, where the flavour binds plans to it
+
+
+def check_batches(batches: Sequence[str | int]) -> tuple[int, ...]:
+    """Batch sizes in rising order, each once."""
+    found = []
+    for batch in batches:
+        if not str(batch).isdecimal() or not 1 <= int(batch) <= LARGEST_BATCH:
+            raise Refused(f"--batch {batch}: expected numbers from 1 to {LARGEST_BATCH}, comma-separated", "For example --batch 1,8,16.")
+        found.append(int(batch))
+    if not found:
+        raise Refused("--batch: names no batch size", "For example --batch 1,8,16.")
+    return tuple(sorted(set(found)))
+
+
+def check_flags(flavour: Flavour, flags: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
+    """Builder flags this flavour offers, here."""
+    for flag in flags:
+        if not hasattr(flavour.module.BuilderFlag, FLAGS[flag]):
+            raise Refused(f"--{flag}: {flavour.title} does not offer it", f"Drop --{flag}.")
+        if flag == "refit" and not gpus:
+            raise Refused(f"--refit: {flavour.title} builds refittable plans only where there is a GPU", "Drop --refit, or build on a machine with a GPU.")
+    return tuple(sorted(set(flags)))
+
+
+# Shapes ----------------------------------------------------------------------------------------------------------------------------
+
+
+def sizes(stage: str, size: int, batches: Sequence[int]) -> tuple[int, ...]:
+    """The B of each optimisation profile of a stage, rising; every profile has one fixed shape, which is what its kernels are chosen for."""
+    return tuple(sorted({at_once(stage, size, batch) for batch in batches}))
+
+
+def at_once(stage: str, size: int, batch: int) -> int:
+    """How many of a batch a stage takes in one call."""
+    if stage == "encode_text":
+        return TEXTS
+    return min(batch, max(PIXELS // size**2, 1)) if stage in ("decode_image", "encode_image") else batch
+
+
+def resolved(shape: Sequence[str | int], batch: int) -> tuple[int, ...]:
+    """A shape of the manifest in numbers."""
+    letters = {"B": batch, "2B": 2 * batch, "K": WORDS}
+    return tuple(letters[axis] if isinstance(axis, str) else axis for axis in shape)
+
+
+def profiles(stage: str, tensors: StageFile, size: int, batches: Sequence[int]) -> tuple[dict[str, tuple[tuple[int, ...], ...]], ...]:
+    """Least, usual and largest shape of every input whose shape a call decides, per optimisation profile."""
+    moving = [one for one in tensors.inputs if any(isinstance(axis, str) for axis in one.shape)]
+    return tuple({one.name: (resolved(one.shape, batch),) * 3 for one in moving} for batch in sizes(stage, size, batches))
+
+
+# Orders and builds -----------------------------------------------------------------------------------------------------------------
+
+
+def make_order(stage: str, manifest: Manifest, target: Target) -> Order:
+    """The plan of one stage."""
+    tensors = manifest.stages[stage]
+    files = [manifest.files[name].sha256 for name in (tensors.file, tensors.data) if name]
+    return Order(
+        stage=stage,
+        source=manifest.source,
+        graph=hashlib.sha256("".join(files).encode()).hexdigest(),
+        profiles=profiles(stage, tensors, manifest.size, target.batches),
+        precision=manifest.precision,
+        flavour=target.flavour.name,
+        version=target.flavour.version,
+        cuda=target.flavour.cuda,
+        capabilities=target.capabilities,
+        flags=target.flags,
+        gpu=target.gpu,
+    )
+
+
+def build_plans(
+    folder: Path, manifest: Manifest, target: Target, golden: Golden, *, stages: Sequence[str] | None = None, tell: Callable[[str], None] = say, is_quiet=False
+) -> dict[str, Plan]:
+    """The plan of every stage of `folder`, or of those named; what is there and whole is read, the rest is built once.
+
+    `golden` gives a stage's inputs and what it is to make of them, for one image: in.NAME and out.NAME.
+    """
+    opened = PlanFolder(folder, tell)
+    return {stage: open_plan(opened, stage, manifest, target, golden, is_quiet=is_quiet) for stage in stages or manifest.stages}
+
+
+def open_plan(
+    opened: PlanFolder,
+    stage: str,
+    manifest: Manifest,
+    target: Target,
+    golden: Golden,
+    *,
+    accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False,
+    is_quiet: bool = False,
+) -> Plan:
+    """The plan of one stage; `accepts` says of the facts of a plan for other shapes or more GPUs whether it does, too."""
+    order, tensors = make_order(stage, manifest, target), manifest.stages[stage]
+
+    def build(part: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+        weights = sum(manifest.files[name].size for name in (tensors.file, tensors.data) if name)
+        _check_space(opened.folder, weights)
+        _check_graph(opened.folder, manifest, stage)
+        expected = golden(stage)
+        with _timings(opened, target) as timings:
+            return run_builder(opened.folder / tensors.file, order, part, target.flavour, timings, is_quiet), expected
+
+    return opened.open_or_build(order, build, accepts)
+
+
+def _check_space(folder: Path, weights: int) -> None:
+    free, needed = storage.free_bytes(folder), int(SPACE * weights) + (64 << 20)
+    if free < needed:
+        raise Missing(f"{folder}: a plan needs about {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free", "Make room, or choose another folder.")
+
+
+def _check_graph(folder: Path, manifest: Manifest, stage: str) -> None:
+    """Refuses a graph that is not the one the manifest tells of: its plan would carry the wrong name."""
+    for name in (manifest.stages[stage].file, manifest.stages[stage].data):
+        if name and storage.sha256_of(folder / name) != manifest.files[name].sha256:
+            raise Refused(f"{folder / name}: not the graph its manifest tells of", "Export the model again.")
+
+
+class _timings:
+    """Within the block a file with the timings of earlier builds, kept afterwards, where the flavour builds by timing; else nothing."""
+
+    def __init__(self, opened: PlanFolder, target: Target):
+        # TensorRT-RTX times nothing, and would ask for a GPU at the sight of a timing cache.
+        self.stored = None if target.flavour.is_portable else opened.folder / f"timings-{target.flavour.version}-{'-'.join(target.capabilities)}.sealed"
+        self.facts = {"kind": "timings", "version": target.flavour.version, "gpu": target.gpu}
+        self.key, self.file = opened.key, None
+
+    def __enter__(self) -> Path | None:
+        if self.stored is None:
+            return None
+        self.file = self.stored.with_name(f".{self.stored.name}.{os.getpid()}.part")
+        content = b""
+        with suppress(FileNotFoundError, sealed.Unusable):
+            _, content = sealed.read(self.stored, self.key, self.facts)
+        self.file.write_bytes(content)
+        return self.file
+
+    def __exit__(self, kind, *_: object) -> None:
+        if self.file is None:
+            return
+        try:
+            if kind is None:
+                with lock(self.stored.with_suffix(".lock"), lambda: None):
+                    sealed.write(self.stored, self.facts, self.file.read_bytes(), self.key)
+        finally:
+            self.file.unlink(missing_ok=True)
+
+
+def run_builder(graph: Path, order: Order, part: Path, flavour: Flavour, timings: Path | None = None, is_quiet: bool = False) -> dict[str, Any]:
+    """Layers, fused attentions and seconds of the plan that was written to `part`; refuses what TensorRT refuses, in its words."""
+    job = {
+        "module": MODULES[flavour.name],
+        "graph": str(graph),
+        "plan": str(part),
+        "profiles": order.facts()["profiles"],
+        "capabilities": list(order.capabilities) if flavour.is_portable else [],
+        "flags": list(order.flags),
+        "timings": str(timings) if timings else "",
+    }
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "datasetdm_fast.export.plan_builder", str(writer)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[writer])
+    os.close(writer)
+    answer: dict[str, Any] = {}
+    try:
+        with suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(json.dumps(job).encode())
+        with open(reader, encoding="utf-8") as events, BuildProgress(order.stage, is_quiet) as progress:
+            for line in events:
+                event = json.loads(line)
+                if "at" in event:
+                    progress.tell(event["at"], event["phase"])
+                else:
+                    answer = event
+        code = child.wait()
+    finally:
+        child.kill()
+        child.wait()
+    if "result" in answer:
+        return answer["result"]
+    reason = answer.get("refused") or (f"its builder ended by {signal.Signals(-code).name}" if code < 0 else f"its builder ended with {code}")
+    raise Refused(f"{order.stage}: {flavour.title} gives no plan: {reason}", "The graph stays usable with --engine ort; another --precision may build.")
+
+
+class BuildProgress:
+    """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
+
+    def __init__(self, stage: str, is_quiet: bool):
+        self.stage, self.is_quiet, self.bar = stage, is_quiet, None
+        self.begin = self.told = time.monotonic()
+        if not is_quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=100, unit="%", desc=f"building {stage}", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+
+    def tell(self, share: float, phase: str) -> None:
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix_str(phase, refresh=False)
+            self.bar.update(max(round(100 * share) - self.bar.n, 0))
+        elif not self.is_quiet and now - self.told >= EVERY:
+            self.told = now
+            say(f"building {self.stage}: {share:.0%}, {phase.lower()}, {now - self.begin:.0f} s")
+
+    def __enter__(self) -> BuildProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

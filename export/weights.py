@@ -1,0 +1,118 @@
+"""Weights that are computed when they are written: a model is exported without a second copy of it in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+PAGE = 4096  # large tensors start on a page, so that a reader can map them
+LARGE = 65536  # bytes
+LINE = 64
+
+
+class Deferred(torch.Tensor):
+    """A tensor that remembers how it is made of others; only `value_of` computes it."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor, make: Callable[[Made], Tensor]) -> Deferred:
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device="cpu")
+
+    def __init__(self, like: Tensor, make: Callable[[Made], Tensor]):
+        self.like, self.make = like, make  # the same without memory; the calls that give it
+
+    @classmethod
+    def of(cls, value: Tensor) -> Deferred:
+        return cls(value.to("meta"), lambda _: value)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+
+        def with_each(change: Callable[[Tensor], Tensor]):
+            return tree_map(lambda value: change(value) if isinstance(value, Tensor) else value, (args, kwargs))
+
+        def computed(made: Made):
+            if computed not in made:
+                positional, named = with_each(lambda value: _made(value, made))
+                made[computed] = func(*positional, **named)
+            return made[computed]
+
+        positional, named = with_each(lambda value: value.like if isinstance(value, Deferred) else value.to("meta"))
+        shapes = func(*positional, **named)
+        if isinstance(shapes, Tensor):
+            return cls(shapes, computed)
+        return type(shapes)(cls(shape, lambda made, place=place: computed(made)[place]) for place, shape in enumerate(shapes))
+
+    def __repr__(self) -> str:  # printing must not compute
+        return f"Deferred({list(self.shape)}, {self.dtype})"
+
+
+Made = dict[Callable, Tensor | Sequence[Tensor]]  # what was computed already on the way to one tensor
+
+
+def _made(tensor: Tensor, made: Made) -> Tensor:
+    return tensor.make(made) if isinstance(tensor, Deferred) else tensor.detach()
+
+
+def value_of(tensor: Tensor) -> Tensor:
+    """The tensor itself, a Deferred one computed."""
+    with torch.no_grad():
+        return _made(tensor, {})
+
+
+def deferred(module: nn.Module) -> SimpleNamespace:
+    """What the lean models read of a diffusers or transformers module, its weights deferred."""
+    state = {name: Deferred.of(value) for name, value in module.state_dict().items()}
+    return SimpleNamespace(config=module.config, state_dict=lambda: state)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; of Deferred ones computed here."""
+    value = value_of(tensor).contiguous()
+    value = value.view(torch.int16) if value.dtype == torch.bfloat16 else value
+    return memoryview(value.numpy()).cast("B") if value.numel() else memoryview(b"")
+
+
+def digest(modules: Mapping[str, nn.Module]) -> str:
+    """SHA-256 of every parameter and buffer under its name."""
+    total = hashlib.sha256()
+    for part in sorted(modules):
+        for name, value in sorted(modules[part].state_dict().items()):
+            total.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            total.update(tensor_bytes(value))
+    return total.hexdigest()
+
+
+class DataFile:
+    """The tensors that lie beside one or several graphs; a tensor of the same key is written once."""
+
+    def __init__(self, name: str):
+        self.name, self.size = name, 0
+        self._places: dict[str, tuple[int, int]] = {}
+        self._tensors: list[tuple[int, Tensor, torch.dtype]] = []
+
+    def place(self, key: str, tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+        """Offset and length of the bytes `tensor` will have as `dtype`."""
+        if key not in self._places:
+            length = tensor.numel() * dtype.itemsize
+            step = PAGE if length >= LARGE else LINE
+            offset = -(-self.size // step) * step
+            self._places[key] = (offset, length)
+            self._tensors.append((offset, tensor, dtype))
+            self.size = offset + length
+        return self._places[key]
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The content of the file, one tensor in memory at a time."""
+        written = 0
+        for offset, tensor, dtype in self._tensors:
+            if offset > written:
+                yield bytes(offset - written)
+            content = tensor_bytes(value_of(tensor).to(dtype))
+            yield content
+            written = offset + len(content)

@@ -1,0 +1,219 @@
+"""A stand-in for the module tensorrt_rtx that runs plans on the CPU: the graph a plan names, by ONNX Runtime, over the addresses it is given.
+
+It is as strict as the real one: shapes must lie in the chosen profile, every tensor needs its address before it runs.
+"""
+
+import ctypes
+import enum
+import json
+
+import numpy as np
+import onnxruntime
+import torch
+
+from datasetdm_fast.export import to_tensorrt
+
+NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
+HANDLE = 4711
+
+
+class ILogger:
+    ERROR, WARNING, VERBOSE = 1, 2, 4
+
+
+class DataType(enum.Enum):
+    FLOAT = "tensor(float)"
+    INT64 = "tensor(int64)"
+    UINT8 = "tensor(uint8)"
+
+
+class EngineValidity(enum.Enum):
+    VALID, INVALID = 0, 2
+
+
+class EngineInvalidityDiagnostics(enum.Enum):
+    UNSUPPORTED_CC, OLD_CUDA_DRIVER = 2, 4
+
+
+class CudaGraphStrategy(enum.Enum):
+    DISABLED, WHOLE_GRAPH_CAPTURE = 0, 1
+
+
+class DynamicShapesKernelSpecializationStrategy(enum.Enum):
+    LAZY, EAGER = 0, 1
+
+
+class BuilderFlag(enum.Enum):
+    REFIT, WEIGHT_STREAMING = 2, 17
+
+
+class ComputeCapability(enum.Enum):
+    NONE, CURRENT, SM75, SM86, SM89 = 0, 1, 75, 86, 89
+
+
+def plan_of(graph, order) -> bytes:
+    """What this module takes for a plan."""
+    return json.dumps({"graph": str(graph), "profiles": order.facts()["profiles"], "capabilities": list(order.capabilities)}).encode()
+
+
+class Runtime:
+    made = 0  # plans deserialised by this class
+
+    def __init__(self, log):
+        self.log = log
+
+    def get_engine_validity(self, content):
+        is_served = "sm86" in json.loads(content)["capabilities"] or not json.loads(content)["capabilities"]
+        return (EngineValidity.VALID, 0) if is_served else (EngineValidity.INVALID, 2)
+
+    def deserialize_cuda_engine(self, content):
+        Runtime.made += 1
+        return Engine(json.loads(content), self.log)
+
+
+class RuntimeCache:
+    def __init__(self):
+        self.content = b"compiled"
+
+    def serialize(self):
+        return self.content
+
+    def deserialize(self, content):
+        self.content = bytes(content)
+        return True
+
+
+class RuntimeConfig:
+    cuda_graph_strategy = CudaGraphStrategy.DISABLED
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def __init__(self):
+        self.cache = None
+
+    def create_runtime_cache(self):
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+        return True
+
+
+class PlainRuntimeConfig:
+    """Of the full TensorRT: neither graphs nor caches."""
+
+
+class Engine:
+    streamable_weights_size = 0
+    offers_graphs = True
+
+    def __init__(self, plan, log):
+        self.plan, self.log = plan, log
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(plan["graph"], options, providers=["CPUExecutionProvider"])
+        self.inputs, self.outputs = self.session.get_inputs(), self.session.get_outputs()
+        self.tensors = {one.name: one for one in (*self.inputs, *self.outputs)}
+        self.contexts = []
+
+    num_io_tensors = property(lambda self: len(self.tensors))
+
+    def get_tensor_name(self, place):
+        return list(self.tensors)[place]
+
+    def get_tensor_dtype(self, name):
+        return DataType(self.tensors[name].type)
+
+    def create_runtime_config(self):
+        return RuntimeConfig() if self.offers_graphs else PlainRuntimeConfig()
+
+    def create_execution_context(self, config=None):
+        self.contexts.append(Context(self, config))
+        return self.contexts[-1]
+
+
+class Context:
+    def __init__(self, engine, config):
+        self.engine, self.config, self.profile = engine, config, None
+        self.shapes, self.addresses, self.runs = {}, {}, 0
+
+    def set_optimization_profile_async(self, place, handle):
+        assert handle == HANDLE
+        self.profile = self.engine.plan["profiles"][place]
+        return True
+
+    def set_input_shape(self, name, shape):
+        least, _, most = self.profile[name]
+        self.shapes[name] = tuple(shape)
+        return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+
+    def infer_shapes(self):
+        return [one.name for one in self.engine.inputs if not all(isinstance(size, int) for size in one.shape) and one.name not in self.shapes]
+
+    def get_tensor_shape(self, name):
+        sizes = {}
+        for one in self.engine.inputs:
+            sizes |= {axis: size for axis, size in zip(one.shape, self.shapes.get(one.name, one.shape)) if isinstance(axis, str)}
+        sizes["2B"] = 2 * sizes["B"]
+        return tuple(sizes.get(axis, axis) for axis in self.engine.tensors[name].shape)
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return address != 0
+
+    def execute_async_v3(self, handle):
+        assert handle == HANDLE
+        self.runs += 1
+        given = {one.name: self._view(one) for one in self.engine.inputs}
+        for one, value in zip(self.engine.outputs, self.engine.session.run(None, given)):
+            self._view(one)[...] = value
+        return True
+
+    def _view(self, one):
+        shape, dtype = self.get_tensor_shape(one.name), np.dtype(NUMPY[one.type])
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.frombuffer((ctypes.c_char * size).from_address(self.addresses[one.name]), dtype).reshape(shape)
+
+
+class FakeFlavour:
+    """A TensorRT-RTX whose plans run here."""
+
+    def __init__(self, module, name="tensorrt-rtx", version="1.7.1.116"):
+        self.module, self.name, self.version, self.cuda = module, name, version, "13"
+        self.title = f"TensorRT-RTX {version}"
+        self.capabilities = ("sm75", "sm86", "sm89") if name == "tensorrt-rtx" else ()
+        self.is_portable = bool(self.capabilities)
+
+
+class HostQueue:
+    """A queue that runs everything at once, and counts what was recorded."""
+
+    handle, gpu, capability = HANDLE, "NVIDIA GeForce RTX 3090", "sm86"
+
+    def __init__(self):
+        self.device, self.recorded = torch.device("cpu"), 0
+
+    def run(self, work):
+        work()
+
+    def record(self, work):
+        self.recorded += 1
+        return work
+
+    def wait(self):
+        pass
+
+    def here(self):
+        return torch.inference_mode()
+
+
+def fake_builder(monkeypatch) -> list:
+    """Builds become fakes; the orders that were built are in the list."""
+    built = []
+
+    def run_builder(graph, order, part, flavour, timings=None, is_quiet=False):
+        built.append(order)
+        part.write_bytes(plan_of(graph, order))
+        return {"layers": 1, "fused_attentions": 0, "nodes": 1, "seconds": 0.0}
+
+    monkeypatch.setattr(to_tensorrt, "run_builder", run_builder)
+    return built

@@ -1,0 +1,353 @@
+"""The TensorRT engine: with a stand-in for TensorRT that computes on the CPU, every buffer, shape and batch is exercised; on a GPU the real one."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import fake_tensorrt
+import pytest
+import torch
+
+from datasetdm_fast import agreement, driver, job, sampling
+from datasetdm_fast.config import TASKS
+from datasetdm_fast.data import Request
+from datasetdm_fast.engines.torch import TorchEngine
+from datasetdm_fast.engines.trt import TrtEngine
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.export import flavours, sealed
+from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.models.decoders import load_decoders
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model("demo"), load_decoders("demo")
+
+
+@pytest.fixture(autouse=True)
+def key_file(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv(sealed.KEY_VARIABLE, str(tmp_path_factory.getbasetemp() / "trt.key"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture
+def built(monkeypatch):
+    return fake_tensorrt.fake_builder(monkeypatch)
+
+
+def make_engine(demo, folder, module=fake_tensorrt, name="tensorrt-rtx", **choices):
+    told = []
+    found = fake_tensorrt.FakeFlavour(module, name)
+    engine = TrtEngine(*demo, dtype="fp32", folder=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=told.append, **choices)
+    engine.told = told
+    return engine
+
+
+REQUESTS = [Request(0, "a red ball beside a cube", 5, ("ball", "cube")), Request(1, "two cones on a table", 6), Request(2, "a star", 7, ("star",))]
+
+
+def test_it_agrees_with_the_reference_at_every_stage_and_task(demo, folder, built):
+    engine, reference = make_engine(demo, folder), TorchEngine(*demo)
+    recipe = job.make_recipe(reference, TASKS, steps=3)
+    truth = agreement.observe(reference, REQUESTS, recipe)
+    led = agreement.led_distances(agreement.observe(engine, REQUESTS, recipe, truth), truth)
+    rows = agreement.judge({name: values.reshape(-1, len(REQUESTS)) for name, values in led.items()}, agreement.EXACT, {})
+    assert all(row.is_passed for row in rows), [row for row in rows if not row.is_passed]
+    assert engine.told == [f"exporting the stages to {folder}"]
+    assert {order.stage for order in built} == set(Manifest.read(folder).stages) - {"encode_image"}
+
+
+def test_its_plans_are_for_this_gpu_and_one_fixed_shape_each(demo, folder, built):
+    engine = make_engine(demo, folder)
+    context = engine.encode_text(["", "a ball"])
+    engine.denoise(torch.zeros(1, 4, 16, 16), 401, context)
+    order = next(order for order in built if order.stage == "denoise")
+    assert order.capabilities == ("sm86",) and order.gpu == "" and order.precision == "fp32"
+    assert order.profiles == ({"latents": ((1, 4, 16, 16),) * 3, "context": ((2, 77, 64),) * 3},)
+
+
+def test_texts_of_any_number_go_through_one_shape(demo, folder, built):
+    engine, reference = make_engine(demo, folder), TorchEngine(*demo)
+    words = [f"a ball and {k} cubes" for k in range(11)]
+    torch.testing.assert_close(engine.encode_text(words), reference.encode_text(words), rtol=1e-4, atol=1e-5)
+    assert engine.encode_text([""]).shape[0] == 1
+    (loaded,) = engine._loaded["encode_text"]
+    assert loaded.batches == (8,) and len(loaded._calls) == 1
+
+
+def test_words_beyond_what_a_plan_takes_at_once_go_through_in_parts(demo, folder, built):
+    engine, reference = make_engine(demo, folder), TorchEngine(*demo)
+    context = reference.encode_text(["", "a red ball beside a cube"])
+    latents = sampling.initial_noise(3, 4, 16, 16)[None]
+    _, capture = reference.denoise_and_capture(latents, 21, context)
+    text = reference.encode_classes(["ball", "cube", "cone", "star", "figure", "table"])[None]
+    truth, found = reference.annotate("open-vocabulary", capture, text), engine.annotate("open-vocabulary", capture, text)
+    assert found["pred_logits"].shape == truth["pred_logits"].shape
+    for name, value in truth.items():
+        assert agreement.relative(found[name], value).max() < 1e-2
+    single = engine.annotate("open-vocabulary", capture, text[:, 1])
+    torch.testing.assert_close(single["pred_logits"], found["pred_logits"][:, 1])
+
+
+def test_images_beyond_what_the_autoencoder_takes_at_once_go_through_in_parts(demo, folder, built, monkeypatch):
+    from datasetdm_fast.export import to_tensorrt
+
+    monkeypatch.setattr(to_tensorrt, "PIXELS", 2 * 128**2)
+    engine, reference = make_engine(demo, folder), TorchEngine(*demo)
+    latents = torch.stack([sampling.initial_noise(seed, 4, 16, 16) for seed in range(3)])
+    images = engine.decode_image(latents)
+    assert (images.int() - reference.decode_image(latents).int()).abs().max() <= 1
+    torch.testing.assert_close(engine.encode_image(images), reference.encode_image(images), rtol=1e-3, atol=1e-3)
+    generators = [[torch.Generator().manual_seed(k) for k in range(3)] for _ in range(2)]
+    torch.testing.assert_close(engine.encode_image(images, generators[0]), reference.encode_image(images, generators[1]), rtol=1e-3, atol=1e-3)
+
+
+def test_features_and_maps_themselves_come_from_a_plan_of_their_own(demo, folder, built):
+    engine, reference = make_engine(demo, folder), TorchEngine(*demo)
+    context, latents = reference.encode_text(["", "a ball"]), sampling.initial_noise(3, 4, 16, 16)[None]
+    (noise, found), (expected, truth) = (one.denoise_and_keep(latents, 21, context) for one in (engine, reference))
+    torch.testing.assert_close(noise, expected, rtol=1e-3, atol=1e-4)
+    for kind in ("features", "maps"):
+        for mine, theirs in zip(getattr(found, kind), getattr(truth, kind), strict=True):
+            for value, right in zip(mine, theirs, strict=True):
+                assert agreement.relative(value, right).max() < 1e-4
+
+
+def test_without_decoders_it_captures_the_activations(demo, folder, built):
+    engine = make_engine((demo[0], {}), folder / "bare")
+    noise, capture = engine.denoise_and_capture(torch.zeros(1, 4, 16, 16), 21, engine.encode_text(["", "a ball"]))
+    assert noise.shape == (2, 4, 16, 16) and len(capture.features) == 4
+    with pytest.raises(Missing, match="no decoder for 'depth'"):
+        engine.annotate("depth", capture)
+
+
+def test_outputs_are_the_callers_own(demo, folder, built):
+    engine = make_engine(demo, folder)
+    context = engine.encode_text(["", "a ball"])
+    first = engine.denoise(torch.zeros(1, 4, 16, 16), 401, context)
+    kept = first.clone()
+    engine.denoise(torch.ones(1, 4, 16, 16), 401, context)
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+# Where TensorRT records nothing itself ----------------------------------------------------------------------------------------------
+
+
+def plain_module():
+    """The full TensorRT: no runtime cache, no graphs of its own, no check of validity."""
+
+    class Engine(fake_tensorrt.Engine):
+        offers_graphs = False
+
+    class Runtime:
+        def __init__(self, log):
+            self.log = log
+
+        def deserialize_cuda_engine(self, content):
+            return Engine(fake_tensorrt.json.loads(content), self.log)
+
+    names = {name: getattr(fake_tensorrt, name) for name in ("ILogger", "DataType", "BuilderFlag")}
+    return SimpleNamespace(Runtime=Runtime, **names)
+
+
+def test_the_full_tensorrt_is_recorded_once_per_shape_and_bound_to_its_gpu(demo, folder, built):
+    engine = make_engine(demo, folder / "plain", plain_module(), "tensorrt")
+    context = engine.encode_text(["", "a ball"])
+    for timestep in (401, 201, 1):
+        engine.denoise(torch.zeros(1, 4, 16, 16), timestep, context)
+    assert engine.queue.recorded == 2  # encode_text and denoise
+    (context,) = engine._loaded["denoise"][0].engine.contexts
+    assert context.runs == 1 + 1 + 3  # to warm up, for the golden output, and the three calls
+    assert {order.gpu for order in built} == {"NVIDIA GeForce RTX 3090"}
+
+
+def test_tensorrt_rtx_is_told_to_record_and_keeps_what_it_compiled(demo, folder, built):
+    engine = make_engine(demo, folder)
+    engine.encode_text([""])
+    loaded = engine._loaded["encode_text"][0]
+    config = loaded.engine.contexts[0].config
+    assert config.cuda_graph_strategy.name == "WHOLE_GRAPH_CAPTURE" and engine.queue.recorded == 0
+    compiled = loaded.plan.path.with_suffix(".compiled")
+    assert sealed.read(compiled, loaded.key)[1] == b"compiled"
+    sealed.write(compiled, loaded._compiled_facts, b"of an earlier run", loaded.key)
+    again = make_engine(demo, folder)
+    again.encode_text([""])
+    assert again._loaded["encode_text"][0].compiled.content == b"of an earlier run"
+    compiled.write_bytes(b"forged")
+    third = make_engine(demo, folder)
+    third.encode_text([""])
+    assert third._loaded["encode_text"][0].compiled.content == b"compiled"
+
+
+# Plans that are there already, and plans that must not be used -----------------------------------------------------------------------
+
+
+def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
+    """Plans of the text encoder and the UNet call as another machine would leave them."""
+    from datasetdm_fast.export import to_onnx, to_tensorrt
+    from datasetdm_fast.export.golden import Reference
+
+    built = fake_tensorrt.fake_builder(monkeypatch)
+    manifest = to_onnx.export(*demo, folder, precision="fp32", only=["encode_text", "denoise"])
+    target = to_tensorrt.Target(fake_tensorrt.FakeFlavour(fake_tensorrt), batches, capabilities)
+    made = to_tensorrt.build_plans(folder, manifest, target, Reference(*demo), tell=lambda line: None, is_quiet=True)
+    built.clear()
+    return manifest, made, built
+
+
+@pytest.mark.parametrize("capabilities", [(), ("sm86", "sm89")])
+def test_plans_built_elsewhere_are_used_for_every_batch_they_hold(demo, tmp_path, monkeypatch, capabilities):
+    _, _, built = prebuilt(demo, tmp_path, monkeypatch, (1, 2), capabilities)
+    engine = make_engine(demo, tmp_path)
+    for batch in (2, 1):
+        context = engine.encode_text([""] * batch + ["a ball"] * batch)
+        assert engine.denoise(torch.zeros(batch, 4, 16, 16), 401, context).shape == (2 * batch, 4, 16, 16)
+    assert not built and not engine.told
+    engine.denoise(torch.zeros(3, 4, 16, 16), 401, engine.encode_text([""] * 6))
+    assert [order.profiles[0]["latents"][0][0] for order in built] == [3]
+
+
+def test_plans_for_other_gpus_are_left_alone(demo, tmp_path, monkeypatch):
+    _, _, built = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm89",))
+    make_engine(demo, tmp_path).encode_text([""])
+    assert [order.capabilities for order in built] == [("sm86",)]
+
+
+def test_a_forged_plan_is_named_and_never_reaches_tensorrt(demo, tmp_path, monkeypatch):
+    _, made, built = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
+    path = made["encode_text"].path
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    engine, before = make_engine(demo, tmp_path), fake_tensorrt.Runtime.made
+    engine.encode_text([""])
+    assert fake_tensorrt.Runtime.made == before + 1 and [order.stage for order in built] == ["encode_text"]
+    assert any("edited" in line and str(path) in line for line in engine.told)
+
+
+def test_a_plan_that_says_something_else_than_its_golden_output_fails_the_gate(demo, tmp_path, monkeypatch):
+    manifest, made, _ = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
+    # Sealed by us and in its own place, but with the graph of weights that were changed afterwards.
+    wrong = onnx_with_other_weights(tmp_path / manifest.stages["encode_text"].file)
+    order_facts = made["encode_text"].facts
+    forged = {"graph": str(wrong), "profiles": order_facts["profiles"], "capabilities": ["sm86"]}
+    notes = dict(made["encode_text"].notes)
+    sealed.write(made["encode_text"].path, order_facts, fake_tensorrt.json.dumps(forged).encode(), sealed.load_key(), notes)
+    with pytest.raises(GateFailed, match="output context is .* away from the golden one, at most 0.02"):
+        make_engine(demo, tmp_path).encode_text([""])
+
+
+def onnx_with_other_weights(path):
+    import onnx
+
+    model = onnx.load(str(path))
+    for constant in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(constant)
+        if value.dtype == "float32" and value.ndim == 2 and value.size > 10000:
+            constant.CopyFrom(onnx.numpy_helper.from_array(value * 1.5, constant.name))
+    changed = path.with_name("changed.onnx")
+    onnx.save(model, str(changed))
+    return changed
+
+
+def test_a_plan_the_gpu_cannot_run_says_why(demo, tmp_path, monkeypatch):
+    _, made, _ = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
+    plan = made["encode_text"]
+    content = fake_tensorrt.json.loads(plan.content) | {"capabilities": ["sm89"]}
+    sealed.write(plan.path, plan.facts, fake_tensorrt.json.dumps(content).encode(), sealed.load_key(), plan.notes)
+    with pytest.raises(Missing, match=r"cannot run this plan on NVIDIA GeForce RTX 3090 \(sm86\): UNSUPPORTED_CC"):
+        make_engine(demo, tmp_path).encode_text([""])
+
+
+def test_a_folder_of_another_model_is_refused(demo, folder, built, tmp_path):
+    engine = make_engine((demo[0], {"depth": demo[1]["depth"]}), tmp_path)
+    engine.encode_text([""])
+    with pytest.raises(Refused, match="holds other stages than asked for .model and decoders"):
+        make_engine(demo, tmp_path).encode_text([""])
+
+
+def test_precisions_it_does_not_know_are_refused(demo, folder):
+    with pytest.raises(Refused, match="'int8' is none of auto, fp32, fp16, bf16"):
+        TrtEngine(*demo, dtype="int8", folder=folder, queue=fake_tensorrt.HostQueue(), found=fake_tensorrt.FakeFlavour(fake_tensorrt))
+
+
+# A whole run ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_makes_samples_with_every_label(demo, folder, built):
+    from datasetdm_fast.data import Batch
+
+    engine = make_engine(demo, folder)
+    recipe = job.make_recipe(engine, TASKS, steps=3)
+    ((_, samples),) = driver.generate([Batch(0, tuple(REQUESTS))], engine, recipe)
+    assert [set(sample.annotations) for sample in samples] == [set(TASKS)] * 3
+    assert engine.fingerprint() == {
+        "engine": "trt",
+        "device": "cpu",
+        "device_name": "NVIDIA GeForce RTX 3090",
+        "dtype": "fp32",
+        "tensorrt": "TensorRT-RTX 1.7.1.116",
+        "cuda": "13",
+        "torch": torch.__version__,
+    }
+
+
+# What is missing ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("command", ["generate", "verify"])
+def test_without_a_gpu_the_command_says_so_at_once(command, tmp_path):
+    line = [sys.executable, "-X", "importtime", "-m", f"datasetdm_fast.{command}", "--engine", "trt"]
+    before = os.times()
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    after = os.times()
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 3 and len(said) == 2
+    assert said[0].startswith("engine trt: ") and "no NVIDIA driver was found" in said[0]
+    assert "| torch\n" not in done.stderr and not list(tmp_path.iterdir())
+    assert sum(after[2:4]) - sum(before[2:4]) < 3  # seconds of a core, whatever else the machine does
+
+
+def test_what_was_found_is_named(monkeypatch):
+    monkeypatch.setattr(flavours, "gpu_capabilities", lambda: [])
+    monkeypatch.setattr(flavours, "find", lambda name: flavours.Flavour("tensorrt-rtx", "1.7.1.116", "13"))
+    with pytest.raises(Missing, match="found the module tensorrt_rtx 1.7.1.116, "):
+        flavours.require_gpu()
+
+
+def test_a_gpu_the_flavour_does_not_serve_is_named_with_those_it_does(monkeypatch):
+    monkeypatch.setattr(flavours, "gpu_capabilities", lambda: ["sm90"])
+    monkeypatch.setattr(flavours, "find", lambda name: fake_tensorrt.FakeFlavour(fake_tensorrt))
+    monkeypatch.setattr(flavours.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Missing, match="serves sm75, sm86, sm89, and this machine has sm90.*\n.*pip install tensorrt"):
+        flavours.require_gpu()
+
+
+def test_no_module_names_the_way_to_install_one(monkeypatch):
+    monkeypatch.setattr(flavours.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Missing, match=r"neither the module tensorrt nor tensorrt_rtx is installed.*\n.*datasetdm-fast\[trt\]"):
+        flavours.find()
+    with pytest.raises(Missing, match="the module tensorrt is not installed.*\n.*pip install tensorrt"):
+        flavours.find("tensorrt")
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_verify_passes_on_this_gpu(tmp_path, monkeypatch):
+    from datasetdm_fast import verify
+
+    try:
+        flavours.require_gpu()
+    except Missing as missing:
+        pytest.skip(missing.cause)
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path))
+    assert verify.main(["--engine", "trt", "--number", "4", "--steps", "6", "--quiet"]) == 0
