@@ -139,9 +139,9 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
     """SHA-256 of all that decides the graphs and their weights: parameters, configurations and this package's own code."""
     parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
     configs = {name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()}
-    # Names with an underscore say where a part was read from.
-    told = {name: {key: value for key, value in config.items() if not key.startswith("_")} for name, config in configs.items()}
-    total = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    # What begins with an underscore says where and how a part was read, not what it computes.
+    configs = {name: {key: value for key, value in config.items() if not key.startswith("_")} for name, config in configs.items()}
+    total = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     for task, decoder in decoders.items():  # their order decides that of the channels
         total.update(f"{task} {decoder.config.to_json()}".encode())
     total.update(digest({**parts, **{f"decoder {task}": decoder for task, decoder in decoders.items()}}).encode())
