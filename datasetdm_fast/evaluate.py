@@ -224,6 +224,8 @@ def _curve(config: EvaluateConfig) -> int:
     for tasks in task_sets:
         options = {"tasks": tasks, "skip_bad": config.skip_bad, "framing": config.framing}
         labelled, judged = open_data(address, model.size, selection=config.selection(), **options), open_data(config.data, model.size, **options)
+        if config.skip_bad:
+            labelled = labelled.readable()
         if counts[-1] > len(labelled):
             raise Refused(f"--curve: {counts[-1]} labels, but {address} has {len(labelled)} of the selected images", "Ask for fewer.")
 

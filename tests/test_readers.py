@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -396,6 +398,50 @@ def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
         open_data(address, SIZE, selection=Selection(per_class=1))
     source = open_data(address, SIZE, selection=Selection(per_class=1), skip_bad=True)
     assert [item.id for item in source] == ["2007_000001", "2007_000002"] and len(source.skipped) == 1
+
+
+ROUNDS = 500 if os.environ.get("DATASETDM_LONG_TESTS") else 20
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "hf"])
+def test_mutilated_files_are_read_or_refused_and_nothing_else(copied, name):
+    root, address = copied(name)
+    random = np.random.default_rng(sum(map(ord, name)))
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    small = [path for path in paths if path.suffix in (".json", ".txt", ".yaml", ".xml")]
+    refused = 0
+    for _ in range(ROUNDS):
+        among = small if small and random.random() < 0.7 else paths
+        path = among[random.integers(len(among))]
+        whole = path.read_bytes()
+        path.write_bytes(mutilated(whole, random))
+        try:
+            list(open_data(address, 32))
+        except Refused as stop:
+            refused += 1
+            assert "\n" not in stop.cause and len(stop.cause) < 800
+        path.write_bytes(whole)
+    assert refused > 2 and len(list(open_data(address, 32))) == COUNT
+
+
+def mutilated(data: bytes, random: np.random.Generator) -> bytes:
+    """A byte flipped, a stretch taken out, doubled, or replaced by something that means something."""
+    words = (b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b"99999999999999999999", b"0", b'"', b"../..", b"\x00", b"\xff\xfe", b"true", b"1.5", b"", b" ")
+    place, kind = int(random.integers(len(data))), random.integers(5)
+    end = place + int(random.integers(1, 40))
+    if kind == 0:
+        return data[:place] + bytes([data[place] ^ (1 << random.integers(8))]) + data[place + 1 :]
+    if kind == 1:
+        return data[:place] + data[end:]
+    if kind == 2:
+        return data[:end] + data[place:]
+    if kind == 3:
+        return data[:place]
+    numbers = list(re.finditer(rb"[-\d.]+|\"[^\"]*\"", data[:200_000]))
+    if not numbers:
+        return data[:place] + words[random.integers(len(words))] + data[end:]
+    found = numbers[random.integers(len(numbers))]
+    return data[: found.start()] + words[random.integers(len(words))] + data[found.end() :]
 
 
 @pytest.mark.parametrize("spec", ["voc:", "coco:/nowhere/at/all", "folder:/dev/null", "kitti:", "cityscapes:/nowhere", "yolo-seg:/nowhere", "vkitti2:/nowhere"])
