@@ -391,6 +391,14 @@ def test_bad_data_is_named_and_refused_or_skipped(copied, what):
             source[1]
 
 
+def test_an_image_of_a_hundred_million_pixels_is_refused_without_a_word_more(copied, recwarn):
+    root, address = copied("folder")
+    Image.new("1", (10_000, 10_000)).save(root / "images" / "scene 1.png")
+    with pytest.raises(Refused, match="scene 1.png.*10000 x 10000 pixels"):
+        list(open_data(address, SIZE))
+    assert not [warning for warning in recwarn if "pixels" in str(warning.message)]
+
+
 def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
     root, address = copied("voc")
     (root / "SegmentationClass" / "2007_000000.png").unlink()
