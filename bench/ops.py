@@ -69,16 +69,15 @@ class Drawn:
 
 
 def judged(op: str, reference: Callable, form: Callable, inputs: tuple, dtype: str) -> dict[str, Any]:
-    """The distance to the plain form in fp32, and what it may be."""
+    """The distance to the plain form in fp64, and what it may be."""
     with torch.inference_mode():
-        wide = outputs(reference, placed(inputs, None, torch.float32))
-        plain = wide if dtype == "fp32" else outputs(reference, inputs)
+        wide, plain = outputs(reference, placed(inputs, None, torch.float64)), outputs(reference, inputs)
         try:
             found = outputs(form, inputs)
         except Exception as error:  # of whatever kind: the row is what says it
             return {"status": "failed", "why": f"{op}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-    error = max((distance(a.float(), b) for a, b in zip(found, wide, strict=True)), default=0.0)
-    limit = OWN_DRIFT * max(distance(a.float(), b) for a, b in zip(plain, wide, strict=True)) + FLOOR[dtype]
+    error = max((distance(a, b) for a, b in zip(found, wide, strict=True)), default=0.0)
+    limit = OWN_DRIFT * max(distance(a, b) for a, b in zip(plain, wide, strict=True)) + FLOOR[dtype]
     is_right = error <= limit and all(a.shape == b.shape for a, b in zip(found, wide))
     why = {} if is_right else {"why": f"{op}: differs from its plain form by {error:.1e}, expected at most {limit:.1e}"}
     return {"status": "ok" if is_right else "failed", "error": error, "limit": limit, **why}

@@ -26,7 +26,7 @@ def ratios(document: dict[str, Any]) -> dict[str, float]:
     found = {}
     for name, (first, second) in RATIOS.items():
         rows = peers(document)
-        if all("seconds_per_image" in rows.get(one, {}) for one in (first, second)):
+        if all(rows.get(one, {}).get("status") == "ok" and "ours_over" in rows[one] for one in (first, second)):
             found[name] = ratio(rows[first], rows[second])["median"]
     return found
 
@@ -79,7 +79,8 @@ def peer_row(row: dict[str, Any]) -> list[str]:
         said = "FAILED" if row["status"] == "failed" else "not here"
         return [*who, f"{said}: {row['why']}", *[""] * 8]
     rates = [number(row["images_per_second"]), span(row["seconds_per_image"]), number(row["tflops"]), percent(row["share_of_products"])]
-    costs = [f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "–", number(row["joules_per_image"]), number(row["load_s"], 2, " s"), number(row["first_s"], 2, " s")]
+    memory = f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "–"
+    costs = [memory, number(row["joules_per_image"]), number(row["load_s"], 2, " s"), number(row["first_s"], 2, " s")]
     return [*who, *rates, *costs, "" if row["peer"] == "ours" else span(row.get("ours_over"), unit=" x")]
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("datasetdm_fast.train", "teach decoders from labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
     "audit": ("datasetdm_fast.audit", "prove that a run folder is whole, or say what is damaged"),
+    "doctor": ("datasetdm_fast.doctor", "say what is installed, which engine can run and why another cannot"),
     "verify": ("datasetdm_fast.verify", "prove that one engine says what another says"),
     "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs"),
 }

@@ -101,11 +101,11 @@ class TrtEngine:
             return None
 
     def _is_ours(self, manifest: Manifest) -> bool:
-        return (manifest.source, manifest.precision, manifest.size) == (self.source, self.precision, self.model.size)
+        return (manifest.source, manifest.precision, manifest.size, manifest.runtime) == (self.source, self.precision, self.model.size, "any")
 
     def _difference(self, manifest: Manifest, stage: str) -> str:
-        ours = {"model and decoders": self.source[:12], "precision": self.precision, "size": self.model.size}
-        theirs = {"model and decoders": manifest.source[:12], "precision": manifest.precision, "size": manifest.size}
+        ours = {"model and decoders": self.source[:12], "precision": self.precision, "size": self.model.size, "runtime": "any"}
+        theirs = {"model and decoders": manifest.source[:12], "precision": manifest.precision, "size": manifest.size, "runtime": manifest.runtime}
         told = [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]
         return "; ".join(told) or f"{stage} is not among them"
 
