@@ -18,6 +18,7 @@ from datasetdm_fast.readers.json_stream import JsonStream
 from datasetdm_fast.readers.labelled import Picture
 
 SIZE = 64
+IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 HAS_DATASETS = importlib.util.find_spec("datasets") is not None
 
 
@@ -72,16 +73,17 @@ def test_every_layout_is_read_at_the_models_size(made, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_targets_can_be_made_of_every_layout(made, name):
-    from datasetdm_fast.training.targets import target
+def test_a_decoder_is_taught_and_judged_by_every_layout(made, tmp_path, monkeypatch, capsys, name):
+    from datasetdm_fast import evaluate, train
 
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "cache"))
     kind, _, tasks = LAYOUTS[name]
-    source = open_data(f"{kind}:{made(name)}", SIZE)
-    for task in tasks:
-        truth = target(source, source[0], task, True)
-        assert len(truth.masks) == len(truth.classes)
-        if task == "depth":
-            assert truth.depth.shape == (SIZE, SIZE)
+    tasks = ",".join(tasks) if IS_LONG else tasks[-1]
+    shared = ["--model", "tiny", "--data", f"{kind}:{made(name)}", "--task", tasks, "--threads", "1", "--quiet", "--json"]
+    assert train.main([*shared, "--out", str(tmp_path / "decoder"), "--steps", "2", "--draws", "2", "--batch-size", "2"]) == 0
+    capsys.readouterr()
+    assert evaluate.main([*shared, "--decoder", str(tmp_path / "decoder"), "--bootstrap", "5"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == tasks.split(",")
 
 
 def test_labels_stay_where_the_image_is(made):
@@ -408,7 +410,7 @@ def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
     assert [item.id for item in source] == ["2007_000001", "2007_000002"] and len(source.skipped) == 1
 
 
-ROUNDS = 500 if os.environ.get("DATASETDM_LONG_TESTS") else 20
+ROUNDS = 500 if IS_LONG else 20
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "hf"])
