@@ -26,6 +26,11 @@ class EvaluateConfig(DataSettings):
     captions: str = setting("true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none"))
     bootstrap: int = setting(500, "draws of the images behind each interval, 0 = no intervals", metavar="N")
     level: float = setting(0.95, "share of the draws within an interval", metavar="SHARE")
+    curve: tuple[str, ...] = setting((), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST")
+    learn_from: str = setting("", "labelled images for --curve; default: the train split of --data, or demo scenes", metavar="ADDRESS")
+    repeats: int = setting(1, "decoders taught for each number of --curve, with seeds of their own", metavar="N")
+    steps: int = setting(0, "steps of each training of --curve, 0 = as many as train takes", metavar="N")
+    more: int = setting(50, "labels beyond the last number of --curve whose worth is told", metavar="N")
     engine: str = setting("auto", "how the networks run", choices=ENGINES)
     dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
@@ -36,7 +41,7 @@ class EvaluateConfig(DataSettings):
     quiet: bool = setting(False, "no progress")
 
     def check(self) -> None:
-        for name, least in (("batch_size", 1), ("bootstrap", 0), ("threads", 0), ("seed", 0)):
+        for name, least in (("batch_size", 1), ("bootstrap", 0), ("threads", 0), ("seed", 0), ("repeats", 1), ("steps", 0), ("more", 1)):
             if getattr(self, name) < least:
                 raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
         if not 0 < self.level < 1:
@@ -153,6 +158,8 @@ def _run(arguments: Sequence[str]) -> int:
 
     config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
     config.check()
+    if config.curve:
+        return _curve(config)
     selection = config.selection()
     import torch
 
@@ -192,6 +199,51 @@ def _run(arguments: Sequence[str]) -> int:
         print(json.dumps(result | ({"skipped": skipped} if config.skip_bad else {})))
     else:
         print(table(result, config.level))
+    _tell_skipped(skipped)
+    return 0
+
+
+def _curve(config: EvaluateConfig) -> int:
+    """Decoders taught by ever more labels, judged on the same images."""
+    from datasetdm_fast import curve
+
+    counts = curve.parse_counts(config.curve)
+    address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
+    import torch
+
+    from datasetdm_fast.engines import build_engine
+    from datasetdm_fast.loading import load_model
+    from datasetdm_fast.readers import open_data
+    from datasetdm_fast.train import train_on
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = load_model(config.model)
+    task_sets = [(task,) for task in config.task or open_data(config.data, model.size).tasks[:1]]
+    engine, result, skipped = build_engine(config.engine, model, {}, dtype=config.dtype, device=config.device), {}, {}
+    for tasks in task_sets:
+        options = {"tasks": tasks, "skip_bad": config.skip_bad, "framing": config.framing}
+        labelled, judged = open_data(address, model.size, selection=config.selection(), **options), open_data(config.data, model.size, **options)
+        if config.skip_bad:
+            labelled = labelled.readable()
+        if counts[-1] > len(labelled):
+            raise Refused(f"--curve: {counts[-1]} labels, but {address} has {len(labelled)} of the selected images", "Ask for fewer.")
+
+        def judge(count: int, repeat: int, task=tasks[0], labelled=labelled, judged=judged):
+            decoder = train_on(engine, labelled, task, count, steps=config.steps, seed=config.seed + repeat, data=address, captions=config.captions)
+            taught = build_engine(config.engine, model, {task: decoder}, dtype=config.dtype, device=config.device)
+            with _bar(len(judged), config.quiet) as bar:
+                bar.set_description(f"{task}, {count} labels")
+                said = measure(taught, judged, (task,), config.captions, config.batch_size, config.seed, lambda done: bar.update(done - bar.n))
+            return said[task]
+
+        found = curve.learning_curve(tasks[0], counts, config.repeats, judge, bootstrap=config.bootstrap, level=config.level, more=config.more)
+        result |= {tasks[0]: found}
+        skipped |= labelled.skipped | judged.skipped
+        if not config.json:
+            print(curve.told(tasks[0], found, config.level), flush=True)
+    if config.json:
+        print(json.dumps({"curve": result} | ({"skipped": skipped} if config.skip_bad else {})))
     _tell_skipped(skipped)
     return 0
 

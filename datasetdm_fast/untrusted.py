@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,7 +219,9 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
         raise Refused(f"{name}: neither a PNG nor a JPEG file", GET_AGAIN)
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below, in one sentence
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         width, height = image.size
         if width * height > most_pixels:
             raise ValueError(f"{width} x {height} pixels, at most {most_pixels} are decoded")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -104,6 +105,51 @@ def test_the_kind_of_captures_is_not_changed_on_the_way(run, tmp_path, capsys):
     assert run(*line, "--cache", "off") == 2
     assert "was begun with captures kept on the disk" in capsys.readouterr().err
     assert run(*line) == 0
+
+
+def test_a_limit_per_class_and_upstreams_ways_are_followed(run, tmp_path, capsys):
+    line = ["--data", "demo:30@1000", "--limit-per-class", "1", "--preset", "upstream", "--quirks", "Q11,Q13", "--augment", "none"]
+    assert run(*line, "--task", "open-vocabulary,depth", "--steps", "2", "--inversion", "ddim", "--ddim-steps", "2", "--timestep", "20") == 0
+    err = capsys.readouterr().err
+    assert "images     7 to learn from" in err and "Q11        " in err and "Q13        " in err
+    settings = json.loads((tmp_path / "decoder" / "depth" / "training" / "settings.json").read_text())
+    assert settings["optimiser"] == "adam" and settings["decoder"]["capture_timestep"] == 20 and settings["weight_decay"] == 0
+
+
+def test_tensorboard_is_written_where_it_is_installed(monkeypatch, tmp_path):
+    from datasetdm_fast.training import log
+
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, *values):
+            written.append(values)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setattr(log, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    with log.Log(tmp_path, 3) as one:
+        one.step(4, 10, 0.5, 0.1)
+        one.figure(4, "miou", 0.25)
+    assert written == [(str(tmp_path / "tensorboard"), 4), ("loss", 0.5, 4), ("rate", 0.1, 4), ("held_out_miou", 0.25, 4), "closed"]
+
+
+def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
+    from datasetdm_fast.training.log import Log
+
+    with Log(tmp_path, 0) as first:
+        for step in (1, 2, 3):
+            first.step(step, 9, step / 2, 0.1)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut short by a kill
+    with Log(tmp_path, 2) as second:
+        second.step(3, 9, 7.0, 0.1)
+    assert [(line["step"], line["loss"]) for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())] == [(1, 0.5), (2, 1.0), (3, 7.0)]
 
 
 def test_it_ends_early_where_nothing_gets_better(run, tmp_path):

@@ -350,14 +350,15 @@ def test_a_state_put_down_and_taken_up_goes_on_to_the_same_bits(engine, source, 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", ["bf16"])
-def test_narrow_arithmetic_follows_the_wide_one(engine, source, folder, dtype):
-    held, schedule = lessons(engine, source, "depth", folder), Schedule(steps=4, batch_size=4)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_narrow_arithmetic_starts_like_the_wide_one_and_learns(engine, source, folder, dtype):
+    held, schedule = lessons(engine, source, "pose", folder), Schedule(steps=24, batch_size=4, warmup=1, dropout=0.0)
     curves = []
-    for kind in ("fp32", dtype):
-        trainer = Trainer(config_of(engine, source, "depth"), schedule, held, dtype=kind, is_ahead=False)
-        curves.append([trainer.step() for _ in range(4)])
-    assert curves[0] == pytest.approx(curves[1], rel=0.05) and curves[0] != curves[1]
+    for kind in ("fp32", dtype):  # the scale of fp16 starts too high, so that its first steps change nothing
+        trainer = Trainer(config_of(engine, source, "pose"), schedule, held, dtype=kind, is_ahead=False)
+        curves.append([trainer.step() for _ in range(24)])
+    assert curves[0][0] == pytest.approx(curves[1][0], rel=0.02) and curves[0] != curves[1]
+    assert all(sum(curve[-6:]) < 0.8 * sum(curve[:2]) * 3 for curve in curves)
 
 
 def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder):
