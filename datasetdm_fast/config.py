@@ -61,7 +61,7 @@ class RunConfig:
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "no progress", identity=False)
     threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
-    dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
+    dtype: str = setting("auto", "arithmetic of the fast engines; fp8 for --engine trt alone, see export", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
     provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
     engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES")
