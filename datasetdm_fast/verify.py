@@ -47,7 +47,7 @@ class VerifyConfig:
     sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
     profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16"))
+    dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
     compile: bool = setting(False, "judge the fast engine with torch.compile")
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
     engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", metavar="ENGINES")
@@ -91,7 +91,7 @@ def verify(engine, reference, requests: Sequence, recipe: Recipe, batch_size: in
     from datasetdm_fast.engines.fast import DTYPES
 
     dtype = engine.fingerprint()["dtype"]
-    rounded = Rounded(reference, DTYPES[dtype]) if dtype != "fp32" and reference.name == "torch" else None
+    rounded = Rounded(reference, DTYPES.get(dtype, DTYPES["fp16"])) if dtype != "fp32" and reference.name == "torch" else None
     collected: dict[str, list[np.ndarray]] = {}
     drift: dict[str, list[np.ndarray]] = {}
     truths, founds = [], []

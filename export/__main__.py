@@ -27,6 +27,8 @@ class ExportConfig:
     batch: tuple[str, ...] = setting(("1", "8"), "batch sizes plans are built for", metavar="LIST")
     capability: tuple[str, ...] = setting((), "GPUs plans are built for, for example sm86,sm120; default: this machine's, or portable", metavar="LIST")
     trt_flavour: str = setting("auto", "which TensorRT builds; auto is the one --to names", choices=FLAVOURS)
+    prompts: str = setting("", "what --precision fp8 is calibrated on: a prompt, or a UTF-8 file with one prompt a line", metavar="FILE|TEXT")
+    steps: int = setting(0, "sampling steps of that calibration, 0 = what the model was made for", metavar="N")
     weight_streaming: bool = setting(False, "plans that may leave part of their weights in host memory")
     refit: bool = setting(False, "plans whose weights may be exchanged")
     raw_capture: bool = setting(False, "also a stage that hands out every feature and attention map")
