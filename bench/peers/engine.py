@@ -17,6 +17,8 @@ from datasetdm_fast.errors import GateFailed
 
 
 class EnginePeer:
+    rounds_text = False
+
     def __init__(self, engine: Engine, setting: Setting, batch: int):
         self.engine, self.recipe, self.batch = engine, setting.recipe, batch
         self.dtype = engine.fingerprint()["dtype"]
