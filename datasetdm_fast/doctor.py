@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ LIBRARIES = (
     *("onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "tensorrt", "tensorrt-rtx", "ray", "openai", "datasets"),
 )
 ENGINES = ("torch", "fast", "ort", "trt")
-PATIENCE = 90.0  # seconds for one question
+PATIENCE = 180.0  # seconds for one process
 COUNTED = 200_000  # files of a cache looked at
 MARK = "datasetdm-doctor:"
 ASKED = """
@@ -123,7 +124,8 @@ def _run(questions: Mapping[str, str], patience: float) -> tuple[dict[str, Any],
     told: dict[str, Any] = {}
     for line in out.decode(errors="replace").splitlines():
         if line.startswith(MARK):
-            told |= json.loads(line.removeprefix(MARK))
+            with suppress(ValueError):  # cut off by the crash
+                told |= json.loads(line.removeprefix(MARK))
     return told, how
 
 

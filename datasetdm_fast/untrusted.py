@@ -219,6 +219,8 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
         raise Refused(f"{name}: neither a PNG nor a JPEG file", GET_AGAIN)
     try:
+        if data.startswith(b"\x89PNG"):
+            check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below, in one sentence
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
@@ -233,8 +235,8 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
     return image
 
 
-def check_png(data: bytes) -> None:
-    """A ValueError where any byte of a PNG file is not as it was written: every chunk has a checksum, and nothing may follow the last."""
+def check_png(data: bytes, *, may_go_on: bool = False) -> None:
+    """A ValueError where any byte of a PNG file is not as it was written: every chunk has a checksum, and nothing may follow the last unless it may go on."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError("no PNG file")
     place, kind = 8, b""
@@ -247,7 +249,7 @@ def check_png(data: bytes) -> None:
         if zlib.crc32(data[place + 4 : place + 8 + length]) != struct.unpack_from(">I", data, place + 8 + length)[0]:
             raise ValueError(f"checksum of the chunk at byte {place} does not hold")
         place += 12 + length
-    if place != len(data):
+    if place != len(data) and not may_go_on:
         raise ValueError("bytes after its end")
 
 

@@ -356,17 +356,22 @@ def build(compiler: str, target: Path, *options: str, sources: list[Path]) -> bo
     return subprocess.run([compiler, *SANITIZED, *options, *map(str, sources), "-o", str(target)], capture_output=True).returncode == 0
 
 
-def test_the_native_code_reads_anything_without_a_report(tmp_path):
+TARGETS = {"masks": ("mask_runs.cpp",), "pictures": ("png_file.cpp", "deflate.cpp")}  # csrc/fuzz/NAME.cpp, and what it feeds
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_native_code_takes_anything_without_a_report(target, tmp_path):
     """Under libFuzzer where clang is there and the test is long, else through the seeds and changes of them; AddressSanitizer and UBSan watch either."""
-    corpus, core = sorted((CSRC / "fuzz" / "corpus").iterdir()), [CSRC / "fuzz" / "masks.cpp", CSRC / "mask_runs.cpp"]
+    corpus = CSRC / "fuzz" / "corpus" / target
+    core = [CSRC / "fuzz" / f"{target}.cpp", *(CSRC / name for name in TARGETS[target])]
     if IS_LONG and shutil.which("clang++") and build("clang++", tmp_path / "fuzz", "-fsanitize=fuzzer", sources=core):
         (tmp_path / "found").mkdir()
-        command = [tmp_path / "fuzz", "-max_total_time=240", "-print_final_stats=1", "-max_len=4096", tmp_path / "found", CSRC / "fuzz" / "corpus"]
+        command = [tmp_path / "fuzz", "-max_total_time=180", "-print_final_stats=1", "-max_len=8192", tmp_path / "found", corpus]
     else:
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
         if not compiler or not build(compiler, tmp_path / "fuzz", sources=[*core, CSRC / "fuzz" / "replay.cpp"]):
             pytest.skip("no compiler with AddressSanitizer")
-        command = [tmp_path / "fuzz", f"-mutations={2_000_000 if IS_LONG else 50_000}", *corpus]
+        command = [tmp_path / "fuzz", f"-mutations={2_000_000 if IS_LONG else 20_000}", *sorted(corpus.iterdir())]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-4000:]
     if IS_LONG:
