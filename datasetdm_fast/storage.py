@@ -278,6 +278,10 @@ def compact(connection: Connection, path: Path) -> Path:
 
 def connect_to_read(path: Path) -> Connection:
     """A database for reading, from any thread."""
+    if path.with_name(path.name + "-journal").exists():
+        # A loss of power in the middle of a change of the journal's kind: nobody can read before that change is taken back, and readers cannot do so.
+        with closing(_opened(path, path)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master")
     # Without a journal of either kind nobody is writing, and `immutable` then lets a read-only medium be read.
     quiet = "" if any(path.with_name(path.name + kind).exists() for kind in ("-wal", "-journal")) else "&immutable=1"
     return _opened(path, f"{path.resolve().as_uri()}?mode=ro{quiet}", uri=True, check_same_thread=False)

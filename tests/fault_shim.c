@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -71,7 +72,9 @@ static void put_text(const char* text) {
 
 // What a call did, written down: its letter, two names, an offset, bytes.
 static void record(enum Call call, const char* path, const char* other, int64_t offset, const void* data, uint32_t size) {
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;  // files are written by several threads, and a record is several writes
     if (recorder < 0) return;
+    pthread_mutex_lock(&lock);
     const char letter = call;
     put(&letter, 1);
     put_text(path);
@@ -79,6 +82,7 @@ static void record(enum Call call, const char* path, const char* other, int64_t 
     put(&offset, sizeof offset);
     put(&size, sizeof size);
     if (size) put(data, size);
+    pthread_mutex_unlock(&lock);
 }
 
 // Armed by the child that is about to run: which calls below `below`, where, once or for good.
