@@ -18,12 +18,14 @@ QUIET_CORES := OMP_WAIT_POLICY=PASSIVE
 .PHONY: venv demo test lint clean
 venv: $(BUILT)
 
-# torch comes first and by itself, so that pip takes the build the machine offers; the lock repeats it and cannot exchange it.
+# torch comes first and by itself, so that pip takes the build the machine offers; the lock repeats it and cannot exchange it, nor
+# the Triton that a torch built for CUDA brings.
 $(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) install $(PIP_FLAGS) $(TORCH))
-	grep -v '^torch==' requirements.lock > $(VENV)/requirements.txt
+	theirs=torch; $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && theirs='torch|triton'; \
+	grep -Ev "^($$theirs)==" requirements.lock > $(VENV)/requirements.txt
 	$(PIP) install $(PIP_FLAGS) $(TORCH) -r $(VENV)/requirements.txt
 	touch $@
 

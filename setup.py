@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 FOLDERS = {"datasetdm_fast.kernels": "kernels", "datasetdm_fast.export": "export"}
@@ -67,6 +67,8 @@ class BuildWithCuda(build_ext):
         subprocess.run(command, check=True)
         return str(target)
 
+
+ParallelCompile(default=0).install()  # as many compilers as cores
 
 setup(
     packages=packages(),

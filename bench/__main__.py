@@ -1,4 +1,4 @@
-"""python -m bench NAME: hands the rest of its line to the measurement that is named first."""
+"""python -m bench [NAME]: the suite on this CPU, or the measurement that is named first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from datasetdm_fast.flags import nearest, run_command
 
 # name -> (module with main(arguments) -> exit code, what it measures)
 BENCHES = {
+    "gpu": ("bench.gpu", "the suite at full size on a GPU, in parts that can be continued"),
+    "report": ("bench.report", "tables and charts of README.md and bench/README.md from the newest result files"),
     "capture": ("bench.capture", "capture, level projection and depth head against their naive forms"),
+    "epochs": ("bench.epochs", "an epoch of training with captures kept on the disk against captures made anew"),
     "kernels": ("bench.kernels", "registers, spills and shared memory of every kernel (--audit)"),
 }
 
@@ -20,11 +23,14 @@ def dispatch(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
         lines = [f"  {each:10}  {sentence}" for each, (_, sentence) in BENCHES.items()]
-        print("\n".join(["usage: python -m bench NAME [flags]", "", *lines]))
-        return 0
+        print("\n".join(["usage: python -m bench [NAME] [flags]", "", "  without NAME the suite on this CPU, with these flags:", "", *lines, ""]))
+    if not name or name.startswith("-"):
+        from bench import run
+
+        return run.main(arguments)
     if name not in BENCHES:
-        said = f"unknown measurement {name!r}{nearest(name, BENCHES)}" if name else "no measurement named"
-        raise Refused(f"bench: {said}", f"there are: {', '.join(BENCHES)}; `python -m bench --help` says what they measure")
+        known = f"there are: {', '.join(BENCHES)}; `python -m bench --help` says what they measure"
+        raise Refused(f"bench: unknown measurement {name!r}{nearest(name, BENCHES)}", known)
     return import_module(BENCHES[name][0]).main(arguments[1:])
 
 

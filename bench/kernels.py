@@ -80,7 +80,9 @@ def model_sizes(op: str, empty: Callable) -> Iterator[tuple[str, tuple]]:
                 f"{width} channels",
                 ([image, empty(BATCH, 2 * width, side, side)], [empty(BATCH, heads, cells, 77)], empty(FEATURES, 3 * width + 616, 1, 1), 64),
             )
-    if op == "layer_norm":
+    if op == "attention_capture":
+        yield "heads of 64", (*(empty(BATCH, size, 10, 64).transpose(1, 2) for size in (1024, 77, 77)), empty(10, 77, FEATURES))
+    elif op == "layer_norm":
         yield "text encoder", (empty(BATCH, 77, 768), empty(768), empty(768), 1e-5)
     elif op == "attention":
         for width in (16, 32, 64, 128):
@@ -97,7 +99,7 @@ def model_sizes(op: str, empty: Callable) -> Iterator[tuple[str, tuple]]:
             yield f"{cells} cells", (q, k, v, None if cells == 100 else empty.bools(BATCH, 100, cells))
     elif op == "mask_head":
         for side in (40, 160):
-            yield f"{side} cells a side", (empty(BATCH, 100, 256), empty(BATCH, 256, 160, 160), side)
+            yield f"{side} cells a side", (empty(BATCH, 100, 256), empty(BATCH, 256, 160, 160), side, side == 40)
     elif op == "depth_head":
         hidden = 1024
         weights = empty(hidden, 1024, 3, 3), empty(hidden), empty(1, hidden, 3, 3), empty(1)
@@ -229,8 +231,10 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps({"triton": launch.triton.__version__, "shared_limit": SHARED_LIMIT, "kernels": [row._asdict() for row in found]}, indent=1))
     if wrong:
         worst = max(wrong, key=lambda row: (row.spills, row.shared))
-        cause = f"{len(wrong)} of {len(found)} compiled kernels spill or take too much shared memory"
+        place, limit = f"{worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})", SHARED_LIMIT[worst.target.removeprefix("sm_")]
         raise GateFailed(
-            f"{cause}, worst {worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})", "choose smaller blocks or more warps in kernels/launch.py"
+            f"bench kernels: {len(wrong)} of {len(found)} compiled kernels do not fit, worst {place}: "
+            f"{worst.spills} bytes of stack, expected none, and {worst.shared} of {limit} bytes of shared memory",
+            "choose smaller blocks or more warps in kernels/launch.py",
         )
     return 0

@@ -6,7 +6,8 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,33 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
     before = status("VmRSS")
     answer = call()
     return answer, max(status("VmHWM") - before, 4096)
+
+
+@dataclass
+class Rounds:
+    """What every round of one call took."""
+
+    seconds: list[float] = field(default_factory=list)
+    joules: list[float] = field(default_factory=list)  # empty where nobody counts them
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], seconds: float, meter: Callable[[], float | None] = lambda: None, *, least: int = 3, most: int = 200
+) -> dict[str, Rounds]:
+    """Rounds of every call in turn, A B A B, for about `seconds` in all; `meter` returns once a device is idle, with the joules it has used."""
+    taken = {name: Rounds() for name in calls}
+    end = time.perf_counter() + seconds
+    count = 0
+    while calls and count < most and (count < least or time.perf_counter() < end):
+        count += 1
+        for name, call in calls.items():
+            used, begin = meter(), time.perf_counter()
+            call()
+            now = meter()
+            taken[name].seconds.append(time.perf_counter() - begin)
+            if used is not None and now is not None:
+                taken[name].joules.append(now - used)
+    return taken
 
 
 def status(field: str) -> int:

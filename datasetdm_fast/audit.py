@@ -90,14 +90,14 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
 
 def _audit(folder: Path, document: dict[str, Any] | None, ledger: Ledger, findings: list[Finding], threads: int, seen: Callable[[int, int], None]) -> Report:
     findings += [Finding(run_folder.LEDGER, f"SQLite finds {line}", _restore(folder)) for line in ledger.damage()]
-    noted = json.loads(ledger.noted("run") or "{}")
+    noted = _noted(folder, ledger, findings)
     if document is None:
-        document = noted if noted else None
+        document = noted
     if document is None:
         return Report(str(folder), 0, ledger.count(), ledger.count(SET_ASIDE), 0, 0, findings)
     findings += [
         Finding(run_folder.DOCUMENT, f"{line.replace(' asked for', ' in the ledger')}", "Restore run.json from a copy.")
-        for part in noted
+        for part in noted or {}
         for line in run_folder.differences(document.get(part), noted[part], part)
     ]
     is_indexed = ledger.noted("indexed") is not None
@@ -125,6 +125,17 @@ def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
         document, what = None, _told_of(error, folder, run_folder.DOCUMENT)
     if document is None:
         findings.append(Finding(run_folder.DOCUMENT, what, "Restore run.json from a copy; the ledger holds its content under notes."))
+    return document
+
+
+def _noted(folder: Path, ledger: Ledger, findings: list[Finding]) -> dict[str, Any] | None:
+    """The content of run.json as the ledger remembers it."""
+    try:
+        document = untrusted.parse_json(ledger.noted("run") or "{}", "its note of run.json")
+        run_folder.check_document(document)
+    except ValueError as error:
+        findings.append(Finding(run_folder.LEDGER, f"its note of run.json is damaged ({_told_of(error, folder, run_folder.LEDGER)})", _restore(folder)))
+        return None
     return document
 
 
@@ -172,7 +183,7 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
 
 def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
     """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again writes over."""
-    state = {run_folder.LEDGER, run_folder.LOCK, run_folder.SEAL, f"{run_folder.LEDGER}-wal", f"{run_folder.LEDGER}-shm"}
+    state = {run_folder.LEDGER, run_folder.LOCK, run_folder.SEAL, *(f"{run_folder.LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     if not run_folder.is_sealed(folder):
         return
     for name in FOLDERS:

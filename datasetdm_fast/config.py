@@ -19,11 +19,13 @@ class Defaults:
     size: int
     steps: int
     guidance: float
+    capture: int = 0  # UNet timestep at which decoders are taught where nobody says
 
 
 # Upstream draws with 50 PLMS steps at guidance 5; the demo model was judged with the figures of its model card.
 SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0)
-DEMO_DEFAULTS = Defaults(size=128, steps=50, guidance=3.0)
+# Its features say most at timestep 100: at the last calls a v-prediction is nearly the noise alone.
+DEMO_DEFAULTS = Defaults(size=128, steps=50, guidance=3.0, capture=100)
 
 
 def setting(default, help: str, *, identity: bool = True, choices: tuple[str, ...] = (), metavar: str | None = None, positional: bool = False):
@@ -50,7 +52,7 @@ class RunConfig:
     sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
     profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    batch_size: int = setting(8, "images made together; changes rounding only", metavar="N")
+    batch_size: int = setting(0, "images made together, which changes rounding only; 0 = what the memory holds", metavar="N")
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
     out: str = setting("runs/demo", "run folder", identity=False, metavar="RUN")
     only: str = setting("", "make this one sample of the run folder again", identity=False, metavar="ID")
@@ -60,8 +62,11 @@ class RunConfig:
     allow_download: bool = setting(False, "let --model name a model hub repository", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "no progress", identity=False)
-    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
+    threads: int = setting(0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N")
+    gpus: str = setting("", "GPUs to use, one process each: all, how many, or a list such as 0,2,5", identity=False, metavar="all|N|LIST")
+    ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N")
     dtype: str = setting("auto", "arithmetic of the fast engines; fp8 for --engine trt alone, see export", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
+    compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
     provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
     engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.data import Annotation, Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.ledger import SET_ASIDE, Ledger
+from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.overlap import Beside, Writing
 from datasetdm_fast.run_folder import RunFolder
 from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.transfer import to_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,16 +41,60 @@ class Recipe:
 def generate(
     batches: Iterable[Batch], engine: Engine, recipe: Recipe, stepped: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
-    """Every batch with its samples; what did not come out finite is set aside. `stepped` hears of every UNet call."""
-    import torch
+    """Every batch with its samples, in order; what did not come out finite is made once more in fp32, then set aside. `stepped` hears of every UNet call."""
+    studio = Studio(engine, recipe, stepped)
+    with Beside(engine.device) as beside:
+        for batch, results in side_by_side(studio, batches, beside):
+            if any(isinstance(result, SetAside) for result in results) and (wide := engine.widened()) is not None:
+                beside.settle()  # what a new engine records on a GPU must not be disturbed
+                second = Studio(wide, recipe, stepped).make(batch)
+                results = [again(*both) if isinstance(both[0], SetAside) else both[0] for both in zip(results, second, strict=True)]
+            yield batch, results
 
-    from datasetdm_fast import sampling
 
-    nothing, words = engine.encode_text([""]), WordTable(engine, recipe.words)
-    side = recipe.size // FACTOR
+def side_by_side(studio: Studio, batches: Iterable[Batch], beside: Beside) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
+    """Every batch, sampled while `beside` makes the labels and images of the one before."""
     for batch in batches:
-        requests = batch.padded
-        context = torch.cat([nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
+        beside.put(batch, studio.label, batch, studio.sample(batch))
+        yield from beside.ready()
+    yield from beside.rest()
+
+
+def again(first: SetAside, second: Sample | SetAside) -> Sample | SetAside:
+    """The second attempt, which says that it is one."""
+    if isinstance(second, SetAside):
+        return SetAside(second.request, f"{second.reason}, in fp32 too")
+    return replace(second, provenance={**second.provenance, "retried": f"fp32 after {first.reason}"})
+
+
+@dataclass
+class Drawn:
+    """A sampled batch, and what its labels will be read from."""
+
+    latents: Tensor
+    capture: Capture | ProjectedCapture | None
+
+
+class Studio:
+    """What one run keeps between batches: the empty prompt and the class words as the engine reads them."""
+
+    def __init__(self, engine: Engine, recipe: Recipe, stepped: Callable[[], None]):
+        self.engine, self.recipe, self.stepped = engine, recipe, stepped
+        self.nothing, self.words = engine.encode_text([""]), WordTable(engine, recipe.words)
+
+    def make(self, batch: Batch) -> list[Sample | SetAside]:
+        """Sampler loop, capture, tasks and image of one batch."""
+        return self.label(batch, self.sample(batch))
+
+    def sample(self, batch: Batch) -> Drawn:
+        """The sampler loop, with the capture at one of its calls; on a GPU the host queues all of it and waits for nothing."""
+        import torch
+
+        from datasetdm_fast import sampling
+
+        engine, recipe, requests = self.engine, self.recipe, batch.padded
+        context = torch.cat([self.nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
+        side = recipe.size // FACTOR
         noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
         walk = sampling.Walk(recipe.schedule, recipe.guidance, noise.to(engine.device))
 
@@ -58,37 +104,58 @@ def generate(
             else:
                 output = engine.denoise(walk.latents, timestep, context)
             walk.step(call, output)
-            stepped()
+            self.stepped()
+        return Drawn(walk.latents, capture)
 
-        raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
-        del capture  # as large as the rest of the batch together, and the image decoder needs room
-        images = engine.decode_image(walk.latents)
-        yield batch, collect(batch, walk.latents, images, raw, engine, recipe)
+    def label(self, batch: Batch, drawn: Drawn) -> list[Sample | SetAside]:
+        """Annotations, image and post-processing; `drawn` loses its capture on the way."""
+        engine, recipe, requests = self.engine, self.recipe, batch.padded
+        raw = {task: engine.annotate(task, drawn.capture, self.words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
+        checks = {"latents": is_finite(drawn.latents), "features": capture_is_finite(drawn.capture)}
+        drawn.capture = None  # as large as the rest of the batch together, and the image decoder needs room
+        images, checks["image"] = engine.decode_and_check(drawn.latents)
+        checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
+        return collect(batch, images, raw, checks, engine, recipe)
 
 
-def collect(batch: Batch, latents: Tensor, images: Tensor, raw: dict[str, dict[str, Tensor]], engine: Engine, recipe: Recipe) -> list[Sample | SetAside]:
+def collect(
+    batch: Batch, images: Tensor, raw: dict[str, dict[str, Tensor]], checks: dict[str, Tensor], engine: Engine, recipe: Recipe
+) -> list[Sample | SetAside]:
     """Post-processing: one result per request of the batch, the padding left out."""
+    import torch
+
     count = len(batch.requests)
-    broken = {"latents": not_finite(latents[:count])}
+    passed, pixels = to_host(torch.stack(list(checks.values()))[:, :count], images[:count])
     labels: dict[str, list[Annotation]] = {}
     for task in recipe.tasks:
-        outputs = {name: value[:count] for name, value in raw[task].items()}
-        broken[task] = [any(flags) for flags in zip(*(not_finite(value) for value in outputs.values()), strict=True)]
-        labels[task] = postprocess(task, batch.requests, {name: value.nan_to_num() for name, value in outputs.items()}, engine.decoders[task].config, recipe)
-    pixels = images[:count].cpu().numpy()
+        outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
+        labels[task] = postprocess(task, batch.requests, outputs, engine.decoders[task].config, recipe)
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
-        where = [name for name, flags in broken.items() if flags[b]]
+        where = [name for name, flags in zip(checks, passed) if not flags[b]]
         if where:
             results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
-            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, dict(recipe.facts)))
+            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, {**recipe.facts, **engine.adjustments}))
     return results
 
 
-def not_finite(values: Tensor) -> list[bool]:
-    """One flag per image."""
-    return (~values.isfinite()).flatten(1).any(1).tolist() if values.is_floating_point() else [False] * len(values)
+def is_finite(values: Tensor) -> Tensor:
+    """One flag per image, on the device."""
+    return values.isfinite().flatten(1).all(1)
+
+
+def all_of(flags: Iterable[Tensor]) -> Tensor:
+    first, *others = flags
+    for other in others:
+        first = first & other
+    return first
+
+
+def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
+    if isinstance(capture, ProjectedCapture):
+        return all_of(is_finite(total) for total in capture.sums)
+    return all_of(is_finite(value) for level in (*capture.features, *capture.maps) for value in level)
 
 
 def postprocess(task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe) -> list[Annotation]:
@@ -167,21 +234,42 @@ def run(
     stepped: Callable[[], None] = lambda: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Makes what the run folder lacks, batch by batch; `made` hears of every commit, and `is_stopping` is asked after each."""
+    """Makes what the run folder lacks, batch by batch; `made` hears of every commit, and `is_stopping` is asked after every sampled batch."""
     begin, new = time.perf_counter(), 0
+
+    def committed(rows: list[Row]) -> None:
+        nonlocal new
+        new += len(rows)
+        made(len(rows))
+
     with RunFolder(job.folder, job.document) as folder:
         wanted = lacking(folder.ledger, job.plan.number, job.config.limit)
-        batches = (job.plan.batch(k) for k in sorted({index // job.plan.batch_size for index in wanted}))
-        for batch, results in generate(batches, job.engine, job.recipe, stepped):
-            kept = [result for result in results if result.request.index in wanted]
-            folder.add(kept, job.recipe.facts | {"word_slots": word_slots(batch.requests)})
-            new += len(kept)
-            made(len(kept))
-            if is_stopping():
-                break
+        batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
+        with Writing(folder, committed) as writing:
+            for batch, results in generate(until(is_stopping, batches), job.engine, job.recipe, stepped):
+                kept = [result for result in results if result.request.index in wanted]
+                writing.put(kept, facts_of(job.recipe, batch))
         seconds = time.perf_counter() - begin
         folder.rebuild()
         return result_of(job.folder, job.plan.number, folder.ledger, new, seconds)
+
+
+def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:
+    """What the rows of a batch say of how it was made."""
+    return {**recipe.facts, "word_slots": word_slots(batch.requests)}
+
+
+def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches up to the one after which `is_stopping` says so."""
+    for batch in batches:
+        yield batch
+        if is_stopping():
+            return
+
+
+def in_order(wanted: Iterable[int], size: int) -> list[int]:
+    """The batches that hold these samples, in the order they are handed out."""
+    return sorted({index // size for index in wanted})
 
 
 def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:

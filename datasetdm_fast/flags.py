@@ -67,9 +67,9 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
     except SystemExit as stop:  # --help, --version, SIGTERM
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BrokenPipeError as error:
-        return 141 if _reader_is_gone() else _report(error)
+        return 141 if _reader_is_gone() else report(error)
     except Exception as error:
-        return _report(error)
+        return report(error)
     finally:
         if is_main_thread:
             signal.signal(signal.SIGTERM, before)
@@ -224,7 +224,8 @@ def _reader_is_gone() -> bool:
     return True
 
 
-def _report(error: Exception) -> int:
+def report(error: Exception) -> int:
+    """Exit code 1, once what led to the error is in a file that the user can send us."""
     summary = f"datasetdm-fast: unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     facts = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}\ncommand: {sys.argv}\n\n"
     try:

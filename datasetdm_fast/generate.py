@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from datasetdm_fast import ranks
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.driver import Result, probe, remake, run
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.flags import parse, run_command
-from datasetdm_fast.job import Job, finished, prepare, prepare_remake
-from datasetdm_fast.storage import free_bytes
+from datasetdm_fast.job import Job, count_images, count_rows, finished, prepare, prepare_remake
+from datasetdm_fast.summary import duration, table
 
 PROG = "python -m datasetdm_fast.generate"
-OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -40,18 +40,35 @@ def _generate(arguments: Sequence[str]) -> int:
     if result := finished(config):
         _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
         return _end(config, result)
-    job = prepare(config)
-    call = 0.0 if config.dry_run else probe(job.engine, job.recipe, job.plan.batch_size)
-    _say(config, *_table(job, call))
     if config.dry_run:
+        job = prepare(config)
+        _say(config, *table(job))
         _show_plan(job)
         return 0
-    with Interruption(config.quiet) as interruption, Progress(job, config.quiet) as progress:
-        result = run(job, made=progress.made, stepped=progress.stepped, is_stopping=lambda: interruption.signal is not None)
+    places = ranks.places(config)
+    result, signalled = _run_ranks(config, places) if places else _run_here(config)
     code = _end(config, result)
     if not result.is_complete:
         print(f"{result.done} of {result.number} samples are there; go on with: {PROG} {shlex.join(arguments)}".rstrip(), file=sys.stderr)
-    return code if interruption.signal is None else 128 + interruption.signal
+    return 128 + signalled if signalled else code
+
+
+def _run_here(config: RunConfig) -> tuple[Result, int | None]:
+    """How the run of this process ended, and by which signal if by one."""
+    job = prepare(config)
+    _say(config, *table(job, probe(job.engine, job.recipe, job.plan.batch_size)))
+    images = min(job.plan.number - job.done, config.limit or job.plan.number)
+    with Interruption(config.quiet) as interruption, Progress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule)) as progress:
+        result = run(job, made=progress.made, stepped=progress.stepped, is_stopping=lambda: interruption.signal is not None)
+    return result, interruption.signal
+
+
+def _run_ranks(config: RunConfig, places: Sequence[ranks.Place]) -> tuple[Result, int | None]:
+    """The same of a run of several processes."""
+    left = count_images(config) - count_rows(config)
+    with Interruption(config.quiet) as interruption, Progress(min(left, config.limit or left), config.quiet) as progress:
+        result = ranks.run(config, places, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
+    return result, interruption.signal
 
 
 def _make_again(config: RunConfig, given: set[str]) -> int:
@@ -67,7 +84,7 @@ def _end(config: RunConfig, result: Result) -> int:
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     _put(config, {"path": str(result.path), **facts, "complete": result.is_complete, "images_per_second": round(rate, 4)}, str(result.path))
     if result.made:
-        _say(config, f"{result.made} images in {_duration(result.seconds)}, {rate:.3g} images per second; look at {result.path}/gallery/index.html")
+        _say(config, f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second; look at {result.path}/gallery/index.html")
     result.check()
     return 0
 
@@ -79,28 +96,6 @@ def _put(config: RunConfig, facts: dict[str, Any], line: str) -> None:
 def _say(config: RunConfig, *lines: str) -> None:
     if not config.quiet:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-def _table(job: Job, call: float) -> list[str]:
-    plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
-    left = min(plan.number - job.done, job.config.limit or plan.number)
-    batches = -(-left // plan.batch_size)
-    rows = {
-        "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, seeds {plan.seed} to {plan.seed + plan.number - 1}",
-        "sampler": f"{facts['sampler']}, {facts['steps']} steps in {facts['calls']} calls, guidance {facts['guidance']:g}",
-        "labels": ", ".join(job.recipe.tasks),
-        "engine": f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}, {batches} batches of {plan.batch_size}",
-        "time": f"about {_duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "not measured in a dry run",
-        "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
-        "run folder": str(job.folder),
-    }
-    return [f"{name:<11}{value}" for name, value in rows.items()]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _show_plan(job: Job) -> None:
@@ -138,41 +133,49 @@ class Interruption:
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
+    """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet; it counts UNet calls, or images where nobody reports the calls."""
 
-    def __init__(self, job: Job, is_quiet: bool):
-        self._calls, self._batch = len(job.recipe.schedule), job.plan.batch_size
-        self._images = min(job.plan.number - job.done, job.config.limit or job.plan.number)
+    def __init__(self, images: int, is_quiet: bool, batch: int = 1, calls: int = 0):
+        self._images, self._batch, self._calls = images, batch, calls
         self._made = self._stepped = 0
         self._is_quiet, self._bar = is_quiet, None
         self._begin = self._told = time.monotonic()
         if not is_quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self._total, unit="call", desc=self._title, file=sys.stderr)
+            self._bar = tqdm(total=self._total, unit="call" if calls else "image", desc=self._title, file=sys.stderr)
 
     @property
     def _total(self) -> int:
-        return -(-self._images // self._batch) * self._calls
+        return -(-self._images // self._batch) * (self._calls or 1)
 
     @property
     def _title(self) -> str:
         return f"{self._made}/{self._images} images"
 
-    def stepped(self) -> None:
-        self._stepped += 1
+    def stepped(self, count: int = 1) -> None:
+        self._stepped += count
         now = time.monotonic()
         if self._bar:
-            self._bar.update()
+            self._bar.update(count)
         elif not self._is_quiet and now - self._told >= EVERY:
             self._told = now
             left = (now - self._begin) / self._stepped * max(self._total - self._stepped, 0)
-            print(f"{self._title}, {self._stepped / max(self._total, 1):.0%}, about {_duration(left)} left", file=sys.stderr, flush=True)
+            print(f"{self._title}, {self._stepped / max(self._total, 1):.0%}, about {duration(left)} left", file=sys.stderr, flush=True)
 
     def made(self, count: int) -> None:
         self._made += count
         if self._bar:
             self._bar.set_description(self._title)
+        if not self._calls:
+            self.stepped(count)
+
+    def tell(self, line: str) -> None:
+        """A line for the screen, above the bar."""
+        if self._bar:
+            self._bar.write(line, file=sys.stderr)
+        elif not self._is_quiet:
+            print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,18 +14,53 @@ from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.models.decoder_config import DecoderConfig
 
+SAMPLE_SEED = 2**40  # added to an image's seed for the draw from the autoencoder's posterior, so that it is not the noise again
 
-def invert(engine, images: Tensor, captions: Sequence[str], timestep: int, seeds: Sequence[int], *, is_raw: bool = False) -> Capture | ProjectedCapture:
-    """The capture of images [B, H, W, 3] uint8 at a UNet timestep; image b's noise comes from seeds[b] alone.
 
-    `is_raw` asks for the features and maps themselves, where an engine would give only what its decoders make of them.
+def invert(
+    engine,
+    images: Tensor,
+    captions: Sequence[str],
+    timestep: int,
+    seeds: Sequence[int],
+    *,
+    is_raw: bool = False,
+    is_sampled: bool = False,
+    ddim_steps: int = 0,
+) -> Capture | ProjectedCapture:
+    """The capture of images [B, H, W, 3] (0..255) at a UNet timestep; image b's noise comes from seeds[b] alone.
+
+    `is_raw` asks for the features and maps themselves, where an engine would give only what its decoders make of them. `is_sampled` draws the
+    latents from the autoencoder's posterior instead of taking its mean. `ddim_steps` walks to the timestep with the noise that the UNet itself
+    predicts, in that many calls, instead of adding drawn noise.
     """
-    clean = engine.encode_image(images)
-    noise = torch.stack([sampling.initial_noise(seed, *clean.shape[1:]) for seed in seeds]).to(clean)
-    latents = sampling.add_noise(engine.model.scheduler, clean, noise, timestep)
+    generators = [torch.Generator().manual_seed(seed + SAMPLE_SEED) for seed in seeds] if is_sampled else None
+    clean = engine.encode_image(images, generators)
     context = torch.cat([engine.encode_text([""] * len(captions)), engine.encode_text(list(captions))])
+    if ddim_steps:
+        latents = ddim_latents(engine, clean, context, timestep, ddim_steps)
+    else:
+        noise = torch.stack([sampling.initial_noise(seed, *clean.shape[1:]) for seed in seeds]).to(clean)
+        latents = sampling.add_noise(engine.model.scheduler, clean, noise, timestep)
     call = engine.denoise_and_keep if is_raw else engine.denoise_and_capture
     return call(latents, timestep, context)[1]
+
+
+def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
+    """Clean latents brought to `timestep` by DDIM with eta 0 run backwards (Song et al. 2020, section 4.3), without guidance."""
+    scheduler = engine.model.scheduler
+    alphas = sampling.alphas_cumprod(scheduler).double().tolist()
+    latents, alpha, time = clean.clone(), 1.0, 0
+    for target in np.unique(np.linspace(0, timestep, steps + 1).round().astype(int)[1:] if timestep else [0]).tolist():
+        output = engine.denoise(latents, time, context).chunk(2)[1].to(latents)
+        kept, noisy = math.sqrt(alpha), math.sqrt(1 - alpha)
+        if scheduler.get("prediction_type", "epsilon") == "v_prediction":
+            image, noise = kept * latents - noisy * output, kept * output + noisy * latents
+        else:
+            image, noise = (latents - noisy * output) / kept, output
+        alpha, time = alphas[target], target
+        latents = math.sqrt(alpha) * image + math.sqrt(1 - alpha) * noise
+    return latents
 
 
 def capture_timestep(configs: Iterable[DecoderConfig]) -> int:

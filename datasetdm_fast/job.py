@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engines import Engine
     from datasetdm_fast.sampling import Schedule
 
-LEAST = {"number": 1, "per_class": 0, "seed": 0, "steps": 0, "guidance": 0, "batch_size": 1, "limit": 0, "threads": 0}
+LEAST = {"number": 1, "per_class": 0, "seed": 0, "steps": 0, "guidance": 0, "batch_size": 0, "limit": 0, "threads": 0, "ranks": 0}
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
@@ -101,6 +101,7 @@ def open_engine(
     engines: str = "",
     trt_flavour: str = "auto",
     provider: str = "auto",
+    compile: bool = False,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine with the decoders of `tasks`, None = all of the folder, and what is to be written down about these decoders."""
     from datasetdm_fast.engines import build_engine, check_engine
@@ -125,7 +126,8 @@ def open_engine(
             )
         check_levels(found[task], loaded.levels)
     chosen = {task: found[task] for task in tasks}
-    built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, engines=engines, trt_flavour=trt_flavour, provider=provider)
+    where = dict(engines=engines, trt_flavour=trt_flavour, provider=provider, compile=compile)
+    built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, **where)
     return built, describe_decoders(decoder, tasks) if decoder else {}
 
 
@@ -267,12 +269,14 @@ def prepare(config: RunConfig) -> Job:
     engine, decoders = _engine_of(config)
     recipe = _recipe_of(config, engine, source.classes)
     words = recipe.words or class_words(engine, config.task, source.classes)
+    size = _batch_size(config, engine)
     plan = prompts.make_plan(
-        source, engine.model.tokenizer, number=config.number, seed=config.seed, batch_size=config.batch_size, words=words, truncate=config.truncate_prompts
+        source, engine.model.tokenizer, number=config.number, seed=config.seed, batch_size=size, words=words, truncate=config.truncate_prompts
     )
     document = describe(identity(config, source), plan, engine, recipe, decoders)
-    recipe = replace(recipe, facts=row_facts(document))
-    job = Job(config, plan, engine, recipe, document, _check_folder(folder, document))
+    job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0)
+    if (stored := read_document(folder)) is not None:
+        job = replace(adopt(job, stored), done=count_rows(config))
     free = storage.free_bytes(folder.absolute())
     if job.bytes_needed > free:
         raise Missing(
@@ -282,8 +286,16 @@ def prepare(config: RunConfig) -> Job:
     return job
 
 
+def _batch_size(config: RunConfig, engine: Engine) -> int:
+    """The size asked for, else that of the run folder, which must not change with the memory that happens to be free, else what fits."""
+    if config.batch_size:
+        return config.batch_size
+    stored = read_document(Path(config.out))
+    return stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), count_images(config))
+
+
 def _engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
-    names = ("engine", "dtype", "device", "size", "allow_download", "threads", "engines", "trt_flavour", "provider")
+    names = ("engine", "dtype", "device", "size", "allow_download", "threads", "engines", "trt_flavour", "provider", "compile")
     return open_engine(config.model, config.decoder, config.task, **{name: getattr(config, name) for name in names})
 
 
@@ -296,14 +308,23 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB" if count < 1e10 else f"{count / 1e9:,.0f} GB"
 
 
-def _check_folder(folder: Path, document: Mapping[str, Any]) -> int:
-    """How many samples the folder holds; refuses one that was begun with other weights or another engine."""
-    stored = read_document(folder)
-    if stored is None:
-        return 0
-    check_same(
-        folder, *({part: _comparable(source, part) for part in ("model", "decoders", "engine", "sampling", "plan", "labels")} for source in (stored, document))
-    )
+def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
+    """The job as the run folder's description has it; refuses a folder that was begun with other weights or another engine.
+
+    Where a run folder is there it decides: which of several equal GPUs goes on with it, and what its memory would hold, changes no byte.
+    """
+    document = job.document
+    if not job.config.batch_size:
+        document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
+    parts = ("model", "decoders", "engine", "sampling", "plan", "labels")
+    check_same(job.folder, *({part: _comparable(source, part) for part in parts} for source in (stored, document)))
+    plan = replace(job.plan, batch_size=stored["plan"]["batch_size"])
+    return replace(job, plan=plan, recipe=replace(job.recipe, facts=row_facts(stored)), document=dict(stored))
+
+
+def count_rows(config: RunConfig) -> int:
+    """Samples the run folder holds, those set aside among them."""
+    folder = Path(config.out)
     if not (folder / LEDGER).exists():
         return 0
     with Ledger(folder / LEDGER, read_only=True) as ledger:

@@ -64,7 +64,7 @@ def count_pixels(labels: np.ndarray) -> dict[str, int]:
 
 
 def _encode_semantic(id: str, label: SemanticMap, _: Labels) -> tuple[Files, dict[str, Any]]:
-    confidence = (np.clip(np.nan_to_num(label.confidence), 0, 1) * 255 + 0.5).astype(np.uint8)
+    confidence = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
     files = {"semantic": (f"semantic/{id}.png", index_png(label.labels)), "confidence": (f"confidence/{id}.png", _C.png_encode(confidence))}
     return files, {"pixels": count_pixels(label.labels), "mean_confidence": round(float(confidence.mean()) / 255, 4)}
 
@@ -85,7 +85,8 @@ def _encode_instances(id: str, label: Instances, _: Labels) -> tuple[Files, list
 
 
 def _encode_depth(id: str, label: DepthMap, _: Labels) -> tuple[Files, dict[str, Any]]:
-    millimetres = np.clip(np.rint(label.metres.astype(np.float64) * MILLIMETRES), 0, 65535).astype(np.uint16)
+    millimetres = np.multiply(label.metres, MILLIMETRES, dtype=np.float64)
+    millimetres = np.clip(np.rint(millimetres, out=millimetres), 0, 65535, out=millimetres).astype(np.uint16)
     return {"depth": (f"depth/{id}.png", _C.png_encode_words(millimetres))}, depth_figures(millimetres)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,14 @@ def canonical(value: Any) -> str:
 class Ledger:
     """The rows of one run folder, in SQLite."""
 
-    def __init__(self, path: Path, *, read_only: bool = False):
-        self.path = path
+    def __init__(self, path: Path, *, read_only: bool = False, journal: str = storage.WRITE_AHEAD):
+        self.path, self._journal = path, journal
+        self._lock = threading.Lock()  # of the thread that commits, while others ask for what is there
         if read_only:
             self._connection = storage.connect_to_read(path)
             self._connection.execute("SELECT count(*) FROM samples")
             return
-        self._connection = storage.connect(path, _SCHEMA)
+        self._connection = storage.connect(path, _SCHEMA, journal)
 
     def commit(self, rows: Iterable[Row]) -> None:
         """All rows or none; returns once they would survive a loss of power."""
@@ -89,14 +91,27 @@ class Ledger:
         return [line for (line,) in self._connection.execute("PRAGMA integrity_check(10)") if line != "ok"]
 
     def settle(self) -> bool:
-        """Moves every commit into the file itself; False where another process is just reading it."""
-        return not self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        """Moves every commit into the file itself, whose bytes then depend on the rows alone; False where another process is just reading it."""
+        if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            return False
+        part = storage.compact(self._connection, self.path)
+        self._connection.close()
+        storage.move(part, self.path)
+        self._connection = storage.connect(self.path, _SCHEMA, self._journal)
+        return True
 
-    def _writing(self) -> _Transaction:
-        return _Transaction(self._connection)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock, _Transaction(self._connection):
+            yield
 
     def indices(self, status: str = DONE) -> list[int]:
         return [index for (index,) in self._connection.execute('SELECT "index" FROM samples WHERE status = ? ORDER BY "index"', (status,))]
+
+    def within(self, first: int, stop: int) -> set[int]:
+        """The indices from `first` to before `stop` that have a row, whatever became of them."""
+        with self._lock:
+            return {index for (index,) in self._connection.execute('SELECT "index" FROM samples WHERE "index" >= ? AND "index" < ?', (first, stop))}
 
     def count(self, status: str = DONE) -> int:
         return self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,)).fetchone()[0]
@@ -128,11 +143,13 @@ class _Transaction:
         self._connection.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is None:
-            self._connection.execute("COMMIT")
-        elif self._connection.in_transaction:  # a full disk has already rolled it back
-            with suppress(Missing):  # what went wrong first is what is told; closing rolls back as well
-                self._connection.execute("ROLLBACK")
+        try:
+            if kind is None:
+                self._connection.execute("COMMIT")
+        finally:
+            if self._connection.in_transaction:  # a full disk has already rolled it back
+                with suppress(Missing):  # what went wrong first is what is told; closing rolls back as well
+                    self._connection.execute("ROLLBACK")
 
 
 def _row(found: tuple, path: Path) -> Row:

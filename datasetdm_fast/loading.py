@@ -93,6 +93,15 @@ class Model:
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
     """The model `name`: demo, tiny, random-sd14, a diffusers folder, a single file, or a hub repository where downloads are allowed."""
+    try:
+        return _load(name, size, allow_download)
+    except Refused as stop:
+        if stop.remedy:
+            raise
+        raise Refused(stop.cause, "Choose another --model, or get its files again and compare their checksums.") from stop
+
+
+def _load(name: str, size: int, allow_download: bool) -> Model:
     if size:
         _check_size(size)  # before seconds go into reading weights
     path = Path(name)
@@ -113,8 +122,8 @@ def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Mod
 
 def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaults | None = None) -> Model:
     """The model in a diffusers folder; every part, its form and each of its tensors is checked."""
-    configs = _folder_configs(folder)
     with _making_sense(folder):
+        configs = _folder_configs(folder)
         for part in ("unet", "vae", "text_encoder"):
             configs[part] = {key: value for key, value in configs[part].items() if key in ARCHITECTURE[part]}
             _check_bounds(configs[part], folder / part)

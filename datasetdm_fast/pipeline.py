@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Output", "Pipeline", "Run", "open_run"]
 
-BATCH = 8
-
 
 @dataclass(frozen=True)
 class Output:
@@ -100,12 +98,12 @@ class Pipeline:
         """The labels its decoders can make."""
         return tuple(task for task in TASKS if task in self.engine.decoders)
 
-    def __call__(self, prompts: str | Sequence[str], seeds: Sequence[int] | None = None, *, seed: int = 0, batch_size: int = BATCH, **choices: Any) -> Output:
+    def __call__(self, prompts: str | Sequence[str], seeds: Sequence[int] | None = None, *, seed: int = 0, batch_size: int = 0, **choices: Any) -> Output:
         """Images and labels of all prompts at once; image k has seeds[k], or seed + k. The other choices are those of `stream`."""
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         if seeds is not None and len(seeds) != len(given):
             raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed a prompt.")
-        size = max(min(batch_size, len(given)), 1)
+        size = max(min(batch_size or self.engine.suggested_batch(), len(given)), 1)
         return Output(list(self.stream(given, seed=seed, seeds=seeds, batch_size=size, **choices)))
 
     def stream(
@@ -120,7 +118,7 @@ class Pipeline:
         guidance: float = 0.0,
         sampler: str = "pndm",
         profile: str = "0.3.0",
-        batch_size: int = BATCH,
+        batch_size: int = 0,
         truncate: bool = False,
     ) -> Iterator[Sample]:
         """Samples one by one, in order, with no more than a batch in memory; prompts may come from an endless generator.
@@ -135,7 +133,7 @@ class Pipeline:
         words = recipe.words or job.class_words(self.engine, chosen, words)
         recipe = replace(recipe, facts={**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name})
         requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate)
-        return self._samples(_batches(requests, batch_size), recipe)
+        return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe)
 
     def _check_tasks(self, tasks: tuple[str, ...]) -> None:
         if tasks:

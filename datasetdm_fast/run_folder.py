@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast import gallery, label_files, storage, untrusted
+from datasetdm_fast import gallery, label_files, leases, storage, untrusted
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
@@ -67,13 +67,14 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     if document.get("format") != FORMAT:
         raise Refused(f"{path}: format {untrusted.shown(document.get('format'))}, this version reads {FORMAT}", "Read it with the version that wrote it.")
     try:
-        _check_document(document)
+        check_document(document)
     except ValueError as error:
         raise Refused(f"{path}: not the description of a run ({error})", "Restore the file from a copy, or choose another --out.") from error
     return document
 
 
-def _check_document(document: Mapping[str, Any]) -> None:
+def check_document(document: Mapping[str, Any]) -> None:
+    """A ValueError where it is not the content of a run.json."""
     untrusted.check_form(document, FORM)
     tasks, size = document["config"]["task"], document["sampling"]["size"]
     for name, entry in document["decoders"].items():
@@ -109,21 +110,26 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 class RunFolder:
-    """A run folder open for writing, held for this process until `close`."""
+    """A run folder open for writing, held for this process until `close`.
 
-    def __init__(self, path: Path, document: Mapping[str, Any]):
+    A member is one of several processes of a run: somebody else holds the folder for all of them, and `journal` is how their ledger is kept.
+    """
+
+    def __init__(self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = storage.WRITE_AHEAD):
         self.path = path
         self.document: dict[str, Any] = json.loads(_pretty(document))  # in the order of the file, which is what a later start will read
         self._closing = ExitStack()
         storage.make_folder(path / "state")
-        self._closing.enter_context(storage.locked(path / LOCK))
+        if not is_member:
+            self._closing.enter_context(storage.locked(path / LOCK))
         try:
-            storage.remove_temporaries(path)
+            if not is_member:
+                clean(path)
             if not (path / DOCUMENT).exists():
                 storage.publish({path / DOCUMENT: _pretty(document)})
             if not (path / SEAL).exists():
                 storage.publish({path / SEAL: _pretty({})})
-            self.ledger = self._closing.enter_context(Ledger(path / LEDGER))
+            self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
             described = json.dumps(document, ensure_ascii=False, sort_keys=True)
             if self.ledger.noted("run") != described:
                 unseal(path)
@@ -134,7 +140,15 @@ class RunFolder:
 
     def add(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
         """Makes the results part of the data set, all or none."""
+        self.unseal()
+        self.ledger.commit(self.write(results, recipe))
+
+    def unseal(self) -> None:
+        """To be called before the first change."""
         unseal(self.path)
+
+    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+        """Publishes the files of the results in an unsealed folder; they are samples once the rows are committed. Threads may write different ones at once."""
         files, rows = {}, []
         for result in results:
             if isinstance(result, SetAside):
@@ -142,11 +156,11 @@ class RunFolder:
                 continue
             made, records = label_files.encode(result, self.document["config"]["image_format"])
             files[result.request.index] = made
-            rows.append(Row(result.request, dict(recipe), labels=records))
+            rows.append(Row(result.request, {**recipe, **result.provenance}, labels=records))
         stored = storage.publish({self.path / name: content for made in files.values() for name, content in made.values()})
         for row in rows:
             row.files.update({role: (name, stored[self.path / name]) for role, (name, _) in files.get(row.request.index, {}).items()})
-        self.ledger.commit(rows)
+        return rows
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Paths of the files that were missing or damaged and are there again; bytes that differ from the row's are never written."""
@@ -194,6 +208,12 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def clean(folder: Path) -> None:
+    """Removes what earlier processes left half-done; nobody else may be at work in the folder."""
+    storage.remove_temporaries(folder)
+    leases.remove(folder / leases.FILE)
 
 
 def _pretty(document: Mapping[str, Any]) -> bytes:

@@ -22,10 +22,12 @@ from typing import Any
 
 from datasetdm_fast.errors import Missing, Refused
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.part")
+_TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 TOGETHER = 64  # files written before the first of them is synced: the disk then joins their journal entries
 SYNCHRONOUS = "PRAGMA synchronous=FULL"
+WRITE_AHEAD = "PRAGMA journal_mode=WAL"
+IN_PLACE = "PRAGMA journal_mode=PERSIST"  # for processes of several machines: a write-ahead log needs memory that all of them share
 BUSY_SECONDS = 30.0  # a reader waits this long for a writer of the ledger, and the other way round
 LONGEST_ROW = 64 * 2**20  # bytes of a text in a ledger
 
@@ -155,6 +157,8 @@ def read(path: Path, most: int) -> bytes:
         handle = through("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise refusal(error, path) from error
+    except ValueError as error:  # a NUL byte
+        raise Refused(f"{str(path)!r}: cannot be read, no file has such a name", "Name a file.") from error
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
@@ -192,7 +196,7 @@ def is_temporary(path: Path) -> bool:
 def remove_temporaries(folder: Path) -> int:
     """How many half-written files of earlier, killed processes were deleted; call it while holding the lock."""
     try:
-        leftovers = [path for path in folder.rglob(".*.part") if is_temporary(path)]
+        leftovers = [path for path in folder.rglob(".*.part*") if is_temporary(path)]
         for path in leftovers:
             through("unlink", os.unlink, path)
     except OSError as error:
@@ -215,15 +219,15 @@ def free_bytes(path: Path) -> int:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file `path` for this process; the operating system lets go of it when the process ends, however it ends."""
+def locked(path: Path, *, is_shared: bool = False) -> Iterator[None]:
+    """Holds the lock file `path` for this process, alone or with others that share it; the operating system lets go of it however the process ends."""
     try:
         handle = through("open", os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise refusal(error, path) from error
     try:
         try:
-            through("lock", fcntl.flock, handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            through("lock", fcntl.flock, handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(f"{path}: another process is writing to this run folder", "Wait for it, or choose another --out.") from error
         except OSError as error:
@@ -236,14 +240,14 @@ def locked(path: Path) -> Iterator[None]:
 # SQLite -----------------------------------------------------------------------------------------------------------------------------
 
 
-def connect(path: Path, schema: str) -> Connection:
-    """A database for writing, whose commits survive a loss of power; what goes wrong in it later is refused by name.
+def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: str = "") -> Connection:
+    """A database for writing, by one thread at a time, whose commits survive a loss of power; what goes wrong in it later is refused by name.
 
     Where there is none it is made beside its place, so that one that is there has its tables.
     """
     if not path.exists():
         _create(path, schema)
-    return _opened(path, path, "PRAGMA journal_mode=WAL", SYNCHRONOUS)
+    return _opened(path, path, journal, synchronous or SYNCHRONOUS, check_same_thread=False)
 
 
 def _create(path: Path, schema: str) -> None:
@@ -258,10 +262,24 @@ def _create(path: Path, schema: str) -> None:
         raise
 
 
+def compact(connection: Connection, path: Path) -> Path:
+    """A copy of a database beside its place, whose bytes depend on the rows alone and not on how they came in; `move` puts it there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _forget(part)
+        connection.execute("VACUUM INTO ?", (str(part),))
+        # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must have nothing to change.
+        _opened(path, part, "PRAGMA schema_version=1", WRITE_AHEAD).close()
+    except BaseException:
+        _forget(part)
+        raise
+    return part
+
+
 def connect_to_read(path: Path) -> Connection:
     """A database for reading, from any thread."""
-    # Without a write-ahead log nobody is writing, and `immutable` then lets a read-only medium be read.
-    quiet = "" if path.with_name(path.name + "-wal").exists() else "&immutable=1"
+    # Without a journal of either kind nobody is writing, and `immutable` then lets a read-only medium be read.
+    quiet = "" if any(path.with_name(path.name + kind).exists() for kind in ("-wal", "-journal")) else "&immutable=1"
     return _opened(path, f"{path.resolve().as_uri()}?mode=ro{quiet}", uri=True, check_same_thread=False)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,12 +97,17 @@ def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
 def parse_json(text: str | bytes, name: str) -> Any:
     """The value of a JSON text; `name` is how messages call it. Repeated keys, NaN and deep nesting are refused, as readers differ about them."""
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise Refused(f"{name}: not readable as JSON ({_reason(error)})", GET_AGAIN) from error
     if _depth(value) > DEEPEST:
         raise Refused(f"{name}: nested more than {DEEPEST} deep", GET_AGAIN)
     return value
+
+
+def json_decoder() -> json.JSONDecoder:
+    """A decoder that refuses repeated keys and NaN."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -213,7 +219,11 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
         raise Refused(f"{name}: neither a PNG nor a JPEG file", GET_AGAIN)
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        if data.startswith(b"\x89PNG"):
+            check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below, in one sentence
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         width, height = image.size
         if width * height > most_pixels:
             raise ValueError(f"{width} x {height} pixels, at most {most_pixels} are decoded")
@@ -225,8 +235,8 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
     return image
 
 
-def check_png(data: bytes) -> None:
-    """A ValueError where any byte of a PNG file is not as it was written: every chunk has a checksum, and nothing may follow the last."""
+def check_png(data: bytes, *, may_go_on: bool = False) -> None:
+    """A ValueError where any byte of a PNG file is not as it was written: every chunk has a checksum, and nothing may follow the last unless it may go on."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError("no PNG file")
     place, kind = 8, b""
@@ -239,7 +249,7 @@ def check_png(data: bytes) -> None:
         if zlib.crc32(data[place + 4 : place + 8 + length]) != struct.unpack_from(">I", data, place + 8 + length)[0]:
             raise ValueError(f"checksum of the chunk at byte {place} does not hold")
         place += 12 + length
-    if place != len(data):
+    if place != len(data) and not may_go_on:
         raise ValueError("bytes after its end")
 
 
@@ -341,8 +351,8 @@ def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
         size = path.stat().st_size
         if not 0 < size <= LARGEST_ONNX:
             raise Refused(f"{path}: {size} bytes, expected an ONNX graph of at most {LARGEST_ONNX}", "Keep large tensors in external data.")
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            graph = _walk(memoryview(data))
+        with path.open("rb") as file:
+            graph = _walk(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:
         raise storage.refusal(error, path) from error
     except _Malformed as error:

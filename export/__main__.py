@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import FLAVOURS, setting
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 
 PROG = "python -m datasetdm_fast.export"
 
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.flags import parse
+    from datasetdm_fast.job import check_size
 
     config, _ = parse(arguments, ExportConfig, PROG, __doc__)
     for name in ("list", "prune"):
@@ -59,6 +61,9 @@ def _run(arguments: Sequence[str]) -> int:
             return 0
     if not config.out:
         raise Refused("--out: no folder was given", "Add --out ENGINES.")
+    if find_spec("onnx") is None:
+        raise Missing("export: the library onnx is not installed", 'pip install "datasetdm-fast[ort]"')
+    check_size(config.size)
     TARGETS[config.to](config)
     return 0
 

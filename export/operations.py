@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.export.graph import BLOCKED, Value
+from datasetdm_fast.export.graph import BLOCKED, MICROSOFT, Value
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, shifted
 from datasetdm_fast.kernels.image_norm import EPS
@@ -78,8 +78,9 @@ def masked_attention(q: Value, k: Value, v: Value, blocked: Value | None = None)
     return scores.softmax(-1) @ v
 
 
-def mask_head(queries: Value, features: Value, side: int) -> Value:
-    return resize((queries @ features.flatten(2)).unflatten(2, features.shape[2:]), side)
+def mask_head(queries: Value, features: Value, side: int, is_blocking: bool = False) -> Value:
+    logits = resize((queries @ features.flatten(2)).unflatten(2, features.shape[2:]), side)
+    return logits.sigmoid() < 0.5 if is_blocking else logits
 
 
 def depth_head(x: Value, weight: Value, bias: Value, last_weight: Value, last_bias: Value, sides: Sequence[int]) -> Value:
@@ -158,7 +159,7 @@ def one_node_attention(q: Value, k: Value, v: Value) -> Value:
     """See attention."""
     heads, cells, width = q.shape[1:]
     joined = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    out = q.graph.emit("MultiHeadAttention", joined, joined[0].shape, q.dtype, domain="com.microsoft", num_heads=heads, scale=width**-0.5)
+    out = q.graph.emit("MultiHeadAttention", joined, joined[0].shape, q.dtype, domain=MICROSOFT, num_heads=heads, scale=width**-0.5)
     return out.unflatten(2, (heads, width)).transpose(1, 2)
 
 

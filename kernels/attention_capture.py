@@ -74,7 +74,8 @@ def _attention_capture_kernel(
         rest = WIDE + tl.arange(0, REST).to(tl.int64)
         is_rest = rest < tokens
     level = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
-    for head in range(heads):
+    for i in range(heads):
+        head = tl.cast(i, tl.int64)
         q_head = q_ptr + image * q_stride_image + head * q_stride_head
         k_head = k_ptr + image * k_stride_image + head * k_stride_head
         scores = tl.zeros([BLOCK_S, WIDE], tl.float32)
@@ -181,5 +182,6 @@ def cases() -> list[Case]:
         layer(1, 3, 64, 77, 32, 32)._replace(reason="demo model's middle"),
         layer(1, 2, 80, 77, 40, 200)._replace(reason="SD 1.x first level's heads, several blocks of features"),
         layer(2, 2, 64, 77, 80, 64)._replace(reason="SD 1.x second level's heads"),
+        layer(1, 1, 40, 77, 64, 33)._replace(reason="SD 2.x heads, an odd width of the level"),
         layer(1, 2, 64, 77, 160, 256)._replace(reason="SD 1.x lowest level's heads, its whole width"),
     ]

@@ -62,28 +62,28 @@ def without_maps(features: Sequence[Tensor], attention: Sequence[tuple[Tensor, T
     parts = weight.flatten(1).split(widths, 1)
     total, answers = added_features(features, parts), []
     for (q, k, v), part in zip(attention, parts[len(features) :]):
-        answer = torch.empty_like(q)
+        answer = torch.empty_like(q.transpose(2, 3), memory_format=torch.contiguous_format)
         for head, tokens in enumerate(part.split(k.shape[2], 1)):
-            scores = torch.matmul(q[:, head] * q.shape[-1] ** -0.5, k[:, head].transpose(1, 2))
-            attended = torch.softmax(scores, -1, dtype=total.dtype).to(v.dtype)  # [B, S, T]
-            answer[:, head] = torch.matmul(attended, v[:, head])
-            total = add_product(total, tokens, attended.transpose(1, 2))
-        answers.append(answer)
+            scores = torch.matmul(k[:, head] * q.shape[-1] ** -0.5, q[:, head].transpose(1, 2))  # [B, T, S]: the map lies as the projection reads it
+            attended = torch.softmax(scores, 1, dtype=total.dtype).to(v.dtype)
+            answer[:, head] = torch.matmul(v[:, head].transpose(1, 2), attended)
+            total = add_product(total, tokens, attended)
+        answers.append(answer.transpose(2, 3))
     return resize(total.to(weight.dtype).unflatten(2, features[0].shape[-2:]), side), answers
 
 
 @jit
 def _pyramid_kernel(
-    x_ptr,  # [B, outer, inner, S]: a feature has one outer index, maps have one for each head
-    weight_ptr,  # [F, outer * inner], a slice of the level's weight
+    x_ptr,  # [B, parts, C, S]: a feature has one part, maps have one for each head
+    weight_ptr,  # [F, parts * C], a slice of the level's weight
     total_ptr,  # [B, S, F] fp32
-    cells,
+    parts,
     channels,
-    inner,
+    cells,
     features,
     stride_image,
-    stride_outer,
-    stride_inner,
+    stride_part,
+    stride_channel,
     stride_cell,
     weight_stride_feature,
     IS_FIRST: tl.constexpr,
@@ -97,15 +97,18 @@ def _pyramid_kernel(
     feature = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     lane = tl.arange(0, BLOCK_C).to(tl.int64)
     is_cell, is_feature = cell < cells, feature < features
+    x_ptr += image * stride_image + cell[:, None] * stride_cell
+    weight_ptr += feature[None, :] * weight_stride_feature
     total = tl.zeros([BLOCK_S, BLOCK_F], tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        channel = start + lane
-        is_channel = channel < channels
-        place = image * stride_image + channel // inner * stride_outer + channel % inner * stride_inner
-        x = tl.load(x_ptr + place[None, :] + cell[:, None] * stride_cell, mask=is_cell[:, None] & is_channel[None, :], other=0.0)
-        place = feature[None, :] * weight_stride_feature + channel[:, None]
-        weight = tl.load(weight_ptr + place, mask=is_channel[:, None] & is_feature[None, :], other=0.0)
-        total = tl.dot(x, weight, total, input_precision=PRECISION)
+    for _ in range(parts):
+        for start in range(0, channels, BLOCK_C):
+            channel = start + lane
+            is_channel = channel < channels
+            x = tl.load(x_ptr + channel[None, :] * stride_channel, mask=is_cell[:, None] & is_channel[None, :], other=0.0)
+            weight = tl.load(weight_ptr + channel[:, None], mask=is_channel[:, None] & is_feature[None, :], other=0.0)
+            total = tl.dot(x, weight, total, input_precision=PRECISION)
+        x_ptr += stride_part
+        weight_ptr += channels
     inside = is_cell[:, None] & is_feature[None, :]
     place = (image * cells + cell)[:, None] * features + feature[None, :]
     if not IS_FIRST:
@@ -151,10 +154,9 @@ def fused(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, si
     total = torch.empty((batch, cells, wide), dtype=torch.float32, device=weight.device)
     grid = (ceil_divide(cells, sizes["BLOCK_S"]), ceil_divide(wide, sizes["BLOCK_F"]), batch)
     for x in tensors:
-        channels, inner = x.shape[1] * x.shape[2], x.shape[2]
-        part, options = flat[:, start:], {"IS_FIRST": start == 0, "PRECISION": PRECISION, **sizes}
-        _pyramid_kernel[grid](x, part, total, cells, channels, inner, wide, *x.stride(), flat.stride(0), **options)
-        start += channels
+        (_, parts, channels, _), options = x.shape, {"IS_FIRST": start == 0, "PRECISION": PRECISION, **sizes}
+        _pyramid_kernel[grid](x, flat[:, start:], total, parts, channels, cells, wide, *x.stride(), flat.stride(0), **options)
+        start += parts * channels
     out, sizes = weight.new_empty((batch, side, side, wide)), blocks("pyramid resize", weight)
     grid = (ceil_divide(side * side, sizes["BLOCK_S"]), ceil_divide(wide, sizes["BLOCK_F"]), batch)
     _pyramid_resize_kernel[grid](total, out, height, width, side, wide, **sizes)

@@ -26,3 +26,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory):
+    """What the tests convert or build is kept apart from the user's cache, and between two tests."""
+    os.environ["DATASETDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))

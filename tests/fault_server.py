@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -36,11 +37,19 @@ class FaultServer:
         )
 
     def run(
-        self, *arguments: object, out: Path, kind: str = "nothing", at: int = 0, lasting: bool = False, seconds: float = 0.0, record: Path | None = None
+        self,
+        *arguments: object,
+        out: Path,
+        kind: str = "nothing",
+        at: int = 0,
+        lasting: bool = False,
+        seconds: float = 0.0,
+        signal: int = 14,
+        record: Path | None = None,
     ) -> dict:
         """How `generate` with these arguments ended: code, signal, stderr, and how many calls the fault could have met.
 
-        `seconds` kills it after that long; `record` is the file its calls are written to.
+        `seconds` sends it the signal after that long, SIGALRM ending it without a word; `record` is the file its calls are written to.
         """
         asked = {
             "arguments": [*map(str, arguments), "--out", str(out)],
@@ -49,6 +58,7 @@ class FaultServer:
             "at": at,
             "lasting": lasting,
             "seconds": seconds,
+            "signal": signal,
             "record": str(record or ""),
         }
         self._process.stdin.write(json.dumps(asked) + "\n")
@@ -102,7 +112,10 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
     os.dup2(said, 2)
     if asked["seconds"]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, asked["seconds"])  # not caught, so it ends the process as SIGKILL does, without a word
+        if asked["signal"] == signal.SIGALRM:
+            signal.setitimer(signal.ITIMER_REAL, asked["seconds"])  # not caught, so it ends the process as SIGKILL does, without a word
+        else:
+            threading.Timer(asked["seconds"], os.kill, (os.getpid(), asked["signal"])).start()
     if asked["record"]:
         shim.fault_record(os.open(asked["record"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
         run = driver.run

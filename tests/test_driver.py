@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast import driver, job
@@ -86,6 +87,46 @@ def test_samples_that_are_not_finite_are_set_aside_alone():
     assert [type(result) for result in found] == [Sample, SetAside, Sample]
     assert "latents" in found[1].reason and "semantic" in found[1].reason
     assert (found[2].image == samples(StubEngine(), requests("a ball", "a cube", "a tree"))[2].image).all()
+
+
+class Narrow(StubEngine):
+    """Cannot hold what `heavy` asks for, at the point `where`; its fp32 form can, unless the prompt is broken too."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.wide = where, StubEngine()
+
+    def widened(self):
+        return self.wide
+
+    def encode_text(self, prompts):
+        self.heavy = torch.tensor(["heavy" in prompt for prompt in prompts])
+        return super().encode_text(prompts)
+
+    def spoiled(self, point, values):
+        return torch.where(self.heavy.view(-1, *[1] * (values.ndim - 1)), float("inf"), values) if point == self.where else values
+
+    def denoise_and_capture(self, latents, timestep, context):
+        noise, capture = super().denoise_and_capture(latents, timestep, context)
+        noise = torch.cat([self.spoiled("latents", half) for half in noise.chunk(2)])
+        return noise, replace(capture, features=tuple(tuple(self.spoiled("features", x) for x in level) for level in capture.features))
+
+    def decode_and_check(self, latents):
+        images, flags = super().decode_and_check(latents)
+        return images, flags & ~self.heavy if self.where == "image" else flags
+
+    def annotate(self, task, capture, text=None):
+        return {name: self.spoiled(task, value) for name, value in super().annotate(task, capture, text).items()}
+
+
+@pytest.mark.parametrize("where", ["latents", "features", "image", "depth"])
+def test_what_a_narrow_precision_cannot_hold_is_made_once_more_in_fp32(where):
+    asked = requests("a ball", "heavy", "heavy broken", "a tree")
+    plain, found = samples(StubEngine(), asked), samples(Narrow(where), asked)
+    assert [type(result) for result in found] == [Sample, Sample, SetAside, Sample]
+    assert where in found[1].provenance["retried"] and "retried" not in found[0].provenance
+    assert (found[1].image == plain[1].image).all() and (found[1].annotations["depth"].metres == plain[1].annotations["depth"].metres).all()
+    assert found[2].reason.endswith("in fp32 too")
 
 
 def test_words_are_encoded_once_a_run_and_each_image_is_asked_its_own():
@@ -217,7 +258,7 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
         ({"number": 0}, "--number 0: expected a number of 1 or more"),
         ({"number": -3}, "--number -3"),
         ({"steps": -1}, "--steps -1"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": -1}, "--batch-size -1"),
         ({"batch_size": 10**6}, "at most"),
         ({"size": 100}, "--size 100: expected a multiple of 64"),
         ({"size": -64}, "--size -64"),

@@ -94,7 +94,7 @@ def test_only(engines, tmp_path, capsys):
         (["--number", "-1"], "-1"),
         (["--number", "0"], "0"),
         (["--steps", "-1"], "-1"),
-        (["--batch-size", "0"], "0"),
+        (["--batch-size", "-1"], "0"),
         (["--guidance", "nan"], "nan"),
         (["--size", "100"], "100"),
         (["--prompts", "missing.txt"], "missing.txt"),

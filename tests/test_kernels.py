@@ -5,6 +5,7 @@ Kernels run on a GPU where there is one, else in Triton's interpreter.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from datasetdm_fast import sampling
 from datasetdm_fast.kernels import OPS, compiled, depth_head, fused, guided_step, launch, pyramid, rearranged, reference
 
 ROOT = Path(__file__).parents[1]
+IS_LONG = "DATASETDM_LONG_TESTS" in os.environ
 FLOOR = 1e-6
 FLOORS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half a unit of the last place of the answer, a few in fp32
 # The interpreter truncates bf16 where hardware rounds, and its products of bf16 tiles are wrong.
@@ -71,7 +73,7 @@ def test_reference_against_double(op, case):
     exacts = listed(op.reference(*doubled(case.inputs)))
     assert [tuple(answer.shape) for answer in answers] == [tuple(exact.shape) for exact in exacts] == shapes(case)
     for answer, exact in zip(answers, exacts):
-        assert answer.dtype == torch.float32 and exact.dtype == torch.float64
+        assert (answer.dtype, exact.dtype) in ((torch.float32, torch.float64), (torch.bool, torch.bool))
         assert torch.isfinite(answer).all()
         # Normalising planes a hundred deviations from zero costs two digits, scores in the hundreds a bit or two.
         assert distance(answer, exact) <= (1e-4 if "far from zero" in case.reason else 4 * FLOOR if "overflow" in case.reason else FLOOR)
@@ -146,23 +148,43 @@ def test_guided_step_is_the_sampler(sampler):
             torch.testing.assert_close(entry, state.history[0])
 
 
-def audit(*flags):
+def audit(*flags, program=("-m", "bench")):
     """The audit as a user runs it; the interpreter's switch would leave nothing to compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", "bench", "kernels", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *program, "kernels", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+PAIRS = [(dtype, "80,90,120") for dtype in ("fp16", "bf16", "fp32")] if IS_LONG else [("fp16", "90"), ("bf16", "120"), ("fp32", "80")]
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", ("fp16", "fp32"))
-def test_every_kernel_compiles_without_spills(dtype):
-    """For GPUs that need not be there; bf16 compiles to the same tiles as fp16 and is left to the command."""
-    ran = audit("--audit", "--json", "--dtypes", dtype)
+@pytest.mark.parametrize("dtype,targets", PAIRS)
+def test_every_kernel_compiles_without_spills(dtype, targets):
+    """For GPUs that need not be there: every storage type and every target; all pairs of them in the long form."""
+    ran = audit("--audit", "--json", "--dtypes", dtype, "--targets", targets)
     assert ran.returncode == 0, ran.stderr
-    rows = json.loads(ran.stdout)["kernels"]
-    compiled = {(row["kernel"], row["target"]) for row in rows}
-    kernels = {name.strip("_").removesuffix("_kernel") for op in OPS.values() for name in vars(op) if name.endswith("_kernel")}
-    assert compiled == {(kernel, target) for kernel in kernels for target in ("sm_80", "sm_90", "sm_120")}
-    assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
+    said = json.loads(ran.stdout)
+    names = {name.strip("_").removesuffix("_kernel") for op in OPS.values() for name in vars(op) if name.endswith("_kernel")}
+    assert {(row["kernel"], row["target"]) for row in said["kernels"]} == {(name, f"sm_{target}") for name in names for target in targets.split(",")}
+    for row in said["kernels"]:
+        assert row["spills"] == 0 and 0 < row["registers"] <= 255 and row["shared"] <= said["shared_limit"][row["target"].removeprefix("sm_")]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "op,sizes,said",
+    [
+        ("layer_norm", "1, 1, BLOCK_S=4", "[1-9][0-9]* bytes of stack"),  # one warp holds what four should
+        ("mask_head", "8, 5, BLOCK_N=64, BLOCK_S=64, BLOCK_D=128", " 0 bytes of stack, expected none, and 1[0-9]{5} of 101376 bytes of shared"),
+    ],
+)
+def test_the_audit_finds_what_does_not_fit(op, sizes, said):
+    plant = f"from datasetdm_fast.kernels import launch; launch.TABLE['untuned']['{op}', 16] = launch._row({sizes})"
+    run = "import sys; from bench.__main__ import dispatch; from datasetdm_fast.flags import run_command; sys.exit(run_command(dispatch))"
+    ran = audit("--audit", "--ops", op, "--dtypes", "fp16", "--targets", "120", program=("-c", f"{plant}; {run}"))
+    assert ran.returncode == 4, ran.stderr
+    cause, remedy = ran.stderr.splitlines()
+    assert re.search(said, cause) and f"worst {op} (" in cause and "smaller blocks" in remedy
 
 
 @needs_triton

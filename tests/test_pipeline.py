@@ -112,7 +112,7 @@ def test_stream_refuses_before_it_is_read():
         ({"tasks": ("colour",)}, "not one of"),
         ({"steps": -1}, "--steps -1"),
         ({"guidance": float("nan")}, "--guidance nan"),
-        ({"batch_size": 0}, "--batch-size 0"),
+        ({"batch_size": -1}, "--batch-size -1"),
         ({"seed": -1}, "--seed -1"),
         ({"classes": "ball"}, "one string"),
         ({"classes": ("",)}, "empty"),

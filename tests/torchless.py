@@ -48,6 +48,9 @@ class Engine:
         self.model.tokenizer.model_max_length = tokenizer.model_max_length
         self.decoders = {task: SimpleNamespace(config=CONFIGS[task]) for task in tasks}
 
+    def suggested_batch(self):
+        return 8
+
     def fingerprint(self):
         return {"engine": "torchless", "dtype": "fp32", "device": "cpu"}
 

@@ -26,6 +26,7 @@ class Engine(Protocol):
     model: Model
     decoders: Mapping[str, nn.Module]
     device: torch.device
+    adjustments: Mapping[str, int]  # what had to be done differently from what was asked, for the rows of the samples made since
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """[B, T, D] last hidden states of the padded prompts."""
@@ -45,11 +46,20 @@ class Engine(Protocol):
     def decode_image(self, latents: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 images."""
 
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and of each image [B] whether its pixels were finite numbers."""
+
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: the posterior's mean, or a sample of it per image's generator."""
 
     def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
+
+    def suggested_batch(self) -> int:
+        """Images to make together where nobody says."""
+
+    def widened(self) -> Engine | None:
+        """An engine over the same weights in fp32, for what this one could not hold; None where this one is."""
 
     def fingerprint(self) -> dict[str, str]:
         """Names and versions that decide the engine's rounding."""
@@ -61,10 +71,10 @@ def _torch(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: 
     return TorchEngine(model, decoders, dtype=dtype, device=device)
 
 
-def _fast(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str) -> Engine:
+def _fast(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, compile: bool) -> Engine:
     from .fast import FastEngine
 
-    return FastEngine(model, decoders, dtype=dtype, device=device)
+    return FastEngine(model, decoders, dtype=dtype, device=device, is_compiled=compile)
 
 
 def _ort(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, **where: str) -> Engine:
@@ -106,13 +116,16 @@ def build_engine(
     engines: str = "",
     trt_flavour: str = "auto",
     provider: str = "auto",
+    compile: bool = False,
 ) -> Engine:
     """The engine `name` for a loaded model; "auto" is the fast one. `engines` is the folder of exported stages and plans, empty for a cache;
-    `provider` is what ONNX Runtime runs on."""
+    `provider` is what ONNX Runtime runs on; `compile` lets torch.compile make the fast engine's UNet."""
     if name not in KNOWN:
         raise Refused(f"engine: {name!r} is none of {', '.join(KNOWN)}")
     chosen = "fast" if name == "auto" else name
     if chosen not in ENGINES:
         raise Missing(f"engine: {chosen} is not part of this installation, which has {', '.join(ENGINES)}", "use one of those, or --engine auto")
-    where = {"trt": {"folder": engines, "flavour": trt_flavour}, "ort": {"provider": provider}}
+    if compile and chosen != "fast":
+        raise Refused(f"--compile: the engine is {chosen}, and only the fast one can be compiled", "Use it with --engine fast.")
+    where = {"trt": {"folder": engines, "flavour": trt_flavour}, "ort": {"provider": provider}, "fast": {"compile": compile}}
     return ENGINES[chosen](model, decoders or {}, dtype, device, **where.get(chosen, {}))

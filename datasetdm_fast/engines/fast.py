@@ -22,11 +22,12 @@ from ..models.trunk import Decoder, with_ops
 from ..models.unet import TextTable, TimeTable, UNet
 from ..models.vae import ImageDecoder, ImageEncoder
 from .lanes import Lanes
+from .memory import halving, suggested
+from .operations import operations
 from .torch import resolve_device
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHUNK_PIXELS = {"cpu": 256 * 256, "cuda": 8 * 512 * 512}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
-NATIVE = SimpleNamespace(**{**vars(PLAIN), **{name: getattr(compiled, name) for name in ("attention", "geglu", "group_norm_silu", "layer_norm")}})
 TIMES = 2048  # timesteps whose biases are kept
 WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
@@ -74,29 +75,42 @@ class FastEngine:
         device: str = "auto",
         ops: SimpleNamespace | None = None,
         decoder_ops: SimpleNamespace | None = None,
+        is_compiled: bool = False,
     ):
         self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
-        self.ops = ops or (NATIVE if self.device.type == "cpu" else PLAIN)
-        self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
         self.dtype = resolve_dtype(dtype, self.device)
+        self.is_compiled, self.widest = is_compiled, 0  # images a GPU takes at once, 0 = as many as it is given
+        self.adjustments: dict[str, int] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
+        self.ops = ops or (PLAIN if is_compiled else operations(self.device, self.dtype))  # a compiler fuses the plain forms itself
+        self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
         self.decoders = {task: with_ops(decoder, self.decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()}
         self._read_weights()
 
     def _read_weights(self) -> None:
-        model, device, ops = self.model, self.device, self.ops
         self._seen = self._weight_versions()
-        self.text_encoder = placed(TextEncoder(model.text_encoder, ops), device, torch.float32)
-        self.times = placed(TimeTable(model.unet), device, torch.float32)
-        self.texts, self.unet = (placed(module, device, self.dtype) for module in (TextTable(model.unet), UNet(model.unet, ops)))
-        self.image_decoder, self.image_encoder = (placed(part(model.vae, ops), device, self.dtype) for part in (ImageDecoder, ImageEncoder))
-        if device.type == "cpu":
+        for name in NETWORKS:
+            setattr(self, name, self._network(name))
+        if self.device.type == "cpu" and not self.is_compiled:
             packed(self.unet)
-        self.projection = placed(Projection(model.levels, self.decoders), device, self.dtype)
+        self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
-        self._text: tuple[Tensor, int] | None = None
+        self._text: tuple[Tensor, int, int] | None = None
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
         self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
+
+    def _network(self, name: str) -> nn.Module:
+        """One of NETWORKS, read from the model."""
+        module, is_wide = NETWORKS[name](self), name in ("text_encoder", "times")
+        return placed(module, self.device, torch.float32 if is_wide else self.dtype)
+
+    def weight_distance(self) -> float:
+        """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or something changed it."""
+        farthest = 0.0
+        for name in NETWORKS:
+            held, truth = (module.state_dict() for module in (getattr(self, name), self._network(name)))
+            farthest = max([farthest, *(state_distance(held[key], value) for key, value in truth.items())])
+        return farthest
 
     def _weight_versions(self) -> tuple[int, ...]:
         """Counters PyTorch advances when a weight is changed in place."""
@@ -119,7 +133,7 @@ class FastEngine:
 
     @_inference
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
-        return self._call(self._plain, latents, timestep, context)[0]
+        return self._call(self._step, latents, timestep, context)[0]
 
     @_inference
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
@@ -140,14 +154,29 @@ class FastEngine:
     def _call(self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ...]:
         """The noise [2B, 4, h, w], and whatever [B, ...] `step` gives besides, from the UNet's own inputs: latents, the timestep's biases, and
         the keys and values of every text layer."""
-        tables, row, latents = self._text_layers(context), self._row(timestep), self._latents(latents)
-        if self.device.type == "cuda":
-            inputs = (latents, row, *tables[0])
-            return self._graph(inputs, step)(*inputs)
-        parts = self.lanes.map(step, [(part, row, *table) for part, table in zip(latents.split(slice_of(len(latents))), tables)])
+        row, latents = self._row(timestep), self._latents(latents)
+        if self.device.type == "cpu":
+            parts = self._in_slices(step, latents, row, context, slice_of(len(latents)))
+        else:
+            size = min(self.widest or len(latents), len(latents))
+            parts, worked = halving(lambda size: self._in_slices(step, latents, row, context, size), size, self._forget)
+            if worked < size:
+                self.widest, self.adjustments = worked, {"unet_batch": worked}
         noise, *others = zip(*parts)
         unconditional, conditional = zip(*(part.chunk(2) for part in noise))
         return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
+
+    def _in_slices(self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, row: Tensor, context: Tensor, size: int) -> list[tuple[Tensor, ...]]:
+        slices = [(part, row, *table) for part, table in zip(latents.split(size), self._text_layers(context, size))]
+        if self.device.type == "cpu":
+            return self.lanes.map(step, slices)
+        return [self._graph(one, step)(*one) for one in slices]
+
+    def _forget(self) -> None:
+        """Drops every recorded call and the tables of the texts."""
+        self._graphs.clear()
+        self._pool = self._text = None
+        torch.cuda.empty_cache()
 
     def _latents(self, latents: Tensor) -> Tensor:
         return latents.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
@@ -160,16 +189,15 @@ class FastEngine:
             self._rows[float(timestep)] = row
         return row
 
-    def _text_layers(self, context: Tensor) -> list[tuple[Tensor, ...]]:
+    def _text_layers(self, context: Tensor, size: int) -> list[tuple[Tensor, ...]]:
         """Keys and values of the texts of every slice, computed when they were not those of the call before."""
         # Inference tensors count no changes, so of them it cannot be known that they are still the same.
         version = -1 if context.is_inference() else context._version
-        if version < 0 or self._text is None or self._text[0] is not context or self._text[1] != version:
+        if version < 0 or self._text is None or self._text[0] is not context or self._text[1:] != (version, size):
             self._refresh()
             tables, batch = self._tabled(context.to(self.device)), len(context) // 2
-            size = batch if self.device.type == "cuda" else slice_of(batch)
             self._keys_values = [tuple(_rows_of(table, batch, start, size) for table in tables) for start in range(0, batch, size)]
-            self._text = (context, version)
+            self._text = (context, version, size)
         return self._keys_values
 
     def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
@@ -192,21 +220,26 @@ class FastEngine:
         return self._run(watch, *inputs), *watch.result()
 
     def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
-        key = (len(inputs[0]), *inputs[0].shape[-2:], step.__name__)
+        key = (len(inputs[0]), *inputs[0].shape[-2:], "capture" if step == self._captured else "plain")
         if key not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[key] = StepGraph(step, inputs, self._pool)
         return self._graphs[key]
 
-    @_inference
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return torch.cat(self.lanes.map(self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))]))
+        return self.decode_and_check(latents)[0]
 
-    def _decoded(self, latents: Tensor) -> Tensor:
+    @_inference
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        parts = self.lanes.map(self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))])
+        return tuple(torch.cat(part) for part in zip(*parts))
+
+    def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.image_decoder(_channels_last(latents, self.dtype)).float()
         if self.dtype == torch.float16 and not bool(pixels.isfinite().all()):  # some autoencoders leave the range of fp16
             pixels = self._wide_image_decoder(_channels_last(latents, torch.float32))
-        return ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        images = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        return images, pixels.isfinite().flatten(1).all(1)
 
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
@@ -239,10 +272,48 @@ class FastEngine:
         parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def widened(self) -> FastEngine | None:
+        return None if self.dtype == torch.float32 else self._wide
+
+    @functools.cached_property
+    def _wide(self) -> FastEngine:
+        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device), is_compiled=self.is_compiled)
+
+    @_inference
+    def suggested_batch(self) -> int:
+        """Images to make together where nobody says: from the free memory of a GPU, from the caches of a CPU."""
+        return suggested(self.model.size // 8, self.device, self._bytes_of)
+
+    def _bytes_of(self, batch: int) -> int:
+        """Peak memory of one captured call."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        side = self.model.size // 8
+        latents, context = torch.zeros(batch, 4, side, side, device=self.device), self.encode_text([""]).expand(2 * batch, -1, -1)
+        self._captured(self._latents(latents), self._row(1), *self._tabled(context))
+        return torch.cuda.max_memory_allocated(self.device) - before
+
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
-        return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": dtype, "torch": torch.__version__}
+        compiled_by = {"compiled": "yes"} if self.is_compiled else {}
+        return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": dtype, "torch": torch.__version__, **compiled_by}
+
+
+NETWORKS: dict[str, Callable[[FastEngine], nn.Module]] = {
+    "text_encoder": lambda engine: TextEncoder(engine.model.text_encoder, engine.ops),
+    "times": lambda engine: TimeTable(engine.model.unet),
+    "texts": lambda engine: TextTable(engine.model.unet),
+    "unet": lambda engine: UNet(engine.model.unet, engine.ops),
+    "image_decoder": lambda engine: ImageDecoder(engine.model.vae, engine.ops),
+    "image_encoder": lambda engine: ImageEncoder(engine.model.vae, engine.ops),
+    "projection": lambda engine: Projection(engine.model.levels, engine.decoders),
+}
+
+
+def state_distance(value: Tensor, truth: Tensor) -> float:
+    """The largest difference of two weights, as a share of the largest number in `truth`."""
+    return float((value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)) if truth.numel() else 0.0
 
 
 def slice_of(batch: int) -> int:

@@ -21,7 +21,8 @@ from ..kernels import pyramid
 from ..loading import Model
 from ..models.trunk import Decoder
 from ..stages import LEVELS
-from .fast import CHUNK_PIXELS, DTYPES
+from .fast import CHUNK_PIXELS, DTYPES, FastEngine
+from .memory import BATCH, suggested
 from .providers import NAMES, available, require_provider
 from .torch import resolve_device
 
@@ -45,6 +46,7 @@ class OrtEngine:
     """
 
     name = "ort"
+    adjustments: Mapping[str, int] = {}
 
     def __init__(
         self,
@@ -121,6 +123,9 @@ class OrtEngine:
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return torch.cat([self._run("decode_image", latents=part)["image"] for part in latents.split(self._chunk)])
 
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+
     @_inference
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
         moments = torch.cat([self._run("encode_image", image=part)["moments"] for part in images.split(self._chunk)])
@@ -161,6 +166,16 @@ class OrtEngine:
             for name, (place, side) in levels.items()
             if name in weights
         }
+
+    def suggested_batch(self) -> int:
+        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
+
+    def widened(self) -> FastEngine | None:
+        return None if self.precision == "fp32" else self._wide
+
+    @functools.cached_property
+    def _wide(self) -> FastEngine:
+        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()

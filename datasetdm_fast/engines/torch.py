@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data import Capture
 from ..errors import Missing, Refused
 from ..loading import Model
+from .memory import BATCH, suggested
 
 
 def _oracle(method):
@@ -113,6 +114,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    adjustments: Mapping[str, int] = {}
 
     def __init__(self, model: Model, decoders: Mapping[str, nn.Module] | None = None, *, dtype: str = "auto", device: str = "auto"):
         if dtype not in ("auto", "fp32"):
@@ -144,10 +146,14 @@ class TorchEngine:
 
     denoise_and_keep = denoise_and_capture
 
-    @_oracle
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
+        return self.decode_and_check(latents)[0]
+
+    @_oracle
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         decoded = self.model.vae.decode(latents / self.model.vae.config.scaling_factor, return_dict=False)[0]
-        return ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        images = ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        return images, decoded.isfinite().flatten(1).all(1)
 
     @_oracle
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
@@ -165,6 +171,12 @@ class TorchEngine:
             loaded = ", ".join(self.decoders) or "none"
             raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
         return self.decoders[task](capture, text)
+
+    def suggested_batch(self) -> int:
+        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
+
+    def widened(self) -> None:
+        return None
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.engines.torch import resolve_device
 from datasetdm_fast.engines.trt_plan import LoadedPlan, Queue
 from datasetdm_fast.errors import Missing, Refused
@@ -45,6 +47,7 @@ class TrtEngine:
     """
 
     name = "trt"
+    adjustments: Mapping[str, int] = {}
 
     def __init__(
         self,
@@ -199,6 +202,9 @@ class TrtEngine:
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self._in_parts("decode_image", "latents", latents)["image"]
 
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+
     @_inference
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
         latents, log_variance = self._in_parts("encode_image", "image", images.to(self.device))["moments"].chunk(2, 1)
@@ -230,6 +236,16 @@ class TrtEngine:
             none = features[0].new_zeros(capture.batch, 0, level.side, level.side)
             sums.append(none if weight is None else pyramid.projected(features, maps, weight.to(features[0].device), level.side))
         return ProjectedCapture(tuple(sums), {})
+
+    def suggested_batch(self) -> int:
+        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
+
+    def widened(self) -> FastEngine | None:
+        return None if self.precision == "fp32" else self._wide
+
+    @functools.cached_property
+    def _wide(self) -> FastEngine:
+        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
 
     def fingerprint(self) -> dict[str, str]:
         return {

@@ -93,7 +93,9 @@ class DecoderConfig:
     def from_json(text: str) -> DecoderConfig:
         try:
             values = untrusted.parse_json(text, "it")
-            untrusted.check_form(values, {"kind": str, "task": str, "levels": [LEVEL_FORM]})
+            untrusted.check_form(values, {"levels": [LEVEL_FORM]})
+            if absent := [name for name in ("kind", "task") if name not in values]:
+                raise ValueError(f"{', '.join(absent)} not given, expected at least kind, task and levels")
             untrusted.check_form(values, {name: form for name, form in FORM.items() if name in values})
             _check_bounds(values)
         except ValueError as error:
@@ -115,7 +117,7 @@ LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "toke
 FORM = {
     **dict.fromkeys(("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width", "upscale", "min_area"), int),
     **dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float),
-    **{"classes": [str], "joints": [str], "limbs": [[int]], "text_centre": bool, "normalisation": str},
+    **{"kind": str, "task": str, "classes": [str], "joints": [str], "limbs": [[int]], "text_centre": bool, "normalisation": str},
 }
 LEAST = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1
 MOST = {"layers": 64, "heads": 1024, "upscale": 16, "min_area": 2**30, "max_depth": 1e6}  # others: 65536

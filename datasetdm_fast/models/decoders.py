@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from datasetdm_fast import pickles, storage, untrusted
+from datasetdm_fast import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.models.decoder_config import DecoderConfig, upstream
@@ -56,9 +57,8 @@ def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") ->
         name: value.detach().to(STORAGE[storage] if name in parameters else value.dtype).contiguous().cpu() for name, value in decoder.state_dict().items()
     }
     check_finite(state, str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(decoder.config.to_json(), encoding="utf-8")
+    # The configuration last: a folder that has one is whole.
+    files.publish({folder / "model.safetensors": save(state), folder / "config.json": decoder.config.to_json().encode()})
     return folder
 
 

@@ -146,9 +146,8 @@ class SegmentationDecoder(Decoder):
             tokens, token_position, side = levels[i % len(levels)]
             if auxiliary:
                 earlier.append(self.heads(content, mask_features))
-            # Against the sigmoid, not the sign of the logit: just below zero the sigmoid rounds to one half, which upstream lets through.
-            masks = self.ops.mask_head(self.mask_embed(self.decoder_norm(content)), mask_features, side)
-            content = cross(content, position, tokens, token_position, masks.flatten(2).sigmoid() < 0.5)
+            blocked = self.ops.mask_head(self.mask_embed(self.decoder_norm(content)), mask_features, side, is_blocking=True)
+            content = cross(content, position, tokens, token_position, blocked.flatten(2))
             content = feed(itself(content, position))
         last = self.heads(content, mask_features)
         return {**last, "aux": earlier} if auxiliary else last

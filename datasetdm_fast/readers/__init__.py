@@ -1,55 +1,70 @@
-"""Labelled images in, one reader a file; `open_data("demo:500@900000")` picks by the word before the colon."""
+"""Labelled images in, one reader a file; `open_data("coco:PATH[val]", size)` picks by the word before the colon."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Protocol
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.config import TASKS
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.flags import nearest
 from datasetdm_fast.readers import demo
+from datasetdm_fast.readers.cityscapes import Cityscapes
+from datasetdm_fast.readers.coco import Coco
+from datasetdm_fast.readers.deepfashion import DeepFashion
+from datasetdm_fast.readers.folder import Folder
+from datasetdm_fast.readers.hf import HuggingFace
+from datasetdm_fast.readers.kitti import Kitti
+from datasetdm_fast.readers.labelled import Labelled, Source
+from datasetdm_fast.readers.lvis import Lvis
+from datasetdm_fast.readers.nyu import Nyu
+from datasetdm_fast.readers.selection import EVERYTHING, PRESETS, DataSettings, Selection, selected
+from datasetdm_fast.readers.vkitti2 import VirtualKitti
+from datasetdm_fast.readers.voc import Voc
+from datasetdm_fast.readers.yolo import Yolo
+
+__all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "Source", "open_data"]
+
+# kind -> reader(path, split, size, tasks); `demo` alone has no path
+READERS = {
+    "voc": Voc,
+    "coco": Coco,
+    "lvis": Lvis,
+    "cityscapes": Cityscapes,
+    "nyu": Nyu,
+    "kitti": Kitti,
+    "vkitti2": VirtualKitti,
+    "deepfashion-mm": DeepFashion,
+    "yolo-seg": Yolo,
+    "folder": Folder,
+    "hf": HuggingFace,
+}
+ADDRESS = "KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED"
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """A real image with whatever truth its data set holds."""
+def open_data(spec: str, size: int, *, tasks: Sequence[str] = (), selection: Selection = EVERYTHING, skip_bad: bool = False, framing: str = "fit") -> Source:
+    """The data set a KIND:PATH[SPLIT] address names, its images at size x size pixels; the split is train where none is named.
 
-    id: str
-    image: np.ndarray  # [H, W, 3] uint8
-    caption: str
-    semantic: np.ndarray | None = None  # [H, W] uint8, 255 = ignore
-    masks: np.ndarray | None = None  # [N, H, W] bool
-    mask_classes: np.ndarray | None = None  # [N] index into the source's thing_classes
-    depth: np.ndarray | None = None  # [H, W] float32 metres, 0 = unknown
-    keypoints: np.ndarray | None = None  # [P, J, 3]: x, y, visibility 0..2
-    keypoint_boxes: np.ndarray | None = None  # [P, 4]: x, y, width, height
-    keypoint_areas: np.ndarray | None = None  # [P] pixels
-
-
-class Source(Protocol):
-    """A data set: its vocabulary, its length and its items in a fixed order."""
-
-    classes: tuple[str, ...]
-    thing_classes: tuple[str, ...]
-    joints: tuple[str, ...]
-    limbs: tuple[tuple[int, int], ...]
-    max_depth: float
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Labelled: ...
-    def __iter__(self) -> Iterator[Labelled]: ...
-
-
-READERS = {"demo": demo.read}
-
-
-def open_data(spec: str, size: int) -> Source:
-    """The data set a `NAME:REST` specification names, its images at size x size pixels."""
-    name, _, rest = spec.partition(":")
-    if name not in READERS:
-        near = get_close_matches(name, READERS, 1)
-        raise Refused(f"--data {spec}: no reader is called {name!r}", f"Known: {', '.join(READERS)}." + (f" Did you mean {near[0]}?" if near else ""))
-    return READERS[name](rest, size)
+    `tasks` are those whose truth is wanted, all that the data set has where none is named.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "demo":
+        source: Source = demo.read(rest, size)
+    elif kind in READERS:
+        match = re.fullmatch(r"(.+?)(?:\[([\w.,-]+)\])?", rest, re.DOTALL)
+        if not match:
+            raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
+        try:
+            source = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
+        except Missing as stop:
+            if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
+                raise
+            raise Refused(stop.cause, stop.remedy) from stop
+    else:
+        known = ("demo", *READERS)
+        raise Refused(f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}", f"Expected {ADDRESS}; kinds: {', '.join(known)}.")
+    if absent := [task for task in tasks if task in TASKS and task not in source.tasks]:
+        raise Refused(f"--data {spec}: no truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
+    source.skip_bad, source.framing = skip_bad, framing
+    return selected(source, selection)

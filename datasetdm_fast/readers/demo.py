@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
-from datasetdm_fast import readers
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.demo import world
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers.labelled import Labelled, Source
 
 
-@dataclass(frozen=True)
-class DemoWorld:
-    count: int
-    first: int
-    size: int
-    classes: tuple[str, ...] = world.CLASSES
-    thing_classes: tuple[str, ...] = world.THINGS
-    joints: tuple[str, ...] = world.JOINTS
-    limbs: tuple[tuple[int, int], ...] = world.LIMBS
-    max_depth: float = world.MAX_DEPTH
+class DemoWorld(Source):
+    classes = world.CLASSES
+    thing_classes = world.THINGS
+    joints = world.JOINTS
+    limbs = world.LIMBS
+    max_depth = world.MAX_DEPTH
+    tasks = TASKS
 
-    def __len__(self) -> int:
-        return self.count
+    def __init__(self, count: int, first: int, size: int):
+        self.first = first
+        super().__init__(size, count)
 
-    def __iter__(self) -> Iterator[readers.Labelled]:
-        return (self[k] for k in range(self.count))
+    def name(self, record: int) -> str:
+        return f"demo scene {self.first + record}"
 
-    def __getitem__(self, index: int) -> readers.Labelled:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        view = world.view(self.first + index, self.size)
+    def load(self, record: int, seed: int | None) -> Labelled:
+        """A scene drawn at the model's size: there is nothing to crop, whatever the seed."""
+        view = world.view(self.first + record, self.size)
         present = [k for k in np.unique(view.instance) if k]
         masks = np.stack([view.instance == k for k in present]) if present else np.zeros((0, self.size, self.size), bool)
         people = [k for k in view.keypoints if (view.keypoints[k][:, 2] > 0).any() and k in present]
         boxes, areas = [_box(view.instance == k) for k in people], [int((view.instance == k).sum()) for k in people]
-        return readers.Labelled(
-            id=str(self.first + index),
+        return Labelled(
+            id=str(self.first + record),
             image=view.image,
             caption=view.caption,
             semantic=view.semantic,
@@ -51,6 +47,14 @@ class DemoWorld:
             keypoint_areas=np.array(areas, np.float32),
         )
 
+    def areas(self, record: int) -> dict[str, int]:
+        view = world.view(self.first + record, self.size)
+        found: dict[str, int] = {}
+        for thing, pixels in zip(view.scene.things, np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:]):
+            if pixels:
+                found[thing.kind] = max(found.get(thing.kind, 0), int(pixels))
+        return found
+
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -58,7 +62,7 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def read(rest: str, size: int) -> DemoWorld:
-    match = re.fullmatch(r"(\d+)(?:@(\d+))?", rest)
+    match = re.fullmatch(r"(\d{1,9})(?:@(\d{1,12}))?", rest)
     if not match or int(match[1]) == 0:
         raise Refused(f"--data demo:{rest}: expected demo:COUNT@FIRST_SEED", "For example demo:500@900000.")
     return DemoWorld(count=int(match[1]), first=int(match[2] or 0), size=size)

@@ -8,6 +8,7 @@ from torch import Tensor
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.transfer import to_host
 
 
 def upstream_bytes(metres: np.ndarray, max_depth: float) -> np.ndarray:
@@ -17,5 +18,5 @@ def upstream_bytes(metres: np.ndarray, max_depth: float) -> np.ndarray:
 
 def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[DepthMap]:
     """Depth maps in metres at image size."""
-    metres = resize(raw["depth"].float(), size)[:, 0].cpu().numpy()
+    (metres,) = to_host(resize(raw["depth"].float(), size)[:, 0])
     return [DepthMap(plane, config.max_depth) for plane in metres]

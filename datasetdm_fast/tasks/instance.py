@@ -9,6 +9,7 @@ from datasetdm_fast.data import Instances
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.decoder_config import DecoderConfig
 from datasetdm_fast.tasks.semantic import scaled_area
+from datasetdm_fast.transfer import to_host
 
 MOST = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it
@@ -65,5 +66,5 @@ def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> lis
     kept = not_overlapping((chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold)
     masks = (resize(chosen[kept][None], size)[0] if kept.any() else chosen.new_zeros(0, size, size)) > 0
     is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
-    found = [x[is_large].cpu().numpy() for x in (images[kept], masks, classes[kept], scores[kept])]
+    found = to_host(*(x[is_large] for x in (images[kept], masks, classes[kept], scores[kept])))
     return [Instances(*(x[found[0] == b] for x in found[1:]), config.classes) for b in range(len(queries))]

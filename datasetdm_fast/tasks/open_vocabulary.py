@@ -12,6 +12,7 @@ from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.decoder_config import DecoderConfig
 from datasetdm_fast.tasks.instance import NOTHING, upstream_instances
 from datasetdm_fast.tasks.semantic import scaled_area
+from datasetdm_fast.transfer import to_host
 
 OBJECT = 1  # the class logit that says "this query is the word"; logit 0 was never trained
 
@@ -47,7 +48,6 @@ def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int, words:
     likely = masks.sigmoid() * (probability * is_there)[..., None, None]
     largest, winner = (likely * (masks > 0)).max(1)
     is_word = largest > 0
-    labels = torch.where(is_word, winner + 1, 0).to(torch.uint8).cpu().numpy()
-    confidence = torch.where(is_word, largest, 1 - likely.amax(1)).cpu().numpy()
+    labels, confidence = to_host(torch.where(is_word, winner + 1, 0).to(torch.uint8), torch.where(is_word, largest, 1 - likely.amax(1)))
     names = ("none", *(words or (str(k + 1) for k in range(scores.shape[1]))))
     return [SemanticMap(labels[b], confidence[b], names) for b in range(len(labels))]

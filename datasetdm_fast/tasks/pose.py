@@ -11,6 +11,7 @@ from torch import Tensor
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.transfer import to_host
 
 WINDOW = 3  # bins each side of a peak that belong to it
 FAINTEST = 1e-6  # heatmap values below it carry no shape to fit
@@ -98,6 +99,6 @@ def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> lis
     is_sure = visibility == 2
     mean = (score * is_sure).sum(1) / is_sure.sum(1).clamp(min=1)
     persons = is_sure.any(1).int()
-    points, visibility, mean, persons = (x.cpu().numpy() for x in (found, visibility, mean, persons))
+    points, visibility, mean, persons = to_host(found, visibility, mean, persons)
     who = [slice(b, b + persons[b]) for b in range(len(persons))]
     return [Keypoints(points[one], visibility[one], mean[one], config.joints, config.limbs) for one in who]

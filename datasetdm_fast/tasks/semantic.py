@@ -8,6 +8,7 @@ from torch import Tensor
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.transfer import to_host
 
 SURE = 0.5  # evidence above it counts towards the area of a class
 AREA_SIDE = 512  # pixels of a side of the images that areas are given for
@@ -39,6 +40,5 @@ def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> lis
     """Label maps by DatasetDM's rule, with the winning class's share of all evidence as confidence."""
     found = evidence(raw["pred_logits"].float(), resize(raw["pred_masks"].float(), size))
     largest, labels = without_small(found, scaled_area(config.min_area, size)).max(1)
-    confidence = (largest / found.sum(1).clamp(min=1e-12)).cpu().numpy()
-    labels = labels.to(torch.uint8).cpu().numpy()
+    labels, confidence = to_host(labels.to(torch.uint8), largest / found.sum(1).clamp(min=1e-12))
     return [SemanticMap(labels[b], confidence[b], config.classes) for b in range(len(labels))]

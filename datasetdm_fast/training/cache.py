@@ -1,52 +1,235 @@
-"""Captures of labelled images, kept in half precision so that every epoch reads them instead of running the UNet."""
+"""Captures of labelled images, kept on the disk in half precision so that an epoch reads them instead of running the UNet.
+
+One shard holds all looks at one image. Its name is a digest of everything that decides its content, so shards serve any training that looks
+at the same image in the same way, and an interrupted filling goes on where it stopped. Its last 32 bytes are the SHA-256 of the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from datasetdm_fast import storage
 from datasetdm_fast.data import Capture
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.inversion import invert
+from datasetdm_fast.stages import Level
+from datasetdm_fast.training.views import Views
+
+DIGEST = 32  # bytes
+SHARE = 0.5  # of the free disk that more captures may take where nobody says
+OLD = 86400.0  # seconds after which a half-written shard has no writer any more
 
 
 @dataclass(frozen=True)
-class View:
-    """One captured look at a labelled image: which image, mirrored or not."""
+class Inversion:
+    """How an image is brought into the network."""
 
-    image: int
-    is_mirrored: bool
+    timestep: int = 0
+    latent: str = "mean"  # or sample, of the autoencoder's posterior
+    ddim_steps: int = 0  # 0 = drawn noise
 
 
 @dataclass(frozen=True)
-class CaptureCache:
-    capture: Capture  # every tensor [V, ...] fp16, V views
-    views: tuple[View, ...]
+class Layout:
+    """One view's levels end to end; a level is its cells, a cell all features and then all maps, as the decoders' first layers read them."""
 
-    def batch(self, indices: Sequence[int]) -> Capture:
-        """The captures of some views as one fp32 batch."""
-        rows = torch.as_tensor(indices)
+    shapes: tuple[tuple[int, int], ...]  # per level: cells, channels
+    features: tuple[int, ...]  # channels that are features
 
-        def pick(levels: tuple[tuple[Tensor, ...], ...]) -> tuple[tuple[Tensor, ...], ...]:
-            return tuple(tuple(tensor[rows].float() for tensor in level) for level in levels)
+    @staticmethod
+    def of(levels: Sequence[Level]) -> Layout:
+        """The layout of the captures of a UNet with these levels."""
+        return Layout(tuple((level.side**2, level.channels) for level in levels), tuple(2 * sum(level.features) for level in levels))
 
-        return Capture(pick(self.capture.features), pick(self.capture.maps))
+    @property
+    def numbers(self) -> int:
+        """Of one view."""
+        return sum(cells * channels for cells, channels in self.shapes)
+
+    def joined(self, capture: Capture) -> tuple[Tensor, ...]:
+        """Per level [B, cells, channels] fp32, free to be trained on; a projection 1x1 is one product with it, and so is its gradient."""
+        levels = []
+        for features, maps, shape in zip(capture.features, capture.maps, self.shapes, strict=True):
+            parts = [feature.flatten(2).transpose(1, 2) for feature in features] + [one.permute(0, 2, 1, 3).flatten(2) for one in maps]
+            levels.append(torch.cat([part.float() for part in parts], 2))
+            assert levels[-1].shape[1:] == shape, f"captured {list(levels[-1].shape[1:])}, the levels promise {list(shape)}"
+        return tuple(levels)
+
+    def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The same of rows [B, numbers] fp16."""
+        parts = rows.split([cells * channels for cells, channels in self.shapes], 1)
+        return tuple(part.float().unflatten(1, shape) for part, shape in zip(parts, self.shapes))
 
 
-def capture_views(engine, images: Sequence[np.ndarray], captions: Sequence[str], timestep: int, draws: int, mirror: bool, batch_size: int = 16) -> CaptureCache:
-    """Captures of every image in `draws` noise draws, and as many of its mirror image."""
-    views = [View(k, side) for _ in range(draws) for side in ((False, True) if mirror else (False,)) for k in range(len(images))]
-    parts = []
-    for start in range(0, len(views), batch_size):
-        some = views[start : start + batch_size]
-        pixels = np.stack([images[view.image][:, ::-1] if view.is_mirrored else images[view.image] for view in some])
-        capture = invert(engine, torch.from_numpy(pixels), [captions[view.image] for view in some], timestep, range(start, start + len(some)))
-        parts.append(([[t.half() for t in level] for level in capture.features], [[t.half() for t in level] for level in capture.maps]))
+class Recomputed:
+    """Captures made whenever they are asked for."""
 
-    def joined(which: int) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(tuple(torch.cat(tensors) for tensors in zip(*levels)) for levels in zip(*(part[which] for part in parts)))
+    is_stored = False
 
-    return CaptureCache(Capture(joined(0), joined(1)), tuple(views))
+    def __init__(self, engine, views: Views, inversion: Inversion):
+        self.engine, self.views, self.inversion = engine, views, inversion
+        self.layout = Layout.of(engine.model.levels)
+
+    def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
+        items = [self.views.item(view) for view in views]
+        seeds = [self.views.seed(view) for view in views]
+        return self.layout.joined(capture(self.engine, self.views, items, seeds, self.inversion))
+
+
+class Stored:
+    """Captures read from shards."""
+
+    is_stored = True
+
+    def __init__(self, paths: Sequence[Path], layout: Layout, draws: int, device: torch.device | str = "cpu"):
+        self.paths, self.layout, self.draws, self.device = tuple(paths), layout, draws, device
+        self._opened = lru_cache(512)(self._open)
+
+    def _open(self, image: int) -> np.ndarray:
+        return np.memmap(self.paths[image], np.float16, "r", shape=(self.draws, self.layout.numbers))
+
+    def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
+        try:
+            rows = np.stack([self._opened(view // self.draws)[view % self.draws] for view in views])
+        except OSError as error:
+            raise storage.refusal(error, error.filename or "captures") from error
+        return self.layout.unpack(torch.from_numpy(rows).to(self.device))
+
+
+def capture(engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion) -> Capture:
+    """The raw captures of some views."""
+    return invert(
+        engine,
+        views.pixels(items),
+        views.captions(items),
+        inversion.timestep,
+        seeds,
+        is_raw=True,
+        is_sampled=inversion.latent == "sample",
+        ddim_steps=inversion.ddim_steps,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether the captures of some views fit on the disk, decided before anything is made."""
+
+    folder: Path
+    bytes: int
+    budget: int
+    is_stored: bool
+
+    def __str__(self) -> str:
+        size, room = self.bytes / 1e9, self.budget / 1e9
+        if not self.is_stored and not self.budget:
+            return "features and maps made anew at every step"
+        if self.is_stored:
+            return f"features and maps kept in {self.folder}: at most {size:.3g} GB of the {room:.3g} GB allowed"
+        return f"features and maps made anew at every step: {size:.3g} GB would not fit in the {room:.3g} GB allowed for {self.folder}"
+
+
+def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes: float = 0.0) -> Plan:
+    """Where `count` views go; `mode` is auto, disk or off, `gigabytes` the budget, 0 = what is there and half of what is free."""
+    size = count * Layout.of(levels).numbers * 2
+    there = sum(path.stat().st_size for path in folder.glob("*.f16"))
+    budget = int(gigabytes * 1e9) if gigabytes else there + int(storage.free_bytes(folder.absolute()) * SHARE)
+    if mode == "off":
+        return Plan(folder, size, 0, False)
+    if mode == "disk" and size > budget:
+        raise Refused(
+            f"--cache disk: the captures take {size / 1e9:.3g} GB, more than the {budget / 1e9:.3g} GB allowed in {folder}",
+            "raise --cache-gb, name another --cache-dir, or use --cache auto",
+        )
+    return Plan(folder, size, budget, size <= budget)
+
+
+def stored(
+    engine,
+    views: Views,
+    inversion: Inversion,
+    folder: Path,
+    share: tuple[int, int] = (0, 1),
+    batch_size: int = 12,
+    progress: Callable[[int], None] = lambda views: None,
+) -> Stored:
+    """The captures of all views, those that are not in `folder` yet made now; process `share[0]` of `share[1]` makes its part.
+
+    A shard whose bytes are not those that were written is made again.
+    """
+    layout, draws = Layout.of(engine.model.levels), views.looks.draws
+    identity = _identity(engine, inversion, layout)
+    paths = []
+    _sweep(folder)
+    for image in range(len(views.numbers)):
+        items = views.items(image)
+        seeds = [views.seed(image * draws + draw) for draw in range(draws)]
+        path = folder / f"{_key(identity, views, items, seeds)}.f16"
+        paths.append(path)
+        if image % share[1] == share[0]:
+            if not _is_whole(path, draws * layout.numbers * 2):
+                _write(path, _made(engine, views, items, seeds, inversion, layout, batch_size))
+            progress(draws)
+    return Stored(paths, layout, draws, engine.device)
+
+
+def _made(engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion, layout: Layout, batch_size: int) -> np.ndarray:
+    rows = []
+    for start in range(0, len(items), batch_size):
+        part = slice(start, start + batch_size)
+        levels = layout.joined(capture(engine, views, items[part], seeds[part], inversion))
+        rows.append(torch.cat([level.half().flatten(1) for level in levels], 1).cpu().numpy())
+    joined = np.concatenate(rows)
+    if not np.isfinite(joined).all():
+        raise Refused(
+            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values are beyond half precision", "use --cache off, which keeps them in fp32"
+        )
+    return joined
+
+
+def _identity(engine, inversion: Inversion, layout: Layout) -> str:
+    """What every shard of an engine has in common."""
+    facts = engine.fingerprint()
+    kept: Mapping[str, object] = {name: facts.get(name) for name in ("engine", "dtype")}
+    return json.dumps({"model": engine.model.digests, **kept, **asdict(inversion), "layout": asdict(layout)}, sort_keys=True, default=str)
+
+
+def _key(identity: str, views: Views, items: Sequence, seeds: Sequence[int]) -> str:
+    digest = hashlib.sha256(identity.encode())
+    digest.update(json.dumps([views.captions(items), list(seeds), items[0].image.shape]).encode())
+    digest.update(views.pixels(items).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, rows: np.ndarray) -> None:
+    content = rows.tobytes()
+    storage.publish({path: [content, hashlib.sha256(content).digest()]})
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    try:
+        if path.stat().st_size != size + DIGEST:
+            return False
+        content = np.memmap(path, np.uint8, "r")
+    except OSError:
+        return False
+    return hashlib.sha256(content[:size]).digest() == content[size:].tobytes()
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left half-written."""
+    for part in folder.glob(".*.part"):
+        try:
+            if storage.is_temporary(part) and time.time() - part.stat().st_mtime > OLD:
+                part.unlink()
+        except OSError:
+            continue  # another process was faster

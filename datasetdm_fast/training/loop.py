@@ -1,20 +1,39 @@
-"""The fit: batches of cached captures against their targets, AdamW, cosine, an average of the weights."""
+"""The fit: batches of captures against their targets, one step at a time; its whole state can be put down and taken up again, to the bit.
+
+Whatever is random in a step is drawn from the step's number and the place in its batch, so neither an interruption nor the number of
+processes or parts a batch is divided into changes what is drawn.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.kernels import rearranged
 from datasetdm_fast.models.decoders import Decoder, DecoderConfig, build_decoder
+from datasetdm_fast.models.trunk import SpectralConv2d
+from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training import losses
-from datasetdm_fast.training.cache import CaptureCache
+from datasetdm_fast.training.cache import Layout
+from datasetdm_fast.training.ranks import SOLO, Ranks
 from datasetdm_fast.training.targets import Target
+from datasetdm_fast.training.views import Views
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SETTLING = 8  # power iterations that bring a spectral norm to averaged weights
+PRESENT = 0.8  # share of open-vocabulary questions about a word that is there, so that its absence is learnt too
 
 
 @dataclass(frozen=True)
@@ -22,91 +41,320 @@ class Schedule:
     steps: int = 1500
     batch_size: int = 16
     rate: float = 1e-3
+    optimiser: str = "adamw"  # or adam
+    decay: str = "cosine"  # or steps: a tenth after every `decay_every` images
+    decay_every: int = 0
+    warmup: int = 50  # steps
     weight_decay: float = 0.05
-    average: float = 0.995
+    average: float = 0.995  # of the weights; 0 = the last weights are kept
+    clip: float = 1.0  # norm of the gradient; 0 = as it is
     points: int = 2048  # sampled on each mask; upstream takes 12544 at 512 pixels
     sigma: float = 1.0  # heatmap width in its own cells; upstream 2 at 64 cells
     dropout: float = 0.3  # share of feature channels hidden from each view, so that a hundred images are not learnt by heart
+    is_deep: bool = True  # whether every layer of a transformer is taught; upstream only the last
+    is_absence_taught: bool = True  # whether a joint that is not in the picture has an empty heatmap; upstream's loss leaves it out
+    gain: float = 100.0  # of the heatmap loss
+    first_word_only: bool = False  # upstream's Q11
+    parts: int = 1  # a batch is worked through in so many parts
     seed: int = 0
+
+
+class Captures(Protocol):
+    """cache.Stored or cache.Recomputed."""
+
+    layout: Layout
+    is_stored: bool
+
+    def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
+        """Per level [B, cells, channels]."""
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What is learnt from: views and their captures, numbered alike."""
+
+    captures: Captures
+    views: Views
+
+    @property
+    def count(self) -> int:
+        return len(self.views)
+
+    @property
+    def images(self) -> int:
+        return len(self.views.numbers)
+
+
+class Trainer:
+    """A decoder on its way, with everything its next step depends on."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        schedule: Schedule,
+        lessons: Lessons,
+        words: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        dtype: str = "fp32",
+        ranks: Ranks = SOLO,
+        is_ahead: bool = True,
+    ):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(schedule.seed)
+            self.decoder = build_decoder(config, rearranged).train().to(device)
+        self.schedule, self.lessons, self.ranks = schedule, lessons, ranks
+        self.device, self.dtype = torch.device(device), DTYPES[dtype]
+        self.words = None if words is None else words.clone().float().to(device)
+        if config.text_centre:
+            self.decoder.centre(self.words)
+        self.named = dict(self.decoder.named_parameters())
+        self.trained = list(self.named.values())
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[schedule.optimiser]
+        self.optimiser = kind(self.trained, lr=schedule.rate, weight_decay=schedule.weight_decay)
+        self.average = [parameter.detach().clone() for parameter in self.trained]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
+        self.done = 0
+        self._reader = ThreadPoolExecutor(1) if is_ahead else None
+        self._next: tuple[int, Future] | None = None
+
+    # What a step is made of -------------------------------------------------------------------------------------------------------
+
+    def views(self, step: int) -> list[tuple[int, int]]:
+        """Place in the batch and view of what this process does in a step: all views in a new order, again and again."""
+        places = np.array_split(np.arange(self.schedule.batch_size), self.ranks.world)[self.ranks.rank].tolist()
+        found = []
+        for place in places:
+            turn, position = divmod(step * self.schedule.batch_size + place, self.lessons.count)
+            found.append((place, int(self._order(turn)[position])))
+        return found
+
+    def _order(self, turn: int) -> Tensor:
+        if getattr(self, "_turn", None) != turn:
+            self._turn, self._permutation = turn, torch.randperm(self.lessons.count, generator=generator(self.schedule.seed, "turn", turn))
+        return self._permutation
+
+    def _read(self, views: Sequence[tuple[int, int]]) -> tuple[list[tuple[Tensor, ...]], list[Target]]:
+        parts = [[view for _, view in part] for part in self._parts(views)]
+        return [self.lessons.captures.batch(part) for part in parts], [self.lessons.views.target(view) for _, view in views]
+
+    def _parts(self, views: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+        cuts = np.array_split(np.arange(len(views)), min(self.schedule.parts, max(len(views), 1)))
+        return [[views[k] for k in cut] for cut in cuts if len(cut)]
+
+    def _examples_of(self, step: int) -> tuple[list[tuple[int, int]], list[tuple[Tensor, ...]], list[Target]]:
+        """The step's examples, read while the step before was computed where that helps."""
+        views = self.views(step)
+        if self._reader is None:
+            return views, *self._read(views)
+        if self._next is None or self._next[0] != step:
+            self._next = (step, self._reader.submit(self._read, views))
+        captures, targets = self._next[1].result()
+        if step + 1 < self.schedule.steps:
+            self._next = (step + 1, self._reader.submit(self._read, self.views(step + 1)))
+        return views, captures, targets
+
+    def rate(self, step: int) -> float:
+        schedule = self.schedule
+        rate = schedule.rate * min(1.0, (step + 1) / max(schedule.warmup, 1))
+        if schedule.decay == "cosine":
+            return rate * 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
+        return rate * 0.1 ** (step * schedule.batch_size // schedule.decay_every)
+
+    def step(self) -> float:
+        """Takes one step; its loss."""
+        schedule, step = self.schedule, self.done
+        views, captures, targets = self._examples_of(step)
+        generators = [generator(schedule.seed, step, place) for place, _ in views]
+        hidden = [_hidden(self.lessons.captures.layout, schedule.dropout, source) for source in generators]
+        asked = [_word(target, len(self.words), source) for target, source in zip(targets, generators)] if self.decoder.config.has_text else []
+        answers = [_answer(target, asked[b] if asked else None, self.device) for b, target in enumerate(targets)]
+        whole = self._whole(answers)
+        starts = [(module, module.u0.clone()) for module in self.decoder.modules() if isinstance(module, SpectralConv2d)]
+        self.optimiser.param_groups[0]["lr"] = self.rate(step)
+        self.optimiser.zero_grad(set_to_none=True)
+        total, begin = torch.zeros((), device=self.device), 0
+        for levels in captures:
+            part = slice(begin, begin := begin + len(levels[0]))
+            if part.start:
+                for module, start in starts:  # one power iteration a step, however many parts it has
+                    module.u0.copy_(start)
+            text = (self.words[[0] * len(asked[part]) if schedule.first_word_only else asked[part]],) if asked else ()
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                shown = without([level.to(self.device) for level in levels], hidden[part], schedule.dropout, self.lessons.captures.layout)
+                found = self.decoder(projected(self.decoder, shown), *text, **_depth_of(self.decoder, schedule))
+            loss = loss_of(self.decoder.config, found, targets[part], answers[part], schedule, generators[part], whole)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self._joined(total)
+        value = total.item()
+        if not math.isfinite(value):
+            raise GateFailed(f"{self.decoder.config.task}: the loss of step {step + 1} is {value}", "lower --rate, or use --dtype fp32")
+        self.scaler.unscale_(self.optimiser)
+        if schedule.clip:
+            torch.nn.utils.clip_grad_norm_(self.trained, schedule.clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if schedule.average:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.trained, 1 - min(schedule.average, (1 + step) / (10 + step)))
+        self.done += 1
+        return value
+
+    def _whole(self, answers: Sequence[tuple[Tensor, Tensor]]) -> losses.Totals:
+        """The step's totals over all processes."""
+        config = self.decoder.config
+        own = losses.totals([len(ids) for ids, _ in answers], config.queries if config.has_queries else 0)
+        numbers = torch.tensor(astuple(own), dtype=torch.float32, device=self.device)
+        self.ranks.total([numbers])
+        return losses.Totals(*(int(number) for number in numbers.tolist()))
+
+    def _joined(self, total: Tensor) -> None:
+        """Adds up loss and gradients over all processes; running statistics, which no training reads, become their mean."""
+        if self.ranks.world == 1:
+            return
+        statistics = [buffer for name, buffer in self.decoder.named_buffers() if "stored_" in name]
+        with torch.no_grad():
+            for buffer in statistics:
+                buffer.div_(self.ranks.world)
+        self.ranks.total([total, *statistics, *(parameter.grad for parameter in self.trained if parameter.grad is not None)])
+
+    # What is kept of it -----------------------------------------------------------------------------------------------------------
+
+    def finished(self) -> Decoder:
+        """A decoder with the averaged weights, to be saved or folded; the training can go on."""
+        decoder = copy.deepcopy(self.decoder)
+        if not self.schedule.average:
+            return decoder
+        with torch.no_grad():
+            for parameter, value in zip(decoder.parameters(), self.average):
+                parameter.copy_(value)
+            for module in decoder.modules():
+                if isinstance(module, SpectralConv2d):
+                    for _ in range(SETTLING):
+                        module.normalised()
+        return decoder
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Everything the next step depends on: tensors by name, and numbers."""
+        tensors = {f"decoder.{name}": value for name, value in self.decoder.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in zip(self.named, self.average)}
+        for name, parameter in self.named.items():
+            tensors |= {f"optimiser.{name}.{part}": value for part, value in self.optimiser.state.get(parameter, {}).items()}
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"done": self.done, "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping) -> None:
+        """Takes up a state."""
+        self.decoder.load_state_dict({name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")})
+        for value, name in zip(self.average, self.named):
+            value.copy_(tensors[f"average.{name}"])
+        for name, parameter in self.named.items():
+            start = f"optimiser.{name}."
+            own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            if own:
+                self.optimiser.state[parameter] = {key: value.clone() if key == "step" else value.to(parameter) for key, value in own.items()}
+        self.scaler.load_state_dict(dict(numbers["scaler"]))
+        self.done = numbers["done"]
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
 
 
 def fit(
     config: DecoderConfig,
-    cache: CaptureCache,
-    targets: Sequence[Target],
+    lessons: Lessons,
     schedule: Schedule,
     words: Tensor | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    device: torch.device | str = "cpu",
 ) -> Decoder:
-    """A trained decoder; targets[v] belongs to view v of the cache, `words` [K, D] are class embeddings for open vocabulary."""
-    torch.manual_seed(schedule.seed)
-    decoder = build_decoder(config, rearranged).train()
-    if config.text_centre:
-        decoder.centre(words)
-    trained = list(decoder.parameters())
-    optimiser = torch.optim.AdamW(trained, lr=schedule.rate, weight_decay=schedule.weight_decay)
-    average = [parameter.detach().clone() for parameter in trained]
-    for step in range(schedule.steps):
-        rate = schedule.rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
-        optimiser.param_groups[0]["lr"] = rate
-        views = torch.randint(len(targets), (schedule.batch_size,)).tolist()
-        loss = loss_of(decoder, thinned(cache.batch(views), schedule.dropout), [targets[v] for v in views], schedule, words)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(average, trained, 1 - min(schedule.average, (1 + step) / (10 + step)))
-        report(step + 1, loss.item())
-    with torch.no_grad():
-        for parameter, value in zip(trained, average):
-            parameter.copy_(value)
-        decoder(cache.batch([0]), *(() if words is None else (words[:1],)))  # settles the spectral norms on the averaged weights
-    return decoder
+    """A trained decoder; `words` [K, D] are class embeddings for open vocabulary."""
+    trainer = Trainer(config, schedule, lessons, words, device)
+    try:
+        while trainer.done < schedule.steps:
+            loss = trainer.step()
+            report(trainer.done, loss)
+    finally:
+        trainer.close()
+    return trainer.finished()
 
 
-def thinned(capture: Capture, share: float) -> Capture:
-    """The capture with a random share of each feature's channels zeroed and the others raised to make up for it."""
-
-    def some(feature: Tensor) -> Tensor:
-        return feature * (torch.rand(*feature.shape[:2], 1, 1) >= share) / (1 - share)
-
-    return Capture(tuple(tuple(some(feature) for feature in level) for level in capture.features), capture.maps) if share else capture
+def generator(*key: object) -> torch.Generator:
+    """Random numbers that depend on the key alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
-def loss_of(decoder: Decoder, capture: Capture, targets: Sequence[Target], schedule: Schedule, words: Tensor | None) -> Tensor:
-    kind = decoder.config.kind
-    if kind == "segmentation":
-        return _layers(decoder(capture, auxiliary=True), [t.classes for t in targets], [t.masks for t in targets], schedule)
-    if kind == "open-vocabulary":
-        asked = [_word(target, len(words)) for target in targets]
-        classes, masks = zip(*(_answer(target, word) for target, word in zip(targets, asked)))
-        return _layers(decoder(capture, words[asked], auxiliary=True), classes, masks, schedule)
-    if kind == "depth":
-        return losses.scale_invariant_log(decoder(capture)["depth"][:, 0], torch.stack([t.depth for t in targets]))
-    points, weights = torch.stack([t.points for t in targets]), torch.stack([t.weights for t in targets])
-    found = decoder(capture)
-    if kind == "simcc":
-        return losses.axis_bins(found["x"], found["y"], points, weights)
-    side = found["heatmaps"].shape[-1]
-    cells = points * side / (decoder.config.side * 8) - 0.5
+def _depth_of(decoder: Decoder, schedule: Schedule) -> dict[str, bool]:
+    return {"auxiliary": schedule.is_deep} if decoder.config.has_queries else {}
+
+
+def projected(decoder: Decoder, levels: Sequence[Tensor]) -> ProjectedCapture:
+    """What the decoder's first layers make of levels [B, cells, channels]; gradients reach their weights."""
+    weights, sums = decoder.projections(), []
+    for name, level in zip(LEVELS, levels):
+        side = math.isqrt(level.shape[1])
+        weight = weights[name].flatten(1) if name in weights else level.new_zeros(0, level.shape[2])
+        sums.append((level.flatten(0, 1) @ weight.T).unflatten(0, (len(level), side, side)).permute(0, 3, 1, 2))
+    return ProjectedCapture(tuple(sums), {})
+
+
+def _hidden(layout: Layout, share: float, source: torch.Generator) -> Tensor | None:
+    """Which feature channels of all levels one view does not see."""
+    return torch.rand(sum(layout.features), generator=source) < share if share else None
+
+
+def without(levels: Sequence[Tensor], hidden: Sequence[Tensor | None], share: float, layout: Layout) -> list[Tensor]:
+    """The levels with each view's hidden channels zeroed and the others raised to make up for it."""
+    if not share:
+        return list(levels)
+    rows = (~torch.stack(list(hidden))).to(levels[0]) / (1 - share)
+    kept = [F.pad(row, (0, channels - row.shape[1]), value=1.0) for row, (_, channels) in zip(rows.split(layout.features, 1), layout.shapes)]
+    return [level * row[:, None] for level, row in zip(levels, kept)]
+
+
+def loss_of(
+    config: DecoderConfig,
+    found: Mapping,
+    targets: Sequence[Target],
+    answers: Sequence[tuple[Tensor, Tensor]],
+    schedule: Schedule,
+    generators: Sequence[torch.Generator] | None = None,
+    whole: losses.Totals | None = None,
+) -> Tensor:
+    """The loss of a decoder's raw outputs; `answers` are the ids and masks its queries should have found."""
+    images = whole.images if whole else len(targets)
+    if config.has_queries:
+        layers = [found, *found.get("aux", ())]
+        ids, masks = zip(*answers)
+        every = [losses.set_loss(one["pred_logits"].float(), one["pred_masks"].float(), ids, masks, schedule.points, generators, whole) for one in layers]
+        return sum(every) / len(every)
+    if config.kind == "depth":
+        metres = found["depth"][:, 0].float()
+        return losses.scale_invariant_log(metres, torch.stack([t.depth for t in targets]).to(metres)).sum() / images
+    points, weights = (torch.stack([getattr(t, name) for t in targets]) for name in ("points", "weights"))
+    if config.kind == "simcc":
+        x, y = found["x"].float(), found["y"].float()
+        return losses.axis_bins(x, y, points.to(x), weights.to(x)).sum() / images
+    heatmaps = found["heatmaps"].float()
+    side = heatmaps.shape[-1]
+    points, weights = points.to(heatmaps), weights.to(heatmaps)
+    cells = points * side / (config.side * 8) - 0.5
     truth = losses.gaussian_heatmaps(cells, side, schedule.sigma) * weights[..., None, None]
-    return 100 * losses.joint_mse(found["heatmaps"], truth, torch.ones_like(weights))
+    counted = torch.ones_like(weights) if schedule.is_absence_taught else weights
+    return schedule.gain * losses.joint_mse(heatmaps, truth, counted).sum() / images
 
 
-def _layers(found: dict, classes: Sequence[Tensor], masks: Sequence[Tensor], schedule: Schedule) -> Tensor:
-    """The set loss of the last layer and of every earlier one."""
-    answers = [found, *found["aux"]]
-    return sum(losses.set_loss(a["pred_logits"], a["pred_masks"], classes, masks, schedule.points) for a in answers) / len(answers)
+def _word(target: Target, count: int, source: torch.Generator) -> int:
+    """A class to ask for."""
+    is_there = len(target.classes) and torch.rand((), generator=source) < PRESENT
+    return int(target.classes[torch.randint(len(target.classes), (), generator=source)] if is_there else torch.randint(count, (), generator=source))
 
 
-def _word(target: Target, count: int) -> int:
-    """A class to ask for: mostly one that is there, so that its absence is learnt too."""
-    is_there = len(target.classes) and torch.rand(()) < 0.8
-    return int(target.classes[torch.randint(len(target.classes), ())]) if is_there else int(torch.randint(count, ()))
-
-
-def _answer(target: Target, word: int) -> tuple[Tensor, Tensor]:
-    """All things of one class as a single mask under upstream's label 1, or nothing."""
-    masks = target.masks[target.classes == word]
-    return (torch.ones(1, dtype=torch.long), masks.amax(0, keepdim=True)) if len(masks) else (torch.zeros(0, dtype=torch.long), masks)
+def _answer(target: Target, word: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and masks to be found; all things of one word are a single mask under upstream's label 1, or nothing."""
+    ids, masks = target.classes, target.masks
+    if word is not None:
+        masks = masks[ids == word]
+        ids, masks = (torch.ones(1, dtype=torch.long), masks.any(0, keepdim=True)) if len(masks) else (torch.zeros(0, dtype=torch.long), masks)
+    return ids.to(device), masks.to(device).float()

@@ -1,4 +1,4 @@
-"""What a decoder should have said about a labelled image, as tensors, mirrored where the view is."""
+"""What a decoder should have said about a labelled image, as tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers import Labelled, Source
+
+IGNORE = 255
+NEEDS = {"semantic": ("semantic",), "instance": ("masks",), "depth": ("depth",), "pose": ("keypoints",), "open-vocabulary": ("masks", "semantic")}
 
 
 @dataclass(frozen=True)
@@ -16,39 +20,52 @@ class Target:
     """Truth of one view; fields a task does not need stay empty."""
 
     classes: Tensor  # [M] ids
-    masks: Tensor  # [M, H, W] float
+    masks: Tensor  # [M, H, W] bool
     depth: Tensor  # [H, W] metres, 0 = unknown
     points: Tensor  # [J, 2] pixels
     weights: Tensor  # [J] 1 where the joint is in the picture
 
-
-def mirrored_joints(joints: tuple[str, ...]) -> list[int]:
-    """For each joint the index of the one that takes its name in a mirror image."""
-    swapped = [name.replace("left", "RIGHT").replace("right", "left").replace("RIGHT", "right") for name in joints]
-    return [joints.index(name) for name in swapped]
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.classes, self.masks, self.depth, self.points, self.weights))
 
 
-def target(source: Source, item: Labelled, task: str, is_mirrored: bool) -> Target:
-    height, width = item.image.shape[:2]
+def check_truth(source: Source, item: Labelled, task: str, spec: str) -> None:
+    """Refuses a data set that does not hold what the task is taught by."""
+    if all(getattr(item, name) is None for name in NEEDS[task]):
+        raise Refused(f"--data {spec}: item {item.id} has no {' and no '.join(NEEDS[task])}, which {task} is taught by", "choose another --task, or other data")
+    names = {"semantic": "classes", "instance": "thing_classes", "open-vocabulary": "thing_classes", "pose": "joints"}
+    if task in names and not getattr(source, names[task]):
+        raise Refused(f"--data {spec}: the data set names no {names[task]}, which {task} needs", "choose another --task, or other data")
+
+
+def target(source: Source, item: Labelled, task: str, one_class: int | None = None) -> Target:
+    """The truth of an item; `one_class` gives every instance that id."""
     classes, masks = _masks(source, item, task)
+    if one_class is not None and task == "instance":
+        classes = np.full_like(classes, one_class)
     depth = item.depth if task == "depth" else np.zeros((1, 1), np.float32)
     points, weights = np.zeros((len(source.joints), 2), np.float32), np.zeros(len(source.joints), np.float32)
     if task == "pose" and len(item.keypoints):
         person = int(np.argmax(item.keypoint_areas))  # the decoder answers with one figure: the largest
-        points, weights = item.keypoints[person, :, :2].copy(), (item.keypoints[person, :, 2] > 0).astype(np.float32)
-    if is_mirrored:
-        masks, depth, order = masks[..., ::-1], depth[..., ::-1], mirrored_joints(source.joints)
-        points = np.stack([width - points[order, 0], points[order, 1]], 1)
-        weights = weights[order]
-    tensors = (classes.astype(np.int64), masks.astype(np.float32), depth.astype(np.float32), points, weights)
+        points, weights = item.keypoints[person, :, :2], item.keypoints[person, :, 2] > 0
+    tensors = (classes.astype(np.int64), masks.astype(bool), depth.astype(np.float32), points.astype(np.float32), weights.astype(np.float32))
     return Target(*(torch.from_numpy(np.ascontiguousarray(array)) for array in tensors))
 
 
 def _masks(source: Source, item: Labelled, task: str) -> tuple[np.ndarray, np.ndarray]:
     """Ids and masks: one a present class for semantic, one a thing for instance and open vocabulary."""
     if task == "semantic":
-        classes = np.array([k for k in np.unique(item.semantic) if k != 255])
-        return classes, np.stack([item.semantic == k for k in classes])
+        return _of_classes(item, {int(k): int(k) for k in np.unique(item.semantic) if k != IGNORE})
+    if task == "open-vocabulary" and item.masks is None:
+        things = {source.classes.index(name): k for k, name in enumerate(source.thing_classes) if name in source.classes}
+        return _of_classes(item, {number: k for number, k in things.items() if (item.semantic == number).any()})
     if task in ("instance", "open-vocabulary"):
         return item.mask_classes, item.masks
     return np.zeros(0, np.int64), np.zeros((0, *item.image.shape[:2]), bool)
+
+
+def _of_classes(item: Labelled, ids: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """One mask for each pixel value, under the id it stands for."""
+    masks = [item.semantic == number for number in ids]
+    return np.array(list(ids.values()), np.int64), np.array(masks, bool).reshape(-1, *item.semantic.shape)

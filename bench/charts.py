@@ -1,0 +1,209 @@
+"""Charts of a result file, drawn as SVG by hand: small files that follow the reader's light or dark scheme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import Any
+
+from bench.results import rows_of
+from bench.tables import number
+
+WIDTH, MARGIN, LINE = 820, 20, 17
+LABELS = 300  # pixels left of horizontal bars
+STYLE = """
+svg{font:13px system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif}
+.card{fill:#fff;stroke:#d1d9e0}.ink{fill:#1f2328}.dim{fill:#59636e}.head{fill:#1f2328;font-weight:600;font-size:15px}
+.grid{stroke:#e2e7ec}.axis{stroke:#818b98}.ghost{fill:#dfe4ea}
+.c0{fill:#0969da}.c1{fill:#9aa4af}.c2{fill:#bc4c00}.c3{fill:#1a7f37}.c4{fill:#8250df}.c5{fill:#bf8700}.c6{fill:#57606a}
+.s0{stroke:#0969da}.s1{stroke:#818b98}.s2{stroke:#bc4c00}.s3{stroke:#1a7f37}.s4{stroke:#8250df}
+@media (prefers-color-scheme:dark){
+.card{fill:#0d1117;stroke:#3d444d}.ink{fill:#f0f6fc}.dim{fill:#9aa4b0}.head{fill:#f0f6fc}
+.grid{stroke:#262c36}.axis{stroke:#767e89}.ghost{fill:#2a313c}
+.c0{fill:#4493f8}.c1{fill:#6e7681}.c2{fill:#f0883e}.c3{fill:#3fb950}.c4{fill:#ab7df8}.c5{fill:#d29922}.c6{fill:#848d97}
+.s0{stroke:#4493f8}.s1{stroke:#8b949e}.s2{stroke:#f0883e}.s3{stroke:#3fb950}.s4{stroke:#ab7df8}}
+""".strip()
+
+
+class Drawing:
+    """Shapes in the order they are drawn."""
+
+    def __init__(self, title: str, note: str):
+        self.shapes: list[str] = []
+        self.title = title
+        self.text(MARGIN, 30, title, "head")
+        self.text(MARGIN, 50, note, "dim")
+
+    def text(self, x: float, y: float, words: str, kind: str = "ink", anchor: str = "start") -> None:
+        at = "" if anchor == "start" else f' text-anchor="{anchor}"'
+        self.shapes.append(f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}"{at}>{escape(words)}</text>')
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str) -> None:
+        self.shapes.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" rx="2" class="{kind}"/>')
+
+    def line(self, points: Sequence[tuple[float, float]], kind: str, width: float = 1, dash: str = "") -> None:
+        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        self.shapes.append(f'<polyline points="{places}" fill="none" class="{kind}" stroke-width="{width}"{dashes}/>')
+
+    def dot(self, x: float, y: float, kind: str, radius: float = 4) -> None:
+        self.shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{kind}"/>')
+
+    def svg(self, height: float) -> str:
+        card = f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1:.0f}" rx="6" class="card"/>'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}" role="img">'
+        return "\n".join([f"{head}<title>{escape(self.title)}</title><style>{STYLE}</style>", card, *self.shapes, "</svg>\n"])
+
+
+def peers(document: dict[str, Any]) -> str:
+    """Images a second by peer, ours coloured."""
+    rows = [row for row in rows_of(document, "peers") if row["status"] == "ok"]
+    drawing = Drawing("Labelled samples a second", f"{where(document)}; every row agreed with the oracle before it was timed")
+    most = max(row["images_per_second"] for row in rows)
+    for place, row in enumerate(rows):
+        top, length = 70 + 30 * place, (WIDTH - LABELS - 190) * row["images_per_second"] / most
+        drawing.text(LABELS - 8, top + 15, row["title"], anchor="end")
+        drawing.box(LABELS, top, length, 21, "c0" if row["peer"].startswith("ours") else "c1")
+        said = f"{number(row['images_per_second'])}/s, {row['dtype']}, batch {row['batch']}"
+        drawing.text(LABELS + length + 8, top + 15, said, "dim")
+    return drawing.svg(84 + 30 * len(rows))
+
+
+def ladder(document: dict[str, Any]) -> str:
+    """Seconds an image, one technique a bar; what a technique saved stays as a shadow."""
+    rows = [row for row in rows_of(document, "ladder") if row["status"] == "ok"]
+    drawing = Drawing("From DatasetDM to us", f"{where(document)}; seconds an image, each rung with all before it")
+    seconds = [row["seconds_per_image"]["median"] for row in rows]
+    scale = (WIDTH - LABELS - 170) / max(seconds)
+    for place, (row, taken) in enumerate(zip(rows, seconds)):
+        top, before = 70 + 30 * place, seconds[place - 1] if place else taken
+        drawing.text(LABELS - 8, top + 15, row["title"], anchor="end")
+        drawing.box(LABELS, top, scale * before, 21, "ghost")
+        drawing.box(LABELS, top, scale * taken, 21, "c0" if place else "c1")
+        gain = f", {before / taken:.2f}x" if place else ""
+        drawing.text(LABELS + scale * max(before, taken) + 8, top + 15, f"{number(taken)} s{gain}", "dim")
+    return drawing.svg(84 + 30 * len(rows))
+
+
+def profile(document: dict[str, Any]) -> str:
+    """Shares of kernel groups in one UNet call, a bar a peer."""
+    rows = rows_of(document, "profile")
+    drawing = Drawing("Where the time of one UNet call goes", where(document))
+    groups = list(rows[0]["shares"])
+    x = MARGIN
+    for place, group in enumerate(groups):
+        drawing.box(x, 62, 12, 12, f"c{place}" if place < len(groups) - 1 else "ghost")
+        drawing.text(x + 17, 73, group, "dim")
+        x += 34 + 7.5 * len(group)
+    whole = WIDTH - 120 - 150
+    for place, row in enumerate(rows):
+        top, x = 90 + 34 * place, 110.0
+        drawing.text(102, top + 16, row["peer"], anchor="end")
+        for k, group in enumerate(groups):
+            length = whole * row["shares"][group]
+            drawing.box(x, top, max(length - 1, 0), 23, f"c{k}" if k < len(groups) - 1 else "ghost")
+            x += length
+        drawing.text(110 + whole + 8, top + 16, f"{number(1e3 * row['call_s'])} ms an image", "dim")
+    return drawing.svg(106 + 34 * len(rows))
+
+
+class Axes:
+    """A plot with logarithmic axes."""
+
+    def __init__(self, drawing: Drawing, xs: tuple[float, float], ys: tuple[float, float], height: float = 300):
+        self.drawing, self.xs, self.ys = drawing, xs, ys
+        self.left, self.right, self.top, self.bottom = 80, WIDTH - 170, 92, 92 + height
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        across = (math.log(x) - math.log(self.xs[0])) / (math.log(self.xs[1]) - math.log(self.xs[0]))
+        up = (math.log(y) - math.log(self.ys[0])) / (math.log(self.ys[1]) - math.log(self.ys[0]))
+        return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
+
+    def frame(self, xticks: Sequence[float], yticks: Sequence[float], xlabel: str, ylabel: str) -> None:
+        for x in xticks:
+            column = self.at(x, self.ys[0])[0]
+            self.drawing.line([(column, self.top), (column, self.bottom)], "grid")
+            self.drawing.text(column, self.bottom + 18, f"{x:g}", "dim", "middle")
+        for y in yticks:
+            row = self.at(self.xs[0], y)[1]
+            self.drawing.line([(self.left, row), (self.right, row)], "grid")
+            self.drawing.text(self.left - 8, row + 4, f"{y:g}", "dim", "end")
+        self.drawing.line([(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)], "axis")
+        self.drawing.text((self.left + self.right) / 2, self.bottom + 38, xlabel, "dim", "middle")
+        self.drawing.text(self.left, self.top - 8, ylabel, "dim")
+
+
+def batches(document: dict[str, Any]) -> str:
+    """Images through one UNet call a second, by batch size."""
+    rows = rows_of(document, "batches")
+    rates = [1 / row["call_s"] for row in rows]
+    sizes = sorted({row["batch"] for row in rows})
+    drawing = Drawing("One UNet call by batch size", where(document))
+    axes = Axes(drawing, (min(sizes) / 1.15, max(sizes) * 1.15), (min(rates) / 1.3, max(rates) * 1.3))
+    axes.frame(sizes, ticks(*axes.ys), "images in a call", "images a second through one call")
+    for place, name in enumerate(dict.fromkeys(row["peer"] for row in rows)):
+        kind = 0 if name == "ours" else 2 + place
+        points = [axes.at(row["batch"], 1 / row["call_s"]) for row in rows if row["peer"] == name]
+        drawing.line(points, f"s{kind}", 2)
+        for x, y in points:
+            drawing.dot(x, y, f"c{kind}")
+        drawing.text(points[-1][0] + 10, points[-1][1] + 4, name)
+    return drawing.svg(axes.bottom + 56)
+
+
+def roofline(document: dict[str, Any]) -> str:
+    """Layers and operations under the measured limits."""
+    limits, layers, ops = rows_of(document, "limits")[0], rows_of(document, "layers"), timed_ops(document)
+    drawing = Drawing("Layers and operations under the measured limits", f"{where(document)}; work counted as the plain form is written")
+    xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]
+    most = max(limits["tflops"].values())
+    axes = Axes(drawing, (min(xs) / 1.5, max([2e3 * most / limits["gbps"], *xs]) * 1.5), (min(ys) / 1.5, max([most, *ys]) * 1.5))
+    axes.frame(ticks(*axes.xs), ticks(*axes.ys), "operations a byte", "TFLOP/s")
+    for place, (name, rate) in enumerate(limits["tflops"].items()):
+        knee = max(1e3 * rate / limits["gbps"], axes.xs[0])
+        drawing.line([axes.at(knee, rate), axes.at(axes.xs[1], rate)], f"s{place + 2}", 1.5, "6 4")
+        drawing.text(axes.right + 6, axes.at(axes.xs[1], rate)[1] + 4, f"{name}, {number(rate)}", "dim")
+    start, end = max(axes.xs[0], 1e3 * axes.ys[0] / limits["gbps"]), 1e3 * most / limits["gbps"]
+    drawing.line([axes.at(start, start * limits["gbps"] / 1e3), axes.at(end, most)], "s1", 1.5)
+    for row in layers:
+        drawing.dot(*axes.at(row["flop_per_byte"], row["tflops"]), "c5" if row["layer"].startswith("conv") else "c3", 2.5 + 14 * row["of_work"] ** 0.5)
+    for row in ops:
+        x, y = axes.at(row["flop_per_byte"], row["tflops"])
+        drawing.dot(x, y, "c0")
+        drawing.text(x + 8, y + 4, row["op"])
+    for place, (kind, words) in enumerate((("c5", "convolution"), ("c3", "linear"), ("c0", "operation of kernels/"))):
+        drawing.dot(axes.right + 12, axes.top + 150 + 20 * place, kind)
+        drawing.text(axes.right + 22, axes.top + 154 + 20 * place, words, "dim")
+    return drawing.svg(axes.bottom + 56)
+
+
+def timed_ops(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row an operation: its largest case in the form that is used, where it multiplies at all."""
+    found = {row["op"]: row for row in rows_of(document, "ops") if row.get("tflops")}
+    return list(found.values())
+
+
+def ticks(least: float, most: float) -> list[float]:
+    """1, 2, 5 of every power of ten between both, only the ones where there are many."""
+    powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+    found = [step * 10.0**power for power in powers for step in (1, 2, 5) if least <= step * 10.0**power <= most]
+    return found if len(found) <= 7 else [tick for tick in found if f"{tick:e}".startswith("1.0")]
+
+
+def where(document: dict[str, Any]) -> str:
+    return f"{document['machine']['device']}, {document['setting']['model']}, {document['setting']['calls']} calls"
+
+
+CHARTS: dict[str, Callable[[dict[str, Any]], str]] = {"peers": peers, "ladder": ladder, "batches": batches, "profile": profile, "roofline": roofline}
+NEEDS = {"roofline": "layers"}  # the part a chart is drawn from, where it has another name
+
+
+def drawn(document: dict[str, Any]) -> dict[str, str]:
+    """Every chart there are rows for, by name."""
+    found = {}
+    for name, draw in CHARTS.items():
+        rows = rows_of(document, NEEDS.get(name, name))
+        if any(row.get("status", "ok") == "ok" for row in rows):
+            found[name] = draw(document)
+    return found

@@ -1,0 +1,34 @@
+"""From upstream to us, one technique a rung, every rung judged and timed with the others."""
+
+from __future__ import annotations
+
+from bench.peers import PEERS, Offer
+from bench.peers.engine import EnginePeer
+from bench.peers.upstream import Upstream, lean_decoders
+from bench.setting import Setting
+from datasetdm_fast.engines import build_engine
+
+
+def without_maps(setting: Setting, batch: int) -> Upstream:
+    return Upstream(setting, forms_maps=False)
+
+
+def with_lean_decoders(setting: Setting, batch: int) -> Upstream:
+    return Upstream(setting, forms_maps=False, has_naive_decoders=False)
+
+
+def in_batches(setting: Setting, batch: int) -> EnginePeer:
+    """The modules of diffusers still, under our loop."""
+    engine = build_engine("torch", setting.model, lean_decoders(setting), device=str(setting.device))
+    return EnginePeer(engine, setting, batch)
+
+
+# Each rung has everything the one before it has.
+RUNGS = {
+    "upstream": PEERS["upstream"]._replace(title="DatasetDM as written"),
+    "maps once": Offer("attention maps formed in one call alone", without_maps, batch=1),
+    "decoders": Offer("decoders project before they resize", with_lean_decoders, batch=1),
+    "batches": Offer("several images at a time", in_batches, like="ours"),
+    "ours": PEERS["ours"]._replace(title="networks without repeated work"),
+    "ours-bf16": PEERS["ours-bf16"]._replace(title="16 bits"),
+}

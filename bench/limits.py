@@ -1,0 +1,108 @@
+"""What the machine can do at most, measured beside what is done on it: matrix products, copies, exponentials."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.machine import wait
+from datasetdm_fast.kernels import launch
+from datasetdm_fast.kernels.launch import jit, tl
+
+WINDOW = 0.01  # seconds; the fastest counts, and short ones meet a moment that nothing disturbs
+PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
+COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}  # far beyond any cache
+CACHED = {"cpu": 2**16, "cuda": 2**24}  # numbers whose exponentials are taken, near the cores
+TURNS = 256  # exponentials a GPU thread takes of one number before it writes it
+BLOCK = 1024
+
+
+def rate(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Calls per second: the fastest of all windows of WINDOW seconds, at least three, within about `seconds`."""
+    call()
+    wait(device)
+    begin = time.perf_counter()
+    call()
+    wait(device)
+    count = max(1, int(WINDOW / max(time.perf_counter() - begin, 1e-7)))
+    end, fastest, windows = time.perf_counter() + seconds, 0.0, 0
+    while windows < 3 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait(device)
+        fastest, windows = max(fastest, count / (time.perf_counter() - begin)), windows + 1
+    return fastest
+
+
+def measure(device: torch.device, seconds: float = 0.6) -> dict[str, Any]:
+    """TFLOP/s of matrix products by type, GB/s of copies (bytes read plus bytes written), G/s of exponentials."""
+    products = {name: product_rate(device, dtype, tf32, seconds) for name, (dtype, tf32) in types(device).items()}
+    return {"tflops": products, "gbps": copy_rate(device, seconds), "gexps": exp_rate(device, seconds), "seconds": seconds}
+
+
+def types(device: torch.device) -> dict[str, tuple[torch.dtype, bool]]:
+    """Name -> storage, and whether TF32 is allowed."""
+    wide = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False)}
+    return wide if device.type == "cpu" else {**wide, "fp16": (torch.float16, False), "tf32": (torch.float32, True)}
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, tf32: bool, seconds: float) -> float:
+    side = PRODUCT_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        return round(rate(lambda: torch.matmul(a, b, out=out), device, seconds) * 2 * side**3 / 1e12, 3)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def copy_rate(device: torch.device, seconds: float) -> float:
+    source = torch.ones(COPIED_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return round(rate(lambda: target.copy_(source), device, seconds) * 2 * source.nbytes / 1e9, 1)
+
+
+def exp_rate(device: torch.device, seconds: float) -> float | None:
+    """None on a GPU without Triton: there a plain exp() measures the memory."""
+    x = torch.rand(CACHED[device.type], device=device)
+    if device.type == "cpu":
+        out = torch.empty_like(x)
+        return round(rate(lambda: torch.exp(x, out=out), device, seconds) * len(x) / 1e9, 2)
+    if launch.triton is None:
+        return None
+    return round(rate(lambda: exponentials(x), device, seconds) * len(x) * TURNS / 1e9, 1)
+
+
+def exponentials(x: Tensor) -> Tensor:
+    """Every number of `x` [N] through TURNS exponentials in registers."""
+    out = torch.empty_like(x)
+    _exponentials_kernel[(len(x) // BLOCK,)](x, out, TURNS=TURNS, BLOCK=BLOCK)
+    return out
+
+
+@jit
+def _exponentials_kernel(x_ptr, out_ptr, TURNS: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place)
+    for _ in range(TURNS):
+        x = tl.exp2(x) - 1.0  # stays between 0 and 1, so that nothing is short-cut
+    tl.store(out_ptr + place, x)
+
+
+def nearest_limit(flops: float, moved: float, exps: float, seconds: float, limits: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Rates of a piece of work, the limit it would meet first, and its share of that."""
+    least = {
+        "products": flops / (limits["tflops"].get(dtype, limits["tflops"]["fp32"]) * 1e12),
+        "memory": moved / (limits["gbps"] * 1e9),
+        "exponentials": exps / (limits["gexps"] * 1e9) if limits["gexps"] else 0.0,
+    }
+    bound = max(least, key=least.get)
+    rates = {"tflops": round(flops / seconds / 1e12, 4), "gbps": round(moved / seconds / 1e9, 2), "flop_per_byte": round(flops / max(moved, 1), 2)}
+    return {**rates, "bound": bound, "share": round(least[bound] / seconds, 4)}

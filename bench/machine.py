@@ -1,0 +1,102 @@
+"""The machine a measurement is taken on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.measure import with_peak
+from bench.nvml import Nvml
+from datasetdm_fast import __version__
+
+ROOT = Path(__file__).parents[1]
+LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+
+
+@cache
+def nvml(device: torch.device) -> Nvml:
+    return Nvml(str(torch.cuda.get_device_properties(device).uuid))
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, driver, clocks and versions, as a result file holds them."""
+    versions = {"datasetdm_fast": __version__, "python": platform.python_version(), "cuda": torch.version.cuda, **installed()}
+    common = {"kind": device.type, "commit": commit(), "versions": versions, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    if device.type == "cpu":
+        return {"device": cpu_name(), "driver": f"Linux {platform.release()}", "clocks": {"cpu_mhz": cpu_clock()}, **common}
+    found = torch.cuda.get_device_properties(device)
+    facts = {"capability": f"{found.major}.{found.minor}", "memory_gib": round(found.total_memory / 2**30, 1)}
+    return {"device": found.name, "driver": nvml(device).driver, "clocks": nvml(device).state(), **facts, **common}
+
+
+def installed() -> dict[str, str]:
+    """Versions of the libraries that decide a speed, of those that are there."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name() -> str:
+    name = re.search(r"model name\s*: (.+)", _cpuinfo())
+    return f"{name[1].strip() if name else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def cpu_clock() -> int | None:
+    """MHz of the fastest core right now."""
+    clocks = [float(value) for value in re.findall(r"cpu MHz\s*: ([\d.]+)", _cpuinfo())]
+    return round(max(clocks)) if clocks else None
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def commit() -> str:
+    """The commit of this checkout, with `-changed` where files differ from it; `unknown` outside of one."""
+    head = _git("rev-parse", "--short=7", "HEAD")
+    return "unknown" if not head else head + ("-changed" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", "-C", ROOT, *words], check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def wait(device: torch.device) -> None:
+    """Returns when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def joules(device: torch.device) -> float | None:
+    return nvml(device).joules if device.type == "cuda" else None
+
+
+def peak(device: torch.device, call: Callable[[], Any]) -> tuple[Any, int]:
+    """The answer of `call` and the most bytes it needed: of the GPU all that was allocated, of a CPU what the process grew by."""
+    if device.type == "cpu":
+        return with_peak(call)
+    torch.cuda.reset_peak_memory_stats(device)
+    answer = call()
+    wait(device)
+    return answer, torch.cuda.max_memory_allocated(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

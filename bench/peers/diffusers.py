@@ -1,0 +1,100 @@
+"""The Stable Diffusion pipeline of diffusers, with the captured call and the decoders appended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from bench.peers.samples import noise_of, samples_of
+from bench.peers.upstream import arithmetic, lean_decoders, stored
+from bench.setting import Setting
+from datasetdm_fast.data import Capture, Request, Sample
+from datasetdm_fast.engines.torch import capturing
+
+
+class Diffusers:
+    """The decoders are those of ours: folded, each level projected before it is resized, so that the rows compare the diffusion."""
+
+    def __init__(self, setting: Setting, batch: int):
+        self.recipe, self.device, self.batch = setting.recipe, setting.device, batch
+        self.dtype = "fp32" if setting.device.type == "cpu" else "fp16"
+        self.rounds_text = self.dtype != "fp32"
+        self.storage = torch.float32 if self.dtype == "fp32" else torch.float16
+        model = setting.model
+        parts = {name: stored(getattr(model, name), self.storage) for name in ("vae", "text_encoder", "unet")}
+        scheduler = PNDMScheduler.from_config(dict(model.scheduler))
+        absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        self.pipe = StableDiffusionPipeline(**parts, tokenizer=model.tokenizer, scheduler=scheduler, **absent)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.unet = self.pipe.unet  # the plain module, which the captured call runs in
+        self.decoders = lean_decoders(setting)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        with arithmetic(False):
+            return self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].float()
+
+    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+        with arithmetic(False):
+            doubled = torch.cat([latents, latents]).to(self.storage)
+            return self.pipe.unet(doubled, torch.tensor(timestep, device=self.device), context.to(self.storage), return_dict=False)[0].float()
+
+    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        taps = Taps(self, call=0)
+        taps.before(0)
+        noise = self.denoise(latents, timestep, context)
+        return noise, taps.after(0)
+
+    def _run(self, requests: Sequence[Request], **options: Any) -> np.ndarray:
+        prompts, noise = [request.prompt for request in requests], noise_of(requests, self.recipe).to(self.device, self.storage)
+        steps, guidance = self.recipe.facts["steps"], self.recipe.guidance
+        with arithmetic(False):
+            pixels = self.pipe(prompts, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="np", **options).images
+        return (pixels * 255).astype(np.uint8)
+
+    def draw(self, requests: Sequence[Request]) -> np.ndarray:
+        return self._run(requests)
+
+    def make(self, requests: Sequence[Request]) -> list[Sample]:
+        taps = Taps(self, self.recipe.capture_call)
+        taps.before(0)
+        images = self._run(requests, callback_on_step_end=taps.stepped)
+        with arithmetic(False):
+            answers = {task: decoder(taps.capture) for task, decoder in self.decoders.items()}
+        return samples_of(requests, images, answers, self.decoders, self.recipe)
+
+
+class Taps:
+    """Watches one call of a pipeline's loop."""
+
+    def __init__(self, peer: Diffusers, call: int):
+        self.peer, self.call, self.capture = peer, call, None
+        self._open, self._kept = ExitStack(), []
+
+    def before(self, call: int) -> None:
+        if call == self.call:
+            self._usual = self.peer.pipe.unet
+            self.peer.pipe.unet = self.peer.unet
+            self._kept = self._open.enter_context(capturing(self.peer.unet))
+
+    def after(self, call: int) -> Capture | None:
+        if call == self.call:
+            self._open.close()
+            self.peer.pipe.unet = self._usual
+            (found,) = self._kept
+            self.capture = Capture(*(tuple(tuple(value.float() for value in level) for level in kind) for kind in (found.features, found.maps)))
+        return self.capture
+
+    def stepped(self, pipe: StableDiffusionPipeline, call: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.after(call)
+        self.before(call + 1)
+        return tensors
+
+
+def build(setting: Setting, batch: int) -> Diffusers:
+    return Diffusers(setting, batch)

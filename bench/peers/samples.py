@@ -1,0 +1,30 @@
+"""What every way of making samples begins and ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast import sampling
+from datasetdm_fast.data import Request, Sample
+from datasetdm_fast.driver import Recipe
+from datasetdm_fast.models.decoders import Decoder
+from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.tasks import TASKS
+
+
+def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
+    """[B, 4, h, w] fp32 on the CPU, each image's from its own seed."""
+    side = recipe.size // FACTOR
+    return torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
+
+
+def samples_of(
+    requests: Sequence[Request], images: np.ndarray, answers: Mapping[str, dict[str, Tensor]], decoders: Mapping[str, Decoder], recipe: Recipe
+) -> list[Sample]:
+    """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie."""
+    labels = {task: TASKS[task].postprocess(answer, decoders[task].config, recipe.size) for task, answer in answers.items()}
+    return [Sample(request, images[b], {task: made[b] for task, made in labels.items()}) for b, request in enumerate(requests)]

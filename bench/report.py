@@ -1,0 +1,143 @@
+"""python -m bench report: draws the charts and writes the marked sections of README.md and bench/README.md from the newest result files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import charts, tables
+from bench.machine import ROOT
+from bench.results import SUITES, newest, read, rows_of
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+
+PROG = "python -m bench report"
+PAGES = ("README.md", "bench/README.md")
+MARK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+SHORT = ("who", "type", "batch", "images/s", "of the products' limit", "ours is")
+ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
+PAPER_SIDE = 512  # pixels of a side
+PAPER_GPUS = (1, 8, 1000)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    check: bool = setting(False, "write nothing; exit 4 where a page or a chart disagrees with the newest result file")
+
+
+def main(arguments: Sequence[str]) -> int:
+    from datasetdm_fast.flags import parse
+
+    config, _ = parse(arguments, ReportConfig, PROG, __doc__)
+    stale = [path for path, text in wanted(ROOT).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+    if config.check:
+        if stale:
+            raise GateFailed(f"bench: {names} disagree with the newest result file", "run `python -m bench report` and commit what it writes")
+        return 0
+    for path, text in wanted(ROOT).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    print(f"written: {names}" if stale else "nothing has changed")
+    return 0
+
+
+def wanted(root: Path) -> dict[Path, str]:
+    """Every page and chart as the newest result files of `root` would have it."""
+    folder = root / "bench" / "results"
+    found = {suite: read(path) for suite in SUITES if (path := newest(suite, folder))}
+    if not found:
+        raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
+    files = {root / "bench" / "charts" / f"{suite}-{name}.svg": text for suite, document in found.items() for name, text in charts.drawn(document).items()}
+    for page in PAGES:
+        path = root / page
+        files[path] = filled(path.read_text(encoding="utf-8"), found, page)
+    return files
+
+
+def filled(text: str, found: dict[str, dict[str, Any]], page: str) -> str:
+    """A page with its marked sections written anew."""
+
+    def section(match: re.Match[str]) -> str:
+        if match[2] not in SECTIONS:
+            raise Refused(f"{page}: marks a section {match[2]!r}", f"there are {', '.join(SECTIONS)}")
+        return f"{match[1]}{SECTIONS[match[2]](found).strip()}\n{match[3]}"
+
+    return MARK.sub(section, text)
+
+
+def summary(found: dict[str, dict[str, Any]]) -> str:
+    """What the front page says: the peers of every suite in short."""
+    parts = []
+    for suite, document in found.items():
+        parts += [
+            picture(suite, "peers", "bench/charts"),
+            f"{tables.setting_line(document)}; {document['machine']['device']}.",
+            tables.markdown(short(document)),
+        ]
+    return "\n\n".join(parts)
+
+
+def short(document: dict[str, Any]) -> tables.Table:
+    """The peers that could run here, in few columns."""
+    head, rows = tables.peer_table(document)
+    kept = [head.index(name) for name in SHORT]
+    there = [row for row in rows if not row[3].startswith("not here")]
+    return list(SHORT), [[row[k] for k in kept] for row in there]
+
+
+def whole(suite: str) -> Callable[[dict[str, dict[str, Any]]], str]:
+    """Everything of one suite's newest file."""
+
+    def section(found: dict[str, dict[str, Any]]) -> str:
+        if suite not in found:
+            return f"No {suite.upper()} has been measured yet."
+        document = found[suite]
+        parts = [f"`{document['command']}`, {document['date']}. {tables.limit_line(document)}. {tables.setting_line(document)}."]
+        drawn = charts.drawn(document)
+        for name, (title, build) in tables.TABLES.items():
+            table = build(document)
+            pictures = [picture(suite, chart, "charts") for chart in drawn if chart == name or charts.NEEDS.get(chart) == name]
+            if table[1]:
+                parts += [f"### {title}", *pictures, tables.markdown(table)]
+        return "\n\n".join(parts)
+
+    return section
+
+
+def picture(suite: str, name: str, folder: str) -> str:
+    return f"![{suite.upper()}: {name}]({folder}/{suite}-{name}.svg)"
+
+
+def paper(found: dict[str, dict[str, Any]]) -> str:
+    """The model on paper: what many GPUs would need, from the constants that were measured."""
+    cpu = found.get("cpu") or next(iter(found.values()))
+    gpu = found.get("gpu")
+    rate = tables.peers(gpu)["ours"].get("images_per_second") if gpu else None
+    driver = [row for row in rows_of(cpu, "scale") if "ms" in row]
+    encode = [row for row in rows_of(cpu, "stages") if row["stage"] == "encode and write"]
+    if not driver or not encode:
+        return "The parts `scale` and `stages` have not been measured yet."
+    own, pixels = driver[-1]["ms"]["own"], (PAPER_SIDE / cpu["setting"]["size"]) ** 2
+    written = encode[0]["ours_s"]["median"] * 1e3 * pixels
+    each = rate or ASSUMED
+    source = "measured" if rate else "assumed, as none was measured yet"
+    said = (
+        f"One GPU makes {tables.number(each)} images a second ({source}). The driver's own cost is {tables.number(own)} ms an image (measured, stub engine), "
+        f"encoding and writing {tables.number(written)} ms of one core for an image of {PAPER_SIDE} pixels (measured at {cpu['setting']['size']}). "
+        "Ranks do not speak with each other, so images a second grow with the GPUs as long as each has the cores of the fourth column beside it."
+    )
+    head = ["GPUs", "images a second", "driver, cores", "encode and write, cores", "a million images"]
+    rows = []
+    for count in PAPER_GPUS:
+        total = each * count
+        hours = 1e6 / total / 3600
+        took = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+        rows.append([f"{count:,}", f"{total:,.1f}", f"{total * own / 1e3:.2f}", f"{total * written / 1e3:.1f}", took])
+    return f"{said}\n\n{tables.markdown((head, rows))}"
+
+
+SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {"summary": summary, "cpu": whole("cpu"), "gpu": whole("gpu"), "paper": paper}

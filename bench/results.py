@@ -1,0 +1,114 @@
+"""Result files: what was measured, where and with what, one file a run, complete after every part."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.machine import ROOT
+from datasetdm_fast.errors import Refused
+
+FORMAT = 1
+FOLDER = ROOT / "bench" / "results"
+BEGUN, DONE, BROKEN = "begun", "done", "broken"
+SUITES = ("cpu", "gpu")
+
+
+class ResultFile:
+    """One run's file; parts that are there are not measured again."""
+
+    def __init__(self, path: Path | None, document: dict[str, Any]):
+        self.path, self.document = path, document
+
+    @classmethod
+    def open(cls, path: Path | None, head: Mapping[str, Any], *, goes_on: bool = False) -> ResultFile:
+        """A new file, kept in memory alone where `path` is None, or one to go on with: of another device, commit or setting it is refused."""
+        if not (goes_on and path and path.exists()):
+            return cls(path, {"format": FORMAT, **head, "parts": {}})
+        document = read(path)
+        for name in ("suite", "setting"):
+            if document[name] != json.loads(json.dumps(head[name])):
+                raise Refused(f"{path}: holds another {name}, {document[name]} where {head[name]} is to be measured", "choose another --out")
+        for name in ("device", "commit", "versions"):
+            if document["machine"][name] != head["machine"][name]:
+                raise Refused(f"{path}: was measured with {name} {document['machine'][name]}, here it is {head['machine'][name]}", "choose another --out")
+        return cls(path, document)
+
+    def begin(self, part: str) -> None:
+        """Notes that a part was begun, so that one which takes the process with it is not tried for ever."""
+        again = self.document["parts"].get(part, {}).get("status") == BEGUN
+        self.document["parts"][part] = {"status": BEGUN, "tries": 2 if again else 1}
+        self.save()
+
+    def give_up_broken(self) -> list[str]:
+        """Marks and names the parts that began twice and never ended."""
+        broken = [name for name, part in self.document["parts"].items() if part["status"] == BEGUN and part["tries"] > 1]
+        for name in broken:
+            self.document["parts"][name] = {"status": BROKEN, "rows": []}
+        return broken
+
+    def store(self, part: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        self.document["parts"][part] = {"status": DONE, "seconds": round(seconds, 1), "rows": list(rows)}
+        self.save()
+
+    def rows(self, part: str) -> list[dict[str, Any]]:
+        return rows_of(self.document, part)
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        part.write_text(json.dumps(self.document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, self.path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        known = document["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{path}: not a result file ({type(error).__name__}: {error})", "name a file that the bench has written") from error
+    if not known:
+        raise Refused(f"{path}: format {document['format']!r}, this version reads {FORMAT}", "read it with the version that wrote it")
+    return document
+
+
+def is_settled(document: Mapping[str, Any], part: str) -> bool:
+    """Whether a part was measured, or began twice and never ended."""
+    return document["parts"].get(part, {}).get("status") in (DONE, BROKEN)
+
+
+def batches_of(document: Mapping[str, Any]) -> dict[str, int]:
+    """The batch size every peer was measured at."""
+    return {row["peer"]: row["batch"] for part in ("peers", "ladder") for row in rows_of(document, part) if row.get("batch")}
+
+
+def rows_of(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
+    """The rows of a part, none where it was not measured; peers measured one by one on a GPU are rows of `peers`."""
+    parts = document["parts"]
+    names = [part] if part in parts else [name for name in parts if name.startswith(f"{part} ")]
+    rows: dict[str, dict[str, Any]] = {}
+    for row in (row for name in names for row in parts[name].get("rows", [])):
+        rows.setdefault(row.get("peer", str(len(rows))), row)
+    return list(rows.values()) if len(names) != 1 else parts[names[0]].get("rows", [])
+
+
+def default_path(machine: Mapping[str, Any]) -> Path:
+    device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    return FOLDER / f"{now()[:10]}-{device}-{machine['commit']}.json"
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def newest(suite: str, folder: Path = FOLDER) -> Path | None:
+    """The file of a suite that was measured last."""
+    found = [(document["date"], path) for path in sorted(folder.glob("*.json")) if (document := read(path))["suite"] == suite]
+    return max(found)[1] if found else None

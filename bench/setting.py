@@ -1,0 +1,104 @@
+"""What every row of one measurement shares: model, decoders, prompts, noise and recipe, and what the oracle says of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from bench.work import image_flops, stage_flops
+from datasetdm_fast import job, prompts
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.data import Request
+from datasetdm_fast.driver import Recipe
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engines.torch import TorchEngine, resolve_device
+from datasetdm_fast.loading import SEEDED_LICENCE, Model, load_model
+from datasetdm_fast.models.decoders import DEMO, Decoder, build_decoder, check_levels, for_inference, load_decoder, load_decoders, upstream
+
+TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
+PROFILE = "0.14.0"  # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls
+COUNTED = {"semantic": 19, "instance": 80}  # classes of upstream's Cityscapes and COCO decoders
+SEEDED = {
+    **{task: ("segmentation", {"classes": tuple(str(k) for k in range(count))}) for task, count in COUNTED.items()},
+    "depth": ("depth", {}),
+    "pose": ("heatmap", {}),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    reference: TorchEngine  # fp32, the oracle; its modules are what the peers are built from
+    trained: Mapping[str, Decoder]  # the decoders as they were trained, spectral norms and all
+    recipe: Recipe
+    requests: tuple[Request, ...]  # as many as the largest batch needs
+    device: torch.device
+    quick: bool = False  # fewer and smaller rows, for a look
+
+    @property
+    def model(self) -> Model:
+        return self.reference.model
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether images and labels mean something: seeded weights serve for speed alone."""
+        return self.model.licence != SEEDED_LICENCE
+
+    @cached_property
+    def stages(self) -> dict[str, int]:
+        return stage_flops(self.model)
+
+    @property
+    def flops(self) -> int:
+        """Nominal operations of one finished image."""
+        return image_flops(self.stages, len(self.recipe.schedule))
+
+    def batch(self, size: int) -> tuple[Request, ...]:
+        """The first `size` requests; beyond those there are, they come round again."""
+        return tuple(self.requests[k % len(self.requests)] for k in range(size))
+
+    def document(self) -> dict[str, Any]:
+        """As a result file holds it."""
+        facts = {"model": self.model.name, "trained": self.is_trained, "tasks": list(self.recipe.tasks), "size": self.recipe.size, "quick": self.quick}
+        return {**facts, "calls": len(self.recipe.schedule), "guidance": self.recipe.guidance, "tflop_per_image": round(self.flops / 1e12, 6)}
+
+
+def open_setting(model: str, device: str = "auto", *, steps: int = 0, number: int = 32, size: int = 0, quick: bool = False) -> Setting:
+    """The model with its decoders: those shipped for the demo, seeded ones for any other."""
+    loaded, target = load_model(model, size=size), resolve_device(device)
+    folded, trained = shipped_decoders() if model == "demo" else seeded_decoders(loaded)
+    for decoder in folded.values():
+        check_levels(decoder, loaded.levels)
+    reference = build_engine("torch", loaded, folded, device=str(target))
+    recipe = job.make_recipe(reference, TASKS, steps=steps, profile=PROFILE)
+    source = prompts.read_source(RunConfig(model="demo"))
+    words = job.class_words(reference, TASKS, ())
+    plan = prompts.make_plan(source, loaded.tokenizer, number=number, seed=0, batch_size=number, words=words)
+    return Setting(reference, {task: decoder.to(target) for task, decoder in trained.items()}, recipe, tuple(plan), target, quick)
+
+
+def shipped_decoders() -> tuple[dict[str, Decoder], dict[str, Decoder]]:
+    """The demo's decoders by task, folded for inference and as they were trained."""
+    found = load_decoders("demo")
+    return {task: found[task] for task in TASKS}, {task: load_decoder(DEMO / task, strict=True) for task in TASKS}
+
+
+def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
+    """Decoders of upstream's form with seeded weights, as wide against the UNet as upstream's are, folded and not."""
+    width = max(16, 256 * model.unet.config.block_out_channels[0] // 320 // 16 * 16)
+    sizes = {"levels": model.levels, "width": width, "mask_dim": width, "depth_width": 4 * width, "feed_forward": 8 * width}
+    sizes["text_width"] = model.text_encoder.config.hidden_size
+    trained = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for task, (kind, names) in SEEDED.items():
+            trained[task] = build_decoder(upstream(kind, task=task, min_area=0, **sizes, **names))
+    for convolution in (trained["depth"].last_layer_depth[0], trained["depth"].last_layer_depth[2]):
+        # As initialised, the head says the same depth everywhere and hides what it is given.
+        torch.nn.init.normal_(convolution.weight, std=convolution.weight[0].numel() ** -0.5, generator=torch.Generator().manual_seed(1))
+    folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
+    return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}

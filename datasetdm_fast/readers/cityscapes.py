@@ -1,0 +1,75 @@
+"""cityscapes:PATH[SPLIT]: leftImg8bit and gtFine, 19 classes by train id."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.readers import files, framing
+from datasetdm_fast.readers.labelled import IGNORED, Picture
+from datasetdm_fast.readers.pictures import PictureSource
+
+CITYSCAPES_CLASSES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider"),
+    *("car", "truck", "bus", "train", "motorcycle", "bicycle"),
+)
+TRAIN_IDS = dict(zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19)))  # label id -> train id
+MOST_LABELS = 34  # label ids 0 to 33, and -1 for number plates, which a PNG cannot hold
+FIRST_THING = 11
+
+
+class Cityscapes(PictureSource):
+    """Label maps by train id, or by label id where only the download itself is there; instances where instanceIds are."""
+
+    classes = CITYSCAPES_CLASSES
+    thing_classes = CITYSCAPES_CLASSES[FIRST_THING:]
+    rule = framing.RULES["cityscapes"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path, folder = path, path / "leftImg8bit" / split
+        self.images = [image for image in files.listing(folder, "_leftimg8bit.png")]
+        self.truth = path / "gtFine" / split
+        has_things = self._beside(self.images[0], "instanceIds").exists()
+        self.tasks = ("semantic", *(("instance",) if has_things else ()), "open-vocabulary")
+        super().__init__(size, len(self.images))
+
+    def name(self, record: int) -> str:
+        return str(self.images[record])
+
+    def _beside(self, image: Path, kind: str) -> Path:
+        return self.truth / image.parent.name / f"{image.name.removesuffix('_leftImg8bit.png')}_gtFine_{kind}.png"
+
+    def picture(self, record: int) -> Picture:
+        path = self.images[record]
+        image = files.colour_image(path)
+        labels = self._labels(path, image.shape)
+        masks, kinds = self._things(path, image.shape) if "instance" in self.tasks else (None, ())
+        names = ",".join(self.classes[k] for k in np.unique(labels) if k != IGNORED)
+        return Picture(path.stem, image, f"a photo of a {names}, the urban street", labels, masks, kinds)
+
+    def _labels(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+        train_ids = self._beside(path, "labelTrainIds")
+        if train_ids.exists() or not (label_ids := self._beside(path, "labelIds")).exists():
+            return files.label_map(train_ids, shape, self.classes)
+        found = files.numbers(label_ids, shape)
+        files.check_numbers(label_ids, found, MOST_LABELS)
+        table = np.full(256, IGNORED, np.uint8)
+        table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
+        return table[found]
+
+    def _things(self, path: Path, shape: tuple[int, ...]) -> tuple[list, list[int]]:
+        numbers = self._beside(path, "instanceIds")
+        found = files.numbers(numbers, shape)
+        masks, kinds = [], []
+        for k in np.unique(found):
+            if k < 1000:  # stuff, and groups of things that could not be told apart
+                continue
+            if not 0 <= k // 1000 < MOST_LABELS:
+                raise files.bad(numbers, f"the unknown class {k // 1000} of instance {k}")
+            kind = TRAIN_IDS.get(int(k) // 1000, -1) - FIRST_THING
+            if kind >= 0:
+                masks.append(partial(np.equal, found, k))
+                kinds.append(kind)
+        return masks, kinds

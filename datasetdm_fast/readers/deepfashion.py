@@ -1,0 +1,49 @@
+"""deepfashion-mm:PATH: images, segm and captions.json of DeepFashion-MultiModal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast import untrusted
+from datasetdm_fast.readers import files, framing
+from datasetdm_fast.readers.labelled import Picture
+from datasetdm_fast.readers.pictures import PictureSource
+
+DEEPFASHION_CLASSES = (
+    *("background", "top", "outer", "skirt", "dress", "pants", "leggings", "headwear", "eyeglass", "neckwear", "belt", "footwear", "bag", "hair", "face"),
+    *("skin", "ring", "wrist wearing", "socks", "gloves", "necklace", "rompers", "earrings", "tie"),
+)
+
+
+class DeepFashion(PictureSource):
+    """Every label map of segm has its image and, where captions.json is there, its caption."""
+
+    classes = DEEPFASHION_CLASSES
+    thing_classes = DEEPFASHION_CLASSES[1:]
+    tasks = ("semantic", "open-vocabulary")
+    rule = framing.RULES["deepfashion"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path, self.maps = path, files.listing(path / "segm", "_segm.png")
+        captions = path / "captions.json"
+        self.captions = untrusted.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else None
+        super().__init__(size, len(self.maps))
+
+    def name(self, record: int) -> str:
+        return str(self.path / "images" / f"{self._stem(record)}.jpg")
+
+    def _stem(self, record: int) -> str:
+        return self.maps[record].name.removesuffix("_segm.png")
+
+    def picture(self, record: int) -> Picture:
+        path, stem = self.maps[record], self._stem(record)
+        image = files.colour_image(self.path / "images" / f"{stem}.jpg")
+        labels = files.label_map(path, image.shape, self.classes)
+        caption = files.photo_of([self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes)])
+        if self.captions is not None:
+            caption = self.captions.get(f"{stem}.jpg", self.captions.get(stem))
+            if not isinstance(caption, str):
+                raise files.bad(self.path / "captions.json", f"no caption for {stem}.jpg")
+        return Picture(stem, image, caption, labels)

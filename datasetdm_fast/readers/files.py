@@ -1,0 +1,123 @@
+"""Images, label maps, depth maps and lists of a data set; what is wrong with one is said with its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast import storage, untrusted
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers.labelled import IGNORED
+
+LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
+LARGEST_LIST = 64 * 2**20  # bytes
+MEND = "Mend it, take it out of the data set, or pass --skip-bad to go on without it."
+
+
+def bad(path: Path | str, reason: str) -> Refused:
+    """The refusal of one file."""
+    return Refused(f"{path}: {reason}", MEND)
+
+
+def colour_image(path: Path) -> np.ndarray:
+    """[H, W, 3] uint8 of a PNG or JPEG file with sides of 16 to 16,384 pixels."""
+    image = untrusted.read_image(path)
+    check_sides(path, image.size)
+    if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1"):
+        raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
+    return np.asarray(image.convert("RGB"))
+
+
+def check_sides(path: Path | str, size: tuple[int, int]) -> None:
+    if not all(LEAST_SIDE <= side <= MOST_SIDE for side in size):
+        raise bad(path, f"{size[0]} x {size[1]} pixels, expected sides of {LEAST_SIDE} to {MOST_SIDE}")
+
+
+def numbers(path: Path, shape: Sequence[int]) -> np.ndarray:
+    """[H, W] whole numbers of a PNG with one channel or a palette; it must be as large as its image."""
+    image = untrusted.read_image(path)
+    if image.mode not in ("L", "P", "1", "I", "I;16"):
+        raise bad(path, f"its pixels are {image.mode}, expected one number each")
+    found = np.asarray(image).astype(np.int32)
+    if found.shape != tuple(shape[:2]):
+        raise bad(path, f"{found.shape[1]} x {found.shape[0]} pixels, but its image has {shape[1]} x {shape[0]}")
+    return found
+
+
+def label_map(path: Path, shape: Sequence[int], classes: Sequence[str]) -> np.ndarray:
+    """[H, W] uint8 class numbers, 255 = ignore; a number that names no class is refused."""
+    found = numbers(path, shape)
+    check_numbers(path, found, len(classes))
+    return found.astype(np.uint8)
+
+
+def check_numbers(path: Path | str, found: np.ndarray, classes: int) -> None:
+    unknown = [int(value) for value in np.unique(found) if value != IGNORED and not 0 <= value < classes]
+    if unknown:
+        raise bad(path, f"the unknown class {unknown[0]}, expected 0 to {classes - 1}, or {IGNORED} for pixels to ignore")
+
+
+def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -> np.ndarray:
+    """[H, W] float32 metres of a 16-bit PNG with `units` to the metre; 0 where it is unknown or beyond `farthest`."""
+    metres = numbers(path, shape).astype(np.float32) / units
+    return np.where(metres <= farthest, metres, 0).astype(np.float32)
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not empty."""
+    try:
+        text = storage.read(path, LARGEST_LIST).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise bad(path, f"not UTF-8 at byte {error.start}") from error
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise bad(path, "no line in it")
+    return found
+
+
+def inside(root: Path, name: str, listed_in: Path | str) -> Path:
+    """The file of that name below a folder, whoever wrote the name."""
+    try:
+        return root / untrusted.check_inside(name)
+    except ValueError as error:
+        raise bad(listed_in, str(error)) from error
+
+
+def listing(folder: Path, *endings: str) -> list[Path]:
+    """The files of a folder and its sub-folders with one of the endings, sorted by name."""
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_cannot_list):
+        folders.sort()
+        found += [Path(place, name) for name in names if name.lower().endswith(endings) and not name.startswith(".")]
+    if not found:
+        raise Refused(f"{folder}: no file that ends in {' or '.join(endings)}", "Give the folder of the data set itself.")
+    return sorted(found)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise storage.refusal(error, error.filename) from error
+
+
+def first_there(*paths: Path) -> Path:
+    """The first path that exists."""
+    for path in paths:
+        if path.exists():
+            return path
+    others = f", nor {', '.join(map(str, paths[1:]))}" if len(paths) > 1 else ""
+    raise Refused(f"{paths[0]}: not there{others}", "Give the data set's own folder, laid out as it was published.")
+
+
+def class_file(path: Path) -> tuple[str, ...]:
+    """Class names, one a line in the order of their numbers."""
+    names = lines(path)
+    if len(set(names)) < len(names) or max(map(len, names)) > 200:
+        raise bad(path, "its names are not short and different, one a line")
+    return tuple(names)
+
+
+def photo_of(names: Sequence[str]) -> str:
+    """Upstream's prompt, for every class there is instead of a random one."""
+    return "a photo of " + ", ".join(f"a {name.replace('_', ' ')}" for name in names) if names else "a photo"

@@ -1,0 +1,66 @@
+"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both; classes.txt names what the masks' numbers mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast import untrusted
+from datasetdm_fast.readers import files, framing
+from datasetdm_fast.readers.labelled import IGNORED, Picture
+from datasetdm_fast.readers.pictures import PictureSource
+
+
+class Folder(PictureSource):
+    """images, masks or semantic, depth; a split is a sub-folder of PATH. captions.json, {ID: text}, and max_depth.txt, metres, may lie beside them."""
+
+    rule = framing.RULES["voc"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path = path = path / split if (path / split).is_dir() else path
+        self.images = files.listing(path / "images", ".jpg", ".jpeg", ".png")
+        self.maps = path / "semantic" if (path / "semantic").is_dir() else path / "masks"
+        self.depths = path / "depth"
+        has_maps, has_depth = self.maps.is_dir(), self.depths.is_dir()
+        if not has_maps and not has_depth:
+            raise files.bad(path, "neither masks nor depth beside images")
+        if has_maps:
+            self.classes = files.class_file(files.first_there(path / "classes.txt", path.parent / "classes.txt"))
+            if len(self.classes) > IGNORED:
+                raise files.bad(path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}")
+            self.thing_classes = tuple(name for k, name in enumerate(self.classes) if k or name not in ("background", "none"))
+        if has_depth:
+            self.max_depth = _metres(path / "max_depth.txt")
+        self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
+        captions = path / "captions.json"
+        self.captions = untrusted.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else {}
+        super().__init__(size, len(self.images))
+
+    def name(self, record: int) -> str:
+        return str(self.images[record])
+
+    def picture(self, record: int) -> Picture:
+        path = self.images[record]
+        image = files.colour_image(path)
+        labels = files.label_map(self.maps / f"{path.stem}.png", image.shape, self.classes) if self.classes else None
+        depth = files.depth_map(self.depths / f"{path.stem}.png", image.shape, 1000, self.max_depth) if self.max_depth else None
+        caption = self.captions.get(path.stem)
+        if caption is None:
+            caption = files.photo_of([name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)])
+        if not isinstance(caption, str):
+            raise files.bad(self.path / "captions.json", f"the caption of {path.stem} is no text")
+        return Picture(path.stem, image, caption, labels, depth=depth)
+
+
+def _metres(path: Path) -> float:
+    """The farthest depth that counts; 10 m, as indoors, where the file is not there."""
+    if not path.exists():
+        return 10.0
+    try:
+        metres = float(files.lines(path)[0])
+    except ValueError:
+        metres = 0.0
+    if not 0 < metres <= 65.535:
+        raise files.bad(path, "no number of metres up to 65.535, what 16 bits of millimetres hold")
+    return metres

@@ -1,0 +1,136 @@
+"""A labelled image as its data set stores it, the same at the model's size, and what every data set offers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from datasetdm_fast.errors import Missing, Refused
+
+IGNORED = 255
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A real image with whatever truth its data set holds."""
+
+    id: str
+    image: np.ndarray  # [H, W, 3] uint8
+    caption: str
+    semantic: np.ndarray | None = None  # [H, W] uint8, 255 = ignore
+    masks: np.ndarray | None = None  # [N, H, W] bool
+    mask_classes: np.ndarray | None = None  # [N] index into the source's thing_classes
+    depth: np.ndarray | None = None  # [H, W] float32 metres, 0 = unknown
+    keypoints: np.ndarray | None = None  # [P, J, 3]: x, y, visibility 0..2
+    keypoint_boxes: np.ndarray | None = None  # [P, 4]: x, y, width, height
+    keypoint_areas: np.ndarray | None = None  # [P] pixels
+    crowds: np.ndarray | None = None  # [C, H, W] bool: many things in one mask, neither right nor wrong to find
+    crowd_classes: np.ndarray | None = None  # [C]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The same at its own size, places in pixels from the outer edge of the first one; masks are made one at a time, as a file may hold thousands."""
+
+    id: str
+    image: np.ndarray  # [H, W, 3] uint8
+    caption: str
+    semantic: np.ndarray | None = None  # [H, W] uint8, 255 = ignore
+    masks: Sequence[Callable[[], np.ndarray]] | None = None  # each [H, W] bool
+    mask_classes: Sequence[int] = ()
+    crowds: Sequence[Callable[[], np.ndarray]] = ()
+    crowd_classes: Sequence[int] = ()
+    depth: np.ndarray | None = None  # [H, W] float32 metres, 0 = unknown
+    keypoints: np.ndarray | None = None  # [P, J, 3]
+    keypoint_boxes: np.ndarray | None = None  # [P, 4]
+    keypoint_areas: np.ndarray | None = None  # [P]
+    person: tuple[float, float, float, float] | None = None  # the box x, y, width, height to look at instead of the whole
+
+
+class Source:
+    """A data set: its vocabulary, its length and its items in a fixed order.
+
+    With `skip_bad`, iteration leaves out what cannot be read and lists it in `skipped`; an index always raises.
+    """
+
+    classes: tuple[str, ...] = ()
+    thing_classes: tuple[str, ...] = ()
+    joints: tuple[str, ...] = ()
+    limbs: tuple[tuple[int, int], ...] = ()
+    max_depth: float = 0.0
+    tasks: tuple[str, ...] = ()  # those it has truth for
+    framing: str = "fit"
+    skip_bad: bool = False
+    least_mask: float = 1.0  # pixels at the model's size: smaller masks are dropped
+
+    def __init__(self, size: int, count: int):
+        self.size = size
+        self.order: Sequence[int] = range(count)
+        self.skipped: dict[str, str] = {}  # name -> reason
+
+    def name(self, record: int) -> str:
+        """How messages call a record: a file."""
+        raise NotImplementedError
+
+    def load(self, record: int, seed: int | None) -> Labelled:
+        """A record at the model's size; with a seed, the part of it that upstream's rule draws."""
+        raise NotImplementedError
+
+    def areas(self, record: int) -> dict[str, int]:
+        """Pixels of each class a record shows, at its own size: of all its pixels in a label map, of its largest mask among things."""
+        raise NotImplementedError
+
+    def is_centred(self, record: int) -> bool:
+        """Whether a person's joints lie around the centre of its box; data without persons have no say."""
+        return True
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Labelled:
+        if not 0 <= index < len(self.order):
+            raise IndexError(index)
+        return self.guarded(self.load, self.order[index], index if self.framing == "upstream" else None)
+
+    def __iter__(self) -> Iterator[Labelled]:
+        for index in range(len(self)):
+            try:
+                item = self[index]
+            except Refused as stop:
+                if not self.skip_bad:
+                    raise
+                self.skipped[self.name(self.order[index])] = stop.cause
+                continue
+            yield item
+
+    def drawn(self, index: int, seed: int) -> Labelled:
+        """Item `index` in another scale and crop, drawn by upstream's augmentation rule from the seed alone."""
+        return self.guarded(self.load, self.order[index], seed)
+
+    def narrowed(self, indices: Sequence[int]) -> Source:
+        """The same data set with only these items, in this order."""
+        fewer = copy.copy(self)
+        fewer.order = [self.order[index] for index in indices]
+        return fewer
+
+    def readable(self) -> Source:
+        """The same data set with only the items that can be read; the others are listed in `skipped`."""
+        found = []
+        for index, record in enumerate(self.order):
+            try:
+                self[index]
+            except Refused as stop:
+                self.skipped[self.name(record)] = stop.cause
+            else:
+                found.append(index)
+        return self.narrowed(found)
+
+    def guarded(self, read: Callable, *arguments):
+        """What `read` returns; a file that is not there is bad data like any other."""
+        try:
+            return read(*arguments)
+        except Missing as stop:
+            raise Refused(stop.cause, stop.remedy) from stop

@@ -1,0 +1,52 @@
+"""nyu:PATH[SPLIT]: NYU Depth v2 as the depth benchmarks lay it out, millimetres in 16-bit PNG."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from datasetdm_fast import untrusted
+from datasetdm_fast.readers import files, framing
+from datasetdm_fast.readers.labelled import Picture
+from datasetdm_fast.readers.pictures import PictureSource
+
+FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits", "")}
+
+
+class Nyu(PictureSource):
+    """train_list.txt and test_list.txt name an image, its depth and a focal length a line; a scene must be of a class of nyu_class_list.json."""
+
+    max_depth = 10.0
+    tasks = ("depth",)
+    rule = framing.RULES["nyu"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        split = "test" if split == "val" else split
+        self.list = path / f"{split}_list.txt"
+        self.folder = files.first_there(*(path / folder for folder in FOLDERS.get(split, (split,))))
+        rows = [line.split() for line in files.lines(self.list)]
+        for number, row in enumerate(rows, 1):
+            if len(row) < 2:
+                raise files.bad(self.list, f"line {number} names no image and depth")
+        self.rows = [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows if row[1] != "None"]
+        kinds = path / "nyu_class_list.json"
+        self.kinds: tuple[str, ...] = ()
+        if kinds.exists():
+            listed = untrusted.read_json(kinds)
+            if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
+                raise files.bad(kinds, "no list of scene names")
+            self.kinds = tuple(listed)
+        super().__init__(size, len(self.rows))
+
+    def name(self, record: int) -> str:
+        return str(self.folder / self.rows[record][0])
+
+    def picture(self, record: int) -> Picture:
+        said, depth = self.rows[record]
+        scene = Path(said).parent.name
+        if self.kinds and not any(kind in scene for kind in self.kinds):
+            raise files.bad(self.list, f"{untrusted.shown(said)} is of no scene that nyu_class_list.json names")
+        image = files.colour_image(files.inside(self.folder, said, self.list))
+        metres = files.depth_map(files.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)
+        place = re.sub(r"_\d+\w*$", "", scene).replace("_", " ").strip()
+        return Picture(said.removesuffix(Path(said).suffix).replace("/", "_"), image, f"a photo of a {place or 'room'}", depth=metres)

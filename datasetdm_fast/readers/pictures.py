@@ -1,0 +1,61 @@
+"""What readers of image files share: a picture is loaded, framed, and the labels that follow from others are made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from datasetdm_fast.readers import framing
+from datasetdm_fast.readers.labelled import IGNORED, Labelled, Picture, Source
+
+MOST_SEMANTIC = 255  # classes of an 8-bit label map
+
+
+class PictureSource(Source):
+    """A data set of pictures at their own sizes."""
+
+    rule = framing.Rule()
+
+    def picture(self, record: int) -> Picture:
+        raise NotImplementedError
+
+    def load(self, record: int, seed: int | None) -> Labelled:
+        picture = self.picture(record)
+        height, width = picture.image.shape[:2]
+        if seed is not None:
+            window = framing.drawn(self.rule, picture, self.size, seed)
+        elif picture.person:
+            window = framing.around(picture.person, self.size)
+        else:
+            window = framing.fitted(height, width, self.size)
+        return self.completed(framing.framed(picture, window, self.size, self.least_mask))
+
+    def completed(self, item: Labelled) -> Labelled:
+        """Class masks from a label map, or a label map from masks, where the data set stores one of the two."""
+        if item.masks is None and item.semantic is not None and self.thing_classes:
+            present = [k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()]
+            masks = [item.semantic == self.classes.index(self.thing_classes[k]) for k in present]
+            masks = np.stack(masks) if masks else np.zeros((0, self.size, self.size), bool)
+            return replace(item, masks=masks, mask_classes=np.array(present, np.int64))
+        if item.semantic is None and item.masks is not None and "semantic" in self.tasks:
+            labels = np.zeros((self.size, self.size), np.uint8)
+            for crowd in item.crowds:
+                labels[crowd] = IGNORED
+            for k in np.argsort([-mask.sum() for mask in item.masks], kind="stable"):  # small things lie on large ones
+                labels[item.masks[k]] = item.mask_classes[k] + 1
+            return replace(item, semantic=labels)
+        return item
+
+    def areas(self, record: int) -> dict[str, int]:
+        picture = self.picture(record)
+        if picture.masks is not None:
+            found: dict[str, int] = {}
+            for make, k in zip(picture.masks, picture.mask_classes):
+                name = self.thing_classes[k]
+                found[name] = max(found.get(name, 0), int(make().sum()))
+            return found
+        if picture.semantic is None:
+            return {}
+        counts = np.bincount(picture.semantic.ravel(), minlength=256)
+        return {name: int(counts[k]) for k, name in enumerate(self.classes) if counts[k] and (name in self.thing_classes or not self.thing_classes)}

@@ -1,0 +1,121 @@
+"""Which of a data set's images teach: limits per class, smallest areas, zero-shot and long-tail splits; upstream's values by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers.framing import UPSTREAM_SIDE
+from datasetdm_fast.readers.labelled import Source
+from datasetdm_fast.readers.voc import VOC_CLASSES
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Images are gone through in order; each counts for the first class that is large enough in it and still short of images."""
+
+    per_class: int = 0  # images for each class, 0 = no limit
+    min_area: int = 0  # pixels; a class counts where it covers more
+    most: int = 0  # images in all, 0 = no limit
+    classes: tuple[str, ...] = ()  # the only ones that may be shown, apart from the background
+    is_single: bool = False  # images of one class alone
+    tail: tuple[str, ...] = ()  # classes with a limit of their own
+    tail_per_class: int = 0
+    is_shuffled: bool = False
+    is_centred: bool = False  # persons whose joints lie around the centre of their box
+    min_instance: int = 0  # pixels at 512 x 512: smaller masks are dropped
+    seed: int = 42
+
+    @property
+    def is_everything(self) -> bool:
+        chooses = self.per_class or self.min_area or self.most or self.classes or self.is_single or self.tail or self.is_shuffled or self.is_centred
+        return not chooses
+
+
+EVERYTHING = Selection()
+SEEN, UNSEEN = VOC_CLASSES[1:16], VOC_CLASSES[16:]
+PRESETS = {
+    "voc": Selection(per_class=11, min_area=18000, is_single=True),
+    "voc-zero-shot": Selection(per_class=30, min_area=18000, classes=SEEN),
+    "voc-long-tail": Selection(per_class=20, min_area=18000, tail=VOC_CLASSES[11:], tail_per_class=2),
+    "cityscapes": Selection(per_class=10, min_area=10000),
+    "deepfashion": Selection(per_class=5),
+    "coco": Selection(per_class=50, min_area=10000, min_instance=500),
+    "lvis": Selection(per_class=1, min_area=50, min_instance=500),
+    "kitti": Selection(most=200, is_shuffled=True),
+    "vkitti2": Selection(),
+    "nyu": Selection(most=250, is_shuffled=True),
+    "coco-pose": Selection(most=800, is_centred=True),
+}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The flags of every command that reads labelled images."""
+
+    select: str = setting("", "upstream's choice of images for a data set: " + ", ".join(PRESETS), choices=tuple(PRESETS), metavar="NAME")
+    limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N")
+    min_area: int = setting(0, "pixels a class must cover to count, 0 = as --select says", metavar="N")
+    limit_images: int = setting(0, "images in all, 0 = as --select says or all", metavar="N")
+    only_classes: tuple[str, ...] = setting((), "leave out images that show any other class, comma-separated", metavar="LIST")
+    framing: str = setting("fit", "the middle square of each image, or a part drawn by upstream's rule", choices=("fit", "upstream"))
+    skip_bad: bool = setting(False, "count and list images that cannot be read instead of stopping at the first")
+
+    def selection(self) -> Selection:
+        """The preset with what other flags change of it."""
+        for name in ("limit_per_class", "min_area", "limit_images"):
+            if getattr(self, name) < 0:
+                raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is less than 0")
+        changes = {"per_class": self.limit_per_class, "min_area": self.min_area, "most": self.limit_images, "classes": self.only_classes}
+        return replace(PRESETS.get(self.select, EVERYTHING), **{name: value for name, value in changes.items() if value})
+
+
+def selected(source: Source, selection: Selection) -> Source:
+    """The data set narrowed to what the selection chooses; images are read one by one, and no further than needed."""
+    source.least_mask = max(1.0, selection.min_instance * (source.size / UPSTREAM_SIDE) ** 2)
+    if selection.is_everything:
+        return source
+    known = source.thing_classes or source.classes
+    if unknown := [name for name in (*selection.classes, *selection.tail) if name not in known]:
+        raise Refused(f"selection: the data set has no class {unknown[0]!r}", f"It has {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}.")
+    chosen = source.narrowed(list(_chosen(source, selection)))
+    if not len(chosen):
+        raise Refused(f"selection: none of {len(source)} images is chosen", "Allow smaller areas or more classes.")
+    return chosen
+
+
+def _chosen(source: Source, selection: Selection) -> Iterator[int]:
+    order = np.random.default_rng(selection.seed).permutation(len(source)) if selection.is_shuffled else range(len(source))
+    known = selection.classes or source.thing_classes or source.classes
+    limits = {name: selection.tail_per_class if name in selection.tail else selection.per_class for name in known}
+    has_limits = any(limits.values())
+    needs_areas = has_limits or selection.min_area or selection.classes or selection.is_single
+    counts, total = Counter(), 0
+    for index in map(int, order):
+        if selection.most and total == selection.most:
+            return
+        if has_limits and all(limits.values()) and all(counts[name] == limit for name, limit in limits.items()):
+            return
+        record = source.order[index]
+        try:
+            areas = source.guarded(source.areas, record) if needs_areas else {}
+            is_centred = not selection.is_centred or source.guarded(source.is_centred, record)
+        except Refused as stop:
+            if not source.skip_bad:
+                raise
+            source.skipped[source.name(record)] = stop.cause
+            continue
+        if not is_centred or (selection.classes and set(areas) - set(selection.classes)) or (selection.is_single and len(areas) > 1):
+            continue
+        if needs_areas:
+            fitting = (name for name in known if areas.get(name, 0) > selection.min_area and not 0 < limits[name] <= counts[name])
+            if (name := next(fitting, None)) is None:
+                continue
+            counts[name] += 1
+        total += 1
+        yield index

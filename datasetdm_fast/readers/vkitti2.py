@@ -1,0 +1,45 @@
+"""vkitti2:PATH[SCENES]: Virtual KITTI 2, centimetres in 16-bit PNG; SCENES such as Scene01,Scene20, all of them where none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers import files, framing
+from datasetdm_fast.readers.kitti import CAPTION
+from datasetdm_fast.readers.labelled import Picture
+from datasetdm_fast.readers.pictures import PictureSource
+
+
+class VirtualKitti(PictureSource):
+    """Image/Scene*/.../rgb/... beside Depth/Scene*/.../depth/..., or both below one folder; beyond 80 m counts as unknown.
+
+    Metres are the file's centimetres; upstream stretches the sensor's 655 m to its 80 instead.
+    """
+
+    max_depth = 80.0
+    tasks = ("depth",)
+    rule = framing.RULES["vkitti2"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path = path
+        self.images, self.depths = (path / "Image", path / "Depth") if (path / "Image").is_dir() else (path, path)
+        scenes = [] if split == "train" else split.split(",")
+        if absent := [scene for scene in scenes if not (self.images / scene).is_dir()]:
+            raise Refused(f"{self.images}: no scene {absent[0]!r}", "Name scenes as their folders are called, or none for all.")
+        found = files.listing(self.images, ".jpg")
+        below = [image.relative_to(self.images) for image in found]
+        self.rows = [name for name in below if "rgb" in name.parts and (not scenes or name.parts[0] in scenes)]
+        if not self.rows:
+            raise Refused(f"{self.images}: no image below a folder rgb", "Give the folder that holds Scene01, Scene02 and so on.")
+        super().__init__(size, len(self.rows))
+
+    def name(self, record: int) -> str:
+        return str(self.images / self.rows[record])
+
+    def picture(self, record: int) -> Picture:
+        said = self.rows[record]
+        image = files.colour_image(self.images / said)
+        depth = str(said).replace("rgb", "depth").removesuffix(".jpg") + ".png"
+        metres = files.depth_map(self.depths / depth, image.shape, 100, self.max_depth)
+        return Picture(str(said.with_suffix("")).replace("/", "_"), image, CAPTION, depth=metres)

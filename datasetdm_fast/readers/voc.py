@@ -1,0 +1,76 @@
+"""voc:PATH[SPLIT]: PASCAL VOC 2012, with SegmentationClassAug where it is there."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast import untrusted
+from datasetdm_fast.readers import files, framing
+from datasetdm_fast.readers.labelled import IGNORED, Picture
+from datasetdm_fast.readers.pictures import PictureSource
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike"),
+    *("person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+
+class Voc(PictureSource):
+    """JPEGImages, label maps (grey or palette), and for instances SegmentationObject; a file in Annotations must agree with its picture."""
+
+    classes = VOC_CLASSES
+    thing_classes = VOC_CLASSES[1:]
+    rule = framing.RULES["voc"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        self.path = path
+        lists = (path / "splits" / f"{split}_aug.txt", path / "splits" / f"{split}.txt", path / "ImageSets" / "Segmentation" / f"{split}.txt")
+        self.list = files.first_there(*lists)
+        self.ids = [Path(line.split()[0]).stem for line in files.lines(self.list)]
+        self.maps = files.first_there(path / "SegmentationClassAug", path / "SegmentationClass")
+        self.objects = path / "SegmentationObject"
+        self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()
+        self.tasks = ("semantic", *(("instance",) if self.has_objects else ()), "open-vocabulary")
+        super().__init__(size, len(self.ids))
+
+    def name(self, record: int) -> str:
+        return str(self.path / "JPEGImages" / f"{self.ids[record]}.jpg")
+
+    def picture(self, record: int) -> Picture:
+        name = self.ids[record]
+        image = files.colour_image(files.inside(self.path / "JPEGImages", f"{name}.jpg", self.list))
+        labels = files.label_map(self.maps / f"{name}.png", image.shape, self.classes)
+        self._check_annotation(name, image.shape)
+        masks, kinds = self._things(name, labels) if self.has_objects else (None, ())
+        caption = files.photo_of([self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)])
+        return Picture(name, image, caption, labels, masks, kinds)
+
+    def _things(self, name: str, labels: np.ndarray) -> tuple[list, list[int]]:
+        path = self.objects / f"{name}.png"
+        things = files.numbers(path, labels.shape)
+        masks, kinds = [], []
+        for k in np.unique(things):
+            if k in (0, IGNORED):
+                continue
+            below = labels[things == k]
+            counts = np.bincount(below[(below != 0) & (below != IGNORED)], minlength=1)
+            if not counts.any():
+                raise files.bad(path, f"object {k} lies on no class of {self.maps.name}")
+            masks.append(partial(np.equal, things, k))
+            kinds.append(int(counts.argmax()) - 1)
+        return masks, kinds
+
+    def _check_annotation(self, name: str, shape: tuple[int, ...]) -> None:
+        path = self.path / "Annotations" / f"{name}.xml"
+        if not path.exists():
+            return
+        root = untrusted.read_xml(path)
+        said = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
+        if said != [str(shape[1]), str(shape[0])]:
+            raise files.bad(path, f"says {untrusted.shown(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}")
+        for thing in root.iterfind("object"):
+            if (kind := (thing.findtext("name") or "").strip()) not in self.thing_classes:
+                raise files.bad(path, f"the unknown class {untrusted.shown(kind)}")

@@ -1,0 +1,45 @@
+"""The state of a training in one file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from datasetdm_fast import storage, untrusted
+from datasetdm_fast.errors import Refused
+
+NAME = "checkpoint.safetensors"
+
+
+def write(folder: Path, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Replaces the folder's checkpoint."""
+    storage.publish({folder / NAME: save(tensors, {"state": json.dumps(numbers)})})
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The folder's checkpoint, or None where there is none."""
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        untrusted.check_safetensors(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {})["state"])
+    except OSError as error:
+        raise storage.refusal(error, path) from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise Refused(f"{path}: not a checkpoint ({first})", "delete it to train from the start, or restore it from a copy") from error
+
+
+def remove(folder: Path) -> None:
+    """Deletes the folder's checkpoint, which nothing needs any more."""
+    try:
+        storage.through("unlink", (folder / NAME).unlink, True)
+    except OSError as error:
+        raise storage.refusal(error, folder / NAME) from error

@@ -1,0 +1,149 @@
+"""The images a decoder is not taught from: how it scores on them, and a page that shows its answers beside the truth."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from datasetdm_fast import label_files
+from datasetdm_fast.classes import colour
+from datasetdm_fast.data import Annotation
+from datasetdm_fast.gallery import depth_picture
+from datasetdm_fast.metrics import METRICS
+from datasetdm_fast.models.decoders import Decoder, fold
+from datasetdm_fast.readers import Labelled
+from datasetdm_fast.tasks import TASKS
+from datasetdm_fast.training.loop import Lessons, projected
+from datasetdm_fast.training.targets import target
+
+HEADLINE = {"semantic": "miou", "instance": "ap50", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
+LESS_IS_BETTER = ("depth",)
+SHOWN = 12  # images of the page
+LEAST = 10  # images below which none is held out
+
+
+def split(numbers: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The item numbers to learn from, and those held out, both in their order."""
+    count = round(share * len(numbers)) if len(numbers) >= LEAST else 0
+    count = min(max(count, 1), len(numbers) - 1) if share and len(numbers) >= LEAST else 0
+    chosen = set(np.random.default_rng([seed, len(numbers)]).permutation(len(numbers))[:count].tolist())
+    return [n for k, n in enumerate(numbers) if k not in chosen], [n for k, n in enumerate(numbers) if k in chosen]
+
+
+def answers(decoder: Decoder, lessons: Lessons, words: Tensor | None, size: int, device: torch.device, batch_size: int = 8) -> list[Annotation]:
+    """What a decoder in training says about each view, as it would once loaded."""
+    ready = fold(copy.deepcopy(decoder)).to(device)
+    config, found = ready.config, []
+    if config.task == "instance":
+        config = replace(config, score_threshold=0.0)  # AP ranks every candidate itself
+    asked = lessons.views.source.thing_classes if words is not None else ()
+    with torch.inference_mode():
+        for start in range(0, lessons.count, batch_size):
+            views = range(start, min(start + batch_size, lessons.count))
+            text = None if words is None else words.to(device)[None].expand(len(views), -1, -1)
+            raw = ready(projected(ready, [level.to(device) for level in lessons.captures.batch(views)]), text)
+            found += TASKS[config.task].postprocess(raw, config, size, **({"words": asked} if asked else {}))
+    return found
+
+
+def score(task: str, lessons: Lessons, found: Sequence[Annotation]) -> dict:
+    """The task's figures over the views."""
+    meter = METRICS[task](lessons.views.source)
+    for view, label in enumerate(found):
+        meter.add(lessons.views.item(view), label)
+    return meter.result()
+
+
+def is_better(task: str, value: float, best: float | None) -> bool:
+    return best is None or (value < best if task in LESS_IS_BETTER else value > best)
+
+
+def page(task: str, lessons: Lessons, found: Sequence[Annotation], facts: Mapping[str, object], figures: Mapping[str, object]) -> bytes:
+    """One HTML file: image, truth and answer of some held-out images, and the figures; it needs nothing else."""
+    rows = []
+    for view in range(min(lessons.count, SHOWN)):
+        item = lessons.views.item(view)
+        cells = "".join(
+            f'<img src="{_address(picture)}" alt="">' for picture in (item.image, truth_picture(task, lessons, item), answer_picture(item, found[view]))
+        )
+        rows.append(f"<figure>{cells}<figcaption>{html.escape(item.id)} &middot; {html.escape(item.caption)}</figcaption></figure>")
+    table = "".join(f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_plainly(value))}</td></tr>" for name, value in {**facts, **figures}.items())
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;background:#fff;color:#222}"
+        "img{width:32%;image-rendering:pixelated;margin-right:1%}figure{margin:0 0 1.5rem}figcaption{color:#666}"
+        "th{text-align:left;padding-right:2rem;font-weight:normal;color:#666;vertical-align:top}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{task} decoder</title><style>{style}</style>'
+        f"<h1>{task} decoder</h1><table>{table}</table><p>Image, truth and answer, on images it was not taught from.</p>{''.join(rows)}</html>\n"
+    ).encode()
+
+
+def _plainly(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _address(pixels: np.ndarray | Image.Image) -> str:
+    buffer = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def truth_picture(task: str, lessons: Lessons, item: Labelled) -> Image.Image:
+    if task == "semantic":
+        return _painted(item.semantic)
+    if task == "depth":
+        return depth_picture((item.depth * label_files.MILLIMETRES).astype(np.int32))
+    if task == "pose":
+        people = [(person[:, :2], person[:, 2] > 0) for person in item.keypoints]
+        return _skeletons(item.image, people, lessons.views.source.limbs)
+    truth = target(lessons.views.source, item, task)
+    return _masks(item.image, truth.masks.numpy(), truth.classes.numpy())
+
+
+def answer_picture(item: Labelled, found: Annotation) -> Image.Image:
+    if hasattr(found, "labels"):
+        return _painted(found.labels)
+    if hasattr(found, "metres"):
+        return depth_picture((found.metres * label_files.MILLIMETRES).astype(np.int32))
+    if hasattr(found, "points"):
+        return _skeletons(item.image, [(points[:, :2], seen > 0) for points, seen in zip(found.points, found.visibility)], found.limbs)
+    sure = found.scores >= 0.4
+    return _masks(item.image, found.masks[sure], found.class_ids[sure])
+
+
+def _painted(labels: np.ndarray) -> Image.Image:
+    table = np.array([colour(k) for k in range(256)], np.uint8)
+    return Image.fromarray(table[labels])
+
+
+def _masks(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.Image:
+    pixels = np.ascontiguousarray(image).astype(np.float32)
+    for k, mask in enumerate(masks):
+        pixels[mask] = 0.4 * pixels[mask] + 0.6 * np.array(colour(int(classes[k]) + 1 + 7 * k), np.float32)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _skeletons(image: np.ndarray, people: Sequence[tuple[np.ndarray, np.ndarray]], limbs: Sequence[tuple[int, int]]) -> Image.Image:
+    picture = Image.fromarray(np.ascontiguousarray(image)).copy()
+    pen = ImageDraw.Draw(picture)
+    for points, seen in people:
+        for a, b in limbs:
+            if seen[a] and seen[b]:
+                pen.line([tuple(points[a]), tuple(points[b])], fill=(255, 230, 0), width=2)
+        for (x, y), is_seen in zip(points, seen):
+            if is_seen:
+                pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(255, 60, 60))
+    return picture

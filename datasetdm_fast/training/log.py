@@ -1,0 +1,77 @@
+"""Losses and figures of a training: one JSON object a line, and TensorBoard's files where TensorBoard is installed."""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from datasetdm_fast import storage
+
+NAME = "log.jsonl"
+MOST_STEPS = 5000  # lines of losses a training writes at most
+LARGEST = 2**28  # bytes
+
+
+class Log:
+    """Appends to the log of a folder, from which whatever was written after step `done` is removed first."""
+
+    def __init__(self, folder: Path, done: int, is_writing: bool = True):
+        self.path, self.began = folder / NAME, time.monotonic()
+        self._file = self._board = None
+        if not is_writing:
+            return
+        lines = storage.read(self.path, LARGEST).splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step(line) <= done]
+        storage.publish({self.path: b"".join(line + b"\n" for line in kept)})
+        try:
+            self._file = storage.through("open", open, self.path, "a")
+        except OSError as error:
+            raise storage.refusal(error, self.path) from error
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def step(self, step: int, steps: int, loss: float, rate: float) -> None:
+        """The loss and the learning rate of a step of `steps`."""
+        if step % max(steps // MOST_STEPS, 1) == 0 or step == steps:
+            self._put({"step": step, "loss": loss, "rate": rate, "seconds": round(time.monotonic() - self.began, 2)})
+
+    def figure(self, step: int, name: str, value: float) -> None:
+        """A figure on the held-out images."""
+        self._put({"step": step, f"held_out_{name}": value})
+
+    def _put(self, values: dict) -> None:
+        if self._file is None:
+            return
+        try:
+            storage.through("write", self._file.write, json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise storage.refusal(error, self.path) from error
+        if self._board:
+            for name, value in values.items():
+                if name not in ("step", "seconds"):
+                    self._board.add_scalar(name, value, values["step"])
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            try:
+                self._file.close()
+            except OSError as error:
+                raise storage.refusal(error, self.path) from error
+        if self._board:
+            self._board.close()
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; a line that was cut short has none that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

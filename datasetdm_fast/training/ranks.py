@@ -1,0 +1,73 @@
+"""Several processes teaching one decoder, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from datasetdm_fast.errors import Missing
+
+PATIENCE = timedelta(hours=12)  # a process may wait this long for another to fill its part of the cache
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world` of them."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, tensors: Sequence[Tensor]) -> None:
+        """Sums each tensor over all processes, in place and in one message."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.detach().copy_(part.view_as(tensor))
+
+    def said(self, value: object) -> object:
+        """What the first process says."""
+        if self.world == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+SOLO = Ranks()
+
+
+def joined(device: str) -> tuple[Ranks, str]:
+    """This process's place among those of torchrun, and its device; alone where nothing started several."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return SOLO, device
+    is_cuda = device != "cpu" and torch.cuda.is_available()
+    if not dist.is_available():
+        raise Missing("torchrun: this torch was built without torch.distributed", "run the command without torchrun")
+    if is_cuda:
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=PATIENCE)
+    return Ranks(dist.get_rank(), world), device if is_cuda else "cpu"
+
+
+def leave(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        dist.destroy_process_group()

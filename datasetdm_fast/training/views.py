@@ -1,0 +1,104 @@
+"""Views: every image of a data set in several draws, each with its look, its noise and its truth, in a fixed order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers import Labelled, Source
+from datasetdm_fast.training.augment import Augmentation, look
+from datasetdm_fast.training.targets import Target, target
+
+QUIRKS = {
+    "Q11": "open vocabulary is taught with the first word's embedding, whatever word is asked",
+    "Q12": "every instance is of class 1, and its caption is always the same",
+    "Q13": "depth is taught from images in 0..1 where the autoencoder expects -1..1, under a constant caption",
+    "Q14": "pose is taught from images with red and blue exchanged",
+}
+TARGET_BYTES = 2**29  # of truth kept in memory; what is beyond is made again when it is needed
+
+ITEMS = 128  # labelled images kept in memory
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How images are shown to the network."""
+
+    draws: int = 12  # looks at each image
+    augmentation: Augmentation = Augmentation(flip=True)
+    captions: str = "true"  # or none
+    seed: int = 0
+    quirks: frozenset[str] = frozenset()
+
+
+class Views:
+    """View v is draw v % draws of image v // draws."""
+
+    def __init__(self, source: Source, numbers: Sequence[int], task: str, looks: Looks):
+        self.source, self.numbers, self.task, self.looks = source, tuple(numbers), task, looks
+        self._targets: dict[int, Target] = {}
+        self._read = lru_cache(ITEMS)(source.__getitem__)
+        self._room, self._lock = TARGET_BYTES, threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.numbers) * self.looks.draws
+
+    def item(self, view: int) -> Labelled:
+        """The labelled image as it is looked at."""
+        number, draw = self.numbers[view // self.looks.draws], view % self.looks.draws
+        return look(self.source, number, self.looks.augmentation, draw, self.looks.seed, self._read)
+
+    def items(self, image: int) -> list[Labelled]:
+        """All looks at one image."""
+        return [self.item(image * self.looks.draws + draw) for draw in range(self.looks.draws)]
+
+    def seed(self, view: int) -> int:
+        """Of the view's noise; it depends on the place in the data set, not on how many images are taken from it."""
+        draws = self.looks.draws
+        return self.looks.seed + self.numbers[view // draws] * draws + view % draws
+
+    def pixels(self, items: Sequence[Labelled]) -> Tensor:
+        """[B, H, W, 3] in 0..255, as the autoencoder is to see them."""
+        images = torch.from_numpy(np.stack([np.ascontiguousarray(item.image) for item in items]))
+        if self.has("Q14"):
+            images = images.flip(-1)
+        return images.float() / 2 + 127.5 if self.has("Q13") else images
+
+    def captions(self, items: Sequence[Labelled]) -> list[str]:
+        if self.has("Q13"):
+            return ["a photo of "] * len(items)
+        if self.has("Q12"):
+            return [f"a photo of {self.source.thing_classes[1]},"] * len(items)
+        return [item.caption if self.looks.captions == "true" else "" for item in items]
+
+    def has(self, quirk: str) -> bool:
+        """Whether one of upstream's mistakes is to be made with this task."""
+        return quirk in self.looks.quirks and QUIRK_TASK[quirk] == self.task
+
+    def target(self, view: int) -> Target:
+        with self._lock:
+            if view in self._targets:
+                return self._targets[view]
+        found = target(self.source, self.item(view), self.task, 1 if self.has("Q12") else None)
+        with self._lock:
+            if found.bytes <= self._room:
+                self._room -= found.bytes
+                self._targets[view] = found
+        return found
+
+
+QUIRK_TASK = {"Q11": "open-vocabulary", "Q12": "instance", "Q13": "depth", "Q14": "pose"}
+
+
+def check_quirks(quirks: Sequence[str], source: Source, tasks: Sequence[str]) -> frozenset[str]:
+    """The quirks, refused where the data cannot show them."""
+    if "Q12" in quirks and "instance" in tasks and len(source.thing_classes) < 2:
+        raise Refused(f"--quirks Q12: every instance would be of class 1, but the data set names {len(source.thing_classes)}", "leave Q12 out")
+    return frozenset(quirks)

@@ -1,0 +1,61 @@
+"""From a device to arrays, through page-locked memory: the copies of one call are waited for together, and only by the thread that asked."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+ALIGNMENT = 64  # bytes; more than any dtype needs
+LARGEST = 2**26  # bytes of page-locked memory a thread keeps; it can never be swapped out
+_own = threading.local()
+
+
+def to_host(*values: Tensor) -> list[np.ndarray]:
+    """The values as arrays of their own, or as views of tensors that lie in host memory already."""
+    if not values or values[0].device.type != "cuda":
+        return [value.cpu().numpy() for value in values]
+    found: list[np.ndarray] = []
+    for group in _groups(values):
+        found += _copied(group) if _size(group) <= LARGEST else [value.cpu().numpy() for value in group]
+    return found
+
+
+def _groups(values: tuple[Tensor, ...]) -> list[list[Tensor]]:
+    """The values in order, together as far as they fit into the buffer."""
+    groups: list[list[Tensor]] = []
+    for value in values:
+        if not groups or _size([*groups[-1], value]) > LARGEST:
+            groups.append([])
+        groups[-1].append(value)
+    return groups
+
+
+def _size(group: list[Tensor]) -> int:
+    return sum(-(-value.numel() * value.element_size() // ALIGNMENT) * ALIGNMENT for value in group)
+
+
+def _copied(group: list[Tensor]) -> list[np.ndarray]:
+    import torch
+
+    buffer, places, begin = _buffer(_size(group)), [], 0
+    for value in group:
+        end = begin + value.numel() * value.element_size()
+        place = buffer[begin:end].view(value.dtype).view(value.shape)
+        place.copy_(value, non_blocking=True)
+        places.append(place)
+        begin += _size([value])
+    torch.cuda.current_stream(group[0].device).synchronize()
+    return [place.numpy().copy() for place in places]
+
+
+def _buffer(size: int) -> Tensor:
+    """This thread's page-locked bytes, as many as the largest call so far needed."""
+    import torch
+
+    if getattr(_own, "bytes", None) is None or len(_own.bytes) < size:
+        _own.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return _own.bytes

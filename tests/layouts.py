@@ -1,0 +1,231 @@
+"""Three demo scenes in the folder layout of every data set that has a reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast import mask_rle
+from datasetdm_fast.demo import world
+from datasetdm_fast.models.decoder_config import COCO_JOINTS
+
+SIDE = 96  # pixels before a layout cuts its own rectangle out
+COUNT = 3
+
+
+def views() -> list[world.View]:
+    """Scenes with a person each."""
+    found = (view for view in (world.view(seed, SIDE) for seed in range(200)) if view.keypoints and len(np.unique(view.instance)) > 2)
+    return [next(found) for _ in range(COUNT)]
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def text(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def things_of(view: world.View) -> list[tuple[int, int, np.ndarray]]:
+    """Number, kind and mask of each thing in sight."""
+    numbers = [int(k) for k in np.unique(view.instance) if k]
+    return [(k, world.THINGS.index(view.scene.things[k - 1].kind), view.instance == k) for k in numbers]
+
+
+def voc(root: Path, is_augmented: bool = False) -> None:
+    for k, view in enumerate(views()):
+        name = f"2007_{k:06d}"
+        save(root / "JPEGImages" / f"{name}.jpg", view.image[:72], quality=95)
+        labels = np.where(view.semantic >= 2, view.semantic - 1, 0).astype(np.uint8)[:72]
+        labels[:2] = 255
+        if is_augmented:
+            save(root / "SegmentationClassAug" / f"{name}.png", labels)
+        else:
+            for folder, numbers in (("SegmentationClass", labels), ("SegmentationObject", np.where(labels == 255, 255, view.instance[:72]).astype(np.uint8))):
+                picture = Image.fromarray(numbers, "L").convert("P")
+                picture.putdata(numbers.ravel().tolist())
+                picture.putpalette([value for n in range(256) for value in (n, 255 - n, n // 2)])
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                picture.save(root / folder / f"{name}.png")
+            things = "".join(f"<object><name>{voc_name(kind)}</name></object>" for _, kind, _ in things_of(view))
+            text(root / "Annotations" / f"{name}.xml", f"<annotation><size><width>{SIDE}</width><height>72</height></size>{things}</annotation>")
+    names = [f"2007_{k:06d}" for k in range(COUNT)]
+    if is_augmented:
+        text(root / "splits" / "train_aug.txt", "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names))
+    else:
+        for split in ("train", "val"):
+            text(root / "ImageSets" / "Segmentation" / f"{split}.txt", "\n".join(names) + "\n")
+
+
+def voc_name(kind: int) -> str:
+    from datasetdm_fast.readers.voc import VOC_CLASSES
+
+    return VOC_CLASSES[kind + 1]
+
+
+def voc_augmented(root: Path) -> None:
+    voc(root, is_augmented=True)
+
+
+def coco(root: Path, split: str = "train2017") -> None:
+    images, things, people = [], [], []
+    for k, view in enumerate(views()):
+        name = f"{k + 1:012d}.jpg"
+        save(root / split / name, view.image[:, :80], quality=95)
+        images.append({"id": k + 1, "file_name": name, "width": 80, "height": SIDE, "coco_url": f"http://images.cocodataset.org/{split}/{name}"})
+        for number, kind, mask in things_of(view):
+            mask = np.ascontiguousarray(mask[:, :80])
+            encoded = mask_rle.encode(mask[None])
+            box = encoded.boxes[0].tolist()
+            row = {
+                "id": len(things) + 1,
+                "image_id": k + 1,
+                "category_id": kind + 1,
+                "area": float(mask.sum()),
+                "bbox": box,
+                "iscrowd": 0,
+            }
+            segmentation: object = encoded.rles[0]
+            if number % 2:
+                x, y, w, h = box
+                segmentation = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            things.append(row | {"segmentation": segmentation})
+            if number in view.keypoints and mask.any():
+                joints = np.zeros((len(COCO_JOINTS), 3))
+                joints[: len(world.JOINTS)] = view.keypoints[number]
+                joints[joints[:, 2] == 0] = 0
+                flat = [float(value) for value in np.round(joints, 2).ravel()]
+                person = {"keypoints": flat, "num_keypoints": int((joints[:, 2] > 0).sum())}
+                people.append(row | {"id": 1000 + len(people), "category_id": 1, "segmentation": segmentation} | person)
+    crowd = {"size": [SIDE, 80], "counts": [SIDE * 70, SIDE * 10]}
+    things.append({"id": 900, "image_id": 1, "category_id": 1, "area": 960.0, "bbox": [70, 0, 10, SIDE], "iscrowd": 1, "segmentation": crowd})
+    categories = [{"id": k + 1, "name": name, "supercategory": "é"} for k, name in enumerate(world.THINGS)]
+    text(
+        root / "annotations" / f"instances_{split}.json",
+        json.dumps({"info": {}, "images": images, "annotations": things, "categories": categories}, ensure_ascii=False),
+    )
+    person = [{"id": 1, "name": "person", "keypoints": list(COCO_JOINTS), "skeleton": []}]
+    text(root / "annotations" / f"person_keypoints_{split}.json", json.dumps({"images": images, "annotations": people, "categories": person}))
+
+
+def lvis(root: Path) -> None:
+    coco(root)
+    document = json.loads((root / "annotations" / "instances_train2017.json").read_text())
+    for image in document["images"]:
+        del image["file_name"]
+    document["annotations"] = [{k: v for k, v in row.items() if k != "iscrowd"} for row in document["annotations"] if not row["iscrowd"]]
+    text(root / "lvis_v1_train.json", json.dumps(document))
+
+
+def cityscapes(root: Path) -> None:
+    for k, view in enumerate(views()):
+        stem = f"aachen_{k:06d}_000019"
+        save(root / "leftImg8bit" / "train" / "aachen" / f"{stem}_leftImg8bit.png", view.image[24:72])
+        labels = np.where(view.semantic < 2, view.semantic, view.semantic + 9).astype(np.uint8)[24:72]
+        labels[-3:] = 255
+        instances = np.where(view.instance > 0, 26000 + view.instance.astype(np.int32), 7).astype(np.uint16)[24:72]  # every thing a car
+        folder = root / "gtFine" / "train" / "aachen"
+        save(folder / f"{stem}_gtFine_labelTrainIds.png", labels)
+        save(folder / f"{stem}_gtFine_instanceIds.png", instances)
+
+
+def nyu(root: Path) -> None:
+    rows = []
+    for k, view in enumerate(views()):
+        save(root / "sync" / "living_room_0001b" / f"rgb_{k:05d}.jpg", view.image[:72])
+        save(root / "sync" / "living_room_0001b" / f"sync_depth_{k:05d}.png", np.round(view.depth[:72] * 1000).astype(np.uint16))
+        rows.append(f"/living_room_0001b/rgb_{k:05d}.jpg /living_room_0001b/sync_depth_{k:05d}.png 518.8579\n")
+    text(root / "train_list.txt", "".join(rows))
+    text(root / "nyu_class_list.json", json.dumps(["kitchen", "living_room"]))
+
+
+def kitti(root: Path) -> None:
+    rows = ["2011_09_26/none.png None 721.5\n"]
+    for k, view in enumerate(views()):
+        save(root / "input" / "2011_09_26" / f"{k:010d}.png", view.image[48:80])
+        depth = np.round(view.depth[48:80] * 256).astype(np.uint16)
+        depth[::2] = 0  # a laser does not see every row
+        save(root / "gt_depth" / "drive_0001" / f"{k:010d}.png", depth)
+        rows.append(f"2011_09_26/{k:010d}.png drive_0001/{k:010d}.png 721.5377\n")
+    text(root / "kitti_eigen_train.txt", "".join(rows))
+
+
+def vkitti2(root: Path) -> None:
+    for k, view in enumerate(views()):
+        below = Path(f"Scene{k + 1:02d}") / "15-deg-left" / "frames"
+        save(root / "Image" / below / "rgb" / "Camera_0" / "rgb_00000.jpg", view.image[:64])
+        depth = np.round(view.depth[:64] * 100).astype(np.uint16)
+        depth[0] = 65535  # the sky
+        save(root / "Depth" / below / "depth" / "Camera_0" / "depth_00000.png", depth)
+
+
+def deepfashion(root: Path) -> None:
+    captions = {}
+    for k, view in enumerate(views()):
+        stem = f"MEN-Denim-id_{k:08d}-01_1_front"
+        save(root / "images" / f"{stem}.jpg", view.image[:, :64])
+        save(root / "segm" / f"{stem}_segm.png", view.semantic[:, :64])
+        captions[f"{stem}.jpg"] = view.caption
+    text(root / "captions.json", json.dumps(captions))
+
+
+def yolo(root: Path) -> None:
+    for k, view in enumerate(views()):
+        save(root / "images" / "train" / f"{k:06d}.jpg", view.image[:80])
+        rows = []
+        for _, kind, mask in things_of(view):
+            rows_there, columns_there = np.flatnonzero(mask[:80].any(1)), np.flatnonzero(mask[:80].any(0))
+            left, right, top, bottom = columns_there[0] / SIDE, (columns_there[-1] + 1) / SIDE, rows_there[0] / 80, (rows_there[-1] + 1) / 80
+            rows.append(f"{kind} {left:.6f} {top:.6f} {right:.6f} {top:.6f} {right:.6f} {bottom:.6f} {left:.6f} {bottom:.6f}\n")
+        text(root / "labels" / "train" / f"{k:06d}.txt", "".join(rows))
+    names = "".join(f"  {k}: {name}\n" for k, name in enumerate(world.THINGS))
+    text(root / "data.yaml", f"path: .\ntrain: images/train\nnames:\n{names}")
+
+
+def folder(root: Path) -> None:
+    for k, view in enumerate(views()):
+        save(root / "images" / f"scene {k}.png", view.image[:80])
+        save(root / "masks" / f"scene {k}.png", view.semantic[:80])
+        save(root / "depth" / f"scene {k}.png", np.round(view.depth[:80] * 1000).astype(np.uint16))
+    text(root / "classes.txt", "\n".join(world.CLASSES) + "\n")
+    text(root / "captions.json", json.dumps({f"scene {k}": view.caption for k, view in enumerate(views())}))
+
+
+def hf(root: Path) -> None:
+    import datasets
+
+    def pictures(name: str, suffix: str) -> list[str]:
+        return [str(root.parent / f"hf_files/{name}{k}.{suffix}") for k in range(COUNT)]
+
+    for view, image, label, depth in zip(views(), pictures("image", "jpg"), pictures("label", "png"), pictures("depth", "png")):
+        save(Path(image), view.image[:80])
+        save(Path(label), view.semantic[:80])
+        save(Path(depth), np.round(view.depth[:80] * 1000).astype(np.uint16))
+    columns = {"image": pictures("image", "jpg"), "label": pictures("label", "png"), "depth": pictures("depth", "png"), "text": [v.caption for v in views()]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image(), "depth": datasets.Image(), "text": datasets.Value("string")})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features=features)}).save_to_disk(str(root))
+    text(root / "id2label.json", json.dumps({str(k): name for k, name in enumerate(world.CLASSES)}))
+
+
+# name -> (address before the colon, what writes it, the tasks it has truth for)
+LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
+    "voc": ("voc", voc, ("semantic", "instance", "open-vocabulary")),
+    "voc-augmented": ("voc", voc_augmented, ("semantic", "open-vocabulary")),
+    "coco": ("coco", coco, ("semantic", "instance", "open-vocabulary", "pose")),
+    "lvis": ("lvis", lvis, ("semantic", "instance", "open-vocabulary")),
+    "cityscapes": ("cityscapes", cityscapes, ("semantic", "instance", "open-vocabulary")),
+    "nyu": ("nyu", nyu, ("depth",)),
+    "kitti": ("kitti", kitti, ("depth",)),
+    "vkitti2": ("vkitti2", vkitti2, ("depth",)),
+    "deepfashion-mm": ("deepfashion-mm", deepfashion, ("semantic", "open-vocabulary")),
+    "yolo-seg": ("yolo-seg", yolo, ("semantic", "instance", "open-vocabulary")),
+    "folder": ("folder", folder, ("semantic", "open-vocabulary", "depth")),
+    "hf": ("hf", hf, ("semantic", "open-vocabulary", "depth")),
+}

@@ -1,0 +1,87 @@
+"""The doctor answers on a sound machine and on any broken one, and never with a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from datasetdm_fast import doctor
+
+SECTIONS = {"package", "system", "libraries", "gpu", "torch", "engines", "sandbox", "caches", "disk", "self_test"}
+SECONDS = 240
+
+# A module of this name lies before the real one and does this when it is imported.
+BROKEN = {
+    "torch raises": ("torch", "raise RuntimeError('libcublas.so.13: undefined symbol \\x1b[31m')"),
+    "torch crashes": ("torch", "import os; os.kill(os.getpid(), 11)"),
+    "torch ends the process": ("torch", "import os; os._exit(0)"),
+    "torch is another thing": ("torch", "x = 1"),
+    "torch talks": ("torch", "print('datasetdm-doctor:{\"tor'); print('x' * 100000); raise ImportError"),
+    "numpy raises": ("numpy", "raise ImportError('numpy.core.multiarray failed to import')"),
+    "sqlite3 raises": ("sqlite3", "raise ImportError('No module named _sqlite3')"),
+}
+if os.environ.get("DATASETDM_LONG_TESTS"):
+    BROKEN |= {
+        "diffusers raises": ("diffusers", "raise SystemExit(5)"),
+        "pillow raises": ("PIL", "raise OSError(28, 'No space left on device')"),
+    }
+
+
+def ask(*arguments: str, path: str = "", **environment: str) -> subprocess.CompletedProcess:
+    variables = {**os.environ, **environment, **({"PYTHONPATH": path} if path else {})}
+    return subprocess.run([sys.executable, "-m", "datasetdm_fast.doctor", *arguments], capture_output=True, text=True, timeout=SECONDS, env=variables)
+
+
+def test_a_sound_machine():
+    ended = ask("--json")
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    found = json.loads(ended.stdout)
+    assert set(found) == SECTIONS and found["self_test"]["passed"] and found["self_test"]["problem"] == ""
+    assert found["torch"]["version"].startswith("2.") and found["libraries"]["torch"] and found["package"]["extension"]["problem"] == ""
+    engines = found["engines"]
+    assert engines["torch"]["runs"] and engines["fast"]["runs"]
+    assert all(engine["runs"] or (engine["cause"] and engine["remedy"]) for engine in engines.values())
+    assert all(cache["bytes"] >= 0 and cache["path"] for cache in found["caches"].values()) and all(free > 0 for free in found["disk"].values())
+    told = doctor.lines(found)
+    assert any(line.startswith("self-test      passed") for line in told) and all("\n" not in line for line in told)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_machine(case, tmp_path):
+    name, content = BROKEN[case]
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text(content)
+    if name == "sqlite3":  # which every command begins with, so that torch need not be loaded to see it
+        (tmp_path / "torch.py").write_text("raise ImportError")
+    ended = ask("--json", path=str(tmp_path))
+    assert ended.returncode == 3, ended.stdout[-2000:]
+    assert "Traceback" not in ended.stdout + ended.stderr and len(ended.stderr.splitlines()) == 2, ended.stderr
+    found = json.loads(ended.stdout)
+    assert set(found) == SECTIONS and not found["self_test"]["passed"] and found["self_test"]["problem"]
+    assert "\x1b" not in ended.stdout
+    if name == "torch":
+        assert not found["engines"]["torch"]["runs"] and found["engines"]["torch"]["cause"]
+    assert doctor.lines(found)
+
+
+def test_one_question_that_hangs_or_crashes_costs_no_other_answer():
+    questions = {
+        "first": "tell({'a': 1})",
+        "hangs": "import time; time.sleep(60)",
+        "crashes": "import os; os.kill(os.getpid(), 11)",
+        "raises": "raise ValueError('no')",
+        "silent": "pass",
+        "last": "tell({'b': 2})",
+    }
+    answers = doctor.ask(questions, patience=2)
+    assert answers["first"].values == {"a": 1} and answers["last"].values == {"b": 2}
+    assert answers["hangs"].problem == "no answer within 2 s" and answers["crashes"].problem == "crashed (SIGSEGV)"
+    assert answers["raises"].problem == "ValueError: no" and answers["silent"].problem
+
+
+def test_a_home_that_is_not_there(tmp_path):
+    found = doctor._caches()
+    assert all(set(cache) == {"path", "bytes", "files", "is_all"} for cache in found.values())
+    assert doctor._size(tmp_path / "none") == {"bytes": 0, "files": 0, "is_all": True} and doctor._free(tmp_path / "none") == -1

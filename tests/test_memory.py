@@ -1,0 +1,116 @@
+"""Batches that fit, and the forms of operations a device is given."""
+
+import pytest
+import torch
+
+from datasetdm_fast.engines import build_engine, memory, operations
+from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.kernels import geglu
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.models.plain import PLAIN
+
+
+class Memory:
+    """Holds `room` images."""
+
+    def __init__(self, room):
+        self.room, self.tried, self.forgot = room, [], 0
+
+    def run(self, size):
+        self.tried.append(size)
+        if size > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return f"{size} images"
+
+    def forget(self):
+        self.forgot += 1
+
+
+@pytest.mark.parametrize(("room", "size", "worked"), [(8, 8, 8), (5, 8, 4), (4, 7, 4), (1, 2, 1)])
+def test_a_batch_is_halved_once(room, size, worked):
+    held = Memory(room)
+    assert memory.halving(held.run, size, held.forget) == (f"{worked} images", worked)
+    assert held.tried == ([size] if worked == size else [size, worked]) and held.forgot == (worked < size)
+
+
+@pytest.mark.parametrize(("room", "size"), [(0, 1), (3, 8)])
+def test_what_fits_not_even_then_is_said_in_a_sentence(room, size):
+    held = Memory(room)
+    with pytest.raises(Missing, match="could not take"):
+        memory.halving(held.run, size, held.forget)
+
+
+def test_a_batch_from_free_memory(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 99_999))
+    assert memory.suggested(64, cuda, lambda batch: 500 + 500 * batch) == 14  # 1 + (8000 - 1000) / 500 = 15, made even
+    assert memory.suggested(64, cuda, lambda batch: 90_000 * batch) == 1 and memory.suggested(64, cuda, lambda batch: batch) == memory.LARGEST
+    assert memory.suggested(16, torch.device("cpu")) == 16 and memory.suggested(64, torch.device("cpu")) == 2
+
+
+def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
+    """The path of a GPU, walked on the CPU: slices instead of graphs, and the failure instead of the driver's."""
+    engine = FastEngine(load_model("tiny"), device="cpu")
+    latents, context = torch.randn(5, 4, 16, 16), engine.encode_text([f"thing {k}" for k in range(10)])
+    expected = engine.denoise(latents, 5, context)
+    inner, asked = engine._in_slices, []
+
+    def tight(step, latents, row, context, size):
+        asked.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        engine.device = torch.device("cpu")
+        try:
+            return inner(step, latents, row, context, size)
+        finally:
+            engine.device = torch.device("meta")
+
+    monkeypatch.setattr(engine, "_in_slices", tight)
+    monkeypatch.setattr(engine, "_latents", lambda value: value)
+    row = engine._row(5)
+    monkeypatch.setattr(engine, "_row", lambda time: row)
+    engine.device = torch.device("meta")
+    for _ in range(2):
+        assert torch.allclose(engine.denoise(latents, 5, context), expected, atol=1e-5)
+    assert asked == [5, 3, 3] and engine.adjustments == {"unet_batch": 3}
+
+
+def test_a_kernel_that_fails_its_probe_gives_way(monkeypatch):
+    device = torch.device("cpu")
+    assert operations.is_sound("geglu", geglu.reference, device, torch.float32)
+    with pytest.warns(RuntimeWarning, match="relative error"):
+        assert not operations.is_sound("geglu", lambda x: 1.01 * geglu.reference(x), device, torch.float32)
+
+    def broken(x):
+        raise RuntimeError("no binary for this GPU")
+
+    with pytest.warns(RuntimeWarning, match="no binary for this GPU"):
+        assert not operations.is_sound("geglu", broken, device, torch.float32)
+
+
+@pytest.mark.parametrize("name", operations.FORMS["untuned"])
+def test_the_probes_pass_for_the_forms_themselves(name):
+    assert operations.is_sound(name, operations.FORM["fused"](name), torch.device("cpu"), torch.float32)
+
+
+def test_forms_by_device():
+    on_cpu = operations.operations(torch.device("cpu"), torch.float32)
+    assert on_cpu.geglu is geglu.compiled and on_cpu.attention_capture is PLAIN.attention_capture
+    assert all(form in operations.FORM for forms in operations.FORMS.values() for form in forms.values())
+
+
+def test_compile_is_for_the_fast_engine_alone():
+    with pytest.raises(Refused, match="--compile"):
+        build_engine("torch", load_model("tiny"), device="cpu", compile=True)
+
+
+def test_a_compiled_engine_says_the_same(monkeypatch):
+    """Dynamo traces the whole step; the backend that compiles takes minutes here and is what bench times."""
+    eager = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: eager(function, backend="eager", fullgraph=True, **options))
+    model = load_model("tiny")
+    engine, plain = (FastEngine(model, device="cpu", is_compiled=is_compiled) for is_compiled in (True, False))
+    latents, context = torch.randn(2, 4, 16, 16), plain.encode_text(["", "", "a ball", "a cube"])
+    assert torch.allclose(engine.denoise(latents, 5, context), plain.denoise(latents, 5, context), atol=1e-5)
+    assert engine.fingerprint()["compiled"] == "yes" and "compiled" not in plain.fingerprint()

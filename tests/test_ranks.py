@@ -1,0 +1,267 @@
+"""Several processes for one run: the bytes are those of one process, whatever happens to them."""
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torchless
+import troubled
+
+from datasetdm_fast import driver, job, ranks
+from datasetdm_fast.audit import audit
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.ranks import Patience, Place
+from datasetdm_fast.run_folder import LEDGER
+from datasetdm_fast.summary import table
+
+IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
+SAMPLES, BATCH = 26, 2  # thirteen batches
+QUICK = Patience(start=60, least=1.0, times=0)
+
+
+def config(out: Path, **changes) -> RunConfig:
+    return RunConfig(**{"out": str(out), "number": SAMPLES, "batch_size": BATCH, "quiet": True, **changes})
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file of a run folder, the ledger among them, with its bytes."""
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def shared(settings: RunConfig, environments: list[dict[str, str]], **options):
+    places = [Place({"OMP_NUM_THREADS": "1", **environment}, 1) for environment in environments]
+    return ranks.run(settings, places, describe=table, first=troubled.install, **options)
+
+
+@pytest.fixture
+def arithmetic(monkeypatch):
+    torchless.install(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run folder of a single process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        torchless.install(patch.setattr)
+        driver.run(job.prepare(config(out)))
+    return out
+
+
+def check_equal(out: Path, alone: Path) -> None:
+    assert tree(out) == tree(alone) and audit(out, threads=1).findings == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8] if IS_LONG else [1, 3])
+def test_any_number_of_ranks_makes_the_same_bytes(alone, tmp_path, count):
+    heard = []
+    result = shared(config(tmp_path / "run"), [{}] * count, made=heard.append)
+    assert (result.done, result.made, result.set_aside, sum(heard)) == (SAMPLES, SAMPLES, 0, SAMPLES)
+    check_equal(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_batches_makes_the_same_bytes(arithmetic, alone, tmp_path, monkeypatch, seed):
+    def shuffled(wanted, size):
+        batches = sorted({index // size for index in wanted})
+        random.Random(seed).shuffle(batches)
+        return batches
+
+    monkeypatch.setattr(driver, "in_order", shuffled)
+    driver.run(job.prepare(config(tmp_path / "run")))
+    check_equal(tmp_path / "run", alone)
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks(arithmetic, alone, tmp_path):
+    out = tmp_path / "run"
+    driver.run(job.prepare(config(out, limit=5)))  # in the middle of a batch
+    assert shared(config(out, limit=4), [{}] * 2).made == 4
+    assert shared(config(out), [{}]).done == SAMPLES
+    check_equal(out, alone)
+
+
+@pytest.mark.parametrize("trouble", ["dies", "hangs", "nan", "start"])
+def test_a_rank_in_trouble_costs_its_speed_and_nothing_else(alone, tmp_path, trouble):
+    lines = []
+    result = shared(config(tmp_path / "run"), [{troubled.TROUBLE: trouble}, {troubled.SECONDS: "0.3"}], patience=QUICK, told=lines.append)
+    assert (result.done, result.set_aside) == (SAMPLES, 0)
+    check_equal(tmp_path / "run", alone)
+    said = {"dies": "rank 0 was ended by SIGKILL", "hangs": "rank 0 has given no sign of life", "nan": "images", "start": "rank 0 ended with exit code 9"}
+    assert any(line.startswith(said[trouble]) for line in lines)
+
+
+def test_a_slow_rank_is_not_waited_for(alone, tmp_path):
+    slow, quick = {troubled.SECONDS: "60"}, {troubled.SECONDS: "0.05"}
+    begin = time.monotonic()
+    result = shared(config(tmp_path / "run"), [slow, quick])
+    assert result.done == SAMPLES and time.monotonic() - begin < 40
+    check_equal(tmp_path / "run", alone)
+
+
+def test_what_kills_every_process_is_set_aside_and_the_rest_is_made(tmp_path):
+    prompts = "\n".join("poison" if k == 7 else f"a ball {k}" for k in range(12))
+    result = shared(config(tmp_path / "run", prompts=prompts, number=12), [{}, {}])
+    assert (result.done, result.set_aside) == (10, 2)
+    with sqlite3.connect(tmp_path / "run" / LEDGER) as connection:
+        assert connection.execute("SELECT \"index\", reason FROM samples WHERE status != 'done'").fetchall() == [
+            (6, "3 processes ended while they made its batch"),
+            (7, "3 processes ended while they made its batch"),
+        ]
+
+
+def test_numbers_that_are_not_finite_anywhere_are_set_aside_as_by_one_process(arithmetic, tmp_path):
+    settings = {"prompts": "a ball\nbroken", "number": 6}
+    driver.run(job.prepare(config(tmp_path / "alone", **settings)))
+    result = shared(config(tmp_path / "run", **settings), [{}] * 2)
+    assert (result.done, result.set_aside) == (3, 3)
+    check_equal(tmp_path / "run", tmp_path / "alone")
+
+
+def test_a_place_where_every_process_dies_ends_the_run_with_its_last_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "LONGEST_WAIT", 0.1)
+    with pytest.raises(Missing, match="ended 5 times in a row .ended with exit code 9"):
+        shared(config(tmp_path / "run"), [{troubled.TROUBLE: "start"}])
+
+
+def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
+    with pytest.raises(Refused, match="92 tokens"):
+        shared(config(tmp_path / "run", prompts="x " * 90), [{}] * 2)
+    assert not (tmp_path / "run" / "run.json").exists()
+    with pytest.raises(Refused, match="holds a run of another configuration .*seed: 0 there, 5 asked for"):
+        shared(config(tmp_path / "run"), [{}])
+        job.finished(config(tmp_path / "run", seed=5))
+
+
+@pytest.mark.parametrize(
+    ("asked", "visible", "chosen"),
+    [("all", "0 1", "0 1"), ("2", "4 5 6", "4 5"), ("0,2", "a b c", "a c"), ("2,", "a b c", "c"), (" 1 , 0 ", "a b", "b a")],
+)
+def test_gpus_are_chosen_among_those_that_are_visible(asked, visible, chosen):
+    assert ranks.choose(asked, visible.split()) == chosen.split()
+
+
+@pytest.mark.parametrize(
+    ("asked", "visible", "kind"),
+    [("3", "0 1", Missing), ("all", "", Missing), ("0,0", "0 1", Refused), ("x", "0", Refused), ("0", "0", Refused), ("-1", "0", Refused)],
+)
+def test_gpus_that_are_not_there_are_refused(asked, visible, kind):
+    with pytest.raises(kind, match="--gpus"):
+        ranks.choose(asked, visible.split())
+
+
+def test_gpus_and_ranks_are_not_mixed():
+    with pytest.raises(Refused, match="one process a GPU"):
+        ranks.places(RunConfig(gpus="2", ranks=2))
+
+
+@pytest.mark.parametrize(("ranks_asked", "cores", "threads"), [(1, 2, 2), (2, 2, 1), (3, 16, 4), (8, 4, 1)])
+def test_cores_are_shared(monkeypatch, ranks_asked, cores, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ranks, "cores", lambda: cores)
+    assert [place.threads for place in ranks.places(RunConfig(ranks=ranks_asked))] == [threads] * ranks_asked
+    assert ranks.places(RunConfig(ranks=ranks_asked, threads=3))[0].threads == 3
+
+
+# The whole command -----------------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+import troubled
+from datasetdm_fast import generate, ranks
+
+if __name__ == "__main__":
+    run = ranks.run
+    ranks.run = lambda *arguments, **options: run(*arguments, first=troubled.install, **options)
+    sys.exit(generate.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Starts the generate command with stub ranks, in a session of its own."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    begun = []
+
+    def start(*arguments, seconds="0.2"):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), troubled.SECONDS: seconds}
+        line = [sys.executable, str(tmp_path / "program.py"), "--out", str(tmp_path / "run"), "--number", str(SAMPLES), "--batch-size", str(BATCH), *arguments]
+        begun.append(subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for_rows(out: Path, count: int) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if len(list((out / "images").glob("0*.png"))) >= count:
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"no {count} samples came to be in {out}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_finishes_what_is_begun(alone, command, tmp_path, number, code):
+    process = command("--ranks", "2")
+    wait_for_rows(tmp_path / "run", 4)
+    os.killpg(process.pid, number)  # as a terminal does: to the ranks as well
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "samples are there; go on with: python -m datasetdm_fast.generate --out" in err and "Traceback" not in err
+    assert not list((tmp_path / "run").rglob("*.part")) and audit(tmp_path / "run", threads=1).findings == []
+    assert command("--ranks", "2", seconds="0").wait(60) == 0
+    check_equal(tmp_path / "run", alone)
+
+
+def test_the_second_signal_ends_at_once_and_leaves_nobody_behind(alone, command, tmp_path):
+    process = command("--ranks", "2", seconds="5")
+    while len(children := psutil.Process(process.pid).children(recursive=True)) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143 and time.monotonic() - begin < 2
+    assert psutil.wait_procs(children, timeout=2)[1] == []
+
+
+def test_no_rank_outlives_its_parent(alone, command, tmp_path):
+    process = command("--ranks", "3", seconds="0.5")
+    wait_for_rows(tmp_path / "run", 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len([child for child in children if "datasetdm_fast.ranks" in " ".join(child.cmdline())]) >= 3
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(children, timeout=2)[1] == []
+    assert command("--ranks", "2", seconds="0").wait(60) == 0
+    check_equal(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("seed", range(30 if IS_LONG else 3))
+def test_kills_of_any_process_at_any_moment_cost_nothing(alone, command, tmp_path, seed):
+    chance = random.Random(seed)
+    process = command("--ranks", "2", seconds="0.05")
+    if chance.random() < 0.5:
+        wait_for_rows(tmp_path / "run", 1)
+    time.sleep(chance.uniform(0, 1.5))
+    whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    if whole:
+        chance.choice(whole).kill()
+    process.communicate(timeout=60)
+    assert command("--ranks", "2", seconds="0").wait(60) == 0
+    check_equal(tmp_path / "run", alone)
+
+
+def test_batches_are_handed_out_in_order():
+    assert driver.in_order({5, 1, 2, 9}, 2) == [0, 1, 2, 4]

@@ -1,0 +1,507 @@
+"""Readers: three images in each data set's own layout, what they become at the model's size, selections, and every kind of bad data by name."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from layouts import COUNT, LAYOUTS, SIDE, save, things_of, views
+from PIL import Image
+
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.readers import PRESETS, DataSettings, Selection, framing, open_data
+from datasetdm_fast.readers.json_stream import JsonStream
+from datasetdm_fast.readers.labelled import Picture
+
+SIZE = 64
+IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
+HAS_DATASETS = importlib.util.find_spec("datasets") is not None
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The folder of each layout, written once."""
+    roots: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name == "hf" and not HAS_DATASETS:
+            pytest.skip("the library `datasets` is not installed")
+        if name not in roots:
+            roots[name] = tmp_path_factory.mktemp(name) / "data"
+            LAYOUTS[name][1](roots[name])
+        return roots[name]
+
+    return make
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A layout that a test may damage, and its address."""
+
+    def copy(name: str) -> tuple[Path, str]:
+        root = tmp_path / name
+        shutil.copytree(made(name), root)
+        return root, f"{LAYOUTS[name][0]}:{root}"
+
+    return copy
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_read_at_the_models_size(made, name):
+    kind, _, tasks = LAYOUTS[name]
+    source = open_data(f"{kind}:{made(name)}", SIZE)
+    assert source.tasks == tasks and len(source) == COUNT
+    items = list(source)
+    assert [item.id for item in items] == [source[k].id for k in range(COUNT)] and len({item.id for item in items}) == COUNT
+    for item in items:
+        assert item.image.shape == (SIZE, SIZE, 3) and item.image.dtype == np.uint8 and item.image.std() > 5 and item.caption
+        if "semantic" in tasks:
+            assert item.semantic.shape == (SIZE, SIZE) and item.semantic.dtype == np.uint8
+            assert set(np.unique(item.semantic)) <= {*range(len(source.classes)), 255} and len(np.unique(item.semantic)) > 1
+        if "open-vocabulary" in tasks:
+            assert item.masks.shape == (len(item.mask_classes), SIZE, SIZE) and item.masks.any((1, 2)).all() and len(item.masks)
+            assert (item.mask_classes < len(source.thing_classes)).all()
+        if "depth" in tasks:
+            assert item.depth.dtype == np.float32 and 0 < item.depth[item.depth > 0].min() and item.depth.max() <= source.max_depth
+        if "pose" in tasks:
+            assert item.keypoints.shape[1:] == (len(source.joints), 3)
+            assert len(item.keypoints) == len(item.keypoint_boxes) == len(item.keypoint_areas)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_decoder_is_taught_and_judged_by_every_layout(made, tmp_path, monkeypatch, capsys, name):
+    from datasetdm_fast import evaluate, train
+
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "cache"))
+    kind, _, tasks = LAYOUTS[name]
+    tasks = ",".join(tasks) if IS_LONG else tasks[-1]
+    shared = ["--model", "tiny", "--data", f"{kind}:{made(name)}", "--task", tasks, "--threads", "1", "--quiet", "--json"]
+    assert train.main([*shared, "--out", str(tmp_path / "decoder"), "--steps", "2", "--draws", "2", "--batch-size", "2"]) == 0
+    capsys.readouterr()
+    assert evaluate.main([*shared, "--decoder", str(tmp_path / "decoder"), "--bootstrap", "5"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == tasks.split(",")
+
+
+def test_labels_stay_where_the_image_is(made):
+    """The scenes' own masks, cut and resized by the same window, are what the readers say."""
+    for name, rows, columns in (("folder", slice(0, 80), slice(0, SIDE)), ("cityscapes", slice(24, 72), slice(0, SIDE))):
+        source = open_data(f"{LAYOUTS[name][0]}:{made(name)}", SIZE)
+        for item, view in zip(source, views()):
+            image, truth = view.image[rows, columns], view.semantic[rows, columns]
+            height, width = truth.shape
+            left, top = (width - min(height, width)) // 2, (height - min(height, width)) // 2
+            square = Image.fromarray(image[top : top + min(height, width), left : left + min(height, width)])
+            wanted = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BILINEAR)).astype(int)
+            assert np.abs(wanted - item.image).mean() < 1
+            square = Image.fromarray(truth[top : top + min(height, width), left : left + min(height, width)])
+            shown = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.NEAREST))
+            known = item.semantic != 255
+            agree = (item.semantic == np.where(shown < 2, shown, shown + 9)) if name == "cityscapes" else item.semantic == shown
+            assert agree[known].mean() > 0.98
+
+
+def test_depths_are_metres_in_every_unit(made):
+    for name, rows in (("nyu", slice(0, 72)), ("kitti", slice(48, 80)), ("vkitti2", slice(0, 64)), ("folder", slice(0, 80))):
+        source = open_data(f"{LAYOUTS[name][0]}:{made(name)}", SIZE)
+        for item, view in zip(source, views()):
+            found, truth = item.depth[item.depth > 0], view.depth[rows]
+            assert truth.min() - 0.01 <= found.min() and found.max() <= truth.max() + 0.01
+    assert (open_data(f"kitti:{made('kitti')}", SIZE)[0].depth == 0).mean() == pytest.approx(0.5, abs=0.05)  # rows the laser missed stay unknown
+    assert (open_data(f"vkitti2:{made('vkitti2')}", SIZE)[0].depth[0] == 0).all()  # the sky is beyond 80 m
+
+
+def test_coco_masks_crowds_and_label_map_agree(made):
+    source = open_data(f"coco:{made('coco')}", SIZE, tasks=["instance", "semantic"])
+    item = source[0]
+    assert len(item.crowds) == 1 and item.crowds[0][:, -1].all() and item.keypoints is None
+    assert len(item.masks) == len([1 for *_, mask in things_of(views()[0]) if mask[8:88, :80].any()])
+    covered = item.masks.any(0)
+    assert (item.semantic[covered] > 0).all() and (item.semantic[item.crowds[0] & ~covered] == 255).all()
+    assert source.classes[0] == "background" and source.classes[1:] == source.thing_classes
+
+
+def test_coco_asked_for_pose_gives_one_person_each(made):
+    source = open_data(f"coco:{made('coco')}", SIZE, tasks=["pose"])
+    people = json.loads((made("coco") / "annotations" / "person_keypoints_train2017.json").read_text())["annotations"]
+    assert len(source) == len(people) and all(len(item.keypoints) == 1 for item in source)
+    for item, row in zip(source, people):
+        box = item.keypoint_boxes[0]
+        assert box[2:].max() == pytest.approx(SIZE / framing.PERSON_MARGIN, rel=0.02)
+        joints = np.array(row["keypoints"]).reshape(-1, 3)
+        scale = SIZE / (max(row["bbox"][2:]) * framing.PERSON_MARGIN)
+        k = int(np.flatnonzero(joints[:, 2])[0])
+        middle = np.array(row["bbox"][:2]) + np.array(row["bbox"][2:]) / 2
+        assert item.keypoints[0, k, :2] == pytest.approx((joints[k, :2] + 0.5 - middle) * scale + SIZE / 2, abs=0.02)
+
+
+def test_cityscapes_label_ids_become_train_ids(copied):
+    root, address = copied("cityscapes")
+    with_train_ids = open_data(address, SIZE)[0].semantic
+    from datasetdm_fast.readers.cityscapes import TRAIN_IDS
+
+    back = np.zeros(256, np.uint8)
+    back[list(TRAIN_IDS.values())] = list(TRAIN_IDS)
+    for path in list(root.rglob("*labelTrainIds.png")):
+        numbers = np.asarray(Image.open(path))
+        save(path.with_name(path.name.replace("labelTrainIds", "labelIds")), np.where(numbers == 255, 0, back[numbers]).astype(np.uint8))
+        path.unlink()
+    assert (open_data(address, SIZE)[0].semantic == with_train_ids).all()
+
+
+def test_splits_are_named_in_brackets(made):
+    assert len(open_data(f"voc:{made('voc')}[val]", SIZE)) == COUNT
+    assert [item.id for item in open_data(f"vkitti2:{made('vkitti2')}[Scene02]", SIZE)] == ["Scene02_15-deg-left_frames_rgb_Camera_0_rgb_00000"]
+    with pytest.raises(Refused, match="test"):
+        open_data(f"voc:{made('voc')}[test]", SIZE)
+    with pytest.raises(Refused, match="Scene77"):
+        open_data(f"vkitti2:{made('vkitti2')}[Scene77]", SIZE)
+
+
+def test_a_task_without_truth_is_refused(made):
+    with pytest.raises(Refused, match="no truth for depth"):
+        open_data(f"voc:{made('voc')}", SIZE, tasks=["depth"])
+
+
+# Framing ----------------------------------------------------------------------------------------------------------------------------
+
+
+def ramp(height: int, width: int) -> Picture:
+    """A picture whose red says the column and whose green the row; its label map is brighter than half."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.linspace(0, 255, width)[None], np.linspace(0, 255, height)[:, None]
+    return Picture("ramp", image, "", semantic=(image[..., 0] > 127).astype(np.uint8))
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (64, 200), (333, 97), (16, 500), (1000, 40), (47, 65)])
+def test_any_shape_is_fitted_by_its_shorter_side(height, width):
+    picture = ramp(height, width)
+    item = framing.framed(picture, framing.fitted(height, width, SIZE), SIZE)
+    side = min(height, width)
+    spread = 255 * side / width
+    assert item.image[SIZE // 2, -1, 0] - int(item.image[SIZE // 2, 0, 0]) == pytest.approx(spread, abs=spread / 16 + 4)
+    assert (item.semantic == (item.image[..., 0] > 127)).mean() > 0.95 and (item.semantic != 255).all()
+
+
+def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
+    for rule in framing.RULES.values():
+        for height, width in ((375, 500), (64, 64), (40, 900)):
+            picture = ramp(height, width)
+            windows = [framing.drawn(rule, picture, SIZE, seed) for seed in range(40)]
+            assert windows == [framing.drawn(rule, picture, SIZE, seed) for seed in range(40)]
+            for window in windows:
+                side = SIZE / window.scale
+                assert -1e-6 <= window.left <= width - side + 1e-6 and -1e-6 <= window.top <= height - side + 1e-6
+    scales = {framing.drawn(framing.RULES["voc"], ramp(1000, 1000), SIZE, seed).scale * 512 / SIZE for seed in range(60)}
+    assert {round(scale, 3) for scale in scales} == {0.512, 0.8, 1, 1.3, 1.8, 2, 3}  # half of 1000 pixels would be smaller than the window
+
+
+def test_what_lies_outside_the_picture_is_black_and_ignored():
+    picture = ramp(50, 50)
+    item = framing.framed(picture, framing.Window(-50, 0, SIZE / 100), SIZE)
+    assert not item.image[:, : SIZE // 2].any() and not item.image[SIZE // 2 :].any() and item.image[: SIZE // 2, SIZE // 2 + 4 :].any(-1).all()
+    assert (item.semantic[:, : SIZE // 2] == 255).all() and (item.semantic[: SIZE // 2, SIZE // 2 :] != 255).all()
+
+
+def test_framing_by_upstreams_rule_is_repeatable(made):
+    plain, drawn = (open_data(f"coco:{made('coco')}", SIZE, framing=kind) for kind in ("fit", "upstream"))
+    assert (drawn[1].image == drawn[1].image).all() and (drawn[1].image != plain[1].image).any()
+    assert (plain.drawn(1, 7).image != plain.drawn(1, 8).image).any() and (plain.drawn(1, 7).image == plain.drawn(1, 7).image).all()
+
+
+# Selection --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_limits_per_class_count_each_image_once():
+    source = open_data("demo:60@0", SIZE, selection=Selection(per_class=2, min_area=60))
+    counts = dict.fromkeys(source.thing_classes, 0)
+    everything = open_data("demo:60@0", SIZE)
+    for record in source.order:
+        areas = everything.areas(record)
+        first = next(name for name in source.thing_classes if areas.get(name, 0) > 60 and counts[name] < 2)
+        counts[first] += 1
+    assert max(counts.values()) == 2 and len(source) == sum(counts.values()) >= 10
+
+
+def test_zero_shot_images_show_no_unseen_class():
+    seen = ("ball", "cube", "cone")
+    source = open_data("demo:60@0", SIZE, selection=Selection(per_class=4, classes=seen))
+    assert len(source) >= 6
+    for item in source:
+        assert {source.thing_classes[k] for k in item.mask_classes} <= set(seen)
+
+
+def test_a_long_tail_has_its_own_limit():
+    source = open_data("demo:200@0", SIZE, selection=Selection(per_class=9, tail=("ring", "star"), tail_per_class=1))
+    plain = open_data("demo:200@0", SIZE, selection=Selection(per_class=9))
+    assert len(source) == len(plain) - 16
+
+
+def test_single_class_images_and_totals():
+    single = open_data("demo:60@0", SIZE, selection=Selection(is_single=True, most=5))
+    assert len(single) == 5 and all(len(set(item.mask_classes)) == 1 for item in single)
+    shuffled = open_data("demo:60@0", SIZE, selection=Selection(is_shuffled=True, most=5))
+    assert list(shuffled.order) != list(range(5)) and list(shuffled.order) == list(
+        open_data("demo:60@0", SIZE, selection=Selection(is_shuffled=True, most=5)).order
+    )
+
+
+def test_upstreams_values_are_presets_and_flags_change_them():
+    assert PRESETS["voc-long-tail"].tail == ("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+    assert PRESETS["voc-zero-shot"].classes[-1] == "person" and len(PRESETS["voc-zero-shot"].classes) == 15
+    chosen = DataSettings(select="coco", limit_per_class=10).selection()
+    assert (chosen.per_class, chosen.min_area, chosen.min_instance) == (10, 10000, 500)
+
+
+def test_small_instances_are_dropped_where_asked(made):
+    address = f"coco:{made('coco')}"
+    least = 250  # pixels at the model's size
+    items = list(open_data(address, SIZE, selection=Selection(min_instance=least * (512 // SIZE) ** 2)))
+    everything = list(open_data(address, SIZE))
+    assert min(mask.sum() for item in items for mask in item.masks) >= least > min(mask.sum() for item in everything for mask in item.masks)
+
+
+def test_a_selection_that_chooses_nothing_or_names_nothing_is_refused(made):
+    with pytest.raises(Refused, match="none of 3"):
+        open_data(f"voc:{made('voc')}", SIZE, selection=Selection(per_class=1, min_area=10**6))
+    with pytest.raises(Refused, match="no class 'unicorn'"):
+        open_data("demo:3", SIZE, selection=Selection(classes=("unicorn",)))
+
+
+# Bad data ---------------------------------------------------------------------------------------------------------------------------
+
+
+def rewrite(path: Path, change) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def instances(change):
+    return "coco", "annotations/instances_train2017.json", lambda path: rewrite(path, change), True
+
+
+def first_rle(document) -> dict:
+    return next(row for row in document["annotations"] if isinstance(row["segmentation"], dict) and row["image_id"] == 2)
+
+
+def first_polygon(document) -> dict:
+    return next(row for row in document["annotations"] if isinstance(row["segmentation"], list) and row["image_id"] == 2)
+
+
+def replaced(old: str, new: str):
+    return lambda path: path.write_text(path.read_text().replace(old, new))
+
+
+def billion(path: Path) -> None:
+    path.write_text('<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]>' + path.read_text().replace("<name>", "<name>&c;", 1))
+
+
+def large_rle(document) -> None:
+    first_rle(document)["segmentation"] = {"size": [10**9, 10**9], "counts": [10**18]}
+
+
+def tiny(path: Path) -> None:
+    save(path, np.zeros((1, 1, 3), np.uint8))
+
+
+def wide(path: Path) -> None:
+    save(path, np.zeros((16, 30000, 3), np.uint8))
+
+
+BAD = {
+    # what: (layout, file, damage, whether one item alone is bad)
+    "a missing image": ("voc", "JPEGImages/2007_000001.jpg", Path.unlink, True),
+    "a missing mask": ("voc", "SegmentationClass/2007_000001.png", Path.unlink, True),
+    "a missing depth map": ("nyu", "sync/living_room_0001b/sync_depth_00001.png", Path.unlink, True),
+    "a mask of another size": ("voc-augmented", "SegmentationClassAug/2007_000001.png", lambda p: save(p, np.zeros((70, 96), np.uint8)), True),
+    "a mask with three channels": ("folder", "masks/scene 1.png", lambda p: save(p, np.zeros((80, 96, 3), np.uint8)), True),
+    "an unknown class in a mask": ("folder", "masks/scene 1.png", lambda p: save(p, np.full((80, 96), 77, np.uint8)), True),
+    "an unknown class in an instance map": (
+        "cityscapes",
+        "gtFine/train/aachen/aachen_000001_000019_gtFine_instanceIds.png",
+        lambda p: save(p, np.full((48, 96), 50001, np.uint16)),
+        True,
+    ),
+    "a depth map of another size": ("kitti", "gt_depth/drive_0001/0000000001.png", lambda p: save(p, np.zeros((9, 9), np.uint16)), True),
+    "an image of one pixel": ("yolo-seg", "images/train/000001.jpg", tiny, True),
+    "an image of 30,000 pixels": ("deepfashion-mm", "images/MEN-Denim-id_00000001-01_1_front.jpg", wide, True),
+    "half an image": ("lvis", "train2017/000000000002.jpg", lambda p: p.write_bytes(p.read_bytes()[:-900]), True),
+    "an image that is text": ("vkitti2", "Image/Scene02/15-deg-left/frames/rgb/Camera_0/rgb_00000.jpg", lambda p: p.write_text("hello"), True),
+    "XML with entities": ("voc", "Annotations/2007_000001.xml", billion, True),
+    "XML of another size": ("voc", "Annotations/2007_000001.xml", replaced("<height>72", "<height>73"), True),
+    "XML with an unknown class": ("voc", "Annotations/2007_000001.xml", replaced("<name>", "<name>x"), True),
+    "an image of another size than its JSON": ("coco", "train2017/000000000002.jpg", lambda p: save(p, np.zeros((20, 20, 3), np.uint8)), True),
+    "an RLE whose runs do not sum": instances(lambda d: first_rle(d)["segmentation"].update(counts=[5, 6, 7])),
+    "an RLE string cut short": instances(lambda d: first_rle(d)["segmentation"].update(counts=first_rle(d)["segmentation"]["counts"][:-3])),
+    "an RLE of another size": instances(lambda d: first_rle(d)["segmentation"].update(size=[5, 5])),
+    "an RLE as large as a country": instances(large_rle),
+    "a polygon of two corners": instances(lambda d: first_polygon(d).update(segmentation=[[1, 2, 3, 4]])),
+    "a polygon far away": instances(lambda d: first_polygon(d).update(segmentation=[[1e9, 2, 3, 4, 5, 6]])),
+    "a polygon of words": instances(lambda d: first_polygon(d).update(segmentation=[["a", "b", "c", "d", "e", "f"]])),
+    "no segmentation": instances(lambda d: first_polygon(d).pop("segmentation")),
+    "an unknown category": instances(lambda d: first_polygon(d).update(category_id=99)),
+    "a file name that leads out": instances(lambda d: d["images"][1].update(file_name="../../secret.jpg")),
+    "too few joints": (
+        "coco",
+        "annotations/person_keypoints_train2017.json",
+        lambda p: rewrite(p, lambda d: d["annotations"][1].update(keypoints=[1, 2, 2])),
+        True,
+    ),
+    "an annotation of no image": (*instances(lambda d: d["annotations"][0].update(image_id=4711))[:3], False),
+    "an image that is there twice": (*instances(lambda d: d["images"].append(d["images"][0]))[:3], False),
+    "broken JSON": ("coco", "annotations/instances_train2017.json", lambda p: p.write_text(p.read_text()[:-40]), False),
+    "JSON with NaN": ("coco", "annotations/instances_train2017.json", replaced('"iscrowd": 0', '"iscrowd": NaN'), False),
+    "JSON that is a list": ("lvis", "lvis_v1_train.json", lambda p: p.write_text("[1, 2]"), False),
+    "an empty JSON file": ("coco", "annotations/instances_train2017.json", lambda p: p.write_text(""), False),
+    "no annotation file": ("lvis", "lvis_v1_train.json", Path.unlink, False),
+    "a list that is no text": ("kitti", "kitti_eigen_train.txt", lambda p: p.write_bytes(b"\xff\xfe\xfa\n"), False),
+    "a list without depth": ("nyu", "train_list.txt", lambda p: p.write_text("/a/b.jpg\n"), False),
+    "a list that leads out": ("kitti", "kitti_eigen_train.txt", lambda p: p.write_text("../../x.png drive_0001/0000000001.png 1\n"), False),
+    "a scene of no class": ("nyu", "nyu_class_list.json", lambda p: p.write_text('["bathroom"]'), False),
+    "captions that are missing": ("deepfashion-mm", "captions.json", lambda p: p.write_text("{}"), False),
+    "captions that are no JSON": ("deepfashion-mm", "captions.json", lambda p: p.write_text("{'a'}"), False),
+    "YAML with an alias": ("yolo-seg", "data.yaml", lambda p: p.write_text("a: &a [x]\nnames: *a\n"), False),
+    "no names": ("yolo-seg", "data.yaml", lambda p: p.write_text("names: 5\n"), False),
+    "a class that has no name": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("70 0 0 1 0 1 1\n"), True),
+    "a corner outside": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("0 0 0 1 0 1 1.7\n"), True),
+    "a label that is words": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("ball here\n"), True),
+    "an empty class list": ("folder", "classes.txt", lambda p: p.write_text("\n"), False),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_data_is_named_and_refused_or_skipped(copied, what):
+    layout, name, damage, is_alone = BAD[what]
+    root, address = copied(layout)
+    damage(root / name)
+    with pytest.raises(Refused) as stop:
+        list(open_data(address, SIZE))
+    assert stop.value.exit_code == 2
+    cause = stop.value.cause
+    assert Path(name).name in cause or "secret" in cause, cause
+    assert len(cause) < 700 and "\n" not in cause
+    if is_alone:
+        source = open_data(address, SIZE, skip_bad=True)
+        assert len(list(source)) == COUNT - 1 and len(source.skipped) == 1
+        [(skipped, reason)] = source.skipped.items()
+        assert reason == cause and (Path(skipped).suffix in (".jpg", ".png") or skipped == "image 2")
+        with pytest.raises(Refused):
+            source[1]
+
+
+def test_an_image_of_a_hundred_million_pixels_is_refused_without_a_word_more(copied, recwarn):
+    root, address = copied("folder")
+    Image.new("1", (10_000, 10_000)).save(root / "images" / "scene 1.png")
+    with pytest.raises(Refused, match="scene 1.png.*10000 x 10000 pixels"):
+        list(open_data(address, SIZE))
+    assert not [warning for warning in recwarn if "pixels" in str(warning.message)]
+
+
+def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
+    root, address = copied("voc")
+    (root / "SegmentationClass" / "2007_000000.png").unlink()
+    with pytest.raises(Refused, match="2007_000000"):
+        open_data(address, SIZE, selection=Selection(per_class=1))
+    source = open_data(address, SIZE, selection=Selection(per_class=1), skip_bad=True)
+    assert [item.id for item in source] == ["2007_000001", "2007_000002"] and len(source.skipped) == 1
+
+
+ROUNDS = 500 if IS_LONG else 20
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "hf"])
+def test_mutilated_files_are_read_or_refused_and_nothing_else(copied, name):
+    root, address = copied(name)
+    random = np.random.default_rng(sum(map(ord, name)))
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    small = [path for path in paths if path.suffix in (".json", ".txt", ".yaml", ".xml")]
+    refused = 0
+    for _ in range(ROUNDS):
+        among = small if small and random.random() < 0.7 else paths
+        path = among[random.integers(len(among))]
+        whole = path.read_bytes()
+        path.write_bytes(mutilated(whole, random))
+        try:
+            list(open_data(address, 32))
+        except Refused as stop:
+            refused += 1
+            assert "\n" not in stop.cause and len(stop.cause) < 800
+        path.write_bytes(whole)
+    assert refused > 2 and len(list(open_data(address, 32))) == COUNT
+
+
+def mutilated(data: bytes, random: np.random.Generator) -> bytes:
+    """A byte flipped, a stretch taken out, doubled, or replaced by something that means something."""
+    words = (b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b"99999999999999999999", b"0", b'"', b"../..", b"\x00", b"\xff\xfe", b"true", b"1.5", b"", b" ")
+    place, kind = int(random.integers(len(data))), random.integers(5)
+    end = place + int(random.integers(1, 40))
+    if kind == 0:
+        return data[:place] + bytes([data[place] ^ (1 << random.integers(8))]) + data[place + 1 :]
+    if kind == 1:
+        return data[:place] + data[end:]
+    if kind == 2:
+        return data[:end] + data[place:]
+    if kind == 3:
+        return data[:place]
+    numbers = list(re.finditer(rb"[-\d.]+|\"[^\"]*\"", data[:200_000]))
+    if not numbers:
+        return data[:place] + words[random.integers(len(words))] + data[end:]
+    found = numbers[random.integers(len(numbers))]
+    return data[: found.start()] + words[random.integers(len(words))] + data[found.end() :]
+
+
+@pytest.mark.parametrize("spec", ["voc:", "coco:/nowhere/at/all", "folder:/dev/null", "kitti:", "cityscapes:/nowhere", "yolo-seg:/nowhere", "vkitti2:/nowhere"])
+def test_places_that_are_no_data_set_are_refused(spec):
+    with pytest.raises(Refused):
+        open_data(spec, SIZE)
+
+
+def test_a_missing_library_is_said(monkeypatch, tmp_path):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(Missing, match="datasets") as stop:
+        open_data(f"hf:{tmp_path}", SIZE)
+    assert stop.value.exit_code == 3 and "[hf]" in stop.value.remedy
+
+
+def test_a_damaged_hugging_face_folder_is_refused(copied):
+    root, address = copied("hf")
+    for arrow in root.rglob("*.arrow"):
+        arrow.write_bytes(arrow.read_bytes()[:200])
+    with pytest.raises(Refused):
+        list(open_data(address, SIZE))
+
+
+# Streams of JSON --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [16, 64, 1000, 2**20])
+def test_a_stream_gives_what_json_gives_whatever_its_window(tmp_path, monkeypatch, window):
+    from datasetdm_fast.readers import json_stream
+
+    monkeypatch.setattr(json_stream, "WINDOW", window)
+    document = {"a": [{"x": 'é\n"]}', "y": [1, 2.5, None]}, 7, "text", []], "b": {"c": [1]}, "d": [], "e": 123456789, "日本": [True]}
+    for indent in (None, 3):
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps(document, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+        stream = JsonStream(path)
+        found: dict = {}
+        for key, value, start, end in stream:
+            assert stream.at(start, end) == value
+            found.setdefault(key, []).append(value)
+        assert found == {"a": document["a"], "b": [document["b"]], "e": [123456789], "日本": [True]}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": [1, 2', '{"a": 1', '{"a" 1}', '{"a": [1,]}', '{"a": 1, "a": 2}', '{"a": [{"b": 1, "b": 2}]}', "{} x", "{1: 2}", "[", '{"a": ["\xff']
+)
+def test_a_broken_stream_is_refused_with_its_place(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(Refused, match=r"x\.json.*(byte|JSON)"):
+        list(JsonStream(path))

@@ -1,0 +1,41 @@
+"""Ranks with arithmetic instead of networks, and with the trouble their environment asks for; a module of its own, as each rank imports it by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torchless
+
+from datasetdm_fast import driver
+from datasetdm_fast.data import SetAside
+
+SECONDS = "TROUBLED_SECONDS"  # that a batch takes
+TROUBLE = "TROUBLED_BY"  # dies, hangs or gives NaN at every batch from the second on; or dies at the start
+
+
+def install() -> None:
+    if os.environ.get(TROUBLE) == "start":
+        os._exit(9)
+    torchless.install()
+    undisturbed = driver.generate
+
+    def troubled(batches, engine, recipe, stepped=lambda: None):
+        for batch, results in undisturbed(batches, engine, recipe, stepped):
+            time.sleep(float(os.environ.get(SECONDS, "0")))
+            if any("poison" in request.prompt for request in batch.requests):
+                os.kill(os.getpid(), signal.SIGKILL)
+            trouble = os.environ.get(TROUBLE)
+            if trouble and troubled.count:
+                if trouble == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if trouble == "hangs":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if trouble == "nan":
+                    results = [SetAside(result.request, "NaN or infinite values in latents") for result in results]
+            troubled.count += 1
+            yield batch, results
+
+    troubled.count = 0
+    driver.generate = troubled
