@@ -34,6 +34,7 @@ RECORD = "calibration.json"
 WATCHED = "denoise.watched.onnx"
 LARGEST = 448.0  # of E4M3
 LEAST_SCALE = 2.0**-14  # the smallest normal fp16
+ZERO = "fp8.zero"
 NARROWEST = 16  # channels of a layer that is worth it; also leaves the first and last convolution as they are
 LAYERS = {"Conv": 1, "MatMul": 1}  # kind of node -> place of its weight
 OPSET, IR = 21, 10  # the first with eight-bit floats of fp16 scale in every reader
@@ -201,54 +202,80 @@ def watching(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto]) -> onnx.M
 
 def quantised(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], largest: Mapping[str, float], folder: Path) -> onnx.ModelProto:
     """The graph with eight-bit weights and activations in these layers; the largest magnitude of an activation becomes the largest of E4M3."""
-    import onnx
-    from onnx import external_data_helper, helper, numpy_helper
+    return _Quantising(model, folder).result(layers, largest)
 
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph, weights = result.graph, {one.name: one for one in model.graph.initializer}
-    result.ir_version = IR
-    for one in result.opset_import:
-        one.version = OPSET if one.domain in ("", "ai.onnx") else one.version
-    zero = "fp8.zero"
-    graph.initializer.append(helper.make_tensor(zero, onnx.TensorProto.FLOAT8E4M3FN, [], [0.0]))
-    chosen, before, narrow = {node.name for node in layers}, {}, set()
 
-    def scale_of(name: str, magnitude: float) -> tuple[str, np.float16]:
-        scale = np.float16(max(magnitude / LARGEST, LEAST_SCALE))
-        graph.initializer.append(numpy_helper.from_array(np.array(scale), f"{name}.scale"))
-        return f"{name}.scale", scale
+class _Quantising:
+    """A copy of a graph on its way to eight bits."""
 
-    for node in graph.node:
-        if node.name not in chosen:
-            continue
-        source, weight = node.input[0], node.input[LAYERS[node.op_type]]
-        if source not in before:
-            scale, _ = scale_of(source, largest[source])
-            before[source] = [
-                helper.make_node("QuantizeLinear", [source, scale, zero], [f"{source}.e4m3"], name=f"{source}/QuantizeLinear"),
-                helper.make_node("DequantizeLinear", [f"{source}.e4m3", scale, zero], [f"{source}.fp8"], name=f"{source}/DequantizeLinear"),
-            ]
-        if weight not in narrow:
-            narrow.add(weight)
-            tensor = onnx.TensorProto()
-            tensor.CopyFrom(weights[weight])
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-                tensor.data_location = onnx.TensorProto.DEFAULT
-            values = numpy_helper.to_array(tensor).astype(np.float32)
-            scale, step = scale_of(weight, float(np.abs(values).max()))
-            graph.initializer.append(
-                helper.make_tensor(f"{weight}.e4m3", onnx.TensorProto.FLOAT8E4M3FN, values.shape, _e4m3(values / np.float32(step)), raw=True)
-            )
-            before[weight] = [helper.make_node("DequantizeLinear", [f"{weight}.e4m3", scale, zero], [f"{weight}.fp8"], name=f"{weight}/DequantizeLinear")]
-        node.input[0], node.input[LAYERS[node.op_type]] = f"{source}.fp8", f"{weight}.fp8"
-    _insert(graph, before)
-    read = {name for node in graph.node for name in node.input}
-    kept = [one for one in graph.initializer if one.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    return result
+    def __init__(self, model: onnx.ModelProto, folder: Path):
+        import onnx
+        from onnx import helper
+
+        self.folder, self.weights = folder, {one.name: one for one in model.graph.initializer}
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(model)
+        self.model.ir_version = IR
+        for one in self.model.opset_import:
+            one.version = OPSET if one.domain in ("", "ai.onnx") else one.version
+        self.graph, self.before = self.model.graph, {}  # what was narrowed -> the nodes that do it
+        self.graph.initializer.append(helper.make_tensor(ZERO, onnx.TensorProto.FLOAT8E4M3FN, [], [0.0]))
+
+    def result(self, layers: Sequence[onnx.NodeProto], largest: Mapping[str, float]) -> onnx.ModelProto:
+        chosen = {node.name for node in layers}
+        for node in [node for node in self.graph.node if node.name in chosen]:
+            source, weight = node.input[0], node.input[LAYERS[node.op_type]]
+            if source not in self.before:
+                self.before[source] = self._of_activation(source, largest[source])
+            if weight not in self.before:
+                self.before[weight] = self._of_weight(weight)
+            node.input[0], node.input[LAYERS[node.op_type]] = f"{source}.fp8", f"{weight}.fp8"
+        _insert(self.graph, self.before)
+        read = {name for node in self.graph.node for name in node.input}
+        kept = [one for one in self.graph.initializer if one.name in read]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        return self.model
+
+    def _of_activation(self, name: str, magnitude: float) -> list[onnx.NodeProto]:
+        from onnx import helper
+
+        narrow = helper.make_node("QuantizeLinear", [name, self._scale(name, magnitude), ZERO], [f"{name}.e4m3"], name=f"{name}/QuantizeLinear")
+        return [narrow, self._widening(name)]
+
+    def _of_weight(self, name: str) -> list[onnx.NodeProto]:
+        import onnx
+        from onnx import helper, numpy_helper
+
+        values = self._stored(name)
+        self._scale(name, float(np.abs(values).max()))
+        step = numpy_helper.to_array(self.graph.initializer[-1]).astype(np.float32)
+        self.graph.initializer.append(helper.make_tensor(f"{name}.e4m3", onnx.TensorProto.FLOAT8E4M3FN, values.shape, _e4m3(values / step), raw=True))
+        return [self._widening(name)]
+
+    def _widening(self, name: str) -> onnx.NodeProto:
+        from onnx import helper
+
+        return helper.make_node("DequantizeLinear", [f"{name}.e4m3", f"{name}.scale", ZERO], [f"{name}.fp8"], name=f"{name}/DequantizeLinear")
+
+    def _scale(self, name: str, magnitude: float) -> str:
+        from onnx import numpy_helper
+
+        value = np.array(max(magnitude / LARGEST, LEAST_SCALE), np.float16)
+        self.graph.initializer.append(numpy_helper.from_array(value, f"{name}.scale"))
+        return f"{name}.scale"
+
+    def _stored(self, name: str) -> np.ndarray:
+        """A weight in fp32, from the data file where it lies there."""
+        import onnx
+        from onnx import external_data_helper, numpy_helper
+
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(self.weights[name])
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            external_data_helper.load_external_data_for_tensor(tensor, str(self.folder))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+        return numpy_helper.to_array(tensor).astype(np.float32)
 
 
 def _e4m3(values: np.ndarray) -> bytes:
