@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from datasetdm_fast import ranks
+from datasetdm_fast import peers, ranks
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.driver import Result, probe, remake, run
 from datasetdm_fast.errors import Refused
@@ -37,7 +38,12 @@ def _generate(arguments: Sequence[str]) -> int:
             raise Refused(f"--{name}: nothing was given after it", f"Drop the flag, or see {PROG} --help.")
     if config.only:
         return _make_again(config, given)
-    if result := finished(config):
+    peer = None if config.dry_run else peers.this_peer()
+    if peer and peer.rank:  # the first of them tells how it ended
+        config = replace(config, quiet=True)
+    if result := finished(config, is_alone=peer is None):
+        if peer and peer.rank:
+            return 0
         _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
         return _end(config, result)
     if config.dry_run:
@@ -45,8 +51,13 @@ def _generate(arguments: Sequence[str]) -> int:
         _say(config, *table(job))
         _show_plan(job)
         return 0
-    places = ranks.places(config)
-    result, signalled = _run_ranks(config, places) if places else _run_here(config)
+    if peer:
+        result, signalled = _run_peer(config, peer)
+        if peer.rank:
+            return 128 + signalled if signalled else 0
+    else:
+        places = ranks.places(config)
+        result, signalled = _run_ranks(config, places) if places else _run_here(config)
     code = _end(config, result)
     if not result.is_complete:
         print(f"{result.done} of {result.number} samples are there; go on with: {PROG} {shlex.join(arguments)}".rstrip(), file=sys.stderr)
@@ -68,6 +79,15 @@ def _run_ranks(config: RunConfig, places: Sequence[ranks.Place]) -> tuple[Result
     left = count_images(config) - count_rows(config)
     with Interruption(config.quiet) as interruption, Progress(min(left, config.limit or left), config.quiet) as progress:
         result = ranks.run(config, places, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
+    return result, interruption.signal
+
+
+def _run_peer(config: RunConfig, peer: peers.Peer) -> tuple[Result, int | None]:
+    """The same of this process's share of a run that something else started several processes for."""
+    config = peers.settle_on(config, peer)
+    left = count_images(config) - count_rows(config)
+    with Interruption(config.quiet) as interruption, Progress(-(-min(left, config.limit or left) // peer.world), config.quiet) as progress:
+        result = peers.run(config, peer, told=lambda job: _say(config, *table(job)), made=progress.made, is_stopping=lambda: interruption.signal is not None)
     return result, interruption.signal
 
 

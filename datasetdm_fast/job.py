@@ -239,8 +239,11 @@ class Job:
         return int(one * (self.plan.number - self.done)) + SPARE
 
 
-def finished(config: RunConfig) -> Result | None:
-    """The result of a run that has nothing left to do, found without loading any network; refuses a folder of another configuration."""
+def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
+    """The result of a run that has nothing left to do, found without loading any network; refuses a folder of another configuration.
+
+    Index files that are not up to date are rebuilt here, unless other processes may be about to do it.
+    """
     check_settings(config)
     source, folder = prompts.read_source(config), Path(config.out)
     stored = read_document(folder)
@@ -255,6 +258,8 @@ def finished(config: RunConfig) -> Result | None:
         result = result_of(folder, count_images(config), ledger)
         is_fresh = is_indexed(folder, stored, ledger)
     if not result.is_complete:
+        return None
+    if not is_fresh and not is_alone:
         return None
     if not is_fresh and not config.dry_run:
         with RunFolder(folder, stored) as opened:

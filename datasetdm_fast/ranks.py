@@ -23,7 +23,8 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.flags import report
 from datasetdm_fast.job import Job, count_images, prepare
 from datasetdm_fast.leases import DIED, Leases, Owner
-from datasetdm_fast.run_folder import LOCK, RunFolder, clean, read_document
+from datasetdm_fast.ledger import Ledger
+from datasetdm_fast.run_folder import LEDGER, LOCK, RunFolder, clean, read_document
 from datasetdm_fast.share import Pulse, Share, join
 
 MOST_DEATHS = 5  # in a row, with nothing committed in between, after which a place stays empty
@@ -44,6 +45,9 @@ class Patience:
     start: float = 1800.0  # seconds until its first call of a network: loading, compiling, recording
     least: float = 60.0  # seconds between later signs
     times: float = 20.0  # the longest time between two signs of any process
+
+
+USUAL = Patience()
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def run(
     told: Callable[[str], None] = lambda line: None,
     made: Callable[[int], None] = lambda count: None,
     is_stopping: Callable[[], bool] = lambda: False,
-    patience: Patience = Patience(),
+    patience: Patience = USUAL,
     first: Callable[[], None] | None = None,
 ) -> Result:
     """The run, made by one process a place; `told` hears what happens to them, `made` of every commit."""
@@ -146,13 +150,21 @@ def run(
 
 
 def close(folder: Path, number: int, made: int, seconds: float) -> Result:
-    """The result of a run whose folder somebody holds and nobody works in any more, its index files rebuilt."""
+    """The result of a run whose folder this process holds and nobody works in any more, its index files rebuilt."""
     document = read_document(folder)
     if document is None:
         return Result(folder, number, 0, 0, 0, seconds)
     with RunFolder(folder, document, is_member=True) as opened:
         opened.rebuild()
         return driver.result_of(folder, number, opened.ledger, made, seconds)
+
+
+def look(folder: Path, number: int, made: int, seconds: float) -> Result:
+    """The result of a run that others may still be busy with."""
+    if not (folder / LEDGER).exists():
+        return Result(folder, number, 0, 0, 0, seconds)
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        return driver.result_of(folder, number, ledger, made, seconds)
 
 
 @dataclass

@@ -1,0 +1,172 @@
+"""Processes that torchrun or Slurm has started: each is a rank of one run in a folder they share, and none is above the others."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datasetdm_fast import leases, storage
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.driver import Result
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.job import Job, count_images, prepare
+from datasetdm_fast.leases import DIED, Leases, Owner
+from datasetdm_fast.ranks import USUAL, Patience, close, look, share_of_cores, visible_gpus
+from datasetdm_fast.run_folder import LOCK, clean
+from datasetdm_fast.share import Pulse, Share, join
+
+ENTRY = 60.0  # seconds another process may hold the folder while this one wants to enter
+LOOK = 0.2  # seconds between two tries
+
+
+@dataclass(frozen=True)
+class Peer:
+    """This process among those of its run, as whatever started them counts."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+    @property
+    def is_on_several_machines(self) -> bool:
+        return self.local_world < self.world
+
+
+def this_peer(environment: Mapping[str, str] = os.environ) -> Peer | None:
+    """This process as torchrun's variables, or those of a Slurm step, describe it; None where it was started alone."""
+    for names in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process; only a step says how many tasks it has.
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ):
+        values = [re.match(r"\d+", environment.get(name, "")) for name in names]  # tasks of several nodes are written 4(x2),3
+        if all(values):
+            peer = Peer(*(int(value[0]) for value in values))
+            return peer if peer.world > 1 else None
+    return None
+
+
+def settle_on(config: RunConfig, peer: Peer) -> RunConfig:
+    """The configuration for this peer's share of its machine: a GPU of its own where there are GPUs, and its part of the cores."""
+    for name in ("gpus", "ranks"):
+        if getattr(config, name):
+            raise Refused(f"--{name} {getattr(config, name)}: this is one of {peer.world} processes that were started together", "Drop the flag.")
+    gpus = visible_gpus() if config.device in ("auto", "cuda") else []
+    if len(gpus) > 1:  # where there is one, whatever started the process has chosen it
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[peer.local_rank % len(gpus)]
+    return replace(config, threads=config.threads or share_of_cores(peer.local_world))
+
+
+def run(
+    config: RunConfig,
+    peer: Peer,
+    *,
+    told: Callable[[Job], None] = lambda job: None,
+    made: Callable[[int], None] = lambda count: None,
+    is_stopping: Callable[[], bool] = lambda: False,
+    patience: Patience = USUAL,
+) -> Result:
+    """This process's share of the run; returns once the whole run is committed, whoever made it."""
+    folder, begin, new = Path(config.out), time.perf_counter(), 0
+
+    def count(samples: int) -> None:
+        nonlocal new
+        new += samples
+        made(samples)
+
+    journal = storage.IN_PLACE if peer.is_on_several_machines else storage.WRITE_AHEAD
+    storage.make_folder(folder / "state")
+    with present(folder):
+        job = prepare(config)
+        owner = Owner(f"rank {peer.rank} on {socket.gethostname()}, process {os.getpid()}", peer.rank, socket.gethostname(), os.getpid(), born(os.getpid()))
+        with Leases(folder / leases.FILE) as queue, Pulse(queue, owner) as pulse:
+            queue.expect(range(peer.world))
+            job, opened = join(job, queue, journal)
+            told(job)
+            watch = Watch(queue, owner, patience)
+            with opened:
+                Share(job, opened, queue, owner, pulse=pulse, made=count, is_stopping=is_stopping, idle=watch.look).work()
+            queue.leave(owner)
+    seconds = time.perf_counter() - begin
+    return leave(folder, count_images(config), new, seconds, is_waiting=peer.rank == 0 and not is_stopping())
+
+
+@contextmanager
+def present(folder: Path) -> Iterator[None]:
+    """Holds the folder together with the other peers; the first of them finds it as the last run left it, and cleans it."""
+    end = time.monotonic() + ENTRY
+    with ExitStack() as held:
+        while True:
+            try:
+                with storage.locked(folder / LOCK):
+                    clean(folder)
+                    Leases(folder / leases.FILE).close()  # two that made it at once would each have their own
+            except Refused:
+                pass  # others are there already, or one of them is just looking
+            try:
+                held.enter_context(storage.locked(folder / LOCK, is_shared=True))
+                break
+            except Refused:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(LOOK)
+        yield
+
+
+def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: bool) -> Result:
+    """The result as this process sees it; the last to leave rebuilds the index files, and one that `is_waiting` leaves after the others."""
+    end = time.monotonic() + ENTRY
+    while True:
+        try:
+            with storage.locked(folder / LOCK):
+                clean(folder)
+                return close(folder, number, made, seconds)
+        except Refused:
+            if not is_waiting or time.monotonic() > end:
+                return look(folder, number, made, seconds)
+            time.sleep(LOOK)
+
+
+class Watch:
+    """Notices peers that have ended or give no sign of life, and leaves what they had to the others."""
+
+    def __init__(self, queue: Leases, owner: Owner, patience: Patience):
+        self.queue, self.owner, self.patience = queue, owner, patience
+        self.begin, self.longest = time.monotonic(), 0.0
+        self.seen: dict[str, tuple[int, float]] = {}  # signs of life of each, and when the last of them was seen
+
+    def look(self) -> None:
+        now, owners = time.monotonic(), self.queue.owners()
+        for owner, beats in owners.items():
+            before, since = self.seen.get(owner.name, (beats, now))
+            if beats > before:
+                self.longest = max(self.longest, now - since)
+                before, since = beats, now
+            self.seen[owner.name] = (before, since)
+            allowed = max(self.patience.least, self.patience.times * self.longest) if beats else self.patience.start
+            if owner.name != self.owner.name and (is_over(owner) or now - since > allowed):
+                self.queue.leave(owner, DIED)
+                self.queue.give_up(owner.slot)
+        if now - self.begin > self.patience.start:
+            for slot in self.queue.slots() - {owner.slot for owner in owners}:  # it was expected and never came
+                self.queue.give_up(slot)
+
+
+def born(process: int) -> str:
+    """When a process began, in the kernel's clock ticks: with its number this names it once and for all. Empty where that cannot be known."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def is_over(owner: Owner) -> bool:
+    """Whether a process of this machine has ended; of other machines that is not known."""
+    return owner.host == socket.gethostname() and bool(owner.born) and born(owner.process) != owner.born

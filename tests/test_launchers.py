@@ -1,0 +1,124 @@
+"""Processes that torchrun or Slurm started, as ranks of one run without a parent of ours."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import troubled
+from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
+
+from datasetdm_fast import peers
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.peers import Peer
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "peer"),
+    [
+        (TORCHRUN, Peer(3, 8, 1, 2)),
+        (STEP, Peer(5, 7, 1, 4)),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_STEP_NUM_TASKS": "8"}, Peer(5, 8, 1, 2)),
+        (TORCHRUN | STEP, Peer(3, 8, 1, 2)),  # torchrun within a step
+        (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, None),  # a batch script
+        ({"RANK": "0", "WORLD_SIZE": "2"}, None),
+        ({}, None),
+    ],
+)
+def test_who_this_process_is(environment, peer):
+    assert peers.this_peer(environment) == peer
+
+
+def test_machines_are_counted():
+    assert Peer(0, 8, 0, 4).is_on_several_machines and not Peer(0, 8, 0, 8).is_on_several_machines
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "chosen"), [(["0", "1"], 1, "1"), (["4", "5"], 2, "4"), (["7"], 1, None), ([], 0, None)])
+def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chosen):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(peers, "visible_gpus", lambda: visible)
+    peers.settle_on(RunConfig(), Peer(local_rank, 4, local_rank, 4))
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == chosen
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_peers_start_no_ranks():
+    with pytest.raises(Refused, match="one of 2 processes"):
+        peers.settle_on(RunConfig(ranks=2), Peer(0, 2, 0, 2))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts peers of a world, as torchrun would."""
+    (tmp_path / "program.py").write_text("import sys, troubled\ntroubled.install()\nfrom datasetdm_fast import generate\nsys.exit(generate.main(sys.argv[1:]))")
+    begun = []
+
+    def start(rank, world=2, machines=1, seconds="0.05", **environment):
+        variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world // machines, troubled.SECONDS: seconds, **environment}
+        line = [sys.executable, str(tmp_path / "program.py"), "--out", str(tmp_path / "run"), "--number", str(SAMPLES), "--batch-size", str(BATCH)]
+        whole = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **{name: str(value) for name, value in variables.items()}}
+        begun.append(subprocess.Popen([*line, "--quiet"], env=whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_peers_make_the_bytes_of_one_process(alone, start, tmp_path, machines):  # noqa: F811
+    world = [start(rank, machines=machines) for rank in range(2)]
+    ends = [(*process.communicate(timeout=100), process.returncode) for process in world]
+    assert ends == [(f"{tmp_path / 'run'}\n", "", 0), ("", "", 0)]
+    check_equal(tmp_path / "run", alone)
+    again = start(1)
+    assert again.communicate(timeout=60) == ("", "") and again.returncode == 0
+
+
+def test_a_peer_that_is_killed_or_hangs_costs_its_speed_and_nothing_else(alone, start, tmp_path):  # noqa: F811
+    world = [start(0, 3), start(1, 3, **{troubled.TROUBLE: "dies"}), start(2, 3, seconds="12")]
+    assert world[0].wait(100) == 0
+    world[2].kill()
+    check_equal(tmp_path / "run", alone)
+
+
+def test_a_signal_to_all_peers_finishes_their_batches(alone, start, tmp_path):  # noqa: F811
+    world = [start(rank, seconds="0.3") for rank in range(2)]
+    wait_for_rows(tmp_path / "run", 4)
+    for process in world:
+        process.send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=60)[1] for process in world]
+    assert [process.returncode for process in world] == [143, 143]
+    assert "go on with" in errors[0] and errors[1] == "" and not list((tmp_path / "run").rglob("*.part"))
+    assert [process.wait(60) for process in [start(rank) for rank in range(2)]] == [0, 0]
+    check_equal(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("seed", range(20 if os.environ.get("DATASETDM_LONG_TESTS") else 1))
+def test_a_killed_world_goes_on(alone, start, tmp_path, seed):  # noqa: F811
+    chance = random.Random(seed)
+    world = [start(rank) for rank in range(2)]
+    time.sleep(chance.uniform(0.5, 3))
+    for process in world:
+        process.kill()
+        process.wait()
+    assert [process.wait(100) for process in [start(rank) for rank in range(2)]] == [0, 0]
+    check_equal(tmp_path / "run", alone)
+
+
+def test_a_single_process_does_not_enter_where_peers_are(start, tmp_path):
+    first = start(0, seconds="5")
+    wait_for_rows(tmp_path / "run", 2)
+    other = start(0, world=1)
+    assert other.wait(60) == 2 and "another process is writing to this run folder" in other.stderr.read()
+    assert first.poll() is None
