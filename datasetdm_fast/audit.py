@@ -130,8 +130,11 @@ def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
 
 def _noted(folder: Path, ledger: Ledger, findings: list[Finding]) -> dict[str, Any] | None:
     """The content of run.json as the ledger remembers it."""
+    text = ledger.noted("run")
+    if text is None:  # killed before its first sample
+        return None
     try:
-        document = untrusted.parse_json(ledger.noted("run") or "{}", "its note of run.json")
+        document = untrusted.parse_json(text, "its note of run.json")
         run_folder.check_document(document)
     except ValueError as error:
         findings.append(Finding(run_folder.LEDGER, f"its note of run.json is damaged ({_told_of(error, folder, run_folder.LEDGER)})", _restore(folder)))
