@@ -44,8 +44,11 @@ class Judge:
     def rows(self, peer: Peer) -> list[Row]:
         """One row a measure: stages fed with what the oracle had there, then the peer's own samples."""
         distances = {**self._led(peer), **self._free(peer)}
-        floors = {} if peer.dtype == "fp32" else self.floors(STORED[peer.dtype])
-        return judge(distances, EXACT if peer.dtype == "fp32" else ROUNDED, {name: value for name, value in floors.items() if name in distances})
+        if peer.dtype == "fp32":
+            return judge(distances, EXACT, {})
+        floors = self.floors(STORED[peer.dtype])
+        gates = {**ROUNDED, "text": ROUNDED["call"]} if peer.rounds_text else ROUNDED
+        return judge(distances, gates, {name: value for name, value in floors.items() if name in distances})
 
     def _led(self, peer: Peer) -> dict[str, np.ndarray]:
         setting, truth, recipe = self.setting, self.truth, self.setting.recipe

@@ -79,11 +79,9 @@ def prepare(setting: Setting, name: str, offer: Offer, judge: parity.Judge, batc
         row |= {"dtype": peer.dtype, "load_s": round(time.perf_counter() - begin, 3)}
         if not known:
             peer.batch, row["tried"] = best_batch(peer, setting, judge)
-            batches[name] = peer.batch
+        row["first_s"] = first_batch(peer, setting)
         row["batch"] = peer.batch
-        begin = time.perf_counter()
-        peer.make(setting.batch(peer.batch))
-        row["first_s"] = round(time.perf_counter() - begin, 3)
+        batches.setdefault(name, peer.batch)
         judged = judge.rows(peer)
     except Missing as error:
         return row | {"status": "absent", "why": error.cause}, None
@@ -97,6 +95,20 @@ def prepare(setting: Setting, name: str, offer: Offer, judge: parity.Judge, batc
         return row | {"status": "failed", "why": "does not say what the oracle says: " + "; ".join(failed)}, None
     row["status"] = "ok"
     return row, Runner(name, peer, row)
+
+
+def first_batch(peer: Peer, setting: Setting) -> float:
+    """Seconds of the first batch; while it does not fit into memory, the batch is halved."""
+    while True:
+        begin = time.perf_counter()
+        try:
+            peer.make(setting.batch(peer.batch))
+            return round(time.perf_counter() - begin, 3)
+        except Exception as error:
+            if peer.batch == 1 or not is_out_of_memory(error):
+                raise
+        peer.batch //= 2
+        release(setting.device)
 
 
 def best_batch(peer: Peer, setting: Setting, judge: parity.Judge) -> tuple[int, dict[int, float]]:

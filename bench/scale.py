@@ -19,12 +19,14 @@ from datasetdm_fast import driver, job, label_files, prompts, storage
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Sample
 from datasetdm_fast.driver import Recipe
+from datasetdm_fast.stages import FACTOR
 from tests.stub_engine import StubEngine
 
 MARKS = {True: (100, 300), False: (100, 1_000, 10_000)}  # quick or not: images after which time and memory are read
 MEASURED = 64  # samples whose encoding and writing is timed alone
 IN_MEMORY = "/dev/shm"  # a folder that costs no disk, where there is one
 TASKS = ("semantic", "depth")
+BATCH = 8
 RANKS = (1, 2)
 RANK_IMAGES, RANK_STEPS = 8, 8
 
@@ -77,7 +79,7 @@ def driver_rows(marks: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def stub_job(engine: StubEngine, recipe: Recipe, folder: Path, number: int) -> job.Job:
-    config = RunConfig(out=str(folder), number=number, task=TASKS, prompts="a ball")
+    config = RunConfig(out=str(folder), number=number, task=TASKS, prompts="a ball", batch_size=BATCH)
     source = prompts.read_source(config)
     plan = prompts.make_plan(source, engine.model.tokenizer, number=number, seed=0, batch_size=config.batch_size)
     document = job.describe(job.identity(config, source), plan, engine, recipe, {})
@@ -87,24 +89,24 @@ def stub_job(engine: StubEngine, recipe: Recipe, folder: Path, number: int) -> j
 def alone(engine: TimedStub, recipe: Recipe) -> dict[str, float]:
     """Seconds an image of post-processing, encoding and writing, each by itself on samples of the same kind."""
     config = RunConfig(prompts="a ball", number=MEASURED)
-    plan = prompts.make_plan(prompts.read_source(config), engine.model.tokenizer, number=MEASURED, seed=0, batch_size=8)
+    plan = prompts.make_plan(prompts.read_source(config), engine.model.tokenizer, number=MEASURED, seed=0, batch_size=BATCH)
     samples = [sample for _, made in driver.generate((plan.batch(k) for k in range(len(plan))), engine, recipe) for sample in made]
     encoded, encoding = clocked(lambda: [label_files.encode(sample, "png")[0] for sample in samples])
     with tempfile.TemporaryDirectory(dir=IN_MEMORY if os.path.isdir(IN_MEMORY) else None) as folder:
-        files = [{Path(folder, name): content for made in encoded[k : k + 8] for name, content in made.values()} for k in range(0, MEASURED, 8)]
+        files = [{Path(folder, name): content for made in encoded[k : k + BATCH] for name, content in made.values()} for k in range(0, MEASURED, BATCH)]
         _, writing = clocked(lambda: [storage.publish(batch) for batch in files])
     _, labelling = clocked(lambda: relabel(engine, samples, recipe))
     return {"post-process": labelling / MEASURED, "encode": encoding / MEASURED, "write": writing / MEASURED}
 
 
 def relabel(engine: TimedStub, samples: list[Sample], recipe: Recipe) -> None:
-    """Post-processing of as many images, in batches of eight."""
+    """Post-processing of as many images, in batches."""
     import torch
 
-    latents, context = torch.zeros(8, 4, recipe.size // 8, recipe.size // 8), torch.zeros(16, 77, 2)
+    latents, context = torch.zeros(BATCH, 4, recipe.size // FACTOR, recipe.size // FACTOR), torch.zeros(2 * BATCH, 77, 2)
     _, capture = StubEngine.denoise_and_capture(engine, latents, 0, context)
-    for first in range(0, len(samples), 8):
-        requests = [sample.request for sample in samples[first : first + 8]]
+    for first in range(0, len(samples), BATCH):
+        requests = [sample.request for sample in samples[first : first + BATCH]]
         for task in TASKS:
             driver.postprocess(task, requests, StubEngine.annotate(engine, task, capture), engine.decoders[task].config, recipe)
 

@@ -26,7 +26,7 @@ def ratios(document: dict[str, Any]) -> dict[str, float]:
     found = {}
     for name, (first, second) in RATIOS.items():
         rows = peers(document)
-        if all("seconds_per_image" in rows.get(one, {}) for one in (first, second)):
+        if all(rows.get(one, {}).get("status") == "ok" and "ours_over" in rows[one] for one in (first, second)):
             found[name] = ratio(rows[first], rows[second])["median"]
     return found
 
@@ -69,7 +69,21 @@ def span(values: dict[str, Any] | None, scale: float = 1.0, unit: str = "") -> s
 
 
 def peer_table(document: dict[str, Any]) -> Table:
-    head = ["who", "type", "batch", "images/s", "seconds an image", "TFLOP/s", "of the products' limit", "memory", "J/image", "load", "first", "ours is"]
+    head = [
+        "who",
+        "type",
+        "batch",
+        "images/s",
+        "seconds an image",
+        "images alone",
+        "TFLOP/s",
+        "of the products' limit",
+        "memory",
+        "J/image",
+        "load",
+        "first",
+        "ours is",
+    ]
     return head, [peer_row(row) for row in rows_of(document, "peers")]
 
 
@@ -77,9 +91,16 @@ def peer_row(row: dict[str, Any]) -> list[str]:
     who = [row["title"], row.get("dtype", ""), str(row.get("batch", ""))]
     if row["status"] != "ok":
         said = "FAILED" if row["status"] == "failed" else "not here"
-        return [*who, f"{said}: {row['why']}", *[""] * 8]
-    rates = [number(row["images_per_second"]), span(row["seconds_per_image"]), number(row["tflops"]), percent(row["share_of_products"])]
-    costs = [f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "–", number(row["joules_per_image"]), number(row["load_s"], 2, " s"), number(row["first_s"], 2, " s")]
+        return [*who, f"{said}: {row['why']}", *[""] * 9]
+    rates = [
+        number(row["images_per_second"]),
+        span(row["seconds_per_image"]),
+        span(row.get("images_alone_s"), unit=" s"),
+        number(row["tflops"]),
+        percent(row["share_of_products"]),
+    ]
+    memory = f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "–"
+    costs = [memory, number(row["joules_per_image"]), number(row["load_s"], 2, " s"), number(row["first_s"], 2, " s")]
     return [*who, *rates, *costs, "" if row["peer"] == "ours" else span(row.get("ours_over"), unit=" x")]
 
 

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 from datasetdm_fast.config import ENGINES, TASKS, setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers.selection import DataSettings
+
+PROG = "datasetdm-fast evaluate"
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(DataSettings):
     model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
     decoder: str = setting("demo", "folder of trained decoders, one sub-folder per task", metavar="DIR")
-    data: str = setting("demo:500@900000", "labelled images: demo:COUNT@FIRST_SEED", metavar="NAME:REST")
-    task: tuple[str, ...] = setting((), "labels to judge, comma-separated; default: every decoder of the folder", choices=TASKS, metavar="LIST")
+    data: str = setting("demo:500@900000", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="ADDRESS")
+    task: tuple[str, ...] = setting((), "labels to judge, comma-separated; default: every decoder the data has truth for", choices=TASKS, metavar="LIST")
+    unseen: tuple[str, ...] = setting((), "classes the decoder was not taught, comma-separated; default: those it does not name", metavar="LIST")
     captions: str = setting("true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none"))
+    bootstrap: int = setting(500, "draws of the images behind each interval, 0 = no intervals", metavar="N")
+    level: float = setting(0.95, "share of the draws within an interval", metavar="SHARE")
+    curve: tuple[str, ...] = setting((), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST")
+    learn_from: str = setting("", "labelled images for --curve; default: the train split of --data, or demo scenes", metavar="ADDRESS")
+    repeats: int = setting(1, "decoders taught for each number of --curve, with seeds of their own", metavar="N")
+    steps: int = setting(0, "steps of each training of --curve, 0 = as many as train takes", metavar="N")
+    more: int = setting(50, "labels beyond the last number of --curve whose worth is told", metavar="N")
     engine: str = setting("auto", "how the networks run", choices=ENGINES)
     dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
@@ -27,36 +40,111 @@ class EvaluateConfig:
     json: bool = setting(False, "the figures as one JSON object on stdout")
     quiet: bool = setting(False, "no progress")
 
+    def check(self) -> None:
+        for name, least in (("batch_size", 1), ("bootstrap", 0), ("threads", 0), ("seed", 0), ("repeats", 1), ("steps", 0), ("more", 1)):
+            if getattr(self, name) < least:
+                raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
+        if not 0 < self.level < 1:
+            raise Refused(f"--level: {self.level:g} is not between 0 and 1")
+
 
 def evaluate(
-    engine, source, tasks: Sequence[str], captions: str = "true", batch_size: int = 10, seed: int = 0, progress: Callable[[int], None] = lambda count: None
+    engine,
+    source,
+    tasks: Sequence[str],
+    captions: str = "true",
+    batch_size: int = 10,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda count: None,
+    *,
+    unseen: Sequence[str] = (),
+    bootstrap: int = 0,
+    level: float = 0.95,
 ) -> dict:
-    """{task: {metric: value}} of the engine's decoders over a data set, every image read through the capture path."""
-    import numpy as np
-    import torch
+    """{task: {metric: value}} of the engine's decoders over a data set, every image read through the capture path.
 
+    With `bootstrap` draws each task also has `intervals`, with the same keys, of [low, high].
+    """
+    meters = measure(engine, source, tasks, captions, batch_size, seed, progress, unseen=unseen)
+    return {task: figures(meter, bootstrap, level) for task, meter in meters.items()}
+
+
+def figures(meter, bootstrap: int, level: float) -> dict[str, Any]:
+    """A meter's result and, where asked for, its intervals."""
+    if not meter.count:
+        raise Refused("evaluate: no image has the truth to compare with", "Choose other data.")
+    return meter.result() | ({"images": meter.count, "intervals": meter.intervals(bootstrap, level)} if bootstrap else {})
+
+
+def measure(
+    engine,
+    source,
+    tasks: Sequence[str],
+    captions: str = "true",
+    batch_size: int = 10,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda count: None,
+    *,
+    unseen: Sequence[str] = (),
+) -> dict:
+    """{task: meter} of the engine's decoders after every image of the data set."""
     from datasetdm_fast.inversion import capture_timestep, invert
-    from datasetdm_fast.metrics import METRICS
     from datasetdm_fast.tasks import TASKS as LABELLERS
 
-    meters = {task: METRICS[task](source) for task in tasks}
+    meters = {task: _meter(task, source, engine.decoders[task].config, unseen) for task in tasks}
     timestep = capture_timestep(engine.decoders[task].config for task in tasks)
     words = engine.encode_classes(list(source.thing_classes)) if "open-vocabulary" in tasks else None
-    for start in range(0, len(source), batch_size):
-        items = [source[k] for k in range(start, min(start + batch_size, len(source)))]
+    start = 0
+    for items in _batches(source, batch_size):
         said = [item.caption if captions == "true" else "" for item in items]
-        capture = invert(engine, torch.from_numpy(np.stack([item.image for item in items])), said, timestep, range(seed + start, seed + start + len(items)))
+        capture = invert(engine, _pixels(items), said, timestep, range(seed + start, seed + start + len(items)))
         for task, meter in meters.items():
             is_open = task == "open-vocabulary"
             raw = engine.annotate(task, capture, words[None].expand(len(items), -1, -1) if is_open else None)
-            config = engine.decoders[task].config
-            if task == "instance":
-                config = replace(config, score_threshold=0.0)  # AP ranks every candidate itself
+            config = _asked(engine.decoders[task].config)
             found = LABELLERS[task].postprocess(raw, config, engine.model.size, **({"words": source.thing_classes} if is_open else {}))
             for item, label in zip(items, found):
                 meter.add(item, label)
-        progress(start + len(items))
-    return {task: meter.result() for task, meter in meters.items()}
+        start += len(items)
+        progress(start)
+    return meters
+
+
+def _asked(config):
+    """How a decoder's answers are read: AP ranks every candidate itself."""
+    return replace(config, score_threshold=0.0) if config.task == "instance" else config
+
+
+def _pixels(items):
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.stack([item.image for item in items]))
+
+
+def _batches(source, size: int) -> Iterator[list]:
+    items = iter(source)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _meter(task: str, source, config, unseen: Sequence[str]):
+    """The task's meter; classes a decoder of words was not taught are told apart without being named."""
+    from datasetdm_fast.metrics import METRICS, check_names
+
+    if task == "pose" and config.joints != source.joints:
+        shown = ", ".join(config.joints), ", ".join(source.joints)
+        raise Refused(f"pose: the decoder has the joints {shown[0]}, the data set {shown[1]}", "Evaluate on data with its joints.")
+    if task in ("semantic", "instance"):
+        check_names(task, config.classes, source.classes if task == "semantic" else source.thing_classes)
+    if task not in ("semantic", "open-vocabulary"):
+        return METRICS[task](source)
+    known = source.classes if task == "semantic" else source.thing_classes
+    if unknown := [name for name in unseen if name not in known]:
+        raise Refused(f"--unseen: the data set has no class {unknown[0]!r}", f"It has {', '.join(known[:20])}.")
+    if not unseen and task == "open-vocabulary" and config.classes:
+        unseen = [name for name in known if name not in config.classes]
+    return METRICS[task](source, unseen=unseen if len(unseen) < len(known) else ())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,14 +156,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.flags import parse
 
-    config, _ = parse(arguments, EvaluateConfig, "datasetdm-fast evaluate", __doc__)
-    if config.batch_size < 1:
-        raise Refused(f"--batch-size: {config.batch_size} is not at least 1")
-    from datasetdm_fast.engines import build_engine, check_engine
-
-    check_engine(config.engine)
+    config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
+    config.check()
+    if config.curve:
+        return _curve(config)
+    selection = config.selection()
     import torch
 
+    from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.models.decoders import check_levels, load_decoders
     from datasetdm_fast.readers import open_data
@@ -83,25 +171,119 @@ def _run(arguments: Sequence[str]) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     decoders = load_decoders(config.decoder)
-    tasks = config.task or tuple(task for task in TASKS if task in decoders)
-    absent = [task for task in tasks if task not in decoders]
+    absent = [task for task in config.task if task not in decoders]
     if absent:
         raise Refused(f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"it has {', '.join(decoders)}")
     model = load_model(config.model)
-    source = open_data(config.data, model.size)
+    # where nothing is asked for, whatever both sides have
+    there = () if config.task else open_data(config.data, model.size).tasks
+    tasks = config.task or tuple(task for task in TASKS if task in decoders and task in there)
+    if not tasks:
+        raise Refused(f"--data {config.data}: it has truth for {', '.join(there)}, the decoders say {', '.join(decoders)}", "Choose other data or decoders.")
     for decoder in decoders.values():
         check_levels(decoder, model.levels)
     engine = build_engine(config.engine, model, decoders, dtype=config.dtype, device=config.device)
+    result, skipped = {}, {}
+    for some in _passes(config.data, tasks):
+        source = open_data(config.data, model.size, tasks=some, selection=selection, skip_bad=config.skip_bad, framing=config.framing)
+        with _bar(len(source), config.quiet) as bar:
+            result |= evaluate(
+                *(engine, source, some, config.captions, config.batch_size, config.seed, lambda done, bar=bar: bar.update(done - bar.n)),
+                unseen=config.unseen,
+                bootstrap=config.bootstrap,
+                level=config.level,
+            )
+        skipped |= source.skipped
+    result = {task: result[task] for task in tasks}
+    if config.json:
+        print(json.dumps(result | ({"skipped": skipped} if config.skip_bad else {})))
+    else:
+        print(table(result, config.level))
+    _tell_skipped(skipped)
+    return 0
+
+
+def _curve(config: EvaluateConfig) -> int:
+    """Decoders taught by ever more labels, judged on the same images."""
+    from datasetdm_fast import curve
+
+    counts = curve.parse_counts(config.curve)
+    address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
+    import torch
+
+    from datasetdm_fast.engines import build_engine
+    from datasetdm_fast.loading import load_model
+    from datasetdm_fast.readers import open_data
+    from datasetdm_fast.train import train_on
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = load_model(config.model)
+    task_sets = [(task,) for task in config.task or open_data(config.data, model.size).tasks[:1]]
+    engine, result, skipped = build_engine(config.engine, model, {}, dtype=config.dtype, device=config.device), {}, {}
+    for tasks in task_sets:
+        options = {"tasks": tasks, "skip_bad": config.skip_bad, "framing": config.framing}
+        labelled, judged = open_data(address, model.size, selection=config.selection(), **options), open_data(config.data, model.size, **options)
+        if config.skip_bad:
+            labelled = labelled.readable()
+        if counts[-1] > len(labelled):
+            raise Refused(f"--curve: {counts[-1]} labels, but {address} has {len(labelled)} of the selected images", "Ask for fewer.")
+
+        def judge(count: int, repeat: int, task=tasks[0], labelled=labelled, judged=judged):
+            decoder = train_on(engine, labelled, task, count, steps=config.steps, seed=config.seed + repeat, data=address, captions=config.captions)
+            taught = build_engine(config.engine, model, {task: decoder}, dtype=config.dtype, device=config.device)
+            with _bar(len(judged), config.quiet) as bar:
+                bar.set_description(f"{task}, {count} labels")
+                said = measure(taught, judged, (task,), config.captions, config.batch_size, config.seed, lambda done: bar.update(done - bar.n))
+            return said[task]
+
+        found = curve.learning_curve(tasks[0], counts, config.repeats, judge, bootstrap=config.bootstrap, level=config.level, more=config.more)
+        result |= {tasks[0]: found}
+        skipped |= labelled.skipped | judged.skipped
+        if not config.json:
+            print(curve.told(tasks[0], found, config.level), flush=True)
+    if config.json:
+        print(json.dumps({"curve": result} | ({"skipped": skipped} if config.skip_bad else {})))
+    _tell_skipped(skipped)
+    return 0
+
+
+def _passes(data: str, tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """The tasks that share their images: a pose decoder sees one person of COCO at a time, the others whole images."""
+    if not data.startswith("coco:"):
+        return [tuple(tasks)]
+    return [some for some in (tuple(task for task in tasks if task != "pose"), ("pose",) if "pose" in tasks else ()) if some]
+
+
+def _bar(total: int, is_quiet: bool):
     from tqdm import tqdm
 
-    with tqdm(total=len(source), unit="img", disable=config.quiet or None, file=sys.stderr) as bar:
-        result = evaluate(engine, source, tasks, config.captions, config.batch_size, config.seed, lambda done: bar.update(done - bar.n))
-    if config.json:
-        print(json.dumps(result))
-    else:
-        for task, figures in result.items():
-            print(f"{task:16}" + "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)))
-    return 0
+    return tqdm(total=total, unit="img", disable=is_quiet or None, file=sys.stderr)
+
+
+def _tell_skipped(skipped: dict[str, str]) -> None:
+    from datasetdm_fast.untrusted import plain
+
+    if skipped:
+        print(f"{len(skipped)} images were skipped:", file=sys.stderr)
+        for reason in skipped.values():
+            print(f"  {plain(reason)}", file=sys.stderr)
+
+
+def table(result: dict[str, dict], level: float) -> str:
+    """Task, figure, value and interval, then the same for each class."""
+    rows = []
+    for task, found in result.items():
+        bounds = found.get("intervals", {})
+        for name, value in found.items():
+            if isinstance(value, float):
+                rows.append((task, name, value, bounds.get(name)))
+        for each in ("per_class", "per_joint"):
+            rows += [(task, f"  {name}", value, bounds.get(each, {}).get(name)) for name, value in found.get(each, {}).items()]
+    tasks, names = (max(len(str(row[k])) for row in rows) for k in (0, 1))
+    head = f"{'task':{tasks}}  {'figure':{names}}   value" + (f"   {level:.0%} interval" if any(row[3] for row in rows) else "")
+    lines = [f"{task:{tasks}}  {name:{names}}  {value:6.4f}" + (f"   {low[0]:.4f} to {low[1]:.4f}" if low else "") for task, name, value, low in rows]
+    return "\n".join([head, *lines])
 
 
 if __name__ == "__main__":

@@ -19,10 +19,9 @@ from datasetdm_fast.driver import Result, probe, remake, run
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.flags import parse, run_command
 from datasetdm_fast.job import Job, count_images, count_rows, finished, prepare, prepare_remake
-from datasetdm_fast.storage import free_bytes
+from datasetdm_fast.summary import duration, table
 
 PROG = "python -m datasetdm_fast.generate"
-OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -85,7 +84,7 @@ def _end(config: RunConfig, result: Result) -> int:
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     _put(config, {"path": str(result.path), **facts, "complete": result.is_complete, "images_per_second": round(rate, 4)}, str(result.path))
     if result.made:
-        _say(config, f"{result.made} images in {_duration(result.seconds)}, {rate:.3g} images per second; look at {result.path}/gallery/index.html")
+        _say(config, f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second; look at {result.path}/gallery/index.html")
     result.check()
     return 0
 
@@ -97,29 +96,6 @@ def _put(config: RunConfig, facts: dict[str, Any], line: str) -> None:
 def _say(config: RunConfig, *lines: str) -> None:
     if not config.quiet:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-def table(job: Job, call: float = 0.0) -> list[str]:
-    """What a job is about to do, a line each; `call` is the seconds of one UNet call, where they were measured."""
-    plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
-    left = min(plan.number - job.done, job.config.limit or plan.number)
-    batches = -(-left // plan.batch_size)
-    rows = {
-        "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, seeds {plan.seed} to {plan.seed + plan.number - 1}",
-        "sampler": f"{facts['sampler']}, {facts['steps']} steps in {facts['calls']} calls, guidance {facts['guidance']:g}",
-        "labels": ", ".join(job.recipe.tasks),
-        "engine": f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}, {batches} batches of {plan.batch_size}",
-        "time": f"about {_duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "",
-        "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
-        "run folder": str(job.folder),
-    }
-    return [f"{name:<11}{value}" for name, value in rows.items() if value]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _show_plan(job: Job) -> None:
@@ -185,7 +161,7 @@ class Progress:
         elif not self._is_quiet and now - self._told >= EVERY:
             self._told = now
             left = (now - self._begin) / self._stepped * max(self._total - self._stepped, 0)
-            print(f"{self._title}, {self._stepped / max(self._total, 1):.0%}, about {_duration(left)} left", file=sys.stderr, flush=True)
+            print(f"{self._title}, {self._stepped / max(self._total, 1):.0%}, about {duration(left)} left", file=sys.stderr, flush=True)
 
     def made(self, count: int) -> None:
         self._made += count

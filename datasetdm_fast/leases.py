@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,14 @@ CREATE TABLE queue (
 CREATE INDEX unfinished ON queue (state, place) WHERE state != 'done';
 CREATE TABLE failures (batch INTEGER NOT NULL, slot INTEGER NOT NULL, reason TEXT NOT NULL);
 CREATE INDEX failed ON failures (batch);
+CREATE TABLE slots (slot INTEGER PRIMARY KEY);
 CREATE TABLE owners (name TEXT PRIMARY KEY, slot INTEGER NOT NULL, host TEXT NOT NULL, process INTEGER NOT NULL, born TEXT NOT NULL, beats INTEGER NOT NULL);
 """
-# A batch may go to a slot that has not failed it, and to any once every slot alive has.
+# A batch may go to a slot that has not failed it, and to any once every slot has.
 _TAKEABLE = """
 SELECT place, batch FROM queue WHERE state = 'free' AND (SELECT count(*) FROM failures f WHERE f.batch = queue.batch) {} 0 AND (
     NOT EXISTS (SELECT 1 FROM failures f WHERE f.batch = queue.batch AND f.slot = ?)
-    OR NOT EXISTS (SELECT 1 FROM owners o WHERE NOT EXISTS (SELECT 1 FROM failures f WHERE f.batch = queue.batch AND f.slot = o.slot))
+    OR NOT EXISTS (SELECT 1 FROM slots s WHERE NOT EXISTS (SELECT 1 FROM failures f WHERE f.batch = queue.batch AND f.slot = s.slot))
 ) ORDER BY place LIMIT 1
 """
 DIED, NOT_FINITE = "died", "not finite"
@@ -95,6 +96,17 @@ class Leases:
         """Lays the queue, in this order; to be called within `alone`, and once."""
         self.say("INSERT INTO session VALUES (?)", last)
         self.say_all("INSERT INTO queue (batch, state) VALUES (?, 'free')", [(batch,) for batch in batches])
+
+    def expect(self, slots: Iterable[int]) -> None:
+        """Adds places from which processes come, whether they are there yet or not."""
+        self.say_all("INSERT OR IGNORE INTO slots VALUES (?)", [(slot,) for slot in slots])
+
+    def give_up(self, slot: int) -> None:
+        """Nobody is expected from this place any more."""
+        self.say("DELETE FROM slots WHERE slot = ?", slot)
+
+    def slots(self) -> set[int]:
+        return {slot for (slot,) in self.say("SELECT slot FROM slots")}
 
     def enter(self, owner: Owner) -> None:
         self.say("INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?, ?, 0)", owner.name, owner.slot, owner.host, owner.process, owner.born)

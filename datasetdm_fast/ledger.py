@@ -50,7 +50,7 @@ class Ledger:
     """The rows of one run folder, in SQLite."""
 
     def __init__(self, path: Path, *, read_only: bool = False, journal: str = storage.WRITE_AHEAD):
-        self.path = path
+        self.path, self._journal = path, journal
         self._lock = threading.Lock()  # of the thread that commits, while others ask for what is there
         if read_only:
             self._connection = storage.connect_to_read(path)
@@ -91,8 +91,14 @@ class Ledger:
         return [line for (line,) in self._connection.execute("PRAGMA integrity_check(10)") if line != "ok"]
 
     def settle(self) -> bool:
-        """Moves every commit into the file itself; False where another process is just reading it."""
-        return not self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        """Moves every commit into the file itself, whose bytes then depend on the rows alone; False where another process is just reading it."""
+        if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            return False
+        part = storage.compact(self._connection, self.path)
+        self._connection.close()
+        storage.move(part, self.path)
+        self._connection = storage.connect(self.path, _SCHEMA, self._journal)
+        return True
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing import connection, get_context
-from multiprocessing.process import BaseProcess
+from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,9 @@ MOST_DEATHS = 5  # in a row, with nothing committed in between, after which a pl
 LONGEST_WAIT = 30.0  # seconds before a process that has just died again is replaced
 LOOK = 0.25  # seconds between two looks at the processes
 FAREWELL = 1.0  # seconds processes have to end once everything is committed
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+# Before anything that takes time the kernel is told to end the process with its parent (PR_SET_PDEATHSIG = 1, SIGKILL = 9).
+_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); " if sys.platform == "linux" else ""
+_BOOT = _WITH_PARENT + "import sys; from datasetdm_fast.ranks import enter; enter(int(sys.argv[1]))"
 
 Refusals = {kind.__name__: kind for kind in (Refused, Missing, GateFailed)}
 
@@ -160,7 +161,7 @@ class Rank:
 
     slot: int
     place: Place
-    process: BaseProcess | None = None
+    process: subprocess.Popen | None = None
     link: connection.Connection | None = None
     owner: Owner | None = None
     starts: int = 0
@@ -190,6 +191,7 @@ class Crew:
         self.config, self.queue, self.patience = config, queue, patience
         self.describe, self.told, self.made, self.first = describe, told, made, first
         self.ranks = [Rank(slot, place) for slot, place in enumerate(places)]
+        queue.expect(range(len(places)))
         self.longest = 0.0  # seconds between two signs of life
         self.was_ready = False
 
@@ -221,28 +223,32 @@ class Crew:
             )
 
     def _start(self, rank: Rank) -> None:
-        context = get_context("spawn")
         rank.starts += 1
         rank.owner = Owner(f"rank {rank.slot}, process {rank.starts}", rank.slot, socket.gethostname())
         config = replace(self.config, threads=rank.place.threads, quiet=True, gpus="", ranks=0)
         setup = Setup(config, rank.owner, os.getpid(), self.describe, self.first)
-        rank.link, far = context.Pipe()
-        rank.process = context.Process(target=_rank, args=(setup, far), name=rank.owner.name, daemon=True)
-        with _environment(rank.place.environment):
-            rank.process.start()
-        far.close()
+        rank.link, far = Pipe()
+        with far:
+            rank.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, str(far.fileno())],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **rank.place.environment},
+                pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # the standard output of a command holds its result alone
+            )
+        rank.link.send(setup)
         rank.is_ready, rank.is_told, rank.beats, rank.changed = False, False, 0, time.monotonic()
 
     def _listen(self, alive: Sequence[Rank]) -> None:
         """Waits a little for anything to happen, and deals with it."""
-        connection.wait([thing for rank in alive for thing in (rank.link, rank.process.sentinel)], LOOK)
+        connection.wait([rank.link for rank in alive], LOOK)
         for rank in alive:
             try:
                 while rank.link.poll():
                     self._hear(rank, *rank.link.recv())
             except (EOFError, OSError):
                 pass  # its last words have been heard
-            if not rank.process.is_alive():
+            if rank.process.poll() is not None:
                 self._bury(rank)
 
     def _hear(self, rank: Rank, kind: str, *content: Any) -> None:
@@ -263,8 +269,7 @@ class Crew:
                 raise Refusals[name](cause, remedy)
 
     def _bury(self, rank: Rank) -> None:
-        code = rank.process.exitcode
-        rank.process.join()
+        code = rank.process.returncode
         rank.link.close()
         rank.process = rank.link = None
         if code == 0 and (rank.is_told or self.queue.is_over):
@@ -275,7 +280,10 @@ class Crew:
         rank.again = time.monotonic() + min(2.0 ** (rank.deaths - 1) - 1, LONGEST_WAIT)
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         rank.last_words = rank.last_words or how
-        then = "is replaced" if rank.deaths < MOST_DEATHS else f"is not replaced any more, after {MOST_DEATHS} deaths in a row"
+        then = "is replaced"
+        if rank.deaths == MOST_DEATHS:
+            self.queue.give_up(rank.slot)
+            then = f"is not replaced any more, after {MOST_DEATHS} deaths in a row"
         self.told(f"rank {rank.slot} {how}, {lost} batches went back, it {then}")
 
     def _watch(self, alive: Sequence[Rank], now: float) -> None:
@@ -314,31 +322,21 @@ class Crew:
         end = time.monotonic() + (FAREWELL if kind is None else 0)
         for rank in self.ranks:
             if rank.process:
-                rank.process.join(max(end - time.monotonic(), 0))
+                with suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(max(end - time.monotonic(), 0))
                 rank.process.kill()
-                rank.process.join()
+                rank.process.wait()
+                rank.link.close()
 
 
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The environment a process started within the block begins with."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _rank(setup: Setup, link: connection.Connection) -> None:
-    """One process of the run, from its start to its end."""
-    die_with(setup.parent)
+def enter(handle: int) -> None:
+    """One process of the run, from its start to its end; `handle` is its end of the pipe to its parent."""
+    link = connection.Connection(handle)
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all of the group; the parent alone decides
         signal.signal(number, signal.SIG_IGN)
+    setup = link.recv()
+    if os.getppid() != setup.parent:  # it ended before the kernel knew
+        os._exit(1)
     stopping = threading.Event()
     threading.Thread(target=_obey, args=(link, stopping), name="orders", daemon=True).start()
     if setup.first:
@@ -356,14 +354,6 @@ def _rank(setup: Setup, link: connection.Connection) -> None:
         sys.exit(stop.exit_code)
     except Exception as error:
         sys.exit(report(error))
-
-
-def die_with(parent: int) -> None:
-    """Has the kernel end this process when its parent ends, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the kernel was told
-        os._exit(1)
 
 
 def _obey(link: connection.Connection, stopping: threading.Event) -> None:

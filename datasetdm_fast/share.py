@@ -170,5 +170,5 @@ class Share:
         """Whether numbers that are not finite may come from this process's device: then another one is to make the batch, and its word counts."""
         if not any(isinstance(result, SetAside) for result in results):
             return False
-        others = {owner.slot for owner in self.queue.owners()} - {self.owner.slot}
+        others = self.queue.slots() - {self.owner.slot}
         return bool(others) and not set(self.queue.failures(batch, NOT_FINITE)) - {self.owner.slot}

@@ -22,7 +22,7 @@ from typing import Any
 
 from datasetdm_fast.errors import Missing, Refused
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.part")
+_TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 TOGETHER = 64  # files written before the first of them is synced: the disk then joins their journal entries
 SYNCHRONOUS = "PRAGMA synchronous=FULL"
@@ -196,7 +196,7 @@ def is_temporary(path: Path) -> bool:
 def remove_temporaries(folder: Path) -> int:
     """How many half-written files of earlier, killed processes were deleted; call it while holding the lock."""
     try:
-        leftovers = [path for path in folder.rglob(".*.part") if is_temporary(path)]
+        leftovers = [path for path in folder.rglob(".*.part*") if is_temporary(path)]
         for path in leftovers:
             through("unlink", os.unlink, path)
     except OSError as error:
@@ -260,6 +260,20 @@ def _create(path: Path, schema: str) -> None:
     except BaseException:
         _forget(part)
         raise
+
+
+def compact(connection: Connection, path: Path) -> Path:
+    """A copy of a database beside its place, whose bytes depend on the rows alone and not on how they came in; `move` puts it there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        _forget(part)
+        connection.execute("VACUUM INTO ?", (str(part),))
+        # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must have nothing to change.
+        _opened(path, part, "PRAGMA schema_version=1", WRITE_AHEAD).close()
+    except BaseException:
+        _forget(part)
+        raise
+    return part
 
 
 def connect_to_read(path: Path) -> Connection:

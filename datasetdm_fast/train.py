@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINES, TASKS, setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers.selection import DataSettings
 
 if TYPE_CHECKING:
     from datasetdm_fast.models.trunk import Decoder
@@ -22,18 +23,18 @@ if TYPE_CHECKING:
 
 PROG = "python -m datasetdm_fast.train"
 EVERY = 10.0  # seconds between two lines of progress
-AUGMENTATIONS = ("none", "flip", "voc", "cityscapes", "deepfashion", "coco", "lvis", "kitti", "vkitti2", "nyu", "coco-pose")
+LISTED = 20  # bad images that are named
+AUGMENTATIONS = ("auto", "none", "flip", "voc", "cityscapes", "deepfashion", "coco", "lvis", "kitti", "vkitti2", "nyu", "coco-pose")
 QUIRKS = ("Q11", "Q12", "Q13", "Q14")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    data: str = setting("demo:100", "labelled images: demo:COUNT@FIRST_SEED", metavar="NAME:REST")
+class TrainConfig(DataSettings):
+    data: str = setting("demo:100", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="DATA")
     task: tuple[str, ...] = setting(("semantic",), "labels to learn, comma-separated, one decoder each: " + ", ".join(TASKS), choices=TASKS, metavar="LIST")
     out: str = setting("decoder", "folder; each task has its own in it", identity=False, metavar="DIR")
     model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    number: int = setting(0, "learn from the first N images, 0 = all", metavar="N")
     held_out: float = setting(0.1, "share of the images that only judge; none of fewer than 10 images", metavar="SHARE")
     preset: str = setting("default", "how it is taught: ours, or upstream's optimiser, schedule and loss", choices=("default", "upstream"))
     quirks: tuple[str, ...] = setting((), "upstream's mistakes to repeat: " + ", ".join(QUIRKS), choices=QUIRKS, metavar="LIST")
@@ -45,7 +46,7 @@ class TrainConfig:
     patience: int = setting(4, "looks at the held-out images without a better figure before it ends early, 0 = never", metavar="N")
     checks: int = setting(10, "looks at the held-out images in a whole training", metavar="N")
     draws: int = setting(12, "different looks at each image: noise and augmentation", metavar="N")
-    augment: str = setting("flip", "how looks differ: none, flip, or upstream's way with a data set", choices=AUGMENTATIONS)
+    augment: str = setting("auto", "how looks differ: none, flip, or upstream's way with a data set; auto: with this one, else flip", choices=AUGMENTATIONS)
     captions: str = setting("true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none"))
     timestep: int = setting(-1, "UNet timestep of the captures, -1 = what the model was made for; upstream 0", metavar="T")
     latent: str = setting("auto", "the autoencoder's mean or a sample; auto: mean, and a sample with --preset upstream", choices=("auto", "mean", "sample"))
@@ -67,7 +68,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuses values no training can have."""
-        least = {"steps": 0, "batch_size": 0, "number": 0, "patience": 0, "seed": 0, "size": 0, "threads": 0, "timestep": -1}
+        least = {"steps": 0, "batch_size": 0, "patience": 0, "seed": 0, "size": 0, "threads": 0, "timestep": -1}
         least |= {"draws": 1, "accumulate": 1, "checks": 1, "ddim_steps": 1, "rate": 0, "cache_gb": 0, "save_every": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -105,7 +106,7 @@ def train_on(
     from datasetdm_fast.training.loop import fit
     from datasetdm_fast.training.ranks import SOLO
 
-    config = TrainConfig(task=(task,), steps=steps, seed=seed, held_out=held_out, cache_dir=cache_dir, number=count, quiet=True, **settings)
+    config = TrainConfig(task=(task,), steps=steps, seed=seed, held_out=held_out, cache_dir=cache_dir, quiet=True, **settings)
     config.check()
     if not 1 <= count <= len(source):
         raise Refused(f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has")
@@ -172,12 +173,11 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
     from datasetdm_fast.training.views import check_quirks
 
     model = load_model(config.model, size=config.size)
-    source = open_data(config.data, model.size)
-    if config.number > len(source):
-        raise Refused(f"--number: {config.number} images wanted, the data set has {len(source)}", "ask for fewer, or add images")
-    first = source[0]
+    source = open_data(config.data, model.size, tasks=config.task, selection=config.selection(), skip_bad=config.skip_bad, framing=config.framing)
+    if config.skip_bad:
+        source = _readable(source, config.data)
     for task in config.task:
-        check_truth(source, first, task, config.data)
+        check_truth(source, source[0], task, config.data)
     check_quirks(config.quirks, source, config.task)
     if config.timestep >= model.scheduler.get("num_train_timesteps", 1000):
         raise Refused(f"--timestep: {config.timestep} is not one of the model's {model.scheduler.get('num_train_timesteps', 1000)}")
@@ -188,7 +188,36 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
         if ranks.is_first and not config.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    return School(config, engine, source, ranks, tuple(range(config.number or len(source))), say)
+    for name, reason in list(source.skipped.items())[:LISTED]:
+        say(f"left out   {name}: {reason}")
+    if len(source.skipped) > LISTED:
+        say(f"left out   {len(source.skipped)} in all")
+    return School(config, engine, source, ranks, tuple(range(len(source))), say)
+
+
+def _readable(source: Source, spec: str) -> Source:
+    """The items that can be read; the others are in `skipped` with the reason."""
+    found = []
+    for index in range(len(source)):
+        try:
+            source[index]
+        except Refused as stop:
+            source.skipped[source.name(source.order[index])] = stop.cause
+        else:
+            found.append(index)
+    if not found:
+        raise Refused(f"--data {spec}: none of {len(source)} images can be read; {next(iter(source.skipped.values()))}", "mend the files, or name other data")
+    return source.narrowed(found)
+
+
+def _augmentation(config: TrainConfig, task: str) -> str:
+    from datasetdm_fast.training.augment import AUGMENTATIONS as LOOKS
+
+    if config.augment != "auto":
+        return config.augment
+    kind = config.data.partition(":")[0].removesuffix("-mm")
+    kind = "coco-pose" if (kind, task) == ("coco", "pose") else kind
+    return kind if kind in LOOKS else "flip"
 
 
 def _timestep(school: School) -> int:
@@ -236,7 +265,7 @@ def _lessons(school: School, task: str, numbers: Sequence[int], draws: int = 0, 
     from datasetdm_fast.training.views import Looks, Views
 
     config = school.config
-    looks = Looks(draws or config.draws, LOOKS["none" if draws else config.augment], config.captions, config.seed, frozenset(config.quirks))
+    looks = Looks(draws or config.draws, LOOKS["none" if draws else _augmentation(config, task)], config.captions, config.seed, frozenset(config.quirks))
     views = Views(school.source, numbers, task, looks)
     plan = plan or _cache_plan(school, len(views))
     if not plan.is_stored:

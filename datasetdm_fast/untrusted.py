@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,7 +221,9 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
     try:
         if data.startswith(b"\x89PNG"):
             check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below, in one sentence
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         width, height = image.size
         if width * height > most_pixels:
             raise ValueError(f"{width} x {height} pixels, at most {most_pixels} are decoded")

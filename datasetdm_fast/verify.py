@@ -47,7 +47,7 @@ class VerifyConfig:
     sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
     profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16"))
+    dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
     compile: bool = setting(False, "judge the fast engine with torch.compile")
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
     engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", metavar="ENGINES")
@@ -91,7 +91,7 @@ def verify(engine, reference, requests: Sequence, recipe: Recipe, batch_size: in
     from datasetdm_fast.engines.fast import DTYPES
 
     dtype = engine.fingerprint()["dtype"]
-    rounded = Rounded(reference, DTYPES[dtype]) if dtype != "fp32" and reference.name == "torch" else None
+    rounded = Rounded(reference, DTYPES.get(dtype, DTYPES["fp16"])) if dtype != "fp32" and reference.name == "torch" else None
     collected: dict[str, list[np.ndarray]] = {}
     drift: dict[str, list[np.ndarray]] = {}
     truths, founds = [], []
@@ -106,6 +106,7 @@ def verify(engine, reference, requests: Sequence, recipe: Recipe, batch_size: in
         founds.append(found)
     joined, floors = ({name: np.concatenate(parts, 1) for name, parts in kind.items()} for kind in (collected, drift))
     rows = judge(joined, EXACT if dtype == "fp32" else ROUNDED, floors)
+    rows.insert(0, weights_row(engine, reference))
     facts = {
         "model": engine.model.name,
         "decoders": sorted(engine.decoders),
@@ -114,6 +115,21 @@ def verify(engine, reference, requests: Sequence, recipe: Recipe, batch_size: in
         "versions": {"datasetdm_fast": __version__, "python": platform.python_version()},
     }
     return Verdict(rows, engine.fingerprint(), reference.fingerprint(), facts, truths, founds, [request.prompt for request in requests])
+
+
+def weights_row(engine, reference) -> Row:
+    """Whether both hold the same weights, up to how the engine stores them: at a low precision a small change hides in what rounding does anyway."""
+    from datasetdm_fast.agreement import Row
+    from datasetdm_fast.engines.fast import state_distance
+
+    pairs = [(engine.decoders[task], reference.decoders[task]) for task in engine.decoders if task in reference.decoders]
+    if engine.model is not reference.model:
+        pairs += [(getattr(engine.model, part), getattr(reference.model, part)) for part in ("text_encoder", "unet", "vae")]
+    farthest = engine.weight_distance() if hasattr(engine, "weight_distance") else 0.0
+    for ours, theirs in pairs:
+        held = ours.state_dict()
+        farthest = max([farthest, *(state_distance(held[key].cpu(), value.cpu()) for key, value in theirs.state_dict().items())])
+    return Row("weights", farthest, farthest, (0.0, 0.0), None, 0)
 
 
 def _gather(collected: dict, distances: dict, batch: int) -> None:
@@ -202,7 +218,8 @@ def record(folder: Path, verdict: Verdict) -> None:
 
 def page(verdict: Verdict) -> str:
     """An HTML page of its own: the table, and the samples that are worst in any measure, both engines side by side."""
-    worst = list(dict.fromkeys(row.worst for row in sorted(verdict.rows, key=lambda row: -row.p99 / row.limit[1])))[:SHOWN]
+    judged = [row for row in verdict.rows if row.limit[1]]  # weights belong to no sample
+    worst = list(dict.fromkeys(row.worst for row in sorted(judged, key=lambda row: -row.p99 / row.limit[1])))[:SHOWN]
     samples = "".join(_sample(verdict, k) for k in worst)
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'"
     rows = "".join(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import FLAVOURS, setting
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 
 PROG = "python -m datasetdm_fast.export"
 
@@ -26,6 +27,8 @@ class ExportConfig:
     batch: tuple[str, ...] = setting(("1", "8"), "batch sizes plans are built for", metavar="LIST")
     capability: tuple[str, ...] = setting((), "GPUs plans are built for, for example sm86,sm120; default: this machine's, or portable", metavar="LIST")
     trt_flavour: str = setting("auto", "which TensorRT builds; auto is the one --to names", choices=FLAVOURS)
+    prompts: str = setting("", "what --precision fp8 is calibrated on: a prompt, or a UTF-8 file with one prompt a line", metavar="FILE|TEXT")
+    steps: int = setting(0, "sampling steps of that calibration, 0 = what the model was made for", metavar="N")
     weight_streaming: bool = setting(False, "plans that may leave part of their weights in host memory")
     refit: bool = setting(False, "plans whose weights may be exchanged")
     raw_capture: bool = setting(False, "also a stage that hands out every feature and attention map")
@@ -47,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.flags import parse
+    from datasetdm_fast.job import check_size
 
     config, _ = parse(arguments, ExportConfig, PROG, __doc__)
     for name in ("list", "prune"):
@@ -57,6 +61,9 @@ def _run(arguments: Sequence[str]) -> int:
             return 0
     if not config.out:
         raise Refused("--out: no folder was given", "Add --out ENGINES.")
+    if find_spec("onnx") is None:
+        raise Missing("export: the library onnx is not installed", 'pip install "datasetdm-fast[ort]"')
+    check_size(config.size)
     TARGETS[config.to](config)
     return 0
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from datasetdm_fast.export.weights import DataFile, tensor_bytes, value_of
 
-OPSET = 18  # decomposed attention is what TensorRT turns into one kernel, and every runtime since 2023 reads it
-IR_VERSION = 8
-DOMAINS = {"": OPSET, "com.microsoft": 1}
+# Every runtime since 2023 reads opset 18; convolutions of bf16 came with 22.
+OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
+IR_VERSIONS = {18: 8, 22: 10}
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 BLOCKED = -1e30  # added to the score of a cell that is not to be seen: exp of it is exactly 0
 SMALL = 256  # elements up to which a constant stays in the graph itself
 TYPES = {
@@ -177,8 +178,8 @@ def _folded(graph: Graph, name: str, func: Callable, args: Sequence, kwargs: Map
 class Graph:
     """One graph under construction; large constants go to `data`."""
 
-    def __init__(self, name: str, data: DataFile):
-        self.name, self.data = name, data
+    def __init__(self, name: str, data: DataFile, opset: int = OPSETS[torch.float32]):
+        self.name, self.data, self.opset = name, data, opset
         self.scope: list[str] = []  # the modules whose forward is running, for the names of their nodes
         self.inputs: list[Value] = []
         self.outputs: list[Value] = []
@@ -296,9 +297,10 @@ class Graph:
         nodes, read = self._needed()
         constants = [constant for name, constant in self._constants.items() if name in read]
         graph = helper.make_graph(nodes, self.name, described(self.inputs), described(self.outputs), constants)
-        used = {node.domain for node in nodes}
-        domains = [helper.make_opsetid(domain, version) for domain, version in DOMAINS.items() if domain in used]
-        model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="datasetdm_fast")
+        domains = [helper.make_opsetid("", self.opset)]
+        if any(node.domain == MICROSOFT for node in nodes):
+            domains.append(helper.make_opsetid(MICROSOFT, 1))
+        model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSIONS[self.opset], producer_name="datasetdm_fast")
         for key, content in metadata.items():
             model.metadata_props.add(key=key, value=content)
         return model
@@ -431,6 +433,13 @@ def matmul(x: Value, y: Value) -> Value:
 def layer_norm(x: Value, shape: Sequence[int], weight: Value, bias: Value, eps: float = 1e-5) -> Value:
     """Along the last axis; by ONNX's definition summed in fp32 whatever the type."""
     return x.graph.emit("LayerNormalization", [x, _as(weight, x.dtype), _as(bias, x.dtype)], x.shape, x.dtype, axis=-1, epsilon=eps, stash_type=1)
+
+
+def batch_norm(x: Value, mean: Value, variance: Value, weight=None, bias=None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Value:
+    """By stored statistics, without an affine part."""
+    assert weight is None and bias is None and not training
+    ones, zeros = x.graph.constant(torch.ones(mean.shape)), x.graph.constant(torch.zeros(mean.shape))
+    return x.graph.emit("BatchNormalization", [x, ones, zeros, mean, variance], x.shape, x.dtype, epsilon=eps)
 
 
 def softmax(x: Value, dim: int, dtype: torch.dtype | None = None) -> Value:
@@ -621,6 +630,7 @@ OPERATORS = {
     "linear": linear,
     "matmul": matmul,
     "layer_norm": layer_norm,
+    "batch_norm": batch_norm,
     "softmax": softmax,
     "scaled_dot_product_attention": scaled_dot_product_attention,
     "embedding": embedding,

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.export.graph import BLOCKED, Value
+from datasetdm_fast.export.graph import BLOCKED, MICROSOFT, Value
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, shifted
 from datasetdm_fast.kernels.image_norm import EPS
@@ -159,7 +159,7 @@ def one_node_attention(q: Value, k: Value, v: Value) -> Value:
     """See attention."""
     heads, cells, width = q.shape[1:]
     joined = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    out = q.graph.emit("MultiHeadAttention", joined, joined[0].shape, q.dtype, domain="com.microsoft", num_heads=heads, scale=width**-0.5)
+    out = q.graph.emit("MultiHeadAttention", joined, joined[0].shape, q.dtype, domain=MICROSOFT, num_heads=heads, scale=width**-0.5)
     return out.unflatten(2, (heads, width)).transpose(1, 2)
 
 

@@ -27,15 +27,22 @@ def build(config: ExportConfig) -> None:
     flavour, gpus = flavours.find(named, f"--to {named}"), flavours.gpu_capabilities()
     batches = to_tensorrt.check_batches(config.batch)
     capabilities = flavours.check_capabilities(flavour, config.capability, gpus)
+    if config.precision == "fp8":
+        capabilities = _check_fp8(config, flavour, capabilities)
     flags = to_tensorrt.check_flags(flavour, [flag for flag in ("weight-streaming", "refit") if getattr(config, flag.replace("-", "_"))], gpus)
 
+    from datasetdm_fast.export import fp8
     from datasetdm_fast.export.__main__ import load, teller
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.to_onnx import export
 
     model, decoders = load(config)
-    folder, precision = Path(config.out), "fp16" if config.precision == "auto" else config.precision
-    manifest = export(model, decoders, folder, precision=precision, raw_capture=config.raw_capture, told=teller(config))
+    folder, precision, drift = Path(config.out), "fp16" if config.precision == "auto" else config.precision, []
+    if precision == "fp8":
+        manifest, drift = fp8.export(model, decoders, folder, fp8.read_prompts(config.prompts, model), config.steps, told=teller(config))
+        say(fp8.table(drift))
+    else:
+        manifest = export(model, decoders, folder, precision=precision, raw_capture=config.raw_capture, told=teller(config))
     target = to_tensorrt.Target(flavour, batches, capabilities, flags, "" if flavour.is_portable else _gpu_name())
     opened, golden, rows = PlanFolder(folder, say), Reference(model, decoders), []
     for stage in manifest.stages:
@@ -43,9 +50,30 @@ def build(config: ExportConfig) -> None:
         rows.append({"stage": stage, "file": plan.path.name, "bytes": len(plan.content), "built": plan.is_new, **{name: plan.notes[name] for name in NOTES}})
         if not config.quiet:
             say(row_line(rows[-1]))
-    print(json.dumps({"path": str(folder), "flavour": flavour.title, "capabilities": list(capabilities), "plans": rows}) if config.json else folder, flush=True)
+    facts = {"path": str(folder), "flavour": flavour.title, "capabilities": list(capabilities), "plans": rows, **({"drift": drift} if drift else {})}
+    print(json.dumps(facts) if config.json else folder, flush=True)
 
 
+def _check_fp8(config: ExportConfig, flavour: flavours.Flavour, capabilities: tuple[str, ...]) -> tuple[str, ...]:
+    """The GPUs with eight-bit floats among those asked for; refused without prompts to calibrate on."""
+    if not config.prompts:
+        raise Refused("--precision fp8: is calibrated on your own prompts, and none were given", "Add --prompts FILE with one prompt a line.")
+    if config.raw_capture:
+        raise Refused("--precision fp8: features and maps themselves are there for parity, which eight bits do not have", "Drop --raw-capture.")
+    for capability in capabilities:
+        if _number(capability) < FP8_FROM:
+            able = ", ".join(one for one in flavour.capabilities if _number(one) >= FP8_FROM)
+            raise Refused(
+                f"--capability {capability}: has no eight-bit floats, which begin with sm{FP8_FROM}", f"Name GPUs that have them: {able or 'sm89 and later'}."
+            )
+    return capabilities or tuple(one for one in flavour.capabilities if _number(one) >= FP8_FROM)
+
+
+def _number(capability: str) -> int:
+    return int(capability.removeprefix("sm"))
+
+
+FP8_FROM = 89
 NOTES = ("layers", "fused_attentions", "seconds")
 
 

@@ -183,9 +183,9 @@ class PlanFolder:
             try:
                 header, _ = sealed.read(path, self.key)
                 facts, notes = header.facts, header.notes
-                self._read_golden(path, header)
                 if path.name != f"{facts['stage']}-{_key_of(facts)[:SHOWN_KEY]}{SUFFIX}":
                     raise Unusable(f"{path} carries another plan's name: it is {facts['stage']} of graph {facts['graph'][:12]}")
+                self._read_golden(path, header)
             except Unusable as refusal:
                 fault = str(refusal)
             found.append(Entry(path, path.stat().st_size, facts, notes, fault))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.graph import OPSET, Extent, Graph, Value, traced
+from datasetdm_fast.export.graph import OPSETS, Extent, Graph, Value, traced
 from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo
 from datasetdm_fast.export.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.staging import alone, cache_folder, staged
@@ -139,6 +139,8 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
     """SHA-256 of all that decides the graphs and their weights: parameters, configurations and this package's own code."""
     parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
     configs = {name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()}
+    # What begins with an underscore says where and how a part was read, not what it computes.
+    configs = {name: {key: value for key, value in config.items() if not key.startswith("_")} for name, config in configs.items()}
     total = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     for task, decoder in decoders.items():  # their order decides that of the channels
         total.update(f"{task} {decoder.config.to_json()}".encode())
@@ -250,7 +252,7 @@ class _Export:
             files=files,
             precision=self.wish.precision,
             runtime=self.wish.runtime,
-            opset=OPSET,
+            opset=OPSETS[self.dtype],
             size=self.model.size,
             source=self.wish.source,
             model={"name": self.model.name, **self.model.digests},
@@ -278,7 +280,7 @@ class _Export:
     # Graphs
 
     def _stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:
-        graph, table = Graph(name, data), self._table(name)
+        graph, table = Graph(name, data, OPSETS[self.dtype]), self._table(name)
         modules = {prefix: traced(module, graph, prefix) for prefix, module in parts.items()}
         inputs = {key: graph.input(key, self._shape(name, key, axes), getattr(torch, dtype)) for key, (axes, dtype) in table.inputs.items()}
         outputs = self._outputs(name, modules, inputs)

@@ -62,13 +62,13 @@ def without_maps(features: Sequence[Tensor], attention: Sequence[tuple[Tensor, T
     parts = weight.flatten(1).split(widths, 1)
     total, answers = added_features(features, parts), []
     for (q, k, v), part in zip(attention, parts[len(features) :]):
-        answer = torch.empty_like(q)
+        answer = torch.empty_like(q.transpose(2, 3), memory_format=torch.contiguous_format)
         for head, tokens in enumerate(part.split(k.shape[2], 1)):
-            scores = torch.matmul(q[:, head] * q.shape[-1] ** -0.5, k[:, head].transpose(1, 2))
-            attended = torch.softmax(scores, -1, dtype=total.dtype).to(v.dtype)  # [B, S, T]
-            answer[:, head] = torch.matmul(attended, v[:, head])
-            total = add_product(total, tokens, attended.transpose(1, 2))
-        answers.append(answer)
+            scores = torch.matmul(k[:, head] * q.shape[-1] ** -0.5, q[:, head].transpose(1, 2))  # [B, T, S]: the map lies as the projection reads it
+            attended = torch.softmax(scores, 1, dtype=total.dtype).to(v.dtype)
+            answer[:, head] = torch.matmul(v[:, head].transpose(1, 2), attended)
+            total = add_product(total, tokens, attended)
+        answers.append(answer.transpose(2, 3))
     return resize(total.to(weight.dtype).unflatten(2, features[0].shape[-2:]), side), answers
 
 

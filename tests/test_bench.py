@@ -1,17 +1,30 @@
 """The bench: its rows agree at small widths, and nothing is timed that did not."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import capture, measure
-from datasetdm_fast.errors import GateFailed, Refused
+from bench import capture, measure, results, scale
+from bench.peers import PEERS
+from bench.peers.engine import EnginePeer
+from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.flags import run_command
+from datasetdm_fast.models.plain import PLAIN
+
+TINY = ["--model", "tiny", "--steps", "2", "--quick", "--seconds", "0.1"]
+SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
 
 
 def test_an_unknown_command_names_the_known():
-    with pytest.raises(Refused, match="(?s)unknown measurement 'nothing'.*capture, kernels"):
+    with pytest.raises(Refused, match="(?s)unknown measurement 'nothing'.*capture.*kernels"):
         bench.dispatch(["nothing"])
 
 
@@ -37,3 +50,90 @@ def test_capture_prints_rows_that_agree(capsys):
     rows = json.loads(capsys.readouterr().out)
     for name in ("capture", "capture_attention"):
         assert rows[name]["error"] <= capture.LIMIT and rows[name]["time_ratio"] > 0 and rows[name]["memory_ratio"] > 1
+
+
+def test_rounds_go_in_turn():
+    said = []
+    rounds = measure.interleaved({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, 0.0, least=3)
+    assert said == ["a", "b"] * 3 and len(rounds["a"].seconds) == len(rounds["b"].seconds) == 3 and not rounds["a"].joules
+
+
+def test_joules_are_those_between_two_readings():
+    counter = iter(range(0, 1000, 10))
+    rounds = measure.interleaved({"a": lambda: None}, 0.0, lambda: float(next(counter)), least=2)
+    assert rounds["a"].joules == [10.0, 10.0]
+
+
+def test_the_suite_prints_ratios_parity_and_rows(capsys):
+    assert bench.dispatch([*TINY, "--peers", "torch,ours", "--parts", "peers", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["parity"] == "pass" and said["ratios"]["fast_vs_torch"] > 0
+    assert [row["peer"] for row in said["rows"]["peers"]] == ["torch", "ours"] and all(row["passed"] for row in said["rows"]["peers"][1]["parity"])
+    assert said["machine"]["device"] and said["machine"]["commit"] and said["setting"]["calls"] == 3
+
+
+def test_a_kernel_broken_on_purpose_ends_with_4(monkeypatch, capsys):
+    ops = SimpleNamespace(**{**vars(PLAIN), "layer_norm": lambda *inputs: PLAIN.layer_norm(*inputs) * 1.01})
+
+    def build(setting, batch):
+        return EnginePeer(FastEngine(setting.model, setting.reference.decoders, device="cpu", ops=ops), setting, batch)
+
+    monkeypatch.setitem(PEERS, "ours", PEERS["ours"]._replace(build=build, batch=1))
+    assert run_command(bench.dispatch, [*TINY, "--peers", "ours", "--parts", "peers", "--json"]) == 4
+    said = capsys.readouterr()
+    assert json.loads(said.out)["parity"] == "fail" and "FAILED: does not say what the oracle says" in said.err
+    assert said.err.splitlines()[-2].startswith("bench: 1 rows failed")
+
+
+@pytest.mark.parametrize("words", [["--parts", "peerz"], ["--peers", "nobody"], ["--seconds", "-1"], ["--nonsense"]])
+def test_wrong_flags_are_refused(words):
+    with pytest.raises(Refused):
+        bench.dispatch(words)
+
+
+def test_a_gpu_is_asked_for_before_anything_is_loaded():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(Missing, match="no CUDA device"):
+        bench.dispatch(["gpu"])
+
+
+def test_gpu_parts_are_stored_and_continued(tmp_path, capsys):
+    out = str(tmp_path / "gpu.json")
+    line = ["gpu", "--device", "cpu", *TINY, "--out", out, "--parts"]
+    assert bench.dispatch([*line, "layers"]) == 0
+    before = results.read(Path(out))["parts"]
+    assert bench.dispatch(["gpu", "--left", "--out", out, "--parts", "layers,chunks"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "chunks"
+    assert bench.dispatch([*line, "layers,chunks"]) == 0
+    after = results.read(Path(out))["parts"]
+    assert list(after) == ["limits", "layers", "chunks"] and {name: after[name] for name in before} == before
+    assert sum(row["of_work"] for row in after["layers"]["rows"]) == pytest.approx(1, abs=0.01)
+
+
+def test_the_driver_alone_is_timed_and_holds_its_memory(monkeypatch):
+    monkeypatch.setattr(scale, "MARKS", {True: (16, 48)})
+    rows = scale.rows(is_quick=True)
+    assert [row["images"] for row in rows] == [16, 48]
+    assert all(row["ms"]["whole"] >= row["ms"]["own"] >= 0 and row["ms"]["engine"] > 0 for row in rows)
+
+
+def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "VENV": str(tmp_path / "venv"), "WHEELS": "/w"}
+    said = subprocess.run([SCRIPT, "--dry-run"], env=environment, capture_output=True, text=True, check=True).stdout
+    steps = [line.split()[1] for line in said.splitlines() if line.startswith("==")]
+    assert steps == ["venv", "wheels", "build", "versions", "test", "verify-fp32", "verify-fp16", "verify-bf16", "bench-1"]
+    assert not list(tmp_path.iterdir())
+    assert subprocess.run([SCRIPT, "--wet-run"], capture_output=True).returncode == 2
+
+
+@pytest.mark.skipif(not os.environ.get("DATASETDM_LONG_TESTS"), reason="a minute; set DATASETDM_LONG_TESTS=1")
+def test_the_gpu_script_measures_in_rounds_and_names_what_failed(tmp_path):
+    environment = {"PYTHON": sys.executable, "VENV": str(tmp_path / "none"), "OUT": str(tmp_path), "NAME": "one.json", "STEPS_OF_SCRIPT": "bench"}
+    environment |= {"DEVICE": "cpu", "MODEL": "tiny", "STEPS": "2", "QUICK": "1", "SECONDS_EACH": "0.1", "PARTS": "layers", "ROUNDS": "2"}
+    done = subprocess.run([SCRIPT], env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results.read(tmp_path / "one.json")["parts"]["layers"]["status"] == "done" and (tmp_path / "bench-1.log").exists()
+    assert not (tmp_path / "bench-2.log").exists()  # nothing was left
+    failed = subprocess.run([SCRIPT], env={**os.environ, **environment, "PARTS": "nonsense", "ROUNDS": "1"}, capture_output=True, text=True)
+    assert failed.returncode == 4 and "failed: bench-1(2)" in failed.stderr

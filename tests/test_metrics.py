@@ -44,7 +44,7 @@ def test_the_truth_scores_one(source):
     result = scored(source)
     assert result["semantic"]["miou"] == 1 and result["open-vocabulary"]["miou"] == 1
     assert result["instance"]["ap"] == pytest.approx(1) and result["instance"]["ap50"] == pytest.approx(1)
-    assert result["depth"] == {"absrel": 0, "rmse": 0, "delta_1.25": 1}
+    assert result["depth"] == {"absrel": 0, "rmse": 0, "delta_1.25": 1, "delta_1.25_2": 1, "delta_1.25_3": 1}
     assert result["pose"]["pck"] == 1 and result["pose"]["oks_ap"] == pytest.approx(1)
 
 
@@ -67,13 +67,151 @@ def test_missing_everything_scores_nothing(source):
         return replace(label, points=label.points[:0], visibility=label.visibility[:0], scores=label.scores[:0]) if task == "pose" else label
 
     result = scored(source, gone)
-    assert result["instance"] == {"ap": 0.0, "ap50": 0.0}
+    assert result["instance"]["ap"] == result["instance"]["ap50"] == 0 and not any(result["instance"]["per_class"].values())
     assert result["pose"]["pck"] == 0 and result["pose"]["oks_ap"] == 0
 
 
 def test_joints_half_a_box_away_are_wrong(source):
     result = scored(source, lambda task, label: replace(label, points=label.points + np.float32([SIZE / 2, 0, 0])) if task == "pose" else label)
     assert result["pose"]["pck"] == 0
+
+
+def wrong_in_many_ways(source, seed=3, digits=1):
+    """Labels with every kind of mistake: moved, missed, doubled, of another class; with one digit, scores that tie."""
+    random = np.random.default_rng(seed)
+
+    def change(task, label):
+        if task == "instance":
+            masks = np.stack([np.roll(mask, random.integers(-3, 4), random.integers(2)) for mask in label.masks for _ in range(3)])
+            classes = np.repeat(label.class_ids, 3)
+            classes = np.where(random.random(len(classes)) < 0.3, random.integers(len(source.thing_classes), size=len(classes)), classes)
+            kept = random.random(len(classes)) < 0.8
+            scores = np.round(random.random(len(classes)), digits).astype(np.float32)
+            return replace(label, masks=masks[kept], class_ids=classes[kept], scores=scores[kept])
+        if task == "pose":
+            return replace(label, points=label.points + random.normal(0, 2, label.points.shape).astype(np.float32))
+        return label
+
+    return change
+
+
+def meters_of(source, change):
+    meters = {task: metric(source) for task, metric in METRICS.items()}
+    for item in source:
+        for task, label in perfect(source, item).items():
+            meters[task].add(item, change(task, label))
+    return meters
+
+
+@pytest.mark.parametrize("task, kind", [("instance", "segm"), ("pose", "keypoints")])
+def test_average_precision_is_pycocotools_own(task, kind, capsys):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    source = open_data("demo:30@40", SIZE)
+    meter = meters_of(source, wrong_in_many_ways(source))[task]
+    truth = COCO()
+    truth.dataset = {"info": {}, "images": meter.images, "categories": meter.categories, "annotations": meter.truth}
+    truth.createIndex()
+    judge = COCOeval(truth, truth.loadRes([dict(row) for row in meter.found]), kind)
+    if meter.sigmas is not None:
+        judge.params.kpt_oks_sigmas = meter.sigmas
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    result, names = meter.result(), {"instance": ("ap", "ap50", "ap75"), "pose": ("oks_ap", "oks_ap50")}[task]
+    assert 0.05 < judge.stats[0] < 0.95
+    assert [result[name] for name in names] == pytest.approx(list(judge.stats[: len(names)]), abs=1e-12)
+    if task == "instance":
+        precision = judge.eval["precision"][:, :, :, 0, -1]
+        assert list(result["per_class"].values()) == pytest.approx([precision[:, :, k].mean() for k in range(7) if (precision[:, :, k] > -1).all()], abs=1e-12)
+
+
+def test_an_image_drawn_twice_counts_twice():
+    source = open_data("demo:10@40", SIZE)
+    doubled = [source[k] for k in range(10)] + [source[k] for k in (2, 2, 5)]
+    for task in METRICS:
+        change = wrong_in_many_ways(source, 5, digits=7)
+        labels = {item.id: change(task, perfect(source, item)[task]) for item in source}
+        once, twice = METRICS[task](source), METRICS[task](source)
+        for item in source:
+            once.add(item, labels[item.id])
+        for item in doubled:
+            twice.add(item, labels[item.id])
+        weights = np.ones((1, once.count))
+        weights[0, 2], weights[0, 5] = 3, 2
+        found, wanted = once.figures(weights), twice.figures(np.ones((1, twice.count)))
+        for name in found:
+            assert found[name] == pytest.approx(wanted[name], nan_ok=True, abs=1e-9), (task, name)
+
+
+def test_intervals_hold_the_figure_and_narrow_with_more_images():
+    widths = []
+    for count in (12, 60):
+        source = open_data(f"demo:{count}@40", SIZE)
+        meters = meters_of(source, wrong_in_many_ways(source))
+        for task, meter in meters.items():
+            result, bounds = meter.result(), meter.intervals(200)
+            for name, value in result.items():
+                pairs = [(value, bounds[name])] if isinstance(value, float) else [(value[key], bounds[name][key]) for key in value]
+                assert all(low - 1e-9 <= one <= high + 1e-9 for one, (low, high) in pairs if high > low), (task, name)
+        assert meters["instance"].intervals(50) == meters["instance"].intervals(50)
+        widths.append(np.diff(meters["instance"].intervals(200)["ap"])[0])
+    assert 0 < widths[1] < 0.8 * widths[0]
+
+
+def test_an_interval_of_means_is_the_textbooks_one():
+    """The mean of n independent errors has a 95 % interval of 2 x 1.96 standard errors."""
+    source, random = open_data("demo:1@40", SIZE), np.random.default_rng(0)
+    meter, item = METRICS["depth"](source), source[0]
+    errors = random.normal(0.2, 0.05, 400)
+    for error in errors:
+        meter.add(item, DepthMap(item.depth * (1 + np.float32(error)), source.max_depth))
+    low, high = meter.intervals(2000)["absrel"]
+    assert high - low == pytest.approx(2 * 1.96 * errors.std() / 20, rel=0.1)
+
+
+@pytest.mark.parametrize("task", ["semantic", "open-vocabulary"])
+def test_seen_unseen_and_their_harmonic_mean(source, task):
+    unseen = ("ring", "star", "person")
+    meter, plain = METRICS[task](source, unseen=unseen), METRICS[task](source)
+    for item in source:
+        label = perfect(source, item)[task]
+        gone = [label.classes.index(name) for name in unseen]
+        half = np.isin(label.labels, gone) & (np.arange(SIZE)[:, None] % 2 == 0)
+        label = replace(label, labels=np.where(half, 0, label.labels))
+        meter.add(item, label)
+        plain.add(item, label)
+    result = meter.result()
+    each = plain.result()["per_class"]
+    seen, missed = (np.mean([value for name, value in each.items() if (name in unseen) is is_unseen]) for is_unseen in (False, True))
+    assert result["seen"] == pytest.approx(seen) and result["unseen"] == pytest.approx(missed) and 0.3 < missed < 0.7
+    assert result["harmonic"] == pytest.approx(2 * seen * missed / (seen + missed)) and "harmonic" not in plain.result()
+
+
+def test_what_lies_in_a_crowd_is_neither_right_nor_wrong(source):
+    item = next(item for item in source if len(item.masks) >= 2)
+    found = Instances(item.masks, np.zeros(len(item.masks), np.int64), np.linspace(0.9, 0.8, len(item.masks), dtype=np.float32), source.thing_classes)
+    rest = replace(item, masks=item.masks[1:], mask_classes=found.class_ids[1:])
+    with_crowd, without = METRICS["instance"](source), METRICS["instance"](source)
+    with_crowd.add(replace(rest, crowds=item.masks[:1], crowd_classes=found.class_ids[:1]), found)
+    without.add(rest, found)
+    assert with_crowd.result()["ap"] == pytest.approx(1) and without.result()["ap"] < 0.9
+
+
+def test_classes_are_compared_by_name(source):
+    names = ("sky", *reversed(source.classes))
+    meter = METRICS["semantic"](source)
+    for item in source:
+        label = perfect(source, item)["semantic"]
+        meter.add(item, replace(label, labels=(len(source.classes) - label.labels).astype(np.uint8), classes=names))
+    assert meter.result()["miou"] == 1
+    things = ("cloud", *reversed(source.thing_classes))
+    meter = METRICS["instance"](source)
+    for item in source:
+        label = perfect(source, item)["instance"]
+        meter.add(item, replace(label, class_ids=len(source.thing_classes) - label.class_ids, classes=things))
+    assert meter.result()["ap"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("spec", ["demo:0", "demo:x", "demo:", "demo", "demo:5@-1"])

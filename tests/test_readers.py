@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from datasetdm_fast.readers.json_stream import JsonStream
 from datasetdm_fast.readers.labelled import Picture
 
 SIZE = 64
+IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 HAS_DATASETS = importlib.util.find_spec("datasets") is not None
 
 
@@ -70,16 +73,17 @@ def test_every_layout_is_read_at_the_models_size(made, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_training_targets_can_be_made_of_every_layout(made, name):
-    from datasetdm_fast.training.targets import target
+def test_a_decoder_is_taught_and_judged_by_every_layout(made, tmp_path, monkeypatch, capsys, name):
+    from datasetdm_fast import evaluate, train
 
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "cache"))
     kind, _, tasks = LAYOUTS[name]
-    source = open_data(f"{kind}:{made(name)}", SIZE)
-    for task in tasks:
-        truth = target(source, source[0], task, True)
-        assert len(truth.masks) == len(truth.classes)
-        if task == "depth":
-            assert truth.depth.shape == (SIZE, SIZE)
+    tasks = ",".join(tasks) if IS_LONG else tasks[-1]
+    shared = ["--model", "tiny", "--data", f"{kind}:{made(name)}", "--task", tasks, "--threads", "1", "--quiet", "--json"]
+    assert train.main([*shared, "--out", str(tmp_path / "decoder"), "--steps", "2", "--draws", "2", "--batch-size", "2"]) == 0
+    capsys.readouterr()
+    assert evaluate.main([*shared, "--decoder", str(tmp_path / "decoder"), "--bootstrap", "5"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == tasks.split(",")
 
 
 def test_labels_stay_where_the_image_is(made):
@@ -389,6 +393,14 @@ def test_bad_data_is_named_and_refused_or_skipped(copied, what):
             source[1]
 
 
+def test_an_image_of_a_hundred_million_pixels_is_refused_without_a_word_more(copied, recwarn):
+    root, address = copied("folder")
+    Image.new("1", (10_000, 10_000)).save(root / "images" / "scene 1.png")
+    with pytest.raises(Refused, match="scene 1.png.*10000 x 10000 pixels"):
+        list(open_data(address, SIZE))
+    assert not [warning for warning in recwarn if "pixels" in str(warning.message)]
+
+
 def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
     root, address = copied("voc")
     (root / "SegmentationClass" / "2007_000000.png").unlink()
@@ -396,6 +408,50 @@ def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
         open_data(address, SIZE, selection=Selection(per_class=1))
     source = open_data(address, SIZE, selection=Selection(per_class=1), skip_bad=True)
     assert [item.id for item in source] == ["2007_000001", "2007_000002"] and len(source.skipped) == 1
+
+
+ROUNDS = 500 if IS_LONG else 20
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "hf"])
+def test_mutilated_files_are_read_or_refused_and_nothing_else(copied, name):
+    root, address = copied(name)
+    random = np.random.default_rng(sum(map(ord, name)))
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    small = [path for path in paths if path.suffix in (".json", ".txt", ".yaml", ".xml")]
+    refused = 0
+    for _ in range(ROUNDS):
+        among = small if small and random.random() < 0.7 else paths
+        path = among[random.integers(len(among))]
+        whole = path.read_bytes()
+        path.write_bytes(mutilated(whole, random))
+        try:
+            list(open_data(address, 32))
+        except Refused as stop:
+            refused += 1
+            assert "\n" not in stop.cause and len(stop.cause) < 800
+        path.write_bytes(whole)
+    assert refused > 2 and len(list(open_data(address, 32))) == COUNT
+
+
+def mutilated(data: bytes, random: np.random.Generator) -> bytes:
+    """A byte flipped, a stretch taken out, doubled, or replaced by something that means something."""
+    words = (b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b"99999999999999999999", b"0", b'"', b"../..", b"\x00", b"\xff\xfe", b"true", b"1.5", b"", b" ")
+    place, kind = int(random.integers(len(data))), random.integers(5)
+    end = place + int(random.integers(1, 40))
+    if kind == 0:
+        return data[:place] + bytes([data[place] ^ (1 << random.integers(8))]) + data[place + 1 :]
+    if kind == 1:
+        return data[:place] + data[end:]
+    if kind == 2:
+        return data[:end] + data[place:]
+    if kind == 3:
+        return data[:place]
+    numbers = list(re.finditer(rb"[-\d.]+|\"[^\"]*\"", data[:200_000]))
+    if not numbers:
+        return data[:place] + words[random.integers(len(words))] + data[end:]
+    found = numbers[random.integers(len(numbers))]
+    return data[: found.start()] + words[random.integers(len(words))] + data[found.end() :]
 
 
 @pytest.mark.parametrize("spec", ["voc:", "coco:/nowhere/at/all", "folder:/dev/null", "kitti:", "cityscapes:/nowhere", "yolo-seg:/nowhere", "vkitti2:/nowhere"])

@@ -64,7 +64,7 @@ def test_the_fast_engine_agrees(engine, reference):
     verdict = judged(engine, reference)
     assert verdict.agrees, verify.table(verdict)
     measures = {row.measure for row in verdict.rows}
-    assert measures == {"text", "call", *(f"level {name}" for name in ("low", "mid", "high", "highest")), "image", "free latents", "free image"} | {
+    assert measures == {"weights", "text", "call", *(f"level {name}" for name in ("low", "mid", "high", "highest")), "image", "free latents", "free image"} | {
         name for task in KINDS for name in (task, f"outputs {task}", f"free {task}")
     }
     document = verdict.document()
@@ -126,6 +126,26 @@ def test_a_planted_error_fails(engine, reference, plant):
     assert not verdict.agrees and PLANTED[plant] <= failed(verdict), verify.table(verdict)
     if plant in (one_feature_pair, one_head_of_the_maps):
         assert "call" not in failed(verdict)  # the image is as it was: only the labels' source is wrong
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_error_fails_in_bf16_too(model, reference, plant):
+    """Most of these hide in what rounding does anyway; the weights themselves are compared, too."""
+    engine = build_engine("fast", model, reference.decoders, dtype="bf16", device="cpu")
+    plant(engine)
+    if plant in (one_feature_pair, halves):  # no weight is wrong, but what is done with them
+        assert failed(judged(engine, reference, number=1))
+    else:
+        assert not verify.weights_row(engine, reference).is_passed
+
+
+def test_weights_of_another_model_are_noticed(model, reference):
+    other = load_model("tiny")
+    assert verify.weights_row(build_engine("fast", other, reference.decoders, device="cpu"), reference).is_passed
+    with torch.no_grad():
+        other.unet.conv_out.weight[0, 0, 0, 0] += 0.01 * other.unet.conv_out.weight.abs().max()
+    row = verify.weights_row(build_engine("fast", other, reference.decoders, dtype="bf16", device="cpu"), reference)
+    assert not row.is_passed and row.median == pytest.approx(0.01, rel=1e-3)
 
 
 # Other engines and precisions ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ class Peer(Protocol):
     """Stages as engines.Engine has them, for the gates, and two ways to use them, which are timed."""
 
     dtype: str  # of UNet and autoencoder: fp32, tf32, fp16 or bf16
+    rounds_text: bool  # whether the text encoder is stored in that type, too
     batch: int  # images made together
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor: ...

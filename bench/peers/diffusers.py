@@ -24,6 +24,7 @@ class Diffusers:
     def __init__(self, setting: Setting, batch: int):
         self.recipe, self.device, self.batch = setting.recipe, setting.device, batch
         self.dtype = "fp32" if setting.device.type == "cpu" else "fp16"
+        self.rounds_text = self.dtype != "fp32"
         self.storage = torch.float32 if self.dtype == "fp32" else torch.float16
         model = setting.model
         parts = {name: stored(getattr(model, name), self.storage) for name in ("vae", "text_encoder", "unet")}

@@ -17,6 +17,8 @@ from datasetdm_fast.errors import GateFailed
 
 
 class EnginePeer:
+    rounds_text = False
+
     def __init__(self, engine: Engine, setting: Setting, batch: int):
         self.engine, self.recipe, self.batch = engine, setting.recipe, batch
         self.dtype = engine.fingerprint()["dtype"]
@@ -34,11 +36,10 @@ class EnginePeer:
         engine, recipe = self.engine, self.recipe
         texts = engine.encode_text([request.prompt for request in requests])
         context = torch.cat([engine.encode_text([""]).expand(len(requests), -1, -1), texts])
-        state = sampling.start(noise_of(requests, recipe).to(engine.device))
+        walk = sampling.Walk(recipe.schedule, recipe.guidance, noise_of(requests, recipe).to(engine.device))
         for call, timestep in enumerate(recipe.schedule.timesteps):
-            output = engine.denoise(state.latents, timestep, context)
-            state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
-        return engine.decode_image(state.latents).cpu().numpy()
+            walk.step(call, engine.denoise(walk.latents, timestep, context))
+        return engine.decode_image(walk.latents).cpu().numpy()
 
 
 def open_peer(name: str, setting: Setting, batch: int, dtype: str = "auto") -> EnginePeer:

@@ -90,6 +90,7 @@ class Upstream:
 
     def __init__(self, setting: Setting, dtype: str = "fp32", *, forms_maps: bool = True, has_naive_decoders: bool = True):
         self.setting, self.dtype, self.recipe, self.device = setting, dtype, setting.recipe, setting.device
+        self.rounds_text = dtype != "fp32"
         self.storage = torch.float16 if dtype == "fp16" else torch.float32
         model = setting.model
         self.tokenizer, self.levels, self.forms_maps = model.tokenizer, model.levels, forms_maps

@@ -106,7 +106,7 @@ def classes_of(path: Path, names: Sequence[str]) -> SimpleNamespace:
 
 
 class UpstreamClasses:
-    dtype, batch = "fp32", 1
+    dtype, batch, rounds_text = "fp32", 1, False
 
     def __init__(self, setting: Setting, root: Path):
         self.setting, self.recipe, self.device = setting, setting.recipe, setting.device

@@ -87,21 +87,30 @@ class FastEngine:
         self._read_weights()
 
     def _read_weights(self) -> None:
-        model, device, ops = self.model, self.device, self.ops
         self._seen = self._weight_versions()
-        self.text_encoder = placed(TextEncoder(model.text_encoder, ops), device, torch.float32)
-        self.times = placed(TimeTable(model.unet), device, torch.float32)
-        self.texts, self.unet = (placed(module, device, self.dtype) for module in (TextTable(model.unet), UNet(model.unet, ops)))
-        self.image_decoder, self.image_encoder = (placed(part(model.vae, ops), device, self.dtype) for part in (ImageDecoder, ImageEncoder))
-        if device.type == "cpu" and not self.is_compiled:
+        for name in NETWORKS:
+            setattr(self, name, self._network(name))
+        if self.device.type == "cpu" and not self.is_compiled:
             packed(self.unet)
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
-        self.projection = placed(Projection(model.levels, self.decoders), device, self.dtype)
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
         self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
+
+    def _network(self, name: str) -> nn.Module:
+        """One of NETWORKS, read from the model."""
+        module, is_wide = NETWORKS[name](self), name in ("text_encoder", "times")
+        return placed(module, self.device, torch.float32 if is_wide else self.dtype)
+
+    def weight_distance(self) -> float:
+        """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or something changed it."""
+        farthest = 0.0
+        for name in NETWORKS:
+            held, truth = (module.state_dict() for module in (getattr(self, name), self._network(name)))
+            farthest = max([farthest, *(state_distance(held[key], value) for key, value in truth.items())])
+        return farthest
 
     def _weight_versions(self) -> tuple[int, ...]:
         """Counters PyTorch advances when a weight is changed in place."""
@@ -289,6 +298,22 @@ class FastEngine:
         dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
         compiled_by = {"compiled": "yes"} if self.is_compiled else {}
         return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": dtype, "torch": torch.__version__, **compiled_by}
+
+
+NETWORKS: dict[str, Callable[[FastEngine], nn.Module]] = {
+    "text_encoder": lambda engine: TextEncoder(engine.model.text_encoder, engine.ops),
+    "times": lambda engine: TimeTable(engine.model.unet),
+    "texts": lambda engine: TextTable(engine.model.unet),
+    "unet": lambda engine: UNet(engine.model.unet, engine.ops),
+    "image_decoder": lambda engine: ImageDecoder(engine.model.vae, engine.ops),
+    "image_encoder": lambda engine: ImageEncoder(engine.model.vae, engine.ops),
+    "projection": lambda engine: Projection(engine.model.levels, engine.decoders),
+}
+
+
+def state_distance(value: Tensor, truth: Tensor) -> float:
+    """The largest difference of two weights, as a share of the largest number in `truth`."""
+    return float((value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)) if truth.numel() else 0.0
 
 
 def slice_of(batch: int) -> int:

@@ -66,8 +66,8 @@ class TrtEngine:
         self.queue = queue or Queue(_gpu(device))
         self.model, self.decoders, self.device, self.tell = model, dict(decoders or {}), self.queue.device, tell
         self.precision = "fp16" if dtype == "auto" else dtype
-        if self.precision not in PRECISIONS:
-            raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}")
+        if self.precision not in (*PRECISIONS, "fp8"):
+            raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}, fp8")
         self.source = source_digest(model, self.decoders)
         self.folder = Path(folder) if folder else cache_folder() / "engines" / f"{self.source[:16]}-{self.precision}-{model.size}"
         self.is_given = bool(folder)
@@ -84,10 +84,14 @@ class TrtEngine:
         if stage == RAW:  # few runs need it, so it has a folder of its own
             folder = self.folder / RAW
             there = self._read(folder)
-            if there and self._is_ours(there):
+            if there and self._is_ours(there, "fp16" if self.precision == "fp8" else self.precision):
                 return folder, there
             self.tell(f"exporting {RAW} to {folder}")
-            return folder, export(self.model, self.decoders, folder, precision=self.precision, raw_capture=True, only=[RAW])
+            precision = "fp16" if self.precision == "fp8" else self.precision  # parity is what this stage is for
+            return folder, export(self.model, self.decoders, folder, precision=precision, raw_capture=True, only=[RAW])
+        if self.precision == "fp8" and not (there and there.precision == "fp8"):
+            cause = "dtype: fp8 is calibrated on your prompts first, and " + (f"{self.folder} holds {there.precision}" if there else "no folder was given")
+            raise Missing(cause, "Run `python -m datasetdm_fast.export --precision fp8 --prompts FILE --out ENGINES`, then add --engines ENGINES.")
         if there and self.is_given:
             cause = f"{self.folder}: holds other stages than asked for ({self._difference(there, stage)})"
             raise Refused(cause, "Export this model with these decoders into it again, or name another folder.")
@@ -100,12 +104,13 @@ class TrtEngine:
         except Missing:
             return None
 
-    def _is_ours(self, manifest: Manifest) -> bool:
-        return (manifest.source, manifest.precision, manifest.size) == (self.source, self.precision, self.model.size)
+    def _is_ours(self, manifest: Manifest, precision: str = "") -> bool:
+        wanted = (self.source, precision or self.precision, self.model.size, "any")
+        return (manifest.source, manifest.precision, manifest.size, manifest.runtime) == wanted
 
     def _difference(self, manifest: Manifest, stage: str) -> str:
-        ours = {"model and decoders": self.source[:12], "precision": self.precision, "size": self.model.size}
-        theirs = {"model and decoders": manifest.source[:12], "precision": manifest.precision, "size": manifest.size}
+        ours = {"model and decoders": self.source[:12], "precision": self.precision, "size": self.model.size, "runtime": "any"}
+        theirs = {"model and decoders": manifest.source[:12], "precision": manifest.precision, "size": manifest.size, "runtime": manifest.runtime}
         told = [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]
         return "; ".join(told) or f"{stage} is not among them"
 
@@ -124,7 +129,8 @@ class TrtEngine:
 
         plan = open_plan(opened, stage, manifest, self._target(batch), self._golden, accepts=serves)
         loaded = LoadedPlan(plan, manifest.stages[stage], self.flavour, self.queue, opened.key)
-        loaded.check(self.precision)
+        # Of a model in eight bits the UNet call alone has them.
+        loaded.check("fp16" if self.precision == "fp8" and stage != "denoise" else self.precision)
         loaded.keep_compiled()
         self._loaded.setdefault(stage, []).append(loaded)
         return loaded

@@ -84,6 +84,20 @@ class Convolution(nn.Module):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 1 x 1 convolution as a matrix product: on a CPU the rounding of a narrow convolution depends on the number of threads."""
+    return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+
+
+class Pointwise(nn.Module):
+    def __init__(self, weights: Weights):
+        super().__init__()
+        self.weight, self.bias = frozen(weights["weight"]), frozen(weights["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise(x, self.weight, self.bias)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation, with SiLU after it where a convolution follows."""
 

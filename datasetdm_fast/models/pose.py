@@ -10,6 +10,7 @@ from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.models.layers import pointwise
 from datasetdm_fast.models.trunk import Decoder, Upscale, wide_mixes
 from datasetdm_fast.stages import FACTOR
 
@@ -23,7 +24,7 @@ class HeatmapDecoder(Decoder):
         self.final_layer = nn.Conv2d(config.width if config.upscale else 4 * config.width, len(config.joints), 1)
 
     def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
-        return {"heatmaps": self.final_layer(self.upscale(self.climb(capture)))}
+        return {"heatmaps": pointwise(self.upscale(self.climb(capture)), self.final_layer.weight, self.final_layer.bias)}
 
 
 class SimccDecoder(Decoder):

@@ -75,8 +75,8 @@ class SegBlock(nn.Module):
     def normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         if self.training:
             with torch.no_grad():
-                mean.lerp_(x.mean((0, 2, 3)), MOMENTUM)
-                variance.lerp_(x.var((0, 2, 3)), MOMENTUM)
+                mean.lerp_(x.float().mean((0, 2, 3)), MOMENTUM)
+                variance.lerp_(x.float().var((0, 2, 3)), MOMENTUM)
         elif self.is_running:
             return F.batch_norm(x, mean, variance, eps=EPS)
         return self.ops.image_norm(x)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.models.layers import Convolution, GroupNorm, Linear, Resnet, Upsample, Weights, image, join_heads, split_heads, tokens
+from datasetdm_fast.models.layers import Convolution, GroupNorm, Linear, Pointwise, Resnet, Upsample, Weights, image, join_heads, split_heads, tokens
 
 EPS = 1e-6
 
@@ -60,7 +60,7 @@ class ImageDecoder(nn.Module):
         state, config = Weights(module.state_dict()), module.config
         weights, groups = state / "decoder", config.norm_num_groups
         self.scale = 1 / config.scaling_factor
-        entry = [Convolution(state / "post_quant_conv", padding=0)] if "post_quant_conv.weight" in state else []
+        entry = [Pointwise(state / "post_quant_conv")] if "post_quant_conv.weight" in state else []
         blocks: list[nn.Module] = []
         for k in range(len(config.block_out_channels)):
             blocks += _resnets(weights / "up_blocks" / k, groups, ops)

@@ -49,8 +49,11 @@ class DemoWorld(Source):
 
     def areas(self, record: int) -> dict[str, int]:
         view = world.view(self.first + record, self.size)
-        counts = np.bincount(view.semantic.ravel(), minlength=len(self.classes))
-        return {name: int(counts[k]) for k, name in enumerate(self.classes) if counts[k] and name in self.thing_classes}
+        found: dict[str, int] = {}
+        for thing, pixels in zip(view.scene.things, np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:]):
+            if pixels:
+                found[thing.kind] = max(found.get(thing.kind, 0), int(pixels))
+        return found
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,6 @@ def first_there(*paths: Path) -> Path:
     raise Refused(f"{paths[0]}: not there{others}", "Give the data set's own folder, laid out as it was published.")
 
 
-@lru_cache(maxsize=8)
 def class_file(path: Path) -> tuple[str, ...]:
     """Class names, one a line in the order of their numbers."""
     names = lines(path)

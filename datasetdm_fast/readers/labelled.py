@@ -116,6 +116,18 @@ class Source:
         fewer.order = [self.order[index] for index in indices]
         return fewer
 
+    def readable(self) -> Source:
+        """The same data set with only the items that can be read; the others are listed in `skipped`."""
+        found = []
+        for index, record in enumerate(self.order):
+            try:
+                self[index]
+            except Refused as stop:
+                self.skipped[self.name(record)] = stop.cause
+            else:
+                found.append(index)
+        return self.narrowed(found)
+
     def guarded(self, read: Callable, *arguments):
         """What `read` returns; a file that is not there is bad data like any other."""
         try:

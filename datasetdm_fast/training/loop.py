@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -204,9 +204,9 @@ class Trainer:
         """The step's totals over all processes."""
         config = self.decoder.config
         own = losses.totals([len(ids) for ids, _ in answers], config.queries if config.has_queries else 0)
-        numbers = torch.tensor([own.images, own.masks, own.weight], device=self.device)
+        numbers = torch.tensor(astuple(own), dtype=torch.float32, device=self.device)
         self.ranks.total([numbers])
-        return losses.Totals(*numbers.tolist())
+        return losses.Totals(*(int(number) for number in numbers.tolist()))
 
     def _joined(self, total: Tensor) -> None:
         """Adds up loss and gradients over all processes; running statistics, which no training reads, become their mean."""

@@ -19,15 +19,20 @@ OVERSAMPLE, UNCERTAIN = 3, 0.75
 class Totals:
     """What the sums of a step are divided by: counts over the whole step, also where only a part of it is at hand."""
 
-    images: float
-    masks: float = 0.0
-    weight: float = 0.0  # of the class cross-entropy
+    images: int
+    masks: int = 0
+    matched: int = 0  # queries that answer for a mask
+    queries: int = 0
+
+    @property
+    def weight(self) -> float:
+        """Of the class cross-entropy."""
+        return self.matched + NO_OBJECT * (self.queries - self.matched)
 
 
 def totals(counts: Sequence[int], queries: int) -> Totals:
     """The totals of images with so many masks each."""
-    matched = sum(min(count, queries) for count in counts)
-    return Totals(len(counts), sum(counts), matched + NO_OBJECT * (len(counts) * queries - matched))
+    return Totals(len(counts), sum(counts), sum(min(count, queries) for count in counts), len(counts) * queries)
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:

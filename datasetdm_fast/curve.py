@@ -1,0 +1,123 @@
+"""The learning curve: how true labels become with the number of labelled images, and what more of them would bring."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.errors import Refused
+
+FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
+LESS_IS_BETTER = ("absrel",)
+MORE = 50  # labels that the forecast adds
+FLOORS = np.linspace(0, 0.99, 100)  # shares of the smallest error tried as the one that no number of labels removes
+POINTS_FOR_FLOOR = 4  # counts below which the error is taken to fall to nothing
+SMALLEST = 1e-6  # error whose logarithm is still taken
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """Error = floor + scale * labels ** -exponent, as learning curves have it over orders of magnitude; arrays hold a law each."""
+
+    floor: np.ndarray  # [B]
+    scale: np.ndarray
+    exponent: np.ndarray
+
+    def at(self, labels: float) -> np.ndarray:
+        return self.floor + self.scale * labels**-self.exponent
+
+
+def power_law(counts: Sequence[int], errors: np.ndarray) -> PowerLaw:
+    """The laws nearest to errors [B, counts], by squares of the logarithm; an error never grows with labels."""
+    errors = np.maximum(np.asarray(errors, np.float64), SMALLEST)
+    x = np.log(np.asarray(counts, np.float64))
+    spread = x - x.mean()
+    shares = FLOORS if len(counts) >= POINTS_FOR_FLOOR else FLOORS[:1]
+    floors = shares[:, None] * errors.min(1)  # [F, B]
+    y = np.log(errors - floors[..., None])
+    exponent = np.maximum(-(y * spread).sum(2) / (spread**2).sum(), 0)
+    scale = np.exp(y.mean(2) + exponent * x.mean())
+    fitted = floors[..., None] + scale[..., None] * np.exp(-exponent[..., None] * x)
+    best = ((np.log(fitted) - np.log(errors)) ** 2).sum(2).argmin(0)
+    return PowerLaw(*(np.take_along_axis(values, best[None], 0)[0] for values in (floors, scale, exponent)))
+
+
+def error_of(figure: str, values: np.ndarray) -> np.ndarray:
+    """What is missing to perfect labels; its own inverse."""
+    return np.asarray(values) if figure in LESS_IS_BETTER else 1 - np.asarray(values)
+
+
+def forecast(figure: str, counts: Sequence[int], values: np.ndarray, draws: np.ndarray, more: int, level: float) -> dict[str, Any]:
+    """What `more` labels beyond the last count bring, from the figure [counts] and its bootstrap draws [B, counts]; a gain is less error."""
+    law = power_law(counts, error_of(figure, values)[None])
+    drawn = power_law(counts, error_of(figure, draws))
+    last = counts[-1]
+    gains = drawn.at(last) - drawn.at(last + more)
+    error = float(law.at(last + more)[0])
+    return {
+        "fit": {"floor": float(law.floor[0]), "scale": float(law.scale[0]), "exponent": float(law.exponent[0])},
+        "more": {
+            "labels": last + more,
+            "value": float(error_of(figure, np.array(error))),
+            "gain": float(law.at(last)[0]) - error,
+            "interval": [float(bound) for bound in np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])],
+        },
+    }
+
+
+def learning_curve(
+    task: str, counts: Sequence[int], repeats: int, judge: Callable[[int, int], Any], *, bootstrap: int, level: float, more: int = MORE
+) -> dict[str, Any]:
+    """The task's figure at every count, with intervals over images and repeats, and the forecast.
+
+    `judge(count, repeat)` is a meter after a decoder taught by that many labels has answered; all meters have seen the same images.
+    """
+    figure, values, draws, points = FIGURES[task], [], [], []
+    random = np.random.default_rng(0)
+    for count in counts:
+        meters = [judge(count, repeat) for repeat in range(repeats)]
+        each = [meter.result()[figure] for meter in meters]
+        drawn = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
+        drawn = np.nan_to_num(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])
+        bounds = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        points.append({"labels": count, "value": float(np.mean(each)), "interval": [float(bound) for bound in bounds], "repeats": each})
+        values.append(np.mean(each))
+        draws.append(drawn)
+    return {"figure": figure, "points": points, **forecast(figure, counts, np.array(values), np.stack(draws, 1), more, level)}
+
+
+def parse_counts(words: Sequence[str]) -> list[int]:
+    """--curve's numbers, rising."""
+    if not all(re.fullmatch(r"[1-9]\d{0,8}", word) for word in words) or len(words) < 2:
+        raise Refused(f"--curve: {','.join(words)} is not two or more numbers of labels", "For example --curve 10,30,100,300.")
+    return sorted({int(word) for word in words})
+
+
+def to_learn_from(data: str, learn_from: str, most: int) -> str:
+    """The address of the images that teach: not those that judge."""
+    if not learn_from:
+        if data.startswith("demo:"):
+            learn_from = f"demo:{most}@1000"
+        elif match := re.fullmatch(r"(.+)\[(.+)\]", data):
+            learn_from = match[1]
+    if not learn_from or learn_from.removesuffix("[train]") == data.removesuffix("[train]"):
+        raise Refused(f"--curve: --data {data} names the images that judge, none are left to learn from", "Name them with --learn-from ADDRESS.")
+    return learn_from
+
+
+def told(task: str, found: dict[str, Any], level: float) -> str:
+    """The curve as lines to read."""
+    figure, more, last = found["figure"], found["more"], found["points"][-1]
+    lines = [f"{task}, {figure}", f"{'labels':>8}   value   {level:.0%} interval"]
+    for point in found["points"]:
+        low, high = point["interval"]
+        lines.append(f"{point['labels']:8}  {point['value']:6.4f}   {low:.4f} to {high:.4f}")
+    low, high = more["interval"]
+    added = more["labels"] - last["labels"]
+    better = f"{more['gain']:.4f} {'lower' if figure in LESS_IS_BETTER else 'higher'}"
+    lines.append(f"{added} more labels would bring {figure} to about {more['value']:.4f}: {better} ({level:.0%} interval {low:.4f} to {high:.4f}).")
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""What a run is about to do, in lines for a person."""
+
+from __future__ import annotations
+
+from datasetdm_fast.job import Job
+from datasetdm_fast.storage import free_bytes
+
+OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
+
+
+def table(job: Job, call: float = 0.0) -> list[str]:
+    """What a job is about to do, a line each; `call` is the seconds of one UNet call, where they were measured."""
+    plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
+    left = min(plan.number - job.done, job.config.limit or plan.number)
+    batches = -(-left // plan.batch_size)
+    rows = {
+        "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, seeds {plan.seed} to {plan.seed + plan.number - 1}",
+        "sampler": f"{facts['sampler']}, {facts['steps']} steps in {facts['calls']} calls, guidance {facts['guidance']:g}",
+        "labels": ", ".join(job.recipe.tasks),
+        "engine": f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}, {batches} batches of {plan.batch_size}",
+        "time": f"about {duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "",
+        "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
+        "run folder": str(job.folder),
+    }
+    return [f"{name:<11}{value}" for name, value in rows.items() if value]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

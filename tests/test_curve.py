@@ -1,0 +1,103 @@
+"""The learning curve: laws found again from their own points, forecasts, and the command on a small model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from datasetdm_fast.curve import learning_curve, parse_counts, power_law, to_learn_from, told
+from datasetdm_fast.data import DepthMap
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluate import main
+from datasetdm_fast.metrics import METRICS
+from datasetdm_fast.readers import open_data
+
+COUNTS = [10, 30, 100, 300]
+
+
+@pytest.mark.parametrize("floor, scale, exponent", [(0.0, 2.0, 0.4), (0.1, 1.5, 0.6), (0.25, 0.9, 0.3), (0.05, 3.0, 1.0)])
+def test_a_law_is_found_again_from_its_points(floor, scale, exponent):
+    errors = floor + scale * np.array(COUNTS, float) ** -exponent
+    law = power_law(COUNTS, np.stack([errors, 2 * errors]))
+    assert law.at(350) == pytest.approx(np.array([1, 2]) * (floor + scale * 350**-exponent), rel=5e-3)
+    assert law.at(10) - law.at(300) == pytest.approx(np.array([1, 2]) * (errors[0] - errors[-1]), rel=0.02)
+
+
+def test_few_points_fall_to_nothing_and_errors_never_grow():
+    law = power_law([10, 40], np.array([[0.4, 0.2], [0.2, 0.3], [0.3, 0.3]]))
+    assert law.floor.tolist() == [0, 0, 0] and law.exponent == pytest.approx([0.5, 0, 0], abs=1e-9)
+    assert law.at(160)[0] == pytest.approx(0.1) and law.at(1000)[2] == pytest.approx(0.3)
+
+
+def judge_of(absrel):
+    """A meter over the same 40 images whose errors scatter about what a law says for a number of labels."""
+    item, source = open_data("demo:1@7", 32)[0], open_data("demo:1@7", 32)
+
+    def judge(count, repeat):
+        meter, random = METRICS["depth"](source), np.random.default_rng(repeat)
+        for _ in range(40):
+            meter.add(item, DepthMap(item.depth * np.float32(1 + absrel(count) * random.uniform(0.5, 1.5)), source.max_depth))
+        return meter
+
+    return judge
+
+
+def test_fifty_more_labels_are_worth_what_the_law_says():
+    found = learning_curve("depth", COUNTS, 2, judge_of(lambda n: 0.02 + 1.2 * n**-0.6), bootstrap=200, level=0.95)
+    gain = 1.2 * (300**-0.6 - 350**-0.6)
+    low, high = found["more"]["interval"]
+    assert found["figure"] == "absrel" and found["more"]["labels"] == 350
+    assert low < found["more"]["gain"] < high and found["more"]["gain"] == pytest.approx(gain, rel=0.5)
+    assert [len(point["repeats"]) for point in found["points"]] == [2] * 4
+    for point in found["points"]:
+        assert point["interval"][0] <= point["value"] <= point["interval"][1]
+    lines = told("depth", found, 0.95).splitlines()
+    assert lines[-1].startswith("50 more labels would bring absrel to about 0.0") and "lower" in lines[-1] and len(lines) == 7
+
+
+def test_a_flat_curve_promises_nothing():
+    found = learning_curve("depth", COUNTS, 1, judge_of(lambda n: 0.2), bootstrap=100, level=0.9, more=100)
+    assert abs(found["more"]["gain"]) < 1e-6 and found["more"]["labels"] == 400
+
+
+@pytest.mark.parametrize("words", [["10"], ["0", "10"], ["ten", "20"], ["10", "-3"], ["10", "2.5"]])
+def test_counts_that_are_no_curve_are_refused(words):
+    with pytest.raises(Refused, match="--curve"):
+        parse_counts(words)
+    assert parse_counts(["30", "10", "30"]) == [10, 30]
+
+
+def test_those_that_judge_do_not_teach():
+    assert to_learn_from("coco:/data[val]", "", 9) == "coco:/data"
+    assert to_learn_from("demo:500@900000", "", 300) == "demo:300@1000"
+    assert to_learn_from("voc:/a", "voc:/b", 9) == "voc:/b"
+    for data, learn_from in (("voc:/a", ""), ("voc:/a[train]", "voc:/a"), ("voc:/a[val]", "voc:/a[val]"), ("demo:5@3", "demo:5@3")):
+        with pytest.raises(Refused, match="none are left"):
+            to_learn_from(data, learn_from, 9)
+
+
+def test_the_command_teaches_and_judges_each_number(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path))
+    flags = [
+        "--model",
+        "tiny",
+        "--curve",
+        "2,4",
+        "--data",
+        "demo:4@900000",
+        "--task",
+        "depth",
+        "--steps",
+        "3",
+        "--bootstrap",
+        "20",
+        "--quiet",
+        "--threads",
+        "1",
+    ]
+    assert main([*flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["curve"]["depth"]
+    assert [point["labels"] for point in found["points"]] == [2, 4] and found["more"]["labels"] == 54
+    assert all(0 < point["value"] < 10 for point in found["points"])
+    assert main([*flags, "--learn-from", "demo:3@50"]) == 2
+    assert "demo:3@50 has 3" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""python -m datasetdm_fast.evaluate on real layouts: figures, intervals, tables, and what it refuses."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from layouts import LAYOUTS
+
+from datasetdm_fast.evaluate import main
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.models.decoder_config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
+from datasetdm_fast.models.decoders import build_decoder, save_decoder
+from datasetdm_fast.readers import open_data
+
+SMALL = {"width": 16, "upscale": 2, "depth_width": 8}
+MASKS = {"heads": 2, "layers": 2, "feed_forward": 32, "mask_dim": 16, "queries": 6}
+MAIN = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """A folder of untaught decoders for the classes of a data set."""
+    model = load_model("tiny")
+
+    def make(source, tasks) -> str:
+        folder = tmp_path_factory.mktemp("decoders")
+        shared = {"levels": model.levels, "text_width": 32, "capture_timestep": 1, **SMALL}
+        made = {
+            "semantic": {"kind": "segmentation", "classes": source.classes, **MASKS},
+            "instance": {"kind": "segmentation", "classes": source.thing_classes, **MASKS},
+            "open-vocabulary": {"kind": "open-vocabulary", "classes": source.thing_classes[:4], "text_width": model.text_encoder.config.hidden_size, **MASKS},
+            "depth": {"kind": "depth", "max_depth": source.max_depth},
+            "pose": {"kind": "heatmap", "joints": source.joints, "limbs": source.limbs},
+        }
+        for task in tasks:
+            torch.manual_seed(0)
+            save_decoder(build_decoder(DecoderConfig(task=task, **{**shared, **made[task]})), folder / task)
+        return str(folder)
+
+    return make
+
+
+def run(capsys, *flags) -> tuple[int, str, str]:
+    code = main(["--model", "tiny", "--quiet", "--bootstrap", "20", *flags])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("name", ["coco", "voc", "kitti", "folder", "hf"])
+def test_real_layouts_are_evaluated(decoders, tmp_path, capsys, name):
+    if name == "hf" and importlib.util.find_spec("datasets") is None:
+        pytest.skip("the library `datasets` is not installed")
+    kind, make, tasks = LAYOUTS[name]
+    make(tmp_path / "data")
+    address = f"{kind}:{tmp_path / 'data'}[train]"
+    folder = decoders(open_data(address, 64), tasks)
+    code, out, _ = run(capsys, "--decoder", folder, "--data", address, "--json")
+    result = json.loads(out)
+    assert code == 0 and list(result) == [task for task in MAIN if task in tasks]
+    for task, found in result.items():
+        low, high = found["intervals"][MAIN[task]]
+        assert low <= high and found[MAIN[task]] >= 0 and found["images"] >= 3
+    if "open-vocabulary" in tasks:
+        assert {"seen", "unseen", "harmonic"} <= set(result["open-vocabulary"])
+    code, out, _ = run(capsys, "--decoder", folder, "--data", address, "--task", tasks[0])
+    assert code == 0 and "95% interval" in out and out.splitlines()[1].split()[:2] == [tasks[0], MAIN[tasks[0]]]
+
+
+def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, capsys):
+    LAYOUTS["folder"][1](tmp_path / "data")
+    address = f"folder:{tmp_path / 'data'}"
+    folder = decoders(open_data(address, 64), ("depth",))
+    (tmp_path / "data" / "depth" / "scene 1.png").unlink()
+    code, out, said = run(capsys, "--decoder", folder, "--data", address, "--json")
+    assert code == 2 and not out and "scene 1.png" in said.splitlines()[0] and "--skip-bad" not in said.splitlines()[0]
+    code, out, said = run(capsys, "--decoder", folder, "--data", address, "--json", "--skip-bad")
+    result = json.loads(out)
+    assert code == 0 and result["depth"]["images"] == 2
+    assert [reason for reason in result["skipped"].values() if "scene 1.png" in reason] and said.startswith("1 images were skipped:")
+
+
+def test_selections_and_framing_are_flags(decoders, capsys):
+    folder = decoders(open_data("demo:3", 64), ("semantic",))
+    flags = ("--decoder", folder, "--data", "demo:12@0", "--json", "--bootstrap", "5")
+    _, out, _ = run(capsys, *flags, "--limit-per-class", "1", "--framing", "upstream")
+    assert json.loads(out)["semantic"]["images"] < 12
+    _, out, _ = run(capsys, *flags, "--limit-images", "2", "--unseen", "ball,cube")
+    assert json.loads(out)["semantic"]["images"] == 2 and "harmonic" in json.loads(out)["semantic"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "coco:/nowhere"], "/nowhere"),
+        (["--data", "coc:/nowhere"], "did you mean coco"),
+        (["--task", "depth"], "no decoder for depth"),
+        (["--unseen", "unicorn"], "unicorn"),
+        (["--level", "2"], "--level"),
+        (["--bootstrap", "-1"], "--bootstrap"),
+        (["--limit-per-class", "-1"], "--limit-per-class"),
+        (["--select", "vok"], "--select"),
+        (["--only-classes", "unicorn"], "unicorn"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(decoders, capsys, flags, said):
+    folder = decoders(open_data("demo:1", 64), ("semantic",))
+    given = ["--decoder", folder, *([] if "--data" in flags else ["--data", "demo:2"]), *flags]
+    code, out, error = run(capsys, *given)
+    assert code == 2 and not out and said in error
+
+
+def test_a_decoder_of_other_classes_or_joints_is_refused(decoders, tmp_path, capsys):
+    LAYOUTS["coco"][1](tmp_path / "data")
+    assert len(COCO_JOINTS) == 17 and COCO_LIMBS
+    folder = decoders(open_data("demo:1", 64), ("pose",))
+    code, _, said = run(capsys, "--decoder", folder, "--data", f"coco:{tmp_path / 'data'}")
+    assert code == 2 and "joints" in said
+    LAYOUTS["cityscapes"][1](tmp_path / "streets")
+    source = open_data("demo:1", 64)
+    source.classes = ("one", "two")
+    folder = decoders(source, ("semantic",))
+    code, _, said = run(capsys, "--decoder", folder, "--data", f"cityscapes:{tmp_path / 'streets'}")
+    assert code == 2 and "no class in common" in said

@@ -1,0 +1,187 @@
+"""Peers of the bench: each says what the oracle says, and none is timed that does not."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import ladder, limits, ops, parity, profile, quality, race, stages, suite
+from bench.peers import PEERS, Offer, upstream
+from bench.peers.engine import EnginePeer
+from bench.setting import open_setting
+from bench.work import TERA, image_flops, stage_flops
+from datasetdm_fast import kernels
+from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.models.plain import PLAIN
+
+LIMITS = {"tflops": {"fp32": 0.1, "bf16": 0.2}, "gbps": 20.0, "gexps": 1.0}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return open_setting("tiny", "cpu", steps=2, number=4, quick=True)
+
+
+@pytest.fixture(scope="module")
+def judge(setting):
+    return parity.Judge(setting, 2)
+
+
+@pytest.mark.parametrize("name", ["upstream", "torch", "diffusers", "ours", "ours-bf16"])
+def test_every_peer_agrees_with_the_oracle(name, setting, judge):
+    peer = PEERS[name].build(setting, PEERS[name].batch or 2)
+    rows = judge.rows(peer)
+    assert not parity.failures(rows)
+    assert {"text", "call", "level low", "level highest", "free image"} <= {row.measure for row in rows}
+    assert peer.draw(setting.batch(peer.batch)).shape == (peer.batch, 128, 128, 3)
+
+
+def test_every_rung_of_the_ladder_agrees(setting, judge):
+    for name in ("maps once", "decoders", "batches"):
+        assert not parity.failures(judge.rows(ladder.RUNGS[name].build(setting, 1)))
+
+
+def test_labels_of_upstream_are_those_of_the_oracle(setting):
+    """Of seeded weights the gates judge no labels, but these must be equal up to rounding."""
+    ours, theirs = (PEERS[name].build(setting, 1).make(setting.batch(1))[0].annotations for name in ("torch", "upstream"))
+    assert (ours["semantic"].labels == theirs["semantic"].labels).mean() > 0.999
+    assert abs(ours["depth"].metres - theirs["depth"].metres).max() < 1e-3
+
+
+def test_upstream_forms_its_maps_at_every_call(setting, monkeypatch):
+    seen = []
+    monkeypatch.setattr(upstream.Store, "see", lambda store, probabilities, place, is_text: seen.append((place, is_text, probabilities.shape[-1])))
+    peer = upstream.build(setting, 1)
+    peer.denoise(torch.zeros(1, 4, 16, 16), 500, torch.zeros(2, 77, 32))
+    assert len(seen) == 32 and sum(is_text for _, is_text, _ in seen) == 16 and max(width for *_, width in seen) == 256
+
+
+def test_upstream_averages_anew_for_every_level_of_every_decoder(setting, monkeypatch):
+    times, average = [], upstream.Store.average
+    monkeypatch.setattr(upstream.Store, "average", lambda store: times.append(1) or average(store))
+    upstream.build(setting, 1).make(setting.batch(1))
+    assert len(times) == 4 * len(setting.recipe.tasks)
+
+
+def broken_geglu(x):
+    return 1.02 * PLAIN.geglu(x)
+
+
+def broken(setting, batch):
+    engine = FastEngine(setting.model, setting.reference.decoders, device="cpu", ops=SimpleNamespace(**{**vars(PLAIN), "geglu": broken_geglu}))
+    return EnginePeer(engine, setting, batch)
+
+
+def test_a_broken_kernel_is_a_failed_row_that_nobody_timed(setting, judge):
+    offers = {"ours": Offer("broken on purpose", broken, batch=1, must_run=True), "torch": PEERS["torch"]._replace(batch=1)}
+    rows = {row["peer"]: row for row in race.race(setting, ("ours", "torch"), judge, LIMITS, 0.1, offers=offers)}
+    assert rows["ours"]["status"] == "failed" and "call" in rows["ours"]["why"] and "seconds_per_image" not in rows["ours"]
+    assert rows["torch"]["status"] == "ok" and rows["torch"]["images_per_second"] > 0
+    with pytest.raises(GateFailed, match="broken|ours") as stopped:
+        suite.check({"parts": {"peers": {"status": "done", "rows": list(rows.values())}}})
+    assert stopped.value.exit_code == 4
+
+
+def test_a_peer_that_raises_is_failed_where_it_is_ours_and_absent_elsewhere(setting, judge):
+    def raises(setting, batch):
+        raise ValueError("no such kernel")
+
+    offers = {"ours": Offer("ours", raises, must_run=True), "theirs": Offer("theirs", raises)}
+    rows = race.race(setting, ("ours", "theirs"), judge, LIMITS, 0.1, offers=offers)
+    assert [(row["status"], row["why"]) for row in rows] == [("failed", "ValueError: no such kernel"), ("absent", "ValueError: no such kernel")]
+
+
+def test_a_race_gives_rates_and_ratios_that_can_be_computed_again(setting, judge):
+    offers = {name: PEERS[name]._replace(batch=2) for name in ("torch", "ours")}
+    rows = {row["peer"]: row for row in race.race(setting, ("torch", "ours"), judge, LIMITS, 0.1, offers=offers, draws=True)}
+    ours, theirs = rows["ours"]["seconds_per_image"], rows["torch"]["seconds_per_image"]
+    assert len(ours["rounds"]) >= 2
+    assert rows["ours"]["images_per_second"] == pytest.approx(1 / ours["median"], rel=1e-3)
+    assert rows["ours"]["tflops"] == pytest.approx(setting.flops / TERA / ours["median"], rel=1e-2)
+    assert rows["torch"]["ours_over"]["rounds"] == pytest.approx([b / a for a, b in zip(ours["rounds"], theirs["rounds"])], rel=1e-3)
+    assert rows["ours"]["images_alone_s"]["median"] < 2 * ours["median"]
+
+
+def test_stages_are_compared_and_timed_both_ways(setting, judge):
+    rows = {row["stage"]: row for row in stages.rows(setting, judge, LIMITS, 0.1, 2)}
+    assert list(rows)[:3] == ["text", "call", "captured call"] and {f"decoder {task}" for task in setting.recipe.tasks} < set(rows)
+    assert all(row["status"] == "ok" for row in rows.values())
+    assert all(row["error"] <= row["limit"] and row["ratio"]["median"] > 0 for row in rows.values() if "error" in row)
+    assert "naive_s" not in rows["encode"] and rows["encode"]["ours_s"]["median"] > 0
+
+
+def test_profile_shares_add_up_to_the_call(setting, judge):
+    (row,) = profile.rows(setting, judge, ("ours",), {})
+    assert sum(row["shares"].values()) == pytest.approx(1, abs=0.01) and row["shares"]["convolution"] > 0
+    assert profile.group_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention" and profile.group_of("aten::mul") == profile.REST
+
+
+def test_drift_is_nought_of_the_same_and_seen_of_others(setting):
+    """The labels of two other seeds stand for a way that changes the result."""
+    peer = PEERS["torch"].build(setting, 2)
+    samples = peer.make(setting.batch(2))
+    same, other = quality.drift(samples, samples), quality.drift(samples, samples[::-1])
+    assert (same["mask_iou"], same["depth_absrel"], same["keypoint_px"], same["psnr_db"]) == (1.0, 0.0, 0.0, 180.0)
+    assert other["depth_absrel"] > 0 and other["keypoint_px"] > 0 and other["psnr_db"] < 60
+
+
+def test_an_absent_peer_says_why(setting, judge):
+    (row,) = race.race(setting, ("upstream-tf32",), judge, LIMITS, 0.1)
+    assert row["status"] == "absent" and "a CPU has no such arithmetic" in row["why"]
+
+
+def test_operations_are_judged_before_they_are_timed():
+    forms = {"engine": SimpleNamespace(geglu=broken_geglu, layer_norm=kernels.compiled.layer_norm)}
+    rows = ops.rows(CPU, "fp32", LIMITS, forms, 0.001)
+    assert {row["op"] for row in rows} == {"geglu", "layer_norm"}
+    for row in rows:
+        assert row["status"] == ("failed" if row["op"] == "geglu" else "ok")
+        assert "form_s" not in row or row["op"] == "layer_norm"
+    assert any("form_s" in row for row in rows)
+
+
+def test_the_count_of_stable_diffusion_is_the_published_one():
+    """401.6 GMAC a UNet forward, 1257 an image decoding, 13.3 GFLOP a prompt: 84.5 TFLOP an image at 51 calls."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from datasetdm_fast.loading import DOWN_BLOCKS, UP_BLOCKS
+
+    vae = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512)}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, sample_size=64, attention_head_dim=8, cross_attention_dim=768)
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+        model = SimpleNamespace(unet=unet, vae=AutoencoderKL(**vae, layers_per_block=2, latent_channels=4), text_encoder=text, size=512)
+    stages = stage_flops(model)
+    assert stages["call"] / 2e9 == pytest.approx(401.6, rel=1e-3) and stages["image"] / 2e9 == pytest.approx(1257, rel=1e-3)
+    assert stages["text"] / 1e9 == pytest.approx(13.3, rel=1e-2)
+    assert image_flops(stages, 51) / TERA == pytest.approx(84.5, rel=1e-3)
+
+
+def test_limits_are_rates_of_this_machine():
+    found = limits.measure(CPU, 0.02)
+    assert 1e-3 < found["tflops"]["fp32"] < 100 and 0.1 < found["gbps"] < 10_000 and found["gexps"] > 1e-3
+
+
+def test_the_nearest_limit_is_the_one_that_takes_longest():
+    found = limits.nearest_limit(1e9, 1e9, 0, 0.1, LIMITS, "fp32")  # 10 ms of products, 50 ms of memory
+    assert found["bound"] == "memory" and found["share"] == pytest.approx(0.5) and found["tflops"] == pytest.approx(0.01)
+
+
+@pytest.mark.skipif(not os.environ.get("DATASETDM_UPSTREAM"), reason="DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM")
+def test_classes_of_upstream_agree(monkeypatch):
+    """Its UNet, attention store and loop at 512 pixels; the norms it vendors have 32 groups whatever the model says."""
+    from datasetdm_fast import loading
+
+    preset = loading._preset
+
+    def with_its_groups(name, tokenizer, text, unet, *rest, **more):
+        return preset(name, tokenizer, text, unet | {"norm_num_groups": 32}, *rest, **more)
+
+    monkeypatch.setattr(loading, "_preset", with_its_groups)
+    setting = open_setting("tiny", "cpu", steps=3, number=1, size=512)
+    rows = parity.Judge(setting, 1).rows(PEERS["upstream-classes"].build(setting, 1))
+    assert not parity.failures(rows)

@@ -1,0 +1,150 @@
+"""Tables and charts: drawn from a result file, and those of this checkout are the newest file's."""
+
+import copy
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from bench import charts, report, tables
+from bench.machine import ROOT
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+
+
+def times(*rounds):
+    return {"least": min(rounds), "median": sorted(rounds)[len(rounds) // 2], "most": max(rounds), "rounds": list(rounds)}
+
+
+def peer(name, seconds, **changes):
+    row = {"peer": name, "title": f"title of {name} <&>", "status": "ok", "dtype": "fp32", "batch": 4, "load_s": 0.5, "first_s": 1.5, "peak_mib": 40.0}
+    ours = (1.0, 1.0, 1.0)
+    row |= {"seconds_per_image": times(*seconds), "images_per_second": 1 / times(*seconds)["median"], "tflops": 0.05, "share_of_products": 0.5}
+    return row | {"joules_per_image": None, "ours_over": times(*(a / b for a, b in zip(seconds, ours)))} | changes
+
+
+DOCUMENT = {
+    "format": 1,
+    "suite": "cpu",
+    "date": "2026-01-01T00:00:00Z",
+    "command": "python -m bench",
+    "machine": {"device": "Some CPU, 2 cores", "commit": "abc1234", "versions": {"torch": "2.13.0"}},
+    "setting": {"model": "demo", "trained": True, "tasks": ["depth"], "size": 128, "calls": 51, "tflop_per_image": 0.0583, "quick": False},
+    "parts": {
+        "limits": {"status": "done", "rows": [{"tflops": {"fp32": 0.1, "bf16": 0.2}, "gbps": 20.0, "gexps": 1.0}]},
+        "peers": {
+            "status": "done",
+            "rows": [
+                peer("upstream", (4.0, 3.0, 5.0), batch=1),
+                peer("torch", (2.0, 2.2, 1.8)),
+                {"peer": "upstream-tf32", "title": "the same with TF32", "status": "absent", "why": "a CPU has no such arithmetic"},
+                peer("ours", (1.0, 1.0, 1.0)),
+            ],
+        },
+        "stages": {"status": "done", "rows": [{"stage": "encode and write", "status": "ok", "ours_s": times(0.002, 0.003, 0.004)}]},
+        "layers": {
+            "status": "done",
+            "rows": [
+                {
+                    **{"layer": "conv 3x3 8 to 8, 16 cells", "count": 2, "dtype": "fp32", "batch": 4, "layer_s": 0.001, "of_work": 0.6, "bound": "products"},
+                    **{"flop_per_byte": 30.0, "tflops": 0.08, "gbps": 3.0, "share": 0.8},
+                }
+            ],
+        },
+        "batches": {
+            "status": "done",
+            "rows": [
+                {"peer": name, "dtype": "fp32", "batch": b, "call_s": 0.02 / b, "tflops": 0.05, "peak_mib": 9.0}
+                for name in ("diffusers", "ours")
+                for b in (1, 2)
+            ],
+        },
+        "profile": {"status": "done", "rows": [{"peer": "ours", "dtype": "fp32", "batch": 4, "call_s": 0.02, "shares": {"attention": 0.3, "idle": 0.7}}]},
+        "ladder": {"status": "done", "rows": [peer("upstream", (4.0, 3.0, 5.0)), peer("ours", (1.0, 1.0, 1.0))]},
+        "scale": {"status": "done", "rows": [{"images": 100, "resident_mib": 500.0, "ms": {"engine": 0.1, "own": 0.4, "whole": 2.0}}]},
+    },
+}
+
+
+@pytest.fixture
+def document():
+    return copy.deepcopy(DOCUMENT)
+
+
+def test_pages_and_charts_of_this_checkout_are_those_of_the_newest_result_file():
+    stale = [path.relative_to(ROOT) for path, text in report.wanted(ROOT).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    assert not stale, "run `python -m bench report` and commit what it writes"
+
+
+def test_ratios_are_medians_of_pairs(document):
+    assert tables.ratios(document) == {"fast_vs_torch": 2.0, "fast_vs_upstream": 4.0}
+    rows = tables.peers(document)
+    assert tables.ratio(rows["torch"], rows["upstream"]) == {"least": 1.364, "median": 2.0, "most": 2.778}
+    assert tables.parity(document) == "pass"
+
+
+def test_a_failed_row_says_so_everywhere(document):
+    document["parts"]["peers"]["rows"][1] |= {"status": "failed", "why": "does not say what the oracle says"}
+    assert tables.parity(document) == "fail"
+    assert "FAILED: does not say what the oracle says" in tables.terminal(document)
+    assert "fast_vs_torch" not in tables.ratios(document) and "title of torch" not in charts.peers(document)
+
+
+@pytest.mark.parametrize("name", charts.CHARTS)
+def test_charts_are_well_formed_and_follow_the_scheme(name, document):
+    drawn = charts.drawn(document)[name]
+    root = ET.fromstring(drawn)
+    _, _, width, height = map(float, root.get("viewBox").split())
+    assert "prefers-color-scheme:dark" in drawn and len(drawn) < 50_000
+    for shape in root.iter():
+        for axis, most in (("x", width), ("cx", width), ("y", height), ("cy", height)):
+            assert 0 <= float(shape.get(axis, 0)) <= most
+
+
+def test_a_chart_without_rows_is_not_drawn(document):
+    del document["parts"]["ladder"]
+    assert "ladder" not in charts.drawn(document)
+
+
+def test_number_and_table_forms():
+    assert [tables.number(value) for value in (None, 0.12345, 1234.5, 0.00001, 2)] == ["–", "0.123", "1,230", "1e-05", "2"]
+    head, rows = tables.peer_table(DOCUMENT)
+    assert all(len(row) == len(head) for row in rows)
+    assert tables.markdown((["a", "b"], [["1", "2"]])) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+@pytest.fixture
+def checkout(tmp_path, document):
+    import json
+
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "one.json").write_text(json.dumps(document))
+    (tmp_path / "README.md").write_text("before\n<!-- bench:summary -->\nold\n<!-- /bench -->\nafter\n")
+    (tmp_path / "bench" / "README.md").write_text("".join(f"<!-- bench:{name} -->\n<!-- /bench -->\n" for name in ("cpu", "gpu", "paper")))
+    return tmp_path
+
+
+def test_marked_sections_are_written_and_the_rest_is_left(checkout):
+    files = report.wanted(checkout)
+    front = files[checkout / "README.md"]
+    assert front.startswith("before\n<!-- bench:summary -->\n![CPU: peers](bench/charts/cpu-peers.svg)") and front.endswith("<!-- /bench -->\nafter\n")
+    assert "old" not in front and "title of ours" in front and "TF32" not in front
+    page = files[checkout / "bench" / "README.md"]
+    assert "No GPU has been measured yet." in page and "not here: a CPU has no such arithmetic" in page
+    assert "| 1,000 | 4,500.0 |" in page and "assumed" in page  # 4.5 images a second of one GPU, where none was measured
+    assert (checkout / "bench" / "charts" / "cpu-ladder.svg") in files
+
+
+def test_writing_twice_changes_nothing_and_check_tells_what_is_stale(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(report, "ROOT", checkout)
+    with pytest.raises(GateFailed, match="README.md"):
+        report.main(["--check"])
+    assert report.main([]) == 0 and "README.md" in capsys.readouterr().out
+    assert report.main(["--check"]) == 0 and report.main([]) == 0 and "nothing has changed" in capsys.readouterr().out
+
+
+def test_an_unknown_section_and_an_empty_folder_are_refused(checkout):
+    (checkout / "README.md").write_text("<!-- bench:nonsense -->\n<!-- /bench -->\n")
+    with pytest.raises(Refused, match="nonsense"):
+        report.wanted(checkout)
+    (checkout / "bench" / "results" / "one.json").unlink()
+    with pytest.raises(Missing, match="measure first"):
+        report.wanted(checkout)

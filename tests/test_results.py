@@ -1,0 +1,92 @@
+"""Result files of the bench: stored part by part, continued, refused where they belong elsewhere."""
+
+import json
+import math
+
+import pytest
+
+from bench import results, suite
+from bench.results import ResultFile
+from datasetdm_fast.errors import Refused
+
+HEAD = {
+    "suite": "gpu",
+    "date": "2026-01-02T03:04:05Z",
+    "command": "python -m bench gpu",
+    "machine": {"device": "NVIDIA H200", "commit": "abc1234", "versions": {"torch": "2.13.0"}},
+    "setting": {"model": "tiny", "calls": 3},
+}
+
+
+def measurement(path, **changes):
+    return suite.Measurement(None, ResultFile.open(path, HEAD | changes, goes_on=True), 1.0, 2)
+
+
+def parts(log, dies=""):
+    def part(name):
+        def run(m):
+            if name == dies:
+                raise KeyboardInterrupt
+            log.append(name)
+            return [{"peer": name, "status": "ok", "batch": 4}]
+
+        return suite.Part(name, "", run)
+
+    return [part(name) for name in ("peers a", "peers b", "stages")]
+
+
+def run(path, log, **options):
+    return suite.measure(measurement(path), parts(log, **options), math.inf, lambda line: None)
+
+
+def test_a_cut_run_leaves_what_it_had_and_goes_on(tmp_path):
+    path, log = tmp_path / "file.json", []
+    with pytest.raises(KeyboardInterrupt):
+        run(path, log, dies="peers b")
+    assert [row["peer"] for row in results.rows_of(results.read(path), "peers")] == ["peers a"]
+    assert run(path, log) == [] and log == ["peers a", "peers b", "stages"]
+    assert not list(tmp_path.glob(".*")) and results.batches_of(results.read(path)) == {"peers a": 4, "peers b": 4}
+
+
+def test_a_part_that_takes_the_process_with_it_twice_is_given_up(tmp_path):
+    path, log = tmp_path / "file.json", []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(path, log, dies="peers b")
+    assert run(path, log, dies="peers b") == [] and log == ["peers a", "stages"]
+    assert suite.failed(results.read(path)) == ["part peers b did not end"]
+
+
+def test_no_part_is_begun_that_would_end_too_late(tmp_path):
+    log = []
+    m = measurement(tmp_path / "file.json")
+    late = [part._replace(least=60.0) for part in parts(log)]
+    assert suite.measure(m, late, 0.0, lambda line: None) == ["peers a", "peers b", "stages"] and not log
+
+
+@pytest.mark.parametrize("change", [{"setting": {"model": "demo", "calls": 51}}, {"machine": HEAD["machine"] | {"commit": "fff0000"}}])
+def test_another_setting_or_commit_is_refused(tmp_path, change):
+    path = tmp_path / "file.json"
+    run(path, [])
+    with pytest.raises(Refused, match="choose another --out"):
+        measurement(path, **change)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', "\x00"])
+def test_what_is_no_result_file_is_refused(tmp_path, text):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(Refused, match="file.json"):
+        results.read(path)
+
+
+def test_the_newest_of_a_suite_is_found_by_its_date(tmp_path):
+    for name, suite_name, date in (("b", "cpu", "2026-02-01"), ("a", "cpu", "2026-03-01"), ("c", "gpu", "2026-04-01")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"format": 1, "suite": suite_name, "date": date}))
+    assert results.newest("cpu", tmp_path).name == "a.json" and results.newest("gpu", tmp_path).name == "c.json"
+    assert results.newest("cpu", tmp_path / "nowhere") is None
+
+
+def test_the_name_of_a_file_says_when_where_and_what():
+    name = results.default_path(HEAD["machine"]).name
+    assert name == f"{results.now()[:10]}-nvidia-h200-abc1234.json"

@@ -1,0 +1,320 @@
+"""Plans built for real by TensorRT-RTX, which needs no GPU for that: every stage of two models, and whatever can go wrong on the way."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+from functools import cache
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from transformers import CLIPTextConfig
+
+from datasetdm_fast import loading
+from datasetdm_fast.config import SD_DEFAULTS
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export import __main__ as command
+from datasetdm_fast.export import flavours, plans, sealed, to_onnx, to_tensorrt
+from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.models import decoders as decoder_files
+from datasetdm_fast.models.decoder_config import upstream
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+CARDS = "sm80,sm86,sm89,sm120"
+IS_LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
+BATCHES, RAW = ("1,2", ("--raw-capture",)) if IS_LONG else ("1", ())
+
+
+@pytest.fixture(autouse=True)
+def key_file(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv(sealed.KEY_VARIABLE, str(tmp_path_factory.getbasetemp() / "rtx.key"))
+
+
+@cache
+def rtx() -> flavours.Flavour:
+    return flavours.find("tensorrt-rtx")
+
+
+def export(*flags: str) -> int:
+    return command.main(["--to", "tensorrt-rtx", *flags])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The demo model's plans as the command builds them, and what it says of them."""
+    folder = tmp_path_factory.mktemp("demo")
+    os.environ[sealed.KEY_VARIABLE] = str(tmp_path_factory.getbasetemp() / "rtx.key")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = export("--out", str(folder), "--batch", BATCHES, "--capability", CARDS, "--json", *RAW)
+    assert code == 0
+    return folder, json.loads(said.getvalue())
+
+
+def test_every_stage_of_the_demo_model_becomes_a_plan_for_cards_that_are_not_here(built):
+    folder, told = built
+    rows = {row["stage"]: row for row in told["plans"]}
+    assert set(rows) == set(Manifest.read(folder).stages) and len(rows) == 10 + IS_LONG
+    print_rows(told["plans"])
+    for stage, row in rows.items():
+        weights = sum((folder / name).stat().st_size for name in {Manifest.read(folder).stages[stage].data} - {""} if "unet" not in name)
+        assert row["layers"] > 5 and row["seconds"] > 0 and row["built"] and row["bytes"] > weights
+    assert told["capabilities"] == CARDS.split(",")
+
+
+def print_rows(rows) -> None:
+    from datasetdm_fast.export.plan_commands import row_line
+
+    print("", *(row_line(row) for row in rows), sep="\n")
+
+
+def test_the_same_line_again_reads_what_is_there(built, monkeypatch, capsys):
+    folder, _ = built
+    monkeypatch.setattr(to_tensorrt, "run_builder", lambda *arguments: pytest.fail("built again"))
+    assert export("--out", str(folder), "--batch", BATCHES, "--capability", CARDS, *RAW) == 0
+    assert capsys.readouterr().err.count("was there") == 10 + IS_LONG
+
+
+def test_list_tells_what_each_plan_is_for(built, capsys):
+    folder, _ = built
+    assert command.main(["--list", "--out", str(folder), "--json"]) == 0
+    rows = {row["stage"]: row for row in json.loads(capsys.readouterr().out)}
+    assert (
+        rows["denoise"]["capabilities"] == CARDS.split(",")
+        and rows["denoise"]["batches"] == sorted(map(int, BATCHES.split(",")))
+        and rows["encode_text"]["batches"] == [8]
+    )
+    assert rows["denoise"]["flavour"] == f"TensorRT-RTX {rtx().version}" and rows["denoise"]["cuda"] == "13" and not rows["denoise"]["fault"]
+    assert command.main(["--list", "--out", str(folder)]) == 0
+    assert f"denoise fp16, batch {BATCHES}, TensorRT-RTX {rtx().version} for {CARDS}, " in capsys.readouterr().out
+
+
+def test_what_must_not_be_used_is_told_apart_refused_and_built_anew(built, capsys, monkeypatch):
+    folder, _ = built
+    found = {path.name.split("-")[0]: path for path in folder.glob("*.plan")}
+    text, image, other = found["encode_text"], found["decode_image"], found["encode_image"]
+    originals = {path: path.read_bytes() for path in (text, image, other)}
+    flipped = bytearray(originals[text])
+    flipped[len(flipped) // 2] ^= 1
+    text.write_bytes(flipped)
+    image.write_bytes(originals[image][:-100])
+    other.write_bytes(originals[text])
+
+    assert command.main(["--list", "--out", str(folder)]) == 4
+    said = capsys.readouterr()
+    for path, reason in ((text, "was edited"), (image, "is truncated"), (other, "carries another plan's name: it is encode_text")):
+        (line,) = [line for line in said.out.splitlines() if line.startswith(str(path))]
+        assert f"not usable: {reason}" in line
+    assert said.err.splitlines() == [
+        f"--list: 3 of {10 + IS_LONG} plans would not be used",
+        "Delete them with --prune; they are built anew when they are needed.",
+    ]
+
+    rebuilt = []
+    monkeypatch.setattr(to_tensorrt, "run_builder", lambda graph, order, part, *rest: rebuilt.append(order.stage) or part.write_bytes(b"new") and NOTES)
+    assert export("--out", str(folder), "--batch", BATCHES, "--capability", CARDS, *RAW) == 0
+    assert sorted(rebuilt) == ["decode_image", "encode_image", "encode_text"]
+    refusals = [line for line in capsys.readouterr().err.splitlines() if line.endswith("it is not loaded but built anew")]
+    assert len(refusals) == 3 and any("was made for something else" in line and "stage encode_text, expected encode_image" in line for line in refusals)
+    for path, content in originals.items():
+        path.write_bytes(content)
+
+
+NOTES = {"layers": 9, "fused_attentions": 0, "nodes": 9, "seconds": 0.1}
+
+
+def test_prune_deletes_what_is_stale(built, tmp_path, capsys):
+    folder, _ = built
+    manifest = Manifest.read(folder)
+    opened = plans.PlanFolder(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    order = to_tensorrt.make_order("denoise", manifest, to_tensorrt.Target(rtx(), (1,)))
+
+    def build(part):
+        part.write_bytes(b"plan")
+        return NOTES, {}
+
+    kept = opened.open_or_build(order, build).path
+    stale = [opened.open_or_build(dataclasses.replace(order, **{name: value}), build).path for name, value in (("version", "1.6.0"), ("source", "0" * 64))]
+    assert command.main(["--list", "--out", str(tmp_path)]) == 4
+    assert "is stale: built by version 1.6.0, installed is 1.7.1.116" in capsys.readouterr().out
+    assert command.main(["--prune", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert all(f"{path}: is stale" in said.out for path in stale) and "2 files deleted" in said.err
+    assert list(tmp_path.glob("*.plan")) == [kept]
+    assert command.main(["--prune", "--out", str(tmp_path), "--cap-gb", "0"]) == 0 and not list(tmp_path.glob("*.plan"))
+
+
+def test_without_out_list_looks_into_the_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path))
+    assert command.main(["--list"]) == 0 and "no plans" in capsys.readouterr().err
+    folder = tmp_path / "engines" / "0123"
+    folder.mkdir(parents=True)
+    (folder / "denoise-0123.plan").write_bytes(b"x")
+    assert command.main(["--list"]) == 4 and "is foreign" in capsys.readouterr().out
+
+
+# A model as wide as a quarter of Stable Diffusion ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quarter(tmp_path_factory):
+    """Graphs in fp16 of Stable Diffusion 1.x with every width divided by four, and of one decoder of each kind as upstream shapes them."""
+    text = CLIPTextConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3, bos_token_id=0, eos_token_id=1)
+    unet = {"block_out_channels": (80, 160, 320, 320), "attention_head_dim": 8, "cross_attention_dim": 192, "sample_size": 64}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32, "sample_size": 512, **blocks}
+    unet = unet | {"norm_num_groups": 16}
+    model = loading._preset("quarter", loading._small_tokenizer(), text, unet, vae, SD_DEFAULTS, 512, seed=4)
+    narrow = {"levels": model.levels, "width": 64, "feed_forward": 256, "layers": 2, "mask_dim": 64, "text_width": 192, "depth_width": 256}
+    torch.manual_seed(0)
+    kinds = {"semantic": "segmentation", "open-vocabulary": "open-vocabulary", "depth": "depth", "pose": "heatmap"}
+    made = {task: decoder_files.for_inference(decoder_files.build_decoder(upstream(kind, **narrow)), strict=False) for task, kind in kinds.items()}
+    folder = tmp_path_factory.mktemp("quarter")
+    return folder, to_onnx.export(model, made, folder, precision="fp16")
+
+
+STAGES = ("encode_text", "denoise", "denoise_and_capture", "decode_image", "encode_image")
+STAGES += tuple(f"annotate_{task}" for task in ("semantic", "open-vocabulary", "depth", "pose"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_of_a_quarter_of_stable_diffusion_builds(quarter, stage, tmp_path):
+    folder, manifest = quarter
+    assert set(manifest.stages) == set(STAGES)
+    order = to_tensorrt.make_order(stage, manifest, to_tensorrt.Target(rtx(), (2,), ("sm89",)))
+    notes = to_tensorrt.run_builder(folder / manifest.stages[stage].file, order, tmp_path / "plan", rtx(), is_quiet=True)
+    print_rows([{"stage": stage, "bytes": (tmp_path / "plan").stat().st_size, "built": True, **notes}])
+    assert notes["layers"] > 5
+    if stage.startswith("denoise"):
+        assert notes["fused_attentions"] == 32  # 16 transformers, each with an attention to itself and one to the text
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------------------------
+
+
+def graph(tmp_path, *nodes) -> Path:
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 4, 16, 16]) for name in ("latents", "noise")]
+    model = helper.make_model(helper.make_graph(list(nodes), "small", info[:1], info[1:]), opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "small.onnx")
+    return tmp_path / "small.onnx"
+
+
+ORDER = plans.Order("denoise", "", "", ({"latents": ((1, 4, 16, 16),) * 3},), "fp32", "tensorrt-rtx", "1", "13", ("sm89",))
+
+
+def run(tmp_path, *nodes, order=ORDER, flavour=None):
+    return to_tensorrt.run_builder(graph(tmp_path, *nodes), order, tmp_path / "plan", flavour or rtx(), is_quiet=True)
+
+
+RELU = helper.make_node("Relu", ["latents"], ["noise"], name="a relu")
+
+
+def test_a_refused_operator_is_named_with_its_node(tmp_path):
+    with pytest.raises(Refused, match=r"denoise: TensorRT-RTX .* gives no plan: node 'the odd one' \(Det\): "):
+        run(tmp_path, helper.make_node("Det", ["latents"], ["noise"], name="the odd one"))
+    assert not (tmp_path / "plan").exists()
+
+
+def test_shapes_that_do_not_fit_the_graph_are_refused(tmp_path):
+    with pytest.raises(Refused, match="denoise: .* gives no plan: "):
+        run(tmp_path, RELU, order=dataclasses.replace(ORDER, profiles=({"latents": ((1, 4, 8, 8),) * 3},)))
+
+
+def test_weight_streaming_builds_and_refit_asks_for_a_gpu(tmp_path):
+    assert run(tmp_path, RELU, order=dataclasses.replace(ORDER, flags=("weight-streaming",)))["layers"] > 0
+    assert to_tensorrt.check_flags(rtx(), ["weight-streaming", "refit"], ["sm89"]) == ("refit", "weight-streaming")
+    with pytest.raises(Refused, match="--refit: .* only where there is a GPU"):
+        to_tensorrt.check_flags(rtx(), ["refit"], [])
+
+
+def test_a_builder_that_crashes_takes_only_itself_along(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt_that_crashes.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(to_tensorrt.MODULES, "tensorrt-rtx", "tensorrt_that_crashes")
+    with pytest.raises(Refused, match="its builder ended by SIGSEGV"):
+        run(tmp_path, RELU)
+
+
+def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(monkeypatch, capsys):
+    times = iter((0.0, 3.0, 11.0, 12.0, 25.0))
+    monkeypatch.setattr(to_tensorrt.time, "monotonic", lambda: next(times))
+    progress = to_tensorrt.BuildProgress("denoise", is_quiet=False)
+    for share in (0.1, 0.2, 0.3, 0.7):
+        progress.tell(share, "Optimizing graph")
+    assert capsys.readouterr().err.splitlines() == ["building denoise: 20%, optimizing graph, 11 s", "building denoise: 70%, optimizing graph, 25 s"]
+
+
+def test_the_builder_tells_of_its_progress(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(to_tensorrt.BuildProgress, "tell", lambda self, share, phase: told.append((share, phase)))
+    run(tmp_path, RELU)
+    assert told and all(0 <= share <= 1 and phase for share, phase in told)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--capability", "sm90"), 2, "--capability sm90: TensorRT-RTX 1.7.1.116 does not know it, it knows sm75, sm80, sm86, sm89, sm120, sm121"),
+        (("--batch", "0"), 2, "--batch 0: expected numbers from 1 to 256"),
+        (("--batch", "1,many"), 2, "--batch many: expected numbers from 1 to 256"),
+        (("--trt-flavour", "tensorrt"), 2, "--trt-flavour tensorrt: --to tensorrt-rtx names another one"),
+        (("--refit",), 2, "--refit: "),
+    ],
+)
+def test_what_cannot_come_out_well_is_refused_before_a_model_is_read(flags, code, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(flavours, "gpu_capabilities", list)
+    monkeypatch.setattr(command, "load", lambda config: pytest.fail("the model was read"))
+    assert export("--out", str(tmp_path), *flags) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(said)
+
+
+def test_the_full_tensorrt_is_missing_or_builds_for_the_gpu_here_alone(monkeypatch):
+    full = flavours.Flavour("tensorrt", "10.16.1", "13")
+    monkeypatch.setattr(flavours.Flavour, "capabilities", ())
+    with pytest.raises(Missing, match="TensorRT 10.16.1 builds on the GPU it builds for"):
+        flavours.check_capabilities(full, (), [])
+    with pytest.raises(Refused, match="--capability sm80: TensorRT 10.16.1 builds for the GPU of this machine alone, which is sm90"):
+        flavours.check_capabilities(full, ("sm80",), ["sm90"])
+    assert flavours.check_capabilities(full, (), ["sm90"]) == ("sm90",)
+
+
+def test_a_graph_that_is_not_its_manifests_is_not_built(built, tmp_path):
+    import shutil
+
+    folder, _ = built
+    for name in ("encode_text.onnx", "encode_text.data"):
+        shutil.copy(folder / name, tmp_path)
+    manifest = Manifest.read(folder)
+    with (tmp_path / "encode_text.data").open("r+b") as file:
+        file.write(b"other weights")
+    target = to_tensorrt.Target(rtx(), (1,), ("sm89",))
+    with pytest.raises(Refused, match="encode_text.data: not the graph its manifest tells of"):
+        to_tensorrt.build_plans(tmp_path, manifest, target, lambda stage: {}, stages=["encode_text"], is_quiet=True)
+
+
+def _build_text_encoder(folder, done):
+    manifest = Manifest.read(folder)
+    target = to_tensorrt.Target(rtx(), (4,), ("sm89",))
+    told: list[str] = []
+    plan = to_tensorrt.build_plans(folder, manifest, target, lambda stage: {}, stages=["annotate_depth"], tell=told.append, is_quiet=True)["annotate_depth"]
+    done.put((plan.is_new, len(plan.content)))
+
+
+def test_two_processes_at_once_make_one_build(built):
+    folder, _ = built
+    context = multiprocessing.get_context("fork")
+    done = context.Queue()
+    processes = [context.Process(target=_build_text_encoder, args=(folder, done)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    answers = [done.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert sorted(is_new for is_new, _ in answers) == [False, True] and answers[0][1] == answers[1][1]

@@ -1,0 +1,318 @@
+"""The command that teaches: from every layout, interrupted in every way, in several processes, and on bad input."""
+
+import errno
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from layouts import LAYOUTS
+
+from datasetdm_fast import storage, train
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.models.decoders import load_decoders
+from datasetdm_fast.readers import open_data
+from datasetdm_fast.training import checkpoint
+
+SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def captures(tmp_path_factory):
+    return tmp_path_factory.mktemp("captures")
+
+
+@pytest.fixture
+def run(captures, tmp_path):
+    def command(*arguments, out="decoder", cache=captures):
+        return train.main([*SMALL, "--cache-dir", str(cache), "--out", str(tmp_path / out), *arguments])
+
+    return command
+
+
+def weights(folder, task="depth"):
+    return (folder / task / "model.safetensors").read_bytes()
+
+
+def losses(folder, task="depth"):
+    lines = [json.loads(line) for line in (folder / task / "training" / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
+    assert run("--data", "demo:12@1000", "--task", "depth,pose", "--steps", "6", "--checks", "3", "--json") == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)["tasks"]
+    assert result["depth"]["held_out_images"] == 1 and result["depth"]["images"] == 11 and result["depth"]["steps"] == 6
+    assert 0 < result["depth"]["held_out"]["absrel"] and set(result) == {"depth", "pose"}
+    for line in ("images     11 to learn from in 2 looks each, 1 held out", "captures   features and maps kept in", "depth decoder, 6 steps of 4 views"):
+        assert line in err
+    assert set(load_decoders(tmp_path / "decoder")) == {"depth", "pose"}
+    state = tmp_path / "decoder" / "depth" / "training"
+    page = (state / "page.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 3 and "absrel" in page and 'src="http' not in page
+    lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "held_out_absrel" in line] == [2, 4, 6] and not (state / checkpoint.NAME).exists()
+
+
+def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(run, tmp_path, capsys):
+    line = ["--data", "demo:3@1000", "--task", "depth", "--steps", "2"]
+    assert run(*line) == 0
+    before = weights(tmp_path / "decoder")
+    assert run(*line) == 0 and weights(tmp_path / "decoder") == before
+    assert "2 steps of 4 views - finished" in capsys.readouterr().err
+    assert run(*line, "--rate", "0.5") == 2
+    assert "was trained with other settings (rate 0.002 there, 0.5 now)" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
+    assert run("--data", "demo:3@1000", "--dry-run", "--preset", "upstream", "--quirks", "Q12", "--cache", "off") == 0
+    err = capsys.readouterr().err
+    assert "made anew at every step" in err and "15000 steps of 4 views" in err and "every instance is of class 1" in err
+    assert not (tmp_path / "decoder").exists()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_it_learns_from_every_layout(run, tmp_path, tmp_path_factory, captures, name):
+    if name == "hf" and importlib.util.find_spec("datasets") is None:
+        pytest.skip("the library `datasets` is not installed")
+    kind, write, tasks = LAYOUTS[name]
+    write(tmp_path / "data")
+    assert run("--data", f"{kind}:{tmp_path / 'data'}", "--task", tasks[0], "--steps", "2", "--quiet") == 0
+    assert set(load_decoders(tmp_path / "decoder")) == {tasks[0]} and len(losses(tmp_path / "decoder", tasks[0])) == 2
+
+
+def test_captures_made_anew_teach_nearly_the_same_as_kept_ones(run, tmp_path):
+    line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "3", "--quiet"]
+    assert run(*line, out="kept") == 0 and run(*line, "--cache", "off", out="anew") == 0
+    kept, anew = (losses(tmp_path / name) for name in ("kept", "anew"))
+    assert [loss for _, loss in kept] == pytest.approx([loss for _, loss in anew], rel=1e-3) and kept != anew
+
+
+def test_the_kind_of_captures_is_not_changed_on_the_way(run, tmp_path, capsys):
+    line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "2"]
+    assert run(*line) == 0
+    (tmp_path / "decoder" / "depth" / "training" / "result.json").unlink()
+    assert run(*line, "--cache", "off") == 2
+    assert "was begun with captures kept on the disk" in capsys.readouterr().err
+    assert run(*line) == 0
+
+
+def test_a_limit_per_class_and_upstreams_ways_are_followed(run, tmp_path, capsys):
+    line = ["--data", "demo:30@1000", "--limit-per-class", "1", "--preset", "upstream", "--quirks", "Q11,Q13", "--augment", "none"]
+    assert run(*line, "--task", "open-vocabulary,depth", "--steps", "2", "--inversion", "ddim", "--ddim-steps", "2", "--timestep", "20") == 0
+    err = capsys.readouterr().err
+    assert "images     7 to learn from" in err and "Q11        " in err and "Q13        " in err
+    settings = json.loads((tmp_path / "decoder" / "depth" / "training" / "settings.json").read_text())
+    assert settings["optimiser"] == "adam" and settings["decoder"]["capture_timestep"] == 20 and settings["weight_decay"] == 0
+
+
+def test_tensorboard_is_written_where_it_is_installed(monkeypatch, tmp_path):
+    from datasetdm_fast.training import log
+
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, *values):
+            written.append(values)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setattr(log, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    with log.Log(tmp_path, 3) as one:
+        one.step(4, 10, 0.5, 0.1)
+        one.figure(4, "miou", 0.25)
+    assert written == [(str(tmp_path / "tensorboard"), 4), ("loss", 0.5, 4), ("rate", 0.1, 4), ("held_out_miou", 0.25, 4), "closed"]
+
+
+def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
+    from datasetdm_fast.training.log import Log
+
+    with Log(tmp_path, 0) as first:
+        for step in (1, 2, 3):
+            first.step(step, 9, step / 2, 0.1)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut short by a kill
+    with Log(tmp_path, 2) as second:
+        second.step(3, 9, 7.0, 0.1)
+    assert [(line["step"], line["loss"]) for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())] == [(1, 0.5), (2, 1.0), (3, 7.0)]
+
+
+def test_it_ends_early_where_nothing_gets_better(run, tmp_path):
+    assert run("--data", "demo:10@1000", "--task", "depth", "--steps", "20", "--checks", "10", "--patience", "2", "--rate", "1e-12", "--quiet") == 0
+    result = json.loads((tmp_path / "decoder" / "depth" / "training" / "result.json").read_text())
+    assert result["steps"] < 20 and result["steps"] == result["weights_of_step"] + 4
+
+
+def environment(**more):
+    return {**os.environ, **more}
+
+
+def command(captures, out, *arguments):
+    return [sys.executable, "-m", "datasetdm_fast.train", *SMALL, "--cache-dir", str(captures), "--out", str(out), *arguments]
+
+
+def stopped(line, out, number, steps):
+    """The finished process that got a signal when it had logged so many steps."""
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment())
+    log = out / "depth" / "training" / "log.jsonl"
+    until = time.monotonic() + 120
+    while not (log.exists() and len(log.read_bytes().splitlines()) >= steps):
+        assert process.poll() is None and time.monotonic() < until, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(number)
+    process.err = process.communicate()[1]
+    return process
+
+
+def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_path):
+    arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "90", "--checks", "5", "--save-every", "0.05"]
+    out = tmp_path / "troubled"
+    line = command(captures, out, *arguments)
+    killed = stopped(line, out, signal.SIGKILL, 20)
+    assert killed.returncode == -signal.SIGKILL and not (out / "depth" / "config.json").exists()
+    interrupted = stopped(line, out, signal.SIGINT, 40)
+    assert interrupted.returncode == 130 and "stopped; go on with: python -m datasetdm_fast.train" in interrupted.err
+    assert (out / "depth" / "training" / checkpoint.NAME).exists()
+    assert train.main(line[3:]) == 0
+    assert run(*arguments, out="calm") == 0
+    assert weights(out) == weights(tmp_path / "calm") and losses(out) == losses(tmp_path / "calm")
+    assert (out / "depth" / "training" / "result.json").read_bytes() == (tmp_path / "calm" / "depth" / "training" / "result.json").read_bytes()
+
+
+def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
+    arguments = ["--data", "demo:10@1000", "--task", "depth,semantic", "--steps", "6", "--checks", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "two"
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        subprocess.Popen(command(captures, out, *arguments), stderr=subprocess.PIPE, text=True, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared))
+        for rank in (0, 1)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert run(*arguments, "--quiet", out="one") == 0 and run(*arguments, "--accumulate", "2", "--quiet", out="parts") == 0
+    for task, steps in (("depth", 6), ("semantic", 4)):  # Adam magnifies rounding until a query's mask crosses its threshold
+        two, one = (losses(tmp_path / name, task)[:steps] for name in ("two", "one"))
+        assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-5)
+        assert losses(out, task) == losses(tmp_path / "parts", task)  # the same parts, summed in one process: to the bit
+
+
+def test_a_full_disk_is_said_and_the_same_line_goes_on(run, tmp_path, monkeypatch, capsys):
+    line = ["--data", "demo:3@1000", "--task", "depth", "--steps", "12", "--save-every", "0"]
+    assert run(*line, out="calm") == 0
+    calls = 0
+
+    def full(name, call, *arguments):
+        nonlocal calls
+        calls += name == "write"
+        if calls > 24:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return call(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "through", full)
+        assert run(*line) == 3
+    cause, remedy = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert cause.endswith("the disk is full") and "run the same line again" in remedy
+    assert run(*line) == 0 and weights(tmp_path / "decoder") == weights(tmp_path / "calm")
+
+
+def test_a_damaged_checkpoint_is_refused(run, captures, tmp_path, capsys, monkeypatch):
+    line = ["--data", "demo:3@1000", "--task", "depth", "--steps", "4", "--save-every", "0"]
+    with monkeypatch.context() as patched:
+        patched.setattr(train.sys, "stderr", sys.stderr)
+        patched.setattr(checkpoint, "remove", lambda folder: None)
+        assert run(*line) == 0
+    state = tmp_path / "decoder" / "depth" / "training"
+    (state / "result.json").unlink()
+    whole = (state / checkpoint.NAME).read_bytes()
+    for damaged in (whole[:-100], b"", b"\xff" * 64, checkpoint_of_another(tmp_path)):
+        (state / checkpoint.NAME).write_bytes(damaged)
+        assert run(*line) == 2
+        assert str(checkpoint.NAME) in capsys.readouterr().err
+
+
+def checkpoint_of_another(tmp_path):
+    checkpoint.write(tmp_path, {"decoder.x": torch.zeros(1)}, {"trainer": {"done": 0, "scaler": {}}, "journey": {}})
+    return (tmp_path / checkpoint.NAME).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--data", "nothing:5"], 2, "no reader is called 'nothing'"),
+        (["--data", "voc:/nowhere"], 2, "/nowhere"),
+        (["--task", "sematic"], 2, "did you mean semantic"),
+        (["--quirks", "Q9"], 2, "'Q9' is not one of Q11, Q12, Q13, Q14"),
+        (["--held-out", "0.9"], 2, "--held-out: 0.9 is not between 0 and 0.5"),
+        (["--draws", "0"], 2, "--draws: 0 is less than 1"),
+        (["--accumulate", "0"], 2, "--accumulate: 0 is less than 1"),
+        (["--steps", "-1"], 2, "--steps: -1 is less than 0"),
+        (["--timestep", "1000"], 2, "--timestep: 1000 is not one of the model's 1000"),
+        (["--cache", "disk", "--cache-gb", "0.0001"], 2, "--cache disk: the captures take"),
+        (["--cache-dir", "/proc/nowhere", "--cache", "disk", "--cache-gb", "9"], 3, "/proc/nowhere"),
+        (["--model", "/nowhere/model"], 2, "/nowhere/model"),
+        (["--limit-per-class", "-1"], 2, "--limit-per-class: -1 is less than 0"),
+        (["--engine", "trt"], 3, "trt"),
+        (["--out", ""], 2, "--out: no folder named"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, capsys, flags, code, said):
+    given = {"--data": "demo:2@1000", "--task": "depth", "--steps": "1", "--out": str(tmp_path / "decoder"), "--cache-dir": str(tmp_path / "captures")}
+    given |= dict(zip(SMALL[::2], SMALL[1::2])) | dict(zip(flags[::2], flags[1::2]))
+    assert train.main([word for pair in given.items() for word in pair]) == code
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, capsys):
+    (tmp_path / "decoder" / "depth").mkdir(parents=True)
+    (tmp_path / "decoder" / "depth" / "config.json").write_text("{}")
+    assert run("--data", "demo:2@1000", "--task", "depth", "--steps", "1") == 2
+    assert "holds a decoder that was not trained there" in capsys.readouterr().err
+
+
+def test_bad_images_are_left_out_and_named(run, tmp_path, capsys):
+    kind, write, tasks = LAYOUTS["folder"]
+    write(tmp_path / "data")
+    broken = sorted((tmp_path / "data").rglob("*.png"))[0]
+    broken.write_bytes(b"no picture")
+    line = ["--data", f"{kind}:{tmp_path / 'data'}", "--task", tasks[0], "--steps", "1"]
+    assert run(*line) == 2
+    assert broken.stem in capsys.readouterr().err
+    assert run(*line, "--skip-bad") == 0
+    err = capsys.readouterr().err
+    assert "images     2 to learn from" in err and "left out" in err and broken.stem in err
+
+
+def test_a_learning_curve_can_be_taught_from_growing_parts(captures):
+    engine = build_engine("torch", load_model("tiny", size=64), {})
+    source = open_data("demo:4@1000", 64)
+    before = set(captures.glob("*.f16"))
+    first, second = (train.train_on(engine, source, "open-vocabulary", count, steps=2, cache_dir=str(captures), draws=2) for count in (2, 4))
+    words = engine.encode_classes(list(source.thing_classes))
+    capture = engine.denoise_and_keep(torch.zeros(1, 4, 8, 8), 1, engine.encode_text(["", "a ball"]))[1]
+    for decoder in (first, second):
+        found = decoder(capture, words[None])
+        assert found["pred_masks"].shape[1] == len(source.thing_classes) and not any(p.requires_grad for p in decoder.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert len(set(captures.glob("*.f16")) - before) <= 4
+    with pytest.raises(ValueError, match="5 images to learn from, expected 1 to 4"):
+        train.train_on(engine, source, "depth", 5)
