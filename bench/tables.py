@@ -68,40 +68,24 @@ def span(values: dict[str, Any] | None, scale: float = 1.0, unit: str = "") -> s
     return f"{number(values['median'] * scale)}{unit} ({number(values['least'] * scale)}–{number(values['most'] * scale)})"
 
 
+PEER_HEAD = ["who", "type", "batch", "images/s", "seconds an image", "images alone", "TFLOP/s", "of the products' limit"]
+PEER_HEAD += ["memory", "J/image", "load", "first", "ours is"]
+
+
 def peer_table(document: dict[str, Any]) -> Table:
-    head = [
-        "who",
-        "type",
-        "batch",
-        "images/s",
-        "seconds an image",
-        "images alone",
-        "TFLOP/s",
-        "of the products' limit",
-        "memory",
-        "J/image",
-        "load",
-        "first",
-        "ours is",
-    ]
-    return head, [peer_row(row) for row in rows_of(document, "peers")]
+    return PEER_HEAD, [peer_row(row) for row in rows_of(document, "peers")]
 
 
 def peer_row(row: dict[str, Any]) -> list[str]:
     who = [row["title"], row.get("dtype", ""), str(row.get("batch", ""))]
     if row["status"] != "ok":
         said = "FAILED" if row["status"] == "failed" else "not here"
-        return [*who, f"{said}: {row['why']}", *[""] * 9]
-    rates = [
-        number(row["images_per_second"]),
-        span(row["seconds_per_image"]),
-        span(row.get("images_alone_s"), unit=" s"),
-        number(row["tflops"]),
-        percent(row["share_of_products"]),
-    ]
+        return [*who, f"{said}: {row['why']}", *[""] * (len(PEER_HEAD) - 4)]
+    times = [number(row["images_per_second"]), span(row["seconds_per_image"]), span(row.get("images_alone_s"), unit=" s")]
+    rates = [number(row["tflops"]), percent(row["share_of_products"])]
     memory = f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "–"
     costs = [memory, number(row["joules_per_image"]), number(row["load_s"], 2, " s"), number(row["first_s"], 2, " s")]
-    return [*who, *rates, *costs, "" if row["peer"] == "ours" else span(row.get("ours_over"), unit=" x")]
+    return [*who, *times, *rates, *costs, "" if row["peer"] == "ours" else span(row.get("ours_over"), unit=" x")]
 
 
 def stage_table(document: dict[str, Any]) -> Table:
