@@ -120,4 +120,6 @@ def told(task: str, found: dict[str, Any], level: float) -> str:
     added = more["labels"] - last["labels"]
     better = f"{more['gain']:.4f} {'lower' if figure in LESS_IS_BETTER else 'higher'}"
     lines.append(f"{added} more labels would bring {figure} to about {more['value']:.4f}: {better} ({level:.0%} interval {low:.4f} to {high:.4f}).")
+    if len(found["points"]) < POINTS_FOR_FLOOR:
+        lines.append(f"Fewer than {POINTS_FOR_FLOOR} numbers cannot show where the curve levels off: take this as the most that can be hoped for.")
     return "\n".join(lines)

@@ -55,6 +55,11 @@ def test_fifty_more_labels_are_worth_what_the_law_says():
     assert lines[-1].startswith("50 more labels would bring absrel to about 0.0") and "lower" in lines[-1] and len(lines) == 7
 
 
+def test_a_forecast_from_few_numbers_says_that_it_is_hopeful():
+    found = learning_curve("depth", COUNTS[:3], 1, judge_of(lambda n: 1.2 * n**-0.6), bootstrap=50, level=0.95)
+    assert told("depth", found, 0.95).splitlines()[-1].startswith("Fewer than 4 numbers")
+
+
 def test_a_flat_curve_promises_nothing():
     found = learning_curve("depth", COUNTS, 1, judge_of(lambda n: 0.2), bootstrap=100, level=0.9, more=100)
     assert abs(found["more"]["gain"]) < 1e-6 and found["more"]["labels"] == 400
