@@ -193,9 +193,9 @@ def test_sessions_use_the_threads_of_the_run(pair):
 # What is not there ------------------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(*arguments) -> tuple[subprocess.CompletedProcess, float]:
+def seconds_of(*arguments, cwd=None) -> tuple[subprocess.CompletedProcess, float]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -203,13 +203,13 @@ def seconds_of(*arguments) -> tuple[subprocess.CompletedProcess, float]:
 @pytest.mark.skipif(has_cuda_provider, reason="this ONNX Runtime has the CUDA provider")
 @pytest.mark.parametrize("name", ["generate", "verify"])
 def test_a_missing_provider_is_said_at_once(name, tmp_path):
-    result, seconds = seconds_of("-m", f"datasetdm_fast.{name}", "--engine", "ort", "--provider", "cuda")
+    result, seconds = seconds_of("-m", f"datasetdm_fast.{name}", "--engine", "ort", "--provider", "cuda", cwd=tmp_path)
     assert result.returncode == 3 and result.stderr.splitlines()[0].startswith("provider: cuda is not in the installed onnxruntime ")
     assert len(result.stderr.splitlines()) == 2 and seconds < 3
 
 
 @pytest.mark.parametrize("module", ["onnxruntime", "onnx"])
-def test_a_missing_library_is_said_at_once(module):
+def test_a_missing_library_is_said_at_once(module, tmp_path):
     code = f"""
 import sys
 from importlib.abc import MetaPathFinder
@@ -225,7 +225,7 @@ code = main(["--engine", "ort"])
 print("torch" in sys.modules)
 sys.exit(code)
 """
-    result, seconds = seconds_of("-c", code)
+    result, seconds = seconds_of("-c", code, cwd=tmp_path)
     assert result.returncode == 3 and result.stdout == "False\n" and seconds < 3
     cause, remedy = result.stderr.splitlines()
     assert cause == f"engine: ort needs the library {module}, which is not installed" and "datasetdm-fast[ort]" in remedy
