@@ -369,7 +369,9 @@ def test_two_processes_make_one_export_of_the_same_bytes(demo, tmp_path):
 
 
 def test_a_signal_leaves_nothing_half_written(tmp_path):
-    process = subprocess.Popen(line("--out", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A suite that was started in the background hands on that SIGINT is ignored.
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(line("--out", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     assert process.stderr.readline() == "encode_text\n"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
