@@ -63,9 +63,7 @@ def sample_together(maps: Tensor, points: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(
-    class_logits: Tensor, mask_logits: Tensor, classes: Sequence[Tensor], masks: Sequence[Tensor], places: Tensor
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def match(class_logits: Tensor, mask_logits: Tensor, classes: Sequence[Tensor], masks: Sequence[Tensor], places: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     """Query and target indices of each image's cheapest one-to-one assignment, masks compared at `places` [B, P, 2] (Mask2Former, eq. 2)."""
     logits = sample_together(mask_logits, places)
     ids = torch.nn.utils.rnn.pad_sequence(list(classes), batch_first=True)
