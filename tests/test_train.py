@@ -77,7 +77,8 @@ def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(ru
 def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, capsys):
     line = ["--task", "instance", "--steps", "1", "--quiet"]
     things = load_decoders("demo")["instance"].config.named
-    for k, (data, flag, found) in enumerate([("demo:3@1000", "auto", things), ("demo:3@1000", "no", ()), ("folder", "auto", ()), ("folder", "yes", ("table", *things))]):
+    ways = [("demo:3@1000", "auto", things), ("demo:3@1000", "no", ()), ("folder", "auto", ()), ("folder", "yes", ("table", *things))]
+    for k, (data, flag, found) in enumerate(ways):
         if data == "folder":
             data, line[1] = f"folder:{tmp_path / 'data'}", "semantic"
             if k == 2:
