@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
@@ -283,6 +284,11 @@ def _planned(school: School, task: str) -> tuple[Any, dict[str, Any], Any]:
     others = {**school.config.identity(), "timestep": _timestep(school), "model_digests": school.engine.model.digests, "images": len(learnt)}
     for name in ("task", "steps", "batch_size", "rate"):  # said by the recipe, task by task
         del others[name]
+    if not others.pop("skip_bad") or not school.source.skipped:
+        others["left_out"] = ""
+    else:
+        names = "\n".join(sorted(school.source.skipped))
+        others["left_out"] = f"{len(school.source.skipped)} images, {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:12]}"
     return recipe, settings_of(recipe.config, recipe.schedule, others | {"task": task, "held_out_images": len(held)}), words
 
 
