@@ -95,6 +95,7 @@ class FastEngine:
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
+        self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = None  # the text of the unconditional rows, its keys and values
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
         self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
@@ -201,13 +202,14 @@ class FastEngine:
         return self._keys_values
 
     def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every layer; those of one text for all unconditional rows where these are the same text."""
-        batch = len(context) // 2
+        """Keys and values of every layer; those of the unconditional rows, where all are one text, are kept from one batch of prompts to the next."""
+        batch, text = len(context) // 2, context.to(self.dtype)
         # On a GPU the comparison would make the host wait, for a product that is small there.
-        if batch > 1 and self.device.type == "cpu" and torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
-            tables = self.texts(context[batch - 1 :].to(self.dtype))
-            return tuple(torch.cat([table[:, :1].expand(-1, batch, -1, -1, -1), table[:, 1:]], 1) for table in tables)
-        return self.texts(context.to(self.dtype))
+        if self.device.type != "cpu" or not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
+            return self.texts(text)
+        if self._empty is None or not torch.equal(self._empty[0], text[:1]):
+            self._empty = (text[:1].clone(), self.texts(text[:1]))
+        return tuple(torch.cat([kept.expand(-1, batch, -1, -1, -1), own], 1) for kept, own in zip(self._empty[1], self.texts(text[batch:])))
 
     def _run(self, watch: Watch, latents: Tensor, row: Tensor, *keys_values: Tensor) -> Tensor:
         return self.unet(latents, row, keys_values, watch).float().contiguous()
