@@ -195,8 +195,9 @@ def test_a_killed_run_loses_and_repeats_nothing(server, undisturbed, tmp_path):
 def test_a_run_killed_at_any_moment_loses_and_repeats_nothing(server, undisturbed, tmp_path):
     path, dice, kills = tmp_path / "run", random.Random(1), 0
     for _ in range(KILLS // 4):
-        while server.run(*USUAL, out=path, seconds=dice.uniform(0.002, 0.08))["code"] is None:
-            kills += 1
+        longest = 0.08  # seconds; more each time, so that a machine busy with other work ends the run as well
+        while server.run(*USUAL, out=path, seconds=dice.uniform(0.002, longest))["code"] is None:
+            kills, longest = kills + 1, longest * 1.1
             check_whole(path)
         resume(server, path, undisturbed)
     print(f"{kills} kills at any moment, each run whole and of the same bytes")
