@@ -23,7 +23,12 @@ class EvaluateConfig(DataSettings):
     data: str = setting("demo:500@900000", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="ADDRESS")
     task: tuple[str, ...] = setting((), "labels to judge, comma-separated; default: every decoder the data has truth for", choices=TASKS, metavar="LIST")
     unseen: tuple[str, ...] = setting((), "classes the decoder was not taught, comma-separated; default: those it does not name", metavar="LIST")
-    captions: str = setting("true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none"))
+    captions: str = setting(
+        "true",
+        "true: each image's own caption is what the text half sees, and where a decoder was taught so only classes it names are looked for; "
+        "unread: the text half alone; none: neither",
+        choices=("true", "unread", "none"),
+    )
     bootstrap: int = setting(500, "draws of the images behind each interval, 0 = no intervals", metavar="N")
     level: float = setting(0.95, "share of the draws within an interval", metavar="SHARE")
     curve: tuple[str, ...] = setting((), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST")
@@ -90,18 +95,21 @@ def measure(
     """{task: meter} of the engine's decoders after every image of the data set."""
     from datasetdm_fast.inversion import capture_timestep, invert
     from datasetdm_fast.tasks import TASKS as LABELLERS
+    from datasetdm_fast.tasks.named import held_to
 
     meters = {task: _meter(task, source, engine.decoders[task].config, unseen) for task in tasks}
     timestep = capture_timestep(engine.decoders[task].config for task in tasks)
     words = engine.encode_classes(list(source.thing_classes)) if "open-vocabulary" in tasks else None
     start = 0
     for items in _batches(source, batch_size):
-        said = [item.caption if captions == "true" else "" for item in items]
+        said = ["" if captions == "none" else item.caption for item in items]
         capture = invert(engine, _pixels(items), said, timestep, range(seed + start, seed + start + len(items)))
         for task, meter in meters.items():
             is_open = task == "open-vocabulary"
             raw = engine.annotate(task, capture, words[None].expand(len(items), -1, -1) if is_open else None)
             config = _asked(engine.decoders[task].config)
+            if captions == "true":
+                raw = held_to(raw, config, said, source.thing_classes if is_open else ())
             found = LABELLERS[task].postprocess(raw, config, engine.model.size, **({"words": source.thing_classes} if is_open else {}))
             for item, label in zip(items, found):
                 meter.add(item, label)
