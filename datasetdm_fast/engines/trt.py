@@ -198,12 +198,13 @@ class TrtEngine:
         # On the device already: a copy from the host would make the loop wait.
         return functools.lru_cache(2048)(lambda timestep: torch.tensor(timestep, dtype=torch.float32, device=self.device))
 
-    @_inference
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return self._in_parts("decode_image", "latents", latents)["image"]
+        return self.decode_and_check(latents)[0]
 
+    @_inference
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+        found = self._in_parts("decode_image", "latents", latents)
+        return found["image"], found["is_finite"]
 
     @_inference
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
