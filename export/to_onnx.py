@@ -19,9 +19,9 @@ from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.graph import OPSETS, Extent, Graph, Value, traced
-from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo
+from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo, check_replaceable
 from datasetdm_fast.export.operations import ONNX_RUNTIME, PORTABLE, exportable
-from datasetdm_fast.export.staging import alone, cache_folder, staged
+from datasetdm_fast.export.staging import alone, staged
 from datasetdm_fast.export.weights import DataFile, deferred, digest
 from datasetdm_fast.kernels import bilinear, depth_head, image_norm
 from datasetdm_fast.loading import Model
@@ -31,6 +31,7 @@ from datasetdm_fast.models.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.stages import FACTOR, LEVELS, Tensors
+from datasetdm_fast.storage import cache_folder
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BATCH = Extent(1, ("B",))
@@ -103,7 +104,8 @@ def _export(model: Model, decoders: Mapping[str, Decoder], out: Path, wish: _Wis
                 return there
             earlier = tuple(there.files)
         except (Refused, Missing):
-            earlier = ()  # whatever lies there is replaced
+            check_replaceable(out)
+            earlier = ()
         with staged(out, NAME, earlier) as folder:
             return _Export(model, decoders, wish, told).write(folder)
 

@@ -16,10 +16,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from datasetdm_fast import stages
+from datasetdm_fast import stages, storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export import staging
 from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.graph import Extent, Graph, traced
 from datasetdm_fast.export.manifest import NAME, Manifest
@@ -339,13 +338,34 @@ def test_nothing_is_left_of_an_export_that_failed(demo, tmp_path, monkeypatch):
 
 def test_the_cache_is_where_the_variables_say(monkeypatch, tmp_path):
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "mine"))
-    assert staging.cache_folder() == tmp_path / "mine"
+    assert storage.cache_folder() == tmp_path / "mine"
     monkeypatch.delenv("DATASETDM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert staging.cache_folder() == tmp_path / "datasetdm_fast"
+    assert storage.cache_folder() == tmp_path / "datasetdm_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert staging.cache_folder() == tmp_path / ".cache" / "datasetdm_fast"
+    assert storage.cache_folder() == tmp_path / ".cache" / "datasetdm_fast"
+
+
+def test_a_cache_that_everyone_may_write_to_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "mine"))
+    before = os.umask(0)
+    try:
+        assert storage.cache_folder().stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    (tmp_path / "mine").chmod(0o777)
+    with pytest.raises(Refused, match="everyone may write to this cache"):
+        storage.cache_folder()
+
+
+def test_a_manifest_of_something_else_is_not_replaced(demo, tmp_path):
+    (tmp_path / NAME).write_text('{"name": "a web page"}')
+    with pytest.raises(Refused, match="tells of no export, so it is not replaced"):
+        export(demo[0], {}, tmp_path, only=["encode_text"])
+    assert (tmp_path / NAME).read_text() == '{"name": "a web page"}' and set(os.listdir(tmp_path)) == {NAME, ".lock"}
+    (tmp_path / NAME).write_text('{"exporter": "of ours, but cut')
+    export(demo[0], {}, tmp_path, only=["encode_text"]).check_files(tmp_path)
 
 
 # The command ------------------------------------------------------------------------------------------------------------------------
@@ -380,7 +400,22 @@ def test_a_signal_leaves_nothing_half_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [((), 2), (("--precision", "int8"), 2), (("--model", "none"), 2), (("--decoder", "."), 3), (("--size", "100"), 2), (("--too", "onnx"), 2)],
+    [
+        ((), 2),
+        (("--precision", "int8"), 2),
+        (("--model", "none"), 2),
+        (("--decoder", "."), 3),
+        (("--size", "100"), 2),
+        (("--too", "onnx"), 2),
+        (("--list", "--prune"), 2),
+        (("--prune", "--cap-gb", "-1"), 2),
+        (("--capability", "sm90"), 2),
+        (("--batch", "4"), 2),
+        (("--refit",), 2),
+        (("--prompts", "a ball"), 2),
+        (("--to", "tensorrt-rtx", "--prompts", "a ball"), 2),
+        (("--to", "tensorrt-rtx", "--precision", "fp8", "--prompts", "a ball", "--steps", "-1"), 2),
+    ],
 )
 def test_the_command_refuses_in_two_lines(arguments, code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

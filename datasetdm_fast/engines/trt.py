@@ -20,13 +20,13 @@ from datasetdm_fast.export import flavours
 from datasetdm_fast.export.golden import Reference
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest
 from datasetdm_fast.export.plans import PlanFolder, say
-from datasetdm_fast.export.staging import cache_folder
 from datasetdm_fast.export.to_onnx import RAW, annotate_name, export, source_digest
 from datasetdm_fast.export.to_tensorrt import WORDS, Target, at_once, open_plan
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.loading import Model
 from datasetdm_fast.models.trunk import Decoder
 from datasetdm_fast.stages import LEVELS
+from datasetdm_fast.storage import cache_folder
 
 PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
 
