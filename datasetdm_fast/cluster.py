@@ -8,6 +8,7 @@ import queue
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -261,7 +262,8 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     handler = signal.getsignal(signal.SIGTERM)
     own = {"num_cpus": max(cores(), config.ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
-        ray.init(address or "local", logging_level=logging.ERROR, log_to_driver=False, configure_logging=True, **({} if address else own))
+        with muted():
+            ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **({} if address else own))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     except Exception as error:
         ray.shutdown()
@@ -282,6 +284,20 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
         yield nodes
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Within the block nothing reaches the screen, which Ray's native parts write to past Python."""
+    sys.stderr.flush()
+    screen, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+        os.close(nowhere)
 
 
 def _knock(config: RunConfig, address: str) -> None:

@@ -29,10 +29,8 @@ def check(config: RunConfig) -> None:
         raise Refused(f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it.")
     noted = stored_at(folder)
     if read_document(folder) is not None and noted != config.store:
-        told = f"its samples are at {untrusted.shown(noted)}" if noted else "its samples are in the folder itself"
-        raise Refused(
-            f"--store {config.store or 'not given'}: {folder} was begun otherwise, {told}", "Give the --store it was begun with, or choose another --out."
-        )
+        there = f"at {untrusted.shown(noted)}" if noted else "in the folder itself"
+        raise Refused(f"--store {config.store or 'not given'}: the samples of {folder} are {there}", "Give what it was begun with, or choose another --out.")
 
 
 def stored_at(folder: Path) -> str:
