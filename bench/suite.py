@@ -31,6 +31,8 @@ class Measurement:
     judged: int  # images every peer is judged by
     names: tuple[str, ...] = tuple(PEERS)
     batches: dict[str, int] = field(default_factory=dict)
+    has_ladder: bool = False  # whether the peers race with the rungs of the ladder, and so once for both
+    climbed: list[dict[str, Any]] = field(default_factory=list)  # the rungs of that race
 
     @cached_property
     def judge(self) -> Judge:
@@ -58,6 +60,14 @@ class Part(NamedTuple):
     least: float = 0.0  # seconds that must be left for it to be begun
 
 
+def together(m: Measurement) -> list[dict[str, Any]]:
+    """The rows of all peers, raced with the rungs of the ladder where those are asked for: several rungs are peers as well."""
+    rungs = tuple(ladder.RUNGS) if m.has_ladder else ()
+    found = m.race(tuple(dict.fromkeys((*m.names, *rungs))), {**ladder.RUNGS, **PEERS}, draws=not m.setting.quick)
+    m.climbed = [row | {"title": ladder.RUNGS[name].title} for name in rungs for row in found if row["peer"] == name]
+    return [row for row in found if row["peer"] in m.names]
+
+
 def machine_limits(m: Measurement) -> list[dict[str, Any]]:
     return [limits.measure(m.setting.device, 0.15 if m.setting.quick else 0.6)]
 
@@ -79,14 +89,14 @@ SHARED = (
     Part("stages", "every stage, as DatasetDM writes it and as we do", lambda m: stages.rows(m.setting, m.judge, m.limits, m.seconds / 3, m.batch), 60),
     Part("ops", "every operation against its plain form", op_rows, 60),
     Part("layers", "every layer shape of the UNet by itself", layer_rows, 30),
-    Part("batches", "one UNet call by batch size", lambda m: sweep.batch_rows(m.setting, m.judge, SWEPT, m.seconds / 3), 60),
+    Part("batches", "one UNet call by batch size", lambda m: sweep.batch_rows(m.setting, m.judge, SWEPT, m.seconds / 6), 60),
     Part("chunks", "image decoding by how many at once", lambda m: sweep.chunk_rows(m.setting, m.judge, m.seconds / 8), 30),
     Part("profile", "where the time of one call goes", lambda m: profile.rows(m.setting, m.judge, PROFILED, m.batches), 60),
-    Part("ladder", "from DatasetDM to us, one technique a rung", lambda m: m.race(tuple(ladder.RUNGS), ladder.RUNGS), 120),
-    Part("quality", "ways that change the result", lambda m: quality.rows(m.setting, m.seconds / 4, m.batch, 2 * m.batch), 60),
+    Part("ladder", "from DatasetDM to us, one technique a rung", lambda m: m.climbed or m.race(tuple(ladder.RUNGS), ladder.RUNGS), 120),
+    Part("quality", "ways that change the result", lambda m: quality.rows(m.setting, m.seconds / 4), 60),
     Part("scale", "the driver's own cost, and ranks", lambda m: scale.rows(m.setting.quick), 60),
 )
-TOGETHER = Part("peers", "who makes labelled samples how fast", lambda m: m.race(m.names, draws=not m.setting.quick))
+TOGETHER = Part("peers", "who makes labelled samples how fast", together)
 
 
 def one_by_one(names: Iterable[str]) -> tuple[Part, ...]:

@@ -17,7 +17,7 @@ from bench.setting import Setting
 from bench.work import HALVES
 from datasetdm_fast.errors import Missing
 
-BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 6, 8, 12, 16, 24, 32)}
+BATCHES = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (1, 2, 4, 6, 8, 12, 16, 24, 32)}
 CHUNKS = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32)}
 
 
