@@ -28,7 +28,7 @@ RUNGS = {
     "upstream": PEERS["upstream"]._replace(title="DatasetDM as written"),
     "maps once": Offer("attention maps formed in one call alone", without_maps, batch=1),
     "decoders": Offer("decoders project before they resize", with_lean_decoders, batch=1),
-    "batches": Offer("several images at a time", in_batches, like="ours"),
+    "batches": Offer("16 images at a time", in_batches, batch=16),
     "ours": PEERS["ours"]._replace(title="networks without repeated work"),
     "ours-bf16": PEERS["ours-bf16"]._replace(title="16 bits"),
 }

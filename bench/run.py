@@ -19,7 +19,7 @@ from datasetdm_fast.errors import Refused
 PROG = "python -m bench"
 SECONDS = {True: 12.0, False: 60.0}  # quick or not: for the rounds of one race, of which there are two at least
 JUDGED = {True: 2, False: 4}  # images every peer is judged by
-STEPS = {True: 8, False: 25}  # what a CPU has time for at batches of 32
+STEPS = {True: 8, False: 20}  # what a CPU has time for at batches of 32
 QUICK_PARTS = ("limits", "peers", "ops")
 COMPILED = "diffusers-compiled"
 QUICK_PEERS = ("upstream", "torch", "diffusers", "ours", "ours-bf16")
@@ -32,7 +32,7 @@ class BenchConfig:
     parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     peers: tuple[str, ...] = setting((), "only these peers, comma-separated (default: all)", metavar="LIST")
     model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
-    steps: int = setting(0, "sampling steps, 0 = 25, with --quick 8", metavar="N")
+    steps: int = setting(0, "sampling steps, 0 = 20, with --quick 8", metavar="N")
     seconds: float = setting(0.0, "seconds for the rounds of one race, 0 = 60, with --quick 12", metavar="S")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
     out: str = setting("", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE")
@@ -120,6 +120,8 @@ def open_measurement(
         "setting": opened.document(),
     }
     path = Path(out) if out else None if quick and not keeps else results.default_path(described)
+    if path and not out and not goes_on:
+        path = results.unused(path)
     file = results.ResultFile.open(path, head, goes_on=goes_on)
     return suite.Measurement(opened, file, seconds or SECONDS[quick], JUDGED[quick], tuple(names))
 

@@ -18,7 +18,6 @@ from datasetdm_fast.engines.fast import DTYPES, resolve_dtype
 from datasetdm_fast.errors import GateFailed
 
 PROFILED = ("upstream", "diffusers", "ours")
-SWEPT = ("diffusers", "ours")
 
 
 @dataclass
@@ -86,14 +85,14 @@ def op_rows(m: Measurement) -> list[dict[str, Any]]:
 
 LIMITS = Part("limits", "what the machine can do at most", machine_limits)
 SHARED = (
-    Part("stages", "every stage, as DatasetDM writes it and as we do", lambda m: stages.rows(m.setting, m.judge, m.limits, m.seconds / 3, m.batch), 60),
+    Part("stages", "every stage, as DatasetDM writes it and as we do", lambda m: stages.rows(m.setting, m.judge, m.limits, m.seconds / 6, m.batch), 60),
     Part("ops", "every operation against its plain form", op_rows, 60),
     Part("layers", "every layer shape of the UNet by itself", layer_rows, 30),
-    Part("batches", "one UNet call by batch size", lambda m: sweep.batch_rows(m.setting, m.judge, SWEPT, m.seconds / 6), 60),
-    Part("chunks", "image decoding by how many at once", lambda m: sweep.chunk_rows(m.setting, m.judge, m.seconds / 8), 30),
+    Part("batches", "one UNet call by batch size", lambda m: sweep.batch_rows(m.setting, m.judge, m.file.rows("peers")), 60),
+    Part("chunks", "image decoding by how many at once", lambda m: sweep.chunk_rows(m.setting, m.judge, m.seconds / 12), 30),
     Part("profile", "where the time of one call goes", lambda m: profile.rows(m.setting, m.judge, PROFILED, m.batches), 60),
     Part("ladder", "from DatasetDM to us, one technique a rung", lambda m: m.climbed or m.race(tuple(ladder.RUNGS), ladder.RUNGS), 120),
-    Part("quality", "ways that change the result", lambda m: quality.rows(m.setting, m.seconds / 4), 60),
+    Part("quality", "ways that change the result", lambda m: quality.rows(m.setting), 60),
     Part("scale", "the driver's own cost, and ranks", lambda m: scale.rows(m.setting.quick), 60),
 )
 TOGETHER = Part("peers", "who makes labelled samples how fast", together)

@@ -59,7 +59,16 @@ DOCUMENT = {
         },
         "profile": {"status": "done", "rows": [{"peer": "ours", "dtype": "fp32", "batch": 4, "call_s": 0.02, "shares": {"attention": 0.3, "idle": 0.7}}]},
         "ladder": {"status": "done", "rows": [peer("upstream", (4.0, 3.0, 5.0)), peer("ours", (1.0, 1.0, 1.0))]},
-        "scale": {"status": "done", "rows": [{"images": 100, "resident_mib": 500.0, "ms": {"engine": 0.1, "own": 0.4, "whole": 2.0}}]},
+        "scale": {
+            "status": "done",
+            "rows": [
+                {"images": 100, "pixels": 64, "resident_mib": 500.0, "ms": {"engine": 0.1, "own": 0.4, "whole": 2.0}, "closing_ms": 0.5},
+                {"pixels": 256, "written": 64, "images_per_second": 500.0, "core_ms": 2.0},
+                {"commit_ms": 3.0, "rows": 8, "publish_ms": 1.0, "files": 4},
+                {"ranks": 1, "images": 32, "images_per_second": 2.0},
+                {"ranks": 2, "images": 32, "images_per_second": 3.0},
+            ],
+        },
     },
 }
 
@@ -129,7 +138,9 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout):
     assert "old" not in front and "title of ours" in front and "TF32" not in front
     page = files[checkout / "bench" / "README.md"]
     assert "No GPU has been measured yet." in page and "not here: a CPU has no such arithmetic" in page
-    assert "| 1,000 | 4,500.0 |" in page and "assumed" in page  # 4.5 images a second of one GPU, where none was measured
+    assert "assumed" in page  # 4.5 images a second of one GPU, where none was measured
+    # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
+    assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 3.7 min |" in page
     assert (checkout / "bench" / "charts" / "cpu-ladder.svg") in files
 
 
