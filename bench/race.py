@@ -63,7 +63,7 @@ def race(
     if draws:
         drawn = [runner for runner in runners if runner.name in DRAWN]
         images = {runner.name: drawer(runner.peer, setting.batch(runner.peer.batch)) for runner in drawn}
-        add_draws(drawn, interleaved(images, seconds / 3, meter(setting), least=1))
+        add_draws(drawn, interleaved(images, seconds / 6, meter(setting), least=1))
     rows = [row for row, _ in prepared]
     del prepared, runners
     release(setting.device)

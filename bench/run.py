@@ -68,7 +68,7 @@ def prepare(threads: int) -> None:
     """Settings that must be made before torch is imported, and quiet libraries."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # of the profiler
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all that the profiler of PyTorch says
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import torch
@@ -134,7 +134,8 @@ def show(document: dict[str, Any], is_json: bool, seconds: float) -> None:
     """The tables for a reader, or everything for a program."""
     from bench import tables
 
-    print(tables.terminal(document), file=sys.stderr if is_json else sys.stdout, flush=True)
+    stream = sys.stderr if is_json else sys.stdout
+    print(tables.terminal(document, stream.isatty()), file=stream, flush=True)
     if is_json:
         rows = {name: part.get("rows", []) for name, part in document["parts"].items()}
         facts = {name: document[name] for name in ("machine", "setting", "command")}

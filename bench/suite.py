@@ -74,7 +74,7 @@ def machine_limits(m: Measurement) -> list[dict[str, Any]]:
 def layer_rows(m: Measurement) -> list[dict[str, Any]]:
     dtype = resolve_dtype("auto", m.setting.device)
     name = next(name for name, value in DTYPES.items() if value == dtype)
-    return layers.rows(m.setting, m.limits, name, m.batch, m.seconds / 6)
+    return layers.rows(m.setting, m.limits, name, m.batch, m.seconds / 10)
 
 
 def op_rows(m: Measurement) -> list[dict[str, Any]]:

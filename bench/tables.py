@@ -221,12 +221,16 @@ TABLES = {
 }
 
 
-def aligned(table: Table) -> str:
-    """Columns for a terminal; a failed row says why instead of its figures."""
+RED, PLAIN = "\x1b[31m", "\x1b[0m"
+
+
+def aligned(table: Table, is_coloured: bool = False) -> str:
+    """Columns for a terminal; a failed row says why instead of its figures, in red where there are colours."""
     head, rows = table
     whole = [row for row in rows if not any(cell.startswith(("FAILED", "not here")) for cell in row)]
     widths = [max(map(len, column)) for column in zip(head, *whole)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows])
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
+    return "\n".join(f"{RED}{line}{PLAIN}" if is_coloured and "FAILED: " in line else line for line in lines)
 
 
 def markdown(table: Table) -> str:
@@ -252,11 +256,11 @@ def setting_line(document: dict[str, Any]) -> str:
     )
 
 
-def terminal(document: dict[str, Any]) -> str:
+def terminal(document: dict[str, Any], is_coloured: bool = False) -> str:
     parts = [limit_line(document), setting_line(document)]
     for title, build in TABLES.values():
         table = build(document)
         if table[1]:
-            parts.append(f"{title}\n{aligned(table)}")
+            parts.append(f"{title}\n{aligned(table, is_coloured)}")
     names = ", ".join(f"{name} {value:g}" for name, value in ratios(document).items())
     return "\n\n".join([*parts, f"parity {parity(document)}{'; ' + names if names else ''}"])

@@ -19,6 +19,7 @@ from bench.peers.engine import EnginePeer
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.flags import run_command
+from datasetdm_fast.kernels import compiled
 from datasetdm_fast.models.plain import PLAIN
 
 TINY = ["--model", "tiny", "--steps", "2", "--quick", "--seconds", "0.1"]
@@ -85,6 +86,15 @@ def test_a_kernel_broken_on_purpose_ends_with_4(monkeypatch, capsys):
     said = capsys.readouterr()
     assert json.loads(said.out)["parity"] == "fail" and "FAILED: does not say what the oracle says" in said.err
     assert said.err.splitlines()[-2].startswith("bench: 1 rows failed")
+
+
+def test_an_operation_broken_on_purpose_ends_with_4(monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "geglu", lambda x: PLAIN.geglu(x) + 0.01)
+    assert run_command(bench.dispatch, [*TINY, "--parts", "ops", "--json"]) == 4
+    said = capsys.readouterr()
+    rows = {row["op"]: row for row in json.loads(said.out)["rows"]["ops"] if row["form"] == "engine"}
+    assert rows["geglu"]["status"] == "failed" and "form_s" not in rows["geglu"] and rows["layer_norm"]["status"] == "ok"
+    assert "FAILED: geglu: differs from its plain form by" in said.err
 
 
 @pytest.mark.parametrize("words", [["--parts", "peerz"], ["--peers", "nobody"], ["--seconds", "-1"], ["--nonsense"]])

@@ -94,7 +94,9 @@ def test_a_failed_row_says_so_everywhere(document):
     document["parts"]["peers"]["rows"][1] |= {"status": "failed", "why": "does not say what the oracle says"}
     assert tables.parity(document) == "fail"
     assert "FAILED: does not say what the oracle says" in tables.terminal(document)
-    assert "fast_vs_torch" not in tables.ratios(document) and "title of torch" not in charts.peers(document)
+    assert "fast_vs_torch" not in tables.ratios(document) and charts.peers(document).count('class="bad">failed') == 1
+    red = tables.terminal(document, is_coloured=True).splitlines()
+    assert [line for line in red if line.startswith(tables.RED)] == [line for line in red if "FAILED: " in line] != []
 
 
 @pytest.mark.parametrize("name", charts.CHARTS)
@@ -106,6 +108,10 @@ def test_charts_are_well_formed_and_follow_the_scheme(name, document):
     for shape in root.iter():
         for axis, most in (("x", width), ("cx", width), ("y", height), ("cy", height)):
             assert 0 <= float(shape.get(axis, 0)) <= most
+
+
+def test_words_at_the_end_of_lines_do_not_meet():
+    assert charts.apart({"a": 50.0, "b": 48.0, "c": 100.0}, 17) == {"b": 48.0, "a": 65.0, "c": 100.0}
 
 
 def test_a_chart_without_rows_is_not_drawn(document):
