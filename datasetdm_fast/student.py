@@ -125,7 +125,7 @@ class View:
 
 def drawn(lessons: Lessons, count: int, random: torch.Generator) -> View:
     """Images drawn at random, each mirrored or not, moved sideways and in other light."""
-    chosen = torch.randint(len(lessons), (count,), generator=random)
+    chosen = torch.multinomial(lessons.weights, count, replacement=True, generator=random)
     flip = torch.rand(count, generator=random) < 0.5
     shift = torch.randint(-SHIFT, SHIFT + 1, (count,), generator=random)
     light = 1 + 0.25 * (2 * torch.rand(count, 1, 1, 3, generator=random) - 1)

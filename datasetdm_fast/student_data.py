@@ -12,11 +12,12 @@ from torch import Tensor
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers.labelled import Labelled, Source
-from datasetdm_fast.run_folder import Run, StoredSample
+from datasetdm_fast.run_folder import StoredSample
 
 SIDE = 64  # pixels of a side of an image
 CELL = 2  # pixels of a side of what one answer is given for
 CELLS = SIDE // CELL
+MOST_TIMES = 4.0
 IGNORED = 255
 BACKGROUND = "background"
 PERSON = "person"
@@ -60,17 +61,19 @@ class Lessons:
     instance: Tensor  # [N, CELLS, CELLS] uint8, 0 = no thing, 255 = ignored
     depth: Tensor  # [N, CELLS, CELLS] fp32 metres, 0 = unknown
     joints: Tensor  # [N, J, 3] fp32: x, y in cells, 1 where known
+    weights: Tensor  # [N] how often an image is drawn, beside the others
     left_out: int = 0  # images that were not trusted
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def first(self, count: int) -> Lessons:
-        return self.only(torch.arange(min(count, len(self))))
-
-    def only(self, chosen: Tensor) -> Lessons:
-        names = ("images", "semantic", "instance", "depth", "joints")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
+    def balanced(self) -> Lessons:
+        """The same images, those that show a rarer thing drawn more often, up to MOST_TIMES as often as the others."""
+        numbers = [self.vocabulary.classes.index(name) for name in self.vocabulary.things]
+        shows = torch.stack([(self.semantic == number).flatten(1).any(1) for number in numbers], 1).float()
+        rarity = (shows / shows.mean(0).clamp(min=1 / len(self))).amax(1)
+        least = rarity[rarity > 0].min() if (rarity > 0).any() else torch.tensor(1.0)
+        return replace(self, weights=(rarity / least).clamp(1, MOST_TIMES))
 
 
 def vocabulary_of(source: Source) -> Vocabulary:
@@ -107,16 +110,13 @@ def _of_truth(item: Labelled, source: Source, vocabulary: Vocabulary) -> tuple[n
     return item.image, voted(SemanticMap(semantic, sure, vocabulary.classes), vocabulary.classes, 0.0), instance, depth, joints
 
 
-def synthetic(run: Run, vocabulary: Vocabulary, trust: Trust, positions: Sequence[int] | None = None) -> Lessons:
-    """The trusted images of a run folder at SIDE pixels."""
-    rows, left_out = [], 0
-    for position in range(len(run)) if positions is None else positions:
-        row = of_sample(run[position], vocabulary, trust)
-        rows += [row] if row is not None else []
-        left_out += row is None
+def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary, trust: Trust) -> Lessons:
+    """The trusted ones of generated images."""
+    read = [of_sample(sample, vocabulary, trust) for sample in samples]
+    rows = [row for row in read if row is not None]
     if not rows:
-        raise Refused(f"{run.path}: none of its {left_out} images shows what its prompt names", "Loosen what is trusted, or look at its gallery.")
-    return replace(_stacked(vocabulary, rows), left_out=left_out)
+        raise Refused(f"student: none of {len(read)} generated images shows what its prompt names", "Loosen what is trusted, or look at their gallery.")
+    return replace(_stacked(vocabulary, rows), left_out=len(read) - len(rows))
 
 
 def of_sample(sample: StoredSample, vocabulary: Vocabulary, trust: Trust) -> tuple[np.ndarray, ...] | None:
@@ -195,4 +195,4 @@ def _instance_map(found: Instances, vocabulary: Vocabulary, wanted: Sequence[str
 
 def _stacked(vocabulary: Vocabulary, rows: Sequence[tuple[np.ndarray, ...]]) -> Lessons:
     columns = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
-    return Lessons(vocabulary, *columns)
+    return Lessons(vocabulary, *columns, weights=torch.ones(len(rows)))

@@ -18,7 +18,7 @@ from datasetdm_fast.readers.labelled import Labelled, Source
 from datasetdm_fast.student import Course, Student
 from datasetdm_fast.student_data import Lessons
 
-TENSORS = ("images", "semantic", "instance", "depth", "joints")
+TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")
 FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}
 
 

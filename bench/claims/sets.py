@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasetdm_fast.config import RunConfig
+from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.demo import world
 from datasetdm_fast.readers.demo import DemoWorld
@@ -27,7 +27,8 @@ POOL = 1200  # prompts of the generated pool; a smaller scale makes the first of
 POOL_SEED = 20_000
 SAMPLING = {"sampler": "ddim", "steps": 25, "batch_size": 8, "threads": 1}
 READ_TOGETHER = 8
-MOST_TIMES = 4  # one image is repeated in a balanced set
+RARE = world.RARE
+MODEL_SIDE = DEMO_DEFAULTS.size
 
 
 def is_seen(scene: world.Scene) -> bool:
@@ -40,6 +41,11 @@ def is_day(scene: world.Scene) -> bool:
 
 def is_elsewhere(scene: world.Scene) -> bool:
     return scene.domain in ELSEWHERE
+
+
+def says_elsewhere(sample: StoredSample) -> bool:
+    """Whether the prompt asks for another hour or weather than day."""
+    return any(sample.prompt.endswith(world.WHERE[domain]) for domain in ELSEWHERE)
 
 
 def is_any(scene: world.Scene) -> bool:
@@ -154,13 +160,3 @@ def kept(path: Path, vocabulary: Vocabulary, make: Callable[[], Lessons]) -> Les
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({field.name: getattr(lessons, field.name) for field in fields(Lessons) if field.name != "vocabulary"}, path)
     return lessons
-
-
-def balanced(lessons: Lessons) -> Lessons:
-    """The same images, those that show a rarer class repeated, so that a batch shows every class about equally often."""
-    things = [lessons.vocabulary.classes.index(name) for name in lessons.vocabulary.things]
-    shows = torch.stack([(lessons.semantic == number).flatten(1).any(1) for number in things], 1).double()
-    share = shows.sum(0).clamp(min=1) / len(lessons)
-    rarity = torch.where(shows > 0, 1 / share, 0).amax(1)
-    times = (rarity / rarity[rarity > 0].min()).round().clamp(1, MOST_TIMES).long()
-    return lessons.only(torch.arange(len(lessons)).repeat_interleave(times))
