@@ -29,7 +29,15 @@ def student_tasks(learnt: Source, judged: Source, run: Run, asked: Sequence[str]
 
 
 def worth(
-    learnt: Source, judged: Source, run: Run, tasks: Sequence[str], count: int, *, seeds: int = SEEDS, steps: int = 0, told: Callable[[str], None] = lambda line: None
+    learnt: Source,
+    judged: Source,
+    run: Run,
+    tasks: Sequence[str],
+    count: int,
+    *,
+    seeds: int = SEEDS,
+    steps: int = 0,
+    told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """{task: {real, both, gain, interval, ...}} of students taught from `count` real images, with and without the run's."""
     from datasetdm_fast import student as students
@@ -39,7 +47,7 @@ def worth(
     if count > len(learnt):
         raise Refused(f"--real {count}: the data set has {len(learnt)} images", "Ask for fewer.")
     vocabulary = student_data.vocabulary_of(learnt)
-    if "semantic" not in judged.tasks and "semantic" in learnt.tasks or vocabulary.classes != student_data.vocabulary_of(judged).classes:
+    if vocabulary.classes != student_data.vocabulary_of(judged).classes:
         raise Refused("--student: the images that teach and those that judge have other classes", "Choose --data and --learn-from of one data set.")
     real = student_data.real((learnt[k] for k in range(count)), learnt, vocabulary).balanced()
     generated = student_data.synthetic(run, vocabulary, student_data.Trust()).balanced()
@@ -82,5 +90,7 @@ def table(found: dict[str, Any]) -> str:
     images = next(iter(found.values()))["images"]
     seeds = len(next(iter(found.values()))["seeds"]["real"])
     steps = next(iter(found.values()))["steps"]
-    lines.append(f"{images['real']} real and {images['synthetic']} generated images, {seeds} students of each kind, {steps} steps, {images['judged']} unseen images")
+    lines.append(
+        f"{images['real']} real and {images['synthetic']} generated images, {seeds} students of each kind, {steps} steps, {images['judged']} unseen images"
+    )
     return "\n".join(lines)
