@@ -119,6 +119,7 @@ def test_every_call_to_the_disk_may_fail(arithmetic, tmp_path, monkeypatch, caps
         assert audit(out, threads=1).findings == []
         capsys.readouterr()
         shutil.rmtree(out)
+    print(f"{count.seen} calls, each failed in turn")
 
 
 # Every call of a process, SQLite's too ----------------------------------------------------------------------------------------------
@@ -164,13 +165,15 @@ def resume(server, path: Path, undisturbed: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("kind", ["full", "broken", "short", "unsynced"])
 def test_every_system_call_may_fail(server, undisturbed, tmp_path, kind, is_lasting):
     path = tmp_path / "run"
-    for place in chosen(calls(server, path, kind), 6, seed=1):
+    places = chosen(calls(server, path, kind), 6, seed=1)
+    for place in places:
         ended = server.run(*USUAL, out=path, kind=kind, at=place, lasting=is_lasting)
         if ended["code"]:
             check_refusal(ended["code"], ended["stderr"])
         assert ended["signal"] == 0 and (kind != "short" or ended["code"] == 0), (place, ended)
         check_whole(path)
         resume(server, path, undisturbed)
+    print(f"{len(places)} system calls, each failed in turn")
 
 
 def test_a_killed_run_loses_and_repeats_nothing(server, undisturbed, tmp_path):
@@ -186,14 +189,18 @@ def test_a_killed_run_loses_and_repeats_nothing(server, undisturbed, tmp_path):
             server.run(*USUAL, out=path, kind=kind, at=dice.randrange(count))
             check_whole(path)
         resume(server, path, undisturbed)
+    print(f"{len(places)} kills at chosen calls of {count}, each run whole and of the same bytes")
 
 
 def test_a_run_killed_at_any_moment_loses_and_repeats_nothing(server, undisturbed, tmp_path):
-    path, dice = tmp_path / "run", random.Random(1)
+    path, dice, kills = tmp_path / "run", random.Random(1), 0
     for _ in range(KILLS // 4):
-        while server.run(*USUAL, out=path, seconds=dice.uniform(0.002, 0.08))["code"] is None:
+        longest = 0.08  # seconds; more each time, so that a machine busy with other work ends the run as well
+        while server.run(*USUAL, out=path, seconds=dice.uniform(0.002, longest))["code"] is None:
+            kills, longest = kills + 1, longest * 1.1
             check_whole(path)
         resume(server, path, undisturbed)
+    print(f"{kills} kills at any moment, each run whole and of the same bytes")
 
 
 # Loss of power ----------------------------------------------------------------------------------------------------------------------
@@ -205,7 +212,8 @@ def test_a_loss_of_power_costs_no_committed_sample(server, undisturbed, tmp_path
     assert server.run(*USUAL, out=path, record=log)["code"] == 0
     shutil.rmtree(path)
     found = list(states(log.read_bytes(), path))
-    for k in chosen(len(found), 24, seed=2):
+    places = chosen(len(found), 24, seed=2)
+    for k in places:
         made, build, name = found[k]
         build()
         if (path / LEDGER).exists() and made:
@@ -217,3 +225,4 @@ def test_a_loss_of_power_costs_no_committed_sample(server, undisturbed, tmp_path
         assert again["code"] == 0, (name, again)
         assert tree(path) == undisturbed, name
         shutil.rmtree(path)
+    print(f"{len(places)} states after a loss of power")

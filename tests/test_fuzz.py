@@ -233,7 +233,7 @@ def test_damaged_files_are_read_or_refused(kind, tmp_path):
     if kind == "ledger":
         write_run(tmp_path / "made", 3, 32)
         files = [("made.sqlite", (tmp_path / "made" / run_folder.LEDGER).read_bytes())]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, met = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
 
     @settings(
         max_examples=INPUTS // len(READERS) // cost,
@@ -245,9 +245,12 @@ def test_damaged_files_are_read_or_refused(kind, tmp_path):
     )
     @given(st.sampled_from(files), st.lists(EDIT, min_size=1, max_size=6))
     def damage(file: tuple[str, bytes], edits: list[tuple]) -> None:
+        nonlocal met
+        met += 1
         meet(reader, tmp_path / "case", file[0], edited(file[1], edits))
 
     damage()
+    print(f"{kind}: {met} inputs")
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
 
 

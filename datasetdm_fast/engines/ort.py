@@ -26,17 +26,8 @@ from .memory import BATCH, suggested
 from .providers import NAMES, available, require_provider
 from .torch import resolve_device
 
-NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
+NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np.bool_}
 FATAL = 3  # ONNX Runtime's log level that leaves only errors
-
-
-def _inference(method):
-    @functools.wraps(method)
-    def without_gradients(*arguments, **keywords):
-        with torch.inference_mode():
-            return method(*arguments, **keywords)
-
-    return without_gradients
 
 
 class OrtEngine:
@@ -82,19 +73,19 @@ class OrtEngine:
             self._stages[name] = Stage(open_session(folder / file.file, self.provider, self.device), file, self.device)
         return self._stages[name](inputs)
 
-    @_inference
+    @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         return self._run("encode_text", tokens=self.model.token_ids(prompts))["context"]
 
-    @_inference
+    @torch.inference_mode()
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
         return self.encode_text(words).mean(1)
 
-    @_inference
+    @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
         return self._run("denoise", latents=latents, timestep=torch.tensor(float(timestep)), context=context)["noise"]
 
-    @_inference
+    @torch.inference_mode()
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
         """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
         if not self.decoders:
@@ -108,7 +99,7 @@ class OrtEngine:
         """Task -> per level, its own channels of the sums."""
         return {task: tuple(slice(*own.get(name, (0, 0))) for name in LEVELS) for task, own in self.manifest.channels.items()}
 
-    @_inference
+    @torch.inference_mode()
     def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         found = self._run(RAW, latents=latents, timestep=torch.tensor(float(timestep)), context=context)
@@ -119,14 +110,15 @@ class OrtEngine:
         features = ordered("features", [len(level.features) for level in self.model.levels])
         return found["noise"], Capture(features, ordered("maps", [len(level.heads) for level in self.model.levels]))
 
-    @_inference
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return torch.cat([self._run("decode_image", latents=part)["image"] for part in latents.split(self._chunk)])
+        return self.decode_and_check(latents)[0]
 
+    @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+        parts = [self._run("decode_image", latents=part) for part in latents.split(self._chunk)]
+        return torch.cat([part["image"] for part in parts]), torch.cat([part["is_finite"] for part in parts])
 
-    @_inference
+    @torch.inference_mode()
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
         moments = torch.cat([self._run("encode_image", image=part)["moments"] for part in images.split(self._chunk)])
         latents, log_variance = moments.chunk(2, 1)
@@ -139,7 +131,7 @@ class OrtEngine:
     def _chunk(self) -> int:
         return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
 
-    @_inference
+    @torch.inference_mode()
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"

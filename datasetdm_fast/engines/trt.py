@@ -20,24 +20,15 @@ from datasetdm_fast.export import flavours
 from datasetdm_fast.export.golden import Reference
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest
 from datasetdm_fast.export.plans import PlanFolder, say
-from datasetdm_fast.export.staging import cache_folder
 from datasetdm_fast.export.to_onnx import RAW, annotate_name, export, source_digest
 from datasetdm_fast.export.to_tensorrt import WORDS, Target, at_once, open_plan
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.loading import Model
 from datasetdm_fast.models.trunk import Decoder
 from datasetdm_fast.stages import LEVELS
+from datasetdm_fast.storage import cache_folder
 
 PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
-
-
-def _inference(method):
-    @functools.wraps(method)
-    def without_gradients(*arguments, **keywords):
-        with torch.inference_mode():
-            return method(*arguments, **keywords)
-
-    return without_gradients
 
 
 class TrtEngine:
@@ -153,19 +144,19 @@ class TrtEngine:
 
     # The protocol
 
-    @_inference
+    @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         return self._in_parts("encode_text", "tokens", self.model.token_ids(prompts).to(self.device))["context"]
 
-    @_inference
+    @torch.inference_mode()
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
         return self.encode_text(words).mean(1)
 
-    @_inference
+    @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
         return self._call("denoise", len(latents), self._inputs(latents, timestep, context))["noise"]
 
-    @_inference
+    @torch.inference_mode()
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
         """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
         if not self.decoders:
@@ -179,7 +170,7 @@ class TrtEngine:
         channels = self._manifest("denoise_and_capture")[1].channels
         return {task: tuple(slice(*own.get(name, (0, 0))) for name in LEVELS) for task, own in channels.items()}
 
-    @_inference
+    @torch.inference_mode()
     def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         found = self._call(RAW, len(latents), self._inputs(latents, timestep, context))
@@ -198,14 +189,15 @@ class TrtEngine:
         # On the device already: a copy from the host would make the loop wait.
         return functools.lru_cache(2048)(lambda timestep: torch.tensor(timestep, dtype=torch.float32, device=self.device))
 
-    @_inference
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return self._in_parts("decode_image", "latents", latents)["image"]
+        return self.decode_and_check(latents)[0]
 
+    @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+        found = self._in_parts("decode_image", "latents", latents)
+        return found["image"], found["is_finite"]
 
-    @_inference
+    @torch.inference_mode()
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
         latents, log_variance = self._in_parts("encode_image", "image", images.to(self.device))["moments"].chunk(2, 1)
         if generators is not None:
@@ -213,7 +205,7 @@ class TrtEngine:
             latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(self.device)
         return latents * self.model.vae.config.scaling_factor
 
-    @_inference
+    @torch.inference_mode()
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"
