@@ -117,7 +117,6 @@ class TrtEngine(GraphEngine):
         loaded = LoadedPlan(plan, manifest.stages[stage], self.flavour, self.queue, opened.key)
         # Of a model in eight bits the UNet call alone has them.
         loaded.check("fp16" if self.precision == "fp8" and stage != "denoise" else self.precision)
-        loaded.keep_compiled()
         self._loaded.setdefault(stage, []).append(loaded)
         return loaded
 
