@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import charts, tables
+from bench.claims import page as claims
 from bench.machine import ROOT
 from bench.results import SUITES, newest, read, rows_of
 from datasetdm_fast.config import setting
@@ -53,6 +54,9 @@ def wanted(root: Path) -> dict[Path, str]:
     if not found:
         raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
     files = {root / "bench" / "charts" / f"{suite}-{name}.svg": text for suite, document in found.items() for name, text in charts.drawn(document).items()}
+    if path := newest("claims", folder):
+        found["claims"] = read(path)
+        files[root / "bench" / "charts" / "claims.svg"] = claims.chart(found["claims"])
     for page in PAGES:
         path = root / page
         files[path] = filled(path.read_text(encoding="utf-8"), found, page)
@@ -74,6 +78,8 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     """What the front page says: the peers of every suite in short."""
     parts = []
     for suite, document in found.items():
+        if suite not in SUITES:
+            continue
         parts += [
             picture(suite, "peers", "bench/charts"),
             f"{tables.setting_line(document)}; {document['machine']['device']}.",
@@ -147,4 +153,15 @@ def paper(found: dict[str, dict[str, Any]]) -> str:
     return f"{said}\n\n{tables.markdown((head, rows))}"
 
 
-SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {"summary": summary, "cpu": whole("cpu"), "gpu": whole("gpu"), "paper": paper}
+def claimed(found: dict[str, dict[str, Any]]) -> str:
+    """Whether generated images help a student."""
+    return claims.section(found["claims"]) if "claims" in found else "The claims have not been measured yet: `python -m bench claims`."
+
+
+SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
+    "summary": summary,
+    "cpu": whole("cpu"),
+    "gpu": whole("gpu"),
+    "paper": paper,
+    "claims": claimed,
+}

@@ -63,12 +63,13 @@ inline void store64(uint8_t* at, uint64_t value) {
 // Bytes from `at` on that repeat those `distance` before, at most kLongest.
 inline size_t match_length(const uint8_t* at, size_t distance, const uint8_t* end) {
     const size_t most = std::min(static_cast<size_t>(end - at), kLongest);
+    const uint8_t* before = at - distance;
     size_t length = 0;
     for (; length + 8 <= most; length += 8) {
-        const uint64_t difference = load64(at + length) ^ load64(at + length - distance);
+        const uint64_t difference = load64(at + length) ^ load64(before + length);
         if (difference) return length + static_cast<size_t>(__builtin_ctzll(difference)) / 8;
     }
-    while (length < most && at[length] == at[length - distance]) ++length;
+    while (length < most && at[length] == before[length]) ++length;
     return length;
 }
 

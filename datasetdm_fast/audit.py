@@ -71,6 +71,8 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
         raise Refused(
             f"{folder}: holds neither {run_folder.DOCUMENT} nor {run_folder.LEDGER}, so it is no run folder", "Name a folder that generate has written."
         )
+    if (folder / run_folder.ELSEWHERE).exists():
+        raise Refused(f"{folder}: its samples are in an object store", f"Copy them here, then audit the copy; {run_folder.ELSEWHERE} says where they are.")
     findings: list[Finding] = []
     document = _document(folder, findings)
     if document and not any((folder / name).exists() for name in (run_folder.LEDGER, run_folder.SEAL)):

@@ -65,6 +65,10 @@ class RunConfig:
     threads: int = setting(0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N")
     gpus: str = setting("", "GPUs to use, one process each: all, how many, or a list such as 0,2,5", identity=False, metavar="all|N|LIST")
     ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N")
+    cluster: str = setting(
+        "", "share the work on a Ray cluster: ray starts one here, ray://HEAD[:PORT] is one that runs", identity=False, metavar="ray[://HEAD]"
+    )
+    store: str = setting("", "with --cluster: an fsspec URL such as s3://bucket/run for the data set, --out keeps the ledger", identity=False, metavar="URL")
     dtype: str = setting("auto", "arithmetic of the fast engines; fp8 for --engine trt alone, see export", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
     compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")

@@ -32,9 +32,9 @@ TOLERANCE = 1 / 260  # image widths an outline may be simplified by
 BLOCK = 64  # pictures published at once
 
 
-def write(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> None:
-    """Writes the page and the coloured depth pictures it needs."""
-    if "depth" in document["config"]["task"]:
+def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True) -> None:
+    """Writes the page and, where the folder has the samples, the coloured depth pictures it needs."""
+    if has_samples and "depth" in document["config"]["task"]:
         wanted = (row for row in ledger.rows() if not (folder / depth_name(row)).exists())
         while block := list(islice(wanted, BLOCK)):
             storage.publish({folder / depth_name(row): depth_png(read_image(folder / row.files["depth"][0])) for row in block})

@@ -14,7 +14,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
-from datasetdm_fast import peers, ranks
+from datasetdm_fast import cluster, peers, ranks, store
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.driver import Result, probe, remake, run
 from datasetdm_fast.errors import Refused
@@ -38,12 +38,17 @@ def _generate(arguments: Sequence[str]) -> int:
             raise Refused(f"--{name}: nothing was given after it", f"Drop the flag, or see {PROG} --help.")
     if config.only:
         return _make_again(config, given)
+    store.check(config)
     peer = None if config.dry_run else peers.this_peer()
+    if peer and config.cluster:
+        raise Refused(f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together", "Start it once.")
     if peer and peer.rank:  # the first of them tells how it ended
         config = replace(config, quiet=True)
     if result := finished(config, is_alone=peer is None):
         if peer and peer.rank:
             return 0
+        if config.store and not config.dry_run:
+            store.Store(config.store).complete(result.path)
         _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
         return _end(config, result)
     if config.dry_run:
@@ -55,6 +60,8 @@ def _generate(arguments: Sequence[str]) -> int:
         result, signalled = _run_peer(config, peer)
         if peer.rank:
             return 128 + signalled if signalled else 0
+    elif config.cluster:
+        result, signalled = _run_cluster(config)
     else:
         places = ranks.places(config)
         result, signalled = _run_ranks(config, places) if places else _run_here(config)
@@ -88,6 +95,14 @@ def _run_peer(config: RunConfig, peer: peers.Peer) -> tuple[Result, int | None]:
     left = count_images(config) - count_rows(config)
     with Interruption(config.quiet) as interruption, Progress(-(-min(left, config.limit or left) // peer.world), config.quiet) as progress:
         result = peers.run(config, peer, told=lambda job: _say(config, *table(job)), made=progress.made, is_stopping=lambda: interruption.signal is not None)
+    return result, interruption.signal
+
+
+def _run_cluster(config: RunConfig) -> tuple[Result, int | None]:
+    """The same of a run whose work a Ray cluster does."""
+    left = count_images(config) - count_rows(config)
+    with Interruption(config.quiet) as interruption, Progress(min(left, config.limit or left), config.quiet) as progress:
+        result = cluster.run(config, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
     return result, interruption.signal
 
 

@@ -270,33 +270,36 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
 def prepare(config: RunConfig) -> Job:
     """The job of a configuration: everything is loaded and checked, nothing is written."""
     check_settings(config)
-    source, folder = prompts.read_source(config), Path(config.out)
+    stored = read_document(Path(config.out))
+    job = compose(config, prompts.read_source(config), stored)
+    if stored is not None:
+        job = replace(adopt(job, stored), done=count_rows(config))
+    check_room(job)
+    return job
+
+
+def compose(config: RunConfig, source: prompts.Source, stored: Mapping[str, Any] | None) -> Job:
+    """The same for settings that were checked, without a look at the run folder, whose description is `stored` where there is one."""
     engine, decoders = _engine_of(config)
     recipe = _recipe_of(config, engine, source.classes)
     words = recipe.words or class_words(engine, config.task, source.classes)
-    size = _batch_size(config, engine)
+    # The run folder's size does not change with the memory that happens to be free.
+    size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), count_images(config)))
     plan = prompts.make_plan(
         source, engine.model.tokenizer, number=config.number, seed=config.seed, batch_size=size, words=words, truncate=config.truncate_prompts
     )
     document = describe(identity(config, source), plan, engine, recipe, decoders)
-    job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0)
-    if (stored := read_document(folder)) is not None:
-        job = replace(adopt(job, stored), done=count_rows(config))
-    free = storage.free_bytes(folder.absolute())
+    return Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0)
+
+
+def check_room(job: Job) -> None:
+    """Refuses a run that would fill the disk."""
+    free = storage.free_bytes(job.folder.absolute())
     if job.bytes_needed > free:
         raise Missing(
-            f"{folder}: the run needs about {_megabytes(job.bytes_needed)} of disk, {_megabytes(free)} are free",
+            f"{job.folder}: the run needs about {_megabytes(job.bytes_needed)} of disk, {_megabytes(free)} are free",
             "Make room, choose another --out, or make fewer images.",
         )
-    return job
-
-
-def _batch_size(config: RunConfig, engine: Engine) -> int:
-    """The size asked for, else that of the run folder, which must not change with the memory that happens to be free, else what fits."""
-    if config.batch_size:
-        return config.batch_size
-    stored = read_document(Path(config.out))
-    return stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), count_images(config))
 
 
 def _engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:

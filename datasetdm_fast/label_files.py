@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -130,9 +130,9 @@ def _rounded(value: float, digits: int = 3) -> float:
     return round(float(value), digits) + 0.0
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(file: Path | BinaryIO) -> np.ndarray:
     """The pixels of an image file of a run folder, in the type it was written with."""
-    with Image.open(path, formats=("PNG", "JPEG")) as image:
+    with Image.open(file, formats=("PNG", "JPEG")) as image:
         return np.array(image)
 
 

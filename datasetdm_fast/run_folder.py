@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from datasetdm_fast import gallery, label_files, leases, storage, untrusted
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.storage import Stored
 from datasetdm_fast.writers import INDEXES
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 SEAL = "state/seal.json"  # digests of what is no sample's own file; empty from before the first change until everything is in place
+ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
 FORM = {
     "versions": {"datasetdm_fast": str},
     "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},
@@ -36,6 +38,7 @@ FORM = {
     "engine": dict,
     "labels": dict,
 }
+Publish = Callable[[Mapping[str, bytes]], Mapping[str, Stored]]  # files by their path inside the run folder -> what was written
 DECODER_FORM = {"digest": str, "licence": str}
 LABEL_FORMS = {
     "semantic": {"classes": [str]},
@@ -149,18 +152,7 @@ class RunFolder:
 
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results in an unsealed folder; they are samples once the rows are committed. Threads may write different ones at once."""
-        files, rows = {}, []
-        for result in results:
-            if isinstance(result, SetAside):
-                rows.append(Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason))
-                continue
-            made, records = label_files.encode(result, self.document["config"]["image_format"])
-            files[result.request.index] = made
-            rows.append(Row(result.request, {**recipe, **result.provenance}, labels=records))
-        stored = storage.publish({self.path / name: content for made in files.values() for name, content in made.values()})
-        for row in rows:
-            row.files.update({role: (name, stored[self.path / name]) for role, (name, _) in files.get(row.request.index, {}).items()})
-        return rows
+        return write_samples(results, recipe, self.document["config"]["image_format"], into(self.path))
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Paths of the files that were missing or damaged and are there again; bytes that differ from the row's are never written."""
@@ -187,7 +179,7 @@ class RunFolder:
             unseal(self.path)
             try:
                 storage.publish({self.path / name: INDEXES[name][1](self.document, self.ledger) for name in INDEXES if name in index_files(self.document)})
-                gallery.write(self.path, self.document, self.ledger)
+                gallery.write(self.path, self.document, self.ledger, has_samples=not (self.path / ELSEWHERE).exists())
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise Refused(
                     f"{self.path / LEDGER}: its rows do not fit {DOCUMENT} ({type(error).__name__}: {error})",
@@ -208,6 +200,32 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_samples(results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], image_format: str, publish: Publish) -> list[Row]:
+    """The rows of the results, once `publish` has taken all of their files."""
+    files, rows = {}, []
+    for result in results:
+        if isinstance(result, SetAside):
+            rows.append(Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason))
+            continue
+        made, records = label_files.encode(result, image_format)
+        files[result.request.index] = made
+        rows.append(Row(result.request, {**recipe, **result.provenance}, labels=records))
+    stored = publish({name: content for made in files.values() for name, content in made.values()})
+    for row in rows:
+        row.files.update({role: (name, stored[name]) for role, (name, _) in files.get(row.request.index, {}).items()})
+    return rows
+
+
+def into(folder: Path) -> Publish:
+    """Writes files below a folder."""
+
+    def publish(files: Mapping[str, bytes]) -> dict[str, Stored]:
+        stored = storage.publish({folder / name: content for name, content in files.items()})
+        return {name: stored[folder / name] for name in files}
+
+    return publish
 
 
 def clean(folder: Path) -> None:

@@ -275,9 +275,8 @@ def test_what_cannot_come_out_well_is_refused_before_a_model_is_read(flags, code
     assert len(lines) == 2 and lines[0].startswith(said)
 
 
-def test_the_full_tensorrt_is_missing_or_builds_for_the_gpu_here_alone(monkeypatch):
+def test_the_full_tensorrt_is_missing_or_builds_for_the_gpu_here_alone():
     full = flavours.Flavour("tensorrt", "10.16.1", "13")
-    monkeypatch.setattr(flavours.Flavour, "capabilities", ())
     with pytest.raises(Missing, match="TensorRT 10.16.1 builds on the GPU it builds for"):
         flavours.check_capabilities(full, (), [])
     with pytest.raises(Refused, match="--capability sm80: TensorRT 10.16.1 builds for the GPU of this machine alone, which is sm90"):

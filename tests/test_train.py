@@ -74,6 +74,19 @@ def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(ru
     assert "was trained with other settings (rate 0.002 there, 0.5 now)" in capsys.readouterr().err
 
 
+def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, capsys):
+    line = ["--task", "instance", "--steps", "1", "--quiet"]
+    things = load_decoders("demo")["instance"].config.named
+    ways = [("demo:3@1000", "auto", things), ("demo:3@1000", "no", ()), ("folder", "auto", ()), ("folder", "yes", ("table", *things))]
+    for k, (data, flag, found) in enumerate(ways):
+        if data == "folder":
+            data, line[1] = f"folder:{tmp_path / 'data'}", "semantic"
+            if k == 2:
+                LAYOUTS["folder"][1](tmp_path / "data")
+        assert run("--data", data, *line, "--by-name", flag, out=f"decoder{k}") == 0
+        assert load_decoders(tmp_path / f"decoder{k}")[line[1]].config.named == found and (not found or "ball" in found)
+
+
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
     assert run("--data", "demo:3@1000", "--dry-run", "--preset", "upstream", "--quirks", "Q12", "--cache", "off") == 0
     err = capsys.readouterr().err

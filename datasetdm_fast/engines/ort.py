@@ -26,7 +26,7 @@ from .memory import BATCH, suggested
 from .providers import NAMES, available, require_provider
 from .torch import resolve_device
 
-NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8}
+NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np.bool_}
 FATAL = 3  # ONNX Runtime's log level that leaves only errors
 
 
@@ -110,12 +110,13 @@ class OrtEngine:
         features = ordered("features", [len(level.features) for level in self.model.levels])
         return found["noise"], Capture(features, ordered("maps", [len(level.heads) for level in self.model.levels]))
 
-    @torch.inference_mode()
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return torch.cat([self._run("decode_image", latents=part)["image"] for part in latents.split(self._chunk)])
+        return self.decode_and_check(latents)[0]
 
+    @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+        parts = [self._run("decode_image", latents=part) for part in latents.split(self._chunk)]
+        return torch.cat([part["image"] for part in parts]), torch.cat([part["is_finite"] for part in parts])
 
     @torch.inference_mode()
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]

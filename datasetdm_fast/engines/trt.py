@@ -20,13 +20,13 @@ from datasetdm_fast.export import flavours
 from datasetdm_fast.export.golden import Reference
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest
 from datasetdm_fast.export.plans import PlanFolder, say
-from datasetdm_fast.export.staging import cache_folder
 from datasetdm_fast.export.to_onnx import RAW, annotate_name, export, source_digest
 from datasetdm_fast.export.to_tensorrt import WORDS, Target, at_once, open_plan
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.loading import Model
 from datasetdm_fast.models.trunk import Decoder
 from datasetdm_fast.stages import LEVELS
+from datasetdm_fast.storage import cache_folder
 
 PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
 
@@ -189,12 +189,13 @@ class TrtEngine:
         # On the device already: a copy from the host would make the loop wait.
         return functools.lru_cache(2048)(lambda timestep: torch.tensor(timestep, dtype=torch.float32, device=self.device))
 
-    @torch.inference_mode()
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return self._in_parts("decode_image", "latents", latents)["image"]
+        return self.decode_and_check(latents)[0]
 
+    @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        return self.decode_image(latents), latents.to(self.device).isfinite().flatten(1).all(1)
+        found = self._in_parts("decode_image", "latents", latents)
+        return found["image"], found["is_finite"]
 
     @torch.inference_mode()
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]

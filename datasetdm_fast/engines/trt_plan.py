@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.export.manifest import StageFile, TensorInfo
 
 COMPILED = ".compiled"  # beside a plan: the kernels TensorRT-RTX made of it for one GPU
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "UINT8": "uint8"}
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "UINT8": "uint8", "BOOL": "bool"}
 
 
 class Queue:

@@ -23,6 +23,7 @@ from datasetdm_fast.metrics import METRICS
 from datasetdm_fast.models.decoders import Decoder, fold
 from datasetdm_fast.readers import Labelled
 from datasetdm_fast.tasks import TASKS
+from datasetdm_fast.tasks.named import held_to
 from datasetdm_fast.training.loop import Lessons, projected
 from datasetdm_fast.training.targets import target
 
@@ -52,6 +53,7 @@ def answers(decoder: Decoder, lessons: Lessons, words: Tensor | None, size: int,
             views = range(start, min(start + batch_size, lessons.count))
             text = None if words is None else words.to(device)[None].expand(len(views), -1, -1)
             raw = ready(projected(ready, [level.to(device) for level in lessons.captures.batch(views)]), text)
+            raw = held_to(raw, config, lessons.views.captions([lessons.views.item(view) for view in views]), asked)
             found += TASKS[config.task].postprocess(raw, config, size, **({"words": asked} if asked else {}))
     return found
 

@@ -1,0 +1,107 @@
+"""Where the files of a run's samples go: below the run folder, or with --store to an object store that fsspec reaches."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast import gallery, label_files, storage, untrusted
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.run_folder import DOCUMENT, ELSEWHERE, LEDGER, LOCK, SEAL, Publish, index_files, into, read_document
+from datasetdm_fast.storage import Stored
+
+LONGEST = 4096  # bytes of a URL
+
+
+def publisher(config: RunConfig) -> Publish:
+    """Writes the files of samples where the configuration wants them."""
+    return Store(config.store).publish if config.store else into(Path(config.out))
+
+
+def check(config: RunConfig) -> None:
+    """Refuses a run folder whose samples are elsewhere than --store says."""
+    folder = Path(config.out)
+    if config.store and not config.cluster:
+        raise Refused(f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it.")
+    noted = stored_at(folder)
+    if read_document(folder) is not None and noted != config.store:
+        there = f"at {untrusted.shown(noted)}" if noted else "in the folder itself"
+        raise Refused(f"--store {config.store or 'not given'}: the samples of {folder} are {there}", "Give what it was begun with, or choose another --out.")
+
+
+def stored_at(folder: Path) -> str:
+    """The URL of the samples of a run folder, empty where they are in it."""
+    path = folder / ELSEWHERE
+    return storage.read(path, LONGEST).decode(errors="replace") if path.exists() else ""
+
+
+class Store:
+    """A folder of an object store."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self.url = url
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise Missing(f"--store {url}: {error}", "Install that on every machine of the cluster.") from error
+        except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
+            raise Refused(f"--store {untrusted.shown(url)}: {type(error).__name__}: {error}", "Name a folder such as s3://bucket/run.") from error
+        if "memory" in self._protocols:
+            raise Refused(f"--store {url}: every process has a memory of its own", "Name a folder that all machines reach, such as s3://bucket/run.")
+
+    @property
+    def _protocols(self) -> tuple[str, ...]:
+        return (self.files.protocol,) if isinstance(self.files.protocol, str) else tuple(self.files.protocol)
+
+    def publish(self, files: Mapping[str, bytes]) -> dict[str, Stored]:
+        """Digests and sizes of the files, once all of them are there; a depth map brings the picture the gallery shows of it."""
+        files = {**files, **{f"gallery/{name}": _picture(content) for name, content in files.items() if name.startswith("depth/")}}
+        return self.put(files)
+
+    def put(self, files: Mapping[str, bytes]) -> dict[str, Stored]:
+        """The same, of files as they are."""
+        if "file" in self._protocols:  # where a file is only whole at once if it is renamed
+            return into(Path(self.root))(files)
+        try:
+            for folder in sorted({name.rpartition("/")[0] for name in files}):
+                self.files.makedirs(f"{self.root}/{folder}".rstrip("/"), exist_ok=True)
+            self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
+            short = next((name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)), None)
+        except Exception as error:  # a store has errors of its own beside those of a disk
+            raise Missing(f"{self.url}: {type(error).__name__}: {error}", "Check the address and the credentials, then run the same line again.") from error
+        if short is not None:
+            raise Missing(f"{self.url}/{short}: not all of it is there", "Run the same line again: it goes on where it stopped.")
+        return {name: Stored(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, None where it is not there."""
+        try:
+            return self.files.cat_file(f"{self.root}/{name}")
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            raise Missing(f"{self.url}: {type(error).__name__}: {error}", "Check the address and the credentials, then run the same line again.") from error
+
+    def complete(self, folder: Path) -> None:
+        """Puts what the run folder itself holds beside its samples, the seal last; a store that has this seal has all of it."""
+        seal = (folder / SEAL).read_bytes()
+        if self.read(SEAL) == seal:
+            return
+        document: dict[str, Any] = read_document(folder)
+        for name in (DOCUMENT, LEDGER, LOCK, *index_files(document), SEAL):
+            self.put({name: (folder / name).read_bytes()})
+
+    def note(self, folder: Path) -> None:
+        """Writes down in the run folder that its samples are here."""
+        if stored_at(folder) != self.url:
+            storage.publish({folder / ELSEWHERE: self.url.encode()})
+
+
+def _picture(depth: bytes) -> bytes:
+    return gallery.depth_png(label_files.read_image(io.BytesIO(depth)))
