@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,11 +17,15 @@ from bench import __main__ as bench
 from bench import capture, measure, results, scale
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
+from bench.peers.samples import samples_of
+from datasetdm_fast.data import Request
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.flags import run_command
 from datasetdm_fast.kernels import compiled
+from datasetdm_fast.models.decoders import load_decoders
 from datasetdm_fast.models.plain import PLAIN
+from datasetdm_fast.tasks import TASKS
 
 TINY = ["--model", "tiny", "--steps", "2", "--quick", "--seconds", "0.1"]
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
@@ -95,6 +100,18 @@ def test_an_operation_broken_on_purpose_ends_with_4(monkeypatch, capsys):
     rows = {row["op"]: row for row in json.loads(said.out)["rows"]["ops"] if row["form"] == "engine"}
     assert rows["geglu"]["status"] == "failed" and "form_s" not in rows["geglu"] and rows["layer_norm"]["status"] == "ok"
     assert "FAILED: geglu: differs from its plain form by" in said.err
+
+
+def test_peers_label_by_the_rules_of_generate():
+    decoder = load_decoders("demo")["semantic"]
+    recipe = SimpleNamespace(size=32)
+    requests = [Request(0, "a red ball on a grey table", 0)]
+    torch.manual_seed(0)
+    raw = {"pred_logits": torch.randn(1, 16, len(decoder.config.classes) + 1), "pred_masks": torch.randn(1, 16, 8, 8)}
+    (made,) = samples_of(requests, np.zeros((1, 32, 32, 3), np.uint8), {"semantic": raw}, {"semantic": decoder}, recipe)
+    (free,) = TASKS["semantic"].postprocess(raw, decoder.config, 32)
+    cone = decoder.config.classes.index("cone")
+    assert (free.labels == cone).any() and not (made.annotations["semantic"].labels == cone).any()  # no cone was asked for
 
 
 @pytest.mark.parametrize("words", [["--parts", "peerz"], ["--peers", "nobody"], ["--seconds", "-1"], ["--nonsense"]])
