@@ -83,6 +83,17 @@ def described(rows: dict[str, Any], scale, command: Sequence[str], is_quick: boo
     }
 
 
+def over(found: dict, names: Sequence[str]) -> float:
+    """Mean IoU of some classes in points."""
+    return 100 * sum(found["semantic"]["per_class"][name] for name in names) / len(names)
+
+
+def harmonic(found: dict, seen: Sequence[str], unseen: Sequence[str]) -> float:
+    """Harmonic mean of what classes with and without labelled scenes score."""
+    first, second = over(found, seen), over(found, unseen)
+    return 2 * first * second / (first + second) if first + second else 0.0
+
+
 class Bench:
     """The sets, labellers and exams of every row, made when a row first asks for them."""
 
@@ -156,11 +167,11 @@ class Bench:
         path = self.folder / "sets" / f"{name}-{self.scale.synthetic}-{self.scale.labeller_steps}.pt"
         return self.once(path.name, lambda: sets.kept(path, self.vocabulary, make).balanced())
 
-    def exam(self, name: str = "everything", fits: str = "is_any", unseen: Sequence[str] = ()):
+    def exam(self, name: str = "everything", fits: str = "is_any"):
         from bench.claims import sets
         from bench.claims.exam import Exam
 
-        return self.once(f"exam {name}", lambda: Exam.of(name, sets.scenes(sets.TEST, self.scale.test, self.side, getattr(sets, fits)), unseen))
+        return self.once(f"exam {name}", lambda: Exam.of(name, sets.scenes(sets.TEST, self.scale.test, self.side, getattr(sets, fits))))
 
     def scores(self, arms: dict[str, tuple], exam, tasks: Sequence[str], pick: Callable[[dict], float], **course: Any) -> dict[str, list[float]]:
         """{arm: figure of every seed}."""
@@ -186,7 +197,7 @@ class Bench:
             "semantic": (lambda found: 100 * found["semantic"]["miou"], self.scale.real),
             "depth": (lambda found: found["depth"]["absrel"], self.scale.fewer),
             "pose": (lambda found: 100 * found["pose"]["oks_ap"], self.scale.fewer),
-            "long-tail": (lambda found: 100 * sum(found["semantic"]["per_class"][rare] for rare in RARE) / len(RARE), self.scale.real),
+            "long-tail": (lambda found: over(found, RARE), self.scale.real),
         }[name]
         arms = self.main_arms(count)
         facts = self.facts(arms) | ({"classes": list(RARE)} if name == "long-tail" else {})
@@ -205,18 +216,13 @@ class Bench:
         return cells[0]["seeds"], self.facts(self.main_arms()) | {"cells": cells}
 
     def _zero_shot(self) -> tuple[dict, dict]:
-        from bench.claims.sets import UNSEEN
+        from bench.claims.sets import SEEN, UNSEEN
 
         arms = self.three(self.real(self.scale.real, "is_seen"), self.relabelled("zero-shot", "is_seen", "by_its_prompt", lambda row: len(row.classes) == 1))
-        picked: dict[str, list] = {}
-
-        def pick(found: dict) -> float:
-            picked.setdefault("seen", []).append(100 * found["semantic"]["seen"])
-            picked.setdefault("unseen", []).append(100 * found["semantic"]["unseen"])
-            return 100 * found["semantic"]["harmonic"]
-
-        scores = self.scores(arms, self.exam("zero-shot", unseen=UNSEEN), ("semantic",), pick)
-        return scores, self.facts(arms) | {"classes": list(UNSEEN)} | {name: picked[name][-self.scale.seeds :] for name in picked}
+        exam, tasks = self.exam(), ("semantic",)
+        picks = {"seen": lambda found: over(found, SEEN), "unseen": lambda found: over(found, UNSEEN), "both": lambda found: harmonic(found, SEEN, UNSEEN)}
+        scores = {name: self.scores(arms, exam, tasks, pick) for name, pick in picks.items()}
+        return scores["both"], self.facts(arms) | {"classes": list(UNSEEN)} | {name: scores[name]["both"] for name in ("seen", "unseen")}
 
     def _domain(self) -> tuple[dict, dict]:
         from bench.claims.sets import says_elsewhere
