@@ -206,7 +206,7 @@ def document():
     found = {}
     for name, claim in CLAIMS.items():
         values = {"real": (0.1, 0.11), "synthetic": (0.09, 0.1), "both": (0.05, 0.06)} if claim.rule == "less" else {"real": (40.0, 41.0), "both": (60.0, 61.0)}
-        found[name] = row_of(claim, values, {"images": images if name != "parity" else {"torch": 60, "fast": 61}})
+        found[name] = row_of(claim, values, {"steps": 100, "images": images if name != "parity" else {"torch": 60, "fast": 61}})
     found["instance"]["cells"] = [found["instance"] | {"student": "small", "real_scenes": count} for count in (100, 50)]
     setting = {"real": 100, "synthetic": 600, "seeds": 2, "steps": 100, "test": 1000}
     machine = {"device": "Some CPU", "commit": "abc1234", "versions": {"torch": "2.13.0"}}
