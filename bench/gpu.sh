@@ -127,6 +127,7 @@ if wanted bench; then
   [ -n "$PARTS" ] && flags+=(--parts "$PARTS") && left+=(--parts "$PARTS")
   for round in $(seq "$ROUNDS"); do
     run "bench-$round" "$limit" "$PYTHON" -m bench gpu "${flags[@]}"
+    [ $? = 2 ] && break # a wrong variable does not become right
     [ "$IS_DRY" = 1 ] && break
     [ -z "$("$PYTHON" -m bench gpu "${left[@]}")" ] && break
   done

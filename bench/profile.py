@@ -32,6 +32,7 @@ GROUPS = {
 REST = "elementwise"
 IDLE = "idle"
 CALLS = 3
+BATCH = 8  # of a peer whose best one is not known yet
 BUSY = 0.05  # of the time
 
 
@@ -40,7 +41,7 @@ def rows(setting: Setting, judge: Judge, names: Sequence[str], batches: dict[str
     made = []
     for name in names:
         try:
-            peer = PEERS[name].build(setting, batches.get(name, 1))
+            peer = PEERS[name].build(setting, PEERS[name].batch or batches.get(name, BATCH))
         except Missing:
             continue
         made.append({"peer": name, **row_of(named(peer, setting), setting, judge)})

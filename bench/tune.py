@@ -19,6 +19,7 @@ from bench.kernels import BATCH, model_sizes
 from bench.limits import rate
 from bench.measure import distance
 from bench.ops import Drawn, limit_of, outputs, placed
+from bench.peers.upstream import arithmetic
 from bench.results import ResultFile, is_settled, rows_of
 from datasetdm_fast.engines.fast import DTYPES
 from datasetdm_fast.engines.operations import memory_efficient
@@ -66,7 +67,7 @@ def run(device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes
             break
         file.begin(f"{op} {dtype}")
         begin = time.perf_counter()
-        with torch.inference_mode():
+        with arithmetic(has_tf32=False):
             rows = list(op_rows(op, dtype, device, judged_cases(op, dtype, device), time.monotonic() + share))
         file.store(f"{op} {dtype}", rows, time.perf_counter() - begin)
         print(f"{op} {dtype}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
