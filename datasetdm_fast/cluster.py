@@ -234,7 +234,7 @@ def address_of(text: str) -> str | None:
         return None
     wrong = Refused(f"--cluster {text}: {named!r} is no address of a Ray cluster", "Write ray, or ray://HEAD:PORT with what `ray start --head` printed.")
     try:
-        parts = urlsplit(named if "://" in named else f"ray://{named}")
+        parts = urlsplit(named if text != "ray" or "://" in named else f"ray://{named}")
         host, port = parts.hostname, PORT if parts.port is None else parts.port
     except ValueError:
         raise wrong from None
@@ -252,7 +252,8 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     if address:
         _knock(config, address)
     # Read by Ray when it is imported or started: nothing is reported to anybody, and a head that does not answer is not waited for long.
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_BACKEND_LOG_LEVEL="fatal")
+    # Nor does what is left of one round start a Ray of its own.
+    os.environ.update(RAY_ENABLE_AUTO_CONNECT="0", RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_BACKEND_LOG_LEVEL="fatal")
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
     os.environ.setdefault("RAY_worker_niceness", "0")  # a Ray of our own would give its workers what every other process leaves over
     if address and (any(name in os.environ for name in TOKEN) or TOKEN_FILE.exists()):

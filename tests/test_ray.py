@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torchless
-from test_ranks import tree
+from test_ranks import still_running, tree
 
 from datasetdm_fast import cluster, driver, generate, job, run_folder, store
 from datasetdm_fast.audit import audit
@@ -167,6 +167,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     line = ("--cluster", "ray", "--ranks", "2", "--prompts", str(prompts), "--store", f"file://{tmp_path}/store")
     process = command(*line, TROUBLED_SECONDS="0.4")
     wait_for(tmp_path / "store", 2, process)
+    started = psutil.Process(process.pid).children(recursive=True)
     workers(process)[0].suspend()
     out, errors = process.communicate(timeout=180)
     assert process.returncode == 4 and "no worker has given a sign of life for" in errors and "1 of 16 samples were set aside" in errors, errors
@@ -176,10 +177,9 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
         audit(tmp_path / "run")
     with pytest.raises(Refused, match="--store not given: the samples of .* are at 'file://"):
         store.check(config(tmp_path / "run"))
-    assert not [one for one in psutil.process_iter(["cmdline"]) if f"{process.pid}" in " ".join(one.info["cmdline"] or [])], "Ray outlived its driver"
+    assert still_running(started) == [], "Ray outlived its driver"
 
 
-@with_ray
 def test_an_address_nobody_answers_at_ends_the_command_at_once(command, tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
