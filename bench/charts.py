@@ -15,14 +15,14 @@ LABELS = 300  # pixels left of horizontal bars
 STYLE = """
 svg{font:13px system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif}
 .card{fill:#fff;stroke:#d1d9e0}.ink{fill:#1f2328}.dim{fill:#59636e}.head{fill:#1f2328;font-weight:600;font-size:15px}
-.grid{stroke:#e2e7ec}.axis{stroke:#818b98}.ghost{fill:#dfe4ea}
+.grid{stroke:#e2e7ec}.axis{stroke:#818b98}.ghost{fill:#dfe4ea}.bad{fill:#cf222e}
 .c0{fill:#0969da}.c1{fill:#9aa4af}.c2{fill:#bc4c00}.c3{fill:#1a7f37}.c4{fill:#8250df}.c5{fill:#bf8700}.c6{fill:#57606a}
-.s0{stroke:#0969da}.s1{stroke:#818b98}.s2{stroke:#bc4c00}.s3{stroke:#1a7f37}.s4{stroke:#8250df}
+.s0{stroke:#0969da}.s1{stroke:#818b98}.s2{stroke:#bc4c00}.s3{stroke:#1a7f37}.s4{stroke:#8250df}.s5{stroke:#bf8700}.s6{stroke:#57606a}
 @media (prefers-color-scheme:dark){
 .card{fill:#0d1117;stroke:#3d444d}.ink{fill:#f0f6fc}.dim{fill:#9aa4b0}.head{fill:#f0f6fc}
-.grid{stroke:#262c36}.axis{stroke:#767e89}.ghost{fill:#2a313c}
+.grid{stroke:#262c36}.axis{stroke:#767e89}.ghost{fill:#2a313c}.bad{fill:#f85149}
 .c0{fill:#4493f8}.c1{fill:#6e7681}.c2{fill:#f0883e}.c3{fill:#3fb950}.c4{fill:#ab7df8}.c5{fill:#d29922}.c6{fill:#848d97}
-.s0{stroke:#4493f8}.s1{stroke:#8b949e}.s2{stroke:#f0883e}.s3{stroke:#3fb950}.s4{stroke:#ab7df8}}
+.s0{stroke:#4493f8}.s1{stroke:#8b949e}.s2{stroke:#f0883e}.s3{stroke:#3fb950}.s4{stroke:#ab7df8}.s5{stroke:#d29922}.s6{stroke:#848d97}}
 """.strip()
 
 
@@ -57,13 +57,17 @@ class Drawing:
 
 
 def peers(document: dict[str, Any]) -> str:
-    """Images a second by peer, ours coloured."""
-    rows = [row for row in rows_of(document, "peers") if row["status"] == "ok"]
+    """Images a second by peer, ours coloured; a failed one says so in red."""
+    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
     drawing = Drawing("Labelled samples a second", f"{where(document)}; every row agreed with the oracle before it was timed")
-    most = max(row["images_per_second"] for row in rows)
+    most = max(row["images_per_second"] for row in rows if row["status"] == "ok")
     for place, row in enumerate(rows):
-        top, length = 70 + 30 * place, (WIDTH - LABELS - 190) * row["images_per_second"] / most
+        top = 70 + 30 * place
         drawing.text(LABELS - 8, top + 15, row["title"], anchor="end")
+        if row["status"] == "failed":
+            drawing.text(LABELS, top + 15, "failed, so it was not timed", "bad")
+            continue
+        length = (WIDTH - LABELS - 190) * row["images_per_second"] / most
         drawing.box(LABELS, top, length, 21, "c0" if row["peer"].startswith("ours") else "c1")
         said = f"{number(row['images_per_second'])}/s, {row['dtype']}, batch {row['batch']}"
         drawing.text(LABELS + length + 8, top + 15, said, "dim")
@@ -142,14 +146,25 @@ def batches(document: dict[str, Any]) -> str:
     drawing = Drawing("One UNet call by batch size", where(document))
     axes = Axes(drawing, (min(sizes) / 1.15, max(sizes) * 1.15), (min(rates) / 1.3, max(rates) * 1.3))
     axes.frame(sizes, ticks(*axes.ys), "images in a call", "images a second through one call")
-    for place, name in enumerate(dict.fromkeys(row["peer"] for row in rows)):
-        kind = 0 if name == "ours" else 2 + place
+    kinds, names, ends = [2, 3, 4, 5, 6], list(dict.fromkeys(row["peer"] for row in rows)), {}
+    for name in names:
+        kind = 0 if name == "ours" else kinds.pop(0)
         points = [axes.at(row["batch"], 1 / row["call_s"]) for row in rows if row["peer"] == name]
         drawing.line(points, f"s{kind}", 2)
         for x, y in points:
             drawing.dot(x, y, f"c{kind}")
-        drawing.text(points[-1][0] + 10, points[-1][1] + 4, name)
+        ends[name] = points[-1]
+    for name, height in apart({name: y for name, (_, y) in ends.items()}).items():
+        drawing.text(axes.right + 6, height + 4, name)
     return drawing.svg(axes.bottom + 56)
+
+
+def apart(heights: dict[str, float], least: float = LINE) -> dict[str, float]:
+    """The same heights, from the top down, moved so that words of one line each do not meet."""
+    found: dict[str, float] = {}
+    for name in sorted(heights, key=heights.get):
+        found[name] = max([heights[name], *(height + least for height in found.values())])
+    return found
 
 
 def roofline(document: dict[str, Any]) -> str:
@@ -157,21 +172,24 @@ def roofline(document: dict[str, Any]) -> str:
     limits, layers, ops = rows_of(document, "limits")[0], rows_of(document, "layers"), timed_ops(document)
     drawing = Drawing("Layers and operations under the measured limits", f"{where(document)}; work counted as the plain form is written")
     xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]
-    most = max(limits["tflops"].values())
-    axes = Axes(drawing, (min(xs) / 1.5, max([2e3 * most / limits["gbps"], *xs]) * 1.5), (min(ys) / 1.5, max([most, *ys]) * 1.5))
+    most, slope = max(limits["tflops"].values()), limits["gbps"] / 1e3  # TFLOP/s at one operation a byte
+    least_x, most_x = min([limits["tflops"]["fp32"] / slope / 3, *xs]), max([2 * most / slope, *xs])
+    axes = Axes(drawing, (least_x / 1.5, most_x * 1.5), (min(ys) / 1.5, max([most, *ys]) * 1.5))
     axes.frame(ticks(*axes.xs), ticks(*axes.ys), "operations a byte", "TFLOP/s")
     for place, (name, rate) in enumerate(limits["tflops"].items()):
         knee = max(1e3 * rate / limits["gbps"], axes.xs[0])
         drawing.line([axes.at(knee, rate), axes.at(axes.xs[1], rate)], f"s{place + 2}", 1.5, "6 4")
         drawing.text(axes.right + 6, axes.at(axes.xs[1], rate)[1] + 4, f"{name}, {number(rate)}", "dim")
     start, end = max(axes.xs[0], 1e3 * axes.ys[0] / limits["gbps"]), 1e3 * most / limits["gbps"]
-    drawing.line([axes.at(start, start * limits["gbps"] / 1e3), axes.at(end, most)], "s1", 1.5)
+    drawing.line([axes.at(start, start * slope), axes.at(end, most)], "s1", 1.5)
+    drawing.text(axes.at(end, most)[0], axes.top - 8, f"copies, {number(limits['gbps'])} GB/s", "dim", "middle")
     for row in layers:
         drawing.dot(*axes.at(row["flop_per_byte"], row["tflops"]), "c5" if row["layer"].startswith("conv") else "c3", 2.5 + 14 * row["of_work"] ** 0.5)
     for row in ops:
         x, y = axes.at(row["flop_per_byte"], row["tflops"])
         drawing.dot(x, y, "c0")
-        drawing.text(x + 8, y + 4, row["op"])
+        is_at_edge = x + 8 * len(row["op"]) > axes.right
+        drawing.text(x - 8 if is_at_edge else x + 8, y + 4, row["op"], anchor="end" if is_at_edge else "start")
     for place, (kind, words) in enumerate((("c5", "convolution"), ("c3", "linear"), ("c0", "operation of kernels/"))):
         drawing.dot(axes.right + 12, axes.top + 150 + 20 * place, kind)
         drawing.text(axes.right + 22, axes.top + 154 + 20 * place, words, "dim")

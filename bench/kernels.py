@@ -1,4 +1,5 @@
 """python -m bench kernels --audit: compiles every kernel at model sizes for GPUs that need not be there, and reads back what each takes.
+python -m bench kernels --tune: the fastest block sizes and forms on the GPU that is there, see bench/tune.py.
 
 The kernels' own entry points are called with tensors that have a shape and no memory, and each launch is compiled instead of run, so what is
 audited is what an engine would launch: block sizes, strides and alignment included.
@@ -28,6 +29,9 @@ FEATURES = 256  # channels of a projected level
 @dataclass(frozen=True)
 class AuditConfig:
     audit: bool = field(default=False, metadata={"help": "compile the kernels and report registers, spills and shared memory"})
+    tune: bool = field(default=False, metadata={"help": "find the fastest block sizes of every kernel on this GPU, and the fastest form of every operation"})
+    minutes: float = field(default=8.0, metadata={"help": "with --tune: begin nothing that would end later; the same line again goes on"})
+    out: str = field(default="", metadata={"help": "with --tune: result file (default: bench/results/DATE-tuned-DEVICE-COMMIT.json)"})
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output instead of a table"})
     ops: tuple[str, ...] = field(default=(), metadata={"help": "only these ops (default: all)"})
     dtypes: tuple[str, ...] = field(default=tuple(DTYPES), metadata={"choices": tuple(DTYPES), "help": "storage types"})
@@ -207,8 +211,8 @@ def is_sound(row: Row) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, AuditConfig, "python -m bench kernels", "What every kernel takes of a GPU.")
-    if not config.audit:
-        raise Refused("python -m bench kernels: nothing to do", "add --audit")
+    if config.audit == config.tune:
+        raise Refused("python -m bench kernels: expected one of --audit and --tune", "add one of them")
     from datasetdm_fast.kernels import OPS, launch
 
     if launch.triton is None:
@@ -218,6 +222,8 @@ def main(arguments: Sequence[str]) -> int:
     unknown = [op for op in config.ops if op not in OPS]
     if unknown:
         raise Refused(f"python -m bench kernels: --ops names {', '.join(unknown)}", f"there are: {', '.join(OPS)}")
+    if config.tune:
+        return tune_here(config, config.ops or tuple(OPS), arguments)
     found = []
     for row in rows(config.ops or tuple(OPS), config.dtypes, config.targets):
         found.append(row)
@@ -237,4 +243,18 @@ def main(arguments: Sequence[str]) -> int:
             f"{worst.spills} bytes of stack, expected none, and {worst.shared} of {limit} bytes of shared memory",
             "choose smaller blocks or more warps in kernels/launch.py",
         )
+    return 0
+
+
+def tune_here(config: AuditConfig, ops: Sequence[str], arguments: Sequence[str]) -> int:
+    import torch
+
+    from bench import tune
+    from bench.run import check_numbers
+
+    check_numbers(minutes=config.minutes)
+    if not torch.cuda.is_available():
+        raise Missing("python -m bench kernels --tune: this machine shows no CUDA device", "`--audit` compiles for GPUs that are not there")
+    document = tune.run(torch.device("cuda"), ops, config.dtypes, config.minutes, config.out, ["python", "-m", "bench", "kernels", *arguments])
+    print(json.dumps(document, indent=1) if config.json else "\n".join(tune.table_lines(document)))
     return 0

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bench.machine import wait
+from bench.peers.upstream import arithmetic
 from datasetdm_fast.kernels import launch
 from datasetdm_fast.kernels.launch import jit, tl
 
 WINDOW = 0.01  # seconds; the fastest counts, and short ones meet a moment that nothing disturbs
-PRODUCT_SIDE = {"cpu": 1024, "cuda": 8192}
+PRODUCT_SIDES = {"cpu": (512, 768, 1024), "cuda": (4096, 8192)}  # which of them is fastest depends on the library
+CONVOLUTION = {"cpu": (16, 96, 16), "cuda": (16, 640, 64)}  # images, channels in and out, cells a side; on a CPU faster than any product
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}  # far beyond any cache
 CACHED = {"cpu": 2**16, "cuda": 2**24}  # numbers whose exponentials are taken, near the cores
 TURNS = 256  # exponentials a GPU thread takes of one number before it writes it
@@ -40,7 +43,7 @@ def rate(call: Callable[[], object], device: torch.device, seconds: float) -> fl
 
 
 def measure(device: torch.device, seconds: float = 0.6) -> dict[str, Any]:
-    """TFLOP/s of matrix products by type, GB/s of copies (bytes read plus bytes written), G/s of exponentials."""
+    """TFLOP/s of matrix products and 3x3 convolutions, whichever are faster, by type; GB/s of copies (bytes read plus bytes written), G/s of exponentials."""
     products = {name: product_rate(device, dtype, tf32, seconds) for name, (dtype, tf32) in types(device).items()}
     return {"tflops": products, "gbps": copy_rate(device, seconds), "gexps": exp_rate(device, seconds), "seconds": seconds}
 
@@ -52,15 +55,23 @@ def types(device: torch.device) -> dict[str, tuple[torch.dtype, bool]]:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, tf32: bool, seconds: float) -> float:
-    side = PRODUCT_SIDE[device.type]
+    sizes = PRODUCT_SIDES[device.type]
+    calls = [product(side, device, dtype) for side in sizes] + [convolution(*CONVOLUTION[device.type], device, dtype)]
+    with arithmetic(tf32):
+        return round(max(rate(call, device, seconds / len(calls)) * work for call, work in calls) / 1e12, 3)
+
+
+def product(side: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A product of two square matrices, and its operations."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        return round(rate(lambda: torch.matmul(a, b, out=out), device, seconds) * 2 * side**3 / 1e12, 3)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    return lambda: torch.matmul(a, b, out=out), 2 * side**3
+
+
+def convolution(images: int, channels: int, side: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    shapes = ((images, channels, side, side), (channels, channels, 3, 3))
+    x, weight = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last) for shape in shapes)
+    return lambda: functional.conv2d(x, weight, padding=1), 2 * 9 * channels**2 * images * side**2
 
 
 def copy_rate(device: torch.device, seconds: float) -> float:

@@ -76,18 +76,23 @@ class Drawn:
 
 def judged(op: str, reference: Callable, form: Callable, inputs: tuple, dtype: str) -> dict[str, Any]:
     """The distance to the plain form in fp64, and what it may be."""
-    exact = torch.float64 if moved(inputs) < SMALL else torch.float32  # at model sizes fp64 would take minutes and all of the memory
     with arithmetic(has_tf32=False):
-        wide, plain = outputs(reference, placed(inputs, None, exact)), outputs(reference, inputs)
+        wide, limit = limit_of(reference, inputs, dtype)
         try:
             found = outputs(form, inputs)
         except Exception as error:  # of whatever kind: the row is what says it
             return {"status": "failed", "why": f"{op}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
         error = max((distance(a, b) for a, b in zip(found, wide, strict=True)), default=0.0)
-        limit = OWN_DRIFT * max(distance(a, b) for a, b in zip(plain, wide, strict=True)) + FLOOR[dtype]
     is_right = error <= limit and all(a.shape == b.shape for a, b in zip(found, wide))
     why = {} if is_right else {"why": f"{op}: differs from its plain form by {error:.1e}, expected at most {limit:.1e}"}
     return {"status": "ok" if is_right else "failed", "error": error, "limit": limit, **why}
+
+
+def limit_of(reference: Callable, inputs: tuple, dtype: str) -> tuple[list[Tensor], float]:
+    """The plain form's answer in a wider type, and how far from it a form in `dtype` may lie."""
+    exact = torch.float64 if moved(inputs) < SMALL else torch.float32  # at model sizes fp64 would take minutes and all of the memory
+    wide, plain = outputs(reference, placed(inputs, None, exact)), outputs(reference, inputs)
+    return wide, OWN_DRIFT * max(distance(a, b) for a, b in zip(plain, wide, strict=True)) + FLOOR[dtype]
 
 
 def times(

@@ -41,9 +41,9 @@ class Judge:
         self.truth = observe(setting.reference, self.requests, setting.recipe)
         self._floors: dict[torch.dtype, dict[str, np.ndarray]] = {}
 
-    def rows(self, peer: Peer) -> list[Row]:
-        """One row a measure: stages fed with what the oracle had there, then the peer's own samples."""
-        distances = {**self._led(peer), **self._free(peer)}
+    def rows(self, peer: Peer, first: Sequence[Sample]) -> list[Row]:
+        """One row a measure: stages fed with what the oracle had there, then the peer's own samples, of which `first` is a batch of the first requests."""
+        distances = {**self._led(peer), **self._free(peer, first)}
         if peer.dtype == "fp32":
             return judge(distances, EXACT, {})
         floors = self.floors(STORED[peer.dtype])
@@ -71,9 +71,9 @@ class Judge:
         }
         return {"text": relative(by_image(context), by_image(given.cpu()))[None], "call": np.stack(calls), **levels}
 
-    def _free(self, peer: Peer) -> dict[str, np.ndarray]:
+    def _free(self, peer: Peer, first: Sequence[Sample]) -> dict[str, np.ndarray]:
         count = max(len(self.requests) // peer.batch, 1)
-        made = [sample for k in range(count) for sample in peer.make(self._part(k, peer.batch))][: len(self.requests)]
+        made = [*first, *(sample for k in range(1, count) for sample in peer.make(self._part(k, peer.batch)))][: len(self.requests)]
         return free_of(made, self.truth) if self.setting.is_trained else {"free image": free_of(made, self.truth)["free image"]}
 
     def _part(self, place: int, batch: int) -> tuple[Request, ...]:

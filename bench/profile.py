@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.machine import wait
 from bench.parity import Judge, fitted, fitted_pair
 from bench.peers import PEERS, Peer
+from bench.peers.engine import EnginePeer
 from bench.race import release
 from bench.setting import Setting
+from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing
 
 # The first that matches a kernel's name, or on a CPU an operation's, names its group.
@@ -28,6 +32,8 @@ GROUPS = {
 REST = "elementwise"
 IDLE = "idle"
 CALLS = 3
+BATCH = 8  # of a peer whose best one is not known yet
+BUSY = 0.05  # of the time
 
 
 def rows(setting: Setting, judge: Judge, names: Sequence[str], batches: dict[str, int]) -> list[dict[str, Any]]:
@@ -35,39 +41,72 @@ def rows(setting: Setting, judge: Judge, names: Sequence[str], batches: dict[str
     made = []
     for name in names:
         try:
-            peer = PEERS[name].build(setting, batches.get(name, 1))
+            peer = PEERS[name].build(setting, PEERS[name].batch or batches.get(name, BATCH))
         except Missing:
             continue
-        made.append({"peer": name, **row_of(peer, setting, judge)})
+        made.append({"peer": name, **row_of(named(peer, setting), setting, judge)})
         del peer
         release(setting.device)
     return made
 
 
+def named(peer: Peer, setting: Setting) -> Peer:
+    """On a CPU our engine once more, with every operation under its name: those of csrc/ are none that PyTorch would know of."""
+    engine = getattr(peer, "engine", None)
+    if setting.device.type != "cpu" or not isinstance(engine, FastEngine):
+        return peer
+    ops = SimpleNamespace(**{name: recorded(name, form) for name, form in vars(engine.ops).items()})
+    return EnginePeer(FastEngine(setting.model, setting.reference.decoders, dtype=peer.dtype, device="cpu", ops=ops), setting, peer.batch)
+
+
+def recorded(name: str, form: Callable) -> Callable:
+    def call(*inputs: Any, **options: Any) -> Any:
+        with record_function(name):
+            return form(*inputs, **options)
+
+    return call
+
+
 def row_of(peer: Peer, setting: Setting, judge: Judge) -> dict[str, Any]:
     latents, context = fitted(judge.truth.seen[0], peer.batch).to(setting.device), fitted_pair(judge.truth.context, peer.batch).to(setting.device)
-    groups, seconds = split(lambda: peer.denoise(latents, setting.recipe.schedule.timesteps[0], context), setting.device)
-    shares = {group: round(value / seconds, 4) for group, value in groups.items()}
+    shares, seconds = split(lambda: peer.denoise(latents, setting.recipe.schedule.timesteps[0], context), setting.device)
     return {"dtype": peer.dtype, "batch": peer.batch, "call_s": round(seconds / peer.batch, 6), "shares": shares}
 
 
 def split(call: Callable[[], object], device: torch.device) -> tuple[dict[str, float], float]:
-    """Seconds of each group in one call, and of the whole call."""
+    """The share of each group in one call, and the seconds of the call."""
     call()
     wait(device)
-    activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
-    with profile(activities=activities) as seen:
+    is_cpu = device.type == "cpu"
+    options = {"experimental_config": _ExperimentalConfig(profile_all_threads=True)} if is_cpu else {}
+    with profile(activities=[ProfilerActivity.CPU if is_cpu else ProfilerActivity.CUDA], **options) as seen:
         begin = time.perf_counter()
         for _ in range(CALLS):
             call()
         wait(device)
-        whole = (time.perf_counter() - begin) / CALLS
-    groups = dict.fromkeys([*GROUPS, REST], 0.0)
+        whole = time.perf_counter() - begin
+    busy = threads_of(seen) if is_cpu else kernels_of(seen)
+    lanes = [groups for groups in busy if sum(groups.values()) > BUSY * whole]  # a thread that only hands out work is none of those that do it
+    filled = max(len(lanes) * whole, sum(sum(groups.values()) for groups in lanes))
+    shares = {group: round(sum(groups[group] for groups in lanes) / filled, 4) for group in (*GROUPS, REST)}
+    return {**shares, IDLE: round(max(1 - sum(shares.values()), 0.0), 4)}, whole / CALLS
+
+
+def threads_of(seen: profile) -> list[dict[str, float]]:
+    """Seconds of each group in each thread of a CPU."""
+    threads: dict[int, dict[str, float]] = {}
+    for event in seen.events():
+        groups = threads.setdefault(event.thread, dict.fromkeys((*GROUPS, REST), 0.0))
+        groups[group_of(event.name)] += event.self_cpu_time_total / 1e6
+    return list(threads.values())
+
+
+def kernels_of(seen: profile) -> list[dict[str, float]]:
+    """Seconds of each group on a GPU."""
+    groups = dict.fromkeys((*GROUPS, REST), 0.0)
     for event in seen.key_averages():
-        taken = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        groups[group_of(event.key)] += taken / 1e6 / CALLS
-    busy = sum(groups.values())
-    return {**groups, IDLE: max(whole - busy, 0.0)}, max(whole, busy)
+        groups[group_of(event.key)] += event.self_device_time_total / 1e6
+    return [groups]
 
 
 def group_of(name: str) -> str:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from bench.measure import interleaved
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
-from bench.race import OURS, meter, release, spread
+from bench.race import OURS, release, spread
 from bench.setting import PROFILE, TASKS, Setting
 from datasetdm_fast.agreement import image_distance, label_distance
-from datasetdm_fast.data import Sample, SemanticMap
+from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.job import make_recipe
 
-# Name -> recipe. The baseline, and what the same seed gives with other rounding, is the first row.
+# Name -> recipe.
+BATCH, IMAGES = 8, 16
 OPTIONS: dict[str, dict[str, Any]] = {
     "half the steps": {"sampler": "pndm", "share": 0.5},
     "DPM-Solver++, 40 % of the steps": {"sampler": "dpm-solver++", "share": 0.4},
@@ -26,37 +27,40 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows(setting: Setting, seconds: float, batch: int, count: int) -> list[dict[str, Any]]:
+def rows(setting: Setting) -> list[dict[str, Any]]:
     """One row an option: images per second against the exact way, and the drift of the same seeds' images and labels."""
     if not setting.is_trained:
         return []
-    exact = PEERS[OURS].build(setting, batch)
-    peers = {name: with_recipe(exact, setting, **option) for name, option in OPTIONS.items()}
-    truth = many(exact, setting, count)
-    requests = setting.batch(batch)
-    rounds = interleaved({"exact": lambda: exact.make(requests), **{name: caller(peer, requests) for name, peer in peers.items()}}, seconds, meter(setting))
+    exact = with_recipe(PEERS[OURS].build(setting, BATCH), setting)
+    peers = {"exact": exact, **{name: with_recipe(exact, setting, **option) for name, option in OPTIONS.items()}}
+    exact.make(setting.batch(BATCH))
+    found, rounds = in_turn(peers, setting.batch(IMAGES))
     made = []
-    for name, peer in peers.items():
-        pairs = [a / b for a, b in zip(rounds["exact"].seconds, rounds[name].seconds)]
-        speed = {"images_per_second": round(batch / statistics.median(rounds[name].seconds), 4), "over_exact": spread(pairs)}
-        made.append({"option": name, "calls": len(peer.recipe.schedule), "batch": batch, "images": count, **speed, **drift(many(peer, setting, count), truth)})
+    for name in OPTIONS:
+        pairs = [a / b for a, b in zip(rounds["exact"], rounds[name])]
+        speed = {"images_per_second": round(BATCH / statistics.median(rounds[name]), 4), "over_exact": spread(pairs)}
+        calls = {"calls": len(peers[name].recipe.schedule), "exact_calls": len(exact.recipe.schedule)}
+        made.append({"option": name, **calls, "batch": BATCH, "images": IMAGES, **speed, **drift(found[name], found["exact"])})
     release(setting.device)
     return made
 
 
-def caller(peer: EnginePeer, requests):
-    return lambda: peer.make(requests)
-
-
-def with_recipe(peer: EnginePeer, setting: Setting, sampler: str, share: float) -> EnginePeer:
-    steps = max(round(setting.recipe.facts["steps"] * share), 2)
+def with_recipe(peer: EnginePeer, setting: Setting, sampler: str = "pndm", share: float = 1.0) -> EnginePeer:
+    """The peer with as many steps as the model was made for, or a share of them."""
+    steps = max(round(setting.model.defaults.steps * share), 2)
     recipe = make_recipe(peer.engine, TASKS, sampler=sampler, steps=steps, guidance=setting.recipe.guidance, profile=PROFILE)
     return EnginePeer(peer.engine, replace(setting, recipe=recipe), peer.batch)
 
 
-def many(peer: EnginePeer, setting: Setting, count: int) -> list[Sample]:
-    requests = setting.batch(count)
-    return [sample for first in range(0, count, peer.batch) for sample in peer.make(requests[first : first + peer.batch])]
+def in_turn(peers: Mapping[str, EnginePeer], requests: Sequence[Request]) -> tuple[dict[str, list[Sample]], dict[str, list[float]]]:
+    """The samples of every peer, and the seconds of each batch, made in turn with the others'."""
+    found, rounds = {name: [] for name in peers}, {name: [] for name in peers}
+    for first in range(0, len(requests), BATCH):
+        for name, peer in peers.items():
+            begin = time.perf_counter()
+            found[name] += peer.make(requests[first : first + BATCH])
+            rounds[name].append(time.perf_counter() - begin)
+    return found, rounds
 
 
 def drift(found: Sequence[Sample], truth: Sequence[Sample]) -> dict[str, float]:

@@ -22,8 +22,10 @@ from datasetdm_fast import label_files
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.errors import GateFailed, Missing
 
-CANDIDATES = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32)}
+CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
+SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long
 OURS = "ours"
+DRAWN = ("diffusers-1", "diffusers", "diffusers-compiled", "tensorrt", OURS)  # whose images alone are timed as well
 
 
 @dataclass
@@ -55,13 +57,13 @@ def race(
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
         finished = {runner.name: finisher(runner.peer, setting.batch(runner.peer.batch), Path(folder)) for runner in runners}
-        for runner in runners if not setting.quick else ():
-            _, most = peak(setting.device, finished[runner.name])
-            runner.row["peak_mib"] = round(most / 2**20, 1)
-        add_times(runners, interleaved(finished, seconds, meter(setting), least=2 if setting.quick else 3), setting, limits)
+        for runner in runners if setting.device.type == "cuda" else ():  # the first batch also tuned, in memory of its own
+            runner.row["peak_mib"] = mib(peak(setting.device, finished[runner.name])[1])
+        add_times(runners, interleaved(finished, seconds, meter(setting), least=2), setting, limits)
     if draws:
-        images = {runner.name: drawer(runner.peer, setting.batch(runner.peer.batch)) for runner in runners}
-        add_draws(runners, interleaved(images, seconds / 2, meter(setting)))
+        drawn = [runner for runner in runners if runner.name in DRAWN]
+        images = {runner.name: drawer(runner.peer, setting.batch(runner.peer.batch)) for runner in drawn}
+        add_draws(drawn, interleaved(images, seconds / 6, meter(setting), least=1))
     rows = [row for row, _ in prepared]
     del prepared, runners
     release(setting.device)
@@ -79,10 +81,10 @@ def prepare(setting: Setting, name: str, offer: Offer, judge: parity.Judge, batc
         row |= {"dtype": peer.dtype, "load_s": round(time.perf_counter() - begin, 3)}
         if not known:
             peer.batch, row["tried"] = best_batch(peer, setting, judge)
-        row["first_s"] = first_batch(peer, setting)
-        row["batch"] = peer.batch
+        first, row["first_s"], most = first_batch(peer, setting)
+        row |= {"batch": peer.batch, "peak_mib": mib(most)}
         batches.setdefault(name, peer.batch)
-        judged = judge.rows(peer)
+        judged = judge.rows(peer, first)
     except Missing as error:
         return row | {"status": "absent", "why": error.cause}, None
     except GateFailed as error:
@@ -97,13 +99,13 @@ def prepare(setting: Setting, name: str, offer: Offer, judge: parity.Judge, batc
     return row, Runner(name, peer, row)
 
 
-def first_batch(peer: Peer, setting: Setting) -> float:
-    """Seconds of the first batch; while it does not fit into memory, the batch is halved."""
+def first_batch(peer: Peer, setting: Setting) -> tuple[list[Sample], float, int]:
+    """The first batch, its seconds and the most bytes it took; while it does not fit into memory, the batch is halved."""
     while True:
         begin = time.perf_counter()
         try:
-            peer.make(setting.batch(peer.batch))
-            return round(time.perf_counter() - begin, 3)
+            made, most = peak(setting.device, lambda: peer.make(setting.batch(peer.batch)))
+            return made, round(time.perf_counter() - begin, 3), most
         except Exception as error:
             if peer.batch == 1 or not is_out_of_memory(error):
                 raise
@@ -111,25 +113,25 @@ def first_batch(peer: Peer, setting: Setting) -> float:
         release(setting.device)
 
 
-def best_batch(peer: Peer, setting: Setting, judge: parity.Judge) -> tuple[int, dict[int, float]]:
-    """The batch size with the least time an image and UNet call, and what each took in seconds."""
-    truth, timestep, tried = judge.truth, setting.recipe.schedule.timesteps[0], {}
-    candidates = [size for size in CANDIDATES[setting.device.type] if size <= len(setting.requests)]
-    for size in candidates[:: 2 if setting.quick else 1]:
+def best_batch(peer: Peer, setting: Setting, judge: parity.Judge) -> tuple[int, list[dict[str, Any]]]:
+    """The batch size with the least time an image and UNet call, and for each that was tried these seconds and the memory of a call."""
+    truth, timestep, tried = judge.truth, setting.recipe.schedule.timesteps[0], []
+    for size in CANDIDATES[setting.quick]:
         latents, context = parity.fitted(truth.seen[0], size).to(setting.device), parity.fitted_pair(truth.context, size).to(setting.device)
 
         def call(latents=latents, context=context) -> None:
             peer.denoise(latents, timestep, context)
 
         try:
-            call()
+            _, most = peak(setting.device, call)
             rounds = interleaved({"call": call}, 0.2 if setting.quick else 0.5, meter(setting), least=2)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             break
-        tried[size] = round(min(rounds["call"].seconds) / size, 6)
-    return min(tried, key=tried.get), tried
+        tried.append({"batch": size, "call_s": round(min(rounds["call"].seconds) / size, 6), "peak_mib": mib(most)})
+    least = min(row["call_s"] for row in tried)
+    return next(row["batch"] for row in tried if row["call_s"] <= SAME * least), tried
 
 
 def meter(setting: Setting) -> Callable[[], float | None]:
@@ -182,6 +184,10 @@ def add_times(runners: Sequence[Runner], rounds: dict[str, Rounds], setting: Set
 def add_draws(runners: Sequence[Runner], rounds: dict[str, Rounds]) -> None:
     for runner in runners:
         runner.row["images_alone_s"] = spread([value / runner.peer.batch for value in rounds[runner.name].seconds])
+
+
+def mib(count: int) -> float:
+    return round(count / 2**20, 1)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import charts, tables
+from bench.claims import page as claims
 from bench.machine import ROOT
 from bench.results import SUITES, newest, read, rows_of
 from datasetdm_fast.config import setting
@@ -21,6 +22,7 @@ SHORT = ("who", "type", "batch", "images/s", "of the products' limit", "ours is"
 ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
+PAPER_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def wanted(root: Path) -> dict[Path, str]:
     if not found:
         raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
     files = {root / "bench" / "charts" / f"{suite}-{name}.svg": text for suite, document in found.items() for name, text in charts.drawn(document).items()}
+    if path := newest("claims", folder):
+        found["claims"] = read(path)
+        files[root / "bench" / "charts" / "claims.svg"] = claims.chart(found["claims"])
     for page in PAGES:
         path = root / page
         files[path] = filled(path.read_text(encoding="utf-8"), found, page)
@@ -73,6 +78,8 @@ def summary(found: dict[str, dict[str, Any]]) -> str:
     """What the front page says: the peers of every suite in short."""
     parts = []
     for suite, document in found.items():
+        if suite not in SUITES:
+            continue
         parts += [
             picture(suite, "peers", "bench/charts"),
             f"{tables.setting_line(document)}; {document['machine']['device']}.",
@@ -117,27 +124,44 @@ def paper(found: dict[str, dict[str, Any]]) -> str:
     cpu = found.get("cpu") or next(iter(found.values()))
     gpu = found.get("gpu")
     rate = tables.peers(gpu)["ours"].get("images_per_second") if gpu else None
-    driver = [row for row in rows_of(cpu, "scale") if "ms" in row]
-    encode = [row for row in rows_of(cpu, "stages") if row["stage"] == "encode and write"]
-    if not driver or not encode:
-        return "The parts `scale` and `stages` have not been measured yet."
-    own, pixels = driver[-1]["ms"]["own"], (PAPER_SIDE / cpu["setting"]["size"]) ** 2
-    written = encode[0]["ours_s"]["median"] * 1e3 * pixels
+    scale = {name: [row for row in rows_of(cpu, "scale") if name in row] for name in ("ms", "written", "commit_ms")}
+    if not all(scale.values()):
+        return "The part `scale` has not been measured yet."
+    own, disk = scale["ms"][-1]["ms"]["own"], scale["commit_ms"][0]
+    scene = min(scale["written"], key=lambda row: abs(row["pixels"] - PAPER_SIDE))
+    written = scene["core_ms"] * (PAPER_SIDE / scene["pixels"]) ** 2
     each = rate or ASSUMED
     source = "measured" if rate else "assumed, as none was measured yet"
-    said = (
-        f"One GPU makes {tables.number(each)} images a second ({source}). The driver's own cost is {tables.number(own)} ms an image (measured, stub engine), "
-        f"encoding and writing {tables.number(written)} ms of one core for an image of {PAPER_SIDE} pixels (measured at {cpu['setting']['size']}). "
-        "Ranks do not speak with each other, so images a second grow with the GPUs as long as each has the cores of the fourth column beside it."
+    costs = (
+        f"the driver's own work is {tables.number(own)} ms of one core an image, encoding and writing {tables.number(written)} ms "
+        f"for {PAPER_SIDE} pixels and four kinds of labels, one commit of a batch {tables.number(disk['commit_ms'])} ms"
     )
-    head = ["GPUs", "images a second", "driver, cores", "encode and write, cores", "a million images"]
+    said = (
+        f"One GPU makes {tables.number(each)} images a second ({source}). Measured on this CPU: {costs}. Ranks do not speak with each other, so images "
+        "a second grow with the GPUs as long as there are the cores of the third column, a disk that takes the files of the fourth, and ledgers that take "
+        "the commits: one ledger takes them one after the other, so its share of time must stay well below 100 %; above, the prompts are split over as "
+        "many run folders."
+    )
+    head = ["GPUs", "images a second", "cores for driver and files", "files a second", f"time of one ledger, batches of {PAPER_BATCH}", "a million images"]
     rows = []
     for count in PAPER_GPUS:
         total = each * count
         hours = 1e6 / total / 3600
         took = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-        rows.append([f"{count:,}", f"{total:,.1f}", f"{total * own / 1e3:.2f}", f"{total * written / 1e3:.1f}", took])
+        cores, busy = total * (own + written) / 1e3, total / PAPER_BATCH * disk["commit_ms"] / 1e3
+        rows.append([f"{count:,}", f"{total:,.1f}", f"{cores:,.2f}", f"{total * disk['files']:,.0f}", tables.percent(busy), took])
     return f"{said}\n\n{tables.markdown((head, rows))}"
 
 
-SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {"summary": summary, "cpu": whole("cpu"), "gpu": whole("gpu"), "paper": paper}
+def claimed(found: dict[str, dict[str, Any]]) -> str:
+    """Whether generated images help a student."""
+    return claims.section(found["claims"]) if "claims" in found else "The claims have not been measured yet: `python -m bench claims`."
+
+
+SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
+    "summary": summary,
+    "cpu": whole("cpu"),
+    "gpu": whole("gpu"),
+    "paper": paper,
+    "claims": claimed,
+}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 
 FORMAT = 1
 FOLDER = ROOT / "bench" / "results"
@@ -27,10 +28,15 @@ class ResultFile:
 
     @classmethod
     def open(cls, path: Path | None, head: Mapping[str, Any], *, goes_on: bool = False) -> ResultFile:
-        """A new file, kept in memory alone where `path` is None, or one to go on with: of another device, commit or setting it is refused."""
-        if not (goes_on and path and path.exists()):
+        """A new file, kept in memory alone where `path` is None, or one to go on with: of another device, commit or setting it is refused.
+
+        What cannot be written is refused before anything is measured, and so is a file in its place that is no result file.
+        """
+        if path:
+            check_writable(path)
+        document = read(path) if path and path.exists() else None
+        if not (goes_on and document):
             return cls(path, {"format": FORMAT, **head, "parts": {}})
-        document = read(path)
         for name in ("suite", "setting"):
             if document[name] != json.loads(json.dumps(head[name])):
                 raise Refused(f"{path}: holds another {name}, {document[name]} where {head[name]} is to be measured", "choose another --out")
@@ -62,10 +68,31 @@ class ResultFile:
     def save(self) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        part.write_text(json.dumps(self.document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, self.path)
+        text = json.dumps(self.document, indent=1, allow_nan=False) + "\n"
+        with beside(self.path) as part:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, self.path)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name next to `path` for what is to become it; nothing is left there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+    except OSError as error:
+        raise Missing(f"{path}: cannot be written ({error.strerror or error})", "make room there, or choose another --out") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    with beside(path) as part:
+        if path.is_dir():
+            raise Refused(f"{path}: is a folder, expected a file", "name a file with --out")
+        part.write_bytes(b"")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -99,9 +126,15 @@ def rows_of(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
     return list(rows.values()) if len(names) != 1 else parts[names[0]].get("rows", [])
 
 
-def default_path(machine: Mapping[str, Any]) -> Path:
+def default_path(machine: Mapping[str, Any], kind: str = "") -> Path:
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    return FOLDER / f"{now()[:10]}-{device}-{machine['commit']}.json"
+    return FOLDER / f"{now()[:10]}-{kind}{device}-{machine['commit']}.json"
+
+
+def unused(path: Path) -> Path:
+    """The path itself, or where there is such a file the first free one with a number."""
+    names = (path, *(path.with_stem(f"{path.stem}-{k}") for k in range(2, 1000)))
+    return next(name for name in names if not name.exists())
 
 
 def now() -> str:
@@ -109,6 +142,6 @@ def now() -> str:
 
 
 def newest(suite: str, folder: Path = FOLDER) -> Path | None:
-    """The file of a suite that was measured last."""
-    found = [(document["date"], path) for path in sorted(folder.glob("*.json")) if (document := read(path))["suite"] == suite]
+    """The file of a suite that was measured last, of those whose peers were; a run of single parts is none for the pages."""
+    found = [(document["date"], path) for path in sorted(folder.glob("*.json")) if (document := read(path))["suite"] == suite and rows_of(document, "peers")]
     return max(found)[1] if found else None

@@ -17,12 +17,12 @@ from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m bench"
-SECONDS = {True: 12.0, False: 60.0}  # quick or not: for the rounds of one race
+SECONDS = {True: 12.0, False: 60.0}  # quick or not: for the rounds of one race, of which there are two at least
 JUDGED = {True: 2, False: 4}  # images every peer is judged by
-QUICK_STEPS = 10
+STEPS = {True: 8, False: 20}  # what a CPU has time for at batches of 32
 QUICK_PARTS = ("limits", "peers", "ops")
 COMPILED = "diffusers-compiled"
-QUICK_PEERS = ("upstream", "torch", "diffusers-1", "diffusers", "ours", "ours-bf16")
+QUICK_PEERS = ("upstream", "torch", "diffusers", "ours", "ours-bf16")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BenchConfig:
     parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     peers: tuple[str, ...] = setting((), "only these peers, comma-separated (default: all)", metavar="LIST")
     model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
-    steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
+    steps: int = setting(0, "sampling steps, 0 = 20, with --quick 8", metavar="N")
     seconds: float = setting(0.0, "seconds for the rounds of one race, 0 = 60, with --quick 12", metavar="S")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
     out: str = setting("", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE")
@@ -53,8 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     names = chosen("peers", config.peers, tuple(PEERS), (*usual, COMPILED) if config.compile else usual)
     parts = {part.name: part for part in (suite.LIMITS, suite.TOGETHER, *suite.SHARED)}
     wanted = chosen("parts", config.parts, tuple(parts), QUICK_PARTS if config.quick else tuple(parts))
-    steps = config.steps or (QUICK_STEPS if config.quick else 0)
+    steps = config.steps or STEPS[config.quick]
     m = open_measurement(config.model, "cpu", arguments, steps=steps, quick=config.quick, out=config.out, seconds=config.seconds, names=names)
+    m.has_ladder = "ladder" in wanted
     suite.measure(m, [parts[name] for name in parts if name in wanted or name == "limits"], math.inf, say)
     if m.file.path:
         print(m.file.path, file=sys.stderr if config.json else sys.stdout)
@@ -67,6 +68,7 @@ def prepare(threads: int) -> None:
     """Settings that must be made before torch is imported, and quiet libraries."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all that the profiler of PyTorch says
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import torch
@@ -118,6 +120,8 @@ def open_measurement(
         "setting": opened.document(),
     }
     path = Path(out) if out else None if quick and not keeps else results.default_path(described)
+    if path and not out and not goes_on:
+        path = results.unused(path)
     file = results.ResultFile.open(path, head, goes_on=goes_on)
     return suite.Measurement(opened, file, seconds or SECONDS[quick], JUDGED[quick], tuple(names))
 
@@ -130,7 +134,8 @@ def show(document: dict[str, Any], is_json: bool, seconds: float) -> None:
     """The tables for a reader, or everything for a program."""
     from bench import tables
 
-    print(tables.terminal(document), file=sys.stderr if is_json else sys.stdout, flush=True)
+    stream = sys.stderr if is_json else sys.stdout
+    print(tables.terminal(document, stream.isatty()), file=stream, flush=True)
     if is_json:
         rows = {name: part.get("rows", []) for name, part in document["parts"].items()}
         facts = {name: document[name] for name in ("machine", "setting", "command")}

@@ -20,9 +20,9 @@ from bench.race import OURS, meter, release, spread, write
 from bench.setting import Setting
 from bench.work import HALVES
 from datasetdm_fast.agreement import EXACT, ROUNDED, relative
-from datasetdm_fast.data import Sample
+from datasetdm_fast.data import Annotation
+from datasetdm_fast.driver import postprocess
 from datasetdm_fast.label_files import encode
-from datasetdm_fast.tasks import TASKS
 
 
 class Stage(NamedTuple):
@@ -86,7 +86,7 @@ def chain(setting: Setting, judge: Judge, naive: Upstream, ours: EnginePeer, fol
     on_host = {task: {name: value[:1].cpu() for name, value in answer.items()} for task, answer in raw.items()}
     return [
         *stages,
-        Stage("post-process", lambda: labels(raw, setting), lambda: labels(on_host, setting)),
+        Stage("post-process", lambda: labels(raw, setting, batch), lambda: labels(on_host, setting, 1)),
         Stage("encode", lambda: [encode(sample, "png") for sample in samples]),
         Stage("encode and write", lambda: write(samples, folder)),
     ]
@@ -110,8 +110,9 @@ def by_half(noise: Tensor) -> Tensor:
     return noise.unflatten(0, (2, -1)).transpose(0, 1)
 
 
-def labels(raw: dict[str, dict[str, Tensor]], setting: Setting) -> list[Sample]:
-    return [TASKS[task].postprocess(answer, setting.reference.decoders[task].config, setting.recipe.size) for task, answer in raw.items()]
+def labels(raw: dict[str, dict[str, Tensor]], setting: Setting, batch: int) -> list[list[Annotation]]:
+    decoders, requests = setting.reference.decoders, setting.batch(batch)
+    return [postprocess(task, requests, answer, decoders[task].config, setting.recipe) for task, answer in raw.items()]
 
 
 def timed(stage: Stage, setting: Setting, limits: dict[str, Any], seconds: float, ours: EnginePeer) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from datasetdm_fast.engines.fast import DTYPES, resolve_dtype
 from datasetdm_fast.errors import GateFailed
 
 PROFILED = ("upstream", "diffusers", "ours")
-SWEPT = ("diffusers", "ours")
 
 
 @dataclass
@@ -31,6 +30,8 @@ class Measurement:
     judged: int  # images every peer is judged by
     names: tuple[str, ...] = tuple(PEERS)
     batches: dict[str, int] = field(default_factory=dict)
+    has_ladder: bool = False  # whether the peers race with the rungs of the ladder, and so once for both
+    climbed: list[dict[str, Any]] = field(default_factory=list)  # the rungs of that race
 
     @cached_property
     def judge(self) -> Judge:
@@ -58,6 +59,14 @@ class Part(NamedTuple):
     least: float = 0.0  # seconds that must be left for it to be begun
 
 
+def together(m: Measurement) -> list[dict[str, Any]]:
+    """The rows of all peers, raced with the rungs of the ladder where those are asked for: several rungs are peers as well."""
+    rungs = tuple(ladder.RUNGS) if m.has_ladder else ()
+    found = m.race(tuple(dict.fromkeys((*m.names, *rungs))), {**ladder.RUNGS, **PEERS}, draws=not m.setting.quick)
+    m.climbed = [row | {"title": ladder.RUNGS[name].title} for name in rungs for row in found if row["peer"] == name]
+    return [row for row in found if row["peer"] in m.names]
+
+
 def machine_limits(m: Measurement) -> list[dict[str, Any]]:
     return [limits.measure(m.setting.device, 0.15 if m.setting.quick else 0.6)]
 
@@ -65,7 +74,7 @@ def machine_limits(m: Measurement) -> list[dict[str, Any]]:
 def layer_rows(m: Measurement) -> list[dict[str, Any]]:
     dtype = resolve_dtype("auto", m.setting.device)
     name = next(name for name, value in DTYPES.items() if value == dtype)
-    return layers.rows(m.setting, m.limits, name, m.batch, m.seconds / 6)
+    return layers.rows(m.setting, m.limits, name, m.batch, m.seconds / 10)
 
 
 def op_rows(m: Measurement) -> list[dict[str, Any]]:
@@ -76,17 +85,17 @@ def op_rows(m: Measurement) -> list[dict[str, Any]]:
 
 LIMITS = Part("limits", "what the machine can do at most", machine_limits)
 SHARED = (
-    Part("stages", "every stage, as DatasetDM writes it and as we do", lambda m: stages.rows(m.setting, m.judge, m.limits, m.seconds / 3, m.batch), 60),
+    Part("stages", "every stage, as DatasetDM writes it and as we do", lambda m: stages.rows(m.setting, m.judge, m.limits, m.seconds / 6, m.batch), 60),
     Part("ops", "every operation against its plain form", op_rows, 60),
     Part("layers", "every layer shape of the UNet by itself", layer_rows, 30),
-    Part("batches", "one UNet call by batch size", lambda m: sweep.batch_rows(m.setting, m.judge, SWEPT, m.seconds / 3), 60),
-    Part("chunks", "image decoding by how many at once", lambda m: sweep.chunk_rows(m.setting, m.judge, m.seconds / 8), 30),
+    Part("batches", "one UNet call by batch size", lambda m: sweep.batch_rows(m.setting, m.judge, m.file.rows("peers")), 60),
+    Part("chunks", "image decoding by how many at once", lambda m: sweep.chunk_rows(m.setting, m.judge, m.seconds / 12), 30),
     Part("profile", "where the time of one call goes", lambda m: profile.rows(m.setting, m.judge, PROFILED, m.batches), 60),
-    Part("ladder", "from DatasetDM to us, one technique a rung", lambda m: m.race(tuple(ladder.RUNGS), ladder.RUNGS), 120),
-    Part("quality", "ways that change the result", lambda m: quality.rows(m.setting, m.seconds / 4, m.batch, 2 * m.batch), 60),
+    Part("ladder", "from DatasetDM to us, one technique a rung", lambda m: m.climbed or m.race(tuple(ladder.RUNGS), ladder.RUNGS), 120),
+    Part("quality", "ways that change the result", lambda m: quality.rows(m.setting), 60),
     Part("scale", "the driver's own cost, and ranks", lambda m: scale.rows(m.setting.quick), 60),
 )
-TOGETHER = Part("peers", "who makes labelled samples how fast", lambda m: m.race(m.names, draws=not m.setting.quick))
+TOGETHER = Part("peers", "who makes labelled samples how fast", together)
 
 
 def one_by_one(names: Iterable[str]) -> tuple[Part, ...]:

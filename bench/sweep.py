@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from bench.machine import is_out_of_memory, peak
 from bench.measure import interleaved
-from bench.parity import Judge, fitted, fitted_pair
+from bench.parity import Judge, fitted
 from bench.peers import PEERS
-from bench.race import OURS, meter, release
+from bench.race import OURS, best_batch, meter, release
 from bench.setting import Setting
 from bench.work import HALVES
-from datasetdm_fast.errors import Missing
 
-BATCHES = {"cpu": (1, 2, 4, 8, 16), "cuda": (1, 2, 4, 6, 8, 12, 16, 24, 32)}
+SWEPT = ("diffusers", OURS)
 CHUNKS = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32)}
 
 
-def batch_rows(setting: Setting, judge: Judge, names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
-    """One UNet call of each peer at each batch size; the sizes of one peer are timed in turn, each size twice in a round's time."""
-    rows, sizes = [], BATCHES[setting.device.type][: 3 if setting.quick else None]
-    truth, timestep, work = judge.truth, setting.recipe.schedule.timesteps[0], HALVES * setting.stages["call"]
-    for name in names:
-        try:
-            peer = PEERS[name].build(setting, 1)
-        except Missing:
-            continue
+def batch_rows(setting: Setting, judge: Judge, raced: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One UNet call by batch size: what the peers that raced were tried at, else diffusers and ours alone."""
+    found = [(row, row["tried"]) for row in raced if row["status"] == "ok" and "tried" in row] or list(tried_alone(setting, judge))
+    work = HALVES * setting.stages["call"]
+    return [{"peer": row["peer"], "dtype": row["dtype"], **one, "tflops": round(work / one["call_s"] / 1e12, 4)} for row, tried in found for one in tried]
 
-        def call(size: int, peer=peer) -> Callable[[], object]:
-            latents, context = fitted(truth.seen[0], size).to(setting.device), fitted_pair(truth.context, size).to(setting.device)
-            return lambda: peer.denoise(latents, timestep, context)
 
-        for size, taken, most in swept(setting, sizes, call, seconds / len(names)):
-            rate = round(work * size / taken / 1e12, 4)
-            rows.append({"peer": name, "dtype": peer.dtype, "batch": size, "call_s": taken / size, "tflops": rate, "peak_mib": most})
+def tried_alone(setting: Setting, judge: Judge) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    for name in SWEPT:
+        peer = PEERS[name].build(setting, 1)
+        yield {"peer": name, "dtype": peer.dtype}, best_batch(peer, setting, judge)[1]
         release(setting.device)
-    return rows
 
 
 def chunk_rows(setting: Setting, judge: Judge, seconds: float) -> list[dict[str, Any]]:

@@ -172,9 +172,29 @@ def quality_table(document: dict[str, Any]) -> Table:
 def scale_table(document: dict[str, Any]) -> Table:
     rows = [row for row in rows_of(document, "scale") if "ms" in row]
     parts = list(rows[0]["ms"]) if rows else []
-    return ["images made", *(f"{part}, ms an image" for part in parts), "resident"], [
-        [f"{row['images']:,}", *(number(row["ms"][part]) for part in parts), f"{row['resident_mib']:,.0f} MiB"] for row in rows
+    head = ["images made", "pixels", *(f"{part}, ms" for part in parts), "index and gallery, ms", "resident"]
+    return head, [
+        [
+            f"{row['images']:,}",
+            str(row["pixels"]),
+            *(number(row["ms"][part]) for part in parts),
+            number(row.get("closing_ms")),
+            f"{row['resident_mib']:,.0f} MiB",
+        ]
+        for row in rows
     ]
+
+
+def scene_table(document: dict[str, Any]) -> Table:
+    rows = [row for row in rows_of(document, "scale") if "written" in row]
+    head = ["pixels", "images/s encoded and written", "core ms an image"]
+    return head, [[str(row["pixels"]), number(row["images_per_second"]), number(row["core_ms"])] for row in rows]
+
+
+def disk_table(document: dict[str, Any]) -> Table:
+    rows = [row for row in rows_of(document, "scale") if "commit_ms" in row]
+    head = ["commit of a batch, ms", "rows", "one sample's files made durable, ms", "files"]
+    return head, [[number(row["commit_ms"]), str(row["rows"]), number(row["publish_ms"]), str(row["files"])] for row in rows]
 
 
 def rank_table(document: dict[str, Any]) -> Table:
@@ -194,17 +214,23 @@ TABLES = {
     "profile": ("Where the time of one UNet call goes", profile_table),
     "ladder": ("From DatasetDM to us", ladder_table),
     "quality": ("Ways that change the result", quality_table),
-    "scale": ("The driver's own cost", scale_table),
-    "ranks": ("Ranks", rank_table),
+    "scale": ("The driver's own cost: core milliseconds an image with an engine that computes next to nothing, files in memory", scale_table),
+    "scenes": ("Encoding and writing rendered scenes with four kinds of labels, files in memory", scene_table),
+    "disk": ("Waiting for the disk", disk_table),
+    "ranks": ("Ranks of one thread each", rank_table),
 }
 
 
-def aligned(table: Table) -> str:
-    """Columns for a terminal; a failed row says why instead of its figures."""
+RED, PLAIN = "\x1b[31m", "\x1b[0m"
+
+
+def aligned(table: Table, is_coloured: bool = False) -> str:
+    """Columns for a terminal; a failed row says why instead of its figures, in red where there are colours."""
     head, rows = table
     whole = [row for row in rows if not any(cell.startswith(("FAILED", "not here")) for cell in row)]
     widths = [max(map(len, column)) for column in zip(head, *whole)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows])
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
+    return "\n".join(f"{RED}{line}{PLAIN}" if is_coloured and "FAILED: " in line else line for line in lines)
 
 
 def markdown(table: Table) -> str:
@@ -230,11 +256,11 @@ def setting_line(document: dict[str, Any]) -> str:
     )
 
 
-def terminal(document: dict[str, Any]) -> str:
+def terminal(document: dict[str, Any], is_coloured: bool = False) -> str:
     parts = [limit_line(document), setting_line(document)]
     for title, build in TABLES.values():
         table = build(document)
         if table[1]:
-            parts.append(f"{title}\n{aligned(table)}")
+            parts.append(f"{title}\n{aligned(table, is_coloured)}")
     names = ", ".join(f"{name} {value:g}" for name, value in ratios(document).items())
     return "\n\n".join([*parts, f"parity {parity(document)}{'; ' + names if names else ''}"])

@@ -160,7 +160,10 @@ def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
 
 def postprocess(task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe) -> list[Annotation]:
     from datasetdm_fast.tasks import TASKS as MODULES
+    from datasetdm_fast.tasks import named
 
+    if task in ("semantic", "instance"):  # open vocabulary was asked only for what its prompt names
+        raw = named.held_to(raw, config, [request.prompt for request in requests])
     found = MODULES[task].postprocess(raw, config, recipe.size)
     if task != "open-vocabulary":
         return found

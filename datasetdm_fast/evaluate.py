@@ -23,14 +23,22 @@ class EvaluateConfig(DataSettings):
     data: str = setting("demo:500@900000", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="ADDRESS")
     task: tuple[str, ...] = setting((), "labels to judge, comma-separated; default: every decoder the data has truth for", choices=TASKS, metavar="LIST")
     unseen: tuple[str, ...] = setting((), "classes the decoder was not taught, comma-separated; default: those it does not name", metavar="LIST")
-    captions: str = setting("true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none"))
+    captions: str = setting(
+        "true",
+        "true: each image's own caption is what the text half sees, and where a decoder was taught so only classes it names are looked for; "
+        "unread: the text half alone; none: neither",
+        choices=("true", "unread", "none"),
+    )
     bootstrap: int = setting(500, "draws of the images behind each interval, 0 = no intervals", metavar="N")
     level: float = setting(0.95, "share of the draws within an interval", metavar="SHARE")
     curve: tuple[str, ...] = setting((), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST")
-    learn_from: str = setting("", "labelled images for --curve; default: the train split of --data, or demo scenes", metavar="ADDRESS")
-    repeats: int = setting(1, "decoders taught for each number of --curve, with seeds of their own", metavar="N")
-    steps: int = setting(0, "steps of each training of --curve, 0 = as many as train takes", metavar="N")
+    learn_from: str = setting("", "labelled images for --curve and --student; default: the train split of --data, or demo scenes", metavar="ADDRESS")
+    repeats: int = setting(1, "decoders taught for each number of --curve, or students of each kind (then 3, at least 2), with seeds of their own", metavar="N")
+    steps: int = setting(0, "steps of each training of --curve or --student, 0 = as usual", metavar="N")
     more: int = setting(50, "labels beyond the last number of --curve whose worth is told", metavar="N")
+    student: bool = setting(False, "whether a run's images help: teach a small net by real images alone and with those of --run, and judge it on --data")
+    real: int = setting(100, "real images that teach the student, the first of --learn-from", metavar="N")
+    run: str = setting("", "run folder whose images --student adds", metavar="RUN")
     engine: str = setting("auto", "how the networks run", choices=ENGINES)
     dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
@@ -41,7 +49,7 @@ class EvaluateConfig(DataSettings):
     quiet: bool = setting(False, "no progress")
 
     def check(self) -> None:
-        for name, least in (("batch_size", 1), ("bootstrap", 0), ("threads", 0), ("seed", 0), ("repeats", 1), ("steps", 0), ("more", 1)):
+        for name, least in (("batch_size", 1), ("bootstrap", 0), ("threads", 0), ("seed", 0), ("repeats", 1), ("real", 1), ("steps", 0), ("more", 1)):
             if getattr(self, name) < least:
                 raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
         if not 0 < self.level < 1:
@@ -90,18 +98,21 @@ def measure(
     """{task: meter} of the engine's decoders after every image of the data set."""
     from datasetdm_fast.inversion import capture_timestep, invert
     from datasetdm_fast.tasks import TASKS as LABELLERS
+    from datasetdm_fast.tasks.named import held_to
 
     meters = {task: _meter(task, source, engine.decoders[task].config, unseen) for task in tasks}
     timestep = capture_timestep(engine.decoders[task].config for task in tasks)
     words = engine.encode_classes(list(source.thing_classes)) if "open-vocabulary" in tasks else None
     start = 0
     for items in _batches(source, batch_size):
-        said = [item.caption if captions == "true" else "" for item in items]
+        said = ["" if captions == "none" else item.caption for item in items]
         capture = invert(engine, _pixels(items), said, timestep, range(seed + start, seed + start + len(items)))
         for task, meter in meters.items():
             is_open = task == "open-vocabulary"
             raw = engine.annotate(task, capture, words[None].expand(len(items), -1, -1) if is_open else None)
             config = _asked(engine.decoders[task].config)
+            if captions == "true":
+                raw = held_to(raw, config, said, source.thing_classes if is_open else ())
             found = LABELLERS[task].postprocess(raw, config, engine.model.size, **({"words": source.thing_classes} if is_open else {}))
             for item, label in zip(items, found):
                 meter.add(item, label)
@@ -158,6 +169,8 @@ def _run(arguments: Sequence[str]) -> int:
 
     config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
     config.check()
+    if config.student or config.run:
+        return _student(config)
     if config.curve:
         return _curve(config)
     selection = config.selection()
@@ -244,6 +257,39 @@ def _curve(config: EvaluateConfig) -> int:
             print(curve.told(tasks[0], found, config.level), flush=True)
     if config.json:
         print(json.dumps({"curve": result} | ({"skipped": skipped} if config.skip_bad else {})))
+    _tell_skipped(skipped)
+    return 0
+
+
+def _student(config: EvaluateConfig) -> int:
+    """The same student taught by real images alone and with those of a run."""
+    if not (config.student and config.run):
+        raise Refused(f"--student and --run belong together, {'--run' if config.student else '--student'} is missing", "Add --student --run RUN.")
+    from datasetdm_fast import curve, worth
+
+    address = curve.to_learn_from(config.data, config.learn_from, config.real)
+    import torch
+
+    from datasetdm_fast.readers import open_data
+    from datasetdm_fast.run_folder import open_run
+    from datasetdm_fast.student_data import SIDE
+
+    torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing
+    options = {"skip_bad": config.skip_bad, "framing": config.framing}
+    with open_run(config.run) as run:
+        learnt, judged = open_data(address, SIDE, selection=config.selection(), **options), open_data(config.data, SIDE, **options)
+        learnt = learnt.readable() if config.skip_bad else learnt
+        found = worth.worth(
+            *(learnt, judged, run, worth.student_tasks(learnt, judged, run, config.task), config.real),
+            seeds=config.repeats if config.repeats > 1 else worth.SEEDS,
+            steps=config.steps,
+            told=lambda line: None if config.quiet else print(line, file=sys.stderr, flush=True),
+        )
+    skipped = learnt.skipped | judged.skipped
+    if config.json:
+        print(json.dumps({"student": found} | ({"skipped": skipped} if config.skip_bad else {})))
+    else:
+        print(worth.table(found))
     _tell_skipped(skipped)
     return 0
 

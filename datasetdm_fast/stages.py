@@ -71,7 +71,7 @@ STAGES = {
     "encode_text": Tensors({"tokens": (("B", "T"), "int64")}, {"context": (("B", "T", "D"), "float32")}),
     "denoise": Tensors(_CALL, {"noise": _NOISE}),
     "denoise_and_capture": Tensors(_CALL, {"noise": _NOISE, **{f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in LEVELS}}),
-    "decode_image": Tensors({"latents": _LATENTS}, {"image": (("B", "H", "W", 3), "uint8")}),
+    "decode_image": Tensors({"latents": _LATENTS}, {"image": (("B", "H", "W", 3), "uint8"), "is_finite": (("B",), "bool")}),
     "encode_image": Tensors({"image": (("B", "H", "W", 3), "uint8")}, {"moments": (("B", 8, "h", "w"), "float32")}),
 }
 

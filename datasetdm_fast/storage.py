@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 from datasetdm_fast.errors import Missing, Refused
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
+CACHE_VARIABLE = "DATASETDM_CACHE"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 TOGETHER = 64  # files written before the first of them is synced: the disk then joins their journal entries
 SYNCHRONOUS = "PRAGMA synchronous=FULL"
@@ -205,10 +206,14 @@ def remove_temporaries(folder: Path) -> int:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get("DATASETDM_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
+    """Where what can be made again is kept: $DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache; refused where everyone may write."""
+    kept = os.environ.get(CACHE_VARIABLE)
+    folder = Path(kept) if kept else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
+    with suppress(OSError):  # whoever writes into it is told why it cannot be made
+        os.makedirs(folder, 0o700, exist_ok=True)
+        if folder.stat().st_mode & stat.S_IWOTH:
+            raise Refused(f"{folder}: everyone may write to this cache, so nothing in it can be trusted", f"Name a folder of your own with {CACHE_VARIABLE}.")
+    return folder
 
 
 def free_bytes(path: Path) -> int:

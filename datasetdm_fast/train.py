@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,12 @@ class TrainConfig(DataSettings):
     draws: int = setting(12, "different looks at each image: noise and augmentation", metavar="N")
     augment: str = setting("auto", "how looks differ: none, flip, or upstream's way with a data set; auto: with this one, else flip", choices=AUGMENTATIONS)
     captions: str = setting("true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none"))
+    by_name: str = setting(
+        "auto",
+        "whether classes that every caption names where they are seen are later looked for only where a prompt names them; "
+        "auto: with demo scenes, whose captions leave nothing out",
+        choices=("auto", "yes", "no"),
+    )
     timestep: int = setting(-1, "UNet timestep of the captures, -1 = what the model was made for; upstream 0", metavar="T")
     latent: str = setting("auto", "the autoencoder's mean or a sample; auto: mean, and a sample with --preset upstream", choices=("auto", "mean", "sample"))
     inversion: str = setting("noise", "noise added to the latents is drawn, or predicted by DDIM run backwards", choices=("noise", "ddim"))
@@ -92,6 +99,7 @@ class School:
     ranks: Ranks
     numbers: tuple[int, ...]  # of the items learnt from or held out
     say: Callable[[str], None]
+    shown: list[tuple[list[str], str]] = field(default_factory=list)  # what each item shows, and its caption, once somebody asked
 
 
 def train_on(
@@ -166,6 +174,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _school(config: TrainConfig, ranks: Ranks) -> School:
+    from datasetdm_fast import untrusted
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
@@ -189,7 +198,7 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
             print(line, file=sys.stderr, flush=True)
 
     for name, reason in list(source.skipped.items())[:LISTED]:
-        say(f"left out   {name}: {reason}")
+        say(f"left out   {untrusted.plain(name)}: {untrusted.plain(reason)}")
     if len(source.skipped) > LISTED:
         say(f"left out   {len(source.skipped)} in all")
     return School(config, engine, source, ranks, tuple(range(len(source))), say)
@@ -237,11 +246,33 @@ def _recipe(school: School, task: str, images: int) -> tuple[Any, Any]:
         pose_head=config.pose_head,
         reader=config.data.partition(":")[0],
     )
+    found = replace(found, config=replace(found.config, named=_named(school, found.config.classes)))
     changes = {name: getattr(config, name) for name in ("steps", "batch_size", "rate") if getattr(config, name)}
     schedule = replace(found.schedule, **changes, parts=config.accumulate, seed=config.seed, first_word_only="Q11" in config.quirks)
     if schedule.batch_size < school.ranks.world:
         raise Refused(f"--batch-size: {schedule.batch_size} views cannot be shared by {school.ranks.world} processes", "start fewer, or raise --batch-size")
     return replace(found, schedule=schedule), words
+
+
+def _named(school: School, classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes of a decoder that are looked for only where a prompt names them."""
+    from datasetdm_fast.tasks.named import always_named
+
+    config, source = school.config, school.source
+    is_wanted = config.by_name == "yes" or (config.by_name == "auto" and config.data.startswith("demo:"))
+    things = [name for name in classes if name in source.thing_classes]
+    if not is_wanted or config.captions != "true" or not things:
+        return ()
+    if not school.shown:
+        school.shown.extend((_names(source, item), item.caption) for item in (source[number] for number in school.numbers))
+    return always_named(things, school.shown)
+
+
+def _names(source: Source, item) -> list[str]:
+    """The things a labelled image shows."""
+    if item.mask_classes is not None:
+        return sorted({source.thing_classes[k] for k in item.mask_classes})
+    return [name for k, name in enumerate(source.classes) if name in source.thing_classes and (item.semantic == k).any()]
 
 
 def _planned(school: School, task: str) -> tuple[Any, dict[str, Any], Any]:
@@ -254,6 +285,11 @@ def _planned(school: School, task: str) -> tuple[Any, dict[str, Any], Any]:
     others = {**school.config.identity(), "timestep": _timestep(school), "model_digests": school.engine.model.digests, "images": len(learnt)}
     for name in ("task", "steps", "batch_size", "rate"):  # said by the recipe, task by task
         del others[name]
+    if not others.pop("skip_bad") or not school.source.skipped:
+        others["left_out"] = ""
+    else:
+        names = "\n".join(sorted(school.source.skipped))
+        others["left_out"] = f"{len(school.source.skipped)} images, {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:12]}"
     return recipe, settings_of(recipe.config, recipe.schedule, others | {"task": task, "held_out_images": len(held)}), words
 
 

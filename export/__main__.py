@@ -53,6 +53,7 @@ def _run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.job import check_size
 
     config, _ = parse(arguments, ExportConfig, PROG, __doc__)
+    _check(config)
     for name in ("list", "prune"):
         if getattr(config, name):
             from datasetdm_fast.export import plan_commands
@@ -66,6 +67,25 @@ def _run(arguments: Sequence[str]) -> int:
     check_size(config.size)
     TARGETS[config.to](config)
     return 0
+
+
+OF_PLANS = ("batch", "capability", "trt_flavour", "weight_streaming", "refit")
+OF_CALIBRATION = ("prompts", "steps")
+
+
+def _check(config: ExportConfig) -> None:
+    """Refuses flags that would have no effect, or the opposite of what was meant."""
+    if config.list and config.prune:
+        raise Refused("--prune: --list was given, too", "Drop one of the two flags.")
+    if config.cap_gb < 0:
+        raise Refused(f"--cap-gb {config.cap_gb:g}: expected 0 or more", "Name the gigabytes of plans that are to stay.")
+    if config.steps < 0:
+        raise Refused(f"--steps {config.steps}: expected 0 or more", "Leave it out for what the model was made for.")
+    idle = {name: ("--to onnx writes graphs, which fit every GPU and batch", "--to tensorrt-rtx") for name in OF_PLANS if config.to == "onnx"}
+    idle |= {name: (f"--precision {config.precision} needs no calibration", "--precision fp8") for name in OF_CALIBRATION if config.precision != "fp8"}
+    for name, (reason, wanted) in idle.items():
+        if getattr(config, name) != getattr(ExportConfig(), name):
+            raise Refused(f"--{name.replace('_', '-')}: {reason}", f"Drop the flag, or add {wanted}.")
 
 
 def _to_onnx(config: ExportConfig) -> None:

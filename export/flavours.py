@@ -43,8 +43,9 @@ class Flavour:
     @property
     def capabilities(self) -> tuple[str, ...]:
         """GPUs it builds plans for without having them; none where it builds for the GPU of this machine alone."""
-        known = getattr(self.module, "ComputeCapability", None)
-        return tuple(f"sm{found[1]}" for name in getattr(known, "__members__", ()) if (found := re.fullmatch(r"SM(\d+)", name)))
+        if self.name != "tensorrt-rtx":
+            return ()
+        return tuple(f"sm{found[1]}" for name in self.module.ComputeCapability.__members__ if (found := re.fullmatch(r"SM(\d+)", name)))
 
     @property
     def is_portable(self) -> bool:

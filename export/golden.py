@@ -84,15 +84,16 @@ class Reference:
         return self._call, {"noise": noise, **kept}
 
     def _decode_image(self):
-        return {"latents": self._call["latents"]}, {"image": self._image}
+        return {"latents": self._call["latents"]}, dict(zip(("image", "is_finite"), self._decoded))
 
     @functools.cached_property
-    def _image(self) -> Tensor:
-        return self._engine.decode_image(self._call["latents"])
+    def _decoded(self) -> tuple[Tensor, Tensor]:
+        return self._engine.decode_and_check(self._call["latents"])
 
     def _encode_image(self):
-        pixels = self._image.permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"image": self._image}, {"moments": self._engine.image_encoder(pixels)}
+        image, _ = self._decoded
+        pixels = image.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return {"image": image}, {"moments": self._engine.image_encoder(pixels)}
 
     def _annotate(self, task: str):
         _, sums, slices = self._captured

@@ -24,6 +24,7 @@ OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
 IR_VERSIONS = {18: 8, 22: 10}
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 BLOCKED = -1e30  # added to the score of a cell that is not to be seen: exp of it is exactly 0
+LARGEST = torch.finfo(torch.float32).max
 SMALL = 256  # elements up to which a constant stays in the graph itself
 TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -603,6 +604,19 @@ def getitem(x: Value, index) -> Value:
     return x
 
 
+def isfinite(x: Value) -> Value:
+    """By a comparison, which is false of NaN on every device; a maximum may pass over it. Nothing but overflow comes to the largest float."""
+    assert x.dtype == torch.float32
+    return x.graph.emit("Abs", [x], x.shape, x.dtype) < LARGEST
+
+
+def every(x: Value, dim: int) -> Value:
+    """Whether all of a row [B, S] are true; runtimes find the smallest of floats, not of truths."""
+    assert dim == 1 and x.ndim == 2
+    smallest = x.graph.emit("ReduceMin", [to(x, torch.float32), x.graph.integers([1])], x.shape[:1], torch.float32, keepdims=0)
+    return to(smallest, torch.bool)
+
+
 def clamp(x: Value, low: float, high: float) -> Value:
     return x.graph.emit("Clip", [x, *(x.graph.constant(limit, x.dtype) for limit in (low, high))], x.shape, x.dtype)
 
@@ -651,4 +665,6 @@ OPERATORS = {
     "unsqueeze": unsqueeze,
     "getitem": getitem,
     "clamp": clamp,
+    "isfinite": isfinite,
+    "all": every,
 }

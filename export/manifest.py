@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from datasetdm_fast import storage
 from datasetdm_fast.errors import Missing, Refused
 
 NAME = "manifest.json"
+LARGEST = 16 << 20  # bytes of a manifest
 FORMAT = 1
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -88,12 +90,9 @@ class Manifest:
     @staticmethod
     def read(folder: Path) -> Manifest:
         path = folder / NAME
-        try:
-            return Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
-        except FileNotFoundError:
-            raise Missing(f"{path}: there is none", f"Export into that folder: python -m datasetdm_fast.export --to onnx --out {folder}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise Refused(f"{path}: cannot be read ({error})", "Export the model again.") from None
+        if not path.exists():
+            raise Missing(f"{path}: there is none", f"Export into that folder: python -m datasetdm_fast.export --to onnx --out {folder}")
+        return Manifest.from_json(storage.read(path, LARGEST).decode(errors="replace"), str(path))
 
     def check_files(self, folder: Path) -> None:
         """Refuses a folder whose files are not, byte for byte, those that were exported."""
@@ -106,6 +105,13 @@ class Manifest:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != info.sha256:
                 raise Refused(f"{path}: its SHA-256 is {found[:12]}, expected {info.sha256[:12]}", "Export the model again.")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuses a folder whose manifest is not a damaged one of ours but somebody else's."""
+    path = folder / NAME
+    if path.is_file() and path.stat().st_size and b'"exporter"' not in storage.read(path, LARGEST):
+        raise Refused(f"{path}: is there and tells of no export, so it is not replaced", "Choose another --out, or delete the file.")
 
 
 def _stage(values: Mapping) -> StageFile:

@@ -103,6 +103,8 @@ def build(job: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     config.progress_monitor = _monitor(trt, pipe)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: labels hang on the stages that keep it
+    if hasattr(trt.BuilderFlag, "STRICT_NANS"):
+        config.set_flag(trt.BuilderFlag.STRICT_NANS)  # else 0 * x is 0 even where x is NaN, and samples are set aside by what is NaN in the end
     for flag in job["flags"]:
         if not hasattr(trt.BuilderFlag, FLAGS[flag]):
             raise Refusal(f"the flag {flag} is not offered")

@@ -186,9 +186,11 @@ class PlanFolder:
                 if path.name != f"{facts['stage']}-{_key_of(facts)[:SHOWN_KEY]}{SUFFIX}":
                     raise Unusable(f"{path} carries another plan's name: it is {facts['stage']} of graph {facts['graph'][:12]}")
                 self._read_golden(path, header)
+            except FileNotFoundError:
+                fault = f"{path} is a link to nothing"
             except Unusable as refusal:
                 fault = str(refusal)
-            found.append(Entry(path, path.stat().st_size, facts, notes, fault))
+            found.append(Entry(path, path.lstat().st_size, facts, notes, fault))
         return found
 
     def prune(self, is_stale: Callable[[Mapping[str, Any]], str], cap: int = CAP) -> list[tuple[Path, str]]:

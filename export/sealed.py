@@ -155,7 +155,10 @@ def read_header(path: Path, key: bytes) -> Header:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with path.open("rb") as file:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would make us wait for its writer
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise Unusable(f"{path} is not a regular file")
             yield file
     except FileNotFoundError:
         raise

@@ -11,17 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.storage import sync_folder
+from datasetdm_fast.storage import CACHE_VARIABLE, sync_folder
 
-CACHE_VARIABLE = "DATASETDM_CACHE"
 PART = ".part"
-
-
-def cache_folder() -> Path:
-    """Where engines keep what they built: $DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
 
 
 def say(line: str) -> None:

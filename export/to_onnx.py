@@ -19,10 +19,11 @@ from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.graph import OPSETS, Extent, Graph, Value, traced
-from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo
+from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo, check_replaceable
 from datasetdm_fast.export.operations import ONNX_RUNTIME, PORTABLE, exportable
-from datasetdm_fast.export.staging import alone, cache_folder, staged
+from datasetdm_fast.export.staging import alone, staged
 from datasetdm_fast.export.weights import DataFile, deferred, digest
+from datasetdm_fast.kernels import bilinear, depth_head, image_norm
 from datasetdm_fast.loading import Model
 from datasetdm_fast.models.capture import Keeping, Projection, Slot, Unwatched
 from datasetdm_fast.models.text_encoder import TextEncoder
@@ -30,6 +31,7 @@ from datasetdm_fast.models.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.stages import FACTOR, LEVELS, Tensors
+from datasetdm_fast.storage import cache_folder
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BATCH = Extent(1, ("B",))
@@ -102,7 +104,8 @@ def _export(model: Model, decoders: Mapping[str, Decoder], out: Path, wish: _Wis
                 return there
             earlier = tuple(there.files)
         except (Refused, Missing):
-            earlier = ()  # whatever lies there is replaced
+            check_replaceable(out)
+            earlier = ()
         with staged(out, NAME, earlier) as folder:
             return _Export(model, decoders, wish, told).write(folder)
 
@@ -153,7 +156,8 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
 def exporter() -> str:
     """Version of this package, with a digest of the code that decides what the graphs say."""
     root = Path(stages.__file__).parent
-    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted((root / "models").glob("*.py")), Path(stages.__file__)]
+    forms = [Path(module.__file__) for module in (bilinear, depth_head, image_norm)]  # of the kernels, those the graphs take over
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted((root / "models").glob("*.py")), *forms, Path(stages.__file__)]
     total = hashlib.sha256()
     for path in files:
         total.update(path.read_bytes())
@@ -317,7 +321,8 @@ class _Export:
             return {"context": modules["text_encoder"](inputs["tokens"])}
         if name == "decode_image":
             pixels = modules["image_decoder"](inputs["latents"].to(self.dtype)).float()
-            return {"image": ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).floor().to(torch.uint8)}
+            image = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).floor().to(torch.uint8)
+            return {"image": image, "is_finite": pixels.isfinite().flatten(1).all(1)}
         if name == "encode_image":
             pixels = inputs["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
             return {"moments": modules["image_encoder"](pixels.to(self.dtype)).float()}

@@ -13,7 +13,7 @@ import torch
 
 from datasetdm_fast.export import to_tensorrt
 
-NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
+NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
 HANDLE = 4711
 
 
@@ -25,6 +25,7 @@ class DataType(enum.Enum):
     FLOAT = "tensor(float)"
     INT64 = "tensor(int64)"
     UINT8 = "tensor(uint8)"
+    BOOL = "tensor(bool)"
 
 
 class EngineValidity(enum.Enum):

@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,10 +17,15 @@ from bench import __main__ as bench
 from bench import capture, measure, results, scale
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
+from bench.peers.samples import samples_of
+from datasetdm_fast.data import Request
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.flags import run_command
+from datasetdm_fast.kernels import compiled
+from datasetdm_fast.models.decoders import load_decoders
 from datasetdm_fast.models.plain import PLAIN
+from datasetdm_fast.tasks import TASKS
 
 TINY = ["--model", "tiny", "--steps", "2", "--quick", "--seconds", "0.1"]
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
@@ -85,6 +93,27 @@ def test_a_kernel_broken_on_purpose_ends_with_4(monkeypatch, capsys):
     assert said.err.splitlines()[-2].startswith("bench: 1 rows failed")
 
 
+def test_an_operation_broken_on_purpose_ends_with_4(monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "geglu", lambda x: PLAIN.geglu(x) + 0.01)
+    assert run_command(bench.dispatch, [*TINY, "--parts", "ops", "--json"]) == 4
+    said = capsys.readouterr()
+    rows = {row["op"]: row for row in json.loads(said.out)["rows"]["ops"] if row["form"] == "engine"}
+    assert rows["geglu"]["status"] == "failed" and "form_s" not in rows["geglu"] and rows["layer_norm"]["status"] == "ok"
+    assert "FAILED: geglu: differs from its plain form by" in said.err
+
+
+def test_peers_label_by_the_rules_of_generate():
+    decoder = load_decoders("demo")["semantic"]
+    recipe = SimpleNamespace(size=32)
+    requests = [Request(0, "a red ball on a grey table", 0)]
+    torch.manual_seed(0)
+    raw = {"pred_logits": torch.randn(1, 16, len(decoder.config.classes) + 1), "pred_masks": torch.randn(1, 16, 8, 8)}
+    (made,) = samples_of(requests, np.zeros((1, 32, 32, 3), np.uint8), {"semantic": raw}, {"semantic": decoder}, recipe)
+    (free,) = TASKS["semantic"].postprocess(raw, decoder.config, 32)
+    cone = decoder.config.classes.index("cone")
+    assert (free.labels == cone).any() and not (made.annotations["semantic"].labels == cone).any()  # no cone was asked for
+
+
 @pytest.mark.parametrize("words", [["--parts", "peerz"], ["--peers", "nobody"], ["--seconds", "-1"], ["--nonsense"]])
 def test_wrong_flags_are_refused(words):
     with pytest.raises(Refused):
@@ -113,27 +142,76 @@ def test_gpu_parts_are_stored_and_continued(tmp_path, capsys):
 
 def test_the_driver_alone_is_timed_and_holds_its_memory(monkeypatch):
     monkeypatch.setattr(scale, "MARKS", {True: (16, 48)})
-    rows = scale.rows(is_quick=True)
-    assert [row["images"] for row in rows] == [16, 48]
-    assert all(row["ms"]["whole"] >= row["ms"]["own"] >= 0 and row["ms"]["engine"] > 0 for row in rows)
+    monkeypatch.setattr(scale, "SCENE_SECONDS", 0.1)
+    *runs, scenes, disk = scale.rows(is_quick=True)
+    assert [row["images"] for row in runs] == [16, 48] and "closing_ms" in runs[-1]
+    assert all(row["ms"]["whole"] >= row["ms"]["own"] >= 0 and row["ms"]["engine"] > 0 for row in runs)
+    assert scenes["written"] >= scale.SCENE_COUNT and scenes["images_per_second"] > 0 and scenes["core_ms"] > 0
+    assert disk["commit_ms"] > 0 and disk["files"] == 4  # image, semantic, confidence, depth
 
 
 def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "VENV": str(tmp_path / "venv"), "WHEELS": "/w"}
     said = subprocess.run([SCRIPT, "--dry-run"], env=environment, capture_output=True, text=True, check=True).stdout
     steps = [line.split()[1] for line in said.splitlines() if line.startswith("==")]
-    assert steps == ["venv", "wheels", "build", "versions", "test", "verify-fp32", "verify-fp16", "verify-bf16", "bench-1"]
+    verified = [f"verify-{kind}-{dtype}" for dtype in ("fp32", "fp16", "bf16") for kind in ("demo", "full")]
+    assert steps == ["venv", "wheels", "build", "versions", "test", *verified, "tune", "profile", "bench-1"]
     assert not list(tmp_path.iterdir())
     assert subprocess.run([SCRIPT, "--wet-run"], capture_output=True).returncode == 2
+    assert subprocess.run([SCRIPT, "--dry-run"], env={**environment, "STEPS_OF_SCRIPT": "bench knit"}, capture_output=True).returncode == 2
+    (tmp_path / "file").write_text("")
+    said = subprocess.run([SCRIPT], env={**environment, "OUT": str(tmp_path / "file" / "out")}, capture_output=True, text=True)
+    assert said.returncode == 3 and "cannot be written to" in said.stderr
 
 
-@pytest.mark.skipif(not os.environ.get("DATASETDM_LONG_TESTS"), reason="a minute; set DATASETDM_LONG_TESTS=1")
-def test_the_gpu_script_measures_in_rounds_and_names_what_failed(tmp_path):
-    environment = {"PYTHON": sys.executable, "VENV": str(tmp_path / "none"), "OUT": str(tmp_path), "NAME": "one.json", "STEPS_OF_SCRIPT": "bench"}
-    environment |= {"DEVICE": "cpu", "MODEL": "tiny", "STEPS": "2", "QUICK": "1", "SECONDS_EACH": "0.1", "PARTS": "layers", "ROUNDS": "2"}
-    done = subprocess.run([SCRIPT], env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert results.read(tmp_path / "one.json")["parts"]["layers"]["status"] == "done" and (tmp_path / "bench-1.log").exists()
-    assert not (tmp_path / "bench-2.log").exists()  # nothing was left
-    failed = subprocess.run([SCRIPT], env={**os.environ, **environment, "PARTS": "nonsense", "ROUNDS": "1"}, capture_output=True, text=True)
+def script_environment(out, **changes):
+    small = {"DEVICE": "cpu", "MODEL": "tiny", "STEPS": "2", "QUICK": "1", "SECONDS_EACH": "0.1", "PARTS": "layers,chunks", "ROUNDS": "2"}
+    fixed = {"PYTHON": sys.executable, "VENV": str(out / "none"), "OUT": str(out), "NAME": "one.json", "STEPS_OF_SCRIPT": "bench"}
+    return {**os.environ, **fixed, **small, **changes}
+
+
+def test_the_gpu_script_cut_in_the_middle_keeps_what_it_had_and_goes_on(tmp_path):
+    file = tmp_path / "one.json"
+    with subprocess.Popen([SCRIPT], env=script_environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 500
+        while time.monotonic() < end and not (file.exists() and results.is_settled(results.read(file), "limits")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "cut; the logs and result files so far are in" in said
+    kept = {name: part for name, part in results.read(file)["parts"].items() if part["status"] == "done"}
+    assert "limits" in kept and "chunks" not in kept and (tmp_path / "bench-1.log").exists()
+    again = subprocess.run([SCRIPT], env=script_environment(tmp_path), capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    parts = results.read(file)["parts"]
+    assert all(part["status"] == "done" for part in parts.values()) and list(parts) == ["limits", "layers", "chunks"]
+    assert {name: parts[name] for name in kept} == kept  # not measured again
+    assert (tmp_path / "steps.txt").read_text().startswith("bench-1 ended with 0")
+
+
+def test_the_gpu_script_names_what_failed(tmp_path):
+    failed = subprocess.run([SCRIPT], env=script_environment(tmp_path, PARTS="nonsense", ROUNDS="1"), capture_output=True, text=True)
     assert failed.returncode == 4 and "failed: bench-1(2)" in failed.stderr
+
+
+def test_an_interrupt_ends_with_130_and_leaves_the_parts_before(tmp_path):
+    out = tmp_path / "one.json"
+    line = [sys.executable, "-m", "bench", *TINY, "--peers", "torch,ours", "--parts", "layers,peers", "--seconds", "60", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    with subprocess.Popen(
+        line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_interrupts
+    ) as process:
+        end = time.monotonic() + 500
+        while time.monotonic() < end and not (out.exists() and results.is_settled(results.read(out), "limits")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said[1], said
+    parts = results.read(out)["parts"]
+    assert parts["limits"]["status"] == "done" and list(parts)[-1] == "peers" and parts["peers"]["status"] == "begun"
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+
+def heeds_interrupts():
+    """Where the tests themselves run in the background, a child would ignore them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

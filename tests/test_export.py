@@ -1,14 +1,17 @@
 """Exported stages against diffusers' own modules in ONNX Runtime, and the folder they lie in: same bytes, whole or absent, refused when wrong."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
+import fault_server
 import numpy as np
 import onnx
 import onnxruntime
@@ -16,10 +19,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from datasetdm_fast import stages
+from datasetdm_fast import stages, storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export import staging
 from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.graph import Extent, Graph, traced
 from datasetdm_fast.export.manifest import NAME, Manifest
@@ -339,13 +341,34 @@ def test_nothing_is_left_of_an_export_that_failed(demo, tmp_path, monkeypatch):
 
 def test_the_cache_is_where_the_variables_say(monkeypatch, tmp_path):
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "mine"))
-    assert staging.cache_folder() == tmp_path / "mine"
+    assert storage.cache_folder() == tmp_path / "mine"
     monkeypatch.delenv("DATASETDM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert staging.cache_folder() == tmp_path / "datasetdm_fast"
+    assert storage.cache_folder() == tmp_path / "datasetdm_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert staging.cache_folder() == tmp_path / ".cache" / "datasetdm_fast"
+    assert storage.cache_folder() == tmp_path / ".cache" / "datasetdm_fast"
+
+
+def test_a_cache_that_everyone_may_write_to_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "mine"))
+    before = os.umask(0)
+    try:
+        assert storage.cache_folder().stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    (tmp_path / "mine").chmod(0o777)
+    with pytest.raises(Refused, match="everyone may write to this cache"):
+        storage.cache_folder()
+
+
+def test_a_manifest_of_something_else_is_not_replaced(demo, tmp_path):
+    (tmp_path / NAME).write_text('{"name": "a web page"}')
+    with pytest.raises(Refused, match="tells of no export, so it is not replaced"):
+        export(demo[0], {}, tmp_path, only=["encode_text"])
+    assert (tmp_path / NAME).read_text() == '{"name": "a web page"}' and set(os.listdir(tmp_path)) == {NAME, ".lock"}
+    (tmp_path / NAME).write_text('{"exporter": "of ours, but cut')
+    export(demo[0], {}, tmp_path, only=["encode_text"]).check_files(tmp_path)
 
 
 # The command ------------------------------------------------------------------------------------------------------------------------
@@ -368,6 +391,100 @@ def test_two_processes_make_one_export_of_the_same_bytes(demo, tmp_path):
     assert not list(tmp_path.glob("*/.*.part"))
 
 
+def _export_and_hang(model, out, begun):
+    def told(stage):
+        (out / f".{os.getpid()}.part" / "half.onnx").write_text("half")
+        begun.set()
+        time.sleep(600)
+
+    export(model, {}, out, only=["encode_text"], told=told)
+
+
+def _export_into(model, out, done):
+    done.put(export(model, {}, out, only=["encode_text"]).digest())
+
+
+def test_of_two_processes_one_is_killed_and_the_other_goes_on(tmp_path, capfd):
+    model, context = load_model("tiny"), multiprocessing.get_context("fork")
+    begun, done = context.Event(), context.Queue()
+    first = context.Process(target=_export_and_hang, args=(model, tmp_path, begun))
+    second = context.Process(target=_export_into, args=(model, tmp_path, done))
+    first.start()
+    assert begun.wait(60)
+    second.start()
+    said, deadline = "", time.monotonic() + 60
+    while "waiting for another process" not in said and time.monotonic() < deadline:
+        said += capfd.readouterr().err
+        time.sleep(0.05)
+    first.kill()
+    assert done.get(timeout=120) == Manifest.read(tmp_path).digest() and "waiting for another process that fills" in said
+    for process in (first, second):
+        process.join(60)
+    Manifest.read(tmp_path).check_files(tmp_path)
+    assert set(os.listdir(tmp_path)) == {NAME, ".lock", "encode_text.onnx", "encode_text.data"}
+
+
+FAULTS = """
+import ctypes, os, sys
+from pathlib import Path
+from datasetdm_fast.errors import Missing
+from datasetdm_fast.export.manifest import NAME, Manifest
+from datasetdm_fast.export.to_onnx import export
+from datasetdm_fast.loading import load_model
+shim = ctypes.CDLL(os.environ["FAULT_SHIM"])
+shim.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+shim.fault_seen.restype = ctypes.c_int64
+model, out = load_model("tiny"), Path(sys.argv[1])
+export(model, {}, out, only=["encode_text"])
+whole = {path.name: path.read_bytes() for path in out.iterdir()}
+bias = model.text_encoder.final_layer_norm.bias  # changed, so that every export finds an earlier one in its place
+first = bias.data.clone()
+for kind in map(int, sys.argv[2:]):
+    ends = {1: (0, 3), 2: (0, 3), 3: (0,), 4: (0, 3), 5: (-9,), 6: (-9,)}[kind]
+    at, is_met = 0, True
+    while is_met:
+        bias.data += 1
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            shim.fault_arm(str(out).encode(), kind, at, 0)
+            try:
+                export(model, {}, out, only=["encode_text"])
+                code = 0
+            except Missing as missing:
+                code = 3 if missing.cause and missing.remedy else 98
+            seen = shim.fault_seen()
+            shim.fault_arm(b"", 0, 0, 0)
+            os.write(writer, str(seen).encode())
+            os._exit(code)
+        os.close(writer)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        is_met = code != 0 or int(os.read(reader, 99)) > at
+        os.close(reader)
+        assert code in ends if is_met else code == 0, (kind, at, code)
+        if (out / NAME).exists():
+            Manifest.read(out).check_files(out)
+        at += 1
+    print(kind, at, flush=True)
+    bias.data.copy_(first)
+    export(model, {}, out, only=["encode_text"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole, kind
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fault library is preloaded as Linux does it")
+def test_every_call_to_the_disk_may_fail_or_be_the_last(tmp_path):
+    """What is there afterwards is whole or has no manifest, and the next export makes it the same bytes."""
+    shim = str(fault_server.build_shim(tmp_path))
+    environment = os.environ | {"LD_PRELOAD": shim, "FAULT_SHIM": shim}
+    kinds = [
+        str(fault_server.KINDS.index(kind)) for kind in (fault_server.KINDS[1:] if os.environ.get("DATASETDM_LONG_TESTS") else ("full", "short", "kill before"))
+    ]
+    done = subprocess.run([sys.executable, "-c", FAULTS, str(tmp_path / "out"), *kinds], capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    met = dict(line.split() for line in done.stdout.splitlines())
+    assert list(met) == kinds and all(int(met[kind]) > 2 for kind in kinds) and int(met[kinds[0]]) > 8, met
+
+
 def test_a_signal_leaves_nothing_half_written(tmp_path):
     # A suite that was started in the background hands on that SIGINT is ignored.
     heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -380,7 +497,22 @@ def test_a_signal_leaves_nothing_half_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [((), 2), (("--precision", "int8"), 2), (("--model", "none"), 2), (("--decoder", "."), 3), (("--size", "100"), 2), (("--too", "onnx"), 2)],
+    [
+        ((), 2),
+        (("--precision", "int8"), 2),
+        (("--model", "none"), 2),
+        (("--decoder", "."), 3),
+        (("--size", "100"), 2),
+        (("--too", "onnx"), 2),
+        (("--list", "--prune"), 2),
+        (("--prune", "--cap-gb", "-1"), 2),
+        (("--capability", "sm90"), 2),
+        (("--batch", "4"), 2),
+        (("--refit",), 2),
+        (("--prompts", "a ball"), 2),
+        (("--to", "tensorrt-rtx", "--prompts", "a ball"), 2),
+        (("--to", "tensorrt-rtx", "--precision", "fp8", "--prompts", "a ball", "--steps", "-1"), 2),
+    ],
 )
 def test_the_command_refuses_in_two_lines(arguments, code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 ITERATIONS, WARM, GROWTH = (10_000, 2_000, 8 * 2**20) if IS_LONG else (1_500, 500, 4 * 2**20)
 SLOPE = 512  # bytes an iteration
+IN_FLIGHT = 16  # files that writers and the ledger may hold open at one moment
 SOAKED, BATCH = (100_000, 50) if IS_LONG else (240, 4)
 SEED = int(os.environ.get("DATASETDM_SOAK_SEED", "0"))
 
@@ -42,8 +43,9 @@ def test_memory_descriptors_and_threads_stay_flat(tmp_path, engine):
     print(f"{engine}: from {warm[0] / 2**20:.1f} to {max(warm) / 2**20:.1f} MiB, {slope(warm):.0f} bytes an iteration")
     assert max(warm) - warm[0] <= GROWTH
     assert not IS_LONG or slope(warm) <= SLOPE  # in a short run SQLite is still filling its cache of two megabytes
-    for name in ("handles", "threads"):
-        assert max(told[name][WARM:]) <= max(told[name][:WARM]), name
+    for name in ("handles", "threads"):  # a file being written at the moment of counting is no leak, one that stays open raises the least count
+        counts = told[name]
+        assert min(counts[-WARM:]) <= min(counts[:WARM]) and max(counts) - min(counts) <= IN_FLIGHT, name
 
 
 def test_a_day_of_faults_ends_with_a_whole_data_set(tmp_path):

@@ -271,6 +271,22 @@ def test_entries_say_what_each_plan_is_and_what_is_wrong_with_it(folder):
     assert "carries another plan's name" in found[wrong].fault
 
 
+def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(folder):
+    path = folder.open_or_build(ORDER, Builder()).path
+    beside = path.with_name("encode_text-0123456789abcdef.plan")
+    beside.symlink_to("nowhere")
+    assert [entry.fault for entry in folder.entries() if entry.path == beside] == [f"{beside} is a link to nothing"]
+    path.unlink()
+    os.mkfifo(path)
+    builder = Builder()
+    assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1
+    assert folder.told == [f"{path} is not a regular file; it is not loaded but built anew"]
+    real = path.rename(folder.folder / "elsewhere")
+    path.symlink_to(real)
+    assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1  # where a sealed file lies does not matter
+    assert [path for path, _ in folder.prune(lambda facts: "")] == [beside] and not beside.is_symlink()
+
+
 def test_prune_removes_what_cannot_be_used_and_the_least_recently_used_beyond_the_cap(folder):
     made = [folder.open_or_build(dataclasses.replace(ORDER, graph=letter * 64), Builder()).path for letter in "abcd"]
     for age, path in enumerate(made):

@@ -59,7 +59,16 @@ DOCUMENT = {
         },
         "profile": {"status": "done", "rows": [{"peer": "ours", "dtype": "fp32", "batch": 4, "call_s": 0.02, "shares": {"attention": 0.3, "idle": 0.7}}]},
         "ladder": {"status": "done", "rows": [peer("upstream", (4.0, 3.0, 5.0)), peer("ours", (1.0, 1.0, 1.0))]},
-        "scale": {"status": "done", "rows": [{"images": 100, "resident_mib": 500.0, "ms": {"engine": 0.1, "own": 0.4, "whole": 2.0}}]},
+        "scale": {
+            "status": "done",
+            "rows": [
+                {"images": 100, "pixels": 64, "resident_mib": 500.0, "ms": {"engine": 0.1, "own": 0.4, "whole": 2.0}, "closing_ms": 0.5},
+                {"pixels": 256, "written": 64, "images_per_second": 500.0, "core_ms": 2.0},
+                {"commit_ms": 3.0, "rows": 8, "publish_ms": 1.0, "files": 4},
+                {"ranks": 1, "images": 32, "images_per_second": 2.0},
+                {"ranks": 2, "images": 32, "images_per_second": 3.0},
+            ],
+        },
     },
 }
 
@@ -85,7 +94,9 @@ def test_a_failed_row_says_so_everywhere(document):
     document["parts"]["peers"]["rows"][1] |= {"status": "failed", "why": "does not say what the oracle says"}
     assert tables.parity(document) == "fail"
     assert "FAILED: does not say what the oracle says" in tables.terminal(document)
-    assert "fast_vs_torch" not in tables.ratios(document) and "title of torch" not in charts.peers(document)
+    assert "fast_vs_torch" not in tables.ratios(document) and charts.peers(document).count('class="bad">failed') == 1
+    red = tables.terminal(document, is_coloured=True).splitlines()
+    assert [line for line in red if line.startswith(tables.RED)] == [line for line in red if "FAILED: " in line] != []
 
 
 @pytest.mark.parametrize("name", charts.CHARTS)
@@ -97,6 +108,10 @@ def test_charts_are_well_formed_and_follow_the_scheme(name, document):
     for shape in root.iter():
         for axis, most in (("x", width), ("cx", width), ("y", height), ("cy", height)):
             assert 0 <= float(shape.get(axis, 0)) <= most
+
+
+def test_words_at_the_end_of_lines_do_not_meet():
+    assert charts.apart({"a": 50.0, "b": 48.0, "c": 100.0}, 17) == {"b": 48.0, "a": 65.0, "c": 100.0}
 
 
 def test_a_chart_without_rows_is_not_drawn(document):
@@ -129,7 +144,9 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout):
     assert "old" not in front and "title of ours" in front and "TF32" not in front
     page = files[checkout / "bench" / "README.md"]
     assert "No GPU has been measured yet." in page and "not here: a CPU has no such arithmetic" in page
-    assert "| 1,000 | 4,500.0 |" in page and "assumed" in page  # 4.5 images a second of one GPU, where none was measured
+    assert "assumed" in page  # 4.5 images a second of one GPU, where none was measured
+    # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
+    assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 3.7 min |" in page
     assert (checkout / "bench" / "charts" / "cpu-ladder.svg") in files
 
 

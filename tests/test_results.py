@@ -2,12 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from bench import results, suite
 from bench.results import ResultFile
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 
 HEAD = {
     "suite": "gpu",
@@ -82,7 +83,9 @@ def test_what_is_no_result_file_is_refused(tmp_path, text):
 
 def test_the_newest_of_a_suite_is_found_by_its_date(tmp_path):
     for name, suite_name, date in (("b", "cpu", "2026-02-01"), ("a", "cpu", "2026-03-01"), ("c", "gpu", "2026-04-01")):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"format": 1, "suite": suite_name, "date": date}))
+        peers = {"status": "done", "rows": [{"peer": "ours"}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"format": 1, "suite": suite_name, "date": date, "parts": {"peers": peers}}))
+    (tmp_path / "part.json").write_text(json.dumps({"format": 1, "suite": "cpu", "date": "2026-05-01", "parts": {"limits": {"status": "done", "rows": []}}}))
     assert results.newest("cpu", tmp_path).name == "a.json" and results.newest("gpu", tmp_path).name == "c.json"
     assert results.newest("cpu", tmp_path / "nowhere") is None
 
@@ -90,3 +93,24 @@ def test_the_newest_of_a_suite_is_found_by_its_date(tmp_path):
 def test_the_name_of_a_file_says_when_where_and_what():
     name = results.default_path(HEAD["machine"]).name
     assert name == f"{results.now()[:10]}-nvidia-h200-abc1234.json"
+
+
+def test_a_second_run_takes_another_name(tmp_path):
+    path = tmp_path / "a-1.json"
+    assert results.unused(path) == path
+    path.write_text("{}")
+    (tmp_path / "a-1-2.json").write_text("{}")
+    assert results.unused(path).name == "a-1-3.json"
+
+
+def test_what_cannot_be_written_or_replaced_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "page.md").write_text("words")
+    with pytest.raises(Refused, match="not a result file"):
+        ResultFile.open(tmp_path / "page.md", HEAD)
+    with pytest.raises(Refused, match="is a folder"):
+        ResultFile.open(tmp_path, HEAD)
+    with pytest.raises(Missing, match="cannot be written"):
+        ResultFile.open(tmp_path / "page.md" / "file.json", HEAD)
+    with pytest.raises(Missing, match="cannot be written"):
+        ResultFile.open(Path("/proc/file.json"), HEAD)
+    assert (tmp_path / "page.md").read_text() == "words" and [path.name for path in tmp_path.iterdir()] == ["page.md"]

@@ -74,6 +74,19 @@ def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(ru
     assert "was trained with other settings (rate 0.002 there, 0.5 now)" in capsys.readouterr().err
 
 
+def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, capsys):
+    line = ["--task", "instance", "--steps", "1", "--quiet"]
+    things = load_decoders("demo")["instance"].config.named
+    ways = [("demo:3@1000", "auto", things), ("demo:3@1000", "no", ()), ("folder", "auto", ()), ("folder", "yes", ("table", *things))]
+    for k, (data, flag, found) in enumerate(ways):
+        if data == "folder":
+            data, line[1] = f"folder:{tmp_path / 'data'}", "semantic"
+            if k == 2:
+                LAYOUTS["folder"][1](tmp_path / "data")
+        assert run("--data", data, *line, "--by-name", flag, out=f"decoder{k}") == 0
+        assert load_decoders(tmp_path / f"decoder{k}")[line[1]].config.named == found and (not found or "ball" in found)
+
+
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
     assert run("--data", "demo:3@1000", "--dry-run", "--preset", "upstream", "--quirks", "Q12", "--cache", "off") == 0
     err = capsys.readouterr().err
@@ -292,14 +305,20 @@ def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, ca
 def test_bad_images_are_left_out_and_named(run, tmp_path, capsys):
     kind, write, tasks = LAYOUTS["folder"]
     write(tmp_path / "data")
-    broken = sorted((tmp_path / "data").rglob("*.png"))[0]
+    for folder in sorted(path for path in (tmp_path / "data").iterdir() if path.is_dir()):
+        first = sorted(folder.iterdir())[0]
+        first.rename(folder / "a\n\x1b[31mname.png")  # nothing in a name may steer a terminal
+    broken = tmp_path / "data" / "images" / "a\n\x1b[31mname.png"
     broken.write_bytes(b"no picture")
     line = ["--data", f"{kind}:{tmp_path / 'data'}", "--task", tasks[0], "--steps", "1"]
     assert run(*line) == 2
-    assert broken.stem in capsys.readouterr().err
+    assert "31mname" in (err := capsys.readouterr().err) and "\x1b" not in err
     assert run(*line, "--skip-bad") == 0
     err = capsys.readouterr().err
-    assert "images     2 to learn from" in err and "left out" in err and broken.stem in err
+    assert "images     2 to learn from" in err and "left out" in err and "31mname" in err and "\x1b" not in err
+    broken.unlink()
+    assert run(*line, out="whole") == run(*line, "--skip-bad", out="whole") == 0
+    assert "finished" in capsys.readouterr().err
 
 
 def test_a_learning_curve_can_be_taught_from_growing_parts(captures):

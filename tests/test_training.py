@@ -63,8 +63,11 @@ def test_matching_finds_the_cheapest_assignment():
     masks[0, :8], masks[1, 8:] = 1, 1
     mask_logits = torch.stack([20 * masks[1] - 10, torch.zeros(16, 16), 20 * masks[0] - 10])
     class_logits = torch.tensor([[0.0, 5.0, 0.0], [0.0, 0.0, 5.0], [5.0, 0.0, 0.0]])
-    queries, targets = losses.match(class_logits, mask_logits, torch.tensor([0, 1]), masks, 256)
-    assert dict(zip(queries.tolist(), targets.tolist())) == {2: 0, 0: 1}
+    nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0, 16, 16)
+    (queries, targets), (none, _) = losses.match(
+        *(torch.stack([logits] * 2) for logits in (class_logits, mask_logits)), *zip((torch.tensor([0, 1]), masks), nothing), torch.rand(2, 256, 2)
+    )
+    assert dict(zip(queries.tolist(), targets.tolist())) == {2: 0, 0: 1} and len(none) == 0
 
 
 def test_a_wrong_answer_costs_many_times_a_right_one():
@@ -104,9 +107,10 @@ def test_the_set_loss_by_its_formula():
     mask[0, :, :4] = 1
     logits, flat = torch.randn(1, 2, 3), torch.stack([torch.full((8, 8), 3.0), torch.full((8, 8), -2.0)])[None]
     found = losses.set_loss(logits, flat, [torch.tensor([1])], [mask], 64, [torch.Generator().manual_seed(5)])
-    generator = torch.Generator().manual_seed(5)
-    chosen = losses.match(logits[0], flat[0], torch.tensor([1]), mask, 64, generator)[0].item()
-    places = losses.uncertain_points(flat[0, chosen : chosen + 1], 64, generator)
+    drawn = losses.drawn(1, 64, logits, torch.Generator().manual_seed(5))
+    ((chosen, _),) = losses.match(logits, flat, [torch.tensor([1])], [mask], drawn[0])
+    chosen = chosen.item()
+    places = losses.uncertain_points(flat[0, chosen : chosen + 1], *drawn[1:])
     inside = losses.sample_points(mask, places)[0]
     height = losses.sample_points(flat[0, chosen : chosen + 1], places)[0]  # towards the border it falls to zero, as upstream has it
     wanted = [2, 2]

@@ -54,7 +54,7 @@ PEERS = {
     "diffusers-1": Offer("diffusers, one image at a time", diffusers.build, batch=1),
     "diffusers": Offer("diffusers at its best batch", diffusers.build),
     "diffusers-compiled": Offer("diffusers, torch.compile", compiled.build, like="diffusers"),
-    "ort": Offer("ONNX Runtime", ort.build, like="diffusers"),
+    "ort": Offer("ONNX Runtime", ort.build),
     "tensorrt": Offer("TensorRT", tensorrt.build, like="diffusers"),
     "ours-1": Offer("datasetdm_fast, one image at a time", ours.build, batch=1, must_run=True),
     "ours": Offer("datasetdm_fast", ours.build, must_run=True),

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from datasetdm_fast import sampling
 from datasetdm_fast.data import Request, Sample
-from datasetdm_fast.driver import Recipe
+from datasetdm_fast.driver import Recipe, postprocess
 from datasetdm_fast.models.decoders import Decoder
 from datasetdm_fast.stages import FACTOR
-from datasetdm_fast.tasks import TASKS
 
 
 def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
@@ -25,6 +24,6 @@ def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
 def samples_of(
     requests: Sequence[Request], images: np.ndarray, answers: Mapping[str, dict[str, Tensor]], decoders: Mapping[str, Decoder], recipe: Recipe
 ) -> list[Sample]:
-    """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie."""
-    labels = {task: TASKS[task].postprocess(answer, decoders[task].config, recipe.size) for task, answer in answers.items()}
+    """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie, by the rules of `generate`."""
+    labels = {task: postprocess(task, requests, answer, decoders[task].config, recipe) for task, answer in answers.items()}
     return [Sample(request, images[b], {task: made[b] for task, made in labels.items()}) for b, request in enumerate(requests)]

@@ -43,15 +43,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _inference(method):
-    @functools.wraps(method)
-    def without_gradients(*arguments, **keywords):
-        with torch.inference_mode():
-            return method(*arguments, **keywords)
-
-    return without_gradients
-
-
 def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """`module` on the device, its convolutions channels-last."""
     return module.eval().to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -95,6 +86,7 @@ class FastEngine:
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
+        self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = None  # the text of the unconditional rows, its keys and values
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
         self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
@@ -121,21 +113,21 @@ class FastEngine:
         if self._weight_versions() != self._seen:
             self._read_weights()
 
-    @_inference
+    @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         length = min(self.model.tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
         ids = self.model.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
         return self.text_encoder(ids.to(self.device))
 
-    @_inference
+    @torch.inference_mode()
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
         return self.encode_text(words).mean(1)
 
-    @_inference
+    @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
         return self._call(self._step, latents, timestep, context)[0]
 
-    @_inference
+    @torch.inference_mode()
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
         """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
         if not self.decoders:
@@ -143,7 +135,7 @@ class FastEngine:
         noise, *sums = self._call(self._captured, latents, timestep, context)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
-    @_inference
+    @torch.inference_mode()
     def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         self._refresh()
@@ -201,13 +193,14 @@ class FastEngine:
         return self._keys_values
 
     def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every layer; those of one text for all unconditional rows where these are the same text."""
-        batch = len(context) // 2
+        """Keys and values of every layer; those of the unconditional rows, where all are one text, are kept from one batch of prompts to the next."""
+        batch, text = len(context) // 2, context.to(self.dtype)
         # On a GPU the comparison would make the host wait, for a product that is small there.
-        if batch > 1 and self.device.type == "cpu" and torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
-            tables = self.texts(context[batch - 1 :].to(self.dtype))
-            return tuple(torch.cat([table[:, :1].expand(-1, batch, -1, -1, -1), table[:, 1:]], 1) for table in tables)
-        return self.texts(context.to(self.dtype))
+        if self.device.type != "cpu" or not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
+            return self.texts(text)
+        if self._empty is None or not torch.equal(self._empty[0], text[:1]):
+            self._empty = (text[:1].clone(), self.texts(text[:1]))
+        return tuple(torch.cat([kept.expand(-1, batch, -1, -1, -1), own], 1) for kept, own in zip(self._empty[1], self.texts(text[batch:])))
 
     def _run(self, watch: Watch, latents: Tensor, row: Tensor, *keys_values: Tensor) -> Tensor:
         return self.unet(latents, row, keys_values, watch).float().contiguous()
@@ -229,7 +222,7 @@ class FastEngine:
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
 
-    @_inference
+    @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         parts = self.lanes.map(self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))])
         return tuple(torch.cat(part) for part in zip(*parts))
@@ -245,7 +238,7 @@ class FastEngine:
     def _wide_image_decoder(self) -> nn.Module:
         return placed(ImageDecoder(self.model.vae, self.ops), self.device, torch.float32)
 
-    @_inference
+    @torch.inference_mode()
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
         parts = images.to(self.device).split(self._chunk(images.shape[2]))
         moments = torch.cat([self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float() for part in parts])
@@ -258,7 +251,7 @@ class FastEngine:
     def _chunk(self, side: int) -> int:
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
 
-    @_inference
+    @torch.inference_mode()
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"
@@ -279,7 +272,7 @@ class FastEngine:
     def _wide(self) -> FastEngine:
         return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device), is_compiled=self.is_compiled)
 
-    @_inference
+    @torch.inference_mode()
     def suggested_batch(self) -> int:
         """Images to make together where nobody says: from the free memory of a GPU, from the caches of a CPU."""
         return suggested(self.model.size // 8, self.device, self._bytes_of)

@@ -40,6 +40,7 @@ class DecoderConfig:
     mask_dim: int = 256
     queries: int = 100
     classes: tuple[str, ...] = ()  # semantic: every id including a background; instance: things; open vocabulary: words trained on
+    named: tuple[str, ...] = ()  # of them, those its captions always named: they are looked for only where a prompt names them
     text_width: int = 768
     text_centre: bool = False  # whether class embeddings are centred and scaled by those trained on; small text encoders hardly tell words apart
     max_depth: float = 10.0  # metres
@@ -65,6 +66,8 @@ class DecoderConfig:
             if needed and not getattr(self, name):
                 raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}")
 
+        if stray := sorted(set(self.named) - set(self.classes)):
+            raise Refused(f"decoder config: named holds {untrusted.shown(stray[0])}, which is none of its classes")
         if self.task == "semantic" and len(self.classes) > 255:
             raise Refused(f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit label map")
 
@@ -107,7 +110,7 @@ class DecoderConfig:
             if unknown := sorted(set(level) - set(LEVEL_FORM)):
                 raise Refused(f"decoder config: unknown fields {untrusted.plain(', '.join(unknown))} of a level; it may come from a newer version")
         values["levels"] = tuple(Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])}) for level in values["levels"])
-        for name in ("classes", "joints"):
+        for name in ("classes", "named", "joints"):
             values[name] = tuple(values.get(name, ()))
         values["limbs"] = tuple(tuple(limb) for limb in values.get("limbs", ()))
         return DecoderConfig(**values)
@@ -117,7 +120,7 @@ LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "toke
 FORM = {
     **dict.fromkeys(("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width", "upscale", "min_area"), int),
     **dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float),
-    **{"kind": str, "task": str, "classes": [str], "joints": [str], "limbs": [[int]], "text_centre": bool, "normalisation": str},
+    **{"kind": str, "task": str, "classes": [str], "named": [str], "joints": [str], "limbs": [[int]], "text_centre": bool, "normalisation": str},
 }
 LEAST = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1
 MOST = {"layers": 64, "heads": 1024, "upscale": 16, "min_area": 2**30, "max_depth": 1e6}  # others: 65536

@@ -33,6 +33,7 @@ from datasetdm_fast.training.views import Views
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTLING = 8  # power iterations that bring a spectral norm to averaged weights
+TOGETHER = 2**22  # mask logits whose losses are worked out at once: small decoders are bound by the number of calls, large ones by memory
 PRESENT = 0.8  # share of open-vocabulary questions about a word that is there, so that its absence is learnt too
 
 
@@ -110,7 +111,7 @@ class Trainer:
         self.named = dict(self.decoder.named_parameters())
         self.trained = list(self.named.values())
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[schedule.optimiser]
-        self.optimiser = kind(self.trained, lr=schedule.rate, weight_decay=schedule.weight_decay)
+        self.optimiser = kind(self.trained, lr=schedule.rate, weight_decay=schedule.weight_decay, fused=self.device.type == "cpu" or None)
         self.average = [parameter.detach().clone() for parameter in self.trained]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
         self.done = 0
@@ -326,9 +327,10 @@ def loss_of(
     images = whole.images if whole else len(targets)
     if config.has_queries:
         layers = [found, *found.get("aux", ())]
-        ids, masks = zip(*answers)
-        every = [losses.set_loss(one["pred_logits"].float(), one["pred_masks"].float(), ids, masks, schedule.points, generators, whole) for one in layers]
-        return sum(every) / len(every)
+        whole = whole or losses.totals([len(ids) for ids, _ in answers], config.queries)
+        some = max(TOGETHER // found["pred_masks"].numel(), 1)
+        total = sum(_of_layers(layers[k : k + some], answers, schedule.points, generators, whole) for k in range(0, len(layers), some))
+        return total / len(layers)
     if config.kind == "depth":
         metres = found["depth"][:, 0].float()
         return losses.scale_invariant_log(metres, torch.stack([t.depth for t in targets]).to(metres)).sum() / images
@@ -343,6 +345,14 @@ def loss_of(
     truth = losses.gaussian_heatmaps(cells, side, schedule.sigma) * weights[..., None, None]
     counted = torch.ones_like(weights) if schedule.is_absence_taught else weights
     return schedule.gain * losses.joint_mse(heatmaps, truth, counted).sum() / images
+
+
+def _of_layers(layers: Sequence[Mapping], answers: Sequence[tuple[Tensor, Tensor]], points: int, generators, whole: losses.Totals) -> Tensor:
+    """The sum of the set losses of some layers, worked out as those of so many times the images."""
+    logits, masks = (torch.cat([one[name].float() for one in layers]) for name in ("pred_logits", "pred_masks"))
+    ids, shapes = zip(*answers)
+    again = len(layers)
+    return losses.set_loss(logits, masks, ids * again, shapes * again, points, list(generators) * again if generators else None, whole)
 
 
 def _word(target: Target, count: int, source: torch.Generator) -> int:

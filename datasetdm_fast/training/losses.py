@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -46,39 +47,45 @@ def dice(logits: Tensor, targets: Tensor) -> Tensor:
     return 1 - (2 * (inside * targets).sum(-1) + 1) / (inside.sum(-1) + targets.sum(-1) + 1)
 
 
-def drawn(*shape: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform random numbers on the device of `like`, drawn on the CPU so that they are the same everywhere."""
-    return torch.rand(*shape, generator=generator).to(like.device)
+def drawn(count: int, points: int, like: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Places [1, P, 2] to match an image's masks at, and [count, 3P, 2] and [count, R, 2] to choose and to take as they are for each one found.
+
+    They are drawn on the CPU, so that they are the same everywhere.
+    """
+    sizes = [points, count * points * OVERSAMPLE, count * (points - int(points * UNCERTAIN))]
+    parts = torch.rand(sum(sizes), 2, generator=generator).to(like.device).split(sizes)
+    return [parts[0][None], *(part.view(count, -1, 2) for part in parts[1:])] if count else [parts[0][None], *parts[1:]]
+
+
+def sample_together(maps: Tensor, points: Tensor) -> Tensor:
+    """[B, N, P] bilinear values of maps [B, N, H, W] at points [B, P, 2] that all maps of an image share."""
+    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
 
 
 @torch.no_grad()
-def match(
-    class_logits: Tensor, mask_logits: Tensor, classes: Tensor, masks: Tensor, points: int, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Query and target indices of the cheapest one-to-one assignment for one image (Mask2Former, eq. 2)."""
-    places = drawn(1, points, 2, like=mask_logits, generator=generator)
-    logits = sample_points(mask_logits, places.expand(len(mask_logits), -1, -1))
-    truth = sample_points(masks, places.expand(len(masks), -1, -1))
-    probability = class_logits.softmax(-1)[:, classes]
-    outside, inside = F.softplus(logits), F.softplus(-logits)
-    entropy = (inside @ truth.T + outside @ (1 - truth).T) / points
+def match(class_logits: Tensor, mask_logits: Tensor, classes: Sequence[Tensor], masks: Sequence[Tensor], places: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Query and target indices of each image's cheapest one-to-one assignment, masks compared at `places` [B, P, 2] (Mask2Former, eq. 2)."""
+    logits = sample_together(mask_logits, places)
+    ids = torch.nn.utils.rnn.pad_sequence(list(classes), batch_first=True)
+    truth = logits.new_zeros(len(logits), ids.shape[1], logits.shape[2])
+    for b, shapes in enumerate(masks):
+        if len(shapes):
+            truth[b, : len(shapes)] = sample_together(shapes[None], places[b : b + 1])[0]
+    probability = class_logits.softmax(-1).take_along_dim(ids[:, None], 2)
+    # The entropy of a logit x is softplus(x) outside a mask and softplus(-x) = softplus(x) - x inside.
+    entropy = (F.softplus(logits).sum(-1, keepdim=True) - logits @ truth.mT) / logits.shape[2]
     soft = logits.sigmoid()
-    overlap = 1 - (2 * soft @ truth.T + 1) / (soft.sum(-1)[:, None] + truth.sum(-1)[None] + 1)
-    cost = -CLASS * probability + MASK * entropy + DICE * overlap
-    queries, targets = linear_sum_assignment(cost.float().cpu().numpy())
-    return torch.as_tensor(queries, device=masks.device), torch.as_tensor(targets, device=masks.device)
+    overlap = 1 - (2 * soft @ truth.mT + 1) / (soft.sum(-1, keepdim=True) + truth.sum(-1)[:, None] + 1)
+    cost = (-CLASS * probability + MASK * entropy + DICE * overlap).float().cpu().numpy()
+    return [linear_sum_assignment(cost[b, :, : len(own)]) for b, own in enumerate(classes)]
 
 
 @torch.no_grad()
-def uncertain_points(mask_logits: Tensor, points: int, generator: torch.Generator | None = None) -> Tensor:
-    """[N, P, 2] points, most of them where the mask is least certain (PointRend, section 3.1)."""
-    count = len(mask_logits)
-    places = drawn(count, points * OVERSAMPLE, 2, like=mask_logits, generator=generator)
-    certainty = sample_points(mask_logits, places).abs()
-    hard = int(points * UNCERTAIN)
-    chosen = certainty.topk(hard, largest=False).indices
-    near = torch.gather(places, 1, chosen[..., None].expand(-1, -1, 2))
-    return torch.cat([near, drawn(count, points - hard, 2, like=mask_logits, generator=generator)], 1)
+def uncertain_points(mask_logits: Tensor, places: Tensor, others: Tensor) -> Tensor:
+    """[N, P, 2] points: those of `places` [N, 3P, 2] where the mask [N, h, w] is least certain, then the `others` (PointRend, section 3.1)."""
+    hard = places.shape[1] // OVERSAMPLE - others.shape[1]
+    chosen = sample_points(mask_logits, places).abs().topk(hard, largest=False).indices
+    return torch.cat([places.take_along_dim(chosen[..., None], 1), others], 1)
 
 
 def set_loss(
@@ -94,25 +101,25 @@ def set_loss(
 
     Each image's points come from its own generator. Given the totals of a `whole` step, the losses of its parts add up to its own.
     """
-    none = class_logits.shape[-1] - 1
-    whole = whole or totals([len(ids) for ids in classes], class_logits.shape[1])
+    queries, none = class_logits.shape[1], class_logits.shape[-1] - 1
+    whole = whole or totals([len(ids) for ids in classes], queries)
     wanted = torch.full(class_logits.shape[:2], none, device=class_logits.device)
-    logits, targets, places = [], [], []
-    for b, (ids, shapes) in enumerate(zip(classes, masks)):
-        if len(ids) == 0:
-            continue
-        generator = generators[b] if generators else None
-        queries, chosen = match(class_logits[b], mask_logits[b], ids, shapes, points, generator)
-        wanted[b, queries] = ids[chosen]
-        logits.append(mask_logits[b, queries])
-        targets.append(shapes[chosen])
-        places.append(uncertain_points(logits[-1], points, generator))
+    counts = [min(len(ids), queries) for ids in classes]
+    found = None
+    if any(counts):
+        each = [drawn(count, points, mask_logits, generators[b] if generators else None) for b, count in enumerate(counts)]
+        pairs = match(class_logits, mask_logits, classes, masks, torch.cat([places for places, _, _ in each]))
+        images = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(wanted.device)
+        chosen = torch.from_numpy(np.concatenate([own for own, _ in pairs])).to(wanted.device)
+        found = mask_logits[images, chosen]
+        wanted[images, chosen] = torch.cat([ids[torch.from_numpy(own).to(ids.device)] for ids, (_, own) in zip(classes, pairs)])
     weight = torch.ones(none + 1, device=class_logits.device)
     weight[none] = NO_OBJECT
     loss = CLASS * F.cross_entropy(class_logits.flatten(0, 1), wanted.flatten(), weight, reduction="sum") / whole.weight
-    if logits:
-        where = torch.cat(places)
-        at, truth = sample_points(torch.cat(logits), where), sample_points(torch.cat(targets), where)
+    if found is not None:
+        shapes = torch.cat([shapes[torch.from_numpy(own).to(shapes.device)] for shapes, (_, own) in zip(masks, pairs)])
+        where = uncertain_points(found, *(torch.cat([one[k] for one, count in zip(each, counts) if count]) for k in (1, 2)))
+        at, truth = sample_points(found, where), sample_points(shapes, where)
         entropy = F.binary_cross_entropy_with_logits(at, truth, reduction="none").mean(-1)
         loss = loss + (MASK * entropy.sum() + DICE * dice(at, truth).sum()) / max(whole.masks, 1)
     return loss

@@ -1,0 +1,108 @@
+"""The papers' claims as rows: which students are compared, by which figure, and from which gain on a claim holds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasetdm_fast.worth import T95
+
+OUTSIDE = 2.0  # sigmas a gain must exceed
+ARMS = ("real", "synthetic", "both")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One table of the papers in this world's size."""
+
+    name: str
+    title: str
+    paper: str
+    figure: str  # what is compared, in words
+    rule: str  # points, times, less, or same
+    need: float  # points gained, times as much, share less, or sigmas apart at most
+
+    def target(self) -> str:
+        """What would make it hold, in words."""
+        words = {"points": f"at least {self.need:g} points more", "times": f"at least {self.need:g} times as much", "less": f"at least {self.need:.0%} less"}
+        return f"{words[self.rule]}, outside {OUTSIDE:g} sigma" if self.rule in words else f"no further apart than {self.need:g} sigma"
+
+
+CLAIMS = {
+    claim.name: claim
+    for claim in (
+        Claim("semantic", "Semantic segmentation", "VOC, 100 real + 40k synthetic: 65.2 to 78.5 mIoU", "mIoU", "points", 5),
+        Claim("instance", "Instance segmentation", "COCO, 400 and 800 real, two sizes of student: 14.4 to 26.5 AP", "AP", "times", 1.4),
+        Claim("depth", "Depth", "NYU, 50 real: REL 0.31 to 0.21", "REL (less is better)", "less", 0.2),
+        Claim("pose", "Pose", "COCO: 42.4 to 47.5 AP", "OKS-AP", "points", 3),
+        Claim("zero-shot", "Zero-shot", "VOC, 5 of 20 classes without labels: harmonic mean 18.3 to 68.4", "harmonic mean of seen and unseen mIoU", "times", 2),
+        Claim("long-tail", "Long tail", "rare classes gain about 20 points", "mIoU of the rare classes", "points", 10),
+        Claim("domain", "Domain generalisation", "taught by day, asked at night and in fog: better than real alone", "mIoU", "points", 5),
+        Claim("parity", "Generated with fast or with torch", "a second engine must teach the same", "mIoU", "same", OUTSIDE),
+    )
+}
+
+
+def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.inf
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean over seeds."""
+    return T95[len(values) - 1] * spread(values) / math.sqrt(len(values)) if len(values) - 1 in T95 else math.inf
+
+
+def judged(claim: Claim, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Gain, its sigma, its interval and whether the claim holds, from the figures of every seed.
+
+    Sigma is that of the difference between one student of each kind; a claim is held against it and not against the smaller error of the means.
+    """
+    sigma = math.hypot(spread(before), spread(after))
+    count = min(len(before), len(after))
+    half = T95.get(2 * (count - 1), math.inf) * math.hypot(spread(before) / math.sqrt(len(before)), spread(after) / math.sqrt(len(after)))
+    gain = mean(after) - mean(before)
+    if claim.rule == "same":
+        holds = abs(gain) <= claim.need * sigma
+    elif claim.rule == "less":
+        holds = mean(after) <= (1 - claim.need) * mean(before) and -gain > OUTSIDE * sigma
+    elif claim.rule == "times":
+        holds = mean(after) >= claim.need * mean(before) and gain > OUTSIDE * sigma
+    else:
+        holds = gain >= claim.need and gain > OUTSIDE * sigma
+    return {"gain": gain, "sigma": sigma, "interval": [gain - half, gain + half], "holds": bool(holds)}
+
+
+def reason(claim: Claim, row: Mapping[str, Any]) -> str:
+    """Why a claim does not hold, as far as its own figures say it; empty where it holds."""
+    if row["holds"]:
+        return ""
+    gain, sigma = row["gain"], row["sigma"]
+    if claim.rule == "same":
+        return f"the two engines' students are {abs(gain):.3g} apart, more than {claim.need:g} sigma of {sigma:.2g}"
+    better = -gain if claim.rule == "less" else gain
+    alone = row["synthetic"] is not None and ((row["synthetic"] > row["real"]) == (claim.rule == "less"))
+    cause = "synthetic images alone teach less than the real ones, so half of every batch is the weaker teacher" if alone else ""
+    if better <= 0:
+        first = "adding synthetic images did not help"
+    elif better <= OUTSIDE * sigma:
+        first = f"the gain of {better:.3g} lies within {OUTSIDE:g} sigma of {sigma:.2g}: seeds differ more than arms"
+    else:
+        first = f"the gain of {better:.3g} is outside {OUTSIDE:g} sigma but short of the claim ({claim.target()})"
+    return f"{first}; {cause}" if cause else first
+
+
+def row_of(claim: Claim, scores: Mapping[str, Sequence[float]], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the result: the mean of each arm, its seeds, and the verdict."""
+    row: dict[str, Any] = {arm: mean(scores[arm]) if arm in scores else None for arm in ARMS}
+    row |= judged(claim, scores["real"], scores["both"])
+    row |= {"seeds": {arm: list(values) for arm, values in scores.items()}, "spread": {arm: spread(values) for arm, values in scores.items()}}
+    row |= {"within": {arm: interval(values) for arm, values in scores.items()}}
+    row["reason"] = reason(claim, row)
+    return row | {"figure": claim.figure, "paper": claim.paper, "target": claim.target(), **facts}

@@ -1,0 +1,162 @@
+"""What the claims are shown on: real scenes by seed, labellers taught by them, and images generated from captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
+from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.demo import world
+from datasetdm_fast.readers.demo import DemoWorld
+from datasetdm_fast.run_folder import Run, StoredSample, open_run
+from datasetdm_fast.student_data import Lessons, Vocabulary
+
+LABELLED = 1000  # first seed of the scenes that taught the labellers and teach the students
+VALIDATION = 700_000  # first seed of the scenes that settings are chosen on
+TEST = 6_000_000  # first seed of the scenes that judge, looked at once
+SEARCHED = 100_000  # seeds gone through at most for scenes of a kind
+UNSEEN = ("cone", "tree")
+SEEN = tuple(name for name in world.THINGS if name not in UNSEEN)
+ELSEWHERE = tuple(name for name in world.DOMAINS if name != "day")
+POOL = 1200  # prompts of the generated pool; a smaller scale makes the first of them
+POOL_SEED = 20_000
+SAMPLING = {"sampler": "ddim", "steps": 25, "batch_size": 8, "threads": 1}
+READ_TOGETHER = 8
+RARE = world.RARE
+MODEL_SIDE = DEMO_DEFAULTS.size
+
+
+def is_seen(scene: world.Scene) -> bool:
+    return all(thing.kind in SEEN for thing in scene.things)
+
+
+def is_day(scene: world.Scene) -> bool:
+    return scene.domain == "day"
+
+
+def is_elsewhere(scene: world.Scene) -> bool:
+    return scene.domain in ELSEWHERE
+
+
+def says_elsewhere(sample: StoredSample) -> bool:
+    """Whether the prompt asks for another hour or weather than day."""
+    return any(sample.prompt.endswith(world.WHERE[domain]) for domain in ELSEWHERE)
+
+
+def is_any(scene: world.Scene) -> bool:
+    return True
+
+
+def scenes(first: int, count: int, size: int, fits: Callable[[world.Scene], bool] = is_any) -> DemoWorld:
+    """The first `count` rendered scenes from a seed on that fit."""
+    found: list[int] = []
+    for index in range(SEARCHED):
+        if len(found) == count:
+            break
+        if fits(world.sample_scene(first + index)):
+            found.append(index)
+    return DemoWorld(SEARCHED, first, size).narrowed(found)
+
+
+def seeds(source: DemoWorld) -> set[int]:
+    return {source.first + record for record in source.order}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    seeds: int
+    steps: int  # of a student
+    real: int
+    fewer: int  # real scenes of the other instance rows
+    synthetic: int  # images generated with every label
+    parity: int  # images generated a second time by the oracle
+    test: int
+    labeller_steps: int
+    labeller_draws: int
+
+
+FULL = Scale(seeds=3, steps=800, real=100, fewer=50, synthetic=780, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
+QUICK = Scale(seeds=2, steps=120, real=100, fewer=50, synthetic=80, parity=16, test=200, labeller_steps=100, labeller_draws=1)
+
+
+def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
+    """The run folder with the first `count` images of the pool; what is there already stays."""
+    from datasetdm_fast.driver import run
+    from datasetdm_fast.job import count_rows, prepare
+
+    config = RunConfig(number=POOL, seed=POOL_SEED, engine=engine, out=str(folder), quiet=True, **SAMPLING)
+    there = count_rows(config)
+    if there < count:
+        say(f"{folder}: generating {count - there} images with engine {engine}")
+        run(prepare(replace(config, limit=count - there)))
+    return open_run(folder)
+
+
+@dataclass(frozen=True)
+class Retold:
+    """A generated sample with the labels of another labeller in place of its own."""
+
+    id: str
+    image: np.ndarray
+    classes: tuple[str, ...]
+    semantic: SemanticMap
+    instances: None = None
+    depth: None = None
+    keypoints: None = None
+
+
+def labeller(source: DemoWorld, scale: Scale, captures: Path):
+    """A semantic decoder taught by these scenes alone."""
+    from datasetdm_fast.engines import build_engine
+    from datasetdm_fast.loading import load_model
+    from datasetdm_fast.train import train_on
+
+    engine = build_engine("fast", load_model("demo"), {})
+    settings = {"cache_dir": str(captures), "draws": scale.labeller_draws, "steps": scale.labeller_steps}
+    return train_on(engine, source, "semantic", len(source), **settings)
+
+
+def retold(run: Run, positions: Sequence[int], decoder, rename: Callable[[StoredSample, SemanticMap], SemanticMap]) -> Iterator[Retold]:
+    """Generated images labelled by another labeller, which reads them as it reads real ones."""
+    from datasetdm_fast.engines import build_engine
+    from datasetdm_fast.inversion import capture_timestep, invert
+    from datasetdm_fast.loading import load_model
+    from datasetdm_fast.tasks import TASKS
+
+    engine = build_engine("fast", load_model("demo"), {"semantic": decoder})
+    timestep = capture_timestep([decoder.config])
+    for start in range(0, len(positions), READ_TOGETHER):
+        samples = [run[position] for position in positions[start : start + READ_TOGETHER]]
+        images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+        capture = invert(engine, images, [sample.prompt for sample in samples], timestep, [sample.seed for sample in samples])
+        labels = TASKS["semantic"].postprocess(engine.annotate("semantic", capture, None), decoder.config, engine.model.size)
+        for sample, label in zip(samples, labels):
+            yield Retold(sample.id, sample.image, sample.classes, rename(sample, label))
+
+
+def as_it_is(sample: StoredSample, label: SemanticMap) -> SemanticMap:
+    return label
+
+
+def by_its_prompt(sample: StoredSample, label: SemanticMap) -> SemanticMap:
+    """Whatever the labeller takes for a thing gets the one class that the prompt names."""
+    things = [k for k, name in enumerate(label.classes) if name in world.THINGS]
+    named = label.classes.index(sample.classes[0])
+    return replace(label, labels=np.where(np.isin(label.labels, things), named, label.labels).astype(np.uint8))
+
+
+def kept(path: Path, vocabulary: Vocabulary, make: Callable[[], Lessons]) -> Lessons:
+    """Lessons that were made once and lie in a file since."""
+    if path.exists():
+        return Lessons(vocabulary, **torch.load(path, weights_only=True))
+    lessons = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({field.name: getattr(lessons, field.name) for field in fields(Lessons) if field.name != "vocabulary"}, path)
+    return lessons

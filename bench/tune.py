@@ -1,0 +1,168 @@
+"""The fastest block sizes of every kernel and the fastest form of every operation on one GPU; a size is timed only after it agreed with the plain form."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import machine, results
+from bench.kernels import BATCH, model_sizes
+from bench.limits import rate
+from bench.measure import distance
+from bench.ops import Drawn, limit_of, outputs, placed
+from bench.peers.upstream import arithmetic
+from bench.results import ResultFile, is_settled, rows_of
+from datasetdm_fast.engines.fast import DTYPES
+from datasetdm_fast.engines.operations import memory_efficient
+from datasetdm_fast.kernels import OPS, fused, launch
+from datasetdm_fast.models.plain import PLAIN
+
+GAIN = 0.98  # of the time before; less is noise
+MOST = {"num_warps": 16, "num_stages": 5}
+WINDOW = 0.03  # seconds a size is timed in each case
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A case with the answer in fp32, and how far from it another may lie."""
+
+    reason: str
+    inputs: tuple
+    answer: list[Tensor]
+    limit: float
+
+    def seconds(self, form: Callable, device: torch.device) -> float:
+        """Of one call; infinite where the form fails or says something else."""
+        try:
+            found = outputs(form, self.inputs)
+            if not max(distance(a, b) for a, b in zip(found, self.answer, strict=True)) <= self.limit:
+                return math.inf
+            return 1 / rate(functools.partial(form, *self.inputs), device, WINDOW)
+        except Exception:  # whatever compiler and driver throw at sizes that do not fit; such sizes are not chosen
+            return math.inf
+
+
+def run(device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes: float, out: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The result file after every operation that there was time for, each with its rows."""
+    described = machine.describe(device)
+    head = {"suite": "tune", "date": results.now(), "command": " ".join(argv), "machine": described, "setting": {"batch": BATCH}}
+    path = Path(out) if out else results.default_path(described, "tuned-")
+    file = ResultFile.open(path, head, goes_on=True)
+    file.give_up_broken()
+    end = time.monotonic() + 60 * minutes
+    todo = [(op, dtype) for op in ops for dtype in dtypes if not is_settled(file.document, f"{op} {dtype}")]
+    for place, (op, dtype) in enumerate(todo):
+        share = (end - time.monotonic()) / (len(todo) - place)
+        if share <= 0:
+            print(f"left: {', '.join(' '.join(one) for one in todo[place:])}; the same line again goes on", file=sys.stderr)
+            break
+        file.begin(f"{op} {dtype}")
+        begin = time.perf_counter()
+        with arithmetic(has_tf32=False):
+            rows = list(op_rows(op, dtype, device, judged_cases(op, dtype, device), time.monotonic() + share))
+        file.store(f"{op} {dtype}", rows, time.perf_counter() - begin)
+        print(f"{op} {dtype}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    return file.document
+
+
+def judged_cases(op: str, dtype: str, device: torch.device) -> list[Judged]:
+    """The cases of an engine at its sizes; one whose plain form does not fit into memory is left out."""
+    found = []
+    for reason, drawn in model_sizes(op, Drawn(device)):
+        inputs = placed(drawn, device, DTYPES[dtype])
+        try:
+            answer, limit = limit_of(OPS[op].reference, inputs, dtype)
+        except torch.OutOfMemoryError:
+            continue
+        found.append(Judged(reason, inputs, answer, limit))
+    return found
+
+
+def op_rows(op: str, dtype: str, device: torch.device, cases: Sequence[Judged], until: float) -> Iterator[dict[str, Any]]:
+    """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
+    form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
+    table, kernels = launch.TABLE.setdefault(machine_name(device), {}), kernels_of(op, bits)
+    for place, (kernel, sizes) in enumerate(kernels):
+        before, now = total(form, cases, device), time.monotonic()
+        best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), before, now + (until - now) / (len(kernels) - place))
+        yield {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
+    forms: dict[str, Callable | None] = {"fused": form, "plain": getattr(PLAIN, op, None)} | ({"xformers": memory_efficient} if op == "attention" else {})
+    for name, one in forms.items():
+        for case in cases if one else ():
+            yield {"op": op, "form": name, "dtype": dtype, "case": case.reason, "form_s": finite(case.seconds(one, device))}
+
+
+def machine_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "untuned"
+
+
+def kernels_of(op: str, bits: int) -> list[tuple[str, dict[str, int]]]:
+    """The rows of the table that an operation's kernels read."""
+    return [(name, dict(sizes)) for (name, width), sizes in launch.TABLE["untuned"].items() if name.split()[0] == op and width == bits]
+
+
+def total(form: Callable, cases: Sequence[Judged], device: torch.device) -> float:
+    return sum(case.seconds(form, device) for case in cases)
+
+
+def descend(
+    table: dict[tuple[str, int], dict[str, int]], key: tuple[str, int], sizes: dict[str, int], cost: Callable[[], float], before: float, until: float
+) -> tuple[dict[str, int], float]:
+    """From `sizes` to a better neighbour as long as there is one and time is left; `table` is left holding the best."""
+    best, least, seen = sizes, before, {tuple(sizes.items())}
+    while candidate := next((one for one in neighbours(best) if tuple(one.items()) not in seen), None):
+        if time.monotonic() > until:
+            break
+        seen.add(tuple(candidate.items()))
+        table[key] = candidate
+        taken = cost()
+        if taken < GAIN * least:
+            best, least = candidate, taken
+    table[key] = best
+    return best, least
+
+
+def neighbours(sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """The same sizes with one of them halved or doubled, stages one more or less."""
+    for name, value in sizes.items():
+        if name == "enable_fp_fusion":
+            continue
+        for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, 2 * value):
+            if 1 <= other <= MOST.get(name, 1024):
+                yield {**sizes, name: other}
+
+
+def finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
+
+
+def table_lines(document: dict[str, Any]) -> list[str]:
+    """What goes into kernels/launch.py and engines/operations.py, as Python."""
+    rows = [row for part in document["parts"] for row in rows_of(document, part)]
+    device = document["machine"]["device"]
+    lines = [f"kernels/launch.py, TABLE[{device!r}]:"]
+    for row in rows:
+        if "kernel" in row and row["after_s"] is not None:
+            sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.startswith("BLOCK"))
+            lines.append(f'    ("{row["kernel"]}", {row["bits"]}): _row({row["sizes"]["num_warps"]}, {row["sizes"]["num_stages"]}, {sizes}),')
+    chosen = {op: form for op, form in fastest(rows).items() if form != "plain"}
+    return [*lines, f"engines/operations.py, FORMS[{device!r}]: {chosen}"]
+
+
+def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The form of each operation with the least time over all cases and types; one that fails in any of them is out."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if "form" in row:
+            forms = times.setdefault(row["op"], {})
+            forms[row["form"]] = forms.get(row["form"], 0.0) + (math.inf if row["form_s"] is None else row["form_s"])
+    return {op: min(forms, key=forms.get) for op, forms in times.items()}

@@ -1,0 +1,268 @@
+"""A small perception net of fixed shape: what a labelled set is worth is what this net scores after learning from it.
+
+One U-Net with dense answers: a class per pixel, centres of things and the way to them, depth, joints. It trains in under a minute of one core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.student_data import CELL, CELLS, IGNORED, PERSON, Lessons, Vocabulary
+
+WIDTHS = {"small": (12, 32, 64, 96), "large": (24, 48, 96, 128)}  # channels at 1/2, 1/4, 1/8 and 1/16
+REACH = 8.0  # cells an offset of 1 stands for
+CENTRE_SIGMA, JOINT_SIGMA = 1.25, 0.75  # cells
+PEAK, NEIGHBOURHOOD, MOST = 0.15, 5, 20  # of centres: least height, cells around one that hold no other, how many at most
+LEAST_THING, LEAST_PERSON = 6, 12  # pixels
+WEIGHTS = {"semantic": 1.0, "centre": 4.0, "offset": 1.0, "depth": 2.0, "joints": 0.1}
+THING = 4.0  # weight of a thing's pixel beside that of a background's
+SHIFT = 4  # cells a view is moved sideways at most
+NEAR = 2  # cells each side of a peak that belong to it
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a student is taught; arms that are compared have the same one."""
+
+    steps: int = 800
+    batch_size: int = 8
+    rate: float = 3e-3
+    weight_decay: float = 0.02
+    synthetic_share: float = 0.5  # of a batch, where there are both
+    size: str = "small"
+
+
+class Student(nn.Module):
+    """Raw answers [B, channels, CELLS, CELLS] for images [B, 3, SIDE, SIDE] in -1..1."""
+
+    def __init__(self, vocabulary: Vocabulary, size: str = "small"):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.sizes = {"semantic": len(vocabulary.classes), "centre": 1, "offset": 2, "depth": 1, "joints": len(vocabulary.joints)}
+        a, b, c, d = WIDTHS[size]
+        self.stem = _layer(3, a, 2)
+        self.down = nn.ModuleList([nn.Sequential(*_layer(given, own, 2), *_layer(own, own)) for given, own in ((a, b), (b, c), (c, d))])
+        self.up = nn.ModuleList([_layer(d + c, c), _layer(c + b, b), _layer(b + a, b)])
+        self.head = nn.Conv2d(b, sum(self.sizes.values()), 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        skips = [self.stem(images)]
+        for block in self.down:
+            skips.append(block(skips[-1]))
+        x = skips.pop()
+        for block in self.up:
+            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skips.pop()], 1))
+        return dict(zip(self.sizes, self.head(x).float().split(list(self.sizes.values()), 1)))
+
+
+def _layer(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
+
+
+def teach(
+    sets: Sequence[Lessons],
+    course: Course,
+    seed: int,
+    tasks: Sequence[str] = ("semantic", "instance", "depth", "pose"),
+    told: Callable[[int, float], None] = lambda step, loss: None,
+) -> Student:
+    """A student taught from one labelled set, or from a real and a synthetic one with the course's share of every batch."""
+    vocabulary = sets[0].vocabulary
+    random = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = Student(vocabulary, course.size).to(memory_format=torch.channels_last)
+    counts = shares(course, len(sets))
+    optimiser = torch.optim.AdamW(student.parameters(), course.rate, weight_decay=course.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, course.rate, total_steps=course.steps, pct_start=0.1)
+    for step in range(course.steps):
+        views = [drawn(some, count, random) for some, count in zip(sets, counts)]
+        view = View(*(torch.cat([getattr(one, name) for one in views]) for name in View.__dataclass_fields__))
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
+            raw = student(view.images)
+        loss = loss_of(raw, view, vocabulary, tasks)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        told(step, float(loss.detach()))
+    return student.eval().requires_grad_(False)
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16; elsewhere students learn in fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def shares(course: Course, sets: int) -> list[int]:
+    """Images of a batch from each set: all, or real and synthetic."""
+    if sets == 1:
+        return [course.batch_size]
+    synthetic = round(course.batch_size * course.synthetic_share)
+    return [course.batch_size - synthetic, synthetic]
+
+
+@dataclass(frozen=True)
+class View:
+    """A batch as the student sees it."""
+
+    images: Tensor  # [B, 3, SIDE, SIDE] fp32, -1..1
+    semantic: Tensor  # [B, CELLS, CELLS] int64
+    instance: Tensor  # [B, CELLS, CELLS] int64
+    depth: Tensor  # [B, CELLS, CELLS] fp32
+    joints: Tensor  # [B, J, 3] fp32, in cells
+
+
+def drawn(lessons: Lessons, count: int, random: torch.Generator) -> View:
+    """Images drawn at random, each mirrored or not, moved sideways and in other light."""
+    chosen = torch.multinomial(lessons.weights, count, replacement=True, generator=random)
+    flip = torch.rand(count, generator=random) < 0.5
+    shift = torch.randint(-SHIFT, SHIFT + 1, (count,), generator=random)
+    light = 1 + 0.25 * (2 * torch.rand(count, 1, 1, 3, generator=random) - 1)
+
+    def moved(planes: Tensor) -> Tensor:
+        column, scale = torch.arange(planes.shape[2]), planes.shape[2] // CELLS
+        source = torch.where(flip[:, None], planes.shape[2] - 1 - column, column) - scale * shift[:, None]  # of every column
+        return planes[chosen[:, None, None], column[None, :, None], source.clamp(0, planes.shape[2] - 1)[:, None]]
+
+    images = (moved(lessons.images).float() * light).clamp(0, 255) / 127.5 - 1
+    joints = lessons.joints[chosen].clone()
+    mirrored = joints[:, lessons.vocabulary.mirror]
+    mirrored[..., 0] = CELLS - mirrored[..., 0]
+    joints = torch.where(flip[:, None, None], mirrored, joints)
+    joints[..., 0] += torch.where(flip, -shift, shift)[:, None]
+    joints[..., 2] *= (joints[..., 0] >= 0) & (joints[..., 0] < CELLS)
+    images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return View(images, moved(lessons.semantic).long(), moved(lessons.instance).long(), moved(lessons.depth), joints)
+
+
+def loss_of(answers: dict[str, Tensor], view: View, vocabulary: Vocabulary, tasks: Sequence[str]) -> Tensor:
+    """The sum of what each task misses by; what is not known costs nothing."""
+    parts = {}
+    if "semantic" in tasks or "instance" in tasks:
+        weight = torch.tensor([THING if name in vocabulary.things else 1.0 for name in vocabulary.classes])
+        error = F.cross_entropy(answers["semantic"], view.semantic, weight, ignore_index=IGNORED, reduction="sum")
+        parts["semantic"] = error / (view.semantic != IGNORED).sum().clamp(min=1)
+    if "instance" in tasks:
+        heat, offset, is_thing = centre_targets(view.instance)
+        known = view.instance != IGNORED
+        error = F.binary_cross_entropy_with_logits(answers["centre"][:, 0], heat, reduction="none") * (1 + 10 * heat)
+        parts["centre"] = (error * known).sum() / known.sum().clamp(min=1)
+        parts["offset"] = ((answers["offset"] - offset).abs().sum(1) * is_thing).sum() / is_thing.sum().clamp(min=1)
+    if "depth" in tasks:
+        known = view.depth > 0
+        error = (answers["depth"][:, 0] - view.depth.clamp(min=TOLERANCE).log()).abs()
+        parts["depth"] = (error * known).sum() / known.sum().clamp(min=1)
+    if "pose" in tasks:
+        weight = (view.joints[..., 2] > 0).float()
+        heat = gaussians(view.joints[..., :2], JOINT_SIGMA).flatten(2)
+        heat = heat / heat.sum(2, keepdim=True).clamp(min=TOLERANCE)
+        error = -(heat * answers["joints"].flatten(2).log_softmax(2)).sum(2)
+        parts["joints"] = (error * weight).sum() / weight.sum().clamp(min=1)
+    return sum(WEIGHTS[name] * part for name, part in parts.items())
+
+
+def gaussians(places: Tensor, sigma: float) -> Tensor:
+    """Hills [B, N, CELLS, CELLS] of height 1 around places [B, N, 2] (column, row) in cells from the outer edge."""
+    axis = torch.arange(CELLS) + 0.5
+    across = torch.exp(-((axis - places[..., 0, None]) ** 2) / (2 * sigma**2))
+    along = torch.exp(-((axis - places[..., 1, None]) ** 2) / (2 * sigma**2))
+    return along[..., :, None] * across[..., None, :]
+
+
+def centre_targets(instance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Height [B, S, S] of the nearest centre's hill, the way [B, 2, S, S] from each pixel to its own centre, and which pixels have one."""
+    is_thing = (instance > 0) & (instance != IGNORED)
+    most = int((instance * is_thing).max())
+    if not most:
+        empty = instance.new_zeros(instance.shape, dtype=torch.float32)
+        return empty, torch.stack([empty, empty], 1), is_thing.float()
+    masks = (instance[:, None] == torch.arange(1, most + 1)[:, None, None]).float()  # [B, M, S, S]
+    axis = torch.arange(CELLS) + 0.5
+    areas = masks.sum((2, 3))
+    x, y = (masks.sum(2) * axis).sum(2) / areas.clamp(min=1), (masks.sum(3) * axis).sum(2) / areas.clamp(min=1)
+    heat = (gaussians(torch.stack([x, y], -1), CENTRE_SIGMA) * (areas > 0)[..., None, None]).amax(1)
+    own_x, own_y = torch.einsum("bmhw,bm->bhw", masks, x), torch.einsum("bmhw,bm->bhw", masks, y)
+    offset = torch.stack([own_x - axis, own_y - axis[:, None]], 1) / REACH
+    return heat, offset, is_thing.float()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a student says of one image."""
+
+    semantic: SemanticMap
+    instance: Instances
+    depth: DepthMap
+    pose: Keypoints
+
+
+@torch.inference_mode()
+def answers(student: Student, images: Tensor, batch_size: int = 50) -> list[Answers]:
+    """What the student says of images [N, SIDE, SIDE, 3] uint8."""
+    found = []
+    for some in images.split(batch_size):
+        raw = student((some.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
+        fine = {name: F.interpolate(raw[name], scale_factor=float(CELL), mode="bilinear") for name in ("semantic", "offset", "depth")}
+        fine["semantic"], coarse = fine["semantic"].softmax(1), {"centre": raw["centre"].sigmoid(), "joints": raw["joints"]}
+        if coarse["joints"].shape[1]:
+            coarse["joints"] = coarse["joints"].flatten(2).softmax(2).unflatten(2, (CELLS, CELLS))
+        found += [_answer({name: value[b].numpy() for name, value in (fine | coarse).items()}, student.vocabulary) for b in range(len(some))]
+    return found
+
+
+def _answer(raw: dict[str, np.ndarray], vocabulary: Vocabulary) -> Answers:
+    labels = raw["semantic"].argmax(0)
+    semantic = SemanticMap(labels.astype(np.uint8), raw["semantic"].max(0), vocabulary.classes)
+    depth = DepthMap(np.exp(raw["depth"][0]), vocabulary.max_depth)
+    return Answers(semantic, _instances(raw, labels, vocabulary), depth, _person(raw, labels, vocabulary))
+
+
+def _instances(raw: dict[str, np.ndarray], labels: np.ndarray, vocabulary: Vocabulary) -> Instances:
+    """Thing pixels gathered around the centre each points to; the class is the likeliest over all of them."""
+    numbers = np.array([vocabulary.classes.index(name) for name in vocabulary.things], np.int64)
+    centre = raw["centre"][0]
+    highest = F.max_pool2d(torch.from_numpy(centre)[None, None], NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2)[0, 0].numpy()
+    rows, columns = np.nonzero((centre == highest) & (centre >= PEAK))
+    best = np.argsort(-centre[rows, columns], kind="stable")[:MOST]
+    rows, columns = rows[best], columns[best]
+    y, x = np.nonzero(np.isin(labels, numbers))
+    masks, classes, scores = np.zeros((0, *labels.shape), bool), [], []
+    if len(rows) and len(y):
+        to_x = (x + 0.5) / CELL + REACH * raw["offset"][0][y, x]
+        to_y = (y + 0.5) / CELL + REACH * raw["offset"][1][y, x]
+        owner = ((to_x[:, None] - columns - 0.5) ** 2 + (to_y[:, None] - rows - 0.5) ** 2).argmin(1)
+        owners = [k for k in range(len(rows)) if (owner == k).sum() >= LEAST_THING]
+        masks = np.zeros((len(owners), *labels.shape), bool)
+        for mask, k in zip(masks, owners):
+            mask[y[owner == k], x[owner == k]] = True
+            likely = raw["semantic"][numbers][:, mask].mean(1)
+            classes.append(int(likely.argmax()))
+            scores.append(float(centre[rows[k], columns[k]] * likely.max()))
+    return Instances(masks, np.array(classes, np.int64), np.array(scores, np.float32), vocabulary.things)
+
+
+def _person(raw: dict[str, np.ndarray], labels: np.ndarray, vocabulary: Vocabulary) -> Keypoints:
+    """The joints of the one person, where enough pixels are a person's."""
+    joints = len(vocabulary.joints)
+    is_person = labels == vocabulary.classes.index(PERSON) if joints and PERSON in vocabulary.classes else np.zeros(labels.shape, bool)
+    if is_person.sum() < LEAST_PERSON:
+        return Keypoints(np.zeros((0, joints, 3), np.float32), np.zeros((0, joints), np.int64), np.zeros(0, np.float32), vocabulary.joints)
+    heat, axis = raw["joints"], np.arange(CELLS)
+    row, column = np.unravel_index(heat.reshape(joints, -1).argmax(1), heat.shape[1:])
+    close = heat * (np.abs(axis - row[:, None]) <= NEAR)[:, :, None] * (np.abs(axis - column[:, None]) <= NEAR)[:, None, :]
+    mass = close.sum((1, 2)) + TOLERANCE
+    x, y = (close.sum(1) * (axis + 0.5)).sum(1) / mass * CELL, (close.sum(2) * (axis + 0.5)).sum(1) / mass * CELL
+    points = np.stack([x, y, mass], 1)[None].astype(np.float32)
+    score = raw["semantic"][vocabulary.classes.index(PERSON)][is_person].mean() * mass.mean()
+    return Keypoints(points, np.full((1, joints), 2), np.array([score], np.float32), vocabulary.joints)

@@ -1,0 +1,198 @@
+"""What a student learns from: real labelled images, or the images of a run folder with what of their labels can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers.labelled import Labelled, Source
+from datasetdm_fast.run_folder import StoredSample
+
+SIDE = 64  # pixels of a side of an image
+CELL = 2  # pixels of a side of what one answer is given for
+CELLS = SIDE // CELL
+MOST_TIMES = 4.0
+IGNORED = 255
+BACKGROUND = "background"
+PERSON = "person"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a student can name."""
+
+    classes: tuple[str, ...]
+    things: tuple[str, ...]
+    joints: tuple[str, ...]
+    max_depth: float
+
+    @property
+    def mirror(self) -> list[int]:
+        """The joint that each becomes in a mirror."""
+        other = {"left": "right", "right": "left"}
+        names = ["_".join(other.get(word, word) for word in name.split("_")) for name in self.joints]
+        return [self.joints.index(name) if name in self.joints else k for k, name in enumerate(names)]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Which labels of generated images are learnt from."""
+
+    confidence: float = 0.0  # of a pixel's class; below it the pixel is ignored
+    named_only: bool = True  # things that the prompt does not name are ignored
+    least_cells: int = 4  # of every thing the prompt names, else the image is left out
+    agreement: bool = True  # pixels that two labels call by different names are ignored
+    joint_score: float = 0.3  # below it a joint is ignored
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Labelled images as tensors."""
+
+    vocabulary: Vocabulary
+    images: Tensor  # [N, SIDE, SIDE, 3] uint8
+    semantic: Tensor  # [N, CELLS, CELLS] uint8, 255 = ignored
+    instance: Tensor  # [N, CELLS, CELLS] uint8, 0 = no thing, 255 = ignored
+    depth: Tensor  # [N, CELLS, CELLS] fp32 metres, 0 = unknown
+    joints: Tensor  # [N, J, 3] fp32: x, y in cells, 1 where known
+    weights: Tensor  # [N] how often an image is drawn, beside the others
+    left_out: int = 0  # images that were not trusted
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def balanced(self) -> Lessons:
+        """The same images, those that show a rarer thing drawn more often, up to MOST_TIMES as often as the others."""
+        numbers = [self.vocabulary.classes.index(name) for name in self.vocabulary.things]
+        shows = torch.stack([(self.semantic == number).flatten(1).any(1) for number in numbers], 1).float()
+        rarity = (shows / shows.mean(0).clamp(min=1 / len(self))).amax(1)
+        least = rarity[rarity > 0].min() if (rarity > 0).any() else torch.tensor(1.0)
+        return replace(self, weights=(rarity / least).clamp(1, MOST_TIMES))
+
+
+def vocabulary_of(source: Source) -> Vocabulary:
+    """What a data set names; without a class for every pixel, whatever is no thing is background."""
+    classes = source.classes if "semantic" in source.tasks else (BACKGROUND, *source.thing_classes)
+    return Vocabulary(tuple(classes), tuple(name for name in source.thing_classes if name in classes), tuple(source.joints), source.max_depth)
+
+
+def real(items: Iterable[Labelled], source: Source, vocabulary: Vocabulary) -> Lessons:
+    """Labelled images of a data set read at SIDE pixels."""
+    return _stacked(vocabulary, [_of_truth(item, source, vocabulary) for item in items])
+
+
+def _of_truth(item: Labelled, source: Source, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:
+    shape = item.image.shape[:2]
+    if item.semantic is not None and "semantic" in source.tasks:
+        semantic = item.semantic
+    else:
+        semantic = np.full(shape, 0 if item.masks is not None else IGNORED, np.uint8)
+        for mask, number in zip(item.masks if item.masks is not None else (), item.mask_classes if item.mask_classes is not None else ()):
+            semantic[mask] = vocabulary.classes.index(source.thing_classes[number])
+    instance = np.full((CELLS, CELLS), IGNORED if item.masks is None else 0, np.uint8)
+    for k, mask in enumerate(item.masks if item.masks is not None else ()):
+        instance[covered(mask)] = min(k + 1, IGNORED - 1)
+    for crowd in item.crowds if item.crowds is not None else ():
+        instance[covered(crowd)] = IGNORED
+        semantic = np.where(crowd & (semantic == 0), IGNORED, semantic)
+    depth = np.zeros((CELLS, CELLS), np.float32) if item.depth is None else _depth(item.depth)
+    joints = np.zeros((len(vocabulary.joints), 3), np.float32)
+    if item.keypoints is not None and len(item.keypoints):
+        joints[:] = item.keypoints[int(np.argmax(item.keypoint_areas))]
+        joints[:] = np.concatenate([joints[:, :2] / CELL, joints[:, 2:] > 0], 1)
+    sure = np.ones(semantic.shape, np.float32)
+    return item.image, voted(SemanticMap(semantic, sure, vocabulary.classes), vocabulary.classes, 0.0), instance, depth, joints
+
+
+def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary, trust: Trust) -> Lessons:
+    """The trusted ones of generated images."""
+    read = [of_sample(sample, vocabulary, trust) for sample in samples]
+    rows = [row for row in read if row is not None]
+    if not rows:
+        raise Refused(f"student: none of {len(read)} generated images shows what its prompt names", "Loosen what is trusted, or look at their gallery.")
+    return replace(_stacked(vocabulary, rows), left_out=len(read) - len(rows))
+
+
+def of_sample(sample: StoredSample, vocabulary: Vocabulary, trust: Trust) -> tuple[np.ndarray, ...] | None:
+    """Image and labels of a generated sample, None where something its prompt names cannot be seen."""
+    if sample.image.shape[0] % SIDE:
+        raise Refused(f"sample {sample.id}: {sample.image.shape[0]} pixels of a side do not divide into {SIDE}", f"Generate with --size {SIDE} times a number.")
+    named = [name for name in sample.classes if name in vocabulary.things]
+    semantic = np.full((CELLS, CELLS), IGNORED, np.uint8)
+    if sample.semantic is not None:
+        semantic = voted(sample.semantic, vocabulary.classes, trust.confidence)
+    instance, kinds = np.full((CELLS, CELLS), IGNORED, np.uint8), None
+    if sample.instances is not None:
+        instance, kinds = _instance_map(sample.instances, vocabulary, named if trust.named_only else vocabulary.things)
+        semantic = semantic if sample.semantic is not None else kinds.copy()
+    if trust.named_only and named:
+        foreign = [k for k, name in enumerate(vocabulary.classes) if name in vocabulary.things and name not in named]
+        semantic[np.isin(semantic, foreign)] = IGNORED
+    if any((semantic == vocabulary.classes.index(name)).sum() < trust.least_cells for name in named):
+        return None
+    if trust.agreement and kinds is not None and sample.semantic is not None:
+        numbers = [vocabulary.classes.index(name) for name in vocabulary.things]
+        is_thing, is_found = np.isin(semantic, numbers), (instance > 0) & (instance != IGNORED)
+        differs = is_found & is_thing & (kinds != semantic)
+        instance[(is_found & (kinds != semantic)) | (is_thing & ~is_found)] = IGNORED
+        semantic[differs] = IGNORED
+    depth = np.zeros((CELLS, CELLS), np.float32) if sample.depth is None else _depth(sample.depth.metres)
+    joints = np.zeros((len(vocabulary.joints), 3), np.float32)
+    keypoints = sample.keypoints
+    if keypoints is not None and len(keypoints.points) and (not named or PERSON in named):
+        order = [keypoints.joints.index(name) if name in keypoints.joints else -1 for name in vocabulary.joints]
+        points = keypoints.points[int(keypoints.scores.argmax())][order]
+        joints[:, :2] = points[:, :2] * (CELLS / sample.image.shape[0])
+        joints[:, 2] = (points[:, 2] >= trust.joint_score) & (np.array(order) >= 0)
+    image = np.rint(_blocks(sample.image.astype(np.float32), SIDE).mean((1, 3))).astype(np.uint8)
+    return image, semantic, instance, depth, joints
+
+
+def _blocks(plane: np.ndarray, side: int) -> np.ndarray:
+    """[side, f, side, f, ...] of a plane [side * f, side * f, ...]."""
+    factor = plane.shape[0] // side
+    return plane.reshape(side, factor, side, factor, *plane.shape[2:])
+
+
+def covered(mask: np.ndarray) -> np.ndarray:
+    """Cells of which a mask has at least half."""
+    return _blocks(mask.astype(np.float32), CELLS).mean((1, 3)) >= 0.5
+
+
+def _depth(metres: np.ndarray) -> np.ndarray:
+    """Mean metres of each cell over the pixels where they are known."""
+    known = _blocks((metres > 0).astype(np.float32), CELLS).sum((1, 3))
+    return (_blocks(metres, CELLS).sum((1, 3)) / np.maximum(known, 1)).astype(np.float32)
+
+
+def voted(found: SemanticMap, classes: Sequence[str], confidence: float) -> np.ndarray:
+    """Label map of cells in the numbers of `classes`: the surest class of each, ignored where its mean confidence is below `confidence`."""
+    numbers = np.full(256, len(classes), np.int64)
+    numbers[: len(found.classes)] = [classes.index(name) if name in classes else len(classes) for name in found.classes]
+    votes = np.eye(len(classes) + 1, dtype=np.float32)[numbers[found.labels]] * found.confidence[..., None]
+    votes = _blocks(votes, CELLS).mean((1, 3))
+    best = votes.argmax(2)
+    best[(votes.max(2) < confidence) | (best == len(classes))] = IGNORED
+    return best.astype(np.uint8)
+
+
+def _instance_map(found: Instances, vocabulary: Vocabulary, wanted: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Number and class of the best instance of each cell; where an unwanted one lies, both are ignored."""
+    instance, kinds = np.zeros((CELLS, CELLS), np.uint8), np.zeros((CELLS, CELLS), np.uint8)
+    for k in np.argsort(found.scores, kind="stable"):
+        inside, name = covered(found.masks[k]), found.classes[found.class_ids[k]]
+        is_wanted = name in wanted and name in vocabulary.classes
+        instance[inside] = min(int(k) + 1, IGNORED - 1) if is_wanted else IGNORED
+        kinds[inside] = vocabulary.classes.index(name) if is_wanted else IGNORED
+    return instance, kinds
+
+
+def _stacked(vocabulary: Vocabulary, rows: Sequence[tuple[np.ndarray, ...]]) -> Lessons:
+    columns = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
+    return Lessons(vocabulary, *columns, weights=torch.ones(len(rows)))

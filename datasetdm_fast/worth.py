@@ -1,0 +1,96 @@
+"""What the images of a run are worth: the same small student taught by real images alone and with the run's, scored on unseen ones."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers.labelled import Source
+from datasetdm_fast.run_folder import Run
+
+FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}
+LESS_IS_BETTER = ("depth",)
+T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 6: 2.447, 8: 2.306, 10: 2.228, 12: 2.179, 14: 2.145, 16: 2.120, 18: 2.101}  # Student's t, two-sided
+NORMAL = 1.96
+SEEDS = 3
+
+
+def student_tasks(learnt: Source, judged: Source, run: Run, asked: Sequence[str]) -> tuple[str, ...]:
+    """The labels that both data sets and the run have, or those asked for."""
+    there = [task for task in FIGURES if task in learnt.tasks and task in judged.tasks and task in run.tasks]
+    if absent := [task for task in asked if task not in there]:
+        raise Refused(f"--task: no student can learn {', '.join(absent)} here", f"Data and run have {', '.join(there) or 'no label in common'}.")
+    if not there:
+        raise Refused(f"{run.path}: has {', '.join(run.tasks)}, the data {', '.join(learnt.tasks)}: no label in common", "Choose another run or other data.")
+    return tuple(asked) or tuple(there)
+
+
+def worth(
+    learnt: Source,
+    judged: Source,
+    run: Run,
+    tasks: Sequence[str],
+    count: int,
+    *,
+    seeds: int = SEEDS,
+    steps: int = 0,
+    told: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """{task: {real, both, gain, interval, ...}} of students taught from `count` real images, with and without the run's."""
+    from datasetdm_fast import student as students
+    from datasetdm_fast import student_data
+    from datasetdm_fast.metrics import METRICS
+
+    if count > len(learnt):
+        raise Refused(f"--real {count}: the data set has {len(learnt)} images", "Ask for fewer.")
+    vocabulary = student_data.vocabulary_of(learnt)
+    if vocabulary.classes != student_data.vocabulary_of(judged).classes:
+        raise Refused("--student: the images that teach and those that judge have other classes", "Choose --data and --learn-from of one data set.")
+    real = student_data.real((learnt[k] for k in range(count)), learnt, vocabulary).balanced()
+    generated = student_data.synthetic(run, vocabulary, student_data.Trust()).balanced()
+    told(f"{len(real)} real images, {len(generated)} generated ones ({generated.left_out} left out)")
+    items = tuple(judged)
+    exam = student_data.real(items, judged, vocabulary).images
+    course = students.Course(**({"steps": steps} if steps else {}))
+    scores: dict[str, dict[str, list[float]]] = {task: {"real": [], "both": []} for task in tasks}
+    for seed in range(seeds):
+        for arm, sets in (("real", (real,)), ("both", (real, generated))):
+            student = students.teach(sets, course, seed, tasks)
+            meters = {task: METRICS[task](judged) for task in tasks}
+            for truth, answer in zip(items, students.answers(student, exam)):
+                for task, meter in meters.items():
+                    meter.add(truth, getattr(answer, task))
+            for task, meter in meters.items():
+                scores[task][arm].append(meter.result()[FIGURES[task]])
+            told(f"seed {seed}, {arm}: " + ", ".join(f"{task} {FIGURES[task]} {scores[task][arm][-1]:.3f}" for task in tasks))
+    images = {"real": len(real), "synthetic": len(generated), "left_out": generated.left_out, "judged": len(items)}
+    return {task: compared(task, found["real"], found["both"]) | {"images": images, "steps": course.steps} for task, found in scores.items()}
+
+
+def compared(task: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Means over the seeds, the gain with its 95 % interval, and whether the interval lies on the better side of nothing."""
+    gain = statistics.fmean(after) - statistics.fmean(before)
+    error = math.hypot(*(statistics.stdev(values) / math.sqrt(len(values)) for values in (before, after)))
+    half = T95.get(2 * (len(before) - 1), NORMAL) * error
+    helps = gain + half < 0 if task in LESS_IS_BETTER else gain - half > 0
+    means = {"real": statistics.fmean(before), "both": statistics.fmean(after), "gain": gain, "interval": [gain - half, gain + half]}
+    return means | {"figure": FIGURES[task], "helps": helps, "seeds": {"real": list(before), "both": list(after)}}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures for a reader."""
+    lines = [f"{'task':10}  {'figure':8}  {'real':>6}  {'both':>6}  gain (95 % interval)"]
+    for task, row in found.items():
+        low, high = row["interval"]
+        verdict = "helps" if row["helps"] else "no clear help"
+        lines.append(f"{task:10}  {row['figure']:8}  {row['real']:6.3f}  {row['both']:6.3f}  {row['gain']:+.3f} ({low:+.3f} to {high:+.3f}): {verdict}")
+    images = next(iter(found.values()))["images"]
+    seeds = len(next(iter(found.values()))["seeds"]["real"])
+    steps = next(iter(found.values()))["steps"]
+    lines.append(
+        f"{images['real']} real and {images['synthetic']} generated images, {seeds} students of each kind, {steps} steps, {images['judged']} unseen images"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,241 @@
+"""Students learn, arms are equal, scenes that judge teach nobody, and a claim holds by its figures alone."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.claims import page, rows, sets
+from bench.claims.exam import Arm, Exam, Record
+from bench.claims.rows import CLAIMS, judged, row_of
+from datasetdm_fast import evaluate, student_data, worth
+from datasetdm_fast import student as students
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.demo import world
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.student import Course
+from datasetdm_fast.student_data import CELLS, IGNORED, SIDE, Trust
+
+TASKS = ("semantic", "instance", "depth", "pose")
+SOURCE = sets.scenes(sets.LABELLED, 12, SIDE)
+VOCABULARY = student_data.vocabulary_of(SOURCE)
+SHORT = Course(steps=12, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def lessons():
+    return student_data.real(SOURCE, SOURCE, VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def exam():
+    return Exam.of("few", sets.scenes(sets.TEST, 8, SIDE))
+
+
+def some(lessons, chosen):
+    """A few of the images."""
+    return replace(lessons, **{name: getattr(lessons, name)[chosen] for name in ("images", "semantic", "instance", "depth", "joints", "weights")})
+
+
+def generated(prompt_classes=("ball",), **changes):
+    """A generated sample of 128 pixels that shows a ball on a table."""
+    rows_, columns = np.mgrid[:128, :128]
+    ball = (rows_ - 64) ** 2 + (columns - 40) ** 2 < 20**2
+    semantic = np.where(rows_ < 30, 0, 1).astype(np.uint8)
+    semantic[ball] = VOCABULARY.classes.index("ball")
+    sure = np.full((128, 128), 0.9, np.float32)
+
+    class Sample:
+        id, classes, image = "00000000", prompt_classes, np.full((128, 128, 3), 90, np.uint8)
+        depth, keypoints = DepthMap(np.full((128, 128), 2.0, np.float32), 4.0), None
+        instances = Instances(ball[None], np.array([0]), np.array([0.8], np.float32), VOCABULARY.things)
+
+    Sample.semantic = SemanticMap(semantic, sure, VOCABULARY.classes)
+    for name, value in changes.items():
+        setattr(Sample, name, value)
+    return Sample()
+
+
+def test_loss_falls_and_every_answer_is_there(lessons, exam):
+    told = []
+    course = Course(steps=30, batch_size=4)
+    student = students.teach([lessons], course, 0, told=lambda step, loss: told.append(loss))
+    assert len(told) == course.steps and np.mean(told[-5:]) < 0.7 * np.mean(told[:5])
+    assert sum(parameter.numel() for parameter in student.parameters()) < 1_000_000
+    answer = students.answers(student, exam.images)[0]
+    assert answer.semantic.labels.shape == answer.depth.metres.shape == (SIDE, SIDE) and (answer.depth.metres > 0).all()
+    assert answer.instance.masks.shape[1:] == (SIDE, SIDE) and answer.pose.points.shape[1:] == (len(world.JOINTS), 3)
+
+
+def test_large_student_has_less_than_a_million_parameters():
+    assert sum(parameter.numel() for parameter in students.Student(VOCABULARY, "large").parameters()) < 1_000_000
+
+
+def test_same_seed_same_student(lessons):
+    first, again, other = (students.teach([lessons], replace(SHORT, steps=3), seed).head.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_arms_take_equal_steps_and_batches(lessons):
+    seen = {}
+    for name, found in {"real": (lessons,), "both": (lessons, lessons)}.items():
+        counts = students.shares(SHORT, len(found))
+        views = [students.drawn(some, count, torch.Generator().manual_seed(0)) for some, count in zip(found, counts)]
+        told = []
+        students.teach(found, replace(SHORT, steps=3), 0, told=lambda step, loss, told=told: told.append(step))
+        seen[name] = (len(told), sum(len(view.images) for view in views))
+    assert seen["real"] == seen["both"] == (3, SHORT.batch_size)
+
+
+def test_scenes_that_judge_teach_nobody():
+    taught = set().union(*(sets.seeds(sets.scenes(sets.LABELLED, 100, SIDE, fits)) for fits in (sets.is_any, sets.is_seen, sets.is_day)))
+    asked = set().union(*(sets.seeds(sets.scenes(sets.TEST, 300, SIDE, fits)) for fits in (sets.is_any, sets.is_elsewhere)))
+    chosen_on = sets.seeds(sets.scenes(sets.VALIDATION, 300, SIDE))
+    assert not taught & asked and not taught & chosen_on and not asked & chosen_on and len(asked) > 300
+    assert max(taught | asked | chosen_on) < 10_000_000  # where the scenes begin that taught the demo model
+
+
+def test_scenes_of_a_kind():
+    day = sets.scenes(sets.LABELLED, 10, SIDE, sets.is_day)
+    assert {world.sample_scene(seed).domain for seed in sets.seeds(day)} == {"day"} and len(day) == 10
+    seen = sets.scenes(sets.LABELLED, 10, SIDE, sets.is_seen)
+    assert not {thing.kind for seed in sets.seeds(seen) for thing in world.sample_scene(seed).things} & set(sets.UNSEEN)
+
+
+def test_mirrored_views_keep_labels_on_their_things(lessons):
+    """Wherever an image was moved, its own label map was: the colours under a label stay those of the scene."""
+    one = some(lessons, torch.tensor([k for k in range(len(lessons)) if (lessons.joints[k, :, 2] > 0).all()][:1]))
+    person = VOCABULARY.classes.index("person")
+    before = one.joints[0, :, :2].floor().long()
+    on_it = (one.semantic[0, before[:, 1].clamp(0, CELLS - 1), before[:, 0].clamp(0, CELLS - 1)] == person).float().mean()
+    for seed in range(6):
+        view = students.drawn(one, 1, torch.Generator().manual_seed(seed))
+        kept = view.joints[0, :, 2] > 0
+        places = view.joints[0, kept, :2].floor().long()
+        assert (view.semantic[0, places[:, 1].clamp(0, CELLS - 1), places[:, 0]] == person).float().mean() >= on_it - 0.35
+
+
+def test_weights_draw_the_rarer_more_often(lessons):
+    few = lessons.balanced()
+    assert few.weights.min() >= 1 and few.weights.max() <= student_data.MOST_TIMES and len(few) == len(lessons)
+    first = replace(lessons, weights=torch.tensor([1.0] + [0.0] * 11))
+    view = students.drawn(first, 8, torch.Generator().manual_seed(0))
+    assert set(view.depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
+
+
+def test_what_is_not_trusted_is_ignored():
+    ball, cone = VOCABULARY.classes.index("ball"), VOCABULARY.classes.index("cone")
+    _, semantic, instance, depth, joints = student_data.of_sample(generated(), VOCABULARY, Trust())
+    assert (semantic == ball).sum() > 60 and (instance == 1).sum() > 60 and (depth == 2).all() and not joints[:, 2].any()
+    foreign = generated()
+    foreign.semantic.labels[100:120, 100:120] = cone
+    _, semantic, *_ = student_data.of_sample(foreign, VOCABULARY, Trust())
+    assert not (semantic == cone).any() and (semantic[26:29, 26:29] == IGNORED).all()
+    unsure = generated()
+    unsure.semantic.confidence[:] = 0.3
+    assert (student_data.of_sample(unsure, VOCABULARY, Trust(confidence=0.5, least_cells=0))[1] == IGNORED).all()
+    assert student_data.of_sample(generated(("ball", "star")), VOCABULARY, Trust()) is None, "the star that the prompt names is not there"
+    other = Instances(generated().instances.masks, np.array([2]), np.array([0.8], np.float32), VOCABULARY.things)
+    _, semantic, instance, *_ = student_data.of_sample(generated(("ball", "cone"), instances=other), VOCABULARY, Trust(least_cells=0))
+    assert not (semantic == ball).any() and not (instance == 1).any(), "one label says ball, the other cone"
+
+
+def test_joints_come_along():
+    points = np.concatenate([np.full((1, 7, 2), 64.0), np.full((1, 7, 1), 0.9)], 2).astype(np.float32)
+    points[0, 0, 2] = 0.1
+    found = Keypoints(points, np.full((1, 7), 2), np.array([0.9], np.float32), world.JOINTS)
+    _, _, _, _, joints = student_data.of_sample(generated(("ball", "person"), keypoints=found), VOCABULARY, Trust(least_cells=0))
+    assert joints[0, 2] == 0 and (joints[1:] == [CELLS / 2, CELLS / 2, 1]).all()
+
+
+def test_a_run_of_odd_size_is_refused():
+    odd = generated(image=np.zeros((100, 100, 3), np.uint8))
+    with pytest.raises(Refused, match="100 pixels of a side do not divide into 64"):
+        student_data.of_sample(odd, VOCABULARY, Trust())
+
+
+def test_figures_are_kept_and_found_again(lessons, exam, tmp_path):
+    arm = Arm("real", (lessons,), SHORT, TASKS)
+    record = Record(tmp_path, lambda line: None)
+    first = record.figures(arm, 0, exam)
+    assert (record.taught, record.found) == (1, 0) and set(first) == set(TASKS)
+    again = Record(tmp_path, lambda line: None)
+    assert again.figures(arm, 0, exam) == first and (again.taught, again.found) == (0, 1)
+    changed = replace(arm, course=replace(SHORT, rate=1e-3)), replace(arm, sets=(some(lessons, torch.arange(6)),)), replace(arm, tasks=("semantic",))
+    assert len({one.digest(0, exam) for one in (arm, *changed)} | {arm.digest(1, exam)}) == 5
+    students_again = students.answers(again.student(arm, 0, exam), exam.images)[0]
+    assert np.isfinite(students_again.depth.metres).all()
+
+
+HELD = [
+    ("semantic", (60.0, 61.0, 62.0), (70.0, 71.0, 72.0), True),
+    ("semantic", (60.0, 61.0, 62.0), (64.0, 65.0, 66.0), False),  # 4 points are less than 5
+    ("semantic", (50.0, 61.0, 72.0), (60.0, 71.0, 82.0), False),  # 10 points within 2 sigma
+    ("instance", (10.0, 10.5, 11.0), (15.0, 15.5, 16.0), True),
+    ("instance", (10.0, 10.5, 11.0), (13.0, 13.5, 14.0), False),
+    ("depth", (0.10, 0.101, 0.102), (0.07, 0.071, 0.072), True),
+    ("depth", (0.10, 0.101, 0.102), (0.09, 0.091, 0.092), False),
+    ("depth", (0.07, 0.071, 0.072), (0.10, 0.101, 0.102), False),  # worse by as much
+    ("pose", (40.0, 40.5, 41.0), (44.0, 44.5, 45.0), True),
+    ("zero-shot", (0.0, 0.0, 0.0), (40.0, 41.0, 42.0), True),
+    ("long-tail", (30.0, 31.0, 32.0), (39.0, 40.0, 41.0), False),
+    ("parity", (40.0, 41.0, 42.0), (40.5, 41.5, 42.5), True),
+    ("parity", (40.0, 40.1, 40.2), (50.0, 50.1, 50.2), False),
+]
+
+
+@pytest.mark.parametrize("name, before, after, holds", HELD)
+def test_holds_comes_from_the_figures(name, before, after, holds):
+    row = row_of(CLAIMS[name], {"real": before, "synthetic": after, "both": after}, {"images": {}})
+    assert row["holds"] is holds and bool(row["reason"]) is not holds
+    assert row["real"] == pytest.approx(np.mean(before)) and row["gain"] == pytest.approx(np.mean(after) - np.mean(before))
+    assert row["sigma"] == pytest.approx(np.hypot(np.std(before, ddof=1), np.std(after, ddof=1)))
+    low, high = row["interval"]
+    assert low <= row["gain"] <= high
+    json.dumps(row, allow_nan=False)
+
+
+def test_one_student_proves_nothing():
+    assert not judged(CLAIMS["semantic"], [10.0], [90.0])["holds"]
+
+
+def document():
+    images = {"real": 100, "synthetic": 600, "left_out": 100}
+    found = {}
+    for name, claim in CLAIMS.items():
+        values = {"real": (0.1, 0.11), "synthetic": (0.09, 0.1), "both": (0.05, 0.06)} if claim.rule == "less" else {"real": (40.0, 41.0), "both": (60.0, 61.0)}
+        found[name] = row_of(claim, values, {"steps": 100, "images": images if name != "parity" else {"torch": 60, "fast": 61}})
+    found["instance"]["cells"] = [found["instance"] | {"student": "small", "real_scenes": count} for count in (100, 50)]
+    setting = {"real": 100, "synthetic": 600, "seeds": 2, "steps": 100, "test": 1000}
+    machine = {"device": "Some CPU", "commit": "abc1234", "versions": {"torch": "2.13.0"}}
+    return {"format": 1, "suite": "claims", "date": "2026-01-01", "command": "python -m bench claims", "machine": machine, "setting": setting, "rows": found}
+
+
+def test_page_chart_and_table_show_what_does_not_hold():
+    import xml.etree.ElementTree as ET
+
+    found = document()
+    ET.fromstring(page.chart(found))
+    text, written = page.section(found), page.page(found, {"real": "Real <scenes>"})
+    assert found["rows"]["parity"]["holds"] is False and "no: the two engines" in text and "no: the two engines" in written
+    assert "Real &lt;scenes&gt;" in written and text.count("\n|") == 2 + len(CLAIMS) + 1
+    assert "20.0 (" in text and "small student, 50 real" in text
+
+
+def test_worth_of_a_run(tmp_path, capsys):
+    """The command over a run of two images: every figure, both arms, and refusals."""
+    assert evaluate.main(["--student"]) == 2 and "--run is missing" in capsys.readouterr().err
+    row = worth.compared("depth", [0.1, 0.11, 0.12], [0.05, 0.051, 0.052])
+    assert row["helps"] and row["gain"] < 0 and row["interval"][1] < 0
+    assert not worth.compared("semantic", [0.5, 0.6, 0.7], [0.52, 0.62, 0.72])["helps"]
+
+
+def test_commands_refuse_what_proves_nothing(capsys):
+    from bench import __main__ as bench
+    from datasetdm_fast.flags import run_command
+
+    assert run_command(bench.dispatch, ["claims", "--seeds", "1"]) == 2 and "one student has no spread" in capsys.readouterr().err
+    assert run_command(bench.dispatch, ["claims", "--rows", "semantics"]) == 2 and "semantic" in capsys.readouterr().err
+    assert rows.OUTSIDE == 2

@@ -1,0 +1,71 @@
+"""Tuning of kernels: sizes that are wrong or do not fit are never chosen, and what was found can be pasted."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from bench import tune
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.kernels import OPS, fused, launch
+
+CPU = torch.device("cpu")
+SIZES = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
+
+def test_neighbours_change_one_size_within_its_limits():
+    found = list(tune.neighbours(SIZES | {"num_warps": 16}))
+    assert [one["BLOCK_S"] for one in found[:2]] == [32, 128] and all(one["num_warps"] in (8, 16) for one in found)
+    assert sorted(one["num_stages"] for one in found if one["BLOCK_S"] == 64 and one["num_warps"] == 16) == [1, 3]
+    assert len({tuple(one.items()) for one in found}) == len(found) == 5
+
+
+def test_the_way_down_ends_at_the_fastest_that_is_right():
+    table, key = {}, ("some kernel", 16)
+
+    def cost():
+        sizes = table[key]
+        return math.inf if sizes["num_stages"] > 2 else abs(math.log2(sizes["BLOCK_S"]) - 9) + sizes["num_warps"] + 1
+
+    best, least = tune.descend(table, key, SIZES, cost, 8.0, time.monotonic() + 60)
+    assert best == SIZES | {"BLOCK_S": 512, "num_warps": 1} == table[key] and least == 2.0
+    assert tune.descend(table, key, SIZES, cost, 8.0, 0.0) == (SIZES, 8.0)  # no time left: what there was
+
+
+@pytest.mark.skipif(not launch.IS_INTERPRETED, reason="kernels run in the interpreter where there is no GPU")
+def test_a_kernel_is_tuned_and_a_wrong_one_has_no_time(monkeypatch):
+    case = OPS["layer_norm"].cases()[0].inputs
+    monkeypatch.setattr(tune, "model_sizes", lambda op, drawn: [("small", case)])
+    monkeypatch.setattr(tune, "WINDOW", 0.0)
+    monkeypatch.setitem(launch.TABLE, "untuned", dict(launch.TABLE["untuned"]))
+    (judged,) = tune.judged_cases("layer_norm", "fp32", CPU)
+    rows = list(tune.op_rows("layer_norm", "fp32", CPU, [judged], time.monotonic() + 1))
+    assert [row.get("kernel", row.get("form")) for row in rows] == ["layer_norm", "fused", "plain"]
+    assert rows[0]["bits"] == 32 and rows[0]["after_s"] <= rows[0]["before_s"]
+    assert judged.seconds(lambda *inputs: fused.layer_norm(*inputs) * 1.01, CPU) == math.inf
+    monkeypatch.setattr(fused, "layer_norm", lambda *inputs: fused.missing(*inputs))
+    assert [row["form_s"] for row in tune.op_rows("layer_norm", "fp32", CPU, [judged], 0.0) if row.get("form") == "fused"] == [None]
+
+
+def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():
+    def form(name, seconds, dtype="fp16"):
+        return {"op": "geglu", "form": name, "dtype": dtype, "case": "c", "form_s": seconds}
+
+    rows = [form("fused", 1.0), form("plain", 2.0), form("fused", 1.0, "bf16"), form("plain", 2.0, "bf16")]
+    assert tune.fastest(rows) == {"geglu": "fused"} and tune.fastest([*rows, form("fused", None)]) == {"geglu": "plain"}
+    kernel = {"kernel": "geglu", "bits": 16, "sizes": SIZES, "before_s": 2.0, "after_s": 1.0}
+    document = {"machine": {"device": "Some GPU"}, "parts": {"geglu fp16": {"status": "done", "rows": [kernel, *rows]}}}
+    said = tune.table_lines(document)
+    assert said[1].strip() == '("geglu", 16): _row(4, 2, BLOCK_S=64),' and said[-1].endswith("FORMS['Some GPU']: {'geglu': 'fused'}")
+
+
+def test_the_command_wants_a_gpu_and_one_thing_to_do(monkeypatch):
+    from bench import kernels
+
+    monkeypatch.setattr(launch, "IS_INTERPRETED", False)
+    with pytest.raises(Refused, match="--audit and --tune"):
+        kernels.main([])
+    if launch.triton is not None and not torch.cuda.is_available():
+        with pytest.raises(Missing, match="no CUDA device"):
+            kernels.main(["--tune"])
