@@ -32,8 +32,8 @@ TOLERANCE = 1e-6
 class Course:
     """How a student is taught; arms that are compared have the same one."""
 
-    steps: int = 400
-    batch_size: int = 16
+    steps: int = 800
+    batch_size: int = 8
     rate: float = 3e-3
     weight_decay: float = 0.02
     synthetic_share: float = 0.5  # of a batch, where there are both

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
@@ -173,6 +174,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _school(config: TrainConfig, ranks: Ranks) -> School:
+    from datasetdm_fast import untrusted
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
@@ -196,7 +198,7 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
             print(line, file=sys.stderr, flush=True)
 
     for name, reason in list(source.skipped.items())[:LISTED]:
-        say(f"left out   {name}: {reason}")
+        say(f"left out   {untrusted.plain(name)}: {untrusted.plain(reason)}")
     if len(source.skipped) > LISTED:
         say(f"left out   {len(source.skipped)} in all")
     return School(config, engine, source, ranks, tuple(range(len(source))), say)
@@ -283,6 +285,11 @@ def _planned(school: School, task: str) -> tuple[Any, dict[str, Any], Any]:
     others = {**school.config.identity(), "timestep": _timestep(school), "model_digests": school.engine.model.digests, "images": len(learnt)}
     for name in ("task", "steps", "batch_size", "rate"):  # said by the recipe, task by task
         del others[name]
+    if not others.pop("skip_bad") or not school.source.skipped:
+        others["left_out"] = ""
+    else:
+        names = "\n".join(sorted(school.source.skipped))
+        others["left_out"] = f"{len(school.source.skipped)} images, {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:12]}"
     return recipe, settings_of(recipe.config, recipe.schedule, others | {"task": task, "held_out_images": len(held)}), words
 
 

@@ -1,4 +1,4 @@
-"""Settings every test needs before torch is imported, and the skip of GPU tests where there is no GPU."""
+"""Settings every test needs before torch is imported, the skip of GPU tests where there is no GPU, and figures at the end."""
 
 import os
 
@@ -32,3 +32,13 @@ def pytest_collection_modifyitems(items):
 def cache_of_its_own(tmp_path_factory):
     """What the tests convert or build is kept apart from the user's cache, and between two tests."""
     os.environ["DATASETDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Figures that tests recorded under "told": what a passing test prints itself is not shown."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    told = [line for report in reports for name, line in getattr(report, "user_properties", ()) if name == "told"]
+    if told:
+        terminalreporter.section("told by the tests")
+        for line in dict.fromkeys(told):
+            terminalreporter.write_line(line)

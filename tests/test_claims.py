@@ -34,6 +34,11 @@ def exam():
     return Exam.of("few", sets.scenes(sets.TEST, 8, SIDE))
 
 
+def some(lessons, chosen):
+    """A few of the images."""
+    return replace(lessons, **{name: getattr(lessons, name)[chosen] for name in ("images", "semantic", "instance", "depth", "joints", "weights")})
+
+
 def generated(prompt_classes=("ball",), **changes):
     """A generated sample of 128 pixels that shows a ball on a table."""
     rows_, columns = np.mgrid[:128, :128]
@@ -55,9 +60,9 @@ def generated(prompt_classes=("ball",), **changes):
 
 def test_loss_falls_and_every_answer_is_there(lessons, exam):
     told = []
-    course = Course(steps=60, batch_size=4)
+    course = Course(steps=30, batch_size=4)
     student = students.teach([lessons], course, 0, told=lambda step, loss: told.append(loss))
-    assert len(told) == course.steps and np.mean(told[-10:]) < 0.5 * np.mean(told[:5])
+    assert len(told) == course.steps and np.mean(told[-5:]) < 0.7 * np.mean(told[:5])
     assert sum(parameter.numel() for parameter in student.parameters()) < 1_000_000
     answer = students.answers(student, exam.images)[0]
     assert answer.semantic.labels.shape == answer.depth.metres.shape == (SIDE, SIDE) and (answer.depth.metres > 0).all()
@@ -86,9 +91,9 @@ def test_arms_take_equal_steps_and_batches(lessons):
 
 def test_scenes_that_judge_teach_nobody():
     taught = set().union(*(sets.seeds(sets.scenes(sets.LABELLED, 100, SIDE, fits)) for fits in (sets.is_any, sets.is_seen, sets.is_day)))
-    asked = set().union(*(sets.seeds(sets.scenes(sets.TEST, 1000, SIDE, fits)) for fits in (sets.is_any, sets.is_elsewhere)))
-    chosen_on = sets.seeds(sets.scenes(sets.VALIDATION, 1000, SIDE))
-    assert not taught & asked and not taught & chosen_on and not asked & chosen_on and len(asked) > 1000
+    asked = set().union(*(sets.seeds(sets.scenes(sets.TEST, 300, SIDE, fits)) for fits in (sets.is_any, sets.is_elsewhere)))
+    chosen_on = sets.seeds(sets.scenes(sets.VALIDATION, 300, SIDE))
+    assert not taught & asked and not taught & chosen_on and not asked & chosen_on and len(asked) > 300
     assert max(taught | asked | chosen_on) < 10_000_000  # where the scenes begin that taught the demo model
 
 
@@ -101,7 +106,7 @@ def test_scenes_of_a_kind():
 
 def test_mirrored_views_keep_labels_on_their_things(lessons):
     """Wherever an image was moved, its own label map was: the colours under a label stay those of the scene."""
-    one = lessons.only(torch.tensor([k for k in range(len(lessons)) if (lessons.joints[k, :, 2] > 0).all()][:1]))
+    one = some(lessons, torch.tensor([k for k in range(len(lessons)) if (lessons.joints[k, :, 2] > 0).all()][:1]))
     person = VOCABULARY.classes.index("person")
     before = one.joints[0, :, :2].floor().long()
     on_it = (one.semantic[0, before[:, 1].clamp(0, CELLS - 1), before[:, 0].clamp(0, CELLS - 1)] == person).float().mean()
@@ -117,20 +122,17 @@ def test_weights_draw_the_rarer_more_often(lessons):
     assert few.weights.min() >= 1 and few.weights.max() <= student_data.MOST_TIMES and len(few) == len(lessons)
     first = replace(lessons, weights=torch.tensor([1.0] + [0.0] * 11))
     view = students.drawn(first, 8, torch.Generator().manual_seed(0))
-    assert all(
-        torch.equal(depth.unique(), lessons.depth[0].unique()) or set(depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
-        for depth in view.depth
-    )
+    assert set(view.depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
 
 
 def test_what_is_not_trusted_is_ignored():
     ball, cone = VOCABULARY.classes.index("ball"), VOCABULARY.classes.index("cone")
     _, semantic, instance, depth, joints = student_data.of_sample(generated(), VOCABULARY, Trust())
-    assert (semantic == ball).sum() > 200 and (instance == 1).sum() > 200 and (depth == 2).all() and not joints[:, 2].any()
+    assert (semantic == ball).sum() > 60 and (instance == 1).sum() > 60 and (depth == 2).all() and not joints[:, 2].any()
     foreign = generated()
     foreign.semantic.labels[100:120, 100:120] = cone
     _, semantic, *_ = student_data.of_sample(foreign, VOCABULARY, Trust())
-    assert not (semantic == cone).any() and (semantic[50:60, 50:60] == IGNORED).all() if CELLS > 60 else (semantic[26:29, 26:29] == IGNORED).all()
+    assert not (semantic == cone).any() and (semantic[26:29, 26:29] == IGNORED).all()
     unsure = generated()
     unsure.semantic.confidence[:] = 0.3
     assert (student_data.of_sample(unsure, VOCABULARY, Trust(confidence=0.5, least_cells=0))[1] == IGNORED).all()
@@ -161,7 +163,7 @@ def test_figures_are_kept_and_found_again(lessons, exam, tmp_path):
     assert (record.taught, record.found) == (1, 0) and set(first) == set(TASKS)
     again = Record(tmp_path, lambda line: None)
     assert again.figures(arm, 0, exam) == first and (again.taught, again.found) == (0, 1)
-    changed = replace(arm, course=replace(SHORT, rate=1e-3)), replace(arm, sets=(lessons.only(torch.arange(6)),)), replace(arm, tasks=("semantic",))
+    changed = replace(arm, course=replace(SHORT, rate=1e-3)), replace(arm, sets=(some(lessons, torch.arange(6)),)), replace(arm, tasks=("semantic",))
     assert len({one.digest(0, exam) for one in (arm, *changed)} | {arm.digest(1, exam)}) == 5
     students_again = students.answers(again.student(arm, 0, exam), exam.images)[0]
     assert np.isfinite(students_again.depth.metres).all()
@@ -204,7 +206,7 @@ def document():
     found = {}
     for name, claim in CLAIMS.items():
         values = {"real": (0.1, 0.11), "synthetic": (0.09, 0.1), "both": (0.05, 0.06)} if claim.rule == "less" else {"real": (40.0, 41.0), "both": (60.0, 61.0)}
-        found[name] = row_of(claim, values, {"images": images if name != "parity" else {"torch": 60, "fast": 61}})
+        found[name] = row_of(claim, values, {"steps": 100, "images": images if name != "parity" else {"torch": 60, "fast": 61}})
     found["instance"]["cells"] = [found["instance"] | {"student": "small", "real_scenes": count} for count in (100, 50)]
     setting = {"real": 100, "synthetic": 600, "seeds": 2, "steps": 100, "test": 1000}
     machine = {"device": "Some CPU", "commit": "abc1234", "versions": {"torch": "2.13.0"}}
@@ -218,7 +220,7 @@ def test_page_chart_and_table_show_what_does_not_hold():
     ET.fromstring(page.chart(found))
     text, written = page.section(found), page.page(found, {"real": "Real <scenes>"})
     assert found["rows"]["parity"]["holds"] is False and "no: the two engines" in text and "no: the two engines" in written
-    assert "Real &lt;scenes&gt;" in written and text.count("\n|") == 2 + len(CLAIMS) + 1 - 0 - 1 + 1
+    assert "Real &lt;scenes&gt;" in written and text.count("\n|") == 2 + len(CLAIMS) + 1
     assert "20.0 (" in text and "small student, 50 real" in text
 
 

@@ -14,6 +14,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.engines.trt import TrtEngine
+from datasetdm_fast.engines.trt_plan import LoadedPlan
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export import flavours, sealed
 from datasetdm_fast.export.manifest import Manifest
@@ -204,11 +205,14 @@ def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
 @pytest.mark.parametrize("capabilities", [(), ("sm86", "sm89")])
 def test_plans_built_elsewhere_are_used_for_every_batch_they_hold(demo, tmp_path, monkeypatch, capabilities):
     _, _, built = prebuilt(demo, tmp_path, monkeypatch, (1, 2), capabilities)
-    engine = make_engine(demo, tmp_path)
+    engine, kept = make_engine(demo, tmp_path), []
+    keep = LoadedPlan._keep_compiled
+    monkeypatch.setattr(LoadedPlan, "_keep_compiled", lambda self: kept.append((self.plan.facts["stage"], len(self._calls))) or keep(self))
     for batch in (2, 1):
         context = engine.encode_text([""] * batch + ["a ball"] * batch)
         assert engine.denoise(torch.zeros(batch, 4, 16, 16), 401, context).shape == (2 * batch, 4, 16, 16)
     assert not built and not engine.told
+    assert kept == [("encode_text", 1), ("denoise", 1), ("denoise", 2)]  # after each shape that was compiled
     engine.denoise(torch.zeros(3, 4, 16, 16), 401, engine.encode_text([""] * 6))
     assert [order.profiles[0]["latents"][0][0] for order in built] == [3]
 

@@ -352,6 +352,8 @@ BAD = {
         True,
     ),
     "an annotation of no image": (*instances(lambda d: d["annotations"][0].update(image_id=4711))[:3], False),
+    "an annotation id that is there twice": (*instances(lambda d: d["annotations"][1].update(id=d["annotations"][0]["id"]))[:3], False),
+    "no annotations": (*instances(lambda d: d.update(annotations=[]))[:3], False),
     "an image that is there twice": (*instances(lambda d: d["images"].append(d["images"][0]))[:3], False),
     "broken JSON": ("coco", "annotations/instances_train2017.json", lambda p: p.write_text(p.read_text()[:-40]), False),
     "JSON with NaN": ("coco", "annotations/instances_train2017.json", replaced('"iscrowd": 0', '"iscrowd": NaN'), False),

@@ -21,6 +21,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as command
 from datasetdm_fast.export import flavours, plans, sealed, to_onnx, to_tensorrt
 from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.export.plan_commands import row_line
 from datasetdm_fast.models import decoders as decoder_files
 from datasetdm_fast.models.decoder_config import upstream
 
@@ -56,21 +57,16 @@ def built(tmp_path_factory):
     return folder, json.loads(said.getvalue())
 
 
-def test_every_stage_of_the_demo_model_becomes_a_plan_for_cards_that_are_not_here(built):
+def test_every_stage_of_the_demo_model_becomes_a_plan_for_cards_that_are_not_here(built, record_property):
     folder, told = built
     rows = {row["stage"]: row for row in told["plans"]}
     assert set(rows) == set(Manifest.read(folder).stages) and len(rows) == 10 + IS_LONG
-    print_rows(told["plans"])
+    for row in told["plans"]:
+        record_property("told", f"demo, {told['flavour']}: {row_line(row)}")
     for stage, row in rows.items():
         weights = sum((folder / name).stat().st_size for name in {Manifest.read(folder).stages[stage].data} - {""} if "unet" not in name)
         assert row["layers"] > 5 and row["seconds"] > 0 and row["built"] and row["bytes"] > weights
     assert told["capabilities"] == CARDS.split(",")
-
-
-def print_rows(rows) -> None:
-    from datasetdm_fast.export.plan_commands import row_line
-
-    print("", *(row_line(row) for row in rows), sep="\n")
 
 
 def test_the_same_line_again_reads_what_is_there(built, monkeypatch, capsys):
@@ -184,12 +180,13 @@ STAGES += tuple(f"annotate_{task}" for task in ("semantic", "open-vocabulary", "
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_of_a_quarter_of_stable_diffusion_builds(quarter, stage, tmp_path):
+def test_every_stage_of_a_quarter_of_stable_diffusion_builds(quarter, stage, tmp_path, record_property):
     folder, manifest = quarter
     assert set(manifest.stages) == set(STAGES)
     order = to_tensorrt.make_order(stage, manifest, to_tensorrt.Target(rtx(), (2,), ("sm89",)))
     notes = to_tensorrt.run_builder(folder / manifest.stages[stage].file, order, tmp_path / "plan", rtx(), is_quiet=True)
-    print_rows([{"stage": stage, "bytes": (tmp_path / "plan").stat().st_size, "built": True, **notes}])
+    row = {"stage": stage, "bytes": (tmp_path / "plan").stat().st_size, "built": True, **notes}
+    record_property("told", f"a quarter of SD, {rtx().title}: {row_line(row)}")
     assert notes["layers"] > 5
     if stage.startswith("denoise"):
         assert notes["fused_attentions"] == 32  # 16 transformers, each with an attention to itself and one to the text

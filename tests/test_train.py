@@ -305,14 +305,20 @@ def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, ca
 def test_bad_images_are_left_out_and_named(run, tmp_path, capsys):
     kind, write, tasks = LAYOUTS["folder"]
     write(tmp_path / "data")
-    broken = sorted((tmp_path / "data").rglob("*.png"))[0]
+    for folder in sorted(path for path in (tmp_path / "data").iterdir() if path.is_dir()):
+        first = sorted(folder.iterdir())[0]
+        first.rename(folder / "a\n\x1b[31mname.png")  # nothing in a name may steer a terminal
+    broken = tmp_path / "data" / "images" / "a\n\x1b[31mname.png"
     broken.write_bytes(b"no picture")
     line = ["--data", f"{kind}:{tmp_path / 'data'}", "--task", tasks[0], "--steps", "1"]
     assert run(*line) == 2
-    assert broken.stem in capsys.readouterr().err
+    assert "31mname" in (err := capsys.readouterr().err) and "\x1b" not in err
     assert run(*line, "--skip-bad") == 0
     err = capsys.readouterr().err
-    assert "images     2 to learn from" in err and "left out" in err and broken.stem in err
+    assert "images     2 to learn from" in err and "left out" in err and "31mname" in err and "\x1b" not in err
+    broken.unlink()
+    assert run(*line, out="whole") == run(*line, "--skip-bad", out="whole") == 0
+    assert "finished" in capsys.readouterr().err
 
 
 def test_a_learning_curve_can_be_taught_from_growing_parts(captures):

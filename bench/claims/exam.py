@@ -29,11 +29,10 @@ class Exam:
     name: str
     source: Source
     items: tuple[Labelled, ...]
-    unseen: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, source: Source, unseen: Sequence[str] = ()) -> Exam:
-        return cls(name, source, tuple(source), tuple(unseen))
+    def of(cls, name: str, source: Source) -> Exam:
+        return cls(name, source, tuple(source))
 
     @property
     def images(self) -> torch.Tensor:
@@ -54,7 +53,7 @@ class Arm:
 
     def digest(self, seed: int, exam: Exam) -> str:
         """Of everything that decides the figures, the student's own code among it."""
-        found = hashlib.sha256(json.dumps([asdict(self.course), self.tasks, seed, exam.digest(), exam.unseen, students.has_bf16()]).encode())
+        found = hashlib.sha256(json.dumps([asdict(self.course), self.tasks, seed, exam.digest(), students.has_bf16()]).encode())
         found.update(Path(students.__file__).read_bytes())
         for lessons in self.sets:
             for name in TENSORS:
@@ -64,7 +63,7 @@ class Arm:
 
 def figures(student: Student, exam: Exam, tasks: Sequence[str]) -> dict[str, dict]:
     """Every figure of every task over the exam's images."""
-    meters = {task: METRICS[task](exam.source, exam.unseen) if task == "semantic" else METRICS[task](exam.source) for task in tasks}
+    meters = {task: METRICS[task](exam.source) for task in tasks}
     for truth, answer in zip(exam.items, students.answers(student, exam.images)):
         for task, meter in meters.items():
             meter.add(truth, getattr(answer, task))

@@ -159,9 +159,9 @@ def _cell(words: str, is_verdict: bool) -> str:
 def _images(row: Mapping[str, Any]) -> str:
     images = row["images"]
     if "torch" in images:
-        return f"the same prompts and seeds through both engines; {images['torch']} and {images['fast']} of the images are trusted"
+        return f"the same prompts and seeds through both engines; {images['torch']} and {images['fast']} of the images are trusted; {row['steps']} steps"
     left_out = f"{images['left_out']} more left out, as something their prompt names is not to be seen"
-    text = f"{images['real']} real scenes, {images['synthetic']} generated images ({left_out})"
+    text = f"{images['real']} real scenes, {images['synthetic']} generated images ({left_out}), {row['steps']} steps"
     classes = f"; classes {', '.join(row['classes'])}" if "classes" in row else ""
     if "unseen" in row:
         classes += f"; both: seen {sum(row['seen']) / len(row['seen']):.1f}, unseen {sum(row['unseen']) / len(row['unseen']):.1f}"

@@ -83,6 +83,17 @@ def described(rows: dict[str, Any], scale, command: Sequence[str], is_quick: boo
     }
 
 
+def over(found: dict, names: Sequence[str]) -> float:
+    """Mean IoU of some classes in points."""
+    return 100 * sum(found["semantic"]["per_class"][name] for name in names) / len(names)
+
+
+def harmonic(found: dict, seen: Sequence[str], unseen: Sequence[str]) -> float:
+    """Harmonic mean of what classes with and without labelled scenes score."""
+    first, second = over(found, seen), over(found, unseen)
+    return 2 * first * second / (first + second) if first + second else 0.0
+
+
 class Bench:
     """The sets, labellers and exams of every row, made when a row first asks for them."""
 
@@ -156,82 +167,80 @@ class Bench:
         path = self.folder / "sets" / f"{name}-{self.scale.synthetic}-{self.scale.labeller_steps}.pt"
         return self.once(path.name, lambda: sets.kept(path, self.vocabulary, make).balanced())
 
-    def exam(self, name: str = "everything", fits: str = "is_any", unseen: Sequence[str] = ()):
+    def exam(self, name: str = "everything", fits: str = "is_any"):
         from bench.claims import sets
         from bench.claims.exam import Exam
 
-        return self.once(f"exam {name}", lambda: Exam.of(name, sets.scenes(sets.TEST, self.scale.test, self.side, getattr(sets, fits)), unseen))
+        return self.once(f"exam {name}", lambda: Exam.of(name, sets.scenes(sets.TEST, self.scale.test, self.side, getattr(sets, fits))))
 
-    def scores(self, arms: dict[str, tuple], exam, tasks: Sequence[str], pick: Callable[[dict], float], size: str = "small") -> dict[str, list[float]]:
+    def scores(self, arms: dict[str, tuple], exam, tasks: Sequence[str], pick: Callable[[dict], float], **course: Any) -> dict[str, list[float]]:
         """{arm: figure of every seed}."""
-        made = self.arms(arms, tasks, size)
+        made = self.arms(arms, tasks, **course)
         return {name: [pick(self.record.figures(arm, seed, exam)) for seed in range(self.scale.seeds)] for name, arm in made.items()}
 
-    def arms(self, arms: dict[str, tuple], tasks: Sequence[str], size: str = "small") -> dict[str, Any]:
+    def arms(self, arms: dict[str, tuple], tasks: Sequence[str], **course: Any) -> dict[str, Any]:
         from bench.claims.exam import Arm
 
-        return {name: Arm(name, found, replace(self.course, size=size), tuple(tasks)) for name, found in arms.items()}
+        return {name: Arm(name, found, replace(self.course, **course), tuple(tasks)) for name, found in arms.items()}
 
     def three(self, real, synthetic) -> dict[str, tuple]:
         return {"real": (real,), "synthetic": (synthetic,), "both": (real, synthetic)}
 
-    def main_arms(self) -> dict[str, tuple]:
-        return self.three(self.real(self.scale.real), self.generated("fast", self.scale.synthetic))
+    def main_arms(self, count: int = 0) -> dict[str, tuple]:
+        return self.three(self.real(count or self.scale.real), self.generated("fast", self.scale.synthetic))
 
     def _main(self, name: str) -> tuple[dict, dict]:
         """Rows that read different figures of the same students."""
         from bench.claims.sets import RARE
 
-        picks = {
-            "semantic": lambda found: 100 * found["semantic"]["miou"],
-            "depth": lambda found: found["depth"]["absrel"],
-            "pose": lambda found: 100 * found["pose"]["oks_ap"],
-            "long-tail": lambda found: 100 * sum(found["semantic"]["per_class"][rare] for rare in RARE) / len(RARE),
-        }
-        arms = self.main_arms()
+        pick, count = {
+            "semantic": (lambda found: 100 * found["semantic"]["miou"], self.scale.real),
+            "depth": (lambda found: found["depth"]["absrel"], self.scale.fewer),
+            "pose": (lambda found: 100 * found["pose"]["oks_ap"], self.scale.fewer),
+            "long-tail": (lambda found: over(found, RARE), self.scale.real),
+        }[name]
+        arms = self.main_arms(count)
         facts = self.facts(arms) | ({"classes": list(RARE)} if name == "long-tail" else {})
-        return self.scores(arms, self.exam(), TASKS, picks[name]), facts
+        return self.scores(arms, self.exam(), TASKS, pick), facts
 
     def _instance(self) -> tuple[dict, dict]:
         """Two numbers of real scenes and two sizes of student; the row is the first of the four, and holds where all four do."""
         from bench.claims.rows import CLAIMS, row_of
 
         synthetic, cells = self.generated("fast", self.scale.synthetic), []
-        for size in ("small", "large"):
+        for size, steps in (("small", self.scale.steps), ("large", self.scale.steps // 2)):  # the large one's steps cost twice as much
             for count in (self.scale.real, self.scale.fewer):
                 arms = self.three(self.real(count), synthetic)
-                scores = self.scores(arms, self.exam(), TASKS, lambda found: 100 * found["instance"]["ap"], size)
-                cells.append(row_of(CLAIMS["instance"], scores, {"student": size, "real_scenes": count}))
+                scores = self.scores(arms, self.exam(), TASKS, lambda found: 100 * found["instance"]["ap"], size=size, steps=steps)
+                cells.append(row_of(CLAIMS["instance"], scores, {"student": size, "real_scenes": count, "steps": steps}))
         return cells[0]["seeds"], self.facts(self.main_arms()) | {"cells": cells}
 
     def _zero_shot(self) -> tuple[dict, dict]:
-        from bench.claims.sets import UNSEEN
+        from bench.claims.sets import SEEN, UNSEEN
 
         arms = self.three(self.real(self.scale.real, "is_seen"), self.relabelled("zero-shot", "is_seen", "by_its_prompt", lambda row: len(row.classes) == 1))
-        picked: dict[str, list] = {}
-
-        def pick(found: dict) -> float:
-            picked.setdefault("seen", []).append(100 * found["semantic"]["seen"])
-            picked.setdefault("unseen", []).append(100 * found["semantic"]["unseen"])
-            return 100 * found["semantic"]["harmonic"]
-
-        scores = self.scores(arms, self.exam("zero-shot", unseen=UNSEEN), ("semantic",), pick)
-        return scores, self.facts(arms) | {"classes": list(UNSEEN)} | {name: picked[name][-self.scale.seeds :] for name in picked}
+        exam, tasks = self.exam(), ("semantic",)
+        picks = {"seen": lambda found: over(found, SEEN), "unseen": lambda found: over(found, UNSEEN), "both": lambda found: harmonic(found, SEEN, UNSEEN)}
+        steps = self.scale.steps // 2  # one task to learn instead of four
+        scores = {name: self.scores(arms, exam, tasks, pick, steps=steps) for name, pick in picks.items()}
+        return scores["both"], self.facts(arms) | {"steps": steps, "classes": list(UNSEEN)} | {name: scores[name]["both"] for name in ("seen", "unseen")}
 
     def _domain(self) -> tuple[dict, dict]:
         from bench.claims.sets import says_elsewhere
 
         arms = self.three(self.real(self.scale.real, "is_day"), self.relabelled("domain", "is_day", "as_it_is", says_elsewhere))
-        scores = self.scores(arms, self.exam("elsewhere", "is_elsewhere"), ("semantic",), lambda found: 100 * found["semantic"]["miou"])
-        return scores, self.facts(arms)
+        exam, steps = self.exam("elsewhere", "is_elsewhere"), self.scale.steps // 2
+        scores = self.scores(arms, exam, ("semantic",), lambda found: 100 * found["semantic"]["miou"], steps=steps)
+        return scores, self.facts(arms) | {"steps": steps}
 
     def _parity(self) -> tuple[dict, dict]:
         """The same prompts and seeds through both engines: here `real` is the oracle's set and `both` that of the fast engine."""
         arms = {"real": (self.generated("torch", self.scale.parity),), "both": (self.generated("fast", self.scale.parity),)}
-        scores = self.scores(arms, self.exam(), TASKS, lambda found: 100 * found["semantic"]["miou"])
-        return scores, {"images": {"torch": len(arms["real"][0]), "fast": len(arms["both"][0])}}
+        steps = self.scale.steps // 4  # there are few images
+        scores = self.scores(arms, self.exam(), TASKS, lambda found: 100 * found["semantic"]["miou"], steps=steps)
+        return scores, {"steps": steps, "images": {"torch": len(arms["real"][0]), "fast": len(arms["both"][0])}}
 
     def facts(self, arms: dict[str, tuple]) -> dict[str, Any]:
         """How many different images each side has."""
         real, synthetic = arms["both"]
-        return {"images": {"real": self.scale.real, "synthetic": len(synthetic), "left_out": synthetic.left_out}}
+        return {"steps": self.scale.steps, "images": {"real": len(real), "synthetic": len(synthetic), "left_out": synthetic.left_out}}

@@ -17,7 +17,7 @@ from datasetdm_fast.run_folder import Run, StoredSample, open_run
 from datasetdm_fast.student_data import Lessons, Vocabulary
 
 LABELLED = 1000  # first seed of the scenes that taught the labellers and teach the students
-VALIDATION = 7_000_000  # first seed of the scenes that settings are chosen on
+VALIDATION = 700_000  # first seed of the scenes that settings are chosen on
 TEST = 6_000_000  # first seed of the scenes that judge, looked at once
 SEARCHED = 100_000  # seeds gone through at most for scenes of a kind
 UNSEEN = ("cone", "tree")
@@ -82,8 +82,8 @@ class Scale:
     labeller_draws: int
 
 
-FULL = Scale(seeds=3, steps=400, real=100, fewer=50, synthetic=720, parity=96, test=1000, labeller_steps=900, labeller_draws=4)
-QUICK = Scale(seeds=2, steps=100, real=100, fewer=50, synthetic=96, parity=16, test=200, labeller_steps=120, labeller_draws=1)
+FULL = Scale(seeds=3, steps=800, real=100, fewer=50, synthetic=780, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
+QUICK = Scale(seeds=2, steps=120, real=100, fewer=50, synthetic=80, parity=16, test=200, labeller_steps=100, labeller_draws=1)
 
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,17 +11,14 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from ..data import Capture, ProjectedCapture
 from ..errors import Missing, Refused
 from ..export.manifest import Manifest, StageFile
 from ..export.staging import say
-from ..export.to_onnx import RAW, annotate_name, cached
-from ..kernels import pyramid
+from ..export.to_onnx import RAW, cached
 from ..loading import Model
 from ..models.trunk import Decoder
-from ..stages import LEVELS
-from .fast import CHUNK_PIXELS, DTYPES, FastEngine
-from .memory import BATCH, suggested
+from .fast import CHUNK_PIXELS, DTYPES
+from .graphs import GraphEngine
 from .providers import NAMES, available, require_provider
 from .torch import resolve_device
 
@@ -30,14 +26,10 @@ NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np
 FATAL = 3  # ONNX Runtime's log level that leaves only errors
 
 
-class OrtEngine:
-    """See engines.Engine; the weights of `model` and `decoders` are read at construction, and their graphs written to the cache if they are not there.
-
-    UNet and autoencoder run in `dtype`; text encoder, timesteps, level sums and decoders are fp32 in every mode.
-    """
+class OrtEngine(GraphEngine):
+    """See GraphEngine; the weights of `model` and `decoders` are read at construction, and their graphs written to the cache if they are not there."""
 
     name = "ort"
-    adjustments: Mapping[str, int] = {}
 
     def __init__(
         self,
@@ -77,97 +69,19 @@ class OrtEngine:
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         return self._run("encode_text", tokens=self.model.token_ids(prompts))["context"]
 
-    @torch.inference_mode()
-    def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
-        return self.encode_text(words).mean(1)
+    def _call_unet(self, stage: str, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
+        return self._run(stage, latents=latents, timestep=torch.tensor(float(timestep)), context=context)
 
-    @torch.inference_mode()
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
-        return self._run("denoise", latents=latents, timestep=torch.tensor(float(timestep)), context=context)["noise"]
+    def _call_autoencoder(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
+        size = max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
+        parts = [self._run(stage, **{name: part}) for part in values.split(size)]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
-    @torch.inference_mode()
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
-        """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
-        if not self.decoders:
-            return self.denoise_and_keep(latents, timestep, context)
-        found = self._run("denoise_and_capture", latents=latents, timestep=torch.tensor(float(timestep)), context=context)
-        unread = {f"sums_{level.name}": latents.new_zeros(len(latents), 0, level.side, level.side) for level in self.model.levels}
-        return found["noise"], ProjectedCapture(tuple((unread | found)[f"sums_{name}"] for name in LEVELS), self.slices)
+    def _channels(self) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        return self.manifest.channels
 
-    @functools.cached_property
-    def slices(self) -> dict[str, tuple[slice, ...]]:
-        """Task -> per level, its own channels of the sums."""
-        return {task: tuple(slice(*own.get(name, (0, 0))) for name in LEVELS) for task, own in self.manifest.channels.items()}
-
-    @torch.inference_mode()
-    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
-        """The noise and every captured feature and map as the reference engine gives them."""
-        found = self._run(RAW, latents=latents, timestep=torch.tensor(float(timestep)), context=context)
-
-        def ordered(kind: str, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
-            return tuple(tuple(found[f"{kind}_{name}_{place}"] for place in range(count)) for name, count in zip(LEVELS, counts))
-
-        features = ordered("features", [len(level.features) for level in self.model.levels])
-        return found["noise"], Capture(features, ordered("maps", [len(level.heads) for level in self.model.levels]))
-
-    def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return self.decode_and_check(latents)[0]
-
-    @torch.inference_mode()
-    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        parts = [self._run("decode_image", latents=part) for part in latents.split(self._chunk)]
-        return torch.cat([part["image"] for part in parts]), torch.cat([part["is_finite"] for part in parts])
-
-    @torch.inference_mode()
-    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
-        moments = torch.cat([self._run("encode_image", image=part)["moments"] for part in images.split(self._chunk)])
-        latents, log_variance = moments.chunk(2, 1)
-        if generators is not None:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-            latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(self.device)
-        return latents * self.model.vae.config.scaling_factor
-
-    @property
-    def _chunk(self) -> int:
-        return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
-
-    @torch.inference_mode()
-    def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
-        if task not in self.decoders:
-            loaded = ", ".join(self.decoders) or "none"
-            raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
-        inputs = self._sums(task, capture)
-        if not self.decoders[task].config.has_text:
-            return self._run(annotate_name(task), **inputs)
-        width = self.decoders[task].config.text_width
-        if text is None or text.ndim not in (2, 3) or text.shape[0] != capture.batch or text.shape[-1] != width:
-            given = "nothing" if text is None else f"shape {list(text.shape)}"
-            raise Refused(f"open-vocabulary decoder: text is {given}, expected class embeddings [{capture.batch}, {width}] or [{capture.batch}, K, {width}]")
-        if text.ndim == 3:
-            return self._run(annotate_name(task), **inputs, text=text)
-        return {name: value[:, 0] for name, value in self._run(annotate_name(task), **inputs, text=text[:, None]).items()}
-
-    def _sums(self, task: str, capture: ProjectedCapture | Capture) -> dict[str, Tensor]:
-        """What the task's decoder reads, by the names of its stage."""
-        if isinstance(capture, ProjectedCapture):
-            return {f"sums_{name}": total for name, total in zip(LEVELS, capture.of(task).sums) if total.shape[1]}
-        weights = self.decoders[task].projections()
-        levels = {level.name: (place, level.side) for place, level in enumerate(self.model.levels)}
-        return {
-            f"sums_{name}": pyramid.projected(capture.features[place], capture.maps[place], weights[name].to(self.device), side)
-            for name, (place, side) in levels.items()
-            if name in weights
-        }
-
-    def suggested_batch(self) -> int:
-        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
-
-    def widened(self) -> FastEngine | None:
-        return None if self.precision == "fp32" else self._wide
-
-    @functools.cached_property
-    def _wide(self) -> FastEngine:
-        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
+    def _call_decoder(self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None) -> dict[str, Tensor]:
+        return self._run(stage, **sums, **({} if words is None else {"text": words}))
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.engines.fast import FastEngine
-from datasetdm_fast.engines.memory import BATCH, suggested
+from datasetdm_fast.engines.graphs import GraphEngine
 from datasetdm_fast.engines.torch import resolve_device
 from datasetdm_fast.engines.trt_plan import LoadedPlan, Queue
 from datasetdm_fast.errors import Missing, Refused
@@ -20,25 +18,22 @@ from datasetdm_fast.export import flavours
 from datasetdm_fast.export.golden import Reference
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest
 from datasetdm_fast.export.plans import PlanFolder, say
-from datasetdm_fast.export.to_onnx import RAW, annotate_name, export, source_digest
+from datasetdm_fast.export.to_onnx import RAW, export, source_digest
 from datasetdm_fast.export.to_tensorrt import WORDS, Target, at_once, open_plan
-from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.loading import Model
 from datasetdm_fast.models.trunk import Decoder
-from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.storage import cache_folder
 
 PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
 
 
-class TrtEngine:
-    """See engines.Engine; plans are built at the first call of a batch size, or read from `folder`, where `export` may have put them.
+class TrtEngine(GraphEngine):
+    """See GraphEngine; plans are built at the first call of a batch size, or read from `folder`, where `export` may have put them.
 
-    UNet and autoencoder run in `dtype`; text encoder, level sums and decoders are fp32 in every mode. All calls share one stream.
+    All calls share one stream.
     """
 
     name = "trt"
-    adjustments: Mapping[str, int] = {}
 
     def __init__(
         self,
@@ -122,7 +117,6 @@ class TrtEngine:
         loaded = LoadedPlan(plan, manifest.stages[stage], self.flavour, self.queue, opened.key)
         # Of a model in eight bits the UNet call alone has them.
         loaded.check("fp16" if self.precision == "fp8" and stage != "denoise" else self.precision)
-        loaded.keep_compiled()
         self._loaded.setdefault(stage, []).append(loaded)
         return loaded
 
@@ -148,96 +142,25 @@ class TrtEngine:
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         return self._in_parts("encode_text", "tokens", self.model.token_ids(prompts).to(self.device))["context"]
 
-    @torch.inference_mode()
-    def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
-        return self.encode_text(words).mean(1)
+    def _call_unet(self, stage: str, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
+        return self._call(stage, len(latents), {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context})
 
-    @torch.inference_mode()
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
-        return self._call("denoise", len(latents), self._inputs(latents, timestep, context))["noise"]
+    def _call_autoencoder(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
+        return self._in_parts(stage, name, values.to(self.device))
 
-    @torch.inference_mode()
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
-        """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
-        if not self.decoders:
-            return self.denoise_and_keep(latents, timestep, context)
-        found = self._call("denoise_and_capture", len(latents), self._inputs(latents, timestep, context))
-        unread = [latents.new_zeros(len(latents), 0, level.side, level.side, dtype=torch.float32, device=self.device) for level in self.model.levels]
-        return found["noise"], ProjectedCapture(tuple(found.get(f"sums_{name}", none) for name, none in zip(LEVELS, unread)), self._slices)
-
-    @functools.cached_property
-    def _slices(self) -> dict[str, tuple[slice, ...]]:
-        channels = self._manifest("denoise_and_capture")[1].channels
-        return {task: tuple(slice(*own.get(name, (0, 0))) for name in LEVELS) for task, own in channels.items()}
-
-    @torch.inference_mode()
-    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
-        """The noise and every captured feature and map as the reference engine gives them."""
-        found = self._call(RAW, len(latents), self._inputs(latents, timestep, context))
-
-        def ordered(kind: str, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
-            return tuple(tuple(found[f"{kind}_{name}_{place}"] for place in range(count)) for name, count in zip(LEVELS, counts))
-
-        levels = self.model.levels
-        return found["noise"], Capture(ordered("features", [len(one.features) for one in levels]), ordered("maps", [len(one.heads) for one in levels]))
-
-    def _inputs(self, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
-        return {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context}
+    def _channels(self) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        return self._manifest("denoise_and_capture")[1].channels
 
     @functools.cached_property
     def _timestep(self) -> Callable[[float], Tensor]:
         # On the device already: a copy from the host would make the loop wait.
         return functools.lru_cache(2048)(lambda timestep: torch.tensor(timestep, dtype=torch.float32, device=self.device))
 
-    def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
-        return self.decode_and_check(latents)[0]
-
-    @torch.inference_mode()
-    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        found = self._in_parts("decode_image", "latents", latents)
-        return found["image"], found["is_finite"]
-
-    @torch.inference_mode()
-    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
-        latents, log_variance = self._in_parts("encode_image", "image", images.to(self.device))["moments"].chunk(2, 1)
-        if generators is not None:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-            latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(self.device)
-        return latents * self.model.vae.config.scaling_factor
-
-    @torch.inference_mode()
-    def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
-        if task not in self.decoders:
-            loaded = ", ".join(self.decoders) or "none"
-            raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
-        own = capture.of(task) if isinstance(capture, ProjectedCapture) else self._projected(task, capture)
-        sums = {f"sums_{name}": total for name, total in zip(LEVELS, own.sums) if total.shape[1]}
-        stage = annotate_name(task)
-        if text is None:
-            return self._call(stage, own.batch, sums)
-        words = text[:, None] if text.ndim == 2 else text
-        parts = [self._call(stage, own.batch, sums | {"text": _filled(part, WORDS, 1)}) for part in words.split(WORDS, 1)]
-        answer = {name: torch.cat([part[name] for part in parts], 1)[:, : words.shape[1]] for name in parts[0]}
-        return {name: value[:, 0] for name, value in answer.items()} if text.ndim == 2 else answer
-
-    def _projected(self, task: str, capture: Capture) -> ProjectedCapture:
-        weights = self.decoders[task].projections()
-        sums = []
-        for level, features, maps in zip(self.model.levels, capture.features, capture.maps):
-            weight = weights.get(level.name)
-            none = features[0].new_zeros(capture.batch, 0, level.side, level.side)
-            sums.append(none if weight is None else pyramid.projected(features, maps, weight.to(features[0].device), level.side))
-        return ProjectedCapture(tuple(sums), {})
-
-    def suggested_batch(self) -> int:
-        return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
-
-    def widened(self) -> FastEngine | None:
-        return None if self.precision == "fp32" else self._wide
-
-    @functools.cached_property
-    def _wide(self) -> FastEngine:
-        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device))
+    def _call_decoder(self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None) -> dict[str, Tensor]:
+        if words is None:
+            return self._call(stage, batch, sums)
+        parts = [self._call(stage, batch, {**sums, "text": _filled(part, WORDS, 1)}) for part in words.split(WORDS, 1)]
+        return {name: torch.cat([part[name] for part in parts], 1)[:, : words.shape[1]] for name in parts[0]}
 
     def fingerprint(self) -> dict[str, str]:
         return {

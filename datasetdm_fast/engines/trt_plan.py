@@ -77,6 +77,7 @@ class LoadedPlan:
         if batch not in self._calls:
             with self.queue.here():
                 self._calls[batch] = Call(self, self.batches.index(batch), batch)
+            self._keep_compiled()
         return self._calls[batch](inputs)
 
     def _deserialised(self):
@@ -147,7 +148,7 @@ class LoadedPlan:
     def _compiled_facts(self) -> dict[str, str]:
         return {"kind": "compiled kernels", "plan": self.plan.path.stem, "version": self.flavour.version, "gpu": self.queue.gpu}
 
-    def keep_compiled(self) -> None:
+    def _keep_compiled(self) -> None:
         """Writes the kernels that were compiled on this GPU beside the plan, so that the next start need not compile them."""
         if self.compiled is None:
             return

@@ -55,8 +55,9 @@ class Annotations:
                     crowds.append(bool(value.get("iscrowd")))
             except (ValueError, TypeError, OverflowError) as error:
                 raise files.bad(path, f"{key}, byte {start}: {error}") from error
-        if not self.images or not self.categories:
-            raise files.bad(path, "no images or no categories in it")
+        for what, there in (("images", self.images), ("categories", self.categories), ("annotations", areas)):
+            if not there:
+                raise files.bad(path, f"no {what} in it")
         self.rows = {name: np.frombuffer(column, np.int64) if len(column) else np.zeros(0, np.int64) for name, column in rows.items()}
         self.areas, self.crowds = np.array(areas), np.array(crowds, bool)
         self.order = np.argsort(self.rows["image"], kind="stable")
@@ -73,7 +74,10 @@ class Annotations:
             self.joints = tuple(value["keypoints"])
 
     def _check_ids(self) -> None:
-        """Annotations of unknown categories make their image bad; those of unknown images have none to make bad."""
+        """Annotations of unknown categories make their image bad; those of unknown images, or with the id of another, have none to make bad."""
+        ids = np.sort(self.rows["id"])
+        if len(twice := ids[1:][ids[1:] == ids[:-1]]):
+            raise files.bad(self.path, f"the annotation id {twice[0]} is there twice")
         known = np.isin(self.rows["category"], list(self.categories))
         for row in np.flatnonzero(~known):
             self.bad[int(self.rows["image"][row])] = f"annotation {self.rows['id'][row]} has the unknown category {self.rows['category'][row]}"

@@ -112,7 +112,13 @@ def truth_picture(task: str, lessons: Lessons, item: Labelled) -> Image.Image:
         people = [(person[:, :2], person[:, 2] > 0) for person in item.keypoints]
         return _skeletons(item.image, people, lessons.views.source.limbs)
     truth = target(lessons.views.source, item, task)
-    return _masks(item.image, truth.masks.numpy(), truth.classes.numpy())
+    masks, classes = truth.masks.numpy(), truth.classes.numpy()
+    if task == "instance":
+        return _masks(item.image, masks, classes)
+    words = np.zeros(item.image.shape[:2], np.uint8)  # as the answer has them: 0 = none, 1 + k = word k
+    for mask, k in zip(masks, classes):
+        words[mask] = (k + 1) % 256
+    return _painted(words)
 
 
 def answer_picture(item: Labelled, found: Annotation) -> Image.Image:
@@ -132,9 +138,14 @@ def _painted(labels: np.ndarray) -> Image.Image:
 
 
 def _masks(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.Image:
+    """Each thing in its class's colour, the same for truth and answer, within a white outline of its own."""
     pixels = np.ascontiguousarray(image).astype(np.float32)
-    for k, mask in enumerate(masks):
-        pixels[mask] = 0.4 * pixels[mask] + 0.6 * np.array(colour(int(classes[k]) + 1 + 7 * k), np.float32)
+    for mask, k in zip(masks, classes):
+        pixels[mask] = 0.4 * pixels[mask] + 0.6 * np.array(colour(int(k) + 1), np.float32)
+    for mask in masks:
+        around = np.pad(mask, 1)
+        is_inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+        pixels[mask & ~is_inside] = 255
     return Image.fromarray(pixels.astype(np.uint8))
 
 
