@@ -82,7 +82,7 @@ class Scale:
     labeller_draws: int
 
 
-FULL = Scale(seeds=3, steps=800, real=100, fewer=50, synthetic=780, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
+FULL = Scale(seeds=3, steps=800, real=100, fewer=50, synthetic=1000, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
 QUICK = Scale(seeds=2, steps=120, real=100, fewer=50, synthetic=80, parity=16, test=200, labeller_steps=100, labeller_draws=1)
 
 
