@@ -129,6 +129,7 @@ def retold(run: Run, positions: Sequence[int], decoder, rename: Callable[[Stored
     from datasetdm_fast.inversion import capture_timestep, invert
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.tasks import TASKS
+    from datasetdm_fast.tasks.named import held_to
 
     engine = build_engine("fast", load_model("demo"), {"semantic": decoder})
     timestep = capture_timestep([decoder.config])
@@ -136,7 +137,8 @@ def retold(run: Run, positions: Sequence[int], decoder, rename: Callable[[Stored
         samples = [run[position] for position in positions[start : start + READ_TOGETHER]]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         capture = invert(engine, images, [sample.prompt for sample in samples], timestep, [sample.seed for sample in samples])
-        labels = TASKS["semantic"].postprocess(engine.annotate("semantic", capture, None), decoder.config, engine.model.size)
+        raw = held_to(engine.annotate("semantic", capture, None), decoder.config, [sample.prompt for sample in samples])
+        labels = TASKS["semantic"].postprocess(raw, decoder.config, engine.model.size)
         for sample, label in zip(samples, labels):
             yield Retold(sample.id, sample.image, sample.classes, rename(sample, label))
 
