@@ -310,7 +310,26 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
     for name, stored in rows[0].files.values():
         assert len(there.cat_file(f"/bucket/run/{name}")) == stored.size
     assert there.exists("/bucket/run/gallery/depth/00000000.png") and bucket.read("images/none.png") is None
+    with run_folder.RunFolder(made.folder, made.document) as folder:
+        folder.add([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {})
+        folder.rebuild()
+    bucket.complete(made.folder)
+    for name in (run_folder.DOCUMENT, run_folder.LEDGER, run_folder.SEAL, *run_folder.index_files(made.document)):
+        assert bucket.read(name) == (made.folder / name).read_bytes(), name
     monkeypatch.setattr(type(there), "size", lambda self, path: 1)
     with pytest.raises(Missing, match="not all of it is there"):
         bucket.put({"a": b"content"})
     there.rm("/bucket", recursive=True)
+
+
+@with_ray
+def test_the_cluster_of_the_readme_is_one_that_ray_accepts():
+    import json
+
+    import jsonschema
+    import ray
+    import yaml
+
+    described = yaml.safe_load((HERE.parent / "docs" / "cluster.yaml").read_text(encoding="utf-8"))
+    jsonschema.validate(described, json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8")))
+    assert described["head_node_type"] in described["available_node_types"]
