@@ -128,6 +128,7 @@ def workers(parent: psutil.Process | subprocess.Popen) -> list[psutil.Process]:
 
 
 @with_ray
+@pytest.mark.loopback
 def test_interrupted_killed_and_with_a_worker_killed_a_run_ends_with_the_same_bytes(alone, head, command, tmp_path):
     """Ctrl-C, kill -9 of the driver and kill -9 of a worker, one after the other in one run; the same line goes on each time."""
     out, line = tmp_path / "run", ("--cluster", head.address, "--ranks", "2")
@@ -157,6 +158,7 @@ PROMPTS = [f"a ball {k}" if k != 5 else "broken" for k in range(SAMPLES)]
 
 
 @with_ray
+@pytest.mark.loopback
 def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, tmp_path):
     """The store ends with every byte of a run folder of one process, a sample that did not come out set aside as there."""
     prompts = tmp_path / "prompts.txt"
@@ -180,6 +182,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     assert still_running(started) == [], "Ray outlived its driver"
 
 
+@pytest.mark.loopback
 def test_an_address_nobody_answers_at_ends_the_command_at_once(command, tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
