@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,10 +192,27 @@ def test_an_address_nobody_answers_at_ends_the_command_at_once(command, tmp_path
         process = command("--cluster", f"ray://127.0.0.1:{port}")
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 3 and out == "" and time.monotonic() - begin < 30
-    assert (
-        errors.splitlines()[0] == f"--cluster ray://127.0.0.1:{port}: nobody answers at 127.0.0.1:{port} (Connection refused)" and len(errors.splitlines()) == 2
-    )
+    assert errors.splitlines()[0] == f"--cluster ray://127.0.0.1:{port}: no head at 127.0.0.1:{port} (Connection refused)" and len(errors.splitlines()) == 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize(("answer", "told"), [(b"", "timed out"), (b"HTTP/1.0 400 Bad request\r\n", "what answers is no head of a Ray cluster")])
+def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def serve() -> None:
+            kept = server.accept()[0]
+            kept.sendall(answer)
+            kept.recv(1000)
+            time.sleep(1)
+            kept.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(Missing, match=f"no head at 127.0.0.1:{port} .{told}"), cluster.joined(RunConfig(cluster=f"ray://127.0.0.1:{port}")):
+            pass
 
 
 def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
