@@ -35,6 +35,8 @@ from datasetdm_fast.share import BEAT
 PORT = 6379  # of a head node, where none is named
 CLIENT_PORT = 10001  # of Ray's client, which Ray Data does not run through
 CONNECT_SECONDS = 10.0
+HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame; its fourth byte says what it is, and each side begins with one
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS
 TOKEN, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
 LOOK = 0.25  # seconds between two looks at what the workers say
 STORE_BYTES = 2**28  # of shared memory for a Ray of our own: only rows travel through it
@@ -316,14 +318,22 @@ def muted() -> Iterator[None]:
 
 
 def _knock(config: RunConfig, address: str) -> None:
+    """Refuses an address where nothing answers as a head does, before Ray waits for it for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as door:
+            if os.environ.get("RAY_USE_TLS") == "1":
+                return
+            door.sendall(HTTP2_GREETING)
+            if len(answer := door.recv(len(HTTP2_SETTINGS))) > 3 and answer[3:4] == HTTP2_SETTINGS[3:4]:
+                return
+            why = "what answers is no head of a Ray cluster"
     except (OSError, UnicodeError, OverflowError) as error:
-        raise Missing(
-            f"--cluster {config.cluster}: nobody answers at {address} ({getattr(error, 'strerror', None) or error})",
-            "Start a head there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
-        ) from error
+        why = getattr(error, "strerror", None) or str(error)
+    raise Missing(
+        f"--cluster {config.cluster}: no head at {address} ({why})",
+        "Start one there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
+    )
 
 
 def _first_line(said: str) -> str:
