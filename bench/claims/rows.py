@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.worth import T95
+from datasetdm_fast.worth import t95
 
 OUTSIDE = 2.0  # sigmas a gain must exceed
 ARMS = ("real", "synthetic", "both")
@@ -56,18 +56,17 @@ def spread(values: Sequence[float]) -> float:
 
 def interval(values: Sequence[float]) -> float:
     """Half of the 95 % interval of a mean over seeds."""
-    return T95[len(values) - 1] * spread(values) / math.sqrt(len(values)) if len(values) - 1 in T95 else math.inf
+    return t95(len(values)) * spread(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 def judged(claim: Claim, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Gain, its sigma, its interval and whether the claim holds, from the figures of every seed.
+    """Gain, its sigma, its 95 % interval and whether the claim holds, from the figures of every seed.
 
-    Sigma is that of the difference between one student of each kind; a claim is held against it and not against the smaller error of the means.
+    Students of one seed begin with the same parameters in every arm, so the gain is taken seed by seed, and sigma is its spread over the seeds:
+    that of one pair of students, not the smaller error of the mean.
     """
-    sigma = math.hypot(spread(before), spread(after))
-    count = min(len(before), len(after))
-    half = T95.get(2 * (count - 1), math.inf) * math.hypot(spread(before) / math.sqrt(len(before)), spread(after) / math.sqrt(len(after)))
-    gain = mean(after) - mean(before)
+    gains = [second - first for first, second in zip(before, after, strict=True)]
+    gain, sigma, half = mean(gains), spread(gains), interval(gains)
     if claim.rule == "same":
         holds = abs(gain) <= claim.need * sigma
     elif claim.rule == "less":
