@@ -216,9 +216,9 @@ class Bench:
         return cells[0]["seeds"], self.facts(self.main_arms()) | {"cells": cells}
 
     def _zero_shot(self) -> tuple[dict, dict]:
-        from bench.claims.sets import SEEN, UNSEEN
+        from bench.claims.sets import SEEN, UNSEEN, names_one
 
-        arms = self.three(self.real(self.scale.real, "is_seen"), self.relabelled("zero-shot", "is_seen", "by_its_prompt", lambda row: len(row.classes) == 1))
+        arms = self.three(self.real(self.scale.real, "is_seen"), self.relabelled("zero-shot", "is_seen", "by_its_prompt", names_one))
         exam, tasks = self.exam(), ("semantic",)
         picks = {"seen": lambda found: over(found, SEEN), "unseen": lambda found: over(found, UNSEEN), "both": lambda found: harmonic(found, SEEN, UNSEEN)}
         steps = self.scale.steps // 2  # one task to learn instead of four
