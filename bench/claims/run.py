@@ -233,9 +233,8 @@ class Bench:
         arms = self.three(self.real(self.scale.real, "is_seen"), self.relabelled("zero-shot", "is_seen", "by_its_prompt", names_one))
         exam, tasks = self.exam(), ("semantic",)
         picks = {"seen": lambda found: over(found, SEEN), "unseen": lambda found: over(found, UNSEEN), "both": lambda found: harmonic(found, SEEN, UNSEEN)}
-        steps = self.scale.steps // 2  # one task to learn instead of four
-        scores = {name: self.scores(arms, exam, tasks, pick, steps=steps) for name, pick in picks.items()}
-        return scores["both"], self.facts(arms) | {"steps": steps, "classes": list(UNSEEN)} | {name: scores[name]["both"] for name in ("seen", "unseen")}
+        scores = {name: self.scores(arms, exam, tasks, pick) for name, pick in picks.items()}
+        return scores["both"], self.facts(arms) | {"classes": list(UNSEEN)} | {name: scores[name]["both"] for name in ("seen", "unseen")}
 
     def _domain(self) -> tuple[dict, dict]:
         from bench.claims.sets import says_elsewhere
