@@ -29,12 +29,13 @@ from datasetdm_fast.leases import MOST_FAILURES
 from datasetdm_fast.ledger import Row
 from datasetdm_fast.prompts import Source, read_source
 from datasetdm_fast.ranks import MOST_DEATHS, USUAL, Patience, Refusals, cores, look
-from datasetdm_fast.run_folder import RunFolder, read_document, write_samples
+from datasetdm_fast.run_folder import RunFolder, clean, read_document, write_samples
 from datasetdm_fast.share import BEAT
 
 PORT = 6379  # of a head node, where none is named
 CLIENT_PORT = 10001  # of Ray's client, which Ray Data does not run through
 CONNECT_SECONDS = 10.0
+TOKEN, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
 LOOK = 0.25  # seconds between two looks at what the workers say
 STORE_BYTES = 2**28  # of shared memory for a Ray of our own: only rows travel through it
 LARGEST_BLOCK = 8  # batches a worker is handed at once; it samples one while it labels the one before
@@ -233,7 +234,7 @@ def address_of(text: str) -> str | None:
         return None
     wrong = Refused(f"--cluster {text}: {named!r} is no address of a Ray cluster", "Write ray, or ray://HEAD:PORT with what `ray start --head` printed.")
     try:
-        parts = urlsplit(named if "://" in named else f"ray://{named}")
+        parts = urlsplit(named if text != "ray" or "://" in named else f"ray://{named}")
         host, port = parts.hostname, PORT if parts.port is None else parts.port
     except ValueError:
         raise wrong from None
@@ -251,8 +252,12 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     if address:
         _knock(config, address)
     # Read by Ray when it is imported or started: nothing is reported to anybody, and a head that does not answer is not waited for long.
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_BACKEND_LOG_LEVEL="fatal")
-    os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "20")
+    # Nor does what is left of one round start a Ray of its own.
+    os.environ.update(RAY_ENABLE_AUTO_CONNECT="0", RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_BACKEND_LOG_LEVEL="fatal")
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a Ray of our own would give its workers what every other process leaves over
+    if address and (any(name in os.environ for name in TOKEN) or TOKEN_FILE.exists()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` asks for it by default, but Ray itself looks only where no address is given
     try:
         import ray
         import ray.data
@@ -267,10 +272,7 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     except Exception as error:
         ray.shutdown()
-        raise Missing(
-            f"--cluster {config.cluster}: {_first_line(error)}",
-            "Run this on a machine of the cluster, with the Python and the Ray it runs." if address else "See what Ray says in /tmp/ray/session_latest/logs.",
-        ) from error
+        raise _not_joined(config, address, error) from error
     finally:
         if is_main_thread:
             signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
@@ -284,6 +286,19 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
         yield nodes
     finally:
         ray.shutdown()
+
+
+def _not_joined(config: RunConfig, address: str | None, error: BaseException) -> Missing:
+    said = [str(error)]
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+        said.append(str(error))
+    if "AuthToken" in "".join(said):
+        return Missing(f"--cluster {config.cluster}: the cluster wants another token", "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.")
+    return Missing(
+        f"--cluster {config.cluster}: {_first_line(said[0])}",
+        "Run this on a machine of the cluster, with the Python and the Ray it runs." if address else "See what Ray says in /tmp/ray/session_latest/logs.",
+    )
 
 
 @contextmanager
@@ -311,10 +326,10 @@ def _knock(config: RunConfig, address: str) -> None:
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(said: str) -> str:
     """What Ray says, without the colours and the stack it says it in."""
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {(lines or ['no reason given'])[0][:300]}"
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines() if line.strip()]
+    return (lines or ["Ray gives no reason"])[0][:300]
 
 
 def run(
@@ -473,13 +488,17 @@ class Office:
                 raise Refusals[name](cause, remedy) from error
             if "No module named 'datasetdm_fast'" in str(error):
                 raise Missing(f"--cluster {self.config.cluster}: its machines have no datasetdm_fast", NOTHING_HERE) from error
-            raise Missing(f"{self.config.out}: Ray ended the run ({_first_line(error)})", "Run the same line again: it goes on where it stopped.") from error
+            raise Missing(
+                f"{self.config.out}: Ray ended the run ({type(error).__name__}: {_first_line(str(error))})",
+                "Run the same line again: it goes on where it stopped.",
+            ) from error
 
     def close(self, seconds: float) -> Result:
         """The result, once the index files are there."""
         folder, number = Path(self.config.out), count_images(self.config)
         if self.folder is None:
             return look(folder, number, 0, seconds)
+        clean(folder)  # what workers that were killed had half-written
         self.folder.rebuild()
         if self.store:
             self.store.complete(folder)

@@ -224,12 +224,34 @@ def test_page_chart_and_table_show_what_does_not_hold():
     assert "20.0 (" in text and "small student, 50 real" in text
 
 
-def test_worth_of_a_run(tmp_path, capsys):
-    """The command over a run of two images: every figure, both arms, and refusals."""
-    assert evaluate.main(["--student"]) == 2 and "--run is missing" in capsys.readouterr().err
+class Generated(list):
+    """Samples in place of a run folder."""
+
+    tasks, path = ("semantic", "instance", "depth"), "run"
+
+
+def test_worth_of_a_run(capsys):
+    run, unseen = Generated([generated(), generated(), generated(("star",))]), sets.scenes(sets.TEST, 4, SIDE)
+    tasks = worth.student_tasks(SOURCE, unseen, run, ())
+    assert tasks == run.tasks
+    found = json.loads(json.dumps(worth.worth(SOURCE, unseen, run, tasks, 6, seeds=2, steps=2)))
+    for row in found.values():
+        assert row["images"] == {"real": 6, "synthetic": 2, "left_out": 1, "judged": 4} and row["steps"] == 2
+        assert len(row["seeds"]["real"]) == len(row["seeds"]["both"]) == 2 and row["interval"][0] <= row["gain"] <= row["interval"][1]
+    assert "6 real and 2 generated images, 2 students of each kind" in worth.table(found)
+    with pytest.raises(Refused, match="can learn pose"):
+        worth.student_tasks(SOURCE, unseen, run, ("pose",))
+    with pytest.raises(Refused, match="--real 13: the data set has 12 images"):
+        worth.worth(SOURCE, unseen, run, tasks, 13)
+    with pytest.raises(Refused, match="none of 1 generated images"):
+        worth.worth(SOURCE, unseen, Generated([generated(("star",))]), tasks, 6)
+
+
+def test_what_helps_is_outside_its_interval(capsys):
     row = worth.compared("depth", [0.1, 0.11, 0.12], [0.05, 0.051, 0.052])
     assert row["helps"] and row["gain"] < 0 and row["interval"][1] < 0
     assert not worth.compared("semantic", [0.5, 0.6, 0.7], [0.52, 0.62, 0.72])["helps"]
+    assert evaluate.main(["--student"]) == 2 and "--run is missing" in capsys.readouterr().err
 
 
 def test_commands_refuse_what_proves_nothing(capsys):

@@ -207,6 +207,7 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
     assert (out / "depth" / "training" / "result.json").read_bytes() == (tmp_path / "calm" / "depth" / "training" / "result.json").read_bytes()
 
 
+@pytest.mark.loopback
 def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
     arguments = ["--data", "demo:10@1000", "--task", "depth,semantic", "--steps", "6", "--checks", "2"]
     with socket.socket() as free:

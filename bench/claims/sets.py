@@ -82,8 +82,8 @@ class Scale:
     labeller_draws: int
 
 
-FULL = Scale(seeds=3, steps=800, real=100, fewer=50, synthetic=780, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
-QUICK = Scale(seeds=2, steps=120, real=100, fewer=50, synthetic=80, parity=16, test=200, labeller_steps=100, labeller_draws=1)
+FULL = Scale(seeds=3, steps=800, real=100, fewer=50, synthetic=1000, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
+QUICK = Scale(seeds=2, steps=200, real=100, fewer=50, synthetic=120, parity=16, test=200, labeller_steps=100, labeller_draws=1)
 
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
@@ -129,6 +129,7 @@ def retold(run: Run, positions: Sequence[int], decoder, rename: Callable[[Stored
     from datasetdm_fast.inversion import capture_timestep, invert
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.tasks import TASKS
+    from datasetdm_fast.tasks.named import held_to
 
     engine = build_engine("fast", load_model("demo"), {"semantic": decoder})
     timestep = capture_timestep([decoder.config])
@@ -136,7 +137,8 @@ def retold(run: Run, positions: Sequence[int], decoder, rename: Callable[[Stored
         samples = [run[position] for position in positions[start : start + READ_TOGETHER]]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
         capture = invert(engine, images, [sample.prompt for sample in samples], timestep, [sample.seed for sample in samples])
-        labels = TASKS["semantic"].postprocess(engine.annotate("semantic", capture, None), decoder.config, engine.model.size)
+        raw = held_to(engine.annotate("semantic", capture, None), decoder.config, [sample.prompt for sample in samples])
+        labels = TASKS["semantic"].postprocess(raw, decoder.config, engine.model.size)
         for sample, label in zip(samples, labels):
             yield Retold(sample.id, sample.image, sample.classes, rename(sample, label))
 

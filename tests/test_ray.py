@@ -1,0 +1,319 @@
+"""One run on a Ray cluster of this machine: the bytes are those of one process, whatever happens to its workers and to the driver."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torchless
+from test_ranks import still_running, tree
+
+from datasetdm_fast import cluster, driver, generate, job, run_folder, store
+from datasetdm_fast.audit import audit
+from datasetdm_fast.cluster import Desk, address_of, pool_of
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.errors import Missing, Refused
+
+SAMPLES, BATCH = 16, 2
+HERE = Path(__file__).parent
+TOKEN = "0123456789abcdef" * 4
+
+with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+
+def config(out: Path, **changes) -> RunConfig:
+    return RunConfig(**{"out": str(out), "number": SAMPLES, "batch_size": BATCH, "quiet": True, **changes})
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run folder of a single process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        torchless.install(patch.setattr)
+        driver.run(job.prepare(config(out)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def surroundings():
+    """The environment of everything here that has to do with Ray; its folder has a short name, as that of a socket is limited."""
+    folder = tempfile.mkdtemp(prefix="ray")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    yield {**kept, "PYTHONPATH": str(HERE), "RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head(surroundings):
+    """A cluster of this machine alone, with two places for workers, that wants a token as `ray start` does by default."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    line = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block", "--port", str(port), "--num-cpus", "2"]
+    options = ["--include-dashboard", "false", "--disable-usage-stats", "--object-store-memory", "100000000", "--temp-dir", surroundings["RAY_TMPDIR"]]
+    environment = {**surroundings, "RAY_AUTH_MODE": "token"}
+    process = subprocess.Popen([*line, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    end = time.monotonic() + 60
+    while not answers(port):
+        assert process.poll() is None and time.monotonic() < end, process.stdout.read() if process.poll() is not None else "Ray did not start"
+        time.sleep(0.2)
+    yield SimpleNamespace(address=f"ray://127.0.0.1:{port}", process=process)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
+    process.wait(20)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+PROGRAM = """
+import sys
+import troubled
+from datasetdm_fast import cluster, generate, ranks
+
+if __name__ == "__main__":
+    run = cluster.run
+    patience = ranks.Patience(start=120, least=3, times=0)
+    cluster.run = lambda *arguments, **options: run(*arguments, first=troubled.install, patience=patience, **options)
+    sys.exit(generate.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def command(tmp_path, surroundings):
+    """Starts the generate command with stub workers, in a session of its own."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    begun = []
+
+    def start(*arguments, **environment):
+        line = [sys.executable, str(tmp_path / "program.py"), "--out", str(tmp_path / "run"), "--number", str(SAMPLES), "--batch-size", str(BATCH), *arguments]
+        everything = {**surroundings, **environment}
+        begun.append(subprocess.Popen(line, env=everything, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def pictures(out: Path) -> int:
+    return len(list((out / "images").glob("0*.png")))
+
+
+def wait_for(out: Path, count: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while pictures(out) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"no {count} samples came to be in {out}"
+        time.sleep(0.02)
+
+
+def workers(parent: psutil.Process | subprocess.Popen) -> list[psutil.Process]:
+    """The actors of the pool among the processes below this one."""
+    return [process for process in psutil.Process(parent.pid).children(recursive=True) if "ray::MapWorker" in " ".join(process.cmdline())]
+
+
+@with_ray
+@pytest.mark.loopback
+def test_interrupted_killed_and_with_a_worker_killed_a_run_ends_with_the_same_bytes(alone, head, command, tmp_path):
+    """Ctrl-C, kill -9 of the driver and kill -9 of a worker, one after the other in one run; the same line goes on each time."""
+    out, line = tmp_path / "run", ("--cluster", head.address, "--ranks", "2")
+    process = command(*line, TROUBLED_SECONDS="0.4")
+    wait_for(out, 2, process)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "samples are there; go on with: python -m datasetdm_fast.generate --out" in errors and "Traceback" not in errors
+    assert audit(out, threads=1).findings == [] and 2 <= pictures(out) < SAMPLES
+
+    process = command(*line, TROUBLED_SECONDS="0.4")
+    wait_for(out, pictures(out) + 2, process)
+    process.kill()
+    process.communicate()
+    assert audit(out, threads=1).findings == [] and pictures(out) < SAMPLES
+
+    process = command(*line, TROUBLED_SECONDS="0.4")
+    wait_for(out, pictures(out) + 1, process)
+    workers(head.process)[0].kill()
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    assert tree(out) == tree(alone) and audit(out, threads=1).findings == []
+
+
+PROMPTS = [f"a ball {k}" if k != 5 else "broken" for k in range(SAMPLES)]
+
+
+@with_ray
+@pytest.mark.loopback
+def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, tmp_path):
+    """The store ends with every byte of a run folder of one process, a sample that did not come out set aside as there."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    with pytest.MonkeyPatch.context() as patch:
+        torchless.install(patch.setattr)
+        driver.run(job.prepare(config(tmp_path / "alone", prompts=str(prompts))))
+    line = ("--cluster", "ray", "--ranks", "2", "--prompts", str(prompts), "--store", f"file://{tmp_path}/store")
+    process = command(*line, TROUBLED_SECONDS="0.4")
+    wait_for(tmp_path / "store", 2, process)
+    started = psutil.Process(process.pid).children(recursive=True)
+    workers(process)[0].suspend()
+    out, errors = process.communicate(timeout=180)
+    assert process.returncode == 4 and "no worker has given a sign of life for" in errors and "1 of 16 samples were set aside" in errors, errors
+    assert tree(tmp_path / "store") == tree(tmp_path / "alone") and audit(tmp_path / "store", threads=1).findings == []
+    assert not (tmp_path / "run" / "images").exists()
+    with pytest.raises(Refused, match="its samples are in an object store"):
+        audit(tmp_path / "run")
+    with pytest.raises(Refused, match="--store not given: the samples of .* are at 'file://"):
+        store.check(config(tmp_path / "run"))
+    assert still_running(started) == [], "Ray outlived its driver"
+
+
+@pytest.mark.loopback
+def test_an_address_nobody_answers_at_ends_the_command_at_once(command, tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        begin = time.monotonic()
+        process = command("--cluster", f"ray://127.0.0.1:{port}")
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 3 and out == "" and time.monotonic() - begin < 30
+    assert (
+        errors.splitlines()[0] == f"--cluster ray://127.0.0.1:{port}: nobody answers at 127.0.0.1:{port} (Connection refused)" and len(errors.splitlines()) == 2
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert generate.main(["--cluster", "ray", "--out", str(tmp_path / "run")]) == 3
+    out, errors = capsys.readouterr()
+    assert out == "" and len(errors.splitlines()) == 2 and errors.splitlines()[1] == "pip install datasetdm_fast[ray]"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["rey", "ray:/h", "ray://", "ray://:6379", "ray://h:0", "ray://h:99999", "ray://h:x", "ray://u@h", "ray://h/p", "http://h", "ray://h:10001"]
+)
+def test_what_is_no_address_is_refused(text, tmp_path, capsys):
+    assert generate.main(["--cluster", text, "--out", str(tmp_path / "run")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and errors[0].startswith(f"--cluster {text}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "variable", "address"),
+    [
+        ("ray", "", None),
+        ("ray", "local", None),
+        ("ray", "10.0.0.1:7000", "10.0.0.1:7000"),
+        ("ray", "ray://head:7000", "head:7000"),
+        ("ray://head", "other:1", "head:6379"),
+        ("ray://[::1]:7000", "", "[::1]:7000"),
+    ],
+)
+def test_addresses(text, variable, address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert address_of(text) == address
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "expected"),
+    [
+        ({}, [(8, 0)], (1, 1, 0, 8, 8)),  # a worker a machine where there is no GPU
+        ({"ranks": 2}, [(2, 0)], (2, 2, 0, 1, 1)),
+        ({"ranks": 4}, [(2, 0)], (4, 4, 0, 0.5, 1)),
+        ({"ranks": 3}, [(16, 0), (4, 0)], (3, 3, 0, 4, 4)),  # fits into the smallest machine, and is a power of two
+        ({}, [(4, 0), (96, 8), (96, 8)], (16, 16, 1, 1, 8)),
+        ({"gpus": "all"}, [(8, 1)], (1, 1, 1, 1, 8)),
+        ({"gpus": "800"}, [(4, 0)], (1, 800, 1, 1, 4)),  # which the autoscaler brings
+        ({"gpus": "800"}, [(96, 8)], (8, 800, 1, 1, 8)),
+        ({"gpus": "2"}, [(96, 8)], (2, 2, 1, 1, 8)),
+        ({"device": "cpu", "threads": 3}, [(96, 8)], (1, 1, 0, 3, 3)),
+    ],
+)
+def test_workers_for_the_machines_there_are(settings, nodes, expected):
+    found = pool_of(RunConfig(**settings), [{"CPU": float(cpus), "GPU": float(gpus)} if gpus else {"CPU": float(cpus)} for cpus, gpus in nodes])
+    assert (found.least, found.most, found.gpus, found.cpus, found.threads) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"), [({"gpus": "0,2"}, Refused), ({"gpus": "0"}, Refused), ({"gpus": "2", "ranks": 2}, Refused), ({"gpus": "all"}, Missing)]
+)
+def test_workers_that_cannot_be_are_refused(settings, kind):
+    with pytest.raises(kind, match="--gpus"):
+        pool_of(RunConfig(**settings), [{"CPU": 4.0}])
+
+
+class Directly(cluster.Worker):
+    """A worker that has its desk in its own process."""
+
+    def __init__(self, made: job.Job, desk: Desk, out: Path):
+        self.job, self.own, self.publish = made, desk, run_folder.into(out)
+        self.desk = type("Remote", (), {name: type("Method", (), {"remote": staticmethod(getattr(desk, name))}) for name in ("end", "beat")})
+        self.beaten = 0.0
+
+    def _begin(self, batch, *, is_alone=False):
+        return self.own.begin(batch, is_alone)
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    torchless.install(monkeypatch.setattr)
+    return job.prepare(config(tmp_path / "none"))
+
+
+def rows_of(worker: cluster.Worker, batches: list[int]) -> list:
+    return worker({"batch": batches, "wanted": [[batch * BATCH] for batch in batches]})["rows"][0]
+
+
+def test_what_ended_three_processes_is_set_aside_and_the_rest_is_made(made, tmp_path):
+    desk = Desk(deaths={1: 2, 3: 3})
+    rows = rows_of(Directly(made, desk, tmp_path / "out"), [0, 1, 2, 3])
+    assert [row.request.index for row in rows] == [0, 4, 2, 6]  # what was begun before comes last, alone
+    assert [row.reason for row in rows] == ["", "", "", "3 processes ended while they made its batch"]
+    assert desk.deaths == {} and [path.name for path in sorted((tmp_path / "out" / "images").iterdir())] == ["00000000.png", "00000002.png", "00000004.png"]
+
+
+def test_a_worker_that_is_told_to_stop_begins_nothing_more(made, tmp_path):
+    desk = Desk(deaths={1: 1})
+    desk.stop()
+    assert rows_of(Directly(made, desk, tmp_path / "out"), [0, 1]) == [] and desk.deaths == {1: 1}
+
+
+def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):
+    for url, told in (("memory://run", "every process has a memory of its own"), ("nothing://run", "Protocol not known")):
+        with pytest.raises(Refused, match=told):
+            store.Store(url)
+    with pytest.raises(Refused, match="only the workers of a cluster write there"):
+        store.check(config(tmp_path / "run", store="s3://bucket/run"))
+
+
+def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, tmp_path):
+    """In memory, which is what fsspec offers for it: the same calls as for any bucket."""
+    import fsspec
+
+    monkeypatch.setattr(store.Store, "_protocols", ("bucket",))
+    bucket = store.Store("memory://bucket/run")
+    rows = run_folder.write_samples([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {}, "png", bucket.publish)
+    there = fsspec.filesystem("memory")
+    for name, stored in rows[0].files.values():
+        assert len(there.cat_file(f"/bucket/run/{name}")) == stored.size
+    assert there.exists("/bucket/run/gallery/depth/00000000.png") and bucket.read("images/none.png") is None
+    monkeypatch.setattr(type(there), "size", lambda self, path: 1)
+    with pytest.raises(Missing, match="not all of it is there"):
+        bucket.put({"a": b"content"})
+    there.rm("/bucket", recursive=True)
