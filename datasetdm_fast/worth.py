@@ -13,7 +13,7 @@ from datasetdm_fast.run_folder import Run
 
 FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}
 LESS_IS_BETTER = ("depth",)
-T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 6: 2.447, 8: 2.306, 10: 2.228, 12: 2.179, 14: 2.145, 16: 2.120, 18: 2.101}  # Student's t, two-sided
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, two-sided, from one degree of freedom on
 NORMAL = 1.96
 SEEDS = 3
 
@@ -72,12 +72,17 @@ def worth(
 
 def compared(task: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Means over the seeds, the gain with its 95 % interval, and whether the interval lies on the better side of nothing."""
-    gain = statistics.fmean(after) - statistics.fmean(before)
-    error = math.hypot(*(statistics.stdev(values) / math.sqrt(len(values)) for values in (before, after)))
-    half = T95.get(2 * (len(before) - 1), NORMAL) * error
+    gains = [second - first for first, second in zip(before, after, strict=True)]  # of one seed, so of the same first parameters
+    gain = statistics.fmean(gains)
+    half = t95(len(gains)) * statistics.stdev(gains) / math.sqrt(len(gains))
     helps = gain + half < 0 if task in LESS_IS_BETTER else gain - half > 0
     means = {"real": statistics.fmean(before), "both": statistics.fmean(after), "gain": gain, "interval": [gain - half, gain + half]}
     return means | {"figure": FIGURES[task], "helps": helps, "seeds": {"real": list(before), "both": list(after)}}
+
+
+def t95(count: int) -> float:
+    """How many standard errors the 95 % interval of a mean of `count` values reaches."""
+    return T95[count - 2] if count - 2 < len(T95) else NORMAL
 
 
 def table(found: dict[str, Any]) -> str:

@@ -23,9 +23,10 @@ ZOOM = 2
 SHOWN = 8  # pictures in a row of a sheet
 
 CSS = """
-body{font:15px/1.5 system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;color:#1f2328;background:#fff;max-width:980px;margin:2em auto;padding:0 1em}
+body{font:15px/1.5 system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;color:#1f2328;background:#fff;max-width:1120px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;width:100%;font-size:14px}td,th{border-bottom:1px solid #d1d9e0;padding:.4em .6em;text-align:left;vertical-align:top}
-th{background:#f6f8fa}td:nth-child(n+2):nth-child(-n+6){white-space:nowrap}.yes{color:#1a7f37;font-weight:600}.no{color:#bc4c00;font-weight:600}.dim{color:#59636e}
+th{background:#f6f8fa}.figures td{min-width:5em}.figures td:nth-child(n+3):nth-child(-n+6){white-space:nowrap}
+.yes{color:#1a7f37;font-weight:600}.no{color:#bc4c00;font-weight:600}.dim{color:#59636e}
 img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0}figcaption{color:#59636e;font-size:14px}svg{max-width:100%;height:auto}
 @media (prefers-color-scheme:dark){body{color:#f0f6fc;background:#0d1117}th{background:#161b22}td,th{border-color:#3d444d}
 .dim,figcaption{color:#9aa4b0}.yes{color:#3fb950}.no{color:#f0883e}}
@@ -145,7 +146,8 @@ def page(document: Mapping[str, Any], captions: Mapping[str, str]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Do generated images help?</title>'
         f"<style>{CSS}</style><h1>Do generated images help?</h1><p>{escape(setting_line(document))}.</p>"
-        f"<table><tr>{cells}</tr>{body}</table>{chart(document)}<h2>What was compared</h2>"
+        f'<table class="figures"><tr>{cells}</tr>{body}</table>{chart(document)}'
+        f"<h2>What was compared</h2>"
         f"<table><tr><th>claim</th><th>in the papers</th><th>here</th></tr>{facts}</table>"
         f'<h2>Pictures</h2>{figures}<p class="dim">{escape(made)}</p></html>\n'
     )

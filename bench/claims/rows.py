@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.worth import T95
+from datasetdm_fast.worth import t95
 
 OUTSIDE = 2.0  # sigmas a gain must exceed
 ARMS = ("real", "synthetic", "both")
@@ -56,26 +56,28 @@ def spread(values: Sequence[float]) -> float:
 
 def interval(values: Sequence[float]) -> float:
     """Half of the 95 % interval of a mean over seeds."""
-    return T95[len(values) - 1] * spread(values) / math.sqrt(len(values)) if len(values) - 1 in T95 else math.inf
+    return t95(len(values)) * spread(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+def enough(claim: Claim, before: float, after: float) -> bool:
+    """Whether a gain is as large as the claim asks for."""
+    if claim.rule == "less":
+        return after <= (1 - claim.need) * before
+    return after >= claim.need * before if claim.rule == "times" else after - before >= claim.need
 
 
 def judged(claim: Claim, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Gain, its sigma, its interval and whether the claim holds, from the figures of every seed.
+    """Gain, its sigma, its 95 % interval and whether the claim holds, from the figures of every seed.
 
-    Sigma is that of the difference between one student of each kind; a claim is held against it and not against the smaller error of the means.
+    Students of one seed begin with the same parameters in every arm, so the gain is taken seed by seed, and sigma is its spread over the seeds:
+    that of one pair of students, not the smaller error of the mean.
     """
-    sigma = math.hypot(spread(before), spread(after))
-    count = min(len(before), len(after))
-    half = T95.get(2 * (count - 1), math.inf) * math.hypot(spread(before) / math.sqrt(len(before)), spread(after) / math.sqrt(len(after)))
-    gain = mean(after) - mean(before)
+    gains = [second - first for first, second in zip(before, after, strict=True)]
+    gain, sigma, half = mean(gains), spread(gains), interval(gains)
     if claim.rule == "same":
         holds = abs(gain) <= claim.need * sigma
-    elif claim.rule == "less":
-        holds = mean(after) <= (1 - claim.need) * mean(before) and -gain > OUTSIDE * sigma
-    elif claim.rule == "times":
-        holds = mean(after) >= claim.need * mean(before) and gain > OUTSIDE * sigma
     else:
-        holds = gain >= claim.need and gain > OUTSIDE * sigma
+        holds = enough(claim, mean(before), mean(after)) and abs(gain) > OUTSIDE * sigma
     return {"gain": gain, "sigma": sigma, "interval": [gain - half, gain + half], "holds": bool(holds)}
 
 
@@ -87,6 +89,9 @@ def reason(claim: Claim, row: Mapping[str, Any]) -> str:
     if claim.rule == "same":
         return f"the two engines' students are {abs(gain):.3g} apart, more than {claim.need:g} sigma of {sigma:.2g}"
     better = -gain if claim.rule == "less" else gain
+    if (most := row.get("ceiling")) is not None and not enough(claim, row["real"], most):
+        scenes = f"even {row['images']['synthetic']} real scenes in place of the generated images bring this student to {most:.3g} only"
+        return f"{scenes}: what it lacks is size and steps, not data; both reach {row['both']:.3g}"
     alone = row["synthetic"] is not None and ((row["synthetic"] > row["real"]) == (claim.rule == "less"))
     cause = "synthetic images alone teach less than the real ones, so half of every batch is the weaker teacher" if alone else ""
     if better <= 0:
@@ -104,5 +109,5 @@ def row_of(claim: Claim, scores: Mapping[str, Sequence[float]], facts: Mapping[s
     row |= judged(claim, scores["real"], scores["both"])
     row |= {"seeds": {arm: list(values) for arm, values in scores.items()}, "spread": {arm: spread(values) for arm, values in scores.items()}}
     row |= {"within": {arm: interval(values) for arm, values in scores.items()}}
-    row["reason"] = reason(claim, row)
-    return row | {"figure": claim.figure, "paper": claim.paper, "target": claim.target(), **facts}
+    row |= {"figure": claim.figure, "paper": claim.paper, "target": claim.target(), **facts}
+    return row | {"reason": reason(claim, row)}

@@ -43,6 +43,14 @@ def is_elsewhere(scene: world.Scene) -> bool:
     return scene.domain in ELSEWHERE
 
 
+def named_things(sample: StoredSample) -> list[str]:
+    return [name for name in sample.classes if name in world.THINGS]
+
+
+def names_one(sample: StoredSample) -> bool:
+    return len(named_things(sample)) == 1
+
+
 def says_elsewhere(sample: StoredSample) -> bool:
     """Whether the prompt asks for another hour or weather than day."""
     return any(sample.prompt.endswith(world.WHERE[domain]) for domain in ELSEWHERE)
@@ -150,7 +158,7 @@ def as_it_is(sample: StoredSample, label: SemanticMap) -> SemanticMap:
 def by_its_prompt(sample: StoredSample, label: SemanticMap) -> SemanticMap:
     """Whatever the labeller takes for a thing gets the one class that the prompt names."""
     things = [k for k, name in enumerate(label.classes) if name in world.THINGS]
-    named = label.classes.index(sample.classes[0])
+    named = label.classes.index(named_things(sample)[0])
     return replace(label, labels=np.where(np.isin(label.labels, things), named, label.labels).astype(np.uint8))
 
 
