@@ -109,6 +109,14 @@ class Setup:
     desk: Any
     document: Mapping[str, Any] | None = None  # run.json, once it is known
     first: Callable[[], None] | None = None  # called before anything else
+    where: str = field(default_factory=os.getcwd)  # from where relative paths are meant
+
+    def begin(self) -> None:
+        """To be called first of all on the worker's machine."""
+        with suppress(OSError):  # a machine without that folder needs paths that are not relative to it
+            os.chdir(self.where)
+        if self.first:
+            self.first()
 
 
 class Worker:
@@ -117,8 +125,7 @@ class Worker:
     def __init__(self, setup: Setup):
         import ray
 
-        if setup.first:
-            setup.first()
+        setup.begin()
         self.desk, self.beaten = setup.desk, 0.0
         starts = ray.get(self.desk.enter.remote())
         if starts > setup.most * MOST_DEATHS:
@@ -524,8 +531,7 @@ class Office:
 
 def plan(setup: Setup, stored: Mapping[str, Any] | None, describe: Callable[[Job], list[str]]) -> tuple:
     """The job as a machine of the cluster has it, with lines about it and our version there; a refusal comes back as what it says."""
-    if setup.first:
-        setup.first()
+    setup.begin()
     try:
         job = compose(setup.config, setup.source, stored)
         return "ready", replace(job, engine=None), describe(job), __version__

@@ -101,7 +101,7 @@ def command(tmp_path, surroundings):
     def start(*arguments, **environment):
         line = [sys.executable, str(tmp_path / "program.py"), "--out", str(tmp_path / "run"), "--number", str(SAMPLES), "--batch-size", str(BATCH), *arguments]
         everything = {**surroundings, **environment}
-        begun.append(subprocess.Popen(line, env=everything, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True))
+        begun.append(subprocess.Popen(line, cwd=tmp_path, env=everything, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True))
         return begun[-1]
 
     yield start
@@ -167,7 +167,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
         driver.run(job.prepare(config(tmp_path / "alone", prompts=str(prompts))))
-    line = ("--cluster", "ray", "--ranks", "2", "--prompts", str(prompts), "--store", f"file://{tmp_path}/store")
+    line = ("--cluster", "ray", "--ranks", "2", "--prompts", prompts.name, "--store", f"file://{tmp_path}/store")
     process = command(*line, TROUBLED_SECONDS="0.4")
     wait_for(tmp_path / "store", 2, process)
     started = psutil.Process(process.pid).children(recursive=True)
