@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [text for named, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if named == language]
 
 
 def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
@@ -35,10 +35,9 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
 def test_generate_lines_are_accepted(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)[3:]
-    if "--model" in words:  # the line's own folders are the reader's
-        for flag, here in (("--model", "demo"), ("--decoder", "demo")):
-            words[words.index(flag) + 1] = here
-        (tmp_path / "prompts.txt").write_text("a red ball\n")
+    for flag in {"--model", "--decoder"} & set(words):  # the line's own folders are the reader's
+        words[words.index(flag) + 1] = "demo"
+    (tmp_path / "prompts.txt").write_text("a red ball\n")
     assert main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out and not (tmp_path / "runs").exists()
 
