@@ -198,10 +198,10 @@ def test_holds_comes_from_the_figures(name, before, after, holds):
 
 
 def test_a_student_that_data_cannot_help_is_said_to_be_one():
-    facts = {"images": {"real": 50, "synthetic": 1000}, "ceiling": 0.09}
+    facts = {"images": {"real": 50, "synthetic": 1000}, "ceiling": 0.09, "ceiling_scenes": 1000}
     scores = {"real": (0.1, 0.101, 0.102), "synthetic": (0.1, 0.1, 0.1), "both": (0.095, 0.096, 0.097)}
     row = row_of(CLAIMS["depth"], scores, facts)
-    assert not row["holds"] and "even 1000 real scenes" in row["reason"]
+    assert not row["holds"] and "even 1,000 real scenes" in row["reason"]
     assert "even" not in row_of(CLAIMS["depth"], scores, facts | {"ceiling": 0.05})["reason"]
 
 
