@@ -256,7 +256,8 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
         return None
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         result = result_of(folder, count_images(config), ledger)
-        is_fresh = is_indexed(folder, stored, ledger)
+        # A process that was killed while it closed the ledger leaves SQLite's own files beside it.
+        is_fresh = is_indexed(folder, stored, ledger) and not any((folder / f"{LEDGER}{kind}").exists() for kind in ("-wal", "-shm"))
     if not result.is_complete:
         return None
     if not is_fresh and not is_alone:

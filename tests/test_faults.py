@@ -226,3 +226,16 @@ def test_a_loss_of_power_costs_no_committed_sample(server, undisturbed, tmp_path
         assert tree(path) == undisturbed, name
         shutil.rmtree(path)
     print(f"{len(places)} states after a loss of power")
+
+
+def test_what_sqlite_left_beside_a_finished_ledger_goes_at_the_next_start(arithmetic, tmp_path):
+    """As a process leaves it that is killed while it closes the ledger."""
+    out = tmp_path / "run"
+    line = [*SMALL, "--out", str(out)]
+    assert generate.main(line) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for kinds in (("-wal", "-shm"), ("-shm",)):
+        for kind in kinds:
+            (out / f"{LEDGER}{kind}").touch()
+        assert generate.main(line) == 0
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
