@@ -35,6 +35,8 @@ from datasetdm_fast.share import BEAT
 PORT = 6379  # of a head node, where none is named
 CLIENT_PORT = 10001  # of Ray's client, which Ray Data does not run through
 CONNECT_SECONDS = 10.0
+HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame; its fourth byte says what it is, and each side begins with one
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS
 TOKEN, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
 LOOK = 0.25  # seconds between two looks at what the workers say
 STORE_BYTES = 2**28  # of shared memory for a Ray of our own: only rows travel through it
@@ -107,6 +109,14 @@ class Setup:
     desk: Any
     document: Mapping[str, Any] | None = None  # run.json, once it is known
     first: Callable[[], None] | None = None  # called before anything else
+    where: str = field(default_factory=os.getcwd)  # from where relative paths are meant
+
+    def begin(self) -> None:
+        """To be called first of all on the worker's machine."""
+        with suppress(OSError):  # a machine without that folder needs paths that are not relative to it
+            os.chdir(self.where)
+        if self.first:
+            self.first()
 
 
 class Worker:
@@ -115,8 +125,7 @@ class Worker:
     def __init__(self, setup: Setup):
         import ray
 
-        if setup.first:
-            setup.first()
+        setup.begin()
         self.desk, self.beaten = setup.desk, 0.0
         starts = ray.get(self.desk.enter.remote())
         if starts > setup.most * MOST_DEATHS:
@@ -316,14 +325,22 @@ def muted() -> Iterator[None]:
 
 
 def _knock(config: RunConfig, address: str) -> None:
+    """Refuses an address where nothing answers as a head does, before Ray waits for it for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as door:
+            if os.environ.get("RAY_USE_TLS") == "1":
+                return
+            door.sendall(HTTP2_GREETING)
+            if len(answer := door.recv(len(HTTP2_SETTINGS))) > 3 and answer[3:4] == HTTP2_SETTINGS[3:4]:
+                return
+            why = "what answers is no head of a Ray cluster"
     except (OSError, UnicodeError, OverflowError) as error:
-        raise Missing(
-            f"--cluster {config.cluster}: nobody answers at {address} ({getattr(error, 'strerror', None) or error})",
-            "Start a head there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
-        ) from error
+        why = getattr(error, "strerror", None) or str(error)
+    raise Missing(
+        f"--cluster {config.cluster}: no head at {address} ({why})",
+        "Start one there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
+    )
 
 
 def _first_line(said: str) -> str:
@@ -514,8 +531,7 @@ class Office:
 
 def plan(setup: Setup, stored: Mapping[str, Any] | None, describe: Callable[[Job], list[str]]) -> tuple:
     """The job as a machine of the cluster has it, with lines about it and our version there; a refusal comes back as what it says."""
-    if setup.first:
-        setup.first()
+    setup.begin()
     try:
         job = compose(setup.config, setup.source, stored)
         return "ready", replace(job, engine=None), describe(job), __version__

@@ -56,7 +56,7 @@ class Held:
 def remove(path: Path) -> None:
     """Nobody may be at work."""
     for old in (path, path.with_name(path.name + "-journal")):
-        old.unlink(missing_ok=True)
+        storage.remove(old)
 
 
 class Leases:

@@ -190,6 +190,16 @@ def sha256_of(path: Path) -> str:
         raise refusal(error, path) from error
 
 
+def remove(path: Path) -> None:
+    """Deletes a file, where there is one."""
+    if not path.exists():
+        return
+    try:
+        through("unlink", os.unlink, path)
+    except OSError as error:
+        raise refusal(error, path) from error
+
+
 def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
@@ -275,6 +285,9 @@ def compact(connection: Connection, path: Path) -> Path:
         connection.execute("VACUUM INTO ?", (str(part),))
         # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must have nothing to change.
         _opened(path, part, "PRAGMA schema_version=1", WRITE_AHEAD).close()
+        # SQLite does not say that it could not change the journal's kind: the old one, which is still there, does.
+        if part.with_name(f"{part.name}-journal").exists():
+            raise refusal(OSError(errno.EIO, os.strerror(errno.EIO)), path)
     except BaseException:
         _forget(part)
         raise

@@ -14,6 +14,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder import DOCUMENT, ELSEWHERE, LEDGER, LOCK, SEAL, Publish, index_files, into, read_document
 from datasetdm_fast.storage import Stored
 
+PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
 
 
@@ -74,7 +75,7 @@ class Store:
             self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
             short = next((name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)), None)
         except Exception as error:  # a store has errors of its own beside those of a disk
-            raise Missing(f"{self.url}: {type(error).__name__}: {error}", "Check the address and the credentials, then run the same line again.") from error
+            raise self._missing(error) from error
         if short is not None:
             raise Missing(f"{self.url}/{short}: not all of it is there", "Run the same line again: it goes on where it stopped.")
         return {name: Stored(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
@@ -86,7 +87,7 @@ class Store:
         except FileNotFoundError:
             return None
         except Exception as error:
-            raise Missing(f"{self.url}: {type(error).__name__}: {error}", "Check the address and the credentials, then run the same line again.") from error
+            raise self._missing(error) from error
 
     def complete(self, folder: Path) -> None:
         """Puts what the run folder itself holds beside its samples, the seal last; a store that has this seal has all of it."""
@@ -95,7 +96,22 @@ class Store:
             return
         document: dict[str, Any] = read_document(folder)
         for name in (DOCUMENT, LEDGER, LOCK, *index_files(document), SEAL):
-            self.put({name: (folder / name).read_bytes()})
+            self._copy(folder / name, name)
+
+    def _copy(self, path: Path, name: str) -> None:
+        """A file of any size, in pieces."""
+        if "file" in self._protocols:
+            with path.open("rb") as file:
+                storage.publish({Path(self.root) / name: iter(lambda: file.read(PIECE), b"")})
+            return
+        try:
+            self.files.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
+            self.files.put_file(str(path), f"{self.root}/{name}")
+        except Exception as error:
+            raise self._missing(error) from error
+
+    def _missing(self, error: Exception) -> Missing:
+        return Missing(f"{self.url}: {type(error).__name__}: {error}", "Check the address and the credentials, then run the same line again.")
 
     def note(self, folder: Path) -> None:
         """Writes down in the run folder that its samples are here."""

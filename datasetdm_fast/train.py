@@ -206,17 +206,10 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
 
 def _readable(source: Source, spec: str) -> Source:
     """The items that can be read; the others are in `skipped` with the reason."""
-    found = []
-    for index in range(len(source)):
-        try:
-            source[index]
-        except Refused as stop:
-            source.skipped[source.name(source.order[index])] = stop.cause
-        else:
-            found.append(index)
-    if not found:
+    found = source.readable()
+    if not len(found):
         raise Refused(f"--data {spec}: none of {len(source)} images can be read; {next(iter(source.skipped.values()))}", "mend the files, or name other data")
-    return source.narrowed(found)
+    return found
 
 
 def _augmentation(config: TrainConfig, task: str) -> str:

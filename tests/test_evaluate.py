@@ -23,9 +23,9 @@ def decoders(tmp_path_factory):
     """A folder of untaught decoders for the classes of a data set."""
     model = load_model("tiny")
 
-    def make(source, tasks) -> str:
+    def make(source, tasks, **more) -> str:
         folder = tmp_path_factory.mktemp("decoders")
-        shared = {"levels": model.levels, "text_width": 32, "capture_timestep": 1, **SMALL}
+        shared = {"levels": model.levels, "text_width": 32, "capture_timestep": 1, **SMALL, **more}
         made = {
             "semantic": {"kind": "segmentation", "classes": source.classes, **MASKS},
             "instance": {"kind": "segmentation", "classes": source.thing_classes, **MASKS},
@@ -78,6 +78,16 @@ def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, cap
     result = json.loads(out)
     assert code == 0 and result["depth"]["images"] == 2
     assert [reason for reason in result["skipped"].values() if "scene 1.png" in reason] and said.startswith("1 images were skipped:")
+
+
+def test_captions_are_read_twice_once_or_not_at_all(decoders, capsys):
+    source = open_data("demo:6", 64)
+    folder = decoders(source, ("semantic", "open-vocabulary"), named=source.thing_classes[:4])
+    lines = ["--decoder", folder, "--data", "demo:6@0", "--json", "--bootstrap", "0", "--captions"]
+    held, unread, none = (json.loads(run(capsys, *lines, how)[1]) for how in ("true", "unread", "none"))
+    free = decoders(source, ("semantic", "open-vocabulary"))
+    lines[1] = free
+    assert json.loads(run(capsys, *lines, "true")[1]) == unread and held != unread and none != unread
 
 
 def test_selections_and_framing_are_flags(decoders, capsys):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rendered import TASKS, document, rendered, write_run
 
-from datasetdm_fast import label_files, storage
+from datasetdm_fast import label_files, leases, storage
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside
 from datasetdm_fast.demo import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -270,3 +270,30 @@ def test_run_is_a_torch_data_set(run_path):
     with pytest.raises(Refused, match="no labels for"):
         run.as_dataset("colour")
     assert set(run.tasks) == set(TASKS)
+
+
+def test_a_copy_whose_last_change_the_disk_did_not_take_is_not_used(tmp_path, monkeypatch):
+    opened = storage._opened
+
+    def left_behind(path, address, *settings, **options):
+        if "schema_version" in "".join(settings):
+            address.with_name(f"{address.name}-journal").write_bytes(b"of a change that was not finished")
+        return opened(path, address, *settings[:0], **options)
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.note("a", "b")
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "_opened", left_behind)
+            with pytest.raises(Missing, match="ledger.sqlite: Input/output error"):
+                ledger.settle()
+        assert ledger.settle() and ledger.noted("a") == "b"
+
+
+def test_a_queue_that_cannot_be_removed_is_refused(tmp_path, monkeypatch):
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "leases.sqlite").write_bytes(b"")
+    monkeypatch.setattr(os, "unlink", broken)
+    with pytest.raises(Missing, match="leases.sqlite: Input/output error"):
+        leases.remove(tmp_path / "leases.sqlite")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +101,7 @@ def command(tmp_path, surroundings):
     def start(*arguments, **environment):
         line = [sys.executable, str(tmp_path / "program.py"), "--out", str(tmp_path / "run"), "--number", str(SAMPLES), "--batch-size", str(BATCH), *arguments]
         everything = {**surroundings, **environment}
-        begun.append(subprocess.Popen(line, env=everything, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True))
+        begun.append(subprocess.Popen(line, cwd=tmp_path, env=everything, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True))
         return begun[-1]
 
     yield start
@@ -166,7 +167,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
         driver.run(job.prepare(config(tmp_path / "alone", prompts=str(prompts))))
-    line = ("--cluster", "ray", "--ranks", "2", "--prompts", str(prompts), "--store", f"file://{tmp_path}/store")
+    line = ("--cluster", "ray", "--ranks", "2", "--prompts", prompts.name, "--store", f"file://{tmp_path}/store")
     process = command(*line, TROUBLED_SECONDS="0.4")
     wait_for(tmp_path / "store", 2, process)
     started = psutil.Process(process.pid).children(recursive=True)
@@ -191,10 +192,27 @@ def test_an_address_nobody_answers_at_ends_the_command_at_once(command, tmp_path
         process = command("--cluster", f"ray://127.0.0.1:{port}")
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 3 and out == "" and time.monotonic() - begin < 30
-    assert (
-        errors.splitlines()[0] == f"--cluster ray://127.0.0.1:{port}: nobody answers at 127.0.0.1:{port} (Connection refused)" and len(errors.splitlines()) == 2
-    )
+    assert errors.splitlines()[0] == f"--cluster ray://127.0.0.1:{port}: no head at 127.0.0.1:{port} (Connection refused)" and len(errors.splitlines()) == 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize(("answer", "told"), [(b"", "timed out"), (b"HTTP/1.0 400 Bad request\r\n", "what answers is no head of a Ray cluster")])
+def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def serve() -> None:
+            kept = server.accept()[0]
+            kept.sendall(answer)
+            kept.recv(1000)
+            time.sleep(1)
+            kept.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(Missing, match=f"no head at 127.0.0.1:{port} .{told}"), cluster.joined(RunConfig(cluster=f"ray://127.0.0.1:{port}")):
+            pass
 
 
 def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
@@ -313,7 +331,26 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
     for name, stored in rows[0].files.values():
         assert len(there.cat_file(f"/bucket/run/{name}")) == stored.size
     assert there.exists("/bucket/run/gallery/depth/00000000.png") and bucket.read("images/none.png") is None
+    with run_folder.RunFolder(made.folder, made.document) as folder:
+        folder.add([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {})
+        folder.rebuild()
+    bucket.complete(made.folder)
+    for name in (run_folder.DOCUMENT, run_folder.LEDGER, run_folder.SEAL, *run_folder.index_files(made.document)):
+        assert bucket.read(name) == (made.folder / name).read_bytes(), name
     monkeypatch.setattr(type(there), "size", lambda self, path: 1)
     with pytest.raises(Missing, match="not all of it is there"):
         bucket.put({"a": b"content"})
     there.rm("/bucket", recursive=True)
+
+
+@with_ray
+def test_the_cluster_of_the_readme_is_one_that_ray_accepts():
+    import json
+
+    import jsonschema
+    import ray
+    import yaml
+
+    described = yaml.safe_load((HERE.parent / "docs" / "cluster.yaml").read_text(encoding="utf-8"))
+    jsonschema.validate(described, json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8")))
+    assert described["head_node_type"] in described["available_node_types"]

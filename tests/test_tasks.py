@@ -1,12 +1,15 @@
 """From raw tensors to labels: DatasetDM's rules on hand-made logits, our own formats, a batch against its images."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from datasetdm_fast import driver
 from datasetdm_fast.config import TASKS as NAMES
+from datasetdm_fast.data import Request
 from datasetdm_fast.models.decoder_config import upstream
 from datasetdm_fast.tasks import TASKS, depth, instance, named, open_vocabulary, pose, semantic
 
@@ -316,6 +319,14 @@ def test_classes_a_prompt_does_not_name_are_ruled_out():
     assert [label.class_ids[0] for label in things] != [] and 2 not in things[0].class_ids and 1 not in things[1].class_ids
     free = upstream("segmentation", classes=CLASSES, min_area=0)
     assert named.held_to(answers, free, prompts) is answers
+
+
+def test_a_run_holds_its_labels_to_the_prompts():
+    config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"), min_area=0)
+    requests = [Request(k, prompt, k) for k, prompt in enumerate(("a ball", "a cone"))]
+    answers = {name: value.expand(2, *value.shape[1:]) for name, value in raw(sure(2, 0, height=3.0), planes((0, 0, 32, 16), (0, 16, 32, 32))).items()}
+    found = driver.postprocess("semantic", requests, answers, config, SimpleNamespace(size=SIZE))
+    assert 2 not in found[0].labels and (found[1].labels[:, :16] == 2).all()
 
 
 def test_words_a_prompt_does_not_name_are_not_found():
