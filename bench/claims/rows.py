@@ -91,7 +91,7 @@ def reason(claim: Claim, row: Mapping[str, Any]) -> str:
     better = -gain if claim.rule == "less" else gain
     if (most := row.get("ceiling")) is not None and not enough(claim, row["real"], most):
         scenes = f"even {row['ceiling_scenes']:,} real scenes in place of the generated images bring this student to {most:.3g} only"
-        return f"{scenes}: what it lacks is size and steps, not data; both reach {row['both']:.3g}"
+        return f"{scenes}: what it lacks is size or steps, not data; both reach {row['both']:.3g}"
     alone = row["synthetic"] is not None and ((row["synthetic"] > row["real"]) == (claim.rule == "less"))
     cause = "synthetic images alone teach less than the real ones, so half of every batch is the weaker teacher" if alone else ""
     if better <= 0:

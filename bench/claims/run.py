@@ -203,11 +203,11 @@ class Bench:
         facts = self.facts(arms) | ({"classes": list(RARE)} if name == "long-tail" else {})
         return self.scores(arms, self.exam(), TASKS, pick), facts | self.ceiling(pick)
 
-    def ceiling(self, pick: Callable[[dict], float]) -> dict[str, float]:
-        """The figure of one small student taught by as many real scenes as there are generated images: about the most that data can bring it to."""
+    def ceiling(self, pick: Callable[[dict], float], **course: Any) -> dict[str, float]:
+        """The figure of one student taught by as many real scenes as there are generated images: about the most that data can bring it to."""
         from bench.claims.exam import Arm
 
-        many = Arm("many real", (self.real(self.scale.synthetic),), self.course, TASKS)
+        many = Arm("many real", (self.real(self.scale.synthetic),), replace(self.course, **course), TASKS)
         return {"ceiling": pick(self.record.figures(many, 0, self.exam())), "ceiling_scenes": self.scale.synthetic}
 
     def _instance(self) -> tuple[dict, dict]:
@@ -219,12 +219,12 @@ class Bench:
         def pick(found: dict) -> float:
             return 100 * found["instance"]["ap"]
 
-        for size in ("small", "large"):
+        for size, steps in (("small", self.scale.steps), ("large", self.scale.steps // 2)):  # a step of the large one costs twice as much
             for count in (self.scale.real, self.scale.fewer):
                 arms = self.three(self.real(count), synthetic)
-                scores = self.scores(arms, self.exam(), TASKS, pick, size=size)
-                cell = {"student": size, "real_scenes": count, **self.facts(arms)}
-                cells.append(row_of(CLAIMS["instance"], scores, cell | (self.ceiling(pick) if size == "small" else {})))
+                scores = self.scores(arms, self.exam(), TASKS, pick, size=size, steps=steps)
+                cell = {"student": size, "real_scenes": count, **self.facts(arms), "steps": steps}
+                cells.append(row_of(CLAIMS["instance"], scores, cell | self.ceiling(pick, size=size, steps=steps)))
         return cells[0]["seeds"], self.facts(self.main_arms()) | {"cells": cells}
 
     def _zero_shot(self) -> tuple[dict, dict]:
