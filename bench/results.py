@@ -142,6 +142,10 @@ def now() -> str:
 
 
 def newest(suite: str, folder: Path = FOLDER) -> Path | None:
-    """The file of a suite that was measured last, of those whose peers were; a run of single parts is none for the pages."""
-    found = [(document["date"], path) for path in sorted(folder.glob("*.json")) if (document := read(path))["suite"] == suite and rows_of(document, "peers")]
+    """The file of a suite that was measured last; of a bench, one whose peers were, as a run of single parts is none for the pages."""
+
+    def is_whole(document: dict[str, Any]) -> bool:
+        return document["suite"] == suite and bool(document["rows"] if suite == "claims" else rows_of(document, "peers"))
+
+    found = [(document["date"], path) for path in sorted(folder.glob("*.json")) if is_whole(document := read(path))]
     return max(found)[1] if found else None
