@@ -142,10 +142,7 @@ def now() -> str:
 
 
 def newest(suite: str, folder: Path = FOLDER) -> Path | None:
-    """The file of a suite that was measured last; of a bench, one whose peers were, as a run of single parts is none for the pages."""
-
-    def is_whole(document: dict[str, Any]) -> bool:
-        return document["suite"] == suite and bool(document["rows"] if suite == "claims" else rows_of(document, "peers"))
-
-    found = [(document["date"], path) for path in sorted(folder.glob("*.json")) if is_whole(document := read(path))]
+    """The file of a suite that was measured last, of those whose peers were; a run of single parts is none for the pages. Claims have no peers."""
+    documents = [(read(path), path) for path in sorted(folder.glob("*.json"))]
+    found = [(document["date"], path) for document, path in documents if document["suite"] == suite and (suite == "claims" or rows_of(document, "peers"))]
     return max(found)[1] if found else None

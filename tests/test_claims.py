@@ -269,3 +269,11 @@ def test_commands_refuse_what_proves_nothing(capsys):
     assert run_command(bench.dispatch, ["claims", "--seeds", "1"]) == 2 and "one student has no spread" in capsys.readouterr().err
     assert run_command(bench.dispatch, ["claims", "--rows", "semantics"]) == 2 and "semantic" in capsys.readouterr().err
     assert rows.OUTSIDE == 2
+
+
+def test_the_newest_claims_are_found_beside_other_results(tmp_path):
+    from bench import results
+
+    for name, date in (("a", "2026-01-01"), ("b", "2026-01-02")):
+        results.ResultFile(tmp_path / f"{name}.claims.json", document() | {"date": date, "parts": {}}).save()
+    assert results.newest("claims", tmp_path).name == "b.claims.json" and results.newest("cpu", tmp_path) is None
