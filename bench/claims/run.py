@@ -23,7 +23,7 @@ TASKS = ("semantic", "instance", "depth", "pose")
 
 @dataclass(frozen=True)
 class ClaimsConfig:
-    quick: bool = setting(False, "minutes: fewer seeds, steps, images and test scenes; nothing goes to bench/results")
+    quick: bool = setting(False, "minutes: fewer seeds, steps, images and test scenes, too few for most claims to hold; nothing goes to bench/results")
     seeds: int = setting(0, "students of each kind, 0 = 3, with --quick 2; at least 2", metavar="N")
     rows: tuple[str, ...] = setting((), "only these claims, comma-separated (default: all)", metavar="LIST")
     out: str = setting("", "folder of generated images, students and the page; the same one again goes on (default: runs/claims)", metavar="DIR")

@@ -91,7 +91,7 @@ class Scale:
 
 
 FULL = Scale(seeds=3, steps=800, real=100, fewer=50, synthetic=1000, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
-QUICK = Scale(seeds=2, steps=200, real=100, fewer=50, synthetic=120, parity=16, test=200, labeller_steps=100, labeller_draws=1)
+QUICK = Scale(seeds=2, steps=120, real=100, fewer=50, synthetic=96, parity=16, test=200, labeller_steps=100, labeller_draws=1)
 
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
