@@ -34,7 +34,7 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", [line for block in blocks("") for line in block.splitlines() if line.startswith("python -m datasetdm_fast.generate")])
 def test_generate_lines_are_accepted(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(line)[3:]
+    words = shlex.split(line, comments=True)[3:]
     for flag in {"--model", "--decoder"} & set(words):  # the line's own folders are the reader's
         words[words.index(flag) + 1] = "demo"
     (tmp_path / "prompts.txt").write_text("a red ball\n")
