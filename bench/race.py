@@ -124,7 +124,7 @@ def best_batch(peer: Peer, setting: Setting, judge: parity.Judge) -> tuple[int, 
 
         try:
             _, most = peak(setting.device, call)
-            rounds = interleaved({"call": call}, 0.2 if setting.quick else 0.5, meter(setting), least=2)
+            rounds = interleaved({"call": call}, 0.2 if setting.quick else 0.3, meter(setting), least=2)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

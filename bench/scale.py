@@ -38,7 +38,7 @@ SCENES = {True: (128,), False: (128, 512)}  # pixels of the rendered scenes that
 SCENE_TASKS = ("semantic", "instance", "depth", "pose")
 SCENE_COUNT, SCENE_SECONDS = 32, 1.0
 RANKS = (1, 2)
-RANK_IMAGES, RANK_BATCH, RANK_STEPS = 24, 4, 8
+RANK_IMAGES, RANK_BATCH, RANK_STEPS = 16, 4, 8
 
 
 class TimedStub(StubEngine):
