@@ -19,7 +19,7 @@ from datasetdm_fast.errors import Refused
 PROG = "python -m bench"
 SECONDS = {True: 12.0, False: 60.0}  # quick or not: for the rounds of one race, of which there are two at least
 JUDGED = {True: 2, False: 4}  # images every peer is judged by
-STEPS = {True: 8, False: 12}  # what a CPU has time for at batches of 32
+STEPS = {True: 8, False: 10}  # what a CPU has time for at batches of 32
 QUICK_PARTS = ("limits", "peers", "ops")
 COMPILED = "diffusers-compiled"
 QUICK_PEERS = ("upstream", "torch", "diffusers", "ours", "ours-bf16")
