@@ -17,9 +17,9 @@ from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m bench"
-SECONDS = {True: 12.0, False: 60.0}  # quick or not: for the rounds of one race, of which there are two at least
+SECONDS = {True: 8.0, False: 35.0}  # quick or not: for the rounds of one race, of which there are two at least
 JUDGED = {True: 2, False: 4}  # images every peer is judged by
-STEPS = {True: 8, False: 10}  # what a CPU has time for at batches of 32
+STEPS = {True: 6, False: 10}  # what a CPU has time for at batches of 32
 QUICK_PARTS = ("limits", "peers", "ops")
 COMPILED = "diffusers-compiled"
 QUICK_PEERS = ("upstream", "torch", "diffusers", "ours", "ours-bf16")
@@ -33,7 +33,7 @@ class BenchConfig:
     peers: tuple[str, ...] = setting((), "only these peers, comma-separated (default: all)", metavar="LIST")
     model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
     steps: int = setting(0, "sampling steps, 0 = 20, with --quick 8", metavar="N")
-    seconds: float = setting(0.0, "seconds for the rounds of one race, 0 = 60, with --quick 12", metavar="S")
+    seconds: float = setting(0.0, "seconds for the rounds of one race, 0 = 35, with --quick 8", metavar="S")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
     out: str = setting("", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE")
     json: bool = setting(False, "ratios, parity and every row as one JSON object on stdout")
