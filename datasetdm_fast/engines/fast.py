@@ -242,11 +242,7 @@ class FastEngine:
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
         parts = images.to(self.device).split(self._chunk(images.shape[2]))
         moments = torch.cat([self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float() for part in parts])
-        latents, log_variance = moments.contiguous().chunk(2, 1)
-        if generators is not None:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-            latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(self.device)
-        return latents * self.model.vae.config.scaling_factor
+        return drawn(moments.contiguous(), generators) * self.model.vae.config.scaling_factor
 
     def _chunk(self, side: int) -> int:
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
@@ -307,6 +303,15 @@ NETWORKS: dict[str, Callable[[FastEngine], nn.Module]] = {
 def state_distance(value: Tensor, truth: Tensor) -> float:
     """The largest difference of two weights, as a share of the largest number in `truth`."""
     return float((value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)) if truth.numel() else 0.0
+
+
+def drawn(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """Latents of the autoencoder's moments [B, 8, h, w]: their mean, or with generators a sample."""
+    latents, log_variance = moments.chunk(2, 1)
+    if generators is None:
+        return latents
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+    return latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(latents.device)
 
 
 def slice_of(batch: int) -> int:

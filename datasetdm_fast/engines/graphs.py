@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.engines.fast import FastEngine, drawn
 from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.to_onnx import RAW, annotate_name
@@ -88,11 +88,7 @@ class GraphEngine:
 
     @torch.inference_mode()
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
-        latents, log_variance = self._call_autoencoder("encode_image", "image", images)["moments"].chunk(2, 1)
-        if generators is not None:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-            latents = latents + (0.5 * log_variance.clamp(-30, 20)).exp() * noise.to(self.device)
-        return latents * self.model.vae.config.scaling_factor
+        return drawn(self._call_autoencoder("encode_image", "image", images)["moments"], generators) * self.model.vae.config.scaling_factor
 
     @torch.inference_mode()
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
