@@ -42,7 +42,9 @@ class TrainConfig(DataSettings):
     pose_head: str = setting("heatmap", "how joints are answered", choices=("heatmap", "simcc"))
     steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N")
     batch_size: int = setting(0, "views a step, over all processes, 0 = as the preset says", metavar="N")
-    accumulate: int = setting(1, "parts a batch is worked through in, to save memory", metavar="N")
+    accumulate: int = setting(
+        2, "parts of a batch, one after the other: saves memory; one process with N parts learns what N processes do, to the bit", metavar="N"
+    )
     rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R")
     patience: int = setting(4, "looks at the held-out images without a better figure before it ends early, 0 = never", metavar="N")
     checks: int = setting(10, "looks at the held-out images in a whole training", metavar="N")

@@ -56,7 +56,7 @@ class Schedule:
     is_absence_taught: bool = True  # whether a joint that is not in the picture has an empty heatmap; upstream's loss leaves it out
     gain: float = 100.0  # of the heatmap loss
     first_word_only: bool = False  # upstream's Q11
-    parts: int = 1  # a batch is worked through in so many parts
+    parts: int = 2  # a batch is worked through in so many over all processes, so that one process and two learn to the same bits
     seed: int = 0
 
 
@@ -139,7 +139,8 @@ class Trainer:
         return [self.lessons.captures.batch(part) for part in parts], [self.lessons.views.target(view) for _, view in views]
 
     def _parts(self, views: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
-        cuts = np.array_split(np.arange(len(views)), min(self.schedule.parts, max(len(views), 1)))
+        parts = -(-self.schedule.parts // self.ranks.world)
+        cuts = np.array_split(np.arange(len(views)), min(parts, max(len(views), 1)))
         return [[views[k] for k in cut] for cut in cuts if len(cut)]
 
     def _examples_of(self, step: int) -> tuple[list[tuple[int, int]], list[tuple[Tensor, ...]], list[Target]]:
@@ -170,15 +171,16 @@ class Trainer:
         asked = [_word(target, len(self.words), source) for target, source in zip(targets, generators)] if self.decoder.config.has_text else []
         answers = [_answer(target, asked[b] if asked else None, self.device) for b, target in enumerate(targets)]
         whole = self._whole(answers)
-        starts = [(module, module.u0.clone()) for module in self.decoder.modules() if isinstance(module, SpectralConv2d)]
+        powers = [buffer for name, buffer in self.decoder.named_buffers() if name.endswith("u0")]
+        statistics = [buffer for name, buffer in self.decoder.named_buffers() if "stored_" in name]
+        starts, sums = [buffer.clone() for buffer in (*powers, *statistics)], [torch.zeros_like(buffer) for buffer in statistics]
         self.optimiser.param_groups[0]["lr"] = self.rate(step)
         self.optimiser.zero_grad(set_to_none=True)
         total, begin = torch.zeros((), device=self.device), 0
         for levels in captures:
             part = slice(begin, begin := begin + len(levels[0]))
-            if part.start:
-                for module, start in starts:  # one power iteration a step, however many parts it has
-                    module.u0.copy_(start)
+            for buffer, start in zip((*powers, *statistics), starts):  # every part goes on from the same
+                buffer.copy_(start)
             text = (self.words[[0] * len(asked[part]) if schedule.first_word_only else asked[part]],) if asked else ()
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
                 shown = without([level.to(self.device) for level in levels], hidden[part], schedule.dropout, self.lessons.captures.layout)
@@ -186,7 +188,11 @@ class Trainer:
             loss = loss_of(self.decoder.config, found, targets[part], answers[part], schedule, generators[part], whole)
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        self._joined(total)
+            for mean, buffer in zip(sums, statistics):
+                mean += buffer / len(captures)
+        self._joined(total, sums)
+        for buffer, mean in zip(statistics, sums):
+            buffer.copy_(mean)
         value = total.item()
         if not math.isfinite(value):
             raise GateFailed(f"{self.decoder.config.task}: the loss of step {step + 1} is {value}", "lower --rate, or use --dtype fp32")
@@ -209,15 +215,13 @@ class Trainer:
         self.ranks.total([numbers])
         return losses.Totals(*(int(number) for number in numbers.tolist()))
 
-    def _joined(self, total: Tensor) -> None:
+    def _joined(self, total: Tensor, means: Sequence[Tensor]) -> None:
         """Adds up loss and gradients over all processes; running statistics, which no training reads, become their mean."""
         if self.ranks.world == 1:
             return
-        statistics = [buffer for name, buffer in self.decoder.named_buffers() if "stored_" in name]
-        with torch.no_grad():
-            for buffer in statistics:
-                buffer.div_(self.ranks.world)
-        self.ranks.total([total, *statistics, *(parameter.grad for parameter in self.trained if parameter.grad is not None)])
+        for mean in means:
+            mean /= self.ranks.world
+        self.ranks.total([total, *means, *(parameter.grad for parameter in self.trained if parameter.grad is not None)])
 
     # What is kept of it -----------------------------------------------------------------------------------------------------------
 
