@@ -104,14 +104,20 @@ class School:
     shown: list[tuple[list[str], str]] = field(default_factory=list)  # what each item shows, and its caption, once somebody asked
 
 
-def train_on(
-    engine, source: Source, task: str, count: int, *, steps: int = 0, seed: int = 0, held_out: float = 0.0, cache_dir: str = "", **settings: Any
-) -> Decoder:
+def train_on(engine, source: Source, task: str, count: int, **settings: Any) -> Decoder:
     """A decoder for `task`, ready for inference, taught from the first `count` items of `source` as `python -m datasetdm_fast.train` would.
 
     Captures of an image are shared by every count, task and later run; `settings` are further fields of TrainConfig.
     """
     from datasetdm_fast.models.decoders import fold
+
+    return fold(taught(engine, source, task, count, **settings)).requires_grad_(False)
+
+
+def taught(
+    engine, source: Source, task: str, count: int, *, steps: int = 0, seed: int = 0, held_out: float = 0.0, cache_dir: str = "", **settings: Any
+) -> Decoder:
+    """The same decoder before it is made ready, to be kept with save_decoder."""
     from datasetdm_fast.training.held_out import split
     from datasetdm_fast.training.loop import fit
     from datasetdm_fast.training.ranks import SOLO
@@ -123,8 +129,7 @@ def train_on(
     learnt, _ = split(range(count), held_out, seed)
     school = School(config, engine, source, SOLO, tuple(learnt), lambda line: None)
     recipe, words = _recipe(school, task, len(learnt))
-    decoder = fit(recipe.config, _lessons(school, task, learnt), recipe.schedule, words, device=engine.device)
-    return fold(decoder).requires_grad_(False)
+    return fit(recipe.config, _lessons(school, task, learnt), recipe.schedule, words, device=engine.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Students learn, arms are equal, scenes that judge teach nobody, and a claim holds by its figures alone."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from datasetdm_fast import student as students
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.demo import world
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.models.decoders import DEMO
 from datasetdm_fast.student import Course
 from datasetdm_fast.student_data import CELLS, IGNORED, SIDE, Trust
 
@@ -31,7 +33,7 @@ def lessons():
 
 @pytest.fixture(scope="module")
 def exam():
-    return Exam.of("few", sets.scenes(sets.TEST, 8, SIDE))
+    return Exam("few", sets.scenes(sets.TEST, 8, SIDE))
 
 
 def some(lessons, chosen):
@@ -269,6 +271,31 @@ def test_commands_refuse_what_proves_nothing(capsys):
     assert run_command(bench.dispatch, ["claims", "--seeds", "1"]) == 2 and "one student has no spread" in capsys.readouterr().err
     assert run_command(bench.dispatch, ["claims", "--rows", "semantics"]) == 2 and "semantic" in capsys.readouterr().err
     assert rows.OUTSIDE == 2
+
+
+def test_every_row_is_made_and_found_again(tmp_path):
+    """All labellers, sets, students and exams, each in the smallest number that is one."""
+    from bench.claims.run import Bench, described
+
+    scale = sets.Scale(seeds=2, steps=4, real=3, fewer=(2,), synthetic=8, parity=4, test=60, labeller_steps=1, labeller_draws=1, sizes=("small",))
+    for folder, tasks in {"is_any-2": TASKS[:3], "is_seen-3": TASKS[:1], "is_day-3": TASKS[:1]}.items():  # one step teaches nothing that could be trusted
+        for task in tasks:
+            shutil.copytree(DEMO / task, tmp_path / "labellers" / f"{folder}-1-1" / task)
+    said = []
+    with Bench(tmp_path, scale, said.append) as bench:
+        for name in CLAIMS:
+            bench.foresee(name)
+        plans = {name: bench.plan(name) for name in CLAIMS}
+        found = {name: bench.row(name, plan) for name, plan in plans.items()}
+        page.write(tmp_path, described(found, scale, ["claims"], True, 1.0), bench)
+    assert set(found) == set(CLAIMS) and (tmp_path / "index.html").exists() and (tmp_path / "answers.png").exists()
+    assert found["parity"]["real"] == pytest.approx(found["parity"]["both"], rel=0.05), "both engines give the same images but for rounding"
+    assert found["instance"]["cells"][0]["images"]["real"] == 2 and found["semantic"]["images"]["real"] == 3
+    kinds = [line for line in said if line.startswith(("real, seed", "synthetic, seed", "both, seed", "many real"))]
+    assert len(kinds) == bench.record.taught == len(list((tmp_path / "students").glob("*.json")))
+    with Bench(tmp_path, scale, said.append) as bench:
+        again = {name: bench.row(name, bench.plan(name)) for name in CLAIMS}
+        assert again == found and bench.record.taught == 0
 
 
 def test_the_newest_claims_are_found_beside_other_results(tmp_path):

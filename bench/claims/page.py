@@ -172,12 +172,10 @@ def _images(row: Mapping[str, Any]) -> str:
 
 def drawn_sheets(bench: Any) -> dict[str, tuple[Image.Image, str]]:
     """Real scenes, generated images and what students say, side by side with labels."""
-    from bench.claims.run import TASKS
     from datasetdm_fast import student as students
 
-    found = bench.main_arms()
-    arms, exam = bench.arms(found, TASKS), bench.exam()
-    real, synthetic = found["both"]
+    arms = {name: bench.arm(name, sets()) for name, sets in bench.main_arms().items()}
+    exam, (real, synthetic) = bench.exam(), arms["both"].sets
     images = exam.images[:SHOWN]
     truth = [item.semantic for item in exam.items[:SHOWN]]
     said = {name: [answer.semantic.labels for answer in students.answers(bench.record.student(arm, 0, exam), images)] for name, arm in arms.items()}

@@ -5,11 +5,13 @@ A student is taught by real demo scenes, by generated ones, and by both, for equ
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from datasetdm_fast.errors import Refused
 
 PROG = "python -m bench claims"
 TASKS = ("semantic", "instance", "depth", "pose")
+MOST_PROCESSES = 8
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,13 @@ def main(arguments: Sequence[str]) -> int:
     scale = replace(scale, seeds=config.seeds or scale.seeds)
     folder = Path(config.out or f"runs/claims{'-quick' if config.quick else ''}")
     began = time.monotonic()
-    bench = Bench(folder, scale, say)
-    found = {name: bench.row(name) for name in names}
-    document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - began)
-    paths = page.write(folder, document, bench)
+    with Bench(folder, scale, say) as bench:
+        for name in names:
+            bench.foresee(name)
+        plans = {name: bench.plan(name) for name in names}
+        found = {name: bench.row(name, plan) for name, plan in plans.items()}
+        document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - began)
+        paths = page.write(folder, document, bench)
     is_whole = not config.quick and set(names) == set(CLAIMS)
     for path in [folder / "claims.json", *([results.default_path(document["machine"]).with_suffix(".claims.json")] if is_whole else [])]:
         results.ResultFile(path, document).save()
@@ -94,8 +100,12 @@ def harmonic(found: dict, seen: Sequence[str], unseen: Sequence[str]) -> float:
     return 2 * first * second / (first + second) if first + second else 0.0
 
 
+Scores = dict[str, list[float]]
+Plan = Callable[[], tuple[Scores, dict[str, Any]]]  # waits for students; the figures of each arm's seeds, and what else a row says
+
+
 class Bench:
-    """The sets, labellers and exams of every row, made when a row first asks for them."""
+    """The sets, labellers and exams of every row, made when a row first asks for them, while students learn in processes beside this one."""
 
     def __init__(self, folder: Path, scale, say: Callable[[str], None]):
         from bench.claims import sets
@@ -104,23 +114,58 @@ class Bench:
         from datasetdm_fast.student_data import SIDE, vocabulary_of
 
         self.folder, self.scale, self.say = folder, scale, say
-        self.record = Record(folder / "students", say)
+        self.record = Record(folder / "students", say, min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
         self.course = Course(steps=scale.steps)
         self.side = SIDE
         self.vocabulary = vocabulary_of(sets.scenes(sets.LABELLED, 1, SIDE))
         self._made: dict[str, Any] = {}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.record.__exit__(*error)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
-    def row(self, name: str) -> dict[str, Any]:
+    def foresee(self, name: str) -> None:
+        """Has the labellers of a row taught, so that nobody waits for them later."""
+        for fits, count, tasks in self.needs(name):
+            self.labeller(fits, count, tasks)
+
+    def needs(self, name: str) -> list[tuple[str, int, Sequence[str]]]:
+        """Labellers taught by a row's own scenes; the others are those shipped, taught by the scenes from `LABELLED` on."""
+        scale = self.scale
+        own = {"zero-shot": ("is_seen", scale.real, ("semantic",)), "domain": ("is_day", scale.real, ("semantic",))}
+        if name in own:
+            return [own[name]]
+        return [("is_any", count, TASKS) for count in {"instance": scale.fewer, "depth": scale.fewer[:1], "pose": scale.fewer[:1]}.get(name, ())]
+
+    def labeller(self, fits: str, count: int, tasks: Sequence[str]) -> Callable[[], Path]:
+        """Has decoders taught by some scenes alone; what it returns waits for them and names their folder."""
+        from bench.claims import sets
+
+        def make() -> Callable[[], Path]:
+            folder = self.folder / "labellers" / f"{fits}-{count}-{self.scale.labeller_steps}-{self.scale.labeller_draws}"
+            source = sets.scenes(sets.LABELLED, count, sets.MODEL_SIDE, getattr(sets, fits))
+            self.say(f"{folder}: teaching a labeller with {count} scenes for {', '.join(tasks)}")
+            futures = [self.record.submit(sets.labeller, source, task, self.scale, self.folder / "captures", folder / task) for task in tasks]
+            return lambda: [future.result() for future in futures] and folder
+
+        return self.once(f"labeller {fits} {count}", make)
+
+    def plan(self, name: str) -> Plan:
+        """Has all students of a row taught."""
+        make = {"instance": self._instance, "zero-shot": self._zero_shot, "domain": self._domain, "parity": self._parity}.get(name)
+        return make() if make else self._main(name)
+
+    def row(self, name: str, plan: Plan) -> dict[str, Any]:
         from bench.claims.rows import CLAIMS, row_of
 
-        make = {"instance": self._instance, "zero-shot": self._zero_shot, "domain": self._domain, "parity": self._parity}.get(name)
-        scores, facts = make() if make else self._main(name)
-        row = row_of(CLAIMS[name], scores, facts)
+        row = row_of(CLAIMS[name], *plan())
         if broken := [cell for cell in row.get("cells", ()) if not cell["holds"]]:
             row["holds"] = False
             row["reason"] = "; ".join(f"{cell['student']} student, {cell['real_scenes']} real: {cell['reason']}" for cell in broken)
@@ -140,118 +185,140 @@ class Bench:
 
     def generated(self, engine: str, count: int):
         """Images of the pool with the labels that the run folder gives them."""
+
+        def make(run) -> Iterator[Any]:
+            return (run[k] for k in range(count))
+
+        return self.told(engine, count, f"{engine}-{count}", make)
+
+    def relabelled(self, fits: str, count: int, tasks: Sequence[str], rename: str = "as_it_is", wanted: str = "is_wanted"):
+        """Images of the pool with labels of labellers that were taught by the row's own scenes alone."""
+        from bench.claims import sets
+
+        def make(run) -> Iterator[Any]:
+            positions = [k for k in range(self.scale.synthetic) if getattr(sets, wanted)(run[k])]
+            decoders = self.labeller(fits, count, tasks)()
+            self.say(f"{decoders}: labelling {len(positions)} images")
+            return sets.retold(run, positions, decoders, getattr(sets, rename))
+
+        scale = self.scale
+        return self.told("fast", scale.synthetic, f"{fits}-{count}-{wanted}-{scale.synthetic}-{scale.labeller_steps}-{scale.labeller_draws}", make)
+
+    def told(self, engine: str, count: int, name: str, make: Callable[[Any], Iterator[Any]]):
+        """Lessons from the first images of an engine's pool; those made from the same pool before are found again."""
         from bench.claims import sets
         from datasetdm_fast import student_data
 
-        def make():
+        def found():
             run = sets.pool(self.folder / ("pool" if engine == "fast" else f"pool-{engine}"), count, engine, self.say)
-            return student_data.synthetic((run[k] for k in range(count)), self.vocabulary, student_data.Trust())
+            made_by = json.dumps([run.document[part] for part in ("config", "model", "decoders", "engine")], sort_keys=True)
+            path = self.folder / "sets" / f"{name}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}.pt"
+            return sets.kept(path, self.vocabulary, lambda: student_data.synthetic(make(run), self.vocabulary, student_data.Trust())).balanced()
 
-        path = self.folder / "sets" / f"{engine}-{count}.pt"
-        return self.once(path.name, lambda: sets.kept(path, self.vocabulary, make).balanced())
-
-    def relabelled(self, name: str, fits: str, rename: str, wanted: Callable[[Any], bool]):
-        """Images of the pool with labels of a labeller that was taught by the row's own scenes alone."""
-        from bench.claims import sets
-        from datasetdm_fast import student_data
-
-        def make():
-            run = sets.pool(self.folder / "pool", self.scale.synthetic, "fast", self.say)
-            positions = [k for k in range(self.scale.synthetic) if wanted(run[k])]
-            taught = sets.scenes(sets.LABELLED, self.scale.real, sets.MODEL_SIDE, getattr(sets, fits))
-            self.say(f"{name}: teaching a labeller with {self.scale.real} scenes for {len(positions)} images")
-            decoder = sets.labeller(taught, self.scale, self.folder / "captures")
-            samples = sets.retold(run, positions, decoder, getattr(sets, rename))
-            return student_data.synthetic(samples, self.vocabulary, student_data.Trust())
-
-        path = self.folder / "sets" / f"{name}-{self.scale.synthetic}-{self.scale.labeller_steps}.pt"
-        return self.once(path.name, lambda: sets.kept(path, self.vocabulary, make).balanced())
+        return self.once(f"{engine} {name}", found)
 
     def exam(self, name: str = "everything", fits: str = "is_any"):
         from bench.claims import sets
         from bench.claims.exam import Exam
 
-        return self.once(f"exam {name}", lambda: Exam.of(name, sets.scenes(sets.TEST, self.scale.test, self.side, getattr(sets, fits))))
+        return self.once(f"exam {name}", lambda: Exam(name, sets.scenes(sets.TEST, self.scale.test, self.side, getattr(sets, fits))))
 
-    def scores(self, arms: dict[str, tuple], exam, tasks: Sequence[str], pick: Callable[[dict], float], **course: Any) -> dict[str, list[float]]:
-        """{arm: figure of every seed}."""
-        made = self.arms(arms, tasks, **course)
-        return {name: [pick(self.record.figures(arm, seed, exam)) for seed in range(self.scale.seeds)] for name, arm in made.items()}
+    def three(self, real: Callable[[], Any], synthetic: Callable[[], Any]) -> dict[str, Callable[[], tuple]]:
+        """The sets of each arm, made when they are called for."""
+        return {"real": lambda: (real(),), "synthetic": lambda: (synthetic(),), "both": lambda: (real(), synthetic())}
 
-    def arms(self, arms: dict[str, tuple], tasks: Sequence[str], **course: Any) -> dict[str, Any]:
+    def main_arms(self, count: int = 0) -> dict[str, Callable[[], tuple]]:
+        """Real scenes and the pool, labelled by a labeller that was taught by the same scenes: the shipped one where there are as many as taught it."""
+        if count in (0, self.scale.real):
+            return self.three(lambda: self.real(self.scale.real), lambda: self.generated("fast", self.scale.synthetic))
+        return self.three(lambda: self.real(count), lambda: self.relabelled("is_any", count, TASKS))
+
+    def arm(self, name: str, sets: tuple, tasks: Sequence[str] = TASKS, **course: Any):
         from bench.claims.exam import Arm
 
-        return {name: Arm(name, found, replace(self.course, **course), tuple(tasks)) for name, found in arms.items()}
+        return Arm(name, sets, replace(self.course, **course), tuple(tasks))
 
-    def three(self, real, synthetic) -> dict[str, tuple]:
-        return {"real": (real,), "synthetic": (synthetic,), "both": (real, synthetic)}
+    def scores(self, arms: dict[str, Callable[[], tuple]], exam, tasks: Sequence[str] = TASKS, **course: Any) -> Callable[[Callable[[dict], float]], Scores]:
+        """Has students of every arm and seed taught; what it returns waits for them and picks a figure of each."""
+        made = {}
+        for name, sets in arms.items():
+            made[name] = self.arm(name, sets(), tasks, **course)
+            for seed in range(self.scale.seeds):
+                self.record.ask(made[name], seed, exam)
+        return lambda pick: {name: [pick(self.record.figures(arm, seed, exam)) for seed in range(self.scale.seeds)] for name, arm in made.items()}
 
-    def main_arms(self, count: int = 0) -> dict[str, tuple]:
-        return self.three(self.real(count or self.scale.real), self.generated("fast", self.scale.synthetic))
+    def ceiling(self, **course: Any) -> Callable[[Callable[[dict], float]], dict[str, float]]:
+        """The figure of one student taught by as many real scenes as there are generated images: about the most that data can bring it to."""
+        arm, exam = self.arm("many real", (self.real(self.scale.synthetic),), **course), self.exam()
+        self.record.ask(arm, 0, exam)
+        return lambda pick: {"ceiling": pick(self.record.figures(arm, 0, exam)), "ceiling_scenes": self.scale.synthetic}
 
-    def _main(self, name: str) -> tuple[dict, dict]:
+    def _main(self, name: str) -> Plan:
         """Rows that read different figures of the same students."""
         from bench.claims.sets import RARE
 
         pick, count = {
             "semantic": (lambda found: 100 * found["semantic"]["miou"], self.scale.real),
-            "depth": (lambda found: found["depth"]["absrel"], self.scale.fewer),
-            "pose": (lambda found: 100 * found["pose"]["oks_ap"], self.scale.fewer),
+            "depth": (lambda found: found["depth"]["absrel"], self.scale.fewer[0]),
+            "pose": (lambda found: 100 * found["pose"]["oks_ap"], self.scale.fewer[0]),
             "long-tail": (lambda found: over(found, RARE), self.scale.real),
         }[name]
         arms = self.main_arms(count)
-        facts = self.facts(arms) | ({"classes": list(RARE)} if name == "long-tail" else {})
-        return self.scores(arms, self.exam(), TASKS, pick), facts | self.ceiling(pick)
+        scores, most = self.scores(arms, self.exam()), self.ceiling()
+        classes = {"classes": list(RARE)} if name == "long-tail" else {}
+        return lambda: (scores(pick), self.facts(arms) | classes | most(pick))
 
-    def ceiling(self, pick: Callable[[dict], float], **course: Any) -> dict[str, float]:
-        """The figure of one student taught by as many real scenes as there are generated images: about the most that data can bring it to."""
-        from bench.claims.exam import Arm
-
-        many = Arm("many real", (self.real(self.scale.synthetic),), replace(self.course, **course), TASKS)
-        return {"ceiling": pick(self.record.figures(many, 0, self.exam())), "ceiling_scenes": self.scale.synthetic}
-
-    def _instance(self) -> tuple[dict, dict]:
-        """Two numbers of real scenes and two sizes of student; the row is the first of the four, and holds where all four do."""
+    def _instance(self) -> Plan:
+        """Two numbers of real scenes and two sizes of student; the row is the first of them, and holds where all do."""
         from bench.claims.rows import CLAIMS, row_of
-
-        synthetic, cells = self.generated("fast", self.scale.synthetic), []
 
         def pick(found: dict) -> float:
             return 100 * found["instance"]["ap"]
 
-        for size, steps in (("small", self.scale.steps), ("large", self.scale.steps // 2)):  # a step of the large one costs twice as much
-            for count in (self.scale.real, self.scale.fewer):
-                arms = self.three(self.real(count), synthetic)
-                scores = self.scores(arms, self.exam(), TASKS, pick, size=size, steps=steps)
-                cell = {"student": size, "real_scenes": count, **self.facts(arms), "steps": steps}
-                cells.append(row_of(CLAIMS["instance"], scores, cell | self.ceiling(pick, size=size, steps=steps)))
-        return cells[0]["seeds"], self.facts(self.main_arms()) | {"cells": cells}
+        planned = []
+        for size in self.scale.sizes:
+            for count in self.scale.fewer:
+                arms = self.main_arms(count)
+                cell = {"student": size, "real_scenes": count, **self.facts(arms)}
+                planned.append((cell, self.scores(arms, self.exam(), size=size), self.ceiling(size=size)))
 
-    def _zero_shot(self) -> tuple[dict, dict]:
-        from bench.claims.sets import SEEN, UNSEEN, names_one
+        def found() -> tuple[Scores, dict[str, Any]]:
+            cells = [row_of(CLAIMS["instance"], scores(pick), cell | most(pick)) for cell, scores, most in planned]
+            return cells[0]["seeds"], {name: cells[0][name] for name in ("steps", "images")} | {"cells": cells}
 
-        arms = self.three(self.real(self.scale.real, "is_seen"), self.relabelled("zero-shot", "is_seen", "by_its_prompt", names_one))
-        exam, tasks = self.exam(), ("semantic",)
-        picks = {"seen": lambda found: over(found, SEEN), "unseen": lambda found: over(found, UNSEEN), "both": lambda found: harmonic(found, SEEN, UNSEEN)}
-        scores = {name: self.scores(arms, exam, tasks, pick) for name, pick in picks.items()}
-        return scores["both"], self.facts(arms) | {"classes": list(UNSEEN)} | {name: scores[name]["both"] for name in ("seen", "unseen")}
+        return found
 
-    def _domain(self) -> tuple[dict, dict]:
-        from bench.claims.sets import says_elsewhere
+    def _zero_shot(self) -> Plan:
+        from bench.claims.sets import SEEN, UNSEEN
 
-        arms = self.three(self.real(self.scale.real, "is_day"), self.relabelled("domain", "is_day", "as_it_is", says_elsewhere))
+        real = self.scale.real
+        arms = self.three(lambda: self.real(real, "is_seen"), lambda: self.relabelled("is_seen", real, ("semantic",), "by_its_prompt", "names_one"))
+        scores = self.scores(arms, self.exam(), ("semantic",))
+        parts = {"seen": lambda found: over(found, SEEN), "unseen": lambda found: over(found, UNSEEN)}
+        return lambda: (
+            scores(lambda found: harmonic(found, SEEN, UNSEEN)),
+            self.facts(arms) | {"classes": list(UNSEEN)} | {name: scores(pick)["both"] for name, pick in parts.items()},
+        )
+
+    def _domain(self) -> Plan:
+        real = self.scale.real
+        arms = self.three(lambda: self.real(real, "is_day"), lambda: self.relabelled("is_day", real, ("semantic",), wanted="says_elsewhere"))
         exam, steps = self.exam("elsewhere", "is_elsewhere"), self.scale.steps // 2
-        scores = self.scores(arms, exam, ("semantic",), lambda found: 100 * found["semantic"]["miou"], steps=steps)
-        return scores, self.facts(arms) | {"steps": steps}
+        scores = self.scores(arms, exam, ("semantic",), steps=steps)
+        return lambda: (scores(lambda found: 100 * found["semantic"]["miou"]), self.facts(arms) | {"steps": steps})
 
-    def _parity(self) -> tuple[dict, dict]:
+    def _parity(self) -> Plan:
         """The same prompts and seeds through both engines: here `real` is the oracle's set and `both` that of the fast engine."""
-        arms = {"real": (self.generated("torch", self.scale.parity),), "both": (self.generated("fast", self.scale.parity),)}
+        arms = {"real": lambda: (self.generated("torch", self.scale.parity),), "both": lambda: (self.generated("fast", self.scale.parity),)}
         steps = self.scale.steps // 4  # there are few images
-        scores = self.scores(arms, self.exam(), TASKS, lambda found: 100 * found["semantic"]["miou"], steps=steps)
-        return scores, {"steps": steps, "images": {"torch": len(arms["real"][0]), "fast": len(arms["both"][0])}}
+        scores = self.scores(arms, self.exam(), steps=steps)
+        images = {"torch": arms["real"], "fast": arms["both"]}
+        return lambda: (
+            scores(lambda found: 100 * found["semantic"]["miou"]),
+            {"steps": steps, "images": {name: len(sets()[0]) for name, sets in images.items()}},
+        )
 
-    def facts(self, arms: dict[str, tuple]) -> dict[str, Any]:
+    def facts(self, arms: dict[str, Callable[[], tuple]]) -> dict[str, Any]:
         """How many different images each side has."""
-        real, synthetic = arms["both"]
+        real, synthetic = arms["both"]()
         return {"steps": self.scale.steps, "images": {"real": len(real), "synthetic": len(synthetic), "left_out": synthetic.left_out}}

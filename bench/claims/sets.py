@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
-from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.demo import world
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder import Run, StoredSample, open_run
@@ -18,7 +18,7 @@ from datasetdm_fast.student_data import Lessons, Vocabulary
 
 LABELLED = 1000  # first seed of the scenes that taught the labellers and teach the students
 VALIDATION = 700_000  # first seed of the scenes that settings are chosen on
-TEST = 6_000_000  # first seed of the scenes that judge, looked at once
+TEST = 8_000_000  # first seed of the scenes that judge, looked at once
 SEARCHED = 100_000  # seeds gone through at most for scenes of a kind
 UNSEEN = ("cone", "tree")
 SEEN = tuple(name for name in world.THINGS if name not in UNSEEN)
@@ -56,6 +56,10 @@ def says_elsewhere(sample: StoredSample) -> bool:
     return any(sample.prompt.endswith(world.WHERE[domain]) for domain in ELSEWHERE)
 
 
+def is_wanted(sample: StoredSample) -> bool:
+    return True
+
+
 def is_any(scene: world.Scene) -> bool:
     return True
 
@@ -82,16 +86,17 @@ class Scale:
     seeds: int
     steps: int  # of a student
     real: int
-    fewer: int  # real scenes of the other instance rows
+    fewer: tuple[int, ...]  # real scenes of the instance row; depth and pose have the first of them
     synthetic: int  # images generated with every label
     parity: int  # images generated a second time by the oracle
     test: int
     labeller_steps: int
     labeller_draws: int
+    sizes: tuple[str, ...] = ("small", "large")  # of the students of the instance row
 
 
-FULL = Scale(seeds=3, steps=800, real=100, fewer=50, synthetic=1000, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
-QUICK = Scale(seeds=2, steps=120, real=100, fewer=50, synthetic=96, parity=16, test=200, labeller_steps=100, labeller_draws=1)
+FULL = Scale(seeds=3, steps=1600, real=100, fewer=(25, 50), synthetic=1000, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
+QUICK = Scale(seeds=2, steps=500, real=100, fewer=(25,), synthetic=300, parity=32, test=300, labeller_steps=150, labeller_draws=1, sizes=("small",))
 
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
@@ -109,46 +114,56 @@ def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> R
 
 @dataclass(frozen=True)
 class Retold:
-    """A generated sample with the labels of another labeller in place of its own."""
+    """A generated sample with the labels of other labellers in place of its own."""
 
     id: str
     image: np.ndarray
     classes: tuple[str, ...]
     semantic: SemanticMap
-    instances: None = None
-    depth: None = None
-    keypoints: None = None
+    instances: Instances | None = None
+    depth: DepthMap | None = None
+    keypoints: Keypoints | None = None
 
 
-def labeller(source: DemoWorld, scale: Scale, captures: Path):
-    """A semantic decoder taught by these scenes alone."""
+FIELDS = {"semantic": "semantic", "instance": "instances", "depth": "depth", "pose": "keypoints"}
+
+
+def labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder: Path) -> None:
+    """A decoder taught by these scenes alone, in a folder; one that is there already stays."""
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
-    from datasetdm_fast.train import train_on
+    from datasetdm_fast.models.decoders import save_decoder
+    from datasetdm_fast.train import taught
 
-    engine = build_engine("fast", load_model("demo"), {})
-    settings = {"cache_dir": str(captures), "draws": scale.labeller_draws, "steps": scale.labeller_steps}
-    return train_on(engine, source, "semantic", len(source), **settings)
+    if not (folder / "config.json").exists():
+        engine = build_engine("fast", load_model("demo"), {})
+        settings = {"cache_dir": str(captures), "draws": scale.labeller_draws, "steps": scale.labeller_steps}
+        save_decoder(taught(engine, source, task, len(source), **settings), folder)
 
 
-def retold(run: Run, positions: Sequence[int], decoder, rename: Callable[[StoredSample, SemanticMap], SemanticMap]) -> Iterator[Retold]:
-    """Generated images labelled by another labeller, which reads them as it reads real ones."""
+def retold(run: Run, positions: Sequence[int], decoders: Path, rename: Callable[[StoredSample, SemanticMap], SemanticMap]) -> Iterator[Retold]:
+    """Generated images labelled by other labellers, which read them as they read real ones."""
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.inversion import capture_timestep, invert
     from datasetdm_fast.loading import load_model
+    from datasetdm_fast.models.decoders import load_decoders
     from datasetdm_fast.tasks import TASKS
     from datasetdm_fast.tasks.named import held_to
 
-    engine = build_engine("fast", load_model("demo"), {"semantic": decoder})
-    timestep = capture_timestep([decoder.config])
+    engine = build_engine("fast", load_model("demo"), load_decoders(decoders))
+    configs = {task: decoder.config for task, decoder in engine.decoders.items()}
+    timestep = capture_timestep(configs.values())
     for start in range(0, len(positions), READ_TOGETHER):
         samples = [run[position] for position in positions[start : start + READ_TOGETHER]]
+        prompts = [sample.prompt for sample in samples]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
-        capture = invert(engine, images, [sample.prompt for sample in samples], timestep, [sample.seed for sample in samples])
-        raw = held_to(engine.annotate("semantic", capture, None), decoder.config, [sample.prompt for sample in samples])
-        labels = TASKS["semantic"].postprocess(raw, decoder.config, engine.model.size)
-        for sample, label in zip(samples, labels):
-            yield Retold(sample.id, sample.image, sample.classes, rename(sample, label))
+        capture = invert(engine, images, prompts, timestep, [sample.seed for sample in samples])
+        labels = {}
+        for task, config in configs.items():
+            labels[FIELDS[task]] = TASKS[task].postprocess(held_to(engine.annotate(task, capture, None), config, prompts), config, engine.model.size)
+        for k, sample in enumerate(samples):
+            told = {name: found[k] for name, found in labels.items()}
+            yield Retold(sample.id, sample.image, sample.classes, **(told | {"semantic": rename(sample, told["semantic"])}))
 
 
 def as_it_is(sample: StoredSample, label: SemanticMap) -> SemanticMap:
