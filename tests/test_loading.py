@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast import loading
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading import DOWN_BLOCKS, SD_SCHEDULER, UNKNOWN_LICENCE, UP_BLOCKS, load_model, predicts_noise
@@ -107,6 +108,13 @@ def test_half_precision_files_become_fp32(tiny, folder):
     save_file({key: value.half() for key, value in load_file(path).items()}, path)
     model = load_model(str(folder))
     assert model.vae.dtype == torch.float32 and model.digests["vae"] == loading.digest([path])
+
+
+def test_demo_model_and_decoders_name_their_licence():
+    from datasetdm_fast.job import describe_decoders
+
+    found = describe_decoders("demo", TASKS)
+    assert set(found) == set(TASKS) and {one["licence"] for one in found.values()} == {"apache-2.0"} == {load_model("demo").licence}
 
 
 def test_licence_is_read_from_file_or_card(folder):
