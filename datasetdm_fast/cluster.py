@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from datasetdm_fast import __version__, driver, store
@@ -43,6 +43,7 @@ STORE_BYTES = 2**28  # of shared memory for a Ray of our own: only rows travel t
 LARGEST_BLOCK = 8  # batches a worker is handed at once; it samples one while it labels the one before
 BLOCKS = 16  # a worker is handed at least, so that none is waited for long
 MOST_ROUNDS = 3  # without a single commit, after which the run ends
+ENDED = f"{MOST_FAILURES} processes ended while they made its batch"
 NOTHING_HERE = "Install it on every machine of the cluster: pip install datasetdm_fast[ray]"
 
 
@@ -59,6 +60,7 @@ class Desk:
     """The one place all workers report to; it runs beside the driver and computes nothing."""
 
     deaths: dict[int, int] = field(default_factory=dict)  # batch -> processes that began it and have not ended it
+    doubts: dict[int, list[str]] = field(default_factory=dict)  # batch -> places where its numbers were not finite
     starts: int = 0  # of workers, since a batch was last ended
     beats: int = 0
     is_stopping: bool = False
@@ -84,6 +86,15 @@ class Desk:
         self.starts = 0
         self.beats += 1
 
+    def doubt(self, batch: int, place: str) -> bool:
+        """Whether numbers that are not finite may be the fault of a place, so that another one is to make the batch, in the next round."""
+        before = self.doubts.setdefault(batch, [])
+        if set(before) - {place} or len(before) == MOST_ROUNDS - 1:
+            return False
+        before.append(place)
+        self.lines.append(f"batch {batch} has numbers that are not finite, it is made again")
+        return True
+
     def beat(self) -> None:
         self.beats += 1
 
@@ -93,10 +104,19 @@ class Desk:
     def stop(self) -> None:
         self.is_stopping = True
 
-    def told(self) -> tuple[int, list[str], tuple[str, str, str] | None, dict[int, int]]:
-        """Signs of life so far, lines for the screen since the last call, why a worker cannot go on, and the batches that are begun."""
+    def told(self) -> Told:
         lines, self.lines = self.lines, []
-        return self.beats, lines, self.refusal, self.deaths
+        return Told(self.beats, lines, self.refusal, self.deaths, self.doubts)
+
+
+class Told(NamedTuple):
+    """What the driver hears."""
+
+    beats: int  # signs of life so far
+    lines: list[str]  # for the screen, since it last asked
+    refusal: tuple[str, str, str] | None  # why a worker cannot go on
+    deaths: dict[int, int]
+    doubts: dict[int, list[str]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,7 @@ class Setup:
     config: RunConfig
     source: Source
     most: int  # workers there may be
+    places: int  # devices, or machines without one, that they are on
     desk: Any
     document: Mapping[str, Any] | None = None  # run.json, once it is known
     first: Callable[[], None] | None = None  # called before anything else
@@ -126,7 +147,9 @@ class Worker:
         import ray
 
         setup.begin()
-        self.desk, self.beaten = setup.desk, 0.0
+        self.desk, self.beaten, self.places = setup.desk, 0.0, setup.places
+        here = ray.get_runtime_context()
+        self.place = "/".join([here.get_node_id(), *here.get_accelerator_ids().get("GPU", ())])
         starts = ray.get(self.desk.enter.remote())
         if starts > setup.most * MOST_DEATHS:
             raise RuntimeError(f"{starts} processes have started, and none has made a batch")
@@ -144,7 +167,7 @@ class Worker:
         try:
             wanted = {int(batch): {int(index) for index in indices} for batch, indices in zip(block["batch"], block["wanted"], strict=True)}
             for batch, results in self._results(list(wanted)):
-                kept = [result for result in results if result.request.index in wanted[batch.index]]
+                kept = [] if self._is_doubtful(batch.index, results) else [result for result in results if result.request.index in wanted[batch.index]]
                 rows += write_samples(kept, driver.facts_of(self.job.recipe, batch), self.job.config.image_format, self.publish)
                 self.desk.end.remote(batch.index)
         except (Refused, Missing, GateFailed) as stop:
@@ -177,10 +200,18 @@ class Worker:
             if order.is_stopping:
                 return
             if order.deaths >= MOST_FAILURES:
-                reason = f"{MOST_FAILURES} processes ended while they made its batch"
-                yield batch, [SetAside(request, reason) for request in batch.requests]
+                yield batch, [SetAside(request, ENDED) for request in batch.requests]
             else:
                 yield from driver.generate([batch], engine, recipe, self._pulse)
+
+    def _is_doubtful(self, batch: int, results: Sequence[Sample | SetAside]) -> bool:
+        is_whole = not any(isinstance(result, SetAside) and result.reason != ENDED for result in results)
+        return not is_whole and self.places > 1 and self._doubt(batch)
+
+    def _doubt(self, batch: int) -> bool:
+        import ray
+
+        return ray.get(self.desk.doubt.remote(batch, self.place))
 
     def _begin(self, batch: int, *, is_alone: bool = False) -> Order:
         import ray
@@ -208,6 +239,7 @@ class Pool:
     gpus: int
     cpus: float
     threads: int
+    places: int  # devices, or machines without one
 
     @property
     def resources(self) -> dict[str, float]:
@@ -225,10 +257,10 @@ def pool_of(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
         most = int(config.gpus) if config.gpus.isdecimal() else gpus
         if not most:
             raise Missing(f"--gpus {config.gpus}: the cluster has no GPU now", "Say how many it may bring up: --gpus N")
-        return Pool(max(min(gpus, most), 1), most, 1, 1, config.threads or _power_of_two(sum(hosts) // max(gpus, 1)))
+        return Pool(max(min(gpus, most), 1), most, 1, 1, config.threads or _power_of_two(sum(hosts) // max(gpus, 1)), most)
     workers = config.ranks or len(hosts)
     threads = config.threads or _power_of_two(min(sum(hosts) // workers, *hosts))
-    return Pool(workers, workers, 0, threads if workers * threads <= sum(hosts) else sum(hosts) / workers, threads)
+    return Pool(workers, workers, 0, threads if workers * threads <= sum(hosts) else sum(hosts) / workers, threads, min(workers, len(hosts)))
 
 
 def _power_of_two(cores: int) -> int:
@@ -387,6 +419,7 @@ class Office:
         self.folder: RunFolder | None = None
         self.wanted: set[int] = set()
         self.deaths: dict[int, int] = {}
+        self.doubts: dict[int, list[str]] = {}
         self.new, self.in_vain = 0, 0
 
     @property
@@ -398,9 +431,9 @@ class Office:
         import ray
 
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote(dict(self.deaths))
+        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote(dict(self.deaths), dict(self.doubts))
         config = replace(self.config, out=os.path.abspath(self.config.out), threads=pool.threads, quiet=True, gpus="", ranks=0)
-        setup = Setup(config, self.source, pool.most, desk, first=self.first)
+        setup = Setup(config, self.source, pool.most, pool.places, desk, first=self.first)
         if self.folder is None and not self._open(setup, pool):
             return
         before = self.new
@@ -452,8 +485,6 @@ class Office:
 
     def _listen(self, found: Any, desk: Any) -> None:
         """Commits what the workers make until they are done, or have been silent for too long."""
-        import ray
-
         beats, changed, longest, asked, is_told = 0, time.monotonic(), 0.0, 0.0, False
         with self._explained(desk):
             for rows in received(found):
@@ -466,9 +497,7 @@ class Office:
                 if now - asked < BEAT:
                     continue
                 asked = now
-                count, lines, _, self.deaths = ray.get(desk.told.remote())
-                for line in lines:
-                    self.told(line)
+                count = self._hear(desk)
                 if count > beats:
                     longest = max(longest, now - changed) if beats else 0.0
                     beats, changed = count, now
@@ -476,6 +505,17 @@ class Office:
                 if now - changed > allowed:
                     self.told(f"no worker has given a sign of life for {now - changed:.0f} s, they are replaced")
                     return
+            self._hear(desk)
+
+    def _hear(self, desk: Any) -> int:
+        """Takes over what the workers have reported, and tells the signs of life they have given so far."""
+        import ray
+
+        found = ray.get(desk.told.remote())
+        self.deaths, self.doubts = found.deaths, found.doubts
+        for line in found.lines:
+            self.told(line)
+        return found.beats
 
     def _commit(self, rows: list[Row]) -> None:
         kept = [row for row in rows if row.request.index in self.wanted]
@@ -499,7 +539,7 @@ class Office:
                 return
             refusal = None
             with suppress(Exception):
-                refusal = ray.get(desk.told.remote(), timeout=CONNECT_SECONDS)[2]
+                refusal = ray.get(desk.told.remote(), timeout=CONNECT_SECONDS).refusal
             if refusal:
                 name, cause, remedy = refusal
                 raise Refusals[name](cause, remedy) from error

@@ -22,6 +22,7 @@ from datasetdm_fast import cluster, driver, generate, job, run_folder, store
 from datasetdm_fast.audit import audit
 from datasetdm_fast.cluster import Desk, address_of, pool_of
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import Missing, Refused
 
 SAMPLES, BATCH = 16, 2
@@ -171,7 +172,8 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     process = command(*line, TROUBLED_SECONDS="0.4")
     wait_for(tmp_path / "store", 2, process)
     started = psutil.Process(process.pid).children(recursive=True)
-    workers(process)[0].suspend()
+    for worker in workers(process):
+        worker.suspend()
     out, errors = process.communicate(timeout=180)
     assert process.returncode == 4 and "no worker has given a sign of life for" in errors and "1 of 16 samples were set aside" in errors, errors
     assert tree(tmp_path / "store") == tree(tmp_path / "alone") and audit(tmp_path / "store", threads=1).findings == []
@@ -251,21 +253,21 @@ def test_addresses(text, variable, address, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "nodes", "expected"),
     [
-        ({}, [(8, 0)], (1, 1, 0, 8, 8)),  # a worker a machine where there is no GPU
-        ({"ranks": 2}, [(2, 0)], (2, 2, 0, 1, 1)),
-        ({"ranks": 4}, [(2, 0)], (4, 4, 0, 0.5, 1)),
-        ({"ranks": 3}, [(16, 0), (4, 0)], (3, 3, 0, 4, 4)),  # fits into the smallest machine, and is a power of two
-        ({}, [(4, 0), (96, 8), (96, 8)], (16, 16, 1, 1, 8)),
-        ({"gpus": "all"}, [(8, 1)], (1, 1, 1, 1, 8)),
-        ({"gpus": "800"}, [(4, 0)], (1, 800, 1, 1, 4)),  # which the autoscaler brings
-        ({"gpus": "800"}, [(96, 8)], (8, 800, 1, 1, 8)),
-        ({"gpus": "2"}, [(96, 8)], (2, 2, 1, 1, 8)),
-        ({"device": "cpu", "threads": 3}, [(96, 8)], (1, 1, 0, 3, 3)),
+        ({}, [(8, 0)], (1, 1, 0, 8, 8, 1)),  # a worker a machine where there is no GPU
+        ({"ranks": 2}, [(2, 0)], (2, 2, 0, 1, 1, 1)),
+        ({"ranks": 4}, [(2, 0)], (4, 4, 0, 0.5, 1, 1)),
+        ({"ranks": 3}, [(16, 0), (4, 0)], (3, 3, 0, 4, 4, 2)),  # fits into the smallest machine, and is a power of two
+        ({}, [(4, 0), (96, 8), (96, 8)], (16, 16, 1, 1, 8, 16)),
+        ({"gpus": "all"}, [(8, 1)], (1, 1, 1, 1, 8, 1)),
+        ({"gpus": "800"}, [(4, 0)], (1, 800, 1, 1, 4, 800)),  # which the autoscaler brings
+        ({"gpus": "800"}, [(96, 8)], (8, 800, 1, 1, 8, 800)),
+        ({"gpus": "2"}, [(96, 8)], (2, 2, 1, 1, 8, 2)),
+        ({"device": "cpu", "threads": 3}, [(96, 8)], (1, 1, 0, 3, 3, 1)),
     ],
 )
 def test_workers_for_the_machines_there_are(settings, nodes, expected):
     found = pool_of(RunConfig(**settings), [{"CPU": float(cpus), "GPU": float(gpus)} if gpus else {"CPU": float(cpus)} for cpus, gpus in nodes])
-    assert (found.least, found.most, found.gpus, found.cpus, found.threads) == expected
+    assert (found.least, found.most, found.gpus, found.cpus, found.threads, found.places) == expected
 
 
 @pytest.mark.parametrize(
@@ -279,13 +281,17 @@ def test_workers_that_cannot_be_are_refused(settings, kind):
 class Directly(cluster.Worker):
     """A worker that has its desk in its own process."""
 
-    def __init__(self, made: job.Job, desk: Desk, out: Path):
+    def __init__(self, made: job.Job, desk: Desk, out: Path, place: str = "here", places: int = 1):
+        self.place, self.places = place, places
         self.job, self.own, self.publish = made, desk, run_folder.into(out)
         self.desk = type("Remote", (), {name: type("Method", (), {"remote": staticmethod(getattr(desk, name))}) for name in ("end", "beat")})
         self.beaten = 0.0
 
     def _begin(self, batch, *, is_alone=False):
         return self.own.begin(batch, is_alone)
+
+    def _doubt(self, batch):
+        return self.own.doubt(batch, self.place)
 
 
 @pytest.fixture
@@ -304,6 +310,33 @@ def test_what_ended_three_processes_is_set_aside_and_the_rest_is_made(made, tmp_
     assert [row.request.index for row in rows] == [0, 4, 2, 6]  # what was begun before comes last, alone
     assert [row.reason for row in rows] == ["", "", "", "3 processes ended while they made its batch"]
     assert desk.deaths == {} and [path.name for path in sorted((tmp_path / "out" / "images").iterdir())] == ["00000000.png", "00000002.png", "00000004.png"]
+
+
+@pytest.mark.parametrize(
+    ("places", "asked", "kept"),
+    [
+        (1, ["here"], [1]),  # nobody else could say anything
+        (2, ["here", "there"], [0, 1]),  # two places agree
+        (2, ["here", "here", "here"], [0, 0, 1]),  # no other was to be had
+    ],
+)
+def test_numbers_that_are_not_finite_are_made_again_elsewhere(monkeypatch, tmp_path, places, asked, kept):
+    torchless.install(monkeypatch.setattr)
+    made, desk, found = job.prepare(config(tmp_path / "none", prompts="broken", number=2)), Desk(), []
+    for place in asked:
+        rows = Directly(made, desk, tmp_path / "out", place, places)({"batch": [0], "wanted": [[0]]})["rows"][0]
+        assert all("not finite" in row.reason or "NaN" in row.reason for row in rows) and desk.deaths == {}
+        found.append(len(rows))
+        desk = Desk(doubts=desk.told().doubts)  # a round later
+    assert found == kept
+
+
+def test_a_place_that_was_at_fault_costs_a_second_round_and_nothing_else(monkeypatch, made, tmp_path):
+    desk, generate = Desk(), driver.generate
+    monkeypatch.setattr(driver, "generate", lambda batches, *rest: ((batch, [SetAside(one, "NaN") for one in batch.requests]) for batch in batches))
+    assert rows_of(Directly(made, desk, tmp_path / "out", "bad", 2), [0, 1]) == []
+    monkeypatch.setattr(driver, "generate", generate)
+    assert [row.reason for row in rows_of(Directly(made, desk, tmp_path / "out", "good", 2), [0, 1])] == ["", ""]
 
 
 def test_a_worker_that_is_told_to_stop_begins_nothing_more(made, tmp_path):
