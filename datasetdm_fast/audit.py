@@ -175,6 +175,9 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
         return
     if not digests:  # the run goes on, or was killed
         return
+    digests.pop(run_folder.OWN, None)
+    if (folder / run_folder.SEAL).read_bytes() != run_folder.sealed(digests):
+        yield Finding(run_folder.SEAL, "its bytes are not those that were written", f"Delete it. {remedy}")
     log = folder / f"{run_folder.LEDGER}-wal"
     if log.exists() and log.stat().st_size:
         yield Finding(f"{run_folder.LEDGER}-wal", "something was written to the ledger after the run was finished", _restore(folder))
@@ -242,8 +245,8 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
             findings.append(Finding(name, _told_of(error, folder, name), _again(folder, id)))
     for task in config["task"]:
         findings += [Finding(run_folder.LEDGER, f"sample {id}, {task}: {what}", _again(folder, id)) for what in _label(task, row, arrays, document)]
-    if is_indexed and "depth" in arrays:
-        findings += _check_picture(folder, row, arrays["depth"])
+    if is_indexed and "depth" in config["task"]:
+        findings += _check_picture(folder, row, arrays.get("depth"))
     return findings, total
 
 
@@ -255,14 +258,18 @@ def _check_bytes(data: bytes, stored: storage.Stored) -> None:
         raise ValueError(f"its bytes are not those that were written (SHA-256 {digest[:12]}, expected {stored.sha256[:12]})")
 
 
-def _check_picture(folder: Path, row: Row, millimetres: np.ndarray) -> Iterator[Finding]:
+def _check_picture(folder: Path, row: Row, millimetres: np.ndarray | None) -> Iterator[Finding]:
+    """What is wrong with the picture of a depth map; where that itself is damaged, only whether it can be one."""
     name = gallery.depth_name(row)
     try:
         if not (folder / name).exists():
             raise ValueError("is not there")
         data = storage.read(folder / name, untrusted.LARGEST_IMAGE_FILE)
         untrusted.check_png(data)
-        if not np.array_equal(np.array(untrusted.decode_image(data, name)), np.array(gallery.depth_picture(millimetres))):
+        picture = untrusted.decode_image(data, name)
+        if millimetres is None and picture.mode != "P":
+            raise ValueError("is no picture of a depth map")
+        if millimetres is not None and not np.array_equal(np.array(picture), np.array(gallery.depth_picture(millimetres))):
             raise ValueError("does not show the depth map of its sample")
     except (ValueError, Missing) as error:
         yield Finding(name, _told_of(error, folder, name), f"Delete it and {gallery.PAGE}. Run the generate line once more: both are written anew.")

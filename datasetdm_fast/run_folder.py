@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
+OWN = "this"  # the line of the seal that is about the other lines
 SEAL = "state/seal.json"  # digests of what is no sample's own file; empty from before the first change until everything is in place
 ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
 FORM = {
@@ -270,7 +271,12 @@ def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> boo
 def seal(folder: Path, document: Mapping[str, Any]) -> None:
     """Writes down the digests of run.json, ledger and index files, by which an audit knows that nobody changed them since."""
     digests = {name: storage.sha256_of(folder / name) for name in (DOCUMENT, LEDGER, LOCK, *index_files(document))}
-    storage.publish({folder / SEAL: _pretty(digests)})
+    storage.publish({folder / SEAL: sealed(digests)})
+
+
+def sealed(digests: Mapping[str, str]) -> bytes:
+    """The seal of these digests, which has one of its own."""
+    return _pretty({**digests, OWN: hashlib.sha256(_pretty(digests)).hexdigest()})
 
 
 def unseal(folder: Path) -> None:

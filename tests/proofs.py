@@ -125,7 +125,10 @@ def try_pickle(data: bytes, suffix: str = ".ckpt") -> str:
     path = HERE / f"evil{suffix}"
     path.write_bytes(data)
     if IS_LONG:
-        return str(pickles.safe_copy(path))
+        from safetensors import safe_open
+
+        with safe_open(pickles.safe_copy(path), "np") as copy:
+            return f"{len(list(copy.keys()))} tensors"
     pickles._check_beginning(path)
     return f"{len(pickles.read_tensors(path))} tensors"
 

@@ -160,8 +160,8 @@ def test_a_ledger_changed_by_hand_is_found_without_the_seal(spoilt, statement, w
     told = " ".join(finding.what for finding in audit.audit(spoilt).findings)
     assert what in told
     assert storage.sha256_of(spoilt / run_folder.LEDGER) != seal[run_folder.LEDGER]
-    seal[run_folder.LEDGER] = storage.sha256_of(spoilt / run_folder.LEDGER)
-    (spoilt / run_folder.SEAL).write_text(json.dumps(seal))
+    del seal[run_folder.OWN]
+    (spoilt / run_folder.SEAL).write_bytes(run_folder.sealed({**seal, run_folder.LEDGER: storage.sha256_of(spoilt / run_folder.LEDGER)}))
     assert what in " ".join(finding.what for finding in audit.audit(spoilt).findings)
 
 
@@ -178,6 +178,24 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
         assert out == "" and len(err.splitlines()) == 2
     with pytest.raises(Refused):
         audit.audit(tmp_path)
+
+
+def test_a_seal_changed_by_hand_is_found(spoilt):
+    seal = json.loads((spoilt / run_folder.SEAL).read_text())
+    (spoilt / run_folder.SEAL).write_text(json.dumps(seal))
+    assert places(spoilt) == [run_folder.SEAL]
+    digest = seal["README.md"]
+    seal["README.md"] = digest[:5] + ("0" if digest[5] != "0" else "1") + digest[6:]
+    (spoilt / run_folder.SEAL).write_text(json.dumps(seal, indent=2, sort_keys=True) + "\n")
+    assert places(spoilt) == ["README.md", run_folder.SEAL]
+
+
+def test_a_depth_map_and_its_picture_in_each_other_s_place_are_both_found(spoilt):
+    both = [spoilt / "depth/00000001.png", spoilt / "gallery/depth/00000001.png"]
+    first, second = (path.read_bytes() for path in both)
+    both[0].write_bytes(second)
+    both[1].write_bytes(first)
+    assert places(spoilt) == ["depth/00000001.png", "gallery/depth/00000001.png"]
 
 
 def test_notes_keep_the_seal(spoilt):

@@ -72,7 +72,8 @@ def lines(document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
         if "cells" in row:
             found += [(f"{CLAIMS[name].title}, {cell['student']} student, {cell['real_scenes']} real", cell) for cell in row["cells"]]
         else:
-            found.append((CLAIMS[name].title, row))
+            real = row["images"].get("real", document["setting"]["real"])
+            found.append((CLAIMS[name].title + (f", {real} real" if real != document["setting"]["real"] else ""), row))
     return found
 
 
@@ -88,8 +89,8 @@ def table(document: Mapping[str, Any]) -> Table:
 def setting_line(document: Mapping[str, Any]) -> str:
     scale = document["setting"]
     return (
-        f"{scale['real']} real scenes (the same that taught the labeller), {scale['synthetic']} generated images, {scale['seeds']} students of each kind, "
-        f"{scale['steps']} steps of each, {scale['test']:,} unseen scenes; mean ± standard deviation over the students"
+        f"{scale['real']} real scenes where no other number is given, always the same that taught the labeller; {scale['synthetic']:,} generated images; "
+        f"{scale['seeds']} students of each kind, {scale['steps']:,} steps of each; {scale['test']:,} unseen scenes; mean ± standard deviation over students"
     )
 
 

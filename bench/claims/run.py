@@ -21,6 +21,7 @@ from datasetdm_fast.errors import Refused
 
 PROG = "python -m bench claims"
 TASKS = ("semantic", "instance", "depth", "pose")
+MASKS = ("semantic", "instance")
 MOST_PROCESSES = 8
 
 
@@ -142,7 +143,11 @@ class Bench:
         own = {"zero-shot": ("is_seen", scale.real, ("semantic",)), "domain": ("is_day", scale.real, ("semantic",))}
         if name in own:
             return [own[name]]
-        return [("is_any", count, TASKS) for count in {"instance": scale.fewer, "depth": scale.fewer[:1], "pose": scale.fewer[:1]}.get(name, ())]
+        return [("is_any", count, self.tasks_of(count)) for count in {"instance": scale.fewer, "depth": scale.fewer[:1], "pose": scale.fewer[:1]}.get(name, ())]
+
+    def tasks_of(self, count: int) -> Sequence[str]:
+        """What labellers taught by so many scenes tell: everything, or masks where no row asks for more."""
+        return TASKS if count == self.scale.fewer[0] else MASKS
 
     def labeller(self, fits: str, count: int, tasks: Sequence[str]) -> Callable[[], Path]:
         """Has decoders taught by some scenes alone; what it returns waits for them and names their folder."""
@@ -231,7 +236,7 @@ class Bench:
         """Real scenes and the pool, labelled by a labeller that was taught by the same scenes: the shipped one where there are as many as taught it."""
         if count in (0, self.scale.real):
             return self.three(lambda: self.real(self.scale.real), lambda: self.generated("fast", self.scale.synthetic))
-        return self.three(lambda: self.real(count), lambda: self.relabelled("is_any", count, TASKS))
+        return self.three(lambda: self.real(count), lambda: self.relabelled("is_any", count, self.tasks_of(count)))
 
     def arm(self, name: str, sets: tuple, tasks: Sequence[str] = TASKS, **course: Any):
         from bench.claims.exam import Arm

@@ -95,7 +95,7 @@ class Scale:
     sizes: tuple[str, ...] = ("small", "large")  # of the students of the instance row
 
 
-FULL = Scale(seeds=3, steps=1600, real=100, fewer=(25, 50), synthetic=1000, parity=96, test=1000, labeller_steps=700, labeller_draws=3)
+FULL = Scale(seeds=3, steps=1600, real=100, fewer=(25, 50), synthetic=1000, parity=96, test=1000, labeller_steps=500, labeller_draws=3)
 QUICK = Scale(seeds=2, steps=500, real=100, fewer=(25,), synthetic=300, parity=32, test=300, labeller_steps=150, labeller_draws=1, sizes=("small",))
 
 
