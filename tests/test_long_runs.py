@@ -20,7 +20,7 @@ IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 ITERATIONS, WARM, GROWTH = (10_000, 2_000, 8 * 2**20) if IS_LONG else (1_500, 500, 4 * 2**20)
 SLOPE = 512  # bytes an iteration
 IN_FLIGHT = 16  # files that writers and the ledger may hold open at one moment
-SOAKED, BATCH = (100_000, 50) if IS_LONG else (240, 4)
+SOAKED, BATCH, FAULTS = (100_000, 50, 40) if IS_LONG else (240, 4, 12)  # about so many faults in a whole run
 SEED = int(os.environ.get("DATASETDM_SOAK_SEED", "0"))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -61,9 +61,9 @@ def test_a_day_of_faults_ends_with_a_whole_data_set(tmp_path):
             kind = dice.choice(("kill before", "kill after", "full", "broken", "short", "unsynced", "moment", "signal"))
             tally[kind] = tally.get(kind, 0) + 1
             if kind in ("moment", "signal"):
-                ended = server.run(*line, out=out, seconds=dice.uniform(0.01, SOAKED / 5000), signal=15 if kind == "signal" else 14)
+                ended = server.run(*line, out=out, seconds=dice.uniform(0.01, 10.0 if IS_LONG else SOAKED / 5000), signal=15 if kind == "signal" else 14)
             else:
-                ended = server.run(*line, out=out, kind=kind, at=int(dice.expovariate(12) * calls), lasting=dice.random() < 0.5)
+                ended = server.run(*line, out=out, kind=kind, at=int(dice.expovariate(FAULTS) * calls), lasting=dice.random() < 0.5)
             assert ended["code"] in (0, 3, 143, None), ended
             before = done
             if (out / LEDGER).exists():

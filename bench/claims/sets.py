@@ -90,13 +90,13 @@ class Scale:
     synthetic: int  # images generated with every label
     parity: int  # images generated a second time by the oracle
     test: int
-    labeller_steps: int
+    labeller_steps: int  # 0 = as many as `train` takes
     labeller_draws: int
     sizes: tuple[str, ...] = ("small", "large")  # of the students of the instance row
 
 
-FULL = Scale(seeds=3, steps=1600, real=100, fewer=(25, 50), synthetic=1000, parity=96, test=1000, labeller_steps=500, labeller_draws=3)
-QUICK = Scale(seeds=2, steps=500, real=100, fewer=(25,), synthetic=300, parity=32, test=300, labeller_steps=150, labeller_draws=1, sizes=("small",))
+FULL = Scale(seeds=3, steps=1600, real=100, fewer=(25, 50), synthetic=1000, parity=96, test=1000, labeller_steps=0, labeller_draws=12)
+QUICK = Scale(seeds=2, steps=500, real=100, fewer=(25,), synthetic=300, parity=32, test=300, labeller_steps=150, labeller_draws=3, sizes=("small",))
 
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
