@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -111,11 +110,12 @@ class Bench:
     def __init__(self, folder: Path, scale, say: Callable[[str], None]):
         from bench.claims import sets
         from bench.claims.exam import Record
+        from datasetdm_fast.ranks import cores
         from datasetdm_fast.student import Course
         from datasetdm_fast.student_data import SIDE, vocabulary_of
 
         self.folder, self.scale, self.say = folder, scale, say
-        self.record = Record(folder / "students", say, min(len(os.sched_getaffinity(0)), MOST_PROCESSES))
+        self.record = Record(folder / "students", say, min(cores(), MOST_PROCESSES))
         self.course = Course(steps=scale.steps)
         self.side = SIDE
         self.vocabulary = vocabulary_of(sets.scenes(sets.LABELLED, 1, SIDE))
