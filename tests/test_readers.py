@@ -561,6 +561,21 @@ def test_places_that_are_no_data_set_are_refused(spec):
         open_data(spec, SIZE)
 
 
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "hf"])
+def test_a_folder_nobody_may_look_into_is_refused(copied, name):
+    root, address = copied(name)
+    user = os.geteuid()
+    root.chmod(0)
+    if user == 0:
+        os.seteuid(65534)  # root may look anywhere
+    try:
+        with pytest.raises(Refused, match="Permission denied"):
+            open_data(address, SIZE)
+    finally:
+        os.seteuid(user)
+        root.chmod(0o755)
+
+
 def test_a_missing_library_is_said(monkeypatch, tmp_path):
     import sys
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasetdm_fast import storage
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.flags import nearest
@@ -61,6 +62,9 @@ def open_data(spec: str, size: int, *, tasks: Sequence[str] = (), selection: Sel
             if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
                 raise
             raise Refused(stop.cause, stop.remedy) from stop
+        except OSError as error:
+            stop = storage.refusal(error, error.filename or rest)
+            raise Refused(stop.cause, stop.remedy) from error
         except Refused as stop:
             if stop.remedy == files.MEND:  # nothing was skipped yet that --skip-bad could skip
                 raise Refused(stop.cause, files.MEND_FIRST) from stop

@@ -64,7 +64,7 @@ class Course:
 def finished(folder: Path, settings: Mapping[str, Any]) -> dict | None:
     """The result of a training that ended in this folder under these settings, None where there is work left; refuses other settings."""
     path = folder / "training" / "settings.json"
-    if not path.exists():
+    if not storage.is_there(path):
         if (folder / "config.json").exists():
             raise Refused(f"--out: {folder} holds a decoder that was not trained there", "choose another --out")
         return None
