@@ -102,11 +102,20 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
     if not learn_from:
         if data.startswith("demo:"):
             learn_from = f"demo:{most}@1000"
-        elif match := re.fullmatch(r"(.+)\[(.+)\]", data):
+        elif (match := re.fullmatch(r"(.+)\[(.+)\]", data)) and not data.startswith("vkitti2:"):  # whose address without brackets is every scene
             learn_from = match[1]
-    if not learn_from or learn_from.removesuffix("[train]") == data.removesuffix("[train]"):
-        raise Refused(f"--curve: --data {data} names the images that judge, none are left to learn from", "Name them with --learn-from ADDRESS.")
+    if not learn_from or learn_from.removesuffix("[train]") == data.removesuffix("[train]") or _share_scenes(learn_from, data):
+        raise Refused(f"--data {data} names the images that judge, none are left to learn from", "Name others with --learn-from ADDRESS.")
     return learn_from
+
+
+def _share_scenes(*addresses: str) -> bool:
+    """Whether two addresses of demo scenes name some of the same."""
+    found = [re.fullmatch(r"demo:(\d+)(?:@(\d+))?", address) for address in addresses]
+    if not all(found):
+        return False
+    (first, end), (other, other_end) = ((int(match[2] or 0), int(match[2] or 0) + int(match[1])) for match in found)
+    return first < other_end and other < end
 
 
 def told(task: str, found: dict[str, Any], level: float) -> str:

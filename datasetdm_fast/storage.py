@@ -228,9 +228,17 @@ def cache_folder() -> Path:
 
 def free_bytes(path: Path) -> int:
     """Free bytes where `path` is, or will be."""
-    while not path.exists():
+    while not is_there(path):
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def is_there(path: Path) -> bool:
+    """Whether something of that name exists; a folder that may not be looked into is refused."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise refusal(error, path) from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,10 +162,12 @@ def _train(arguments: Sequence[str]) -> int:
         _announce(school, plans, results)
         if config.dry_run:
             return 0
-        with Interruption(config.quiet or not ranks.is_first) as interruption:
+        with Interruption(config.quiet or not ranks.is_first) as interruption, ExitStack() as held:
             for task in config.task:
                 if results[task] is not None:
                     continue
+                if ranks.is_first:
+                    held.enter_context(courses.alone(folders[task]))
                 course = _course(school, folders[task], task, plans[task], lambda: interruption.signal is not None)
                 if course is not None:
                     with Progress(course, config.quiet or not ranks.is_first) as progress:
@@ -185,7 +188,7 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
-    from datasetdm_fast.training.targets import check_truth
+    from datasetdm_fast.training.targets import check_shown, check_truth
     from datasetdm_fast.training.views import check_quirks
 
     model = load_model(config.model, size=config.size)
@@ -194,6 +197,7 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
         source = _readable(source, config.data)
     for task in config.task:
         check_truth(source, source[0], task, config.data)
+        check_shown(source, task, config.data)
     check_quirks(config.quirks, source, config.task)
     if config.timestep >= model.scheduler.get("num_train_timesteps", 1000):
         raise Refused(f"--timestep: {config.timestep} is not one of the model's {model.scheduler.get('num_train_timesteps', 1000)}")

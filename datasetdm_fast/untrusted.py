@@ -217,7 +217,7 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
     from PIL import Image
 
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
-        raise Refused(f"{name}: neither a PNG nor a JPEG file", GET_AGAIN)
+        raise Refused(f"{name}: neither a PNG nor a JPEG file", "Convert it to PNG or JPEG, or get it again.")
     try:
         if data.startswith(b"\x89PNG"):
             check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end

@@ -76,7 +76,9 @@ def test_those_that_judge_do_not_teach():
     assert to_learn_from("coco:/data[val]", "", 9) == "coco:/data"
     assert to_learn_from("demo:500@900000", "", 300) == "demo:300@1000"
     assert to_learn_from("voc:/a", "voc:/b", 9) == "voc:/b"
-    for data, learn_from in (("voc:/a", ""), ("voc:/a[train]", "voc:/a"), ("voc:/a[val]", "voc:/a[val]"), ("demo:5@3", "demo:5@3")):
+    same = (("voc:/a", ""), ("voc:/a[train]", "voc:/a"), ("voc:/a[val]", "voc:/a[val]"), ("demo:5@3", "demo:5@3"))
+    overlapping = (("demo:500@1005", ""), ("demo:5@3", "demo:4"), ("vkitti2:/a[Scene20]", ""))
+    for data, learn_from in (*same, *overlapping):
         with pytest.raises(Refused, match="none are left"):
             to_learn_from(data, learn_from, 9)
 

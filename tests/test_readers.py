@@ -312,6 +312,18 @@ def wide(path: Path) -> None:
     save(path, np.zeros((16, 30000, 3), np.uint8))
 
 
+def as_webp(path: Path) -> None:
+    Image.open(path.with_suffix(".png")).save(path)
+    path.with_suffix(".png").unlink()
+
+
+def turned(orientation: int) -> Image.Exif:
+    """EXIF data of a camera that was held otherwise."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 BAD = {
     # what: (layout, file, damage, whether one item alone is bad)
     "a missing image": ("voc", "JPEGImages/2007_000001.jpg", Path.unlink, True),
@@ -371,6 +383,14 @@ BAD = {
     "a class that has no name": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("70 0 0 1 0 1 1\n"), True),
     "a corner outside": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("0 0 0 1 0 1 1.7\n"), True),
     "a label that is words": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("ball here\n"), True),
+    "a photo as WebP": ("folder", "images/scene 1.webp", as_webp, True),
+    "two images of one name": ("folder", "images", lambda p: save(p / "scene 1.jpg", np.zeros((80, 96, 3), np.uint8)), False),
+    "depth as a picture of 8 bits": ("folder", "depth/scene 1.png", lambda p: save(p, np.full((80, 96), 77, np.uint8)), True),
+    "a photo turned upside down": ("folder", "images/scene 1.png", lambda p: Image.open(p).save(p, exif=turned(3)), True),
+    "an id that is there twice": ("voc", "ImageSets/Segmentation/train.txt", lambda p: p.write_text("2007_000000\n2007_000000\n"), False),
+    "an id that leads out": ("voc", "ImageSets/Segmentation/train.txt", lambda p: p.write_text("../../2007_000000\n"), False),
+    "no row with depth": ("nyu", "train_list.txt", lambda p: p.write_text("/living_room_0001b/rgb_00000.jpg None 518\r\n"), False),
+    "no label of any image": ("yolo-seg", "labels/train", lambda p: [path.unlink() for path in p.iterdir()], False),
     "an empty class list": ("folder", "classes.txt", lambda p: p.write_text("\n"), False),
 }
 
@@ -390,9 +410,88 @@ def test_bad_data_is_named_and_refused_or_skipped(copied, what):
         source = open_data(address, SIZE, skip_bad=True)
         assert len(list(source)) == COUNT - 1 and len(source.skipped) == 1
         [(skipped, reason)] = source.skipped.items()
-        assert reason == cause and (Path(skipped).suffix in (".jpg", ".png") or skipped == "image 2")
+        assert reason == cause and (Path(skipped).suffix in (".jpg", ".png", ".webp") or skipped == "image 2")
         with pytest.raises(Refused):
             source[1]
+
+
+def test_skipping_is_no_remedy_for_what_the_whole_data_set_rests_on(copied):
+    root, address = copied("folder")
+    (root / "classes.txt").write_text("\n")
+    with pytest.raises(Refused, match="no line in it") as stop:
+        open_data(address, SIZE, skip_bad=True)
+    assert "--skip-bad" not in stop.value.remedy
+
+
+def test_a_photo_is_turned_the_way_its_labels_lie(copied):
+    for layout, name, labels_are_turned in (("folder", "images/scene 0.png", True), ("coco", "train2017/000000000001.jpg", True), ("coco", "", False)):
+        root, address = copied(layout)
+        before = open_data(address, SIZE, tasks=["semantic"])[0]
+        path = root / (name or "train2017/000000000001.jpg")
+        image = Image.open(path)
+        stored = image.transpose(Image.Transpose.ROTATE_90) if labels_are_turned else image.copy()  # 6: to be turned clockwise
+        stored.save(path, exif=turned(6), **({} if path.suffix == ".png" else {"quality": 95}))
+        after = open_data(address, SIZE, tasks=["semantic"])[0]
+        assert np.abs(after.image.astype(int) - before.image).mean() < 4 and (after.semantic == before.semantic).all()
+        shutil.rmtree(root)
+    root, address = copied("yolo-seg")
+    before = open_data(address, SIZE)[0]
+    path = root / "images/train/000000.jpg"
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=turned(3), quality=95)
+    assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before.image).mean() < 4
+
+
+def test_labels_of_sub_folders_and_linked_folders_are_found(copied):
+    root, address = copied("folder")
+    before = [item.semantic for item in open_data(address, SIZE)]
+    for kind in ("images", "masks", "depth"):
+        for k in range(COUNT):
+            (root / kind / f"day {k}").mkdir()
+            (root / kind / f"scene {k}.png").rename(root / kind / f"day {k}" / "Straße.1.png")
+    (root / "captions.json").unlink()
+    (root / "images" / "day 0").rename(root / "elsewhere")
+    (root / "images" / "day 0").symlink_to(root / "elsewhere")
+    (root / "images" / "day 1" / "up").symlink_to(root / "images")
+    items = list(open_data(address, SIZE))
+    assert [item.id for item in items] == [f"day {k}/Straße.1" for k in range(COUNT)]
+    assert all((item.semantic == labels).all() for item, labels in zip(items, before))
+
+
+@pytest.mark.parametrize("name", ["folder", "deepfashion-mm"])
+def test_a_split_that_is_not_there_is_not_the_whole(made, name):
+    with pytest.raises(Refused, match="no split 'val'"):
+        open_data(f"{name}:{made(name)}[val]", SIZE)
+
+
+def test_pose_data_without_persons_is_refused_and_uncounted_joints_are_counted(copied):
+    root, address = copied("coco")
+    path = root / "annotations" / "person_keypoints_train2017.json"
+    count = len(open_data(address, SIZE, tasks=["pose"]))
+    rewrite(path, lambda d: [row.pop("num_keypoints") for row in d["annotations"]])
+    assert len(open_data(address, SIZE, tasks=["pose"])) == count
+    rewrite(path, lambda d: [row.update(num_keypoints=0) for row in d["annotations"]])
+    with pytest.raises(Refused, match="no image has truth for pose"):
+        open_data(address, SIZE, tasks=["pose"])
+
+
+def test_voc_with_both_sets_of_maps_has_objects_for_the_asking(copied, made):
+    root, address = copied("voc")
+    shutil.copytree(made("voc-augmented"), root, dirs_exist_ok=True)
+    assert open_data(address, SIZE).tasks == ("semantic", "open-vocabulary")
+    assert open_data(address, SIZE, tasks=["instance"])[0].masks.any()
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
+        (root / folder / f"2007_000000.{suffix}").rename(root / folder / f"my cat.v2.{suffix}")
+    (root / "splits" / "train_aug.txt").unlink()
+    (root / "ImageSets" / "Segmentation" / "train.txt").write_bytes(b"\xef\xbb\xbfmy cat.v2\r\n")
+    assert [item.id for item in open_data(address, SIZE)] == ["my cat.v2"]
+
+
+def test_a_photo_of_24_megapixels_is_read(copied):
+    root, address = copied("folder")
+    shutil.rmtree(root / "depth")
+    save(root / "images" / "scene 0.png", np.zeros((4000, 6000, 3), np.uint8), compress_level=1)
+    save(root / "masks" / "scene 0.png", np.zeros((4000, 6000), np.uint8), compress_level=1)
+    assert not open_data(address, SIZE, tasks=["semantic"])[0].semantic.any()
 
 
 def test_an_image_of_a_hundred_million_pixels_is_refused_without_a_word_more(copied, recwarn):
@@ -460,6 +559,21 @@ def mutilated(data: bytes, random: np.random.Generator) -> bytes:
 def test_places_that_are_no_data_set_are_refused(spec):
     with pytest.raises(Refused):
         open_data(spec, SIZE)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "hf"])
+def test_a_folder_nobody_may_look_into_is_refused(copied, name):
+    root, address = copied(name)
+    user = os.geteuid()
+    root.chmod(0)
+    if user == 0:
+        os.seteuid(65534)  # root may look anywhere
+    try:
+        with pytest.raises(Refused, match="Permission denied"):
+            open_data(address, SIZE)
+    finally:
+        os.seteuid(user)
+        root.chmod(0o755)
 
 
 def test_a_missing_library_is_said(monkeypatch, tmp_path):

@@ -11,16 +11,17 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
-from layouts import LAYOUTS
+from layouts import LAYOUTS, save
 
 from datasetdm_fast import storage, train
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.decoders import load_decoders
 from datasetdm_fast.readers import open_data
-from datasetdm_fast.training import checkpoint
+from datasetdm_fast.training import checkpoint, course
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
 
@@ -299,6 +300,33 @@ def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, ca
     (tmp_path / "decoder" / "depth" / "config.json").write_text("{}")
     assert run("--data", "demo:2@1000", "--task", "depth", "--steps", "1") == 2
     assert "holds a decoder that was not trained there" in capsys.readouterr().err
+
+
+def test_a_folder_another_training_writes_to_is_left_alone(run, tmp_path, capsys):
+    line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
+    with course.alone(tmp_path / "decoder" / "depth"):
+        assert run(*line) == 2
+    assert "another process is writing to" in capsys.readouterr().err and not (tmp_path / "decoder" / "depth" / "config.json").exists()
+    assert run(*line) == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "value", "task", "said"),
+    [
+        ("masks", np.uint8(255), "semantic", "every pixel is background or 255"),
+        ("masks", np.uint8(255), "open-vocabulary", "shows a thing"),
+        ("depth", np.uint16(0), "depth", "shows a depth of 0 to 10 m"),
+        ("depth", np.uint16(60000), "depth", "shows a depth of 0 to 10 m"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused(run, tmp_path, capsys, folder, value, task, said):
+    kind, write, _ = LAYOUTS["folder"]
+    write(tmp_path / "data")
+    for path in (tmp_path / "data" / folder).iterdir():
+        save(path, np.full((80, 96), value))
+    assert run("--data", f"{kind}:{tmp_path / 'data'}", "--task", task) == 2
+    err = capsys.readouterr().err
+    assert "none of 3 images shows" in err and said in err
 
 
 def test_bad_images_are_left_out_and_named(run, tmp_path, capsys):

@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasetdm_fast import storage
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.flags import nearest
-from datasetdm_fast.readers import demo
+from datasetdm_fast.readers import demo, files
 from datasetdm_fast.readers.cityscapes import Cityscapes
 from datasetdm_fast.readers.coco import Coco
 from datasetdm_fast.readers.deepfashion import DeepFashion
@@ -61,10 +62,19 @@ def open_data(spec: str, size: int, *, tasks: Sequence[str] = (), selection: Sel
             if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
                 raise
             raise Refused(stop.cause, stop.remedy) from stop
+        except OSError as error:
+            stop = storage.refusal(error, error.filename or rest)
+            raise Refused(stop.cause, stop.remedy) from error
+        except Refused as stop:
+            if stop.remedy == files.MEND:  # nothing was skipped yet that --skip-bad could skip
+                raise Refused(stop.cause, files.MEND_FIRST) from stop
+            raise
     else:
         known = ("demo", *READERS)
         raise Refused(f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}", f"Expected {ADDRESS}; kinds: {', '.join(known)}.")
     if absent := [task for task in tasks if task in TASKS and task not in source.tasks]:
         raise Refused(f"--data {spec}: no truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
+    if not len(source):
+        raise Refused(f"--data {spec}: no image has truth for {', '.join(tasks or source.tasks)}", "Name other data, or another task.")
     source.skip_bad, source.framing = skip_bad, framing
     return selected(source, selection)

@@ -49,7 +49,7 @@ class Annotations:
                     untrusted.check_form(value.get("area", 0), float, "area")
                     if not all(-(2**63) <= value[name] < 2**63 for name in ANNOTATION_FORM):
                         raise ValueError("an id of more than 64 bits")
-                    for name, number in zip(rows, (value["id"], value["image_id"], value["category_id"], start, end, value.get("num_keypoints") or 0)):
+                    for name, number in zip(rows, (value["id"], value["image_id"], value["category_id"], start, end, _joints_in_sight(value))):
                         rows[name].append(number)
                     areas.append(value.get("area", 0))
                     crowds.append(bool(value.get("iscrowd")))
@@ -157,7 +157,7 @@ class Coco(PictureSource):
         for source in (self.things, self.persons):
             if source and image in source.bad:
                 raise files.bad(source.path, source.bad[image])
-        pixels = files.colour_image(path)
+        pixels = files.colour_image(path, files.as_said((said["width"], said["height"])))
         if pixels.shape[:2] != (said["height"], said["width"]):
             raise files.bad(path, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but {first.path.name} says {said['width']} x {said['height']}")
         fields: dict[str, Any] = {"caption": files.photo_of(["person"])}
@@ -232,6 +232,14 @@ class Coco(PictureSource):
         away = found["keypoints"][0][seen, :2].mean(0) - (x + width / 2, y + height / 2)
         nearness = math.exp(-float(away @ away) / (2 * 0.2**2 * max(side * side, 1.0)))
         return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16
+
+
+def _joints_in_sight(annotation: dict[str, Any]) -> int:
+    """As the file counts them, else as it lists them: many programs leave the count out."""
+    said, listed = annotation.get("num_keypoints"), annotation.get("keypoints")
+    if said is None and isinstance(listed, list):
+        return sum(isinstance(value, (int, float)) and value > 0 for value in listed[2::3])
+    return said or 0
 
 
 def _mask_maker(segmentation: Any, shape: tuple[int, int]):

@@ -26,6 +26,8 @@ class DeepFashion(PictureSource):
     rule = framing.RULES["deepfashion"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        if split != "train":
+            raise files.no_split(path, split)
         self.path, self.maps = path, files.listing(path / "segm", "_segm.png")
         captions = path / "captions.json"
         self.captions = untrusted.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,9 +13,18 @@ from datasetdm_fast import storage, untrusted
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers.labelled import IGNORED
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
+MOST_PIXELS = 2**26  # of a camera's picture: 8192 x 8192
 LARGEST_LIST = 64 * 2**20  # bytes
+PICTURES = (".jpg", ".jpeg", ".png")
+OTHER_PICTURES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".avif")  # listed to be refused by name, not passed over
+EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
+ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
 MEND = "Mend it, take it out of the data set, or pass --skip-bad to go on without it."
+MEND_FIRST = "Mend it first: every image of the data set rests on it."
 
 
 def bad(path: Path | str, reason: str) -> Refused:
@@ -22,13 +32,52 @@ def bad(path: Path | str, reason: str) -> Refused:
     return Refused(f"{path}: {reason}", MEND)
 
 
-def colour_image(path: Path) -> np.ndarray:
-    """[H, W, 3] uint8 of a PNG or JPEG file with sides of 16 to 16,384 pixels."""
-    image = untrusted.read_image(path)
+def colour_image(path: Path, turned: Callable[[Path, Image.Image, Image.Image], Image.Image] | None = None) -> np.ndarray:
+    """[H, W, 3] uint8 of a PNG or JPEG file with sides of 16 to 16,384 pixels, as it is stored.
+
+    A camera may have marked the picture (EXIF) to be turned before it is shown; `turned` then chooses between it as stored and as shown.
+    """
+    image = untrusted.read_image(path, most_pixels=MOST_PIXELS)
     check_sides(path, image.size)
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1"):
         raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
+    if turned and (upright := _upright(path, image)) is not None:
+        image = turned(path, image, upright)
     return np.asarray(image.convert("RGB"))
+
+
+def _upright(path: Path, image: Image.Image) -> Image.Image | None:
+    """The picture as it is to be shown, None where it is stored so."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else None
+    except Exception as error:  # Pillow's readers raise nearly anything
+        raise bad(path, f"its EXIF data cannot be read ({type(error).__name__})") from error
+
+
+def as_shown(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Image:
+    """For labels that were drawn on pictures as viewers show them."""
+    return upright
+
+
+def as_its_labels(labels: Path) -> Callable[[Path, Image.Image, Image.Image], Image.Image]:
+    """For labels that may lie on either: the one of their size; where both have it nobody can tell, and the picture is refused."""
+
+    def turned(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Image:
+        if stored.size == upright.size:
+            raise Refused(
+                f"{path}: its EXIF data turns it, and whether {labels.name} is turned too cannot be told from its size",
+                "Save the picture the way its labels lie, without EXIF data, or pass --skip-bad to go on without it.",
+            )
+        return upright if untrusted.read_image(labels, most_pixels=MOST_PIXELS).size == upright.size else stored
+
+    return turned
+
+
+def as_said(size: tuple[int, int]) -> Callable[[Path, Image.Image, Image.Image], Image.Image]:
+    """For labels whose file says width and height: the picture as shown where only that has them, else as stored."""
+    return lambda path, stored, upright: upright if upright.size == size != stored.size else stored
 
 
 def check_sides(path: Path | str, size: tuple[int, int]) -> None:
@@ -36,11 +85,11 @@ def check_sides(path: Path | str, size: tuple[int, int]) -> None:
         raise bad(path, f"{size[0]} x {size[1]} pixels, expected sides of {LEAST_SIDE} to {MOST_SIDE}")
 
 
-def numbers(path: Path, shape: Sequence[int]) -> np.ndarray:
-    """[H, W] whole numbers of a PNG with one channel or a palette; it must be as large as its image."""
-    image = untrusted.read_image(path)
-    if image.mode not in ("L", "P", "1", "I", "I;16"):
-        raise bad(path, f"its pixels are {image.mode}, expected one number each")
+def numbers(path: Path, shape: Sequence[int], is_deep: bool = False) -> np.ndarray:
+    """[H, W] whole numbers of a PNG with one channel or a palette, of more than 8 bits where it is deep; it must be as large as its image."""
+    image = untrusted.read_image(path, most_pixels=MOST_PIXELS)
+    if image.mode not in ("I", "I;16", *(() if is_deep else EIGHT_BITS)):
+        raise bad(path, f"its pixels are {image.mode}, expected one number{' of 16 bits' if is_deep else ''} each")
     found = np.asarray(image).astype(np.int32)
     if found.shape != tuple(shape[:2]):
         raise bad(path, f"{found.shape[1]} x {found.shape[0]} pixels, but its image has {shape[1]} x {shape[0]}")
@@ -62,7 +111,7 @@ def check_numbers(path: Path | str, found: np.ndarray, classes: int) -> None:
 
 def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -> np.ndarray:
     """[H, W] float32 metres of a 16-bit PNG with `units` to the metre; 0 where it is unknown or beyond `farthest`."""
-    metres = numbers(path, shape).astype(np.float32) / units
+    metres = numbers(path, shape, is_deep=True).astype(np.float32) / units
     return np.where(metres <= farthest, metres, 0).astype(np.float32)
 
 
@@ -89,7 +138,12 @@ def inside(root: Path, name: str, listed_in: Path | str) -> Path:
 def listing(folder: Path, *endings: str) -> list[Path]:
     """The files of a folder and its sub-folders with one of the endings, sorted by name."""
     found = []
-    for place, folders, names in os.walk(folder, onerror=_cannot_list):
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link may lead back up
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         found += [Path(place, name) for name in names if name.lower().endswith(endings) and not name.startswith(".")]
     if not found:
@@ -99,6 +153,11 @@ def listing(folder: Path, *endings: str) -> list[Path]:
 
 def _cannot_list(error: OSError) -> None:
     raise storage.refusal(error, error.filename) from error
+
+
+def no_split(path: Path, split: str) -> Refused:
+    """The refusal of a split in a data set that has none of that name."""
+    return Refused(f"{path}: no split {split!r}", "Leave the brackets out for all images, or name the folder that holds the split.")
 
 
 def first_there(*paths: Path) -> Path:

@@ -1,7 +1,8 @@
-"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both; classes.txt names what the masks' numbers mean."""
+"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both, sub-folders alike; classes.txt names the masks' numbers."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,13 @@ class Folder(PictureSource):
     rule = framing.RULES["voc"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        if split != "train" and not (path / split).is_dir():
+            raise files.no_split(path, split)
         self.path = path = path / split if (path / split).is_dir() else path
-        self.images = files.listing(path / "images", ".jpg", ".jpeg", ".png")
+        self.images = files.listing(path / "images", *files.PICTURES, *files.OTHER_PICTURES)
+        self.ids = [image.relative_to(path / "images").with_suffix("").as_posix() for image in self.images]
+        if twice := [name for name, next_name in pairwise(sorted(self.ids)) if name == next_name]:
+            raise files.bad(path / "images", f"{twice[0]!r} is the name of two images, and labels go by name")
         self.maps = path / "semantic" if (path / "semantic").is_dir() else path / "masks"
         self.depths = path / "depth"
         has_maps, has_depth = self.maps.is_dir(), self.depths.is_dir()
@@ -41,16 +47,16 @@ class Folder(PictureSource):
         return str(self.images[record])
 
     def picture(self, record: int) -> Picture:
-        path = self.images[record]
-        image = files.colour_image(path)
-        labels = files.label_map(self.maps / f"{path.stem}.png", image.shape, self.classes) if self.classes else None
-        depth = files.depth_map(self.depths / f"{path.stem}.png", image.shape, 1000, self.max_depth) if self.max_depth else None
-        caption = self.captions.get(path.stem)
+        path, name = self.images[record], self.ids[record]
+        image = files.colour_image(path, files.as_its_labels((self.maps if self.classes else self.depths) / f"{name}.png"))
+        labels = files.label_map(self.maps / f"{name}.png", image.shape, self.classes) if self.classes else None
+        depth = files.depth_map(self.depths / f"{name}.png", image.shape, 1000, self.max_depth) if self.max_depth else None
+        caption = self.captions.get(name)
         if caption is None:
             caption = files.photo_of([name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)])
         if not isinstance(caption, str):
-            raise files.bad(self.path / "captions.json", f"the caption of {path.stem} is no text")
-        return Picture(path.stem, image, caption, labels, depth=depth)
+            raise files.bad(self.path / "captions.json", f"the caption of {name} is no text")
+        return Picture(name, image, caption, labels, depth=depth)
 
 
 def _metres(path: Path) -> float:

@@ -84,8 +84,9 @@ class HuggingFace(PictureSource):
         value = row[self.columns[what]]
         if isinstance(value, dict):
             image = self._image(row, what, record)
-            if image.mode not in ("L", "P", "1", "I", "I;16"):
-                raise files.bad(self.name(record), f"the pixels of {self.columns[what]} are {image.mode}, expected one number each")
+            if image.mode not in ("I", "I;16", *(() if what == "depth" else files.EIGHT_BITS)):
+                wanted = "one number of 16 bits each" if what == "depth" else "one number each"
+                raise files.bad(self.name(record), f"the pixels of {self.columns[what]} are {image.mode}, expected {wanted}")
             found = np.asarray(image).astype(np.int32)
         else:
             try:
@@ -112,6 +113,8 @@ def _opened(path: Path, split: str):
         if split not in found:
             raise Refused(f"{path}: no split {split!r}", f"It has {', '.join(found)}.")
         found = found[split]
+    elif split != "train":
+        raise files.no_split(path, split)
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datasetdm_fast import storage
 from datasetdm_fast.errors import Missing, Refused
 
 IGNORED = 255
@@ -129,8 +130,11 @@ class Source:
         return self.narrowed(found)
 
     def guarded(self, read: Callable, *arguments):
-        """What `read` returns; a file that is not there is bad data like any other."""
+        """What `read` returns; a file that is not there, or may not be looked at, is bad data like any other."""
         try:
             return read(*arguments)
+        except OSError as error:
+            stop = storage.refusal(error, error.filename or "the data set")
+            raise Refused(stop.cause, stop.remedy) from error
         except Missing as stop:
             raise Refused(stop.cause, stop.remedy) from stop

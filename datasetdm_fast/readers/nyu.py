@@ -29,6 +29,8 @@ class Nyu(PictureSource):
             if len(row) < 2:
                 raise files.bad(self.list, f"line {number} names no image and depth")
         self.rows = [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows if row[1] != "None"]
+        if not self.rows:
+            raise files.bad(self.list, "no line names a depth")
         kinds = path / "nyu_class_list.json"
         self.kinds: tuple[str, ...] = ()
         if kinds.exists():

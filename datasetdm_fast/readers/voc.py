@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +27,16 @@ class Voc(PictureSource):
     rule = framing.RULES["voc"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        self.path = path
-        lists = (path / "splits" / f"{split}_aug.txt", path / "splits" / f"{split}.txt", path / "ImageSets" / "Segmentation" / f"{split}.txt")
+        self.path, self.objects = path, path / "SegmentationObject"
+        lists = [path / "splits" / f"{split}_aug.txt", path / "splits" / f"{split}.txt", path / "ImageSets" / "Segmentation" / f"{split}.txt"]
+        maps = ["SegmentationClassAug", "SegmentationClass"]
+        if "instance" in tasks and self.objects.is_dir():  # only the images of the original set have objects
+            lists, maps = lists[::-1], maps[::-1]
         self.list = files.first_there(*lists)
-        self.ids = [Path(line.split()[0]).stem for line in files.lines(self.list)]
-        self.maps = files.first_there(path / "SegmentationClassAug", path / "SegmentationClass")
-        self.objects = path / "SegmentationObject"
+        self.ids = [_id(line) for line in files.lines(self.list)]
+        if len(set(self.ids)) < len(self.ids):
+            raise files.bad(self.list, f"{next(name for name, count in Counter(self.ids).items() if count > 1)!r} is there twice")
+        self.maps = files.first_there(*(path / name for name in maps))
         self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()
         self.tasks = ("semantic", *(("instance",) if self.has_objects else ()), "open-vocabulary")
         super().__init__(size, len(self.ids))
@@ -74,3 +79,9 @@ class Voc(PictureSource):
         for thing in root.iterfind("object"):
             if (kind := (thing.findtext("name") or "").strip()) not in self.thing_classes:
                 raise files.bad(path, f"the unknown class {untrusted.shown(kind)}")
+
+
+def _id(line: str) -> str:
+    """The image of a line: its id, or the paths of image and label map as the augmented lists have them."""
+    first = line.split()[0]
+    return Path(first).stem if first.startswith("/") and first.endswith(".jpg") else line

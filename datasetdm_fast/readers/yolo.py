@@ -25,19 +25,23 @@ class Yolo(PictureSource):
         self.tasks = ("semantic", "instance", "open-vocabulary") if self.classes else ("instance", "open-vocabulary")
         folder = files.first_there(path / "images" / split, path / split / "images")
         self.labels = path / "labels" / split if folder.name == split else path / split / "labels"
-        self.images = files.listing(folder, ".jpg", ".jpeg", ".png")
+        self.images = files.listing(folder, *files.PICTURES, *files.OTHER_PICTURES)
         self.folder = folder
         if not self.labels.is_dir():
             raise files.bad(self.labels, "no such folder, expected the labels of the images beside it")
+        if not any(self._label(image).exists() for image in self.images):
+            raise files.bad(self.labels, f"no label of any of the {len(self.images)} images of {folder}")
         super().__init__(size, len(self.images))
 
     def name(self, record: int) -> str:
         return str(self.images[record])
 
+    def _label(self, image: Path) -> Path:
+        return (self.labels / image.relative_to(self.folder)).with_suffix(".txt")
+
     def picture(self, record: int) -> Picture:
         path = self.images[record]
-        image = files.colour_image(path)
-        labels = (self.labels / path.relative_to(self.folder)).with_suffix(".txt")
+        image, labels = files.colour_image(path, files.as_shown), self._label(path)
         rows = self._rows(labels, image.shape) if labels.exists() and labels.stat().st_size else []
         caption = files.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
         return Picture(path.stem, image, caption, masks=[partial(rasterised, [points], image.shape) for _, points in rows], mask_classes=[k for k, _ in rows])

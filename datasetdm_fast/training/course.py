@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.loop import Lessons, Schedule, Trainer
 from datasetdm_fast.training.ranks import SOLO, Ranks
 
+LOCK = ".lock"
 LARGEST = 2**24  # bytes of a JSON file of a training
 
 
@@ -62,7 +64,7 @@ class Course:
 def finished(folder: Path, settings: Mapping[str, Any]) -> dict | None:
     """The result of a training that ended in this folder under these settings, None where there is work left; refuses other settings."""
     path = folder / "training" / "settings.json"
-    if not path.exists():
+    if not storage.is_there(path):
         if (folder / "config.json").exists():
             raise Refused(f"--out: {folder} holds a decoder that was not trained there", "choose another --out")
         return None
@@ -72,6 +74,14 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> dict | None:
         raise Refused(f"--out: {folder} was trained with other settings ({said})", "choose another --out, or the settings it was begun with")
     result = folder / "training" / "result.json"
     return _read(result) if result.exists() else None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other trainings out of a course's folder."""
+    storage.make_folder(folder / "training")
+    with storage.locked(folder / "training" / LOCK):
+        yield
 
 
 def _read(path: Path) -> dict:

@@ -13,6 +13,13 @@ from datasetdm_fast.readers import Labelled, Source
 
 IGNORE = 255
 NEEDS = {"semantic": ("semantic",), "instance": ("masks",), "depth": ("depth",), "pose": ("keypoints",), "open-vocabulary": ("masks", "semantic")}
+WANTED = {
+    "semantic": f"a class: every pixel is background or {IGNORE}, which is ignored",
+    "instance": "a thing",
+    "depth": "a depth of 0 to {farthest:g} m",
+    "pose": "a person with a joint in sight",
+    "open-vocabulary": "a thing",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,22 @@ def check_truth(source: Source, item: Labelled, task: str, spec: str) -> None:
     names = {"semantic": "classes", "instance": "thing_classes", "open-vocabulary": "thing_classes", "pose": "joints"}
     if task in names and not getattr(source, names[task]):
         raise Refused(f"--data {spec}: the data set names no {names[task]}, which {task} needs", "choose another --task, or other data")
+
+
+def check_shown(source: Source, task: str, spec: str) -> None:
+    """Refuses a data set none of whose images shows what the task is taught by; reads no further than the first that does."""
+    if not any(_shows(source, item, task) for item in source):
+        raise Refused(
+            f"--data {spec}: none of {len(source)} images shows {WANTED[task].format(farthest=source.max_depth)}", "look at the labels and their numbers"
+        )
+
+
+def _shows(source: Source, item: Labelled, task: str) -> bool:
+    found = target(source, item, task)
+    if task == "semantic":
+        has_background = len(source.classes) > 1 and source.classes[0] in ("background", "none")
+        return bool((found.classes >= has_background).any())
+    return bool({"depth": found.depth, "pose": found.weights}.get(task, found.masks).any())
 
 
 def target(source: Source, item: Labelled, task: str, one_class: int | None = None) -> Target:
