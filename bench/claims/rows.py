@@ -89,11 +89,15 @@ def reason(claim: Claim, row: Mapping[str, Any]) -> str:
     if claim.rule == "same":
         return f"the two engines' students are {abs(gain):.3g} apart, more than {claim.need:g} sigma of {sigma:.2g}"
     better = -gain if claim.rule == "less" else gain
-    if (most := row.get("ceiling")) is not None and not enough(claim, row["real"], most):
+    most = row.get("ceiling")
+    if most is not None and not enough(claim, row["real"], most):
         scenes = f"even {row['ceiling_scenes']:,} real scenes in place of the generated images bring this student to {most:.3g} only"
         return f"{scenes}: what it lacks is size or steps, not data; both reach {row['both']:.3g}"
-    alone = row["synthetic"] is not None and ((row["synthetic"] > row["real"]) == (claim.rule == "less"))
-    cause = "synthetic images alone teach less than the real ones, so half of every batch is the weaker teacher" if alone else ""
+    cause = ""
+    if row["synthetic"] is not None and ((row["synthetic"] > row["real"]) == (claim.rule == "less")):
+        cause = "synthetic images alone teach less than the real ones, so half of every batch is the weaker teacher"
+    elif most is not None:
+        cause = f"{row['ceiling_scenes']:,} real scenes bring this student to {most:.3g}, so what the generated images say is at fault, not their number"
     if better <= 0:
         first = "adding synthetic images did not help"
     elif better <= OUTSIDE * sigma:
