@@ -277,7 +277,7 @@ def test_every_row_is_made_and_found_again(tmp_path):
     """All labellers, sets, students and exams, each in the smallest number that is one."""
     from bench.claims.run import Bench, described
 
-    scale = sets.Scale(seeds=2, steps=4, real=3, fewer=(2,), synthetic=8, parity=4, test=60, labeller_steps=1, labeller_draws=1, sizes=("small",))
+    scale = sets.Scale(seeds=2, steps=4, short=3, real=3, fewer=(2,), synthetic=8, parity=4, test=60, labeller_steps=1, labeller_draws=1, sizes=("small",))
     for folder, tasks in {"is_any-2": TASKS[:3], "is_seen-3": TASKS[:1], "is_day-3": TASKS[:1]}.items():  # one step teaches nothing that could be trusted
         for task in tasks:
             shutil.copytree(DEMO / task, tmp_path / "labellers" / f"{folder}-1-1" / task)

@@ -27,7 +27,7 @@ body{font:15px/1.5 system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;c
 table{border-collapse:collapse;width:100%;font-size:14px}td,th{border-bottom:1px solid #d1d9e0;padding:.4em .6em;text-align:left;vertical-align:top}
 th{background:#f6f8fa}.figures td{min-width:5em}.figures td:nth-child(n+3):nth-child(-n+6){white-space:nowrap}
 .yes{color:#1a7f37;font-weight:600}.no{color:#bc4c00;font-weight:600}.dim{color:#59636e}
-img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0}figcaption{color:#59636e;font-size:14px}svg{max-width:100%;height:auto}
+img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0}figcaption{color:#59636e;font-size:14px}svg{max-width:100%;height:auto;margin:1.5em 0}
 @media (prefers-color-scheme:dark){body{color:#f0f6fc;background:#0d1117}th{background:#161b22}td,th{border-color:#3d444d}
 .dim,figcaption{color:#9aa4b0}.yes{color:#3fb950}.no{color:#f0883e}}
 """
@@ -90,7 +90,7 @@ def setting_line(document: Mapping[str, Any]) -> str:
     scale = document["setting"]
     return (
         f"{scale['real']} real scenes where no other number is given, always the same that taught the labeller; {scale['synthetic']:,} generated images; "
-        f"{scale['seeds']} students of each kind, {scale['steps']:,} steps of each; {scale['test']:,} unseen scenes; mean ± standard deviation over students"
+        f"{scale['seeds']} students of each kind, up to {scale['steps']:,} steps of each; {scale['test']:,} unseen scenes; mean ± deviation over students"
     )
 
 

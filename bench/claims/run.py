@@ -268,10 +268,10 @@ class Bench:
             "pose": (lambda found: 100 * found["pose"]["oks_ap"], self.scale.fewer[0]),
             "long-tail": (lambda found: over(found, RARE), self.scale.real),
         }[name]
-        arms = self.main_arms(count)
-        scores, most = self.scores(arms, self.exam()), self.ceiling()
+        arms, steps = self.main_arms(count), self.steps_of(count)
+        scores, most = self.scores(arms, self.exam(), steps=steps), self.ceiling(steps=steps)
         classes = {"classes": list(RARE)} if name == "long-tail" else {}
-        return lambda: (scores(pick), self.facts(arms) | classes | most(pick))
+        return lambda: (scores(pick), self.facts(arms, steps) | classes | most(pick))
 
     def _instance(self) -> Plan:
         """Two numbers of real scenes and two sizes of student; the row is the first of them, and holds where all do."""
@@ -283,9 +283,9 @@ class Bench:
         planned = []
         for size in self.scale.sizes:
             for count in self.scale.fewer:
-                arms = self.main_arms(count)
-                cell = {"student": size, "real_scenes": count, **self.facts(arms)}
-                planned.append((cell, self.scores(arms, self.exam(), size=size), self.ceiling(size=size)))
+                arms, steps = self.main_arms(count), self.steps_of(count)
+                cell = {"student": size, "real_scenes": count, **self.facts(arms, steps)}
+                planned.append((cell, self.scores(arms, self.exam(), size=size, steps=steps), self.ceiling(size=size, steps=steps)))
 
         def found() -> tuple[Scores, dict[str, Any]]:
             cells = [row_of(CLAIMS["instance"], scores(pick), cell | most(pick)) for cell, scores, most in planned]
@@ -298,11 +298,12 @@ class Bench:
 
         real = self.scale.real
         arms = self.three(lambda: self.real(real, "is_seen"), lambda: self.relabelled("is_seen", real, ("semantic",), "by_its_prompt", "names_one"))
-        scores = self.scores(arms, self.exam(), ("semantic",))
+        steps = self.scale.short
+        scores = self.scores(arms, self.exam(), ("semantic",), steps=steps)
         parts = {"seen": lambda found: over(found, SEEN), "unseen": lambda found: over(found, UNSEEN)}
         return lambda: (
             scores(lambda found: harmonic(found, SEEN, UNSEEN)),
-            self.facts(arms) | {"classes": list(UNSEEN)} | {name: scores(pick)["both"] for name, pick in parts.items()},
+            self.facts(arms, steps) | {"classes": list(UNSEEN)} | {name: scores(pick)["both"] for name, pick in parts.items()},
         )
 
     def _domain(self) -> Plan:
@@ -310,7 +311,7 @@ class Bench:
         arms = self.three(lambda: self.real(real, "is_day"), lambda: self.relabelled("is_day", real, ("semantic",), wanted="says_elsewhere"))
         exam, steps = self.exam("elsewhere", "is_elsewhere"), self.scale.steps // 2
         scores = self.scores(arms, exam, ("semantic",), steps=steps)
-        return lambda: (scores(lambda found: 100 * found["semantic"]["miou"]), self.facts(arms) | {"steps": steps})
+        return lambda: (scores(lambda found: 100 * found["semantic"]["miou"]), self.facts(arms, steps))
 
     def _parity(self) -> Plan:
         """The same prompts and seeds through both engines: here `real` is the oracle's set and `both` that of the fast engine."""
@@ -323,7 +324,11 @@ class Bench:
             {"steps": steps, "images": {name: len(sets()[0]) for name, sets in images.items()}},
         )
 
-    def facts(self, arms: dict[str, Callable[[], tuple]]) -> dict[str, Any]:
+    def steps_of(self, count: int) -> int:
+        """Of a student in the rows with so many real scenes."""
+        return self.scale.steps if count == self.scale.real else self.scale.short
+
+    def facts(self, arms: dict[str, Callable[[], tuple]], steps: int) -> dict[str, Any]:
         """How many different images each side has."""
         real, synthetic = arms["both"]()
-        return {"steps": self.scale.steps, "images": {"real": len(real), "synthetic": len(synthetic), "left_out": synthetic.left_out}}
+        return {"steps": steps, "images": {"real": len(real), "synthetic": len(synthetic), "left_out": synthetic.left_out}}

@@ -85,6 +85,7 @@ class Scale:
 
     seeds: int
     steps: int  # of a student
+    short: int  # of a student where the row has a labeller of its own
     real: int
     fewer: tuple[int, ...]  # real scenes of the instance row; depth and pose have the first of them
     synthetic: int  # images generated with every label
@@ -95,8 +96,8 @@ class Scale:
     sizes: tuple[str, ...] = ("small", "large")  # of the students of the instance row
 
 
-FULL = Scale(seeds=3, steps=1600, real=100, fewer=(25, 50), synthetic=1000, parity=96, test=1000, labeller_steps=0, labeller_draws=12)
-QUICK = Scale(seeds=2, steps=500, real=100, fewer=(25,), synthetic=300, parity=32, test=300, labeller_steps=150, labeller_draws=3, sizes=("small",))
+FULL = Scale(seeds=3, steps=1600, short=1600, real=100, fewer=(25, 50), synthetic=1000, parity=96, test=1000, labeller_steps=0, labeller_draws=12)
+QUICK = Scale(seeds=2, steps=1000, short=500, real=100, fewer=(25,), synthetic=240, parity=32, test=300, labeller_steps=120, labeller_draws=1, sizes=("small",))
 
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
