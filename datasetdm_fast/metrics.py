@@ -115,6 +115,8 @@ class Semantic(_Overlap):
 
     def add(self, truth: Labelled, found: SemanticMap) -> None:
         known, count = truth.semantic != 255, len(self.classes)
+        if not known.any():
+            return
         real, guess = truth.semantic[known].astype(np.int64), translation(found.classes, self.classes, 256)[found.labels[known]]
         both = np.bincount(real[real == guess], minlength=count)
         there, said = np.bincount(real, minlength=count), np.bincount(guess[guess >= 0], minlength=count)

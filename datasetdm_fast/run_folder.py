@@ -65,6 +65,8 @@ def read_document(folder: Path) -> dict[str, Any] | None:
             return None
     except OSError as error:
         raise storage.refusal(error, folder) from error
+    except Refused:
+        raise
     except ValueError as error:  # a NUL byte
         raise Refused(f"--out {untrusted.shown(str(folder))}: no possible name of a folder ({error})", "Choose another --out.") from error
     document = untrusted.read_object(path)
@@ -355,7 +357,7 @@ class Run:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        document = read_document(self.path) if self.path.is_dir() else None
+        document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
         if document is None:
             raise Refused(f"{path}: not a run folder", "Name a folder that generate has written.")
         if not (self.path / LEDGER).exists():

@@ -197,8 +197,11 @@ def test_no_run_folder_is_refused(tmp_path):
     with pytest.raises(Refused, match="not a run folder"):
         open_run(tmp_path / "none")
     (tmp_path / "some.txt").write_text("x")
-    with pytest.raises(Refused, match="not empty"):
+    with pytest.raises(Refused, match="not empty") as refusal:
         read_document(tmp_path)
+    assert refusal.value.cause.startswith(f"{tmp_path}: the folder is not empty")
+    with pytest.raises(Refused, match="not a run folder"):
+        open_run(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99, "config": {}}', '{"format": 1, "config": 3}'])

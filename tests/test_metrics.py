@@ -48,6 +48,14 @@ def test_the_truth_scores_one(source):
     assert result["pose"]["pck"] == 1 and result["pose"]["oks_ap"] == pytest.approx(1)
 
 
+def test_images_whose_every_pixel_is_ignored_do_not_count(source):
+    meter, item = METRICS["semantic"](source), source[0]
+    meter.add(replace(item, semantic=np.full_like(item.semantic, 255)), perfect(source, item)["semantic"])
+    assert meter.count == 0
+    meter.add(item, perfect(source, item)["semantic"])
+    assert meter.count == 1 and meter.result()["miou"] == 1
+
+
 def test_ten_percent_too_far_is_an_absrel_of_a_tenth(source):
     result = scored(source, lambda task, label: replace(label, metres=label.metres * 1.1) if task == "depth" else label)
     assert result["depth"]["absrel"] == pytest.approx(0.1, abs=1e-6)

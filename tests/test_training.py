@@ -423,12 +423,14 @@ def test_evaluate_prints_every_figure(engine, tmp_path, capsys):
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--batch-size", "0"], 2, "--batch-size"),
         (["--decoder", "/nowhere"], 3, "no sub-folder holds a config.json"),
+        (["--decoder", "DEPTH"], 3, "give the folder above"),
     ],
 )
 def test_evaluate_refuses_bad_input(engine, tmp_path, capsys, flags, code, said):
     from datasetdm_fast.evaluate import main
 
     save_decoder(build_decoder(config_of(engine, open_data("demo:1", 64), "depth")), tmp_path / "depth")
+    flags = [flag.replace("DEPTH", str(tmp_path / "depth")) for flag in flags]
     given = {"--model": "tiny", "--decoder": str(tmp_path), **dict(zip(flags[::2], flags[1::2]))}
     assert main([word for pair in given.items() for word in pair]) == code
     assert said in capsys.readouterr().err

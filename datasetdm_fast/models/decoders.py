@@ -93,7 +93,8 @@ def load_decoders(folder: str | Path, *, ops: SimpleNamespace = reference) -> di
     folder = DEMO if str(folder) == "demo" else Path(folder)
     found = sorted(path.parent for path in folder.glob("*/config.json"))
     if not found:
-        raise Missing(f"decoders {folder}: no sub-folder holds a config.json", "give a folder with one sub-folder per trained decoder")
+        remedy = f"give the folder above: {folder.parent}" if (folder / "config.json").exists() else "give a folder with one sub-folder per trained decoder"
+        raise Missing(f"decoders {folder}: no sub-folder holds a config.json", remedy)
     decoders: dict[str, Decoder] = {}
     for path in found:
         decoder = load_decoder(path, ops=ops)
