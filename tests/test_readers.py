@@ -565,9 +565,14 @@ def test_places_that_are_no_data_set_are_refused(spec):
 def test_a_folder_nobody_may_look_into_is_refused(copied, name):
     root, address = copied(name)
     user = os.geteuid()
+    open_data(address, SIZE)  # whatever is imported late is imported now, while it can be read
     root.chmod(0)
-    if user == 0:
-        os.seteuid(65534)  # root may look anywhere
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may look anywhere
+    except OSError:
+        root.chmod(0o755)
+        pytest.skip("root may look anywhere, and this namespace knows nobody else")
     try:
         with pytest.raises(Refused, match="Permission denied"):
             open_data(address, SIZE)

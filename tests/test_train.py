@@ -109,7 +109,8 @@ def test_captures_made_anew_teach_nearly_the_same_as_kept_ones(run, tmp_path):
     line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "3", "--quiet"]
     assert run(*line, out="kept") == 0 and run(*line, "--cache", "off", out="anew") == 0
     kept, anew = (losses(tmp_path / name) for name in ("kept", "anew"))
-    assert [loss for _, loss in kept] == pytest.approx([loss for _, loss in anew], rel=1e-3) and kept != anew
+    assert [loss for _, loss in kept] == pytest.approx([loss for _, loss in anew], rel=1e-3)
+    assert weights(tmp_path / "kept") != weights(tmp_path / "anew")
 
 
 def test_the_kind_of_captures_is_not_changed_on_the_way(run, tmp_path, capsys):

@@ -299,7 +299,7 @@ def test_upstreams_first_word_teaches_with_one_embedding(engine, source, folder)
     held, words = lessons(engine, source, "open-vocabulary", folder), words_of(engine, source, "open-vocabulary")
     heard = []
     for quirk in (False, True):
-        schedule = Schedule(steps=1, batch_size=8, points=32, first_word_only=quirk)
+        schedule = Schedule(steps=1, batch_size=8, points=32, first_word_only=quirk, parts=1)
         trainer = Trainer(config_of(engine, source, "open-vocabulary"), schedule, held, words, is_ahead=False)
         trainer.decoder.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[1]))
         trainer.step()
