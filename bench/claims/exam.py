@@ -168,11 +168,9 @@ class Record:
         student.load_state_dict(torch.load(self.folder / f"{arm.digest(seed, exam)}.pt", weights_only=True))
         return student.eval().requires_grad_(False)
 
-    def __enter__(self) -> Record:
-        return self
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind:  # whoever still learns is not waited for
+    def close(self, is_waiting: bool) -> None:
+        """Ends the processes, after what they are at or in the middle of it."""
+        if not is_waiting:
             for process in multiprocessing.active_children():
                 process.kill()
         self._pool.shutdown(cancel_futures=True)

@@ -26,7 +26,7 @@ MOST_PROCESSES = 8
 
 @dataclass(frozen=True)
 class ClaimsConfig:
-    quick: bool = setting(False, "minutes: fewer seeds, steps, images and test scenes, too few for most claims to hold; nothing goes to bench/results")
+    quick: bool = setting(False, "minutes: fewer seeds, steps, images and test scenes, too few for every claim to hold; nothing goes to bench/results")
     seeds: int = setting(0, "students of each kind, 0 = 3, with --quick 2; at least 2", metavar="N")
     rows: tuple[str, ...] = setting((), "only these claims, comma-separated (default: all)", metavar="LIST")
     out: str = setting("", "folder of generated images, students and the page; the same one again goes on (default: runs/claims)", metavar="DIR")
@@ -125,7 +125,7 @@ class Bench:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.record.__exit__(*error)
+        self.record.close(is_waiting=error[0] is None)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._made:
@@ -196,7 +196,7 @@ class Bench:
 
         return self.told(engine, count, f"{engine}-{count}", make)
 
-    def relabelled(self, fits: str, count: int, tasks: Sequence[str], rename: str = "as_it_is", wanted: str = "is_wanted"):
+    def relabelled(self, fits: str, count: int, tasks: Sequence[str], rename: str = "as_it_is", wanted: str = "is_any"):
         """Images of the pool with labels of labellers that were taught by the row's own scenes alone."""
         from bench.claims import sets
 

@@ -56,11 +56,7 @@ def says_elsewhere(sample: StoredSample) -> bool:
     return any(sample.prompt.endswith(world.WHERE[domain]) for domain in ELSEWHERE)
 
 
-def is_wanted(sample: StoredSample) -> bool:
-    return True
-
-
-def is_any(scene: world.Scene) -> bool:
+def is_any(scene_or_sample: object) -> bool:
     return True
 
 
