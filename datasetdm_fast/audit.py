@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast import gallery, label_files, mask_rle, run_folder, storage, untrusted
+from datasetdm_fast import gallery, label_files, mask_rle, run_folder, untrusted
 from datasetdm_fast.config import setting
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.flags import parse, run_command
 from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row

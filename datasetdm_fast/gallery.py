@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast import mask_rle, storage
+from datasetdm_fast import mask_rle
 from datasetdm_fast.classes import colour
+from datasetdm_fast.disk import storage
 from datasetdm_fast.label_files import colour_numbers, read_image
 from datasetdm_fast.ledger import Ledger, Row
 

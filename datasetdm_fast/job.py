@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast import __version__, prompts, storage
+from datasetdm_fast import __version__, prompts
 from datasetdm_fast.config import ENGINES, PROFILES, SAMPLERS, TASKS, RunConfig
 from datasetdm_fast.data import Batch
+from datasetdm_fast.disk import storage
 from datasetdm_fast.driver import Recipe, Result, result_of
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row

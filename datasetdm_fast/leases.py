@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast import storage
+from datasetdm_fast.disk import sqlite, storage
 
 FILE = "state/leases.sqlite"
 MOST_FAILURES = 3  # deaths of processes that one batch may be the reason of
@@ -63,7 +63,7 @@ class Leases:
     """The queue of a run, open; its methods may be called from any thread."""
 
     def __init__(self, path: Path):
-        self._connection = storage.connect(path, _SCHEMA, storage.IN_PLACE, "PRAGMA synchronous=OFF")
+        self._connection = sqlite.connect(path, _SCHEMA, sqlite.IN_PLACE, "PRAGMA synchronous=OFF")
         self._lock = threading.RLock()
 
     @contextmanager

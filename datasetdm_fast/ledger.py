@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast import storage, untrusted
+from datasetdm_fast import untrusted
 from datasetdm_fast.data import Request
+from datasetdm_fast.disk import sqlite, storage
+from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.storage import Stored
 
 DONE, SET_ASIDE = "done", "set-aside"
 _SCHEMA = """
@@ -49,14 +50,14 @@ def canonical(value: Any) -> str:
 class Ledger:
     """The rows of one run folder, in SQLite."""
 
-    def __init__(self, path: Path, *, read_only: bool = False, journal: str = storage.WRITE_AHEAD):
+    def __init__(self, path: Path, *, read_only: bool = False, journal: str = sqlite.WRITE_AHEAD):
         self.path, self._journal = path, journal
         self._lock = threading.Lock()  # of the thread that commits, while others ask for what is there
         if read_only:
-            self._connection = storage.connect_to_read(path)
+            self._connection = sqlite.connect_to_read(path)
             self._connection.execute("SELECT count(*) FROM samples")
             return
-        self._connection = storage.connect(path, _SCHEMA, journal)
+        self._connection = sqlite.connect(path, _SCHEMA, journal)
 
     def commit(self, rows: Iterable[Row]) -> None:
         """All rows or none; returns once they would survive a loss of power."""
@@ -94,10 +95,10 @@ class Ledger:
         """Moves every commit into the file itself, whose bytes then depend on the rows alone; False where another process is just reading it."""
         if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             return False
-        part = storage.compact(self._connection, self.path)
+        part = sqlite.compact(self._connection, self.path)
         self._connection.close()
         storage.move(part, self.path)
-        self._connection = storage.connect(self.path, _SCHEMA, self._journal)
+        self._connection = sqlite.connect(self.path, _SCHEMA, self._journal)
         return True
 
     @contextmanager

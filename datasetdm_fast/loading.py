@@ -23,7 +23,9 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import pickles, storage, untrusted
+from datasetdm_fast import pickles, untrusted
+from datasetdm_fast.disk import storage
+
 from .config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
 from .errors import Missing, Refused
 from .stages import FACTOR, Level, levels
@@ -229,7 +231,7 @@ def _seeded_text_encoder(config: CLIPTextConfig, seed: int) -> CLIPTextModel:
 
 def _small_tokenizer() -> CLIPTokenizer:
     """The demo world's byte-pair tokenizer: any text works, words it does not know become pieces of bytes."""
-    from .demo.train import build_tokenizer
+    from datasetdm_fast.scenes.tokenizer import build_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         return build_tokenizer(Path(folder))

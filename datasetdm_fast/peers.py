@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasetdm_fast import leases, storage
+from datasetdm_fast import leases
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.driver import Result
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.job import Job, count_images, prepare
@@ -81,7 +82,7 @@ def run(
         new += samples
         made(samples)
 
-    journal = storage.IN_PLACE if peer.is_on_several_machines else storage.WRITE_AHEAD
+    journal = sqlite.IN_PLACE if peer.is_on_several_machines else sqlite.WRITE_AHEAD
     storage.make_folder(folder / "state")
     with present(folder):
         job = prepare(config)
@@ -105,13 +106,13 @@ def present(folder: Path) -> Iterator[None]:
     with ExitStack() as held:
         while True:
             try:
-                with storage.locked(folder / LOCK):
+                with locks.locked(folder / LOCK):
                     clean(folder)
                     Leases(folder / leases.FILE).close()  # two that made it at once would each have their own
             except Refused:
                 pass  # others are there already, or one of them is just looking
             try:
-                held.enter_context(storage.locked(folder / LOCK, is_shared=True))
+                held.enter_context(locks.locked(folder / LOCK, is_shared=True))
                 break
             except Refused:
                 if time.monotonic() > end:
@@ -125,7 +126,7 @@ def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: b
     end = time.monotonic() + ENTRY
     while True:
         try:
-            with storage.locked(folder / LOCK):
+            with locks.locked(folder / LOCK):
                 clean(folder)
                 return close(folder, number, made, seconds)
         except Refused:

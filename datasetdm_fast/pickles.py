@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast import storage, untrusted
+from datasetdm_fast import untrusted
+from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Missing, Refused
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ CONVERT = "Convert it to .safetensors where you trust it, or get the .safetensor
 def safe_copy(path: Path) -> Path:
     """The safetensors copy of a pickled checkpoint, in the cache; made at the first call by a process without network, programs or other files."""
     size = _check_beginning(path)
-    target = storage.cache_folder() / "converted" / f"{storage.sha256_of(path)}.safetensors"
+    target = locks.cache_folder() / "converted" / f"{storage.sha256_of(path)}.safetensors"
     if target.exists():
         with suppress(Refused):  # a damaged copy is made anew
             untrusted.check_safetensors(target)

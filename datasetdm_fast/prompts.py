@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasetdm_fast import storage
 from datasetdm_fast.data import Batch, Request
-from datasetdm_fast.demo.world import sample_scene
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.scenes.world import sample_scene
 
 if TYPE_CHECKING:
     from datasetdm_fast.config import RunConfig

@@ -16,8 +16,9 @@ from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast import driver, leases, storage
+from datasetdm_fast import driver, leases
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.driver import Result
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.flags import report
@@ -140,7 +141,7 @@ def run(
         made(samples)
 
     storage.make_folder(folder / "state")
-    with storage.locked(folder / LOCK):
+    with locks.locked(folder / LOCK):
         clean(folder)
         with Leases(folder / leases.FILE) as queue, Crew(config, places, queue, patience, describe, told, count, first) as crew:
             crew.work(is_stopping)

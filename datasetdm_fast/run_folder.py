@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast import gallery, label_files, leases, storage, untrusted
+from datasetdm_fast import gallery, label_files, leases, untrusted
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Sample, SemanticMap, SetAside
+from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
-from datasetdm_fast.storage import Stored
 from datasetdm_fast.writers import INDEXES
 
 if TYPE_CHECKING:
@@ -121,13 +122,13 @@ class RunFolder:
     A member is one of several processes of a run: somebody else holds the folder for all of them, and `journal` is how their ledger is kept.
     """
 
-    def __init__(self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = storage.WRITE_AHEAD):
+    def __init__(self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = sqlite.WRITE_AHEAD):
         self.path = path
         self.document: dict[str, Any] = json.loads(_pretty(document))  # in the order of the file, which is what a later start will read
         self._closing = ExitStack()
         storage.make_folder(path / "state")
         if not is_member:
-            self._closing.enter_context(storage.locked(path / LOCK))
+            self._closing.enter_context(locks.locked(path / LOCK))
         try:
             if not is_member:
                 clean(path)
@@ -246,7 +247,7 @@ def note(folder: Path, name: str, value: Any) -> None:
     document = read_document(folder)
     if document is None:
         raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder", "Name the folder of a run.")
-    with storage.locked(folder / LOCK):
+    with locks.locked(folder / LOCK):
         was_sealed = is_sealed(folder)
         unseal(folder)
         storage.publish({folder / DOCUMENT: _pretty(document | {name: value})})

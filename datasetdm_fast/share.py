@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
-from datasetdm_fast import driver, storage
+from datasetdm_fast import driver
 from datasetdm_fast.data import Batch, Sample, SetAside
+from datasetdm_fast.disk import sqlite
 from datasetdm_fast.job import Job, adopt
 from datasetdm_fast.leases import DIED, MOST_FAILURES, NOT_FINITE, Leases, Owner
 from datasetdm_fast.ledger import Row
@@ -21,7 +22,7 @@ LATE = 2.0  # batches of one's own that another may take over one before it is m
 LEAST_LATE = 5.0  # seconds that are never late
 
 
-def join(job: Job, queue: Leases, journal: str = storage.WRITE_AHEAD) -> tuple[Job, RunFolder]:
+def join(job: Job, queue: Leases, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
     """The job as the run folder has it and that folder, open for a member; the first process makes the folder and lays the queue."""
     with queue.alone():
         stored = read_document(job.folder)

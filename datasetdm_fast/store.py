@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast import gallery, label_files, storage, untrusted
+from datasetdm_fast import gallery, label_files, untrusted
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder import DOCUMENT, ELSEWHERE, LEDGER, LOCK, SEAL, Publish, index_files, into, read_document
-from datasetdm_fast.storage import Stored
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL

@@ -324,7 +324,7 @@ def _inversion(school: School):
 
 
 def _cache_plan(school: School, count: int):
-    from datasetdm_fast.storage import cache_folder
+    from datasetdm_fast.disk.locks import cache_folder
     from datasetdm_fast.training.cache import plan
 
     folder = Path(school.config.cache_dir) if school.config.cache_dir else cache_folder() / "captures"
@@ -389,7 +389,7 @@ def _course(school: School, folder: Path, task: str, plan: tuple, is_stopping: C
 
 def _as_begun(school: School, folder: Path, plan):
     """The plan with captures kept or not as when the training began: half precision decides bits, and the disk's free space has changed since."""
-    from datasetdm_fast import storage
+    from datasetdm_fast.disk import storage
 
     path = folder / "training" / "captures.json"
     if school.ranks.is_first and not path.exists():

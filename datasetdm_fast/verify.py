@@ -161,7 +161,7 @@ def _run(arguments: Sequence[str]) -> int:
     if config.json:
         print(json.dumps(verdict.document()))
     if config.html:
-        from datasetdm_fast import storage
+        from datasetdm_fast.disk import storage
 
         storage.publish({Path(config.html): page(verdict).encode()})
     if config.run:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from datasetdm_fast import storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 
 NAME = "manifest.json"

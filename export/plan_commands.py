@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export import flavours
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.plans import SUFFIX, Entry, PlanFolder, say
-from datasetdm_fast.storage import cache_folder
 
 if TYPE_CHECKING:
     from datasetdm_fast.export.__main__ import ExportConfig

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast import storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export import sealed
 from datasetdm_fast.export.sealed import Unusable

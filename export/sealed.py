@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast import storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 
 MAGIC = b"DDMSEAL1"

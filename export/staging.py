@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from datasetdm_fast.disk.locks import CACHE_VARIABLE
+from datasetdm_fast.disk.storage import sync_folder
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.storage import CACHE_VARIABLE, sync_folder
 
 PART = ".part"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.graph import OPSETS, Extent, Graph, Value, traced
 from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo, check_replaceable
@@ -31,7 +32,6 @@ from datasetdm_fast.models.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.stages import FACTOR, LEVELS, Tensors
-from datasetdm_fast.storage import cache_folder
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BATCH = Extent(1, ("B",))

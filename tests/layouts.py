@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast import mask_rle
-from datasetdm_fast.demo import world
 from datasetdm_fast.models.decoder_config import COCO_JOINTS
+from datasetdm_fast.scenes import world
 
 SIDE = 96  # pixels before a layout cuts its own rectangle out
 COUNT = 3

@@ -19,11 +19,12 @@ def resident() -> int:
 
 
 def main(number: int, out: Path, with_torch: bool) -> None:
-    from datasetdm_fast import driver, generate, job, storage
+    from datasetdm_fast import driver, generate, job
+    from datasetdm_fast.disk import sqlite
 
     # Memory is measured here, not the disk.
     os.fsync = lambda handle: None
-    storage.SYNCHRONOUS = "PRAGMA synchronous=OFF"
+    sqlite.SYNCHRONOUS = "PRAGMA synchronous=OFF"
     if with_torch:
         from stub_engine import StubEngine
 

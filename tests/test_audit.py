@@ -13,8 +13,9 @@ import pytest
 from rendered import document, write_run
 from rendered import rendered as render
 
-from datasetdm_fast import audit, run_folder, storage
+from datasetdm_fast import audit, run_folder
 from datasetdm_fast.data import Request, SetAside
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.ledger import Ledger
 

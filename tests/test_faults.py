@@ -1,6 +1,6 @@
 """No call to the disk can fail, fall short or be a process's last and cost a sample, a byte or a clear word.
 
-Two counters: `storage.through` inside the process, where every call of a run fails in turn, and a preloaded library that also sees SQLite's own calls.
+Two counters: `storage.syscall` inside the process, where every call of a run fails in turn, and a preloaded library that also sees SQLite's own calls.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torchless
 from fault_server import FaultServer
 from power import states
 
-from datasetdm_fast import generate, storage
+from datasetdm_fast import generate
 from datasetdm_fast.audit import audit
+from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.ledger import Ledger
 from datasetdm_fast.run_folder import LEDGER
 
@@ -88,12 +89,12 @@ class Fault:
 def arithmetic(monkeypatch):
     torchless.install(monkeypatch.setattr)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # no power is cut here
-    monkeypatch.setattr(storage, "SYNCHRONOUS", "PRAGMA synchronous=OFF")
+    monkeypatch.setattr(sqlite, "SYNCHRONOUS", "PRAGMA synchronous=OFF")
 
 
 def run_with(fault: Fault, out: Path, monkeypatch, capsys) -> tuple[int, str]:
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "through", fault)
+        patch.setattr(storage, "syscall", fault)
         code = generate.main([*SMALL, "--out", str(out)])
     return code, capsys.readouterr().err
 

@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 from rendered import TASKS, document, rendered, write_run
 
-from datasetdm_fast import label_files, leases, storage
+from datasetdm_fast import label_files, leases
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside
-from datasetdm_fast.demo import world
+from datasetdm_fast.disk import sqlite, storage
+from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.ledger import Ledger, Row
 from datasetdm_fast.run_folder import RunFolder, check_same, open_run, read_document
-from datasetdm_fast.storage import Stored
+from datasetdm_fast.scenes import world
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +277,7 @@ def test_run_is_a_torch_data_set(run_path):
 
 
 def test_a_copy_whose_last_change_the_disk_did_not_take_is_not_used(tmp_path, monkeypatch):
-    opened = storage._opened
+    opened = sqlite._opened
 
     def left_behind(path, address, *settings, **options):
         if "schema_version" in "".join(settings):
@@ -286,7 +287,7 @@ def test_a_copy_whose_last_change_the_disk_did_not_take_is_not_used(tmp_path, mo
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.note("a", "b")
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "_opened", left_behind)
+            patch.setattr(sqlite, "_opened", left_behind)
             with pytest.raises(Missing, match="ledger.sqlite: Input/output error"):
                 ledger.settle()
         assert ledger.settle() and ledger.noted("a") == "b"

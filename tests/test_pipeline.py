@@ -9,10 +9,10 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import Pipeline, generate, open_run
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.demo import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.decoders import DecoderConfig, build_decoder, save_decoder
+from datasetdm_fast.scenes import world
 from datasetdm_fast.stages import LEVELS
 
 

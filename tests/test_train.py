@@ -16,7 +16,8 @@ import pytest
 import torch
 from layouts import LAYOUTS, save
 
-from datasetdm_fast import storage, train
+from datasetdm_fast import train
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.decoders import load_decoders
@@ -241,7 +242,7 @@ def test_a_full_disk_is_said_and_the_same_line_goes_on(run, tmp_path, monkeypatc
         return call(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage, "through", full)
+        patched.setattr(storage, "syscall", full)
         assert run(*line) == 3
     cause, remedy = capsys.readouterr().err.strip().splitlines()[-2:]
     assert cause.endswith("the disk is full") and "run the same line again" in remedy

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from proofs import external, message, onnx_model
 
-from datasetdm_fast import storage, untrusted
+from datasetdm_fast import untrusted
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 
 

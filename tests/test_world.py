@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datasetdm_fast.demo import world
+from datasetdm_fast.scenes import world
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_choices_are_obeyed():
 
 
 def test_retold_captions_use_only_words_of_the_tokenizer():
-    from datasetdm_fast.demo.train import WORDS
+    from datasetdm_fast.scenes.tokenizer import WORDS
 
     rng = np.random.default_rng(0)
     for seed in range(200):

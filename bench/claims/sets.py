@@ -11,9 +11,9 @@ import torch
 
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.demo import world
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder import Run, StoredSample, open_run
+from datasetdm_fast.scenes import world
 from datasetdm_fast.student_data import Lessons, Vocabulary
 
 LABELLED = 1000  # first seed of the scenes that taught the labellers and teach the students

@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datasetdm_fast import sampling
-from datasetdm_fast.demo import world
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.loading import load_model
+from datasetdm_fast.scenes import world
 
 LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first scene seeds: to learn from, to be tested on, to ask for
 ENOUGH = 100  # pixels of 128 x 128 that count as seen

@@ -21,52 +21,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import world
+from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.tokenizer import TOKENS, build_tokenizer
 
-SIZE, TOKENS, SEED = 128, 77, 20261120
+SIZE, SEED = 128, 20261120
 TRAIN_SEEDS = 10_000_000  # scenes from here on teach the diffusion model; scenes below it are for decoders and evaluation
-WORDS = (
-    *world.CLASSES, *world.COLOURS, *world.TABLES, "a", "an", "the", "and", "on", "at", "in", "of", "with", "near", "next", "to",
-    "beside", "night", "fog", "sunset", "day", "photo", "picture", "scene", ",", ".",
-)  # fmt: skip
-
-
-def byte_letters() -> list[str]:
-    """The 256 printable stand-ins of byte-level BPE, in byte order."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(moved)) for byte in range(256)]
-
-
-def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """`symbols` after byte-pair merging by rank."""
-    while len(symbols) > 1:
-        pairs = [(ranks.get(pair, math.inf), at) for at, pair in enumerate(zip(symbols, symbols[1:]))]
-        rank, at = min(pairs)
-        if rank == math.inf:
-            return symbols
-        symbols = [*symbols[:at], symbols[at] + symbols[at + 1], *symbols[at + 2 :]]
-    return symbols
-
-
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer in which each word of the world is one token; other words fall back to pieces."""
-    ranks: dict[tuple[str, str], int] = {}
-    for word in dict.fromkeys(WORDS):
-        symbols = merge([*word[:-1], word[-1] + "</w>"], ranks)
-        while len(symbols) > 1:
-            ranks[symbols[0], symbols[1]] = len(ranks)
-            symbols = merge([symbols[0] + symbols[1], *symbols[2:]], ranks)
-    letters = byte_letters()
-    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in ranks), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={entry: k for k, entry in enumerate(entries)}, merges=list(ranks), model_max_length=TOKENS)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps({entry: k for k, entry in enumerate(entries)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in ranks))
-    broken = [word for word in WORDS if len(tokenizer(word)["input_ids"]) != 3]
-    assert not broken, f"not one token each: {broken}"
-    return tokenizer
 
 
 def build_models(vocabulary: int) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engines.graphs import GraphEngine
 from datasetdm_fast.engines.torch import resolve_device
 from datasetdm_fast.engines.trt_plan import LoadedPlan, Queue
@@ -22,7 +23,6 @@ from datasetdm_fast.export.to_onnx import RAW, export, source_digest
 from datasetdm_fast.export.to_tensorrt import WORDS, Target, at_once, open_plan
 from datasetdm_fast.loading import Model
 from datasetdm_fast.models.trunk import Decoder
-from datasetdm_fast.storage import cache_folder
 
 PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
 

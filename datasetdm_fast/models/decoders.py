@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from datasetdm_fast import pickles, storage, untrusted
-from datasetdm_fast import storage as files  # save_decoder has a parameter of that name
+from datasetdm_fast import pickles, untrusted
+from datasetdm_fast.disk import storage
+from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.models.decoder_config import DecoderConfig, upstream

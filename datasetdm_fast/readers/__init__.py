@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasetdm_fast import storage
 from datasetdm_fast.config import TASKS
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.flags import nearest
 from datasetdm_fast.readers import demo, files

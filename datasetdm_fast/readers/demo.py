@@ -7,9 +7,9 @@ import re
 import numpy as np
 
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.demo import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers.labelled import Labelled, Source
+from datasetdm_fast.scenes import world
 
 
 class DemoWorld(Source):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datasetdm_fast import storage, untrusted
+from datasetdm_fast import untrusted
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers.labelled import IGNORED
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from datasetdm_fast import storage, untrusted
+from datasetdm_fast import untrusted
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 
 LARGEST = 4 * 2**30  # bytes; LVIS has 1.1 GB
@@ -32,7 +33,7 @@ class JsonStream:
     def __init__(self, path: Path):
         self.path = path
         try:
-            handle = storage.through("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            handle = storage.syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 found = os.fstat(handle)
                 if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= LARGEST:

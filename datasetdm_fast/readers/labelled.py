@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datasetdm_fast import storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 
 IGNORED = 255

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast import storage
 from datasetdm_fast.data import Capture
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.inversion import invert
 from datasetdm_fast.stages import Level

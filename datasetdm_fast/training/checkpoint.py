@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from datasetdm_fast import storage, untrusted
+from datasetdm_fast import untrusted
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 
 NAME = "checkpoint.safetensors"
@@ -40,6 +41,6 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 def remove(folder: Path) -> None:
     """Deletes the folder's checkpoint, which nothing needs any more."""
     try:
-        storage.through("unlink", (folder / NAME).unlink, True)
+        storage.syscall("unlink", (folder / NAME).unlink, True)
     except OSError as error:
         raise storage.refusal(error, folder / NAME) from error

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast import storage
+from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.models.decoder_config import DecoderConfig
 from datasetdm_fast.models.decoders import Decoder, save_decoder
@@ -80,7 +80,7 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> dict | None:
 def alone(folder: Path) -> Iterator[None]:
     """Keeps other trainings out of a course's folder."""
     storage.make_folder(folder / "training")
-    with storage.locked(folder / "training" / LOCK):
+    with locks.locked(folder / "training" / LOCK):
         yield
 
 

@@ -7,7 +7,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from datasetdm_fast import storage
+from datasetdm_fast.disk import storage
 
 NAME = "log.jsonl"
 MOST_STEPS = 5000  # lines of losses a training writes at most
@@ -26,7 +26,7 @@ class Log:
         kept = [line for line in lines if _step(line) <= done]
         storage.publish({self.path: b"".join(line + b"\n" for line in kept)})
         try:
-            self._file = storage.through("open", open, self.path, "a")
+            self._file = storage.syscall("open", open, self.path, "a")
         except OSError as error:
             raise storage.refusal(error, self.path) from error
         if find_spec("tensorboard"):
@@ -47,7 +47,7 @@ class Log:
         if self._file is None:
             return
         try:
-            storage.through("write", self._file.write, json.dumps(values) + "\n")
+            storage.syscall("write", self._file.write, json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
             raise storage.refusal(error, self.path) from error

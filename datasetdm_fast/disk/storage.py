@@ -1,0 +1,218 @@
+"""Files that appear whole or not at all: written beside their place, synced, renamed; full and foreign disks refused in a sentence."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.errors import Missing, Refused
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+TOGETHER = 64  # files written before the first of them is synced: the disk then joins their journal entries
+
+
+def _directly(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    return call(*arguments)
+
+
+syscall: Callable[..., Any] = _directly
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What was written under one name."""
+
+    sha256: str
+    size: int  # bytes
+
+
+def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, Stored]:
+    """Digest and size of every file, once all of them are on the disk under their own names; on an error none has a new name half-written."""
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
+    stored: dict[Path, Stored] = {}
+    try:
+        for folder in dict.fromkeys(path.parent for path in files):
+            if not folder.is_dir():
+                make_folder(folder)
+        waiting = iter(files.items())
+        while block := list(islice(waiting, TOGETHER)):
+            stored |= _write({parts[path]: content for path, content in block}, [path for path, _ in block])
+        for path, part in parts.items():
+            syscall("rename", os.replace, part, path)
+        for folder in sorted({path.parent for path in files}):
+            sync_folder(folder)
+    except BaseException as error:
+        for part in parts.values():
+            forget(part)
+        if isinstance(error, OSError):
+            raise refusal(error, error.filename or next(iter(files), "the run folder")) from error
+        raise
+    return stored
+
+
+def _write(contents: Mapping[Path, bytes | Iterable[bytes]], names: Iterable[Path]) -> dict[Path, Stored]:
+    """Writes and syncs the parts; what they hold, by the names they are to have."""
+    handles: list[int] = []
+    found = {}
+    try:
+        for (part, content), name in zip(contents.items(), names, strict=True):
+            handles.append(syscall("open", os.open, part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
+            found[name] = _fill(handles[-1], [content] if isinstance(content, bytes) else content)
+        for handle in handles:
+            syscall("fsync", os.fsync, handle)
+    finally:
+        for handle in handles:
+            os.close(handle)
+    return found
+
+
+def _fill(handle: int, chunks: Iterable[bytes]) -> Stored:
+    digest, size = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        size += len(chunk)
+        rest = memoryview(chunk)
+        while rest:
+            count = syscall("write", os.write, handle, rest)
+            if not count:
+                raise OSError(errno.EIO, "the disk took no byte")
+            rest = rest[count:]
+    return Stored(digest.hexdigest(), size)
+
+
+def move(part: Path, path: Path) -> None:
+    """Gives a file that was written beside its place, by whomever, its name for good."""
+    try:
+        handle = syscall("open", os.open, part, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            syscall("fsync", os.fsync, handle)
+        finally:
+            os.close(handle)
+        syscall("rename", os.replace, part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise refusal(error, path) from error
+
+
+def forget(part: Path) -> None:
+    """Removes what a failed write left; what even that cannot remove is removed by the next start."""
+    try:
+        syscall("unlink", os.unlink, part)
+    except OSError:
+        pass
+
+
+def refusal(error: OSError, path: str | Path) -> Missing:
+    """What a command says and does where the disk does not do its part."""
+    if error.errno in _FULL:
+        return Missing(f"{path}: the disk is full", "Make room and run the same line again: it goes on where it stopped.")
+    return Missing(f"{path}: {error.strerror or error}", "Check the folder and its permissions, then run the same line again.")
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is only durable once the folder that holds the name is."""
+    handle = syscall("open", os.open, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscall("fsync", os.fsync, handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and those above it, durable."""
+    missing = [folder, *folder.parents]
+    missing = missing[: next((k for k, path in enumerate(missing) if path.is_dir()), len(missing))]
+    try:
+        syscall("mkdir", os.makedirs, folder, 0o755, True)
+        for made in reversed(missing):
+            sync_folder(made.parent)
+    except OSError as error:
+        raise refusal(error, folder) from error
+
+
+def read(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes; a device or a pipe would never end, so they are refused."""
+    try:
+        handle = syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise refusal(error, path) from error
+    except ValueError as error:  # a NUL byte
+        raise Refused(f"{str(path)!r}: cannot be read, no file has such a name", "Name a file.") from error
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise Refused(f"{path}: cannot be read, it is not a regular file", "Name a file.")
+        if found.st_size > most:
+            raise Refused(f"{path}: {found.st_size} bytes, at most {most} are read", "Name the right file, or a smaller one.")
+        parts = []
+        while block := syscall("read", os.read, handle, 1 << 20):
+            parts.append(block)
+            most -= len(block)
+            if most < 0:
+                raise Refused(f"{path}: it grows while it is read", "Wait until it is complete.")
+        return b"".join(parts)
+    except OSError as error:
+        raise refusal(error, path) from error
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, empty where there is no such file."""
+    try:
+        with syscall("open", open, path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise refusal(error, path) from error
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, where there is one."""
+    if not path.exists():
+        return
+    try:
+        syscall("unlink", os.unlink, path)
+    except OSError as error:
+        raise refusal(error, path) from error
+
+
+def is_temporary(path: Path) -> bool:
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_temporaries(folder: Path) -> int:
+    """How many half-written files of earlier, killed processes were deleted; call it while holding the lock."""
+    try:
+        leftovers = [path for path in folder.rglob(".*.part*") if is_temporary(path)]
+        for path in leftovers:
+            syscall("unlink", os.unlink, path)
+    except OSError as error:
+        raise refusal(error, error.filename or folder) from error
+    return len(leftovers)
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes where `path` is, or will be."""
+    while not is_there(path):
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def is_there(path: Path) -> bool:
+    """Whether something of that name exists; a folder that may not be looked into is refused."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise refusal(error, path) from error
