@@ -18,9 +18,9 @@ from bench.machine import is_out_of_memory, joules, peak, wait
 from bench.measure import Rounds, interleaved
 from bench.peers import PEERS, Offer, Peer
 from bench.setting import Setting
-from datasetdm_fast import label_files
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.errors import GateFailed, Missing
+from datasetdm_fast.labels import label_files
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
 SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long

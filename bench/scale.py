@@ -19,11 +19,12 @@ import torch
 from bench.machine import ROOT
 from bench.measure import status
 from bench.race import mib
-from datasetdm_fast import driver, job, label_files, prompts
+from datasetdm_fast import driver, job, prompts
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
 from datasetdm_fast.driver import Recipe
+from datasetdm_fast.labels import label_files
 from datasetdm_fast.overlap import Writing
 from datasetdm_fast.run_folder import RunFolder
 from datasetdm_fast.scenes import world

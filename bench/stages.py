@@ -22,7 +22,7 @@ from bench.work import HALVES
 from datasetdm_fast.agreement import EXACT, ROUNDED, relative
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.driver import postprocess
-from datasetdm_fast.label_files import encode
+from datasetdm_fast.labels.label_files import encode
 
 
 class Stage(NamedTuple):

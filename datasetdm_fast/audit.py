@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast import gallery, label_files, mask_rle, run_folder, untrusted
+from datasetdm_fast import gallery, run_folder
 from datasetdm_fast.config import setting
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.flags import parse, run_command
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.labels import label_files, mask_rle, pictures
 from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
 
 PROG = "python -m datasetdm_fast.audit"
@@ -67,7 +69,7 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
     """The report on a run folder, finished or not; nothing in it is changed. `seen` hears how many of how many samples were checked."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise Refused(f"{untrusted.shown(str(folder))}: no such folder", "Name a folder that generate has written.")
+        raise Refused(f"{documents.shown(str(folder))}: no such folder", "Name a folder that generate has written.")
     if not (folder / run_folder.DOCUMENT).exists() and not (folder / run_folder.LEDGER).exists():
         raise Refused(
             f"{folder}: holds neither {run_folder.DOCUMENT} nor {run_folder.LEDGER}, so it is no run folder", "Name a folder that generate has written."
@@ -137,7 +139,7 @@ def _noted(folder: Path, ledger: Ledger, findings: list[Finding]) -> dict[str, A
     if text is None:  # killed before its first sample
         return None
     try:
-        document = untrusted.parse_json(text, "its note of run.json")
+        document = documents.parse_json(text, "its note of run.json")
         run_folder.check_document(document)
     except ValueError as error:
         findings.append(Finding(run_folder.LEDGER, f"its note of run.json is damaged ({_told_of(error, folder, run_folder.LEDGER)})", _restore(folder)))
@@ -170,7 +172,7 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
         yield Finding(run_folder.SEAL, "is not there, so nothing tells whether ledger and index files were changed", remedy)
         return
     try:
-        digests = untrusted.read_object(folder / run_folder.SEAL)
+        digests = documents.read_object(folder / run_folder.SEAL)
     except (Refused, Missing) as error:
         yield Finding(run_folder.SEAL, _told_of(error, folder, run_folder.SEAL), f"Delete it. {remedy}")
         return
@@ -236,12 +238,12 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
         return findings, 0
     for role, (name, stored) in row.files.items():
         try:
-            data = storage.read(folder / name, untrusted.LARGEST_IMAGE_FILE) if (folder / name).exists() else None
+            data = storage.read(folder / name, images.LARGEST_IMAGE_FILE) if (folder / name).exists() else None
             if data is None:
                 raise ValueError("is not there")
             total += len(data)
             _check_bytes(data, stored)
-            arrays[role] = np.array(untrusted.decode_image(data, name))
+            arrays[role] = np.array(images.decode_image(data, name))
         except (ValueError, Missing) as error:
             findings.append(Finding(name, _told_of(error, folder, name), _again(folder, id)))
     for task in config["task"]:
@@ -265,12 +267,12 @@ def _check_picture(folder: Path, row: Row, millimetres: np.ndarray | None) -> It
     try:
         if not (folder / name).exists():
             raise ValueError("is not there")
-        data = storage.read(folder / name, untrusted.LARGEST_IMAGE_FILE)
-        untrusted.check_png(data)
-        picture = untrusted.decode_image(data, name)
+        data = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
+        images.check_png(data)
+        picture = images.decode_image(data, name)
         if millimetres is None and picture.mode != "P":
             raise ValueError("is no picture of a depth map")
-        if millimetres is not None and not np.array_equal(np.array(picture), np.array(gallery.depth_picture(millimetres))):
+        if millimetres is not None and not np.array_equal(np.array(picture), np.array(pictures.depth_picture(millimetres))):
             raise ValueError("does not show the depth map of its sample")
     except (ValueError, Missing) as error:
         yield Finding(name, _told_of(error, folder, name), f"Delete it and {gallery.PAGE}. Run the generate line once more: both are written anew.")

@@ -86,7 +86,7 @@ tell({{"code": code, "said": told.getvalue(), "findings": findings, "samples": r
 LOCKS = """
 import os
 from pathlib import Path
-from datasetdm_fast import pickles
+from datasetdm_fast.foreign import pickles
 tell({"lacking": pickles.leave_network() + pickles.confine(Path(os.getcwd()) / "x", 0)})
 """
 

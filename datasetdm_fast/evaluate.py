@@ -308,7 +308,7 @@ def _bar(total: int, is_quiet: bool):
 
 
 def _tell_skipped(skipped: dict[str, str]) -> None:
-    from datasetdm_fast.untrusted import plain
+    from datasetdm_fast.foreign.documents import plain
 
     if skipped:
         print(f"{len(skipped)} images were skipped:", file=sys.stderr)

@@ -19,9 +19,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from datasetdm_fast import __version__, untrusted
+from datasetdm_fast import __version__
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.foreign import documents
 
 Config = TypeVar("Config")
 Converter = Callable[[str], Any]
@@ -60,7 +61,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
     except (Refused, Missing, GateFailed) as stop:
         for line in (stop.cause, stop.remedy):
             if line:
-                print(untrusted.plain(line), file=sys.stderr)
+                print(documents.plain(line), file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -175,7 +176,7 @@ def _truth(text: str) -> bool:
 
 def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converter]) -> dict[str, Any]:
     try:
-        loaded = untrusted.read_yaml(path)
+        loaded = documents.read_yaml(path)
     except Missing as stop:
         raise Refused(f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "give a readable YAML file") from stop
     except Refused as stop:
@@ -188,7 +189,7 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in converters:
-            cause = f"--config: {path} has the unknown setting {untrusted.shown(key)}{nearest(name, converters)}"
+            cause = f"--config: {path} has the unknown setting {documents.shown(key)}{nearest(name, converters)}"
             raise Refused(cause, "settings are the long flags without the leading hyphens")
         try:
             values[name] = converters[name](_as_text(value, hints[name]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
 from collections import Counter
@@ -13,23 +12,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from datasetdm_fast import mask_rle
-from datasetdm_fast.classes import colour
 from datasetdm_fast.disk import storage
-from datasetdm_fast.label_files import colour_numbers, read_image
+from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.labels.colours import colour
+from datasetdm_fast.labels.label_files import colour_numbers, read_image
+from datasetdm_fast.labels.pictures import depth_png, outline
 from datasetdm_fast.ledger import Ledger, Row
 
 PAGE = "gallery/index.html"
 TEMPLATE = Path(__file__).with_name("gallery.html")
 LAYERS = {"semantic": ("semantic", "confidence"), "instance": ("instance",), "depth": ("depth",), "pose": ("pose",), "open-vocabulary": ("open-vocabulary",)}
 FIRST = ("instance", "semantic", "open-vocabulary", "depth", "pose")  # the layer shown when the page opens
-DEPTH_SIDE = 256  # pixels of a coloured depth picture
-HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
-OUTLINE_SIDE = 256  # cells an outline is traced on at most
-TOLERANCE = 1 / 260  # image widths an outline may be simplified by
 BLOCK = 64  # pictures published at once
 
 
@@ -45,31 +38,6 @@ def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samp
 def depth_name(row: Row) -> str:
     """Where the coloured depth picture of a sample lies."""
     return f"gallery/depth/{row.request.id}.png"
-
-
-def depth_png(millimetres: np.ndarray) -> bytes:
-    """The file of such a picture."""
-    buffer = io.BytesIO()
-    depth_picture(millimetres).save(buffer, "PNG", compress_level=9)
-    return buffer.getvalue()
-
-
-def depth_picture(millimetres: np.ndarray) -> Image.Image:
-    """A coloured picture of a depth map, from its own nearest to its own farthest point."""
-    near, far = int(millimetres.min()), int(millimetres.max())
-    steps = ((millimetres.astype(np.float32) - near) * (255 / max(far - near, 1)) + 0.5).astype(np.uint8)
-    image = Image.fromarray(steps)
-    if image.width > DEPTH_SIDE:
-        image = image.resize((DEPTH_SIDE, DEPTH_SIDE), Image.Resampling.BOX)
-    image.putpalette(_heat())
-    return image
-
-
-def _heat() -> bytes:
-    anchors = np.array([[int(text[k : k + 2], 16) for k in (0, 2, 4)] for text in HEAT])
-    place = np.linspace(0, len(HEAT) - 1, 256)
-    channels = [np.interp(place, np.arange(len(HEAT)), anchors[:, k]) for k in range(3)]
-    return np.stack(channels, 1).round().astype(np.uint8).tobytes()
 
 
 def page(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
@@ -157,61 +125,3 @@ def _sample(document: Mapping[str, Any], row: Row) -> dict[str, Any]:
     if "depth" in row.labels:
         values["depth"] = [row.labels["depth"]["min"], row.labels["depth"]["max"]]
     return values
-
-
-def outline(mask: np.ndarray) -> str:
-    """The borders of a mask [H, W] bool, holes included, as the path of an SVG in pixels."""
-    step = max(max(mask.shape) // OUTLINE_SIDE, 1)
-    # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
-    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in borders(mask[::step, ::step]))
-    rings = (simplified(ring, TOLERANCE * max(mask.shape)) for ring in middles)
-    return "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in ring) + "Z" for ring in rings if len(ring) > 2)
-
-
-def borders(mask: np.ndarray) -> list[np.ndarray]:
-    """Closed rings [n, 2] of x, y along the pixel edges between inside and outside."""
-    padded = np.pad(mask, 1)
-    edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for (down, right), start, end in (
-        ((-1, 0), (0, 0), (1, 0)),  # outside above: walk right along the top edge
-        ((0, 1), (1, 0), (1, 1)),
-        ((1, 0), (1, 1), (0, 1)),
-        ((0, -1), (0, 1), (0, 0)),
-    ):
-        outside = np.roll(padded, (-down, -right), (0, 1))[1:-1, 1:-1]
-        for y, x in np.argwhere(mask & ~outside).tolist():
-            edges.setdefault((x + start[0], y + start[1]), []).append((x + end[0], y + end[1]))
-    rings = []
-    while edges:
-        first = place = next(iter(edges))
-        ring = [first]
-        while True:
-            following = edges[place].pop()
-            if not edges[place]:
-                del edges[place]
-            place = following
-            if place == first:
-                break
-            ring.append(place)
-        rings.append(np.array(ring, float))
-    return rings
-
-
-def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
-    """The ring with the points that lie within `tolerance` of the line between their neighbours left out (Douglas and Peucker)."""
-    far = int(np.abs(ring - ring[0]).sum(1).argmax())
-    closed = np.concatenate([ring, ring[:1]])
-    keep = np.zeros(len(closed), bool)
-    keep[[0, far]] = True
-    spans = [(0, far), (far, len(ring))]
-    while spans:
-        a, b = spans.pop()
-        if b - a < 2:
-            continue
-        (x, y), (dx, dy) = closed[a], closed[b] - closed[a]
-        offset = np.abs((closed[a + 1 : b, 0] - x) * dy - (closed[a + 1 : b, 1] - y) * dx) / max(np.hypot(dx, dy), 1e-9)
-        worst = int(offset.argmax())
-        if offset[worst] > tolerance:
-            keep[a + 1 + worst] = True
-            spans += [(a, a + 1 + worst), (a + 1 + worst, b)]
-    return closed[:-1][keep[:-1]]

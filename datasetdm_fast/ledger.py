@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast import untrusted
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents
 
 DONE, SET_ASIDE = "done", "set-aside"
 _SCHEMA = """
@@ -157,8 +157,8 @@ def _row(found: tuple, path: Path) -> Row:
     try:
         index, prompt, seed, classes, status, reason, *texts = found
         recipe, files, labels = (json.loads(text) for text in texts)
-        untrusted.check_form({"prompt": prompt, "seed": seed, "reason": reason, "recipe": recipe, "files": files, "labels": labels}, _FORM)
-        stored = {role: (untrusted.check_inside(file["path"]), Stored(file["sha256"], file["bytes"])) for role, file in files.items()}
+        documents.check_form({"prompt": prompt, "seed": seed, "reason": reason, "recipe": recipe, "files": files, "labels": labels}, _FORM)
+        stored = {role: (documents.check_inside(file["path"]), Stored(file["sha256"], file["bytes"])) for role, file in files.items()}
         return Row(Request(index, prompt, seed, tuple(json.loads(classes))), recipe, stored, labels, status, reason)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(

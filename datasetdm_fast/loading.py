@@ -23,8 +23,8 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from datasetdm_fast import pickles, untrusted
 from datasetdm_fast.disk import storage
+from datasetdm_fast.foreign import documents, pickles, tensors
 
 from .config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
 from .errors import Missing, Refused
@@ -140,7 +140,7 @@ def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaul
     files = {**{part: found.files for part, found in weights.items()}, "tokenizer": _files(folder / "tokenizer"), "scheduler": _files(folder / "scheduler")}
     side = unet.config.sample_size
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
-        raise Refused(f"model: {folder}: the UNet's sample_size is {untrusted.shown(side)}, expected a number up to {LARGEST_SIDE}, {SUPPORTED}")
+        raise Refused(f"model: {folder}: the UNet's sample_size is {documents.shown(side)}, expected a number up to {LARGEST_SIDE}, {SUPPORTED}")
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     digests, licence = {part: digest(files[part]) for part in PARTS}, folder_licence(folder)
     return _model(name or str(folder), str(folder.resolve()), tokenizer, text_encoder, unet, vae, configs["scheduler"], defaults, size, digests, licence)
@@ -352,7 +352,7 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
 
 
 def _json(path: Path) -> dict:
-    return untrusted.read_object(path, most=LARGEST_VOCABULARY)
+    return documents.read_object(path, most=LARGEST_VOCABULARY)
 
 
 def _check_bounds(config: Mapping, source: Path, deep: int = 0) -> None:
@@ -363,7 +363,7 @@ def _check_bounds(config: Mapping, source: Path, deep: int = 0) -> None:
         is_list = isinstance(value, (list, tuple)) and len(values) <= 16 and not any(isinstance(inner, (list, dict)) for inner in values)
         is_possible = all(not isinstance(number, (int, float)) or abs(number) <= most for number in values)
         if not is_possible or isinstance(value, (list, tuple)) and not is_list:
-            raise Refused(f"model: {source}: the setting {untrusted.shown(key)} is {untrusted.shown(value)}, expected numbers of at most {most}")
+            raise Refused(f"model: {source}: the setting {documents.shown(key)} is {documents.shown(value)}, expected numbers of at most {most}")
 
 
 @contextmanager
@@ -421,7 +421,7 @@ def _check_vae(config: Mapping, source: Path) -> None:
 
 def _check_scheduler(config: Mapping, source: Path) -> None:
     forms = {"num_train_timesteps": int, "steps_offset": int, "beta_start": float, "beta_end": float, "set_alpha_to_one": bool, "trained_betas": [float]}
-    untrusted.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
+    documents.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
     count = config.get("num_train_timesteps", 1000)
     betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
     if not 0 < count <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
@@ -453,7 +453,7 @@ def _shards(index: Path) -> list[Path]:
     """The files an index of split weights names, each beside it."""
     try:
         names = sorted(set(_json(index)["weight_map"].values()))
-        return [index.parent / untrusted.check_inside(name) for name in names]
+        return [index.parent / documents.check_inside(name) for name in names]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Refused(f"model: {index} is no index of weight files ({_first_line(error)})") from error
 
@@ -470,7 +470,7 @@ def _check_readable(file: Path) -> None:
     if beginning.startswith(b"version https://git-lfs"):
         raise Refused(f"model: {file} is a git-lfs pointer, not the weights", "run git lfs pull in that folder")
     if file.suffix == ".safetensors":
-        untrusted.check_safetensors(file)
+        tensors.check_safetensors(file)
 
 
 def _from_folder(kind: type, folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
@@ -509,7 +509,7 @@ def _safe_name(name: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return untrusted.plain((str(error).strip() or type(error).__name__).splitlines()[0])
+    return documents.plain((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 @contextmanager

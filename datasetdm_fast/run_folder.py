@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast import gallery, label_files, leases, untrusted
+from datasetdm_fast import gallery, leases
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Sample, SemanticMap, SetAside
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.labels import label_files
 from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.writers import INDEXES
 
@@ -69,10 +71,10 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     except Refused:
         raise
     except ValueError as error:  # a NUL byte
-        raise Refused(f"--out {untrusted.shown(str(folder))}: no possible name of a folder ({error})", "Choose another --out.") from error
-    document = untrusted.read_object(path)
+        raise Refused(f"--out {documents.shown(str(folder))}: no possible name of a folder ({error})", "Choose another --out.") from error
+    document = documents.read_object(path)
     if document.get("format") != FORMAT:
-        raise Refused(f"{path}: format {untrusted.shown(document.get('format'))}, this version reads {FORMAT}", "Read it with the version that wrote it.")
+        raise Refused(f"{path}: format {documents.shown(document.get('format'))}, this version reads {FORMAT}", "Read it with the version that wrote it.")
     try:
         check_document(document)
     except ValueError as error:
@@ -82,17 +84,17 @@ def read_document(folder: Path) -> dict[str, Any] | None:
 
 def check_document(document: Mapping[str, Any]) -> None:
     """A ValueError where it is not the content of a run.json."""
-    untrusted.check_form(document, FORM)
+    documents.check_form(document, FORM)
     tasks, size = document["config"]["task"], document["sampling"]["size"]
     for name, entry in document["decoders"].items():
-        untrusted.check_form(entry, DECODER_FORM, f"decoders.{name}")
+        documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
     for task in tasks:
         if task not in LABEL_FORMS:
-            raise ValueError(f"config.task names {untrusted.shown(task)}, expected {', '.join(LABEL_FORMS)}")
-        untrusted.check_form(document["labels"].get(task), LABEL_FORMS[task], f"labels.{task}")
+            raise ValueError(f"config.task names {documents.shown(task)}, expected {', '.join(LABEL_FORMS)}")
+        documents.check_form(document["labels"].get(task), LABEL_FORMS[task], f"labels.{task}")
     if document["config"]["image_format"] not in ("png", "jpg"):
-        raise ValueError(f"config.image_format is {untrusted.shown(document['config']['image_format'])}, expected png or jpg")
-    if not 0 < size**2 <= untrusted.MOST_PIXELS or not 0 < document["plan"]["number"] < 2**48 or not 0 < document["plan"]["batch_size"] < 2**31:
+        raise ValueError(f"config.image_format is {documents.shown(document['config']['image_format'])}, expected png or jpg")
+    if not 0 < size**2 <= images.MOST_PIXELS or not 0 < document["plan"]["number"] < 2**48 or not 0 < document["plan"]["batch_size"] < 2**31:
         raise ValueError("a number in sampling or plan is out of range")
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast import gallery, label_files, untrusted
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels import label_files, pictures
 from datasetdm_fast.run_folder import DOCUMENT, ELSEWHERE, LEDGER, LOCK, SEAL, Publish, index_files, into, read_document
 
 PIECE = 1 << 20  # bytes of a file copied at once
@@ -31,7 +32,7 @@ def check(config: RunConfig) -> None:
         raise Refused(f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it.")
     noted = stored_at(folder)
     if read_document(folder) is not None and noted != config.store:
-        there = f"at {untrusted.shown(noted)}" if noted else "in the folder itself"
+        there = f"at {documents.shown(noted)}" if noted else "in the folder itself"
         raise Refused(f"--store {config.store or 'not given'}: the samples of {folder} are {there}", "Give what it was begun with, or choose another --out.")
 
 
@@ -53,7 +54,7 @@ class Store:
         except ImportError as error:
             raise Missing(f"--store {url}: {error}", "Install that on every machine of the cluster.") from error
         except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
-            raise Refused(f"--store {untrusted.shown(url)}: {type(error).__name__}: {error}", "Name a folder such as s3://bucket/run.") from error
+            raise Refused(f"--store {documents.shown(url)}: {type(error).__name__}: {error}", "Name a folder such as s3://bucket/run.") from error
         if "memory" in self._protocols:
             raise Refused(f"--store {url}: every process has a memory of its own", "Name a folder that all machines reach, such as s3://bucket/run.")
 
@@ -121,4 +122,4 @@ class Store:
 
 
 def _picture(depth: bytes) -> bytes:
-    return gallery.depth_png(label_files.read_image(io.BytesIO(depth)))
+    return pictures.depth_png(label_files.read_image(io.BytesIO(depth)))

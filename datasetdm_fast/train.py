@@ -184,8 +184,8 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _school(config: TrainConfig, ranks: Ranks) -> School:
-    from datasetdm_fast import untrusted
     from datasetdm_fast.engines import build_engine
+    from datasetdm_fast.foreign import documents
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
     from datasetdm_fast.training.targets import check_shown, check_truth
@@ -209,7 +209,7 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
             print(line, file=sys.stderr, flush=True)
 
     for name, reason in list(source.skipped.items())[:LISTED]:
-        say(f"left out   {untrusted.plain(name)}: {untrusted.plain(reason)}")
+        say(f"left out   {documents.plain(name)}: {documents.plain(reason)}")
     if len(source.skipped) > LISTED:
         say(f"left out   {len(source.skipped)} in all")
     return School(config, engine, source, ranks, tuple(range(len(source))), say)

@@ -263,7 +263,7 @@ def _located(observations: Sequence[Observation], place: int) -> tuple[Observati
 
 
 def _png(image) -> bytes:
-    from datasetdm_fast.label_files import image_bytes
+    from datasetdm_fast.labels.label_files import image_bytes
 
     return image_bytes(image, "png")
 
@@ -273,8 +273,8 @@ def _label_picture(label) -> bytes | None:
     import numpy as np
 
     from datasetdm_fast.data import DepthMap, SemanticMap
-    from datasetdm_fast.gallery import depth_png
-    from datasetdm_fast.label_files import MILLIMETRES, index_png
+    from datasetdm_fast.labels.label_files import MILLIMETRES, index_png
+    from datasetdm_fast.labels.pictures import depth_png
 
     if isinstance(label, SemanticMap):
         return index_png(label.labels)

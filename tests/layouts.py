@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast import mask_rle
+from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.models.decoder_config import COCO_JOINTS
 from datasetdm_fast.scenes import world
 

@@ -22,9 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rendered import document, write_run
 
-from datasetdm_fast import audit, flags, generate, mask_rle, run_folder, untrusted
+from datasetdm_fast import audit, flags, generate, run_folder
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents, images, onnx_graph, tensors
+from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.ledger import Ledger
 from datasetdm_fast.prompts import make_plan, read_source
 
@@ -79,14 +81,14 @@ def read_decoder(path: Path) -> None:
 def read_safetensors(path: Path) -> None:
     from safetensors import safe_open
 
-    table = untrusted.check_safetensors(path)
+    table = tensors.check_safetensors(path)
     with safe_open(path, "np") as file:  # what we let through, the library takes
         assert set(file.keys()) == set(table)
 
 
 def read_pickle(path: Path) -> None:
     """The reader behind the sandbox: its errors are the sandbox's to tell, but it may not write, hang or run anything."""
-    from datasetdm_fast import pickles
+    from datasetdm_fast.foreign import pickles
 
     pickles._check_beginning(path)
     try:
@@ -96,7 +98,7 @@ def read_pickle(path: Path) -> None:
 
 
 def read_rle(path: Path) -> None:
-    value = untrusted.read_json(path)
+    value = documents.read_json(path)
     try:
         mask = mask_rle.decode(value)
     except ValueError:
@@ -124,11 +126,11 @@ READERS: dict[str, tuple[Callable[[Path], object], int]] = {  # and how many inp
     "decoder": (read_decoder, 1),
     "safetensors": (read_safetensors, 1),
     "pickle": (read_pickle, 1),
-    "onnx": (untrusted.check_onnx, 1),
-    "xml": (untrusted.read_xml, 1),
-    "image": (untrusted.read_image, 1),
-    "zip": (lambda path: untrusted.zip_members(path, most_bytes=1 << 20), 1),
-    "json": (lambda path: untrusted.read_json(path, most=untrusted.LARGEST_JSON), 1),
+    "onnx": (onnx_graph.check_onnx, 1),
+    "xml": (documents.read_xml, 1),
+    "image": (images.read_image, 1),
+    "zip": (lambda path: documents.zip_members(path, most_bytes=1 << 20), 1),
+    "json": (lambda path: documents.read_json(path, most=documents.LARGEST_JSON), 1),
     "rle": (read_rle, 1),
     "model": (read_model, 8),
 }

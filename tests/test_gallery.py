@@ -11,6 +11,7 @@ from rendered import document, write_run
 
 from datasetdm_fast import gallery
 from datasetdm_fast.data import Request
+from datasetdm_fast.labels import pictures
 from datasetdm_fast.ledger import Row
 
 HOSTILE = [
@@ -79,9 +80,9 @@ def test_seeds_beyond_javascript_numbers_are_kept():
 
 
 def test_depth_pictures_are_bright_where_near():
-    picture = np.array(Image.open(__import__("io").BytesIO(gallery.depth_png(np.array([[500, 2000], [3000, 4000]], np.uint16)))).convert("L"))
+    picture = np.array(Image.open(__import__("io").BytesIO(pictures.depth_png(np.array([[500, 2000], [3000, 4000]], np.uint16)))).convert("L"))
     assert picture[0, 0] > picture[0, 1] > picture[1, 0] > picture[1, 1]
-    assert Image.open(__import__("io").BytesIO(gallery.depth_png(np.full((4, 4), 1000, np.uint16)))).size == (4, 4)
+    assert Image.open(__import__("io").BytesIO(pictures.depth_png(np.full((4, 4), 1000, np.uint16)))).size == (4, 4)
 
 
 @pytest.mark.parametrize("name", ["square", "hole", "two parts", "corner touch", "whole image", "one pixel", "empty"])
@@ -99,16 +100,16 @@ def test_borders_enclose_the_mask(name):
         mask[:] = True
     if name == "one pixel":
         mask[7, 0] = True
-    rings = gallery.borders(mask)
+    rings = pictures.borders(mask)
     # The shoelace formula gives each ring's area, holes counting against it: together they are the mask's pixels.
     areas = [(x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2 for x, y in (ring.T for ring in rings)]
     assert sum(areas) == mask.sum()
-    assert (gallery.outline(mask) == "") == (name == "empty")
+    assert (pictures.outline(mask) == "") == (name == "empty")
 
 
 def test_simplified_rings_stay_within_the_tolerance():
     y, x = np.mgrid[:64, :64]
-    (ring,) = gallery.borders(np.hypot(x - 32, y - 30) < 20)
-    few = gallery.simplified(ring, 0.7)
+    (ring,) = pictures.borders(np.hypot(x - 32, y - 30) < 20)
+    few = pictures.simplified(ring, 0.7)
     assert 8 <= len(few) < len(ring) / 3
     assert np.abs(np.hypot(*(few - [32.5, 30.5]).T) - 20).max() < 1.2

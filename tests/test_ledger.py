@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 from rendered import TASKS, document, rendered, write_run
 
-from datasetdm_fast import label_files, leases
+from datasetdm_fast import leases
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.labels import label_files
 from datasetdm_fast.ledger import Ledger, Row
 from datasetdm_fast.run_folder import RunFolder, check_same, open_run, read_document
 from datasetdm_fast.scenes import world

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pycocotools import mask as coco
 
-from datasetdm_fast import _C, mask_rle
+from datasetdm_fast import _C
+from datasetdm_fast.labels import mask_rle
 
 
 def judge(masks):

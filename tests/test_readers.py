@@ -13,8 +13,8 @@ from layouts import COUNT, LAYOUTS, SIDE, save, things_of, views
 from PIL import Image
 
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.readers import PRESETS, DataSettings, Selection, framing, open_data
-from datasetdm_fast.readers.json_stream import JsonStream
 from datasetdm_fast.readers.labelled import Picture
 
 SIZE = 64
@@ -603,7 +603,7 @@ def test_a_damaged_hugging_face_folder_is_refused(copied):
 
 @pytest.mark.parametrize("window", [16, 64, 1000, 2**20])
 def test_a_stream_gives_what_json_gives_whatever_its_window(tmp_path, monkeypatch, window):
-    from datasetdm_fast.readers import json_stream
+    from datasetdm_fast.foreign import json_stream
 
     monkeypatch.setattr(json_stream, "WINDOW", window)
     document = {"a": [{"x": 'é\n"]}', "y": [1, 2.5, None]}, 7, "text", []], "b": {"c": [1]}, "d": [], "e": 123456789, "日本": [True]}

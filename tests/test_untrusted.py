@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from proofs import external, message, onnx_model
 
-from datasetdm_fast import untrusted
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents, images, onnx_graph
+from datasetdm_fast.foreign.tensors import MOST_TENSORS, check_safetensors
 
 
 @pytest.fixture
@@ -34,16 +35,16 @@ def refused(call, *arguments, match: str, **options) -> None:
 
 def test_only_plain_relative_names_lead_inside():
     for name in ("a", "images/00000001.png", "a b/ü.txt", "..a"):
-        assert untrusted.check_inside(name) == name
+        assert documents.check_inside(name) == name
     for name in ("", "/a", "../a", "a/../b", "a\0b", "a\nb", "c:x", "a\\b", "x" * 2000, None, 3):
         with pytest.raises(ValueError):
-            untrusted.check_inside(name)
+            documents.check_inside(name)
 
 
 def test_what_is_shown_cannot_steer_a_terminal():
-    assert untrusted.shown("a\x1b[2J\u202e") == "'a\\x1b[2J\\u202e'" and untrusted.plain("a\x1b\nb \u202e") == "a\\x1b b \\u202e"
-    assert len(untrusted.plain("x" * 10_000)) == 400 and len(untrusted.shown("x" * 10_000)) == 80
-    assert untrusted.plain("ein Bällchen 🎈") == "ein Bällchen 🎈"
+    assert documents.shown("a\x1b[2J\u202e") == "'a\\x1b[2J\\u202e'" and documents.plain("a\x1b\nb \u202e") == "a\\x1b b \\u202e"
+    assert len(documents.plain("x" * 10_000)) == 400 and len(documents.shown("x" * 10_000)) == 80
+    assert documents.plain("ein Bällchen 🎈") == "ein Bällchen 🎈"
 
 
 def test_files_that_never_end_are_not_begun(tmp_path):
@@ -60,8 +61,8 @@ def test_files_that_never_end_are_not_begun(tmp_path):
 
 
 def test_json_is_read_whole_or_not(file):
-    assert untrusted.read_json(file('\ufeff{"a": [1, 2.5, null, "é"]}')) == {"a": [1, 2.5, None, "é"]}
-    assert untrusted.read_object(file("{}")) == {}
+    assert documents.read_json(file('\ufeff{"a": [1, 2.5, null, "é"]}')) == {"a": [1, 2.5, None, "é"]}
+    assert documents.read_object(file("{}")) == {}
     for content, word in (
         ('{"a": 1, "a": 2}', "twice"),
         ('{"a": NaN}', "NaN"),
@@ -71,15 +72,15 @@ def test_json_is_read_whole_or_not(file):
         (b"\xff", "not readable"),
         ('{"a": 1', "not readable"),
     ):
-        refused(untrusted.read_json, file(content), match=word)
-    refused(untrusted.read_object, file("[]"), match="expected an object")
-    refused(untrusted.read_json, file("[" + "0," * 600_000 + "0]"), match="at most")
-    assert len(untrusted.read_json(file("[" + "0," * 600_000 + "0]"), most=untrusted.LARGEST_JSON)) == 600_001
+        refused(documents.read_json, file(content), match=word)
+    refused(documents.read_object, file("[]"), match="expected an object")
+    refused(documents.read_json, file("[" + "0," * 600_000 + "0]"), match="at most")
+    assert len(documents.read_json(file("[" + "0," * 600_000 + "0]"), most=documents.LARGEST_JSON)) == 600_001
 
 
 def test_forms():
-    untrusted.check_form({"a": [1], "b": 2.5, "c": True, "d": "x", "more": None}, {"a": [int], "b": float, "c": bool, "d": str})
-    untrusted.check_form({"b": 2}, {"b": float})
+    documents.check_form({"a": [1], "b": 2.5, "c": True, "d": "x", "more": None}, {"a": [int], "b": float, "c": bool, "d": str})
+    documents.check_form({"b": 2}, {"b": float})
     for value, form, word in (
         ({"a": True}, {"a": int}, "a is True, expected a whole number"),
         ({"a": float("nan")}, {"a": float}, "expected a number"),
@@ -90,12 +91,12 @@ def test_forms():
         (1, bool, "expected true or false"),
     ):
         with pytest.raises(ValueError, match=word):
-            untrusted.check_form(value, form)
+            documents.check_form(value, form)
 
 
 def test_yaml_holds_plain_values(file):
-    assert untrusted.read_yaml(file("a: 1\nb: [x, y]\nc: {d: 2.5}\n")) == {"a": 1, "b": ["x", "y"], "c": {"d": 2.5}}
-    assert untrusted.read_yaml(file("# nothing\n")) is None
+    assert documents.read_yaml(file("a: 1\nb: [x, y]\nc: {d: 2.5}\n")) == {"a": 1, "b": ["x", "y"], "c": {"d": 2.5}}
+    assert documents.read_yaml(file("# nothing\n")) is None
     for content, word in (
         ("a: &x 1", "anchors"),
         ("a: *x", "anchors"),
@@ -108,11 +109,11 @@ def test_yaml_holds_plain_values(file):
         ("a: 1\n---\nb: 2", "not valid YAML"),
         ("x" * 70_000, "at most"),
     ):
-        refused(untrusted.read_yaml, file(content), match=word)
+        refused(documents.read_yaml, file(content), match=word)
 
 
 def test_xml_declares_nothing(file):
-    root = untrusted.read_xml(file('<?xml version="1.0"?><annotation><object id="3">cat &amp; dog</object><object/></annotation>'))
+    root = documents.read_xml(file('<?xml version="1.0"?><annotation><object id="3">cat &amp; dog</object><object/></annotation>'))
     assert [element.text for element in root.iter("object")] == ["cat & dog", None] and root[0].attrib == {"id": "3"}
     for content, word in (
         ("<!DOCTYPE a><a/>", "document type"),
@@ -125,7 +126,7 @@ def test_xml_declares_nothing(file):
         ('<?xml version="1.0" encoding="klingon"?><a/>', "not readable"),
         ("<a>" + "x" * 2**20 + "</a>", "at most"),
     ):
-        refused(untrusted.read_xml, file(content), match=word)
+        refused(documents.read_xml, file(content), match=word)
 
 
 # Images and archives ------------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels).save(tmp_path / "a.jpg")
-    assert (np.array(untrusted.read_image(tmp_path / "a.png")) == pixels).all() and untrusted.read_image(tmp_path / "a.jpg").size == (4, 4)
+    assert (np.array(images.read_image(tmp_path / "a.png")) == pixels).all() and images.read_image(tmp_path / "a.jpg").size == (4, 4)
     Image.fromarray(pixels).save(tmp_path / "a.gif")
     Image.fromarray(pixels).save(tmp_path / "b.png", save_all=True, append_images=[Image.fromarray(255 - pixels)])
     whole = (tmp_path / "a.png").read_bytes()
@@ -158,22 +159,22 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
         (b"", "neither"),
         ((tmp_path / "a.jpg").read_bytes()[:-40], "not a whole image"),
     ):
-        refused(untrusted.read_image, file(content), match=word)
-    refused(untrusted.read_image, tmp_path / "a.png", most_pixels=15, match="at most 15")
+        refused(images.read_image, file(content), match=word)
+    refused(images.read_image, tmp_path / "a.png", most_pixels=15, match="at most 15")
 
 
 def test_no_byte_of_a_png_may_change(tmp_path):
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
-    untrusted.check_png(whole)
+    images.check_png(whole)
     for place in range(len(whole)):
         for bit in (1, 128):
             with pytest.raises(ValueError):
-                untrusted.check_png(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+                images.check_png(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         with pytest.raises(ValueError):
-            untrusted.check_png(whole[:place])
+            images.check_png(whole[:place])
     with pytest.raises(ValueError):
-        untrusted.check_png(whole + b"\0")
+        images.check_png(whole + b"\0")
 
 
 def test_archives_hold_plain_members(tmp_path):
@@ -184,7 +185,7 @@ def test_archives_hold_plain_members(tmp_path):
                 made.writestr(name, content)
         return path
 
-    assert [member.filename for member in untrusted.zip_members(pack(("a/b", "x"), ("c", "y")), most_bytes=10)] == ["a/b", "c"]
+    assert [member.filename for member in documents.zip_members(pack(("a/b", "x"), ("c", "y")), most_bytes=10)] == ["a/b", "c"]
     link = zipfile.ZipInfo("link")
     link.external_attr = 0o120777 << 16
     for members, word in (
@@ -192,14 +193,14 @@ def test_archives_hold_plain_members(tmp_path):
         ((("/a", "x"),), "leads out"),
         (((link, "/etc/passwd"),), "is a link"),
         ((("a", "x" * 11),), "11 bytes, at most 10"),
-        (tuple((str(k), "") for k in range(untrusted.MOST_MEMBERS + 1)), "members, at most"),
+        (tuple((str(k), "") for k in range(documents.MOST_MEMBERS + 1)), "members, at most"),
     ):
-        refused(untrusted.zip_members, pack(*members), most_bytes=10, match=word)
+        refused(documents.zip_members, pack(*members), most_bytes=10, match=word)
     with pytest.warns(UserWarning, match="Duplicate"):
         twice = pack(("a", "x"), ("a", "y"))
-    refused(untrusted.zip_members, twice, most_bytes=10, match="twice")
+    refused(documents.zip_members, twice, most_bytes=10, match="twice")
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
-    refused(untrusted.zip_members, tmp_path / "a.zip", most_bytes=10, match="not a readable zip")
+    refused(documents.zip_members, tmp_path / "a.zip", most_bytes=10, match="not a readable zip")
 
 
 # safetensors, ONNX --------------------------------------------------------------------------------------------------------------------
@@ -216,12 +217,12 @@ def entry(shape, begin: int, end: int, kind: str = "F32") -> dict:
 
 def test_safetensors_headers_hold_together(file):
     whole = tensors({"__metadata__": {"a": "b"}, "x": entry([2], 0, 8), "y": entry([], 8, 10, "BF16"), "z": entry([0, 5], 10, 10)}, bytes(10))
-    assert untrusted.check_safetensors(file(whole)) == {"x": ("F32", (2,)), "y": ("BF16", ()), "z": ("F32", (0, 5))}
+    assert check_safetensors(file(whole)) == {"x": ("F32", (2,)), "y": ("BF16", ()), "z": ("F32", (0, 5))}
     for content, word in (
         (b"", "truncated or no safetensors"),
         (struct.pack("<Q", 2**63) + b"{}", "a header of 9223372036854775808 bytes"),
         (tensors([]), "no table"),
-        (tensors({f"t{k}": entry([0], 0, 0) for k in range(untrusted.MOST_TENSORS + 1)}), "no table of at most"),
+        (tensors({f"t{k}": entry([0], 0, 0) for k in range(MOST_TENSORS + 1)}), "no table of at most"),
         (tensors(b'{"a":1,"a":2}'), "twice"),
         (tensors({"__metadata__": {"a": 1}}), "metadata"),
         (tensors({"x": entry([2**40, 2**40], 0, 8)}, bytes(8)), "does not hold together"),
@@ -235,24 +236,24 @@ def test_safetensors_headers_hold_together(file):
         (tensors({"x": entry([1], 0, 4)}, bytes(5)), "truncated"),
         (whole[:-1], "truncated"),
     ):
-        refused(untrusted.check_safetensors, file(content), match=word)
+        refused(check_safetensors, file(content), match=word)
     with pytest.raises(Missing):
-        untrusted.check_safetensors(file(b"").with_name("none"))
+        check_safetensors(file(b"").with_name("none"))
 
 
 def test_onnx_graphs_keep_to_their_folder(file, tmp_path):
     (tmp_path / "weights.bin").write_bytes(bytes(64))
     relu = message(1, message(4, b"Relu"))
-    assert untrusted.check_onnx(file(onnx_model(nodes=relu))) == []
-    assert untrusted.check_onnx(file(onnx_model(nodes=relu, tensors=external("weights.bin")))) == [tmp_path / "weights.bin"]
+    assert onnx_graph.check_onnx(file(onnx_model(nodes=relu))) == []
+    assert onnx_graph.check_onnx(file(onnx_model(nodes=relu, tensors=external("weights.bin")))) == [tmp_path / "weights.bin"]
     function = message(25, message(1, b"f") + message(10, b"mine") + message(7, message(4, b"Relu")))
-    assert untrusted.check_onnx(file(onnx_model(nodes=message(1, message(4, b"f") + message(7, b"mine"))) + function)) == []
+    assert onnx_graph.check_onnx(file(onnx_model(nodes=message(1, message(4, b"f") + message(7, b"mine"))) + function)) == []
 
     def part(offset: bytes, length: bytes) -> bytes:
         entries = [(b"location", b"weights.bin"), (b"offset", offset), (b"length", length)]
         return message(5, b"".join(message(13, message(1, key) + message(2, value)) for key, value in entries))
 
-    assert untrusted.check_onnx(file(onnx_model(tensors=part(b"32", b"32")))) == [tmp_path / "weights.bin"]
+    assert onnx_graph.check_onnx(file(onnx_model(tensors=part(b"32", b"32")))) == [tmp_path / "weights.bin"]
     hidden = relu
     for _ in range(3):  # inside a branch of a branch
         hidden = message(1, message(4, b"If") + message(5, message(6, hidden + external("../x"))))
@@ -271,8 +272,8 @@ def test_onnx_graphs_keep_to_their_folder(file, tmp_path):
         (onnx_model(nodes=message(1, message(4, b"Evil") + message(7, b"evil"))), "'Evil' of 'evil' is none of ours"),
         (onnx_model(nodes=message(1, message(4, b"EPContext") + message(7, b"com.microsoft"))), "compiled code"),
     ):
-        refused(untrusted.check_onnx, file(content), match=word)
-    assert untrusted.check_onnx(file(onnx_model(nodes=message(1, message(4, b"Evil") + message(7, b"evil")))), domains=("", "evil")) == []
+        refused(onnx_graph.check_onnx, file(content), match=word)
+    assert onnx_graph.check_onnx(file(onnx_model(nodes=message(1, message(4, b"Evil") + message(7, b"evil")))), domains=("", "evil")) == []
 
 
 def test_what_the_exporter_writes_is_let_through(tmp_path):
@@ -288,4 +289,4 @@ def test_what_the_exporter_writes_is_let_through(tmp_path):
         [weight],
     )
     onnx.save(helper.make_model(graph), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
-    assert untrusted.check_onnx(tmp_path / "m.onnx") == [tmp_path / "m.data"]
+    assert onnx_graph.check_onnx(tmp_path / "m.onnx") == [tmp_path / "m.data"]

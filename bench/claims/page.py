@@ -13,7 +13,7 @@ from PIL import Image
 from bench.charts import MARGIN, WIDTH, Drawing
 from bench.claims.rows import CLAIMS
 from bench.tables import Table, aligned, markdown
-from datasetdm_fast.classes import colour
+from datasetdm_fast.labels.colours import colour
 
 KINDS = {"real": "c1", "synthetic": "c5", "both": "c0"}
 NAMES = {"real": "real alone", "synthetic": "synthetic alone", "both": "both"}

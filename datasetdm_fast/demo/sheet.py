@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from datasetdm_fast import open_run
-from datasetdm_fast.classes import colour
-from datasetdm_fast.gallery import borders, depth_png
+from datasetdm_fast.labels.colours import colour
+from datasetdm_fast.labels.pictures import borders, depth_png
 from datasetdm_fast.run_folder import StoredSample
 
 GAP, PAPER, INK = 10, (250, 249, 246), (60, 58, 54)

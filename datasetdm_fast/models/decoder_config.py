@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from datasetdm_fast import untrusted
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.stages import LEVELS, Level, levels
 
 KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
@@ -67,7 +67,7 @@ class DecoderConfig:
                 raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}")
 
         if stray := sorted(set(self.named) - set(self.classes)):
-            raise Refused(f"decoder config: named holds {untrusted.shown(stray[0])}, which is none of its classes")
+            raise Refused(f"decoder config: named holds {documents.shown(stray[0])}, which is none of its classes")
         if self.task == "semantic" and len(self.classes) > 255:
             raise Refused(f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit label map")
 
@@ -95,20 +95,20 @@ class DecoderConfig:
     @staticmethod
     def from_json(text: str) -> DecoderConfig:
         try:
-            values = untrusted.parse_json(text, "it")
-            untrusted.check_form(values, {"levels": [LEVEL_FORM]})
+            values = documents.parse_json(text, "it")
+            documents.check_form(values, {"levels": [LEVEL_FORM]})
             if absent := [name for name in ("kind", "task") if name not in values]:
                 raise ValueError(f"{', '.join(absent)} not given, expected at least kind, task and levels")
-            untrusted.check_form(values, {name: form for name, form in FORM.items() if name in values})
+            documents.check_form(values, {name: form for name, form in FORM.items() if name in values})
             _check_bounds(values)
         except ValueError as error:
             raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})") from None
         unknown = sorted(set(values) - {field.name for field in fields(DecoderConfig)})
         if unknown:
-            raise Refused(f"decoder config: unknown fields {untrusted.plain(', '.join(unknown))}; it may come from a newer version")
+            raise Refused(f"decoder config: unknown fields {documents.plain(', '.join(unknown))}; it may come from a newer version")
         for level in values["levels"]:
             if unknown := sorted(set(level) - set(LEVEL_FORM)):
-                raise Refused(f"decoder config: unknown fields {untrusted.plain(', '.join(unknown))} of a level; it may come from a newer version")
+                raise Refused(f"decoder config: unknown fields {documents.plain(', '.join(unknown))} of a level; it may come from a newer version")
         values["levels"] = tuple(Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])}) for level in values["levels"])
         for name in ("classes", "named", "joints"):
             values[name] = tuple(values.get(name, ()))
@@ -134,7 +134,7 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {value}, expected {LEAST.get(name, 1)} to {MOST.get(name, 65536)}")
     timestep = values.get("capture_timestep")
     if timestep is not None and not (isinstance(timestep, int) and not isinstance(timestep, bool) and 0 <= timestep < 100_000):
-        raise ValueError(f"capture_timestep is {untrusted.shown(timestep)}, expected a timestep or null")
+        raise ValueError(f"capture_timestep is {documents.shown(timestep)}, expected a timestep or null")
     for level in values["levels"]:
         numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])
         if not all(1 <= number <= 65536 for number in numbers) or len(numbers) > 128:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from datasetdm_fast import pickles, untrusted
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents, pickles, tensors
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.models.decoder_config import DecoderConfig, upstream
 from datasetdm_fast.models.depth import DepthDecoder
@@ -84,7 +84,7 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
 def read_config(folder: Path) -> DecoderConfig:
     """The configuration in a decoder's folder."""
     try:
-        return DecoderConfig.from_json(storage.read(folder / "config.json", untrusted.LARGEST_CONFIG).decode())
+        return DecoderConfig.from_json(storage.read(folder / "config.json", documents.LARGEST_CONFIG).decode())
     except (Refused, UnicodeDecodeError) as error:
         raise Refused(f"decoder {folder}: {str(error).splitlines()[0]}", "give a folder written by training or save_decoder") from error
 
@@ -140,7 +140,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise Missing(f"decoder weights {path}: no such file", "check the path")
     try:
         safe = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
-        untrusted.check_safetensors(safe)
+        tensors.check_safetensors(safe)
         return load_file(safe)
     except Missing:
         raise

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast import mask_rle, untrusted
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.foreign.json_stream import JsonStream
+from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.models.decoder_config import COCO_JOINTS, COCO_LIMBS
 from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.json_stream import JsonStream
 from datasetdm_fast.readers.labelled import Picture
 from datasetdm_fast.readers.pictures import MOST_SEMANTIC, PictureSource
 
@@ -38,15 +39,15 @@ class Annotations:
         for key, value, start, end in self.stream:
             try:
                 if key == "images":
-                    untrusted.check_form(value, IMAGE_FORM)
+                    documents.check_form(value, IMAGE_FORM)
                     if value["id"] in self.images:
                         raise ValueError(f"the id {value['id']} is there twice")
                     self.images[value["id"]] = {name: value[name] for name in ("file_name", "coco_url", "height", "width") if name in value}
                 elif key == "categories":
                     self._add_category(value)
                 elif key == "annotations":
-                    untrusted.check_form(value, ANNOTATION_FORM)
-                    untrusted.check_form(value.get("area", 0), float, "area")
+                    documents.check_form(value, ANNOTATION_FORM)
+                    documents.check_form(value.get("area", 0), float, "area")
                     if not all(-(2**63) <= value[name] < 2**63 for name in ANNOTATION_FORM):
                         raise ValueError("an id of more than 64 bits")
                     for name, number in zip(rows, (value["id"], value["image_id"], value["category_id"], start, end, _joints_in_sight(value))):
@@ -65,12 +66,12 @@ class Annotations:
         self._check_ids()
 
     def _add_category(self, value: Any) -> None:
-        untrusted.check_form(value, {"id": int, "name": str})
+        documents.check_form(value, {"id": int, "name": str})
         if value["id"] in self.categories or value["name"] in self.categories.values():
-            raise ValueError(f"the category {untrusted.shown(value['name'])} is there twice")
+            raise ValueError(f"the category {documents.shown(value['name'])} is there twice")
         self.categories[value["id"]] = value["name"]
         if "keypoints" in value:
-            untrusted.check_form(value["keypoints"], [str], "keypoints")
+            documents.check_form(value["keypoints"], [str], "keypoints")
             self.joints = tuple(value["keypoints"])
 
     def _check_ids(self) -> None:
@@ -190,7 +191,7 @@ class Coco(PictureSource):
                 continue
             value = self.persons.read(row)
             try:
-                untrusted.check_form(value, {"keypoints": [float], "bbox": [float]})
+                documents.check_form(value, {"keypoints": [float], "bbox": [float]})
                 if len(value["keypoints"]) != 3 * len(self.joints) or len(value["bbox"]) != 4:
                     raise ValueError(f"{len(value['keypoints'])} numbers for {len(self.joints)} joints, {len(value['bbox'])} for a box")
                 joints = np.array(value["keypoints"], np.float64).reshape(-1, 3)
@@ -246,12 +247,12 @@ def _mask_maker(segmentation: Any, shape: tuple[int, int]):
     """What makes the mask of a polygon list or a run-length string that was checked to fit the image."""
     if isinstance(segmentation, dict):
         if segmentation.get("size") != list(shape):
-            raise ValueError(f"an RLE of size {untrusted.shown(segmentation.get('size'))}, but its image has {list(shape)}")
+            raise ValueError(f"an RLE of size {documents.shown(segmentation.get('size'))}, but its image has {list(shape)}")
         mask_rle.run_lengths(segmentation)
         return partial(mask_rle.decode, segmentation)
     if not isinstance(segmentation, list) or not segmentation:
         raise ValueError("no segmentation")
-    untrusted.check_form(segmentation, [[float]], "segmentation")
+    documents.check_form(segmentation, [[float]], "segmentation")
     if sum(map(len, segmentation)) > 2 * MOST_CORNERS or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
         raise ValueError("a polygon of fewer than three corners, of half a corner or of too many")
     height, width = shape

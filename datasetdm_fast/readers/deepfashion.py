@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast import untrusted
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.labelled import Picture
 from datasetdm_fast.readers.pictures import PictureSource
@@ -30,7 +30,7 @@ class DeepFashion(PictureSource):
             raise files.no_split(path, split)
         self.path, self.maps = path, files.listing(path / "segm", "_segm.png")
         captions = path / "captions.json"
-        self.captions = untrusted.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else None
+        self.captions = documents.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else None
         super().__init__(size, len(self.maps))
 
     def name(self, record: int) -> str:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datasetdm_fast import untrusted
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.readers.labelled import IGNORED
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def colour_image(path: Path, turned: Callable[[Path, Image.Image, Image.Image], 
 
     A camera may have marked the picture (EXIF) to be turned before it is shown; `turned` then chooses between it as stored and as shown.
     """
-    image = untrusted.read_image(path, most_pixels=MOST_PIXELS)
+    image = images.read_image(path, most_pixels=MOST_PIXELS)
     check_sides(path, image.size)
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1"):
         raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
@@ -71,7 +71,7 @@ def as_its_labels(labels: Path) -> Callable[[Path, Image.Image, Image.Image], Im
                 f"{path}: its EXIF data turns it, and whether {labels.name} is turned too cannot be told from its size",
                 "Save the picture the way its labels lie, without EXIF data, or pass --skip-bad to go on without it.",
             )
-        return upright if untrusted.read_image(labels, most_pixels=MOST_PIXELS).size == upright.size else stored
+        return upright if images.read_image(labels, most_pixels=MOST_PIXELS).size == upright.size else stored
 
     return turned
 
@@ -88,7 +88,7 @@ def check_sides(path: Path | str, size: tuple[int, int]) -> None:
 
 def numbers(path: Path, shape: Sequence[int], is_deep: bool = False) -> np.ndarray:
     """[H, W] whole numbers of a PNG with one channel or a palette, of more than 8 bits where it is deep; it must be as large as its image."""
-    image = untrusted.read_image(path, most_pixels=MOST_PIXELS)
+    image = images.read_image(path, most_pixels=MOST_PIXELS)
     if image.mode not in ("I", "I;16", *(() if is_deep else EIGHT_BITS)):
         raise bad(path, f"its pixels are {image.mode}, expected one number{' of 16 bits' if is_deep else ''} each")
     found = np.asarray(image).astype(np.int32)
@@ -131,7 +131,7 @@ def lines(path: Path) -> list[str]:
 def inside(root: Path, name: str, listed_in: Path | str) -> Path:
     """The file of that name below a folder, whoever wrote the name."""
     try:
-        return root / untrusted.check_inside(name)
+        return root / documents.check_inside(name)
     except ValueError as error:
         raise bad(listed_in, str(error)) from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast import untrusted
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.labelled import IGNORED, Picture
 from datasetdm_fast.readers.pictures import PictureSource
@@ -40,7 +40,7 @@ class Folder(PictureSource):
             self.max_depth = _metres(path / "max_depth.txt")
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
         captions = path / "captions.json"
-        self.captions = untrusted.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else {}
+        self.captions = documents.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else {}
         super().__init__(size, len(self.images))
 
     def name(self, record: int) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast import untrusted
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.labelled import IGNORED, Picture
 from datasetdm_fast.readers.pictures import PictureSource
@@ -31,7 +31,7 @@ class HuggingFace(PictureSource):
         names = self.rows.column_names
         self.columns = {what: next((name for name in known if name in names), None) for what, known in COLUMNS.items()}
         if self.columns["image"] is None or not (self.columns["label"] or self.columns["depth"]):
-            raise files.bad(path, f"its columns are {untrusted.plain(', '.join(names))}, expected image and label or depth")
+            raise files.bad(path, f"its columns are {documents.plain(', '.join(names))}, expected image and label or depth")
         import datasets
 
         for column in (self.columns[what] for what in ("image", "label", "depth")):
@@ -76,7 +76,7 @@ class HuggingFace(PictureSource):
         if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
             raise files.bad(self.name(record), f"no picture in the column {self.columns[what]}")
         name = f"{self.name(record)}, {self.columns[what]}"
-        image = untrusted.decode_image(value["bytes"], name) if value.get("bytes") else untrusted.read_image(Path(value["path"]))
+        image = images.decode_image(value["bytes"], name) if value.get("bytes") else images.read_image(Path(value["path"]))
         files.check_sides(name, image.size)
         return image
 
@@ -119,7 +119,7 @@ def _opened(path: Path, split: str):
 
 
 def _classes(path: Path) -> tuple[str, ...]:
-    found = untrusted.read_object(path)
+    found = documents.read_object(path)
     if not found or set(found) != {str(k) for k in range(len(found))} or not all(isinstance(name, str) for name in found.values()) or len(found) > IGNORED:
         raise files.bad(path, "not an object from the numbers 0, 1, 2 ... to class names")
     return tuple(found[str(k)] for k in range(len(found)))

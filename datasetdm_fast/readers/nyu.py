@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from datasetdm_fast import untrusted
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.labelled import Picture
 from datasetdm_fast.readers.pictures import PictureSource
@@ -34,7 +34,7 @@ class Nyu(PictureSource):
         kinds = path / "nyu_class_list.json"
         self.kinds: tuple[str, ...] = ()
         if kinds.exists():
-            listed = untrusted.read_json(kinds)
+            listed = documents.read_json(kinds)
             if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
                 raise files.bad(kinds, "no list of scene names")
             self.kinds = tuple(listed)
@@ -47,7 +47,7 @@ class Nyu(PictureSource):
         said, depth = self.rows[record]
         scene = Path(said).parent.name
         if self.kinds and not any(kind in scene for kind in self.kinds):
-            raise files.bad(self.list, f"{untrusted.shown(said)} is of no scene that nyu_class_list.json names")
+            raise files.bad(self.list, f"{documents.shown(said)} is of no scene that nyu_class_list.json names")
         image = files.colour_image(files.inside(self.folder, said, self.list))
         metres = files.depth_map(files.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)
         place = re.sub(r"_\d+\w*$", "", scene).replace("_", " ").strip()

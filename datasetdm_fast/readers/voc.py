@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast import untrusted
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.labelled import IGNORED, Picture
 from datasetdm_fast.readers.pictures import PictureSource
@@ -72,13 +72,13 @@ class Voc(PictureSource):
         path = self.path / "Annotations" / f"{name}.xml"
         if not path.exists():
             return
-        root = untrusted.read_xml(path)
+        root = documents.read_xml(path)
         said = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
         if said != [str(shape[1]), str(shape[0])]:
-            raise files.bad(path, f"says {untrusted.shown(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}")
+            raise files.bad(path, f"says {documents.shown(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}")
         for thing in root.iterfind("object"):
             if (kind := (thing.findtext("name") or "").strip()) not in self.thing_classes:
-                raise files.bad(path, f"the unknown class {untrusted.shown(kind)}")
+                raise files.bad(path, f"the unknown class {documents.shown(kind)}")
 
 
 def _id(line: str) -> str:

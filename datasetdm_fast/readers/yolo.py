@@ -6,7 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from datasetdm_fast import untrusted
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.coco import rasterised
 from datasetdm_fast.readers.labelled import Picture
@@ -65,7 +65,7 @@ class Yolo(PictureSource):
 
 
 def _names(path: Path) -> tuple[str, ...]:
-    found = untrusted.read_yaml(path)
+    found = documents.read_yaml(path)
     names = found.get("names") if isinstance(found, dict) else None
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[k] for k in range(len(names))]

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from datasetdm_fast import untrusted
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign.tensors import check_safetensors
 
 NAME = "checkpoint.safetensors"
 
@@ -28,7 +28,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
-        untrusted.check_safetensors(path)
+        check_safetensors(path)
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {})["state"])
     except OSError as error:

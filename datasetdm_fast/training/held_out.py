@@ -12,13 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
-from datasetdm_fast import label_files
-from datasetdm_fast.classes import colour
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.gallery import depth_picture
+from datasetdm_fast.labels import label_files
+from datasetdm_fast.labels.pictures import _masks, _painted, _skeletons, depth_picture
 from datasetdm_fast.metrics import METRICS
 from datasetdm_fast.models.decoders import Decoder, fold
 from datasetdm_fast.readers import Labelled
@@ -130,33 +129,3 @@ def answer_picture(item: Labelled, found: Annotation) -> Image.Image:
         return _skeletons(item.image, [(points[:, :2], seen > 0) for points, seen in zip(found.points, found.visibility)], found.limbs)
     sure = found.scores >= 0.4
     return _masks(item.image, found.masks[sure], found.class_ids[sure])
-
-
-def _painted(labels: np.ndarray) -> Image.Image:
-    table = np.array([colour(k) for k in range(256)], np.uint8)
-    return Image.fromarray(table[labels])
-
-
-def _masks(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.Image:
-    """Each thing in its class's colour, the same for truth and answer, within a white outline of its own."""
-    pixels = np.ascontiguousarray(image).astype(np.float32)
-    for mask, k in zip(masks, classes):
-        pixels[mask] = 0.4 * pixels[mask] + 0.6 * np.array(colour(int(k) + 1), np.float32)
-    for mask in masks:
-        around = np.pad(mask, 1)
-        is_inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
-        pixels[mask & ~is_inside] = 255
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def _skeletons(image: np.ndarray, people: Sequence[tuple[np.ndarray, np.ndarray]], limbs: Sequence[tuple[int, int]]) -> Image.Image:
-    picture = Image.fromarray(np.ascontiguousarray(image)).copy()
-    pen = ImageDraw.Draw(picture)
-    for points, seen in people:
-        for a, b in limbs:
-            if seen[a] and seen[b]:
-                pen.line([tuple(points[a]), tuple(points[b])], fill=(255, 230, 0), width=2)
-        for (x, y), is_seen in zip(points, seen):
-            if is_seen:
-                pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(255, 60, 60))
-    return picture

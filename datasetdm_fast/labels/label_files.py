@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast import _C, mask_rle
-from datasetdm_fast.classes import palette
+from datasetdm_fast import _C
 from datasetdm_fast.data import Annotation, DepthMap, Instances, Keypoints, Sample, SemanticMap
+from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.labels.colours import palette
 
 IGNORE = 255
 MILLIMETRES = 1000.0

@@ -17,9 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast import untrusted
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.foreign.tensors import LARGEST_HEADER, check_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ def safe_copy(path: Path) -> Path:
     target = locks.cache_folder() / "converted" / f"{storage.sha256_of(path)}.safetensors"
     if target.exists():
         with suppress(Refused):  # a damaged copy is made anew
-            untrusted.check_safetensors(target)
+            check_safetensors(target)
             return target
     storage.make_folder(target.parent)
     for left in target.parent.glob(".*.part"):  # by a process that was killed
@@ -48,7 +49,7 @@ def safe_copy(path: Path) -> Path:
     storage.make_folder(desk)
     try:
         _run(path, desk / target.name, size)
-        untrusted.check_safetensors(desk / target.name)
+        check_safetensors(desk / target.name)
         storage.move(desk / target.name, target)
     finally:
         shutil.rmtree(desk, ignore_errors=True)
@@ -66,15 +67,15 @@ def _check_beginning(path: Path) -> int:
     if size > LARGEST:
         raise Refused(f"{path}: {size} bytes, at most {LARGEST} are read", CONVERT)
     if not beginning.startswith(MAGIC):
-        raise Refused(f"{path} is truncated or no checkpoint, as it begins with neither an archive nor a pickle", untrusted.GET_AGAIN)
+        raise Refused(f"{path} is truncated or no checkpoint, as it begins with neither an archive nor a pickle", documents.GET_AGAIN)
     if beginning.startswith(b"PK"):
-        untrusted.zip_members(path, most_bytes=size)
+        documents.zip_members(path, most_bytes=size)
     return size
 
 
 def _run(source: Path, target: Path, size: int) -> None:
     paths = [entry for entry in sys.path if os.path.isabs(entry)]
-    code = f"import sys; sys.path[:] = {paths!r}; from datasetdm_fast.pickles import child; child({str(source.resolve())!r}, {str(target.resolve())!r})"
+    code = f"import sys; sys.path[:] = {paths!r}; from datasetdm_fast.foreign.pickles import child; child({str(source.resolve())!r}, {str(target.resolve())!r})"
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     environment = {"PATH": os.defpath, "HOME": "/nonexistent", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | kept
     try:
@@ -90,12 +91,12 @@ def _run(source: Path, target: Path, size: int) -> None:
     except ValueError:
         how = signal.Signals(-ended.returncode).name if ended.returncode < 0 else f"code {ended.returncode}"
         last = (ended.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
-        raise Refused(f"{source}: the process that read it ended with {how} {untrusted.shown(last) if last else ''}".rstrip(), CONVERT) from None
+        raise Refused(f"{source}: the process that read it ended with {how} {documents.shown(last) if last else ''}".rstrip(), CONVERT) from None
     if told["lacking"]:
         print(f"{source}: read without {' and '.join(told['lacking'])}, which this system does not offer", file=sys.stderr)
     if told["cause"]:
         raise Refused(
-            f"{source} is truncated, or a pickle that holds more than tensors, which could run code and is not read ({untrusted.plain(told['cause'])})", CONVERT
+            f"{source} is truncated, or a pickle that holds more than tensors, which could run code and is not read ({documents.plain(told['cause'])})", CONVERT
         )
 
 
@@ -104,8 +105,6 @@ def _seconds(size: int) -> int:
 
 
 # In the process that reads ----------------------------------------------------------------------------------------------------------
-
-
 def child(source: str, target: str) -> None:
     """Writes the copy and tells on stdout, as JSON, why not and which protection the system lacked."""
     lacking = leave_network()
@@ -190,7 +189,7 @@ def confine(target: Path, size: int) -> list[str]:
     limits = {
         resource.RLIMIT_AS: used + 3 * size + SPARE_MEMORY,
         resource.RLIMIT_CPU: _seconds(size),
-        resource.RLIMIT_FSIZE: 2 * size + untrusted.LARGEST_HEADER,
+        resource.RLIMIT_FSIZE: 2 * size + LARGEST_HEADER,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_CORE: 0,

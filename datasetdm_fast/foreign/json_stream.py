@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from datasetdm_fast import untrusted
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
 
 LARGEST = 4 * 2**30  # bytes; LVIS has 1.1 GB
 WINDOW = 4 * 2**20  # bytes looked at together
@@ -43,7 +43,7 @@ class JsonStream:
                 os.close(handle)
         except OSError as error:
             raise storage.refusal(error, path) from error
-        self.decoder = untrusted.json_decoder()
+        self.decoder = documents.json_decoder()
 
     def __iter__(self) -> Iterator[Element]:
         """Every element of every list of the object, and every other value of it whole."""
@@ -52,7 +52,7 @@ class JsonStream:
         while self._at(place := self._space(place)) != "}" or seen:
             key, place = self._value(place)
             if not isinstance(key, str) or key in seen:
-                self._refuse(place, f"{untrusted.shown(key)} is no key, or is there twice")
+                self._refuse(place, f"{documents.shown(key)} is no key, or is there twice")
             seen.add(key)
             place = self._space(self._expect(self._space(place), ":"))
             if self._at(place) == "[":
@@ -70,7 +70,7 @@ class JsonStream:
 
     def at(self, start: int, end: int) -> Any:
         """The value between two places that iteration gave."""
-        return untrusted.parse_json(self.data[start:end], f"{self.path}: bytes {start} to {end}")
+        return documents.parse_json(self.data[start:end], f"{self.path}: bytes {start} to {end}")
 
     def _list(self, key: str, place: int) -> Iterator[Element]:
         place = self._space(place)
@@ -127,4 +127,4 @@ class JsonStream:
         return (value if piece.isascii() else self.at(place, end)), end
 
     def _refuse(self, place: int, reason: str) -> NoReturn:
-        raise Refused(f"{self.path}: not readable as JSON (byte {place}: {reason[:160]})", untrusted.GET_AGAIN)
+        raise Refused(f"{self.path}: not readable as JSON (byte {place}: {reason[:160]})", documents.GET_AGAIN)

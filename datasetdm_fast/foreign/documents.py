@@ -1,0 +1,209 @@
+"""JSON, YAML, XML and zip files of unknown origin: bounded in size and depth, and of the form that is expected."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+import struct
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+
+if TYPE_CHECKING:
+    import xml.etree.ElementTree as ElementTree
+
+
+LARGEST_JSON = 512 * 2**20  # bytes; COCO's largest annotation file has 470 MB
+LARGEST_CONFIG = 2**20  # bytes of one config.json, run.json or the like
+LARGEST_YAML = 64 * 2**10
+LARGEST_XML = 2**20
+MOST_MEMBERS = 20_000  # of one zip archive
+DEEPEST = 32  # nested lists, objects, elements or graphs
+LONGEST_NAME = 1024
+GET_AGAIN = "Get the file again and compare its checksum."
+
+
+def check_inside(name: str) -> str:
+    """The name itself where it is a plain relative path, which cannot lead out of its folder; a ValueError otherwise."""
+    if not isinstance(name, str) or not name or len(name) > LONGEST_NAME or re.search(r"[\x00-\x1f\x7f\\:]", name):
+        raise ValueError(f"{shown(name)} is no plain relative path")
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or not parts:
+        raise ValueError(f"{shown(name)} leads out of its folder")
+    return name
+
+
+def plain(text: str) -> str:
+    """A foreign sentence for a message: one line, bounded, and nothing in it can steer a terminal."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in (line if len(line) <= 400 else line[:397] + "..."))
+
+
+def shown(value: Any) -> str:
+    """A foreign value for a message: short, in quotes, and nothing in it can steer a terminal."""
+    text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_form(value: Any, form: Any, name: str = "") -> None:
+    """A ValueError where a JSON value has not the form: a type, [form of every item], or {key: form} for at least these keys."""
+    if isinstance(form, type):
+        kinds = (int, float) if form is float else (form,)
+        holds = isinstance(value, kinds) and (form is bool or not isinstance(value, bool)) and not (isinstance(value, float) and not math.isfinite(value))
+        wanted = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list", bool: "true or false"}[form]
+    else:
+        holds, wanted = isinstance(value, type(form)), "an object" if isinstance(form, dict) else "a list"
+    if not holds:
+        raise ValueError(f"{name or 'it'} is {shown(value)}, expected {wanted}")
+    if isinstance(form, list):
+        for k, item in enumerate(value):
+            check_form(item, form[0], f"{name}[{k}]")
+    elif isinstance(form, dict):
+        for key, inner in form.items():
+            check_form(value.get(key), inner, f"{name}.{key}" if name else key)
+
+
+# JSON, YAML, XML --------------------------------------------------------------------------------------------------------------------
+def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
+    """The value of a JSON file."""
+    return parse_json(storage.read(path, most), str(path))
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text; `name` is how messages call it. Repeated keys, NaN and deep nesting are refused, as readers differ about them."""
+    try:
+        value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{name}: not readable as JSON ({_reason(error)})", GET_AGAIN) from error
+    if _depth(value) > DEEPEST:
+        raise Refused(f"{name}: nested more than {DEEPEST} deep", GET_AGAIN)
+    return value
+
+
+def json_decoder() -> json.JSONDecoder:
+    """A decoder that refuses repeated keys and NaN."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        raise ValueError(f"the key {shown(next(key for key, _ in pairs if key in seen or seen.add(key)))} is there twice")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level and depth <= DEEPEST:
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())]
+        depth += 1
+    return depth
+
+
+def read_object(path: Path, *, most: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """The object in a JSON file, such as a config.json."""
+    value = read_json(path, most=most)
+    if not isinstance(value, dict):
+        raise Refused(f"{path}: holds a JSON {type(value).__name__}, expected an object", GET_AGAIN)
+    return value
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file of plain values; anchors, aliases and tags are refused."""
+    import yaml  # only a run with --config needs it
+
+    class Plain(yaml.SafeLoader):
+        deep = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read", event.start_mark)
+            if getattr(event, "tag", None):
+                raise yaml.composer.ComposerError(None, None, "tags are not read", event.start_mark)
+            self.deep += 1
+            if self.deep > DEEPEST:
+                raise yaml.composer.ComposerError(None, None, f"nested more than {DEEPEST} deep", event.start_mark)
+            node = super().compose_node(parent, index)
+            self.deep -= 1
+            return node
+
+    data = storage.read(path, LARGEST_YAML)
+    try:
+        return yaml.load(data.decode("utf-8-sig"), Loader=Plain)
+    except Exception as error:  # a value such as 2001-99-99 makes PyYAML raise whatever the value's type raises
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise Refused(f"{path} is not valid YAML{place} ({_reason(error)})", "Write one `name: value` per line, UTF-8.") from error
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """The root element of an XML file; a document type, and with it every entity, is refused."""
+    import xml.etree.ElementTree as ElementTree
+    from xml.parsers import expat
+
+    builder, parser, depth = ElementTree.TreeBuilder(), expat.ParserCreate(), 0
+
+    def refuse(*_: Any) -> NoReturn:
+        raise ValueError("it declares a document type or an entity")
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        builder.start(name, attributes)
+
+    def end(name: str) -> None:
+        nonlocal depth
+        depth -= 1
+        builder.end(name)
+
+    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, builder.data
+    parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = parser.ExternalEntityRefHandler = refuse
+    data = storage.read(path, LARGEST_XML)
+    try:
+        parser.Parse(data, True)
+        return builder.close()
+    except (ValueError, LookupError, expat.ExpatError, AssertionError) as error:  # LookupError: an encoding that does not exist
+        raise Refused(f"{path}: not readable as XML ({_reason(error)})", GET_AGAIN) from error
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "problem", None) or " ".join(str(error).split())
+    return (text or type(error).__name__)[:160]
+
+
+def zip_members(path: Path, *, most_bytes: int) -> list[zipfile.ZipInfo]:
+    """The members of a zip archive, for reading by index into memory: plain names, each once, together at most `most_bytes` when unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, struct.error) as error:
+        raise Refused(f"{path}: not a readable zip archive ({_reason(error)})", GET_AGAIN) from error
+    if len(members) > MOST_MEMBERS:
+        raise Refused(f"{path}: {len(members)} members, at most {MOST_MEMBERS} are read", GET_AGAIN)
+    seen: set[str] = set()
+    for member in members:
+        try:
+            check_inside(member.filename)
+        except ValueError as error:
+            raise Refused(f"{path}: the member {error}", GET_AGAIN) from error
+        if member.filename in seen:
+            raise Refused(f"{path}: the member {shown(member.filename)} is there twice", GET_AGAIN)
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise Refused(f"{path}: the member {shown(member.filename)} is a link", GET_AGAIN)
+        seen.add(member.filename)
+    if (total := sum(member.file_size for member in members)) > most_bytes:
+        raise Refused(f"{path}: unpacks to {total} bytes, at most {most_bytes} are read", GET_AGAIN)
+    return members

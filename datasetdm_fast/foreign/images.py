@@ -1,0 +1,67 @@
+"""Image files of unknown origin: bounded in bytes and pixels, decoded in full or refused."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign.documents import GET_AGAIN, _reason
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LARGEST_IMAGE_FILE = 64 * 2**20
+MOST_PIXELS = 2**24  # of one image: 4096 x 4096
+
+
+# Images and archives ----------------------------------------------------------------------------------------------------------------
+def read_image(path: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
+    """The decoded image of a whole PNG or JPEG file; its size is checked before a pixel is."""
+    return decode_image(storage.read(path, LARGEST_IMAGE_FILE), str(path), most_pixels=most_pixels)
+
+
+def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
+    """The same for bytes in memory."""
+    from PIL import Image
+
+    if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+        raise Refused(f"{name}: neither a PNG nor a JPEG file", "Convert it to PNG or JPEG, or get it again.")
+    try:
+        if data.startswith(b"\x89PNG"):
+            check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below, in one sentence
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        width, height = image.size
+        if width * height > most_pixels:
+            raise ValueError(f"{width} x {height} pixels, at most {most_pixels} are decoded")
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError("it is an animation")
+        image.load()
+    except Exception as error:  # Pillow's readers raise nearly anything
+        raise Refused(f"{name}: not a whole image ({_reason(error)})", GET_AGAIN) from error
+    return image
+
+
+def check_png(data: bytes, *, may_go_on: bool = False) -> None:
+    """A ValueError where any byte of a PNG file is not as it was written: every chunk has a checksum, and nothing may follow the last unless it may go on."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError("no PNG file")
+    place, kind = 8, b""
+    while kind != b"IEND":
+        if place + 12 > len(data):
+            raise ValueError("cut off")
+        length, kind = struct.unpack_from(">I4s", data, place)
+        if place + 12 + length > len(data):
+            raise ValueError("cut off")
+        if zlib.crc32(data[place + 4 : place + 8 + length]) != struct.unpack_from(">I", data, place + 8 + length)[0]:
+            raise ValueError(f"checksum of the chunk at byte {place} does not hold")
+        place += 12 + length
+    if place != len(data) and not may_go_on:
+        raise ValueError("bytes after its end")

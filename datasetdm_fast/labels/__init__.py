@@ -1,0 +1,1 @@
+"""How a label lies in a file, and how it looks in a picture."""

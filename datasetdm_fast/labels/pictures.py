@@ -1,0 +1,129 @@
+"""Pictures of labels: coloured depth, mask outlines, painted masks and skeletons."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from datasetdm_fast.labels.colours import colour
+
+DEPTH_SIDE = 256  # pixels of a coloured depth picture
+HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
+OUTLINE_SIDE = 256  # cells an outline is traced on at most
+TOLERANCE = 1 / 260  # image widths an outline may be simplified by
+
+
+def depth_png(millimetres: np.ndarray) -> bytes:
+    """The file of such a picture."""
+    buffer = io.BytesIO()
+    depth_picture(millimetres).save(buffer, "PNG", compress_level=9)
+    return buffer.getvalue()
+
+
+def depth_picture(millimetres: np.ndarray) -> Image.Image:
+    """A coloured picture of a depth map, from its own nearest to its own farthest point."""
+    near, far = int(millimetres.min()), int(millimetres.max())
+    steps = ((millimetres.astype(np.float32) - near) * (255 / max(far - near, 1)) + 0.5).astype(np.uint8)
+    image = Image.fromarray(steps)
+    if image.width > DEPTH_SIDE:
+        image = image.resize((DEPTH_SIDE, DEPTH_SIDE), Image.Resampling.BOX)
+    image.putpalette(_heat())
+    return image
+
+
+def _heat() -> bytes:
+    anchors = np.array([[int(text[k : k + 2], 16) for k in (0, 2, 4)] for text in HEAT])
+    place = np.linspace(0, len(HEAT) - 1, 256)
+    channels = [np.interp(place, np.arange(len(HEAT)), anchors[:, k]) for k in range(3)]
+    return np.stack(channels, 1).round().astype(np.uint8).tobytes()
+
+
+def outline(mask: np.ndarray) -> str:
+    """The borders of a mask [H, W] bool, holes included, as the path of an SVG in pixels."""
+    step = max(max(mask.shape) // OUTLINE_SIDE, 1)
+    # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
+    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in borders(mask[::step, ::step]))
+    rings = (simplified(ring, TOLERANCE * max(mask.shape)) for ring in middles)
+    return "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in ring) + "Z" for ring in rings if len(ring) > 2)
+
+
+def borders(mask: np.ndarray) -> list[np.ndarray]:
+    """Closed rings [n, 2] of x, y along the pixel edges between inside and outside."""
+    padded = np.pad(mask, 1)
+    edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for (down, right), start, end in (
+        ((-1, 0), (0, 0), (1, 0)),  # outside above: walk right along the top edge
+        ((0, 1), (1, 0), (1, 1)),
+        ((1, 0), (1, 1), (0, 1)),
+        ((0, -1), (0, 1), (0, 0)),
+    ):
+        outside = np.roll(padded, (-down, -right), (0, 1))[1:-1, 1:-1]
+        for y, x in np.argwhere(mask & ~outside).tolist():
+            edges.setdefault((x + start[0], y + start[1]), []).append((x + end[0], y + end[1]))
+    rings = []
+    while edges:
+        first = place = next(iter(edges))
+        ring = [first]
+        while True:
+            following = edges[place].pop()
+            if not edges[place]:
+                del edges[place]
+            place = following
+            if place == first:
+                break
+            ring.append(place)
+        rings.append(np.array(ring, float))
+    return rings
+
+
+def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    """The ring with the points that lie within `tolerance` of the line between their neighbours left out (Douglas and Peucker)."""
+    far = int(np.abs(ring - ring[0]).sum(1).argmax())
+    closed = np.concatenate([ring, ring[:1]])
+    keep = np.zeros(len(closed), bool)
+    keep[[0, far]] = True
+    spans = [(0, far), (far, len(ring))]
+    while spans:
+        a, b = spans.pop()
+        if b - a < 2:
+            continue
+        (x, y), (dx, dy) = closed[a], closed[b] - closed[a]
+        offset = np.abs((closed[a + 1 : b, 0] - x) * dy - (closed[a + 1 : b, 1] - y) * dx) / max(np.hypot(dx, dy), 1e-9)
+        worst = int(offset.argmax())
+        if offset[worst] > tolerance:
+            keep[a + 1 + worst] = True
+            spans += [(a, a + 1 + worst), (a + 1 + worst, b)]
+    return closed[:-1][keep[:-1]]
+
+
+def _painted(labels: np.ndarray) -> Image.Image:
+    table = np.array([colour(k) for k in range(256)], np.uint8)
+    return Image.fromarray(table[labels])
+
+
+def _masks(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.Image:
+    """Each thing in its class's colour, the same for truth and answer, within a white outline of its own."""
+    pixels = np.ascontiguousarray(image).astype(np.float32)
+    for mask, k in zip(masks, classes):
+        pixels[mask] = 0.4 * pixels[mask] + 0.6 * np.array(colour(int(k) + 1), np.float32)
+    for mask in masks:
+        around = np.pad(mask, 1)
+        is_inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+        pixels[mask & ~is_inside] = 255
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _skeletons(image: np.ndarray, people: Sequence[tuple[np.ndarray, np.ndarray]], limbs: Sequence[tuple[int, int]]) -> Image.Image:
+    picture = Image.fromarray(np.ascontiguousarray(image)).copy()
+    pen = ImageDraw.Draw(picture)
+    for points, seen in people:
+        for a, b in limbs:
+            if seen[a] and seen[b]:
+                pen.line([tuple(points[a]), tuple(points[b])], fill=(255, 230, 0), width=2)
+        for (x, y), is_seen in zip(points, seen):
+            if is_seen:
+                pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(255, 60, 60))
+    return picture
