@@ -23,12 +23,11 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
 from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, pickles, tensors
-
-from .config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
-from .errors import Missing, Refused
-from .stages import FACTOR, Level, levels
+from datasetdm_fast.stages import FACTOR, Level, levels
 
 DEMO = Path(__file__).parent / "demo" / "model"
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")

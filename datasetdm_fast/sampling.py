@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import PROFILES, SAMPLERS
-from .errors import Refused
+from datasetdm_fast.config import PROFILES, SAMPLERS
+from datasetdm_fast.errors import Refused
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 MEMORY = {"pndm": 3, "ddim": 0, "dpm-solver++": 1}  # earlier entries a sampler reads
@@ -155,7 +155,7 @@ class Walk:
 
     def step(self, k: int, output: Tensor) -> Tensor:
         """The latents after call k, whose UNet output for both CFG halves is `output`."""
-        from .kernels import guided_step  # the kernels' coefficients are those of this module
+        from datasetdm_fast.kernels import guided_step  # the kernels' coefficients are those of this module
 
         latents = self.origin if self.schedule.updates[k].restarts else self.latents
         self.latents, entry = guided_step.native(output, latents, self.ring, self.numbers[k]).unbind()

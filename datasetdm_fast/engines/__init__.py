@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from ..config import ENGINES as KNOWN
-from ..errors import Missing, Refused
+from datasetdm_fast.config import ENGINES as KNOWN
+from datasetdm_fast.errors import Missing, Refused
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ..data import Capture, ProjectedCapture
-    from ..loading import Model
+    from datasetdm_fast.data import Capture, ProjectedCapture
+    from datasetdm_fast.loading import Model
 
 
 class Engine(Protocol):
@@ -66,25 +66,25 @@ class Engine(Protocol):
 
 
 def _torch(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str) -> Engine:
-    from .torch import TorchEngine
+    from datasetdm_fast.engines.torch import TorchEngine
 
     return TorchEngine(model, decoders, dtype=dtype, device=device)
 
 
 def _fast(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, compile: bool) -> Engine:
-    from .fast import FastEngine
+    from datasetdm_fast.engines.fast import FastEngine
 
     return FastEngine(model, decoders, dtype=dtype, device=device, is_compiled=compile)
 
 
 def _ort(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, **where: str) -> Engine:
-    from .ort import OrtEngine
+    from datasetdm_fast.engines.ort import OrtEngine
 
     return OrtEngine(model, decoders, dtype=dtype, device=device, **where)
 
 
 def _trt(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, **where: str) -> Engine:
-    from .trt import TrtEngine
+    from datasetdm_fast.engines.trt import TrtEngine
 
     return TrtEngine(model, decoders, dtype=dtype, device=device, **where)
 
@@ -97,11 +97,11 @@ def check_engine(name: str, flavour: str = "auto", provider: str = "auto") -> No
     if provider != "auto" and name != "ort":
         raise Refused(f"provider: {provider} is one of ONNX Runtime's, and the engine is {name}", "add --engine ort")
     if name == "ort":
-        from .providers import require_provider
+        from datasetdm_fast.engines.providers import require_provider
 
         require_provider(provider)
     if name == "trt":
-        from ..export.flavours import require_gpu
+        from datasetdm_fast.export.flavours import require_gpu
 
         require_gpu(flavour)
 

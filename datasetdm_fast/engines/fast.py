@@ -10,21 +10,21 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from ..data import Capture, ProjectedCapture
-from ..errors import Missing, Refused
-from ..kernels import compiled, rearranged
-from ..loading import Model
-from ..models.capture import Keeping, Projection, Summing, Unwatched, Watch
-from ..models.layers import packed
-from ..models.plain import PLAIN
-from ..models.text_encoder import TextEncoder
-from ..models.trunk import Decoder, with_ops
-from ..models.unet import TextTable, TimeTable, UNet
-from ..models.vae import ImageDecoder, ImageEncoder
-from .lanes import Lanes
-from .memory import halving, suggested
-from .operations import operations
-from .torch import resolve_device
+from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.engines.lanes import Lanes
+from datasetdm_fast.engines.memory import halving, suggested
+from datasetdm_fast.engines.operations import operations
+from datasetdm_fast.engines.torch import resolve_device
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.kernels import compiled, rearranged
+from datasetdm_fast.loading import Model
+from datasetdm_fast.models.capture import Keeping, Projection, Summing, Unwatched, Watch
+from datasetdm_fast.models.layers import packed
+from datasetdm_fast.models.plain import PLAIN
+from datasetdm_fast.models.text_encoder import TextEncoder
+from datasetdm_fast.models.trunk import Decoder, with_ops
+from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHUNK_PIXELS = {"cpu": 256 * 256, "cuda": 8 * 512 * 512}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import Missing
+from datasetdm_fast.errors import Missing
 
 Answer = TypeVar("Answer")
 BATCH = 8  # of engines whose graphs tell nothing about their memory

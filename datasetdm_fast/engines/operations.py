@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..kernels import OPS, compiled, fused
-from ..kernels.launch import triton
-from ..models.plain import PLAIN
+from datasetdm_fast.kernels import OPS, compiled, fused
+from datasetdm_fast.kernels.launch import triton
+from datasetdm_fast.models.plain import PLAIN
 
 # Device name -> operation -> form. PyTorch's own attention is tuned for every GPU it knows, so it stays until a measured row says otherwise.
 FORMS: dict[str, dict[str, str]] = {

@@ -11,16 +11,16 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from ..errors import Missing, Refused
-from ..export.manifest import Manifest, StageFile
-from ..export.staging import say
-from ..export.to_onnx import RAW, cached
-from ..loading import Model
-from ..models.trunk import Decoder
-from .fast import CHUNK_PIXELS, DTYPES
-from .graphs import GraphEngine
-from .providers import NAMES, available, require_provider
-from .torch import resolve_device
+from datasetdm_fast.engines.fast import CHUNK_PIXELS, DTYPES
+from datasetdm_fast.engines.graphs import GraphEngine
+from datasetdm_fast.engines.providers import NAMES, available, require_provider
+from datasetdm_fast.engines.torch import resolve_device
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export.manifest import Manifest, StageFile
+from datasetdm_fast.export.staging import say
+from datasetdm_fast.export.to_onnx import RAW, cached
+from datasetdm_fast.loading import Model
+from datasetdm_fast.models.trunk import Decoder
 
 NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np.bool_}
 FATAL = 3  # ONNX Runtime's log level that leaves only errors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from ..config import PROVIDERS
-from ..errors import Missing, Refused
+from datasetdm_fast.config import PROVIDERS
+from datasetdm_fast.errors import Missing, Refused
 
 NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 

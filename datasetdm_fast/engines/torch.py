@@ -12,10 +12,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..data import Capture
-from ..errors import Missing, Refused
-from ..loading import Model
-from .memory import BATCH, suggested
+from datasetdm_fast.data import Capture
+from datasetdm_fast.engines.memory import BATCH, suggested
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.loading import Model
 
 
 def _oracle(method):
