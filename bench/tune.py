@@ -22,8 +22,8 @@ from bench.ops import Drawn, limit_of, outputs, placed
 from bench.peers.upstream import arithmetic
 from bench.results import ResultFile, is_settled, rows_of
 from datasetdm_fast.engines.fast import DTYPES
-from datasetdm_fast.engines.operations import memory_efficient
 from datasetdm_fast.kernels import OPS, fused, launch
+from datasetdm_fast.kernels.choice import memory_efficient
 from datasetdm_fast.models.plain import PLAIN
 
 GAIN = 0.98  # of the time before; less is noise

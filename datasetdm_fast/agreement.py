@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast import sampling
 from datasetdm_fast.data import Annotation, Capture, DepthMap, Instances, Keypoints, ProjectedCapture, Request, SemanticMap
 from datasetdm_fast.driver import Recipe, WordTable, postprocess
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.stages import FACTOR, LEVELS
 
 TINY = 1e-30
@@ -39,10 +39,10 @@ def observe(engine, requests: Sequence[Request], recipe: Recipe, led: Observatio
     if led is None:
         context = torch.cat([engine.encode_text([""] * len(requests)), engine.encode_text([request.prompt for request in requests])])
         side = recipe.size // FACTOR
-        noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
+        noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
     else:
         context, noise = led.context.to(engine.device, copy=True), led.seen[0]
-    state, seen, outputs = sampling.start(noise.to(engine.device)), [], []
+    state, seen, outputs = walk.start(noise.to(engine.device)), [], []
     for call, timestep in enumerate(recipe.schedule.timesteps):
         latents = state.latents if led is None else led.seen[call].to(engine.device)
         if call == recipe.capture_call:
@@ -51,7 +51,7 @@ def observe(engine, requests: Sequence[Request], recipe: Recipe, led: Observatio
             output = engine.denoise(latents, timestep, context)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
-        state = sampling.step(recipe.schedule, call, state, sampling.guide(output, recipe.guidance))
+        state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
         stepped()
     words = WordTable(engine, recipe.words)
     raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engines import Engine
     from datasetdm_fast.job import Job, Remake
     from datasetdm_fast.models.decoders import DecoderConfig
-    from datasetdm_fast.sampling import Schedule
+    from datasetdm_fast.sampling.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,14 @@ class Studio:
         """The sampler loop, with the capture at one of its calls; on a GPU the host queues all of it and waits for nothing."""
         import torch
 
-        from datasetdm_fast import sampling
+        from datasetdm_fast.sampling import times
+        from datasetdm_fast.sampling.walk import Walk
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         context = torch.cat([self.nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
         side = recipe.size // FACTOR
-        noise = torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
-        walk = sampling.Walk(recipe.schedule, recipe.guidance, noise.to(engine.device))
+        noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
+        walk = Walk(recipe.schedule, recipe.guidance, noise.to(engine.device))
 
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call == recipe.capture_call:

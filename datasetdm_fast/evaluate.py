@@ -96,7 +96,7 @@ def measure(
     unseen: Sequence[str] = (),
 ) -> dict:
     """{task: meter} of the engine's decoders after every image of the data set."""
-    from datasetdm_fast.inversion import capture_timestep, invert
+    from datasetdm_fast.sampling.inversion import capture_timestep, invert
     from datasetdm_fast.tasks import TASKS as LABELLERS
     from datasetdm_fast.tasks.named import held_to
 

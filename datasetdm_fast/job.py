@@ -21,7 +21,7 @@ from datasetdm_fast.run_folder import FORMAT, LEDGER, RunFolder, check_same, dif
 
 if TYPE_CHECKING:
     from datasetdm_fast.engines import Engine
-    from datasetdm_fast.sampling import Schedule
+    from datasetdm_fast.sampling.schedule import Schedule
 
 LEAST = {"number": 1, "per_class": 0, "seed": 0, "steps": 0, "guidance": 0, "batch_size": 0, "limit": 0, "threads": 0, "ranks": 0}
 LARGEST_SIDE = 4096  # pixels
@@ -149,7 +149,7 @@ def make_recipe(
     engine: Engine, tasks: Sequence[str], *, sampler: str = "pndm", steps: int = 0, guidance: float = 0.0, profile: str = "0.3.0", classes: Sequence[str] = ()
 ) -> Recipe:
     """The recipe of a run; zeros stand for what the model was made for."""
-    from datasetdm_fast.sampling import make_schedule
+    from datasetdm_fast.sampling.schedule import make_schedule
 
     model = engine.model
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile)

@@ -165,7 +165,7 @@ class Pipeline:
         """
         import torch
 
-        from datasetdm_fast.inversion import capture_timestep, invert
+        from datasetdm_fast.sampling.inversion import capture_timestep, invert
 
         size, training = self.engine.model.size, int(self.engine.model.scheduler.get("num_train_timesteps", 1000))
         pixels = np.array(image)

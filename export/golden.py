@@ -51,7 +51,7 @@ class Reference:
     def _call(self) -> dict[str, Tensor]:
         import torch
 
-        from datasetdm_fast.sampling import initial_noise
+        from datasetdm_fast.sampling.times import initial_noise
 
         side = self.model.size // FACTOR
         context = self._engine.encode_text(["", PROMPT])

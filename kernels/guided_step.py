@@ -8,17 +8,8 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.case import Case, noise
 from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, tl, triton
-from datasetdm_fast.sampling import Update
 
 FIXED = 5  # coefficients before those of the earlier entries
-
-
-def coefficients(update: Update, guidance: float, slots: int) -> list[float]:
-    """One call's numbers for `reference` and `fused`: guidance, sample, both of the entry, this entry's weight, then `slots` earlier ones'."""
-    earlier = update.weights[1:]
-    if len(earlier) > slots:
-        raise ValueError(f"guided_step: an update with {len(earlier)} earlier entries does not fit {slots} slots")
-    return [guidance, update.sample, *update.entry, update.weights[0], *earlier, *[0.0] * (slots - len(earlier))]
 
 
 def reference(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.driver import generate
 from datasetdm_fast.job import make_recipe, open_engine
 from datasetdm_fast.loading import DEMO
-from datasetdm_fast.sampling import guide, initial_noise, start, step
+from datasetdm_fast.sampling.times import initial_noise
+from datasetdm_fast.sampling.walk import guide, start, step
 
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
 PROMPTS = ("a red ball beside a cube", "a blue person on a grey table", "a star and a ring at night", "an orange tree in fog")

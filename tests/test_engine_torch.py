@@ -14,7 +14,9 @@ from datasetdm_fast.engines import ENGINES, build_engine
 from datasetdm_fast.engines.torch import TorchEngine, capturing
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading import DEMO, load_model
-from datasetdm_fast.sampling import guide, initial_noise, make_schedule, start, step
+from datasetdm_fast.sampling.schedule import make_schedule
+from datasetdm_fast.sampling.times import initial_noise
+from datasetdm_fast.sampling.walk import guide, start, step
 
 PROMPTS = ("a red ball beside a cube", "two cats", "", "a person at night, in fog")
 SEEDS = (7, 11, 200000, 3)

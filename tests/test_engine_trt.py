@@ -9,7 +9,7 @@ import fake_tensorrt
 import pytest
 import torch
 
-from datasetdm_fast import agreement, driver, job, sampling
+from datasetdm_fast import agreement, driver, job
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
 from datasetdm_fast.engines.torch import TorchEngine
@@ -20,6 +20,7 @@ from datasetdm_fast.export import flavours, sealed
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.decoders import load_decoders
+from datasetdm_fast.sampling import times
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_texts_of_any_number_go_through_one_shape(demo, folder, built):
 def test_words_beyond_what_a_plan_takes_at_once_go_through_in_parts(demo, folder, built):
     engine, reference = make_engine(demo, folder), TorchEngine(*demo)
     context = reference.encode_text(["", "a red ball beside a cube"])
-    latents = sampling.initial_noise(3, 4, 16, 16)[None]
+    latents = times.initial_noise(3, 4, 16, 16)[None]
     _, capture = reference.denoise_and_capture(latents, 21, context)
     text = reference.encode_classes(["ball", "cube", "cone", "star", "figure", "table"])[None]
     truth, found = reference.annotate("open-vocabulary", capture, text), engine.annotate("open-vocabulary", capture, text)
@@ -101,7 +102,7 @@ def test_images_beyond_what_the_autoencoder_takes_at_once_go_through_in_parts(de
 
     monkeypatch.setattr(to_tensorrt, "PIXELS", 2 * 128**2)
     engine, reference = make_engine(demo, folder), TorchEngine(*demo)
-    latents = torch.stack([sampling.initial_noise(seed, 4, 16, 16) for seed in range(3)])
+    latents = torch.stack([times.initial_noise(seed, 4, 16, 16) for seed in range(3)])
     images = engine.decode_image(latents)
     assert (images.int() - reference.decode_image(latents).int()).abs().max() <= 1
     torch.testing.assert_close(engine.encode_image(images), reference.encode_image(images), rtol=1e-3, atol=1e-3)
@@ -111,7 +112,7 @@ def test_images_beyond_what_the_autoencoder_takes_at_once_go_through_in_parts(de
 
 def test_features_and_maps_themselves_come_from_a_plan_of_their_own(demo, folder, built):
     engine, reference = make_engine(demo, folder), TorchEngine(*demo)
-    context, latents = reference.encode_text(["", "a ball"]), sampling.initial_noise(3, 4, 16, 16)[None]
+    context, latents = reference.encode_text(["", "a ball"]), times.initial_noise(3, 4, 16, 16)[None]
     (noise, found), (expected, truth) = (one.denoise_and_keep(latents, 21, context) for one in (engine, reference))
     torch.testing.assert_close(noise, expected, rtol=1e-3, atol=1e-4)
     for kind in ("features", "maps"):

@@ -36,7 +36,7 @@ from datasetdm_fast.models.plain import PLAIN
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
-from datasetdm_fast.sampling import initial_noise
+from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.stages import LEVELS
 
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")

@@ -8,7 +8,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from datasetdm_fast import sampling
 from datasetdm_fast.engines.trt import TrtEngine
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export import __main__ as command
@@ -16,6 +15,7 @@ from datasetdm_fast.export import flavours, fp8, golden, sealed, to_tensorrt
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.decoders import load_decoders
+from datasetdm_fast.sampling import times
 
 onnxruntime = pytest.importorskip("onnxruntime")
 PROMPTS = ("a red ball beside a cube",)
@@ -136,7 +136,7 @@ def make_engine(demo, folder):
 def test_the_engine_runs_it_and_keeps_the_captured_call_in_fp16(calibrated, demo, monkeypatch):
     built = fake_tensorrt.fake_builder(monkeypatch)
     engine = make_engine(demo, calibrated[0])
-    latents, context = sampling.initial_noise(1, 4, 16, 16)[None], engine.encode_text(["", PROMPTS[0]])
+    latents, context = times.initial_noise(1, 4, 16, 16)[None], engine.encode_text(["", PROMPTS[0]])
     rough, (exact, _) = engine.denoise(latents, 401, context), engine.denoise_and_capture(latents, 401, context)
     assert 1e-3 < golden.distance(rough.numpy(), exact.numpy()) < 0.25
     assert engine.fingerprint()["dtype"] == "fp8" and {order.precision for order in built} == {"fp8"}

@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from datasetdm_fast import _C, sampling
+from datasetdm_fast.sampling import walk
+from datasetdm_fast.sampling.schedule import Update
 
 SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SLOTS = 3
 GUIDANCE = 7.5
 
 
-def numbers(update: sampling.Update) -> np.ndarray:
+def numbers(update: Update) -> np.ndarray:
     earlier = update.weights[1:]
     return np.array([GUIDANCE, update.sample, *update.entry, update.weights[0], *earlier, *[0.0] * (SLOTS - len(earlier))], np.float32)
 
@@ -20,7 +22,7 @@ def numbers(update: sampling.Update) -> np.ndarray:
 def test_every_call_of_a_schedule(sampler):
     schedule = sampling.make_schedule(SCHEDULER, sampler, 6)
     generator = torch.Generator().manual_seed(0)
-    state = sampling.start(torch.randn((2, 4, 3, 5), generator=generator))
+    state = walk.start(torch.randn((2, 4, 3, 5), generator=generator))
     for k, update in enumerate(schedule.updates):
         output = torch.randn((4, 4, 3, 5), generator=generator)
         latents = state.origin if update.restarts else state.latents
@@ -28,7 +30,7 @@ def test_every_call_of_a_schedule(sampler):
         for slot, entry in enumerate(state.history):
             history[slot] = entry.flatten()
         answer = _C.guided_step(output.view(2, -1).numpy(), latents.flatten().numpy(), history.numpy(), numbers(update))
-        state = sampling.step(schedule, k, state, sampling.guide(output, GUIDANCE))
+        state = walk.step(schedule, k, state, walk.guide(output, GUIDANCE))
         np.testing.assert_allclose(answer[0], state.latents.flatten().numpy(), rtol=1e-5, atol=1e-5)
         if update.is_kept and state.history:
             np.testing.assert_allclose(answer[1], state.history[0].flatten().numpy(), rtol=1e-5, atol=1e-5)

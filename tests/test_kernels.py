@@ -16,6 +16,8 @@ from torch import Tensor
 
 from datasetdm_fast import sampling
 from datasetdm_fast.kernels import OPS, compiled, depth_head, fused, guided_step, launch, pyramid, rearranged, reference
+from datasetdm_fast.sampling import walk
+from datasetdm_fast.sampling.schedule import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 IS_LONG = "DATASETDM_LONG_TESTS" in os.environ
@@ -129,20 +131,20 @@ def test_narrow_levels_are_summed_in_fp32():
     assert distance(pyramid.projected(*narrow, weight.bfloat16(), 8), exact) <= 2 * budget
 
 
-@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guided_step_is_the_sampler(sampler):
     """Call by call the state that sampling.step reaches; the slots beyond what a call reads may hold anything."""
     schedule = sampling.make_schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, sampler, 7)
-    state, slots = sampling.start(torch.randn(2, 4, 3, 3, dtype=torch.float64)), sampling.MEMORY[sampler]
+    state, slots = walk.start(torch.randn(2, 4, 3, 3, dtype=torch.float64)), walk.MEMORY[sampler]
     for k, update in enumerate(schedule.updates):
         output = torch.randn(4, 4, 3, 3, dtype=torch.float64)
         history = torch.full((slots, 2, 4, 3, 3), float("nan"), dtype=torch.float64)
         for slot, entry in enumerate(state.history):
             history[slot] = entry
         latents = state.origin if update.restarts else state.latents
-        numbers = torch.tensor(guided_step.coefficients(update, 7.5, slots), dtype=torch.float64)
+        numbers = torch.tensor(walk.coefficients(update, 7.5, slots), dtype=torch.float64)
         answer, entry = guided_step.reference(output, latents, history, numbers)
-        state = sampling.step(schedule, k, state, sampling.guide(output, 7.5))
+        state = walk.step(schedule, k, state, walk.guide(output, 7.5))
         torch.testing.assert_close(answer, state.latents)
         if update.is_kept and slots:
             torch.testing.assert_close(entry, state.history[0])

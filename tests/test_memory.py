@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from datasetdm_fast.engines import build_engine, memory, operations
+from datasetdm_fast.engines import build_engine, memory
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import geglu
+from datasetdm_fast.kernels import choice, geglu
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.plain import PLAIN
 
@@ -78,26 +78,26 @@ def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
 
 def test_a_kernel_that_fails_its_probe_gives_way(monkeypatch):
     device = torch.device("cpu")
-    assert operations.is_sound("geglu", geglu.reference, device, torch.float32)
+    assert choice.is_sound("geglu", geglu.reference, device, torch.float32)
     with pytest.warns(RuntimeWarning, match="relative error"):
-        assert not operations.is_sound("geglu", lambda x: 1.01 * geglu.reference(x), device, torch.float32)
+        assert not choice.is_sound("geglu", lambda x: 1.01 * geglu.reference(x), device, torch.float32)
 
     def broken(x):
         raise RuntimeError("no binary for this GPU")
 
     with pytest.warns(RuntimeWarning, match="no binary for this GPU"):
-        assert not operations.is_sound("geglu", broken, device, torch.float32)
+        assert not choice.is_sound("geglu", broken, device, torch.float32)
 
 
-@pytest.mark.parametrize("name", operations.FORMS["untuned"])
+@pytest.mark.parametrize("name", choice.FORMS["untuned"])
 def test_the_probes_pass_for_the_forms_themselves(name):
-    assert operations.is_sound(name, operations.FORM["fused"](name), torch.device("cpu"), torch.float32)
+    assert choice.is_sound(name, choice.FORM["fused"](name), torch.device("cpu"), torch.float32)
 
 
 def test_forms_by_device():
-    on_cpu = operations.operations(torch.device("cpu"), torch.float32)
+    on_cpu = choice.operations(torch.device("cpu"), torch.float32)
     assert on_cpu.geglu is geglu.compiled and on_cpu.attention_capture is PLAIN.attention_capture
-    assert all(form in operations.FORM for forms in operations.FORMS.values() for form in forms.values())
+    assert all(form in choice.FORM for forms in choice.FORMS.values() for form in forms.values())
 
 
 def test_compile_is_for_the_fast_engine_alone():

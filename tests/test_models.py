@@ -18,7 +18,9 @@ from datasetdm_fast.models.decoder_config import upstream
 from datasetdm_fast.models.decoders import build_decoder, fold
 from datasetdm_fast.models.layers import Upsample, Weights
 from datasetdm_fast.models.plain import PLAIN, attention_capture, probabilities
-from datasetdm_fast.sampling import guide, initial_noise, make_schedule, start, step
+from datasetdm_fast.sampling.schedule import make_schedule
+from datasetdm_fast.sampling.times import initial_noise
+from datasetdm_fast.sampling.walk import guide, start, step
 
 PROMPTS = ("a red ball beside a cube", "two cats", "a person at night, in fog")
 STAGE = 1e-5  # relative L2 of one stage in fp32

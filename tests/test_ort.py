@@ -19,7 +19,7 @@ from datasetdm_fast.engines.ort import OrtEngine, resolve_precision, resolve_pro
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.decoders import load_decoders
-from datasetdm_fast.sampling import initial_noise
+from datasetdm_fast.sampling.times import initial_noise
 
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
 has_cuda_provider = "CUDAExecutionProvider" in providers.available()

@@ -14,7 +14,9 @@ from datasetdm_fast.data import Capture
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.loading import SD_SCHEDULER
-from datasetdm_fast.sampling import Schedule, State, Walk, add_noise, alphas_cumprod, guide, initial_noise, make_schedule, start, step
+from datasetdm_fast.sampling.schedule import Schedule, make_schedule
+from datasetdm_fast.sampling.times import add_noise, alphas_cumprod, initial_noise
+from datasetdm_fast.sampling.walk import State, Walk, guide, start, step
 from datasetdm_fast.stages import LEVELS
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

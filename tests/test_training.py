@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast import sampling
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.inversion import capture_timestep, invert
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.decoders import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.sampling.inversion import capture_timestep, invert
+from datasetdm_fast.sampling.times import alphas_cumprod
 from datasetdm_fast.training import cache, losses
 from datasetdm_fast.training.augment import AUGMENTATIONS, Augmentation, lit, look, mirrored, mirrored_joints, turned
 from datasetdm_fast.training.cache import Inversion, Layout
@@ -259,12 +259,12 @@ def test_whether_captures_are_kept_follows_the_room(engine, tmp_path):
 
 
 def test_ddim_runs_back_to_the_same_image(engine, source):
-    from datasetdm_fast.inversion import ddim_latents
+    from datasetdm_fast.sampling.inversion import ddim_latents
 
     clean = engine.encode_image(torch.from_numpy(source[0].image[None].copy()))
     context = torch.cat([engine.encode_text([""]), engine.encode_text([source[0].caption])])
     noisy = ddim_latents(engine, clean, context, 30, 30)
-    alphas = sampling.alphas_cumprod(engine.model.scheduler).double().tolist()
+    alphas = alphas_cumprod(engine.model.scheduler).double().tolist()
     back = noisy
     for time in range(30, 0, -1):  # DDIM forwards, from the formula
         alpha, target_alpha = alphas[time], alphas[time - 1]

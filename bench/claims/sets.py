@@ -141,9 +141,9 @@ def labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder:
 def retold(run: Run, positions: Sequence[int], decoders: Path, rename: Callable[[StoredSample, SemanticMap], SemanticMap]) -> Iterator[Retold]:
     """Generated images labelled by other labellers, which read them as they read real ones."""
     from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.inversion import capture_timestep, invert
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.models.decoders import load_decoders
+    from datasetdm_fast.sampling.inversion import capture_timestep, invert
     from datasetdm_fast.tasks import TASKS
     from datasetdm_fast.tasks.named import held_to
 

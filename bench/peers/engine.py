@@ -9,11 +9,11 @@ import torch
 
 from bench.peers.samples import noise_of
 from bench.setting import Setting
-from datasetdm_fast import sampling
 from datasetdm_fast.data import Batch, Request, Sample, SetAside
 from datasetdm_fast.driver import generate
 from datasetdm_fast.engines import Engine, build_engine
 from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.sampling.walk import Walk
 
 
 class EnginePeer:
@@ -36,7 +36,7 @@ class EnginePeer:
         engine, recipe = self.engine, self.recipe
         texts = engine.encode_text([request.prompt for request in requests])
         context = torch.cat([engine.encode_text([""]).expand(len(requests), -1, -1), texts])
-        walk = sampling.Walk(recipe.schedule, recipe.guidance, noise_of(requests, recipe).to(engine.device))
+        walk = Walk(recipe.schedule, recipe.guidance, noise_of(requests, recipe).to(engine.device))
         for call, timestep in enumerate(recipe.schedule.timesteps):
             walk.step(call, engine.denoise(walk.latents, timestep, context))
         return engine.decode_image(walk.latents).cpu().numpy()

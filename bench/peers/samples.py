@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast import sampling
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.driver import Recipe, postprocess
 from datasetdm_fast.models.decoders import Decoder
+from datasetdm_fast.sampling import times
 from datasetdm_fast.stages import FACTOR
 
 
 def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
     """[B, 4, h, w] fp32 on the CPU, each image's from its own seed."""
     side = recipe.size // FACTOR
-    return torch.stack([sampling.initial_noise(request.seed, 4, side, side) for request in requests])
+    return torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
 
 
 def samples_of(

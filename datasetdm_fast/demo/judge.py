@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from datasetdm_fast import sampling
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.loading import load_model
+from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.scenes import world
 
 LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first scene seeds: to learn from, to be tested on, to ask for
@@ -107,9 +108,9 @@ def draw(engine, captions: Sequence[str], seeds: Sequence[int], steps: int, guid
     for start in range(0, len(captions), batch_size):
         some, chosen = captions[start : start + batch_size], seeds[start : start + batch_size]
         context = torch.cat([engine.encode_text([""] * len(some)), engine.encode_text(list(some))])
-        state = sampling.start(torch.stack([sampling.initial_noise(seed, 4, side, side) for seed in chosen]))
+        state = walk.start(torch.stack([times.initial_noise(seed, 4, side, side) for seed in chosen]))
         for k, time_step in enumerate(schedule.timesteps):
-            state = sampling.step(schedule, k, state, sampling.guide(engine.denoise(state.latents, time_step, context), guidance))
+            state = walk.step(schedule, k, state, walk.guide(engine.denoise(state.latents, time_step, context), guidance))
         images.append(engine.decode_image(state.latents).numpy())
         print(f"drawn {start + len(some)}/{len(captions)} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return np.concatenate(images)

@@ -21,7 +21,7 @@ from torch import Tensor
 from datasetdm_fast.data import Capture
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.inversion import invert
+from datasetdm_fast.sampling.inversion import invert
 from datasetdm_fast.stages import Level
 from datasetdm_fast.training.views import Views
 

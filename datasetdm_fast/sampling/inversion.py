@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast import sampling
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.sampling import times
 
 SAMPLE_SEED = 2**40  # added to an image's seed for the draw from the autoencoder's posterior, so that it is not the noise again
 
@@ -40,8 +40,8 @@ def invert(
     if ddim_steps:
         latents = ddim_latents(engine, clean, context, timestep, ddim_steps)
     else:
-        noise = torch.stack([sampling.initial_noise(seed, *clean.shape[1:]) for seed in seeds]).to(clean)
-        latents = sampling.add_noise(engine.model.scheduler, clean, noise, timestep)
+        noise = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds]).to(clean)
+        latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
     call = engine.denoise_and_keep if is_raw else engine.denoise_and_capture
     return call(latents, timestep, context)[1]
 
@@ -49,7 +49,7 @@ def invert(
 def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
     """Clean latents brought to `timestep` by DDIM with eta 0 run backwards (Song et al. 2020, section 4.3), without guidance."""
     scheduler = engine.model.scheduler
-    alphas = sampling.alphas_cumprod(scheduler).double().tolist()
+    alphas = times.alphas_cumprod(scheduler).double().tolist()
     latents, alpha, time = clean.clone(), 1.0, 0
     for target in np.unique(np.linspace(0, timestep, steps + 1).round().astype(int)[1:] if timestep else [0]).tolist():
         output = engine.denoise(latents, time, context).chunk(2)[1].to(latents)

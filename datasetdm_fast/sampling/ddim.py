@@ -1,0 +1,27 @@
+"""The DDIM sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from datasetdm_fast.sampling.schedule import Update
+from datasetdm_fast.sampling.times import _spaced
+
+
+def _ddim(scheduler: Mapping, alphas: Tensor, steps: int, prediction: str) -> tuple[list[int], list[Update]]:
+    """DDIM with eta 0 (equation 12 of arXiv 2010.02502)."""
+    values, stride = alphas.double().tolist(), len(alphas) // steps
+    final = 1.0 if scheduler.get("set_alpha_to_one", True) else values[0]
+    times, updates = _spaced(scheduler, "ddim", len(alphas), steps)[::-1], []
+    for time in times:
+        alpha, target = values[time], values[time - stride] if time >= stride else final
+        if prediction == "epsilon":
+            sample, weight = math.sqrt(target / alpha), math.sqrt(1 - target) - math.sqrt(target * (1 - alpha) / alpha)
+        else:
+            sample = math.sqrt(target * alpha) + math.sqrt((1 - target) * (1 - alpha))
+            weight = math.sqrt((1 - target) * alpha) - math.sqrt(target * (1 - alpha))
+        updates.append(Update(sample, (weight,)))
+    return times, updates

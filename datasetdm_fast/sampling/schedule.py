@@ -1,0 +1,37 @@
+"""A sampling schedule as data: timesteps and the coefficients of each update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Update:
+    """Coefficients of one call."""
+
+    sample: float
+    weights: tuple[float, ...]  # of this call's entry, then of the earlier ones, newest first
+    entry: tuple[float, float] = (0.0, 1.0)  # entry = entry[0] * x + entry[1] * output
+    restarts: bool = False  # x is the sample of call 0: the warm-up correction of PLMS
+    is_kept: bool = True  # whether later calls read this call's entry
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Timesteps and coefficients of every UNet call of one image."""
+
+    kind: str
+    prediction_type: str
+    timesteps: tuple[int, ...]
+    updates: tuple[Update, ...]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def settled(self) -> int:
+        """Calls after which the sample changes no more: with PNDM of profile 0.3.0 the last one only fills the capture, and images can be decoded before it."""
+        calls = len(self.updates)
+        while calls and self.updates[calls - 1].sample == 1.0 and not any(self.updates[calls - 1].weights):
+            calls -= 1
+        return calls

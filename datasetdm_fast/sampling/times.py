@@ -1,0 +1,62 @@
+"""Timesteps, noise levels and initial noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.errors import Refused
+
+SPACING = {"pndm": "leading", "ddim": "leading", "dpm-solver++": "linspace"}  # where the scheduler config does not say
+
+
+def alphas_cumprod(scheduler: Mapping) -> Tensor:
+    """[training steps] fp32 cumulative products of 1 - beta, rounded as diffusers rounds them."""
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise Refused("rescale_betas_zero_snr: the scheduler config asks for zero terminal SNR, which the samplers here do not support")
+    if scheduler.get("trained_betas") is not None:
+        return torch.cumprod(1 - torch.tensor(scheduler["trained_betas"], dtype=torch.float32), 0)
+    count, start, end = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
+    name = scheduler.get("beta_schedule", "linear")
+    if name == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+    elif name == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float32)
+    else:
+        raise Refused(f"beta_schedule: the scheduler config says {name!r}, supported are linear and scaled_linear")
+    return torch.cumprod(1 - betas, 0)
+
+
+def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
+    """[channels, height, width] fp32 noise of one image, drawn on the CPU from its seed alone."""
+    return torch.randn((channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def add_noise(scheduler: Mapping, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """`latents` as they would be at `timestep` of the forward process."""
+    alpha = float(alphas_cumprod(scheduler)[timestep])
+    return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
+
+
+def _spaced(scheduler: Mapping, sampler: str, count: int, steps: int) -> list[int]:
+    """Ascending timesteps for PNDM and DDIM by the config's timestep_spacing."""
+    spacing = scheduler.get("timestep_spacing", SPACING[sampler])
+    if spacing == "leading":
+        times = np.arange(steps) * (count // steps) + scheduler.get("steps_offset", 0)
+    elif spacing == "linspace":
+        times = np.linspace(0, count - 1, steps).round()
+    elif spacing == "trailing":
+        times = np.round(np.arange(count, 0, -count / steps))[::-1] - 1
+    else:
+        raise Refused(f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing")
+    return _checked(times, count)
+
+
+def _checked(times: np.ndarray, count: int) -> list[int]:
+    if times.min() < 0 or times.max() >= count or np.unique(times).size < times.size:
+        raise Refused(f"steps: {len(times)} steps do not fit into {count} training steps with this spacing and offset, ask for fewer")
+    return [int(time) for time in times]
