@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bench.measure import compare
 from datasetdm_fast.data import Capture
+from datasetdm_fast.decoders.checkpoint import build_decoder, fold, upstream
 from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.kernels import compiled, depth_head, pyramid, reference
 from datasetdm_fast.kernels.case import noise
-from datasetdm_fast.models.decoders import build_decoder, fold, upstream
 from datasetdm_fast.stages import Level, levels
 
 SIDES = {"low": 16, "mid": 32, "high": 64, "highest": 64}  # cells of a side that each level is resized to

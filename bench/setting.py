@@ -14,11 +14,13 @@ from bench.work import image_flops, stage_flops
 from datasetdm_fast import job, prompts
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
+from datasetdm_fast.decoders.checkpoint import DEMO, Decoder, build_decoder, check_levels, for_inference, load_decoder, load_decoders, upstream
 from datasetdm_fast.driver import Recipe
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.torch import TorchEngine, resolve_device
-from datasetdm_fast.loading import SEEDED_LICENCE, Model, load_model
-from datasetdm_fast.models.decoders import DEMO, Decoder, build_decoder, check_levels, for_inference, load_decoder, load_decoders, upstream
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.loading.model import Model
+from datasetdm_fast.loading.presets import SEEDED_LICENCE
 
 TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
 PROFILE = "0.14.0"  # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls

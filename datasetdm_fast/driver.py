@@ -19,9 +19,9 @@ from datasetdm_fast.transfer import to_host
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from datasetdm_fast.decoders.checkpoint import DecoderConfig
     from datasetdm_fast.engines import Engine
     from datasetdm_fast.job import Job, Remake
-    from datasetdm_fast.models.decoders import DecoderConfig
     from datasetdm_fast.sampling.schedule import Schedule
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasetdm_fast.config import ENGINES, TASKS, setting
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.readers.selection import DataSettings
+from datasetdm_fast.truth.selection import DataSettings
 
 PROG = "datasetdm-fast evaluate"
 
@@ -176,9 +176,9 @@ def _run(arguments: Sequence[str]) -> int:
     selection = config.selection()
     import torch
 
+    from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
-    from datasetdm_fast.models.decoders import check_levels, load_decoders
     from datasetdm_fast.readers import open_data
 
     if config.threads:

@@ -112,8 +112,8 @@ def open_engine(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
     from datasetdm_fast.loading import load_model
-    from datasetdm_fast.models.decoders import check_levels, load_decoders
 
     if threads:
         torch.set_num_threads(threads)
@@ -134,8 +134,8 @@ def open_engine(
 
 def describe_decoders(folder: str, tasks: Sequence[str]) -> dict[str, Any]:
     """Digest and licence of each task's decoder files."""
-    from datasetdm_fast.loading import digest, folder_licence
-    from datasetdm_fast.models.decoders import DEMO
+    from datasetdm_fast.decoders.checkpoint import DEMO
+    from datasetdm_fast.loading.provenance import digest, folder_licence
 
     root, found = DEMO if folder == "demo" else Path(folder), {}
     for config in sorted(root.glob("*/config.json")):
@@ -149,7 +149,7 @@ def make_recipe(
     engine: Engine, tasks: Sequence[str], *, sampler: str = "pndm", steps: int = 0, guidance: float = 0.0, profile: str = "0.3.0", classes: Sequence[str] = ()
 ) -> Recipe:
     """The recipe of a run; zeros stand for what the model was made for."""
-    from datasetdm_fast.sampling.schedule import make_schedule
+    from datasetdm_fast.sampling import make_schedule
 
     model = engine.model
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile)

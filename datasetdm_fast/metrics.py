@@ -13,9 +13,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.decoders.config import COCO_JOINTS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.models.decoder_config import COCO_JOINTS
 from datasetdm_fast.readers import Labelled, Source
 
 RECALLS = np.linspace(0, 1, 101)

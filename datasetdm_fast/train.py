@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINES, TASKS, setting
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.readers.selection import DataSettings
+from datasetdm_fast.truth.selection import DataSettings
 
 if TYPE_CHECKING:
-    from datasetdm_fast.models.trunk import Decoder
+    from datasetdm_fast.decoders.trunk import Decoder
     from datasetdm_fast.readers import Source
     from datasetdm_fast.training.course import Course
     from datasetdm_fast.training.ranks import Ranks
@@ -110,7 +110,7 @@ def train_on(engine, source: Source, task: str, count: int, **settings: Any) -> 
 
     Captures of an image are shared by every count, task and later run; `settings` are further fields of TrainConfig.
     """
-    from datasetdm_fast.models.decoders import fold
+    from datasetdm_fast.decoders.checkpoint import fold
 
     return fold(taught(engine, source, task, count, **settings)).requires_grad_(False)
 

@@ -117,8 +117,8 @@ def teller(config: ExportConfig) -> Callable[[str], None]:
 
 def load(config: ExportConfig) -> tuple[Any, dict[str, Any]]:
     """The model and its decoders."""
+    from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
     from datasetdm_fast.loading import load_model
-    from datasetdm_fast.models.decoders import check_levels, load_decoders
 
     model = load_model(config.model, size=config.size, allow_download=config.allow_download)
     decoders = {} if config.decoder == "none" else load_decoders(config.decoder)

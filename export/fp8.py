@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
     from datasetdm_fast.data import Request
-    from datasetdm_fast.loading import Model
-    from datasetdm_fast.models.trunk import Decoder
+    from datasetdm_fast.decoders.trunk import Decoder
+    from datasetdm_fast.loading.model import Model
 
 GRAPH = "denoise.fp8.onnx"
 RECORD = "calibration.json"

@@ -13,8 +13,8 @@ from datasetdm_fast.stages import FACTOR, LEVELS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.loading import Model
-    from datasetdm_fast.models.trunk import Decoder
+    from datasetdm_fast.decoders.trunk import Decoder
+    from datasetdm_fast.loading.model import Model
 
 PROMPT = "a red ball beside a cube on a table"
 WORD = "ball"

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.decoders.layers import SpectralConv2d
+from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.graph import OPSETS, Extent, Graph, Value, traced
@@ -25,10 +27,9 @@ from datasetdm_fast.export.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.staging import alone, staged
 from datasetdm_fast.export.weights import DataFile, deferred, digest
 from datasetdm_fast.kernels import bilinear, depth_head, image_norm
-from datasetdm_fast.loading import Model
+from datasetdm_fast.loading.model import Model
 from datasetdm_fast.models.capture import Keeping, Projection, Slot, Unwatched
 from datasetdm_fast.models.text_encoder import TextEncoder
-from datasetdm_fast.models.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.stages import FACTOR, LEVELS, Tensors

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast.decoders.config import COCO_JOINTS
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.models.decoder_config import COCO_JOINTS
 from datasetdm_fast.scenes import world
 
 SIDE = 96  # pixels before a layout cuts its own rectangle out
@@ -65,7 +65,7 @@ def voc(root: Path, is_augmented: bool = False) -> None:
 
 
 def voc_name(kind: int) -> str:
-    from datasetdm_fast.readers.voc import VOC_CLASSES
+    from datasetdm_fast.truth.selection import VOC_CLASSES
 
     return VOC_CLASSES[kind + 1]
 

@@ -228,7 +228,7 @@ def _() -> str:
 
 @case("a pickle called safetensors")
 def _() -> str:
-    from datasetdm_fast.models.decoders import read_state
+    from datasetdm_fast.decoders.checkpoint import read_state
 
     (HERE / "evil.safetensors").write_bytes(inner())
     return str(read_state(HERE / "evil.safetensors"))
@@ -250,7 +250,7 @@ def model_folder(changes: dict[str, dict], files: dict[str, bytes] | None = None
     """The demo model with other settings and more files."""
     import shutil
 
-    from datasetdm_fast.loading import DEMO
+    from datasetdm_fast.loading.presets import DEMO
 
     folder = HERE / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -267,7 +267,7 @@ def model_folder(changes: dict[str, dict], files: dict[str, bytes] | None = None
 
 
 def try_model(changes: dict[str, dict], files: dict[str, bytes] | None = None) -> str:
-    from datasetdm_fast.loading import load_folder
+    from datasetdm_fast.loading.folder import load_folder
 
     model = load_folder(model_folder(changes, files))
     return f"loaded, {len(model.tokenizer('a red ball').input_ids)} tokens"
@@ -338,21 +338,21 @@ def _() -> str:
     folder = model_folder({})
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "../../../../etc/passwd"}}')
-    from datasetdm_fast.loading import load_folder
+    from datasetdm_fast.loading.folder import load_folder
 
     return load_folder(folder).name
 
 
 @case("decoder: a target by path")
 def _() -> str:
-    from datasetdm_fast.models.decoder_config import DecoderConfig
+    from datasetdm_fast.decoders.config import DecoderConfig
 
     return DecoderConfig.from_json(json.dumps({"_target_": "os.system", "kind": "depth", "task": "depth", "levels": []})).kind
 
 
 @case("decoder: a kind by path")
 def _() -> str:
-    from datasetdm_fast.models.decoder_config import SD1_LEVELS, DecoderConfig
+    from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig
 
     text = DecoderConfig("depth", "depth", SD1_LEVELS).to_json().replace('"kind": "depth"', '"kind": "os.system"')
     return DecoderConfig.from_json(text).kind
@@ -537,8 +537,8 @@ def _() -> str:
 def main() -> None:
     import torch  # noqa: F401 - libraries that are loaded for the first time are no doing of a case
 
-    from datasetdm_fast import loading  # noqa: F401
     from datasetdm_fast.errors import Missing, Refused
+    from datasetdm_fast.loading import model  # noqa: F401
 
     (HERE / "payload.py").write_text(PYTHON)
     (HERE / "inner.pt").write_bytes(inner())

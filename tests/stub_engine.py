@@ -7,7 +7,7 @@ import torch
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.data import Capture
-from datasetdm_fast.models.decoder_config import SD1_LEVELS, DecoderConfig
+from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig
 from datasetdm_fast.scenes import world
 
 SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}

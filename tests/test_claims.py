@@ -14,8 +14,8 @@ from bench.claims.rows import CLAIMS, judged, row_of
 from datasetdm_fast import evaluate, student_data, worth
 from datasetdm_fast import student as students
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.decoders.checkpoint import DEMO
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.models.decoders import DEMO
 from datasetdm_fast.scenes import world
 from datasetdm_fast.student import Course
 from datasetdm_fast.student_data import CELLS, IGNORED, SIDE, Trust

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from datasetdm_fast import kernels
 from datasetdm_fast.data import Capture
+from datasetdm_fast.decoders.checkpoint import Decoder, build_decoder, check_levels, load_decoder, load_decoders, load_upstream, save_decoder
+from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
+from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.models.decoder_config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.models.decoders import Decoder, build_decoder, check_levels, load_decoder, load_decoders, load_upstream, save_decoder
-from datasetdm_fast.models.trunk import SpectralConv2d
 from datasetdm_fast.stages import levels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoders.json").read_text())

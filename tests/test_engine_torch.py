@@ -13,8 +13,9 @@ from datasetdm_fast.data import Capture
 from datasetdm_fast.engines import ENGINES, build_engine
 from datasetdm_fast.engines.torch import TorchEngine, capturing
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading import DEMO, load_model
-from datasetdm_fast.sampling.schedule import make_schedule
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.loading.presets import DEMO
+from datasetdm_fast.sampling import make_schedule
 from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.sampling.walk import guide, start, step
 

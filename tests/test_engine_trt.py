@@ -12,6 +12,7 @@ import torch
 from datasetdm_fast import agreement, driver, job
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
+from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.engines.trt import TrtEngine
 from datasetdm_fast.engines.trt_plan import LoadedPlan
@@ -19,7 +20,6 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export import flavours, sealed
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoders import load_decoders
 from datasetdm_fast.sampling import times
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from layouts import LAYOUTS
 
+from datasetdm_fast.decoders.checkpoint import build_decoder, save_decoder
+from datasetdm_fast.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
 from datasetdm_fast.evaluate import main
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoder_config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
-from datasetdm_fast.models.decoders import build_decoder, save_decoder
 from datasetdm_fast.readers import open_data
 
 SMALL = {"width": 16, "upscale": 2, "depth_width": 8}

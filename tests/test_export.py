@@ -20,6 +20,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from datasetdm_fast import stages
+from datasetdm_fast.decoders.checkpoint import build_decoder, fold, load_decoders
+from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.disk import locks
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Missing, Refused
@@ -29,9 +31,9 @@ from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.to_onnx import export
 from datasetdm_fast.export.weights import DataFile, Deferred, value_of
 from datasetdm_fast.kernels import pyramid
-from datasetdm_fast.loading import DOWN_BLOCKS, UP_BLOCKS, _seeded, load_model
-from datasetdm_fast.models.decoder_config import upstream
-from datasetdm_fast.models.decoders import build_decoder, fold, load_decoders
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
+from datasetdm_fast.loading.presets import _seeded
 from datasetdm_fast.models.plain import PLAIN
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
@@ -320,7 +322,7 @@ def test_what_cannot_be_exported_is_refused(demo, tmp_path):
 
 
 def load_decoders_strictly(task: str) -> dict:
-    from datasetdm_fast.models.decoders import DEMO, load_decoder
+    from datasetdm_fast.decoders.checkpoint import DEMO, load_decoder
 
     return {task: load_decoder(DEMO / task, strict=True)}
 

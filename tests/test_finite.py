@@ -8,6 +8,7 @@ import torch
 
 from datasetdm_fast import driver, job
 from datasetdm_fast.data import Batch, ProjectedCapture, Request, Sample, SetAside
+from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.engines.ort import OrtEngine
 from datasetdm_fast.engines.trt import TrtEngine
 from datasetdm_fast.errors import GateFailed
@@ -15,7 +16,6 @@ from datasetdm_fast.export import sealed, to_onnx
 from datasetdm_fast.export.graph import Extent, Graph
 from datasetdm_fast.export.weights import DataFile
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoders import load_decoders
 
 BATCH = Batch(
     0, (Request(0, "a red ball beside a cube", 5, ("ball", "cube")), Request(1, "two cones on a table", 6, ("cone",)), Request(2, "a star", 7, ("star",)))

@@ -8,13 +8,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.engines.trt import TrtEngine
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export import __main__ as command
 from datasetdm_fast.export import flavours, fp8, golden, sealed, to_tensorrt
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoders import load_decoders
 from datasetdm_fast.sampling import times
 
 onnxruntime = pytest.importorskip("onnxruntime")

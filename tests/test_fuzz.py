@@ -71,7 +71,7 @@ def read_ledger(path: Path) -> None:
 def read_decoder(path: Path) -> None:
     import torch
 
-    from datasetdm_fast.models.decoders import build_decoder, read_config
+    from datasetdm_fast.decoders.checkpoint import build_decoder, read_config
 
     path.rename(path.with_name("config.json"))
     with torch.device("meta"):
@@ -108,7 +108,8 @@ def read_rle(path: Path) -> None:
 
 def read_model(path: Path) -> None:
     """One config of the demo model exchanged for `path`, named like unet+config.json."""
-    from datasetdm_fast.loading import DEMO, load_model
+    from datasetdm_fast.loading import load_model
+    from datasetdm_fast.loading.presets import DEMO
 
     folder = path.parent / "model"
     shutil.copytree(DEMO, folder, copy_function=lambda source, target: os.symlink(Path(source).resolve(), target))

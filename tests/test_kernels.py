@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast import sampling
+from datasetdm_fast.config import SAMPLERS
 from datasetdm_fast.kernels import OPS, compiled, depth_head, fused, guided_step, launch, pyramid, rearranged, reference
 from datasetdm_fast.sampling import walk
-from datasetdm_fast.sampling.schedule import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 IS_LONG = "DATASETDM_LONG_TESTS" in os.environ

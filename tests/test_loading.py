@@ -11,11 +11,14 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from datasetdm_fast import loading
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading import DOWN_BLOCKS, SD_SCHEDULER, UNKNOWN_LICENCE, UP_BLOCKS, load_model, predicts_noise
+from datasetdm_fast.loading import load_model, presets, provenance, tokenizer
+from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
+from datasetdm_fast.loading.model import SD_SCHEDULER
+from datasetdm_fast.loading.provenance import UNKNOWN_LICENCE
+from datasetdm_fast.loading.single_file import predicts_noise
 
 
 def pipeline(model, **parts) -> StableDiffusionPipeline:
@@ -75,11 +78,11 @@ def test_size_follows_the_wish(tiny):
 
 
 def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):
-    if loading.DEMO.is_dir():
+    if presets.DEMO.is_dir():
         model = load_model("demo")
         assert model.name == "demo" and model.size == 128 and model.unet.dtype == torch.float32
         assert model.licence != UNKNOWN_LICENCE
-    monkeypatch.setattr(loading, "DEMO", tmp_path / "nowhere")
+    monkeypatch.setattr(presets, "DEMO", tmp_path / "nowhere")
     with pytest.raises(Missing, match="demo.train"):
         load_model("demo")
 
@@ -107,7 +110,7 @@ def test_half_precision_files_become_fp32(tiny, folder):
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({key: value.half() for key, value in load_file(path).items()}, path)
     model = load_model(str(folder))
-    assert model.vae.dtype == torch.float32 and model.digests["vae"] == loading.digest([path])
+    assert model.vae.dtype == torch.float32 and model.digests["vae"] == provenance.digest([path])
 
 
 def test_demo_model_and_decoders_name_their_licence():
@@ -461,7 +464,7 @@ def test_pickles_never_run_code(tmp_path, monkeypatch):
 
 
 def test_file_without_vocabulary_says_where_to_put_one(first_generation, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "VOCABULARY", "nobody/nothing")
+    monkeypatch.setattr(tokenizer, "VOCABULARY", "nobody/nothing")
     save_file(first_generation[-1], tmp_path / "model.safetensors")
     with pytest.raises(Missing, match="vocab.json"):
         load_model(str(tmp_path / "model.safetensors"))

@@ -8,17 +8,19 @@ from diffusers import UNet2DConditionModel
 
 from datasetdm_fast import stages
 from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.decoders.checkpoint import build_decoder, fold
+from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import pyramid
-from datasetdm_fast.loading import DOWN_BLOCKS, UP_BLOCKS, _seeded, load_model
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
+from datasetdm_fast.loading.presets import _seeded
 from datasetdm_fast.models.capture import Projection, Summing
-from datasetdm_fast.models.decoder_config import upstream
-from datasetdm_fast.models.decoders import build_decoder, fold
 from datasetdm_fast.models.layers import Upsample, Weights
 from datasetdm_fast.models.plain import PLAIN, attention_capture, probabilities
-from datasetdm_fast.sampling.schedule import make_schedule
+from datasetdm_fast.sampling import make_schedule
 from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.sampling.walk import guide, start, step
 

@@ -14,11 +14,11 @@ import torch
 
 from datasetdm_fast import verify
 from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.engines import build_engine, check_engine, providers
 from datasetdm_fast.engines.ort import OrtEngine, resolve_precision, resolve_provider
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoders import load_decoders
 from datasetdm_fast.sampling.times import initial_noise
 
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")

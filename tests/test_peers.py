@@ -149,7 +149,7 @@ def test_the_count_of_stable_diffusion_is_the_published_one():
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from datasetdm_fast.loading import DOWN_BLOCKS, UP_BLOCKS
+    from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 
     vae = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512)}
     with torch.device("meta"):
@@ -175,14 +175,14 @@ def test_the_nearest_limit_is_the_one_that_takes_longest():
 @pytest.mark.skipif(not os.environ.get("DATASETDM_UPSTREAM"), reason="DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM")
 def test_classes_of_upstream_agree(monkeypatch):
     """Its UNet, attention store and loop at 512 pixels; the norms it vendors have 32 groups whatever the model says."""
-    from datasetdm_fast import loading
+    from datasetdm_fast.loading import presets
 
-    preset = loading._preset
+    preset = presets._preset
 
     def with_its_groups(name, tokenizer, text, unet, *rest, **more):
         return preset(name, tokenizer, text, unet | {"norm_num_groups": 32}, *rest, **more)
 
-    monkeypatch.setattr(loading, "_preset", with_its_groups)
+    monkeypatch.setattr(presets, "_preset", with_its_groups)
     setting = open_setting("tiny", "cpu", steps=3, number=1, size=512)
     rows = parity.Judge(setting, 1).rows(PEERS["upstream-classes"].build(setting, 1))
     assert not parity.failures(rows)

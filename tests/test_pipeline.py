@@ -9,9 +9,9 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import Pipeline, generate, open_run
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoders import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.scenes import world
 from datasetdm_fast.stages import LEVELS
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign.json_stream import JsonStream
-from datasetdm_fast.readers import PRESETS, DataSettings, Selection, framing, open_data
-from datasetdm_fast.readers.labelled import Picture
+from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
+from datasetdm_fast.truth import framing
+from datasetdm_fast.truth.labelled import Picture
 
 SIZE = 64
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast.generate import main
-from datasetdm_fast.loading import DEMO
+from datasetdm_fast.loading.presets import DEMO
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")

@@ -13,8 +13,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.loading import SD_SCHEDULER
-from datasetdm_fast.sampling.schedule import Schedule, make_schedule
+from datasetdm_fast.loading.model import SD_SCHEDULER
+from datasetdm_fast.sampling import make_schedule
+from datasetdm_fast.sampling.schedule import Schedule
 from datasetdm_fast.sampling.times import add_noise, alphas_cumprod, initial_noise
 from datasetdm_fast.sampling.walk import State, Walk, guide, start, step
 from datasetdm_fast.stages import LEVELS

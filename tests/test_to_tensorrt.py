@@ -15,15 +15,15 @@ import torch
 from onnx import TensorProto, helper
 from transformers import CLIPTextConfig
 
-from datasetdm_fast import loading
 from datasetdm_fast.config import SD_DEFAULTS
+from datasetdm_fast.decoders import checkpoint
+from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as command
 from datasetdm_fast.export import flavours, plans, sealed, to_onnx, to_tensorrt
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.export.plan_commands import row_line
-from datasetdm_fast.models import decoders as decoder_files
-from datasetdm_fast.models.decoder_config import upstream
+from datasetdm_fast.loading import presets
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 CARDS = "sm80,sm86,sm89,sm120"
@@ -166,11 +166,11 @@ def quarter(tmp_path_factory):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32, "sample_size": 512, **blocks}
     unet = unet | {"norm_num_groups": 16}
-    model = loading._preset("quarter", loading._small_tokenizer(), text, unet, vae, SD_DEFAULTS, 512, seed=4)
+    model = presets._preset("quarter", presets._small_tokenizer(), text, unet, vae, SD_DEFAULTS, 512, seed=4)
     narrow = {"levels": model.levels, "width": 64, "feed_forward": 256, "layers": 2, "mask_dim": 64, "text_width": 192, "depth_width": 256}
     torch.manual_seed(0)
     kinds = {"semantic": "segmentation", "open-vocabulary": "open-vocabulary", "depth": "depth", "pose": "heatmap"}
-    made = {task: decoder_files.for_inference(decoder_files.build_decoder(upstream(kind, **narrow)), strict=False) for task, kind in kinds.items()}
+    made = {task: checkpoint.for_inference(checkpoint.build_decoder(upstream(kind, **narrow)), strict=False) for task, kind in kinds.items()}
     folder = tmp_path_factory.mktemp("quarter")
     return folder, to_onnx.export(model, made, folder, precision="fp16")
 

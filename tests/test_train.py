@@ -17,10 +17,10 @@ import torch
 from layouts import LAYOUTS, save
 
 from datasetdm_fast import train
+from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoders import load_decoders
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import checkpoint, course
 

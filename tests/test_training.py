@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoders import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.sampling.times import alphas_cumprod

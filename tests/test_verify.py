@@ -9,12 +9,12 @@ import torch
 from datasetdm_fast import agreement, verify
 from datasetdm_fast.agreement import EXACT, ROUNDED, judge, label_distance, relative
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
+from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoders, save_decoder
+from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.job import make_recipe
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.decoder_config import upstream
-from datasetdm_fast.models.decoders import build_decoder, load_decoders, save_decoder
 
 SMALL = dict(width=12, heads=2, layers=2, feed_forward=16, mask_dim=8, queries=5, depth_width=8, text_width=32, capture_timestep=1, min_area=0)
 KINDS = {

@@ -10,7 +10,7 @@ import numpy as np
 from datasetdm_fast import driver, generate, job
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside
-from datasetdm_fast.models.decoder_config import SD1_LEVELS, DecoderConfig
+from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig
 from datasetdm_fast.scenes import world
 
 SIDE = 64  # pixels

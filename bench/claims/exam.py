@@ -22,9 +22,9 @@ import torch
 
 from datasetdm_fast import student as students
 from datasetdm_fast.metrics import METRICS
-from datasetdm_fast.readers.labelled import Labelled, Source
 from datasetdm_fast.student import Course, Student
 from datasetdm_fast.student_data import Lessons
+from datasetdm_fast.truth.labelled import Labelled, Source
 
 TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")
 FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}

@@ -127,9 +127,9 @@ FIELDS = {"semantic": "semantic", "instance": "instances", "depth": "depth", "po
 
 def labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder: Path) -> None:
     """A decoder taught by these scenes alone, in a folder; one that is there already stays."""
+    from datasetdm_fast.decoders.checkpoint import save_decoder
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
-    from datasetdm_fast.models.decoders import save_decoder
     from datasetdm_fast.train import taught
 
     if not (folder / "config.json").exists():
@@ -140,9 +140,9 @@ def labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder:
 
 def retold(run: Run, positions: Sequence[int], decoders: Path, rename: Callable[[StoredSample, SemanticMap], SemanticMap]) -> Iterator[Retold]:
     """Generated images labelled by other labellers, which read them as they read real ones."""
+    from datasetdm_fast.decoders.checkpoint import load_decoders
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
-    from datasetdm_fast.models.decoders import load_decoders
     from datasetdm_fast.sampling.inversion import capture_timestep, invert
     from datasetdm_fast.tasks import TASKS
     from datasetdm_fast.tasks.named import held_to

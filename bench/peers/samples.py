@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Request, Sample
+from datasetdm_fast.decoders.checkpoint import Decoder
 from datasetdm_fast.driver import Recipe, postprocess
-from datasetdm_fast.models.decoders import Decoder
 from datasetdm_fast.sampling import times
 from datasetdm_fast.stages import FACTOR
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from bench.peers.samples import noise_of, samples_of
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample
+from datasetdm_fast.decoders.checkpoint import Decoder
+from datasetdm_fast.decoders.trunk import with_ops
 from datasetdm_fast.engines.torch import capturing, feature_modules
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.kernels import compiled, rearranged
-from datasetdm_fast.models.decoders import Decoder
-from datasetdm_fast.models.trunk import with_ops
 
 PLACES = ("down", "mid", "up")
 LAST_TIMES = (0, 1)  # timesteps at which upstream keeps features

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from datasetdm_fast.data import Capture, ProjectedCapture
-    from datasetdm_fast.loading import Model
+    from datasetdm_fast.loading.model import Model
 
 
 class Engine(Protocol):

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested
 from datasetdm_fast.engines.torch import resolve_device
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import compiled, rearranged
 from datasetdm_fast.kernels.choice import operations
-from datasetdm_fast.loading import Model
+from datasetdm_fast.loading.model import Model
 from datasetdm_fast.models.capture import Keeping, Projection, Summing, Unwatched, Watch
 from datasetdm_fast.models.layers import packed
 from datasetdm_fast.models.plain import PLAIN
 from datasetdm_fast.models.text_encoder import TextEncoder
-from datasetdm_fast.models.trunk import Decoder, with_ops
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 

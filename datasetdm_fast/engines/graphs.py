@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.engines.fast import FastEngine, drawn
 from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.to_onnx import RAW, annotate_name
 from datasetdm_fast.kernels import pyramid
-from datasetdm_fast.loading import Model
-from datasetdm_fast.models.trunk import Decoder
+from datasetdm_fast.loading.model import Model
 from datasetdm_fast.stages import LEVELS
 
 

@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.engines.fast import CHUNK_PIXELS, DTYPES
 from datasetdm_fast.engines.graphs import GraphEngine
 from datasetdm_fast.engines.providers import NAMES, available, require_provider
@@ -19,8 +20,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import Manifest, StageFile
 from datasetdm_fast.export.staging import say
 from datasetdm_fast.export.to_onnx import RAW, cached
-from datasetdm_fast.loading import Model
-from datasetdm_fast.models.trunk import Decoder
+from datasetdm_fast.loading.model import Model
 
 NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np.bool_}
 FATAL = 3  # ONNX Runtime's log level that leaves only errors

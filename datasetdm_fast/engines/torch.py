@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading import Model
+from datasetdm_fast.loading.model import Model
 
 
 def _oracle(method):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engines.graphs import GraphEngine
 from datasetdm_fast.engines.torch import resolve_device
@@ -21,8 +22,7 @@ from datasetdm_fast.export.manifest import PRECISIONS, Manifest
 from datasetdm_fast.export.plans import PlanFolder, say
 from datasetdm_fast.export.to_onnx import RAW, export, source_digest
 from datasetdm_fast.export.to_tensorrt import WORDS, Target, at_once, open_plan
-from datasetdm_fast.loading import Model
-from datasetdm_fast.models.trunk import Decoder
+from datasetdm_fast.loading.model import Model
 
 PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
 

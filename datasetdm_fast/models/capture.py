@@ -19,7 +19,7 @@ from datasetdm_fast.models.plain import probabilities
 from datasetdm_fast.stages import LEVELS, Level
 
 if TYPE_CHECKING:
-    from datasetdm_fast.models.trunk import Decoder
+    from datasetdm_fast.decoders.trunk import Decoder
 
 Slot = tuple[int, int]  # level, place within it
 

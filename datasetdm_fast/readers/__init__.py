@@ -10,20 +10,21 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.flags import nearest
-from datasetdm_fast.readers import demo, files
+from datasetdm_fast.readers import demo
 from datasetdm_fast.readers.cityscapes import Cityscapes
 from datasetdm_fast.readers.coco import Coco
 from datasetdm_fast.readers.deepfashion import DeepFashion
 from datasetdm_fast.readers.folder import Folder
 from datasetdm_fast.readers.hf import HuggingFace
 from datasetdm_fast.readers.kitti import Kitti
-from datasetdm_fast.readers.labelled import Labelled, Source
 from datasetdm_fast.readers.lvis import Lvis
 from datasetdm_fast.readers.nyu import Nyu
-from datasetdm_fast.readers.selection import EVERYTHING, PRESETS, DataSettings, Selection, selected
 from datasetdm_fast.readers.vkitti2 import VirtualKitti
 from datasetdm_fast.readers.voc import Voc
 from datasetdm_fast.readers.yolo import Yolo
+from datasetdm_fast.truth import reading
+from datasetdm_fast.truth.labelled import Labelled, Source
+from datasetdm_fast.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, selected
 
 __all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "Source", "open_data"]
 
@@ -66,8 +67,8 @@ def open_data(spec: str, size: int, *, tasks: Sequence[str] = (), selection: Sel
             stop = storage.refusal(error, error.filename or rest)
             raise Refused(stop.cause, stop.remedy) from error
         except Refused as stop:
-            if stop.remedy == files.MEND:  # nothing was skipped yet that --skip-bad could skip
-                raise Refused(stop.cause, files.MEND_FIRST) from stop
+            if stop.remedy == reading.MEND:  # nothing was skipped yet that --skip-bad could skip
+                raise Refused(stop.cause, reading.MEND_FIRST) from stop
             raise
     else:
         known = ("demo", *READERS)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.labelled import IGNORED, Picture
-from datasetdm_fast.readers.pictures import PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import IGNORED, Picture
+from datasetdm_fast.truth.pictures import PictureSource
 
 CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider"),
@@ -29,7 +29,7 @@ class Cityscapes(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path, folder = path, path / "leftImg8bit" / split
-        self.images = [image for image in files.listing(folder, "_leftimg8bit.png")]
+        self.images = [image for image in reading.listing(folder, "_leftimg8bit.png")]
         self.truth = path / "gtFine" / split
         has_things = self._beside(self.images[0], "instanceIds").exists()
         self.tasks = ("semantic", *(("instance",) if has_things else ()), "open-vocabulary")
@@ -43,7 +43,7 @@ class Cityscapes(PictureSource):
 
     def picture(self, record: int) -> Picture:
         path = self.images[record]
-        image = files.colour_image(path)
+        image = reading.colour_image(path)
         labels = self._labels(path, image.shape)
         masks, kinds = self._things(path, image.shape) if "instance" in self.tasks else (None, ())
         names = ",".join(self.classes[k] for k in np.unique(labels) if k != IGNORED)
@@ -52,22 +52,22 @@ class Cityscapes(PictureSource):
     def _labels(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:
         train_ids = self._beside(path, "labelTrainIds")
         if train_ids.exists() or not (label_ids := self._beside(path, "labelIds")).exists():
-            return files.label_map(train_ids, shape, self.classes)
-        found = files.numbers(label_ids, shape)
-        files.check_numbers(label_ids, found, MOST_LABELS)
+            return reading.label_map(train_ids, shape, self.classes)
+        found = reading.numbers(label_ids, shape)
+        reading.check_numbers(label_ids, found, MOST_LABELS)
         table = np.full(256, IGNORED, np.uint8)
         table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
         return table[found]
 
     def _things(self, path: Path, shape: tuple[int, ...]) -> tuple[list, list[int]]:
         numbers = self._beside(path, "instanceIds")
-        found = files.numbers(numbers, shape)
+        found = reading.numbers(numbers, shape)
         masks, kinds = [], []
         for k in np.unique(found):
             if k < 1000:  # stuff, and groups of things that could not be told apart
                 continue
             if not 0 <= k // 1000 < MOST_LABELS:
-                raise files.bad(numbers, f"the unknown class {k // 1000} of instance {k}")
+                raise reading.bad(numbers, f"the unknown class {k // 1000} of instance {k}")
             kind = TRAIN_IDS.get(int(k) // 1000, -1) - FIRST_THING
             if kind >= 0:
                 masks.append(partial(np.equal, found, k))

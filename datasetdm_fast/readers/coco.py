@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.decoders.config import COCO_JOINTS, COCO_LIMBS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.models.decoder_config import COCO_JOINTS, COCO_LIMBS
-from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.labelled import Picture
-from datasetdm_fast.readers.pictures import MOST_SEMANTIC, PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
 
 MOST_CORNERS = 100_000  # of all polygons of one thing
 IMAGE_FORM = {"id": int, "height": int, "width": int}
@@ -55,10 +55,10 @@ class Annotations:
                     areas.append(value.get("area", 0))
                     crowds.append(bool(value.get("iscrowd")))
             except (ValueError, TypeError, OverflowError) as error:
-                raise files.bad(path, f"{key}, byte {start}: {error}") from error
+                raise reading.bad(path, f"{key}, byte {start}: {error}") from error
         for what, there in (("images", self.images), ("categories", self.categories), ("annotations", areas)):
             if not there:
-                raise files.bad(path, f"no {what} in it")
+                raise reading.bad(path, f"no {what} in it")
         self.rows = {name: np.frombuffer(column, np.int64) if len(column) else np.zeros(0, np.int64) for name, column in rows.items()}
         self.areas, self.crowds = np.array(areas), np.array(crowds, bool)
         self.order = np.argsort(self.rows["image"], kind="stable")
@@ -78,13 +78,13 @@ class Annotations:
         """Annotations of unknown categories make their image bad; those of unknown images, or with the id of another, have none to make bad."""
         ids = np.sort(self.rows["id"])
         if len(twice := ids[1:][ids[1:] == ids[:-1]]):
-            raise files.bad(self.path, f"the annotation id {twice[0]} is there twice")
+            raise reading.bad(self.path, f"the annotation id {twice[0]} is there twice")
         known = np.isin(self.rows["category"], list(self.categories))
         for row in np.flatnonzero(~known):
             self.bad[int(self.rows["image"][row])] = f"annotation {self.rows['id'][row]} has the unknown category {self.rows['category'][row]}"
         stray = np.flatnonzero(~np.isin(self.rows["image"], list(self.images)))
         if len(stray):
-            raise files.bad(self.path, f"annotation {self.rows['id'][stray[0]]} is of the unknown image {self.rows['image'][stray[0]]}")
+            raise reading.bad(self.path, f"annotation {self.rows['id'][stray[0]]} is of the unknown image {self.rows['image'][stray[0]]}")
 
     def of(self, image: int) -> np.ndarray:
         """The rows of an image's annotations, in the file's order."""
@@ -112,9 +112,9 @@ class Coco(PictureSource):
         has_persons = persons.exists() and (not tasks or "pose" in tasks)
         has_things = not is_pose_alone and (things.exists() or not has_persons)
         if is_pose_alone and not has_persons:
-            files.first_there(persons)
-        self.folder = files.first_there(path / stem, path / "images" / stem, path / "images")
-        self._open(Annotations(files.first_there(things)) if has_things else None, Annotations(persons) if has_persons else None, size, is_pose_alone)
+            reading.first_there(persons)
+        self.folder = reading.first_there(path / stem, path / "images" / stem, path / "images")
+        self._open(Annotations(reading.first_there(things)) if has_things else None, Annotations(persons) if has_persons else None, size, is_pose_alone)
 
     def _open(self, things: Annotations | None, persons: Annotations | None, size: int, is_pose_alone: bool) -> None:
         self.things, self.persons, self.is_pose_alone = things, persons, is_pose_alone
@@ -149,19 +149,19 @@ class Coco(PictureSource):
         first = self.things or self.persons
         said = first.images[image].get("file_name")
         if not isinstance(said, str):
-            raise files.bad(first.path, f"image {image} has no file_name")
-        return files.inside(self.folder, said, first.path)
+            raise reading.bad(first.path, f"image {image} has no file_name")
+        return reading.inside(self.folder, said, first.path)
 
     def picture(self, record: int) -> Picture:
         image, first = self._image_of(record), self.things or self.persons
         path, said = self.image_path(image), first.images[image]
         for source in (self.things, self.persons):
             if source and image in source.bad:
-                raise files.bad(source.path, source.bad[image])
-        pixels = files.colour_image(path, files.as_said((said["width"], said["height"])))
+                raise reading.bad(source.path, source.bad[image])
+        pixels = reading.colour_image(path, reading.as_said((said["width"], said["height"])))
         if pixels.shape[:2] != (said["height"], said["width"]):
-            raise files.bad(path, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but {first.path.name} says {said['width']} x {said['height']}")
-        fields: dict[str, Any] = {"caption": files.photo_of(["person"])}
+            raise reading.bad(path, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but {first.path.name} says {said['width']} x {said['height']}")
+        fields: dict[str, Any] = {"caption": reading.photo_of(["person"])}
         if self.things:
             fields |= self._things(image, pixels.shape[:2])
         if self.persons:
@@ -177,12 +177,12 @@ class Coco(PictureSource):
             try:
                 make = _mask_maker(value.get("segmentation"), shape)
             except ValueError as error:
-                raise files.bad(self.things.path, f"annotation {self.things.rows['id'][row]}: {str(error).splitlines()[0]}") from error
+                raise reading.bad(self.things.path, f"annotation {self.things.rows['id'][row]}: {str(error).splitlines()[0]}") from error
             which = ("crowds", "crowd_classes") if self.things.crowds[row] else ("masks", "mask_classes")
             found[which[0]].append(make)
             found[which[1]].append(kind)
         names = [self.thing_classes[k] for k in sorted(set(found["mask_classes"]))]
-        return found | {"caption": files.photo_of(names)}
+        return found | {"caption": reading.photo_of(names)}
 
     def _joints(self, rows: Sequence[int]) -> dict[str, Any]:
         points, boxes, areas = [], [], []
@@ -198,7 +198,7 @@ class Coco(PictureSource):
                 if not np.isin(joints[:, 2], (0, 1, 2)).all() or np.abs(joints).max() > 1e6 or np.abs(value["bbox"]).max() > 1e6:
                     raise ValueError("a joint or box out of range")
             except ValueError as error:
-                raise files.bad(self.persons.path, f"annotation {self.persons.rows['id'][row]}: {error}") from error
+                raise reading.bad(self.persons.path, f"annotation {self.persons.rows['id'][row]}: {error}") from error
             joints[:, :2] += 0.5  # COCO counts from the middle of the first pixel
             points.append(joints)
             boxes.append(value["bbox"])

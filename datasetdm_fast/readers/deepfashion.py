@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.labelled import Picture
-from datasetdm_fast.readers.pictures import PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.pictures import PictureSource
 
 DEEPFASHION_CLASSES = (
     *("background", "top", "outer", "skirt", "dress", "pants", "leggings", "headwear", "eyeglass", "neckwear", "belt", "footwear", "bag", "hair", "face"),
@@ -27,10 +27,10 @@ class DeepFashion(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train":
-            raise files.no_split(path, split)
-        self.path, self.maps = path, files.listing(path / "segm", "_segm.png")
+            raise reading.no_split(path, split)
+        self.path, self.maps = path, reading.listing(path / "segm", "_segm.png")
         captions = path / "captions.json"
-        self.captions = documents.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else None
+        self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else None
         super().__init__(size, len(self.maps))
 
     def name(self, record: int) -> str:
@@ -41,11 +41,11 @@ class DeepFashion(PictureSource):
 
     def picture(self, record: int) -> Picture:
         path, stem = self.maps[record], self._stem(record)
-        image = files.colour_image(self.path / "images" / f"{stem}.jpg")
-        labels = files.label_map(path, image.shape, self.classes)
-        caption = files.photo_of([self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes)])
+        image = reading.colour_image(self.path / "images" / f"{stem}.jpg")
+        labels = reading.label_map(path, image.shape, self.classes)
+        caption = reading.photo_of([self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes)])
         if self.captions is not None:
             caption = self.captions.get(f"{stem}.jpg", self.captions.get(stem))
             if not isinstance(caption, str):
-                raise files.bad(self.path / "captions.json", f"no caption for {stem}.jpg")
+                raise reading.bad(self.path / "captions.json", f"no caption for {stem}.jpg")
         return Picture(stem, image, caption, labels)

@@ -8,8 +8,8 @@ import numpy as np
 
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.readers.labelled import Labelled, Source
 from datasetdm_fast.scenes import world
+from datasetdm_fast.truth.labelled import Labelled, Source
 
 
 class DemoWorld(Source):

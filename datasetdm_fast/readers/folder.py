@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.labelled import IGNORED, Picture
-from datasetdm_fast.readers.pictures import PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import IGNORED, Picture
+from datasetdm_fast.truth.pictures import PictureSource
 
 
 class Folder(PictureSource):
@@ -20,27 +20,27 @@ class Folder(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train" and not (path / split).is_dir():
-            raise files.no_split(path, split)
+            raise reading.no_split(path, split)
         self.path = path = path / split if (path / split).is_dir() else path
-        self.images = files.listing(path / "images", *files.PICTURES, *files.OTHER_PICTURES)
+        self.images = reading.listing(path / "images", *reading.PICTURES, *reading.OTHER_PICTURES)
         self.ids = [image.relative_to(path / "images").with_suffix("").as_posix() for image in self.images]
         if twice := [name for name, next_name in pairwise(sorted(self.ids)) if name == next_name]:
-            raise files.bad(path / "images", f"{twice[0]!r} is the name of two images, and labels go by name")
+            raise reading.bad(path / "images", f"{twice[0]!r} is the name of two images, and labels go by name")
         self.maps = path / "semantic" if (path / "semantic").is_dir() else path / "masks"
         self.depths = path / "depth"
         has_maps, has_depth = self.maps.is_dir(), self.depths.is_dir()
         if not has_maps and not has_depth:
-            raise files.bad(path, "neither masks nor depth beside images")
+            raise reading.bad(path, "neither masks nor depth beside images")
         if has_maps:
-            self.classes = files.class_file(files.first_there(path / "classes.txt", path.parent / "classes.txt"))
+            self.classes = reading.class_file(reading.first_there(path / "classes.txt", path.parent / "classes.txt"))
             if len(self.classes) > IGNORED:
-                raise files.bad(path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}")
+                raise reading.bad(path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}")
             self.thing_classes = tuple(name for k, name in enumerate(self.classes) if k or name not in ("background", "none"))
         if has_depth:
             self.max_depth = _metres(path / "max_depth.txt")
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
         captions = path / "captions.json"
-        self.captions = documents.read_object(captions, most=files.LARGEST_LIST) if captions.exists() else {}
+        self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else {}
         super().__init__(size, len(self.images))
 
     def name(self, record: int) -> str:
@@ -48,14 +48,14 @@ class Folder(PictureSource):
 
     def picture(self, record: int) -> Picture:
         path, name = self.images[record], self.ids[record]
-        image = files.colour_image(path, files.as_its_labels((self.maps if self.classes else self.depths) / f"{name}.png"))
-        labels = files.label_map(self.maps / f"{name}.png", image.shape, self.classes) if self.classes else None
-        depth = files.depth_map(self.depths / f"{name}.png", image.shape, 1000, self.max_depth) if self.max_depth else None
+        image = reading.colour_image(path, reading.as_its_labels((self.maps if self.classes else self.depths) / f"{name}.png"))
+        labels = reading.label_map(self.maps / f"{name}.png", image.shape, self.classes) if self.classes else None
+        depth = reading.depth_map(self.depths / f"{name}.png", image.shape, 1000, self.max_depth) if self.max_depth else None
         caption = self.captions.get(name)
         if caption is None:
-            caption = files.photo_of([name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)])
+            caption = reading.photo_of([name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)])
         if not isinstance(caption, str):
-            raise files.bad(self.path / "captions.json", f"the caption of {name} is no text")
+            raise reading.bad(self.path / "captions.json", f"the caption of {name} is no text")
         return Picture(name, image, caption, labels, depth=depth)
 
 
@@ -64,9 +64,9 @@ def _metres(path: Path) -> float:
     if not path.exists():
         return 10.0
     try:
-        metres = float(files.lines(path)[0])
+        metres = float(reading.lines(path)[0])
     except ValueError:
         metres = 0.0
     if not 0 < metres <= 65.535:
-        raise files.bad(path, "no number of metres up to 65.535, what 16 bits of millimetres hold")
+        raise reading.bad(path, "no number of metres up to 65.535, what 16 bits of millimetres hold")
     return metres

@@ -9,9 +9,9 @@ import numpy as np
 
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.labelled import IGNORED, Picture
-from datasetdm_fast.readers.pictures import PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import IGNORED, Picture
+from datasetdm_fast.truth.pictures import PictureSource
 
 COLUMNS = {
     "image": ("image", "img", "pixel_values"),
@@ -31,7 +31,7 @@ class HuggingFace(PictureSource):
         names = self.rows.column_names
         self.columns = {what: next((name for name in known if name in names), None) for what, known in COLUMNS.items()}
         if self.columns["image"] is None or not (self.columns["label"] or self.columns["depth"]):
-            raise files.bad(path, f"its columns are {documents.plain(', '.join(names))}, expected image and label or depth")
+            raise reading.bad(path, f"its columns are {documents.plain(', '.join(names))}, expected image and label or depth")
         import datasets
 
         for column in (self.columns[what] for what in ("image", "label", "depth")):
@@ -52,12 +52,12 @@ class HuggingFace(PictureSource):
         try:
             row = self.rows[record]
         except Exception as error:  # Arrow and the library raise nearly anything over a damaged file
-            raise files.bad(self.name(record), f"not readable ({type(error).__name__})") from error
+            raise reading.bad(self.name(record), f"not readable ({type(error).__name__})") from error
         image = np.asarray(self._image(row, "image", record).convert("RGB"))
         labels = depth = None
         if self.columns["label"]:
             labels = self._map(row, "label", record, image.shape)
-            files.check_numbers(self.name(record), labels, len(self.classes))
+            reading.check_numbers(self.name(record), labels, len(self.classes))
             labels = labels.astype(np.uint8)
         if self.columns["depth"]:
             raw = self._map(row, "depth", record, image.shape).astype(np.float32)
@@ -66,36 +66,36 @@ class HuggingFace(PictureSource):
             depth = np.where(np.isfinite(metres) & (metres > 0) & (metres <= self.max_depth), metres, 0)
         caption = row[self.columns["caption"]] if self.columns["caption"] else None
         if caption is None:
-            caption = files.photo_of([name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)])
+            caption = reading.photo_of([name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)])
         if not isinstance(caption, str):
-            raise files.bad(self.name(record), "its caption is no text")
+            raise reading.bad(self.name(record), "its caption is no text")
         return Picture(f"{record:08d}", image, caption, labels, depth=depth)
 
     def _image(self, row: dict[str, Any], what: str, record: int):
         value = row[self.columns[what]]
         if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
-            raise files.bad(self.name(record), f"no picture in the column {self.columns[what]}")
+            raise reading.bad(self.name(record), f"no picture in the column {self.columns[what]}")
         name = f"{self.name(record)}, {self.columns[what]}"
         image = images.decode_image(value["bytes"], name) if value.get("bytes") else images.read_image(Path(value["path"]))
-        files.check_sides(name, image.size)
+        reading.check_sides(name, image.size)
         return image
 
     def _map(self, row: dict[str, Any], what: str, record: int, shape: tuple[int, ...]) -> np.ndarray:
         value = row[self.columns[what]]
         if isinstance(value, dict):
             image = self._image(row, what, record)
-            if image.mode not in ("I", "I;16", *(() if what == "depth" else files.EIGHT_BITS)):
+            if image.mode not in ("I", "I;16", *(() if what == "depth" else reading.EIGHT_BITS)):
                 wanted = "one number of 16 bits each" if what == "depth" else "one number each"
-                raise files.bad(self.name(record), f"the pixels of {self.columns[what]} are {image.mode}, expected {wanted}")
+                raise reading.bad(self.name(record), f"the pixels of {self.columns[what]} are {image.mode}, expected {wanted}")
             found = np.asarray(image).astype(np.int32)
         else:
             try:
                 found = np.asarray(value, np.float32 if what == "depth" else np.int32)
             except (TypeError, ValueError, OverflowError):
-                raise files.bad(self.name(record), f"{self.columns[what]} is no table of numbers") from None
+                raise reading.bad(self.name(record), f"{self.columns[what]} is no table of numbers") from None
         if found.shape != tuple(shape[:2]):
             size = " x ".join(map(str, found.shape[::-1]))
-            raise files.bad(self.name(record), f"{self.columns[what]} has {size} pixels, but its image has {shape[1]} x {shape[0]}")
+            raise reading.bad(self.name(record), f"{self.columns[what]} has {size} pixels, but its image has {shape[1]} x {shape[0]}")
         return found
 
 
@@ -104,7 +104,7 @@ def _opened(path: Path, split: str):
         import datasets
     except ImportError as error:
         raise Missing("hf: the library `datasets` is not installed", "Install datasetdm-fast[hf].") from error
-    files.first_there(path)
+    reading.first_there(path)
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -114,12 +114,12 @@ def _opened(path: Path, split: str):
             raise Refused(f"{path}: no split {split!r}", f"It has {', '.join(found)}.")
         found = found[split]
     elif split != "train":
-        raise files.no_split(path, split)
+        raise reading.no_split(path, split)
     return found
 
 
 def _classes(path: Path) -> tuple[str, ...]:
     found = documents.read_object(path)
     if not found or set(found) != {str(k) for k in range(len(found))} or not all(isinstance(name, str) for name in found.values()) or len(found) > IGNORED:
-        raise files.bad(path, "not an object from the numbers 0, 1, 2 ... to class names")
+        raise reading.bad(path, "not an object from the numbers 0, 1, 2 ... to class names")
     return tuple(found[str(k)] for k in range(len(found)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.labelled import Picture
-from datasetdm_fast.readers.pictures import PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.pictures import PictureSource
 
 CAPTION = "a photo of a street"
 
@@ -21,13 +21,13 @@ class Kitti(PictureSource):
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
         self.list = path / f"kitti_eigen_{'test' if split == 'val' else split}.txt"
-        rows = [line.split() for line in files.lines(self.list)]
+        rows = [line.split() for line in reading.lines(self.list)]
         for number, row in enumerate(rows, 1):
             if len(row) < 2:
-                raise files.bad(self.list, f"line {number} names no image and depth")
+                raise reading.bad(self.list, f"line {number} names no image and depth")
         self.rows = [(row[0], row[1]) for row in rows if row[1] != "None"]
         if not self.rows:
-            raise files.bad(self.list, "no line names a depth")
+            raise reading.bad(self.list, "no line names a depth")
         super().__init__(size, len(self.rows))
 
     def name(self, record: int) -> str:
@@ -35,6 +35,6 @@ class Kitti(PictureSource):
 
     def picture(self, record: int) -> Picture:
         said, depth = self.rows[record]
-        image = files.colour_image(files.inside(self.path / "input", said, self.list))
-        metres = files.depth_map(files.inside(self.path / "gt_depth", depth, self.list), image.shape, 256, self.max_depth)
+        image = reading.colour_image(reading.inside(self.path / "input", said, self.list))
+        metres = reading.depth_map(reading.inside(self.path / "gt_depth", depth, self.list), image.shape, 256, self.max_depth)
         return Picture(said.removesuffix(Path(said).suffix).replace("/", "_"), image, CAPTION, depth=metres)

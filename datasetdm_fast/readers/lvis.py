@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from datasetdm_fast.readers import files
 from datasetdm_fast.readers.coco import Annotations, Coco
+from datasetdm_fast.truth import reading
 
 
 class Lvis(Coco):
@@ -13,13 +13,13 @@ class Lvis(Coco):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
-        annotations = files.first_there(path / f"lvis_v1_{split}.json", path / "annotations" / f"lvis_v1_{split}.json")
+        annotations = reading.first_there(path / f"lvis_v1_{split}.json", path / "annotations" / f"lvis_v1_{split}.json")
         self._open(Annotations(annotations), None, size, False)
 
     def image_path(self, image: int) -> Path:
         said = self.things.images[image].get("coco_url")
         parts = PurePosixPath(said).parts[-2:] if isinstance(said, str) else ()
         if len(parts) < 2:
-            raise files.bad(self.things.path, f"image {image} has no coco_url")
-        below = files.inside(self.path, "/".join(parts), self.things.path)
-        return below if below.exists() else files.inside(self.path.parent, "/".join(parts), self.things.path)
+            raise reading.bad(self.things.path, f"image {image} has no coco_url")
+        below = reading.inside(self.path, "/".join(parts), self.things.path)
+        return below if below.exists() else reading.inside(self.path.parent, "/".join(parts), self.things.path)

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.labelled import Picture
-from datasetdm_fast.readers.pictures import PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.pictures import PictureSource
 
 FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits", "")}
 
@@ -23,20 +23,20 @@ class Nyu(PictureSource):
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         split = "test" if split == "val" else split
         self.list = path / f"{split}_list.txt"
-        self.folder = files.first_there(*(path / folder for folder in FOLDERS.get(split, (split,))))
-        rows = [line.split() for line in files.lines(self.list)]
+        self.folder = reading.first_there(*(path / folder for folder in FOLDERS.get(split, (split,))))
+        rows = [line.split() for line in reading.lines(self.list)]
         for number, row in enumerate(rows, 1):
             if len(row) < 2:
-                raise files.bad(self.list, f"line {number} names no image and depth")
+                raise reading.bad(self.list, f"line {number} names no image and depth")
         self.rows = [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows if row[1] != "None"]
         if not self.rows:
-            raise files.bad(self.list, "no line names a depth")
+            raise reading.bad(self.list, "no line names a depth")
         kinds = path / "nyu_class_list.json"
         self.kinds: tuple[str, ...] = ()
         if kinds.exists():
             listed = documents.read_json(kinds)
             if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
-                raise files.bad(kinds, "no list of scene names")
+                raise reading.bad(kinds, "no list of scene names")
             self.kinds = tuple(listed)
         super().__init__(size, len(self.rows))
 
@@ -47,8 +47,8 @@ class Nyu(PictureSource):
         said, depth = self.rows[record]
         scene = Path(said).parent.name
         if self.kinds and not any(kind in scene for kind in self.kinds):
-            raise files.bad(self.list, f"{documents.shown(said)} is of no scene that nyu_class_list.json names")
-        image = files.colour_image(files.inside(self.folder, said, self.list))
-        metres = files.depth_map(files.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)
+            raise reading.bad(self.list, f"{documents.shown(said)} is of no scene that nyu_class_list.json names")
+        image = reading.colour_image(reading.inside(self.folder, said, self.list))
+        metres = reading.depth_map(reading.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)
         place = re.sub(r"_\d+\w*$", "", scene).replace("_", " ").strip()
         return Picture(said.removesuffix(Path(said).suffix).replace("/", "_"), image, f"a photo of a {place or 'room'}", depth=metres)

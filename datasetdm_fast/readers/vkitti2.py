@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.kitti import CAPTION
-from datasetdm_fast.readers.labelled import Picture
-from datasetdm_fast.readers.pictures import PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.pictures import PictureSource
 
 
 class VirtualKitti(PictureSource):
@@ -27,7 +27,7 @@ class VirtualKitti(PictureSource):
         scenes = [] if split == "train" else split.split(",")
         if absent := [scene for scene in scenes if not (self.images / scene).is_dir()]:
             raise Refused(f"{self.images}: no scene {absent[0]!r}", "Name scenes as their folders are called, or none for all.")
-        found = files.listing(self.images, ".jpg")
+        found = reading.listing(self.images, ".jpg")
         below = [image.relative_to(self.images) for image in found]
         self.rows = [name for name in below if "rgb" in name.parts and (not scenes or name.parts[0] in scenes)]
         if not self.rows:
@@ -39,7 +39,7 @@ class VirtualKitti(PictureSource):
 
     def picture(self, record: int) -> Picture:
         said = self.rows[record]
-        image = files.colour_image(self.images / said)
+        image = reading.colour_image(self.images / said)
         depth = str(said).replace("rgb", "depth").removesuffix(".jpg") + ".png"
-        metres = files.depth_map(self.depths / depth, image.shape, 100, self.max_depth)
+        metres = reading.depth_map(self.depths / depth, image.shape, 100, self.max_depth)
         return Picture(str(said.with_suffix("")).replace("/", "_"), image, CAPTION, depth=metres)

@@ -9,14 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.readers import files, framing
-from datasetdm_fast.readers.labelled import IGNORED, Picture
-from datasetdm_fast.readers.pictures import PictureSource
-
-VOC_CLASSES = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike"),
-    *("person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import IGNORED, Picture
+from datasetdm_fast.truth.pictures import PictureSource
+from datasetdm_fast.truth.selection import VOC_CLASSES
 
 
 class Voc(PictureSource):
@@ -32,11 +28,11 @@ class Voc(PictureSource):
         maps = ["SegmentationClassAug", "SegmentationClass"]
         if "instance" in tasks and self.objects.is_dir():  # only the images of the original set have objects
             lists, maps = lists[::-1], maps[::-1]
-        self.list = files.first_there(*lists)
-        self.ids = [_id(line) for line in files.lines(self.list)]
+        self.list = reading.first_there(*lists)
+        self.ids = [_id(line) for line in reading.lines(self.list)]
         if len(set(self.ids)) < len(self.ids):
-            raise files.bad(self.list, f"{next(name for name, count in Counter(self.ids).items() if count > 1)!r} is there twice")
-        self.maps = files.first_there(*(path / name for name in maps))
+            raise reading.bad(self.list, f"{next(name for name, count in Counter(self.ids).items() if count > 1)!r} is there twice")
+        self.maps = reading.first_there(*(path / name for name in maps))
         self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()
         self.tasks = ("semantic", *(("instance",) if self.has_objects else ()), "open-vocabulary")
         super().__init__(size, len(self.ids))
@@ -46,16 +42,16 @@ class Voc(PictureSource):
 
     def picture(self, record: int) -> Picture:
         name = self.ids[record]
-        image = files.colour_image(files.inside(self.path / "JPEGImages", f"{name}.jpg", self.list))
-        labels = files.label_map(self.maps / f"{name}.png", image.shape, self.classes)
+        image = reading.colour_image(reading.inside(self.path / "JPEGImages", f"{name}.jpg", self.list))
+        labels = reading.label_map(self.maps / f"{name}.png", image.shape, self.classes)
         self._check_annotation(name, image.shape)
         masks, kinds = self._things(name, labels) if self.has_objects else (None, ())
-        caption = files.photo_of([self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)])
+        caption = reading.photo_of([self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)])
         return Picture(name, image, caption, labels, masks, kinds)
 
     def _things(self, name: str, labels: np.ndarray) -> tuple[list, list[int]]:
         path = self.objects / f"{name}.png"
-        things = files.numbers(path, labels.shape)
+        things = reading.numbers(path, labels.shape)
         masks, kinds = [], []
         for k in np.unique(things):
             if k in (0, IGNORED):
@@ -63,7 +59,7 @@ class Voc(PictureSource):
             below = labels[things == k]
             counts = np.bincount(below[(below != 0) & (below != IGNORED)], minlength=1)
             if not counts.any():
-                raise files.bad(path, f"object {k} lies on no class of {self.maps.name}")
+                raise reading.bad(path, f"object {k} lies on no class of {self.maps.name}")
             masks.append(partial(np.equal, things, k))
             kinds.append(int(counts.argmax()) - 1)
         return masks, kinds
@@ -75,10 +71,10 @@ class Voc(PictureSource):
         root = documents.read_xml(path)
         said = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
         if said != [str(shape[1]), str(shape[0])]:
-            raise files.bad(path, f"says {documents.shown(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}")
+            raise reading.bad(path, f"says {documents.shown(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}")
         for thing in root.iterfind("object"):
             if (kind := (thing.findtext("name") or "").strip()) not in self.thing_classes:
-                raise files.bad(path, f"the unknown class {documents.shown(kind)}")
+                raise reading.bad(path, f"the unknown class {documents.shown(kind)}")
 
 
 def _id(line: str) -> str:

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.readers import files, framing
 from datasetdm_fast.readers.coco import rasterised
-from datasetdm_fast.readers.labelled import Picture
-from datasetdm_fast.readers.pictures import MOST_SEMANTIC, PictureSource
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
 
 
 class Yolo(PictureSource):
@@ -20,17 +20,17 @@ class Yolo(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
-        self.thing_classes = _names(files.first_there(path / "data.yaml", path / "dataset.yaml"))
+        self.thing_classes = _names(reading.first_there(path / "data.yaml", path / "dataset.yaml"))
         self.classes = ("background", *self.thing_classes) if len(self.thing_classes) < MOST_SEMANTIC else ()
         self.tasks = ("semantic", "instance", "open-vocabulary") if self.classes else ("instance", "open-vocabulary")
-        folder = files.first_there(path / "images" / split, path / split / "images")
+        folder = reading.first_there(path / "images" / split, path / split / "images")
         self.labels = path / "labels" / split if folder.name == split else path / split / "labels"
-        self.images = files.listing(folder, *files.PICTURES, *files.OTHER_PICTURES)
+        self.images = reading.listing(folder, *reading.PICTURES, *reading.OTHER_PICTURES)
         self.folder = folder
         if not self.labels.is_dir():
-            raise files.bad(self.labels, "no such folder, expected the labels of the images beside it")
+            raise reading.bad(self.labels, "no such folder, expected the labels of the images beside it")
         if not any(self._label(image).exists() for image in self.images):
-            raise files.bad(self.labels, f"no label of any of the {len(self.images)} images of {folder}")
+            raise reading.bad(self.labels, f"no label of any of the {len(self.images)} images of {folder}")
         super().__init__(size, len(self.images))
 
     def name(self, record: int) -> str:
@@ -41,25 +41,25 @@ class Yolo(PictureSource):
 
     def picture(self, record: int) -> Picture:
         path = self.images[record]
-        image, labels = files.colour_image(path, files.as_shown), self._label(path)
+        image, labels = reading.colour_image(path, reading.as_shown), self._label(path)
         rows = self._rows(labels, image.shape) if labels.exists() and labels.stat().st_size else []
-        caption = files.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
+        caption = reading.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
         return Picture(path.stem, image, caption, masks=[partial(rasterised, [points], image.shape) for _, points in rows], mask_classes=[k for k, _ in rows])
 
     def _rows(self, path: Path, shape: tuple[int, ...]) -> list[tuple[int, list[float]]]:
         rows = []
-        for number, line in enumerate(files.lines(path), 1):
+        for number, line in enumerate(reading.lines(path), 1):
             try:
                 kind, *places = line.split()
                 kind, places = int(kind), [float(place) for place in places]
             except ValueError:
-                raise files.bad(path, f"line {number} is not a class and the numbers of a polygon") from None
+                raise reading.bad(path, f"line {number} is not a class and the numbers of a polygon") from None
             if not 0 <= kind < len(self.thing_classes):
-                raise files.bad(path, f"line {number}: the unknown class {kind}, expected 0 to {len(self.thing_classes) - 1}")
+                raise reading.bad(path, f"line {number}: the unknown class {kind}, expected 0 to {len(self.thing_classes) - 1}")
             if len(places) < 6 or len(places) % 2:
-                raise files.bad(path, f"line {number}: {len(places)} numbers, expected x and y of at least three corners")
+                raise reading.bad(path, f"line {number}: {len(places)} numbers, expected x and y of at least three corners")
             if not all(math.isfinite(place) and -0.01 <= place <= 1.01 for place in places):
-                raise files.bad(path, f"line {number}: a corner outside the image, expected shares of 0 to 1")
+                raise reading.bad(path, f"line {number}: a corner outside the image, expected shares of 0 to 1")
             rows.append((kind, [place * shape[1 - k % 2] for k, place in enumerate(places)]))
         return rows
 
@@ -70,5 +70,5 @@ def _names(path: Path) -> tuple[str, ...]:
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[k] for k in range(len(names))]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise files.bad(path, "names is no list of different class names")
+        raise reading.bad(path, "names is no list of different class names")
     return tuple(names)

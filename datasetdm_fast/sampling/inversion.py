@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.models.decoder_config import DecoderConfig
 from datasetdm_fast.sampling import times
 
 SAMPLE_SEED = 2**40  # added to an image's seed for the draw from the autoencoder's posterior, so that it is not the noise again

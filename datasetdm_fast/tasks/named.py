@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.prompts import find_classes
 from datasetdm_fast.tasks.open_vocabulary import OBJECT
 

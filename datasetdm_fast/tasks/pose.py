@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Keypoints
+from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.models.decoder_config import DecoderConfig
 from datasetdm_fast.transfer import to_host
 
 WINDOW = 3  # bins each side of a peak that belong to it

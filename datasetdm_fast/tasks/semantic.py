@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.models.decoder_config import DecoderConfig
 from datasetdm_fast.transfer import to_host
 
 SURE = 0.5  # evidence above it counts towards the area of a class

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasetdm_fast.decoders.checkpoint import Decoder, save_decoder
+from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.models.decoder_config import DecoderConfig
-from datasetdm_fast.models.decoders import Decoder, save_decoder
 from datasetdm_fast.training import checkpoint, held_out
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.loop import Lessons, Schedule, Trainer

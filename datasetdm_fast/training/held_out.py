@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from datasetdm_fast.data import Annotation
+from datasetdm_fast.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.labels.pictures import _masks, _painted, _skeletons, depth_picture
 from datasetdm_fast.metrics import METRICS
-from datasetdm_fast.models.decoders import Decoder, fold
 from datasetdm_fast.readers import Labelled
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.named import held_to

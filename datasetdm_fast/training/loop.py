@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.decoders.checkpoint import Decoder, DecoderConfig, build_decoder
+from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.kernels import rearranged
-from datasetdm_fast.models.decoders import Decoder, DecoderConfig, build_decoder
-from datasetdm_fast.models.trunk import SpectralConv2d
 from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training import losses
 from datasetdm_fast.training.cache import Layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from datasetdm_fast.models.decoder_config import DecoderConfig
+from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.readers import Source
 from datasetdm_fast.stages import Level
 from datasetdm_fast.training.loop import Schedule

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.models.decoder_config import DecoderConfig
-from datasetdm_fast.models.segmentation import MASKS
-from datasetdm_fast.models.trunk import Decoder, Upscale, wide_mixes
+from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.decoders.layers import MASKS, Upscale
+from datasetdm_fast.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.stages import FACTOR
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.readers.labelled import IGNORED
+from datasetdm_fast.truth.labelled import IGNORED
 
 if TYPE_CHECKING:
     from PIL import Image

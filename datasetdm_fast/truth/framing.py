@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.readers.labelled import IGNORED, Labelled, Picture
+from datasetdm_fast.truth.labelled import IGNORED, Labelled, Picture
 
 UPSTREAM_SIDE = 512
 PERSON_MARGIN = 1.25  # of the longer side of a person's box

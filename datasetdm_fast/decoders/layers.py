@@ -1,24 +1,18 @@
-"""The trunk of every P-Decoder: project each captured level, then mix them from low to highest.
-
-Parameter names are those of DatasetDM's checkpoints, so that these load as they are.
-"""
+"""Layers that several decoders share."""
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.image_norm import EPS
-from datasetdm_fast.models.decoder_config import DecoderConfig
 from datasetdm_fast.models.layers import pointwise
-from datasetdm_fast.stages import LEVELS
+
+MASKS = 160 / 64  # side of the masks over the same
 
 SPECTRAL_EPS = 1e-4
 MOMENTUM = 0.1
@@ -105,77 +99,3 @@ class Upscale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pointwise(x, self.reduce.weight, self.reduce.bias)
         return resize(x, x.shape[-1] * self.times) + F.pixel_shuffle(self.detail(F.relu(x)), self.times)
-
-
-class Decoder(nn.Module):
-    """A trunk; subclasses add what turns it into labels. `forward(capture, text=None)` returns named tensors."""
-
-    def __init__(self, config: DecoderConfig, ops: SimpleNamespace, mixes: dict[str, tuple[int, int]]):
-        super().__init__()
-        self.config, self.ops = config, ops
-        for level in config.levels:
-            if level.name in mixes or level.name == "low":
-                self.add_module(f"{level.name}_feature_conv", nn.Sequential(nn.Conv2d(level.channels, config.width, 1, bias=False)))
-        for name, (channels_in, channels_out) in mixes.items():
-            self.add_module(f"{name}_feature_mix_conv", SegBlock(channels_in, channels_out, ops, config.normalisation))
-
-    def save_pretrained(self, folder: str | Path, storage: str = "fp32") -> Path:
-        """The folder with `config.json` and `model.safetensors`; see decoders.save_decoder."""
-        from datasetdm_fast.models.decoders import save_decoder
-
-        return save_decoder(self, folder, storage)
-
-    @staticmethod
-    def from_pretrained(folder: str | Path, *, strict: bool = False) -> Decoder:
-        """The decoder of whatever kind a folder holds, for inference; see decoders.load_decoder."""
-        from datasetdm_fast.models.decoders import load_decoder
-
-        return load_decoder(folder, strict=strict)
-
-    def projections(self) -> dict[str, Tensor]:
-        """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads."""
-        return {name: self.get_submodule(f"{name}_feature_conv.0").weight for name in LEVELS if hasattr(self, f"{name}_feature_conv")}
-
-    def project(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
-        """The captured level `name` at `width` channels [B, F, side, side]; a ProjectedCapture must be this decoder's own part."""
-        place = LEVELS.index(name)
-        if isinstance(capture, ProjectedCapture):
-            return resize(capture.sums[place], side)
-        convolution = self.get_submodule(f"{name}_feature_conv.0")
-        return self.ops.pyramid(capture.features[place], capture.maps[place], convolution.weight, side)
-
-    def mix(self, capture: Capture | ProjectedCapture, name: str, below: Tensor, side: int) -> Tensor:
-        """The level `name` joined with the levels below it, at its own resolution."""
-        joined = torch.cat([below, self.project(capture, name, side)], 1)
-        return self.get_submodule(f"{name}_feature_mix_conv")(joined)
-
-    def climb(self, capture: Capture | ProjectedCapture) -> Tensor:
-        """All four levels mixed, at the resolution of the highest."""
-        side = capture.side
-        low = resize(self.project(capture, "low", side // 4), side // 2)
-        mid = resize(self.mix(capture, "mid", low, side // 2), side)
-        return self.mix(capture, "highest", self.mix(capture, "high", mid, side), side)
-
-
-def wide_mixes(width: int) -> dict[str, tuple[int, int]]:
-    """Mixes that keep every channel they are given, as depth and heatmaps have them."""
-    return {name: (count * width, count * width) for name, count in (("mid", 2), ("high", 3), ("highest", 4))}
-
-
-def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
-    """A copy of the decoder that computes with other operations."""
-    copied = copy.deepcopy(decoder)
-    for module in copied.modules():
-        if hasattr(module, "ops"):
-            module.ops = ops
-    return copied
-
-
-def fold(decoder: Decoder) -> Decoder:
-    """The decoder for inference, its spectral norms divided into plain weights as the first image after loading would see them."""
-    decoder.eval()
-    for block in [module for module in decoder.modules() if isinstance(module, SegBlock)]:
-        for name, child in list(block.named_children()):
-            if isinstance(child, SpectralConv2d):
-                setattr(block, name, child.folded())
-    return decoder

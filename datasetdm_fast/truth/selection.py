@@ -1,4 +1,4 @@
-"""Which of a data set's images teach: limits per class, smallest areas, zero-shot and long-tail splits; upstream's values by name."""
+"""Which images of a data set are chosen, and the classes of PASCAL VOC in their order."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import numpy as np
 
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.readers.framing import UPSTREAM_SIDE
-from datasetdm_fast.readers.labelled import Source
-from datasetdm_fast.readers.voc import VOC_CLASSES
+from datasetdm_fast.truth.framing import UPSTREAM_SIDE
+from datasetdm_fast.truth.labelled import Source
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike"),
+    *("person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from datasetdm_fast.readers import framing
-from datasetdm_fast.readers.labelled import IGNORED, Labelled, Picture, Source
+from datasetdm_fast.truth import framing
+from datasetdm_fast.truth.labelled import IGNORED, Labelled, Picture, Source
 
 MOST_SEMANTIC = 255  # classes of an 8-bit label map
 

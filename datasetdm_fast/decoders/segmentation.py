@@ -2,100 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.decoders.layers import MASKS, Upscale
+from datasetdm_fast.decoders.transformer import CrossAttention, FeedForward, MaskEmbedding, SelfAttention, sine_position
+from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.models.decoder_config import DecoderConfig
-from datasetdm_fast.models.trunk import Decoder, Upscale
 
 MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of the highest captured level
-MASKS = 160 / 64  # side of the masks over the same
-TEMPERATURE = 10000.0
-
-
-def sine_position(side: int, channels: int, like: Tensor) -> Tensor:
-    """Sines and cosines of the normalised row, then of the column, of each cell [side * side, channels]."""
-    half = channels // 2
-    place = torch.arange(1, side + 1, dtype=torch.float32, device=like.device) / (side + 1e-6) * 2 * math.pi
-    exponent = 2 * (torch.arange(half, dtype=torch.float32, device=like.device) // 2) / half
-    angles = place[:, None] / TEMPERATURE**exponent
-    waves = torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], 2).flatten(1)  # [side, half]
-    rows, columns = waves[:, None].expand(side, side, half), waves[None].expand(side, side, half)
-    return torch.cat([rows, columns], 2).flatten(0, 1).to(like.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with packed input projections."""
-
-    def __init__(self, width: int, heads: int, ops: SimpleNamespace):
-        super().__init__()
-        self.heads, self.ops = heads, ops
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None) -> Tensor:
-        """The answer [B, N, C] of `keys` and `values` [B, S, C] to `queries` [B, N, C]."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, weight, bias in zip((queries, keys, values), weights, biases)
-        )
-        return self.out_proj(self.ops.masked_attention(q, k, v, blocked).transpose(1, 2).flatten(2))
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
-        super().__init__()
-        self.self_attn = Attention(config.width, config.heads, ops)
-        self.norm = nn.LayerNorm(config.width)
-
-    def forward(self, content: Tensor, position: Tensor) -> Tensor:
-        placed = content + position
-        return self.norm(content + self.self_attn(placed, placed, content))
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
-        super().__init__()
-        self.multihead_attn = Attention(config.width, config.heads, ops)
-        self.norm = nn.LayerNorm(config.width)
-
-    def forward(self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, blocked: Tensor) -> Tensor:
-        return self.norm(content + self.multihead_attn(content + position, memory + memory_position, memory, blocked))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.linear1 = nn.Linear(config.width, config.feed_forward)
-        self.linear2 = nn.Linear(config.feed_forward, config.width)
-        self.norm = nn.LayerNorm(config.width)
-
-    def forward(self, content: Tensor) -> Tensor:
-        return self.norm(content + self.linear2(F.relu(self.linear1(content))))
-
-
-class MaskEmbedding(nn.Module):
-    """Three linear layers with ReLU between, from a query to the mask features' channels."""
-
-    def __init__(self, width: int, mask_dim: int):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, mask_dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
 
 
 class SegmentationDecoder(Decoder):

@@ -10,16 +10,17 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from datasetdm_fast.decoders.config import DecoderConfig, upstream
+from datasetdm_fast.decoders.depth import DepthDecoder
+from datasetdm_fast.decoders.layers import SpectralConv2d
+from datasetdm_fast.decoders.pose import HeatmapDecoder, SimccDecoder
+from datasetdm_fast.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
+from datasetdm_fast.decoders.trunk import Decoder, fold
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, pickles, tensors
 from datasetdm_fast.kernels import reference
-from datasetdm_fast.models.decoder_config import DecoderConfig, upstream
-from datasetdm_fast.models.depth import DepthDecoder
-from datasetdm_fast.models.pose import HeatmapDecoder, SimccDecoder
-from datasetdm_fast.models.segmentation import OpenVocabularyDecoder, SegmentationDecoder
-from datasetdm_fast.models.trunk import Decoder, SpectralConv2d, fold
 from datasetdm_fast.stages import Level
 
 __all__ = ["Decoder", "DecoderConfig", "build_decoder", "check_levels", "fold", "load_decoder", "load_decoders", "load_upstream", "save_decoder", "upstream"]

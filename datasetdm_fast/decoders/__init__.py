@@ -1,0 +1,1 @@
+"""P-Decoders: how they are built, and how they are stored."""

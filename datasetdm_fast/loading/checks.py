@@ -1,0 +1,155 @@
+"""What a model's configuration and weights must satisfy before anything is built from them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, tensors
+from datasetdm_fast.stages import FACTOR
+
+PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+SUPPORTED = "supported are Stable Diffusion 1.x and 2.x text-to-image models, as a diffusers folder or one .safetensors or .ckpt file"
+DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
+LARGEST_NUMBER, MOST_LAYERS, LARGEST_SIDE, MOST_TIMESTEPS = 2**20, 64, 512, 100_000  # of a config: any number, layers, latent cells of a side, steps
+# What is read of a config. Other settings change no network of this kind, and some name code that a library would fetch and run.
+ARCHITECTURE = {
+    "unet": {*inspect.signature(UNet2DConditionModel.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"},
+    "vae": {*inspect.signature(AutoencoderKL.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"},
+    "text_encoder": {
+        *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+        *("hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id"),
+        *("architectures", "model_type"),
+    },
+    "tokenizer": {
+        *("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length", "added_tokens_decoder", "add_prefix_space", "do_lower_case"),
+        *("errors", "clean_up_tokenization_spaces", "tokenizer_class"),
+    },
+}
+
+
+def _check_size(size: int) -> None:
+    if size <= 0 or size % 64:
+        raise Refused(f"size: {size} is not a positive multiple of 64, which the four levels of the model need")
+
+
+def _check_finite(name: str, state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise Refused(f"model: {name}.{key} holds NaN or infinite values, so the weights are damaged", "get the file again and compare its checksum")
+
+
+def _json(path: Path) -> dict:
+    return documents.read_object(path, most=LARGEST_VOCABULARY)
+
+
+def _check_bounds(config: Mapping, source: Path, deep: int = 0) -> None:
+    """Refuse numbers no model of this kind has: modules are built by them before any weight is looked at."""
+    for key, value in config.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        most = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
+        is_list = isinstance(value, (list, tuple)) and len(values) <= 16 and not any(isinstance(inner, (list, dict)) for inner in values)
+        is_possible = all(not isinstance(number, (int, float)) or abs(number) <= most for number in values)
+        if not is_possible or isinstance(value, (list, tuple)) and not is_list:
+            raise Refused(f"model: {source}: the setting {documents.shown(key)} is {documents.shown(value)}, expected numbers of at most {most}")
+
+
+def _check_unet(config: Mapping, source: Path) -> None:
+    """Refuse every UNet whose pyramid is not that of SD 1.x and 2.x, by the first setting that differs."""
+    channels = config.get("in_channels", 4)
+    if channels != 4:
+        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth-to-image model"}.get(channels, "another kind of model")
+        raise Refused(f"model: {source}: the UNet reads {channels} channels, so it is {kind}, {SUPPORTED}")
+    wanted = {
+        "_class_name": "UNet2DConditionModel",
+        "out_channels": 4,
+        "down_block_types": list(DOWN_BLOCKS),
+        "up_block_types": list(UP_BLOCKS),
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "addition_embed_type": None,
+        "class_embed_type": None,
+        "encoder_hid_dim": None,
+        "num_class_embeds": None,
+        "dual_cross_attention": False,
+        "only_cross_attention": False,
+        "attention_type": "default",
+        "cross_attention_norm": None,
+        "resnet_time_scale_shift": "default",
+    }
+    for key, value in wanted.items():
+        found = config.get(key, value)
+        if found != value:
+            raise Refused(f"model: {source}: the UNet's {key} is {found!r} where {value!r} is expected, {SUPPORTED}")
+    depth, layers = config.get("transformer_layers_per_block", 1), config.get("layers_per_block", 2)
+    if depth not in (1, [1] * 4):
+        raise Refused(f"model: {source}: the UNet's transformer_layers_per_block is {depth!r} where 1 is expected, {SUPPORTED}")
+    if not isinstance(layers, int):
+        raise Refused(f"model: {source}: the UNet's layers_per_block is {layers!r} where one number is expected, {SUPPORTED}")
+
+
+def _check_vae(config: Mapping, source: Path) -> None:
+    kind, channels = config.get("_class_name", "AutoencoderKL"), config.get("latent_channels", 4)
+    if kind != "AutoencoderKL" or channels != 4:
+        raise Refused(f"model: {source}: the vae is a {kind} with {channels} latent channels where AutoencoderKL with 4 is expected, {SUPPORTED}")
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if factor != FACTOR:
+        raise Refused(f"model: {source}: the vae makes one latent cell of {factor} x {factor} pixels where {FACTOR} x {FACTOR} is expected, {SUPPORTED}")
+
+
+def _check_scheduler(config: Mapping, source: Path) -> None:
+    forms = {"num_train_timesteps": int, "steps_offset": int, "beta_start": float, "beta_end": float, "set_alpha_to_one": bool, "trained_betas": [float]}
+    documents.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
+    count = config.get("num_train_timesteps", 1000)
+    betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
+    if not 0 < count <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
+        raise Refused(f"model: {source}: the scheduler's steps or betas are out of range, expected 1 to {MOST_TIMESTEPS} steps and betas between 0 and 1")
+    if not 0 <= config.get("steps_offset", 0) < count:
+        raise Refused(f"model: {source}: the scheduler's steps_offset is {config['steps_offset']}, expected 0 to {count - 1}")
+    if "beta_schedule" not in config and config.get("trained_betas") is None:
+        raise Refused(f"model: {source}: the scheduler {config.get('_class_name', '')} has no beta_schedule, so the model is of another kind, {SUPPORTED}")
+
+
+def _check_readable(file: Path) -> None:
+    """Refuse a file that is missing, a pointer left by git-lfs, or cut off."""
+    if not file.is_file():
+        raise Refused(f"model: {file} is listed in its index but missing")
+    try:
+        with file.open("rb") as opened:
+            beginning = opened.read(40)
+    except OSError as error:
+        raise Refused(f"model: {file} cannot be read ({error.strerror})") from error
+    if beginning.startswith(b"version https://git-lfs"):
+        raise Refused(f"model: {file} is a git-lfs pointer, not the weights", "run git lfs pull in that folder")
+    if file.suffix == ".safetensors":
+        tensors.check_safetensors(file)
+
+
+def _first_line(error: Exception) -> str:
+    return documents.plain((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither library's warnings nor progress bars within the block; what matters is checked and said in our own words."""
+    before = [(module, module.get_verbosity()) for module in (diffusers.utils.logging, transformers.utils.logging)]
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    for module, _ in before:
+        module.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, level in before:
+            module.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

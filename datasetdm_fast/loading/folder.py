@@ -1,0 +1,185 @@
+"""Models in the diffusers folder layout."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel
+
+from datasetdm_fast.config import SD_DEFAULTS, Defaults
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents, pickles
+from datasetdm_fast.loading.checks import (
+    ARCHITECTURE,
+    LARGEST_SIDE,
+    PARTS,
+    SUPPORTED,
+    _check_bounds,
+    _check_readable,
+    _check_scheduler,
+    _check_unet,
+    _check_vae,
+    _first_line,
+    _json,
+    _quiet,
+)
+from datasetdm_fast.loading.model import _model
+from datasetdm_fast.loading.provenance import _files, digest, folder_licence
+from datasetdm_fast.loading.tokenizer import _tokenizer
+from datasetdm_fast.stages import FACTOR
+
+if TYPE_CHECKING:
+    from datasetdm_fast.loading.model import Model
+
+
+def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaults | None = None) -> Model:
+    """The model in a diffusers folder; every part, its form and each of its tensors is checked."""
+    with _making_sense(folder):
+        configs = _folder_configs(folder)
+        for part in ("unet", "vae", "text_encoder"):
+            configs[part] = {key: value for key, value in configs[part].items() if key in ARCHITECTURE[part]}
+            _check_bounds(configs[part], folder / part)
+        _check_scheduler(configs["scheduler"], folder)
+        _check_unet(configs["unet"], folder)
+        _check_vae(configs["vae"], folder)
+    weights = {part: _weight_files(folder / part) for part in ("text_encoder", "unet", "vae")}
+    tokenizer = _tokenizer(folder / "tokenizer")
+    text_encoder = _from_folder(CLIPTextModel, folder / "text_encoder", weights["text_encoder"], configs["text_encoder"])
+    unet = _from_folder(UNet2DConditionModel, folder / "unet", weights["unet"], configs["unet"])
+    vae = _from_folder(AutoencoderKL, folder / "vae", weights["vae"], configs["vae"])
+    files = {**{part: found.files for part, found in weights.items()}, "tokenizer": _files(folder / "tokenizer"), "scheduler": _files(folder / "scheduler")}
+    side = unet.config.sample_size
+    if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
+        raise Refused(f"model: {folder}: the UNet's sample_size is {documents.shown(side)}, expected a number up to {LARGEST_SIDE}, {SUPPORTED}")
+    defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    digests, licence = {part: digest(files[part]) for part in PARTS}, folder_licence(folder)
+    return _model(name or str(folder), str(folder.resolve()), tokenizer, text_encoder, unet, vae, configs["scheduler"], defaults, size, digests, licence)
+
+
+# Diffusers folders ------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Weights:
+    files: list[Path]
+    variant: str | None
+    is_safe: bool
+    index: Path  # which tensor lies in which file, where there are several
+
+
+def _folder_configs(folder: Path) -> dict[str, dict]:
+    """The configs of the parts of a folder that looks like a supported pipeline."""
+    if not any(folder.iterdir()):
+        raise Refused(f"model: {folder} is an empty folder, {SUPPORTED}")
+    index = _json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    pipeline = index.get("_class_name", "StableDiffusionPipeline")
+    if (folder / "text_encoder_2").exists() or "text_encoder_2" in index or "XL" in pipeline:
+        raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders), {SUPPORTED}")
+    if list(folder.glob("*lora*.safetensors")) and not (folder / "unet").exists():
+        raise Refused(
+            f"model: {folder} holds a LoRA, which only changes another model, {SUPPORTED}", "merge it into its base model and save that as a diffusers folder"
+        )
+    if not any((folder / part).exists() for part in PARTS):
+        raise Refused(f"model: {folder} has none of the parts {', '.join(PARTS)}, {SUPPORTED}")
+    if not pipeline.startswith("StableDiffusion") or pipeline.startswith("StableDiffusion3"):
+        raise Refused(f"model: {folder} holds a {pipeline}, {SUPPORTED}")
+    names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    for part in PARTS:
+        if not (folder / part / names.get(part, "config.json")).is_file():
+            raise Refused(f"model: {folder} has no {part} ({part}/{names.get(part, 'config.json')} is missing), and every part is needed: {', '.join(PARTS)}")
+    return {part: _json(folder / part / names.get(part, "config.json")) for part in PARTS}
+
+
+@contextmanager
+def _making_sense(source: Path) -> Iterator[None]:
+    """Refuses, within the block, configs whose values have other types than a reader can expect."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise Refused(f"model: {source}: its configs make no sense ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _weight_files(part: Path) -> _Weights:
+    """The weight files of one part, checked to be readable; safetensors before pickles, full precision before fp16."""
+    for stem in ("diffusion_pytorch_model", "pytorch_model", "model"):
+        for extension in ("safetensors", "bin"):
+            for variant in (None, "fp16"):
+                tag = f".{variant}" if variant else ""
+                single, index = part / f"{stem}{tag}.{extension}", part / f"{stem}.{extension}.index{tag}.json"
+                files = [single] if single.is_file() else []
+                if not files and index.is_file():
+                    files = _shards(index)
+                if files:
+                    for file in files:
+                        _check_readable(file)
+                    return _Weights(files, variant, extension == "safetensors", index)
+    raise Refused(f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files an index of split weights names, each beside it."""
+    try:
+        names = sorted(set(_json(index)["weight_map"].values()))
+        return [index.parent / documents.check_inside(name) for name in names]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Refused(f"model: {index} is no index of weight files ({_first_line(error)})") from error
+
+
+def _from_folder(kind: type, folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
+    """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
+    try:
+        with _quiet(), _only_weights(folder, weights, config) as safe:
+            module, info = kind.from_pretrained(
+                safe, torch_dtype=torch.float32, variant=weights.variant, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except (Refused, Missing):
+        raise
+    except Exception as error:  # a config that makes no sense lets the libraries raise nearly anything
+        raise Refused(f"model: {folder} cannot be loaded, its weights do not fit its config.json ({_first_line(error)})") from error
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        raise Refused(f"model: {folder} lacks {len(lacking)} tensors its config.json asks for, the first is {lacking[0]}")
+    return module
+
+
+@contextmanager
+def _only_weights(folder: Path, weights: _Weights, config: Mapping) -> Iterator[Path]:
+    """A folder with the numbers of the architecture and links to safetensors files, so that nothing else of `folder` reaches a library."""
+    with tempfile.TemporaryDirectory() as made:
+        safe = Path(made)
+        safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")
+        for file in weights.files:
+            safe.joinpath(_safe_name(file.name)).symlink_to((file if weights.is_safe else pickles.safe_copy(file)).resolve())
+        if len(weights.files) > 1:
+            table = {name: _safe_name(file) for name, file in _json(weights.index)["weight_map"].items()}
+            safe.joinpath(_safe_name(weights.index.name)).write_text(json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8")
+        yield safe
+
+
+def _safe_name(name: str) -> str:
+    return re.sub(r"^pytorch_model", "model", name).replace(".bin", ".safetensors")
+
+
+def _downloaded(name: str) -> Path:
+    """Local snapshot of a hub repository's pipeline files."""
+    import huggingface_hub
+
+    patterns = ["model_index.json", "README.md", "LICENSE*", *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "txt", "safetensors"))]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        cause, remedy = (
+            f"model: {name} could not be downloaded ({_first_line(error)})",
+            "check the name, the connection and your access, or give a local folder",
+        )
+        raise Missing(cause, remedy) from error

@@ -1,0 +1,140 @@
+"""Models that need no download: the demo model, and seeded random weights in two sizes."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
+from datasetdm_fast.errors import Missing
+from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
+from datasetdm_fast.loading.folder import load_folder
+from datasetdm_fast.loading.model import SD_SCHEDULER, _model
+
+if TYPE_CHECKING:
+    from datasetdm_fast.loading.model import Model
+
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
+
+
+# Seeded presets ---------------------------------------------------------------------------------------------------------------------
+def _fill(module: nn.Module, seed: int) -> nn.Module:
+    """`module` with seeded weights: matrices of unit gain, norms near one, other vectors near zero, so activations stay of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    state = module.state_dict()
+    with torch.no_grad():
+        for key in sorted(state):
+            value = state[key]
+            value.normal_(generator=generator)
+            if value.dim() >= 2:
+                value.div_(math.sqrt(value[0].numel()))
+            else:
+                value.mul_(0.02).add_(1.0 if "norm" in key and key.endswith("weight") else 0.0)
+    return module
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A module built without its own initialisation, which would cost seconds at full size and draw from the global generator."""
+    with torch.device("meta"):
+        module = build()
+    assert not list(module.buffers()), "to_empty would lose what a buffer holds"
+    return _fill(module.to_empty(device="cpu"), seed)
+
+
+def _seeded_text_encoder(config: CLIPTextConfig, seed: int) -> CLIPTextModel:
+    with torch.random.fork_rng(devices=[]):
+        return _fill(CLIPTextModel(config), seed)
+
+
+def _small_tokenizer() -> CLIPTokenizer:
+    """The demo world's byte-pair tokenizer: any text works, words it does not know become pieces of bytes."""
+    from datasetdm_fast.scenes.tokenizer import build_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        return build_tokenizer(Path(folder))
+
+
+def _load_demo(size: int) -> Model:
+    if not DEMO.is_dir():
+        raise Missing(
+            f"model: the demo model is not there, {DEMO} does not exist",
+            f"train it: python -m datasetdm_fast.demo.train --out {DEMO}; or name another with --model",
+        )
+    return load_folder(DEMO, size=size, name="demo", defaults=DEMO_DEFAULTS)
+
+
+def _load_tiny(size: int) -> Model:
+    """SD 1.x in form, small enough for tests: 28 features and 16 maps, 128 x 128 pixels, seeded random weights."""
+    tokenizer = _small_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = {
+        "sample_size": 16,
+        "block_out_channels": (32, 32, 64, 64),
+        "attention_head_dim": 2,  # diffusers' name for the number of heads
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+    }
+    vae = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (8, 16, 16, 16),
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": 128,
+    }
+    return _preset("tiny", tokenizer, text, unet, vae, Defaults(128, 4, SD_DEFAULTS.guidance), size, seed=1)
+
+
+def _load_random_sd14(size: int) -> Model:
+    """Stable Diffusion 1.4 at full size with seeded random weights: about 4.3 GB in fp32.
+
+    CLIP's vocabulary is not shipped with this package, so the tokenizer is the demo world's; its ids lie within CLIP's 49408.
+    """
+    text = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=1,
+    )
+    unet = {"sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768}
+    vae = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 512,
+    }
+    return _preset("random-sd14", _small_tokenizer(), text, unet, vae, SD_DEFAULTS, size, seed=14)
+
+
+def _preset(name: str, tokenizer, text: CLIPTextConfig, unet: dict, vae: dict, defaults: Defaults, size: int, seed: int) -> Model:
+    text_encoder = _seeded_text_encoder(text, seed)
+    unet_module = _seeded(lambda: UNet2DConditionModel(down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, layers_per_block=2, **unet), seed + 1)
+    vae_module = _seeded(lambda: AutoencoderKL(**vae), seed + 2)
+    digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(("text_encoder", "unet", "vae"))}
+    return _model(name, f"preset {name}", tokenizer, text_encoder, unet_module, vae_module, SD_SCHEDULER, defaults, size, digests, SEEDED_LICENCE)

@@ -1,0 +1,190 @@
+"""Models in one .safetensors or .ckpt file, in the original Stable Diffusion layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors
+import safetensors.torch
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from datasetdm_fast.config import SD_DEFAULTS, Defaults
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import pickles
+from datasetdm_fast.loading.checks import DOWN_BLOCKS, SUPPORTED, UP_BLOCKS, _check_readable, _check_unet, _check_vae
+from datasetdm_fast.loading.model import SD_SCHEDULER, _model
+from datasetdm_fast.loading.provenance import UNKNOWN_LICENCE, digest
+from datasetdm_fast.loading.tokenizer import _tokenizer_beside
+from datasetdm_fast.stages import FACTOR
+
+if TYPE_CHECKING:
+    from datasetdm_fast.loading.model import Model
+
+
+def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Model:
+    """The model in one file of the original latent-diffusion layout.
+
+    Such a file holds no vocabulary: it is read from a `tokenizer` folder beside the file, or from the local hub cache.
+    """
+    state, licence = _read_single_file(path)
+    _check_layout(state, path)
+    unet_config, vae_config, text_config, is_second = _unet_config(state, path), _vae_config(state, path), *_text_config(state, path)
+    tokenizer = _tokenizer_beside(path, is_second, allow_download)
+    unet = _filled(lambda: UNet2DConditionModel(**unet_config), single_file_utils.convert_ldm_unet_checkpoint(state, unet_config), f"{path}: unet")
+    vae = _filled(lambda: AutoencoderKL(**vae_config), single_file_utils.convert_ldm_vae_checkpoint(state, vae_config), f"{path}: vae")
+    text_encoder = CLIPTextModel(text_config)
+    convert = single_file_utils.convert_open_clip_checkpoint if is_second else lambda _, state: single_file_utils.convert_ldm_clip_checkpoint(state)
+    converted = {key.removeprefix("text_model."): value for key, value in convert(text_encoder, state).items()}
+    known = text_encoder.state_dict()
+    text_encoder = _filled(lambda: text_encoder, {key: value for key, value in converted.items() if key in known}, f"{path}: text_encoder")
+    scheduler = dict(SD_SCHEDULER)
+    if is_second and not predicts_noise(unet):
+        scheduler["prediction_type"] = "v_prediction"
+        unet.register_to_config(sample_size=96)
+    defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    return _model(str(path), str(path.resolve()), tokenizer, text_encoder, unet, vae, scheduler, defaults, size, {"file": digest([path])}, licence)
+
+
+# Single files -----------------------------------------------------------------------------------------------------------------------
+UNET, VAE, CLIP, OPEN_CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
+
+
+def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a single-file checkpoint and its licence; of a pickle, those of the safetensors copy another process made."""
+    if path.suffix == ".safetensors":
+        _check_readable(path)
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get("modelspec.license", UNKNOWN_LICENCE)
+    if path.suffix != ".ckpt":
+        raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file, {SUPPORTED}")
+    _check_readable(path)
+    return safetensors.torch.load_file(pickles.safe_copy(path)), UNKNOWN_LICENCE
+
+
+def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
+    """Say what a file is that is not an SD 1.x or 2.x checkpoint in the original layout."""
+    signs = {
+        "a LoRA, which only changes another model": ("lora_", ".lora.", "hada_", "lokr_"),
+        "an SDXL model (two text encoders)": ("conditioner.embedders.",),
+        "a ControlNet": ("control_model.", "controlnet_"),
+        "an SD 3 model": ("joint_blocks.",),
+        "a Flux model": ("double_blocks.",),
+    }
+    for kind, marks in signs.items():
+        if any(mark in key for key in state for mark in marks):
+            raise Refused(f"model: {path} holds {kind}, {SUPPORTED}")
+    for part, prefixes in (("unet", (UNET,)), ("vae", (VAE,)), ("text_encoder", (CLIP, OPEN_CLIP))):
+        if not any(key.startswith(prefixes) for key in state):
+            found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"
+            raise Refused(f"model: {path} has no {part} ({found}), and a single file must hold unet, vae and text encoder in the original layout; {SUPPORTED}")
+
+
+def _shape(state: Mapping[str, Tensor], key: str, path: Path) -> torch.Size:
+    if key not in state:
+        raise Refused(f"model: {path} lacks the tensor {key}, which every Stable Diffusion 1.x and 2.x checkpoint has")
+    return state[key].shape
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many numbers occur at the group of `pattern` among the keys."""
+    return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+
+def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
+    """The UNet's diffusers config, read off the shapes."""
+    blocks = _count(state, rf"{re.escape(UNET)}input_blocks\.(\d+)\.")
+    layers = blocks // 4 - 1
+    widths = [_shape(state, f"{UNET}input_blocks.{depth * (layers + 1) + 1}.0.out_layers.3.weight", path)[0] for depth in range(4)]
+    is_linear = len(_shape(state, f"{UNET}input_blocks.1.1.proj_in.weight", path)) == 2
+    config = {
+        "sample_size": 64,
+        "in_channels": _shape(state, f"{UNET}input_blocks.0.0.weight", path)[1],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "down_block_types": list(DOWN_BLOCKS),
+        "up_block_types": list(UP_BLOCKS),
+        "cross_attention_dim": _shape(state, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", path)[1],
+        # Head counts leave no trace in the shapes: SD 1.x has 8 everywhere, SD 2.x heads of 64 channels.
+        "attention_head_dim": [width // 64 for width in widths] if is_linear else 8,
+        "use_linear_projection": is_linear,
+    }
+    _check_unet(config, path)
+    return config
+
+
+def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict:
+    """The autoencoder's diffusers config, read off the shapes."""
+    count = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
+    config = {
+        "block_out_channels": tuple(_shape(state, f"{VAE}encoder.down.{level}.block.0.conv1.weight", path)[0] for level in range(count)),
+        "down_block_types": ("DownEncoderBlock2D",) * count,
+        "up_block_types": ("UpDecoderBlock2D",) * count,
+        "layers_per_block": _count(state, rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
+        "latent_channels": _shape(state, f"{VAE}post_quant_conv.weight", path)[0],
+        "sample_size": 512,
+        "scaling_factor": 0.18215,
+    }
+    _check_vae(config, path)
+    return config
+
+
+def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfig, bool]:
+    """The text encoder's config, read off the shapes, and whether it is SD 2.x's, which stops before the last layer."""
+    is_second = any(key.startswith(OPEN_CLIP) for key in state)
+    prefix = OPEN_CLIP if is_second else CLIP + ("text_model." if any(key.startswith(CLIP + "text_model.") for key in state) else "")
+    names = (
+        ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight", r"transformer\.resblocks\.(\d+)\.")
+        if is_second
+        else ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight", r"encoder\.layers\.(\d+)\.")
+    )
+    vocabulary, width = _shape(state, prefix + names[0], path)
+    count = _count(state, re.escape(prefix) + names[3])
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=_shape(state, prefix + names[2], path)[0],
+        num_hidden_layers=count - 1 if is_second else count,
+        num_attention_heads=max(width // 64, 1),
+        max_position_embeddings=_shape(state, prefix + names[1], path)[0],
+        hidden_act="gelu" if is_second else "quick_gelu",
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=0 if is_second else 1,
+    )
+    return config, is_second
+
+
+def _filled(build: Callable[[], nn.Module], state: Mapping[str, Tensor], name: str) -> nn.Module:
+    """The built module with converted weights, refused where a tensor is missing, unknown or of another shape."""
+    module = build()
+    wanted = module.state_dict()
+    for key, value in wanted.items():
+        if key not in state:
+            raise Refused(f"model: {name} lacks the tensor {key}")
+        if state[key].shape != value.shape:
+            raise Refused(f"model: {name}.{key} has the shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected")
+    extra = sorted(set(state) - set(wanted))
+    if extra:
+        raise Refused(f"model: {name} has {len(extra)} tensors that Stable Diffusion 1.x and 2.x do not have, the first is {extra[0]}")
+    module.load_state_dict(dict(state))
+    return module
+
+
+@torch.inference_mode()
+def predicts_noise(unet: UNet2DConditionModel) -> bool:
+    """Whether a trained UNet predicts noise rather than velocity, which no file of SD 2.x says.
+
+    At the last timestep a sample is nearly pure noise, so a noise predictor returns nearly its input and a velocity predictor does not.
+    """
+    unet.eval()
+    noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
+    output = unet(noise, 999, torch.zeros(1, 77, unet.config.cross_attention_dim)).sample
+    return float(torch.corrcoef(torch.stack([noise.flatten(), output.flatten()]))[0, 1]) > 0.5

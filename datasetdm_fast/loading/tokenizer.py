@@ -1,0 +1,67 @@
+"""Tokenizers, of which only the vocabulary is read."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.loading.checks import ARCHITECTURE, LARGEST_VOCABULARY, _first_line, _json, _quiet
+
+BYTES = 256  # entries every byte-level vocabulary starts with
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARY = "openai/clip-vit-large-patch14"  # the tokenizer of every SD 1.x and 2.x model
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    if not (folder / "tokenizer.json").is_file() and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        raise Refused(f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json")
+    try:
+        with _quiet(), _only_vocabulary(folder) as safe:
+            tokenizer = CLIPTokenizer.from_pretrained(safe, local_files_only=True)
+    except (Refused, Missing, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library panics with an error that is no Exception
+        raise Refused(f"model: {folder} cannot be read as a CLIP tokenizer ({_first_line(error)})") from error
+    if len(tokenizer) < BYTES:
+        raise Refused(f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes every CLIP vocabulary starts with")
+    return tokenizer
+
+
+@contextmanager
+def _only_vocabulary(folder: Path) -> Iterator[Path]:
+    """A folder with the words and marks of a tokenizer, and nothing else of `folder`."""
+    settings = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    with tempfile.TemporaryDirectory() as made:
+        safe = Path(made)
+        kept = {key: value for key, value in settings.items() if key in ARCHITECTURE["tokenizer"]}
+        safe.joinpath("tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
+        for name in VOCABULARY_FILES:
+            if (folder / name).is_file():
+                safe.joinpath(name).write_bytes(storage.read(folder / name, LARGEST_VOCABULARY))
+        yield safe
+
+
+def _tokenizer_beside(path: Path, is_second: bool, allow_download: bool) -> CLIPTokenizer:
+    beside = path.parent / "tokenizer"
+    if beside.is_dir():
+        return _tokenizer(beside)
+    try:
+        with _quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(VOCABULARY, local_files_only=not allow_download)
+    except (OSError, ValueError):
+        tokenizer = ()
+    if len(tokenizer) < BYTES:  # without files transformers hands back a tokenizer of two entries
+        raise Missing(
+            f"model: {path} holds no vocabulary, and neither {beside} nor the local hub cache has one",
+            f"put vocab.json and merges.txt of {VOCABULARY} into {beside}, or add --allow-download",
+        )
+    if is_second:
+        tokenizer.pad_token = "!"  # SD 2.x pads with id 0
+    return tokenizer

@@ -1,0 +1,1 @@
+"""A labelled image at any size: selected, decoded, framed."""
