@@ -31,7 +31,7 @@ class GpuConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, GpuConfig, PROG, __doc__)
     check_numbers(minutes=config.minutes, steps=config.steps, seconds=config.seconds)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.flags import parse
 
 SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "120": 99 * 1024}  # bytes a block may have, by compute capability
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}

@@ -31,7 +31,7 @@ class ReportConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, ReportConfig, PROG, __doc__)
     stale = [path for path, text in wanted(ROOT).items() if not path.exists() or path.read_text(encoding="utf-8") != text]

@@ -40,7 +40,7 @@ class BenchConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, BenchConfig, PROG, __doc__)
     check_numbers(steps=config.steps, seconds=config.seconds, threads=config.threads)
@@ -84,7 +84,7 @@ def check_numbers(**values: float) -> None:
 
 
 def chosen(flag: str, asked: Sequence[str], known: Sequence[str], usual: Sequence[str]) -> tuple[str, ...]:
-    from datasetdm_fast.flags import nearest
+    from datasetdm_fast.command_line.flags import nearest
 
     for name in asked:
         if name not in known:

@@ -26,7 +26,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.driver import Recipe
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.overlap import Writing
-from datasetdm_fast.run_folder import RunFolder
+from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.scenes import world
 from datasetdm_fast.stages import FACTOR
 from tests.stub_engine import StubEngine

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from datasetdm_fast import __version__
+from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.flags import nearest, run_command
 
 # name -> (module with main(arguments) -> exit code, what it does)
 COMMANDS = {

@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from datasetdm_fast import __version__, driver, store
+from datasetdm_fast import __version__, driver
+from datasetdm_fast.command_line.ending import report
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.driver import Result
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.flags import report
 from datasetdm_fast.job import Job, adopt, check_room, compose, count_images, count_rows
 from datasetdm_fast.leases import MOST_FAILURES
-from datasetdm_fast.ledger import Row
 from datasetdm_fast.prompts import Source, read_source
 from datasetdm_fast.ranks import MOST_DEATHS, USUAL, Patience, Refusals, cores, look
-from datasetdm_fast.run_folder import RunFolder, clean, read_document, write_samples
+from datasetdm_fast.run_folder import object_store
+from datasetdm_fast.run_folder.document import read_document
+from datasetdm_fast.run_folder.folder import RunFolder, clean, write_samples
+from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.share import BEAT
 
 PORT = 6379  # of a head node, where none is named
@@ -155,7 +157,7 @@ class Worker:
             raise RuntimeError(f"{starts} processes have started, and none has made a batch")
         try:
             self.job = adopt(compose(setup.config, setup.source, setup.document), setup.document)
-            self.publish = store.publisher(setup.config)
+            self.publish = object_store.publisher(setup.config)
         except (Refused, Missing, GateFailed) as stop:
             self._refuse(stop)
             raise
@@ -414,7 +416,7 @@ class Office:
         first: Callable[[], None] | None,
     ):
         self.config, self.source = config, read_source(config)
-        self.store = store.Store(config.store) if config.store else None
+        self.store = object_store.Store(config.store) if config.store else None
         self.describe, self.told, self.made, self.is_stopping, self.patience, self.first = describe, told, made, is_stopping, patience, first
         self.folder: RunFolder | None = None
         self.wanted: set[int] = set()

@@ -74,7 +74,8 @@ except (Missing, Refused) as stop:
 SELF_TEST = """
 import contextlib, io
 from pathlib import Path
-from datasetdm_fast import audit, generate
+from datasetdm_fast import generate
+from datasetdm_fast.run_folder import audit
 line = ["--number", "1", "--steps", "2", "--task", "semantic,instance,depth,pose", "--quiet", "--out", {out!r}]
 told = io.StringIO()
 with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
@@ -267,12 +268,12 @@ def _gigabytes(count: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command: 0 where the self-test passed, 3 where something it needs is missing."""
     try:
-        from datasetdm_fast.flags import run_command
+        from datasetdm_fast.command_line.ending import run_command
     except Exception as error:  # even what every command begins with may be broken
         found = examine()
         asked = sys.argv[1:] if arguments is None else arguments
         print(json.dumps(found) if "--json" in asked else "\n".join(lines(found)))
-        print(f"datasetdm_fast.flags does not load: {type(error).__name__}: {_printable(str(error))}", file=sys.stderr)
+        print(f"datasetdm_fast.command_line.flags does not load: {type(error).__name__}: {_printable(str(error))}", file=sys.stderr)
         print("Install the package anew.", file=sys.stderr)
         return 3
     return run_command(_command, arguments)
@@ -281,8 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(arguments: Sequence[str]) -> int:
     from dataclasses import field, make_dataclass
 
+    from datasetdm_fast.command_line.flags import parse
     from datasetdm_fast.errors import Missing
-    from datasetdm_fast.flags import parse
 
     config_class = make_dataclass("DoctorConfig", [("json", bool, field(default=False, metadata={"help": "everything as one JSON object on stdout"}))])
     config, _ = parse(arguments, config_class, "python -m datasetdm_fast.doctor", __doc__)

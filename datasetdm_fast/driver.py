@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.overlap import Beside, Writing
-from datasetdm_fast.run_folder import RunFolder
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.transfer import to_host
 

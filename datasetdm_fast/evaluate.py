@@ -159,13 +159,13 @@ def _meter(task: str, source, config, unseen: Sequence[str]):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from datasetdm_fast.flags import run_command
+    from datasetdm_fast.command_line.ending import run_command
 
     return run_command(_run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
     config.check()
@@ -271,7 +271,7 @@ def _student(config: EvaluateConfig) -> int:
     import torch
 
     from datasetdm_fast.readers import open_data
-    from datasetdm_fast.run_folder import open_run
+    from datasetdm_fast.run_folder.reader import open_run
     from datasetdm_fast.student_data import SIDE
 
     torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
-from datasetdm_fast import cluster, peers, ranks, store
+from datasetdm_fast import cluster, peers, ranks
+from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.progress import Progress, duration
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.driver import Result, probe, remake, run
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.flags import parse, run_command
 from datasetdm_fast.job import Job, count_images, count_rows, finished, prepare, prepare_remake
-from datasetdm_fast.summary import duration, table
+from datasetdm_fast.run_folder import object_store
+from datasetdm_fast.summary import table
 
 PROG = "python -m datasetdm_fast.generate"
-EVERY = 10.0  # seconds between two lines of progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +36,7 @@ def _generate(arguments: Sequence[str]) -> int:
             raise Refused(f"--{name}: nothing was given after it", f"Drop the flag, or see {PROG} --help.")
     if config.only:
         return _make_again(config, given)
-    store.check(config)
+    object_store.check(config)
     peer = None if config.dry_run else peers.this_peer()
     if peer and config.cluster:
         raise Refused(f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together", "Start it once.")
@@ -48,7 +46,7 @@ def _generate(arguments: Sequence[str]) -> int:
         if peer and peer.rank:
             return 0
         if config.store and not config.dry_run:
-            store.Store(config.store).complete(result.path)
+            object_store.Store(config.store).complete(result.path)
         _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
         return _end(config, result)
     if config.dry_run:
@@ -140,84 +138,6 @@ def _show_plan(job: Job) -> None:
         return
     requests = [{"id": request.id, "seed": request.seed, "prompt": request.prompt, "classes": request.classes} for request in job.plan]
     print(json.dumps({"path": str(job.folder), **job.recipe.facts, "batch_size": job.plan.batch_size, "bytes": job.bytes_needed, "requests": requests}))
-
-
-class Interruption:
-    """Within the block the first SIGINT or SIGTERM is remembered, so that the batch is finished; the second ends the process at once."""
-
-    def __init__(self, is_quiet: bool):
-        self.signal: int | None = None
-        self._is_quiet = is_quiet
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        if not self._is_quiet:
-            os.write(2, b"\nfinishing this batch; once more ends at once\n")
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet; it counts UNet calls, or images where nobody reports the calls."""
-
-    def __init__(self, images: int, is_quiet: bool, batch: int = 1, calls: int = 0):
-        self._images, self._batch, self._calls = images, batch, calls
-        self._made = self._stepped = 0
-        self._is_quiet, self._bar = is_quiet, None
-        self._begin = self._told = time.monotonic()
-        if not is_quiet and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=self._total, unit="call" if calls else "image", desc=self._title, file=sys.stderr)
-
-    @property
-    def _total(self) -> int:
-        return -(-self._images // self._batch) * (self._calls or 1)
-
-    @property
-    def _title(self) -> str:
-        return f"{self._made}/{self._images} images"
-
-    def stepped(self, count: int = 1) -> None:
-        self._stepped += count
-        now = time.monotonic()
-        if self._bar:
-            self._bar.update(count)
-        elif not self._is_quiet and now - self._told >= EVERY:
-            self._told = now
-            left = (now - self._begin) / self._stepped * max(self._total - self._stepped, 0)
-            print(f"{self._title}, {self._stepped / max(self._total, 1):.0%}, about {duration(left)} left", file=sys.stderr, flush=True)
-
-    def made(self, count: int) -> None:
-        self._made += count
-        if self._bar:
-            self._bar.set_description(self._title)
-        if not self._calls:
-            self.stepped(count)
-
-    def tell(self, line: str) -> None:
-        """A line for the screen, above the bar."""
-        if self._bar:
-            self._bar.write(line, file=sys.stderr)
-        elif not self._is_quiet:
-            print(line, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.close()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from datasetdm_fast.data import Batch
 from datasetdm_fast.disk import storage
 from datasetdm_fast.driver import Recipe, Result, result_of
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.ledger import SET_ASIDE, Ledger, Row
-from datasetdm_fast.run_folder import FORMAT, LEDGER, RunFolder, check_same, differences, is_indexed, read_document
+from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, differences, read_document
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.seal import is_indexed
 
 if TYPE_CHECKING:
     from datasetdm_fast.engines import Engine

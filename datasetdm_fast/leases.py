@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast.disk import sqlite, storage
+from datasetdm_fast.disk import sqlite
 
-FILE = "state/leases.sqlite"
 MOST_FAILURES = 3  # deaths of processes that one batch may be the reason of
 _SCHEMA = """
 CREATE TABLE session (last INTEGER NOT NULL);
@@ -51,12 +50,6 @@ class Held:
     batch: int
     owner: str
     helper: str | None
-
-
-def remove(path: Path) -> None:
-    """Nobody may be at work."""
-    for old in (path, path.with_name(path.name + "-journal")):
-        storage.remove(old)
 
 
 class Leases:

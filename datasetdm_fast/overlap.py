@@ -8,12 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.data import Sample, SetAside
-from datasetdm_fast.ledger import Row
+from datasetdm_fast.run_folder.ledger import Row
 
 if TYPE_CHECKING:
     import torch
 
-    from datasetdm_fast.run_folder import RunFolder
+    from datasetdm_fast.run_folder.folder import RunFolder
 
 AHEAD = 2  # batches that wait for their labels; each holds its latents and captures on the GPU
 WRITERS = 2  # threads that encode and write, a batch each

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from datasetdm_fast import leases
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.driver import Result
@@ -19,7 +18,9 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.job import Job, count_images, prepare
 from datasetdm_fast.leases import DIED, Leases, Owner
 from datasetdm_fast.ranks import USUAL, Patience, close, look, share_of_cores, visible_gpus
-from datasetdm_fast.run_folder import LOCK, clean
+from datasetdm_fast.run_folder import seal
+from datasetdm_fast.run_folder.document import LOCK
+from datasetdm_fast.run_folder.folder import clean
 from datasetdm_fast.share import Pulse, Share, join
 
 ENTRY = 60.0  # seconds another process may hold the folder while this one wants to enter
@@ -87,7 +88,7 @@ def run(
     with present(folder):
         job = prepare(config)
         owner = Owner(f"rank {peer.rank} on {socket.gethostname()}, process {os.getpid()}", peer.rank, socket.gethostname(), os.getpid(), born(os.getpid()))
-        with Leases(folder / leases.FILE) as queue, Pulse(queue, owner) as pulse:
+        with Leases(folder / seal.QUEUE) as queue, Pulse(queue, owner) as pulse:
             queue.expect(range(peer.world))
             job, opened = join(job, queue, journal)
             told(job)
@@ -108,7 +109,7 @@ def present(folder: Path) -> Iterator[None]:
             try:
                 with locks.locked(folder / LOCK):
                     clean(folder)
-                    Leases(folder / leases.FILE).close()  # two that made it at once would each have their own
+                    Leases(folder / seal.QUEUE).close()  # two that made it at once would each have their own
             except Refused:
                 pass  # others are there already, or one of them is just looking
             try:

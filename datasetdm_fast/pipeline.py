@@ -13,7 +13,7 @@ from datasetdm_fast import driver, job, prompts
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Capture, DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.run_folder import Run, open_run
+from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.stages import LEVELS
 
 if TYPE_CHECKING:

@@ -16,16 +16,18 @@ from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast import driver, leases
+from datasetdm_fast import driver
+from datasetdm_fast.command_line.ending import report
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.driver import Result
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.flags import report
 from datasetdm_fast.job import Job, count_images, prepare
 from datasetdm_fast.leases import DIED, Leases, Owner
-from datasetdm_fast.ledger import Ledger
-from datasetdm_fast.run_folder import LEDGER, LOCK, RunFolder, clean, read_document
+from datasetdm_fast.run_folder import seal
+from datasetdm_fast.run_folder.document import LEDGER, LOCK, read_document
+from datasetdm_fast.run_folder.folder import RunFolder, clean
+from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.share import Pulse, Share, join
 
 MOST_DEATHS = 5  # in a row, with nothing committed in between, after which a place stays empty
@@ -143,7 +145,7 @@ def run(
     storage.make_folder(folder / "state")
     with locks.locked(folder / LOCK):
         clean(folder)
-        with Leases(folder / leases.FILE) as queue, Crew(config, places, queue, patience, describe, told, count, first) as crew:
+        with Leases(folder / seal.QUEUE) as queue, Crew(config, places, queue, patience, describe, told, count, first) as crew:
             crew.work(is_stopping)
         seconds = time.perf_counter() - begin
         clean(folder)
@@ -356,7 +358,7 @@ def enter(handle: int) -> None:
         setup.first()
     try:
         job = prepare(setup.config)
-        with Leases(job.folder / leases.FILE) as queue, Pulse(queue, setup.owner) as pulse:
+        with Leases(job.folder / seal.QUEUE) as queue, Pulse(queue, setup.owner) as pulse:
             job, folder = join(job, queue)
             with folder:
                 link.send(("ready", setup.describe(job)))

@@ -12,9 +12,10 @@ from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.disk import sqlite
 from datasetdm_fast.job import Job, adopt
 from datasetdm_fast.leases import DIED, MOST_FAILURES, NOT_FINITE, Leases, Owner
-from datasetdm_fast.ledger import Row
 from datasetdm_fast.overlap import Writing
-from datasetdm_fast.run_folder import RunFolder, read_document
+from datasetdm_fast.run_folder.document import read_document
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.ledger import Row
 
 BEAT = 1.0  # seconds between two signs of life
 PAUSE = 0.2  # seconds between two looks for work where there is none

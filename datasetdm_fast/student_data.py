@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.run_folder import StoredSample
+from datasetdm_fast.run_folder.reader import StoredSample
 from datasetdm_fast.truth.labelled import Labelled, Source
 
 SIDE = 64  # pixels of a side of an image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datasetdm_fast.command_line.progress import duration
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.job import Job
 
@@ -23,10 +24,3 @@ def table(job: Job, call: float = 0.0) -> list[str]:
         "run folder": str(job.folder),
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -134,19 +134,19 @@ def taught(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from datasetdm_fast.flags import run_command
+    from datasetdm_fast.command_line.ending import run_command
 
     return run_command(_train, arguments)
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, TrainConfig, PROG, __doc__)
     config.check()
     import torch
 
-    from datasetdm_fast.generate import Interruption
+    from datasetdm_fast.command_line.interruption import Interruption
     from datasetdm_fast.training import course as courses
     from datasetdm_fast.training.ranks import joined, leave
 

@@ -140,13 +140,13 @@ def _gather(collected: dict, distances: dict, batch: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
-    from datasetdm_fast.flags import run_command
+    from datasetdm_fast.command_line.ending import run_command
 
     return run_command(_run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, VerifyConfig, PROG, __doc__)
     if config.number < 1 or config.batch_size < 1:
@@ -211,7 +211,7 @@ def table(verdict: Verdict) -> str:
 
 def record(folder: Path, verdict: Verdict) -> None:
     """Writes the verdict into the run.json of a run folder."""
-    from datasetdm_fast.run_folder import note
+    from datasetdm_fast.run_folder.folder import note
 
     note(folder, "verified", verdict.document())
 

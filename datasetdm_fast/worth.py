@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.run_folder import Run
+from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.truth.labelled import Source
 
 FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}

@@ -43,13 +43,13 @@ class ExportConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command."""
-    from datasetdm_fast.flags import run_command
+    from datasetdm_fast.command_line.ending import run_command
 
     return run_command(_run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
     from datasetdm_fast.job import check_size
 
     config, _ = parse(arguments, ExportConfig, PROG, __doc__)

@@ -362,7 +362,7 @@ def _() -> str:
 
 
 def try_yaml(content: str) -> str:
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
 
     (HERE / "run.yaml").write_text(content)
     return parse(["--config", str(HERE / "run.yaml")])[0].out
@@ -438,14 +438,14 @@ def hostile_run(statement: str) -> Path:
 
 @case("run folder: a path that leads out of it")
 def _() -> str:
-    from datasetdm_fast.run_folder import open_run
+    from datasetdm_fast.run_folder.reader import open_run
 
     return str(open_run(hostile_run("UPDATE samples SET files = replace(files, 'images/', '../../../../../../etc/')"))[0].image)
 
 
 @case("run folder: a table that is a program")
 def _() -> str:
-    from datasetdm_fast.run_folder import open_run
+    from datasetdm_fast.run_folder.reader import open_run
 
     path = hostile_run(
         "ALTER TABLE samples RENAME TO kept; CREATE VIEW samples AS SELECT \"index\", load_extension('/tmp/evil') AS prompt, seed, classes, status, reason, "
@@ -456,7 +456,7 @@ def _() -> str:
 
 @case("run folder: a description with a target")
 def _() -> str:
-    from datasetdm_fast.run_folder import read_document
+    from datasetdm_fast.run_folder.document import read_document
 
     path = hostile_run("")
     document = json.loads((path / "run.json").read_text())

@@ -13,11 +13,15 @@ import pytest
 from rendered import document, write_run
 from rendered import rendered as render
 
-from datasetdm_fast import audit, run_folder
+from datasetdm_fast import audit as command
 from datasetdm_fast.data import Request, SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.ledger import Ledger
+from datasetdm_fast.run_folder import audit
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document
+from datasetdm_fast.run_folder.folder import RunFolder, note
+from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.seal import OWN, SEAL, sealed
 
 DAMAGES = 1000 if os.environ.get("DATASETDM_LONG_TESTS") else 150
 NUMBER = 4
@@ -77,7 +81,7 @@ def test_every_planted_damage_is_found(whole, tmp_path):
         done, hit = damage(path, random.Random(seed))
         found = places(path)
         # A description or ledger that cannot be read hides the rest; otherwise every file that was hit is named.
-        if not found or not (hit <= set(found) or hit & {run_folder.DOCUMENT, run_folder.LEDGER, run_folder.SEAL} & set(found)):
+        if not found or not (hit <= set(found) or hit & {DOCUMENT, LEDGER, SEAL} & set(found)):
             missed.append(f"seed {seed}: {done}: {found}")
         shutil.rmtree(path)
     print(f"{DAMAGES} planted damages, {DAMAGES - len(missed)} found")
@@ -87,7 +91,7 @@ def test_every_planted_damage_is_found(whole, tmp_path):
 @pytest.mark.parametrize("name", ["images/00000001.png", "semantic/00000002.png", "depth/00000003.png"])
 def test_a_damaged_sample_says_how_to_make_it_again(spoilt, capsys, name):
     (spoilt / name).write_bytes((spoilt / name).read_bytes()[:-1])
-    assert audit.main([str(spoilt)]) == 4
+    assert command.main([str(spoilt)]) == 4
     out, err = capsys.readouterr()
     id = Path(name).stem
     assert out.startswith(f"{name}: has ") and out.endswith(f"Make it again: python -m datasetdm_fast.generate --out {spoilt} --only {id}\n")
@@ -95,11 +99,11 @@ def test_a_damaged_sample_says_how_to_make_it_again(spoilt, capsys, name):
 
 
 def test_the_report_as_json(spoilt, capsys):
-    assert audit.main([str(spoilt), "--json"]) == 0
+    assert command.main([str(spoilt), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["findings"] == [] and told["complete"] and told["done"] == NUMBER
     (spoilt / "images/00000000.png").unlink()
-    assert audit.main(["--json", str(spoilt), "--threads", "1"]) == 4
+    assert command.main(["--json", str(spoilt), "--threads", "1"]) == 4
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert finding["place"] == "images/00000000.png" and finding["what"] == "is not there" and finding["remedy"]
 
@@ -112,23 +116,23 @@ def test_index_files_and_pictures_come_back_as_the_remedy_says(spoilt):
     assert places(spoilt) == ["gallery/depth/00000001.png", "gallery/index.html", "samples.jsonl"]
     for name in ("samples.jsonl", "gallery/index.html", "gallery/depth/00000001.png"):
         (spoilt / name).unlink()
-    with run_folder.RunFolder(spoilt, document(NUMBER)) as folder:
+    with RunFolder(spoilt, document(NUMBER)) as folder:
         folder.rebuild()
     assert places(spoilt) == []
     assert before == {file.relative_to(spoilt): file.read_bytes() for file in spoilt.rglob("*") if file.is_file() and "state" not in file.parts}
 
 
 def test_a_run_that_goes_on_is_whole_so_far(tmp_path, capsys):
-    with run_folder.RunFolder(tmp_path / "run", document(3)) as folder:
+    with RunFolder(tmp_path / "run", document(3)) as folder:
         folder.add([render(0), SetAside(Request(1, "a ball", 1), "NaN")], {})
         storage.publish({tmp_path / "run/images/00000002.png": b"of the batch that was killed"})
         assert audit.audit(tmp_path / "run").findings == []  # while it is being written
-    assert audit.main([str(tmp_path / "run")]) == 0
+    assert command.main([str(tmp_path / "run")]) == 0
     assert "whole, 1 of 3 samples (1 still to be made)" in capsys.readouterr().out
 
 
 def edit(path: Path, statement: str) -> None:
-    with sqlite3.connect(path / run_folder.LEDGER) as connection:
+    with sqlite3.connect(path / LEDGER) as connection:
         connection.execute(statement)
     connection.close()
 
@@ -153,28 +157,28 @@ def edit(path: Path, statement: str) -> None:
 )
 def test_a_ledger_changed_by_hand_is_found_without_the_seal(spoilt, statement, what):
     if "num_keypoints" in statement:
-        with Ledger(spoilt / run_folder.LEDGER, read_only=True) as ledger:
+        with Ledger(spoilt / LEDGER, read_only=True) as ledger:
             posed = next(row.request.index for row in ledger.rows() if row.labels["pose"])
         statement = statement.replace('"index" = 3', f'"index" = {posed}')
     edit(spoilt, statement)
-    seal = json.loads((spoilt / run_folder.SEAL).read_text())
+    seal = json.loads((spoilt / SEAL).read_text())
     told = " ".join(finding.what for finding in audit.audit(spoilt).findings)
     assert what in told
-    assert storage.sha256_of(spoilt / run_folder.LEDGER) != seal[run_folder.LEDGER]
-    del seal[run_folder.OWN]
-    (spoilt / run_folder.SEAL).write_bytes(run_folder.sealed({**seal, run_folder.LEDGER: storage.sha256_of(spoilt / run_folder.LEDGER)}))
+    assert storage.sha256_of(spoilt / LEDGER) != seal[LEDGER]
+    del seal[OWN]
+    (spoilt / SEAL).write_bytes(sealed({**seal, LEDGER: storage.sha256_of(spoilt / LEDGER)}))
     assert what in " ".join(finding.what for finding in audit.audit(spoilt).findings)
 
 
 def test_a_prompt_changed_by_hand_is_found_by_the_seal(spoilt):
     edit(spoilt, "UPDATE samples SET prompt = 'another' WHERE \"index\" = 1")
-    assert places(spoilt) == [run_folder.LEDGER]
+    assert places(spoilt) == [LEDGER]
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments in ([], [str(tmp_path)], [str(tmp_path / "none")], [str(tmp_path / "file")], ["\0"], [str(tmp_path), "more"], ["--threads", "-1", "x"]):
-        assert audit.main(arguments) == 2
+        assert command.main(arguments) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 2
     with pytest.raises(Refused):
@@ -182,13 +186,13 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
 
 
 def test_a_seal_changed_by_hand_is_found(spoilt):
-    seal = json.loads((spoilt / run_folder.SEAL).read_text())
-    (spoilt / run_folder.SEAL).write_text(json.dumps(seal))
-    assert places(spoilt) == [run_folder.SEAL]
+    seal = json.loads((spoilt / SEAL).read_text())
+    (spoilt / SEAL).write_text(json.dumps(seal))
+    assert places(spoilt) == [SEAL]
     digest = seal["README.md"]
     seal["README.md"] = digest[:5] + ("0" if digest[5] != "0" else "1") + digest[6:]
-    (spoilt / run_folder.SEAL).write_text(json.dumps(seal, indent=2, sort_keys=True) + "\n")
-    assert places(spoilt) == ["README.md", run_folder.SEAL]
+    (spoilt / SEAL).write_text(json.dumps(seal, indent=2, sort_keys=True) + "\n")
+    assert places(spoilt) == ["README.md", SEAL]
 
 
 def test_a_depth_map_and_its_picture_in_each_other_s_place_are_both_found(spoilt):
@@ -200,8 +204,8 @@ def test_a_depth_map_and_its_picture_in_each_other_s_place_are_both_found(spoilt
 
 
 def test_notes_keep_the_seal(spoilt):
-    run_folder.note(spoilt, "verified", {"agrees": True})
-    assert places(spoilt) == [] and run_folder.read_document(spoilt)["verified"] == {"agrees": True}
+    note(spoilt, "verified", {"agrees": True})
+    assert places(spoilt) == [] and read_document(spoilt)["verified"] == {"agrees": True}
 
 
 def test_the_audit_loads_no_torch(whole):

@@ -18,11 +18,11 @@ from bench import capture, measure, race, results, scale
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
+from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.flags import run_command
 from datasetdm_fast.kernels import compiled
 from datasetdm_fast.models.plain import PLAIN
 from datasetdm_fast.tasks import TASKS

@@ -266,7 +266,7 @@ def test_what_helps_is_outside_its_interval(capsys):
 
 def test_commands_refuse_what_proves_nothing(capsys):
     from bench import __main__ as bench
-    from datasetdm_fast.flags import run_command
+    from datasetdm_fast.command_line.ending import run_command
 
     assert run_command(bench.dispatch, ["claims", "--seeds", "1"]) == 2 and "one student has no spread" in capsys.readouterr().err
     assert run_command(bench.dispatch, ["claims", "--rows", "semantics"]) == 2 and "semantic" in capsys.readouterr().err

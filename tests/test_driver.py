@@ -9,7 +9,7 @@ from datasetdm_fast import driver, job
 from datasetdm_fast.config import TASKS, RunConfig
 from datasetdm_fast.data import Batch, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.run_folder import open_run
+from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
 
 

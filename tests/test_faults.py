@@ -19,10 +19,10 @@ from fault_server import FaultServer
 from power import states
 
 from datasetdm_fast import generate
-from datasetdm_fast.audit import audit
 from datasetdm_fast.disk import sqlite, storage
-from datasetdm_fast.ledger import Ledger
-from datasetdm_fast.run_folder import LEDGER
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.document import LEDGER
+from datasetdm_fast.run_folder.ledger import Ledger
 
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 KILLS = 200 if IS_LONG else 12

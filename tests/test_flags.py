@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast import __version__
+from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.flags import parse, run_command
 
 
 def test_no_flags_give_the_defaults():
@@ -159,7 +160,7 @@ def test_a_bug_leaves_a_report_and_no_traceback_on_the_screen(capsys, tmp_path, 
 
 
 def child(code, **options):
-    lines = f"import os, sys, time\nfrom datasetdm_fast.flags import run_command\n{code}\nsys.exit(run_command(command))"
+    lines = f"import os, sys, time\nfrom datasetdm_fast.command_line.ending import run_command\n{code}\nsys.exit(run_command(command))"
     return subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 

@@ -22,13 +22,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rendered import document, write_run
 
-from datasetdm_fast import audit, flags, generate, run_folder
+from datasetdm_fast import generate
+from datasetdm_fast.command_line import flags
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images, onnx_graph, tensors
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.ledger import Ledger
 from datasetdm_fast.prompts import make_plan, read_source
+from datasetdm_fast.run_folder import audit
+from datasetdm_fast.run_folder.document import LEDGER, read_document
+from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.reader import open_run
 
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 CORPUS = Path(__file__).parent / "corpus"
@@ -55,15 +59,15 @@ def read_settings(path: Path) -> None:
 
 def read_description(path: Path) -> None:
     path.rename(path.with_name("run.json"))
-    run_folder.read_document(path.parent)
+    read_document(path.parent)
 
 
 def read_ledger(path: Path) -> None:
     folder = path.parent / "run"
     (folder / "state").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(document(3, 32)))
-    shutil.copy(path, folder / run_folder.LEDGER)
-    with Ledger(folder / run_folder.LEDGER, read_only=True) as ledger:
+    shutil.copy(path, folder / LEDGER)
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
         list(ledger.rows())
     audit.audit(folder, threads=1)
 
@@ -235,7 +239,7 @@ def test_damaged_files_are_read_or_refused(kind, tmp_path):
     files = [(path.name, path.read_bytes()) for path in seeds(kind)]
     if kind == "ledger":
         write_run(tmp_path / "made", 3, 32)
-        files = [("made.sqlite", (tmp_path / "made" / run_folder.LEDGER).read_bytes())]
+        files = [("made.sqlite", (tmp_path / "made" / LEDGER).read_bytes())]
     before, met = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
 
     @settings(
@@ -344,7 +348,7 @@ def test_hostile_prompts_are_kept_as_they_are(arithmetic, tmp_path, capsys):
     ]
     (tmp_path / "prompts.txt").write_text("\n".join(hostile), encoding="utf-8")
     assert generate.main(["--prompts", "prompts.txt", "--number", str(len(hostile)), "--batch-size", "4", "--quiet", "--out", "run"]) == 0
-    run = run_folder.open_run("run")
+    run = open_run("run")
     assert [sample.prompt for sample in run] == hostile
     assert {path.stem for path in Path("run/images").iterdir()} == {f"{k:08d}" for k in range(len(hostile))}
     lines = [json.loads(line)["prompt"] for line in Path("run/samples.jsonl").read_text(encoding="utf-8").splitlines()]

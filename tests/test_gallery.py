@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from rendered import document, write_run
 
-from datasetdm_fast import gallery
 from datasetdm_fast.data import Request
 from datasetdm_fast.labels import pictures
-from datasetdm_fast.ledger import Row
+from datasetdm_fast.run_folder import gallery
+from datasetdm_fast.run_folder.ledger import Row
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

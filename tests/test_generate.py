@@ -9,7 +9,7 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import generate, job
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.run_folder import open_run
+from datasetdm_fast.run_folder.reader import open_run
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_the_first_signal_finishes_the_batch(engines, tmp_path, capsys, monkeypa
 
 def test_the_second_signal_ends_at_once():
     code = (
-        "import os, signal, time; from datasetdm_fast.generate import Interruption\n"
+        "import os, signal, time; from datasetdm_fast.command_line.interruption import Interruption\n"
         "with Interruption(True):\n    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 130

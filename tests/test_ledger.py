@@ -8,14 +8,16 @@ import pytest
 from PIL import Image
 from rendered import TASKS, document, rendered, write_run
 
-from datasetdm_fast import leases
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.labels import label_files
-from datasetdm_fast.ledger import Ledger, Row
-from datasetdm_fast.run_folder import RunFolder, check_same, open_run, read_document
+from datasetdm_fast.run_folder import seal
+from datasetdm_fast.run_folder.document import check_same, read_document
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
 
 
@@ -298,7 +300,8 @@ def test_a_queue_that_cannot_be_removed_is_refused(tmp_path, monkeypatch):
     def broken(path):
         raise OSError(errno.EIO, "Input/output error")
 
-    (tmp_path / "leases.sqlite").write_bytes(b"")
+    (tmp_path / "state").mkdir()
+    (tmp_path / seal.QUEUE).write_bytes(b"")
     monkeypatch.setattr(os, "unlink", broken)
     with pytest.raises(Missing, match="leases.sqlite: Input/output error"):
-        leases.remove(tmp_path / "leases.sqlite")
+        seal.remove_queue(tmp_path)

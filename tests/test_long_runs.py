@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from fault_server import FaultServer
 
-from datasetdm_fast.audit import audit
-from datasetdm_fast.ledger import Ledger
-from datasetdm_fast.run_folder import LEDGER
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.document import LEDGER
+from datasetdm_fast.run_folder.ledger import Ledger
 
 HERE = Path(__file__).parent
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))

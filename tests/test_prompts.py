@@ -23,7 +23,7 @@ def plan_of(number=5, batch_size=2, seed=0, words=(), **config):
 
 
 def test_layer_needs_no_torch():
-    code = "import sys, datasetdm_fast.prompts, datasetdm_fast.run_folder, datasetdm_fast.ledger, datasetdm_fast.gallery; assert 'torch' not in sys.modules"
+    code = "import sys, datasetdm_fast.prompts, datasetdm_fast.run_folder, datasetdm_fast.run_folder.ledger, datasetdm_fast.run_folder.gallery; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,11 +15,11 @@ import torchless
 import troubled
 
 from datasetdm_fast import driver, job, ranks
-from datasetdm_fast.audit import audit
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.ranks import Patience, Place
-from datasetdm_fast.run_folder import LEDGER
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.summary import table
 
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))

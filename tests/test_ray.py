@@ -18,12 +18,14 @@ import pytest
 import torchless
 from test_ranks import still_running, tree
 
-from datasetdm_fast import cluster, driver, generate, job, run_folder, store
-from datasetdm_fast.audit import audit
+from datasetdm_fast import cluster, driver, generate, job
 from datasetdm_fast.cluster import Desk, address_of, pool_of
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.run_folder import document, object_store, seal
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
 
 SAMPLES, BATCH = 16, 2
 HERE = Path(__file__).parent
@@ -181,7 +183,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     with pytest.raises(Refused, match="its samples are in an object store"):
         audit(tmp_path / "run")
     with pytest.raises(Refused, match="--store not given: the samples of .* are at 'file://"):
-        store.check(config(tmp_path / "run"))
+        object_store.check(config(tmp_path / "run"))
     assert still_running(started) == [], "Ray outlived its driver"
 
 
@@ -283,7 +285,7 @@ class Directly(cluster.Worker):
 
     def __init__(self, made: job.Job, desk: Desk, out: Path, place: str = "here", places: int = 1):
         self.place, self.places = place, places
-        self.job, self.own, self.publish = made, desk, run_folder.into(out)
+        self.job, self.own, self.publish = made, desk, into(out)
         self.desk = type("Remote", (), {name: type("Method", (), {"remote": staticmethod(getattr(desk, name))}) for name in ("end", "beat")})
         self.beaten = 0.0
 
@@ -348,27 +350,27 @@ def test_a_worker_that_is_told_to_stop_begins_nothing_more(made, tmp_path):
 def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):
     for url, told in (("memory://run", "every process has a memory of its own"), ("nothing://run", "Protocol not known")):
         with pytest.raises(Refused, match=told):
-            store.Store(url)
+            object_store.Store(url)
     with pytest.raises(Refused, match="only the workers of a cluster write there"):
-        store.check(config(tmp_path / "run", store="s3://bucket/run"))
+        object_store.check(config(tmp_path / "run", store="s3://bucket/run"))
 
 
 def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, tmp_path):
     """In memory, which is what fsspec offers for it: the same calls as for any bucket."""
     import fsspec
 
-    monkeypatch.setattr(store.Store, "_protocols", ("bucket",))
-    bucket = store.Store("memory://bucket/run")
-    rows = run_folder.write_samples([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {}, "png", bucket.publish)
+    monkeypatch.setattr(object_store.Store, "_protocols", ("bucket",))
+    bucket = object_store.Store("memory://bucket/run")
+    rows = write_samples([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {}, "png", bucket.publish)
     there = fsspec.filesystem("memory")
     for name, stored in rows[0].files.values():
         assert len(there.cat_file(f"/bucket/run/{name}")) == stored.size
     assert there.exists("/bucket/run/gallery/depth/00000000.png") and bucket.read("images/none.png") is None
-    with run_folder.RunFolder(made.folder, made.document) as folder:
+    with RunFolder(made.folder, made.document) as folder:
         folder.add([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {})
         folder.rebuild()
     bucket.complete(made.folder)
-    for name in (run_folder.DOCUMENT, run_folder.LEDGER, run_folder.SEAL, *run_folder.index_files(made.document)):
+    for name in (document.DOCUMENT, document.LEDGER, seal.SEAL, *seal.index_files(made.document)):
         assert bucket.read(name) == (made.folder / name).read_bytes(), name
     monkeypatch.setattr(type(there), "size", lambda self, path: 1)
     with pytest.raises(Missing, match="not all of it is there"):

@@ -35,7 +35,7 @@ class ClaimsConfig:
 
 def main(arguments: Sequence[str]) -> int:
     from bench.run import chosen, prepare
-    from datasetdm_fast.flags import parse
+    from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, ClaimsConfig, PROG, __doc__)
     if config.seeds and config.seeds < 2:

@@ -12,7 +12,7 @@ import torch
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.readers.demo import DemoWorld
-from datasetdm_fast.run_folder import Run, StoredSample, open_run
+from datasetdm_fast.run_folder.reader import Run, StoredSample, open_run
 from datasetdm_fast.scenes import world
 from datasetdm_fast.student_data import Lessons, Vocabulary
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from datasetdm_fast import open_run
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.pictures import borders, depth_png
-from datasetdm_fast.run_folder import StoredSample
+from datasetdm_fast.run_folder.reader import StoredSample
 
 GAP, PAPER, INK = 10, (250, 249, 246), (60, 58, 54)
 

@@ -7,14 +7,10 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign.documents import DEEPEST, GET_AGAIN, LONGEST_NAME, check_inside, shown
-
-if TYPE_CHECKING:
-    pass
 
 LARGEST_ONNX = 2**31 - 1  # bytes of the graph itself, protobuf's own limit
 MOST_NODES = 2_000_000  # messages of one ONNX graph

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign.documents import GET_AGAIN, LONGEST_NAME, parse_json, shown
-
-if TYPE_CHECKING:
-    pass
 
 LARGEST_HEADER = 16 * 2**20  # bytes of a safetensors header
 MOST_TENSORS = 20_000

@@ -14,7 +14,9 @@ from datasetdm_fast.disk.storage import Stored
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import label_files, pictures
-from datasetdm_fast.run_folder import DOCUMENT, ELSEWHERE, LEDGER, LOCK, SEAL, Publish, index_files, into, read_document
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
+from datasetdm_fast.run_folder.folder import Publish, into
+from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, index_files
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL

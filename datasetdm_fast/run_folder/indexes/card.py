@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasetdm_fast.ledger import SET_ASIDE, Ledger
+from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 
 CONTENTS = {
     "semantic": "`semantic/ID.png`: class numbers as palette PNG, 255 = ignore; `confidence/ID.png`: 0..255",

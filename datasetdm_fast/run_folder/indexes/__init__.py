@@ -1,6 +1,8 @@
 """Data sets out, one writer a file; the index files of a run folder, each rebuilt from the ledger alone."""
 
-from datasetdm_fast.writers import card, coco, samples
+from __future__ import annotations
+
+from datasetdm_fast.run_folder.indexes import card, coco, samples
 
 # name -> (the task it needs, "" = always; chunks of its bytes from run.json and the ledger)
 INDEXES = {

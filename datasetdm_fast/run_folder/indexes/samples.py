@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasetdm_fast.ledger import Ledger, canonical
+from datasetdm_fast.run_folder.ledger import Ledger, canonical
 
 
 def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:

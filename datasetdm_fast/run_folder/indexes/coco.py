@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from datasetdm_fast.ledger import Ledger, Row, canonical
+from datasetdm_fast.run_folder.ledger import Ledger, Row, canonical
 
 
 def instances(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.label_files import colour_numbers, read_image
 from datasetdm_fast.labels.pictures import depth_png, outline
-from datasetdm_fast.ledger import Ledger, Row
+from datasetdm_fast.run_folder.ledger import Ledger, Row
 
 PAGE = "gallery/index.html"
 TEMPLATE = Path(__file__).with_name("gallery.html")

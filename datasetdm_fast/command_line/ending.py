@@ -1,0 +1,75 @@
+"""How a command ends: exit codes, messages in two lines, a report for our own bugs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import select
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from datasetdm_fast import __version__
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.foreign import documents
+
+
+def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
+    """The exit code of command(arguments), sys.argv by default: 0 done, 2, 3, 4 as errors.py says, 130 and 143 for signals, 1 for a bug of ours."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop_on_sigterm) if is_main_thread else None
+    try:
+        code = command(sys.argv[1:] if arguments is None else arguments) or 0
+        sys.stdout.flush()  # here, so that a reader that has gone away is met inside this try
+        return code
+    except (Refused, Missing, GateFailed) as stop:
+        for line in (stop.cause, stop.remedy):
+            if line:
+                print(documents.plain(line), file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:  # --help, --version, SIGTERM
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BrokenPipeError as error:
+        return 141 if _reader_is_gone() else report(error)
+    except Exception as error:
+        return report(error)
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop_on_sigterm(*_: object) -> NoReturn:
+    sys.exit(143)
+
+
+def _reader_is_gone() -> bool:
+    """Whether the broken pipe was our own standard output; if so it is pointed elsewhere, so that the interpreter's last flush stays quiet."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported
+    except (OSError, ValueError):  # closed, or not a file at all
+        return False
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def report(error: Exception) -> int:
+    """Exit code 1, once what led to the error is in a file that the user can send us."""
+    summary = f"datasetdm-fast: unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    facts = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}\ncommand: {sys.argv}\n\n"
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="datasetdm-fast-", suffix=".txt", delete=False) as report:
+            report.write(facts + "".join(traceback.format_exception(error)))
+    except OSError:
+        traceback.print_exception(error)
+        return 1
+    print(f"{summary}; this is a bug of ours, the report is {report.name}", file=sys.stderr)
+    return 1

@@ -1,0 +1,34 @@
+"""Ctrl-C and SIGTERM, turned into a flag that work looks at between batches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interruption:
+    """Within the block the first SIGINT or SIGTERM is remembered, so that the batch is finished; the second ends the process at once."""
+
+    def __init__(self, is_quiet: bool):
+        self.signal: int | None = None
+        self._is_quiet = is_quiet
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        if not self._is_quiet:
+            os.write(2, b"\nfinishing this batch; once more ends at once\n")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""The run folder: written once, never torn, rebuilt from its ledger."""

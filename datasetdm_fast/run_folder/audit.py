@@ -1,0 +1,340 @@
+"""Whether every file of a run folder is what its ledger says, and what is damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.labels import label_files, mask_rle, pictures
+from datasetdm_fast.run_folder import gallery, seal
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, check_document, differences, read_document
+from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+
+FILES = {"semantic": ("semantic", "confidence"), "depth": ("depth",), "open-vocabulary": ("open_vocabulary",)}  # task -> roles of its files
+FOLDERS = ("images", "semantic", "confidence", "depth", "open_vocabulary", "gallery/depth", "state")  # whose every file is ours
+ROUNDING = 0.0015  # of what the ledger rounds to three digits, and of a difference of two such numbers
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it was written."""
+
+    place: str  # path inside the run folder
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit saw."""
+
+    path: str
+    number: int  # samples of the plan
+    done: int
+    set_aside: int
+    files: int
+    bytes: int
+    findings: list[Finding]
+
+    @property
+    def is_complete(self) -> bool:
+        return self.done + self.set_aside >= self.number
+
+
+def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = lambda done, number: None) -> Report:
+    """The report on a run folder, finished or not; nothing in it is changed. `seen` hears how many of how many samples were checked."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Refused(f"{documents.shown(str(folder))}: no such folder", "Name a folder that generate has written.")
+    if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
+        raise Refused(f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is no run folder", "Name a folder that generate has written.")
+    if (folder / seal.ELSEWHERE).exists():
+        raise Refused(f"{folder}: its samples are in an object store", f"Copy them here, then audit the copy; {seal.ELSEWHERE} says where they are.")
+    findings: list[Finding] = []
+    document = _document(folder, findings)
+    if document and not any((folder / name).exists() for name in (LEDGER, seal.SEAL)):
+        return Report(str(folder), document["plan"]["number"], 0, 0, 0, 0, findings)  # killed before its first sample
+    try:
+        ledger = Ledger(folder / LEDGER, read_only=True)
+    except (Refused, Missing) as error:
+        findings.append(Finding(LEDGER, _told_of(error, folder, LEDGER), _restore(folder)))
+        return Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
+    with ledger:
+        try:
+            return _audit(folder, document, ledger, findings, threads or os.cpu_count() or 1, seen)
+        except Refused as error:  # a page of the ledger that only reading it shows to be damaged
+            findings.append(Finding(LEDGER, _told_of(error, folder, LEDGER), _restore(folder)))
+            return Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
+
+
+def _audit(folder: Path, document: dict[str, Any] | None, ledger: Ledger, findings: list[Finding], threads: int, seen: Callable[[int, int], None]) -> Report:
+    findings += [Finding(LEDGER, f"SQLite finds {line}", _restore(folder)) for line in ledger.damage()]
+    noted = _noted(folder, ledger, findings)
+    if document is None:
+        document = noted
+    if document is None:
+        return Report(str(folder), 0, ledger.count(), ledger.count(SET_ASIDE), 0, 0, findings)
+    findings += [
+        Finding(DOCUMENT, f"{line.replace(' asked for', ' in the ledger')}", "Restore run.json from a copy.")
+        for part in noted or {}
+        for line in differences(document.get(part), noted[part], part)
+    ]
+    is_indexed = ledger.noted("indexed") is not None
+    findings += _check_seal(folder)
+    known: set[str] = set()
+    files = total = 0
+    done, aside = ledger.count(), ledger.indices(SET_ASIDE)
+    number = document["plan"]["number"]
+    findings += [_beyond(folder, index, number) for index in aside if not 0 <= index < number]
+    checked = _checked(folder, document, ledger.rows(), is_indexed, threads)
+    for k, (row, found, read) in enumerate(checked, 1):
+        findings += found
+        known |= {path for path, _ in row.files.values()} | {gallery.depth_name(row)}
+        files, total = files + len(row.files), total + read
+        seen(k, done)
+    findings += _check_strangers(folder, known)
+    return Report(str(folder), number, done, len(aside), files, total, findings)
+
+
+def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
+    try:
+        document = read_document(folder)
+        what = "is not there"
+    except (Refused, Missing) as error:
+        document, what = None, _told_of(error, folder, DOCUMENT)
+    if document is None:
+        findings.append(Finding(DOCUMENT, what, "Restore run.json from a copy; the ledger holds its content under notes."))
+    return document
+
+
+def _noted(folder: Path, ledger: Ledger, findings: list[Finding]) -> dict[str, Any] | None:
+    """The content of run.json as the ledger remembers it."""
+    text = ledger.noted("run")
+    if text is None:  # killed before its first sample
+        return None
+    try:
+        document = documents.parse_json(text, "its note of run.json")
+        check_document(document)
+    except ValueError as error:
+        findings.append(Finding(LEDGER, f"its note of run.json is damaged ({_told_of(error, folder, LEDGER)})", _restore(folder)))
+        return None
+    return document
+
+
+def _told_of(error: Exception, folder: Path, name: str) -> str:
+    """An error's sentence without the path it starts with, which the finding names already."""
+    cause = error.cause if isinstance(error, (Refused, Missing)) else str(error)
+    return cause.removeprefix(f"{folder / name}: ").removeprefix(f"{name}: ")
+
+
+def _restore(folder: Path) -> str:
+    return f"Restore {LEDGER} from a copy, or make the run anew in another folder: the same line gives the same bytes."
+
+
+def _again(folder: Path, id: str) -> str:
+    return f"Make it again: python -m datasetdm_fast.generate --out {folder} --only {id}"
+
+
+def _beyond(folder: Path, index: int, number: int) -> Finding:
+    return Finding(LEDGER, f"has a sample {index}, but the plan has {number}", _restore(folder))
+
+
+def _check_seal(folder: Path) -> Iterator[Finding]:
+    """What differs from the digests that were written down when the run was finished."""
+    remedy = "Run its generate line once more: it is written anew."
+    if not (folder / seal.SEAL).exists():
+        yield Finding(seal.SEAL, "is not there, so nothing tells whether ledger and index files were changed", remedy)
+        return
+    try:
+        digests = documents.read_object(folder / seal.SEAL)
+    except (Refused, Missing) as error:
+        yield Finding(seal.SEAL, _told_of(error, folder, seal.SEAL), f"Delete it. {remedy}")
+        return
+    if not digests:  # the run goes on, or was killed
+        return
+    digests.pop(seal.OWN, None)
+    if (folder / seal.SEAL).read_bytes() != seal.sealed(digests):
+        yield Finding(seal.SEAL, "its bytes are not those that were written", f"Delete it. {remedy}")
+    log = folder / f"{LEDGER}-wal"
+    if log.exists() and log.stat().st_size:
+        yield Finding(f"{LEDGER}-wal", "something was written to the ledger after the run was finished", _restore(folder))
+    for name, digest in digests.items():
+        found = storage.sha256_of(folder / name)
+        if found != digest:
+            what = "its bytes are not those that were written" if found else "is not there"
+            is_rebuilt = name not in (DOCUMENT, LEDGER)
+            yield Finding(name, what, (f"Delete it. {remedy}" if found else remedy) if is_rebuilt else _restore(folder))
+
+
+def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
+    """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again writes over."""
+    state = {LEDGER, LOCK, seal.SEAL, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
+    if not seal.is_sealed(folder):
+        return
+    for name in FOLDERS:
+        if not (folder / name).is_dir():
+            continue
+        for path in sorted((folder / name).iterdir()):
+            inside = path.relative_to(folder).as_posix()
+            if inside not in known and inside not in state:
+                yield Finding(inside, "no sample of the ledger has this file", "Delete it, or move it out of the run folder.")
+
+
+# One sample -------------------------------------------------------------------------------------------------------------------------
+def _checked(folder: Path, document: Mapping[str, Any], rows: Iterable[Row], is_indexed: bool, threads: int) -> Iterator[tuple[Row, list[Finding], int]]:
+    """Every row with what is wrong with its sample and the bytes read for it, a few at a time."""
+    waiting: deque[tuple[Row, Future[tuple[list[Finding], int]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for row in rows:
+            waiting.append((row, pool.submit(check_sample, folder, document, row, is_indexed)))
+            if len(waiting) > 4 * threads:
+                first, future = waiting.popleft()
+                yield first, *future.result()
+        for first, future in waiting:
+            yield first, *future.result()
+
+
+def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed: bool) -> tuple[list[Finding], int]:
+    """What is wrong with the files and labels of one row, and the bytes read."""
+    id, config = row.request.id, document["config"]
+    if not 0 <= row.request.index < document["plan"]["number"]:
+        return [_beyond(folder, row.request.index, document["plan"]["number"])], 0
+    findings, arrays, total = [], {}, 0
+    if row.request.seed != config["seed"] + row.request.index:
+        findings.append(Finding(LEDGER, f"sample {id} has the seed {row.request.seed}, the plan says {config['seed'] + row.request.index}", _restore(folder)))
+    expected = {"image": f"images/{id}.{config['image_format']}"} | {role: f"{role}/{id}.png" for task in config["task"] for role in FILES.get(task, ())}
+    if {role: name for role, (name, _) in row.files.items()} != expected:
+        findings.append(Finding(LEDGER, f"sample {id} has the files {sorted(row.files)}, expected {sorted(expected)}", _restore(folder)))
+        return findings, 0
+    for role, (name, stored) in row.files.items():
+        try:
+            data = storage.read(folder / name, images.LARGEST_IMAGE_FILE) if (folder / name).exists() else None
+            if data is None:
+                raise ValueError("is not there")
+            total += len(data)
+            _check_bytes(data, stored)
+            arrays[role] = np.array(images.decode_image(data, name))
+        except (ValueError, Missing) as error:
+            findings.append(Finding(name, _told_of(error, folder, name), _again(folder, id)))
+    for task in config["task"]:
+        findings += [Finding(LEDGER, f"sample {id}, {task}: {what}", _again(folder, id)) for what in _label(task, row, arrays, document)]
+    if is_indexed and "depth" in config["task"]:
+        findings += _check_picture(folder, row, arrays.get("depth"))
+    return findings, total
+
+
+def _check_bytes(data: bytes, stored: storage.Stored) -> None:
+    if len(data) != stored.size:
+        raise ValueError(f"has {len(data)} bytes, {stored.size} were written")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != stored.sha256:
+        raise ValueError(f"its bytes are not those that were written (SHA-256 {digest[:12]}, expected {stored.sha256[:12]})")
+
+
+def _check_picture(folder: Path, row: Row, millimetres: np.ndarray | None) -> Iterator[Finding]:
+    """What is wrong with the picture of a depth map; where that itself is damaged, only whether it can be one."""
+    name = gallery.depth_name(row)
+    try:
+        if not (folder / name).exists():
+            raise ValueError("is not there")
+        data = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
+        images.check_png(data)
+        picture = images.decode_image(data, name)
+        if millimetres is None and picture.mode != "P":
+            raise ValueError("is no picture of a depth map")
+        if millimetres is not None and not np.array_equal(np.array(picture), np.array(pictures.depth_picture(millimetres))):
+            raise ValueError("does not show the depth map of its sample")
+    except (ValueError, Missing) as error:
+        yield Finding(name, _told_of(error, folder, name), f"Delete it and {gallery.PAGE}. Run the generate line once more: both are written anew.")
+
+
+def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the labels of one task, where its files could be read."""
+    side, table = document["sampling"]["size"], document["labels"][task]
+    roles = ("image", *FILES.get(task, ()))
+    if any(role not in arrays for role in roles):
+        return
+    if any(arrays[role].shape[:2] != (side, side) for role in roles) or arrays["image"].shape != (side, side, 3):
+        yield f"its files are not {side} x {side} pixels"
+        return
+    try:
+        yield from CHECKS[task](row.labels[task], {role: arrays[role] for role in roles}, table, side)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        yield f"its labels have not the form they were written in ({type(error).__name__}: {str(error)[:100]})"
+
+
+def _check_semantic(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+    yield from _check_map(record, arrays["semantic"], len(table["classes"]))
+    sure = round(float(arrays["confidence"].mean()) / 255, 4)
+    if record["mean_confidence"] != sure:
+        yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
+
+
+def _check_open_vocabulary(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+    yield from _check_map(record, arrays["open_vocabulary"], len(table["classes"]))
+
+
+def _check_map(record: Any, labels: np.ndarray, classes: int) -> Iterator[str]:
+    pixels = label_files.count_pixels(labels)
+    if record["pixels"] != pixels:
+        yield f"its map has the pixels {pixels}, the ledger says {record['pixels']}"
+    strange = [number for number in map(int, pixels) if number >= classes and number != label_files.IGNORE]
+    if strange:
+        yield f"its map holds the number {strange[0]}, but there are {classes} classes"
+
+
+def _check_depth(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+    figures = label_files.depth_figures(arrays["depth"])
+    if record != figures:
+        yield f"its depth map has {figures}, the ledger says {record}"
+
+
+def _check_instances(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+    for k, item in enumerate(record):
+        rle = item["segmentation"]
+        if rle["size"] != [side, side]:
+            yield f"mask {k} is {rle['size']}, expected {[side, side]}"
+            continue
+        encoded = mask_rle.encode(mask_rle.decode(rle)[None])  # a ValueError where the runs do not add up to the picture
+        if encoded.rles[0]["counts"] != rle["counts"]:
+            yield f"mask {k} is not written in the shortest way"
+        if item["area"] != int(encoded.areas[0]) or item["bbox"] != [float(value) for value in encoded.boxes[0]]:
+            yield f"mask {k} covers {int(encoded.areas[0])} pixels in {encoded.boxes[0].tolist()}, the ledger says {item['area']} in {item['bbox']}"
+        if not (1 <= item["category_id"] <= len(table["classes"]) and 0 <= item["score"] <= 1):
+            yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
+
+
+def _check_keypoints(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+    for k, person in enumerate(record):
+        points = np.array(person["keypoints"], np.float64).reshape(len(table["joints"]), 3)
+        seen = points[:, 2] > 0
+        low, high = (points[seen, :2].min(0), points[seen, :2].max(0)) if seen.any() else (np.zeros(2), np.zeros(2))
+        width, height = high - low
+        box, area = np.array([*low, width, height]), width * height
+        if not (np.isin(points[:, 2], (0, 1, 2)).all() and len(person["keypoint_scores"]) == len(points) and 0 <= person["score"] <= 1):
+            yield f"person {k} has joints that are no joints"
+        if person["num_keypoints"] != int(seen.sum()):
+            yield f"person {k} has {int(seen.sum())} joints, the ledger says {person['num_keypoints']}"
+        is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (width + height + 1)
+        if not is_near:
+            yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
+
+
+CHECKS: dict[str, Callable[..., Iterator[str]]] = {
+    "semantic": _check_semantic,
+    "instance": _check_instances,
+    "depth": _check_depth,
+    "pose": _check_keypoints,
+    "open-vocabulary": _check_open_vocabulary,
+}

@@ -1,0 +1,102 @@
+"""run.json: its form, how it is read and checked, and how two of them differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, images
+
+FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
+DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
+FORM = {
+    "versions": {"datasetdm_fast": str},
+    "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},
+    "plan": {"number": int, "batch_size": int},
+    "sampling": {"size": int, "steps": int, "calls": int, "guidance": float},
+    "model": {"name": str, "source": str, "licence": str, "digests": dict},
+    "decoders": dict,
+    "engine": dict,
+    "labels": dict,
+}
+DECODER_FORM = {"digest": str, "licence": str}
+LABEL_FORMS = {
+    "semantic": {"classes": [str]},
+    "instance": {"classes": [str], "size": [int]},
+    "depth": {"max_depth": float},
+    "pose": {"joints": [str], "limbs": [[int]]},
+    "open-vocabulary": {"classes": [str]},
+}
+
+
+def read_document(folder: Path) -> dict[str, Any] | None:
+    """run.json, or None where `folder` is no run folder yet; a folder that holds anything else is refused."""
+    path = folder / DOCUMENT
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise Refused(f"{folder}: a file has this name, expected a run folder", "Choose another --out.")
+        if not path.exists():
+            # A process killed right at the start leaves no more than its lock and a half-written description.
+            if folder.is_dir() and any(inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()):
+                raise Refused(
+                    f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is no run folder", "Choose another --out; nothing is ever overwritten."
+                )
+            return None
+    except OSError as error:
+        raise storage.refusal(error, folder) from error
+    except Refused:
+        raise
+    except ValueError as error:  # a NUL byte
+        raise Refused(f"--out {documents.shown(str(folder))}: no possible name of a folder ({error})", "Choose another --out.") from error
+    document = documents.read_object(path)
+    if document.get("format") != FORMAT:
+        raise Refused(f"{path}: format {documents.shown(document.get('format'))}, this version reads {FORMAT}", "Read it with the version that wrote it.")
+    try:
+        check_document(document)
+    except ValueError as error:
+        raise Refused(f"{path}: not the description of a run ({error})", "Restore the file from a copy, or choose another --out.") from error
+    return document
+
+
+def check_document(document: Mapping[str, Any]) -> None:
+    """A ValueError where it is not the content of a run.json."""
+    documents.check_form(document, FORM)
+    tasks, size = document["config"]["task"], document["sampling"]["size"]
+    for name, entry in document["decoders"].items():
+        documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
+    for task in tasks:
+        if task not in LABEL_FORMS:
+            raise ValueError(f"config.task names {documents.shown(task)}, expected {', '.join(LABEL_FORMS)}")
+        documents.check_form(document["labels"].get(task), LABEL_FORMS[task], f"labels.{task}")
+    if document["config"]["image_format"] not in ("png", "jpg"):
+        raise ValueError(f"config.image_format is {documents.shown(document['config']['image_format'])}, expected png or jpg")
+    if not 0 < size**2 <= images.MOST_PIXELS or not 0 < document["plan"]["number"] < 2**48 or not 0 < document["plan"]["batch_size"] < 2**31:
+        raise ValueError("a number in sampling or plan is out of range")
+
+
+def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
+    """One line per setting that differs, with both values."""
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        keys = sorted(set(stored) | set(wanted))
+        return [line for key in keys for line in differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)]
+    return [] if stored == wanted else [f"{name}: {_short(stored)} there, {_short(wanted)} asked for"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 48 else text[:45] + "..."
+
+
+def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses to go on with a folder that was started otherwise in any of the parts of `wanted`."""
+    found = [line for part in wanted for line in differences(stored.get(part), wanted[part], "" if part == "config" else part)]
+    if found:
+        raise Refused(f"{folder}: holds a run of another configuration ({'; '.join(found)})", "Choose another --out, or give the flags it was started with.")
+
+
+def _pretty(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -1,0 +1,158 @@
+"""The run folder: files published first, then their rows; everything that is not a sample's own file is rebuilt from the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.data import Sample, SetAside
+from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk.storage import Stored
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.labels import label_files
+from datasetdm_fast.run_folder import gallery, seal
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, _pretty, read_document
+from datasetdm_fast.run_folder.indexes import INDEXES
+from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_indexed, is_sealed, unseal
+
+Publish = Callable[[Mapping[str, bytes]], Mapping[str, Stored]]  # files by their path inside the run folder -> what was written
+
+
+class RunFolder:
+    """A run folder open for writing, held for this process until `close`.
+
+    A member is one of several processes of a run: somebody else holds the folder for all of them, and `journal` is how their ledger is kept.
+    """
+
+    def __init__(self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = sqlite.WRITE_AHEAD):
+        self.path = path
+        self.document: dict[str, Any] = json.loads(_pretty(document))  # in the order of the file, which is what a later start will read
+        self._closing = ExitStack()
+        storage.make_folder(path / "state")
+        if not is_member:
+            self._closing.enter_context(locks.locked(path / LOCK))
+        try:
+            if not is_member:
+                clean(path)
+            if not (path / DOCUMENT).exists():
+                storage.publish({path / DOCUMENT: _pretty(document)})
+            if not (path / SEAL).exists():
+                storage.publish({path / SEAL: _pretty({})})
+            self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
+            described = json.dumps(document, ensure_ascii=False, sort_keys=True)
+            if self.ledger.noted("run") != described:
+                unseal(path)
+                self.ledger.note("run", described)
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def add(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
+        """Makes the results part of the data set, all or none."""
+        self.unseal()
+        self.ledger.commit(self.write(results, recipe))
+
+    def unseal(self) -> None:
+        """To be called before the first change."""
+        unseal(self.path)
+
+    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+        """Publishes the files of the results in an unsealed folder; they are samples once the rows are committed. Threads may write different ones at once."""
+        return write_samples(results, recipe, self.document["config"]["image_format"], into(self.path))
+
+    def renew(self, row: Row, sample: Sample) -> list[str]:
+        """Paths of the files that were missing or damaged and are there again; bytes that differ from the row's are never written."""
+        made, records = label_files.encode(sample, self.document["config"]["image_format"])
+        contents = {name: content for name, content in made.values()}
+        expected = {name: stored.sha256 for name, stored in row.files.values()}
+        other = sorted(
+            name for name in contents.keys() | expected.keys() if name not in contents or hashlib.sha256(contents[name]).hexdigest() != expected.get(name)
+        )
+        if json.loads(json.dumps(records)) != row.labels:
+            other.append("labels in the ledger")
+        if other:
+            raise GateFailed(
+                f"sample {row.request.id}: made again it differs from the run folder in {', '.join(other)}; nothing was written",
+                "Compare versions and device with run.json: the same bytes need the same ones.",
+            )
+        damaged = {name: content for name, content in contents.items() if storage.sha256_of(self.path / name) != expected[name]}
+        storage.publish({self.path / name: content for name, content in damaged.items()})
+        return sorted(damaged)
+
+    def rebuild(self) -> None:
+        """Writes every index file anew from the ledger, unless the last rebuild saw the same rows, and seals the folder."""
+        if not has_indexes(self.path, self.document, self.ledger):
+            unseal(self.path)
+            try:
+                storage.publish({self.path / name: INDEXES[name][1](self.document, self.ledger) for name in INDEXES if name in index_files(self.document)})
+                gallery.write(self.path, self.document, self.ledger, has_samples=not (self.path / ELSEWHERE).exists())
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise Refused(
+                    f"{self.path / LEDGER}: its rows do not fit {DOCUMENT} ({type(error).__name__}: {error})",
+                    f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
+                ) from error
+            self.ledger.note("indexed", "yes")
+        if not is_sealed(self.path) and self.ledger.settle():
+            seal.seal(self.path, self.document)
+
+    def is_indexed(self) -> bool:
+        return is_indexed(self.path, self.document, self.ledger)
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_samples(results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], image_format: str, publish: Publish) -> list[Row]:
+    """The rows of the results, once `publish` has taken all of their files."""
+    files, rows = {}, []
+    for result in results:
+        if isinstance(result, SetAside):
+            rows.append(Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason))
+            continue
+        made, records = label_files.encode(result, image_format)
+        files[result.request.index] = made
+        rows.append(Row(result.request, {**recipe, **result.provenance}, labels=records))
+    stored = publish({name: content for made in files.values() for name, content in made.values()})
+    for row in rows:
+        row.files.update({role: (name, stored[name]) for role, (name, _) in files.get(row.request.index, {}).items()})
+    return rows
+
+
+def into(folder: Path) -> Publish:
+    """Writes files below a folder."""
+
+    def publish(files: Mapping[str, bytes]) -> dict[str, Stored]:
+        stored = storage.publish({folder / name: content for name, content in files.items()})
+        return {name: stored[folder / name] for name in files}
+
+    return publish
+
+
+def clean(folder: Path) -> None:
+    """Removes what earlier processes left half-done; nobody else may be at work in the folder."""
+    storage.remove_temporaries(folder)
+    seal.remove_queue(folder)
+
+
+def note(folder: Path, name: str, value: Any) -> None:
+    """Adds what was found out about a run later to its run.json, beside what decides its bytes."""
+    document = read_document(folder)
+    if document is None:
+        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder", "Name the folder of a run.")
+    with locks.locked(folder / LOCK):
+        was_sealed = is_sealed(folder)
+        unseal(folder)
+        storage.publish({folder / DOCUMENT: _pretty(document | {name: value})})
+        if was_sealed:
+            seal.seal(folder, document)

@@ -1,0 +1,190 @@
+"""Samples and labels read back from a run folder."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.labels import label_files
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document
+from datasetdm_fast.run_folder.ledger import Ledger, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One sample of a run folder; image and labels are read when they are asked for."""
+
+    row: Row
+    folder: Path
+    tables: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.row.request.id
+
+    @property
+    def prompt(self) -> str:
+        return self.row.request.prompt
+
+    @property
+    def seed(self) -> int:
+        return self.row.request.seed
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.row.request.classes
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """How it was made."""
+        return self.row.recipe
+
+    @property
+    def image(self) -> np.ndarray:  # [H, W, 3] uint8
+        return label_files.read_image(self.folder / self.row.files["image"][0])
+
+    @property
+    def semantic(self) -> SemanticMap | None:
+        return self._label("semantic")
+
+    @property
+    def instances(self) -> Instances | None:
+        return self._label("instance")
+
+    @property
+    def depth(self) -> DepthMap | None:
+        return self._label("depth")
+
+    @property
+    def keypoints(self) -> Keypoints | None:
+        return self._label("pose")
+
+    @property
+    def open_vocabulary(self) -> SemanticMap | None:
+        return self._label("open-vocabulary")
+
+    def _label(self, task: str) -> Any:
+        """The label of a task, None where the run did not make it."""
+        if task not in self.row.labels:
+            return None
+        files = {role: name for role, (name, _) in self.row.files.items()}
+        return label_files.decode(task, self.folder, files, self.row.labels[task], self.tables[task])
+
+
+class Run:
+    """A finished or growing run folder, read lazily; its length and order are those of the samples it held when it was opened."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
+        if document is None:
+            raise Refused(f"{path}: not a run folder", "Name a folder that generate has written.")
+        if not (self.path / LEDGER).exists():
+            raise Refused(f"{self.path}: holds no {LEDGER}", "Run generate with its flags once more: it goes on where it stopped.")
+        self.document: dict[str, Any] = document
+        self._ledger: Ledger | None = None
+        self._owner = os.getpid()
+        self._indices = self._rows().indices()
+
+    def _rows(self) -> Ledger:
+        # SQLite connections do not survive a fork or a pickle, so each worker of a data loader opens its own.
+        if self._ledger is None or self._owner != os.getpid():
+            self._ledger, self._owner = Ledger(self.path / LEDGER, read_only=True), os.getpid()
+        return self._ledger
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ledger": None}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.document["config"]["task"])
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[StoredSample]:
+        return (self[k] for k in range(len(self)))
+
+    def __getitem__(self, key: int | str) -> StoredSample:
+        """The sample at a position, or the one with an id such as "00000003"."""
+        index = self._index(key)
+        row = self._rows().row(index)
+        if row is None:
+            raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
+        return StoredSample(row, self.path, self.document["labels"])
+
+    def _index(self, key: int | str) -> int:
+        if isinstance(key, str):
+            index = int(key) if key.isdecimal() and len(key) <= 18 else -1
+            place = bisect_left(self._indices, index)
+            if self._indices[place : place + 1] != [index]:
+                raise KeyError(f"{self.path}: no sample has the id {key!r}")
+            return index
+        try:
+            return self._indices[key]
+        except IndexError:
+            raise IndexError(f"{self.path}: position {key} is outside of {len(self)} samples") from None
+
+    def as_dataset(self, task: str) -> TaskDataset:
+        """The run as a map-style torch data set of (image, label) tensors for one task."""
+        if task not in self.tasks:
+            raise Refused(f"{self.path}: has no labels for {task!r}, it has {', '.join(self.tasks)}", "Ask for one of these.")
+        return TaskDataset(self, task)
+
+    def close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class TaskDataset:
+    """(image, label) pairs as torch tensors; a torch DataLoader takes it as it is.
+
+    Image [3, H, W] float32, 0..1. Label: semantic and open-vocabulary [H, W] int64; depth [H, W] float32 metres; instance a dict with
+    masks [N, H, W] bool, labels [N] int64 from 1, scores [N]; pose a dict with keypoints [P, J, 3] (x, y, visibility) and scores [P].
+    """
+
+    run: Run
+    task: str
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor | dict[str, Tensor]]:
+        import torch
+
+        sample = self.run[position]
+        image = torch.from_numpy(sample.image).permute(2, 0, 1).float() / 255
+        label = sample._label(self.task)
+        if isinstance(label, SemanticMap):
+            return image, torch.from_numpy(label.labels.astype(np.int64))
+        if isinstance(label, DepthMap):
+            return image, torch.from_numpy(label.metres)
+        if isinstance(label, Instances):
+            parts = {"masks": label.masks, "labels": label.class_ids + 1, "scores": label.scores}
+        else:
+            parts = {"keypoints": np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(np.float32), "scores": label.scores}
+        return image, {name: torch.from_numpy(value) for name, value in parts.items()}
+
+
+def open_run(path: str | Path) -> Run:
+    """A run folder for reading."""
+    return Run(path)

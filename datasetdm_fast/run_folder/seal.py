@@ -1,0 +1,65 @@
+"""The seal of a finished run: digests of every file that is not a sample's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.run_folder import gallery
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, _pretty
+from datasetdm_fast.run_folder.indexes import INDEXES
+from datasetdm_fast.run_folder.ledger import Ledger
+
+QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the run is finished
+
+
+def remove_queue(folder: Path) -> None:
+    """Removes the work queue of a run that no process works on."""
+    path = folder / QUEUE
+    for old in (path, path.with_name(path.name + "-journal")):
+        storage.remove(old)
+
+
+OWN = "this"  # the line of the seal that is about the other lines
+SEAL = "state/seal.json"  # digests of what is no sample's own file; empty from before the first change until everything is in place
+ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
+
+
+def index_files(document: Mapping[str, Any]) -> list[str]:
+    """The files of a run folder that are rebuilt from the ledger, the gallery's pictures aside."""
+    tasks = ("", *document["config"]["task"])
+    return [name for name, (task, _) in INDEXES.items() if task in tasks] + [gallery.PAGE]
+
+
+def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
+    """Whether every index file is there and shows the rows of the ledger."""
+    return ledger.noted("indexed") is not None and all((folder / name).exists() for name in index_files(document))
+
+
+def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
+    """Whether nothing is left to be done for a folder whose samples are complete."""
+    return has_indexes(folder, document, ledger) and is_sealed(folder) and (folder / LOCK).exists()
+
+
+def seal(folder: Path, document: Mapping[str, Any]) -> None:
+    """Writes down the digests of run.json, ledger and index files, by which an audit knows that nobody changed them since."""
+    digests = {name: storage.sha256_of(folder / name) for name in (DOCUMENT, LEDGER, LOCK, *index_files(document))}
+    storage.publish({folder / SEAL: sealed(digests)})
+
+
+def sealed(digests: Mapping[str, str]) -> bytes:
+    """The seal of these digests, which has one of its own."""
+    return _pretty({**digests, OWN: hashlib.sha256(_pretty(digests)).hexdigest()})
+
+
+def unseal(folder: Path) -> None:
+    """Takes the digests back before the first change, so that a run killed in the middle of one is not taken for a damaged one."""
+    if is_sealed(folder):
+        storage.publish({folder / SEAL: _pretty({})})
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / SEAL).exists() and (folder / SEAL).stat().st_size > len(_pretty({}))
