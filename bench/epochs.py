@@ -15,12 +15,12 @@ from bench.measure import distance, in_turn
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.lessons import cache
+from datasetdm_fast.lessons.views import Looks, Views
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
-from datasetdm_fast.training import cache
 from datasetdm_fast.training.loop import Lessons, Trainer
 from datasetdm_fast.training.recipes import recipe
-from datasetdm_fast.training.views import Looks, Views
 
 LIMIT = 2e-3  # relative L2 between a kept capture and one made anew: half precision
 DRAWS = 4

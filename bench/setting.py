@@ -17,7 +17,8 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import DEMO, Decoder, build_decoder, check_levels, for_inference, load_decoder, load_decoders, upstream
 from datasetdm_fast.driver import Recipe
 from datasetdm_fast.engines import build_engine
-from datasetdm_fast.engines.torch import TorchEngine, resolve_device
+from datasetdm_fast.engines.device import resolve_device
+from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.presets import SEEDED_LICENCE

@@ -25,7 +25,7 @@ LIBRARIES = (
     *("torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "pyyaml", "tqdm", "triton"),
     *("onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "tensorrt", "tensorrt-rtx", "ray", "openai", "datasets"),
 )
-ENGINES = ("torch", "fast", "ort", "trt")
+ENGINES = {"torch": "torch", "fast": "fast", "ort": "exported.ort", "trt": "exported.trt"}
 PATIENCE = 180.0  # seconds for one process
 COUNTED = 200_000  # files of a cache looked at
 MARK = "datasetdm-doctor:"
@@ -47,7 +47,7 @@ from datasetdm_fast import _C
 tell({"path": _C.__file__, "cuda": bool(_C.built_with_cuda), "devices": int(_C.cuda_device_count())})
 """,
     "gpu": """
-from datasetdm_fast.export import flavours
+from datasetdm_fast.export.tensorrt import flavours
 tell({"driver": flavours.driver(), "capabilities": flavours.gpu_capabilities()})
 """,
     "torch": """
@@ -63,12 +63,12 @@ from datasetdm_fast.engines import check_engine
 from datasetdm_fast.errors import Missing, Refused
 try:
     check_engine({name!r})
-    import_module("datasetdm_fast.engines.{name}")
+    import_module("datasetdm_fast.engines.{place}")
     tell({{"runs": True, "cause": "", "remedy": ""}})
 except (Missing, Refused) as stop:
     tell({{"runs": False, "cause": stop.cause, "remedy": stop.remedy}})
 """
-        for name in ENGINES
+        for name, place in ENGINES.items()
     },
 }
 SELF_TEST = """

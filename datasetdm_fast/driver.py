@@ -14,13 +14,13 @@ from datasetdm_fast.overlap import Beside, Writing
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.stages import FACTOR
-from datasetdm_fast.transfer import to_host
+from datasetdm_fast.tasks.to_host import to_host
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.decoders.checkpoint import DecoderConfig
-    from datasetdm_fast.engines import Engine
+    from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.job import Job, Remake
     from datasetdm_fast.sampling.schedule import Schedule
 
@@ -161,10 +161,10 @@ def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
 
 def postprocess(task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe) -> list[Annotation]:
     from datasetdm_fast.tasks import TASKS as MODULES
-    from datasetdm_fast.tasks import named
+    from datasetdm_fast.tasks import captions
 
     if task in ("semantic", "instance"):  # open vocabulary was asked only for what its prompt names
-        raw = named.held_to(raw, config, [request.prompt for request in requests])
+        raw = captions.held_to(raw, config, [request.prompt for request in requests])
     found = MODULES[task].postprocess(raw, config, recipe.size)
     if task != "open-vocabulary":
         return found

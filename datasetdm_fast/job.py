@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from datasetdm_fast.config import ENGINES, PROFILES, SAMPLERS, TASKS, RunConfig
 from datasetdm_fast.data import Batch
 from datasetdm_fast.disk import storage
 from datasetdm_fast.driver import Recipe, Result, result_of
+from datasetdm_fast.engines.opening import open_engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, differences, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -22,7 +21,7 @@ from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.seal import is_indexed
 
 if TYPE_CHECKING:
-    from datasetdm_fast.engines import Engine
+    from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.sampling.schedule import Schedule
 
 LEAST = {"number": 1, "per_class": 0, "seed": 0, "steps": 0, "guidance": 0, "batch_size": 0, "limit": 0, "threads": 0, "ranks": 0}
@@ -88,63 +87,6 @@ def identity(config: RunConfig, source: prompts.Source) -> dict[str, Any]:
     """The settings that decide the data set's bytes; prompts by their digest, so that the file may move."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in config.identity().items()}
     return values | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}
-
-
-def open_engine(
-    model: str = "demo",
-    decoder: str | None = "demo",
-    tasks: Sequence[str] | None = None,
-    *,
-    engine: str = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    size: int = 0,
-    allow_download: bool = False,
-    threads: int = 0,
-    engines: str = "",
-    trt_flavour: str = "auto",
-    provider: str = "auto",
-    compile: bool = False,
-) -> tuple[Engine, dict[str, Any]]:
-    """An engine with the decoders of `tasks`, None = all of the folder, and what is to be written down about these decoders."""
-    from datasetdm_fast.engines import build_engine, check_engine
-
-    check_engine(engine, trt_flavour, provider)
-    # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-
-    from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
-    from datasetdm_fast.loading import load_model
-
-    if threads:
-        torch.set_num_threads(threads)
-    loaded = load_model(model, size=size, allow_download=allow_download)
-    found = load_decoders(decoder) if decoder else {}
-    tasks = tuple(found) if tasks is None else tasks
-    for task in tasks:
-        if task not in found:
-            raise Missing(
-                f"--task {task}: {decoder} holds no decoder for it, only for {', '.join(found)}", "Name a folder that has one with --decoder, or drop the task."
-            )
-        check_levels(found[task], loaded.levels)
-    chosen = {task: found[task] for task in tasks}
-    where = dict(engines=engines, trt_flavour=trt_flavour, provider=provider, compile=compile)
-    built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, **where)
-    return built, describe_decoders(decoder, tasks) if decoder else {}
-
-
-def describe_decoders(folder: str, tasks: Sequence[str]) -> dict[str, Any]:
-    """Digest and licence of each task's decoder files."""
-    from datasetdm_fast.decoders.checkpoint import DEMO
-    from datasetdm_fast.loading.provenance import digest, folder_licence
-
-    root, found = DEMO if folder == "demo" else Path(folder), {}
-    for config in sorted(root.glob("*/config.json")):
-        task = json.loads(config.read_text(encoding="utf-8"))["task"]
-        if task in tasks:
-            found[task] = {"digest": digest([config, config.with_name("model.safetensors")]), "licence": folder_licence(root)}
-    return found
 
 
 def make_recipe(

@@ -12,15 +12,17 @@ import numpy as np
 from datasetdm_fast import driver, job, prompts
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Capture, DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.stages import LEVELS
+from datasetdm_fast.tasks import captions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from datasetdm_fast.engines import Engine
+    from datasetdm_fast.engines.engine import Engine
 
 __all__ = ["Output", "Pipeline", "Run", "open_run"]
 
@@ -90,7 +92,7 @@ class Pipeline:
         job.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder
         choices = dict(engine=engine, dtype=dtype, device=device, size=size, allow_download=allow_download, threads=threads, provider=provider)
-        built, _ = job.open_engine(str(model), decoder, **choices)
+        built, _ = opening.open_engine(str(model), decoder, **choices)
         return cls(built)
 
     @property
@@ -149,7 +151,7 @@ class Pipeline:
             where = f"prompt {index}"
             ((_, text),) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(text, self.engine.model.tokenizer, where, words, truncate=truncate)
-            yield Request(index, text, job.check_seed(seed), prompts.find_classes(text, words))
+            yield Request(index, text, job.check_seed(seed), captions.find_classes(text, words))
 
     def _samples(self, batches: Iterator[Batch], recipe: driver.Recipe) -> Iterator[Sample]:
         for _, results in driver.generate(batches, self.engine, recipe):

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.scenes.world import sample_scene
+from datasetdm_fast.tasks.captions import find_classes
 
 if TYPE_CHECKING:
     from datasetdm_fast.config import RunConfig
@@ -24,7 +24,6 @@ LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes
 OPENINGS = ("a photo of", "a picture of", "a scene with")
 SURROUNDINGS = ("", " at night", " at sunset", " in fog")
-IRREGULAR = {"child": "children", "foot": "feet", "goose": "geese", "knife": "knives", "man": "men", "mouse": "mice", "person": "people", "woman": "women"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 Tokenizer = Callable[..., object]
@@ -237,22 +236,6 @@ def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = ()
         what = f"cutting it to {limit} tokens would lose the class word {_shown(lost[0])}" if lost else f"nothing of it fits into {limit} tokens"
         raise Refused(f"{where}: {what}: {_shown(prompt)}", "Name the classes earlier in the prompt.")
     return kept
-
-
-def find_classes(prompt: str, classes: Sequence[str]) -> tuple[str, ...]:
-    """The classes a prompt names as whole words, in the order of `classes`; simple plurals count."""
-    return tuple(word for word in classes if _pattern(word).search(prompt))
-
-
-@cache
-def _pattern(word: str) -> re.Pattern[str]:
-    *before, last = word.split()
-    forms = {last, last + "s", last + "es", IRREGULAR.get(last.lower(), last)}
-    if re.search(r"[^aeiou]y$", last):
-        forms.add(last[:-1] + "ies")
-    start = "".join(re.escape(part) + r"[\s_-]+" for part in before)
-    ending = "|".join(re.escape(form) for form in sorted(forms))
-    return re.compile(rf"(?<!\w){start}(?:{ending})(?!\w)", re.IGNORECASE)
 
 
 def _is_unicode(text: str) -> bool:

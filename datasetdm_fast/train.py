@@ -186,10 +186,10 @@ def _train(arguments: Sequence[str]) -> int:
 def _school(config: TrainConfig, ranks: Ranks) -> School:
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.foreign import documents
+    from datasetdm_fast.lessons.targets import check_shown, check_truth
+    from datasetdm_fast.lessons.views import check_quirks
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
-    from datasetdm_fast.training.targets import check_shown, check_truth
-    from datasetdm_fast.training.views import check_quirks
 
     model = load_model(config.model, size=config.size)
     source = open_data(config.data, model.size, tasks=config.task, selection=config.selection(), skip_bad=config.skip_bad, framing=config.framing)
@@ -224,7 +224,7 @@ def _readable(source: Source, spec: str) -> Source:
 
 
 def _augmentation(config: TrainConfig, task: str) -> str:
-    from datasetdm_fast.training.augment import AUGMENTATIONS as LOOKS
+    from datasetdm_fast.lessons.augment import AUGMENTATIONS as LOOKS
 
     if config.augment != "auto":
         return config.augment
@@ -260,7 +260,7 @@ def _recipe(school: School, task: str, images: int) -> tuple[Any, Any]:
 
 def _named(school: School, classes: Sequence[str]) -> tuple[str, ...]:
     """The classes of a decoder that are looked for only where a prompt names them."""
-    from datasetdm_fast.tasks.named import always_named
+    from datasetdm_fast.tasks.captions import always_named
 
     config, source = school.config, school.source
     is_wanted = config.by_name == "yes" or (config.by_name == "auto" and config.data.startswith("demo:"))
@@ -299,10 +299,10 @@ def _planned(school: School, task: str) -> tuple[Any, dict[str, Any], Any]:
 
 def _lessons(school: School, task: str, numbers: Sequence[int], draws: int = 0, plan=None, progress: Callable[[int], None] = lambda count: None):
     """Views of some items with their captures, made now where they are kept."""
-    from datasetdm_fast.training import cache
-    from datasetdm_fast.training.augment import AUGMENTATIONS as LOOKS
+    from datasetdm_fast.lessons import cache
+    from datasetdm_fast.lessons.augment import AUGMENTATIONS as LOOKS
+    from datasetdm_fast.lessons.views import Looks, Views
     from datasetdm_fast.training.loop import Lessons
-    from datasetdm_fast.training.views import Looks, Views
 
     config = school.config
     looks = Looks(draws or config.draws, LOOKS["none" if draws else _augmentation(config, task)], config.captions, config.seed, frozenset(config.quirks))
@@ -316,7 +316,7 @@ def _lessons(school: School, task: str, numbers: Sequence[int], draws: int = 0, 
 
 
 def _inversion(school: School):
-    from datasetdm_fast.training.cache import Inversion
+    from datasetdm_fast.lessons.cache import Inversion
 
     config = school.config
     latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
@@ -325,7 +325,7 @@ def _inversion(school: School):
 
 def _cache_plan(school: School, count: int):
     from datasetdm_fast.disk.locks import cache_folder
-    from datasetdm_fast.training.cache import plan
+    from datasetdm_fast.lessons.cache import plan
 
     folder = Path(school.config.cache_dir) if school.config.cache_dir else cache_folder() / "captures"
     found = plan(folder, school.engine.model.levels, count, school.config.cache, school.config.cache_gb)
@@ -345,7 +345,7 @@ def _announce(school: School, plans: dict[str, Any], results: dict[str, Any]) ->
         done = " - finished" if results[task] is not None else ""
         school.say(f"{task:<16}{recipe.config.kind} decoder, {steps} steps of {batch} views{done}")
     for name in sorted(config.quirks):
-        from datasetdm_fast.training.views import QUIRKS as MEANING
+        from datasetdm_fast.lessons.views import QUIRKS as MEANING
 
         school.say(f"{name}        {MEANING[name]}")
 

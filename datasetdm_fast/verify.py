@@ -177,14 +177,14 @@ def _run(arguments: Sequence[str]) -> int:
 def _prepared(config: VerifyConfig):
     """Both engines over one model, the recipe, and the requests."""
     from datasetdm_fast import job, prompts
-    from datasetdm_fast.engines import build_engine, check_engine
+    from datasetdm_fast.engines import build_engine, check_engine, opening
 
     check_engine(config.engine, config.trt_flavour, config.provider)
     check_engine(config.against, config.trt_flavour)
     where = {"engines": config.engines, "trt_flavour": config.trt_flavour}
     decoder = None if config.decoder == "none" else config.decoder
     options = dict(engine=config.against, device=config.device, size=config.size, allow_download=config.allow_download, threads=config.threads, **where)
-    reference, _ = job.open_engine(config.model, decoder, config.task or None, **options)
+    reference, _ = opening.open_engine(config.model, decoder, config.task or None, **options)
     # Both read the modules of one loaded model: equal weights need not be assumed.
     chosen = dict(dtype=config.dtype, device=config.device, provider=config.provider, compile=config.compile, **where)
     engine = build_engine(config.engine, reference.model, reference.decoders, **chosen)

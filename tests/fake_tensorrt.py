@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from datasetdm_fast.export import to_tensorrt
+from datasetdm_fast.export.tensorrt import to_tensorrt
 
 NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
 HANDLE = 4711

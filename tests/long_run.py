@@ -19,8 +19,9 @@ def resident() -> int:
 
 
 def main(number: int, out: Path, with_torch: bool) -> None:
-    from datasetdm_fast import driver, generate, job
+    from datasetdm_fast import driver, generate
     from datasetdm_fast.disk import sqlite
+    from datasetdm_fast.engines import opening
 
     # Memory is measured here, not the disk.
     os.fsync = lambda handle: None
@@ -35,7 +36,7 @@ def main(number: int, out: Path, with_torch: bool) -> None:
                 super().__init__(**choices)
                 self.log = deque(maxlen=8)
 
-        job.open_engine = lambda model, decoder, tasks, **choices: (Forgetful(tasks=tasks), {task: {"digest": "stub", "licence": "none"} for task in tasks})
+        opening.open_engine = lambda model, decoder, tasks, **choices: (Forgetful(tasks=tasks), {task: {"digest": "stub", "licence": "none"} for task in tasks})
     else:
         import torchless
 

@@ -7,10 +7,10 @@ import numpy as np
 from datasetdm_fast import __version__
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
-from datasetdm_fast.prompts import find_classes
 from datasetdm_fast.run_folder.document import FORMAT
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.scenes import world
+from datasetdm_fast.tasks.captions import find_classes
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 

@@ -111,10 +111,10 @@ class StubEngine:
 
 def install():
     """Puts the engine where a job opens one, in this process."""
-    from datasetdm_fast import job
+    from datasetdm_fast.engines import opening
 
     def open_engine(model="demo", decoder="demo", tasks=None, **choices):
         chosen = tuple(tasks or CONFIGS)
         return StubEngine(choices.get("size") or 64, tasks=chosen), {task: {"digest": "stub", "licence": "none"} for task in chosen}
 
-    job.open_engine = open_engine
+    opening.open_engine = open_engine

@@ -6,7 +6,8 @@ import torch
 
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.driver import generate
-from datasetdm_fast.job import make_recipe, open_engine
+from datasetdm_fast.engines.opening import open_engine
+from datasetdm_fast.job import make_recipe
 from datasetdm_fast.loading.presets import DEMO
 from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.sampling.walk import guide, start, step

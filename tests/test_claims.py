@@ -11,14 +11,14 @@ import torch
 from bench.claims import page, rows, sets
 from bench.claims.exam import Arm, Exam, Record
 from bench.claims.rows import CLAIMS, judged, row_of
-from datasetdm_fast import evaluate, student_data, worth
-from datasetdm_fast import student as students
+from datasetdm_fast import evaluate
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.decoders.checkpoint import DEMO
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation import student_data, worth
+from datasetdm_fast.evaluation.student import Course, Student, answers, drawn, shares, teach
+from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE, Trust
 from datasetdm_fast.scenes import world
-from datasetdm_fast.student import Course
-from datasetdm_fast.student_data import CELLS, IGNORED, SIDE, Trust
 
 TASKS = ("semantic", "instance", "depth", "pose")
 SOURCE = sets.scenes(sets.LABELLED, 12, SIDE)
@@ -63,30 +63,30 @@ def generated(prompt_classes=("ball",), **changes):
 def test_loss_falls_and_every_answer_is_there(lessons, exam):
     told = []
     course = Course(steps=30, batch_size=4)
-    student = students.teach([lessons], course, 0, told=lambda step, loss: told.append(loss))
+    student = teach([lessons], course, 0, told=lambda step, loss: told.append(loss))
     assert len(told) == course.steps and np.mean(told[-5:]) < 0.7 * np.mean(told[:5])
     assert sum(parameter.numel() for parameter in student.parameters()) < 1_000_000
-    answer = students.answers(student, exam.images)[0]
+    answer = answers(student, exam.images)[0]
     assert answer.semantic.labels.shape == answer.depth.metres.shape == (SIDE, SIDE) and (answer.depth.metres > 0).all()
     assert answer.instance.masks.shape[1:] == (SIDE, SIDE) and answer.pose.points.shape[1:] == (len(world.JOINTS), 3)
 
 
 def test_large_student_has_less_than_a_million_parameters():
-    assert sum(parameter.numel() for parameter in students.Student(VOCABULARY, "large").parameters()) < 1_000_000
+    assert sum(parameter.numel() for parameter in Student(VOCABULARY, "large").parameters()) < 1_000_000
 
 
 def test_same_seed_same_student(lessons):
-    first, again, other = (students.teach([lessons], replace(SHORT, steps=3), seed).head.weight for seed in (1, 1, 2))
+    first, again, other = (teach([lessons], replace(SHORT, steps=3), seed).head.weight for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_arms_take_equal_steps_and_batches(lessons):
     seen = {}
     for name, found in {"real": (lessons,), "both": (lessons, lessons)}.items():
-        counts = students.shares(SHORT, len(found))
-        views = [students.drawn(some, count, torch.Generator().manual_seed(0)) for some, count in zip(found, counts)]
+        counts = shares(SHORT, len(found))
+        views = [drawn(some, count, torch.Generator().manual_seed(0)) for some, count in zip(found, counts)]
         told = []
-        students.teach(found, replace(SHORT, steps=3), 0, told=lambda step, loss, told=told: told.append(step))
+        teach(found, replace(SHORT, steps=3), 0, told=lambda step, loss, told=told: told.append(step))
         seen[name] = (len(told), sum(len(view.images) for view in views))
     assert seen["real"] == seen["both"] == (3, SHORT.batch_size)
 
@@ -113,7 +113,7 @@ def test_mirrored_views_keep_labels_on_their_things(lessons):
     before = one.joints[0, :, :2].floor().long()
     on_it = (one.semantic[0, before[:, 1].clamp(0, CELLS - 1), before[:, 0].clamp(0, CELLS - 1)] == person).float().mean()
     for seed in range(6):
-        view = students.drawn(one, 1, torch.Generator().manual_seed(seed))
+        view = drawn(one, 1, torch.Generator().manual_seed(seed))
         kept = view.joints[0, :, 2] > 0
         places = view.joints[0, kept, :2].floor().long()
         assert (view.semantic[0, places[:, 1].clamp(0, CELLS - 1), places[:, 0]] == person).float().mean() >= on_it - 0.35
@@ -123,7 +123,7 @@ def test_weights_draw_the_rarer_more_often(lessons):
     few = lessons.balanced()
     assert few.weights.min() >= 1 and few.weights.max() <= student_data.MOST_TIMES and len(few) == len(lessons)
     first = replace(lessons, weights=torch.tensor([1.0] + [0.0] * 11))
-    view = students.drawn(first, 8, torch.Generator().manual_seed(0))
+    view = drawn(first, 8, torch.Generator().manual_seed(0))
     assert set(view.depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
 
 
@@ -167,7 +167,7 @@ def test_figures_are_kept_and_found_again(lessons, exam, tmp_path):
     assert again.figures(arm, 0, exam) == first and (again.taught, again.found) == (0, 1)
     changed = replace(arm, course=replace(SHORT, rate=1e-3)), replace(arm, sets=(some(lessons, torch.arange(6)),)), replace(arm, tasks=("semantic",))
     assert len({one.digest(0, exam) for one in (arm, *changed)} | {arm.digest(1, exam)}) == 5
-    students_again = students.answers(again.student(arm, 0, exam), exam.images)[0]
+    students_again = answers(again.student(arm, 0, exam), exam.images)[0]
     assert np.isfinite(students_again.depth.metres).all()
 
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from datasetdm_fast.curve import learning_curve, parse_counts, power_law, to_learn_from, told
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import main
-from datasetdm_fast.metrics import METRICS
+from datasetdm_fast.evaluation.curve import learning_curve, parse_counts, power_law, to_learn_from, told
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.readers import open_data
 
 COUNTS = [10, 30, 100, 300]

@@ -13,12 +13,12 @@ from datasetdm_fast import agreement, driver, job
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders
+from datasetdm_fast.engines.exported.trt import TrtEngine
+from datasetdm_fast.engines.exported.trt_plan import LoadedPlan
 from datasetdm_fast.engines.torch import TorchEngine
-from datasetdm_fast.engines.trt import TrtEngine
-from datasetdm_fast.engines.trt_plan import LoadedPlan
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.export import flavours, sealed
 from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.export.tensorrt import flavours, sealed
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling import times
 
@@ -98,7 +98,7 @@ def test_words_beyond_what_a_plan_takes_at_once_go_through_in_parts(demo, folder
 
 
 def test_images_beyond_what_the_autoencoder_takes_at_once_go_through_in_parts(demo, folder, built, monkeypatch):
-    from datasetdm_fast.export import to_tensorrt
+    from datasetdm_fast.export.tensorrt import to_tensorrt
 
     monkeypatch.setattr(to_tensorrt, "PIXELS", 2 * 128**2)
     engine, reference = make_engine(demo, folder), TorchEngine(*demo)
@@ -192,8 +192,9 @@ def test_tensorrt_rtx_is_told_to_record_and_keeps_what_it_compiled(demo, folder,
 
 def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
     """Plans of the text encoder and the UNet call as another machine would leave them."""
-    from datasetdm_fast.export import to_onnx, to_tensorrt
     from datasetdm_fast.export.golden import Reference
+    from datasetdm_fast.export.onnx import to_onnx
+    from datasetdm_fast.export.tensorrt import to_tensorrt
 
     built = fake_tensorrt.fake_builder(monkeypatch)
     manifest = to_onnx.export(*demo, folder, precision="fp32", only=["encode_text", "denoise"])

@@ -26,10 +26,11 @@ from datasetdm_fast.disk import locks
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.__main__ import main as export_command
-from datasetdm_fast.export.graph import Extent, Graph, traced
 from datasetdm_fast.export.manifest import NAME, Manifest
-from datasetdm_fast.export.to_onnx import export
-from datasetdm_fast.export.weights import DataFile, Deferred, value_of
+from datasetdm_fast.export.onnx.graph import Extent, Graph, traced
+from datasetdm_fast.export.onnx.operators import OPERATORS
+from datasetdm_fast.export.onnx.to_onnx import export
+from datasetdm_fast.export.onnx.weights import DataFile, Deferred, value_of
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
@@ -432,7 +433,7 @@ import ctypes, os, sys
 from pathlib import Path
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export.manifest import NAME, Manifest
-from datasetdm_fast.export.to_onnx import export
+from datasetdm_fast.export.onnx.to_onnx import export
 from datasetdm_fast.loading import load_model
 shim = ctypes.CDLL(os.environ["FAULT_SHIM"])
 shim.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int]
@@ -539,7 +540,7 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
 
 def test_deferred_weights_are_those_of_the_models_without_a_copy():
     model = load_model("demo")
-    from datasetdm_fast.export.weights import deferred
+    from datasetdm_fast.export.onnx.weights import deferred
 
     for part, classes in ((model.unet, (TimeTable, TextTable, UNet)), (model.vae, (ImageDecoder, ImageEncoder)), (model.text_encoder, (TextEncoder,))):
         for kind in classes:
@@ -559,7 +560,7 @@ def test_sizes_known_at_run_time_are_counted_by_name():
 
 
 def test_a_graph_refuses_what_it_cannot_say():
-    graph = Graph("some", DataFile("some.data"))
+    graph = Graph("some", DataFile("some.data"), OPERATORS)
     x = graph.input("x", [Extent(1, ("B",)), 4], torch.float32)
     with pytest.raises(NotImplementedError, match="no ONNX form of cumsum"):
         torch.cumsum(x, 1)
@@ -575,14 +576,14 @@ def test_a_graph_refuses_what_it_cannot_say():
 
 
 def test_undone_transpositions_leave_no_node():
-    graph = Graph("some", DataFile("some.data"))
+    graph = Graph("some", DataFile("some.data"), OPERATORS)
     x = graph.input("x", [Extent(1, ("B",)), 4, 6], torch.float32)
     graph.output("y", x.transpose(1, 2).unflatten(1, (2, 3)).flatten(1, 2).transpose(1, 2) * 2.0)
     assert [node.op_type for node in graph.model({}).graph.node] == ["Mul"]
 
 
 def test_constants_of_equal_names_are_equal_bytes():
-    layer = traced(torch.nn.Linear(3, 3), graph := Graph("some", DataFile("some.data")), "layer")
+    layer = traced(torch.nn.Linear(3, 3), graph := Graph("some", DataFile("some.data"), OPERATORS), "layer")
     x = graph.input("x", [Extent(1, ("B",)), 3], torch.float32)
     graph.output("y", layer(x) + layer.weight[0:1] + layer.weight[1:2])
     names = [one.name for one in graph.model({}).graph.initializer]

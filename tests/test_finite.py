@@ -9,12 +9,14 @@ import torch
 from datasetdm_fast import driver, job
 from datasetdm_fast.data import Batch, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines.ort import OrtEngine
-from datasetdm_fast.engines.trt import TrtEngine
+from datasetdm_fast.engines.exported.ort import OrtEngine
+from datasetdm_fast.engines.exported.trt import TrtEngine
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.export import sealed, to_onnx
-from datasetdm_fast.export.graph import Extent, Graph
-from datasetdm_fast.export.weights import DataFile
+from datasetdm_fast.export.onnx import to_onnx
+from datasetdm_fast.export.onnx.graph import Extent, Graph
+from datasetdm_fast.export.onnx.operators import OPERATORS
+from datasetdm_fast.export.onnx.weights import DataFile
+from datasetdm_fast.export.tensorrt import sealed
 from datasetdm_fast.loading import load_model
 
 BATCH = Batch(
@@ -99,7 +101,7 @@ def test_an_autoencoder_that_leaves_the_range_of_fp16_is_noticed_and_its_images_
 
 
 def test_rows_of_numbers_are_told_from_others_without_a_false_alarm(tmp_path):
-    graph = Graph("finite", DataFile("finite.data"))
+    graph = Graph("finite", DataFile("finite.data"), OPERATORS)
     x = graph.input("x", [Extent(1, ("B",)), 3, 4], torch.float32)
     graph.output("is_finite", x.isfinite().flatten(1).all(1))
     session = onnxruntime.InferenceSession(graph.model({}).SerializeToString(), providers=["CPUExecutionProvider"])

@@ -9,11 +9,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from datasetdm_fast.decoders.checkpoint import load_decoders
-from datasetdm_fast.engines.trt import TrtEngine
+from datasetdm_fast.engines.exported.trt import TrtEngine
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export import __main__ as command
-from datasetdm_fast.export import flavours, fp8, golden, sealed, to_tensorrt
+from datasetdm_fast.export import golden
 from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.export.onnx import eight_bits
+from datasetdm_fast.export.tensorrt import flavours, sealed, to_tensorrt
+from datasetdm_fast.export_cli import calibration, loaded
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling import times
 
@@ -34,7 +37,7 @@ def demo():
 @pytest.fixture(scope="module")
 def calibrated(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8")
-    return folder, *fp8.export(*demo, folder, PROMPTS, 2)
+    return folder, *calibration.export(*demo, folder, PROMPTS, 2)
 
 
 # The graph --------------------------------------------------------------------------------------------------------------------------
@@ -62,17 +65,17 @@ def small_graph() -> onnx.ModelProto:
 
 
 def test_wide_layers_of_the_unet_are_chosen_and_nothing_else():
-    assert [node.name for node in fp8.quantisable(small_graph())] == ["unet.wide/Conv", "unet.left/MatMul", "unet.right/MatMul"]
+    assert [node.name for node in eight_bits.quantisable(small_graph())] == ["unet.wide/Conv", "unet.left/MatMul", "unet.right/MatMul"]
 
 
 def test_largest_magnitudes_are_watched_and_become_the_largest_of_the_type(tmp_path):
     model = small_graph()
-    layers = fp8.quantisable(model)
-    assert fp8.layers_read(layers) == ["x", "y"]
+    layers = eight_bits.quantisable(model)
+    assert eight_bits.layers_read(layers) == ["x", "y"]
     latents = np.random.default_rng(1).standard_normal((2, 4, 16, 16)).astype(np.float16)
-    watched = onnxruntime.InferenceSession(fp8.watching(model, layers).SerializeToString(), providers=["CPUExecutionProvider"])
+    watched = onnxruntime.InferenceSession(eight_bits.watching(model, layers).SerializeToString(), providers=["CPUExecutionProvider"])
     truth, *largest = watched.run(None, {"latents": latents})
-    narrow = fp8.quantised(model, layers, dict(zip(["x", "y"], map(float, largest))), tmp_path)
+    narrow = eight_bits.quantised(model, layers, dict(zip(["x", "y"], map(float, largest))), tmp_path)
     onnx.checker.check_model(narrow)
     constants = {one.name: numpy_helper.to_array(one) for one in narrow.graph.initializer}
     assert constants["x.scale"] == np.float16(largest[0] / 448) and np.abs(constants["wide.e4m3"].astype(np.float32)).max() == 448
@@ -82,7 +85,7 @@ def test_largest_magnitudes_are_watched_and_become_the_largest_of_the_type(tmp_p
 
 
 def test_an_activation_that_is_always_zero_keeps_a_scale():
-    narrow = fp8.quantised(small_graph(), fp8.quantisable(small_graph()), {"x": 0.0, "y": 1.0}, None)
+    narrow = eight_bits.quantised(small_graph(), eight_bits.quantisable(small_graph()), {"x": 0.0, "y": 1.0}, None)
     assert min(numpy_helper.to_array(one) for one in narrow.graph.initializer if one.name.endswith(".scale")) > 0
 
 
@@ -96,7 +99,7 @@ def test_only_the_call_that_is_not_captured_has_eight_bits(calibrated):
     graphs = {stage: onnx.load(str(folder / told.file), load_external_data=False).graph for stage, told in manifest.stages.items()}
     kinds = {stage: {one.data_type for one in graph.initializer} for stage, graph in graphs.items()}
     assert [stage for stage, types in kinds.items() if TensorProto.FLOAT8E4M3FN in types] == ["denoise"]
-    assert not (folder / fp8.WATCHED).exists()
+    assert not (folder / eight_bits.WATCHED).exists()
 
 
 def test_the_drift_is_measured_in_images_and_labels(calibrated):
@@ -104,16 +107,16 @@ def test_the_drift_is_measured_in_images_and_labels(calibrated):
     assert {row["measure"] for row in drift} == {"latents", "image", "semantic", "instance", "depth", "pose", "open-vocabulary"}
     found = {row["measure"]: row["median"] for row in drift}
     assert 1e-3 < found["latents"] < 0.5 and 0 < found["image"] < 0.2
-    lines = fp8.table(drift).splitlines()
+    lines = calibration.table(drift).splitlines()
     assert len(lines) == 8 and lines[0].startswith("drift of fp8") and lines[1].startswith("latents ")
 
 
 def test_the_same_prompts_again_are_not_calibrated_again(calibrated, demo, monkeypatch):
     folder, manifest, drift = calibrated
-    monkeypatch.setattr(fp8.to_onnx, "export", lambda *arguments, **names: pytest.fail("exported again"))
-    assert fp8.export(*demo, folder, PROMPTS, 2) == (manifest, drift)
+    monkeypatch.setattr(calibration.to_onnx, "export", lambda *arguments, **names: pytest.fail("exported again"))
+    assert calibration.export(*demo, folder, PROMPTS, 2) == (manifest, drift)
     with pytest.raises(pytest.fail.Exception, match="exported again"):
-        fp8.export(*demo, folder, ("a blue cone",), 2)
+        calibration.export(*demo, folder, ("a blue cone",), 2)
 
 
 def test_tensorrt_rtx_builds_it_for_gpus_with_eight_bit_floats(calibrated, tmp_path):
@@ -158,7 +161,7 @@ def test_without_a_calibrated_folder_the_engine_says_how_to_make_one(demo, tmp_p
 )
 def test_what_it_cannot_be_is_refused(flags, said, tmp_path, capsys, monkeypatch):
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(command, "load", lambda config: pytest.fail("the model was read"))
+    monkeypatch.setattr(loaded, "load", lambda config: pytest.fail("the model was read"))
     assert command.main(["--to", "tensorrt-rtx", "--precision", "fp8", "--out", str(tmp_path), *flags]) == 2
     assert capsys.readouterr().err.splitlines()[0].startswith(said)
 
@@ -169,5 +172,5 @@ def test_as_graphs_alone_it_is_refused(tmp_path, capsys):
 
 
 def test_the_record_names_the_prompts(calibrated):
-    record = json.loads((calibrated[0] / fp8.RECORD).read_bytes())
+    record = json.loads((calibrated[0] / calibration.RECORD).read_bytes())
     assert record["prompts"] == list(PROMPTS) and record["steps"] == 2

@@ -7,7 +7,7 @@ import pytest
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.metrics import METRICS
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.readers import open_data
 
 SIZE = 64

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.export import plans, sealed
+from datasetdm_fast.export.tensorrt import plans, sealed
 
 ORDER = plans.Order(
     stage="denoise",

@@ -7,6 +7,7 @@ import pytest
 from datasetdm_fast import prompts
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.tasks import captions
 
 
 class Tokenizer:
@@ -80,7 +81,7 @@ def test_per_class_is_balanced_and_varied():
     ],
 )
 def test_class_words_are_whole_words_and_simple_plurals(prompt, found):
-    assert prompts.find_classes(prompt, ("ball", "ring", "cherry", "person", "traffic light")) == found
+    assert captions.find_classes(prompt, ("ball", "ring", "cherry", "person", "traffic light")) == found
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from datasetdm_fast import driver
 from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
-from datasetdm_fast.tasks import TASKS, depth, instance, named, open_vocabulary, pose, semantic
+from datasetdm_fast.tasks import TASKS, captions, depth, instance, open_vocabulary, pose, semantic
 
 SIZE = 32
 ON, OFF = 20.0, -20.0  # logits of a sure pixel
@@ -313,12 +313,12 @@ def test_classes_a_prompt_does_not_name_are_ruled_out():
     asked["pred_logits"][0, 0, 1] = 2.0  # a cone, or perhaps a ball
     answers = {name: value.expand(4, *value.shape[1:]) for name, value in asked.items()}
     prompts = ("a red ball", "two cones", "balls beside a cone", "a photo of a street")
-    found = semantic.postprocess(named.held_to(answers, config, prompts), config, SIZE)
+    found = semantic.postprocess(captions.held_to(answers, config, prompts), config, SIZE)
     assert [int(label.labels[0, 0]) for label in found] == [1, 2, 2, 2] and all((label.labels[:, 16:] == 0).all() for label in found)
-    things = instance.postprocess(named.held_to(answers, config, prompts), config, SIZE)
+    things = instance.postprocess(captions.held_to(answers, config, prompts), config, SIZE)
     assert [label.class_ids[0] for label in things] != [] and 2 not in things[0].class_ids and 1 not in things[1].class_ids
     free = upstream("segmentation", classes=CLASSES, min_area=0)
-    assert named.held_to(answers, free, prompts) is answers
+    assert captions.held_to(answers, free, prompts) is answers
 
 
 def test_a_run_holds_its_labels_to_the_prompts():
@@ -333,10 +333,10 @@ def test_words_a_prompt_does_not_name_are_not_found():
     config = upstream("open-vocabulary", classes=("ball",), named=("ball",))
     words = ("ball", "comet")  # the second was never taught, and is held to the prompt as well
     asked = raw(word_logits(20, 20), torch.cat([planes((0, 0, 8, 8)), planes((16, 16, 24, 24))])[None])
-    (label,) = open_vocabulary.postprocess(named.held_to(asked, config, ["a comet at night"], words), config, SIZE, words)
+    (label,) = open_vocabulary.postprocess(captions.held_to(asked, config, ["a comet at night"], words), config, SIZE, words)
     assert set(np.unique(label.labels)) == {0, 2}
 
 
 def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
     seen = [(("ball", "cone"), "a red ball and a cone"), (("ball",), "two balls"), (("cone",), "a thing"), ((), "a ball")]
-    assert named.always_named(("ball", "cone", "star"), seen) == ("ball", "star")
+    assert captions.always_named(("ball", "cone", "star"), seen) == ("ball", "star")

@@ -20,9 +20,11 @@ from datasetdm_fast.decoders import checkpoint
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as command
-from datasetdm_fast.export import flavours, plans, sealed, to_onnx, to_tensorrt
 from datasetdm_fast.export.manifest import Manifest
-from datasetdm_fast.export.plan_commands import row_line
+from datasetdm_fast.export.onnx import to_onnx
+from datasetdm_fast.export.tensorrt import flavours, plans, sealed, to_tensorrt
+from datasetdm_fast.export_cli import loaded
+from datasetdm_fast.export_cli.plan_commands import row_line
 from datasetdm_fast.loading import presets
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -266,7 +268,7 @@ def test_the_builder_tells_of_its_progress(tmp_path, monkeypatch):
 )
 def test_what_cannot_come_out_well_is_refused_before_a_model_is_read(flags, code, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(flavours, "gpu_capabilities", list)
-    monkeypatch.setattr(command, "load", lambda config: pytest.fail("the model was read"))
+    monkeypatch.setattr(loaded, "load", lambda config: pytest.fail("the model was read"))
     assert export("--out", str(tmp_path), *flags) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith(said)

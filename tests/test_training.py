@@ -11,18 +11,19 @@ import torch
 from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.lessons import cache
+from datasetdm_fast.lessons.augment import AUGMENTATIONS, Augmentation, lit, look, mirrored, mirrored_joints, turned
+from datasetdm_fast.lessons.cache import Inversion, Layout
+from datasetdm_fast.lessons.targets import target
+from datasetdm_fast.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.sampling.times import alphas_cumprod
-from datasetdm_fast.training import cache, losses
-from datasetdm_fast.training.augment import AUGMENTATIONS, Augmentation, lit, look, mirrored, mirrored_joints, turned
-from datasetdm_fast.training.cache import Inversion, Layout
+from datasetdm_fast.training import losses
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Lessons, Schedule, Trainer, fit, projected
 from datasetdm_fast.training.recipes import recipe
-from datasetdm_fast.training.targets import target
-from datasetdm_fast.training.views import Looks, Views, check_quirks
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 

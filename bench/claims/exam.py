@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -20,10 +21,9 @@ from typing import Any
 
 import torch
 
-from datasetdm_fast import student as students
-from datasetdm_fast.metrics import METRICS
-from datasetdm_fast.student import Course, Student
-from datasetdm_fast.student_data import Lessons
+from datasetdm_fast.evaluation.metrics import METRICS
+from datasetdm_fast.evaluation.student import Course, Student, answers, has_bf16, teach
+from datasetdm_fast.evaluation.student_data import Lessons
 from datasetdm_fast.truth.labelled import Labelled, Source
 
 TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")
@@ -64,8 +64,8 @@ class Arm:
 
     def digest(self, seed: int, exam: Exam) -> str:
         """Of everything that decides the figures, the student's own code among it."""
-        found = hashlib.sha256(json.dumps([asdict(self.course), self.tasks, seed, exam.digest, students.has_bf16()]).encode())
-        found.update(Path(students.__file__).read_bytes())
+        found = hashlib.sha256(json.dumps([asdict(self.course), self.tasks, seed, exam.digest, has_bf16()]).encode())
+        found.update(Path(inspect.getfile(Student)).read_bytes())
         for lessons in self.sets:
             for name in TENSORS:
                 found.update(getattr(lessons, name).numpy().tobytes())
@@ -75,7 +75,7 @@ class Arm:
 def figures(student: Student, exam: Exam, tasks: Sequence[str]) -> dict[str, dict]:
     """Every figure of every task over the exam's images."""
     meters = {task: METRICS[task](exam.source) for task in tasks}
-    for truth, answer in zip(exam.items, students.answers(student, exam.images)):
+    for truth, answer in zip(exam.items, answers(student, exam.images)):
         for task, meter in meters.items():
             meter.add(truth, getattr(answer, task))
     return {task: meter.result() for task, meter in meters.items()}
@@ -96,7 +96,7 @@ def examined(arm: Arm, sets: Sequence[bytes], seed: int, exam: bytes, path: Path
     """Teaches a student, examines it and keeps both beside `path`; what is large or dear comes packed and is unpacked once."""
     arm, exam = replace(arm, sets=tuple(map(_unpacked, sets))), _unpacked(exam)
     begin = time.process_time()
-    student = students.teach(arm.sets, arm.course, seed, arm.tasks)
+    student = teach(arm.sets, arm.course, seed, arm.tasks)
     taught = time.process_time() - begin
     result = figures(student, exam, arm.tasks)
     torch.save(student.state_dict(), path.with_suffix(".pt"))

@@ -173,13 +173,13 @@ def _images(row: Mapping[str, Any]) -> str:
 
 def drawn_sheets(bench: Any) -> dict[str, tuple[Image.Image, str]]:
     """Real scenes, generated images and what students say, side by side with labels."""
-    from datasetdm_fast import student as students
+    from datasetdm_fast.evaluation import student
 
     arms = {name: bench.arm(name, sets()) for name, sets in bench.main_arms().items()}
     exam, (real, synthetic) = bench.exam(), arms["both"].sets
     images = exam.images[:SHOWN]
     truth = [item.semantic for item in exam.items[:SHOWN]]
-    said = {name: [answer.semantic.labels for answer in students.answers(bench.record.student(arm, 0, exam), images)] for name, arm in arms.items()}
+    said = {name: [answer.semantic.labels for answer in student.answers(bench.record.student(arm, 0, exam), images)] for name, arm in arms.items()}
     rows = [images.numpy(), coloured(truth), *(coloured(labels) for labels in said.values())]
     names = ", ".join(f"the student taught by {NAMES[name].replace(' alone', ' scenes alone')}" for name in said)
     return {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.worth import t95
+from datasetdm_fast.evaluation.worth import t95
 
 OUTSIDE = 2.0  # sigmas a gain must exceed
 ARMS = ("real", "synthetic", "both")

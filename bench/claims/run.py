@@ -110,9 +110,9 @@ class Bench:
     def __init__(self, folder: Path, scale, say: Callable[[str], None]):
         from bench.claims import sets
         from bench.claims.exam import Record
+        from datasetdm_fast.evaluation.student import Course
+        from datasetdm_fast.evaluation.student_data import SIDE, vocabulary_of
         from datasetdm_fast.ranks import cores
-        from datasetdm_fast.student import Course
-        from datasetdm_fast.student_data import SIDE, vocabulary_of
 
         self.folder, self.scale, self.say = folder, scale, say
         self.record = Record(folder / "students", say, min(cores(), MOST_PROCESSES))
@@ -180,7 +180,7 @@ class Bench:
     def real(self, count: int, fits: str = "is_any"):
         """Labelled scenes: the same that taught the labeller of the row."""
         from bench.claims import sets
-        from datasetdm_fast import student_data
+        from datasetdm_fast.evaluation import student_data
 
         def make():
             source = sets.scenes(sets.LABELLED, count, self.side, getattr(sets, fits))
@@ -212,7 +212,7 @@ class Bench:
     def told(self, engine: str, count: int, name: str, make: Callable[[Any], Iterator[Any]]):
         """Lessons from the first images of an engine's pool; those made from the same pool before are found again."""
         from bench.claims import sets
-        from datasetdm_fast import student_data
+        from datasetdm_fast.evaluation import student_data
 
         def found():
             run = sets.pool(self.folder / ("pool" if engine == "fast" else f"pool-{engine}"), count, engine, self.say)

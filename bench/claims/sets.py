@@ -11,10 +11,10 @@ import torch
 
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.evaluation.student_data import Lessons, Vocabulary
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, StoredSample, open_run
 from datasetdm_fast.scenes import world
-from datasetdm_fast.student_data import Lessons, Vocabulary
 
 LABELLED = 1000  # first seed of the scenes that taught the labellers and teach the students
 VALIDATION = 700_000  # first seed of the scenes that settings are chosen on
@@ -145,7 +145,7 @@ def retold(run: Run, positions: Sequence[int], decoders: Path, rename: Callable[
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.sampling.inversion import capture_timestep, invert
     from datasetdm_fast.tasks import TASKS
-    from datasetdm_fast.tasks.named import held_to
+    from datasetdm_fast.tasks.captions import held_to
 
     engine = build_engine("fast", load_model("demo"), load_decoders(decoders))
     configs = {task: decoder.config for task, decoder in engine.decoders.items()}

@@ -2,67 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.config import ENGINES as KNOWN
 from datasetdm_fast.errors import Missing, Refused
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
 
-    from datasetdm_fast.data import Capture, ProjectedCapture
+    from datasetdm_fast.data import Capture as Capture
+    from datasetdm_fast.data import ProjectedCapture as ProjectedCapture
+    from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.loading.model import Model
-
-
-class Engine(Protocol):
-    """What every engine offers; tensors live on `device`, and none of the calls keeps a graph for gradients.
-
-    A CFG batch of 2B is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B-1}].
-    """
-
-    name: str
-    model: Model
-    decoders: Mapping[str, nn.Module]
-    device: torch.device
-    adjustments: Mapping[str, int]  # what had to be done differently from what was asked, for the rows of the samples made since
-
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """[B, T, D] last hidden states of the padded prompts."""
-
-    def encode_classes(self, words: Sequence[str]) -> Tensor:
-        """[K, D] class embeddings: the mean over all T positions."""
-
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
-        """[2B, 4, h, w] UNet output for latents [B, 4, h, w] and context [2B, T, D]."""
-
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture | ProjectedCapture]:
-        """The same output, and what the decoders read."""
-
-    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
-        """The same output, and every feature and map as it is."""
-
-    def decode_image(self, latents: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 images."""
-
-    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and of each image [B] whether its pixels were finite numbers."""
-
-    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: the posterior's mean, or a sample of it per image's generator."""
-
-    def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
-        """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
-
-    def suggested_batch(self) -> int:
-        """Images to make together where nobody says."""
-
-    def widened(self) -> Engine | None:
-        """An engine over the same weights in fp32, for what this one could not hold; None where this one is."""
-
-    def fingerprint(self) -> dict[str, str]:
-        """Names and versions that decide the engine's rounding."""
 
 
 def _torch(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str) -> Engine:
@@ -78,13 +30,13 @@ def _fast(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: s
 
 
 def _ort(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, **where: str) -> Engine:
-    from datasetdm_fast.engines.ort import OrtEngine
+    from datasetdm_fast.engines.exported.ort import OrtEngine
 
     return OrtEngine(model, decoders, dtype=dtype, device=device, **where)
 
 
 def _trt(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, **where: str) -> Engine:
-    from datasetdm_fast.engines.trt import TrtEngine
+    from datasetdm_fast.engines.exported.trt import TrtEngine
 
     return TrtEngine(model, decoders, dtype=dtype, device=device, **where)
 
@@ -97,11 +49,11 @@ def check_engine(name: str, flavour: str = "auto", provider: str = "auto") -> No
     if provider != "auto" and name != "ort":
         raise Refused(f"provider: {provider} is one of ONNX Runtime's, and the engine is {name}", "add --engine ort")
     if name == "ort":
-        from datasetdm_fast.engines.providers import require_provider
+        from datasetdm_fast.engines.exported.providers import require_provider
 
         require_provider(provider)
     if name == "trt":
-        from datasetdm_fast.export.flavours import require_gpu
+        from datasetdm_fast.export.tensorrt.flavours import require_gpu
 
         require_gpu(flavour)
 

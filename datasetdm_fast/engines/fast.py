@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, with_ops
+from datasetdm_fast.engines.cuda_graph import StepGraph
+from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested
-from datasetdm_fast.engines.torch import resolve_device
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import compiled, rearranged
 from datasetdm_fast.kernels.choice import operations
@@ -328,34 +329,3 @@ def _rows_of(table: Tensor, batch: int, start: int, count: int) -> Tensor:
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-class StepGraph:
-    """One UNet call as a CUDA graph over its own input and output buffers."""
-
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Iterable[Tensor], pool):
-        self.inputs = [torch.empty_like(value).copy_(value) for value in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # lets libraries choose their algorithms and allocate before anything is recorded
-                run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.outputs = run(*self.inputs)
-        self.pointers = self._pointers()
-        self.held: list[Tensor | None] = [None] * len(self.inputs)
-
-    def _pointers(self) -> list[int]:
-        return [value.data_ptr() for value in (*self.inputs, *self.outputs)]
-
-    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for new inputs, as tensors of the caller's own."""
-        assert self._pointers() == self.pointers, "a buffer of a recorded call was moved"
-        for place, (buffer, value) in enumerate(zip(self.inputs, values)):
-            if place == 0 or self.held[place] is not value:  # all but the latents come from the engine's own tables, which are never written to
-                buffer.copy_(value)
-                self.held[place] = value if place else None
-        self.graph.replay()
-        return tuple(value.clone() for value in self.outputs)

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture
+from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading.model import Model
@@ -27,21 +28,6 @@ def _oracle(method):
             return method(*arguments, **keywords)
 
     return strict
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device `name` stands for; "auto" is the first GPU, or the CPU where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise Refused(f"device: {name!r} is none of auto, cpu, cuda, cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Missing(f"device: {name} is not there, this machine shows {torch.cuda.device_count()} CUDA devices", "use --device cpu or --device auto")
-    return device
 
 
 def feature_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:

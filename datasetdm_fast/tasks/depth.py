@@ -8,7 +8,7 @@ from torch import Tensor
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.transfer import to_host
+from datasetdm_fast.tasks.to_host import to_host
 
 
 def upstream_bytes(metres: np.ndarray, max_depth: float) -> np.ndarray:

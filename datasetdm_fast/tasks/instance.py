@@ -9,7 +9,7 @@ from datasetdm_fast.data import Instances
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.tasks.semantic import scaled_area
-from datasetdm_fast.transfer import to_host
+from datasetdm_fast.tasks.to_host import to_host
 
 MOST = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it

@@ -12,7 +12,7 @@ from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.tasks.instance import NOTHING, upstream_instances
 from datasetdm_fast.tasks.semantic import scaled_area
-from datasetdm_fast.transfer import to_host
+from datasetdm_fast.tasks.to_host import to_host
 
 OBJECT = 1  # the class logit that says "this query is the word"; logit 0 was never trained
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.transfer import to_host
+from datasetdm_fast.tasks.to_host import to_host
 
 WINDOW = 3  # bins each side of a peak that belong to it
 FAINTEST = 1e-6  # heatmap values below it carry no shape to fit

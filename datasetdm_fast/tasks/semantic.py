@@ -8,7 +8,7 @@ from torch import Tensor
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.transfer import to_host
+from datasetdm_fast.tasks.to_host import to_host
 
 SURE = 0.5  # evidence above it counts towards the area of a class
 AREA_SIDE = 512  # pixels of a side of the images that areas are given for

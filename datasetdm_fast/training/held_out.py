@@ -17,14 +17,14 @@ from torch import Tensor
 
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, fold
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.labels.pictures import _masks, _painted, _skeletons, depth_picture
-from datasetdm_fast.metrics import METRICS
+from datasetdm_fast.lessons.targets import target
 from datasetdm_fast.readers import Labelled
 from datasetdm_fast.tasks import TASKS
-from datasetdm_fast.tasks.named import held_to
+from datasetdm_fast.tasks.captions import held_to
 from datasetdm_fast.training.loop import Lessons, projected
-from datasetdm_fast.training.targets import target
 
 HEADLINE = {"semantic": "miou", "instance": "ap50", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
 LESS_IS_BETTER = ("depth",)

@@ -24,12 +24,12 @@ from datasetdm_fast.decoders.checkpoint import Decoder, DecoderConfig, build_dec
 from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.kernels import rearranged
+from datasetdm_fast.lessons.cache import Layout
+from datasetdm_fast.lessons.targets import Target
+from datasetdm_fast.lessons.views import Views
 from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training import losses
-from datasetdm_fast.training.cache import Layout
 from datasetdm_fast.training.ranks import SOLO, Ranks
-from datasetdm_fast.training.targets import Target
-from datasetdm_fast.training.views import Views
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTLING = 8  # power iterations that bring a spectral norm to averaged weights

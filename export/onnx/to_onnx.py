@@ -21,11 +21,12 @@ from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.graph import OPSETS, Extent, Graph, Value, traced
 from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo, check_replaceable
-from datasetdm_fast.export.operations import ONNX_RUNTIME, PORTABLE, exportable
+from datasetdm_fast.export.onnx.graph import OPSETS, Extent, Graph, Value, traced
+from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable
+from datasetdm_fast.export.onnx.operators import OPERATORS
+from datasetdm_fast.export.onnx.weights import DataFile, deferred, digest
 from datasetdm_fast.export.staging import alone, staged
-from datasetdm_fast.export.weights import DataFile, deferred, digest
 from datasetdm_fast.kernels import bilinear, depth_head, image_norm
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.models.capture import Keeping, Projection, Slot, Unwatched
@@ -158,7 +159,8 @@ def exporter() -> str:
     """Version of this package, with a digest of the code that decides what the graphs say."""
     root = Path(stages.__file__).parent
     forms = [Path(module.__file__) for module in (bilinear, depth_head, image_norm)]  # of the kernels, those the graphs take over
-    files = [*sorted(Path(__file__).parent.glob("*.py")), *sorted((root / "models").glob("*.py")), *forms, Path(stages.__file__)]
+    rooms = (Path(__file__).parents[1], root / "models", root / "decoders")
+    files = [*(path for room in rooms for path in sorted(room.rglob("*.py"))), *forms, Path(stages.__file__)]
     total = hashlib.sha256()
     for path in files:
         total.update(path.read_bytes())
@@ -166,8 +168,6 @@ def exporter() -> str:
 
 
 # What the stages compute ---------------------------------------------------------------------------------------------------------------
-
-
 class Adding:
     """Adds up what the decoders' first layers make of features and maps: level sums [B, F, h, w] fp32."""
 
@@ -285,7 +285,7 @@ class _Export:
     # Graphs
 
     def _stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:
-        graph, table = Graph(name, data, OPSETS[self.dtype]), self._table(name)
+        graph, table = Graph(name, data, OPERATORS, OPSETS[self.dtype]), self._table(name)
         modules = {prefix: traced(module, graph, prefix) for prefix, module in parts.items()}
         inputs = {key: graph.input(key, self._shape(name, key, axes), getattr(torch, dtype)) for key, (axes, dtype) in table.inputs.items()}
         outputs = self._outputs(name, modules, inputs)

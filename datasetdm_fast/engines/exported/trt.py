@@ -12,16 +12,16 @@ from torch import Tensor
 
 from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.disk.locks import cache_folder
-from datasetdm_fast.engines.graphs import GraphEngine
-from datasetdm_fast.engines.torch import resolve_device
-from datasetdm_fast.engines.trt_plan import LoadedPlan, Queue
+from datasetdm_fast.engines.device import resolve_device
+from datasetdm_fast.engines.exported.graphs import GraphEngine
+from datasetdm_fast.engines.exported.trt_plan import LoadedPlan, Queue
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export import flavours
 from datasetdm_fast.export.golden import Reference
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest
-from datasetdm_fast.export.plans import PlanFolder, say
-from datasetdm_fast.export.to_onnx import RAW, export, source_digest
-from datasetdm_fast.export.to_tensorrt import WORDS, Target, at_once, open_plan
+from datasetdm_fast.export.onnx.to_onnx import RAW, export, source_digest
+from datasetdm_fast.export.tensorrt import flavours
+from datasetdm_fast.export.tensorrt.plans import PlanFolder, say
+from datasetdm_fast.export.tensorrt.to_tensorrt import WORDS, Target, at_once, open_plan
 from datasetdm_fast.loading.model import Model
 
 PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones

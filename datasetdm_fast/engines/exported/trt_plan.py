@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.errors import GateFailed, Missing
-from datasetdm_fast.export import golden, sealed
-from datasetdm_fast.export.flavours import Flavour
-from datasetdm_fast.export.plans import Plan
-from datasetdm_fast.export.to_tensorrt import resolved
+from datasetdm_fast.export import golden
+from datasetdm_fast.export.tensorrt import sealed
+from datasetdm_fast.export.tensorrt.flavours import Flavour
+from datasetdm_fast.export.tensorrt.plans import Plan
+from datasetdm_fast.export.tensorrt.to_tensorrt import resolved
 
 if TYPE_CHECKING:
     from datasetdm_fast.export.manifest import StageFile, TensorInfo

@@ -21,9 +21,9 @@ from torch import Tensor
 from datasetdm_fast.data import Capture
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.lessons.views import Views
 from datasetdm_fast.sampling.inversion import invert
 from datasetdm_fast.stages import Level
-from datasetdm_fast.training.views import Views
 
 DIGEST = 32  # bytes
 SHARE = 0.5  # of the free disk that more captures may take where nobody says

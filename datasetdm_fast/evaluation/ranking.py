@@ -1,171 +1,22 @@
-"""How true labels are: mIoU, COCO AP, AbsRel, PCK and OKS-AP, fed image by image; bootstrap intervals over the images.
-
-A meter keeps what each image says, and `figures` combines the images by weights: all ones for the result, drawn counts for a bootstrap.
-"""
+"""Ranked detections: average precision as COCO computes it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.data import Instances, Keypoints
 from datasetdm_fast.decoders.config import COCO_JOINTS
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.meter import Meter, _mean, translation
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.readers import Labelled, Source
 
 RECALLS = np.linspace(0, 1, 101)
 LEVELS = np.linspace(0.5, 0.95, 10)  # overlap, of masks or of joints
 MOST_TOGETHER = 4_000_000  # numbers a bootstrap holds at a time
-BACKGROUND = ("background", "none")
-
-
-class Meter:
-    """What every task's figures share."""
-
-    each = "per_class"
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """The names of the columns of the figure named `each`."""
-        return ()
-
-    @property
-    def count(self) -> int:
-        raise NotImplementedError
-
-    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN where the truth does not show a class."""
-        raise NotImplementedError
-
-    def result(self) -> dict:
-        """Every figure over all images, and those of each class there is."""
-        if not self.count:
-            return {}
-        found = {name: values[0] for name, values in self.figures(np.ones((1, self.count))).items()}
-        single = {name: float(np.nan_to_num(value)) for name, value in found.items() if name != self.each}
-        return single | ({self.each: self._named(found[self.each])} if self.each in found else {})
-
-    def draws(self, number: int, seed: int = 0) -> dict[str, np.ndarray]:
-        """The figures [number] of as many bootstrap draws: images with replacement, as many as there are."""
-        random = np.random.default_rng(seed)
-        weights = random.multinomial(self.count, np.full(self.count, 1 / self.count), size=number).astype(np.float64)
-        return self.figures(weights)
-
-    def intervals(self, number: int = 500, level: float = 0.95, seed: int = 0) -> dict:
-        """[low, high] of every figure that `result` gives, by the percentiles of bootstrap draws."""
-        if not self.count:
-            return {}
-        bounds = {}
-        for name, values in self.draws(number, seed).items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # a class that no draw shows
-                low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
-            if name == self.each:
-                bounds[name] = {key: [float(low[k]), float(high[k])] for k, key in enumerate(self.columns) if np.isfinite(low[k])}
-            else:
-                bounds[name] = [float(np.nan_to_num(low)), float(np.nan_to_num(high))]
-        return bounds
-
-    def _named(self, values: np.ndarray) -> dict[str, float]:
-        return {name: float(value) for name, value in zip(self.columns, values) if np.isfinite(value)}
-
-
-class _Overlap(Meter):
-    """Intersection over union of each class from pixel counts over all images; with `unseen` classes also theirs, the others' and the harmonic mean."""
-
-    def __init__(self, classes: Sequence[str], unseen: Collection[str] = ()):
-        self.classes, self.rows = tuple(classes), []  # [3, K] int64 an image: both, either, truth
-        self.unseen = np.array([name in unseen for name in self.classes], bool)
-        self.is_background = np.array([name in BACKGROUND for name in self.classes], bool)
-
-    @property
-    def count(self) -> int:
-        return len(self.rows)
-
-    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        both, either, there = np.einsum("bn,nik->ibk", weights, np.stack(self.rows).astype(np.float64))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            iou = np.where(self.counted(either, there), both / either, np.nan)
-        found = {"miou": _mean(iou), "per_class": iou}
-        if self.unseen.any():
-            seen, unseen = _mean(iou[:, ~self.unseen & ~self.is_background]), _mean(iou[:, self.unseen])
-            with np.errstate(invalid="ignore", divide="ignore"):
-                found |= {"seen": seen, "unseen": unseen, "harmonic": np.where(seen + unseen > 0, 2 * seen * unseen / (seen + unseen), 0)}
-        return found
-
-    @property
-    def columns(self) -> Sequence[str]:
-        return self.classes
-
-    def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
-        """Whether a class has a figure: where the truth shows it."""
-        return there > 0
-
-
-class Semantic(_Overlap):
-    """Mean intersection over union over all pixels; 255 in the truth is left out, a class the data set does not name is no class."""
-
-    def __init__(self, source: Source, unseen: Collection[str] = ()):
-        super().__init__(source.classes, unseen)
-
-    def add(self, truth: Labelled, found: SemanticMap) -> None:
-        known, count = truth.semantic != 255, len(self.classes)
-        if not known.any():
-            return
-        real, guess = truth.semantic[known].astype(np.int64), translation(found.classes, self.classes, 256)[found.labels[known]]
-        both = np.bincount(real[real == guess], minlength=count)
-        there, said = np.bincount(real, minlength=count), np.bincount(guess[guess >= 0], minlength=count)
-        self.rows.append(np.stack([both, there + said - both, there]))
-
-
-class OpenVocabulary(_Overlap):
-    """The same of each class word asked for: asked of every image, so that naming what is not there costs too."""
-
-    def __init__(self, source: Source, unseen: Collection[str] = ()):
-        super().__init__(source.thing_classes, unseen)
-
-    def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
-        return either > 0
-
-    def add(self, truth: Labelled, found: SemanticMap) -> None:
-        row = np.zeros((3, len(self.classes)), np.int64)
-        known = np.ones(truth.image.shape[:2], bool) if truth.semantic is None else truth.semantic != 255
-        for k, name in enumerate(self.classes):
-            mine = truth.mask_classes == k
-            here = truth.masks[mine].any(0) & known if mine.any() else np.zeros(truth.image.shape[:2], bool)
-            seen = (found.labels == found.classes.index(name)) & known if name in found.classes else np.zeros_like(here)
-            row[:, k] = (here & seen).sum(), (here | seen).sum(), here.sum()
-        self.rows.append(row)
-
-
-class Depth(Meter):
-    """Mean absolute relative error, root mean squared error in metres and the shares within a factor 1.25, its square and its cube."""
-
-    def __init__(self, source: Source):
-        self.rows: list[tuple[float, ...]] = []
-
-    @property
-    def count(self) -> int:
-        return len(self.rows)
-
-    def add(self, truth: Labelled, found: DepthMap) -> None:
-        known = truth.depth > 0
-        if not known.any():  # nothing to compare with
-            return
-        real, guess = truth.depth[known].astype(np.float64), found.metres[known].astype(np.float64)
-        ratio = np.maximum(guess / real, real / np.maximum(guess, 1e-6))
-        within = (float(np.mean(ratio < 1.25**power)) for power in (1, 2, 3))
-        self.rows.append((float(np.mean(np.abs(guess - real) / real)), float(np.mean((guess - real) ** 2)), *within))
-
-    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        means = weights @ np.array(self.rows) / weights.sum(1, keepdims=True)
-        means[:, 1] = np.sqrt(means[:, 1])
-        return dict(zip(("absrel", "rmse", "delta_1.25", "delta_1.25_2", "delta_1.25_3"), means.T))
 
 
 class _Ranked(Meter):
@@ -345,27 +196,3 @@ def _rankings(meter: _Ranked) -> list[_Ranking]:
         where = np.concatenate([np.full(len(entry["dtScores"]), number) for number, entry in entries] or [np.zeros(0, np.int64)]).astype(np.int64)
         rankings.append(_Ranking(scores, is_right, is_ignored, where, positives))
     return rankings
-
-
-def translation(said: Sequence[str], known: Sequence[str], length: int) -> np.ndarray:
-    """For each number a decoder may say, the number of the same name in the data set, -1 where it has none."""
-    table = np.full(max(length, len(said)), -1, np.int64)
-    table[: len(said)] = [known.index(name) if name in known else -1 for name in said]
-    return table
-
-
-def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses to compare answers and truth that have no name in common."""
-    if known and not set(said) & set(known):
-        shown = ", ".join(said[:5]), ", ".join(known[:5])
-        raise Refused(f"{task}: the decoder knows {shown[0]}, the data set {shown[1]}: no class in common", "Evaluate on data with the decoder's classes.")
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is a number."""
-    is_there = np.isfinite(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(is_there, values, 0).sum(-1) / is_there.sum(-1)
-
-
-METRICS = {"semantic": Semantic, "instance": Instance, "depth": Depth, "pose": Pose, "open-vocabulary": OpenVocabulary}

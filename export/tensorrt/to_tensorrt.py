@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export import sealed
-from datasetdm_fast.export.flavours import MODULES, Flavour
-from datasetdm_fast.export.plan_builder import FLAGS
-from datasetdm_fast.export.plans import Order, Plan, PlanFolder, lock, say
+from datasetdm_fast.export.tensorrt import sealed
+from datasetdm_fast.export.tensorrt.flavours import MODULES, Flavour
+from datasetdm_fast.export.tensorrt.plan_builder import FLAGS
+from datasetdm_fast.export.tensorrt.plans import Order, Plan, PlanFolder, lock, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,8 +71,6 @@ def check_flags(flavour: Flavour, flags: Sequence[str], gpus: Sequence[str]) -> 
 
 
 # Shapes ----------------------------------------------------------------------------------------------------------------------------
-
-
 def sizes(stage: str, size: int, batches: Sequence[int]) -> tuple[int, ...]:
     """The B of each optimisation profile of a stage, rising; every profile has one fixed shape, which is what its kernels are chosen for."""
     return tuple(sorted({at_once(stage, size, batch) for batch in batches}))
@@ -98,8 +96,6 @@ def profiles(stage: str, tensors: StageFile, size: int, batches: Sequence[int]) 
 
 
 # Orders and builds -----------------------------------------------------------------------------------------------------------------
-
-
 def make_order(stage: str, manifest: Manifest, target: Target) -> Order:
     """The plan of one stage."""
     tensors = manifest.stages[stage]
@@ -209,7 +205,7 @@ def run_builder(graph: Path, order: Order, part: Path, flavour: Flavour, timings
         "timings": str(timings) if timings else "",
     }
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "datasetdm_fast.export.plan_builder", str(writer)]
+    command = [sys.executable, "-m", "datasetdm_fast.export.tensorrt.plan_builder", str(writer)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[writer])
     os.close(writer)
     answer: dict[str, Any] = {}

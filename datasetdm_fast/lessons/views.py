@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.lessons.augment import Augmentation, look
+from datasetdm_fast.lessons.targets import Target, target
 from datasetdm_fast.readers import Labelled, Source
-from datasetdm_fast.training.augment import Augmentation, look
-from datasetdm_fast.training.targets import Target, target
 
 QUIRKS = {
     "Q11": "open vocabulary is taught with the first word's embedding, whatever word is asked",

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.export import flavours
 from datasetdm_fast.export.manifest import NAME, Manifest
-from datasetdm_fast.export.plans import SUFFIX, Entry, PlanFolder, say
+from datasetdm_fast.export.tensorrt import flavours
+from datasetdm_fast.export.tensorrt.plans import SUFFIX, Entry, PlanFolder, say
 
 if TYPE_CHECKING:
-    from datasetdm_fast.export.__main__ import ExportConfig
+    from datasetdm_fast.export_cli.settings import ExportConfig
 
 
 def build(config: ExportConfig) -> None:
     """The plans of every stage in --out, built or found whole; what cannot come out well is refused before any model is read."""
-    from datasetdm_fast.export import to_tensorrt
+    from datasetdm_fast.export.tensorrt import to_tensorrt
 
     named = config.to if config.trt_flavour == "auto" else config.trt_flavour
     if config.to == "tensorrt-rtx" and named != "tensorrt-rtx":
@@ -31,16 +31,16 @@ def build(config: ExportConfig) -> None:
         capabilities = _check_fp8(config, flavour, capabilities)
     flags = to_tensorrt.check_flags(flavour, [flag for flag in ("weight-streaming", "refit") if getattr(config, flag.replace("-", "_"))], gpus)
 
-    from datasetdm_fast.export import fp8
-    from datasetdm_fast.export.__main__ import load, teller
     from datasetdm_fast.export.golden import Reference
-    from datasetdm_fast.export.to_onnx import export
+    from datasetdm_fast.export.onnx.to_onnx import export
+    from datasetdm_fast.export_cli import calibration
+    from datasetdm_fast.export_cli.loaded import load, teller
 
     model, decoders = load(config)
     folder, precision, drift = Path(config.out), "fp16" if config.precision == "auto" else config.precision, []
     if precision == "fp8":
-        manifest, drift = fp8.export(model, decoders, folder, fp8.read_prompts(config.prompts, model), config.steps, told=teller(config))
-        say(fp8.table(drift))
+        manifest, drift = calibration.export(model, decoders, folder, calibration.read_prompts(config.prompts, model), config.steps, told=teller(config))
+        say(calibration.table(drift))
     else:
         manifest = export(model, decoders, folder, precision=precision, raw_capture=config.raw_capture, told=teller(config))
     target = to_tensorrt.Target(flavour, batches, capabilities, flags, "" if flavour.is_portable else _gpu_name())

@@ -1,18 +1,34 @@
-"""Classes a prompt does not name, left out of the answers of a decoder whose captions always named what they showed.
-
-Open vocabulary asks only for the words of a prompt; a decoder with fixed classes is held to them in the same way.
-"""
+"""Which classes a caption names, and what that rules out in a decoder's answers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.prompts import find_classes
 from datasetdm_fast.tasks.open_vocabulary import OBJECT
+
+IRREGULAR = {"child": "children", "foot": "feet", "goose": "geese", "knife": "knives", "man": "men", "mouse": "mice", "person": "people", "woman": "women"}
+
+
+def find_classes(prompt: str, classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes a prompt names as whole words, in the order of `classes`; simple plurals count."""
+    return tuple(word for word in classes if _pattern(word).search(prompt))
+
+
+@cache
+def _pattern(word: str) -> re.Pattern[str]:
+    *before, last = word.split()
+    forms = {last, last + "s", last + "es", IRREGULAR.get(last.lower(), last)}
+    if re.search(r"[^aeiou]y$", last):
+        forms.add(last[:-1] + "ies")
+    start = "".join(re.escape(part) + r"[\s_-]+" for part in before)
+    ending = "|".join(re.escape(form) for form in sorted(forms))
+    return re.compile(rf"(?<!\w){start}(?:{ending})(?!\w)", re.IGNORECASE)
 
 
 def held_to(raw: dict[str, Tensor], config: DecoderConfig, prompts: Sequence[str], words: Sequence[str] = ()) -> dict[str, Tensor]:

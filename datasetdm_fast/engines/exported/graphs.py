@@ -13,7 +13,7 @@ from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.engines.fast import FastEngine, drawn
 from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.to_onnx import RAW, annotate_name
+from datasetdm_fast.export.onnx.to_onnx import RAW, annotate_name
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.stages import LEVELS

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.export import sealed
-from datasetdm_fast.export.sealed import Unusable
 from datasetdm_fast.export.staging import say
+from datasetdm_fast.export.tensorrt import sealed
+from datasetdm_fast.export.tensorrt.sealed import Unusable
 
 if TYPE_CHECKING:
     import numpy as np

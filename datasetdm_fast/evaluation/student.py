@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.student_data import CELL, CELLS, IGNORED, PERSON, Lessons, Vocabulary
+from datasetdm_fast.evaluation.student_data import CELL, CELLS, IGNORED, PERSON, Lessons, Vocabulary
 
 WIDTHS = {"small": (12, 32, 64, 96), "large": (24, 48, 96, 128)}  # channels at 1/2, 1/4, 1/8 and 1/16
 REACH = 8.0  # cells an offset of 1 stands for

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.trunk import Decoder
+from datasetdm_fast.engines.device import resolve_device
+from datasetdm_fast.engines.exported.graphs import GraphEngine
+from datasetdm_fast.engines.exported.providers import NAMES, available, require_provider
 from datasetdm_fast.engines.fast import CHUNK_PIXELS, DTYPES
-from datasetdm_fast.engines.graphs import GraphEngine
-from datasetdm_fast.engines.providers import NAMES, available, require_provider
-from datasetdm_fast.engines.torch import resolve_device
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import Manifest, StageFile
+from datasetdm_fast.export.onnx.to_onnx import RAW, cached
 from datasetdm_fast.export.staging import say
-from datasetdm_fast.export.to_onnx import RAW, cached
 from datasetdm_fast.loading.model import Model
 
 NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np.bool_}

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.export.graph import BLOCKED, MICROSOFT, Value
+from datasetdm_fast.export.onnx.graph import MICROSOFT, Value
+from datasetdm_fast.export.onnx.operators import BLOCKED
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, shifted
 from datasetdm_fast.kernels.image_norm import EPS
@@ -153,8 +154,6 @@ PORTABLE = SimpleNamespace(
 
 
 # For ONNX Runtime alone: its own attention, which on no device writes the scores to memory.
-
-
 def one_node_attention(q: Value, k: Value, v: Value) -> Value:
     """See attention."""
     heads, cells, width = q.shape[1:]

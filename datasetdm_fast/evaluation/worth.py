@@ -40,9 +40,9 @@ def worth(
     told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """{task: {real, both, gain, interval, ...}} of students taught from `count` real images, with and without the run's."""
-    from datasetdm_fast import student as students
-    from datasetdm_fast import student_data
-    from datasetdm_fast.metrics import METRICS
+    from datasetdm_fast.evaluation import student_data
+    from datasetdm_fast.evaluation.metrics import METRICS
+    from datasetdm_fast.evaluation.student import Course, answers, teach
 
     if count > len(learnt):
         raise Refused(f"--real {count}: the data set has {len(learnt)} images", "Ask for fewer.")
@@ -54,13 +54,13 @@ def worth(
     told(f"{len(real)} real images, {len(generated)} generated ones ({generated.left_out} left out)")
     items = tuple(judged)
     exam = student_data.real(items, judged, vocabulary).images
-    course = students.Course(**({"steps": steps} if steps else {}))
+    course = Course(**({"steps": steps} if steps else {}))
     scores: dict[str, dict[str, list[float]]] = {task: {"real": [], "both": []} for task in tasks}
     for seed in range(seeds):
         for arm, sets in (("real", (real,)), ("both", (real, generated))):
-            student = students.teach(sets, course, seed, tasks)
+            student = teach(sets, course, seed, tasks)
             meters = {task: METRICS[task](judged) for task in tasks}
-            for truth, answer in zip(items, students.answers(student, exam)):
+            for truth, answer in zip(items, answers(student, exam)):
                 for task, meter in meters.items():
                     meter.add(truth, getattr(answer, task))
             for task, meter in meters.items():

@@ -1,0 +1,22 @@
+"""Which device an engine runs on."""
+
+from __future__ import annotations
+
+import torch
+
+from datasetdm_fast.errors import Missing, Refused
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device `name` stands for; "auto" is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise Refused(f"device: {name!r} is none of auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Missing(f"device: {name} is not there, this machine shows {torch.cuda.device_count()} CUDA devices", "use --device cpu or --device auto")
+    return device

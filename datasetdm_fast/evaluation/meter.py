@@ -1,0 +1,82 @@
+"""One meter per task: fed predictions and truth image by image, read as figures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from datasetdm_fast.errors import Refused
+
+
+class Meter:
+    """What every task's figures share."""
+
+    each = "per_class"
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the columns of the figure named `each`."""
+        return ()
+
+    @property
+    def count(self) -> int:
+        raise NotImplementedError
+
+    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN where the truth does not show a class."""
+        raise NotImplementedError
+
+    def result(self) -> dict:
+        """Every figure over all images, and those of each class there is."""
+        if not self.count:
+            return {}
+        found = {name: values[0] for name, values in self.figures(np.ones((1, self.count))).items()}
+        single = {name: float(np.nan_to_num(value)) for name, value in found.items() if name != self.each}
+        return single | ({self.each: self._named(found[self.each])} if self.each in found else {})
+
+    def draws(self, number: int, seed: int = 0) -> dict[str, np.ndarray]:
+        """The figures [number] of as many bootstrap draws: images with replacement, as many as there are."""
+        random = np.random.default_rng(seed)
+        weights = random.multinomial(self.count, np.full(self.count, 1 / self.count), size=number).astype(np.float64)
+        return self.figures(weights)
+
+    def intervals(self, number: int = 500, level: float = 0.95, seed: int = 0) -> dict:
+        """[low, high] of every figure that `result` gives, by the percentiles of bootstrap draws."""
+        if not self.count:
+            return {}
+        bounds = {}
+        for name, values in self.draws(number, seed).items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a class that no draw shows
+                low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+            if name == self.each:
+                bounds[name] = {key: [float(low[k]), float(high[k])] for k, key in enumerate(self.columns) if np.isfinite(low[k])}
+            else:
+                bounds[name] = [float(np.nan_to_num(low)), float(np.nan_to_num(high))]
+        return bounds
+
+    def _named(self, values: np.ndarray) -> dict[str, float]:
+        return {name: float(value) for name, value in zip(self.columns, values) if np.isfinite(value)}
+
+
+def translation(said: Sequence[str], known: Sequence[str], length: int) -> np.ndarray:
+    """For each number a decoder may say, the number of the same name in the data set, -1 where it has none."""
+    table = np.full(max(length, len(said)), -1, np.int64)
+    table[: len(said)] = [known.index(name) if name in known else -1 for name in said]
+    return table
+
+
+def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses to compare answers and truth that have no name in common."""
+    if known and not set(said) & set(known):
+        shown = ", ".join(said[:5]), ", ".join(known[:5])
+        raise Refused(f"{task}: the decoder knows {shown[0]}, the data set {shown[1]}: no class in common", "Evaluate on data with the decoder's classes.")
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is a number."""
+    is_there = np.isfinite(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(is_there, values, 0).sum(-1) / is_there.sum(-1)

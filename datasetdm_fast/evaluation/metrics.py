@@ -1,0 +1,113 @@
+"""How true labels are: mIoU, COCO AP, AbsRel, PCK and OKS-AP, fed image by image; bootstrap intervals over the images.
+
+A meter keeps what each image says, and `figures` combines the images by weights: all ones for the result, drawn counts for a bootstrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from datasetdm_fast.data import DepthMap, SemanticMap
+from datasetdm_fast.evaluation.meter import Meter, _mean, translation
+from datasetdm_fast.evaluation.ranking import Instance, Pose
+from datasetdm_fast.readers import Labelled, Source
+
+BACKGROUND = ("background", "none")
+
+
+class _Overlap(Meter):
+    """Intersection over union of each class from pixel counts over all images; with `unseen` classes also theirs, the others' and the harmonic mean."""
+
+    def __init__(self, classes: Sequence[str], unseen: Collection[str] = ()):
+        self.classes, self.rows = tuple(classes), []  # [3, K] int64 an image: both, either, truth
+        self.unseen = np.array([name in unseen for name in self.classes], bool)
+        self.is_background = np.array([name in BACKGROUND for name in self.classes], bool)
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        both, either, there = np.einsum("bn,nik->ibk", weights, np.stack(self.rows).astype(np.float64))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            iou = np.where(self.counted(either, there), both / either, np.nan)
+        found = {"miou": _mean(iou), "per_class": iou}
+        if self.unseen.any():
+            seen, unseen = _mean(iou[:, ~self.unseen & ~self.is_background]), _mean(iou[:, self.unseen])
+            with np.errstate(invalid="ignore", divide="ignore"):
+                found |= {"seen": seen, "unseen": unseen, "harmonic": np.where(seen + unseen > 0, 2 * seen * unseen / (seen + unseen), 0)}
+        return found
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self.classes
+
+    def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
+        """Whether a class has a figure: where the truth shows it."""
+        return there > 0
+
+
+class Semantic(_Overlap):
+    """Mean intersection over union over all pixels; 255 in the truth is left out, a class the data set does not name is no class."""
+
+    def __init__(self, source: Source, unseen: Collection[str] = ()):
+        super().__init__(source.classes, unseen)
+
+    def add(self, truth: Labelled, found: SemanticMap) -> None:
+        known, count = truth.semantic != 255, len(self.classes)
+        if not known.any():
+            return
+        real, guess = truth.semantic[known].astype(np.int64), translation(found.classes, self.classes, 256)[found.labels[known]]
+        both = np.bincount(real[real == guess], minlength=count)
+        there, said = np.bincount(real, minlength=count), np.bincount(guess[guess >= 0], minlength=count)
+        self.rows.append(np.stack([both, there + said - both, there]))
+
+
+class OpenVocabulary(_Overlap):
+    """The same of each class word asked for: asked of every image, so that naming what is not there costs too."""
+
+    def __init__(self, source: Source, unseen: Collection[str] = ()):
+        super().__init__(source.thing_classes, unseen)
+
+    def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
+        return either > 0
+
+    def add(self, truth: Labelled, found: SemanticMap) -> None:
+        row = np.zeros((3, len(self.classes)), np.int64)
+        known = np.ones(truth.image.shape[:2], bool) if truth.semantic is None else truth.semantic != 255
+        for k, name in enumerate(self.classes):
+            mine = truth.mask_classes == k
+            here = truth.masks[mine].any(0) & known if mine.any() else np.zeros(truth.image.shape[:2], bool)
+            seen = (found.labels == found.classes.index(name)) & known if name in found.classes else np.zeros_like(here)
+            row[:, k] = (here & seen).sum(), (here | seen).sum(), here.sum()
+        self.rows.append(row)
+
+
+class Depth(Meter):
+    """Mean absolute relative error, root mean squared error in metres and the shares within a factor 1.25, its square and its cube."""
+
+    def __init__(self, source: Source):
+        self.rows: list[tuple[float, ...]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def add(self, truth: Labelled, found: DepthMap) -> None:
+        known = truth.depth > 0
+        if not known.any():  # nothing to compare with
+            return
+        real, guess = truth.depth[known].astype(np.float64), found.metres[known].astype(np.float64)
+        ratio = np.maximum(guess / real, real / np.maximum(guess, 1e-6))
+        within = (float(np.mean(ratio < 1.25**power)) for power in (1, 2, 3))
+        self.rows.append((float(np.mean(np.abs(guess - real) / real)), float(np.mean((guess - real) ** 2)), *within))
+
+    def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        means = weights @ np.array(self.rows) / weights.sum(1, keepdims=True)
+        means[:, 1] = np.sqrt(means[:, 1])
+        return dict(zip(("absrel", "rmse", "delta_1.25", "delta_1.25_2", "delta_1.25_3"), means.T))
+
+
+METRICS = {"semantic": Semantic, "instance": Instance, "depth": Depth, "pose": Pose, "open-vocabulary": OpenVocabulary}

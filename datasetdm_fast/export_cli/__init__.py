@@ -1,0 +1,1 @@
+"""The command export: flags, calibration, and plan commands for other machines."""

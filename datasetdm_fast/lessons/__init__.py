@@ -1,0 +1,1 @@
+"""Labelled images become captures and training targets."""

@@ -1,0 +1,160 @@
+"""8-bit forms of exported products and convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+
+GRAPH = "denoise.fp8.onnx"
+WATCHED = "denoise.watched.onnx"
+LARGEST = 448.0  # of E4M3
+LEAST_SCALE = 2.0**-14  # the smallest normal fp16
+ZERO = "fp8.zero"
+NARROWEST = 16  # channels of a layer that is worth it; also leaves the first and last convolution as they are
+LAYERS = {"Conv": 1, "MatMul": 1}  # kind of node -> place of its weight
+OPSET, IR = 21, 10  # the first with eight-bit floats of fp16 scale in every reader
+
+
+# Graphs ----------------------------------------------------------------------------------------------------------------------------
+def quantisable(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The UNet's layers with constant fp16 weights, but for narrow ones: the first and the last convolution decide colours."""
+    import onnx
+
+    weights = {one.name: one for one in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        weight = weights.get(node.input[LAYERS[node.op_type]]) if node.op_type in LAYERS else None
+        if weight is None or weight.data_type != onnx.TensorProto.FLOAT16 or not node.name.startswith("unet."):
+            continue
+        if len(weight.dims) >= 2 and min(weight.dims[:2]) >= NARROWEST:
+            found.append(node)
+    return found
+
+
+def layers_read(layers: Sequence[onnx.NodeProto]) -> list[str]:
+    """The activations the layers read, each once."""
+    return list(dict.fromkeys(node.input[0] for node in layers))
+
+
+def watching(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+    """The graph with the largest magnitude of each of these activations as an output of its own."""
+    import onnx
+    from onnx import helper
+
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    for place, name in enumerate(layers_read(layers)):
+        watched.graph.node.extend(
+            [
+                helper.make_node("Abs", [name], [f"magnitude.{place}"]),
+                helper.make_node("ReduceMax", [f"magnitude.{place}"], [f"narrow.{place}"], keepdims=0),
+                helper.make_node("Cast", [f"narrow.{place}"], [f"largest.{place}"], to=onnx.TensorProto.FLOAT),
+            ]
+        )
+        watched.graph.output.append(helper.make_tensor_value_info(f"largest.{place}", onnx.TensorProto.FLOAT, []))
+    return watched
+
+
+def quantised(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], largest: Mapping[str, float], folder: Path) -> onnx.ModelProto:
+    """The graph with eight-bit weights and activations in these layers; the largest magnitude of an activation becomes the largest of E4M3."""
+    return _Quantising(model, folder).result(layers, largest)
+
+
+class _Quantising:
+    """A copy of a graph on its way to eight bits."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path):
+        import onnx
+        from onnx import helper
+
+        self.folder, self.weights = folder, {one.name: one for one in model.graph.initializer}
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(model)
+        self.model.ir_version = IR
+        for one in self.model.opset_import:
+            one.version = OPSET if one.domain in ("", "ai.onnx") else one.version
+        self.graph, self.before = self.model.graph, {}  # what was narrowed -> the nodes that do it
+        self.graph.initializer.append(helper.make_tensor(ZERO, onnx.TensorProto.FLOAT8E4M3FN, [], [0.0]))
+
+    def result(self, layers: Sequence[onnx.NodeProto], largest: Mapping[str, float]) -> onnx.ModelProto:
+        chosen = {node.name for node in layers}
+        for node in [node for node in self.graph.node if node.name in chosen]:
+            source, weight = node.input[0], node.input[LAYERS[node.op_type]]
+            if source not in self.before:
+                self.before[source] = self._of_activation(source, largest[source])
+            if weight not in self.before:
+                self.before[weight] = self._of_weight(weight)
+            node.input[0], node.input[LAYERS[node.op_type]] = f"{source}.fp8", f"{weight}.fp8"
+        _insert(self.graph, self.before)
+        read = {name for node in self.graph.node for name in node.input}
+        kept = [one for one in self.graph.initializer if one.name in read]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        return self.model
+
+    def _of_activation(self, name: str, magnitude: float) -> list[onnx.NodeProto]:
+        from onnx import helper
+
+        narrow = helper.make_node("QuantizeLinear", [name, self._scale(name, magnitude), ZERO], [f"{name}.e4m3"], name=f"{name}/QuantizeLinear")
+        return [narrow, self._widening(name)]
+
+    def _of_weight(self, name: str) -> list[onnx.NodeProto]:
+        import onnx
+        from onnx import helper, numpy_helper
+
+        values = self._stored(name)
+        self._scale(name, float(np.abs(values).max()))
+        step = numpy_helper.to_array(self.graph.initializer[-1]).astype(np.float32)
+        self.graph.initializer.append(helper.make_tensor(f"{name}.e4m3", onnx.TensorProto.FLOAT8E4M3FN, values.shape, _e4m3(values / step), raw=True))
+        return [self._widening(name)]
+
+    def _widening(self, name: str) -> onnx.NodeProto:
+        from onnx import helper
+
+        return helper.make_node("DequantizeLinear", [f"{name}.e4m3", f"{name}.scale", ZERO], [f"{name}.fp8"], name=f"{name}/DequantizeLinear")
+
+    def _scale(self, name: str, magnitude: float) -> str:
+        from onnx import numpy_helper
+
+        value = np.array(max(magnitude / LARGEST, LEAST_SCALE), np.float16)
+        self.graph.initializer.append(numpy_helper.from_array(value, f"{name}.scale"))
+        return f"{name}.scale"
+
+    def _stored(self, name: str) -> np.ndarray:
+        """A weight in fp32, from the data file where it lies there."""
+        import onnx
+        from onnx import external_data_helper, numpy_helper
+
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(self.weights[name])
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            external_data_helper.load_external_data_for_tensor(tensor, str(self.folder))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+        return numpy_helper.to_array(tensor).astype(np.float32)
+
+
+def _e4m3(values: np.ndarray) -> bytes:
+    import ml_dtypes
+
+    return np.clip(values, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn).tobytes()
+
+
+def _insert(graph: onnx.GraphProto, before: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
+    """Puts the nodes in front of the first that reads what they make, as ONNX wants its nodes in order."""
+    made = {node.output[0]: name for name, nodes in before.items() for node in nodes}
+    ordered, placed = [], set()
+    for node in graph.node:
+        for name in node.input:
+            if name in made and made[name] not in placed:
+                placed.add(made[name])
+                ordered.extend(before[made[name]])
+        ordered.append(node)
+    del graph.node[:]
+    graph.node.extend(ordered)

@@ -1,0 +1,338 @@
+"""PyTorch operators as ONNX nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.export.onnx.graph import TYPES, Extent, Size, Value
+
+BLOCKED = -1e30  # added to the score of a cell that is not to be seen: exp of it is exactly 0
+LARGEST = torch.finfo(torch.float32).max
+
+
+def _as(value: Value, dtype: torch.dtype) -> Value:
+    """A constant takes the type of what it meets."""
+    if value.tensor is not None and value.dtype != dtype and value.dtype.is_floating_point:
+        return Value(value.graph, value.name, value.shape, dtype, value.tensor)
+    return value
+
+
+def _operands(*given) -> list[Value]:
+    """The operands as Values of one type: that of those which are no constants."""
+    values = [one for one in given if isinstance(one, Value)]
+    graph = values[0].graph
+    dtype = next((one.dtype for one in values if one.tensor is None), values[0].dtype)
+    return [_as(one if isinstance(one, Value) else graph.constant(one, None if isinstance(one, Tensor) else dtype), dtype) for one in given]
+
+
+def _broadcast(*shapes: Sequence[Size]) -> tuple[Size, ...]:
+    length = max(map(len, shapes))
+    padded = [(1,) * (length - len(shape)) + tuple(shape) for shape in shapes]
+    result = []
+    for sizes in zip(*padded):
+        wide = [size for size in dict.fromkeys(sizes) if size != 1]
+        if len(wide) > 1:
+            raise ValueError(f"export: shapes {[list(map(str, shape)) for shape in shapes]} do not broadcast")
+        result.append(wide[0] if wide else 1)
+    return tuple(result)
+
+
+def _elementwise(kind: str, dtype: torch.dtype | None = None):
+    def operator(*given) -> Value:
+        values = _operands(*given)
+        first = values[0]
+        return first.graph.emit(kind, values, _broadcast(*(value.shape for value in values)), dtype or first.dtype)
+
+    return operator
+
+
+def _unary(kind: str):
+    def operator(x: Value, inplace: bool = False) -> Value:
+        return x.graph.emit(kind, [x], x.shape, x.dtype)
+
+    return operator
+
+
+def silu(x: Value, inplace: bool = False) -> Value:
+    return x * x.sigmoid()
+
+
+def gelu(x: Value, approximate: str = "none") -> Value:
+    """The exact one, in the form in which runtimes look for it."""
+    assert approximate == "none"
+    return x * (x.graph.emit("Erf", [x / math.sqrt(2)], x.shape, x.dtype) + 1.0) * 0.5
+
+
+def to(x: Value, dtype: torch.dtype | torch.device, *_, **__) -> Value:
+    if not isinstance(dtype, torch.dtype) or dtype == x.dtype:
+        return x
+    return x.graph.emit("Cast", [x], x.shape, dtype, to=TYPES[dtype])
+
+
+def conv2d(x: Value, weight: Value, bias: Value | None = None, stride=1, padding=0, dilation=1, groups: int = 1) -> Value:
+    pair = [tuple(one) if isinstance(one, (tuple, list)) else (one, one) for one in (stride, padding, dilation)]
+    (strides, pads, dilations), kernel = pair, weight.shape[2:]
+    assert groups == 1 and dilations == (1, 1)
+    sides = tuple((side + 2 * pad - k) // step + 1 for side, pad, k, step in zip(x.shape[2:], pads, kernel, strides))
+    is_fixed = bias is not None and bias.tensor is not None
+    inputs = [x, _as(weight, x.dtype), *([_as(bias, x.dtype)] if is_fixed else [])]
+    out = x.graph.emit("Conv", inputs, (x.shape[0], weight.shape[0], *sides), x.dtype, kernel_shape=kernel, strides=strides, pads=(*pads, *pads))
+    return out if bias is None or is_fixed else out + bias.reshape(1, -1, 1, 1)
+
+
+def linear(x: Value, weight: Value, bias: Value | None = None) -> Value:
+    if x.ndim == 1:
+        return linear(x.unsqueeze(0), weight, bias).reshape(weight.shape[0])
+    out = matmul(x, weight.transpose(-2, -1))
+    return out if bias is None else out + bias
+
+
+def matmul(x: Value, y: Value) -> Value:
+    x, y = _operands(x, y)
+    batch = _broadcast(x.shape[:-2], y.shape[:-2])
+    rows = (x.shape[-2],) if x.ndim > 1 else ()
+    return x.graph.emit("MatMul", [x, y], (*batch, *rows, y.shape[-1]), x.dtype)
+
+
+def layer_norm(x: Value, shape: Sequence[int], weight: Value, bias: Value, eps: float = 1e-5) -> Value:
+    """Along the last axis; by ONNX's definition summed in fp32 whatever the type."""
+    return x.graph.emit("LayerNormalization", [x, _as(weight, x.dtype), _as(bias, x.dtype)], x.shape, x.dtype, axis=-1, epsilon=eps, stash_type=1)
+
+
+def batch_norm(x: Value, mean: Value, variance: Value, weight=None, bias=None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Value:
+    """By stored statistics, without an affine part."""
+    assert weight is None and bias is None and not training
+    ones, zeros = x.graph.constant(torch.ones(mean.shape)), x.graph.constant(torch.zeros(mean.shape))
+    return x.graph.emit("BatchNormalization", [x, ones, zeros, mean, variance], x.shape, x.dtype, epsilon=eps)
+
+
+def softmax(x: Value, dim: int, dtype: torch.dtype | None = None) -> Value:
+    x = x if dtype is None else x.to(dtype)
+    return x.graph.emit("Softmax", [x], x.shape, x.dtype, axis=dim % x.ndim)
+
+
+def scaled_dot_product_attention(q: Value, k: Value, v: Value, is_causal: bool) -> Value:
+    """Each place over itself and those before it."""
+    assert is_causal
+    later = torch.full((q.shape[2], q.shape[2]), BLOCKED).triu(1)
+    return softmax((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3) + later, -1) @ v
+
+
+def embedding(ids: Value, weight: Value, *_, **__) -> Value:
+    return ids.graph.emit("Gather", [weight, ids], (*ids.shape, weight.shape[1]), weight.dtype, axis=0)
+
+
+def interpolate(x: Value, size: tuple[int, int], mode: str, align_corners: bool = False, **_) -> Value:
+    """Bilinear with half-pixel centres."""
+    assert mode == "bilinear" and not align_corners
+    shape = (*x.shape[:2], *size)
+    options = dict(mode="linear", coordinate_transformation_mode="half_pixel")
+    scales = [new / old for new, old in zip(size, x.shape[2:])]
+    if all(float(np.float32(scale)) == scale for scale in scales):
+        return x.graph.emit("Resize", [x, "", x.graph.stored(torch.tensor([1.0, 1.0, *scales]), torch.float32)], shape, x.dtype, **options)
+    # A ratio that rounds could also round the size.
+    return x.graph.emit("Resize", [x, "", "", x.graph.shape(shape)], shape, x.dtype, **options)
+
+
+def pixel_shuffle(x: Value, times: int) -> Value:
+    batch, channels, height, width = x.shape
+    return x.graph.emit("DepthToSpace", [x], (batch, channels // times**2, height * times, width * times), x.dtype, blocksize=times, mode="CRD")
+
+
+def pad(x: Value, pads: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
+    assert mode == "constant" and not value
+    begins, ends = [0] * x.ndim, [0] * x.ndim
+    for place in range(len(pads) // 2):
+        begins[-1 - place], ends[-1 - place] = pads[2 * place], pads[2 * place + 1]
+    shape = [size + first + last if first or last else size for size, first, last in zip(x.shape, begins, ends)]
+    return x.graph.emit("Pad", [x, x.graph.integers([*begins, *ends])], shape, x.dtype)
+
+
+def cat(values: Sequence[Value], dim: int = 0) -> Value:
+    values = _operands(*values)
+    first, axis = values[0], dim % values[0].ndim
+    sizes = [value.shape[axis] for value in values]
+    total = sizes[0] * len(sizes) if isinstance(sizes[0], Extent) and len(set(sizes)) == 1 else sum(sizes)
+    return first.graph.emit("Concat", values, (*first.shape[:axis], total, *first.shape[axis + 1 :]), first.dtype, axis=axis)
+
+
+def split(x: Value, sizes: Sequence[int], dim: int = 0) -> list[Value]:
+    axis = dim % x.ndim
+    shapes = [(*x.shape[:axis], size, *x.shape[axis + 1 :]) for size in sizes]
+    if isinstance(x.shape[axis], Extent):
+        return x.graph.emit_several("Split", [x], shapes, x.dtype, axis=axis, num_outputs=len(sizes))
+    return x.graph.emit_several("Split", [x, x.graph.integers(sizes)], shapes, x.dtype, axis=axis)
+
+
+def chunk(x: Value, count: int, dim: int = 0) -> list[Value]:
+    return split(x, [x.shape[dim % x.ndim] // count] * count, dim)
+
+
+def unbind(x: Value, dim: int = 0) -> list[Value]:
+    axis = dim % x.ndim
+    return [reshape(part, *x.shape[:axis], *x.shape[axis + 1 :]) for part in split(x, [1] * x.shape[axis], axis)]
+
+
+def permute(x: Value, *axes) -> Value:
+    axes = [axis % x.ndim for axis in (axes[0] if isinstance(axes[0], (tuple, list)) else axes)]
+    if x.origin and x.origin[0] == "Transpose":
+        _, x, before = x.origin
+        axes = [before[axis] for axis in axes]
+    if axes == sorted(axes):
+        return x
+    out = x.graph.emit("Transpose", [x], [x.shape[axis] for axis in axes], x.dtype, perm=axes)
+    out.origin = ("Transpose", x, tuple(axes))
+    return out
+
+
+def transpose(x: Value, first: int, second: int) -> Value:
+    axes = list(range(x.ndim))
+    axes[first], axes[second] = axes[second], axes[first]
+    return permute(x, axes)
+
+
+def reshape(x: Value, *sizes) -> Value:
+    sizes = list(sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes)
+    if -1 in sizes:
+        place = sizes.index(-1)
+        sizes[place] = _quotient(x.shape, sizes[:place] + sizes[place + 1 :])
+    if x.origin and x.origin[0] == "Reshape":
+        x = x.origin[1]
+    if tuple(sizes) == x.shape:
+        return x
+    out = x.graph.emit("Reshape", [x, x.graph.shape(sizes, is_reshape=True)], sizes, x.dtype)
+    out.origin = ("Reshape", x, ())
+    return out
+
+
+def _quotient(whole: Sequence[Size], parts: Sequence[Size]) -> Size:
+    """The size that is left of a shape once `parts` are taken from it."""
+    total, taken = math.prod(whole, start=Extent(1, ())), math.prod(parts, start=Extent(1, ()))
+    letters = list(total.letters)
+    for letter in taken.letters:
+        letters.remove(letter)
+    left = Extent(total.times, tuple(letters)) // taken.times
+    return left if left.letters else left.times
+
+
+def flatten(x: Value, start: int = 0, end: int = -1) -> Value:
+    start, end = start % x.ndim, end % x.ndim
+    return reshape(x, *x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :])
+
+
+def unflatten(x: Value, dim: int, sizes: Sequence[Size]) -> Value:
+    dim, sizes = dim % x.ndim, list(sizes)
+    if -1 in sizes:
+        place = sizes.index(-1)
+        sizes[place] = _quotient([x.shape[dim]], sizes[:place] + sizes[place + 1 :])
+    return reshape(x, *x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
+def expand(x: Value, *sizes) -> Value:
+    padded = (1,) * (len(sizes) - x.ndim) + x.shape
+    shape = [old if isinstance(new, int) and new == -1 else new for old, new in zip(padded, sizes)]
+    if tuple(shape) == x.shape:
+        return x
+    return x.graph.emit("Expand", [x, x.graph.shape(shape)], shape, x.dtype)
+
+
+def repeat_interleave(x: Value, times: Size, dim: int) -> Value:
+    assert dim == 0
+    if times == 1:
+        return x
+    rest = x.shape[1:]
+    return expand(unsqueeze(x, 1), x.shape[0], times, *rest).reshape(x.shape[0] * times, *rest)
+
+
+def unsqueeze(x: Value, dim: int) -> Value:
+    axis = dim % (x.ndim + 1)
+    return reshape(x, *x.shape[:axis], 1, *x.shape[axis:])
+
+
+def getitem(x: Value, index) -> Value:
+    """Slices, None and Ellipsis."""
+    index = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in index:
+        place = index.index(Ellipsis)
+        index[place : place + 1] = [slice(None)] * (x.ndim - sum(one is not None for one in index) + 1)
+    axis = 0
+    for one in index:
+        if one is None:
+            x = unsqueeze(x, axis)
+        elif one != slice(None):
+            start, stop, step = one.indices(x.shape[axis])
+            shape = (*x.shape[:axis], len(range(start, stop, step)), *x.shape[axis + 1 :])
+            x = x.graph.emit("Slice", [x, *(x.graph.integers([number]) for number in (start, stop, axis, step))], shape, x.dtype)
+        axis += 1
+    return x
+
+
+def isfinite(x: Value) -> Value:
+    """By a comparison, which is false of NaN on every device; a maximum may pass over it. Nothing but overflow comes to the largest float."""
+    assert x.dtype == torch.float32
+    return x.graph.emit("Abs", [x], x.shape, x.dtype) < LARGEST
+
+
+def every(x: Value, dim: int) -> Value:
+    """Whether all of a row [B, S] are true; runtimes find the smallest of floats, not of truths."""
+    assert dim == 1 and x.ndim == 2
+    smallest = x.graph.emit("ReduceMin", [to(x, torch.float32), x.graph.integers([1])], x.shape[:1], torch.float32, keepdims=0)
+    return to(smallest, torch.bool)
+
+
+def clamp(x: Value, low: float, high: float) -> Value:
+    return x.graph.emit("Clip", [x, *(x.graph.constant(limit, x.dtype) for limit in (low, high))], x.shape, x.dtype)
+
+
+OPERATORS = {
+    "add": _elementwise("Add"),
+    "add_": _elementwise("Add"),
+    "sub": _elementwise("Sub"),
+    "mul": _elementwise("Mul"),
+    "div": _elementwise("Div"),
+    "lt": _elementwise("Less", torch.bool),
+    "contiguous": lambda x: x,
+    "float": lambda x: to(x, torch.float32),
+    "neg": _unary("Neg"),
+    "exp": _unary("Exp"),
+    "cos": _unary("Cos"),
+    "sin": _unary("Sin"),
+    "relu": _unary("Relu"),
+    "sigmoid": _unary("Sigmoid"),
+    "floor": _unary("Floor"),
+    "silu": silu,
+    "gelu": gelu,
+    "to": to,
+    "conv2d": conv2d,
+    "linear": linear,
+    "matmul": matmul,
+    "layer_norm": layer_norm,
+    "batch_norm": batch_norm,
+    "softmax": softmax,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "embedding": embedding,
+    "interpolate": interpolate,
+    "pixel_shuffle": pixel_shuffle,
+    "pad": pad,
+    "cat": cat,
+    "split": split,
+    "chunk": chunk,
+    "unbind": unbind,
+    "permute": permute,
+    "transpose": transpose,
+    "reshape": reshape,
+    "flatten": flatten,
+    "unflatten": unflatten,
+    "expand": expand,
+    "repeat_interleave": repeat_interleave,
+    "unsqueeze": unsqueeze,
+    "getitem": getitem,
+    "clamp": clamp,
+    "isfinite": isfinite,
+    "all": every,
+}
