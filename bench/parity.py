@@ -12,22 +12,9 @@ from torch import Tensor
 
 from bench.peers import Peer
 from bench.setting import Setting
-from datasetdm_fast.agreement import (
-    EXACT,
-    ROUNDED,
-    Observation,
-    Rounded,
-    Row,
-    by_image,
-    free_distances,
-    image_distance,
-    judge,
-    label_distance,
-    led_distances,
-    level_tensors,
-    observe,
-    relative,
-)
+from datasetdm_fast.agreement.distances import by_image, free_distances, image_distance, label_distance, led_distances, relative
+from datasetdm_fast.agreement.gates import EXACT, ROUNDED, Row, judge
+from datasetdm_fast.agreement.observe import Observation, Rounded, level_tensors, observe
 from datasetdm_fast.data import Request, Sample
 
 STORED = {"tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}  # whose drift is allowed; TF32 keeps as many bits as fp16

@@ -14,9 +14,9 @@ from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.race import OURS, release, spread
 from bench.setting import PROFILE, TASKS, Setting
-from datasetdm_fast.agreement import image_distance, label_distance
+from datasetdm_fast.agreement.distances import image_distance, label_distance
 from datasetdm_fast.data import Request, Sample, SemanticMap
-from datasetdm_fast.job import make_recipe
+from datasetdm_fast.generation.recipe import make_recipe
 
 # Name -> recipe.
 BATCH, IMAGES = 8, 16

@@ -19,13 +19,14 @@ import torch
 from bench.machine import ROOT
 from bench.measure import status
 from bench.race import mib
-from datasetdm_fast import driver, job, prompts
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
-from datasetdm_fast.driver import Recipe
+from datasetdm_fast.generation import driver, job, prompts, run, settings
+from datasetdm_fast.generation.overlap import Writing
+from datasetdm_fast.generation.plan import make_plan
+from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.labels import label_files
-from datasetdm_fast.overlap import Writing
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.scenes import world
 from datasetdm_fast.stages import FACTOR
@@ -75,7 +76,7 @@ def driver_rows(marks: tuple[int, ...]) -> list[dict[str, Any]]:
     says what the index files and the gallery, which are made at the end, cost an image.
     """
     engine = TimedStub()
-    recipe = job.make_recipe(engine, TASKS)
+    recipe = make_recipe(engine, TASKS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what the engine spends must be in the thread that is asked for it
     try:
@@ -100,7 +101,7 @@ def marked_run(engine: TimedStub, recipe: Recipe, folder: Path, marks: tuple[int
             found.append({"images": made, "pixels": recipe.size, "resident_mib": mib(status("VmRSS")), "ms": parts})
             before = now
 
-    driver.run(stub_job(engine, recipe, folder, marks[-1]), made=count)
+    run.run(stub_job(engine, recipe, folder, marks[-1]), made=count)
     closing = 1000 * (time.process_time() - before[2]) / marks[-1]
     return [*found[:-1], found[-1] | {"closing_ms": round(closing, 4)}]
 
@@ -114,15 +115,15 @@ def scratch() -> Iterator[Path]:
 def stub_job(engine: StubEngine, recipe: Recipe, folder: Path, number: int) -> job.Job:
     config = RunConfig(out=str(folder), number=number, task=recipe.tasks, prompts="a ball", batch_size=BATCH)
     source = prompts.read_source(config)
-    plan = prompts.make_plan(source, engine.model.tokenizer, number=number, seed=0, batch_size=config.batch_size)
-    document = job.describe(job.identity(config, source), plan, engine, recipe, {})
+    plan = make_plan(source, engine.model.tokenizer, number=number, seed=0, batch_size=config.batch_size)
+    document = job.describe(settings.identity(config, source), plan, engine, recipe, {})
     return job.Job(config, plan, engine, recipe, document, 0)
 
 
 def alone(engine: TimedStub, recipe: Recipe) -> dict[str, float]:
     """Seconds an image of post-processing, encoding and writing, each by itself on samples of the same kind."""
     config = RunConfig(prompts="a ball", number=MEASURED)
-    plan = prompts.make_plan(prompts.read_source(config), engine.model.tokenizer, number=MEASURED, seed=0, batch_size=BATCH)
+    plan = make_plan(prompts.read_source(config), engine.model.tokenizer, number=MEASURED, seed=0, batch_size=BATCH)
     samples = [sample for _, made in driver.generate((plan.batch(k) for k in range(len(plan))), engine, recipe) for sample in made]
     encoded, encoding = clocked(lambda: [label_files.encode(sample, "png")[0] for sample in samples])
     with scratch() as folder:
@@ -152,7 +153,7 @@ def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
 def scene_row(size: int) -> dict[str, Any]:
     """Images a second that the threads of a run encode and write with four kinds of labels, rendered scenes in place of generated ones."""
     engine = StubEngine(size=size, tasks=SCENE_TASKS)
-    recipe = job.make_recipe(engine, SCENE_TASKS)
+    recipe = make_recipe(engine, SCENE_TASKS)
     samples = [scene(index, size) for index in range(SCENE_COUNT)]
     with scratch() as place:
         task = stub_job(engine, recipe, place / "run", SCENE_COUNT)
@@ -170,7 +171,7 @@ def scene_row(size: int) -> dict[str, Any]:
 def disk_row(count: int) -> dict[str, Any]:
     """Milliseconds of a commit of one batch, and of making one sample's files durable, on the disk of temporary files."""
     engine = StubEngine(size=SCENES[True][0], tasks=SCENE_TASKS)
-    recipe = job.make_recipe(engine, SCENE_TASKS)
+    recipe = make_recipe(engine, SCENE_TASKS)
     samples = [scene(index, recipe.size) for index in range(BATCH)]
     with tempfile.TemporaryDirectory() as place:
         task = stub_job(engine, recipe, Path(place, "run"), BATCH)

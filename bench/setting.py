@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from bench.work import image_flops, stage_flops
-from datasetdm_fast import job, prompts
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import DEMO, Decoder, build_decoder, check_levels, for_inference, load_decoder, load_decoders, upstream
-from datasetdm_fast.driver import Recipe
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.torch import TorchEngine
+from datasetdm_fast.generation import job, prompts
+from datasetdm_fast.generation.plan import make_plan
+from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.presets import SEEDED_LICENCE
@@ -77,10 +78,10 @@ def open_setting(model: str, device: str = "auto", *, steps: int = 0, number: in
     for decoder in folded.values():
         check_levels(decoder, loaded.levels)
     reference = build_engine("torch", loaded, folded, device=str(target))
-    recipe = job.make_recipe(reference, TASKS, steps=steps, profile=PROFILE)
+    recipe = make_recipe(reference, TASKS, steps=steps, profile=PROFILE)
     source = prompts.read_source(RunConfig(model="demo"))
     words = job.class_words(reference, TASKS, ())
-    plan = prompts.make_plan(source, loaded.tokenizer, number=number, seed=0, batch_size=number, words=words)
+    plan = make_plan(source, loaded.tokenizer, number=number, seed=0, batch_size=number, words=words)
     return Setting(reference, {task: decoder.to(target) for task, decoder in trained.items()}, recipe, tuple(plan), target, quick)
 
 

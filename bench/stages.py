@@ -19,9 +19,10 @@ from bench.peers.upstream import Upstream
 from bench.race import OURS, meter, release, spread, write
 from bench.setting import Setting
 from bench.work import HALVES
-from datasetdm_fast.agreement import EXACT, ROUNDED, relative
+from datasetdm_fast.agreement.distances import relative
+from datasetdm_fast.agreement.gates import EXACT, ROUNDED
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.driver import postprocess
+from datasetdm_fast.generation.driver import postprocess
 from datasetdm_fast.labels.label_files import encode
 
 

@@ -27,3 +27,6 @@ class GateFailed(_Stop, RuntimeError):
     """The work was done, but a check on it failed or samples were set aside."""
 
     exit_code = 4
+
+
+REFUSALS = {kind.__name__: kind for kind in (Refused, Missing, GateFailed)}  # by name, as one process passes them to another

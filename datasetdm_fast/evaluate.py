@@ -124,7 +124,7 @@ def _curve(config: EvaluateConfig) -> int:
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
-    from datasetdm_fast.train import train_on
+    from datasetdm_fast.training.session import train_on
 
     if config.threads:
         torch.set_num_threads(config.threads)

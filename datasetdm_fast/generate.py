@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from datasetdm_fast import cluster, peers, ranks
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import Progress, duration
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.driver import Result, probe, remake, run
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.job import Job, count_images, count_rows, finished, prepare, prepare_remake
+from datasetdm_fast.generation.job import Job, count_rows, finished, prepare
+from datasetdm_fast.generation.result import Result
+from datasetdm_fast.generation.run import prepare_remake, probe, remake, run
+from datasetdm_fast.generation.settings import count_images
+from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder import object_store
-from datasetdm_fast.summary import table
+from datasetdm_fast.workers import devices, launched, ray_driver, spawn
 
 PROG = "python -m datasetdm_fast.generate"
 
@@ -37,7 +39,7 @@ def _generate(arguments: Sequence[str]) -> int:
     if config.only:
         return _make_again(config, given)
     object_store.check(config)
-    peer = None if config.dry_run else peers.this_peer()
+    peer = None if config.dry_run else launched.this_peer()
     if peer and config.cluster:
         raise Refused(f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together", "Start it once.")
     if peer and peer.rank:  # the first of them tells how it ended
@@ -61,7 +63,7 @@ def _generate(arguments: Sequence[str]) -> int:
     elif config.cluster:
         result, signalled = _run_cluster(config)
     else:
-        places = ranks.places(config)
+        places = devices.places(config)
         result, signalled = _run_ranks(config, places) if places else _run_here(config)
     code = _end(config, result)
     if not result.is_complete:
@@ -79,20 +81,20 @@ def _run_here(config: RunConfig) -> tuple[Result, int | None]:
     return result, interruption.signal
 
 
-def _run_ranks(config: RunConfig, places: Sequence[ranks.Place]) -> tuple[Result, int | None]:
+def _run_ranks(config: RunConfig, places: Sequence[devices.Place]) -> tuple[Result, int | None]:
     """The same of a run of several processes."""
     left = count_images(config) - count_rows(config)
     with Interruption(config.quiet) as interruption, Progress(min(left, config.limit or left), config.quiet) as progress:
-        result = ranks.run(config, places, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
+        result = spawn.run(config, places, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
     return result, interruption.signal
 
 
-def _run_peer(config: RunConfig, peer: peers.Peer) -> tuple[Result, int | None]:
+def _run_peer(config: RunConfig, peer: launched.Peer) -> tuple[Result, int | None]:
     """The same of this process's share of a run that something else started several processes for."""
-    config = peers.settle_on(config, peer)
+    config = launched.settle_on(config, peer)
     left = count_images(config) - count_rows(config)
     with Interruption(config.quiet) as interruption, Progress(-(-min(left, config.limit or left) // peer.world), config.quiet) as progress:
-        result = peers.run(config, peer, told=lambda job: _say(config, *table(job)), made=progress.made, is_stopping=lambda: interruption.signal is not None)
+        result = launched.run(config, peer, told=lambda job: _say(config, *table(job)), made=progress.made, is_stopping=lambda: interruption.signal is not None)
     return result, interruption.signal
 
 
@@ -100,7 +102,7 @@ def _run_cluster(config: RunConfig) -> tuple[Result, int | None]:
     """The same of a run whose work a Ray cluster does."""
     left = count_images(config) - count_rows(config)
     with Interruption(config.quiet) as interruption, Progress(min(left, config.limit or left), config.quiet) as progress:
-        result = cluster.run(config, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
+        result = ray_driver.run(config, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
     return result, interruption.signal
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast import driver, job, prompts
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Capture, DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.generation import driver, job, prompts, settings
+from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.tasks import captions
@@ -89,7 +90,7 @@ class Pipeline:
         provider: str = "auto",
     ) -> Pipeline:
         """The pipeline of a model (demo, a diffusers folder, a single file) and the folder of its decoders; None means the demo's own, or no labels."""
-        job.check_size(size)
+        settings.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder
         choices = dict(engine=engine, dtype=dtype, device=device, size=size, allow_download=allow_download, threads=threads, provider=provider)
         built, _ = opening.open_engine(str(model), decoder, **choices)
@@ -128,10 +129,10 @@ class Pipeline:
         `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for.
         """
         chosen = self.tasks if tasks is None else tuple(tasks)
-        job.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
+        settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
         self._check_tasks(chosen)
         words = _checked_words(classes)
-        recipe = job.make_recipe(self.engine, chosen, sampler=sampler, steps=steps, guidance=guidance, profile=profile, classes=words)
+        recipe = make_recipe(self.engine, chosen, sampler=sampler, steps=steps, guidance=guidance, profile=profile, classes=words)
         words = recipe.words or job.class_words(self.engine, chosen, words)
         recipe = replace(recipe, facts={**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name})
         requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate)
@@ -139,7 +140,7 @@ class Pipeline:
 
     def _check_tasks(self, tasks: tuple[str, ...]) -> None:
         if tasks:
-            job.check_tasks(tasks)
+            settings.check_tasks(tasks)
         for task in tasks:
             if task not in self.engine.decoders:
                 raise Refused(
@@ -151,9 +152,9 @@ class Pipeline:
             where = f"prompt {index}"
             ((_, text),) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(text, self.engine.model.tokenizer, where, words, truncate=truncate)
-            yield Request(index, text, job.check_seed(seed), captions.find_classes(text, words))
+            yield Request(index, text, settings.check_seed(seed), captions.find_classes(text, words))
 
-    def _samples(self, batches: Iterator[Batch], recipe: driver.Recipe) -> Iterator[Sample]:
+    def _samples(self, batches: Iterator[Batch], recipe: Recipe) -> Iterator[Sample]:
         for _, results in driver.generate(batches, self.engine, recipe):
             for result in results:
                 if isinstance(result, SetAside):
@@ -181,7 +182,7 @@ class Pipeline:
         if not 0 <= timestep < training:
             raise Refused(f"timestep: {timestep} is not within 0 .. {training - 1}", "Choose one of the model's training timesteps.")
         words = prompts.fit(prompt, self.engine.model.tokenizer, "prompt")
-        capture = invert(self.engine, torch.from_numpy(pixels)[None], [words], timestep, [job.check_seed(seed)], is_raw=True)
+        capture = invert(self.engine, torch.from_numpy(pixels)[None], [words], timestep, [settings.check_seed(seed)], is_raw=True)
         return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
 
 

@@ -2,135 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ENGINES, TASKS, setting
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.truth.selection import DataSettings
+from datasetdm_fast.training.session import EVERY, _announce, _course, _planned, _school
+from datasetdm_fast.training.settings import TrainConfig
 
 if TYPE_CHECKING:
-    from datasetdm_fast.decoders.trunk import Decoder
-    from datasetdm_fast.readers import Source
-    from datasetdm_fast.training.course import Course
-    from datasetdm_fast.training.ranks import Ranks
+    from datasetdm_fast.training.task_run import Course
 
 PROG = "python -m datasetdm_fast.train"
-EVERY = 10.0  # seconds between two lines of progress
-LISTED = 20  # bad images that are named
-AUGMENTATIONS = ("auto", "none", "flip", "voc", "cityscapes", "deepfashion", "coco", "lvis", "kitti", "vkitti2", "nyu", "coco-pose")
-QUIRKS = ("Q11", "Q12", "Q13", "Q14")
-
-
-@dataclass(frozen=True)
-class TrainConfig(DataSettings):
-    data: str = setting("demo:100", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="DATA")
-    task: tuple[str, ...] = setting(("semantic",), "labels to learn, comma-separated, one decoder each: " + ", ".join(TASKS), choices=TASKS, metavar="LIST")
-    out: str = setting("decoder", "folder; each task has its own in it", identity=False, metavar="DIR")
-    model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
-    size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    held_out: float = setting(0.1, "share of the images that only judge; none of fewer than 10 images", metavar="SHARE")
-    preset: str = setting("default", "how it is taught: ours, or upstream's optimiser, schedule and loss", choices=("default", "upstream"))
-    quirks: tuple[str, ...] = setting((), "upstream's mistakes to repeat: " + ", ".join(QUIRKS), choices=QUIRKS, metavar="LIST")
-    pose_head: str = setting("heatmap", "how joints are answered", choices=("heatmap", "simcc"))
-    steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N")
-    batch_size: int = setting(0, "views a step, over all processes, 0 = as the preset says", metavar="N")
-    accumulate: int = setting(
-        2, "parts of a batch, one after the other: saves memory; one process with N parts learns what N processes do, to the bit", metavar="N"
-    )
-    rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R")
-    patience: int = setting(4, "looks at the held-out images without a better figure before it ends early, 0 = never", metavar="N")
-    checks: int = setting(10, "looks at the held-out images in a whole training", metavar="N")
-    draws: int = setting(12, "different looks at each image: noise and augmentation", metavar="N")
-    augment: str = setting("auto", "how looks differ: none, flip, or upstream's way with a data set; auto: with this one, else flip", choices=AUGMENTATIONS)
-    captions: str = setting("true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none"))
-    by_name: str = setting(
-        "auto",
-        "whether classes that every caption names where they are seen are later looked for only where a prompt names them; "
-        "auto: with demo scenes, whose captions leave nothing out",
-        choices=("auto", "yes", "no"),
-    )
-    timestep: int = setting(-1, "UNet timestep of the captures, -1 = what the model was made for; upstream 0", metavar="T")
-    latent: str = setting("auto", "the autoencoder's mean or a sample; auto: mean, and a sample with --preset upstream", choices=("auto", "mean", "sample"))
-    inversion: str = setting("noise", "noise added to the latents is drawn, or predicted by DDIM run backwards", choices=("noise", "ddim"))
-    ddim_steps: int = setting(10, "calls of that inversion", metavar="N")
-    cache: str = setting("auto", "keep captures on the disk if they fit, always, or never", choices=("auto", "disk", "off"), identity=False)
-    cache_dir: str = setting("", "where; default: captures in the cache folder of this package", identity=False, metavar="DIR")
-    cache_gb: float = setting(0.0, "how much of it may be used, 0 = half of what is free", identity=False, metavar="GB")
-    storage: str = setting("fp32", "parameters in the decoder's file", choices=("fp32", "fp16"))
-    engine: str = setting("auto", "how the networks of the model run", choices=ENGINES)
-    dtype: str = setting("auto", "arithmetic of training; auto: fp32 on a CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16", "fp16"))
-    device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
-    seed: int = setting(0, "seed of weights, noise, order and points", metavar="N")
-    save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S")
-    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
-    dry_run: bool = setting(False, "show the plan and stop", identity=False)
-    json: bool = setting(False, "the results as one JSON object on stdout", identity=False)
-    quiet: bool = setting(False, "no progress", identity=False)
-
-    def check(self) -> None:
-        """Refuses values no training can have."""
-        least = {"steps": 0, "batch_size": 0, "patience": 0, "seed": 0, "size": 0, "threads": 0, "timestep": -1}
-        least |= {"draws": 1, "accumulate": 1, "checks": 1, "ddim_steps": 1, "rate": 0, "cache_gb": 0, "save_every": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}")
-        if not 0 <= self.held_out <= 0.5:
-            raise Refused(f"--held-out: {self.held_out:g} is not between 0 and 0.5")
-        if not self.out.strip():
-            raise Refused("--out: no folder named", "give the folder the decoders are to be written to")
-
-    def identity(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["identity"]}
-
-
-@dataclass(frozen=True)
-class School:
-    """What every task's course is made from."""
-
-    config: TrainConfig
-    engine: Any
-    source: Source
-    ranks: Ranks
-    numbers: tuple[int, ...]  # of the items learnt from or held out
-    say: Callable[[str], None]
-    shown: list[tuple[list[str], str]] = field(default_factory=list)  # what each item shows, and its caption, once somebody asked
-
-
-def train_on(engine, source: Source, task: str, count: int, **settings: Any) -> Decoder:
-    """A decoder for `task`, ready for inference, taught from the first `count` items of `source` as `python -m datasetdm_fast.train` would.
-
-    Captures of an image are shared by every count, task and later run; `settings` are further fields of TrainConfig.
-    """
-    from datasetdm_fast.decoders.checkpoint import fold
-
-    return fold(taught(engine, source, task, count, **settings)).requires_grad_(False)
-
-
-def taught(
-    engine, source: Source, task: str, count: int, *, steps: int = 0, seed: int = 0, held_out: float = 0.0, cache_dir: str = "", **settings: Any
-) -> Decoder:
-    """The same decoder before it is made ready, to be kept with save_decoder."""
-    from datasetdm_fast.training.held_out import split
-    from datasetdm_fast.training.loop import fit
-    from datasetdm_fast.training.ranks import SOLO
-
-    config = TrainConfig(task=(task,), steps=steps, seed=seed, held_out=held_out, cache_dir=cache_dir, quiet=True, **settings)
-    config.check()
-    if not 1 <= count <= len(source):
-        raise Refused(f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has")
-    learnt, _ = split(range(count), held_out, seed)
-    school = School(config, engine, source, SOLO, tuple(learnt), lambda line: None)
-    recipe, words = _recipe(school, task, len(learnt))
-    return fit(recipe.config, _lessons(school, task, learnt), recipe.schedule, words, device=engine.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,8 +35,8 @@ def _train(arguments: Sequence[str]) -> int:
     import torch
 
     from datasetdm_fast.command_line.interruption import Interruption
-    from datasetdm_fast.training import course as courses
-    from datasetdm_fast.training.ranks import joined, leave
+    from datasetdm_fast.training import task_run
+    from datasetdm_fast.training.processes import joined, leave
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -158,7 +46,7 @@ def _train(arguments: Sequence[str]) -> int:
         school = _school(config, ranks)
         folders = {task: Path(config.out) / task for task in config.task}
         plans = {task: _planned(school, task) for task in config.task}
-        results = {task: courses.finished(folders[task], settings) for task, (_, settings, _) in plans.items()}
+        results = {task: task_run.finished(folders[task], settings) for task, (_, settings, _) in plans.items()}
         _announce(school, plans, results)
         if config.dry_run:
             return 0
@@ -167,11 +55,11 @@ def _train(arguments: Sequence[str]) -> int:
                 if results[task] is not None:
                     continue
                 if ranks.is_first:
-                    held.enter_context(courses.alone(folders[task]))
+                    held.enter_context(task_run.alone(folders[task]))
                 course = _course(school, folders[task], task, plans[task], lambda: interruption.signal is not None)
                 if course is not None:
                     with Progress(course, config.quiet or not ranks.is_first) as progress:
-                        results[task] = courses.run(course, ranks, progress.stepped, lambda: interruption.signal is not None)
+                        results[task] = task_run.run(course, ranks, progress.stepped, lambda: interruption.signal is not None)
                 if results[task] is None:
                     break
         if ranks.is_first:
@@ -181,235 +69,6 @@ def _train(arguments: Sequence[str]) -> int:
         return 0 if interruption.signal is None else 128 + interruption.signal
     finally:
         leave(ranks)
-
-
-def _school(config: TrainConfig, ranks: Ranks) -> School:
-    from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.foreign import documents
-    from datasetdm_fast.lessons.targets import check_shown, check_truth
-    from datasetdm_fast.lessons.views import check_quirks
-    from datasetdm_fast.loading import load_model
-    from datasetdm_fast.readers import open_data
-
-    model = load_model(config.model, size=config.size)
-    source = open_data(config.data, model.size, tasks=config.task, selection=config.selection(), skip_bad=config.skip_bad, framing=config.framing)
-    if config.skip_bad:
-        source = _readable(source, config.data)
-    for task in config.task:
-        check_truth(source, source[0], task, config.data)
-        check_shown(source, task, config.data)
-    check_quirks(config.quirks, source, config.task)
-    if config.timestep >= model.scheduler.get("num_train_timesteps", 1000):
-        raise Refused(f"--timestep: {config.timestep} is not one of the model's {model.scheduler.get('num_train_timesteps', 1000)}")
-    dtype = "auto" if config.engine in ("auto", "fast") and config.device != "cpu" else "fp32"
-    engine = build_engine(config.engine, model, {}, dtype=dtype if config.engine != "torch" else "auto", device=config.device)
-
-    def say(line: str) -> None:
-        if ranks.is_first and not config.quiet:
-            print(line, file=sys.stderr, flush=True)
-
-    for name, reason in list(source.skipped.items())[:LISTED]:
-        say(f"left out   {documents.plain(name)}: {documents.plain(reason)}")
-    if len(source.skipped) > LISTED:
-        say(f"left out   {len(source.skipped)} in all")
-    return School(config, engine, source, ranks, tuple(range(len(source))), say)
-
-
-def _readable(source: Source, spec: str) -> Source:
-    """The items that can be read; the others are in `skipped` with the reason."""
-    found = source.readable()
-    if not len(found):
-        raise Refused(f"--data {spec}: none of {len(source)} images can be read; {next(iter(source.skipped.values()))}", "mend the files, or name other data")
-    return found
-
-
-def _augmentation(config: TrainConfig, task: str) -> str:
-    from datasetdm_fast.lessons.augment import AUGMENTATIONS as LOOKS
-
-    if config.augment != "auto":
-        return config.augment
-    kind = config.data.partition(":")[0].removesuffix("-mm")
-    kind = "coco-pose" if (kind, task) == ("coco", "pose") else kind
-    return kind if kind in LOOKS else "flip"
-
-
-def _timestep(school: School) -> int:
-    return school.engine.model.defaults.capture if school.config.timestep < 0 else school.config.timestep
-
-
-def _recipe(school: School, task: str, images: int) -> tuple[Any, Any]:
-    """Decoder and schedule of a task, and the class embeddings it is taught with."""
-    from datasetdm_fast.training import recipes
-
-    config, engine = school.config, school.engine
-    words = engine.encode_classes(list(school.source.thing_classes)).float().clone() if task == "open-vocabulary" else None
-    width = engine.model.text_encoder.config.hidden_size
-    found = recipes.recipe(
-        *(task, school.source, engine.model.levels, width, _timestep(school), images),
-        preset=config.preset,
-        pose_head=config.pose_head,
-        reader=config.data.partition(":")[0],
-    )
-    found = replace(found, config=replace(found.config, named=_named(school, found.config.classes)))
-    changes = {name: getattr(config, name) for name in ("steps", "batch_size", "rate") if getattr(config, name)}
-    schedule = replace(found.schedule, **changes, parts=config.accumulate, seed=config.seed, first_word_only="Q11" in config.quirks)
-    if schedule.batch_size < school.ranks.world:
-        raise Refused(f"--batch-size: {schedule.batch_size} views cannot be shared by {school.ranks.world} processes", "start fewer, or raise --batch-size")
-    return replace(found, schedule=schedule), words
-
-
-def _named(school: School, classes: Sequence[str]) -> tuple[str, ...]:
-    """The classes of a decoder that are looked for only where a prompt names them."""
-    from datasetdm_fast.tasks.captions import always_named
-
-    config, source = school.config, school.source
-    is_wanted = config.by_name == "yes" or (config.by_name == "auto" and config.data.startswith("demo:"))
-    things = [name for name in classes if name in source.thing_classes]
-    if not is_wanted or config.captions != "true" or not things:
-        return ()
-    if not school.shown:
-        school.shown.extend((_names(source, item), item.caption) for item in (source[number] for number in school.numbers))
-    return always_named(things, school.shown)
-
-
-def _names(source: Source, item) -> list[str]:
-    """The things a labelled image shows."""
-    if item.mask_classes is not None:
-        return sorted({source.thing_classes[k] for k in item.mask_classes})
-    return [name for k, name in enumerate(source.classes) if name in source.thing_classes and (item.semantic == k).any()]
-
-
-def _planned(school: School, task: str) -> tuple[Any, dict[str, Any], Any]:
-    """Recipe, everything that decides the weights, and the class embeddings."""
-    from datasetdm_fast.training.course import settings_of
-    from datasetdm_fast.training.held_out import split
-
-    learnt, held = split(school.numbers, school.config.held_out, school.config.seed)
-    recipe, words = _recipe(school, task, len(learnt))
-    others = {**school.config.identity(), "timestep": _timestep(school), "model_digests": school.engine.model.digests, "images": len(learnt)}
-    for name in ("task", "steps", "batch_size", "rate"):  # said by the recipe, task by task
-        del others[name]
-    if not others.pop("skip_bad") or not school.source.skipped:
-        others["left_out"] = ""
-    else:
-        names = "\n".join(sorted(school.source.skipped))
-        others["left_out"] = f"{len(school.source.skipped)} images, {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:12]}"
-    return recipe, settings_of(recipe.config, recipe.schedule, others | {"task": task, "held_out_images": len(held)}), words
-
-
-def _lessons(school: School, task: str, numbers: Sequence[int], draws: int = 0, plan=None, progress: Callable[[int], None] = lambda count: None):
-    """Views of some items with their captures, made now where they are kept."""
-    from datasetdm_fast.lessons import cache
-    from datasetdm_fast.lessons.augment import AUGMENTATIONS as LOOKS
-    from datasetdm_fast.lessons.views import Looks, Views
-    from datasetdm_fast.training.loop import Lessons
-
-    config = school.config
-    looks = Looks(draws or config.draws, LOOKS["none" if draws else _augmentation(config, task)], config.captions, config.seed, frozenset(config.quirks))
-    views = Views(school.source, numbers, task, looks)
-    plan = plan or _cache_plan(school, len(views))
-    if not plan.is_stored:
-        return Lessons(cache.Recomputed(school.engine, views, _inversion(school)), views)
-    found = cache.stored(school.engine, views, _inversion(school), plan.folder, (school.ranks.rank, school.ranks.world), progress=progress)
-    school.ranks.wait()
-    return Lessons(found, views)
-
-
-def _inversion(school: School):
-    from datasetdm_fast.lessons.cache import Inversion
-
-    config = school.config
-    latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
-    return Inversion(_timestep(school), latent, config.ddim_steps if config.inversion == "ddim" else 0)
-
-
-def _cache_plan(school: School, count: int):
-    from datasetdm_fast.disk.locks import cache_folder
-    from datasetdm_fast.lessons.cache import plan
-
-    folder = Path(school.config.cache_dir) if school.config.cache_dir else cache_folder() / "captures"
-    found = plan(folder, school.engine.model.levels, count, school.config.cache, school.config.cache_gb)
-    return school.ranks.said(found)
-
-
-def _announce(school: School, plans: dict[str, Any], results: dict[str, Any]) -> None:
-    from datasetdm_fast.training.held_out import split
-
-    config = school.config
-    learnt, held = split(school.numbers, config.held_out, config.seed)
-    count = len(learnt) * config.draws + len(held)
-    school.say(f"images     {len(learnt)} to learn from in {config.draws} looks each, {len(held)} held out, {school.engine.model.size} pixels a side")
-    school.say(f"captures   {_cache_plan(school, count)}")
-    for task, (recipe, _, _) in plans.items():
-        steps, batch = recipe.schedule.steps, recipe.schedule.batch_size
-        done = " - finished" if results[task] is not None else ""
-        school.say(f"{task:<16}{recipe.config.kind} decoder, {steps} steps of {batch} views{done}")
-    for name in sorted(config.quirks):
-        from datasetdm_fast.lessons.views import QUIRKS as MEANING
-
-        school.say(f"{name}        {MEANING[name]}")
-
-
-def _course(school: School, folder: Path, task: str, plan: tuple, is_stopping: Callable[[], bool]) -> Course | None:
-    """The task's course with its captures at hand, or None where the making of them was stopped."""
-    from datasetdm_fast.training.course import Course
-    from datasetdm_fast.training.held_out import split
-
-    config, (recipe, settings, words) = school.config, plan
-    learnt, held = split(school.numbers, config.held_out, config.seed)
-    count = len(learnt) * config.draws + len(held)
-    choice, began, told = _as_begun(school, folder, _cache_plan(school, count)), time.monotonic(), time.monotonic()
-    done = 0
-
-    def progress(views: int) -> None:
-        nonlocal done, told
-        done += views
-        if is_stopping():
-            raise _Stopped
-        if time.monotonic() - told >= EVERY:
-            told = time.monotonic()
-            share = done * school.ranks.world / count
-            school.say(f"captures {min(share, 1):.0%}, about {(told - began) * max(1 / share - 1, 0):.0f} s left")
-
-    try:
-        lessons = _lessons(school, task, learnt, plan=choice, progress=progress)
-        judged = _lessons(school, task, held, 1, choice, progress) if held else None
-    except _Stopped:
-        return None
-    return Course(
-        *(folder, recipe.config, recipe.schedule, lessons, judged, words, school.engine.model.size, settings),
-        checks=config.checks,
-        patience=config.patience,
-        storage=config.storage,
-        save_every=config.save_every,
-        device=school.engine.device,
-        dtype=_dtype(config, school.engine.device),
-    )
-
-
-def _as_begun(school: School, folder: Path, plan):
-    """The plan with captures kept or not as when the training began: half precision decides bits, and the disk's free space has changed since."""
-    from datasetdm_fast.disk import storage
-
-    path = folder / "training" / "captures.json"
-    if school.ranks.is_first and not path.exists():
-        storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})
-    school.ranks.wait()
-    are_kept = bool(json.loads(storage.read(path, 2**16))["are_kept"])
-    if school.config.cache != "auto" and are_kept != plan.is_stored:
-        raise Refused(
-            f"--cache {school.config.cache}: {folder} was begun with captures {'kept on the disk' if are_kept else 'made anew at every step'}",
-            "leave --cache out, or choose another --out",
-        )
-    return replace(plan, is_stored=are_kept)
-
-
-class _Stopped(Exception):
-    """A signal came while captures were made; those that are there stay."""
-
-
-def _dtype(config: TrainConfig, device) -> str:
-    return ("bf16" if device.type == "cuda" else "fp32") if config.dtype == "auto" else config.dtype
 
 
 def _end(config: TrainConfig, results: dict[str, Any]) -> None:

@@ -105,7 +105,8 @@ def _answer(shim: ctypes.CDLL, asked: dict) -> dict:
 def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
     import signal
 
-    from datasetdm_fast import driver, generate
+    from datasetdm_fast import generate
+    from datasetdm_fast.generation import run as driver
 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

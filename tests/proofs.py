@@ -407,7 +407,7 @@ def _() -> str:
 
 @case("prompts: a shell behind a pipe")
 def _() -> str:
-    from datasetdm_fast.prompts import read_prompts, split_prompts
+    from datasetdm_fast.generation.prompts import read_prompts, split_prompts
 
     for given in (f"pipe:{TOUCH}", f"|{TOUCH}", f"$({TOUCH})", f"`{TOUCH}`", "{0.__class__.__init__.__globals__}", "{{ ''.__class__ }}"):
         name, text = read_prompts(given)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from datasetdm_fast.data import Batch, Request
-from datasetdm_fast.driver import generate
 from datasetdm_fast.engines.opening import open_engine
-from datasetdm_fast.job import make_recipe
+from datasetdm_fast.generation.driver import generate
+from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.loading.presets import DEMO
 from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.sampling.walk import guide, start, step

@@ -5,11 +5,12 @@ import pytest
 import torch
 from stub_engine import CONFIGS, StubEngine
 
-from datasetdm_fast import driver, job
 from datasetdm_fast.config import TASKS, RunConfig
 from datasetdm_fast.data import Batch, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.generation import driver, job, run
+from datasetdm_fast.generation.recipe import capture_call, make_recipe
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
 
@@ -36,7 +37,7 @@ def tree(path):
 
 
 def samples(engine, requests, size=None, tasks=("semantic", "depth"), **choices):
-    recipe = job.make_recipe(engine, tasks, **choices)
+    recipe = make_recipe(engine, tasks, **choices)
     size = size or len(requests)
     groups = [requests[k : k + size] for k in range(0, len(requests), size)]
     batches = [Batch(k, tuple(group), size - len(group)) for k, group in enumerate(groups)]
@@ -56,21 +57,21 @@ def test_the_loop_captures_once_at_the_last_call():
 
 def test_the_capture_follows_the_decoders_timestep():
     engine = StubEngine(configs={task: replace(config, capture_timestep=390) for task, config in CONFIGS.items()})
-    recipe = job.make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)
+    recipe = make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)
     assert recipe.schedule.timesteps[recipe.capture_call] == 400 and recipe.facts["capture_timestep"] == 400
 
 
 def test_decoders_of_different_timesteps_are_refused():
     engine = StubEngine(configs=CONFIGS | {"depth": replace(CONFIGS["depth"], capture_timestep=600)})
     with pytest.raises(Refused, match="semantic at timestep 0, depth at timestep 600"):
-        job.make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)
+        make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)
 
 
 def test_a_repeated_timestep_is_captured_at_its_last_call():
-    schedule = job.make_recipe(StubEngine(), ("depth",), steps=4).schedule
+    schedule = make_recipe(StubEngine(), ("depth",), steps=4).schedule
     repeated = schedule.timesteps.index(schedule.timesteps[1])
     assert schedule.timesteps[1] == schedule.timesteps[2]
-    assert job.capture_call(schedule, {"depth": schedule.timesteps[1]}) == repeated + 1
+    assert capture_call(schedule, {"depth": schedule.timesteps[1]}) == repeated + 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -150,29 +151,29 @@ def test_renumbered_maps_speak_of_the_words_of_the_run():
 def test_a_run_is_made_once(engines, tmp_path):
     settings = config(tmp_path / "run")
     made = []
-    result = driver.run(job.prepare(settings), made=made.append)
+    result = run.run(job.prepare(settings), made=made.append)
     assert (result.done, result.made, result.is_complete, made) == (7, 7, True, [3, 3, 1])
     assert len(engines) == 1 and job.finished(settings).done == 7 and len(engines) == 1
     assert len(open_run(tmp_path / "run")) == 7
 
 
 def test_interrupted_limited_and_resumed_runs_are_equal(engines, tmp_path):
-    driver.run(job.prepare(config(tmp_path / "whole")))
+    run.run(job.prepare(config(tmp_path / "whole")))
     for limit in (1, 4, 0):
-        driver.run(job.prepare(config(tmp_path / "limited", limit=limit)))
-    driver.run(job.prepare(config(tmp_path / "stopped")), is_stopping=lambda: True)
+        run.run(job.prepare(config(tmp_path / "limited", limit=limit)))
+    run.run(job.prepare(config(tmp_path / "stopped")), is_stopping=lambda: True)
     assert len(open_run(tmp_path / "stopped")) == 3
-    driver.run(job.prepare(config(tmp_path / "stopped")))
+    run.run(job.prepare(config(tmp_path / "stopped")))
     assert tree(tmp_path / "whole") == tree(tmp_path / "limited") == tree(tmp_path / "stopped")
 
 
 def test_a_limit_counts_new_images(engines, tmp_path):
     for done in (2, 4):
-        assert driver.run(job.prepare(config(tmp_path / "run", limit=2))).done == done
+        assert run.run(job.prepare(config(tmp_path / "run", limit=2))).done == done
 
 
 def test_other_settings_weights_or_engines_are_refused(engines, tmp_path, monkeypatch):
-    driver.run(job.prepare(config(tmp_path / "run", limit=1)))
+    run.run(job.prepare(config(tmp_path / "run", limit=1)))
     before = tree(tmp_path / "run")
     with pytest.raises(Refused, match="guidance: 0.0 there, 4.0 asked for; seed: 0 there, 5 asked for"):
         job.finished(config(tmp_path / "run", guidance=4.0, seed=5))
@@ -183,13 +184,13 @@ def test_other_settings_weights_or_engines_are_refused(engines, tmp_path, monkey
 
 
 def test_another_device_of_the_same_kind_may_go_on(engines, tmp_path, monkeypatch):
-    driver.run(job.prepare(config(tmp_path / "run", limit=1)))
+    run.run(job.prepare(config(tmp_path / "run", limit=1)))
     monkeypatch.setattr(StubEngine, "fingerprint", lambda self: {"engine": "stub", "dtype": "fp32", "device": "cpu:1"})
     assert job.prepare(config(tmp_path / "run")).done == 1
 
 
 def test_resume_never_refuses_a_run_folder(engines, tmp_path):
-    driver.run(job.prepare(config(tmp_path / "run", limit=1)))
+    run.run(job.prepare(config(tmp_path / "run", limit=1)))
     with pytest.raises(Refused, match="--resume never"):
         job.finished(config(tmp_path / "run", resume="never"))
 
@@ -209,7 +210,7 @@ def test_a_full_disk_is_found_before_the_first_byte(engines, tmp_path, monkeypat
 
 
 def test_set_aside_samples_end_the_run_with_a_failed_gate(engines, tmp_path):
-    result = driver.run(job.prepare(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)))
+    result = run.run(job.prepare(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)))
     assert (result.done, result.set_aside, result.is_complete) == (2, 2, True)
     with pytest.raises(GateFailed, match="2 of 4 samples were set aside"):
         result.check()
@@ -220,32 +221,32 @@ def test_set_aside_samples_end_the_run_with_a_failed_gate(engines, tmp_path):
 @pytest.mark.parametrize("index", [0, 4, 6])  # first, middle of a batch, padded tail
 def test_one_sample_is_made_again_from_its_row(engines, tmp_path, index):
     path = tmp_path / "run"
-    driver.run(job.prepare(config(path, classes=("ball", "cube", "tree"))))
+    run.run(job.prepare(config(path, classes=("ball", "cube", "tree"))))
     before = tree(path)
     damaged = path / "images" / f"{index:08d}.png"
     damaged.write_bytes(b"damaged")
     again = RunConfig(out=str(path), only=f"{index:08d}")
-    assert driver.remake(job.prepare_remake(again)) == [f"images/{index:08d}.png"]
-    assert driver.remake(job.prepare_remake(again)) == [] and tree(path) == before
+    assert run.remake(run.prepare_remake(again)) == [f"images/{index:08d}.png"]
+    assert run.remake(run.prepare_remake(again)) == [] and tree(path) == before
 
 
 def test_a_sample_that_comes_out_otherwise_fails_and_is_not_written(engines, tmp_path, monkeypatch):
     path = tmp_path / "run"
-    driver.run(job.prepare(config(path)))
+    run.run(job.prepare(config(path)))
     before = tree(path)
     monkeypatch.setattr(StubEngine, "decode_image", lambda self, latents: __import__("torch").zeros(len(latents), 64, 64, 3, dtype=__import__("torch").uint8))
     with pytest.raises(GateFailed, match="differs from the run folder in images/00000002.png"):
-        driver.remake(job.prepare_remake(RunConfig(out=str(path), only="2")))
+        run.remake(run.prepare_remake(RunConfig(out=str(path), only="2")))
     assert tree(path) == before
 
 
 def test_making_again_checks_what_was_given(engines, tmp_path):
-    driver.run(job.prepare(config(tmp_path / "run")))
+    run.run(job.prepare(config(tmp_path / "run")))
     for only, given, message in (("99", (), "no sample"), ("x", (), "no sample"), ("1", ("seed",), "seed: 0 there, 3 asked for")):
         with pytest.raises(Refused, match=message):
-            job.prepare_remake(RunConfig(out=str(tmp_path / "run"), only=only, seed=3), given)
+            run.prepare_remake(RunConfig(out=str(tmp_path / "run"), only=only, seed=3), given)
     with pytest.raises(Refused, match="no run folder"):
-        job.prepare_remake(RunConfig(out=str(tmp_path / "none"), only="1"))
+        run.prepare_remake(RunConfig(out=str(tmp_path / "none"), only="1"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import fake_tensorrt
 import pytest
 import torch
 
-from datasetdm_fast import agreement, driver, job
+from datasetdm_fast.agreement import distances, gates, observe
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders
@@ -19,6 +19,8 @@ from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.export.tensorrt import flavours, sealed
+from datasetdm_fast.generation import driver
+from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling import times
 
@@ -56,10 +58,10 @@ REQUESTS = [Request(0, "a red ball beside a cube", 5, ("ball", "cube")), Request
 
 def test_it_agrees_with_the_reference_at_every_stage_and_task(demo, folder, built):
     engine, reference = make_engine(demo, folder), TorchEngine(*demo)
-    recipe = job.make_recipe(reference, TASKS, steps=3)
-    truth = agreement.observe(reference, REQUESTS, recipe)
-    led = agreement.led_distances(agreement.observe(engine, REQUESTS, recipe, truth), truth)
-    rows = agreement.judge({name: values.reshape(-1, len(REQUESTS)) for name, values in led.items()}, agreement.EXACT, {})
+    recipe = make_recipe(reference, TASKS, steps=3)
+    truth = observe.observe(reference, REQUESTS, recipe)
+    led = distances.led_distances(observe.observe(engine, REQUESTS, recipe, truth), truth)
+    rows = gates.judge({name: values.reshape(-1, len(REQUESTS)) for name, values in led.items()}, gates.EXACT, {})
     assert all(row.is_passed for row in rows), [row for row in rows if not row.is_passed]
     assert engine.told == [f"exporting the stages to {folder}"]
     assert {order.stage for order in built} == set(Manifest.read(folder).stages) - {"encode_image"}
@@ -92,7 +94,7 @@ def test_words_beyond_what_a_plan_takes_at_once_go_through_in_parts(demo, folder
     truth, found = reference.annotate("open-vocabulary", capture, text), engine.annotate("open-vocabulary", capture, text)
     assert found["pred_logits"].shape == truth["pred_logits"].shape
     for name, value in truth.items():
-        assert agreement.relative(found[name], value).max() < 1e-2
+        assert distances.relative(found[name], value).max() < 1e-2
     single = engine.annotate("open-vocabulary", capture, text[:, 1])
     torch.testing.assert_close(single["pred_logits"], found["pred_logits"][:, 1])
 
@@ -118,7 +120,7 @@ def test_features_and_maps_themselves_come_from_a_plan_of_their_own(demo, folder
     for kind in ("features", "maps"):
         for mine, theirs in zip(getattr(found, kind), getattr(truth, kind), strict=True):
             for value, right in zip(mine, theirs, strict=True):
-                assert agreement.relative(value, right).max() < 1e-4
+                assert distances.relative(value, right).max() < 1e-4
 
 
 def test_without_decoders_it_captures_the_activations(demo, folder, built):
@@ -290,7 +292,7 @@ def test_a_run_makes_samples_with_every_label(demo, folder, built):
     from datasetdm_fast.data import Batch
 
     engine = make_engine(demo, folder)
-    recipe = job.make_recipe(engine, TASKS, steps=3)
+    recipe = make_recipe(engine, TASKS, steps=3)
     ((_, samples),) = driver.generate([Batch(0, tuple(REQUESTS))], engine, recipe)
     assert [set(sample.annotations) for sample in samples] == [set(TASKS)] * 3
     assert engine.fingerprint() == {

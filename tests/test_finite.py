@@ -6,7 +6,6 @@ import onnxruntime
 import pytest
 import torch
 
-from datasetdm_fast import driver, job
 from datasetdm_fast.data import Batch, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.engines.exported.ort import OrtEngine
@@ -17,6 +16,7 @@ from datasetdm_fast.export.onnx.graph import Extent, Graph
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.weights import DataFile
 from datasetdm_fast.export.tensorrt import sealed
+from datasetdm_fast.generation import driver, recipe
 from datasetdm_fast.loading import load_model
 
 BATCH = Batch(
@@ -47,7 +47,7 @@ def make_engine(name: str, dtype: str, model, decoders, folder):
 def made(request, tmp_path_factory) -> tuple[driver.Studio, driver.Drawn]:
     """A studio, and a batch it has sampled."""
     engine = make_engine(*request.param, load_model("demo"), {task: load_decoders("demo")[task] for task in TASKS}, tmp_path_factory.mktemp("engines"))
-    studio = driver.Studio(engine, job.make_recipe(engine, TASKS, steps=2), lambda: None)
+    studio = driver.Studio(engine, recipe.make_recipe(engine, TASKS, steps=2), lambda: None)
     return studio, studio.sample(BATCH)
 
 
@@ -92,7 +92,7 @@ def test_an_autoencoder_that_leaves_the_range_of_fp16_is_noticed_and_its_images_
             weight.data *= factor
     wide, narrow = (make_engine("ort", dtype, model, {}, tmp_path) for dtype in ("fp32", "fp16"))
     assert not narrow.decode_and_check(torch.zeros(2, 4, 16, 16))[1].any()
-    ((_, plain),), ((_, found),) = (driver.generate([BATCH], engine, job.make_recipe(engine, (), steps=2)) for engine in (wide, narrow))
+    ((_, plain),), ((_, found),) = (driver.generate([BATCH], engine, recipe.make_recipe(engine, (), steps=2)) for engine in (wide, narrow))
     for sample, right in zip(found, plain, strict=True):
         assert sample.provenance["retried"] == "fp32 after NaN or infinite values in image"
         assert abs(sample.image.astype(int) - right.image).max() <= 1

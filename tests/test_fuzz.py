@@ -27,8 +27,9 @@ from datasetdm_fast.command_line import flags
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images, onnx_graph, tensors
+from datasetdm_fast.generation.plan import make_plan
+from datasetdm_fast.generation.prompts import read_source
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.prompts import make_plan, read_source
 from datasetdm_fast.run_folder import audit
 from datasetdm_fast.run_folder.document import LEDGER, read_document
 from datasetdm_fast.run_folder.ledger import Ledger

@@ -12,10 +12,10 @@ import pytest
 import troubled
 from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
 
-from datasetdm_fast import peers
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.peers import Peer
+from datasetdm_fast.workers import launched
+from datasetdm_fast.workers.launched import Peer
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
@@ -35,7 +35,7 @@ STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", 
     ],
 )
 def test_who_this_process_is(environment, peer):
-    assert peers.this_peer(environment) == peer
+    assert launched.this_peer(environment) == peer
 
 
 def test_machines_are_counted():
@@ -45,15 +45,15 @@ def test_machines_are_counted():
 @pytest.mark.parametrize(("visible", "local_rank", "chosen"), [(["0", "1"], 1, "1"), (["4", "5"], 2, "4"), (["7"], 1, None), ([], 0, None)])
 def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chosen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(peers, "visible_gpus", lambda: visible)
-    peers.settle_on(RunConfig(), Peer(local_rank, 4, local_rank, 4))
+    monkeypatch.setattr(launched, "visible_gpus", lambda: visible)
+    launched.settle_on(RunConfig(), Peer(local_rank, 4, local_rank, 4))
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == chosen
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
-        peers.settle_on(RunConfig(ranks=2), Peer(0, 2, 0, 2))
+        launched.settle_on(RunConfig(ranks=2), Peer(0, 2, 0, 2))
 
 
 @pytest.fixture

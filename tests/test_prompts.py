@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from datasetdm_fast import prompts
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.generation import prompts
+from datasetdm_fast.generation.plan import make_plan
 from datasetdm_fast.tasks import captions
 
 
@@ -20,11 +21,11 @@ class Tokenizer:
 def plan_of(number=5, batch_size=2, seed=0, words=(), **config):
     settings = RunConfig(number=number, batch_size=batch_size, seed=seed, **config)
     source = prompts.read_source(settings)
-    return prompts.make_plan(source, Tokenizer(), number=number, seed=seed, batch_size=batch_size, words=words, truncate=settings.truncate_prompts)
+    return make_plan(source, Tokenizer(), number=number, seed=seed, batch_size=batch_size, words=words, truncate=settings.truncate_prompts)
 
 
 def test_layer_needs_no_torch():
-    code = "import sys, datasetdm_fast.prompts, datasetdm_fast.run_folder, datasetdm_fast.run_folder.ledger, datasetdm_fast.run_folder.gallery; assert 'torch' not in sys.modules"
+    code = "import sys, datasetdm_fast.generation.prompts, datasetdm_fast.run_folder, datasetdm_fast.run_folder.ledger, datasetdm_fast.run_folder.gallery; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -14,13 +14,15 @@ import pytest
 import torchless
 import troubled
 
-from datasetdm_fast import driver, job, ranks
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.ranks import Patience, Place
+from datasetdm_fast.generation import job, run
+from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import LEDGER
-from datasetdm_fast.summary import table
+from datasetdm_fast.workers import devices, spawn
+from datasetdm_fast.workers.devices import Place
+from datasetdm_fast.workers.heartbeat import Patience
 
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 SAMPLES, BATCH = 26, 2  # thirteen batches
@@ -38,7 +40,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 def shared(settings: RunConfig, environments: list[dict[str, str]], **options):
     places = [Place({"OMP_NUM_THREADS": "1", **environment}, 1) for environment in environments]
-    return ranks.run(settings, places, describe=table, first=troubled.install, **options)
+    return spawn.run(settings, places, describe=table, first=troubled.install, **options)
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
-        driver.run(job.prepare(config(out)))
+        run.run(job.prepare(config(out)))
     return out
 
 
@@ -75,14 +77,14 @@ def test_any_order_of_batches_makes_the_same_bytes(arithmetic, alone, tmp_path, 
         random.Random(seed).shuffle(batches)
         return batches
 
-    monkeypatch.setattr(driver, "in_order", shuffled)
-    driver.run(job.prepare(config(tmp_path / "run")))
+    monkeypatch.setattr(run, "in_order", shuffled)
+    run.run(job.prepare(config(tmp_path / "run")))
     check_equal(tmp_path / "run", alone)
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(arithmetic, alone, tmp_path):
     out = tmp_path / "run"
-    driver.run(job.prepare(config(out, limit=5)))  # in the middle of a batch
+    run.run(job.prepare(config(out, limit=5)))  # in the middle of a batch
     assert shared(config(out, limit=4), [{}] * 2).made == 4
     assert shared(config(out), [{}]).done == SAMPLES
     check_equal(out, alone)
@@ -119,14 +121,14 @@ def test_what_kills_every_process_is_set_aside_and_the_rest_is_made(tmp_path):
 
 def test_numbers_that_are_not_finite_anywhere_are_set_aside_as_by_one_process(arithmetic, tmp_path):
     settings = {"prompts": "a ball\nbroken", "number": 6}
-    driver.run(job.prepare(config(tmp_path / "alone", **settings)))
+    run.run(job.prepare(config(tmp_path / "alone", **settings)))
     result = shared(config(tmp_path / "run", **settings), [{}] * 2)
     assert (result.done, result.set_aside) == (3, 3)
     check_equal(tmp_path / "run", tmp_path / "alone")
 
 
 def test_a_place_where_every_process_dies_ends_the_run_with_its_last_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranks, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(spawn, "LONGEST_WAIT", 0.1)
     with pytest.raises(Missing, match="ended 5 times in a row .ended with exit code 9"):
         shared(config(tmp_path / "run"), [{troubled.TROUBLE: "start"}])
 
@@ -145,7 +147,7 @@ def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
     [("all", "0 1", "0 1"), ("2", "4 5 6", "4 5"), ("0,2", "a b c", "a c"), ("2,", "a b c", "c"), (" 1 , 0 ", "a b", "b a")],
 )
 def test_gpus_are_chosen_among_those_that_are_visible(asked, visible, chosen):
-    assert ranks.choose(asked, visible.split()) == chosen.split()
+    assert devices.choose(asked, visible.split()) == chosen.split()
 
 
 @pytest.mark.parametrize(
@@ -154,20 +156,20 @@ def test_gpus_are_chosen_among_those_that_are_visible(asked, visible, chosen):
 )
 def test_gpus_that_are_not_there_are_refused(asked, visible, kind):
     with pytest.raises(kind, match="--gpus"):
-        ranks.choose(asked, visible.split())
+        devices.choose(asked, visible.split())
 
 
 def test_gpus_and_ranks_are_not_mixed():
     with pytest.raises(Refused, match="one process a GPU"):
-        ranks.places(RunConfig(gpus="2", ranks=2))
+        devices.places(RunConfig(gpus="2", ranks=2))
 
 
 @pytest.mark.parametrize(("ranks_asked", "cores", "threads"), [(1, 2, 2), (2, 2, 1), (3, 16, 4), (8, 4, 1)])
 def test_cores_are_shared(monkeypatch, ranks_asked, cores, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(ranks, "cores", lambda: cores)
-    assert [place.threads for place in ranks.places(RunConfig(ranks=ranks_asked))] == [threads] * ranks_asked
-    assert ranks.places(RunConfig(ranks=ranks_asked, threads=3))[0].threads == 3
+    monkeypatch.setattr(devices, "cores", lambda: cores)
+    assert [place.threads for place in devices.places(RunConfig(ranks=ranks_asked))] == [threads] * ranks_asked
+    assert devices.places(RunConfig(ranks=ranks_asked, threads=3))[0].threads == 3
 
 
 # The whole command -----------------------------------------------------------------------------------------------------------------
@@ -175,11 +177,12 @@ def test_cores_are_shared(monkeypatch, ranks_asked, cores, threads):
 PROGRAM = """
 import sys
 import troubled
-from datasetdm_fast import generate, ranks
+from datasetdm_fast import generate
+from datasetdm_fast.workers import spawn
 
 if __name__ == "__main__":
-    run = ranks.run
-    ranks.run = lambda *arguments, **options: run(*arguments, first=troubled.install, **options)
+    run = spawn.run
+    spawn.run = lambda *arguments, **options: run(*arguments, first=troubled.install, **options)
     sys.exit(generate.main(sys.argv[1:]))
 """
 
@@ -246,7 +249,7 @@ def test_no_rank_outlives_its_parent(alone, command, tmp_path):
     process = command("--ranks", "3", seconds="0.5")
     wait_for_rows(tmp_path / "run", 2)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len([child for child in children if "datasetdm_fast.ranks" in " ".join(child.cmdline())]) >= 3
+    assert len([child for child in children if "datasetdm_fast.workers.spawn" in " ".join(child.cmdline())]) >= 3
     process.kill()
     process.wait()
     assert still_running(children) == []
@@ -270,4 +273,4 @@ def test_kills_of_any_process_at_any_moment_cost_nothing(alone, command, tmp_pat
 
 
 def test_batches_are_handed_out_in_order():
-    assert driver.in_order({5, 1, 2, 9}, 2) == [0, 1, 2, 4]
+    assert run.in_order({5, 1, 2, 9}, 2) == [0, 1, 2, 4]

@@ -18,14 +18,18 @@ import pytest
 import torchless
 from test_ranks import still_running, tree
 
-from datasetdm_fast import cluster, driver, generate, job
-from datasetdm_fast.cluster import Desk, address_of, pool_of
+from datasetdm_fast import generate
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.generation import driver, job, run
 from datasetdm_fast.run_folder import document, object_store, seal
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
+from datasetdm_fast.workers import ray_connection, ray_worker
+from datasetdm_fast.workers.devices import pool_of
+from datasetdm_fast.workers.ray_connection import address_of
+from datasetdm_fast.workers.ray_worker import Desk
 
 SAMPLES, BATCH = 16, 2
 HERE = Path(__file__).parent
@@ -44,7 +48,7 @@ def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
-        driver.run(job.prepare(config(out)))
+        run.run(job.prepare(config(out)))
     return out
 
 
@@ -85,12 +89,13 @@ def answers(port: int) -> bool:
 PROGRAM = """
 import sys
 import troubled
-from datasetdm_fast import cluster, generate, ranks
+from datasetdm_fast import generate
+from datasetdm_fast.workers import heartbeat, ray_driver
 
 if __name__ == "__main__":
-    run = cluster.run
-    patience = ranks.Patience(start=120, least=3, times=0)
-    cluster.run = lambda *arguments, **options: run(*arguments, first=troubled.install, patience=patience, **options)
+    run = ray_driver.run
+    patience = heartbeat.Patience(start=120, least=3, times=0)
+    ray_driver.run = lambda *arguments, **options: run(*arguments, first=troubled.install, patience=patience, **options)
     sys.exit(generate.main(sys.argv[1:]))
 """
 
@@ -169,7 +174,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     prompts.write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
-        driver.run(job.prepare(config(tmp_path / "alone", prompts=str(prompts))))
+        run.run(job.prepare(config(tmp_path / "alone", prompts=str(prompts))))
     line = ("--cluster", "ray", "--ranks", "2", "--prompts", prompts.name, "--store", f"file://{tmp_path}/store")
     process = command(*line, TROUBLED_SECONDS="0.4")
     wait_for(tmp_path / "store", 2, process)
@@ -203,7 +208,7 @@ def test_an_address_nobody_answers_at_ends_the_command_at_once(command, tmp_path
 @pytest.mark.loopback
 @pytest.mark.parametrize(("answer", "told"), [(b"", "timed out"), (b"HTTP/1.0 400 Bad request\r\n", "what answers is no head of a Ray cluster")])
 def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(ray_connection, "CONNECT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 
@@ -215,7 +220,7 @@ def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
             kept.close()
 
         threading.Thread(target=serve, daemon=True).start()
-        with pytest.raises(Missing, match=f"no head at 127.0.0.1:{port} .{told}"), cluster.joined(RunConfig(cluster=f"ray://127.0.0.1:{port}")):
+        with pytest.raises(Missing, match=f"no head at 127.0.0.1:{port} .{told}"), ray_connection.joined(RunConfig(cluster=f"ray://127.0.0.1:{port}")):
             pass
 
 
@@ -280,7 +285,7 @@ def test_workers_that_cannot_be_are_refused(settings, kind):
         pool_of(RunConfig(**settings), [{"CPU": 4.0}])
 
 
-class Directly(cluster.Worker):
+class Directly(ray_worker.Worker):
     """A worker that has its desk in its own process."""
 
     def __init__(self, made: job.Job, desk: Desk, out: Path, place: str = "here", places: int = 1):
@@ -302,7 +307,7 @@ def made(monkeypatch, tmp_path):
     return job.prepare(config(tmp_path / "none"))
 
 
-def rows_of(worker: cluster.Worker, batches: list[int]) -> list:
+def rows_of(worker: ray_worker.Worker, batches: list[int]) -> list:
     return worker({"batch": batches, "wanted": [[batch * BATCH] for batch in batches]})["rows"][0]
 
 

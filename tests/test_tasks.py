@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast import driver
 from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
+from datasetdm_fast.generation import driver
 from datasetdm_fast.tasks import TASKS, captions, depth, instance, open_vocabulary, pose, semantic
 
 SIZE = 32

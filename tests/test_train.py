@@ -22,7 +22,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
-from datasetdm_fast.training import checkpoint, course
+from datasetdm_fast.training import checkpoint, session, task_run
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
 
@@ -306,7 +306,7 @@ def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, ca
 
 def test_a_folder_another_training_writes_to_is_left_alone(run, tmp_path, capsys):
     line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
-    with course.alone(tmp_path / "decoder" / "depth"):
+    with task_run.alone(tmp_path / "decoder" / "depth"):
         assert run(*line) == 2
     assert "another process is writing to" in capsys.readouterr().err and not (tmp_path / "decoder" / "depth" / "config.json").exists()
     assert run(*line) == 0
@@ -354,7 +354,7 @@ def test_a_learning_curve_can_be_taught_from_growing_parts(captures):
     engine = build_engine("torch", load_model("tiny", size=64), {})
     source = open_data("demo:4@1000", 64)
     before = set(captures.glob("*.f16"))
-    first, second = (train.train_on(engine, source, "open-vocabulary", count, steps=2, cache_dir=str(captures), draws=2) for count in (2, 4))
+    first, second = (session.train_on(engine, source, "open-vocabulary", count, steps=2, cache_dir=str(captures), draws=2) for count in (2, 4))
     words = engine.encode_classes(list(source.thing_classes))
     capture = engine.denoise_and_keep(torch.zeros(1, 4, 8, 8), 1, engine.encode_text(["", "a ball"]))[1]
     for decoder in (first, second):
@@ -363,4 +363,4 @@ def test_a_learning_curve_can_be_taught_from_growing_parts(captures):
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert len(set(captures.glob("*.f16")) - before) <= 4
     with pytest.raises(ValueError, match="5 images to learn from, expected 1 to 4"):
-        train.train_on(engine, source, "depth", 5)
+        session.train_on(engine, source, "depth", 5)

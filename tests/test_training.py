@@ -20,9 +20,9 @@ from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.sampling.times import alphas_cumprod
-from datasetdm_fast.training import losses
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Lessons, Schedule, Trainer, fit, projected
+from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.recipes import recipe
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")

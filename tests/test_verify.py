@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast import agreement, verify
-from datasetdm_fast.agreement import EXACT, ROUNDED, judge, label_distance, relative
+from datasetdm_fast import verify as command
+from datasetdm_fast.agreement import observe, verify
+from datasetdm_fast.agreement.distances import free_distances, label_distance, led_distances, relative
+from datasetdm_fast.agreement.gates import EXACT, ROUNDED, judge
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoders, save_decoder
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
-from datasetdm_fast.job import make_recipe
+from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.loading import load_model
 
 SMALL = dict(width=12, heads=2, layers=2, feed_forward=16, mask_dim=8, queries=5, depth_width=8, text_width=32, capture_timestep=1, min_area=0)
@@ -62,14 +64,14 @@ def failed(verdict: verify.Verdict) -> set[str]:
 
 def test_the_fast_engine_agrees(engine, reference):
     verdict = judged(engine, reference)
-    assert verdict.agrees, verify.table(verdict)
+    assert verdict.agrees, command.table(verdict)
     measures = {row.measure for row in verdict.rows}
     assert measures == {"weights", "text", "call", *(f"level {name}" for name in ("low", "mid", "high", "highest")), "image", "free latents", "free image"} | {
         name for task in KINDS for name in (task, f"outputs {task}", f"free {task}")
     }
     document = verdict.document()
     assert json.loads(json.dumps(document))["agrees"] and document["engine"]["device_name"] and document["versions"]["python"]
-    assert "agree" in verify.table(verdict).splitlines()[-1]
+    assert "agree" in command.table(verdict).splitlines()[-1]
 
 
 # The planted errors -----------------------------------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ PLANTED = {
 def test_a_planted_error_fails(engine, reference, plant):
     plant(engine)
     verdict = judged(engine, reference, number=2)
-    assert not verdict.agrees and PLANTED[plant] <= failed(verdict), verify.table(verdict)
+    assert not verdict.agrees and PLANTED[plant] <= failed(verdict), command.table(verdict)
     if plant in (one_feature_pair, one_head_of_the_maps):
         assert "call" not in failed(verdict)  # the image is as it was: only the labels' source is wrong
 
@@ -230,7 +232,7 @@ def line(folder, *more: str) -> list[str]:
 
 def test_the_command_says_what_it_found(folder, tmp_path, capsys):
     page = tmp_path / "page.html"
-    assert verify.main(line(folder, "--json", "--html", str(page))) == 0
+    assert command.main(line(folder, "--json", "--html", str(page))) == 0
     said = capsys.readouterr()
     document = json.loads(said.out)
     assert document["agrees"] and document["number"] == 2 and document["decoders"] == sorted(KINDS)
@@ -250,7 +252,7 @@ def test_disagreement_is_exit_four_and_written_into_the_run(folder, tmp_path, ca
         one_weight(self)
 
     monkeypatch.setattr(FastEngine, "_read_weights", spoilt)
-    assert verify.main(line(folder, "--run", str(tmp_path / "run"))) == 4
+    assert command.main(line(folder, "--run", str(tmp_path / "run"))) == 4
     said = capsys.readouterr()
     assert "DISAGREE" in said.out and said.err.splitlines()[0].startswith("verify: fast does not say what torch says in ")
     stored = json.loads((tmp_path / "run" / "run.json").read_text())["verified"]
@@ -259,14 +261,14 @@ def test_disagreement_is_exit_four_and_written_into_the_run(folder, tmp_path, ca
 
 @pytest.mark.parametrize("more", [("--number", "0"), ("--engine", "warp"), ("--task", "instance"), ("--run", "nowhere")], ids=" ".join)
 def test_what_cannot_be_compared_is_refused(folder, more, capsys):
-    assert verify.main(line(folder, *more)) in (2, 3)
+    assert command.main(line(folder, *more)) in (2, 3)
     assert len(capsys.readouterr().err.splitlines()) >= 1
 
 
 def test_an_observation_led_by_itself_changes_nothing(reference):
     recipe = make_recipe(reference, tuple(KINDS), steps=STEPS)
     requests = [Request(0, "a ball", 3)]
-    truth = agreement.observe(reference, requests, recipe)
-    again = agreement.observe(reference, requests, recipe, truth)
-    distances = agreement.led_distances(again, truth) | agreement.free_distances(again, truth)
+    truth = observe.observe(reference, requests, recipe)
+    again = observe.observe(reference, requests, recipe, truth)
+    distances = led_distances(again, truth) | free_distances(again, truth)
     assert all((values == 0).all() for values in distances.values())

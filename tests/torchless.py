@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from datasetdm_fast import driver, generate, job
+from datasetdm_fast import generate
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig
+from datasetdm_fast.generation import driver, job
+from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.scenes import world
 
 SIDE = 64  # pixels
@@ -91,7 +93,7 @@ def install(patch=setattr) -> None:
     def recipe_of(config, engine, classes):
         facts = {"sampler": config.sampler, "profile": config.profile, "steps": 2, "calls": 2, "guidance": 2.0, "size": SIDE, "capture_timestep": 1}
         words = (tuple(classes) or world.THINGS) if "open-vocabulary" in config.task else ()
-        return driver.Recipe(Schedule(), 2.0, SIDE, config.task, 1, words, facts)
+        return Recipe(Schedule(), 2.0, SIDE, config.task, 1, words, facts)
 
     def made(batches, engine, recipe, stepped=lambda: None):
         for batch in batches:

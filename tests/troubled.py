@@ -8,8 +8,8 @@ import time
 
 import torchless
 
-from datasetdm_fast import driver
 from datasetdm_fast.data import SetAside
+from datasetdm_fast.generation import driver
 
 SECONDS = "TROUBLED_SECONDS"  # that a batch takes
 TROUBLE = "TROUBLED_BY"  # dies, hangs or gives NaN at every batch from the second on; or dies at the start

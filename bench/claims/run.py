@@ -112,7 +112,7 @@ class Bench:
         from bench.claims.exam import Record
         from datasetdm_fast.evaluation.student import Course
         from datasetdm_fast.evaluation.student_data import SIDE, vocabulary_of
-        from datasetdm_fast.ranks import cores
+        from datasetdm_fast.workers.devices import cores
 
         self.folder, self.scale, self.say = folder, scale, say
         self.record = Record(folder / "students", say, min(cores(), MOST_PROCESSES))

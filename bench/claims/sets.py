@@ -98,8 +98,8 @@ QUICK = Scale(seeds=2, steps=1000, short=500, real=100, fewer=(25,), synthetic=2
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
     """The run folder with the first `count` images of the pool; what is there already stays."""
-    from datasetdm_fast.driver import run
-    from datasetdm_fast.job import count_rows, prepare
+    from datasetdm_fast.generation.job import count_rows, prepare
+    from datasetdm_fast.generation.run import run
 
     config = RunConfig(number=POOL, seed=POOL_SEED, engine=engine, out=str(folder), quiet=True, **SAMPLING)
     there = count_rows(config)
@@ -130,7 +130,7 @@ def labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder:
     from datasetdm_fast.decoders.checkpoint import save_decoder
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.loading import load_model
-    from datasetdm_fast.train import taught
+    from datasetdm_fast.training.session import taught
 
     if not (folder / "config.json").exists():
         engine = build_engine("fast", load_model("demo"), {})

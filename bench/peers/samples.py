@@ -10,7 +10,8 @@ from torch import Tensor
 
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.decoders.checkpoint import Decoder
-from datasetdm_fast.driver import Recipe, postprocess
+from datasetdm_fast.generation.driver import postprocess
+from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.sampling import times
 from datasetdm_fast.stages import FACTOR
 

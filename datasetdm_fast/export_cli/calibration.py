@@ -87,8 +87,10 @@ def _calibrate(model: Model, decoders: Mapping[str, Decoder], folder: Path, mani
     """Writes the eight-bit graph; returns how far its images and labels are from those of the graph it was made from."""
     import onnx
 
-    from datasetdm_fast import agreement, job
+    from datasetdm_fast.agreement import gates
+    from datasetdm_fast.agreement.distances import free_distances
     from datasetdm_fast.data import Request
+    from datasetdm_fast.generation.recipe import make_recipe
 
     plain = onnx.load(str(folder / manifest.stages["denoise"].file), load_external_data=False)
     layers = quantisable(plain)
@@ -98,7 +100,7 @@ def _calibrate(model: Model, decoders: Mapping[str, Decoder], folder: Path, mani
     try:
         onnx.save(watching(plain, layers), str(watched))
         exact = _Through(model, decoders, _session(watched))
-        recipe = job.make_recipe(exact.engine, tuple(decoders), steps=steps)
+        recipe = make_recipe(exact.engine, tuple(decoders), steps=steps)
         requests = [Request(k, prompt, k) for k, prompt in enumerate(prompts)]
         truth = _observed(exact, requests, recipe)
     finally:
@@ -111,16 +113,16 @@ def _calibrate(model: Model, decoders: Mapping[str, Decoder], folder: Path, mani
     found = _observed(_Through(model, decoders, _session(folder / GRAPH)), requests, recipe)
     distances: dict[str, list[np.ndarray]] = {}
     for mine, right in zip(found, truth, strict=True):
-        for name, values in agreement.free_distances(mine, right).items():
+        for name, values in free_distances(mine, right).items():
             distances.setdefault(name, []).append(values)
-    rows = agreement.judge({name: np.concatenate(parts)[None] for name, parts in distances.items() if name != "text"}, agreement.ROUNDED, {})
+    rows = gates.judge({name: np.concatenate(parts)[None] for name, parts in distances.items() if name != "text"}, gates.ROUNDED, {})
     return [{"measure": row.measure.removeprefix("free "), "median": row.median, "p99": row.p99, "of_fp16": list(row.limit)} for row in rows]
 
 
 def _observed(through: _Through, requests: Sequence[Request], recipe) -> list:
-    from datasetdm_fast import agreement
+    from datasetdm_fast.agreement import observe
 
-    return [agreement.observe(through, requests[first : first + BATCH], recipe) for first in range(0, len(requests), BATCH)]
+    return [observe.observe(through, requests[first : first + BATCH], recipe) for first in range(0, len(requests), BATCH)]
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -159,7 +161,7 @@ def table(drift: Sequence[Mapping[str, Any]]) -> str:
 
 def read_prompts(given: str, model: Model) -> tuple[str, ...]:
     """The prompts to calibrate on, each of a length the model takes."""
-    from datasetdm_fast import prompts
+    from datasetdm_fast.generation import prompts
 
     name, text = prompts.read_prompts(given)
     return tuple(prompts.fit(prompt, model.tokenizer, f"{name} line {line}") for line, prompt in prompts.split_prompts(text, name))

@@ -13,7 +13,7 @@ from datasetdm_fast.export_cli.settings import PROG, ExportConfig
 
 def _run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.flags import parse
-    from datasetdm_fast.job import check_size
+    from datasetdm_fast.generation.settings import check_size
 
     config, _ = parse(arguments, ExportConfig, PROG, __doc__)
     _check(config)

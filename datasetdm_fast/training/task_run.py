@@ -24,10 +24,10 @@ from datasetdm_fast.decoders.checkpoint import Decoder, save_decoder
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training import checkpoint, held_out
+from datasetdm_fast.training import checkpoint, held_out, page
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.loop import Lessons, Schedule, Trainer
-from datasetdm_fast.training.ranks import SOLO, Ranks
+from datasetdm_fast.training.processes import SOLO, Ranks
 
 LOCK = ".lock"
 LARGEST = 2**24  # bytes of a JSON file of a training
@@ -198,7 +198,7 @@ class _Journey:
             found = held_out.answers(decoder, course.held, self.trainer.words, course.size, torch.device(course.device))
             figures = held_out.score(course.task, course.held, found)
             facts = {"images learnt from": course.lessons.images, "steps": self.trainer.done, "weights of step": self.numbers["step"]}
-            files[course.state / "page.html"] = held_out.page(course.task, course.held, found, facts, figures)
+            files[course.state / "page.html"] = page.page(course.task, course.held, found, facts, figures)
         result = {
             "task": course.task,
             "images": course.lessons.images,

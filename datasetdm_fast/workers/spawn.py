@@ -9,56 +9,37 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe, connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast import driver
 from datasetdm_fast.command_line.ending import report
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.driver import Result
-from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.job import Job, count_images, prepare
-from datasetdm_fast.leases import DIED, Leases, Owner
+from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
+from datasetdm_fast.generation.job import Job, prepare
+from datasetdm_fast.generation.result import Result, close
+from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.run_folder import seal
-from datasetdm_fast.run_folder.document import LEDGER, LOCK, read_document
-from datasetdm_fast.run_folder.folder import RunFolder, clean
-from datasetdm_fast.run_folder.ledger import Ledger
-from datasetdm_fast.share import Pulse, Share, join
+from datasetdm_fast.run_folder.document import LOCK
+from datasetdm_fast.run_folder.folder import clean
+from datasetdm_fast.workers.heartbeat import MOST_DEATHS, USUAL, Pulse
+from datasetdm_fast.workers.queue import DIED, Leases, Owner
+from datasetdm_fast.workers.worker import Share, join
 
-MOST_DEATHS = 5  # in a row, with nothing committed in between, after which a place stays empty
+if TYPE_CHECKING:
+    from datasetdm_fast.workers.devices import Place
+    from datasetdm_fast.workers.heartbeat import Patience
+
 LONGEST_WAIT = 30.0  # seconds before a process that has just died again is replaced
 LOOK = 0.25  # seconds between two looks at the processes
 FAREWELL = 1.0  # seconds processes have to end once everything is committed
 # Before anything that takes time the kernel is told to end the process with its parent (PR_SET_PDEATHSIG = 1, SIGKILL = 9).
 _WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); " if sys.platform == "linux" else ""
-_BOOT = _WITH_PARENT + "import sys; from datasetdm_fast.ranks import enter; enter(int(sys.argv[1]))"
-
-Refusals = {kind.__name__: kind for kind in (Refused, Missing, GateFailed)}
-
-
-@dataclass(frozen=True)
-class Patience:
-    """When a process that gives no sign of life is taken to hang."""
-
-    start: float = 1800.0  # seconds until its first call of a network: loading, compiling, recording
-    least: float = 60.0  # seconds between later signs
-    times: float = 20.0  # the longest time between two signs of any process
-
-
-USUAL = Patience()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one process of a run works."""
-
-    environment: Mapping[str, str] = field(default_factory=dict)
-    threads: int = 0
+_BOOT = _WITH_PARENT + "import sys; from datasetdm_fast.workers.spawn import enter; enter(int(sys.argv[1]))"
 
 
 @dataclass(frozen=True)
@@ -70,57 +51,6 @@ class Setup:
     parent: int
     describe: Callable[[Job], list[str]]  # lines about the job, told by the first that is ready
     first: Callable[[], None] | None  # called before anything else
-
-
-def places(config: RunConfig) -> list[Place]:
-    """The places --gpus or --ranks ask for; none where neither does."""
-    if config.gpus and config.ranks:
-        raise Refused(f"--gpus {config.gpus} --ranks {config.ranks}: there is one process a GPU", "Give one of the two.")
-    if config.gpus:
-        chosen = choose(config.gpus, visible_gpus())
-        if config.device not in ("auto", "cuda"):
-            raise Refused(f"--gpus {config.gpus} --device {config.device}: they name different devices", "Give one of the two.")
-        threads = config.threads or max(cores() // len(chosen), 1)
-        return [Place({"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": str(threads)}, threads) for name in chosen]
-    threads = config.threads or share_of_cores(config.ranks) if config.ranks else 0
-    return [Place({"OMP_NUM_THREADS": str(threads)}, threads)] * config.ranks
-
-
-def share_of_cores(ranks: int) -> int:
-    """Threads of each of so many processes: a power of two, as work divided into equal parts rounds alike for most numbers of threads."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    most = min(max(cores() // ranks, 1), int(asked) if asked.isdecimal() and int(asked) else cores())
-    return 1 << most.bit_length() - 1
-
-
-def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def choose(asked: str, visible: Sequence[str]) -> list[str]:
-    """The GPUs that `asked` means, out of those that are visible."""
-    if asked == "all":
-        wanted = list(range(len(visible)))
-    elif asked.isdecimal() and int(asked):
-        wanted = list(range(int(asked)))
-    else:
-        words = [word.strip() for word in asked.split(",") if word.strip()]
-        if asked == "0" or not words or not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-            raise Refused(f"--gpus {asked}: expected all, a number from 1, or a list of different numbers such as 0,2,5", "A list of one is written 3,")
-        wanted = [int(word) for word in words]
-    if not visible or max(wanted, default=0) >= len(visible):
-        raise Missing(f"--gpus {asked}: there are {len(visible)} GPUs here", "Ask for fewer, or see CUDA_VISIBLE_DEVICES; --ranks N shares a CPU.")
-    return [visible[k] for k in wanted]
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return named[:count] if named else [str(k) for k in range(count)]
 
 
 def run(
@@ -150,24 +80,6 @@ def run(
         seconds = time.perf_counter() - begin
         clean(folder)
         return close(folder, count_images(config), new, seconds)
-
-
-def close(folder: Path, number: int, made: int, seconds: float) -> Result:
-    """The result of a run whose folder this process holds and nobody works in any more, its index files rebuilt."""
-    document = read_document(folder)
-    if document is None:
-        return Result(folder, number, 0, 0, 0, seconds)
-    with RunFolder(folder, document, is_member=True) as opened:
-        opened.rebuild()
-        return driver.result_of(folder, number, opened.ledger, made, seconds)
-
-
-def look(folder: Path, number: int, made: int, seconds: float) -> Result:
-    """The result of a run that others may still be busy with."""
-    if not (folder / LEDGER).exists():
-        return Result(folder, number, 0, 0, 0, seconds)
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return driver.result_of(folder, number, ledger, made, seconds)
 
 
 @dataclass
@@ -281,7 +193,7 @@ class Crew:
             rank.last_words = cause
             # What keeps the first process from starting keeps all of them; a disk that is full is full for all. But a GPU that has vanished concerns one.
             if name != "Missing" or rank.is_ready or not self.was_ready:
-                raise Refusals[name](cause, remedy)
+                raise REFUSALS[name](cause, remedy)
 
     def _bury(self, rank: Rank) -> None:
         code = rank.process.returncode

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
-from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.overlap import Beside, Writing
-from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.generation.overlap import Beside
 from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.tasks.to_host import to_host
 
@@ -21,21 +16,7 @@ if TYPE_CHECKING:
 
     from datasetdm_fast.decoders.checkpoint import DecoderConfig
     from datasetdm_fast.engines.engine import Engine
-    from datasetdm_fast.job import Job, Remake
-    from datasetdm_fast.sampling.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How every image of a run is made, decided before the first batch."""
-
-    schedule: Schedule
-    guidance: float
-    size: int  # pixels
-    tasks: tuple[str, ...]
-    capture_call: int  # the sampler call whose activations the decoders read
-    words: tuple[str, ...] = ()  # open-vocabulary classes; a label map holds 1 + the position here
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
+    from datasetdm_fast.generation.recipe import Recipe
 
 
 def generate(
@@ -201,111 +182,3 @@ def renumber(label: SemanticMap, named: tuple[str, ...], words: tuple[str, ...])
     for place in range(len(label.classes) - 1):
         numbers[place + 1] = 1 + words.index(named[min(place, len(named) - 1)]) if named else 0
     return SemanticMap(numbers[label.labels], label.confidence, ("background", *words))
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    path: Path
-    number: int  # samples of the plan
-    done: int
-    made: int  # of these, by this process
-    set_aside: int
-    seconds: float
-
-    @property
-    def is_complete(self) -> bool:
-        return self.done + self.set_aside >= self.number
-
-    def check(self) -> None:
-        """Raises GateFailed where samples were set aside."""
-        if self.set_aside:
-            raise GateFailed(
-                f"{self.path}: {self.set_aside} of {self.number} samples were set aside because a number was not finite",
-                "Their rows in state/ledger.sqlite say where; try another --dtype.",
-            )
-
-
-def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, seconds: float = 0.0) -> Result:
-    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), seconds)
-
-
-def run(
-    job: Job,
-    *,
-    made: Callable[[int], None] = lambda count: None,
-    stepped: Callable[[], None] = lambda: None,
-    is_stopping: Callable[[], bool] = lambda: False,
-) -> Result:
-    """Makes what the run folder lacks, batch by batch; `made` hears of every commit, and `is_stopping` is asked after every sampled batch."""
-    begin, new = time.perf_counter(), 0
-
-    def committed(rows: list[Row]) -> None:
-        nonlocal new
-        new += len(rows)
-        made(len(rows))
-
-    with RunFolder(job.folder, job.document) as folder:
-        wanted = lacking(folder.ledger, job.plan.number, job.config.limit)
-        batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
-        with Writing(folder, committed) as writing:
-            for batch, results in generate(until(is_stopping, batches), job.engine, job.recipe, stepped):
-                kept = [result for result in results if result.request.index in wanted]
-                writing.put(kept, facts_of(job.recipe, batch))
-        seconds = time.perf_counter() - begin
-        folder.rebuild()
-        return result_of(job.folder, job.plan.number, folder.ledger, new, seconds)
-
-
-def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:
-    """What the rows of a batch say of how it was made."""
-    return {**recipe.facts, "word_slots": word_slots(batch.requests)}
-
-
-def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches up to the one after which `is_stopping` says so."""
-    for batch in batches:
-        yield batch
-        if is_stopping():
-            return
-
-
-def in_order(wanted: Iterable[int], size: int) -> list[int]:
-    """The batches that hold these samples, in the order they are handed out."""
-    return sorted({index // size for index in wanted})
-
-
-def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:
-    """Indices still to be made, the first `limit` of them where it is not 0."""
-    there = {*ledger.indices(), *ledger.indices(SET_ASIDE)}
-    missing = [index for index in range(number) if index not in there]
-    return set(missing[: limit or None])
-
-
-def remake(task: Remake) -> list[str]:
-    """Makes one sample of a run folder again, and returns the files that had to be written anew."""
-    ((_, results),) = generate([task.batch], task.engine, task.recipe)
-    result = results[task.place]
-    if isinstance(result, SetAside):
-        raise GateFailed(f"sample {result.request.id}: {result.reason}; nothing was written", "Try another --dtype in a run of its own.")
-    with RunFolder(task.folder, task.document) as folder:
-        if task.row.status == SET_ASIDE:
-            folder.add([result], task.row.recipe)
-            folder.rebuild()
-            return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
-        return folder.renew(task.row, result)
-
-
-def probe(engine: Engine, recipe: Recipe, batch_size: int) -> float:
-    """Seconds of one UNet call at the run's batch size."""
-    import torch
-
-    side, seconds = recipe.size // FACTOR, []
-    latents = torch.zeros(batch_size, 4, side, side, device=engine.device)
-    context = engine.encode_text([""]).expand(2 * batch_size, -1, -1)
-    while len(seconds) < 2 and sum(seconds) < 2:  # the first call also warms up, which does not matter where calls are slow
-        begin = time.perf_counter()
-        engine.denoise(latents, recipe.schedule.timesteps[0], context).sum().item()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datasetdm_fast.command_line.progress import duration
 from datasetdm_fast.disk.storage import free_bytes
-from datasetdm_fast.job import Job
+from datasetdm_fast.generation.job import Job
 
 OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 

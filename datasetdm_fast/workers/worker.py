@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
-from datasetdm_fast import driver
 from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.disk import sqlite
-from datasetdm_fast.job import Job, adopt
-from datasetdm_fast.leases import DIED, MOST_FAILURES, NOT_FINITE, Leases, Owner
-from datasetdm_fast.overlap import Writing
+from datasetdm_fast.generation import driver, run
+from datasetdm_fast.generation.job import Job, adopt
+from datasetdm_fast.generation.overlap import Writing
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.workers.queue import DIED, MOST_FAILURES, NOT_FINITE, Leases, Owner
 
-BEAT = 1.0  # seconds between two signs of life
 PAUSE = 0.2  # seconds between two looks for work where there is none
 LATE = 2.0  # batches of one's own that another may take over one before it is made a second time
 LEAST_LATE = 5.0  # seconds that are never late
@@ -31,37 +29,9 @@ def join(job: Job, queue: Leases, journal: str = sqlite.WRITE_AHEAD) -> tuple[Jo
             job = adopt(job, stored)
         folder = RunFolder(job.folder, job.document, is_member=True, journal=journal)
         if queue.last is None:
-            wanted = driver.lacking(folder.ledger, job.plan.number, job.config.limit)
-            queue.lay(driver.in_order(wanted, job.plan.batch_size), max(wanted, default=-1))
+            wanted = run.lacking(folder.ledger, job.plan.number, job.config.limit)
+            queue.lay(run.in_order(wanted, job.plan.batch_size), max(wanted, default=-1))
     return job, folder
-
-
-class Pulse:
-    """Called where work goes on; a thread turns the calls into signs of life, at once for the first and then one a beat."""
-
-    def __init__(self, queue: Leases, owner: Owner):
-        self._queue, self._owner = queue, owner
-        self._called, self._ending = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
-
-    def __call__(self) -> None:
-        self._called.set()
-
-    def _beat(self) -> None:
-        while self._called.wait() and not self._ending.is_set():
-            self._called.clear()
-            self._queue.beat(self._owner.name)
-            self._ending.wait(BEAT)
-
-    def __enter__(self) -> Pulse:
-        self._queue.enter(self._owner)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._called.set()
-        self._thread.join()
 
 
 class Share:
@@ -147,7 +117,7 @@ class Share:
     def _put(self, writing: Writing, batch: Batch, results: list[Sample | SetAside]) -> None:
         lacking = self._lacking(batch.index)
         if kept := [result for result in results if result.request.index in lacking]:
-            writing.put(kept, driver.facts_of(self.job.recipe, batch))
+            writing.put(kept, run.facts_of(self.job.recipe, batch))
         else:
             self.queue.finish(batch.index)
 

@@ -13,15 +13,17 @@ from pathlib import Path
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, sqlite, storage
-from datasetdm_fast.driver import Result
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.job import Job, count_images, prepare
-from datasetdm_fast.leases import DIED, Leases, Owner
-from datasetdm_fast.ranks import USUAL, Patience, close, look, share_of_cores, visible_gpus
+from datasetdm_fast.generation.job import Job, prepare
+from datasetdm_fast.generation.result import Result, close, look
+from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.document import LOCK
 from datasetdm_fast.run_folder.folder import clean
-from datasetdm_fast.share import Pulse, Share, join
+from datasetdm_fast.workers.devices import share_of_cores, visible_gpus
+from datasetdm_fast.workers.heartbeat import USUAL, Patience, Pulse, Watch, born
+from datasetdm_fast.workers.queue import Leases, Owner
+from datasetdm_fast.workers.worker import Share, join
 
 ENTRY = 60.0  # seconds another process may hold the folder while this one wants to enter
 LOOK = 0.2  # seconds between two tries
@@ -134,41 +136,3 @@ def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: b
             if not is_waiting or time.monotonic() > end:
                 return look(folder, number, made, seconds)
             time.sleep(LOOK)
-
-
-class Watch:
-    """Notices peers that have ended or give no sign of life, and leaves what they had to the others."""
-
-    def __init__(self, queue: Leases, owner: Owner, patience: Patience):
-        self.queue, self.owner, self.patience = queue, owner, patience
-        self.begin, self.longest = time.monotonic(), 0.0
-        self.seen: dict[str, tuple[int, float]] = {}  # signs of life of each, and when the last of them was seen
-
-    def look(self) -> None:
-        now, owners = time.monotonic(), self.queue.owners()
-        for owner, beats in owners.items():
-            before, since = self.seen.get(owner.name, (beats, now))
-            if beats > before:
-                self.longest = max(self.longest, now - since)
-                before, since = beats, now
-            self.seen[owner.name] = (before, since)
-            allowed = max(self.patience.least, self.patience.times * self.longest) if beats else self.patience.start
-            if owner.name != self.owner.name and (is_over(owner) or now - since > allowed):
-                self.queue.leave(owner, DIED)
-                self.queue.give_up(owner.slot)
-        if now - self.begin > self.patience.start:
-            for slot in self.queue.slots() - {owner.slot for owner in owners}:  # it was expected and never came
-                self.queue.give_up(slot)
-
-
-def born(process: int) -> str:
-    """When a process began, in the kernel's clock ticks: with its number this names it once and for all. Empty where that cannot be known."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def is_over(owner: Owner) -> bool:
-    """Whether a process of this machine has ended; of other machines that is not known."""
-    return owner.host == socket.gethostname() and bool(owner.born) and born(owner.process) != owner.born

@@ -1,0 +1,1 @@
+"""Whether two engines give the same tensors, images and labels."""

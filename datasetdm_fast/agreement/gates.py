@@ -1,0 +1,85 @@
+"""Limits on those distances, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+# Gates ------------------------------------------------------------------------------------------------------------------------------
+Limit = tuple[float, float]  # of the median, of the 99th percentile
+SAME_TEXT: Limit = (1e-5, 4e-5)
+EXACT: dict[str, Limit] = {  # fp32 against fp32
+    "text": SAME_TEXT,
+    "call": (1e-5, 4e-5),
+    "level": (1e-5, 4e-5),
+    "outputs": (1e-4, 1e-2),  # a mask that flips one cell of what a query may see moves its whole answer
+    "image": (2e-4, 5e-4),  # 74 dB, 66 dB: one grey level at a few pixels
+    "semantic": (1e-4, 1e-3),
+    "open-vocabulary": (1e-4, 1e-3),
+    "instance": (1e-3, 1e-2),
+    "depth": (1e-4, 4e-4),
+    "pose": (1e-2, 1e-1),
+    "free latents": (1e-4, 4e-4),
+    "free image": (5.6e-3, 1e-2),  # 45 dB, 40 dB
+    "free semantic": (1e-3, 1e-2),
+    "free open-vocabulary": (1e-3, 1e-2),
+    "free instance": (1e-2, 1e-1),
+    "free depth": (1e-3, 1e-2),
+    "free pose": (5e-2, 0.5),
+}
+ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
+    "text": SAME_TEXT,
+    "call": (1e-2, 4e-2),
+    "level": (5e-3, 2e-2),
+    "outputs": (5e-2, 0.2),
+    "image": (1e-2, 2e-2),  # 40 dB, 34 dB
+    "semantic": (5e-3, 2e-2),
+    "open-vocabulary": (5e-3, 2e-2),
+    "instance": (5e-2, 0.2),
+    "depth": (5e-3, 2e-2),
+    "pose": (0.5, 2.0),
+    "free latents": (0.1, 0.3),
+    "free image": (4e-2, 8e-2),  # 28 dB, 22 dB
+    "free semantic": (2e-2, 0.1),
+    "free open-vocabulary": (2e-2, 0.1),
+    "free instance": (0.1, 0.5),
+    "free depth": (2e-2, 0.1),
+    "free pose": (1.0, 8.0),
+}
+MARGIN = 1.5  # times the drift of the reference against itself at the same precision
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure over all samples."""
+
+    measure: str
+    median: float
+    p99: float
+    limit: Limit
+    floor: Limit | None  # median and 99th percentile of the reference's own drift
+    worst: int  # place of the worst sample
+
+    @property
+    def is_passed(self) -> bool:
+        return self.median <= self.limit[0] and self.p99 <= self.limit[1]
+
+
+def judge(distances: Mapping[str, np.ndarray], gates: Mapping[str, Limit], floors: Mapping[str, np.ndarray]) -> list[Row]:
+    """A row for every measure of distances [calls or 1, images]; a gate gives way where the reference itself drifts more at that precision."""
+    rows = []
+    for name, values in distances.items():
+        limit, floor = gates[name.split()[0] if name.startswith(("level ", "outputs ")) else name], None
+        if name in floors:
+            floor = summary(floors[name])
+            limit = tuple(max(gate, MARGIN * drift) for gate, drift in zip(limit, floor))
+        rows.append(Row(name, *summary(values), limit, floor, worst=int(values.max(0).argmax())))
+    return rows
+
+
+def summary(values: np.ndarray) -> Limit:
+    """Median and 99th percentile; of fewer than a hundred numbers the latter is the largest."""
+    finite = np.nan_to_num(values, nan=np.finfo(np.float64).max, posinf=np.finfo(np.float64).max)
+    return float(np.median(finite)), float(np.quantile(finite, 0.99, method="higher"))

@@ -1,0 +1,100 @@
+"""How far one engine is from another, stage by stage: the same requests through both, and what differs, image by image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasetdm_fast.data import Annotation, Capture, ProjectedCapture, Request
+from datasetdm_fast.engines.torch import TorchEngine
+from datasetdm_fast.generation.driver import WordTable, postprocess
+from datasetdm_fast.generation.recipe import Recipe
+from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.sampling import times, walk
+from datasetdm_fast.stages import FACTOR, LEVELS
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one engine said of a batch, on the CPU."""
+
+    context: Tensor  # [2B, T, D]
+    seen: tuple[Tensor, ...]  # the latents of each call
+    outputs: tuple[Tensor, ...]  # [2B, 4, h, w] of each call
+    latents: Tensor  # after the last call
+    levels: dict[str, list[Tensor]]  # level -> what the decoders read of it, [B, F, h, w] each
+    answers: dict[str, dict[str, Tensor]]  # raw outputs of each task's decoder
+    labels: dict[str, list[Annotation]]
+    images: np.ndarray  # [B, H, W, 3] uint8
+
+
+def observe(engine, requests: Sequence[Request], recipe: Recipe, led: Observation | None = None, stepped: Callable[[], None] = lambda: None) -> Observation:
+    """One batch through `engine`: on its own, or `led`, so that every stage is given what the other engine had there."""
+    if led is None:
+        context = torch.cat([engine.encode_text([""] * len(requests)), engine.encode_text([request.prompt for request in requests])])
+        side = recipe.size // FACTOR
+        noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
+    else:
+        context, noise = led.context.to(engine.device, copy=True), led.seen[0]
+    state, seen, outputs = walk.start(noise.to(engine.device)), [], []
+    for call, timestep in enumerate(recipe.schedule.timesteps):
+        latents = state.latents if led is None else led.seen[call].to(engine.device)
+        if call == recipe.capture_call:
+            output, capture = engine.denoise_and_capture(latents, timestep, context)
+        else:
+            output = engine.denoise(latents, timestep, context)
+        seen.append(latents.cpu())
+        outputs.append(output.float().cpu())
+        state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
+        stepped()
+    words = WordTable(engine, recipe.words)
+    raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
+    labels = {task: postprocess(task, requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()}
+    answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
+    latents = state.latents if led is None else led.latents.to(engine.device)
+    images = engine.decode_image(latents).cpu().numpy()
+    return Observation(context.cpu(), tuple(seen), tuple(outputs), latents.cpu(), level_tensors(engine, capture), answers, labels, images)
+
+
+def level_tensors(engine, capture: Capture | ProjectedCapture) -> dict[str, list[Tensor]]:
+    """Per level the projected sums of every decoder, or without decoders the features and maps themselves."""
+    found: dict[str, list[Tensor]] = {name: [] for name in LEVELS}
+    for place, level in enumerate(engine.model.levels):
+        if not engine.decoders:
+            found[level.name] += [value.float().cpu() for value in (*capture.features[place], *capture.maps[place])]
+        for task, decoder in engine.decoders.items():
+            weight = decoder.projections().get(level.name)
+            if weight is None:
+                continue
+            is_projected = isinstance(capture, ProjectedCapture)
+            total = capture.of(task).sums[place] if is_projected else pyramid.projected(capture.features[place], capture.maps[place], weight, level.side)
+            found[level.name].append(total.float().cpu())
+    return found
+
+
+class Rounded(TorchEngine):
+    """The reference engine with its UNet and autoencoder stored in fewer bits: what that precision alone costs."""
+
+    name = "rounded"
+
+    def __init__(self, engine: TorchEngine, dtype: torch.dtype):
+        model, self.dtype = engine.model, dtype
+        parts = {part: copy.deepcopy(getattr(model, part)).to(dtype) for part in ("unet", "vae")}
+        super().__init__(replace(model, **parts), engine.decoders, device=str(engine.device))
+
+    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+        return super().denoise(latents.to(self.dtype), timestep, context.to(self.dtype)).float()
+
+    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+        noise, capture = super().denoise_and_capture(latents, timestep, context)
+        return noise, Capture(*(tuple(tuple(value.float() for value in level) for level in kind) for kind in (capture.features, capture.maps)))
+
+    def decode_image(self, latents: Tensor) -> Tensor:
+        with torch.inference_mode():
+            decoded = self.model.vae.decode(latents.to(self.dtype) / self.model.vae.config.scaling_factor, return_dict=False)[0].float()
+        return ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)

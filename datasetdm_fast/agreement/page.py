@@ -1,0 +1,86 @@
+"""The page that shows where two engines differ."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasetdm_fast.agreement.observe import Observation
+    from datasetdm_fast.agreement.verify import Verdict
+
+SHOWN = 4  # worst samples on the page
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}table{border-collapse:collapse}"
+    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
+    ".failed{color:#b00020;font-weight:600}figure{display:inline-block;margin:.4rem}img{width:13rem;image-rendering:pixelated;display:block}"
+)
+
+
+def page(verdict: Verdict) -> str:
+    """An HTML page of its own: the table, and the samples that are worst in any measure, both engines side by side."""
+    judged = [row for row in verdict.rows if row.limit[1]]  # weights belong to no sample
+    worst = list(dict.fromkeys(row.worst for row in sorted(judged, key=lambda row: -row.p99 / row.limit[1])))[:SHOWN]
+    samples = "".join(_sample(verdict, k) for k in worst)
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'"
+    rows = "".join(
+        f"<tr{'' if row.is_passed else ' class=failed'}><td>{html.escape(row.measure)}</td><td>{row.median:.2e}</td><td>{row.p99:.2e}</td>"
+        f"<td>{row.limit[0]:.1e}</td><td>{row.limit[1]:.1e}</td><td>{row.worst}</td></tr>"
+        for row in verdict.rows
+    )
+    facts = html.escape(json.dumps({"engine": verdict.engine, "against": verdict.against, **verdict.facts}, ensure_ascii=False))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>Agreement of two engines</title><style>{STYLE}</style></head><body><h1>The engines {'agree' if verdict.agrees else 'disagree'}</h1>"
+        "<table><tr><th>measure</th><th>median</th><th>p99</th><th>limit of median</th><th>limit of p99</th><th>worst sample</th></tr>"
+        f"{rows}</table><p>{facts}</p><h2>Worst samples</h2>{samples}</body></html>\n"
+    )
+
+
+def _sample(verdict: Verdict, place: int) -> str:
+    """One sample, each engine on its own: reference, engine, and where the images differ."""
+    import numpy as np
+
+    truth, found = _located(verdict.truth, place), _located(verdict.found, place)
+    (right, k), (ours, _) = truth, found
+    spread = np.clip(np.abs(right.images[k].astype(int) - ours.images[k]) * 16, 0, 255).astype(np.uint8)
+    figures = [("reference", _png(right.images[k])), ("engine", _png(ours.images[k])), ("difference, 16 times", _png(spread))]
+    for task in right.labels:
+        for side, observed in (("reference", right), ("engine", ours)):
+            if picture := _label_picture(observed.labels[task][k]):
+                figures.append((f"{task}, {side}", picture))
+    shown = "".join(
+        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{name}</figcaption></figure>' for name, data in figures
+    )
+    return f"<section><h3>Sample {place}: {html.escape(verdict.prompts[place])}</h3>{shown}</section>"
+
+
+def _located(observations: Sequence[Observation], place: int) -> tuple[Observation, int]:
+    for observed in observations:
+        if place < len(observed.images):
+            return observed, place
+        place -= len(observed.images)
+    raise AssertionError("a sample of no batch")
+
+
+def _png(image) -> bytes:
+    from datasetdm_fast.labels.label_files import image_bytes
+
+    return image_bytes(image, "png")
+
+
+def _label_picture(label) -> bytes | None:
+    """Class maps and depth in colour; masks and joints have no picture of their own here."""
+    import numpy as np
+
+    from datasetdm_fast.data import DepthMap, SemanticMap
+    from datasetdm_fast.labels.label_files import MILLIMETRES, index_png
+    from datasetdm_fast.labels.pictures import depth_png
+
+    if isinstance(label, SemanticMap):
+        return index_png(label.labels)
+    return depth_png((label.metres * MILLIMETRES).astype(np.int32)) if isinstance(label, DepthMap) else None

@@ -1,0 +1,102 @@
+"""Two engines compared on the same samples, and the verdict stored."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast import __version__
+
+if TYPE_CHECKING:
+    from datasetdm_fast.agreement.gates import Row
+    from datasetdm_fast.agreement.observe import Observation
+    from datasetdm_fast.generation.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out, and the material of the page."""
+
+    rows: list[Row]
+    engine: dict[str, str]
+    against: dict[str, str]
+    facts: dict[str, Any]
+    truth: list[Observation]  # per batch, each engine on its own
+    found: list[Observation]
+    prompts: list[str]
+
+    @property
+    def agrees(self) -> bool:
+        return all(row.is_passed for row in self.rows)
+
+    def document(self) -> dict[str, Any]:
+        """The verdict as JSON holds it."""
+        rows = [asdict(row) | {"passed": row.is_passed} for row in self.rows]
+        return {"agrees": self.agrees, "engine": self.engine, "against": self.against, **self.facts, "measures": rows}
+
+
+def verify(engine, reference, requests: Sequence, recipe: Recipe, batch_size: int, stepped: Callable[[], None] = lambda: None) -> Verdict:
+    """Every request through both engines: led by the reference and on its own, judged by the gates of the engine's precision."""
+    import numpy as np
+
+    from datasetdm_fast.agreement.distances import free_distances, led_distances
+    from datasetdm_fast.agreement.gates import EXACT, ROUNDED, judge
+    from datasetdm_fast.agreement.observe import Rounded, observe
+    from datasetdm_fast.engines.fast import DTYPES
+
+    dtype = engine.fingerprint()["dtype"]
+    rounded = Rounded(reference, DTYPES.get(dtype, DTYPES["fp16"])) if dtype != "fp32" and reference.name == "torch" else None
+    collected: dict[str, list[np.ndarray]] = {}
+    drift: dict[str, list[np.ndarray]] = {}
+    truths, founds = [], []
+    for first in range(0, len(requests), batch_size):
+        batch = requests[first : first + batch_size]
+        truth = observe(reference, batch, recipe, stepped=stepped)
+        found = observe(engine, batch, recipe, stepped=stepped)
+        _gather(collected, led_distances(observe(engine, batch, recipe, truth, stepped), truth) | free_distances(found, truth), len(batch))
+        if rounded and not first:  # one batch tells what the precision costs; the reference is slow
+            _gather(drift, led_distances(observe(rounded, batch, recipe, truth), truth) | free_distances(observe(rounded, batch, recipe), truth), len(batch))
+        truths.append(truth)
+        founds.append(found)
+    joined, floors = ({name: np.concatenate(parts, 1) for name, parts in kind.items()} for kind in (collected, drift))
+    rows = judge(joined, EXACT if dtype == "fp32" else ROUNDED, floors)
+    rows.insert(0, weights_row(engine, reference))
+    facts = {
+        "model": engine.model.name,
+        "decoders": sorted(engine.decoders),
+        "number": len(requests),
+        "calls": len(recipe.schedule),
+        "versions": {"datasetdm_fast": __version__, "python": platform.python_version()},
+    }
+    return Verdict(rows, engine.fingerprint(), reference.fingerprint(), facts, truths, founds, [request.prompt for request in requests])
+
+
+def weights_row(engine, reference) -> Row:
+    """Whether both hold the same weights, up to how the engine stores them: at a low precision a small change hides in what rounding does anyway."""
+    from datasetdm_fast.agreement.gates import Row
+    from datasetdm_fast.engines.fast import state_distance
+
+    pairs = [(engine.decoders[task], reference.decoders[task]) for task in engine.decoders if task in reference.decoders]
+    if engine.model is not reference.model:
+        pairs += [(getattr(engine.model, part), getattr(reference.model, part)) for part in ("text_encoder", "unet", "vae")]
+    farthest = engine.weight_distance() if hasattr(engine, "weight_distance") else 0.0
+    for ours, theirs in pairs:
+        held = ours.state_dict()
+        farthest = max([farthest, *(state_distance(held[key].cpu(), value.cpu()) for key, value in theirs.state_dict().items())])
+    return Row("weights", farthest, farthest, (0.0, 0.0), None, 0)
+
+
+def _gather(collected: dict, distances: dict, batch: int) -> None:
+    """Adds distances as [calls or 1, images]."""
+    for name, values in distances.items():
+        collected.setdefault(name, []).append(values.reshape(-1, batch))
+
+
+def record(folder: Path, verdict: Verdict) -> None:
+    """Writes the verdict into the run.json of a run folder."""
+    from datasetdm_fast.run_folder.folder import note
+
+    note(folder, "verified", verdict.document())

@@ -1,0 +1,66 @@
+"""Muon, and an average of weights over steps."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix updates are orthogonalised (Jordan et al. 2024), with the step size of AdamW (Liu et al. 2025, eq. 4)."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
+            for parameter in group["params"]:
+                shapes.setdefault((parameter.shape[0], parameter[0].numel()), []).append(parameter)
+            for (rows, columns), parameters in shapes.items():
+                moves = []
+                for parameter in parameters:
+                    average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                    average.lerp_(parameter.grad, 1 - group["momentum"])
+                    moves.append(parameter.grad.lerp(average, group["momentum"]).reshape(rows, columns))
+                turned = orthogonal(torch.stack(moves)) * (0.2 * max(rows, columns) ** 0.5 * group["lr"])
+                for parameter, move in zip(parameters, turned):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(move.view_as(parameter))
+
+
+def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
+    """[G, m, n] with singular values pushed towards one by a quintic Newton-Schulz iteration."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        square = x @ x.transpose(1, 2)
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Average:
+    """Exponential moving average of the parameters of some modules."""
+
+    def __init__(self, modules: list[torch.nn.Module], decay: float):
+        self.parameters = [p for module in modules for p in module.parameters()]
+        self.values, self.decay, self.count = [p.detach().clone() for p in self.parameters], decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for parameter, value in zip(self.parameters, self.values):
+            kept = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+def matrices(modules: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The weights worth orthogonalising: those of linear layers and convolutions that are no mere edge of the network."""
+    layers = (layer for module in modules.values() for layer in module.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)))
+    return [layer.weight for layer in layers if layer.weight.requires_grad and min(layer.weight.shape[0], layer.weight[0].numel()) > 16]

@@ -1,0 +1,154 @@
+"""One process makes the missing samples of a run, or one sample again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.data import Batch, SetAside
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.generation import driver, prompts
+from datasetdm_fast.generation.driver import word_slots
+from datasetdm_fast.generation.job import _engine_of, _recipe_of
+from datasetdm_fast.generation.overlap import Writing
+from datasetdm_fast.generation.recipe import Recipe
+from datasetdm_fast.generation.result import Result, result_of
+from datasetdm_fast.generation.settings import identity
+from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, read_document
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.stages import FACTOR
+
+if TYPE_CHECKING:
+    from datasetdm_fast.engines.engine import Engine
+    from datasetdm_fast.generation.job import Job
+    from datasetdm_fast.generation.recipe import Recipe
+    from datasetdm_fast.generation.result import Result
+
+
+def run(
+    job: Job,
+    *,
+    made: Callable[[int], None] = lambda count: None,
+    stepped: Callable[[], None] = lambda: None,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Makes what the run folder lacks, batch by batch; `made` hears of every commit, and `is_stopping` is asked after every sampled batch."""
+    begin, new = time.perf_counter(), 0
+
+    def committed(rows: list[Row]) -> None:
+        nonlocal new
+        new += len(rows)
+        made(len(rows))
+
+    with RunFolder(job.folder, job.document) as folder:
+        wanted = lacking(folder.ledger, job.plan.number, job.config.limit)
+        batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
+        with Writing(folder, committed) as writing:
+            for batch, results in driver.generate(until(is_stopping, batches), job.engine, job.recipe, stepped):
+                kept = [result for result in results if result.request.index in wanted]
+                writing.put(kept, facts_of(job.recipe, batch))
+        seconds = time.perf_counter() - begin
+        folder.rebuild()
+        return result_of(job.folder, job.plan.number, folder.ledger, new, seconds)
+
+
+def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:
+    """What the rows of a batch say of how it was made."""
+    return {**recipe.facts, "word_slots": word_slots(batch.requests)}
+
+
+def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches up to the one after which `is_stopping` says so."""
+    for batch in batches:
+        yield batch
+        if is_stopping():
+            return
+
+
+def in_order(wanted: Iterable[int], size: int) -> list[int]:
+    """The batches that hold these samples, in the order they are handed out."""
+    return sorted({index // size for index in wanted})
+
+
+def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:
+    """Indices still to be made, the first `limit` of them where it is not 0."""
+    there = {*ledger.indices(), *ledger.indices(SET_ASIDE)}
+    missing = [index for index in range(number) if index not in there]
+    return set(missing[: limit or None])
+
+
+def remake(task: Remake) -> list[str]:
+    """Makes one sample of a run folder again, and returns the files that had to be written anew."""
+    ((_, results),) = driver.generate([task.batch], task.engine, task.recipe)
+    result = results[task.place]
+    if isinstance(result, SetAside):
+        raise GateFailed(f"sample {result.request.id}: {result.reason}; nothing was written", "Try another --dtype in a run of its own.")
+    with RunFolder(task.folder, task.document) as folder:
+        if task.row.status == SET_ASIDE:
+            folder.add([result], task.row.recipe)
+            folder.rebuild()
+            return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
+        return folder.renew(task.row, result)
+
+
+def probe(engine: Engine, recipe: Recipe, batch_size: int) -> float:
+    """Seconds of one UNet call at the run's batch size."""
+    import torch
+
+    side, seconds = recipe.size // FACTOR, []
+    latents = torch.zeros(batch_size, 4, side, side, device=engine.device)
+    context = engine.encode_text([""]).expand(2 * batch_size, -1, -1)
+    while len(seconds) < 2 and sum(seconds) < 2:  # the first call also warms up, which does not matter where calls are slow
+        begin = time.perf_counter()
+        engine.denoise(latents, recipe.schedule.timesteps[0], context).sum().item()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+_NO_PROMPTS = prompts.Source((), "", (), 0)
+
+
+@dataclass(frozen=True)
+class Remake:
+    """One sample of a run folder to be made again.
+
+    Its batch has the shape it had, and the sample its old place in it, so the arithmetic is the same; the other places repeat it.
+    """
+
+    folder: Path
+    document: dict[str, Any]
+    row: Row
+    engine: Engine
+    recipe: Recipe
+    batch: Batch
+    place: int
+
+
+def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
+    """The sample `config.only` from its row; `given` names the settings that the user set and that must agree with the run folder's."""
+    folder = Path(config.out)
+    stored = read_document(folder)
+    if stored is None or not (folder / LEDGER).exists():
+        raise Refused(f"--only {config.only}: {folder} is no run folder", "Name the folder with --out.")
+    settings = replace(config, **{name: tuple(value) if isinstance(value, list) else value for name, value in stored["config"].items() if name != "prompts"})
+    changed = {name for name in config.identity() if name in set(given) - {"prompts"} and getattr(config, name) != getattr(settings, name)}
+    if changed:
+        told = "; ".join(line for name in sorted(changed) for line in differences(stored["config"][name], identity(config, _NO_PROMPTS)[name], name))
+        raise Refused(f"{folder}: holds a run of another configuration ({told})", "Drop these flags: --only takes them from the run folder.")
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        row = ledger.row(int(config.only)) if config.only.isdecimal() and len(config.only) <= 18 else None
+    if row is None:
+        raise Refused(f"--only {config.only}: no sample of {folder} has this id", "Ids are those of samples.jsonl, for example 00000003.")
+    engine, decoders = _engine_of(settings)
+    weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}
+    check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
+    recipe = _recipe_of(settings, engine, settings.classes)
+    size, place = row.recipe["batch_size"], row.request.index % row.recipe["batch_size"]
+    filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
+    batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))
+    return Remake(folder, stored, row, engine, recipe, batch, place)

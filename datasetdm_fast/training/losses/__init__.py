@@ -1,0 +1,1 @@
+"""Losses of the decoders, and the objective of a step."""

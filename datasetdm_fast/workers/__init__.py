@@ -1,0 +1,1 @@
+"""Several processes make one run."""

@@ -1,0 +1,141 @@
+"""Joining a Ray cluster, or starting one here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.workers.devices import cores
+from datasetdm_fast.workers.heartbeat import MOST_DEATHS
+
+PORT = 6379  # of a head node, where none is named
+CLIENT_PORT = 10001  # of Ray's client, which Ray Data does not run through
+CONNECT_SECONDS = 10.0
+HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame; its fourth byte says what it is, and each side begins with one
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS
+TOKEN, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
+STORE_BYTES = 2**28  # of shared memory for a Ray of our own: only rows travel through it
+
+
+def address_of(text: str) -> str | None:
+    """HOST:PORT that --cluster, or RAY_ADDRESS where --cluster names none, stands for; None for a Ray of our own."""
+    named = text if text != "ray" else os.environ.get("RAY_ADDRESS", "")
+    if named in ("", "local"):
+        return None
+    wrong = Refused(f"--cluster {text}: {named!r} is no address of a Ray cluster", "Write ray, or ray://HEAD:PORT with what `ray start --head` printed.")
+    try:
+        parts = urlsplit(named if text != "ray" or "://" in named else f"ray://{named}")
+        host, port = parts.hostname, PORT if parts.port is None else parts.port
+    except ValueError:
+        raise wrong from None
+    if parts.scheme != "ray" or not host or not port or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
+        raise wrong
+    if port == CLIENT_PORT:
+        raise Refused(f"--cluster {text}: {port} is the port of Ray's client, which is no part of this", f"Name the head's own port, {PORT} as a rule.")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@contextmanager
+def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
+    """Within the block this process is a driver on the cluster; the resources of its machines."""
+    address = address_of(config.cluster)
+    if address:
+        _knock(config, address)
+    # Read by Ray when it is imported or started: nothing is reported to anybody, and a head that does not answer is not waited for long.
+    # Nor does what is left of one round start a Ray of its own.
+    os.environ.update(RAY_ENABLE_AUTO_CONNECT="0", RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_BACKEND_LOG_LEVEL="fatal")
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a Ray of our own would give its workers what every other process leaves over
+    if address and (any(name in os.environ for name in TOKEN) or TOKEN_FILE.exists()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` asks for it by default, but Ray itself looks only where no address is given
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise Missing(f"--cluster {config.cluster}: {error}", "pip install datasetdm_fast[ray]") from error
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    own = {"num_cpus": max(cores(), config.ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    try:
+        with muted():
+            ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **({} if address else own))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    except Exception as error:
+        ray.shutdown()
+        raise _not_joined(config, address, error) from error
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
+    try:
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.execution_no_progress_timeout_s = -1  # a batch may take as long as it takes; what hangs is found by its silence
+        context.max_consecutive_actor_init_deaths = MOST_DEATHS
+        yield nodes
+    finally:
+        ray.shutdown()
+
+
+def _not_joined(config: RunConfig, address: str | None, error: BaseException) -> Missing:
+    said = [str(error)]
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+        said.append(str(error))
+    if "AuthToken" in "".join(said):
+        return Missing(f"--cluster {config.cluster}: the cluster wants another token", "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.")
+    return Missing(
+        f"--cluster {config.cluster}: {_first_line(said[0])}",
+        "Run this on a machine of the cluster, with the Python and the Ray it runs." if address else "See what Ray says in /tmp/ray/session_latest/logs.",
+    )
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Within the block nothing reaches the screen, which Ray's native parts write to past Python."""
+    sys.stderr.flush()
+    screen, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+        os.close(nowhere)
+
+
+def _knock(config: RunConfig, address: str) -> None:
+    """Refuses an address where nothing answers as a head does, before Ray waits for it for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as door:
+            if os.environ.get("RAY_USE_TLS") == "1":
+                return
+            door.sendall(HTTP2_GREETING)
+            if len(answer := door.recv(len(HTTP2_SETTINGS))) > 3 and answer[3:4] == HTTP2_SETTINGS[3:4]:
+                return
+            why = "what answers is no head of a Ray cluster"
+    except (OSError, UnicodeError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+    raise Missing(
+        f"--cluster {config.cluster}: no head at {address} ({why})",
+        "Start one there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
+    )
+
+
+def _first_line(said: str) -> str:
+    """What Ray says, without the colours and the stack it says it in."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines() if line.strip()]
+    return (lines or ["Ray gives no reason"])[0][:300]
