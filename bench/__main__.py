@@ -13,11 +13,11 @@ from datasetdm_fast.errors import Refused
 # name -> (module with main(arguments) -> exit code, what it measures)
 BENCHES = {
     "gpu": ("bench.gpu", "the suite at full size on a GPU, in parts that can be continued"),
-    "report": ("bench.report", "tables and charts of README.md and bench/README.md from the newest result files"),
-    "capture": ("bench.capture", "capture, level projection and depth head against their naive forms"),
+    "report": ("bench.report.report", "tables and charts of README.md and bench/README.md from the newest result files"),
+    "capture": ("bench.rows.capture", "capture, level projection and depth head against their naive forms"),
     "claims": ("bench.claims", "whether generated images help a small student: the papers' tables in the demo world"),
-    "epochs": ("bench.epochs", "an epoch of training with captures kept on the disk against captures made anew"),
-    "kernels": ("bench.kernels", "registers, spills and shared memory of every kernel (--audit), or its fastest block sizes on this GPU (--tune)"),
+    "epochs": ("bench.rows.epochs", "an epoch of training with captures kept on the disk against captures made anew"),
+    "kernels": ("bench.kernels.audit", "registers, spills and shared memory of every kernel (--audit), or its fastest block sizes on this GPU (--tune)"),
 }
 
 

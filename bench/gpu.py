@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.run import JUDGED, SECONDS, check_numbers, chosen, open_measurement, prepare, say, show
+from bench.options import check_numbers, chosen, prepare, say
+from bench.run import JUDGED, SECONDS, open_measurement, show
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Missing, Refused
 
@@ -37,8 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     check_numbers(minutes=config.minutes, steps=config.steps, seconds=config.seconds)
     begin = time.monotonic()
     prepare(0)
-    from bench import results, suite
+    from bench import suite
     from bench.peers import PEERS
+    from bench.report import results
 
     ordered = [*(name for name in PEERS if name not in LAST), *(name for name in PEERS if name in LAST)]
     parts = {part.name: part for part in (suite.LIMITS, *suite.one_by_one(ordered[:-3]), *suite.SHARED, *suite.one_by_one(ordered[-3:]))}
@@ -81,7 +83,7 @@ def print_left(config: GpuConfig, names: Sequence[str]) -> int:
     """The parts a file still lacks, one a line."""
     from pathlib import Path
 
-    from bench import results
+    from bench.report import results
 
     if not config.out:
         raise Refused("--left: no file was named", "add --out FILE")

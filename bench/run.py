@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.options import check_numbers, chosen, prepare, say
 from datasetdm_fast.config import setting
-from datasetdm_fast.errors import Refused
 
 PROG = "python -m bench"
 SECONDS = {True: 8.0, False: 35.0}  # quick or not: for the rounds of one race, of which there are two at least
@@ -64,34 +63,6 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def prepare(threads: int) -> None:
-    """Settings that must be made before torch is imported, and quiet libraries."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all that the profiler of PyTorch says
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def check_numbers(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise Refused(f"--{name} {value}: expected a number of 0 or more", "choose another number")
-
-
-def chosen(flag: str, asked: Sequence[str], known: Sequence[str], usual: Sequence[str]) -> tuple[str, ...]:
-    from datasetdm_fast.command_line.flags import nearest
-
-    for name in asked:
-        if name not in known:
-            raise Refused(f"--{flag} {name}: there is no such one{nearest(name, known)}", f"choose from {', '.join(known)}")
-    return tuple(asked) or tuple(usual)
-
-
 def open_measurement(
     model: str,
     device: str,
@@ -107,7 +78,9 @@ def open_measurement(
     keeps: bool = False,
 ) -> Any:
     """The setting and its result file, before anything is measured."""
-    from bench import machine, results, suite
+    from bench import suite
+    from bench.machine import machine
+    from bench.report import results
     from bench.setting import open_setting
 
     opened = open_setting(model, device, steps=steps, quick=quick)
@@ -126,13 +99,9 @@ def open_measurement(
     return suite.Measurement(opened, file, seconds or SECONDS[quick], JUDGED[quick], tuple(names))
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def show(document: dict[str, Any], is_json: bool, seconds: float) -> None:
     """The tables for a reader, or everything for a program."""
-    from bench import tables
+    from bench.report import tables
 
     stream = sys.stderr if is_json else sys.stdout
     print(tables.terminal(document, stream.isatty()), file=stream, flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.work import image_flops, stage_flops
+from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import DEMO, Decoder, build_decoder, check_levels, for_inference, load_decoder, load_decoders, upstream

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from bench import ladder, layers, limits, ops, profile, quality, race, scale, stages, sweep
-from bench.parity import Judge
+from bench.machine import limits
 from bench.peers import PEERS
-from bench.results import ResultFile, is_settled
+from bench.report.results import ResultFile, is_settled
+from bench.rows import ladder, layers, ops, profile, quality, race, scale, stages, sweep
+from bench.rows.parity import Judge
 from bench.setting import Setting
 from datasetdm_fast.engines.fast import DTYPES, resolve_dtype
 from datasetdm_fast.errors import GateFailed

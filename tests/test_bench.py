@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import capture, measure, race, results, scale
+from bench.machine import measure
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
+from bench.report import results
+from bench.rows import capture, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders

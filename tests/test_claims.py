@@ -299,7 +299,7 @@ def test_every_row_is_made_and_found_again(tmp_path):
 
 
 def test_the_newest_claims_are_found_beside_other_results(tmp_path):
-    from bench import results
+    from bench.report import results
 
     for name, date in (("a", "2026-01-01"), ("b", "2026-01-02")):
         results.ResultFile(tmp_path / f"{name}.claims.json", document() | {"date": date, "parts": {}}).save()

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from bench.nvml import Nvml
+from bench.machine.nvml import Nvml
 
 SOURCE = """
 #include <string.h>

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import ladder, limits, ops, parity, profile, quality, race, stages, suite
+from bench import suite
+from bench.machine import limits
+from bench.machine.work import TERA, image_flops, stage_flops
 from bench.peers import PEERS, Offer, upstream
 from bench.peers.engine import EnginePeer
+from bench.rows import ladder, ops, parity, profile, quality, race, stages
 from bench.setting import open_setting
-from bench.work import TERA, image_flops, stage_flops
 from datasetdm_fast import kernels
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed

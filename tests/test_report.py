@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from bench import charts, report, tables
-from bench.machine import ROOT
+from bench.machine.machine import ROOT
+from bench.report import charts, report, tables
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 

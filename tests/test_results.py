@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import results, suite
-from bench.results import ResultFile
+from bench import suite
+from bench.report import results
+from bench.report.results import ResultFile
 from datasetdm_fast.errors import Missing, Refused
 
 HEAD = {

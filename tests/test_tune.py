@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from bench import tune
+from bench.kernels import tune
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, fused, launch
 
@@ -61,11 +61,11 @@ def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():
 
 
 def test_the_command_wants_a_gpu_and_one_thing_to_do(monkeypatch):
-    from bench import kernels
+    from bench.kernels import audit
 
     monkeypatch.setattr(launch, "IS_INTERPRETED", False)
     with pytest.raises(Refused, match="--audit and --tune"):
-        kernels.main([])
+        audit.main([])
     if launch.triton is not None and not torch.cuda.is_available():
         with pytest.raises(Missing, match="no CUDA device"):
-            kernels.main(["--tune"])
+            audit.main(["--tune"])

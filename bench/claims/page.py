@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.charts import MARGIN, WIDTH, Drawing
 from bench.claims.rows import CLAIMS
-from bench.tables import Table, aligned, markdown
+from bench.report.charts import MARGIN, WIDTH, Drawing
+from bench.report.tables import Table, aligned, markdown
 from datasetdm_fast.labels.colours import colour
 
 KINDS = {"real": "c1", "synthetic": "c5", "both": "c0"}

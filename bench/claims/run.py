@@ -34,17 +34,17 @@ class ClaimsConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from bench.run import chosen, prepare
+    from bench.options import chosen, prepare
     from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, ClaimsConfig, PROG, __doc__)
     if config.seeds and config.seeds < 2:
         raise Refused(f"--seeds {config.seeds}: expected at least 2, as one student has no spread", "ask for 2 or more")
     prepare(threads=1)
-    from bench import results
     from bench.claims import page
     from bench.claims.rows import CLAIMS
     from bench.claims.sets import FULL, QUICK
+    from bench.report import results
 
     names = chosen("rows", config.rows, tuple(CLAIMS), tuple(CLAIMS))
     scale = QUICK if config.quick else FULL
@@ -75,7 +75,8 @@ def say(line: str) -> None:
 def described(rows: dict[str, Any], scale, command: Sequence[str], is_quick: bool, seconds: float) -> dict[str, Any]:
     import torch
 
-    from bench import machine, results
+    from bench.machine import machine
+    from bench.report import results
 
     setting = {"model": "demo", "quick": is_quick, **asdict(scale)}
     head = {"format": results.FORMAT, "suite": "claims", "date": results.now(), "command": shlex.join(command)}

@@ -12,11 +12,11 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.machine import wait
-from bench.parity import Judge, fitted, fitted_pair
+from bench.machine.machine import wait
 from bench.peers import PEERS, Peer
 from bench.peers.engine import EnginePeer
-from bench.race import release
+from bench.rows.parity import Judge, fitted, fitted_pair
+from bench.rows.race import release
 from bench.setting import Setting
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.machine import ROOT
-from bench.measure import status
-from bench.race import mib
+from bench.machine.machine import ROOT
+from bench.machine.measure import status
+from bench.rows.race import mib
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage

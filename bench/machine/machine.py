@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from bench.measure import with_peak
-from bench.nvml import Nvml
+from bench.machine.measure import with_peak
+from bench.machine.nvml import Nvml
 from datasetdm_fast import __version__
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
 
 

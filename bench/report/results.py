@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT
+from bench.machine.machine import ROOT
 from datasetdm_fast.errors import Missing, Refused
 
 FORMAT = 1

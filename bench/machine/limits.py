@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.machine import wait
+from bench.machine.machine import wait
 from bench.peers.upstream import arithmetic
 from datasetdm_fast.kernels import launch
 from datasetdm_fast.kernels.launch import jit, tl

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.measure import interleaved
-from bench.parity import Judge, fitted, fitted_pair
+from bench.machine.measure import interleaved
+from bench.machine.work import HALVES
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.upstream import Upstream
-from bench.race import OURS, meter, release, spread, write
+from bench.rows.parity import Judge, fitted, fitted_pair
+from bench.rows.race import OURS, meter, release, spread, write
 from bench.setting import Setting
-from bench.work import HALVES
 from datasetdm_fast.agreement.distances import relative
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED
 from datasetdm_fast.data import Annotation

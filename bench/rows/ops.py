@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import model_sizes
-from bench.limits import nearest_limit, rate
-from bench.measure import distance
+from bench.kernels.sizes import model_sizes
+from bench.machine.limits import nearest_limit, rate
+from bench.machine.measure import distance
+from bench.machine.work import flops
 from bench.peers.upstream import arithmetic
-from bench.work import flops
 from datasetdm_fast.engines.fast import DTYPES, FastEngine
 from datasetdm_fast.kernels import OPS, fused
 

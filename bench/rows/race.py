@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from bench import parity
-from bench.machine import is_out_of_memory, joules, peak, wait
-from bench.measure import Rounds, interleaved
+from bench.machine.machine import is_out_of_memory, joules, peak, wait
+from bench.machine.measure import Rounds, interleaved
 from bench.peers import PEERS, Offer, Peer
+from bench.rows import parity
 from bench.setting import Setting
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.errors import GateFailed, Missing

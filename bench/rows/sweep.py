@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from bench.machine import is_out_of_memory, peak
-from bench.measure import interleaved
-from bench.parity import Judge, fitted
+from bench.machine.machine import is_out_of_memory, peak
+from bench.machine.measure import interleaved
+from bench.machine.work import HALVES
 from bench.peers import PEERS
-from bench.race import OURS, best_batch, meter, release
+from bench.rows.parity import Judge, fitted
+from bench.rows.race import OURS, best_batch, meter, release
 from bench.setting import Setting
-from bench.work import HALVES
 
 SWEPT = ("diffusers", OURS)
 CHUNKS = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32)}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import charts, tables
 from bench.claims import page as claims
-from bench.machine import ROOT
-from bench.results import SUITES, newest, read, rows_of
+from bench.machine.machine import ROOT
+from bench.report import charts, tables
+from bench.report.results import SUITES, newest, read, rows_of
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 

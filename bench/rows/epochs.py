@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.measure import distance, in_turn
+from bench.machine.measure import distance, in_turn
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed

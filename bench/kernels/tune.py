@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine, results
-from bench.kernels import BATCH, model_sizes
-from bench.limits import rate
-from bench.measure import distance
-from bench.ops import Drawn, limit_of, outputs, placed
+from bench.kernels.sizes import BATCH, model_sizes
+from bench.machine import machine
+from bench.machine.limits import rate
+from bench.machine.measure import distance
 from bench.peers.upstream import arithmetic
-from bench.results import ResultFile, is_settled, rows_of
+from bench.report import results
+from bench.report.results import ResultFile, is_settled, rows_of
+from bench.rows.ops import Drawn, limit_of, outputs, placed
 from datasetdm_fast.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS, fused, launch
 from datasetdm_fast.kernels.choice import memory_efficient

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.limits import nearest_limit, rate
+from bench.machine.limits import nearest_limit, rate
+from bench.machine.work import HALVES, flops
 from bench.setting import Setting
-from bench.work import HALVES, flops
 from datasetdm_fast.engines.fast import DTYPES
 from datasetdm_fast.stages import FACTOR
 

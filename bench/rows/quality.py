@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
-from bench.race import OURS, release, spread
+from bench.rows.race import OURS, release, spread
 from bench.setting import PROFILE, TASKS, Setting
 from datasetdm_fast.agreement.distances import image_distance, label_distance
 from datasetdm_fast.data import Request, Sample, SemanticMap

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from bench.results import rows_of
+from bench.report.results import rows_of
 
 RATIOS = {  # name -> (who is faster, than whom)
     "fast_vs_torch": ("ours", "torch"),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.measure import compare
+from bench.machine.measure import compare
 from datasetdm_fast.data import Capture
 from datasetdm_fast.decoders.checkpoint import build_decoder, fold, upstream
 from datasetdm_fast.errors import GateFailed, Missing

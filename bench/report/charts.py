@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from bench.results import rows_of
-from bench.tables import number
+from bench.report.results import rows_of
+from bench.report.tables import number
 
 WIDTH, MARGIN, LINE = 820, 20, 17
 LABELS = 300  # pixels left of horizontal bars

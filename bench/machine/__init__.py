@@ -1,0 +1,1 @@
+"""The machine: its limits and counters."""

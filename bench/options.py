@@ -1,0 +1,42 @@
+"""Flags and checks that the bench's commands share."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+from datasetdm_fast.errors import Refused
+
+
+def prepare(threads: int) -> None:
+    """Settings that must be made before torch is imported, and quiet libraries."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all that the profiler of PyTorch says
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def check_numbers(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise Refused(f"--{name} {value}: expected a number of 0 or more", "choose another number")
+
+
+def chosen(flag: str, asked: Sequence[str], known: Sequence[str], usual: Sequence[str]) -> tuple[str, ...]:
+    from datasetdm_fast.command_line.flags import nearest
+
+    for name in asked:
+        if name not in known:
+            raise Refused(f"--{flag} {name}: there is no such one{nearest(name, known)}", f"choose from {', '.join(known)}")
+    return tuple(asked) or tuple(usual)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
