@@ -1,4 +1,6 @@
-"""Builds the package and its extension; CUDA sources join where nvcc is found (DATASETDM_CUDA=0 or 1 decides by hand)."""
+"""Builds the package and its extension; CUDA sources join where nvcc is found (DATASETDM_CUDA=0 or 1 decides by
+hand).
+"""
 
 import os
 import re
@@ -11,11 +13,19 @@ from setuptools import find_packages, setup
 
 FOLDERS = {"datasetdm_fast.kernels": "kernels", "datasetdm_fast.export": "export"}
 ARCHITECTURES = ("80", "90", "120")
-DATA = ["py.typed", "*.pyi", *(f"**/*.{suffix}" for suffix in ("json", "safetensors", "txt", "md", "html", "css", "js", "yaml"))]
+DATA = [
+    "py.typed",
+    "*.pyi",
+    *(f"**/*.{suffix}" for suffix in ("json", "safetensors", "txt", "md", "html", "css", "js", "yaml")),
+]
 
 
 def packages() -> list[str]:
-    mapped = [name for top, folder in FOLDERS.items() for name in (top, *(f"{top}.{inner}" for inner in find_packages(folder)))]
+    mapped = [
+        name
+        for top, folder in FOLDERS.items()
+        for name in (top, *(f"{top}.{inner}" for inner in find_packages(folder)))
+    ]
     return find_packages(include=["datasetdm_fast", "datasetdm_fast.*"], exclude=list(mapped)) + mapped
 
 
@@ -23,7 +33,10 @@ def find_nvcc() -> Path | None:
     """The CUDA compiler, or None where the extension is to be built for the CPU alone."""
     wish = os.environ.get("DATASETDM_CUDA", "auto")
     if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"DATASETDM_CUDA is {wish!r}; it must be 0 (CPU only), 1 (CUDA required) or unset (CUDA where nvcc is found)")
+        raise SystemExit(
+            f"DATASETDM_CUDA is {wish!r}; it must be 0 (CPU only), 1 (CUDA required) or unset (CUDA where nvcc is "
+            "found)"
+        )
     found = None if wish == "0" else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if wish == "1" and not found:
         raise SystemExit("DATASETDM_CUDA=1 asks for CUDA, but nvcc is neither on PATH nor in /usr/local/cuda/bin")
@@ -35,14 +48,19 @@ def code_flags(nvcc: Path) -> list[str]:
     known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
     chosen = [number for number in ARCHITECTURES if f"compute_{number}" in known]
     if not chosen:
-        raise SystemExit(f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}; set DATASETDM_CUDA=0 or install CUDA 12.8 or newer")
+        raise SystemExit(
+            f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}; set DATASETDM_CUDA=0 or install CUDA "
+            "12.8 or newer"
+        )
     machine = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
     return [*machine, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
 
 def library_folders(nvcc: Path) -> list[str]:
     """Where nvcc itself would link from: its path alone does not say, as it may be a wrapper script or a link."""
-    told = subprocess.run([nvcc, "--dryrun", "-c", "csrc/device.cu", "-o", os.devnull], check=True, capture_output=True, text=True).stderr
+    told = subprocess.run(
+        [nvcc, "--dryrun", "-c", "csrc/device.cu", "-o", os.devnull], check=True, capture_output=True, text=True
+    ).stderr
     return re.findall(r'"-L([^"]+)"', next(line for line in told.splitlines() if "LIBRARIES=" in line))
 
 

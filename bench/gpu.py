@@ -1,4 +1,6 @@
-"""python -m bench gpu: the suite at full size on a GPU, in parts: each is stored when it is done, and the same line again goes on with what is left."""
+"""python -m bench gpu: the suite at full size on a GPU, in parts: each is stored when it is done, and the same line
+again goes on with what is left.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ LAST = ("diffusers-compiled", "tensorrt", "ort")  # they build for minutes, so t
 
 @dataclass(frozen=True)
 class GpuConfig:
-    out: str = setting("", "result file to begin or go on with (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE")
+    out: str = setting(
+        "", "result file to begin or go on with (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE"
+    )
     minutes: float = setting(9.0, "begin no part that would end later", metavar="M")
     parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     left: bool = setting(False, "print the names of the parts that are left, and measure nothing")
@@ -43,7 +47,10 @@ def main(arguments: Sequence[str]) -> int:
     from bench.report import results
 
     ordered = [*(name for name in PEERS if name not in LAST), *(name for name in PEERS if name in LAST)]
-    parts = {part.name: part for part in (suite.LIMITS, *suite.one_by_one(ordered[:-3]), *suite.SHARED, *suite.one_by_one(ordered[-3:]))}
+    parts = {
+        part.name: part
+        for part in (suite.LIMITS, *suite.one_by_one(ordered[:-3]), *suite.SHARED, *suite.one_by_one(ordered[-3:]))
+    }
     wanted = chosen("parts", config.parts, tuple(parts), tuple(parts))
     if config.left:
         return print_left(config, [name for name in parts if name in wanted])
@@ -63,7 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     m.batches.update(results.batches_of(m.file.document))
     m.judged = JUDGED[True]  # a second image of the oracle costs as much as ten of ours
-    left = suite.measure(m, [parts[name] for name in parts if name in wanted or name == "limits"], begin + 60 * config.minutes, say)
+    left = suite.measure(
+        m, [parts[name] for name in parts if name in wanted or name == "limits"], begin + 60 * config.minutes, say
+    )
     print(m.file.path, file=sys.stderr if config.json else sys.stdout)
     show(m.file.document, config.json, time.monotonic() - begin)
     if left:

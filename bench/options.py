@@ -34,7 +34,9 @@ def chosen(flag: str, asked: Sequence[str], known: Sequence[str], usual: Sequenc
 
     for name in asked:
         if name not in known:
-            raise Refused(f"--{flag} {name}: there is no such one{nearest(name, known)}", f"choose from {', '.join(known)}")
+            raise Refused(
+                f"--{flag} {name}: there is no such one{nearest(name, known)}", f"choose from {', '.join(known)}"
+            )
     return tuple(asked) or tuple(usual)
 
 

@@ -1,4 +1,6 @@
-"""python -m bench: who makes labelled samples how fast on this CPU, and by what share of its limits, after proving that all say the same."""
+"""python -m bench: who makes labelled samples how fast on this CPU, and by what share of its limits, after proving that
+all say the same.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ QUICK_PEERS = ("upstream", "torch", "diffusers", "ours", "ours-bf16")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    quick: bool = setting(False, "a minute instead of five: fewer steps, peers and parts; the file is kept only with --out")
+    quick: bool = setting(
+        False, "a minute instead of five: fewer steps, peers and parts; the file is kept only with --out"
+    )
     compile: bool = setting(False, "also diffusers under torch.compile, which takes a CPU minutes to compile")
     parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     peers: tuple[str, ...] = setting((), "only these peers, comma-separated (default: all)", metavar="LIST")
@@ -50,10 +54,19 @@ def main(arguments: Sequence[str]) -> int:
 
     usual = QUICK_PEERS if config.quick else tuple(name for name in PEERS if name != COMPILED)
     names = chosen("peers", config.peers, tuple(PEERS), (*usual, COMPILED) if config.compile else usual)
-    parts = {part.name: part for part in (suite.LIMITS, suite.TOGETHER, *suite.SHARED)}
+    parts = {part.name: part for part in (suite.LIMITS, suite.PEERS_PART, *suite.SHARED)}
     wanted = chosen("parts", config.parts, tuple(parts), QUICK_PARTS if config.quick else tuple(parts))
     steps = config.steps or STEPS[config.quick]
-    m = open_measurement(config.model, "cpu", arguments, steps=steps, quick=config.quick, out=config.out, seconds=config.seconds, names=names)
+    m = open_measurement(
+        config.model,
+        "cpu",
+        arguments,
+        steps=steps,
+        quick=config.quick,
+        out=config.out,
+        seconds=config.seconds,
+        names=names,
+    )
     m.has_ladder = "ladder" in wanted
     suite.measure(m, [parts[name] for name in parts if name in wanted or name == "limits"], math.inf, say)
     if m.file.path:
@@ -108,4 +121,14 @@ def show(document: dict[str, Any], is_json: bool, seconds: float) -> None:
     if is_json:
         rows = {name: part.get("rows", []) for name, part in document["parts"].items()}
         facts = {name: document[name] for name in ("machine", "setting", "command")}
-        print(json.dumps({"ratios": tables.ratios(document), "parity": tables.parity(document), "rows": rows, **facts, "seconds": round(seconds, 1)}))
+        print(
+            json.dumps(
+                {
+                    "ratios": tables.ratios(document),
+                    "parity": tables.parity(document),
+                    "rows": rows,
+                    **facts,
+                    "seconds": round(seconds, 1),
+                }
+            )
+        )

@@ -1,4 +1,6 @@
-"""What every row of one measurement shares: model, decoders, prompts, noise and recipe, and what the oracle says of them."""
+"""What every row of one measurement shares: model, decoders, prompts, noise and recipe, and what the oracle says of
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ import torch
 from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders.checkpoint import DEMO, Decoder, build_decoder, check_levels, for_inference, load_decoder, load_decoders, upstream
+from datasetdm_fast.decoders.checkpoint import (
+    DEMO,
+    Decoder,
+    build_decoder,
+    check_levels,
+    for_inference,
+    load_decoder,
+    load_decoders,
+    upstream,
+)
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.torch import TorchEngine
@@ -25,7 +36,8 @@ from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.presets import SEEDED_LICENCE
 
 TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
-PROFILE = "0.14.0"  # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls
+# the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls
+PROFILE = "0.14.0"
 COUNTED = {"semantic": 19, "instance": 80}  # classes of upstream's Cityscapes and COCO decoders
 SEEDED = {
     **{task: ("segmentation", {"classes": tuple(str(k) for k in range(count))}) for task, count in COUNTED.items()},
@@ -67,11 +79,24 @@ class Setting:
 
     def document(self) -> dict[str, Any]:
         """As a result file holds it."""
-        facts = {"model": self.model.name, "trained": self.is_trained, "tasks": list(self.recipe.tasks), "size": self.recipe.size, "quick": self.quick}
-        return {**facts, "calls": len(self.recipe.schedule), "guidance": self.recipe.guidance, "tflop_per_image": round(self.flops / 1e12, 6)}
+        facts = {
+            "model": self.model.name,
+            "trained": self.is_trained,
+            "tasks": list(self.recipe.tasks),
+            "size": self.recipe.size,
+            "quick": self.quick,
+        }
+        return {
+            **facts,
+            "calls": len(self.recipe.schedule),
+            "guidance": self.recipe.guidance,
+            "tflop_per_image": round(self.flops / 1e12, 6),
+        }
 
 
-def open_setting(model: str, device: str = "auto", *, steps: int = 0, number: int = 32, size: int = 0, quick: bool = False) -> Setting:
+def open_setting(
+    model: str, device: str = "auto", *, steps: int = 0, number: int = 32, size: int = 0, quick: bool = False
+) -> Setting:
     """The model with its decoders: those shipped for the demo, seeded ones for any other."""
     loaded, target = load_model(model, size=size), resolve_device(device)
     folded, trained = shipped_decoders() if model == "demo" else seeded_decoders(loaded)
@@ -82,7 +107,9 @@ def open_setting(model: str, device: str = "auto", *, steps: int = 0, number: in
     source = prompts.read_source(RunConfig(model="demo"))
     words = job.class_words(reference, TASKS, ())
     plan = make_plan(source, loaded.tokenizer, number=number, seed=0, batch_size=number, words=words)
-    return Setting(reference, {task: decoder.to(target) for task, decoder in trained.items()}, recipe, tuple(plan), target, quick)
+    return Setting(
+        reference, {task: decoder.to(target) for task, decoder in trained.items()}, recipe, tuple(plan), target, quick
+    )
 
 
 def shipped_decoders() -> tuple[dict[str, Decoder], dict[str, Decoder]]:
@@ -94,7 +121,13 @@ def shipped_decoders() -> tuple[dict[str, Decoder], dict[str, Decoder]]:
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
     """Decoders of upstream's form with seeded weights, as wide against the UNet as upstream's are, folded and not."""
     width = max(16, 256 * model.unet.config.block_out_channels[0] // 320 // 16 * 16)
-    sizes = {"levels": model.levels, "width": width, "mask_dim": width, "depth_width": 4 * width, "feed_forward": 8 * width}
+    sizes = {
+        "levels": model.levels,
+        "width": width,
+        "mask_dim": width,
+        "depth_width": 4 * width,
+        "feed_forward": 8 * width,
+    }
     sizes["text_width"] = model.text_encoder.config.hidden_size
     trained = {}
     with torch.random.fork_rng(devices=[]):
@@ -103,6 +136,8 @@ def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder
             trained[task] = build_decoder(upstream(kind, task=task, min_area=0, **sizes, **names))
     for convolution in (trained["depth"].last_layer_depth[0], trained["depth"].last_layer_depth[2]):
         # As initialised, the head says the same depth everywhere and hides what it is given.
-        torch.nn.init.normal_(convolution.weight, std=convolution.weight[0].numel() ** -0.5, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(
+            convolution.weight, std=convolution.weight[0].numel() ** -0.5, generator=torch.Generator().manual_seed(1)
+        )
     folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
     return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}

@@ -13,7 +13,7 @@ from bench.machine import limits
 from bench.peers import PEERS
 from bench.report.results import ResultFile, is_settled
 from bench.rows import ladder, layers, ops, profile, quality, race, scale, stages, sweep
-from bench.rows.parity import Judge
+from bench.rows.parity import ParityJudge
 from bench.setting import Setting
 from datasetdm_fast.engines.fast import DTYPES, resolve_dtype
 from datasetdm_fast.errors import GateFailed
@@ -35,8 +35,8 @@ class Measurement:
     climbed: list[dict[str, Any]] = field(default_factory=list)  # the rungs of that race
 
     @cached_property
-    def judge(self) -> Judge:
-        return Judge(self.setting, self.judged)
+    def judge(self) -> ParityJudge:
+        return ParityJudge(self.setting, self.judged)
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -45,10 +45,17 @@ class Measurement:
     @property
     def batch(self) -> int:
         """The batch ours proved best at, as the races found it."""
-        found = [row for part in ("peers", "ladder") for row in self.file.rows(part) if row["peer"] == race.OURS and row.get("batch")]
+        found = [
+            row
+            for part in ("peers", "ladder")
+            for row in self.file.rows(part)
+            if row["peer"] == race.OURS and row.get("batch")
+        ]
         return found[0]["batch"] if found else 4
 
-    def race(self, names: Sequence[str], offers=PEERS, seconds: float = 0.0, draws: bool = False) -> list[dict[str, Any]]:
+    def race(
+        self, names: Sequence[str], offers=PEERS, seconds: float = 0.0, draws: bool = False
+    ) -> list[dict[str, Any]]:
         options = {"offers": offers, "draws": draws, "batches": self.batches}
         return race.race(self.setting, names, self.judge, self.limits, seconds or self.seconds, **options)
 
@@ -61,7 +68,9 @@ class Part(NamedTuple):
 
 
 def together(m: Measurement) -> list[dict[str, Any]]:
-    """The rows of all peers, raced with the rungs of the ladder where those are asked for: several rungs are peers as well."""
+    """The rows of all peers, raced with the rungs of the ladder where those are asked for: several rungs are peers as
+    well.
+    """
     rungs = tuple(ladder.RUNGS) if m.has_ladder else ()
     found = m.race(tuple(dict.fromkeys((*m.names, *rungs))), {**ladder.RUNGS, **PEERS}, draws=not m.setting.quick)
     m.climbed = [row | {"title": ladder.RUNGS[name].title} for name in rungs for row in found if row["peer"] == name]
@@ -86,17 +95,42 @@ def op_rows(m: Measurement) -> list[dict[str, Any]]:
 
 LIMITS = Part("limits", "what the machine can do at most", machine_limits)
 SHARED = (
-    Part("stages", "every stage, as DatasetDM writes it and as we do", lambda m: stages.rows(m.setting, m.judge, m.limits, m.seconds / 6, m.batch), 60),
+    Part(
+        "stages",
+        "every stage, as DatasetDM writes it and as we do",
+        lambda m: stages.rows(m.setting, m.judge, m.limits, m.seconds / 6, m.batch),
+        60,
+    ),
     Part("ops", "every operation against its plain form", op_rows, 60),
     Part("layers", "every layer shape of the UNet by itself", layer_rows, 30),
-    Part("batches", "one UNet call by batch size", lambda m: sweep.batch_rows(m.setting, m.judge, m.file.rows("peers")), 60),
-    Part("chunks", "image decoding by how many at once", lambda m: sweep.chunk_rows(m.setting, m.judge, m.seconds / 12), 30),
-    Part("profile", "where the time of one call goes", lambda m: profile.rows(m.setting, m.judge, PROFILED, m.batches), 60),
-    Part("ladder", "from DatasetDM to us, one technique a rung", lambda m: m.climbed or m.race(tuple(ladder.RUNGS), ladder.RUNGS), 120),
+    Part(
+        "batches",
+        "one UNet call by batch size",
+        lambda m: sweep.batch_rows(m.setting, m.judge, m.file.rows("peers")),
+        60,
+    ),
+    Part(
+        "chunks",
+        "image decoding by how many at once",
+        lambda m: sweep.chunk_rows(m.setting, m.judge, m.seconds / 12),
+        30,
+    ),
+    Part(
+        "profile",
+        "where the time of one call goes",
+        lambda m: profile.rows(m.setting, m.judge, PROFILED, m.batches),
+        60,
+    ),
+    Part(
+        "ladder",
+        "from DatasetDM to us, one technique a rung",
+        lambda m: m.climbed or m.race(tuple(ladder.RUNGS), ladder.RUNGS),
+        120,
+    ),
     Part("quality", "ways that change the result", lambda m: quality.rows(m.setting), 60),
     Part("scale", "the driver's own cost, and ranks", lambda m: scale.rows(m.setting.quick), 60),
 )
-TOGETHER = Part("peers", "who makes labelled samples how fast", together)
+PEERS_PART = Part("peers", "who makes labelled samples how fast", together)
 
 
 def one_by_one(names: Iterable[str]) -> tuple[Part, ...]:
@@ -104,7 +138,12 @@ def one_by_one(names: Iterable[str]) -> tuple[Part, ...]:
 
     def against_ours(name: str) -> Part:
         rivals = tuple(dict.fromkeys((name, race.OURS)))
-        return Part(f"peers {name}", f"{PEERS[name].title}, in turn with ours", lambda m: m.race(rivals, draws=True), 240 if "compiled" in name else 60)
+        return Part(
+            f"peers {name}",
+            f"{PEERS[name].title}, in turn with ours",
+            lambda m: m.race(rivals, draws=True),
+            240 if "compiled" in name else 60,
+        )
 
     return tuple(against_ours(name) for name in names)
 
@@ -143,5 +182,6 @@ def check(document: dict[str, Any]) -> None:
         for line in said:
             print(line, file=sys.stderr)
         raise GateFailed(
-            f"bench: {len(said)} rows failed, first {said[0]}", "what failed was not timed; `python -m datasetdm_fast.verify` shows where it differs"
+            f"bench: {len(said)} rows failed, first {said[0]}",
+            "what failed was not timed; `python -m datasetdm_fast.verify` shows where it differs",
         )

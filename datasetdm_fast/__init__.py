@@ -1,14 +1,17 @@
-"""From a text prompt to an image and its labels in one diffusion pass: `Pipeline` makes them, `open_run` reads them back."""
+"""From a text prompt to an image and its labels in one diffusion pass: `Pipeline` makes them, `open_run` reads them
+back.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.version import __version__
+
 if TYPE_CHECKING:
     from datasetdm_fast.pipeline import Pipeline, open_run
 
-__version__ = "0.1.0"
 __all__ = ["Pipeline", "__version__", "open_run"]
 
 

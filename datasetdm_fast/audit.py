@@ -1,4 +1,6 @@
-"""python -m datasetdm_fast.audit RUN: proves that a run folder is whole, or says file by file what is damaged and how to mend it."""
+"""python -m datasetdm_fast.audit RUN: proves that a run folder is whole, or says file by file what is damaged and how
+to mend it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ class AuditConfig:
     quiet: bool = setting(False, "no progress")
 
 
-# The command ------------------------------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------------------------------
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of the command."""
     return run_command(_command, arguments)
@@ -52,11 +54,17 @@ def _command(arguments: Sequence[str]) -> int:
             print(f"and {len(report.findings) - SHOWN} more; --json lists them all")
     if report.findings:
         places = len({finding.place for finding in report.findings})
-        raise GateFailed(f"{report.path}: {len(report.findings)} findings in {places} files", "Each line above, or in --json, ends with its remedy.")
+        raise GateFailed(
+            f"{report.path}: {len(report.findings)} findings in {places} files",
+            "Each line above, or in --json, ends with its remedy.",
+        )
     if not config.json:
         left = report.number - report.done - report.set_aside
         state = "complete" if report.is_complete else f"{left} still to be made"
-        print(f"{report.path}: whole, {report.done} of {report.number} samples ({state}), {report.files} files, {report.bytes / 1e6:,.1f} MB read")
+        print(
+            f"{report.path}: whole, {report.done} of {report.number} samples ({state}), {report.files} files, "
+            f"{report.bytes / 1e6:,.1f} MB read"
+        )
     return 0
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-from datasetdm_fast import __version__
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.version import __version__
 
 # name -> (module with main(arguments) -> exit code, what it does)
 COMMANDS = {
@@ -37,11 +37,21 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return 0
     if name not in COMMANDS:
         said = f"unknown command {name!r}{nearest(name, COMMANDS)}" if name else "no command given"
-        raise Refused(f"datasetdm-fast: {said}", f"commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do")
+        raise Refused(
+            f"datasetdm-fast: {said}", f"commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do"
+        )
     return import_module(COMMANDS[name][0]).main(arguments[1:])
 
 
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {sentence}" for name, (_, sentence) in COMMANDS.items()]
-    return "\n".join(["usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)", "", *lines, "", "COMMAND --help lists its flags."])
+    return "\n".join(
+        [
+            "usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)",
+            "",
+            *lines,
+            "",
+            "COMMAND --help lists its flags.",
+        ]
+    )

@@ -28,52 +28,106 @@ SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0)
 DEMO_DEFAULTS = Defaults(size=128, steps=50, guidance=3.0, capture=100)
 
 
-def setting(default, help: str, *, identity: bool = True, choices: tuple[str, ...] = (), metavar: str | None = None, positional: bool = False):
-    """A RunConfig field; `identity` fields decide the bytes of the data set, the others only how it is made. `positional` needs no flag before it."""
-    return field(default=default, metadata={"help": help, "identity": identity, "choices": choices, "metavar": metavar, "positional": positional})
+def setting(
+    default,
+    help: str,
+    *,
+    identity: bool = True,
+    choices: tuple[str, ...] = (),
+    metavar: str | None = None,
+    positional: bool = False,
+):
+    """A RunConfig field; `identity` fields decide the bytes of the data set, the others only how it is made.
+    `positional` needs no flag before it.
+    """
+    return field(
+        default=default,
+        metadata={"help": help, "identity": identity, "choices": choices, "metavar": metavar, "positional": positional},
+    )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
+    model: str = setting(
+        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
+    )
     decoder: str = setting("demo", "folder of trained decoders, one sub-folder per task", metavar="DIR")
     task: tuple[str, ...] = setting(
-        ("semantic", "instance", "depth", "pose"), "labels to make, comma-separated: " + ", ".join(TASKS), choices=TASKS, metavar="LIST"
+        ("semantic", "instance", "depth", "pose"),
+        "labels to make, comma-separated: " + ", ".join(TASKS),
+        choices=TASKS,
+        metavar="LIST",
     )
-    classes: tuple[str, ...] = setting((), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST")
+    classes: tuple[str, ...] = setting(
+        (), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST"
+    )
     engine: str = setting("auto", "how the networks run", choices=ENGINES, identity=True)
-    prompts: str = setting("", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT")
-    truncate_prompts: bool = setting(False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them")
+    prompts: str = setting(
+        "", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT"
+    )
+    truncate_prompts: bool = setting(
+        False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them"
+    )
     number: int = setting(16, "images to make in all; prompts are repeated in turn", metavar="N")
-    per_class: int = setting(0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N")
+    per_class: int = setting(
+        0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N"
+    )
     seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
     guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
     sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
     profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    batch_size: int = setting(0, "images made together, which changes rounding only; 0 = what the memory holds", metavar="N")
+    batch_size: int = setting(
+        0, "images made together, which changes rounding only; 0 = what the memory holds", metavar="N"
+    )
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
     out: str = setting("runs/demo", "run folder", identity=False, metavar="RUN")
     only: str = setting("", "make this one sample of the run folder again", identity=False, metavar="ID")
-    resume: str = setting("auto", "go on with an existing run folder of the same configuration, or refuse it", identity=False, choices=("auto", "never"))
+    resume: str = setting(
+        "auto",
+        "go on with an existing run folder of the same configuration, or refuse it",
+        identity=False,
+        choices=("auto", "never"),
+    )
     limit: int = setting(0, "stop after N new images; the same line again goes on", identity=False, metavar="N")
     dry_run: bool = setting(False, "show the plan and stop", identity=False)
     allow_download: bool = setting(False, "let --model name a model hub repository", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "no progress", identity=False)
-    threads: int = setting(0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N")
-    gpus: str = setting("", "GPUs to use, one process each: all, how many, or a list such as 0,2,5", identity=False, metavar="all|N|LIST")
+    threads: int = setting(
+        0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N"
+    )
+    gpus: str = setting(
+        "",
+        "GPUs to use, one process each: all, how many, or a list such as 0,2,5",
+        identity=False,
+        metavar="all|N|LIST",
+    )
     ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N")
     cluster: str = setting(
-        "", "share the work on a Ray cluster: ray starts one here, ray://HEAD[:PORT] is one that runs", identity=False, metavar="ray[://HEAD]"
+        "",
+        "share the work on a Ray cluster: ray starts one here, ray://HEAD[:PORT] is one that runs",
+        identity=False,
+        metavar="ray[://HEAD]",
     )
-    store: str = setting("", "with --cluster: an fsspec URL such as s3://bucket/run for the data set, --out keeps the ledger", identity=False, metavar="URL")
-    dtype: str = setting("auto", "arithmetic of the fast engines; fp8 for --engine trt alone, see export", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
+    store: str = setting(
+        "",
+        "with --cluster: an fsspec URL such as s3://bucket/run for the data set, --out keeps the ledger",
+        identity=False,
+        metavar="URL",
+    )
+    dtype: str = setting(
+        "auto",
+        "arithmetic of the fast engines; fp8 for --engine trt alone, see export",
+        choices=("auto", "fp32", "fp16", "bf16", "fp8"),
+    )
     compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
     provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
-    engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES")
+    engines: str = setting(
+        "", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES"
+    )
     trt_flavour: str = setting("auto", "which TensorRT, where both are installed", identity=False, choices=FLAVOURS)
 
     def identity(self) -> dict:

@@ -28,7 +28,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests made together; the composition is fixed by the plan, and `padding` repeats of the last request are discarded."""
+    """Requests made together; the composition is fixed by the plan, and `padding` repeats of the last request are
+    discarded.
+    """
 
     index: int
     requests: tuple[Request, ...]
@@ -44,7 +46,9 @@ class Capture:
     """What the decoders read, taken at one UNet call: levels low, mid, high, highest (stages.LEVELS)."""
 
     features: tuple[tuple[Tensor, ...], ...]  # per level: [B, 2C, h, w], halves joined per image: [uncond_b | cond_b]
-    maps: tuple[tuple[Tensor, ...], ...]  # per level: [B, heads, h*w, T], conditional half, up layers before down layers
+    maps: tuple[
+        tuple[Tensor, ...], ...
+    ]  # per level: [B, heads, h*w, T], conditional half, up layers before down layers
 
     @property
     def batch(self) -> int:

@@ -1,6 +1,8 @@
-"""python -m datasetdm_fast.doctor: what is installed here, which engine can run and why another cannot, and whether a first image comes out.
+"""python -m datasetdm_fast.doctor: what is installed here, which engine can run and why another cannot, and whether a
+first image comes out.
 
-Nothing that may be broken is imported in this process: each question is put to a process of its own, which may fail, crash or hang.
+Nothing that may be broken is imported in this process: each question is put to a process of its own, which may fail,
+crash or hang.
 """
 
 from __future__ import annotations
@@ -22,7 +24,21 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = (
-    *("torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy", "pillow", "pycocotools", "pyyaml", "tqdm", "triton"),
+    *(
+        "torch",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+        "scipy",
+        "pillow",
+        "pycocotools",
+        "pyyaml",
+        "tqdm",
+        "triton",
+    ),
     *("onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "tensorrt", "tensorrt-rtx", "ray", "openai", "datasets"),
 )
 ENGINES = {"torch": "torch", "fast": "fast", "ort": "exported.ort", "trt": "exported.trt"}
@@ -101,11 +117,17 @@ class Answer:
 
 
 def ask(questions: Mapping[str, str], patience: float = PATIENCE) -> dict[str, Answer]:
-    """What processes of their own told; a crash, a hang or an error becomes a sentence, and does not keep the next question from being answered."""
+    """What processes of their own told; a crash, a hang or an error becomes a sentence, and does not keep the next
+    question from being answered.
+    """
     answers: dict[str, Answer] = {}
     while left := {name: code for name, code in questions.items() if name not in answers}:
         told, problem = _run(left, patience)
-        answers |= {name: Answer(value.get("values", {}), _printable(value.get("problem", ""))) for name, value in told.items() if name in left}
+        answers |= {
+            name: Answer(value.get("values", {}), _printable(value.get("problem", "")))
+            for name, value in told.items()
+            if name in left
+        }
         if silent := next((name for name in left if name not in answers), None):
             answers[silent] = Answer({}, problem)
     return answers
@@ -113,11 +135,29 @@ def ask(questions: Mapping[str, str], patience: float = PATIENCE) -> dict[str, A
 
 def _run(questions: Mapping[str, str], patience: float) -> tuple[dict[str, Any], str]:
     """The answers one process gave before it ended, and how it ended."""
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     command = [sys.executable, "-c", ASKED.format(mark=MARK, questions=dict(questions))]
     try:
-        ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=patience, env=environment, cwd=tempfile.gettempdir())
-        out, how = ended.stdout, f"crashed ({signal.Signals(-ended.returncode).name})" if ended.returncode < 0 else f"ended with code {ended.returncode}"
+        ended = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=patience,
+            env=environment,
+            cwd=tempfile.gettempdir(),
+        )
+        out, how = (
+            ended.stdout,
+            f"crashed ({signal.Signals(-ended.returncode).name})"
+            if ended.returncode < 0
+            else f"ended with code {ended.returncode}",
+        )
     except subprocess.TimeoutExpired as stop:
         out, how = stop.stdout or b"", f"no answer within {patience:.0f} s"
     except OSError as error:
@@ -139,14 +179,21 @@ def examine() -> dict[str, Any]:
     answers = ask(QUESTIONS) | ask({"sandbox": LOCKS})
     return {
         "package": _package(answers["extension"]),
-        "system": {"python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count() or 0, "memory": _memory()},
+        "system": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cores": os.cpu_count() or 0,
+            "memory": _memory(),
+        },
         "libraries": {name: _version(name) for name in LIBRARIES},
         "gpu": _told(answers["gpu"]),
         "torch": _told(answers["torch"]),
         "engines": {name: _engine(answers[f"engine {name}"]) for name in ENGINES},
         "sandbox": _told(answers["sandbox"]),
         "caches": _caches(),
-        "disk": {place: _free(Path(place)) for place in dict.fromkeys((os.getcwd(), tempfile.gettempdir(), str(Path.home())))},
+        "disk": {
+            place: _free(Path(place)) for place in dict.fromkeys((os.getcwd(), tempfile.gettempdir(), str(Path.home())))
+        },
         "self_test": _self_test(),
     }
 
@@ -158,7 +205,11 @@ def _told(answer: Answer) -> dict[str, Any]:
 def _package(extension: Answer) -> dict[str, Any]:
     import datasetdm_fast
 
-    return {"version": datasetdm_fast.__version__, "path": str(Path(datasetdm_fast.__file__).parent), "extension": _told(extension)}
+    return {
+        "version": datasetdm_fast.__version__,
+        "path": str(Path(datasetdm_fast.__file__).parent),
+        "extension": _told(extension),
+    }
 
 
 def _version(name: str) -> str:
@@ -179,13 +230,20 @@ def _memory() -> int:
 
 def _engine(answer: Answer) -> dict[str, Any]:
     if answer.problem:
-        return {"runs": False, "cause": f"it does not load ({answer.problem})", "remedy": "Install the library that this names anew."}
+        return {
+            "runs": False,
+            "cause": f"it does not load ({answer.problem})",
+            "remedy": "Install the library that this names anew.",
+        }
     return answer.values
 
 
 def _caches() -> dict[str, dict[str, Any]]:
     home = Path.home()
-    kept = os.environ.get("DATASETDM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "datasetdm_fast"
+    kept = (
+        os.environ.get("DATASETDM_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "datasetdm_fast"
+    )
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or home / ".cache" / "huggingface") / "hub"
     places = {
         "ours (converted checkpoints, graphs, plans)": Path(kept),
@@ -226,11 +284,13 @@ def _self_test() -> dict[str, Any]:
     problem = answer.problem
     if not problem and values["code"]:
         problem = _printable(next(iter(values["said"].strip().splitlines()), f"ended with code {values['code']}"))
-    problem = problem or "; ".join(values.get("findings", [])) or ("" if values.get("samples") == 1 else "no sample came out")
+    problem = (
+        problem or "; ".join(values.get("findings", [])) or ("" if values.get("samples") == 1 else "no sample came out")
+    )
     return {"passed": not problem, "problem": problem, "seconds": seconds}
 
 
-# Telling it -------------------------------------------------------------------------------------------------------------------------
+# Telling it -----------------------------------------------------------------------------------------------------------
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -240,22 +300,45 @@ def lines(found: dict[str, Any]) -> list[str]:
     built = extension["problem"] or ("built with CUDA" if extension["cuda"] else "built for the CPU")
     installed = [f"{name} {version}" for name, version in found["libraries"].items() if version]
     absent = [name for name, version in found["libraries"].items() if not version]
-    devices = [f"{device['name']} (sm {device['capability']}, {_gigabytes(device['memory'])})" for device in torch.get("devices", [])]
+    devices = [
+        f"{device['name']} (sm {device['capability']}, {_gigabytes(device['memory'])})"
+        for device in torch.get("devices", [])
+    ]
     lacking = found["sandbox"]["problem"] or "; ".join(found["sandbox"]["lacking"])
     told = [
         ("package", f"datasetdm_fast {package['version']} in {package['path']}"),
         ("extension", built),
-        ("system", f"Python {system['python']}, {system['platform']}, {system['cores']} cores, {_gigabytes(system['memory'])}"),
+        (
+            "system",
+            f"Python {system['python']}, {system['platform']}, {system['cores']} cores, {_gigabytes(system['memory'])}",
+        ),
         ("libraries", ", ".join(installed)),
         ("not there", ", ".join(absent)),
         ("driver", gpu["problem"] or gpu["driver"]),
-        ("torch", torch["problem"] or f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, GPUs: {', '.join(devices) or 'none'}"),
+        (
+            "torch",
+            torch["problem"]
+            or f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, GPUs: {', '.join(devices) or 'none'}",
+        ),
     ]
     for name, engine in found["engines"].items():
-        told.append((f"--engine {name}", "runs here" if engine["runs"] else f"does not run here: {engine['cause']}. {engine['remedy']}"))
-    told.append(("pickles", f"read without {lacking}" if lacking else "read by a process without network, programs and files"))
+        told.append(
+            (
+                f"--engine {name}",
+                "runs here" if engine["runs"] else f"does not run here: {engine['cause']}. {engine['remedy']}",
+            )
+        )
+    told.append(
+        ("pickles", f"read without {lacking}" if lacking else "read by a process without network, programs and files")
+    )
     for name, cache in found["caches"].items():
-        told.append(("cache", f"{name}: {'' if cache['is_all'] else 'at least '}{_gigabytes(cache['bytes'])} in {cache['files']} files, {cache['path']}"))
+        told.append(
+            (
+                "cache",
+                f"{name}: {'' if cache['is_all'] else 'at least '}{_gigabytes(cache['bytes'])} in {cache['files']} "
+                f"files, {cache['path']}",
+            )
+        )
     told += [("disk", f"{_gigabytes(free)} free in {place}") for place, free in found["disk"].items()]
     told.append(("self-test", f"{'passed' if test['passed'] else 'FAILED: ' + test['problem']} ({test['seconds']} s)"))
     return [f"{name:<15}{text}" for name, text in told if text]
@@ -273,7 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = examine()
         asked = sys.argv[1:] if arguments is None else arguments
         print(json.dumps(found) if "--json" in asked else "\n".join(lines(found)))
-        print(f"datasetdm_fast.command_line.flags does not load: {type(error).__name__}: {_printable(str(error))}", file=sys.stderr)
+        print(
+            f"datasetdm_fast.command_line.flags does not load: {type(error).__name__}: {_printable(str(error))}",
+            file=sys.stderr,
+        )
         print("Install the package anew.", file=sys.stderr)
         return 3
     return run_command(_command, arguments)
@@ -285,12 +371,17 @@ def _command(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.flags import parse
     from datasetdm_fast.errors import Missing
 
-    config_class = make_dataclass("DoctorConfig", [("json", bool, field(default=False, metadata={"help": "everything as one JSON object on stdout"}))])
+    config_class = make_dataclass(
+        "DoctorConfig",
+        [("json", bool, field(default=False, metadata={"help": "everything as one JSON object on stdout"}))],
+    )
     config, _ = parse(arguments, config_class, "python -m datasetdm_fast.doctor", __doc__)
     found = examine()
     print(json.dumps(found) if config.json else "\n".join(lines(found)))
     if not found["self_test"]["passed"]:
-        raise Missing(f"the self-test failed: {found['self_test']['problem']}", "Mend what the lines above say, and ask again.")
+        raise Missing(
+            f"the self-test failed: {found['self_test']['problem']}", "Mend what the lines above say, and ask again."
+        )
     return 0
 
 

@@ -29,4 +29,6 @@ class GateFailed(_Stop, RuntimeError):
     exit_code = 4
 
 
-REFUSALS = {kind.__name__: kind for kind in (Refused, Missing, GateFailed)}  # by name, as one process passes them to another
+REFUSALS = {
+    kind.__name__: kind for kind in (Refused, Missing, GateFailed)
+}  # by name, as one process passes them to another

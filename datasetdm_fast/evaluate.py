@@ -17,25 +17,52 @@ PROG = "datasetdm-fast evaluate"
 
 @dataclass(frozen=True)
 class EvaluateConfig(DataSettings):
-    model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
+    model: str = setting(
+        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
+    )
     decoder: str = setting("demo", "folder of trained decoders, one sub-folder per task", metavar="DIR")
-    data: str = setting("demo:500@900000", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="ADDRESS")
-    task: tuple[str, ...] = setting((), "labels to judge, comma-separated; default: every decoder the data has truth for", choices=TASKS, metavar="LIST")
-    unseen: tuple[str, ...] = setting((), "classes the decoder was not taught, comma-separated; default: those it does not name", metavar="LIST")
+    data: str = setting(
+        "demo:500@900000", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="ADDRESS"
+    )
+    task: tuple[str, ...] = setting(
+        (),
+        "labels to judge, comma-separated; default: every decoder the data has truth for",
+        choices=TASKS,
+        metavar="LIST",
+    )
+    unseen: tuple[str, ...] = setting(
+        (), "classes the decoder was not taught, comma-separated; default: those it does not name", metavar="LIST"
+    )
     captions: str = setting(
         "true",
-        "true: each image's own caption is what the text half sees, and where a decoder was taught so only classes it names are looked for; "
+        "true: each image's own caption is what the text half sees, and where a decoder was taught so only classes "
+        "it names are looked for; "
         "unread: the text half alone; none: neither",
         choices=("true", "unread", "none"),
     )
     bootstrap: int = setting(500, "draws of the images behind each interval, 0 = no intervals", metavar="N")
     level: float = setting(0.95, "share of the draws within an interval", metavar="SHARE")
-    curve: tuple[str, ...] = setting((), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST")
-    learn_from: str = setting("", "labelled images for --curve and --student; default: the train split of --data, or demo scenes", metavar="ADDRESS")
-    repeats: int = setting(1, "decoders taught for each number of --curve, or students of each kind (then 3, at least 2), with seeds of their own", metavar="N")
+    curve: tuple[str, ...] = setting(
+        (), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST"
+    )
+    learn_from: str = setting(
+        "",
+        "labelled images for --curve and --student; default: the train split of --data, or demo scenes",
+        metavar="ADDRESS",
+    )
+    repeats: int = setting(
+        1,
+        "decoders taught for each number of --curve, or students of each kind (then 3, at least 2), with seeds of "
+        "their own",
+        metavar="N",
+    )
     steps: int = setting(0, "steps of each training of --curve or --student, 0 = as usual", metavar="N")
     more: int = setting(50, "labels beyond the last number of --curve whose worth is told", metavar="N")
-    student: bool = setting(False, "whether a run's images help: teach a small net by real images alone and with those of --run, and judge it on --data")
+    student: bool = setting(
+        False,
+        "whether a run's images help: teach a small net by real images alone and with those of --run, and judge it "
+        "on --data",
+    )
     real: int = setting(100, "real images that teach the student, the first of --learn-from", metavar="N")
     run: str = setting("", "run folder whose images --student adds", metavar="RUN")
     engine: str = setting("auto", "how the networks run", choices=ENGINES)
@@ -48,7 +75,16 @@ class EvaluateConfig(DataSettings):
     quiet: bool = setting(False, "no progress")
 
     def check(self) -> None:
-        for name, least in (("batch_size", 1), ("bootstrap", 0), ("threads", 0), ("seed", 0), ("repeats", 1), ("real", 1), ("steps", 0), ("more", 1)):
+        for name, least in (
+            ("batch_size", 1),
+            ("bootstrap", 0),
+            ("threads", 0),
+            ("seed", 0),
+            ("repeats", 1),
+            ("real", 1),
+            ("steps", 0),
+            ("more", 1),
+        ):
             if getattr(self, name) < least:
                 raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
         if not 0 < self.level < 1:
@@ -83,22 +119,37 @@ def _run(arguments: Sequence[str]) -> int:
     decoders = load_decoders(config.decoder)
     absent = [task for task in config.task if task not in decoders]
     if absent:
-        raise Refused(f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"it has {', '.join(decoders)}")
+        raise Refused(
+            f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"it has {', '.join(decoders)}"
+        )
     model = load_model(config.model)
     # where nothing is asked for, whatever both sides have
     there = () if config.task else open_data(config.data, model.size).tasks
     tasks = config.task or tuple(task for task in TASKS if task in decoders and task in there)
     if not tasks:
-        raise Refused(f"--data {config.data}: it has truth for {', '.join(there)}, the decoders say {', '.join(decoders)}", "Choose other data or decoders.")
+        raise Refused(
+            f"--data {config.data}: it has truth for {', '.join(there)}, the decoders say {', '.join(decoders)}",
+            "Choose other data or decoders.",
+        )
     for decoder in decoders.values():
         check_levels(decoder, model.levels)
     engine = build_engine(config.engine, model, decoders, dtype=config.dtype, device=config.device)
     result, skipped = {}, {}
     for some in _passes(config.data, tasks):
-        source = open_data(config.data, model.size, tasks=some, selection=selection, skip_bad=config.skip_bad, framing=config.framing)
+        source = open_data(
+            config.data, model.size, tasks=some, selection=selection, skip_bad=config.skip_bad, framing=config.framing
+        )
         with _bar(len(source), config.quiet) as bar:
             result |= evaluate(
-                *(engine, source, some, config.captions, config.batch_size, config.seed, lambda done, bar=bar: bar.update(done - bar.n)),
+                *(
+                    engine,
+                    source,
+                    some,
+                    config.captions,
+                    config.batch_size,
+                    config.seed,
+                    lambda done, bar=bar: bar.update(done - bar.n),
+                ),
                 unseen=config.unseen,
                 bootstrap=config.bootstrap,
                 level=config.level,
@@ -133,21 +184,46 @@ def _curve(config: EvaluateConfig) -> int:
     engine, result, skipped = build_engine(config.engine, model, {}, dtype=config.dtype, device=config.device), {}, {}
     for tasks in task_sets:
         options = {"tasks": tasks, "skip_bad": config.skip_bad, "framing": config.framing}
-        labelled, judged = open_data(address, model.size, selection=config.selection(), **options), open_data(config.data, model.size, **options)
+        labelled, judged = (
+            open_data(address, model.size, selection=config.selection(), **options),
+            open_data(config.data, model.size, **options),
+        )
         if config.skip_bad:
             labelled = labelled.readable()
         if counts[-1] > len(labelled):
-            raise Refused(f"--curve: {counts[-1]} labels, but {address} has {len(labelled)} of the selected images", "Ask for fewer.")
+            raise Refused(
+                f"--curve: {counts[-1]} labels, but {address} has {len(labelled)} of the selected images",
+                "Ask for fewer.",
+            )
 
         def judge(count: int, repeat: int, task=tasks[0], labelled=labelled, judged=judged):
-            decoder = train_on(engine, labelled, task, count, steps=config.steps, seed=config.seed + repeat, data=address, captions=config.captions)
+            decoder = train_on(
+                engine,
+                labelled,
+                task,
+                count,
+                steps=config.steps,
+                seed=config.seed + repeat,
+                data=address,
+                captions=config.captions,
+            )
             taught = build_engine(config.engine, model, {task: decoder}, dtype=config.dtype, device=config.device)
             with _bar(len(judged), config.quiet) as bar:
                 bar.set_description(f"{task}, {count} labels")
-                said = measure(taught, judged, (task,), config.captions, config.batch_size, config.seed, lambda done: bar.update(done - bar.n))
+                said = measure(
+                    taught,
+                    judged,
+                    (task,),
+                    config.captions,
+                    config.batch_size,
+                    config.seed,
+                    lambda done: bar.update(done - bar.n),
+                )
             return said[task]
 
-        found = curve.learning_curve(tasks[0], counts, config.repeats, judge, bootstrap=config.bootstrap, level=config.level, more=config.more)
+        found = curve.learning_curve(
+            tasks[0], counts, config.repeats, judge, bootstrap=config.bootstrap, level=config.level, more=config.more
+        )
         result |= {tasks[0]: found}
         skipped |= labelled.skipped | judged.skipped
         if not config.json:
@@ -161,7 +237,10 @@ def _curve(config: EvaluateConfig) -> int:
 def _student(config: EvaluateConfig) -> int:
     """The same student taught by real images alone and with those of a run."""
     if not (config.student and config.run):
-        raise Refused(f"--student and --run belong together, {'--run' if config.student else '--student'} is missing", "Add --student --run RUN.")
+        raise Refused(
+            f"--student and --run belong together, {'--run' if config.student else '--student'} is missing",
+            "Add --student --run RUN.",
+        )
     from datasetdm_fast.evaluation import curve, worth
 
     address = curve.to_learn_from(config.data, config.learn_from, config.real)
@@ -174,7 +253,10 @@ def _student(config: EvaluateConfig) -> int:
     torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing
     options = {"skip_bad": config.skip_bad, "framing": config.framing}
     with open_run(config.run) as run:
-        learnt, judged = open_data(address, SIDE, selection=config.selection(), **options), open_data(config.data, SIDE, **options)
+        learnt, judged = (
+            open_data(address, SIDE, selection=config.selection(), **options),
+            open_data(config.data, SIDE, **options),
+        )
         learnt = learnt.readable() if config.skip_bad else learnt
         found = worth.worth(
             *(learnt, judged, run, worth.student_tasks(learnt, judged, run, config.task), config.real),
@@ -198,12 +280,12 @@ def _bar(total: int, is_quiet: bool):
 
 
 def _tell_skipped(skipped: dict[str, str]) -> None:
-    from datasetdm_fast.foreign.documents import plain
+    from datasetdm_fast.foreign.documents import one_line
 
     if skipped:
         print(f"{len(skipped)} images were skipped:", file=sys.stderr)
         for reason in skipped.values():
-            print(f"  {plain(reason)}", file=sys.stderr)
+            print(f"  {one_line(reason)}", file=sys.stderr)
 
 
 def table(result: dict[str, dict], level: float) -> str:
@@ -215,10 +297,18 @@ def table(result: dict[str, dict], level: float) -> str:
             if isinstance(value, float):
                 rows.append((task, name, value, bounds.get(name)))
         for each in ("per_class", "per_joint"):
-            rows += [(task, f"  {name}", value, bounds.get(each, {}).get(name)) for name, value in found.get(each, {}).items()]
+            rows += [
+                (task, f"  {name}", value, bounds.get(each, {}).get(name))
+                for name, value in found.get(each, {}).items()
+            ]
     tasks, names = (max(len(str(row[k])) for row in rows) for k in (0, 1))
-    head = f"{'task':{tasks}}  {'figure':{names}}   value" + (f"   {level:.0%} interval" if any(row[3] for row in rows) else "")
-    lines = [f"{task:{tasks}}  {name:{names}}  {value:6.4f}" + (f"   {low[0]:.4f} to {low[1]:.4f}" if low else "") for task, name, value, low in rows]
+    head = f"{'task':{tasks}}  {'figure':{names}}   value" + (
+        f"   {level:.0%} interval" if any(row[3] for row in rows) else ""
+    )
+    lines = [
+        f"{task:{tasks}}  {name:{names}}  {value:6.4f}" + (f"   {low[0]:.4f} to {low[1]:.4f}" if low else "")
+        for task, name, value, low in rows
+    ]
     return "\n".join([head, *lines])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import Progress, duration
+from datasetdm_fast.command_line.progress import ImageProgress, duration
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.job import Job, count_rows, finished, prepare
@@ -41,14 +41,17 @@ def _generate(arguments: Sequence[str]) -> int:
     object_store.check(config)
     peer = None if config.dry_run else launched.this_peer()
     if peer and config.cluster:
-        raise Refused(f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together", "Start it once.")
+        raise Refused(
+            f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together",
+            "Start it once.",
+        )
     if peer and peer.rank:  # the first of them tells how it ended
         config = replace(config, quiet=True)
     if result := finished(config, is_alone=peer is None):
         if peer and peer.rank:
             return 0
         if config.store and not config.dry_run:
-            object_store.Store(config.store).complete(result.path)
+            object_store.ObjectStore(config.store).complete(result.path)
         _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
         return _end(config, result)
     if config.dry_run:
@@ -67,7 +70,10 @@ def _generate(arguments: Sequence[str]) -> int:
         result, signalled = _run_ranks(config, places) if places else _run_here(config)
     code = _end(config, result)
     if not result.is_complete:
-        print(f"{result.done} of {result.number} samples are there; go on with: {PROG} {shlex.join(arguments)}".rstrip(), file=sys.stderr)
+        print(
+            f"{result.done} of {result.number} samples are there; go on with: {PROG} {shlex.join(arguments)}".rstrip(),
+            file=sys.stderr,
+        )
     return 128 + signalled if signalled else code
 
 
@@ -76,40 +82,80 @@ def _run_here(config: RunConfig) -> tuple[Result, int | None]:
     job = prepare(config)
     _say(config, *table(job, probe(job.engine, job.recipe, job.plan.batch_size)))
     images = min(job.plan.number - job.done, config.limit or job.plan.number)
-    with Interruption(config.quiet) as interruption, Progress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule)) as progress:
-        result = run(job, made=progress.made, stepped=progress.stepped, is_stopping=lambda: interruption.signal is not None)
+    with (
+        Interruption(config.quiet) as interruption,
+        ImageProgress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule)) as progress,
+    ):
+        result = run(
+            job,
+            on_commit=progress.on_commit,
+            on_unet_call=progress.on_unet_call,
+            is_stopping=lambda: interruption.signal is not None,
+        )
     return result, interruption.signal
 
 
 def _run_ranks(config: RunConfig, places: Sequence[devices.Place]) -> tuple[Result, int | None]:
     """The same of a run of several processes."""
     left = count_images(config) - count_rows(config)
-    with Interruption(config.quiet) as interruption, Progress(min(left, config.limit or left), config.quiet) as progress:
-        result = spawn.run(config, places, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
+    with (
+        Interruption(config.quiet) as interruption,
+        ImageProgress(min(left, config.limit or left), config.quiet) as progress,
+    ):
+        result = spawn.run(
+            config,
+            places,
+            describe=table,
+            on_message=progress.print,
+            on_commit=progress.on_commit,
+            is_stopping=lambda: interruption.signal is not None,
+        )
     return result, interruption.signal
 
 
-def _run_peer(config: RunConfig, peer: launched.Peer) -> tuple[Result, int | None]:
+def _run_peer(config: RunConfig, peer: launched.LaunchedProcess) -> tuple[Result, int | None]:
     """The same of this process's share of a run that something else started several processes for."""
     config = launched.settle_on(config, peer)
     left = count_images(config) - count_rows(config)
-    with Interruption(config.quiet) as interruption, Progress(-(-min(left, config.limit or left) // peer.world), config.quiet) as progress:
-        result = launched.run(config, peer, told=lambda job: _say(config, *table(job)), made=progress.made, is_stopping=lambda: interruption.signal is not None)
+    with (
+        Interruption(config.quiet) as interruption,
+        ImageProgress(-(-min(left, config.limit or left) // peer.world), config.quiet) as progress,
+    ):
+        result = launched.run(
+            config,
+            peer,
+            on_message=lambda job: _say(config, *table(job)),
+            on_commit=progress.on_commit,
+            is_stopping=lambda: interruption.signal is not None,
+        )
     return result, interruption.signal
 
 
 def _run_cluster(config: RunConfig) -> tuple[Result, int | None]:
     """The same of a run whose work a Ray cluster does."""
     left = count_images(config) - count_rows(config)
-    with Interruption(config.quiet) as interruption, Progress(min(left, config.limit or left), config.quiet) as progress:
-        result = ray_driver.run(config, describe=table, told=progress.tell, made=progress.made, is_stopping=lambda: interruption.signal is not None)
+    with (
+        Interruption(config.quiet) as interruption,
+        ImageProgress(min(left, config.limit or left), config.quiet) as progress,
+    ):
+        result = ray_driver.run(
+            config,
+            describe=table,
+            on_message=progress.print,
+            on_commit=progress.on_commit,
+            is_stopping=lambda: interruption.signal is not None,
+        )
     return result, interruption.signal
 
 
 def _make_again(config: RunConfig, given: set[str]) -> int:
     task = prepare_remake(config, given)
     written = remake(task)
-    _say(config, f"sample {task.row.request.id}: made again, {f'{len(written)} files written' if written else 'every byte as it was'}")
+    _say(
+        config,
+        f"sample {task.row.request.id}: made again, "
+        f"{f'{len(written)} files written' if written else 'every byte as it was'}",
+    )
     _put(config, {"path": str(task.folder), "id": task.row.request.id, "written": written}, str(task.folder))
     return 0
 
@@ -117,9 +163,17 @@ def _make_again(config: RunConfig, given: set[str]) -> int:
 def _end(config: RunConfig, result: Result) -> int:
     rate = result.made / result.seconds if result.made else 0.0
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
-    _put(config, {"path": str(result.path), **facts, "complete": result.is_complete, "images_per_second": round(rate, 4)}, str(result.path))
+    _put(
+        config,
+        {"path": str(result.path), **facts, "complete": result.is_complete, "images_per_second": round(rate, 4)},
+        str(result.path),
+    )
     if result.made:
-        _say(config, f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second; look at {result.path}/gallery/index.html")
+        _say(
+            config,
+            f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second; look at "
+            f"{result.path}/gallery/index.html",
+        )
     result.check()
     return 0
 
@@ -138,8 +192,21 @@ def _show_plan(job: Job) -> None:
         for request in job.plan:
             print(f"{request.id}  seed {request.seed}  {request.prompt!r}")
         return
-    requests = [{"id": request.id, "seed": request.seed, "prompt": request.prompt, "classes": request.classes} for request in job.plan]
-    print(json.dumps({"path": str(job.folder), **job.recipe.facts, "batch_size": job.plan.batch_size, "bytes": job.bytes_needed, "requests": requests}))
+    requests = [
+        {"id": request.id, "seed": request.seed, "prompt": request.prompt, "classes": request.classes}
+        for request in job.plan
+    ]
+    print(
+        json.dumps(
+            {
+                "path": str(job.folder),
+                **job.recipe.facts,
+                "batch_size": job.plan.batch_size,
+                "bytes": job.bytes_needed,
+                "requests": requests,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

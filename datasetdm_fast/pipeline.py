@@ -1,4 +1,6 @@
-"""The library: a Pipeline makes labelled images, or the captured pyramid of a real one; open_run reads a run folder back."""
+"""The library: a Pipeline makes labelled images, or the captured pyramid of a real one; open_run reads a run folder
+back.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,13 @@ class Output:
     def meta(self) -> list[dict[str, Any]]:
         """Prompt, seed, classes and how it was made, of each sample."""
         return [
-            {"prompt": sample.request.prompt, "seed": sample.request.seed, "classes": sample.request.classes, **sample.provenance} for sample in self.samples
+            {
+                "prompt": sample.request.prompt,
+                "seed": sample.request.seed,
+                "classes": sample.request.classes,
+                **sample.provenance,
+            }
+            for sample in self.samples
         ]
 
     def _labels(self, task: str) -> list[Any]:
@@ -70,7 +78,9 @@ class Output:
 
 
 class Pipeline:
-    """An engine with its decoders, ready to turn prompts into labelled images by the same path as the generate command."""
+    """An engine with its decoders, ready to turn prompts into labelled images by the same path as the generate
+    command.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -89,10 +99,20 @@ class Pipeline:
         threads: int = 0,
         provider: str = "auto",
     ) -> Pipeline:
-        """The pipeline of a model (demo, a diffusers folder, a single file) and the folder of its decoders; None means the demo's own, or no labels."""
+        """The pipeline of a model (demo, a diffusers folder, a single file) and the folder of its decoders; None means
+        the demo's own, or no labels.
+        """
         settings.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder
-        choices = dict(engine=engine, dtype=dtype, device=device, size=size, allow_download=allow_download, threads=threads, provider=provider)
+        choices = dict(
+            engine=engine,
+            dtype=dtype,
+            device=device,
+            size=size,
+            allow_download=allow_download,
+            threads=threads,
+            provider=provider,
+        )
         built, _ = opening.open_engine(str(model), decoder, **choices)
         return cls(built)
 
@@ -101,8 +121,18 @@ class Pipeline:
         """The labels its decoders can make."""
         return tuple(task for task in TASKS if task in self.engine.decoders)
 
-    def __call__(self, prompts: str | Sequence[str], seeds: Sequence[int] | None = None, *, seed: int = 0, batch_size: int = 0, **choices: Any) -> Output:
-        """Images and labels of all prompts at once; image k has seeds[k], or seed + k. The other choices are those of `stream`."""
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        seeds: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 0,
+        **choices: Any,
+    ) -> Output:
+        """Images and labels of all prompts at once; image k has seeds[k], or seed + k. The other choices are those of
+        `stream`.
+        """
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         if seeds is not None and len(seeds) != len(given):
             raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed a prompt.")
@@ -124,7 +154,8 @@ class Pipeline:
         batch_size: int = 0,
         truncate: bool = False,
     ) -> Iterator[Sample]:
-        """Samples one by one, in order, with no more than a batch in memory; prompts may come from an endless generator.
+        """Samples one by one, in order, with no more than a batch in memory; prompts may come from an endless
+        generator.
 
         `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for.
         """
@@ -132,9 +163,13 @@ class Pipeline:
         settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
         self._check_tasks(chosen)
         words = _checked_words(classes)
-        recipe = make_recipe(self.engine, chosen, sampler=sampler, steps=steps, guidance=guidance, profile=profile, classes=words)
+        recipe = make_recipe(
+            self.engine, chosen, sampler=sampler, steps=steps, guidance=guidance, profile=profile, classes=words
+        )
         words = recipe.words or job.class_words(self.engine, chosen, words)
-        recipe = replace(recipe, facts={**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name})
+        recipe = replace(
+            recipe, facts={**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
+        )
         requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate)
         return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe)
 
@@ -144,10 +179,13 @@ class Pipeline:
         for task in tasks:
             if task not in self.engine.decoders:
                 raise Refused(
-                    f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}", "Name a folder with one: decoder=DIR."
+                    f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}",
+                    "Name a folder with one: decoder=DIR.",
                 )
 
-    def _requests(self, given: Iterable[str], seeds: Iterable[int], words: tuple[str, ...], truncate: bool) -> Iterator[Request]:
+    def _requests(
+        self, given: Iterable[str], seeds: Iterable[int], words: tuple[str, ...], truncate: bool
+    ) -> Iterator[Request]:
         for index, (prompt, seed) in enumerate(zip(given, seeds)):
             where = f"prompt {index}"
             ((_, text),) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
@@ -161,10 +199,14 @@ class Pipeline:
                     raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")
                 yield result
 
-    def features(self, image: np.ndarray | Image, prompt: str = "", *, timestep: int | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """The captured levels low, mid, high and highest [1, C, h, w] of a real image: every feature, then every head and token of the maps.
+    def features(
+        self, image: np.ndarray | Image, prompt: str = "", *, timestep: int | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """The captured levels low, mid, high and highest [1, C, h, w] of a real image: every feature, then every head
+        and token of the maps.
 
-        The image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's noise, and seen by one call.
+        The image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's noise,
+        and seen by one call.
         """
         import torch
 
@@ -174,15 +216,21 @@ class Pipeline:
         pixels = np.array(image)
         if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
             raise Refused(
-                f"image: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [{size}, {size}, 3]", "Convert it to RGB and resize it first."
+                f"image: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [{size}, {size}, 3]",
+                "Convert it to RGB and resize it first.",
             )
         if timestep is None:
             configs = [decoder.config for decoder in self.engine.decoders.values()]
             timestep = capture_timestep(configs) if configs else 0
         if not 0 <= timestep < training:
-            raise Refused(f"timestep: {timestep} is not within 0 .. {training - 1}", "Choose one of the model's training timesteps.")
+            raise Refused(
+                f"timestep: {timestep} is not within 0 .. {training - 1}",
+                "Choose one of the model's training timesteps.",
+            )
         words = prompts.fit(prompt, self.engine.model.tokenizer, "prompt")
-        capture = invert(self.engine, torch.from_numpy(pixels)[None], [words], timestep, [settings.check_seed(seed)], is_raw=True)
+        capture = invert(
+            self.engine, torch.from_numpy(pixels)[None], [words], timestep, [settings.check_seed(seed)], is_raw=True
+        )
         return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
 
 

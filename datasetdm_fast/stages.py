@@ -1,7 +1,7 @@
 """The one table of what crosses an engine's boundary: size letters, pyramid levels, tensor names, shapes and dtypes.
 
-Size letters: B images, C channels, H W pixels, h w latent cells, S tokens in space, T text tokens, D text width, N queries,
-K classes, J joints. A CFG batch is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B-1}].
+Size letters: B images, C channels, H W pixels, h w latent cells, S tokens in space, T text tokens, D text width, N
+queries, K classes, J joints. A CFG batch is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B-1}].
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Level:
 
     @property
     def channels(self) -> int:
-        """Channels of the concatenated level: both CFG halves of every feature, then every head and token of the maps."""
+        """Channels of the concatenated level: both CFG halves of every feature, then every head and token of the
+        maps.
+        """
         return 2 * sum(self.features) + sum(self.heads) * self.tokens
 
 
@@ -39,7 +41,13 @@ def levels(unet: Mapping, tokens: int, size: int) -> tuple[Level, ...]:
     """The four levels a UNet of this diffusers config yields at size x size pixels, low to highest."""
     width, count, heads = unet["block_out_channels"], unet["layers_per_block"], heads_per_block(unet)
     side = size // FACTOR
-    low = Level("low", side // 8, (width[2],) + (width[3],) * count + (width[3],) + (width[3],) * (count + 1), (heads[3],), tokens)
+    low = Level(
+        "low",
+        side // 8,
+        (width[2],) + (width[3],) * count + (width[3],) + (width[3],) * (count + 1),
+        (heads[3],),
+        tokens,
+    )
     rest = []
     for depth, name in ((2, "mid"), (1, "high"), (0, "highest")):
         entry = width[depth] if depth == 0 else width[depth - 1]  # conv_in, or the downsampler of the block above
@@ -55,7 +63,8 @@ Shape = tuple[str | int, ...]
 class Tensors:
     """Named tensors of one stage: name -> (shape in size letters or numbers, dtype).
 
-    `2B` is a CFG batch, F the stacked channels of every decoder's first layer, L the logits of a query, M the side of a decoder's map.
+    `2B` is a CFG batch, F the stacked channels of every decoder's first layer, L the logits of a query, M the side of a
+    decoder's map.
     """
 
     inputs: dict[str, tuple[Shape, str]]
@@ -70,8 +79,12 @@ _NOISE: tuple[Shape, str] = (("2B", 4, "h", "w"), "float32")
 STAGES = {
     "encode_text": Tensors({"tokens": (("B", "T"), "int64")}, {"context": (("B", "T", "D"), "float32")}),
     "denoise": Tensors(_CALL, {"noise": _NOISE}),
-    "denoise_and_capture": Tensors(_CALL, {"noise": _NOISE, **{f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in LEVELS}}),
-    "decode_image": Tensors({"latents": _LATENTS}, {"image": (("B", "H", "W", 3), "uint8"), "is_finite": (("B",), "bool")}),
+    "denoise_and_capture": Tensors(
+        _CALL, {"noise": _NOISE, **{f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in LEVELS}}
+    ),
+    "decode_image": Tensors(
+        {"latents": _LATENTS}, {"image": (("B", "H", "W", 3), "uint8"), "is_finite": (("B",), "bool")}
+    ),
     "encode_image": Tensors({"image": (("B", "H", "W", 3), "uint8")}, {"moments": (("B", 8, "h", "w"), "float32")}),
 }
 
@@ -86,13 +99,23 @@ ANSWERS: dict[str, dict[str, Shape]] = {  # kind of decoder -> its raw outputs
 
 def keep(pyramid: Sequence[Level]) -> Tensors:
     """The stage that hands out every feature and map itself: `features_LEVEL_PLACE` and `maps_LEVEL_PLACE`."""
-    features = {f"features_{level.name}_{place}": (("B", "C", "h", "w"), "float32") for level in pyramid for place in range(len(level.features))}
-    maps = {f"maps_{level.name}_{place}": (("B", "heads", "S", "T"), "float32") for level in pyramid for place in range(len(level.heads))}
+    features = {
+        f"features_{level.name}_{place}": (("B", "C", "h", "w"), "float32")
+        for level in pyramid
+        for place in range(len(level.features))
+    }
+    maps = {
+        f"maps_{level.name}_{place}": (("B", "heads", "S", "T"), "float32")
+        for level in pyramid
+        for place in range(len(level.heads))
+    }
     return Tensors(_CALL, {"noise": _NOISE, **features, **maps})
 
 
 def annotate(kind: str, levels_read: Sequence[str]) -> Tensors:
-    """The stage of a decoder of this kind, which reads its own channels of these levels' sums and, for words, their class embeddings."""
+    """The stage of a decoder of this kind, which reads its own channels of these levels' sums and, for words, their
+    class embeddings.
+    """
     sums = {f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in levels_read}
     text = {"text": (("B", "K", "D"), "float32")} if kind == "open-vocabulary" else {}
     return Tensors({**sums, **text}, {name: (shape, "float32") for name, shape in ANSWERS[kind].items()})

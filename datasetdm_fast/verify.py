@@ -1,4 +1,6 @@
-"""python -m datasetdm_fast.verify: whether an engine says what another one says, on this machine, with this model and these decoders."""
+"""python -m datasetdm_fast.verify: whether an engine says what another one says, on this machine, with this model and
+these decoders.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,19 @@ PROG = "python -m datasetdm_fast.verify"
 class VerifyConfig:
     engine: str = setting("fast", "the engine to judge", choices=ENGINES)
     against: str = setting("torch", "the engine it is to agree with", choices=ENGINES)
-    model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
-    decoder: str = setting("demo", "folder of trained decoders, or none: then features and maps themselves are compared", metavar="DIR")
-    task: tuple[str, ...] = setting((), "labels to compare, comma-separated; default: every decoder of the folder", choices=TASKS, metavar="LIST")
+    model: str = setting(
+        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
+    )
+    decoder: str = setting(
+        "demo", "folder of trained decoders, or none: then features and maps themselves are compared", metavar="DIR"
+    )
+    task: tuple[str, ...] = setting(
+        (), "labels to compare, comma-separated; default: every decoder of the folder", choices=TASKS, metavar="LIST"
+    )
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
-    prompts: str = setting("", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT")
+    prompts: str = setting(
+        "", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT"
+    )
     number: int = setting(8, "images to compare", metavar="N")
     batch_size: int = setting(4, "images made together", metavar="N")
     seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")
@@ -40,7 +50,9 @@ class VerifyConfig:
     dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
     compile: bool = setting(False, "judge the fast engine with torch.compile")
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
-    engines: str = setting("", "folder of exported stages and plans for --engine trt; default: a cache", metavar="ENGINES")
+    engines: str = setting(
+        "", "folder of exported stages and plans for --engine trt; default: a cache", metavar="ENGINES"
+    )
     trt_flavour: str = setting("auto", "which TensorRT, where both are installed", choices=FLAVOURS)
     provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", choices=PROVIDERS)
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
@@ -63,7 +75,9 @@ def _run(arguments: Sequence[str]) -> int:
 
     config, _ = parse(arguments, VerifyConfig, PROG, __doc__)
     if config.number < 1 or config.batch_size < 1:
-        raise Refused(f"--number {config.number}, --batch-size {config.batch_size}: expected 1 or more", "Choose another number.")
+        raise Refused(
+            f"--number {config.number}, --batch-size {config.batch_size}: expected 1 or more", "Choose another number."
+        )
     engine, reference, recipe, requests = _prepared(config)
     from tqdm import tqdm
 
@@ -82,7 +96,8 @@ def _run(arguments: Sequence[str]) -> int:
     if not verdict.agrees:
         failed = [row.measure for row in verdict.rows if not row.is_passed]
         raise GateFailed(
-            f"verify: {config.engine} does not say what {config.against} says in {', '.join(failed)}", "Try --dtype fp32; --html FILE shows the worst samples."
+            f"verify: {config.engine} does not say what {config.against} says in {', '.join(failed)}",
+            "Try --dtype fp32; --html FILE shows the worst samples.",
         )
     return 0
 
@@ -98,7 +113,14 @@ def _prepared(config: VerifyConfig):
     check_engine(config.against, config.trt_flavour)
     where = {"engines": config.engines, "trt_flavour": config.trt_flavour}
     decoder = None if config.decoder == "none" else config.decoder
-    options = dict(engine=config.against, device=config.device, size=config.size, allow_download=config.allow_download, threads=config.threads, **where)
+    options = dict(
+        engine=config.against,
+        device=config.device,
+        size=config.size,
+        allow_download=config.allow_download,
+        threads=config.threads,
+        **where,
+    )
     reference, _ = opening.open_engine(config.model, decoder, config.task or None, **options)
     # Both read the modules of one loaded model: equal weights need not be assumed.
     chosen = dict(dtype=config.dtype, device=config.device, provider=config.provider, compile=config.compile, **where)
@@ -108,7 +130,14 @@ def _prepared(config: VerifyConfig):
     recipe = make_recipe(reference, tasks, **chosen)
     words = recipe.words or job.class_words(reference, tasks, config.classes)
     source = prompts.read_source(RunConfig(model="demo", prompts=config.prompts, classes=config.classes))
-    plan = make_plan(source, reference.model.tokenizer, number=config.number, seed=settings.check_seed(config.seed), batch_size=config.number, words=words)
+    plan = make_plan(
+        source,
+        reference.model.tokenizer,
+        number=config.number,
+        seed=settings.check_seed(config.seed),
+        batch_size=config.number,
+        words=words,
+    )
     return engine, reference, recipe, [plan.request(k) for k in range(config.number)]
 
 
@@ -117,10 +146,16 @@ def table(verdict: Verdict) -> str:
     lines = [f"{'measure':22}{'median':>10}{'p99':>10}{'limits':>20}{'own drift':>20}  worst"]
     for row in verdict.rows:
         limit, floor = (f"{pair[0]:.1e} {pair[1]:.1e}" if pair else "" for pair in (row.limit, row.floor))
-        lines.append(f"{row.measure:22}{row.median:10.1e}{row.p99:10.1e}{limit:>20}{floor:>20}  {row.worst:5}{'' if row.is_passed else '  FAILED'}")
+        lines.append(
+            f"{row.measure:22}{row.median:10.1e}{row.p99:10.1e}{limit:>20}{floor:>20}  "
+            f"{row.worst:5}{'' if row.is_passed else '  FAILED'}"
+        )
     said = "agree" if verdict.agrees else "DISAGREE"
     sides = [f"{side['engine']} ({side['dtype']}, {side['device_name']})" for side in (verdict.engine, verdict.against)]
-    lines.append(f"{' and '.join(sides)} {said} on {verdict.facts['number']} images of {verdict.facts['model']}, {verdict.facts['calls']} calls each")
+    lines.append(
+        f"{' and '.join(sides)} {said} on {verdict.facts['number']} images of {verdict.facts['model']}, "
+        f"{verdict.facts['calls']} calls each"
+    )
     return "\n".join(lines)
 
 

@@ -1,10 +1,12 @@
-"""What each exported stage is to say: one image through our own modules in fp32, kept beside a plan and asked again whenever it is loaded."""
+"""What each exported stage is to say: one image through our own modules in fp32, kept beside a plan and asked again
+whenever it is loaded.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,27 +15,42 @@ from datasetdm_fast.stages import FACTOR, LEVELS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.decoders.trunk import Decoder
-    from datasetdm_fast.loading.model import Model
 
 PROMPT = "a red ball beside a cube on a table"
 WORD = "ball"
 TIMESTEP = 401.0
 KEPT = 1 << 16  # values of an output that are kept, evenly spaced over it
-FAR = {"fp32": 2e-2, "fp16": 5e-2, "bf16": 0.15, "fp8": 0.25}  # relative L2 beyond which a plan does not say what it was built to say
+FAR = {
+    "fp32": 2e-2,
+    "fp16": 5e-2,
+    "bf16": 0.15,
+    "fp8": 0.25,
+}  # relative L2 beyond which a plan does not say what it was built to say
+
+
+class GoldenEngine(Protocol):
+    """What is asked of the engine: the calls of every engine, and its modules for text and for encoding images."""
+
+    model: Any
+    decoders: Mapping[str, Any]
+    text_encoder: Callable[..., Tensor]
+    image_encoder: Callable[..., Tensor]
+
+    def __getattr__(self, call: str) -> Callable[..., Any]: ...
 
 
 class Reference:
     """Golden inputs and outputs of every stage, computed when they are first asked for."""
 
-    def __init__(self, model: Model, decoders: Mapping[str, Decoder]):
-        self.model, self.decoders = model, decoders
+    def __init__(self, open_engine: Callable[[], GoldenEngine]):
+        """`open_engine` makes the fp32 engine whose answers are golden; it is called when the first of them is asked
+        for.
+        """
+        self._open_engine = open_engine
 
     @functools.cached_property
-    def _engine(self):
-        from datasetdm_fast.engines.fast import FastEngine
-
-        return FastEngine(self.model, self.decoders, dtype="fp32", device="cpu")
+    def _engine(self) -> GoldenEngine:
+        return self._open_engine()
 
     def __call__(self, stage: str) -> dict[str, np.ndarray]:
         """in.NAME and out.NAME of the stage for one image; of a large output only every n-th value."""
@@ -53,9 +70,13 @@ class Reference:
 
         from datasetdm_fast.sampling.times import initial_noise
 
-        side = self.model.size // FACTOR
+        side = self._engine.model.size // FACTOR
         context = self._engine.encode_text(["", PROMPT])
-        return {"latents": initial_noise(0, 4, side, side)[None], "timestep": torch.tensor(TIMESTEP), "context": context}
+        return {
+            "latents": initial_noise(0, 4, side, side)[None],
+            "timestep": torch.tensor(TIMESTEP),
+            "context": context,
+        }
 
     @functools.cached_property
     def _captured(self) -> tuple[Tensor, tuple[Tensor, ...], Mapping[str, tuple[slice, ...]]]:
@@ -63,18 +84,25 @@ class Reference:
         return noise, capture.sums, capture.slices
 
     def _encode_text(self):
-        ids = self.model.token_ids([PROMPT])
+        ids = self._engine.model.token_ids([PROMPT])
         return {"tokens": ids}, {"context": self._engine.text_encoder(ids)}
 
     def _denoise(self):
-        return self._call, {"noise": self._captured[0] if self.decoders else self._engine.denoise(self._call["latents"], TIMESTEP, self._call["context"])}
+        return self._call, {
+            "noise": self._captured[0]
+            if self._engine.decoders
+            else self._engine.denoise(self._call["latents"], TIMESTEP, self._call["context"])
+        }
 
     def _denoise_and_capture(self):
         noise, sums, _ = self._captured
-        return self._call, {"noise": noise, **{f"sums_{name}": total for name, total in zip(LEVELS, sums) if total.shape[1]}}
+        return self._call, {
+            "noise": noise,
+            **{f"sums_{name}": total for name, total in zip(LEVELS, sums) if total.shape[1]},
+        }
 
     def _denoise_and_keep(self):
-        noise, capture = self._engine.denoise_and_keep(self._call["latents"], TIMESTEP, self._call["context"])
+        noise, capture = self._engine.denoise_and_capture_raw(self._call["latents"], TIMESTEP, self._call["context"])
         kept = {
             f"{kind}_{name}_{place}": value
             for kind in ("features", "maps")
@@ -97,8 +125,16 @@ class Reference:
 
     def _annotate(self, task: str):
         _, sums, slices = self._captured
-        own = {f"sums_{name}": total[:, part] for name, total, part in zip(LEVELS, sums, slices[task]) if part.stop > part.start}
-        text = {"text": self._engine.encode_classes([WORD])[None]} if self.decoders[task].config.kind == "open-vocabulary" else {}
+        own = {
+            f"sums_{name}": total[:, part]
+            for name, total, part in zip(LEVELS, sums, slices[task])
+            if part.stop > part.start
+        }
+        text = (
+            {"text": self._engine.encode_classes([WORD])[None]}
+            if self._engine.decoders[task].config.kind == "open-vocabulary"
+            else {}
+        )
         return own | text, self._engine.annotate(task, self._projected, text.get("text"))
 
     @property

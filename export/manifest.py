@@ -12,7 +12,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 
 NAME = "manifest.json"
-LARGEST = 16 << 20  # bytes of a manifest
+LARGEST_MANIFEST = 16 << 20  # bytes of a manifest
 FORMAT = 1
 PRECISIONS = ("fp32", "fp16", "bf16")
 
@@ -45,7 +45,9 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The stages of one model and its decoders; `source` is a digest of every weight, so equal sources mean equal files."""
+    """The stages of one model and its decoders; `source` is a digest of every weight, so equal sources mean equal
+    files.
+    """
 
     stages: Mapping[str, StageFile]
     files: Mapping[str, FileInfo]
@@ -56,7 +58,9 @@ class Manifest:
     source: str
     model: Mapping[str, str]  # name and digests of its parts
     tasks: Mapping[str, str]  # task -> kind of its decoder
-    channels: Mapping[str, Mapping[str, tuple[int, int]]]  # task -> level -> its own channels of that level's sums, first and one past the last
+    channels: Mapping[
+        str, Mapping[str, tuple[int, int]]
+    ]  # task -> level -> its own channels of that level's sums, first and one past the last
     exporter: str  # version of this package
     format: int = field(default=FORMAT)
 
@@ -73,15 +77,24 @@ class Manifest:
         try:
             values = json.loads(text)
             if values.get("format") != FORMAT:
-                raise Refused(f"{origin}: format {values.get('format')!r}, expected {FORMAT}", "Export the model again with this version.")
+                raise Refused(
+                    f"{origin}: format {values.get('format')!r}, expected {FORMAT}",
+                    "Export the model again with this version.",
+                )
             stages = {name: _stage(stage) for name, stage in values.pop("stages").items()}
             files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
-            channels = {task: {level: tuple(part) for level, part in levels.items()} for task, levels in values.pop("channels").items()}
+            channels = {
+                task: {level: tuple(part) for level, part in levels.items()}
+                for task, levels in values.pop("channels").items()
+            }
             manifest = Manifest(stages=stages, files=files, channels=channels, **values)
         except Refused:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Refused(f"{origin}: not a manifest of exported stages ({type(error).__name__}: {error})", "Export the model again.") from None
+            raise Refused(
+                f"{origin}: not a manifest of exported stages ({type(error).__name__}: {error})",
+                "Export the model again.",
+            ) from None
         for name in [*files, *(name for stage in stages.values() for name in (stage.file, stage.data) if name)]:
             if Path(name).name != name or name.startswith(".") or name not in files:
                 raise Refused(f"{origin}: {name!r} is not the name of a file beside it", "Export the model again.")
@@ -91,8 +104,11 @@ class Manifest:
     def read(folder: Path) -> Manifest:
         path = folder / NAME
         if not path.exists():
-            raise Missing(f"{path}: there is none", f"Export into that folder: python -m datasetdm_fast.export --to onnx --out {folder}")
-        return Manifest.from_json(storage.read(path, LARGEST).decode(errors="replace"), str(path))
+            raise Missing(
+                f"{path}: there is none",
+                f"Export into that folder: python -m datasetdm_fast.export --to onnx --out {folder}",
+            )
+        return Manifest.from_json(storage.read(path, LARGEST_MANIFEST).decode(errors="replace"), str(path))
 
     def check_files(self, folder: Path) -> None:
         """Refuses a folder whose files are not, byte for byte, those that were exported."""
@@ -104,18 +120,25 @@ class Manifest:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != info.sha256:
-                raise Refused(f"{path}: its SHA-256 is {found[:12]}, expected {info.sha256[:12]}", "Export the model again.")
+                raise Refused(
+                    f"{path}: its SHA-256 is {found[:12]}, expected {info.sha256[:12]}", "Export the model again."
+                )
 
 
 def check_replaceable(folder: Path) -> None:
     """Refuses a folder whose manifest is not a damaged one of ours but somebody else's."""
     path = folder / NAME
-    if path.is_file() and path.stat().st_size and b'"exporter"' not in storage.read(path, LARGEST):
-        raise Refused(f"{path}: is there and tells of no export, so it is not replaced", "Choose another --out, or delete the file.")
+    if path.is_file() and path.stat().st_size and b'"exporter"' not in storage.read(path, LARGEST_MANIFEST):
+        raise Refused(
+            f"{path}: is there and tells of no export, so it is not replaced",
+            "Choose another --out, or delete the file.",
+        )
 
 
 def _stage(values: Mapping) -> StageFile:
     def tensors(name: str) -> tuple[TensorInfo, ...]:
-        return tuple(TensorInfo(one["name"], tuple(one["axes"]), tuple(one["shape"]), one["dtype"]) for one in values[name])
+        return tuple(
+            TensorInfo(one["name"], tuple(one["axes"]), tuple(one["shape"]), one["dtype"]) for one in values[name]
+        )
 
     return StageFile(values["file"], values["data"], tensors("inputs"), tensors("outputs"))

@@ -23,7 +23,9 @@ def say(line: str) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Within the block no other process fills `folder`; whoever comes later waits. The lock ends with its process, however that ends."""
+    """Within the block no other process fills `folder`; whoever comes later waits. The lock ends with its process,
+    however that ends.
+    """
     handle = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +38,10 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         if handle is not None:
             os.close(handle)
-        raise Missing(f"{folder}: cannot be written to ({error.strerror})", f"Choose another folder; {CACHE_VARIABLE} names that of the cache.") from error
+        raise Missing(
+            f"{folder}: cannot be written to ({error.strerror})",
+            f"Choose another folder; {CACHE_VARIABLE} names that of the cache.",
+        ) from error
     try:
         for leftover in folder.glob(f".*{PART}"):  # of processes that were killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -47,7 +52,8 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(folder: Path, last: str, earlier: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder to write into; at the end of the block its files are moved to `folder`, `last` after the others, or none of them on an error.
+    """A folder to write into; at the end of the block its files are moved to `folder`, `last` after the others, or none
+    of them on an error.
 
     Files of the names `earlier` that are not written anew are deleted then. Call it within `alone(folder)`.
     """
@@ -58,14 +64,18 @@ def staged(folder: Path, last: str, earlier: Iterable[str] = ()) -> Iterator[Pat
         names = sorted(path.name for path in stage.iterdir())
         for name in names:
             _sync(stage / name)
-        (folder / last).unlink(missing_ok=True)  # between old and new files there is no moment at which it names a mixture
+        (folder / last).unlink(
+            missing_ok=True
+        )  # between old and new files there is no moment at which it names a mixture
         for name in set(earlier).difference(names):
             (folder / name).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name == last):
             os.replace(stage / name, folder / name)
         sync_folder(folder)
     except OSError as error:
-        raise Missing(f"{folder}: {error.strerror or error}", "Make room or choose another folder, then run the same line again.") from error
+        raise Missing(
+            f"{folder}: {error.strerror or error}", "Make room or choose another folder, then run the same line again."
+        ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

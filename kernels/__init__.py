@@ -1,4 +1,6 @@
-"""Every operation worth a kernel, one file each: the plain form that defines it, its kernel, and the cases both are judged on."""
+"""Every operation worth a kernel, one file each: the plain form that defines it, its kernel, and the cases both are
+judged on.
+"""
 
 import sys
 
@@ -46,14 +48,21 @@ if __name__ == "datasetdm_fast.kernels":
     reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 
     # The same results up to rounding for a fraction of the work and memory, still in plain PyTorch.
-    rearranged = SimpleNamespace(**{**vars(reference), "pyramid": pyramid.projected, "depth_head": depth_head.low_resolution})
+    rearranged = SimpleNamespace(
+        **{**vars(reference), "pyramid": pyramid.projected, "depth_head": depth_head.low_resolution}
+    )
 
     # What a CPU runs for inference: the same once more, where C++ beats the rearranged form.
-    compiled = SimpleNamespace(**{**vars(rearranged), **{name: op.compiled for name, op in OPS.items() if hasattr(op, "compiled")}})
+    compiled = SimpleNamespace(
+        **{**vars(rearranged), **{name: op.compiled for name, op in OPS.items() if hasattr(op, "compiled")}}
+    )
 
     # The same results up to rounding from the kernels; on a CPU without Triton's interpreter each is its plain form.
     fused = SimpleNamespace(**{name: op.fused for name, op in OPS.items()})
 
-# transformers imports whatever is called `kernels` to read its version, and beside a checkout that is this folder: it must find none.
+# transformers imports whatever is called `kernels` to read its version, and beside a checkout that is this folder: it
+# must find none.
 elif not any(name.startswith("transformers.") for name in _importers()):
-    raise ImportError(f"{__name__!r} is a source folder, not a module of its own: import datasetdm_fast.kernels instead")
+    raise ImportError(
+        f"{__name__!r} is a source folder, not a module of its own: import datasetdm_fast.kernels instead"
+    )

@@ -29,7 +29,9 @@ def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if not is_native(q, k, v) or k.shape[2] > NATIVE_KEYS:
         return F.scaled_dot_product_attention(q, k, v)
     batch, heads, queries, width = q.shape
-    out = q.new_empty(batch, queries, heads, width).transpose(1, 2)  # heads side by side, as the layer after it reads them
+    out = q.new_empty(batch, queries, heads, width).transpose(
+        1, 2
+    )  # heads side by side, as the layer after it reads them
     places = [part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride()[:3])]
     _C.attention(STORAGES[q.dtype], *places, batch, heads, queries, k.shape[2], width, width**-0.5, threads(q))
     return out
@@ -42,7 +44,8 @@ def _attention_kernel(
     v_ptr,  # [B, heads, S, d]
     out_ptr,  # [B, heads, N, d]
     q_stride_image,
-    q_stride_head: tl.constexpr,  # known, so that Triton sees heads of 40 start at multiples of 16 bytes and loads whole vectors
+    # known, so that Triton sees heads of 40 start at multiples of 16 bytes and loads whole vectors
+    q_stride_head: tl.constexpr,
     q_stride_query,
     q_stride_width,
     k_stride_image,
@@ -83,17 +86,27 @@ def _attention_kernel(
     if REST > 0:
         rest = WIDE + tl.arange(0, REST)
         is_rest = rest < WIDTH
-        q_rest = tl.load(q_ptr + q_place + rest[None, :] * q_stride_width, mask=is_query[:, None] & is_rest[None, :], other=0.0)
+        q_rest = tl.load(
+            q_ptr + q_place + rest[None, :] * q_stride_width, mask=is_query[:, None] & is_rest[None, :], other=0.0
+        )
         answer_rest = tl.zeros([BLOCK_N, REST], tl.float32)
     highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, cells, BLOCK_S):
         cell = start + tl.arange(0, BLOCK_S).to(tl.int64)
         is_cell = cell < cells
-        k = tl.load(k_ptr + cell[None, :] * k_stride_cell + wide[:, None] * k_stride_width, mask=is_cell[None, :] & is_wide[:, None], other=0.0)
+        k = tl.load(
+            k_ptr + cell[None, :] * k_stride_cell + wide[:, None] * k_stride_width,
+            mask=is_cell[None, :] & is_wide[:, None],
+            other=0.0,
+        )
         scores = tl.dot(q, k, input_precision=PRECISION)
         if REST > 0:
-            k_rest = tl.load(k_ptr + cell[None, :] * k_stride_cell + rest[:, None] * k_stride_width, mask=is_cell[None, :] & is_rest[:, None], other=0.0)
+            k_rest = tl.load(
+                k_ptr + cell[None, :] * k_stride_cell + rest[:, None] * k_stride_width,
+                mask=is_cell[None, :] & is_rest[:, None],
+                other=0.0,
+            )
             scores = tl.dot(q_rest, k_rest, scores, input_precision=PRECISION)
         scores *= scale
         if IS_RAGGED:
@@ -103,22 +116,36 @@ def _attention_kernel(
         weights = tl.exp2(scores - higher[:, None])
         total = total * fade + tl.sum(weights, 1)
         highest = higher
-        v = tl.load(v_ptr + cell[:, None] * v_stride_cell + wide[None, :] * v_stride_width, mask=is_cell[:, None] & is_wide[None, :], other=0.0)
+        v = tl.load(
+            v_ptr + cell[:, None] * v_stride_cell + wide[None, :] * v_stride_width,
+            mask=is_cell[:, None] & is_wide[None, :],
+            other=0.0,
+        )
         weights = weights.to(v.dtype)
         answer = tl.dot(weights, v, answer * fade[:, None], input_precision=PRECISION)
         if REST > 0:
-            v_rest = tl.load(v_ptr + cell[:, None] * v_stride_cell + rest[None, :] * v_stride_width, mask=is_cell[:, None] & is_rest[None, :], other=0.0)
+            v_rest = tl.load(
+                v_ptr + cell[:, None] * v_stride_cell + rest[None, :] * v_stride_width,
+                mask=is_cell[:, None] & is_rest[None, :],
+                other=0.0,
+            )
             answer_rest = tl.dot(weights, v_rest, answer_rest * fade[:, None], input_precision=PRECISION)
     out_place = query[:, None] * out_stride_query
     answer = (answer / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_place + wide[None, :] * out_stride_width, answer, mask=is_query[:, None] & is_wide[None, :])
     if REST > 0:
         answer_rest = (answer_rest / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_place + rest[None, :] * out_stride_width, answer_rest, mask=is_query[:, None] & is_rest[None, :])
+        tl.store(
+            out_ptr + out_place + rest[None, :] * out_stride_width,
+            answer_rest,
+            mask=is_query[:, None] & is_rest[None, :],
+        )
 
 
 def split(width: int) -> tuple[int, int]:
-    """Sizes of the wide part and of the rest that hold `width`: powers of two from 16 up, the rest 0 where it saves nothing."""
+    """Sizes of the wide part and of the rest that hold `width`: powers of two from 16 up, the rest 0 where it saves
+    nothing.
+    """
     whole = padded(width)
     wide = whole // 2
     rest = padded(width - wide) if width > wide else 0
@@ -163,7 +190,11 @@ def cases() -> list[Case]:
         return tuple(noise(batch, cells, 3, heads, width).unbind(2)[i].transpose(1, 2) for i in range(3))
 
     def crossed(batch, heads, queries, tokens, width):
-        return noise(batch, heads, queries, width), noise(batch, heads, tokens, width), noise(batch, heads, tokens, width) + 1
+        return (
+            noise(batch, heads, queries, width),
+            noise(batch, heads, tokens, width),
+            noise(batch, heads, tokens, width) + 1,
+        )
 
     return [
         Case("smallest", crossed(1, 1, 1, 1, 1), (1, 1, 1, 1)),

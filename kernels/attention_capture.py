@@ -1,6 +1,7 @@
 """Cross-attention that also returns its share of the captured level; the maps themselves are never written.
 
-The level reads the maps P only through the slice W of its bias-free 1x1 convolution, so P [V | W] gives both in one pass.
+The level reads the maps P only through the slice W of its bias-free 1x1 convolution, so P [V | W] gives both in one
+pass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ MOST_TOKENS = 128  # all of a query's scores are held at once
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer [B, heads, N, d] and the projected maps [B, N, F] fp32, of `weight` [heads, T, F] for `q` [B, heads, N, d], `k`, `v` [B, heads, T, d]."""
+    """The answer [B, heads, N, d] and the projected maps [B, N, F] fp32, of `weight` [heads, T, F] for `q` [B, heads,
+    N, d], `k`, `v` [B, heads, T, d].
+    """
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
     exact = torch.promote_types(scores.dtype, torch.float32)
     maps = torch.softmax(scores, -1, dtype=exact).to(v.dtype)
@@ -33,7 +36,8 @@ def _attention_capture_kernel(
     out_ptr,  # [B, heads, N, d]
     level_ptr,  # [B, N, F] fp32
     q_stride_image,
-    q_stride_head: tl.constexpr,  # known, so that Triton sees heads of 40 start at multiples of 16 bytes and loads whole vectors
+    # known, so that Triton sees heads of 40 start at multiples of 16 bytes and loads whole vectors
+    q_stride_head: tl.constexpr,
     q_stride_query,
     q_stride_width,
     k_stride_image,
@@ -84,11 +88,23 @@ def _attention_capture_kernel(
         for start in range(0, width, BLOCK_D):
             column = start + lane
             is_column = column < width
-            q = tl.load(q_head + query[:, None] * q_stride_query + column[None, :] * q_stride_width, mask=is_query[:, None] & is_column[None, :], other=0.0)
-            k = tl.load(k_head + wide[None, :] * k_stride_token + column[:, None] * k_stride_width, mask=is_wide[None, :] & is_column[:, None], other=0.0)
+            q = tl.load(
+                q_head + query[:, None] * q_stride_query + column[None, :] * q_stride_width,
+                mask=is_query[:, None] & is_column[None, :],
+                other=0.0,
+            )
+            k = tl.load(
+                k_head + wide[None, :] * k_stride_token + column[:, None] * k_stride_width,
+                mask=is_wide[None, :] & is_column[:, None],
+                other=0.0,
+            )
             scores = tl.dot(q, k, scores, input_precision=PRECISION)
             if REST > 0:
-                k = tl.load(k_head + rest[None, :] * k_stride_token + column[:, None] * k_stride_width, mask=is_rest[None, :] & is_column[:, None], other=0.0)
+                k = tl.load(
+                    k_head + rest[None, :] * k_stride_token + column[:, None] * k_stride_width,
+                    mask=is_rest[None, :] & is_column[:, None],
+                    other=0.0,
+                )
                 scores_rest = tl.dot(q, k, scores_rest, input_precision=PRECISION)
         scores = tl.where(is_wide[None, :], scores * scale, float("-inf"))
         highest = tl.max(scores, 1)
@@ -103,10 +119,16 @@ def _attention_capture_kernel(
             maps_rest = (maps_rest / total[:, None]).to(weight_ptr.dtype.element_ty)
         maps = (maps / total[:, None]).to(weight_ptr.dtype.element_ty)
         weight_head = weight_ptr + head * weight_stride_head + feature[None, :] * weight_stride_feature
-        weight = tl.load(weight_head + wide[:, None] * weight_stride_token, mask=is_wide[:, None] & is_feature[None, :], other=0.0)
+        weight = tl.load(
+            weight_head + wide[:, None] * weight_stride_token, mask=is_wide[:, None] & is_feature[None, :], other=0.0
+        )
         level = tl.dot(maps, weight, level, input_precision=PRECISION)
         if REST > 0:
-            weight = tl.load(weight_head + rest[:, None] * weight_stride_token, mask=is_rest[:, None] & is_feature[None, :], other=0.0)
+            weight = tl.load(
+                weight_head + rest[:, None] * weight_stride_token,
+                mask=is_rest[:, None] & is_feature[None, :],
+                other=0.0,
+            )
             level = tl.dot(maps_rest, weight, level, input_precision=PRECISION)
         if share == 0:
             v_head = v_ptr + image * v_stride_image + head * v_stride_head
@@ -114,15 +136,23 @@ def _attention_capture_kernel(
             for start in range(0, width, BLOCK_D):
                 column = start + lane
                 is_column = column < width
-                v = tl.load(v_head + wide[:, None] * v_stride_token + column[None, :] * v_stride_width, mask=is_wide[:, None] & is_column[None, :], other=0.0)
+                v = tl.load(
+                    v_head + wide[:, None] * v_stride_token + column[None, :] * v_stride_width,
+                    mask=is_wide[:, None] & is_column[None, :],
+                    other=0.0,
+                )
                 answer = tl.dot(maps, v, input_precision=PRECISION)
                 if REST > 0:
                     v = tl.load(
-                        v_head + rest[:, None] * v_stride_token + column[None, :] * v_stride_width, mask=is_rest[:, None] & is_column[None, :], other=0.0
+                        v_head + rest[:, None] * v_stride_token + column[None, :] * v_stride_width,
+                        mask=is_rest[:, None] & is_column[None, :],
+                        other=0.0,
                     )
                     answer = tl.dot(maps_rest, v, answer, input_precision=PRECISION)
                 place = query[:, None] * out_stride_query + column[None, :] * out_stride_width
-                tl.store(out_head + place, answer.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & is_column[None, :])
+                tl.store(
+                    out_head + place, answer.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & is_column[None, :]
+                )
     row = (image * queries + query)[:, None] * features + feature[None, :]
     tl.store(level_ptr + row, level, mask=is_query[:, None] & is_feature[None, :])
 
@@ -132,11 +162,15 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     check("attention_capture", q, k, v)
     (batch, heads, queries, width), tokens = q.shape, k.shape[2]
     if weight.ndim != 3 or weight.shape[:2] != (heads, tokens) or weight.dtype != q.dtype:
-        raise ValueError(f"attention_capture: weight {list(weight.shape)} {weight.dtype} is not [{heads}, {tokens}, F] {q.dtype}")
+        raise ValueError(
+            f"attention_capture: weight {list(weight.shape)} {weight.dtype} is not [{heads}, {tokens}, F] {q.dtype}"
+        )
     if not is_served("attention_capture", q, k, v, weight):
         return reference(q, k, v, weight)
     if tokens > MOST_TOKENS:
-        raise ValueError(f"attention_capture: {tokens} tokens are too many to hold at once, at most {MOST_TOKENS} are supported")
+        raise ValueError(
+            f"attention_capture: {tokens} tokens are too many to hold at once, at most {MOST_TOKENS} are supported"
+        )
     features, (wide, rest), sizes = weight.shape[2], split(tokens), blocks("attention_capture", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
     level = q.new_empty((batch, queries, features), dtype=torch.float32)
@@ -168,7 +202,11 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
 def cases() -> list[Case]:
     def layer(batch, heads, queries, tokens, width, features):
-        q, k, v = noise(batch, heads, queries, width), noise(batch, heads, tokens, width), noise(batch, heads, tokens, width) + 1
+        q, k, v = (
+            noise(batch, heads, queries, width),
+            noise(batch, heads, tokens, width),
+            noise(batch, heads, tokens, width) + 1,
+        )
         return Case(
             f"{heads} heads of {width}, {queries} queries, {tokens} tokens, {features} features",
             (q, k, v, noise(heads, tokens, features)),

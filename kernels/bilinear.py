@@ -17,7 +17,9 @@ def resize(x: Tensor, side: int) -> Tensor:
 
 @jit
 def neighbours(place, length, side):
-    """The two cells of an axis of `length` that `place` of its resize to `side` lies between, and the share of the second."""
+    """The two cells of an axis of `length` that `place` of its resize to `side` lies between, and the share of the
+    second.
+    """
     source = tl.maximum((place + 0.5) * (length * 1.0 / side) - 0.5, 0.0)
     first = tl.minimum(source.to(tl.int64), length - 1)
     return first, tl.minimum(first + 1, length - 1), source - first.to(tl.float32)

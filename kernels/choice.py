@@ -1,7 +1,7 @@
 """Which form of each operation the fast engine runs on a device.
 
-The choice is a table and no measurement at load: two ranks, or a run and its resumption, must not round differently because one of them
-was busy. Rows for a GPU are written down from what `python -m bench kernels --tune` measured there.
+The choice is a table and no measurement at load: two ranks, or a run and its resumption, must not round differently
+because one of them was busy. Rows for a GPU are written down from what `python -m bench kernels --tune` measured there.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ from datasetdm_fast.kernels import OPS, compiled, fused
 from datasetdm_fast.kernels.launch import triton
 from datasetdm_fast.models.plain import PLAIN
 
-# Device name -> operation -> form. PyTorch's own attention is tuned for every GPU it knows, so it stays until a measured row says otherwise.
+# Device name -> operation -> form. PyTorch's own attention is tuned for every GPU it knows, so it stays until a
+# measured row says otherwise.
 FORMS: dict[str, dict[str, str]] = {
     "cpu": {"attention": "compiled", "geglu": "compiled", "group_norm_silu": "compiled", "layer_norm": "compiled"},
     "untuned": {"attention_capture": "fused", "geglu": "fused", "group_norm_silu": "fused", "layer_norm": "fused"},
 }
-BUDGETS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # relative L2 of a kernel's probe against fp32
+BUDGETS = {
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
+}  # relative L2 of a kernel's probe against fp32
 
 
 def operations(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
-    """The operations of the lean models for `device`; a kernel that fails its probe there gives way to the plain form, with a warning."""
+    """The operations of the lean models for `device`; a kernel that fails its probe there gives way to the plain form,
+    with a warning.
+    """
     if device.type == "cpu":
         chosen = FORMS["cpu"]
     elif triton is None:
@@ -44,14 +51,18 @@ def is_sound(name: str, form, device: torch.device, dtype: torch.dtype) -> bool:
     truth = _tensors(OPS[name].reference(*_on(inputs, torch.device("cpu"), torch.float32)))
     try:
         found = _tensors(form(*_on(inputs, device, dtype)))
-        worst = max(float((one.float().cpu() - right).norm() / right.norm()) for one, right in zip(found, truth, strict=True))
+        worst = max(
+            float((one.float().cpu() - right).norm() / right.norm()) for one, right in zip(found, truth, strict=True)
+        )
     except Exception as error:  # whatever a compiler or driver throws: the plain form always runs
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     else:
         if worst <= BUDGETS[dtype]:
             return True
         said = f"relative error {worst:.1e}, expected at most {BUDGETS[dtype]:.0e}"
-    warnings.warn(f"kernel {name} does not work on {device} ({said}); the plain form is used", RuntimeWarning, stacklevel=3)
+    warnings.warn(
+        f"kernel {name} does not work on {device} ({said}); the plain form is used", RuntimeWarning, stacklevel=3
+    )
     return False
 
 

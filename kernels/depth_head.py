@@ -18,7 +18,9 @@ SLICE = 256  # hidden channels whose products are held at once: 36 MiB per image
 CHUNK = 64  # hidden channels held at full size at once: 64 MiB per image of 512 pixels in fp32
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]) -> Tensor:
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
+) -> Tensor:
     """Depth logits [B, 1, H, W] of `x` [B, C, h, w], resized to each of `sides` in turn before the convolutions."""
     for side in sides:
         x = resize(x, side)
@@ -27,22 +29,30 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last
 
 def resize_matrix(start: int, sides: Sequence[int], like: Tensor) -> Tensor:
     """The resizes along one axis as a matrix [H, h], with the dtype and device of `like`."""
-    rows = torch.eye(start, dtype=like.dtype, device=like.device)[None]  # [1, h, h]: row i is what cell i gives to each place
+    rows = torch.eye(start, dtype=like.dtype, device=like.device)[
+        None
+    ]  # [1, h, h]: row i is what cell i gives to each place
     for side in sides:
         rows = F.interpolate(rows, size=side, mode="linear", align_corners=False)
     return rows[0].T
 
 
 def shifted(matrix: Tensor) -> Tensor:
-    """Row y of the three matrices [3, H, h] is row y - 1, y, y + 1 of `matrix`, zero beyond the border as the convolution pads."""
+    """Row y of the three matrices [3, H, h] is row y - 1, y, y + 1 of `matrix`, zero beyond the border as the
+    convolution pads.
+    """
     padded = F.pad(matrix, (0, 0, 1, 1))
     return torch.stack([padded[tap : tap + len(matrix)] for tap in range(3)])
 
 
-def low_resolution(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]) -> Tensor:
-    """The same logits from nine products at the resolution of `x`, each resized, shifted and added: about 30 times less arithmetic.
+def low_resolution(
+    x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
+) -> Tensor:
+    """The same logits from nine products at the resolution of `x`, each resized, shifted and added: about 30 times less
+    arithmetic.
 
-    The resize is linear along space and the taps are linear along channels, so they commute; the shifts go into the resize matrices.
+    The resize is linear along space and the taps are linear along channels, so they commute; the shifts go into the
+    resize matrices.
     """
     side = x.shape[-1]
     matrices = shifted(resize_matrix(side, sides, x))
@@ -59,15 +69,23 @@ def low_resolution(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor,
     return answer
 
 
-def compiled(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]) -> Tensor:
-    """The same logits on a CPU, for inference: the nine products are matrix products, and csrc/depth_head.cpp adds them up without the wide map.
+def compiled(
+    x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
+) -> Tensor:
+    """The same logits on a CPU, for inference: the nine products are matrix products, and csrc/depth_head.cpp adds them
+    up without the wide map.
 
     Products in fp64 are added in fp64, all others in fp32.
     """
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, weight, bias, last_weight, last_bias)):
-        raise RuntimeError("depth_head: the compiled form has no backward; run under torch.no_grad(), or train with low_resolution")
+        raise RuntimeError(
+            "depth_head: the compiled form has no backward; run under torch.no_grad(), or train with low_resolution"
+        )
     if x.device.type != "cpu":
-        raise ValueError(f"depth_head: the compiled form got a tensor on {x.device}, expected one on the CPU; use the fused form there")
+        raise ValueError(
+            f"depth_head: the compiled form got a tensor on {x.device}, expected one on the CPU; use the fused form "
+            "there"
+        )
     for side in sides[:-2]:
         x = resize(x, side)
     batch, _, side, _ = x.shape
@@ -124,13 +142,17 @@ def _depth_head_kernel(
                 for step in range(SPAN):
                     source = tl.minimum(first + step, height - 1)
                     is_source = first + step < height
-                    share = tl.load(down_ptr + (row_tap * pixel_height + row) * height + source, mask=is_source, other=0.0)
+                    share = tl.load(
+                        down_ptr + (row_tap * pixel_height + row) * height + source, mask=is_source, other=0.0
+                    )
                     x = tl.load(taps_ptr + (tap + source)[:, None] * width + cell[None, :], mask=inside, other=0.0)
                     narrow += share * x.to(tl.float32)
             place = (column_tap * width + cell)[:, None] * pixel_width + pixel[None, :]
             across = tl.load(across_ptr + place, mask=is_cell[:, None] & is_pixel[None, :], other=0.0)
             wide = tl.dot(narrow.to(across.dtype), across, wide, input_precision=PRECISION)
-        last = tl.load(last_ptr + channel[None, :] * 9 + plane[:, None], mask=is_channel[None, :] & is_plane[:, None], other=0.0)
+        last = tl.load(
+            last_ptr + channel[None, :] * 9 + plane[:, None], mask=is_channel[None, :] & is_plane[:, None], other=0.0
+        )
         planes = tl.dot(last, tl.maximum(wide, 0.0).to(last.dtype), planes, input_precision=PRECISION)
     place = ((image * 9 + plane)[:, None] * pixel_height + row) * pixel_width + pixel[None, :]
     tl.store(planes_ptr + place, planes, mask=is_plane[:, None] & is_pixel[None, :])
@@ -159,8 +181,12 @@ def _depth_head_sum_kernel(
 
 
 @cache
-def resize_tables(height: int, width: int, sides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The resizes as the kernel reads them: of rows [3, H, h], the first row each reads [3, H], of columns [3, w, W], and the most rows read."""
+def resize_tables(
+    height: int, width: int, sides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The resizes as the kernel reads them: of rows [3, H, h], the first row each reads [3, H], of columns [3, w, W],
+    and the most rows read.
+    """
     down = shifted(resize_matrix(height, sides, torch.empty(0)))
     across = shifted(resize_matrix(width, sides, torch.empty(0))).transpose(1, 2).contiguous()
     is_read = down > 0
@@ -170,22 +196,50 @@ def resize_tables(height: int, width: int, sides: tuple[int, ...], dtype: torch.
     return down.to(device), first.int().to(device), across.to(device, dtype), span
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]) -> Tensor:
-    """What `reference` says: nine products at the resolution of `x`, then resizes, bias, ReLU and both convolutions' taps, the wide map never stored."""
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
+) -> Tensor:
+    """What `reference` says: nine products at the resolution of `x`, then resizes, bias, ReLU and both convolutions'
+    taps, the wide map never stored.
+    """
     channels, hidden = x.shape[1], len(weight)
-    if weight.shape != (hidden, channels, 3, 3) or last_weight.shape != (1, hidden, 3, 3) or bias.shape != (hidden,) or last_bias.shape != (1,):
+    if (
+        weight.shape != (hidden, channels, 3, 3)
+        or last_weight.shape != (1, hidden, 3, 3)
+        or bias.shape != (hidden,)
+        or last_bias.shape != (1,)
+    ):
         shapes = [list(each.shape) for each in (weight, bias, last_weight, last_bias)]
-        raise ValueError(f"depth_head: {shapes} are not the weights and biases of two 3x3 convolutions from {channels} channels to 1")
+        raise ValueError(
+            f"depth_head: {shapes} are not the weights and biases of two 3x3 convolutions from {channels} channels to 1"
+        )
     if not is_served("depth_head", x, weight, bias, last_weight, last_bias):
         return reference(x, weight, bias, last_weight, last_bias, sides)
     (batch, _, height, width), side, sizes = x.shape, sides[-1], blocks("depth_head", x)
     down, first, across, span = resize_tables(height, width, tuple(sides), x.dtype, x.device)
-    taps = torch.matmul(weight.permute(0, 2, 3, 1).reshape(9 * hidden, channels), x.reshape(batch, channels, height * width))
+    taps = torch.matmul(
+        weight.permute(0, 2, 3, 1).reshape(9 * hidden, channels), x.reshape(batch, channels, height * width)
+    )
     planes = torch.empty((batch, 9, side, side), dtype=torch.float32, device=x.device)
     out = x.new_empty((batch, 1, side, side))
     last = last_weight.reshape(hidden, 9)
     _depth_head_kernel[ceil_divide(side, sizes["BLOCK_X"]), side, batch](
-        taps, down, first, across, bias, last, planes, hidden, height, width, side, side, SPAN=span, PRECISION=PRECISION, BLOCK_W=padded(width), **sizes
+        taps,
+        down,
+        first,
+        across,
+        bias,
+        last,
+        planes,
+        hidden,
+        height,
+        width,
+        side,
+        side,
+        SPAN=span,
+        PRECISION=PRECISION,
+        BLOCK_W=padded(width),
+        **sizes,
     )
     sizes = blocks("depth_head sum", x)
     _depth_head_sum_kernel[ceil_divide(side * side, sizes["BLOCK"]), batch](planes, last_bias, out, side, side, **sizes)

@@ -55,7 +55,9 @@ def fused(x: Tensor) -> Tensor:
     x, channels = x.contiguous(), x.shape[-1] // 2
     rows, sizes = x.numel() // (2 * channels), blocks("geglu", x)
     out = x.new_empty((*x.shape[:-1], channels))
-    _geglu_kernel[ceil_divide(rows, sizes["BLOCK_S"]), ceil_divide(channels, sizes["BLOCK_C"])](x, out, rows, channels, **sizes)
+    _geglu_kernel[ceil_divide(rows, sizes["BLOCK_S"]), ceil_divide(channels, sizes["BLOCK_C"])](
+        x, out, rows, channels, **sizes
+    )
     return out
 
 

@@ -12,17 +12,31 @@ from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, p
 from datasetdm_fast.kernels.native import STORAGES, is_native, threads
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True) -> Tensor:
-    """SiLU of the normalised `x` [B, C, h, w], after `shift` [B, C] was added; without SiLU where the norm stands alone."""
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True
+) -> Tensor:
+    """SiLU of the normalised `x` [B, C, h, w], after `shift` [B, C] was added; without SiLU where the norm stands
+    alone.
+    """
     if shift is not None:
         x = x + shift[:, :, None, None]
     x = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(x) if has_silu else x
 
 
-def compiled(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True) -> Tensor:
-    """The same on a CPU over a channels-last image, from csrc/network_ops.cpp: statistics, norm and SiLU without a map between."""
-    if shift is not None or x.ndim != 4 or not is_native(weight, bias) or not is_native(x.permute(0, 2, 3, 1)) or x.dtype != weight.dtype:
+def compiled(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True
+) -> Tensor:
+    """The same on a CPU over a channels-last image, from csrc/network_ops.cpp: statistics, norm and SiLU without a map
+    between.
+    """
+    if (
+        shift is not None
+        or x.ndim != 4
+        or not is_native(weight, bias)
+        or not is_native(x.permute(0, 2, 3, 1))
+        or x.dtype != weight.dtype
+    ):
         return reference(x, weight, bias, groups, eps, shift, has_silu)
     x = x.contiguous(memory_format=torch.channels_last)
     out, (batch, channels, height, width) = torch.empty_like(x, memory_format=torch.channels_last), x.shape
@@ -145,13 +159,17 @@ def _group_norm_silu_kernel(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True) -> Tensor:
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True
+) -> Tensor:
     """What `reference` says; both layouts are served, channels-last is the fast one."""
     batch, channels, height, width = x.shape
     if channels % groups:
         raise ValueError(f"group_norm_silu: {channels} channels do not divide into {groups} groups")
     if weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(f"group_norm_silu: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit {channels} channels")
+        raise ValueError(
+            f"group_norm_silu: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit {channels} channels"
+        )
     if shift is not None and (shift.shape != (batch, channels) or shift.stride(1) != 1):
         raise ValueError(f"group_norm_silu: shift {list(shift.shape)} is not a contiguous [{batch}, {channels}]")
     if not is_served("group_norm_silu", x, weight, bias, *([] if shift is None else [shift])):
@@ -181,7 +199,9 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shif
         **blocks("group_norm_silu combine", x),
     )
     out_strides = plane_strides("group_norm_silu", out)
-    _group_norm_silu_kernel[grid](x, centre, scale, bias, out, channels, cells, *strides, *out_strides, HAS_SILU=has_silu, **sizes)
+    _group_norm_silu_kernel[grid](
+        x, centre, scale, bias, out, channels, cells, *strides, *out_strides, HAS_SILU=has_silu, **sizes
+    )
     return out
 
 

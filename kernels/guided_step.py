@@ -15,7 +15,8 @@ FIXED = 5  # coefficients before those of the earlier entries
 def reference(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
     """The next latents and this call's entry [2, B, C, h, w] from the UNet's `output` [2B, C, h, w].
 
-    `history` [M, B, C, h, w] holds earlier entries, newest first; one of weight zero is not read. `numbers` [5 + M] fp32 are `coefficients`.
+    `history` [M, B, C, h, w] holds earlier entries, newest first; one of weight zero is not read. `numbers` [5 + M]
+    fp32 are `coefficients`.
     """
     exact = torch.promote_types(latents.dtype, torch.float32)
     numbers = numbers.to(exact)
@@ -33,7 +34,10 @@ def compiled(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) 
         return reference(output, latents, history, numbers)
     size, slots = latents.numel(), len(history)
     if latents.is_cuda:
-        following, parts = latents.new_empty((2, *latents.shape)), [x.contiguous() for x in (output, latents, history, numbers)]
+        following, parts = (
+            latents.new_empty((2, *latents.shape)),
+            [x.contiguous() for x in (output, latents, history, numbers)],
+        )
         (output, latents, history, numbers), is_bfloat = parts, output.dtype == torch.bfloat16
         stream = torch.cuda.current_stream(latents.device).cuda_stream
         places = latents.data_ptr(), history.data_ptr() if slots else 0, slots, numbers.data_ptr(), following.data_ptr()
@@ -71,7 +75,9 @@ def _guided_step_kernel(
     earlier_place = place
     for slot in tl.static_range(SLOTS):
         weight = tl.load(numbers_ptr + 5 + slot).to(tl.float32)
-        end = tl.where(weight == 0.0, 0, size)  # of an entry of weight zero nothing is read: nothing may have been written
+        end = tl.where(
+            weight == 0.0, 0, size
+        )  # of an entry of weight zero nothing is read: nothing may have been written
         earlier = tl.load(history_ptr + earlier_place, mask=place < end, other=0.0)
         answer += weight * earlier.to(tl.float32)
         earlier_place = earlier_place + size
@@ -84,12 +90,17 @@ def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> 
     if output.shape != (2 * len(latents), *latents.shape[1:]):
         raise ValueError(f"guided_step: output {list(output.shape)} is not twice the latents {list(latents.shape)}")
     if history.shape[1:] != latents.shape or numbers.shape != (FIXED + len(history),):
-        raise ValueError(f"guided_step: history {list(history.shape)} and {len(numbers)} numbers do not fit latents {list(latents.shape)}")
+        raise ValueError(
+            f"guided_step: history {list(history.shape)} and {len(numbers)} numbers do not fit latents "
+            f"{list(latents.shape)}"
+        )
     if not is_served("guided_step", output, latents, history, numbers):
         return reference(output, latents, history, numbers)
     out, sizes = latents.new_empty((2, *latents.shape)), blocks("guided_step", latents)
     parts = output.contiguous(), latents.contiguous(), history.contiguous(), numbers
-    _guided_step_kernel[(ceil_divide(latents.numel(), sizes["BLOCK"]),)](*parts, out, latents.numel(), SLOTS=len(history), **sizes)
+    _guided_step_kernel[(ceil_divide(latents.numel(), sizes["BLOCK"]),)](
+        *parts, out, latents.numel(), SLOTS=len(history), **sizes
+    )
     return out
 
 
@@ -103,7 +114,15 @@ def cases() -> list[Case]:
 
     return [
         Case("smallest, no memory: DDIM", step(1, 1, (-0.3,)), (2, 1, 4, 1, 1)),
-        Case("odd side, an earlier entry, a clean sample: DPM-Solver++", step(3, 5, (0.8, -0.2), 0.4, (1.1, -0.3)), (2, 3, 4, 5, 5)),
-        Case("second call of PLMS: slots that nothing was written to", step(2, 9, (-0.5, -0.5, 0.0, 0.0), unread=(1, 2)), (2, 2, 4, 9, 9)),
+        Case(
+            "odd side, an earlier entry, a clean sample: DPM-Solver++",
+            step(3, 5, (0.8, -0.2), 0.4, (1.1, -0.3)),
+            (2, 3, 4, 5, 5),
+        ),
+        Case(
+            "second call of PLMS: slots that nothing was written to",
+            step(2, 9, (-0.5, -0.5, 0.0, 0.0), unread=(1, 2)),
+            (2, 2, 4, 9, 9),
+        ),
         Case("PLMS at 512 pixels", step(2, 64, (-0.12, 0.13, -0.08, 0.02)), (2, 2, 4, 64, 64)),
     ]

@@ -78,6 +78,10 @@ def cases() -> list[Case]:
         Case("smallest: a plane that varies", (noise(1, 1, 2, 2),), (1, 1, 2, 2)),
         Case("constant planes have no variance to divide by", (torch.full((2, 3, 4, 4), 5.0),), (2, 3, 4, 4)),
         Case("ragged planes, far from zero", (noise(3, 17, 5, 5) + 100,), (3, 17, 5, 5)),
-        Case("channels last, as the convolutions leave it", (noise(2, 33, 9, 13).contiguous(memory_format=torch.channels_last),), (2, 33, 9, 13)),
+        Case(
+            "channels last, as the convolutions leave it",
+            (noise(2, 33, 9, 13).contiguous(memory_format=torch.channels_last),),
+            (2, 33, 9, 13),
+        ),
         Case("planes of upstream's highest mix", (noise(1, 24, 64, 64),), (1, 24, 64, 64)),
     ]

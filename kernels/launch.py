@@ -22,7 +22,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton decides at decoration, that is when the kernel files are imported.
 IS_INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
-# Three passes of the tensor cores keep fp32 products exact to about 2^-21; a single one would round the factors to 10 bits.
+# Three passes of the tensor cores keep fp32 products exact to about 2^-21; a single one would round the factors to 10
+# bits.
 PRECISION = "tf32x3"
 
 
@@ -42,7 +43,10 @@ def is_served(op: str, *tensors: Tensor) -> bool:
     if tensors[0].device.type == "cpu" and not IS_INTERPRETED:
         return False
     if triton is None:
-        raise Missing(f"{op}: Triton is not installed, the kernels for {tensors[0].device} need it", "pip install 'datasetdm-fast[triton]'")
+        raise Missing(
+            f"{op}: Triton is not installed, the kernels for {tensors[0].device} need it",
+            "pip install 'datasetdm-fast[triton]'",
+        )
     for x in tensors:
         if x.dtype not in DTYPES:
             raise ValueError(f"{op}: {x.dtype} has no kernel, use one of {', '.join(map(str, DTYPES))}")
@@ -63,7 +67,9 @@ def plane_strides(op: str, x: Tensor) -> tuple[int, int, int]:
     height, width = x.shape[2:]
     cell = x.stride(3) if width > 1 else x.stride(2)
     if height > 1 and width > 1 and x.stride(2) != width * cell:
-        raise ValueError(f"{op}: rows of strides {x.stride()} do not follow each other, pass a contiguous or channels-last tensor")
+        raise ValueError(
+            f"{op}: rows of strides {x.stride()} do not follow each other, pass a contiguous or channels-last tensor"
+        )
     return x.stride(0), x.stride(1), cell
 
 
@@ -87,7 +93,8 @@ def _both(name: str, row: dict[str, int]) -> dict[tuple[str, int], dict[str, int
     return {(name, 16): row, (name, 32): row}
 
 
-# Device name -> (kernel, bits of the storage type) -> sizes. A row that was measured stands under the name of the device it was measured on.
+# Device name -> (kernel, bits of the storage type) -> sizes. A row that was measured stands under the name of the
+# device it was measured on.
 TABLE: dict[str, dict[tuple[str, int], dict[str, int]]] = {
     "untuned": {
         **_both("group_norm_silu", _row(4, BLOCK_S=64, BLOCK_C=64)),

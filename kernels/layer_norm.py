@@ -26,7 +26,17 @@ def compiled(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     channels = len(weight)
-    _C.layer_norm(STORAGES[x.dtype], x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), x.numel() // channels, channels, eps, threads(x))
+    _C.layer_norm(
+        STORAGES[x.dtype],
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        out.data_ptr(),
+        x.numel() // channels,
+        channels,
+        eps,
+        threads(x),
+    )
     return out
 
 
@@ -60,14 +70,18 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """What `reference` says."""
     channels = x.shape[-1]
     if weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(f"layer_norm: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit rows of {channels}")
+        raise ValueError(
+            f"layer_norm: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit rows of {channels}"
+        )
     if not is_served("layer_norm", x, weight, bias):
         return reference(x, weight, bias, eps)
     if channels > WIDEST:
         raise ValueError(f"layer_norm: rows of {channels} do not fit into registers, at most {WIDEST} do")
     x = x.contiguous()
     rows, sizes, out = x.numel() // channels, blocks("layer_norm", x), torch.empty_like(x)
-    _layer_norm_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](x, weight, bias, out, rows, channels, eps, BLOCK_C=padded(channels, 1), **sizes)
+    _layer_norm_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
+        x, weight, bias, out, rows, channels, eps, BLOCK_C=padded(channels, 1), **sizes
+    )
     return out
 
 

@@ -1,4 +1,6 @@
-"""Masks of every query: its embedding times the mask features, resized; as logits, or as the cells its attention is to leave out."""
+"""Masks of every query: its embedding times the mask features, resized; as logits, or as the cells its attention is to
+leave out.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,12 @@ from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_ser
 
 
 def reference(queries: Tensor, features: Tensor, side: int, is_blocking: bool = False) -> Tensor:
-    """Logits [B, N, side, side] of `queries` [B, N, D] on `features` [B, D, h, w]; or, if `is_blocking`, whether a cell is outside the mask."""
+    """Logits [B, N, side, side] of `queries` [B, N, D] on `features` [B, D, h, w]; or, if `is_blocking`, whether a cell
+    is outside the mask.
+    """
     logits = resize(torch.einsum("bnd,bdhw->bnhw", queries, features), side)
-    # Against the sigmoid, not the sign of the logit: just below zero the sigmoid rounds to one half, which upstream lets through.
+    # Against the sigmoid, not the sign of the logit: just below zero the sigmoid rounds to one half, which upstream
+    # lets through.
     return logits.sigmoid() < 0.5 if is_blocking else logits
 
 
@@ -49,7 +54,8 @@ def _mask_head_kernel(
     row, column = cell // side, cell % side
     queries_ptr += image * queries_stride_image + query[:, None] * queries_stride_query
     features_ptr += image * features_stride_image
-    # The resize and the product act on different axes, so the few cells that are asked for are resized before they are multiplied.
+    # The resize and the product act on different axes, so the few cells that are asked for are resized before they are
+    # multiplied.
     if IS_RESIZED:
         top, bottom, down = neighbours(row, features_height, side)
         left, right, across = neighbours(column, features_width, side)
@@ -58,17 +64,31 @@ def _mask_head_kernel(
         channel = start + lane
         is_channel = channel < width
         inside = is_channel[:, None] & is_cell[None, :]
-        queries = tl.load(queries_ptr + channel[None, :] * queries_stride_width, mask=is_query[:, None] & is_channel[None, :], other=0.0)
+        queries = tl.load(
+            queries_ptr + channel[None, :] * queries_stride_width,
+            mask=is_query[:, None] & is_channel[None, :],
+            other=0.0,
+        )
         plane = features_ptr + channel[:, None] * features_stride_width
         if IS_RESIZED:
-            a = tl.load(plane + (top * features_stride_row + left * features_stride_column)[None, :], mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(plane + (top * features_stride_row + right * features_stride_column)[None, :], mask=inside, other=0.0).to(tl.float32)
-            c = tl.load(plane + (bottom * features_stride_row + left * features_stride_column)[None, :], mask=inside, other=0.0).to(tl.float32)
-            d = tl.load(plane + (bottom * features_stride_row + right * features_stride_column)[None, :], mask=inside, other=0.0).to(tl.float32)
+            a = tl.load(
+                plane + (top * features_stride_row + left * features_stride_column)[None, :], mask=inside, other=0.0
+            ).to(tl.float32)
+            b = tl.load(
+                plane + (top * features_stride_row + right * features_stride_column)[None, :], mask=inside, other=0.0
+            ).to(tl.float32)
+            c = tl.load(
+                plane + (bottom * features_stride_row + left * features_stride_column)[None, :], mask=inside, other=0.0
+            ).to(tl.float32)
+            d = tl.load(
+                plane + (bottom * features_stride_row + right * features_stride_column)[None, :], mask=inside, other=0.0
+            ).to(tl.float32)
             upper, lower = a + across[None, :] * (b - a), c + across[None, :] * (d - c)
             features = (upper + down[None, :] * (lower - upper)).to(queries.dtype)
         else:
-            features = tl.load(plane + (row * features_stride_row + column * features_stride_column)[None, :], mask=inside, other=0.0)
+            features = tl.load(
+                plane + (row * features_stride_row + column * features_stride_column)[None, :], mask=inside, other=0.0
+            )
         logits = tl.dot(queries, features, logits, input_precision=PRECISION)
     place = (image * count + query)[:, None] * side * side + cell[None, :]
     if IS_BLOCKING:
@@ -78,8 +98,15 @@ def _mask_head_kernel(
 
 def fused(queries: Tensor, features: Tensor, side: int, is_blocking: bool = False) -> Tensor:
     """What `reference` says."""
-    if queries.ndim != 3 or features.ndim != 4 or queries.shape[0] != features.shape[0] or queries.shape[2] != features.shape[1]:
-        raise ValueError(f"mask_head: queries {list(queries.shape)} and features {list(features.shape)} do not belong together")
+    if (
+        queries.ndim != 3
+        or features.ndim != 4
+        or queries.shape[0] != features.shape[0]
+        or queries.shape[2] != features.shape[1]
+    ):
+        raise ValueError(
+            f"mask_head: queries {list(queries.shape)} and features {list(features.shape)} do not belong together"
+        )
     if queries.dtype != features.dtype:
         raise ValueError(f"mask_head: queries are {queries.dtype} and features {features.dtype}, expected one dtype")
     if not is_served("mask_head", queries, features):
@@ -111,5 +138,9 @@ def cases() -> list[Case]:
         Case("as it lies, odd widths", (noise(3, 5, 13), noise(3, 13, 7, 7), 7), (3, 5, 7, 7)),
         Case("down to a memory level of a 128-pixel image", (noise(2, 20, 64), noise(2, 64, 40, 40), 5), (2, 20, 5, 5)),
         Case("cells left out, as it lies", (noise(2, 7, 19), noise(2, 19, 6, 6), 6, True), (2, 7, 6, 6)),
-        Case("upstream's first memory level, cells left out", (noise(1, 100, 256), noise(1, 256, 160, 160), 20, True), (1, 100, 20, 20)),
+        Case(
+            "upstream's first memory level, cells left out",
+            (noise(1, 100, 256), noise(1, 256, 160, 160), 20, True),
+            (1, 100, 20, 20),
+        ),
     ]

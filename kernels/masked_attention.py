@@ -13,7 +13,9 @@ LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instru
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v [B, heads, N, d]; `blocked` [B, N, S] is shared by the heads, and a query that blocked every cell sees all."""
+    """softmax(q k^T / sqrt(d)) v [B, heads, N, d]; `blocked` [B, N, S] is shared by the heads, and a query that blocked
+    every cell sees all.
+    """
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
     if blocked is not None:
         blocked = blocked & ~blocked.all(-1, keepdim=True)
@@ -81,8 +83,16 @@ def _masked_attention_kernel(
         for part in range(0, width, BLOCK_D):
             row = part + lane
             is_row = row < width
-            q = tl.load(q_ptr + query[:, None] * q_stride_query + row[None, :] * q_stride_width, mask=is_query[:, None] & is_row[None, :], other=0.0)
-            k = tl.load(k_ptr + cell[None, :] * k_stride_cell + row[:, None] * k_stride_width, mask=is_cell[None, :] & is_row[:, None], other=0.0)
+            q = tl.load(
+                q_ptr + query[:, None] * q_stride_query + row[None, :] * q_stride_width,
+                mask=is_query[:, None] & is_row[None, :],
+                other=0.0,
+            )
+            k = tl.load(
+                k_ptr + cell[None, :] * k_stride_cell + row[:, None] * k_stride_width,
+                mask=is_cell[None, :] & is_row[:, None],
+                other=0.0,
+            )
             scores = tl.dot(q, k, scores, input_precision=PRECISION)
         scores *= scale
         is_open = is_cell[None, :]
@@ -96,10 +106,18 @@ def _masked_attention_kernel(
         weights = tl.exp2(scores - ground[:, None])
         total = total * fade + tl.sum(weights, 1)
         highest = higher
-        v = tl.load(v_ptr + cell[:, None] * v_stride_cell + column[None, :] * v_stride_width, mask=is_cell[:, None] & is_column[None, :], other=0.0)
+        v = tl.load(
+            v_ptr + cell[:, None] * v_stride_cell + column[None, :] * v_stride_width,
+            mask=is_cell[:, None] & is_column[None, :],
+            other=0.0,
+        )
         answer = tl.dot(weights.to(v.dtype), v, answer * fade[:, None], input_precision=PRECISION)
     answer = (answer / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + query[:, None] * out_stride_query + column[None, :] * out_stride_width, answer, mask=is_query[:, None] & is_column[None, :])
+    tl.store(
+        out_ptr + query[:, None] * out_stride_query + column[None, :] * out_stride_width,
+        answer,
+        mask=is_query[:, None] & is_column[None, :],
+    )
 
 
 def check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -118,13 +136,20 @@ def fused(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None) -> Ten
     """What `reference` says, lying in memory as [B, N, heads, d]."""
     check("masked_attention", q, k, v)
     (batch, heads, queries, width), cells = q.shape, k.shape[2]
-    if blocked is not None and (blocked.shape != (batch, queries, cells) or blocked.dtype != torch.bool or blocked.device != q.device):
-        raise ValueError(f"masked_attention: blocked is {blocked.dtype} {list(blocked.shape)} on {blocked.device}, expected bools {[batch, queries, cells]}")
+    if blocked is not None and (
+        blocked.shape != (batch, queries, cells) or blocked.dtype != torch.bool or blocked.device != q.device
+    ):
+        raise ValueError(
+            f"masked_attention: blocked is {blocked.dtype} {list(blocked.shape)} on {blocked.device}, expected bools "
+            f"{[batch, queries, cells]}"
+        )
     if not is_served("masked_attention", q, k, v):
         return reference(q, k, v, blocked)
     sizes = blocks("masked_attention", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
-    _masked_attention_kernel[ceil_divide(queries, sizes["BLOCK_N"]), batch * heads, ceil_divide(width, sizes["BLOCK_D"])](
+    _masked_attention_kernel[
+        ceil_divide(queries, sizes["BLOCK_N"]), batch * heads, ceil_divide(width, sizes["BLOCK_D"])
+    ](
         q,
         k,
         v,
@@ -147,7 +172,11 @@ def fused(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None) -> Ten
 
 def cases() -> list[Case]:
     def attention(batch, heads, queries, cells, width, share=None):
-        q, k, v = noise(batch, heads, queries, width), noise(batch, heads, cells, width), noise(batch, heads, cells, width) + 1
+        q, k, v = (
+            noise(batch, heads, queries, width),
+            noise(batch, heads, cells, width),
+            noise(batch, heads, cells, width) + 1,
+        )
         return q, k, v, None if share is None else torch.sigmoid(noise(batch, queries, cells)) < share
 
     def all_blocked():

@@ -10,7 +10,9 @@ SHARED = 2**18  # elements from which a call is worth a second thread
 
 
 def is_native(*tensors: Tensor) -> bool:
-    """Whether csrc takes these tensors: on the CPU, of one storage it knows, dense along the last axis, and nobody wants gradients."""
+    """Whether csrc takes these tensors: on the CPU, of one storage it knows, dense along the last axis, and nobody
+    wants gradients.
+    """
     dtype = tensors[0].dtype
     if dtype not in STORAGES or torch.is_grad_enabled():
         return False

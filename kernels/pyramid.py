@@ -21,13 +21,17 @@ def planes(attention: Tensor) -> Tensor:
 
 
 def reference(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
-    """The projected level [B, F, side, side] of `features` [B, 2C, h, w] and `maps` [B, heads, S, T] under `weight` [F, channels, 1, 1]."""
+    """The projected level [B, F, side, side] of `features` [B, 2C, h, w] and `maps` [B, heads, S, T] under `weight` [F,
+    channels, 1, 1].
+    """
     tensors = [*features, *(planes(layer) for layer in maps)]
     return F.conv2d(torch.cat([resize(x, side) for x in tensors], 1), weight)
 
 
 def add_product(total: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """`total` [B, F, S] with `weight` [F, C] times `x` [B, C, S] added in place; narrow types are multiplied as they are and summed in fp32."""
+    """`total` [B, F, S] with `weight` [F, C] times `x` [B, C, S] added in place; narrow types are multiplied as they
+    are and summed in fp32.
+    """
     if total.dtype == x.dtype:
         return total.baddbmm_(weight.expand(len(x), *weight.shape), x)
     return total.add_(torch.matmul(weight, x))
@@ -43,7 +47,9 @@ def added_features(features: Sequence[Tensor], parts: Sequence[Tensor]) -> Tenso
 
 
 def projected(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
-    """The same level, each tensor projected where it lies and only the sum resized: both are linear and act on different axes."""
+    """The same level, each tensor projected where it lies and only the sum resized: both are linear and act on
+    different axes.
+    """
     widths = [x.shape[1] for x in features] + [layer.shape[1] * layer.shape[3] for layer in maps]
     parts = weight.flatten(1).split(widths, 1)
     total = added_features(features, parts)
@@ -53,8 +59,11 @@ def projected(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor
     return resize(total.to(weight.dtype).unflatten(2, features[0].shape[-2:]), side)
 
 
-def without_maps(features: Sequence[Tensor], attention: Sequence[tuple[Tensor, Tensor, Tensor]], weight: Tensor, side: int) -> tuple[Tensor, list[Tensor]]:
-    """The same level and the answers [B, heads, S, d] of its cross-attentions, whose maps exist one head at a time: P [V | W] for each.
+def without_maps(
+    features: Sequence[Tensor], attention: Sequence[tuple[Tensor, Tensor, Tensor]], weight: Tensor, side: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The same level and the answers [B, heads, S, d] of its cross-attentions, whose maps exist one head at a time: P
+    [V | W] for each.
 
     `attention` holds the queries [B, heads, S, d], keys and values [B, heads, T, d] of each layer.
     """
@@ -64,7 +73,9 @@ def without_maps(features: Sequence[Tensor], attention: Sequence[tuple[Tensor, T
     for (q, k, v), part in zip(attention, parts[len(features) :]):
         answer = torch.empty_like(q.transpose(2, 3), memory_format=torch.contiguous_format)
         for head, tokens in enumerate(part.split(k.shape[2], 1)):
-            scores = torch.matmul(k[:, head] * q.shape[-1] ** -0.5, q[:, head].transpose(1, 2))  # [B, T, S]: the map lies as the projection reads it
+            scores = torch.matmul(
+                k[:, head] * q.shape[-1] ** -0.5, q[:, head].transpose(1, 2)
+            )  # [B, T, S]: the map lies as the projection reads it
             attended = torch.softmax(scores, 1, dtype=total.dtype).to(v.dtype)
             answer[:, head] = torch.matmul(v[:, head].transpose(1, 2), attended)
             total = add_product(total, tokens, attended)
@@ -104,7 +115,9 @@ def _pyramid_kernel(
         for start in range(0, channels, BLOCK_C):
             channel = start + lane
             is_channel = channel < channels
-            x = tl.load(x_ptr + channel[None, :] * stride_channel, mask=is_cell[:, None] & is_channel[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + channel[None, :] * stride_channel, mask=is_cell[:, None] & is_channel[None, :], other=0.0
+            )
             weight = tl.load(weight_ptr + channel[:, None], mask=is_channel[:, None] & is_feature[None, :], other=0.0)
             total = tl.dot(x, weight, total, input_precision=PRECISION)
         x_ptr += stride_part
@@ -144,18 +157,24 @@ def _pyramid_resize_kernel(
 
 
 def fused(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
-    """What `reference` says, channels-last in memory: every tensor is read once, and only their sum, a few channels wide, is resized."""
+    """What `reference` says, channels-last in memory: every tensor is read once, and only their sum, a few channels
+    wide, is resized.
+    """
     check(features, maps, weight)
     if not is_served("pyramid", *features, *maps, weight):
         return reference(features, maps, weight, side)
-    tensors = [x.flatten(2)[:, None] for x in features] + [layer.transpose(2, 3) for layer in maps]  # [B, 1 or heads, C or T, S]
+    tensors = [x.flatten(2)[:, None] for x in features] + [
+        layer.transpose(2, 3) for layer in maps
+    ]  # [B, 1 or heads, C or T, S]
     flat, (height, width), sizes = weight.flatten(1).contiguous(), features[0].shape[2:], blocks("pyramid", weight)
     batch, wide, cells, start = len(features[0]), len(weight), height * width, 0
     total = torch.empty((batch, cells, wide), dtype=torch.float32, device=weight.device)
     grid = (ceil_divide(cells, sizes["BLOCK_S"]), ceil_divide(wide, sizes["BLOCK_F"]), batch)
     for x in tensors:
         (_, parts, channels, _), options = x.shape, {"IS_FIRST": start == 0, "PRECISION": PRECISION, **sizes}
-        _pyramid_kernel[grid](x, flat[:, start:], total, parts, channels, cells, wide, *x.stride(), flat.stride(0), **options)
+        _pyramid_kernel[grid](
+            x, flat[:, start:], total, parts, channels, cells, wide, *x.stride(), flat.stride(0), **options
+        )
         start += parts * channels
     out, sizes = weight.new_empty((batch, side, side, wide)), blocks("pyramid resize", weight)
     grid = (ceil_divide(side * side, sizes["BLOCK_S"]), ceil_divide(wide, sizes["BLOCK_F"]), batch)
@@ -167,13 +186,23 @@ def check(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor) ->
     """Refuses tensors that are not one level of one weight."""
     if not features:
         raise ValueError("pyramid: a level without features has no size")
-    cells, channels = features[0].shape[2] * features[0].shape[3], sum(x.shape[1] for x in features) + sum(x.shape[1] * x.shape[3] for x in maps)
-    if any(x.shape[0] != features[0].shape[0] or x.shape[2:] != features[0].shape[2:] for x in features) or any(x.shape[2] != cells for x in maps):
-        raise ValueError(f"pyramid: {[list(x.shape) for x in [*features, *maps]]} are not features and maps of one level")
+    cells, channels = (
+        features[0].shape[2] * features[0].shape[3],
+        sum(x.shape[1] for x in features) + sum(x.shape[1] * x.shape[3] for x in maps),
+    )
+    if any(x.shape[0] != features[0].shape[0] or x.shape[2:] != features[0].shape[2:] for x in features) or any(
+        x.shape[2] != cells for x in maps
+    ):
+        raise ValueError(
+            f"pyramid: {[list(x.shape) for x in [*features, *maps]]} are not features and maps of one level"
+        )
     if weight.shape[1:] != (channels, 1, 1):
         raise ValueError(f"pyramid: a weight {list(weight.shape)} does not fit {channels} channels")
     if any(x.dtype != weight.dtype for x in [*features, *maps]):
-        raise ValueError(f"pyramid: features and maps are {sorted({str(x.dtype) for x in [*features, *maps]})}, expected the weight's {weight.dtype}")
+        raise ValueError(
+            f"pyramid: features and maps are {sorted({str(x.dtype) for x in [*features, *maps]})}, expected the "
+            f"weight's {weight.dtype}"
+        )
 
 
 def cases() -> list[Case]:

@@ -1,4 +1,6 @@
-"""Settings every test needs before torch is imported, the skip of GPU tests where there is no GPU, and figures at the end."""
+"""Settings every test needs before torch is imported, the skip of GPU tests where there is no GPU, and figures at the
+end.
+"""
 
 import fcntl
 import os
@@ -26,7 +28,9 @@ GET_FLAGS, SET_FLAGS, UP = 0x8913, 0x8914, 1  # of a network device, <linux/sock
 
 
 def has_loopback() -> bool:
-    """Whether processes of this machine can talk to each other; in an empty network namespace the device is there, but down."""
+    """Whether processes of this machine can talk to each other; in an empty network namespace the device is there, but
+    down.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         request = struct.pack("16sh14x", b"lo", 0)
         try:

@@ -1,4 +1,5 @@
-"""A stand-in for the module tensorrt_rtx that runs plans on the CPU: the graph a plan names, by ONNX Runtime, over the addresses it is given.
+"""A stand-in for the module tensorrt_rtx that runs plans on the CPU: the graph a plan names, by ONNX Runtime, over the
+addresses it is given.
 
 It is as strict as the real one: shapes must lie in the chosen profile, every tensor needs its address before it runs.
 """
@@ -54,7 +55,9 @@ class ComputeCapability(enum.Enum):
 
 def plan_of(graph, order) -> bytes:
     """What this module takes for a plan."""
-    return json.dumps({"graph": str(graph), "profiles": order.facts()["profiles"], "capabilities": list(order.capabilities)}).encode()
+    return json.dumps(
+        {"graph": str(graph), "profiles": order.facts()["profiles"], "capabilities": list(order.capabilities)}
+    ).encode()
 
 
 class Runtime:
@@ -148,12 +151,20 @@ class Context:
         return all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
 
     def infer_shapes(self):
-        return [one.name for one in self.engine.inputs if not all(isinstance(size, int) for size in one.shape) and one.name not in self.shapes]
+        return [
+            one.name
+            for one in self.engine.inputs
+            if not all(isinstance(size, int) for size in one.shape) and one.name not in self.shapes
+        ]
 
     def get_tensor_shape(self, name):
         sizes = {}
         for one in self.engine.inputs:
-            sizes |= {axis: size for axis, size in zip(one.shape, self.shapes.get(one.name, one.shape)) if isinstance(axis, str)}
+            sizes |= {
+                axis: size
+                for axis, size in zip(one.shape, self.shapes.get(one.name, one.shape))
+                if isinstance(axis, str)
+            }
         sizes["2B"] = 2 * sizes["B"]
         return tuple(sizes.get(axis, axis) for axis in self.engine.tensors[name].shape)
 

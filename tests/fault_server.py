@@ -1,4 +1,5 @@
-"""A process with tests/fault_shim.c preloaded that forks a child for every run asked of it: a fault at any call costs milliseconds, not an interpreter.
+"""A process with tests/fault_shim.c preloaded that forks a child for every run asked of it: a fault at any call costs
+milliseconds, not an interpreter.
 
 As a module it starts that process; as a script it is that process.
 """
@@ -23,7 +24,11 @@ def build_shim(folder: Path) -> Path:
     """The compiled shim."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     library = folder / "fault_shim.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "fault_shim.c", "-ldl"], check=True, capture_output=True)
+    subprocess.run(
+        [compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "fault_shim.c", "-ldl"],
+        check=True,
+        capture_output=True,
+    )
     return library
 
 
@@ -31,9 +36,19 @@ class FaultServer:
     """Runs of the generate command, each with one fault, each in a process of its own."""
 
     def __init__(self, folder: Path):
-        environment = {**os.environ, "LD_PRELOAD": str(build_shim(folder)), "FAULT_SHIM": str(folder / "fault_shim.so"), "OPENBLAS_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": str(build_shim(folder)),
+            "FAULT_SHIM": str(folder / "fault_shim.so"),
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
+            [sys.executable, str(Path(__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=folder,
         )
 
     def run(
@@ -49,7 +64,8 @@ class FaultServer:
     ) -> dict:
         """How `generate` with these arguments ended: code, signal, stderr, and how many calls the fault could have met.
 
-        `seconds` sends it the signal after that long, SIGALRM ending it without a word; `record` is the file its calls are written to.
+        `seconds` sends it the signal after that long, SIGALRM ending it without a word; `record` is the file its calls
+        are written to.
         """
         asked = {
             "arguments": [*map(str, arguments), "--out", str(out)],
@@ -114,23 +130,25 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
     if asked["seconds"]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if asked["signal"] == signal.SIGALRM:
-            signal.setitimer(signal.ITIMER_REAL, asked["seconds"])  # not caught, so it ends the process as SIGKILL does, without a word
+            signal.setitimer(
+                signal.ITIMER_REAL, asked["seconds"]
+            )  # not caught, so it ends the process as SIGKILL does, without a word
         else:
             threading.Timer(asked["seconds"], os.kill, (os.getpid(), asked["signal"])).start()
     if asked["record"]:
         shim.fault_record(os.open(asked["record"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
         run = driver.run
 
-        def marking(job, *, made, **rest):
+        def marking(job, *, on_commit, **rest):
             total = 0
 
             def tell(count):
                 nonlocal total
                 total += count
                 shim.fault_mark(total)
-                made(count)
+                on_commit(count)
 
-            return run(job, made=tell, **rest)
+            return run(job, on_commit=tell, **rest)
 
         generate.run = marking
     shim.fault_arm(asked["folder"].encode(), asked["kind"], asked["at"], asked["lasting"])

@@ -19,7 +19,11 @@ COUNT = 3
 
 def views() -> list[world.View]:
     """Scenes with a person each."""
-    found = (view for view in (world.view(seed, SIDE) for seed in range(200)) if view.keypoints and len(np.unique(view.instance)) > 2)
+    found = (
+        view
+        for view in (world.view(seed, SIDE) for seed in range(200))
+        if view.keypoints and len(np.unique(view.instance)) > 2
+    )
     return [next(found) for _ in range(COUNT)]
 
 
@@ -48,17 +52,26 @@ def voc(root: Path, is_augmented: bool = False) -> None:
         if is_augmented:
             save(root / "SegmentationClassAug" / f"{name}.png", labels)
         else:
-            for folder, numbers in (("SegmentationClass", labels), ("SegmentationObject", np.where(labels == 255, 255, view.instance[:72]).astype(np.uint8))):
+            for folder, numbers in (
+                ("SegmentationClass", labels),
+                ("SegmentationObject", np.where(labels == 255, 255, view.instance[:72]).astype(np.uint8)),
+            ):
                 picture = Image.fromarray(numbers, "L").convert("P")
                 picture.putdata(numbers.ravel().tolist())
                 picture.putpalette([value for n in range(256) for value in (n, 255 - n, n // 2)])
                 (root / folder).mkdir(parents=True, exist_ok=True)
                 picture.save(root / folder / f"{name}.png")
             things = "".join(f"<object><name>{voc_name(kind)}</name></object>" for _, kind, _ in things_of(view))
-            text(root / "Annotations" / f"{name}.xml", f"<annotation><size><width>{SIDE}</width><height>72</height></size>{things}</annotation>")
+            text(
+                root / "Annotations" / f"{name}.xml",
+                f"<annotation><size><width>{SIDE}</width><height>72</height></size>{things}</annotation>",
+            )
     names = [f"2007_{k:06d}" for k in range(COUNT)]
     if is_augmented:
-        text(root / "splits" / "train_aug.txt", "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names))
+        text(
+            root / "splits" / "train_aug.txt",
+            "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names),
+        )
     else:
         for split in ("train", "val"):
             text(root / "ImageSets" / "Segmentation" / f"{split}.txt", "\n".join(names) + "\n")
@@ -79,7 +92,15 @@ def coco(root: Path, split: str = "train2017") -> None:
     for k, view in enumerate(views()):
         name = f"{k + 1:012d}.jpg"
         save(root / split / name, view.image[:, :80], quality=95)
-        images.append({"id": k + 1, "file_name": name, "width": 80, "height": SIDE, "coco_url": f"http://images.cocodataset.org/{split}/{name}"})
+        images.append(
+            {
+                "id": k + 1,
+                "file_name": name,
+                "width": 80,
+                "height": SIDE,
+                "coco_url": f"http://images.cocodataset.org/{split}/{name}",
+            }
+        )
         for number, kind, mask in things_of(view):
             mask = np.ascontiguousarray(mask[:, :80])
             encoded = mask_rle.encode(mask[None])
@@ -105,14 +126,27 @@ def coco(root: Path, split: str = "train2017") -> None:
                 person = {"keypoints": flat, "num_keypoints": int((joints[:, 2] > 0).sum())}
                 people.append(row | {"id": 1000 + len(people), "category_id": 1, "segmentation": segmentation} | person)
     crowd = {"size": [SIDE, 80], "counts": [SIDE * 70, SIDE * 10]}
-    things.append({"id": 900, "image_id": 1, "category_id": 1, "area": 960.0, "bbox": [70, 0, 10, SIDE], "iscrowd": 1, "segmentation": crowd})
+    things.append(
+        {
+            "id": 900,
+            "image_id": 1,
+            "category_id": 1,
+            "area": 960.0,
+            "bbox": [70, 0, 10, SIDE],
+            "iscrowd": 1,
+            "segmentation": crowd,
+        }
+    )
     categories = [{"id": k + 1, "name": name, "supercategory": "é"} for k, name in enumerate(world.THINGS)]
     text(
         root / "annotations" / f"instances_{split}.json",
         json.dumps({"info": {}, "images": images, "annotations": things, "categories": categories}, ensure_ascii=False),
     )
     person = [{"id": 1, "name": "person", "keypoints": list(COCO_JOINTS), "skeleton": []}]
-    text(root / "annotations" / f"person_keypoints_{split}.json", json.dumps({"images": images, "annotations": people, "categories": person}))
+    text(
+        root / "annotations" / f"person_keypoints_{split}.json",
+        json.dumps({"images": images, "annotations": people, "categories": person}),
+    )
 
 
 def lvis(root: Path) -> None:
@@ -120,7 +154,9 @@ def lvis(root: Path) -> None:
     document = json.loads((root / "annotations" / "instances_train2017.json").read_text())
     for image in document["images"]:
         del image["file_name"]
-    document["annotations"] = [{k: v for k, v in row.items() if k != "iscrowd"} for row in document["annotations"] if not row["iscrowd"]]
+    document["annotations"] = [
+        {k: v for k, v in row.items() if k != "iscrowd"} for row in document["annotations"] if not row["iscrowd"]
+    ]
     text(root / "lvis_v1_train.json", json.dumps(document))
 
 
@@ -130,7 +166,9 @@ def cityscapes(root: Path) -> None:
         save(root / "leftImg8bit" / "train" / "aachen" / f"{stem}_leftImg8bit.png", view.image[24:72])
         labels = np.where(view.semantic < 2, view.semantic, view.semantic + 9).astype(np.uint8)[24:72]
         labels[-3:] = 255
-        instances = np.where(view.instance > 0, 26000 + view.instance.astype(np.int32), 7).astype(np.uint16)[24:72]  # every thing a car
+        instances = np.where(view.instance > 0, 26000 + view.instance.astype(np.int32), 7).astype(np.uint16)[
+            24:72
+        ]  # every thing a car
         folder = root / "gtFine" / "train" / "aachen"
         save(folder / f"{stem}_gtFine_labelTrainIds.png", labels)
         save(folder / f"{stem}_gtFine_instanceIds.png", instances)
@@ -140,7 +178,10 @@ def nyu(root: Path) -> None:
     rows = []
     for k, view in enumerate(views()):
         save(root / "sync" / "living_room_0001b" / f"rgb_{k:05d}.jpg", view.image[:72])
-        save(root / "sync" / "living_room_0001b" / f"sync_depth_{k:05d}.png", np.round(view.depth[:72] * 1000).astype(np.uint16))
+        save(
+            root / "sync" / "living_room_0001b" / f"sync_depth_{k:05d}.png",
+            np.round(view.depth[:72] * 1000).astype(np.uint16),
+        )
         rows.append(f"/living_room_0001b/rgb_{k:05d}.jpg /living_room_0001b/sync_depth_{k:05d}.png 518.8579\n")
     text(root / "train_list.txt", "".join(rows))
     text(root / "nyu_class_list.json", json.dumps(["kitchen", "living_room"]))
@@ -182,8 +223,15 @@ def yolo(root: Path) -> None:
         rows = []
         for _, kind, mask in things_of(view):
             rows_there, columns_there = np.flatnonzero(mask[:80].any(1)), np.flatnonzero(mask[:80].any(0))
-            left, right, top, bottom = columns_there[0] / SIDE, (columns_there[-1] + 1) / SIDE, rows_there[0] / 80, (rows_there[-1] + 1) / 80
-            rows.append(f"{kind} {left:.6f} {top:.6f} {right:.6f} {top:.6f} {right:.6f} {bottom:.6f} {left:.6f} {bottom:.6f}\n")
+            left, right, top, bottom = (
+                columns_there[0] / SIDE,
+                (columns_there[-1] + 1) / SIDE,
+                rows_there[0] / 80,
+                (rows_there[-1] + 1) / 80,
+            )
+            rows.append(
+                f"{kind} {left:.6f} {top:.6f} {right:.6f} {top:.6f} {right:.6f} {bottom:.6f} {left:.6f} {bottom:.6f}\n"
+            )
         text(root / "labels" / "train" / f"{k:06d}.txt", "".join(rows))
     names = "".join(f"  {k}: {name}\n" for k, name in enumerate(world.THINGS))
     text(root / "data.yaml", f"path: .\ntrain: images/train\nnames:\n{names}")
@@ -204,12 +252,26 @@ def hf(root: Path) -> None:
     def pictures(name: str, suffix: str) -> list[str]:
         return [str(root.parent / f"hf_files/{name}{k}.{suffix}") for k in range(COUNT)]
 
-    for view, image, label, depth in zip(views(), pictures("image", "jpg"), pictures("label", "png"), pictures("depth", "png")):
+    for view, image, label, depth in zip(
+        views(), pictures("image", "jpg"), pictures("label", "png"), pictures("depth", "png")
+    ):
         save(Path(image), view.image[:80])
         save(Path(label), view.semantic[:80])
         save(Path(depth), np.round(view.depth[:80] * 1000).astype(np.uint16))
-    columns = {"image": pictures("image", "jpg"), "label": pictures("label", "png"), "depth": pictures("depth", "png"), "text": [v.caption for v in views()]}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image(), "depth": datasets.Image(), "text": datasets.Value("string")})
+    columns = {
+        "image": pictures("image", "jpg"),
+        "label": pictures("label", "png"),
+        "depth": pictures("depth", "png"),
+        "text": [v.caption for v in views()],
+    }
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.Image(),
+            "depth": datasets.Image(),
+            "text": datasets.Value("string"),
+        }
+    )
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features=features)}).save_to_disk(str(root))
     text(root / "id2label.json", json.dumps({str(k): name for k, name in enumerate(world.CLASSES)}))
 

@@ -1,4 +1,6 @@
-"""As a script: one long run in this process with every sample different, telling as JSON how memory, descriptors and threads went."""
+"""As a script: one long run in this process with every sample different, telling as JSON how memory, descriptors and
+threads went.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def main(number: int, out: Path, with_torch: bool) -> None:
                 super().__init__(**choices)
                 self.log = deque(maxlen=8)
 
-        opening.open_engine = lambda model, decoder, tasks, **choices: (Forgetful(tasks=tasks), {task: {"digest": "stub", "licence": "none"} for task in tasks})
+        opening.open_engine = lambda model, decoder, tasks, **choices: (
+            Forgetful(tasks=tasks),
+            {task: {"digest": "stub", "licence": "none"} for task in tasks},
+        )
     else:
         import torchless
 
@@ -45,20 +50,30 @@ def main(number: int, out: Path, with_torch: bool) -> None:
     memory, handles, threads = array("q"), array("q"), array("q")  # which grow by eight bytes a value, and no more
     run = driver.run
 
-    def measured(job, *, made, **rest):
+    def measured(job, *, on_commit, **rest):
         def tell(count: int) -> None:
             memory.append(resident())
             handles.append(len(os.listdir("/proc/self/fd")))
             threads.append(threading.active_count())
-            made(count)
+            on_commit(count)
 
-        return run(job, made=tell, **rest)
+        return run(job, on_commit=tell, **rest)
 
     generate.run = measured
     sampler = ["--sampler", "ddim", "--steps", "2"] if with_torch else []
     code = generate.main(["--number", str(number), "--batch-size", "1", "--quiet", "--out", str(out), *sampler])
     leftovers = [path.name for path in out.rglob(".*")]
-    print(json.dumps({"code": code, "memory": list(memory), "handles": list(handles), "threads": list(threads), "leftovers": leftovers}))
+    print(
+        json.dumps(
+            {
+                "code": code,
+                "memory": list(memory),
+                "handles": list(handles),
+                "threads": list(threads),
+                "leftovers": leftovers,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What a loss of power may leave: the calls written down by tests/fault_shim.c, replayed up to any of them with what was not synced gone or torn."""
+"""What a loss of power may leave: the calls written down by tests/fault_shim.c, replayed up to any of them with what
+was not synced gone or torn.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ class Disk:
             self.made = offset
 
     def left(self, kind: str) -> tuple[set[str], dict[str, bytes]]:
-        """Folders and files after the loss: `all dropped`, `names kept` (a rename outlives the data), `torn`, `data kept` (the other way round)."""
+        """Folders and files after the loss: `all dropped`, `names kept` (a rename outlives the data), `torn`, `data
+        kept` (the other way round).
+        """
         folders = self.safe_folders if kind in ("all dropped", "data kept") else self.folders
         names = self.safe_names if kind in ("all dropped", "data kept") else self.names
         reachable = {name: file for name, file in names.items() if os.path.dirname(name) in folders}
@@ -103,7 +107,11 @@ def states(log: bytes, path: Path) -> Iterator[tuple[int, Callable[[], None], st
         disk.meet(*call)
         for kind in KINDS:
             folders, files = disk.left(kind)
-            yield disk.made, lambda folders=folders, files=files: build(path, folders, files), f"call {number} ({call[0]} {call[1]}), {kind}"
+            yield (
+                disk.made,
+                lambda folders=folders, files=files: build(path, folders, files),
+                f"call {number} ({call[0]} {call[1]}), {kind}",
+            )
 
 
 def build(path: Path, folders: set[str], files: dict[str, bytes]) -> None:

@@ -46,7 +46,7 @@ def case(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
     return add
 
 
-# Pickles ----------------------------------------------------------------------------------------------------------------------------
+# Pickles --------------------------------------------------------------------------------------------------------------
 
 
 def text(value: str) -> bytes:
@@ -69,8 +69,12 @@ def pushed(data: bytes) -> bytes:
 CALLS = {
     "os.system": call("os", "system", text(TOUCH)),
     "posix.system": call("posix", "system", text(TOUCH)),
-    "subprocess.Popen": call("subprocess", "Popen", text(TOUCH), b"K\xff", b"N", b"N", b"N", b"N", b"N", b"\x88", b"\x88"),
-    "subprocess.check_output": call("subprocess", "check_output", b"]" + text("touch") + b"a" + text(str(CANARY)) + b"a"),
+    "subprocess.Popen": call(
+        "subprocess", "Popen", text(TOUCH), b"K\xff", b"N", b"N", b"N", b"N", b"N", b"\x88", b"\x88"
+    ),
+    "subprocess.check_output": call(
+        "subprocess", "check_output", b"]" + text("touch") + b"a" + text(str(CANARY)) + b"a"
+    ),
     "builtins.eval": call("builtins", "eval", text(PYTHON)),
     "builtins.exec": call("builtins", "exec", text(PYTHON)),
     "__builtin__.eval": call("__builtin__", "eval", text(PYTHON)),
@@ -119,7 +123,9 @@ def archive(data: bytes, *, more: dict[str, bytes] | None = None, pickle_name: s
 
 
 def try_pickle(data: bytes, suffix: str = ".ckpt") -> str:
-    """Through the whole door where the test is long; else through the reader that sits behind the sandbox, without the sandbox."""
+    """Through the whole door where the test is long; else through the reader that sits behind the sandbox, without the
+    sandbox.
+    """
     from datasetdm_fast.foreign import pickles
 
     path = HERE / f"evil{suffix}"
@@ -165,15 +171,20 @@ def _() -> str:
     told = {}
     for name, attempt in tries.items():
         code = (
-            "import ctypes, os, socket, sys\nfrom pathlib import Path\nfrom datasetdm_fast.foreign import pickles\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+            "import ctypes, os, socket, sys\nfrom pathlib import Path\nfrom datasetdm_fast.foreign import "
+            "pickles\nlibc = ctypes.CDLL(None, use_errno=True)\n"
             f"lacking = pickles.leave_network() + pickles.confine(Path({str(desk / 'copy')!r}), 1000)\n"
             f"try:\n    result = {attempt}\nexcept BaseException as error:\n    result = type(error).__name__\n"
             "print(result, 'lacking', lacking, flush=True)\nos._exit(0)"
         )
         told[name] = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
     for name, result in told.items():
-        is_lacking = "lock" in result or ("connection" in name and "network" in result)  # an old kernel, or a container that forbids it
-        assert result.split()[0] in ("PermissionError", "-1", "32512", "32256", "MemoryError", "OSError") or is_lacking, (name, result)
+        is_lacking = "lock" in result or (
+            "connection" in name and "network" in result
+        )  # an old kernel, or a container that forbids it
+        assert (
+            result.split()[0] in ("PermissionError", "-1", "32512", "32256", "MemoryError", "OSError") or is_lacking
+        ), (name, result)
     raise PermissionError(json.dumps(told))
 
 
@@ -223,7 +234,9 @@ def _() -> str:
 
 @case("torchscript")
 def _() -> str:
-    return try_pickle(archive(inner(), more={"archive/constants.pkl": inner(), "archive/code/__torch__.py": PYTHON.encode()}), ".pth")
+    return try_pickle(
+        archive(inner(), more={"archive/constants.pkl": inner(), "archive/code/__torch__.py": PYTHON.encode()}), ".pth"
+    )
 
 
 @case("a pickle called safetensors")
@@ -243,7 +256,7 @@ def _() -> str:
     return try_pickle(buffer.getvalue().replace(pickle.dumps({"a": 1}), inner()), ".pth")
 
 
-# Models -----------------------------------------------------------------------------------------------------------------------------
+# Models ---------------------------------------------------------------------------------------------------------------
 
 
 def model_folder(changes: dict[str, dict], files: dict[str, bytes] | None = None) -> Path:
@@ -274,7 +287,12 @@ def try_model(changes: dict[str, dict], files: dict[str, bytes] | None = None) -
 
 
 REMOTE = {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
-MODULE = {"evil.py": PYTHON.encode(), "text_encoder/evil.py": PYTHON.encode(), "tokenizer/evil.py": PYTHON.encode(), "unet/evil.py": PYTHON.encode()}
+MODULE = {
+    "evil.py": PYTHON.encode(),
+    "text_encoder/evil.py": PYTHON.encode(),
+    "tokenizer/evil.py": PYTHON.encode(),
+    "unet/evil.py": PYTHON.encode(),
+}
 
 
 @case("model: auto_map and trust_remote_code")
@@ -285,7 +303,14 @@ def _() -> str:
 
 @case("model: attention code from the hub")
 def _() -> str:
-    return try_model({"text_encoder/config.json": {"_attn_implementation": "someone/kernels:evil", "attn_implementation": "someone/kernels:evil"}})
+    return try_model(
+        {
+            "text_encoder/config.json": {
+                "_attn_implementation": "someone/kernels:evil",
+                "attn_implementation": "someone/kernels:evil",
+            }
+        }
+    )
 
 
 @case("model: quantisation code")
@@ -298,29 +323,46 @@ def _() -> str:
 def _() -> str:
     return try_model(
         {},
-        {"text_encoder/adapter_config.json": b'{"peft_type": "LORA", "auto_mapping": {"base_model_class": "evil"}}', "text_encoder/adapter_model.bin": inner()},
+        {
+            "text_encoder/adapter_config.json": b'{"peft_type": "LORA", "auto_mapping": {"base_model_class": "evil"}}',
+            "text_encoder/adapter_model.bin": inner(),
+        },
     )
 
 
 @case("model: a pipeline of its own")
 def _() -> str:
-    return try_model({"model_index.json": {"_class_name": ["pipeline.py", "Evil"], "unet": ["evil", "Evil"]}}, {"pipeline.py": PYTHON.encode()})
+    return try_model(
+        {"model_index.json": {"_class_name": ["pipeline.py", "Evil"], "unet": ["evil", "Evil"]}},
+        {"pipeline.py": PYTHON.encode()},
+    )
 
 
 @case("model: a scheduler class by path")
 def _() -> str:
-    return try_model({"scheduler/scheduler_config.json": {"_class_name": "os.system", "_target_": "os.system", "command": TOUCH}})
+    return try_model(
+        {"scheduler/scheduler_config.json": {"_class_name": "os.system", "_target_": "os.system", "command": TOUCH}}
+    )
 
 
 @case("model: an activation by path")
 def _() -> str:
-    return try_model({"unet/config.json": {"act_fn": "os.system"}, "text_encoder/config.json": {"hidden_act": "os.system"}})
+    return try_model(
+        {"unet/config.json": {"act_fn": "os.system"}, "text_encoder/config.json": {"hidden_act": "os.system"}}
+    )
 
 
 @case("model: a tokenizer class by path")
 def _() -> str:
     return try_model(
-        {"tokenizer/tokenizer_config.json": {"tokenizer_class": "evil.Evil", "tokenizer_file": str(HERE / "payload.py"), "processor_class": "evil"}}, MODULE
+        {
+            "tokenizer/tokenizer_config.json": {
+                "tokenizer_class": "evil.Evil",
+                "tokenizer_file": str(HERE / "payload.py"),
+                "processor_class": "evil",
+            }
+        },
+        MODULE,
     )
 
 
@@ -337,7 +379,9 @@ def _() -> str:
 def _() -> str:
     folder = model_folder({})
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
-    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "../../../../etc/passwd"}}')
+    (folder / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../../../../etc/passwd"}}'
+    )
     from datasetdm_fast.loading.folder import load_folder
 
     return load_folder(folder).name
@@ -347,7 +391,9 @@ def _() -> str:
 def _() -> str:
     from datasetdm_fast.decoders.config import DecoderConfig
 
-    return DecoderConfig.from_json(json.dumps({"_target_": "os.system", "kind": "depth", "task": "depth", "levels": []})).kind
+    return DecoderConfig.from_json(
+        json.dumps({"_target_": "os.system", "kind": "depth", "task": "depth", "levels": []})
+    ).kind
 
 
 @case("decoder: a kind by path")
@@ -358,7 +404,7 @@ def _() -> str:
     return DecoderConfig.from_json(text).kind
 
 
-# Settings, prompts, run folders, graphs ---------------------------------------------------------------------------------------------
+# Settings, prompts, run folders, graphs -------------------------------------------------------------------------------
 
 
 def try_yaml(content: str) -> str:
@@ -385,7 +431,10 @@ def _() -> str:
 
 @case("yaml: a merge of aliases without end")
 def _() -> str:
-    return try_yaml("a: &a [x, x]\n" + "".join(f"{chr(98 + k)}: &{chr(98 + k)} [*{chr(97 + k)}, *{chr(97 + k)}]\n" for k in range(24)))
+    return try_yaml(
+        "a: &a [x, x]\n"
+        + "".join(f"{chr(98 + k)}: &{chr(98 + k)} [*{chr(97 + k)}, *{chr(97 + k)}]\n" for k in range(24))
+    )
 
 
 @case("xml: an external entity")
@@ -409,7 +458,14 @@ def _() -> str:
 def _() -> str:
     from datasetdm_fast.generation.prompts import read_prompts, split_prompts
 
-    for given in (f"pipe:{TOUCH}", f"|{TOUCH}", f"$({TOUCH})", f"`{TOUCH}`", "{0.__class__.__init__.__globals__}", "{{ ''.__class__ }}"):
+    for given in (
+        f"pipe:{TOUCH}",
+        f"|{TOUCH}",
+        f"$({TOUCH})",
+        f"`{TOUCH}`",
+        "{0.__class__.__init__.__globals__}",
+        "{{ ''.__class__ }}",
+    ):
         name, text = read_prompts(given)
         assert split_prompts(text, name) == ((1, given),)
     return "kept as they are"
@@ -440,7 +496,9 @@ def hostile_run(statement: str) -> Path:
 def _() -> str:
     from datasetdm_fast.run_folder.reader import open_run
 
-    return str(open_run(hostile_run("UPDATE samples SET files = replace(files, 'images/', '../../../../../../etc/')"))[0].image)
+    return str(
+        open_run(hostile_run("UPDATE samples SET files = replace(files, 'images/', '../../../../../../etc/')"))[0].image
+    )
 
 
 @case("run folder: a table that is a program")
@@ -448,7 +506,8 @@ def _() -> str:
     from datasetdm_fast.run_folder.reader import open_run
 
     path = hostile_run(
-        "ALTER TABLE samples RENAME TO kept; CREATE VIEW samples AS SELECT \"index\", load_extension('/tmp/evil') AS prompt, seed, classes, status, reason, "
+        "ALTER TABLE samples RENAME TO kept; CREATE VIEW samples AS SELECT \"index\", load_extension('/tmp/evil') AS "
+        "prompt, seed, classes, status, reason, "
         "recipe, files, labels FROM kept;"
     )
     return open_run(path)[0].prompt
@@ -553,7 +612,9 @@ def main() -> None:
     results = {}
     for name, attempt in CASES.items():
         events.clear()
-        is_watching = not name.startswith("sandbox") and not (IS_LONG and name.startswith(("pickle", "archive", "legacy", "torchscript", "tar", "a numpy")))
+        is_watching = not name.startswith("sandbox") and not (
+            IS_LONG and name.startswith(("pickle", "archive", "legacy", "torchscript", "tar", "a numpy"))
+        )
         try:
             ended, said = "accepted", attempt()
         except (Refused, Missing) as stop:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast import __version__
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.run_folder.document import FORMAT
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.scenes import world
 from datasetdm_fast.tasks.captions import find_classes
+from datasetdm_fast.version import __version__
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 
@@ -30,10 +30,18 @@ def rendered(index: int, size: int = 64, prompt: str | None = None) -> Sample:
         Request(index, prompt, index, find_classes(prompt, world.THINGS)),
         view.image,
         {
-            "semantic": SemanticMap(view.semantic, np.linspace(0, 1, size * size, dtype=np.float32).reshape(size, size), world.CLASSES),
+            "semantic": SemanticMap(
+                view.semantic, np.linspace(0, 1, size * size, dtype=np.float32).reshape(size, size), world.CLASSES
+            ),
             "instance": Instances(masks, kinds, scores, world.THINGS),
             "depth": DepthMap(view.depth, world.MAX_DEPTH),
-            "pose": Keypoints(points, joints[..., 2].astype(np.int64), np.full(len(joints), 0.8, np.float32), world.JOINTS, world.LIMBS),
+            "pose": Keypoints(
+                points,
+                joints[..., 2].astype(np.int64),
+                np.full(len(joints), 0.8, np.float32),
+                world.JOINTS,
+                world.LIMBS,
+            ),
             "open-vocabulary": SemanticMap(things, np.ones((size, size), np.float32), words),
         },
     )
@@ -41,7 +49,10 @@ def rendered(index: int, size: int = 64, prompt: str | None = None) -> Sample:
 
 def document(number: int, size: int = 64, **config) -> dict:
     """A run.json as generate would write it."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in RunConfig(task=TASKS, number=number, **config).identity().items()}
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in RunConfig(task=TASKS, number=number, **config).identity().items()
+    }
     return {
         "format": FORMAT,
         "versions": {"datasetdm_fast": __version__},
@@ -64,5 +75,8 @@ def document(number: int, size: int = 64, **config) -> dict:
 def write_run(path: Path, number: int, size: int = 64, prompts: list[str] | None = None) -> None:
     with RunFolder(path, document(number, size)) as folder:
         for first in range(0, number, 50):
-            folder.add([rendered(k, size, prompts[k] if prompts else None) for k in range(first, min(first + 50, number))], {"batch_size": 4})
+            folder.add(
+                [rendered(k, size, prompts[k] if prompts else None) for k in range(first, min(first + 50, number))],
+                {"batch_size": 4},
+            )
         folder.rebuild()

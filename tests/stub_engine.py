@@ -1,4 +1,6 @@
-"""An engine of plain arithmetic behind the real protocol: every image depends on its own prompt and seed alone, in microseconds."""
+"""An engine of plain arithmetic behind the real protocol: every image depends on its own prompt and seed alone, in
+microseconds.
+"""
 
 import zlib
 from types import SimpleNamespace
@@ -10,7 +12,13 @@ from datasetdm_fast.data import Capture
 from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig
 from datasetdm_fast.scenes import world
 
-SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+}
 SMALL = {"score_threshold": 0.0}
 CONFIGS = {
     "semantic": DecoderConfig("segmentation", "semantic", SD1_LEVELS, classes=world.CLASSES, **SMALL),
@@ -73,7 +81,7 @@ class StubEngine:
         joined = torch.cat(noise.chunk(2), 1)
         return noise, Capture(((joined,),) * 4, ((joined.flatten(2)[:, None].transpose(2, 3),),) * 4)
 
-    denoise_and_keep = denoise_and_capture
+    denoise_and_capture_raw = denoise_and_capture
 
     def decode_image(self, latents):
         pixels = (latents[:, :3].nan_to_num().sigmoid() * 255).to(torch.uint8)
@@ -85,7 +93,7 @@ class StubEngine:
     def suggested_batch(self):
         return 8
 
-    def widened(self):
+    def fp32_fallback(self):
         return None
 
     def encode_image(self, images, generators=None):
@@ -115,6 +123,8 @@ def install():
 
     def open_engine(model="demo", decoder="demo", tasks=None, **choices):
         chosen = tuple(tasks or CONFIGS)
-        return StubEngine(choices.get("size") or 64, tasks=chosen), {task: {"digest": "stub", "licence": "none"} for task in chosen}
+        return StubEngine(choices.get("size") or 64, tasks=chosen), {
+            task: {"digest": "stub", "licence": "none"} for task in chosen
+        }
 
     opening.open_engine = open_engine

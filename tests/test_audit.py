@@ -46,7 +46,11 @@ def places(path: Path) -> list[str]:
 
 def test_a_whole_run_has_no_findings(whole):
     report = audit.audit(whole)
-    assert report.findings == [] and report.is_complete and (report.done, report.set_aside, report.number) == (NUMBER, 0, NUMBER)
+    assert (
+        report.findings == []
+        and report.is_complete
+        and (report.done, report.set_aside, report.number) == (NUMBER, 0, NUMBER)
+    )
     kept = [path for path in whole.rglob("*.png") if "gallery" not in path.parts]
     assert report.files == len(kept) and report.bytes == sum(path.stat().st_size for path in kept)
 
@@ -94,7 +98,9 @@ def test_a_damaged_sample_says_how_to_make_it_again(spoilt, capsys, name):
     assert command.main([str(spoilt)]) == 4
     out, err = capsys.readouterr()
     id = Path(name).stem
-    assert out.startswith(f"{name}: has ") and out.endswith(f"Make it again: python -m datasetdm_fast.generate --out {spoilt} --only {id}\n")
+    assert out.startswith(f"{name}: has ") and out.endswith(
+        f"Make it again: python -m datasetdm_fast.generate --out {spoilt} --only {id}\n"
+    )
     assert err.splitlines()[0] == f"{spoilt}: 1 findings in 1 files" and len(err.splitlines()) == 2
 
 
@@ -110,7 +116,11 @@ def test_the_report_as_json(spoilt, capsys):
 
 def test_index_files_and_pictures_come_back_as_the_remedy_says(spoilt):
     """Deleting what is damaged and running the line again makes the folder whole."""
-    before = {file.relative_to(spoilt): file.read_bytes() for file in spoilt.rglob("*") if file.is_file() and "state" not in file.parts}
+    before = {
+        file.relative_to(spoilt): file.read_bytes()
+        for file in spoilt.rglob("*")
+        if file.is_file() and "state" not in file.parts
+    }
     for name in ("samples.jsonl", "gallery/index.html", "gallery/depth/00000001.png"):
         (spoilt / name).write_bytes(b"damaged")
     assert places(spoilt) == ["gallery/depth/00000001.png", "gallery/index.html", "samples.jsonl"]
@@ -119,7 +129,11 @@ def test_index_files_and_pictures_come_back_as_the_remedy_says(spoilt):
     with RunFolder(spoilt, document(NUMBER)) as folder:
         folder.rebuild()
     assert places(spoilt) == []
-    assert before == {file.relative_to(spoilt): file.read_bytes() for file in spoilt.rglob("*") if file.is_file() and "state" not in file.parts}
+    assert before == {
+        file.relative_to(spoilt): file.read_bytes()
+        for file in spoilt.rglob("*")
+        if file.is_file() and "state" not in file.parts
+    }
 
 
 def test_a_run_that_goes_on_is_whole_so_far(tmp_path, capsys):
@@ -143,11 +157,20 @@ def edit(path: Path, statement: str) -> None:
         ('UPDATE samples SET seed = 7 WHERE "index" = 1', "the seed 7, the plan says 1"),
         ('UPDATE samples SET "index" = 9 WHERE "index" = 1', "a sample 9, but the plan has 4"),
         ("UPDATE samples SET files = '{}' WHERE \"index\" = 1", "has the files []"),
-        ("UPDATE samples SET files = replace(files, 'images/00000001', '../00000001') WHERE \"index\" = 1", "leads out of its folder"),
+        (
+            "UPDATE samples SET files = replace(files, 'images/00000001', '../00000001') WHERE \"index\" = 1",
+            "leads out of its folder",
+        ),
         ('UPDATE samples SET labels = replace(labels, \'"area":\', \'"area":1\') WHERE "index" = 3', "pixels in"),
-        ('UPDATE samples SET labels = replace(labels, \'"counts":"\', \'"counts":"0\') WHERE "index" = 3', "instance: "),
+        (
+            'UPDATE samples SET labels = replace(labels, \'"counts":"\', \'"counts":"0\') WHERE "index" = 3',
+            "instance: ",
+        ),
         ('UPDATE samples SET labels = replace(labels, \'"max":\', \'"max":1\') WHERE "index" = 3', "its depth map has"),
-        ('UPDATE samples SET labels = replace(labels, \'"num_keypoints":\', \'"num_keypoints":1\') WHERE "index" = 3', "joints, the ledger says"),
+        (
+            'UPDATE samples SET labels = replace(labels, \'"num_keypoints":\', \'"num_keypoints":1\') WHERE "index" = 3',
+            "joints, the ledger says",
+        ),
         ("UPDATE samples SET labels = '{}' WHERE \"index\" = 1", "not the form"),
         ("UPDATE samples SET labels = 'x' WHERE \"index\" = 1", "is damaged"),
         ("UPDATE samples SET prompt = x'00ff' WHERE \"index\" = 1", "is damaged"),
@@ -177,7 +200,15 @@ def test_a_prompt_changed_by_hand_is_found_by_the_seal(spoilt):
 
 def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    for arguments in ([], [str(tmp_path)], [str(tmp_path / "none")], [str(tmp_path / "file")], ["\0"], [str(tmp_path), "more"], ["--threads", "-1", "x"]):
+    for arguments in (
+        [],
+        [str(tmp_path)],
+        [str(tmp_path / "none")],
+        [str(tmp_path / "file")],
+        ["\0"],
+        [str(tmp_path), "more"],
+        ["--threads", "-1", "x"],
+    ):
         assert command.main(arguments) == 2
         out, err = capsys.readouterr()
         assert out == "" and len(err.splitlines()) == 2
@@ -209,5 +240,7 @@ def test_notes_keep_the_seal(spoilt):
 
 
 def test_the_audit_loads_no_torch(whole):
-    code = f"import sys; from datasetdm_fast.audit import main; sys.exit(main([{str(whole)!r}]) or 'torch' in sys.modules)"
+    code = (
+        f"import sys; from datasetdm_fast.audit import main; sys.exit(main([{str(whole)!r}]) or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -13,7 +13,12 @@ from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.sampling.walk import guide, start, step
 
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
-PROMPTS = ("a red ball beside a cube", "a blue person on a grey table", "a star and a ring at night", "an orange tree in fog")
+PROMPTS = (
+    "a red ball beside a cube",
+    "a blue person on a grey table",
+    "a star and a ring at night",
+    "an orange tree in fog",
+)
 SEEDS = (5, 90210, 7, 123456)
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 
@@ -71,6 +76,10 @@ def test_four_prompts_equal_four_alone_in_every_label(engine, recipe):
         for task in ("semantic", "open-vocabulary"):
             assert (mine[task].labels == other[task].labels).mean() >= 0.9999
         assert mine["instance"].masks.shape == other["instance"].masks.shape
-        assert (mine["instance"].masks == other["instance"].masks).mean() >= 0.9999 and np.array_equal(mine["instance"].class_ids, other["instance"].class_ids)
+        assert (mine["instance"].masks == other["instance"].masks).mean() >= 0.9999 and np.array_equal(
+            mine["instance"].class_ids, other["instance"].class_ids
+        )
         assert np.allclose(mine["depth"].metres, other["depth"].metres, rtol=1e-5)
-        assert mine["pose"].points.shape == other["pose"].points.shape and np.allclose(mine["pose"].points, other["pose"].points, atol=0.01)
+        assert mine["pose"].points.shape == other["pose"].points.shape and np.allclose(
+            mine["pose"].points, other["pose"].points, atol=0.01
+        )

@@ -65,7 +65,9 @@ def test_capture_prints_rows_that_agree(capsys):
 def test_rounds_go_in_turn():
     said = []
     rounds = measure.interleaved({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, 0.0, least=3)
-    assert said == ["a", "b"] * 3 and len(rounds["a"].seconds) == len(rounds["b"].seconds) == 3 and not rounds["a"].joules
+    assert (
+        said == ["a", "b"] * 3 and len(rounds["a"].seconds) == len(rounds["b"].seconds) == 3 and not rounds["a"].joules
+    )
 
 
 def test_joules_are_those_between_two_readings():
@@ -79,7 +81,9 @@ def test_the_suite_prints_ratios_parity_and_rows(monkeypatch, capsys):
     assert bench.dispatch([*TINY, "--peers", "torch,ours", "--parts", "peers", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["parity"] == "pass" and said["ratios"]["fast_vs_torch"] > 0
-    assert [row["peer"] for row in said["rows"]["peers"]] == ["torch", "ours"] and all(row["passed"] for row in said["rows"]["peers"][1]["parity"])
+    assert [row["peer"] for row in said["rows"]["peers"]] == ["torch", "ours"] and all(
+        row["passed"] for row in said["rows"]["peers"][1]["parity"]
+    )
     assert said["machine"]["device"] and said["machine"]["commit"] and said["setting"]["calls"] == 3
 
 
@@ -101,7 +105,9 @@ def test_an_operation_broken_on_purpose_ends_with_4(monkeypatch, capsys):
     assert run_command(bench.dispatch, [*TINY, "--parts", "ops", "--json"]) == 4
     said = capsys.readouterr()
     rows = {row["op"]: row for row in json.loads(said.out)["rows"]["ops"] if row["form"] == "engine"}
-    assert rows["geglu"]["status"] == "failed" and "form_s" not in rows["geglu"] and rows["layer_norm"]["status"] == "ok"
+    assert (
+        rows["geglu"]["status"] == "failed" and "form_s" not in rows["geglu"] and rows["layer_norm"]["status"] == "ok"
+    )
     assert "FAILED: geglu: differs from its plain form by" in said.err
 
 
@@ -114,7 +120,9 @@ def test_peers_label_by_the_rules_of_generate():
     (made,) = samples_of(requests, np.zeros((1, 32, 32, 3), np.uint8), {"semantic": raw}, {"semantic": decoder}, recipe)
     (free,) = TASKS["semantic"].postprocess(raw, decoder.config, 32)
     cone = decoder.config.classes.index("cone")
-    assert (free.labels == cone).any() and not (made.annotations["semantic"].labels == cone).any()  # no cone was asked for
+    assert (free.labels == cone).any() and not (
+        made.annotations["semantic"].labels == cone
+    ).any()  # no cone was asked for
 
 
 @pytest.mark.parametrize("words", [["--parts", "peerz"], ["--peers", "nobody"], ["--seconds", "-1"], ["--nonsense"]])
@@ -161,21 +169,44 @@ def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):
     assert steps == ["venv", "wheels", "build", "versions", "test", *verified, "tune", "profile", "bench-1"]
     assert not list(tmp_path.iterdir())
     assert subprocess.run([SCRIPT, "--wet-run"], capture_output=True).returncode == 2
-    assert subprocess.run([SCRIPT, "--dry-run"], env={**environment, "STEPS_OF_SCRIPT": "bench knit"}, capture_output=True).returncode == 2
+    assert (
+        subprocess.run(
+            [SCRIPT, "--dry-run"], env={**environment, "STEPS_OF_SCRIPT": "bench knit"}, capture_output=True
+        ).returncode
+        == 2
+    )
     (tmp_path / "file").write_text("")
-    said = subprocess.run([SCRIPT], env={**environment, "OUT": str(tmp_path / "file" / "out")}, capture_output=True, text=True)
+    said = subprocess.run(
+        [SCRIPT], env={**environment, "OUT": str(tmp_path / "file" / "out")}, capture_output=True, text=True
+    )
     assert said.returncode == 3 and "cannot be written to" in said.stderr
 
 
 def script_environment(out, **changes):
-    small = {"DEVICE": "cpu", "MODEL": "tiny", "STEPS": "2", "QUICK": "1", "SECONDS_EACH": "0.1", "PARTS": "layers,chunks", "ROUNDS": "2"}
-    fixed = {"PYTHON": sys.executable, "VENV": str(out / "none"), "OUT": str(out), "NAME": "one.json", "STEPS_OF_SCRIPT": "bench"}
+    small = {
+        "DEVICE": "cpu",
+        "MODEL": "tiny",
+        "STEPS": "2",
+        "QUICK": "1",
+        "SECONDS_EACH": "0.1",
+        "PARTS": "layers,chunks",
+        "ROUNDS": "2",
+    }
+    fixed = {
+        "PYTHON": sys.executable,
+        "VENV": str(out / "none"),
+        "OUT": str(out),
+        "NAME": "one.json",
+        "STEPS_OF_SCRIPT": "bench",
+    }
     return {**os.environ, **fixed, **small, **changes}
 
 
 def test_the_gpu_script_cut_in_the_middle_keeps_what_it_had_and_goes_on(tmp_path):
     file = tmp_path / "one.json"
-    with subprocess.Popen([SCRIPT], env=script_environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [SCRIPT], env=script_environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         end = time.monotonic() + 500
         while time.monotonic() < end and not (file.exists() and results.is_settled(results.read(file), "limits")):
             time.sleep(0.01)
@@ -193,16 +224,37 @@ def test_the_gpu_script_cut_in_the_middle_keeps_what_it_had_and_goes_on(tmp_path
 
 
 def test_the_gpu_script_names_what_failed(tmp_path):
-    failed = subprocess.run([SCRIPT], env=script_environment(tmp_path, PARTS="nonsense", ROUNDS="1"), capture_output=True, text=True)
+    failed = subprocess.run(
+        [SCRIPT], env=script_environment(tmp_path, PARTS="nonsense", ROUNDS="1"), capture_output=True, text=True
+    )
     assert failed.returncode == 4 and "failed: bench-1(2)" in failed.stderr
 
 
 def test_an_interrupt_ends_with_130_and_leaves_the_parts_before(tmp_path):
     out = tmp_path / "one.json"
-    line = [sys.executable, "-m", "bench", *TINY, "--peers", "torch,ours", "--parts", "layers,peers", "--seconds", "60", "--out", str(out)]
+    line = [
+        sys.executable,
+        "-m",
+        "bench",
+        *TINY,
+        "--peers",
+        "torch,ours",
+        "--parts",
+        "layers,peers",
+        "--seconds",
+        "60",
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
     with subprocess.Popen(
-        line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_interrupts
+        line,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heeds_interrupts,
     ) as process:
         end = time.monotonic() + 500
         while time.monotonic() < end and not (out.exists() and results.is_settled(results.read(out), "limits")):

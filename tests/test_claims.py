@@ -16,14 +16,14 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.decoders.checkpoint import DEMO
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import student_data, worth
-from datasetdm_fast.evaluation.student import Course, Student, answers, drawn, shares, teach
+from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, drawn, shares, teach
 from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE, Trust
 from datasetdm_fast.scenes import world
 
 TASKS = ("semantic", "instance", "depth", "pose")
 SOURCE = sets.scenes(sets.LABELLED, 12, SIDE)
 VOCABULARY = student_data.vocabulary_of(SOURCE)
-SHORT = Course(steps=12, batch_size=4)
+SHORT = StudentSchedule(steps=12, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,13 @@ def exam():
 
 def some(lessons, chosen):
     """A few of the images."""
-    return replace(lessons, **{name: getattr(lessons, name)[chosen] for name in ("images", "semantic", "instance", "depth", "joints", "weights")})
+    return replace(
+        lessons,
+        **{
+            name: getattr(lessons, name)[chosen]
+            for name in ("images", "semantic", "instance", "depth", "joints", "weights")
+        },
+    )
 
 
 def generated(prompt_classes=("ball",), **changes):
@@ -62,7 +68,7 @@ def generated(prompt_classes=("ball",), **changes):
 
 def test_loss_falls_and_every_answer_is_there(lessons, exam):
     told = []
-    course = Course(steps=30, batch_size=4)
+    course = StudentSchedule(steps=30, batch_size=4)
     student = teach([lessons], course, 0, told=lambda step, loss: told.append(loss))
     assert len(told) == course.steps and np.mean(told[-5:]) < 0.7 * np.mean(told[:5])
     assert sum(parameter.numel() for parameter in student.parameters()) < 1_000_000
@@ -92,8 +98,12 @@ def test_arms_take_equal_steps_and_batches(lessons):
 
 
 def test_scenes_that_judge_teach_nobody():
-    taught = set().union(*(sets.seeds(sets.scenes(sets.LABELLED, 100, SIDE, fits)) for fits in (sets.is_any, sets.is_seen, sets.is_day)))
-    asked = set().union(*(sets.seeds(sets.scenes(sets.TEST, 300, SIDE, fits)) for fits in (sets.is_any, sets.is_elsewhere)))
+    taught = set().union(
+        *(sets.seeds(sets.scenes(sets.LABELLED, 100, SIDE, fits)) for fits in (sets.is_any, sets.is_seen, sets.is_day))
+    )
+    asked = set().union(
+        *(sets.seeds(sets.scenes(sets.TEST, 300, SIDE, fits)) for fits in (sets.is_any, sets.is_elsewhere))
+    )
     chosen_on = sets.seeds(sets.scenes(sets.VALIDATION, 300, SIDE))
     assert not taught & asked and not taught & chosen_on and not asked & chosen_on and len(asked) > 300
     assert max(taught | asked | chosen_on) < 10_000_000  # where the scenes begin that taught the demo model
@@ -111,12 +121,16 @@ def test_mirrored_views_keep_labels_on_their_things(lessons):
     one = some(lessons, torch.tensor([k for k in range(len(lessons)) if (lessons.joints[k, :, 2] > 0).all()][:1]))
     person = VOCABULARY.classes.index("person")
     before = one.joints[0, :, :2].floor().long()
-    on_it = (one.semantic[0, before[:, 1].clamp(0, CELLS - 1), before[:, 0].clamp(0, CELLS - 1)] == person).float().mean()
+    on_it = (
+        (one.semantic[0, before[:, 1].clamp(0, CELLS - 1), before[:, 0].clamp(0, CELLS - 1)] == person).float().mean()
+    )
     for seed in range(6):
         view = drawn(one, 1, torch.Generator().manual_seed(seed))
         kept = view.joints[0, :, 2] > 0
         places = view.joints[0, kept, :2].floor().long()
-        assert (view.semantic[0, places[:, 1].clamp(0, CELLS - 1), places[:, 0]] == person).float().mean() >= on_it - 0.35
+        assert (
+            view.semantic[0, places[:, 1].clamp(0, CELLS - 1), places[:, 0]] == person
+        ).float().mean() >= on_it - 0.35
 
 
 def test_weights_draw_the_rarer_more_often(lessons):
@@ -130,7 +144,9 @@ def test_weights_draw_the_rarer_more_often(lessons):
 def test_what_is_not_trusted_is_ignored():
     ball, cone = VOCABULARY.classes.index("ball"), VOCABULARY.classes.index("cone")
     _, semantic, instance, depth, joints = student_data.of_sample(generated(), VOCABULARY, Trust())
-    assert (semantic == ball).sum() > 60 and (instance == 1).sum() > 60 and (depth == 2).all() and not joints[:, 2].any()
+    assert (
+        (semantic == ball).sum() > 60 and (instance == 1).sum() > 60 and (depth == 2).all() and not joints[:, 2].any()
+    )
     foreign = generated()
     foreign.semantic.labels[100:120, 100:120] = cone
     _, semantic, *_ = student_data.of_sample(foreign, VOCABULARY, Trust())
@@ -138,9 +154,13 @@ def test_what_is_not_trusted_is_ignored():
     unsure = generated()
     unsure.semantic.confidence[:] = 0.3
     assert (student_data.of_sample(unsure, VOCABULARY, Trust(confidence=0.5, least_cells=0))[1] == IGNORED).all()
-    assert student_data.of_sample(generated(("ball", "star")), VOCABULARY, Trust()) is None, "the star that the prompt names is not there"
+    assert student_data.of_sample(generated(("ball", "star")), VOCABULARY, Trust()) is None, (
+        "the star that the prompt names is not there"
+    )
     other = Instances(generated().instances.masks, np.array([2]), np.array([0.8], np.float32), VOCABULARY.things)
-    _, semantic, instance, *_ = student_data.of_sample(generated(("ball", "cone"), instances=other), VOCABULARY, Trust(least_cells=0))
+    _, semantic, instance, *_ = student_data.of_sample(
+        generated(("ball", "cone"), instances=other), VOCABULARY, Trust(least_cells=0)
+    )
     assert not (semantic == ball).any() and not (instance == 1).any(), "one label says ball, the other cone"
 
 
@@ -148,7 +168,9 @@ def test_joints_come_along():
     points = np.concatenate([np.full((1, 7, 2), 64.0), np.full((1, 7, 1), 0.9)], 2).astype(np.float32)
     points[0, 0, 2] = 0.1
     found = Keypoints(points, np.full((1, 7), 2), np.array([0.9], np.float32), world.JOINTS)
-    _, _, _, _, joints = student_data.of_sample(generated(("ball", "person"), keypoints=found), VOCABULARY, Trust(least_cells=0))
+    _, _, _, _, joints = student_data.of_sample(
+        generated(("ball", "person"), keypoints=found), VOCABULARY, Trust(least_cells=0)
+    )
     assert joints[0, 2] == 0 and (joints[1:] == [CELLS / 2, CELLS / 2, 1]).all()
 
 
@@ -165,7 +187,11 @@ def test_figures_are_kept_and_found_again(lessons, exam, tmp_path):
     assert (record.taught, record.found) == (1, 0) and set(first) == set(TASKS)
     again = Record(tmp_path, lambda line: None)
     assert again.figures(arm, 0, exam) == first and (again.taught, again.found) == (0, 1)
-    changed = replace(arm, course=replace(SHORT, rate=1e-3)), replace(arm, sets=(some(lessons, torch.arange(6)),)), replace(arm, tasks=("semantic",))
+    changed = (
+        replace(arm, course=replace(SHORT, rate=1e-3)),
+        replace(arm, sets=(some(lessons, torch.arange(6)),)),
+        replace(arm, tasks=("semantic",)),
+    )
     assert len({one.digest(0, exam) for one in (arm, *changed)} | {arm.digest(1, exam)}) == 5
     students_again = answers(again.student(arm, 0, exam), exam.images)[0]
     assert np.isfinite(students_again.depth.metres).all()
@@ -192,7 +218,9 @@ HELD = [
 def test_holds_comes_from_the_figures(name, before, after, holds):
     row = row_of(CLAIMS[name], {"real": before, "synthetic": after, "both": after}, {"images": {}})
     assert row["holds"] is holds and bool(row["reason"]) is not holds
-    assert row["real"] == pytest.approx(np.mean(before)) and row["gain"] == pytest.approx(np.mean(after) - np.mean(before))
+    assert row["real"] == pytest.approx(np.mean(before)) and row["gain"] == pytest.approx(
+        np.mean(after) - np.mean(before)
+    )
     assert row["sigma"] == pytest.approx(np.std(np.subtract(after, before), ddof=1))
     low, high = row["interval"]
     assert low <= row["gain"] <= high
@@ -215,12 +243,26 @@ def document():
     images = {"real": 100, "synthetic": 600, "left_out": 100}
     found = {}
     for name, claim in CLAIMS.items():
-        values = {"real": (0.1, 0.11), "synthetic": (0.09, 0.1), "both": (0.05, 0.06)} if claim.rule == "less" else {"real": (40.0, 41.0), "both": (60.0, 61.0)}
-        found[name] = row_of(claim, values, {"steps": 100, "images": images if name != "parity" else {"torch": 60, "fast": 61}})
+        values = (
+            {"real": (0.1, 0.11), "synthetic": (0.09, 0.1), "both": (0.05, 0.06)}
+            if claim.rule == "less"
+            else {"real": (40.0, 41.0), "both": (60.0, 61.0)}
+        )
+        found[name] = row_of(
+            claim, values, {"steps": 100, "images": images if name != "parity" else {"torch": 60, "fast": 61}}
+        )
     found["instance"]["cells"] = [found["instance"] | {"student": "small", "real_scenes": count} for count in (100, 50)]
     setting = {"real": 100, "synthetic": 600, "seeds": 2, "steps": 100, "test": 1000}
     machine = {"device": "Some CPU", "commit": "abc1234", "versions": {"torch": "2.13.0"}}
-    return {"format": 1, "suite": "claims", "date": "2026-01-01", "command": "python -m bench claims", "machine": machine, "setting": setting, "rows": found}
+    return {
+        "format": 1,
+        "suite": "claims",
+        "date": "2026-01-01",
+        "command": "python -m bench claims",
+        "machine": machine,
+        "setting": setting,
+        "rows": found,
+    }
 
 
 def test_page_chart_and_table_show_what_does_not_hold():
@@ -229,7 +271,9 @@ def test_page_chart_and_table_show_what_does_not_hold():
     found = document()
     ET.fromstring(page.chart(found))
     text, written = page.section(found), page.page(found, {"real": "Real <scenes>"})
-    assert found["rows"]["parity"]["holds"] is False and "no: the two engines" in text and "no: the two engines" in written
+    assert (
+        found["rows"]["parity"]["holds"] is False and "no: the two engines" in text and "no: the two engines" in written
+    )
     assert "Real &lt;scenes&gt;" in written and text.count("\n|") == 2 + len(CLAIMS) + 1
     assert "20.0 (" in text and "small student, 50 real" in text
 
@@ -247,7 +291,10 @@ def test_worth_of_a_run(capsys):
     found = json.loads(json.dumps(worth.worth(SOURCE, unseen, run, tasks, 6, seeds=2, steps=2)))
     for row in found.values():
         assert row["images"] == {"real": 6, "synthetic": 2, "left_out": 1, "judged": 4} and row["steps"] == 2
-        assert len(row["seeds"]["real"]) == len(row["seeds"]["both"]) == 2 and row["interval"][0] <= row["gain"] <= row["interval"][1]
+        assert (
+            len(row["seeds"]["real"]) == len(row["seeds"]["both"]) == 2
+            and row["interval"][0] <= row["gain"] <= row["interval"][1]
+        )
     assert "6 real and 2 generated images, 2 students of each kind" in worth.table(found)
     with pytest.raises(Refused, match="can learn pose"):
         worth.student_tasks(SOURCE, unseen, run, ("pose",))
@@ -268,7 +315,10 @@ def test_commands_refuse_what_proves_nothing(capsys):
     from bench import __main__ as bench
     from datasetdm_fast.command_line.ending import run_command
 
-    assert run_command(bench.dispatch, ["claims", "--seeds", "1"]) == 2 and "one student has no spread" in capsys.readouterr().err
+    assert (
+        run_command(bench.dispatch, ["claims", "--seeds", "1"]) == 2
+        and "one student has no spread" in capsys.readouterr().err
+    )
     assert run_command(bench.dispatch, ["claims", "--rows", "semantics"]) == 2 and "semantic" in capsys.readouterr().err
     assert rows.OUTSIDE == 2
 
@@ -277,8 +327,24 @@ def test_every_row_is_made_and_found_again(tmp_path):
     """All labellers, sets, students and exams, each in the smallest number that is one."""
     from bench.claims.run import Bench, described
 
-    scale = sets.Scale(seeds=2, steps=4, short=3, real=3, fewer=(2,), synthetic=8, parity=4, test=60, labeller_steps=1, labeller_draws=1, sizes=("small",))
-    for folder, tasks in {"is_any-2": TASKS[:3], "is_seen-3": TASKS[:1], "is_day-3": TASKS[:1]}.items():  # one step teaches nothing that could be trusted
+    scale = sets.Scale(
+        seeds=2,
+        steps=4,
+        short=3,
+        real=3,
+        fewer=(2,),
+        synthetic=8,
+        parity=4,
+        test=60,
+        labeller_steps=1,
+        labeller_draws=1,
+        sizes=("small",),
+    )
+    for folder, tasks in {
+        "is_any-2": TASKS[:3],
+        "is_seen-3": TASKS[:1],
+        "is_day-3": TASKS[:1],
+    }.items():  # one step teaches nothing that could be trusted
         for task in tasks:
             shutil.copytree(DEMO / task, tmp_path / "labellers" / f"{folder}-1-1" / task)
     said = []
@@ -289,7 +355,9 @@ def test_every_row_is_made_and_found_again(tmp_path):
         found = {name: bench.row(name, plan) for name, plan in plans.items()}
         page.write(tmp_path, described(found, scale, ["claims"], True, 1.0), bench)
     assert set(found) == set(CLAIMS) and (tmp_path / "index.html").exists() and (tmp_path / "answers.png").exists()
-    assert found["parity"]["real"] == pytest.approx(found["parity"]["both"], rel=0.05), "both engines give the same images but for rounding"
+    assert found["parity"]["real"] == pytest.approx(found["parity"]["both"], rel=0.05), (
+        "both engines give the same images but for rounding"
+    )
     assert found["instance"]["cells"][0]["images"]["real"] == 2 and found["semantic"]["images"]["real"] == 3
     kinds = [line for line in said if line.startswith(("real, seed", "synthetic, seed", "both, seed", "many real"))]
     assert len(kinds) == bench.record.taught == len(list((tmp_path / "students").glob("*.json")))

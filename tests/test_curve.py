@@ -15,7 +15,9 @@ from datasetdm_fast.readers import open_data
 COUNTS = [10, 30, 100, 300]
 
 
-@pytest.mark.parametrize("floor, scale, exponent", [(0.0, 2.0, 0.4), (0.1, 1.5, 0.6), (0.25, 0.9, 0.3), (0.05, 3.0, 1.0)])
+@pytest.mark.parametrize(
+    "floor, scale, exponent", [(0.0, 2.0, 0.4), (0.1, 1.5, 0.6), (0.25, 0.9, 0.3), (0.05, 3.0, 1.0)]
+)
 def test_a_law_is_found_again_from_its_points(floor, scale, exponent):
     errors = floor + scale * np.array(COUNTS, float) ** -exponent
     law = power_law(COUNTS, np.stack([errors, 2 * errors]))
@@ -36,7 +38,9 @@ def judge_of(absrel):
     def judge(count, repeat):
         meter, random = METRICS["depth"](source), np.random.default_rng(repeat)
         for _ in range(40):
-            meter.add(item, DepthMap(item.depth * np.float32(1 + absrel(count) * random.uniform(0.5, 1.5)), source.max_depth))
+            meter.add(
+                item, DepthMap(item.depth * np.float32(1 + absrel(count) * random.uniform(0.5, 1.5)), source.max_depth)
+            )
         return meter
 
     return judge
@@ -52,7 +56,11 @@ def test_fifty_more_labels_are_worth_what_the_law_says():
     for point in found["points"]:
         assert point["interval"][0] <= point["value"] <= point["interval"][1]
     lines = told("depth", found, 0.95).splitlines()
-    assert lines[-1].startswith("50 more labels would bring absrel to about 0.0") and "lower" in lines[-1] and len(lines) == 7
+    assert (
+        lines[-1].startswith("50 more labels would bring absrel to about 0.0")
+        and "lower" in lines[-1]
+        and len(lines) == 7
+    )
 
 
 def test_a_forecast_from_few_numbers_says_that_it_is_hopeful():

@@ -1,4 +1,6 @@
-"""P-Decoders: against answers recorded from DatasetDM's own classes, batch against single images, files, refusals, training."""
+"""P-Decoders: against answers recorded from DatasetDM's own classes, batch against single images, files, refusals,
+training.
+"""
 
 import importlib
 import json
@@ -13,21 +15,46 @@ import torch.nn.functional as F
 
 from datasetdm_fast import kernels
 from datasetdm_fast.data import Capture
-from datasetdm_fast.decoders.checkpoint import Decoder, build_decoder, check_levels, load_decoder, load_decoders, load_upstream, save_decoder
+from datasetdm_fast.decoders.checkpoint import (
+    build_decoder,
+    check_levels,
+    load_decoder,
+    load_decoders,
+    load_upstream,
+    save_decoder,
+)
 from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.stages import levels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoders.json").read_text())
-RECORDED = {"segmentation": "segmentation", "open-vocabulary": "open_vocabulary", "depth": "depth", "heatmap": "pose_heatmap", "simcc": "pose_simcc"}
+RECORDED = {
+    "segmentation": "segmentation",
+    "open-vocabulary": "open_vocabulary",
+    "depth": "depth",
+    "heatmap": "pose_heatmap",
+    "simcc": "pose_simcc",
+}
 OUTPUTS = {"depth": ("depth",), "heatmap": ("heatmaps",), "simcc": ("x", "y")}  # what upstream returns without names
-DEMO_LEVELS = levels({"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=128)
+DEMO_LEVELS = levels(
+    {"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=128
+)
 KINDS = tuple(RECORDED)
 
 
 def small(kind: str, **changes) -> DecoderConfig:
-    sizes = dict(levels=DEMO_LEVELS, width=16, heads=2, layers=4, feed_forward=32, mask_dim=12, queries=5, depth_width=8, text_width=10)
+    sizes = dict(
+        levels=DEMO_LEVELS,
+        width=16,
+        heads=2,
+        layers=4,
+        feed_forward=32,
+        mask_dim=12,
+        queries=5,
+        depth_width=8,
+        text_width=10,
+    )
     names = dict(classes=("wall", "ball", "cone"), joints=("head", "hand"), limbs=((0, 1),), capture_timestep=100)
     return upstream(kind, **{**sizes, **names, **changes})
 
@@ -38,8 +65,14 @@ def capture_of(level_table, batch: int, seed: int = 0, dtype=torch.float32) -> C
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
-    features = tuple(tuple((draw(batch, 2 * c, level.side, level.side) * 0.5).to(dtype) for c in level.features) for level in level_table)
-    maps = tuple(tuple(torch.softmax(draw(batch, heads, level.side**2, level.tokens) * 2, -1).to(dtype) for heads in level.heads) for level in level_table)
+    features = tuple(
+        tuple((draw(batch, 2 * c, level.side, level.side) * 0.5).to(dtype) for c in level.features)
+        for level in level_table
+    )
+    maps = tuple(
+        tuple(torch.softmax(draw(batch, heads, level.side**2, level.tokens) * 2, -1).to(dtype) for heads in level.heads)
+        for level in level_table
+    )
     return Capture(features, maps)
 
 
@@ -51,11 +84,19 @@ def text_for(config: DecoderConfig, batch: int, words: int = 0):
 
 
 def image_of(capture: Capture, index: int) -> Capture:
-    return Capture(*(tuple(tuple(x[index : index + 1] for x in level) for level in part) for part in (capture.features, capture.maps)))
+    return Capture(
+        *(
+            tuple(tuple(x[index : index + 1] for x in level) for level in part)
+            for part in (capture.features, capture.maps)
+        )
+    )
 
 
 def distance(ours, theirs) -> float:
-    ours, theirs = torch.as_tensor(ours, dtype=torch.float64).flatten(), torch.as_tensor(theirs, dtype=torch.float64).flatten()
+    ours, theirs = (
+        torch.as_tensor(ours, dtype=torch.float64).flatten(),
+        torch.as_tensor(theirs, dtype=torch.float64).flatten(),
+    )
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
@@ -72,7 +113,9 @@ def randomise(decoder, seed: int = 3):
 
 
 def seeded_state(shapes: dict[str, torch.Size], seed: int) -> dict[str, torch.Tensor]:
-    """The weights of the recording: keys in sorted order from one generator, norms around one, u0 of unit length, statistics as built."""
+    """The weights of the recording: keys in sorted order from one generator, norms around one, u0 of unit length,
+    statistics as built.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key in sorted(shapes):
@@ -101,8 +144,13 @@ def unread_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
 def recorded_inputs():
     generator = torch.Generator().manual_seed(GOLDEN["seed"])
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    features = tuple(tuple(draw(1, 2 * c, level.side, level.side) * 0.5 for c in level.features) for level in SD1_LEVELS)
-    maps = tuple(tuple(torch.softmax(draw(heads, level.side**2, level.tokens) * 2, -1)[None] for heads in level.heads) for level in SD1_LEVELS)
+    features = tuple(
+        tuple(draw(1, 2 * c, level.side, level.side) * 0.5 for c in level.features) for level in SD1_LEVELS
+    )
+    maps = tuple(
+        tuple(torch.softmax(draw(heads, level.side**2, level.tokens) * 2, -1)[None] for heads in level.heads)
+        for level in SD1_LEVELS
+    )
     return Capture(features, maps), draw(1, 1, 768)[:, 0]
 
 
@@ -147,7 +195,17 @@ def upstream_classes(monkeypatch):
     if not checkout:
         pytest.skip("DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM")
     pytest.importorskip("einops", reason="upstream's decoders compute with einops, which is not installed")
-    outside = ("black", "mmcv", "mmcv.cnn", "mmcv.runner", "torchvision", "torchvision.transforms", "detectron2", "detectron2.layers", "detectron2.config")
+    outside = (
+        "black",
+        "mmcv",
+        "mmcv.cnn",
+        "mmcv.runner",
+        "torchvision",
+        "torchvision.transforms",
+        "detectron2",
+        "detectron2.layers",
+        "detectron2.config",
+    )
     for name in (*outside, "fvcore", "fvcore.nn", "fvcore.nn.weight_init"):
         module = types.ModuleType(name)
         module.__path__ = []
@@ -164,7 +222,11 @@ def upstream_classes(monkeypatch):
     settings = Settings(MODEL=Settings(HEAD_INPUT=1024), DATASETS=Settings(IMAGE_SIZE=[512, 512]))
     places = {
         "segmentation": ("model.segment.transformer_decoder", "seg_decorder", {"num_classes": 19, "num_queries": 100}),
-        "open-vocabulary": ("model.segment.transformer_decoder_semantic", "seg_decorder_open_word", {"num_classes": 2, "num_queries": 20}),
+        "open-vocabulary": (
+            "model.segment.transformer_decoder_semantic",
+            "seg_decorder_open_word",
+            {"num_classes": 2, "num_queries": 20},
+        ),
         "depth": ("model.depth_module", "Depthmodule", {"max_depth": 10}),
         "heatmap": ("model.pose_module_heat", "PoseModule_HeatMap", {"cfg": settings}),
         "simcc": ("model.pose_module", "PoseModule", {"cfg": settings}),
@@ -183,7 +245,10 @@ def upstream_classes(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_upstream_classes_beside_ours(kind, upstream_classes):
     """Two images in a row through the same state: the second sees the spectral norms that the first moved."""
-    theirs, ours = upstream_classes(kind), build_decoder(upstream(kind), kernels.rearranged if kind == "depth" else kernels.reference)
+    theirs, ours = (
+        upstream_classes(kind),
+        build_decoder(upstream(kind), kernels.rearranged if kind == "depth" else kernels.reference),
+    )
     state = seeded_state({key: value.shape for key, value in theirs.state_dict().items()}, seed=11)
     theirs.load_state_dict(state)
     load_upstream(ours, state, strict=True)
@@ -191,7 +256,9 @@ def test_upstream_classes_beside_ours(kind, upstream_classes):
     for image in range(1 if kind == "depth" else 2):
         capture = capture_of(SD1_LEVELS, 1, seed=image)
         text = text_for(ours.config, 1)
-        low, *others = capture.maps  # upstream keeps the maps by place in the UNet: three up layers and two down layers a level
+        low, *others = (
+            capture.maps
+        )  # upstream keeps the maps by place in the UNet: three up layers and two down layers a level
         places = {"mid_cross": [low[0][0]], "up_cross": [layer[0] for level in others for layer in level[:3]]}
         places["down_cross"] = [layer[0] for level in others for layer in level[3:]]
         store = types.SimpleNamespace(get_average_attention=lambda places=places: places)
@@ -199,7 +266,11 @@ def test_upstream_classes_beside_ours(kind, upstream_classes):
         with torch.no_grad():
             expected = theirs(features, store, ["x"], None, *(() if text is None else (text[:, None],)))
             answer = ours(capture, text)
-        expected = expected if isinstance(expected, dict) else dict(zip(names, expected if isinstance(expected, (tuple, list)) else [expected]))
+        expected = (
+            expected
+            if isinstance(expected, dict)
+            else dict(zip(names, expected if isinstance(expected, (tuple, list)) else [expected]))
+        )
         for name in names:
             assert distance(answer[name], expected[name]) <= 1e-4, f"{name} of image {image}"
 
@@ -253,7 +324,9 @@ def test_sides_follow_the_highest_level(kind):
 
 
 def test_another_image_size_than_trained():
-    larger = levels({"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=192)
+    larger = levels(
+        {"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=192
+    )
     with torch.inference_mode():
         assert build_decoder(small("segmentation"))(capture_of(larger, 1))["pred_masks"].shape[-1] == 60
         with pytest.raises(Refused, match="24 cells"):
@@ -272,7 +345,11 @@ def test_every_weight_learns(kind):
     earlier = answer.pop("aux", [])
     assert len(earlier) == (config.layers if config.has_queries else 0)
     sum((one * torch.randn_like(one)).sum() for answers in (answer, *earlier) for one in answers.values()).backward()
-    assert [name for name, parameter in decoder.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0] == []
+    assert [
+        name
+        for name, parameter in decoder.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ] == []
     assert all(not torch.equal(before[name], decoder.get_submodule(name).u0) for name in before)
 
 
@@ -283,7 +360,8 @@ def test_spectral_norm_gradient():
     def call(weight):
         return torch.func.functional_call(layer, {"weight": weight}, (torch.ones(1, 3, 4, 4, dtype=torch.float64),))
 
-    # The power iteration is held fixed, as upstream does, so it must have converged for the difference quotient to agree.
+    # The power iteration is held fixed, as upstream does, so it must have converged for the difference quotient to
+    # agree.
     layer.u0.copy_(torch.linalg.svd(layer.weight.detach().flatten(1))[0][:, :1].T)
     assert torch.autograd.gradcheck(call, (layer.weight.detach().clone().requires_grad_(),), atol=1e-6)
 
@@ -327,8 +405,8 @@ def test_running_statistics_replace_the_image_own():
 def test_saved_and_loaded(kind, storage, tolerance, tmp_path):
     config = small(kind, upscale=2 if kind == "depth" else 0)
     decoder, capture = build_decoder(config), capture_of(DEMO_LEVELS, 1)
-    decoder.save_pretrained(tmp_path, storage)
-    loaded = Decoder.from_pretrained(tmp_path)
+    save_decoder(decoder, tmp_path, storage)
+    loaded = load_decoder(tmp_path)
     assert loaded.config == config
     assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
     with torch.inference_mode():
@@ -345,9 +423,9 @@ def test_words_that_differ_little_are_told_apart_once_centred(tmp_path):
         decoder.centre(words)
         after = (decoder.ask(4, words)[0] - decoder.ask(4, words)[0].mean(0)).norm()
         assert after > 10 * before
-        decoder.save_pretrained(tmp_path)
+        save_decoder(decoder, tmp_path)
         capture = capture_of(DEMO_LEVELS, 4)
-        expected, answer = decoder(capture, words), Decoder.from_pretrained(tmp_path)(capture, words)
+        expected, answer = decoder(capture, words), load_decoder(tmp_path)(capture, words)
     for name in expected:
         assert distance(answer[name], expected[name]) <= 1e-6
 
@@ -382,7 +460,12 @@ def test_what_does_not_fit_is_listed():
     state["final_layer.weight"] = torch.zeros(3, 64, 1, 1)
     with pytest.raises(Refused) as refusal:
         load_upstream(decoder, state)
-    for part in ("3 tensors", "missing: final_layer.bias", "unexpected: final_layer.extra", "final_layer.weight [3, 64, 1, 1] for [2, 64, 1, 1]"):
+    for part in (
+        "3 tensors",
+        "missing: final_layer.bias",
+        "unexpected: final_layer.extra",
+        "final_layer.weight [3, 64, 1, 1] for [2, 64, 1, 1]",
+    ):
         assert part in refusal.value.cause
 
 
@@ -407,7 +490,10 @@ def test_broken_files(tmp_path):
         save_decoder(load_decoder(tmp_path / "a"), tmp_path / "c")
     with torch.no_grad():
         decoder.mlp_head_y.bias[2] = float("nan")
-    for broken in (lambda: save_decoder(decoder, tmp_path / "c"), lambda: load_upstream(build_decoder(small("simcc")), decoder.state_dict())):
+    for broken in (
+        lambda: save_decoder(decoder, tmp_path / "c"),
+        lambda: load_upstream(build_decoder(small("simcc")), decoder.state_dict()),
+    ):
         with pytest.raises(Refused, match="mlp_head_y.bias holds 1 values that are NaN"):
             broken()
     assert not (tmp_path / "c").exists()
@@ -438,7 +524,9 @@ def test_levels_of_another_unet():
     check_levels(build_decoder(small("heatmap")), DEMO_LEVELS)
     with pytest.raises(Refused, match="trained on a UNet whose level low"):
         check_levels(build_decoder(small("heatmap")), SD1_LEVELS)
-    larger = levels({"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=256)
+    larger = levels(
+        {"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=256
+    )
     check_levels(build_decoder(small("heatmap")), larger)
     with pytest.raises(Refused, match="128 pixels, but the run makes 256"):
         check_levels(build_decoder(small("simcc")), larger)

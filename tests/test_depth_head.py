@@ -19,7 +19,9 @@ def added(inputs: tuple[Tensor, ...], middle: int, full: int, threads: int, vect
     x, weight, bias, last, _ = (one.numpy() for one in inputs)
     products = np.ascontiguousarray(np.einsum("bcyx,oclk->byxlko", x, weight).reshape(len(x), *x.shape[2:], 9, -1))
     logits = np.zeros((len(x), full, full), x.dtype)
-    _C.depth_head_add(products, bias, np.ascontiguousarray(last[0].reshape(-1, 9).T), middle, logits, threads, vector_bytes)
+    _C.depth_head_add(
+        products, bias, np.ascontiguousarray(last[0].reshape(-1, 9).T), middle, logits, threads, vector_bytes
+    )
     return logits
 
 

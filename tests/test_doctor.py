@@ -31,7 +31,13 @@ if os.environ.get("DATASETDM_LONG_TESTS"):
 
 def ask(*arguments: str, path: str = "", **environment: str) -> subprocess.CompletedProcess:
     variables = {**os.environ, **environment, **({"PYTHONPATH": path} if path else {})}
-    return subprocess.run([sys.executable, "-m", "datasetdm_fast.doctor", *arguments], capture_output=True, text=True, timeout=SECONDS, env=variables)
+    return subprocess.run(
+        [sys.executable, "-m", "datasetdm_fast.doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=variables,
+    )
 
 
 def test_a_sound_machine():
@@ -39,11 +45,17 @@ def test_a_sound_machine():
     assert ended.returncode == 0 and ended.stderr == "", ended.stderr
     found = json.loads(ended.stdout)
     assert set(found) == SECTIONS and found["self_test"]["passed"] and found["self_test"]["problem"] == ""
-    assert found["torch"]["version"].startswith("2.") and found["libraries"]["torch"] and found["package"]["extension"]["problem"] == ""
+    assert (
+        found["torch"]["version"].startswith("2.")
+        and found["libraries"]["torch"]
+        and found["package"]["extension"]["problem"] == ""
+    )
     engines = found["engines"]
     assert engines["torch"]["runs"] and engines["fast"]["runs"]
     assert all(engine["runs"] or (engine["cause"] and engine["remedy"]) for engine in engines.values())
-    assert all(cache["bytes"] >= 0 and cache["path"] for cache in found["caches"].values()) and all(free > 0 for free in found["disk"].values())
+    assert all(cache["bytes"] >= 0 and cache["path"] for cache in found["caches"].values()) and all(
+        free > 0 for free in found["disk"].values()
+    )
     told = doctor.lines(found)
     assert any(line.startswith("self-test      passed") for line in told) and all("\n" not in line for line in told)
 
@@ -84,4 +96,7 @@ def test_one_question_that_hangs_or_crashes_costs_no_other_answer():
 def test_a_home_that_is_not_there(tmp_path):
     found = doctor._caches()
     assert all(set(cache) == {"path", "bytes", "files", "is_all"} for cache in found.values())
-    assert doctor._size(tmp_path / "none") == {"bytes": 0, "files": 0, "is_all": True} and doctor._free(tmp_path / "none") == -1
+    assert (
+        doctor._size(tmp_path / "none") == {"bytes": 0, "files": 0, "is_all": True}
+        and doctor._free(tmp_path / "none") == -1
+    )

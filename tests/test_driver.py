@@ -33,7 +33,11 @@ def config(path, **changes):
 
 
 def tree(path):
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and "state" not in file.parts}
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and "state" not in file.parts
+    }
 
 
 def samples(engine, requests, size=None, tasks=("semantic", "depth"), **choices):
@@ -98,7 +102,7 @@ class Narrow(StubEngine):
         super().__init__()
         self.where, self.wide = where, StubEngine()
 
-    def widened(self):
+    def fp32_fallback(self):
         return self.wide
 
     def encode_text(self, prompts):
@@ -106,12 +110,18 @@ class Narrow(StubEngine):
         return super().encode_text(prompts)
 
     def spoiled(self, point, values):
-        return torch.where(self.heavy.view(-1, *[1] * (values.ndim - 1)), float("inf"), values) if point == self.where else values
+        return (
+            torch.where(self.heavy.view(-1, *[1] * (values.ndim - 1)), float("inf"), values)
+            if point == self.where
+            else values
+        )
 
     def denoise_and_capture(self, latents, timestep, context):
         noise, capture = super().denoise_and_capture(latents, timestep, context)
         noise = torch.cat([self.spoiled("latents", half) for half in noise.chunk(2)])
-        return noise, replace(capture, features=tuple(tuple(self.spoiled("features", x) for x in level) for level in capture.features))
+        return noise, replace(
+            capture, features=tuple(tuple(self.spoiled("features", x) for x in level) for level in capture.features)
+        )
 
     def decode_and_check(self, latents):
         images, flags = super().decode_and_check(latents)
@@ -127,13 +137,19 @@ def test_what_a_narrow_precision_cannot_hold_is_made_once_more_in_fp32(where):
     plain, found = samples(StubEngine(), asked), samples(Narrow(where), asked)
     assert [type(result) for result in found] == [Sample, Sample, SetAside, Sample]
     assert where in found[1].provenance["retried"] and "retried" not in found[0].provenance
-    assert (found[1].image == plain[1].image).all() and (found[1].annotations["depth"].metres == plain[1].annotations["depth"].metres).all()
+    assert (found[1].image == plain[1].image).all() and (
+        found[1].annotations["depth"].metres == plain[1].annotations["depth"].metres
+    ).all()
     assert found[2].reason.endswith("in fp32 too")
 
 
 def test_words_are_encoded_once_a_run_and_each_image_is_asked_its_own():
     engine = StubEngine()
-    asked = [Request(0, "a ball and a tree", 0, ("ball", "tree")), Request(1, "nothing", 1), Request(2, "a cube", 2, ("cube",))]
+    asked = [
+        Request(0, "a ball and a tree", 0, ("ball", "tree")),
+        Request(1, "nothing", 1),
+        Request(2, "a cube", 2, ("cube",)),
+    ]
     found = samples(engine, asked, size=1, tasks=("open-vocabulary",))
     assert [entry for entry in engine.log if entry[0] == "encode_classes"] == [("encode_classes", world.THINGS)]
     numbers = [set(np.unique(sample.annotations["open-vocabulary"].labels)) - {0} for sample in found]
@@ -151,7 +167,7 @@ def test_renumbered_maps_speak_of_the_words_of_the_run():
 def test_a_run_is_made_once(engines, tmp_path):
     settings = config(tmp_path / "run")
     made = []
-    result = run.run(job.prepare(settings), made=made.append)
+    result = run.run(job.prepare(settings), on_commit=made.append)
     assert (result.done, result.made, result.is_complete, made) == (7, 7, True, [3, 3, 1])
     assert len(engines) == 1 and job.finished(settings).done == 7 and len(engines) == 1
     assert len(open_run(tmp_path / "run")) == 7
@@ -234,7 +250,11 @@ def test_a_sample_that_comes_out_otherwise_fails_and_is_not_written(engines, tmp
     path = tmp_path / "run"
     run.run(job.prepare(config(path)))
     before = tree(path)
-    monkeypatch.setattr(StubEngine, "decode_image", lambda self, latents: __import__("torch").zeros(len(latents), 64, 64, 3, dtype=__import__("torch").uint8))
+    monkeypatch.setattr(
+        StubEngine,
+        "decode_image",
+        lambda self, latents: __import__("torch").zeros(len(latents), 64, 64, 3, dtype=__import__("torch").uint8),
+    )
     with pytest.raises(GateFailed, match="differs from the run folder in images/00000002.png"):
         run.remake(run.prepare_remake(RunConfig(out=str(path), only="2")))
     assert tree(path) == before
@@ -242,7 +262,11 @@ def test_a_sample_that_comes_out_otherwise_fails_and_is_not_written(engines, tmp
 
 def test_making_again_checks_what_was_given(engines, tmp_path):
     run.run(job.prepare(config(tmp_path / "run")))
-    for only, given, message in (("99", (), "no sample"), ("x", (), "no sample"), ("1", ("seed",), "seed: 0 there, 3 asked for")):
+    for only, given, message in (
+        ("99", (), "no sample"),
+        ("x", (), "no sample"),
+        ("1", ("seed",), "seed: 0 there, 3 asked for"),
+    ):
         with pytest.raises(Refused, match=message):
             run.prepare_remake(RunConfig(out=str(tmp_path / "run"), only=only, seed=3), given)
     with pytest.raises(Refused, match="no run folder"):

@@ -32,7 +32,9 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).double().norm() / truth.double().norm().clamp(min=1e-30))
 
 
-def make(engine: TorchEngine, prompts, seeds, steps: int, guidance: float = 5.0, profile: str = "0.3.0") -> tuple[torch.Tensor, Capture]:
+def make(
+    engine: TorchEngine, prompts, seeds, steps: int, guidance: float = 5.0, profile: str = "0.3.0"
+) -> tuple[torch.Tensor, Capture]:
     """Final latents and Capture of the prompts as one batch."""
     side, schedule = engine.model.size // 8, make_schedule(engine.model.scheduler, "pndm", steps, profile)
     context = torch.cat([engine.encode_text([""] * len(prompts)), engine.encode_text(prompts)])
@@ -64,8 +66,12 @@ def test_capture_has_the_shapes_of_the_stage_table(engine):
     _, capture = make(engine, PROMPTS[:2], SEEDS[:2], 2)
     assert sum(len(level) for level in capture.features) == 28 and sum(len(level) for level in capture.maps) == 16
     for level, features, maps in zip(engine.model.levels, capture.features, capture.maps, strict=True):
-        assert [tuple(feature.shape) for feature in features] == [(2, 2 * channels, level.side, level.side) for channels in level.features]
-        assert [tuple(layer.shape) for layer in maps] == [(2, heads, level.side**2, level.tokens) for heads in level.heads]
+        assert [tuple(feature.shape) for feature in features] == [
+            (2, 2 * channels, level.side, level.side) for channels in level.features
+        ]
+        assert [tuple(layer.shape) for layer in maps] == [
+            (2, heads, level.side**2, level.tokens) for heads in level.heads
+        ]
         assert all(torch.allclose(layer.sum(-1), torch.ones(())) for layer in maps)
 
 
@@ -97,17 +103,32 @@ def test_four_prompts_equal_four_runs_of_one(engine):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("tiny", 6), pytest.param("demo", 10, marks=pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet"))]
+    ("name", "steps"),
+    [
+        ("tiny", 6),
+        pytest.param(
+            "demo", 10, marks=pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
+        ),
+    ],
 )
 def test_image_is_that_of_the_stock_pipeline(name, steps):
     engine = build_engine("torch", load_model(name), device="cpu")
     pipeline = stock(engine)
     latents, _ = make(engine, PROMPTS[:3], SEEDS[:3], steps, profile="0.14.0")
     for k in range(3):
-        arguments = {"num_inference_steps": steps, "guidance_scale": 5.0, "height": engine.model.size, "width": engine.model.size}
-        theirs = pipeline(PROMPTS[k], generator=torch.Generator("cpu").manual_seed(SEEDS[k]), output_type="latent", **arguments).images
+        arguments = {
+            "num_inference_steps": steps,
+            "guidance_scale": 5.0,
+            "height": engine.model.size,
+            "width": engine.model.size,
+        }
+        theirs = pipeline(
+            PROMPTS[k], generator=torch.Generator("cpu").manual_seed(SEEDS[k]), output_type="latent", **arguments
+        ).images
         assert relative(latents[k], theirs[0]) <= 1e-4
-    picture = pipeline(PROMPTS[2], generator=torch.Generator("cpu").manual_seed(SEEDS[2]), output_type="np", **arguments).images[0]
+    picture = pipeline(
+        PROMPTS[2], generator=torch.Generator("cpu").manual_seed(SEEDS[2]), output_type="np", **arguments
+    ).images[0]
     difference = np.abs(engine.decode_image(latents)[2].numpy().astype(int) - np.trunc(picture * 255).astype(int))
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
 
@@ -170,7 +191,11 @@ def test_decoders_are_called_by_task(engine):
 
 def test_fingerprint_names_what_decides_rounding(engine):
     fingerprint = engine.fingerprint()
-    assert fingerprint["engine"] == "torch" and fingerprint["dtype"] == "fp32" and fingerprint["torch"] == torch.__version__
+    assert (
+        fingerprint["engine"] == "torch"
+        and fingerprint["dtype"] == "fp32"
+        and fingerprint["torch"] == torch.__version__
+    )
     assert json.loads(json.dumps(fingerprint)) == fingerprint
 
 
@@ -183,7 +208,10 @@ def test_engines_that_are_not_there_are_named(engine):
         assert len(str(stop.value).splitlines()) == 2
 
 
-@pytest.mark.parametrize(("option", "value", "error"), [("dtype", "fp16", Refused), ("device", "tpu", Refused), ("device", "cuda:99", Missing)])
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [("dtype", "fp16", Refused), ("device", "tpu", Refused), ("device", "cuda:99", Missing)],
+)
 def test_impossible_arithmetic_or_device_is_refused(engine, option, value, error):
     with pytest.raises(error, match=value):
         build_engine("torch", engine.model, **{option: value})

@@ -1,4 +1,6 @@
-"""The TensorRT engine: with a stand-in for TensorRT that computes on the CPU, every buffer, shape and batch is exercised; on a GPU the real one."""
+"""The TensorRT engine: with a stand-in for TensorRT that computes on the CPU, every buffer, shape and batch is
+exercised; on a GPU the real one.
+"""
 
 import os
 import subprocess
@@ -48,19 +50,25 @@ def built(monkeypatch):
 def make_engine(demo, folder, module=fake_tensorrt, name="tensorrt-rtx", **choices):
     told = []
     found = fake_tensorrt.FakeFlavour(module, name)
-    engine = TrtEngine(*demo, dtype="fp32", folder=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=told.append, **choices)
+    engine = TrtEngine(
+        *demo, dtype="fp32", folder=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=told.append, **choices
+    )
     engine.told = told
     return engine
 
 
-REQUESTS = [Request(0, "a red ball beside a cube", 5, ("ball", "cube")), Request(1, "two cones on a table", 6), Request(2, "a star", 7, ("star",))]
+REQUESTS = [
+    Request(0, "a red ball beside a cube", 5, ("ball", "cube")),
+    Request(1, "two cones on a table", 6),
+    Request(2, "a star", 7, ("star",)),
+]
 
 
 def test_it_agrees_with_the_reference_at_every_stage_and_task(demo, folder, built):
     engine, reference = make_engine(demo, folder), TorchEngine(*demo)
     recipe = make_recipe(reference, TASKS, steps=3)
     truth = observe.observe(reference, REQUESTS, recipe)
-    led = distances.led_distances(observe.observe(engine, REQUESTS, recipe, truth), truth)
+    led = distances.teacher_forced_distances(observe.observe(engine, REQUESTS, recipe, truth), truth)
     rows = gates.judge({name: values.reshape(-1, len(REQUESTS)) for name, values in led.items()}, gates.EXACT, {})
     assert all(row.is_passed for row in rows), [row for row in rows if not row.is_passed]
     assert engine.told == [f"exporting the stages to {folder}"]
@@ -91,7 +99,10 @@ def test_words_beyond_what_a_plan_takes_at_once_go_through_in_parts(demo, folder
     latents = times.initial_noise(3, 4, 16, 16)[None]
     _, capture = reference.denoise_and_capture(latents, 21, context)
     text = reference.encode_classes(["ball", "cube", "cone", "star", "figure", "table"])[None]
-    truth, found = reference.annotate("open-vocabulary", capture, text), engine.annotate("open-vocabulary", capture, text)
+    truth, found = (
+        reference.annotate("open-vocabulary", capture, text),
+        engine.annotate("open-vocabulary", capture, text),
+    )
     assert found["pred_logits"].shape == truth["pred_logits"].shape
     for name, value in truth.items():
         assert distances.relative(found[name], value).max() < 1e-2
@@ -109,13 +120,17 @@ def test_images_beyond_what_the_autoencoder_takes_at_once_go_through_in_parts(de
     assert (images.int() - reference.decode_image(latents).int()).abs().max() <= 1
     torch.testing.assert_close(engine.encode_image(images), reference.encode_image(images), rtol=1e-3, atol=1e-3)
     generators = [[torch.Generator().manual_seed(k) for k in range(3)] for _ in range(2)]
-    torch.testing.assert_close(engine.encode_image(images, generators[0]), reference.encode_image(images, generators[1]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        engine.encode_image(images, generators[0]), reference.encode_image(images, generators[1]), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_features_and_maps_themselves_come_from_a_plan_of_their_own(demo, folder, built):
     engine, reference = make_engine(demo, folder), TorchEngine(*demo)
     context, latents = reference.encode_text(["", "a ball"]), times.initial_noise(3, 4, 16, 16)[None]
-    (noise, found), (expected, truth) = (one.denoise_and_keep(latents, 21, context) for one in (engine, reference))
+    (noise, found), (expected, truth) = (
+        one.denoise_and_capture_raw(latents, 21, context) for one in (engine, reference)
+    )
     torch.testing.assert_close(noise, expected, rtol=1e-3, atol=1e-4)
     for kind in ("features", "maps"):
         for mine, theirs in zip(getattr(found, kind), getattr(truth, kind), strict=True):
@@ -140,7 +155,7 @@ def test_outputs_are_the_callers_own(demo, folder, built):
     torch.testing.assert_close(first, kept, rtol=0, atol=0)
 
 
-# Where TensorRT records nothing itself ----------------------------------------------------------------------------------------------
+# Where TensorRT records nothing itself --------------------------------------------------------------------------------
 
 
 def plain_module():
@@ -189,11 +204,12 @@ def test_tensorrt_rtx_is_told_to_record_and_keeps_what_it_compiled(demo, folder,
     assert third._loaded["encode_text"][0].compiled.content == b"compiled"
 
 
-# Plans that are there already, and plans that must not be used -----------------------------------------------------------------------
+# Plans that are there already, and plans that must not be used --------------------------------------------------------
 
 
 def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
     """Plans of the text encoder and the UNet call as another machine would leave them."""
+    from datasetdm_fast.engines.fast import FastEngine
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx import to_onnx
     from datasetdm_fast.export.tensorrt import to_tensorrt
@@ -201,7 +217,14 @@ def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
     built = fake_tensorrt.fake_builder(monkeypatch)
     manifest = to_onnx.export(*demo, folder, precision="fp32", only=["encode_text", "denoise"])
     target = to_tensorrt.Target(fake_tensorrt.FakeFlavour(fake_tensorrt), batches, capabilities)
-    made = to_tensorrt.build_plans(folder, manifest, target, Reference(*demo), tell=lambda line: None, is_quiet=True)
+    made = to_tensorrt.build_plans(
+        folder,
+        manifest,
+        target,
+        Reference(lambda: FastEngine(*demo, dtype="fp32", device="cpu")),
+        tell=lambda line: None,
+        is_quiet=True,
+    )
     built.clear()
     return manifest, made, built
 
@@ -211,7 +234,11 @@ def test_plans_built_elsewhere_are_used_for_every_batch_they_hold(demo, tmp_path
     _, _, built = prebuilt(demo, tmp_path, monkeypatch, (1, 2), capabilities)
     engine, kept = make_engine(demo, tmp_path), []
     keep = LoadedPlan._keep_compiled
-    monkeypatch.setattr(LoadedPlan, "_keep_compiled", lambda self: kept.append((self.plan.facts["stage"], len(self._calls))) or keep(self))
+    monkeypatch.setattr(
+        LoadedPlan,
+        "_keep_compiled",
+        lambda self: kept.append((self.plan.facts["stage"], len(self._calls))) or keep(self),
+    )
     for batch in (2, 1):
         context = engine.encode_text([""] * batch + ["a ball"] * batch)
         assert engine.denoise(torch.zeros(batch, 4, 16, 16), 401, context).shape == (2 * batch, 4, 16, 16)
@@ -246,7 +273,9 @@ def test_a_plan_that_says_something_else_than_its_golden_output_fails_the_gate(d
     order_facts = made["encode_text"].facts
     forged = {"graph": str(wrong), "profiles": order_facts["profiles"], "capabilities": ["sm86"]}
     notes = dict(made["encode_text"].notes)
-    sealed.write(made["encode_text"].path, order_facts, fake_tensorrt.json.dumps(forged).encode(), sealed.load_key(), notes)
+    sealed.write(
+        made["encode_text"].path, order_facts, fake_tensorrt.json.dumps(forged).encode(), sealed.load_key(), notes
+    )
     with pytest.raises(GateFailed, match="output context is .* away from the golden one, at most 0.02"):
         make_engine(demo, tmp_path).encode_text([""])
 
@@ -282,10 +311,16 @@ def test_a_folder_of_another_model_is_refused(demo, folder, built, tmp_path):
 
 def test_precisions_it_does_not_know_are_refused(demo, folder):
     with pytest.raises(Refused, match="'int8' is none of auto, fp32, fp16, bf16"):
-        TrtEngine(*demo, dtype="int8", folder=folder, queue=fake_tensorrt.HostQueue(), found=fake_tensorrt.FakeFlavour(fake_tensorrt))
+        TrtEngine(
+            *demo,
+            dtype="int8",
+            folder=folder,
+            queue=fake_tensorrt.HostQueue(),
+            found=fake_tensorrt.FakeFlavour(fake_tensorrt),
+        )
 
 
-# A whole run ----------------------------------------------------------------------------------------------------------------------
+# A whole run ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_makes_samples_with_every_label(demo, folder, built):
@@ -306,7 +341,7 @@ def test_a_run_makes_samples_with_every_label(demo, folder, built):
     }
 
 
-# What is missing ------------------------------------------------------------------------------------------------------------------
+# What is missing ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
@@ -340,13 +375,15 @@ def test_a_gpu_the_flavour_does_not_serve_is_named_with_those_it_does(monkeypatc
 
 def test_no_module_names_the_way_to_install_one(monkeypatch):
     monkeypatch.setattr(flavours.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Missing, match=r"neither the module tensorrt nor tensorrt_rtx is installed.*\n.*datasetdm-fast\[trt\]"):
+    with pytest.raises(
+        Missing, match=r"neither the module tensorrt nor tensorrt_rtx is installed.*\n.*datasetdm-fast\[trt\]"
+    ):
         flavours.find()
     with pytest.raises(Missing, match="the module tensorrt is not installed.*\n.*pip install tensorrt"):
         flavours.find("tensorrt")
 
 
-# On a GPU -------------------------------------------------------------------------------------------------------------------------
+# On a GPU -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -29,7 +29,12 @@ def decoders(tmp_path_factory):
         made = {
             "semantic": {"kind": "segmentation", "classes": source.classes, **MASKS},
             "instance": {"kind": "segmentation", "classes": source.thing_classes, **MASKS},
-            "open-vocabulary": {"kind": "open-vocabulary", "classes": source.thing_classes[:4], "text_width": model.text_encoder.config.hidden_size, **MASKS},
+            "open-vocabulary": {
+                "kind": "open-vocabulary",
+                "classes": source.thing_classes[:4],
+                "text_width": model.text_encoder.config.hidden_size,
+                **MASKS,
+            },
             "depth": {"kind": "depth", "max_depth": source.max_depth},
             "pose": {"kind": "heatmap", "joints": source.joints, "limbs": source.limbs},
         }
@@ -77,7 +82,9 @@ def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, cap
     code, out, said = run(capsys, "--decoder", folder, "--data", address, "--json", "--skip-bad")
     result = json.loads(out)
     assert code == 0 and result["depth"]["images"] == 2
-    assert [reason for reason in result["skipped"].values() if "scene 1.png" in reason] and said.startswith("1 images were skipped:")
+    assert [reason for reason in result["skipped"].values() if "scene 1.png" in reason] and said.startswith(
+        "1 images were skipped:"
+    )
 
 
 def test_captions_are_read_twice_once_or_not_at_all(decoders, capsys):

@@ -1,4 +1,6 @@
-"""Exported stages against diffusers' own modules in ONNX Runtime, and the folder they lie in: same bytes, whole or absent, refused when wrong."""
+"""Exported stages against diffusers' own modules in ONNX Runtime, and the folder they lie in: same bytes, whole or
+absent, refused when wrong.
+"""
 
 import json
 import multiprocessing
@@ -43,7 +45,17 @@ from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.stages import LEVELS
 
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
-SMALL = dict(width=16, heads=2, layers=3, feed_forward=24, mask_dim=8, queries=5, depth_width=70, text_width=32, capture_timestep=1)
+SMALL = dict(
+    width=16,
+    heads=2,
+    layers=3,
+    feed_forward=24,
+    mask_dim=8,
+    queries=5,
+    depth_width=70,
+    text_width=32,
+    capture_timestep=1,
+)
 KINDS = {
     "semantic": ("segmentation", {"classes": ("wall", "ball", "cone")}),
     "open-vocabulary": ("open-vocabulary", {"text_centre": True}),
@@ -73,7 +85,13 @@ class Exported:
             path = str(self.folder / self.manifest.stages[stage].file)
             self.sessions[stage] = onnxruntime.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
         names = [info.name for info in self.manifest.stages[stage].outputs]
-        return dict(zip(names, self.sessions[stage].run(names, {name: np.asarray(value) for name, value in inputs.items()}), strict=True))
+        return dict(
+            zip(
+                names,
+                self.sessions[stage].run(names, {name: np.asarray(value) for name, value in inputs.items()}),
+                strict=True,
+            )
+        )
 
     def graph(self, stage: str) -> onnx.ModelProto:
         return onnx.load(self.folder / self.manifest.stages[stage].file, load_external_data=False)
@@ -81,9 +99,18 @@ class Exported:
 
 def second_generation(tiny):
     """The tiny model with heads per level, linear projections and one layer a block, as SD 2.x has them."""
-    config = dict(sample_size=16, block_out_channels=(32, 64, 64, 64), attention_head_dim=[1, 2, 4, 4], use_linear_projection=True, layers_per_block=1)
+    config = dict(
+        sample_size=16,
+        block_out_channels=(32, 64, 64, 64),
+        attention_head_dim=[1, 2, 4, 4],
+        use_linear_projection=True,
+        layers_per_block=1,
+    )
     unet = _seeded(
-        lambda: UNet2DConditionModel(cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config), seed=3
+        lambda: UNet2DConditionModel(
+            cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config
+        ),
+        seed=3,
     )
     return replace(tiny, unet=unet.eval().requires_grad_(False), levels=stages.levels(unet.config, 77, 128))
 
@@ -92,7 +119,8 @@ def upstream_decoders(model) -> dict:
     """Every kind of decoder as DatasetDM has it, but for its widths."""
     torch.manual_seed(5)
     return {
-        task: fold(build_decoder(upstream(kind, task=task, levels=model.levels, **SMALL, **more))).requires_grad_(False) for task, (kind, more) in KINDS.items()
+        task: fold(build_decoder(upstream(kind, task=task, levels=model.levels, **SMALL, **more))).requires_grad_(False)
+        for task, (kind, more) in KINDS.items()
     }
 
 
@@ -111,7 +139,9 @@ def world(request, tmp_path_factory) -> World:
     if request.param == "demo":
         return World(load_model("demo"), load_decoders("demo"), folder)
     # At 192 pixels the decoders resize by ratios that no float holds.
-    model = load_model("tiny", size=192) if request.param.startswith("SD 1.x") else second_generation(load_model("tiny"))
+    model = (
+        load_model("tiny", size=192) if request.param.startswith("SD 1.x") else second_generation(load_model("tiny"))
+    )
     return World(model, upstream_decoders(model), folder)
 
 
@@ -127,18 +157,26 @@ def inputs(world, batch: int) -> dict:
     return {"latents": latents, "timestep": torch.tensor(321.0), "context": context}
 
 
-# Against diffusers ------------------------------------------------------------------------------------------------------------------
+# Against diffusers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_stage_says_what_diffusers_says(world, batch):
     run, given = world.exported, inputs(world, batch)
-    assert relative(run("encode_text", tokens=world.model.token_ids(PROMPTS[:batch]))["context"], given["context"][batch:]) <= EXACT
+    assert (
+        relative(run("encode_text", tokens=world.model.token_ids(PROMPTS[:batch]))["context"], given["context"][batch:])
+        <= EXACT
+    )
     noise, capture = world.torch.denoise_and_capture(given["latents"], 321, given["context"])
     raw, captured = run("denoise_and_keep", **given), run("denoise_and_capture", **given)
     for found in (raw, captured, run("denoise", **given)):
         assert relative(found["noise"], noise) <= EXACT
-    kept = {f"{kind}_{level}_{k}" for kind in ("features", "maps") for level, row in zip(LEVELS, getattr(capture, kind)) for k in range(len(row))}
+    kept = {
+        f"{kind}_{level}_{k}"
+        for kind in ("features", "maps")
+        for level, row in zip(LEVELS, getattr(capture, kind))
+        for k in range(len(row))
+    }
     assert kept == set(raw) - {"noise"}
     for kind in ("features", "maps"):
         for level, row in zip(LEVELS, getattr(capture, kind)):
@@ -148,7 +186,9 @@ def test_every_stage_says_what_diffusers_says(world, batch):
         assert set(own) == set(weights)
         for place, level in enumerate(world.model.levels):
             if level.name in own:
-                expected = pyramid.reference(capture.features[place], capture.maps[place], weights[level.name], level.side)
+                expected = pyramid.reference(
+                    capture.features[place], capture.maps[place], weights[level.name], level.side
+                )
                 assert relative(captured[f"sums_{level.name}"][:, slice(*own[level.name])], expected) <= EXACT
 
 
@@ -159,9 +199,15 @@ def test_every_decoder_says_what_it_says_of_the_raw_capture(world, batch):
     found = world.exported("denoise_and_capture", **given)
     words = world.torch.encode_classes(["ball", "cube", "a tall tree"][:batch]).expand(batch, -1, -1)
     for task, kind in world.manifest.tasks.items():
-        own = {f"sums_{level}": found[f"sums_{level}"][:, slice(*part)] for level, part in world.manifest.channels[task].items()}
+        own = {
+            f"sums_{level}": found[f"sums_{level}"][:, slice(*part)]
+            for level, part in world.manifest.channels[task].items()
+        }
         text = {"text": words} if kind == "open-vocabulary" else {}
-        answers, expected = world.exported(f"annotate_{task}", **own, **text), world.torch.annotate(task, capture, **text)
+        answers, expected = (
+            world.exported(f"annotate_{task}", **own, **text),
+            world.torch.annotate(task, capture, **text),
+        )
         assert set(answers) == set(expected) == set(stages.ANSWERS[kind])
         for name, value in expected.items():
             assert relative(answers[name], value) <= 2e-5, (task, name)
@@ -178,7 +224,9 @@ def test_the_autoencoder(world, batch):
 
 
 def test_graphs_are_plain_onnx(world):
-    """Checked with inferred shapes and types; no control flow, no foreign operators, nothing large outside the data file."""
+    """Checked with inferred shapes and types; no control flow, no foreign operators, nothing large outside the data
+    file.
+    """
     for stage, told in world.manifest.stages.items():
         onnx.checker.check_model(str(world.exported.folder / told.file), full_check=True)
         model = world.exported.graph(stage)
@@ -186,27 +234,40 @@ def test_graphs_are_plain_onnx(world):
         assert not {node.op_type for node in model.graph.node} & {"If", "Loop", "Scan", "SequenceMap"}
         assert all(len(one.raw_data) <= 2048 for one in model.graph.initializer)
         for infos, values in ((told.inputs, model.graph.input), (told.outputs, model.graph.output)):
-            shapes = [tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim) for value in values]
-            assert [info.name for info in infos] == [value.name for value in values] and [info.shape for info in infos] == shapes
+            shapes = [
+                tuple(size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim) for value in values
+            ]
+            assert [info.name for info in infos] == [value.name for value in values] and [
+                info.shape for info in infos
+            ] == shapes
     captured = world.manifest.stages["denoise_and_capture"]
     assert captured.data == world.manifest.stages["denoise"].data == "unet.data"
     assert {info.name for info in captured.outputs} <= set(stages.STAGES["denoise_and_capture"].outputs)
 
 
-# Precisions -------------------------------------------------------------------------------------------------------------------------
+# Precisions -----------------------------------------------------------------------------------------------------------
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
     inferred = onnx.shape_inference.infer_shapes(model).graph
-    return {value.name: value.type.tensor_type.elem_type for value in [*inferred.value_info, *inferred.input, *inferred.output]} | {
-        one.name: one.data_type for one in model.graph.initializer
-    }
+    return {
+        value.name: value.type.tensor_type.elem_type
+        for value in [*inferred.value_info, *inferred.input, *inferred.output]
+    } | {one.name: one.data_type for one in model.graph.initializer}
 
 
-@pytest.mark.parametrize(("precision", "storage"), [("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)])
+@pytest.mark.parametrize(
+    ("precision", "storage"), [("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)]
+)
 def test_norms_and_softmax_stay_fp32_between_narrow_products(demo, tmp_path, precision, storage):
     model, decoders = demo
-    export(model, {"depth": decoders["depth"]}, tmp_path, precision=precision, only=["denoise", "denoise_and_capture", "annotate_depth"])
+    export(
+        model,
+        {"depth": decoders["depth"]},
+        tmp_path,
+        precision=precision,
+        only=["denoise", "denoise_and_capture", "annotate_depth"],
+    )
     run = Exported(tmp_path)
     for stage in ("denoise", "denoise_and_capture"):
         onnx.checker.check_model(str(tmp_path / f"{stage}.onnx"), full_check=True)
@@ -216,11 +277,17 @@ def test_norms_and_softmax_stay_fp32_between_narrow_products(demo, tmp_path, pre
             if node.op_type in ("Softmax", "InstanceNormalization"):
                 assert place == onnx.TensorProto.FLOAT, node.name
             if node.op_type == "LayerNormalization":
-                assert place == storage and {one.name: one.i for one in node.attribute}["stash_type"] == onnx.TensorProto.FLOAT
+                assert (
+                    place == storage
+                    and {one.name: one.i for one in node.attribute}["stash_type"] == onnx.TensorProto.FLOAT
+                )
             if node.op_type == "Conv" or (node.op_type == "MatMul" and not node.name.startswith("times")):
                 assert {types[name] for name in node.input} == {storage}, node.name
         assert all(types[value.name] == onnx.TensorProto.FLOAT for value in [*graph.graph.input, *graph.graph.output])
-    assert {one.data_type for one in run.graph("annotate_depth").graph.initializer} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+    assert {one.data_type for one in run.graph("annotate_depth").graph.initializer} <= {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.INT64,
+    }
     if precision == "fp16":
         reference = build_engine("torch", model, device="cpu")
         context = torch.cat([reference.encode_text([""]), reference.encode_text(PROMPTS[:1])])
@@ -229,12 +296,14 @@ def test_norms_and_softmax_stay_fp32_between_narrow_products(demo, tmp_path, pre
         assert 1e-5 < relative(found, reference.denoise(latents, 321, context)) < 2e-3
 
 
-# The folder -------------------------------------------------------------------------------------------------------------------------
+# The folder -----------------------------------------------------------------------------------------------------------
 
 
 def test_equal_input_gives_equal_bytes(demo, tmp_path):
     first, second = (export(*demo, tmp_path / name) for name in ("a", "b"))
-    assert first == second and all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in (NAME, *first.files))
+    assert first == second and all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in (NAME, *first.files)
+    )
     other = export(demo[0], {}, tmp_path / "d", only=["encode_text"])
     assert other.source != first.source
 
@@ -282,7 +351,11 @@ def test_manifests_say_all_and_are_read_with_care(demo, tmp_path):
     assert manifest.model["name"] == "demo" and manifest.model["unet"] == model.digests["unet"] and manifest.size == 128
     assert manifest.digest() == Manifest.from_json(text).digest()
     tensors = {info.name: info for info in manifest.stages["denoise_and_capture"].outputs}
-    assert tensors["sums_high"].axes == ("B", "F", "h", "w") and tensors["sums_high"].shape[0] == "B" and tensors["sums_high"].shape[2:] == (8, 8)
+    assert (
+        tensors["sums_high"].axes == ("B", "F", "h", "w")
+        and tensors["sums_high"].shape[0] == "B"
+        and tensors["sums_high"].shape[2:] == (8, 8)
+    )
     stops = [part for own in manifest.channels.values() for part in [own["mid"]]]
     assert stops[0][0] == 0 and stops[-1][1] == tensors["sums_mid"].shape[1]
     good = json.loads(text)
@@ -375,7 +448,7 @@ def test_a_manifest_of_something_else_is_not_replaced(demo, tmp_path):
     export(demo[0], {}, tmp_path, only=["encode_text"]).check_files(tmp_path)
 
 
-# The command ------------------------------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------------------------------
 
 
 def line(*arguments) -> list[str]:
@@ -383,8 +456,16 @@ def line(*arguments) -> list[str]:
 
 
 def test_two_processes_make_one_export_of_the_same_bytes(demo, tmp_path):
-    """Of two at once one waits for the other; and what another interpreter writes, with other hashes of strings, is the same."""
-    other = subprocess.Popen(line("--out", tmp_path / "a"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    """Of two at once one waits for the other; and what another interpreter writes, with other hashes of strings, is the
+    same.
+    """
+    other = subprocess.Popen(
+        line("--out", tmp_path / "a"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+    )
     assert other.stderr.readline() == "encode_text\n"
     told = []
     export(*demo, tmp_path / "a", told=told.append)
@@ -421,7 +502,9 @@ def test_of_two_processes_one_is_killed_and_the_other_goes_on(tmp_path, capfd):
         said += capfd.readouterr().err
         time.sleep(0.05)
     first.kill()
-    assert done.get(timeout=120) == Manifest.read(tmp_path).digest() and "waiting for another process that fills" in said
+    assert (
+        done.get(timeout=120) == Manifest.read(tmp_path).digest() and "waiting for another process that fills" in said
+    )
     for process in (first, second):
         process.join(60)
     Manifest.read(tmp_path).check_files(tmp_path)
@@ -481,9 +564,18 @@ def test_every_call_to_the_disk_may_fail_or_be_the_last(tmp_path):
     shim = str(fault_server.build_shim(tmp_path))
     environment = os.environ | {"LD_PRELOAD": shim, "FAULT_SHIM": shim}
     kinds = [
-        str(fault_server.KINDS.index(kind)) for kind in (fault_server.KINDS[1:] if os.environ.get("DATASETDM_LONG_TESTS") else ("full", "short", "kill before"))
+        str(fault_server.KINDS.index(kind))
+        for kind in (
+            fault_server.KINDS[1:] if os.environ.get("DATASETDM_LONG_TESTS") else ("full", "short", "kill before")
+        )
     ]
-    done = subprocess.run([sys.executable, "-c", FAULTS, str(tmp_path / "out"), *kinds], capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, str(tmp_path / "out"), *kinds],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     met = dict(line.split() for line in done.stdout.splitlines())
     assert list(met) == kinds and all(int(met[kind]) > 2 for kind in kinds) and int(met[kinds[0]]) > 8, met
@@ -492,7 +584,9 @@ def test_every_call_to_the_disk_may_fail_or_be_the_last(tmp_path):
 def test_a_signal_leaves_nothing_half_written(tmp_path):
     # A suite that was started in the background hands on that SIGINT is ignored.
     heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    process = subprocess.Popen(line("--out", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
+    process = subprocess.Popen(
+        line("--out", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard
+    )
     assert process.stderr.readline() == "encode_text\n"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
@@ -525,7 +619,19 @@ def test_the_command_refuses_in_two_lines(arguments, code, tmp_path, monkeypatch
 
 
 def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
-    arguments = ["--model", "tiny", "--decoder", "none", "--raw-capture", "--precision", "fp16", "--size", "64", "--out", str(tmp_path)]
+    arguments = [
+        "--model",
+        "tiny",
+        "--decoder",
+        "none",
+        "--raw-capture",
+        "--precision",
+        "fp16",
+        "--size",
+        "64",
+        "--out",
+        str(tmp_path),
+    ]
     assert export_command([*arguments, "--json"]) == 0
     said = capsys.readouterr()
     manifest = Manifest.from_json(said.out)
@@ -535,17 +641,24 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
     assert export_command([*arguments, "--quiet"]) == 0 and capsys.readouterr().err == ""
 
 
-# Parts ------------------------------------------------------------------------------------------------------------------------------
+# Parts ----------------------------------------------------------------------------------------------------------------
 
 
 def test_deferred_weights_are_those_of_the_models_without_a_copy():
     model = load_model("demo")
     from datasetdm_fast.export.onnx.weights import deferred
 
-    for part, classes in ((model.unet, (TimeTable, TextTable, UNet)), (model.vae, (ImageDecoder, ImageEncoder)), (model.text_encoder, (TextEncoder,))):
+    for part, classes in (
+        (model.unet, (TimeTable, TextTable, UNet)),
+        (model.vae, (ImageDecoder, ImageEncoder)),
+        (model.text_encoder, (TextEncoder,)),
+    ):
         for kind in classes:
             more = () if kind in (TimeTable, TextTable) else (PLAIN,)
-            lazy, real = dict(kind(deferred(part), *more).named_parameters()), dict(kind(part, *more).named_parameters())
+            lazy, real = (
+                dict(kind(deferred(part), *more).named_parameters()),
+                dict(kind(part, *more).named_parameters()),
+            )
             assert lazy.keys() == real.keys() and all(isinstance(value, Deferred) for value in lazy.values())
             assert all(torch.equal(value_of(lazy[name]), value) for name, value in real.items())
     whole = Deferred.of(model.unet.conv_in.weight)
@@ -554,7 +667,12 @@ def test_deferred_weights_are_those_of_the_models_without_a_copy():
 
 def test_sizes_known_at_run_time_are_counted_by_name():
     batch, words = Extent(1, ("B",)), Extent(1, ("K",))
-    assert str(2 * batch) == "2B" and (2 * batch) // 2 == batch and words * batch == batch * words and str(batch * words) == "BK"
+    assert (
+        str(2 * batch) == "2B"
+        and (2 * batch) // 2 == batch
+        and words * batch == batch * words
+        and str(batch * words) == "BK"
+    )
     with pytest.raises(ValueError, match="does not divide"):
         batch // 2
 
@@ -590,10 +708,12 @@ def test_constants_of_equal_names_are_equal_bytes():
     assert len(names) == len(set(names)) == 4 and any("transpose" in name for name in names)
 
 
-# Full size --------------------------------------------------------------------------------------------------------------------------
+# Full size ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not os.environ.get("DATASETDM_LONG_TESTS"), reason="takes a minute and 6 GB; set DATASETDM_LONG_TESTS=1")
+@pytest.mark.skipif(
+    not os.environ.get("DATASETDM_LONG_TESTS"), reason="takes a minute and 6 GB; set DATASETDM_LONG_TESTS=1"
+)
 def test_full_size_is_written_without_a_second_copy(tmp_path):
     """Peak memory against the size of what is written, for Stable Diffusion 1.x in fp16."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

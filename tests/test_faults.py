@@ -1,6 +1,7 @@
 """No call to the disk can fail, fall short or be a process's last and cost a sample, a byte or a clear word.
 
-Two counters: `storage.syscall` inside the process, where every call of a run fails in turn, and a preloaded library that also sees SQLite's own calls.
+Two counters: `storage.syscall` inside the process, where every call of a run fails in turn, and a preloaded library
+that also sees SQLite's own calls.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fault libra
 
 def tree(path: Path) -> dict[str, bytes]:
     """Every file of a run folder but its state, with its bytes."""
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and "state" not in file.parts}
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and "state" not in file.parts
+    }
 
 
 def check_refusal(code: int, err: str) -> None:
@@ -49,7 +54,7 @@ def check_whole(path: Path) -> None:
         assert audit(path, threads=1).findings == []
 
 
-# Every call of the storage module ---------------------------------------------------------------------------------------------------
+# Every call of the storage module -------------------------------------------------------------------------------------
 
 
 class Fault:
@@ -111,19 +116,22 @@ def test_every_call_to_the_disk_may_fail(arithmetic, tmp_path, monkeypatch, caps
         fault = Fault(kind, place, is_lasting)
         code, err = run_with(fault, out, monkeypatch, capsys)
         if code or kind != "short":
-            # A temporary file that cannot be removed is left to the next start, so some calls may fail and cost nothing.
+            # A temporary file that cannot be removed is left to the next start, so some calls may fail and cost
+            # nothing.
             assert code == 0 or check_refusal(code, err) is None, f"call {place}, {fault.names[place]}"
         assert code == 0 or kind != "short"
         if out.exists():
             check_whole(out)
-        assert generate.main([*SMALL, "--out", str(out)]) == 0 and tree(out) == whole, f"call {place}, {fault.names[place]}"
+        assert generate.main([*SMALL, "--out", str(out)]) == 0 and tree(out) == whole, (
+            f"call {place}, {fault.names[place]}"
+        )
         assert audit(out, threads=1).findings == []
         capsys.readouterr()
         shutil.rmtree(out)
     print(f"{count.seen} calls, each failed in turn")
 
 
-# Every call of a process, SQLite's too ----------------------------------------------------------------------------------------------
+# Every call of a process, SQLite's too --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +212,7 @@ def test_a_run_killed_at_any_moment_loses_and_repeats_nothing(server, undisturbe
     print(f"{kills} kills at any moment, each run whole and of the same bytes")
 
 
-# Loss of power ----------------------------------------------------------------------------------------------------------------------
+# Loss of power --------------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_of_power_costs_no_committed_sample(server, undisturbed, tmp_path):

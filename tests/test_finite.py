@@ -1,4 +1,6 @@
-"""NaN and infinite values at each of the four points, in engines whose networks are graphs: found by sample, and by what the graph itself says of an image."""
+"""NaN and infinite values at each of the four points, in engines whose networks are graphs: found by sample, and by
+what the graph itself says of an image.
+"""
 
 import fake_tensorrt
 import numpy as np
@@ -20,7 +22,12 @@ from datasetdm_fast.generation import driver, recipe
 from datasetdm_fast.loading import load_model
 
 BATCH = Batch(
-    0, (Request(0, "a red ball beside a cube", 5, ("ball", "cube")), Request(1, "two cones on a table", 6, ("cone",)), Request(2, "a star", 7, ("star",)))
+    0,
+    (
+        Request(0, "a red ball beside a cube", 5, ("ball", "cube")),
+        Request(1, "two cones on a table", 6, ("cone",)),
+        Request(2, "a star", 7, ("star",)),
+    ),
 )
 TASKS = ("semantic", "depth")
 HUGE = 3e38  # a number, but nothing can be computed with it
@@ -40,63 +47,99 @@ def make_engine(name: str, dtype: str, model, decoders, folder):
     if name == "ort":
         return OrtEngine(model, decoders, dtype=dtype, device="cpu", tell=lambda line: None)
     found = fake_tensorrt.FakeFlavour(fake_tensorrt)
-    return TrtEngine(model, decoders, dtype=dtype, folder=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=lambda line: None)
+    return TrtEngine(
+        model,
+        decoders,
+        dtype=dtype,
+        folder=folder,
+        queue=fake_tensorrt.HostQueue(),
+        found=found,
+        tell=lambda line: None,
+    )
 
 
-@pytest.fixture(scope="module", params=[("ort", "fp32"), ("ort", "fp16"), ("trt", "fp32"), ("trt", "fp16")], ids="-".join)
-def made(request, tmp_path_factory) -> tuple[driver.Studio, driver.Drawn]:
+@pytest.fixture(
+    scope="module", params=[("ort", "fp32"), ("ort", "fp16"), ("trt", "fp32"), ("trt", "fp16")], ids="-".join
+)
+def made(request, tmp_path_factory) -> tuple[driver.BatchGenerator, driver.SampledBatch]:
     """A studio, and a batch it has sampled."""
-    engine = make_engine(*request.param, load_model("demo"), {task: load_decoders("demo")[task] for task in TASKS}, tmp_path_factory.mktemp("engines"))
-    studio = driver.Studio(engine, recipe.make_recipe(engine, TASKS, steps=2), lambda: None)
+    engine = make_engine(
+        *request.param,
+        load_model("demo"),
+        {task: load_decoders("demo")[task] for task in TASKS},
+        tmp_path_factory.mktemp("engines"),
+    )
+    studio = driver.BatchGenerator(engine, recipe.make_recipe(engine, TASKS, steps=2), lambda: None)
     return studio, studio.sample(BATCH)
 
 
-def at_latents(drawn: driver.Drawn, value: float) -> None:
+def at_latents(drawn: driver.SampledBatch, value: float) -> None:
     drawn.latents[1, 2, 3, 4] = value
 
 
-def at_features(drawn: driver.Drawn, value: float) -> None:
+def at_features(drawn: driver.SampledBatch, value: float) -> None:
     drawn.capture.sums[2][1, 5, 2, 1] = value
 
 
-def at_image(drawn: driver.Drawn, value: float) -> None:
+def at_image(drawn: driver.SampledBatch, value: float) -> None:
     drawn.latents[1] = value
 
 
-def at_depth(drawn: driver.Drawn, value: float) -> None:
+def at_depth(drawn: driver.SampledBatch, value: float) -> None:
     for total, part in zip(drawn.capture.sums, drawn.capture.slices["depth"]):
         total[1, part] = value
 
 
 NAN, INFINITE = float("nan"), float("inf")
-PLANTS = [(at_latents, NAN), (at_latents, INFINITE), (at_latents, -INFINITE), (at_features, NAN), (at_features, INFINITE), (at_image, HUGE), (at_depth, HUGE)]
+PLANTS = [
+    (at_latents, NAN),
+    (at_latents, INFINITE),
+    (at_latents, -INFINITE),
+    (at_features, NAN),
+    (at_features, INFINITE),
+    (at_image, HUGE),
+    (at_depth, HUGE),
+]
 
 
-@pytest.mark.parametrize(("plant", "value"), PLANTS, ids=lambda one: one.__name__.removeprefix("at_") if callable(one) else str(one))
+@pytest.mark.parametrize(
+    ("plant", "value"), PLANTS, ids=lambda one: one.__name__.removeprefix("at_") if callable(one) else str(one)
+)
 def test_what_is_no_number_sets_its_own_sample_aside(made, plant, value):
     studio, whole = made
-    drawn = driver.Drawn(whole.latents.clone(), ProjectedCapture(tuple(total.clone() for total in whole.capture.sums), whole.capture.slices))
+    drawn = driver.SampledBatch(
+        whole.latents.clone(),
+        ProjectedCapture(tuple(total.clone() for total in whole.capture.sums), whole.capture.slices),
+    )
     plant(drawn, value)
     found = studio.label(BATCH, drawn)
     assert [type(result) for result in found] == [Sample, SetAside, Sample]
     point = plant.__name__.removeprefix("at_")
     named = set(found[1].reason.removeprefix("NaN or infinite values in ").split(", "))
-    assert point in named and named <= {"latents": {"latents", "image"}, "features": {"features", *TASKS}}.get(point, {point})
+    assert point in named and named <= {"latents": {"latents", "image"}, "features": {"features", *TASKS}}.get(
+        point, {point}
+    )
 
 
 def test_an_autoencoder_that_leaves_the_range_of_fp16_is_noticed_and_its_images_made_in_fp32(tmp_path):
-    """Weights beyond fp16 in front of a norm, which takes the factor out again: fp32 says the same as before, fp16 nothing at all."""
+    """Weights beyond fp16 in front of a norm, which takes the factor out again: fp32 says the same as before, fp16
+    nothing at all.
+    """
     model, factor = load_model("demo"), 1e6
     for name, weight in model.vae.named_parameters():
         if name.startswith("decoder.up_blocks.0.resnets.0.conv1."):
             weight.data *= factor
     wide, narrow = (make_engine("ort", dtype, model, {}, tmp_path) for dtype in ("fp32", "fp16"))
     assert not narrow.decode_and_check(torch.zeros(2, 4, 16, 16))[1].any()
-    ((_, plain),), ((_, found),) = (driver.generate([BATCH], engine, recipe.make_recipe(engine, (), steps=2)) for engine in (wide, narrow))
+    ((_, plain),), ((_, found),) = (
+        driver.generate([BATCH], engine, recipe.make_recipe(engine, (), steps=2)) for engine in (wide, narrow)
+    )
     for sample, right in zip(found, plain, strict=True):
         assert sample.provenance["retried"] == "fp32 after NaN or infinite values in image"
         assert abs(sample.image.astype(int) - right.image).max() <= 1
-    with pytest.raises(GateFailed, match="the output image is .* away from the golden one"):  # of a plan it is noticed before anything is made
+    with pytest.raises(
+        GateFailed, match="the output image is .* away from the golden one"
+    ):  # of a plan it is noticed before anything is made
         make_engine("trt", "fp16", model, {}, tmp_path).decode_and_check(torch.zeros(2, 4, 16, 16))
 
 
@@ -124,6 +167,14 @@ def test_the_flag_of_an_image_is_read_from_its_pixels_before_they_are_clamped(pr
     while node is not None and node.op_type != "Conv":
         chain.append(node.op_type)
         node = makers.get(node.input[0])
-    assert node is not None and chain == ["Cast", "ReduceMin", "Cast", "Reshape", "Less", "Abs", *["Cast"] * (precision != "fp32")]
+    assert node is not None and chain == [
+        "Cast",
+        "ReduceMin",
+        "Cast",
+        "Reshape",
+        "Less",
+        "Abs",
+        *["Cast"] * (precision != "fp32"),
+    ]
     assert node.output[0] in {name for one in model.graph.node if one.op_type in ("Div", "Cast") for name in one.input}
     assert np.dtype(bool) == onnx.helper.tensor_dtype_to_np_dtype(model.graph.output[1].type.tensor_type.elem_type)

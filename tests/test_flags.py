@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from datasetdm_fast import __version__
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.version import __version__
 
 
 def test_no_flags_give_the_defaults():
@@ -32,7 +32,20 @@ def test_values_keep_their_underscores_and_equals_signs():
 
 
 def test_every_type_is_read():
-    config, given = parse(["--task", "depth, semantic,depth", "--seed", "-3", "--guidance", "2.5", "--quiet", "--no-json", "--classes", ""])
+    config, given = parse(
+        [
+            "--task",
+            "depth, semantic,depth",
+            "--seed",
+            "-3",
+            "--guidance",
+            "2.5",
+            "--quiet",
+            "--no-json",
+            "--classes",
+            "",
+        ]
+    )
     assert config.task == ("depth", "semantic") and config.seed == -3 and config.guidance == 2.5
     assert config.quiet is True and config.json is False and config.classes == ()
     assert given == {"task", "seed", "guidance", "quiet", "json", "classes"}
@@ -42,7 +55,10 @@ WRONG = [
     (["--sede", "3"], "unknown flag --sede (did you mean --seed?)"),
     (["--batch"], "unknown flag --batch (did you mean --batch-size?)"),  # no abbreviations
     (["--xyzzy=1"], "unknown flag --xyzzy"),
-    (["--task", "semantic,depht"], "--task: 'depht' is not one of semantic, instance, depth, pose, open-vocabulary (did you mean depth?)"),
+    (
+        ["--task", "semantic,depht"],
+        "--task: 'depht' is not one of semantic, instance, depth, pose, open-vocabulary (did you mean depth?)",
+    ),
     (["--task", ","], "--task: the list is empty"),
     (["--engine", "torhc"], "--engine: 'torhc' is not one of auto, torch, fast, ort, trt (did you mean torch?)"),
     (["--seed", "three"], "--seed: 'three' is not a whole number"),
@@ -161,7 +177,9 @@ def test_a_bug_leaves_a_report_and_no_traceback_on_the_screen(capsys, tmp_path, 
 
 def child(code, **options):
     lines = f"import os, sys, time\nfrom datasetdm_fast.command_line.ending import run_command\n{code}\nsys.exit(run_command(command))"
-    return subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_sigterm_unwinds_and_exits_143():

@@ -1,4 +1,6 @@
-"""Eight-bit floats for the UNet call: what is quantised and how, what it costs in labels, and what it is refused for."""
+"""Eight-bit floats for the UNet call: what is quantised and how, what it costs in labels, and what it is refused
+for.
+"""
 
 import json
 
@@ -40,7 +42,7 @@ def calibrated(demo, tmp_path_factory):
     return folder, *calibration.export(*demo, folder, PROMPTS, 2)
 
 
-# The graph --------------------------------------------------------------------------------------------------------------------------
+# The graph ------------------------------------------------------------------------------------------------------------
 
 
 def small_graph() -> onnx.ModelProto:
@@ -59,13 +61,29 @@ def small_graph() -> onnx.ModelProto:
         helper.make_node("Softmax", ["a"], ["d"], name="unet/Softmax", axis=-1),
         helper.make_node("Sum", ["b", "c", "d"], ["noise"], name="unet/Sum"),
     ]
-    constants = [weight("first", 16, 4, 3, 3), weight("wide", 32, 16, 3, 3), weight("left", 16, 16), weight("right", 16, 16)]
-    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", channels, 16, 16]) for name, channels in (("latents", 4), ("noise", 32))]
-    return helper.make_model(helper.make_graph(nodes, "small", info[:1], info[1:], constants), opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    constants = [
+        weight("first", 16, 4, 3, 3),
+        weight("wide", 32, 16, 3, 3),
+        weight("left", 16, 16),
+        weight("right", 16, 16),
+    ]
+    info = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", channels, 16, 16])
+        for name, channels in (("latents", 4), ("noise", 32))
+    ]
+    return helper.make_model(
+        helper.make_graph(nodes, "small", info[:1], info[1:], constants),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
+    )
 
 
 def test_wide_layers_of_the_unet_are_chosen_and_nothing_else():
-    assert [node.name for node in eight_bits.quantisable(small_graph())] == ["unet.wide/Conv", "unet.left/MatMul", "unet.right/MatMul"]
+    assert [node.name for node in eight_bits.quantisable(small_graph())] == [
+        "unet.wide/Conv",
+        "unet.left/MatMul",
+        "unet.right/MatMul",
+    ]
 
 
 def test_largest_magnitudes_are_watched_and_become_the_largest_of_the_type(tmp_path):
@@ -73,15 +91,28 @@ def test_largest_magnitudes_are_watched_and_become_the_largest_of_the_type(tmp_p
     layers = eight_bits.quantisable(model)
     assert eight_bits.layers_read(layers) == ["x", "y"]
     latents = np.random.default_rng(1).standard_normal((2, 4, 16, 16)).astype(np.float16)
-    watched = onnxruntime.InferenceSession(eight_bits.watching(model, layers).SerializeToString(), providers=["CPUExecutionProvider"])
+    watched = onnxruntime.InferenceSession(
+        eight_bits.watching(model, layers).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     truth, *largest = watched.run(None, {"latents": latents})
     narrow = eight_bits.quantised(model, layers, dict(zip(["x", "y"], map(float, largest))), tmp_path)
     onnx.checker.check_model(narrow)
     constants = {one.name: numpy_helper.to_array(one) for one in narrow.graph.initializer}
-    assert constants["x.scale"] == np.float16(largest[0] / 448) and np.abs(constants["wide.e4m3"].astype(np.float32)).max() == 448
-    assert "first" in constants and "wide" not in constants and sum(node.op_type == "QuantizeLinear" for node in narrow.graph.node) == 2
-    (found,) = onnxruntime.InferenceSession(narrow.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"latents": latents})
-    assert 0 < golden.distance(found, truth) < 0.1  # 3 bits of mantissa: a step of 1/8, an error of up to 1/16 a product
+    assert (
+        constants["x.scale"] == np.float16(largest[0] / 448)
+        and np.abs(constants["wide.e4m3"].astype(np.float32)).max() == 448
+    )
+    assert (
+        "first" in constants
+        and "wide" not in constants
+        and sum(node.op_type == "QuantizeLinear" for node in narrow.graph.node) == 2
+    )
+    (found,) = onnxruntime.InferenceSession(narrow.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"latents": latents}
+    )
+    assert (
+        0 < golden.distance(found, truth) < 0.1
+    )  # 3 bits of mantissa: a step of 1/8, an error of up to 1/16 a product
 
 
 def test_an_activation_that_is_always_zero_keeps_a_scale():
@@ -89,14 +120,17 @@ def test_an_activation_that_is_always_zero_keeps_a_scale():
     assert min(numpy_helper.to_array(one) for one in narrow.graph.initializer if one.name.endswith(".scale")) > 0
 
 
-# Calibrating --------------------------------------------------------------------------------------------------------------------------
+# Calibrating ----------------------------------------------------------------------------------------------------------
 
 
 def test_only_the_call_that_is_not_captured_has_eight_bits(calibrated):
     folder, manifest, _ = calibrated
     assert manifest.precision == "fp8" and manifest == Manifest.read(folder)
     manifest.check_files(folder)
-    graphs = {stage: onnx.load(str(folder / told.file), load_external_data=False).graph for stage, told in manifest.stages.items()}
+    graphs = {
+        stage: onnx.load(str(folder / told.file), load_external_data=False).graph
+        for stage, told in manifest.stages.items()
+    }
     kinds = {stage: {one.data_type for one in graph.initializer} for stage, graph in graphs.items()}
     assert [stage for stage, types in kinds.items() if TensorProto.FLOAT8E4M3FN in types] == ["denoise"]
     assert not (folder / eight_bits.WATCHED).exists()
@@ -104,7 +138,15 @@ def test_only_the_call_that_is_not_captured_has_eight_bits(calibrated):
 
 def test_the_drift_is_measured_in_images_and_labels(calibrated):
     _, _, drift = calibrated
-    assert {row["measure"] for row in drift} == {"latents", "image", "semantic", "instance", "depth", "pose", "open-vocabulary"}
+    assert {row["measure"] for row in drift} == {
+        "latents",
+        "image",
+        "semantic",
+        "instance",
+        "depth",
+        "pose",
+        "open-vocabulary",
+    }
     found = {row["measure"]: row["median"] for row in drift}
     assert 1e-3 < found["latents"] < 0.5 and 0 < found["image"] < 0.2
     lines = calibration.table(drift).splitlines()
@@ -124,16 +166,20 @@ def test_tensorrt_rtx_builds_it_for_gpus_with_eight_bit_floats(calibrated, tmp_p
     folder, manifest, _ = calibrated
     rtx = flavours.find("tensorrt-rtx")
     order = to_tensorrt.make_order("denoise", manifest, to_tensorrt.Target(rtx, (1,), ("sm89",)))
-    notes = to_tensorrt.run_builder(folder / manifest.stages["denoise"].file, order, tmp_path / "plan", rtx, is_quiet=True)
+    notes = to_tensorrt.run_builder(
+        folder / manifest.stages["denoise"].file, order, tmp_path / "plan", rtx, is_quiet=True
+    )
     assert notes["layers"] > 100
 
 
-# Running -----------------------------------------------------------------------------------------------------------------------------
+# Running --------------------------------------------------------------------------------------------------------------
 
 
 def make_engine(demo, folder):
     found = fake_tensorrt.FakeFlavour(fake_tensorrt)
-    return TrtEngine(*demo, dtype="fp8", folder=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=lambda line: None)
+    return TrtEngine(
+        *demo, dtype="fp8", folder=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=lambda line: None
+    )
 
 
 def test_the_engine_runs_it_and_keeps_the_captured_call_in_fp16(calibrated, demo, monkeypatch):
@@ -147,7 +193,9 @@ def test_the_engine_runs_it_and_keeps_the_captured_call_in_fp16(calibrated, demo
 
 def test_without_a_calibrated_folder_the_engine_says_how_to_make_one(demo, tmp_path, monkeypatch):
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path))
-    with pytest.raises(Missing, match="calibrated on your prompts first, and no folder was given\n.*--precision fp8 --prompts FILE"):
+    with pytest.raises(
+        Missing, match="calibrated on your prompts first, and no folder was given\n.*--precision fp8 --prompts FILE"
+    ):
         make_engine(demo, "").encode_text([""])
 
 
@@ -155,8 +203,14 @@ def test_without_a_calibrated_folder_the_engine_says_how_to_make_one(demo, tmp_p
     ("flags", "said"),
     [
         ((), "--precision fp8: is calibrated on your own prompts, and none were given"),
-        (("--prompts", "a ball", "--capability", "sm86"), "--capability sm86: has no eight-bit floats, which begin with sm89"),
-        (("--prompts", "a ball", "--raw-capture"), "--precision fp8: features and maps themselves are there for parity"),
+        (
+            ("--prompts", "a ball", "--capability", "sm86"),
+            "--capability sm86: has no eight-bit floats, which begin with sm89",
+        ),
+        (
+            ("--prompts", "a ball", "--raw-capture"),
+            "--precision fp8: features and maps themselves are there for parity",
+        ),
     ],
 )
 def test_what_it_cannot_be_is_refused(flags, said, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,8 @@
-"""Seeded damage to every kind of foreign file: read, or refused in one sentence with a remedy; no other error, no hang, nothing written.
+"""Seeded damage to every kind of foreign file: read, or refused in one sentence with a remedy; no other error, no hang,
+nothing written.
 
-The seeds lie in tests/corpus, one folder a reader. What a longer run finds is added there, and then every run tries it first.
+The seeds lie in tests/corpus, one folder a reader. What a longer run finds is added there, and then every run tries it
+first.
 """
 
 from __future__ import annotations
@@ -43,13 +45,21 @@ SECONDS = 10  # more for one input is a hang
 MEMORY = 512 * 2**20  # bytes the process may grow by
 
 
-# The readers ------------------------------------------------------------------------------------------------------------------------
+# The readers ----------------------------------------------------------------------------------------------------------
 
 
 def read_prompts(path: Path) -> None:
     for truncate in (False, True):
         config = RunConfig(prompts=str(path), truncate_prompts=truncate, number=3)
-        plan = make_plan(read_source(config), torchless.Engine(()).model.tokenizer, number=3, seed=0, batch_size=2, words=("ball", "cube"), truncate=truncate)
+        plan = make_plan(
+            read_source(config),
+            torchless.Engine(()).model.tokenizer,
+            number=3,
+            seed=0,
+            batch_size=2,
+            words=("ball", "cube"),
+            truncate=truncate,
+        )
         assert len(list(plan)) == 3
 
 
@@ -92,7 +102,9 @@ def read_safetensors(path: Path) -> None:
 
 
 def read_pickle(path: Path) -> None:
-    """The reader behind the sandbox: its errors are the sandbox's to tell, but it may not write, hang or run anything."""
+    """The reader behind the sandbox: its errors are the sandbox's to tell, but it may not write, hang or run
+    anything.
+    """
     from datasetdm_fast.foreign import pickles
 
     pickles._check_beginning(path)
@@ -142,7 +154,7 @@ READERS: dict[str, tuple[Callable[[Path], object], int]] = {  # and how many inp
 }
 
 
-# The damage -------------------------------------------------------------------------------------------------------------------------
+# The damage -----------------------------------------------------------------------------------------------------------
 
 VALUES = (
     b"0",
@@ -167,7 +179,9 @@ EDIT = st.one_of(
     st.tuples(st.just("cut"), st.floats(0, 1), st.floats(0, 1)),
     st.tuples(st.just("end"), st.floats(0, 1), st.just(0)),
     st.tuples(st.just("repeat"), st.floats(0, 1), st.integers(1, 200)),
-    st.tuples(st.just("insert"), st.floats(0, 1), st.one_of(st.sampled_from(VALUES), st.binary(min_size=1, max_size=8))),
+    st.tuples(
+        st.just("insert"), st.floats(0, 1), st.one_of(st.sampled_from(VALUES), st.binary(min_size=1, max_size=8))
+    ),
     st.tuples(st.just("exchange"), st.floats(0, 1), st.sampled_from(VALUES)),
 )
 NUMBER_OR_TEXT = re.compile(rb'-?\d+(?:\.\d+)?|"[^"\n]{0,40}"|true|false|null')
@@ -262,7 +276,7 @@ def test_damaged_files_are_read_or_refused(kind, tmp_path):
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
 
 
-# The command line -------------------------------------------------------------------------------------------------------------------
+# The command line -----------------------------------------------------------------------------------------------------
 
 WORDS = st.one_of(
     st.sampled_from(
@@ -315,7 +329,14 @@ def arithmetic(monkeypatch, tmp_path):
 def test_any_line_is_obeyed_or_refused_in_two_lines(arithmetic, tmp_path, capsys):
     out = tmp_path / "out" / "run"
 
-    @settings(max_examples=INPUTS // 10, derandomize=not IS_LONG, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True)
+    @settings(
+        max_examples=INPUTS // 10,
+        derandomize=not IS_LONG,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
     @given(st.lists(st.tuples(st.sampled_from(FLAGS), WORDS), min_size=1, max_size=3))
     def run(given_flags: list[tuple[str, str]]) -> None:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
@@ -348,36 +369,60 @@ def test_hostile_prompts_are_kept_as_they_are(arithmetic, tmp_path, capsys):
         "%s%n{0}",
     ]
     (tmp_path / "prompts.txt").write_text("\n".join(hostile), encoding="utf-8")
-    assert generate.main(["--prompts", "prompts.txt", "--number", str(len(hostile)), "--batch-size", "4", "--quiet", "--out", "run"]) == 0
+    assert (
+        generate.main(
+            ["--prompts", "prompts.txt", "--number", str(len(hostile)), "--batch-size", "4", "--quiet", "--out", "run"]
+        )
+        == 0
+    )
     run = open_run("run")
     assert [sample.prompt for sample in run] == hostile
     assert {path.stem for path in Path("run/images").iterdir()} == {f"{k:08d}" for k in range(len(hostile))}
     lines = [json.loads(line)["prompt"] for line in Path("run/samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines == hostile and audit.audit(Path("run")).findings == []
-    assert generate.main(["--prompts", "prompts.txt", "--number", str(len(hostile)), "--dry-run", "--out", "other"]) == 0
+    assert (
+        generate.main(["--prompts", "prompts.txt", "--number", str(len(hostile)), "--dry-run", "--out", "other"]) == 0
+    )
     assert "\u202e" not in "".join(capsys.readouterr())
 
 
-# The C++ ----------------------------------------------------------------------------------------------------------------------------
+# The C++ --------------------------------------------------------------------------------------------------------------
 
 SANITIZED = ("-g", "-O1", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def build(compiler: str, target: Path, *options: str, sources: list[Path]) -> bool:
-    return subprocess.run([compiler, *SANITIZED, *options, *map(str, sources), "-o", str(target)], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            [compiler, *SANITIZED, *options, *map(str, sources), "-o", str(target)], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
-TARGETS = {"masks": ("mask_runs.cpp",), "pictures": ("png_file.cpp", "deflate.cpp")}  # csrc/fuzz/NAME.cpp, and what it feeds
+TARGETS = {
+    "masks": ("mask_runs.cpp",),
+    "pictures": ("png_file.cpp", "deflate.cpp"),
+}  # csrc/fuzz/NAME.cpp, and what it feeds
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_native_code_takes_anything_without_a_report(target, tmp_path):
-    """Under libFuzzer where clang is there and the test is long, else through the seeds and changes of them; AddressSanitizer and UBSan watch either."""
+    """Under libFuzzer where clang is there and the test is long, else through the seeds and changes of them;
+    AddressSanitizer and UBSan watch either.
+    """
     corpus = CSRC / "fuzz" / "corpus" / target
     core = [CSRC / "fuzz" / f"{target}.cpp", *(CSRC / name for name in TARGETS[target])]
     if IS_LONG and shutil.which("clang++") and build("clang++", tmp_path / "fuzz", "-fsanitize=fuzzer", sources=core):
         (tmp_path / "found").mkdir()
-        command = [tmp_path / "fuzz", "-max_total_time=180", "-print_final_stats=1", "-max_len=8192", tmp_path / "found", corpus]
+        command = [
+            tmp_path / "fuzz",
+            "-max_total_time=180",
+            "-print_final_stats=1",
+            "-max_len=8192",
+            tmp_path / "found",
+            corpus,
+        ]
     else:
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
         if not compiler or not build(compiler, tmp_path / "fuzz", sources=[*core, CSRC / "fuzz" / "replay.cpp"]):

@@ -57,7 +57,11 @@ def test_hostile_prompts_change_no_tag_and_come_back_whole(tmp_path):
 def test_policy_allows_this_page_alone(tmp_path):
     text = page_of(tmp_path / "run", number=1)
     policy = dict(
-        next(attributes for tag, attributes in Skeleton(text).tags if tag == "meta" and len(attributes) > 1 and attributes[0][1] == "Content-Security-Policy")
+        next(
+            attributes
+            for tag, attributes in Skeleton(text).tags
+            if tag == "meta" and len(attributes) > 1 and attributes[0][1] == "Content-Security-Policy"
+        )
     )["content"]
     assert policy.startswith("default-src 'none'; img-src 'self' file:;") and "unsafe" not in policy
     for tag in ("style", "script"):
@@ -70,7 +74,13 @@ def test_policy_allows_this_page_alone(tmp_path):
 def test_every_picture_it_names_is_there(tmp_path):
     page_of(tmp_path, number=3)
     for k in range(3):
-        for name in (f"images/{k:08d}.png", f"semantic/{k:08d}.png", f"confidence/{k:08d}.png", f"open_vocabulary/{k:08d}.png", f"gallery/depth/{k:08d}.png"):
+        for name in (
+            f"images/{k:08d}.png",
+            f"semantic/{k:08d}.png",
+            f"confidence/{k:08d}.png",
+            f"open_vocabulary/{k:08d}.png",
+            f"gallery/depth/{k:08d}.png",
+        ):
             assert Image.open(tmp_path / name).size == (32, 32)
 
 
@@ -80,7 +90,11 @@ def test_seeds_beyond_javascript_numbers_are_kept():
 
 
 def test_depth_pictures_are_bright_where_near():
-    picture = np.array(Image.open(__import__("io").BytesIO(pictures.depth_png(np.array([[500, 2000], [3000, 4000]], np.uint16)))).convert("L"))
+    picture = np.array(
+        Image.open(
+            __import__("io").BytesIO(pictures.depth_png(np.array([[500, 2000], [3000, 4000]], np.uint16)))
+        ).convert("L")
+    )
     assert picture[0, 0] > picture[0, 1] > picture[1, 0] > picture[1, 1]
     assert Image.open(__import__("io").BytesIO(pictures.depth_png(np.full((4, 4), 1000, np.uint16)))).size == (4, 4)
 

@@ -50,7 +50,14 @@ def test_json_is_one_object_and_quiet_is_quiet(engines, tmp_path, capsys):
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert err == "" and result.pop("images_per_second") > 0
-    assert result == {"path": str(tmp_path / "run"), "number": 3, "done": 3, "made": 3, "set_aside": 0, "complete": True}
+    assert result == {
+        "path": str(tmp_path / "run"),
+        "number": 3,
+        "done": 3,
+        "made": 3,
+        "set_aside": 0,
+        "complete": True,
+    }
 
 
 def test_the_same_line_again_has_nothing_to_do(engines, tmp_path, capsys):
@@ -61,16 +68,23 @@ def test_the_same_line_again_has_nothing_to_do(engines, tmp_path, capsys):
 
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):
     assert run("--number", "3", "--limit", "1", out=tmp_path / "run") == 0
-    assert f"1 of 3 samples are there; go on with: python -m datasetdm_fast.generate --number 3 --limit 1 --out {tmp_path / 'run'}" in capsys.readouterr().err
+    assert (
+        "1 of 3 samples are there; go on with: python -m datasetdm_fast.generate --number 3 --limit 1 --out "
+        f"{tmp_path / 'run'}" in capsys.readouterr().err
+    )
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(engines, tmp_path, capsys):
     assert run("--number", "2", "--prompts", "a ball", "--dry-run", out=tmp_path / "run") == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["00000000  seed 0  'a ball'", "00000001  seed 1  'a ball'"] and "images     2 of 2" in err
+    assert (
+        out.splitlines() == ["00000000  seed 0  'a ball'", "00000001  seed 1  'a ball'"] and "images     2 of 2" in err
+    )
     assert run("--number", "2", "--prompts", "a ball", "--dry-run", "--json", out=tmp_path / "run") == 0
     assert [request["seed"] for request in json.loads(capsys.readouterr().out)["requests"]] == [0, 1]
-    assert not (tmp_path / "run").exists() and not [entry for engine in engines for entry in engine.log if entry[0] == "denoise"]
+    assert not (tmp_path / "run").exists() and not [
+        entry for engine in engines for entry in engine.log if entry[0] == "denoise"
+    ]
 
 
 def test_per_class(engines, tmp_path):
@@ -83,7 +97,11 @@ def test_only(engines, tmp_path, capsys):
     (tmp_path / "run/depth/00000001.png").unlink()
     capsys.readouterr()
     assert run("--only", "00000001", "--json", out=tmp_path / "run") == 0
-    assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "run"), "id": "00000001", "written": ["depth/00000001.png"]}
+    assert json.loads(capsys.readouterr().out) == {
+        "path": str(tmp_path / "run"),
+        "id": "00000001",
+        "written": ["depth/00000001.png"],
+    }
     assert run("--only", "00000001", "--number", "4", out=tmp_path / "run") == 2
 
 
@@ -152,7 +170,8 @@ def test_the_first_signal_finishes_the_batch(engines, tmp_path, capsys, monkeypa
 def test_the_second_signal_ends_at_once():
     code = (
         "import os, signal, time; from datasetdm_fast.command_line.interruption import Interruption\n"
-        "with Interruption(True):\n    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)"
+        "with Interruption(True):\n    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), "
+        "signal.SIGINT)\n    time.sleep(60)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 130
 
@@ -160,5 +179,7 @@ def test_the_second_signal_ends_at_once():
 def test_a_complete_run_loads_no_network(engines, tmp_path):
     assert run("--number", "2", out=tmp_path / "run") == 0
     arguments = ["--number", "2", "--out", str(tmp_path / "run")]
-    code = f"import sys; from datasetdm_fast.generate import main; sys.exit(main({arguments!r}) or 'torch' in sys.modules)"
+    code = (
+        f"import sys; from datasetdm_fast.generate import main; sys.exit(main({arguments!r}) or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -8,14 +8,23 @@ from datasetdm_fast import _C, sampling
 from datasetdm_fast.sampling import walk
 from datasetdm_fast.sampling.schedule import Update
 
-SCHEDULER = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 SLOTS = 3
 GUIDANCE = 7.5
 
 
 def numbers(update: Update) -> np.ndarray:
     earlier = update.weights[1:]
-    return np.array([GUIDANCE, update.sample, *update.entry, update.weights[0], *earlier, *[0.0] * (SLOTS - len(earlier))], np.float32)
+    return np.array(
+        [GUIDANCE, update.sample, *update.entry, update.weights[0], *earlier, *[0.0] * (SLOTS - len(earlier))],
+        np.float32,
+    )
 
 
 @pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm-solver++"])
@@ -41,7 +50,12 @@ def inputs() -> list[np.ndarray]:
     history = generator.normal(size=(SLOTS, 515)).astype(np.float32)
     history[2] = np.nan
     weights = np.array([GUIDANCE, 0.9, 0.1, 1.1, -0.5, 0.3, -0.2, 0.0], np.float32)
-    return [generator.normal(size=(2, 515)).astype(np.float32), generator.normal(size=515).astype(np.float32), history, weights]
+    return [
+        generator.normal(size=(2, 515)).astype(np.float32),
+        generator.normal(size=515).astype(np.float32),
+        history,
+        weights,
+    ]
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -65,5 +79,16 @@ def test_the_gpu_says_the_same(dtype):
     following = torch.full((2, 515), float("nan"), device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
     output, latents, history, weights = (one.data_ptr() for one in device)
-    _C.guided_step_cuda(output, dtype.itemsize, dtype == torch.bfloat16, latents, history, SLOTS, weights, following.data_ptr(), 515, stream)
+    _C.guided_step_cuda(
+        output,
+        dtype.itemsize,
+        dtype == torch.bfloat16,
+        latents,
+        history,
+        SLOTS,
+        weights,
+        following.data_ptr(),
+        515,
+        stream,
+    )
     np.testing.assert_allclose(following.cpu().numpy(), expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,5 @@
-"""Every op on each of its cases: the plain form in fp32 against itself in fp64, the rearranged forms and the kernels against the plain one.
+"""Every op on each of its cases: the plain form in fp32 against itself in fp64, the rearranged forms and the kernels
+against the plain one.
 
 Kernels run on a GPU where there is one, else in Triton's interpreter.
 """
@@ -22,13 +23,19 @@ from datasetdm_fast.sampling import walk
 ROOT = Path(__file__).parents[1]
 IS_LONG = "DATASETDM_LONG_TESTS" in os.environ
 FLOOR = 1e-6
-FLOORS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # half a unit of the last place of the answer, a few in fp32
+FLOORS = {
+    torch.float32: 2e-6,
+    torch.float16: 5e-4,
+    torch.bfloat16: 4e-3,
+}  # half a unit of the last place of the answer, a few in fp32
 # The interpreter truncates bf16 where hardware rounds, and its products of bf16 tiles are wrong.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [pytest.param(op, case, id=f"{name}-{case.reason}") for name, op in OPS.items() for case in op.cases()]
 
-needs_triton = pytest.mark.skipif(launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'")
+needs_triton = pytest.mark.skipif(
+    launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'"
+)
 
 
 def changed(value, change):
@@ -78,7 +85,9 @@ def test_reference_against_double(op, case):
         assert (answer.dtype, exact.dtype) in ((torch.float32, torch.float64), (torch.bool, torch.bool))
         assert torch.isfinite(answer).all()
         # Normalising planes a hundred deviations from zero costs two digits, scores in the hundreds a bit or two.
-        assert distance(answer, exact) <= (1e-4 if "far from zero" in case.reason else 4 * FLOOR if "overflow" in case.reason else FLOOR)
+        assert distance(answer, exact) <= (
+            1e-4 if "far from zero" in case.reason else 4 * FLOOR if "overflow" in case.reason else FLOOR
+        )
 
 
 @needs_triton
@@ -98,7 +107,12 @@ def test_fused_stays_within_the_error_budget(op, case, dtype, poisoned):
 
 
 @pytest.mark.parametrize(
-    "plain,other", ((pyramid.reference, pyramid.projected), (depth_head.reference, depth_head.low_resolution), (depth_head.reference, depth_head.compiled))
+    "plain,other",
+    (
+        (pyramid.reference, pyramid.projected),
+        (depth_head.reference, depth_head.low_resolution),
+        (depth_head.reference, depth_head.compiled),
+    ),
 )
 def test_rearranged_is_exact(plain, other):
     module = sys.modules[plain.__module__]
@@ -134,7 +148,9 @@ def test_narrow_levels_are_summed_in_fp32():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guided_step_is_the_sampler(sampler):
     """Call by call the state that sampling.step reaches; the slots beyond what a call reads may hold anything."""
-    schedule = sampling.make_schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, sampler, 7)
+    schedule = sampling.make_schedule(
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, sampler, 7
+    )
     state, slots = walk.start(torch.randn(2, 4, 3, 3, dtype=torch.float64)), walk.MEMORY[sampler]
     for k, update in enumerate(schedule.updates):
         output = torch.randn(4, 4, 3, 3, dtype=torch.float64)
@@ -153,10 +169,16 @@ def test_guided_step_is_the_sampler(sampler):
 def audit(*flags, program=("-m", "bench")):
     """The audit as a user runs it; the interpreter's switch would leave nothing to compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *program, "kernels", *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *program, "kernels", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
-PAIRS = [(dtype, "80,90,120") for dtype in ("fp16", "bf16", "fp32")] if IS_LONG else [("fp16", "90"), ("bf16", "120"), ("fp32", "80")]
+PAIRS = (
+    [(dtype, "80,90,120") for dtype in ("fp16", "bf16", "fp32")]
+    if IS_LONG
+    else [("fp16", "90"), ("bf16", "120"), ("fp32", "80")]
+)
 
 
 @needs_triton
@@ -166,10 +188,18 @@ def test_every_kernel_compiles_without_spills(dtype, targets):
     ran = audit("--audit", "--json", "--dtypes", dtype, "--targets", targets)
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)
-    names = {name.strip("_").removesuffix("_kernel") for op in OPS.values() for name in vars(op) if name.endswith("_kernel")}
-    assert {(row["kernel"], row["target"]) for row in said["kernels"]} == {(name, f"sm_{target}") for name in names for target in targets.split(",")}
+    names = {
+        name.strip("_").removesuffix("_kernel") for op in OPS.values() for name in vars(op) if name.endswith("_kernel")
+    }
+    assert {(row["kernel"], row["target"]) for row in said["kernels"]} == {
+        (name, f"sm_{target}") for name in names for target in targets.split(",")
+    }
     for row in said["kernels"]:
-        assert row["spills"] == 0 and 0 < row["registers"] <= 255 and row["shared"] <= said["shared_limit"][row["target"].removeprefix("sm_")]
+        assert (
+            row["spills"] == 0
+            and 0 < row["registers"] <= 255
+            and row["shared"] <= said["shared_limit"][row["target"].removeprefix("sm_")]
+        )
 
 
 @needs_triton
@@ -177,7 +207,11 @@ def test_every_kernel_compiles_without_spills(dtype, targets):
     "op,sizes,said",
     [
         ("layer_norm", "1, 1, BLOCK_S=4", "[1-9][0-9]* bytes of stack"),  # one warp holds what four should
-        ("mask_head", "8, 5, BLOCK_N=64, BLOCK_S=64, BLOCK_D=128", " 0 bytes of stack, expected none, and 1[0-9]{5} of 101376 bytes of shared"),
+        (
+            "mask_head",
+            "8, 5, BLOCK_N=64, BLOCK_S=64, BLOCK_D=128",
+            " 0 bytes of stack, expected none, and 1[0-9]{5} of 101376 bytes of shared",
+        ),
     ],
 )
 def test_the_audit_finds_what_does_not_fit(op, sizes, said):
@@ -197,7 +231,9 @@ def test_the_audit_refuses_in_two_lines():
 
 
 def test_fused_falls_back_only_where_no_kernel_runs(monkeypatch):
-    """On a CPU without the interpreter the answer is the plain form's, whatever the dtype; a GPU tensor is never handed to it."""
+    """On a CPU without the interpreter the answer is the plain form's, whatever the dtype; a GPU tensor is never handed
+    to it.
+    """
     monkeypatch.setattr(launch, "IS_INTERPRETED", False)
     x = torch.randn(3, 8, dtype=torch.float64)
     assert torch.equal(fused.geglu(x), reference.geglu(x))
@@ -212,14 +248,20 @@ REFUSED = {
     ),
     "layer_norm: weight": lambda: fused.layer_norm(torch.ones(2, 8), torch.ones(7), torch.ones(8), 1e-5),
     "geglu: rows of 3": lambda: fused.geglu(torch.ones(2, 3)),
-    "guided_step: output": lambda: fused.guided_step(torch.ones(3, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(0, 1, 4, 2, 2), torch.ones(5)),
+    "guided_step: output": lambda: fused.guided_step(
+        torch.ones(3, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(0, 1, 4, 2, 2), torch.ones(5)
+    ),
     "attention: heads of width 320": lambda: fused.attention(*[torch.ones(1, 1, 2, 320)] * 3),
     "attention_capture: weight": lambda: fused.attention_capture(*[torch.ones(1, 2, 4, 8)] * 3, torch.ones(5, 2, 4)),
     "masked_attention: blocked": lambda: fused.masked_attention(*[torch.ones(1, 1, 2, 8)] * 3, torch.ones(1, 2, 2)),
-    "pyramid: a weight": lambda: fused.pyramid([torch.ones(1, 4, 2, 2)], [torch.ones(1, 1, 4, 3)], torch.ones(5, 6, 1, 1), 2),
+    "pyramid: a weight": lambda: fused.pyramid(
+        [torch.ones(1, 4, 2, 2)], [torch.ones(1, 1, 4, 3)], torch.ones(5, 6, 1, 1), 2
+    ),
     "image_norm: x": lambda: fused.image_norm(torch.ones(4, 2, 2)),
     "mask_head: queries": lambda: fused.mask_head(torch.ones(1, 3, 4), torch.ones(1, 5, 2, 2), 2),
-    "depth_head: ": lambda: fused.depth_head(torch.ones(1, 4, 2, 2), torch.ones(8, 5, 3, 3), torch.ones(8), torch.ones(1, 8, 3, 3), torch.ones(1), (4,)),
+    "depth_head: ": lambda: fused.depth_head(
+        torch.ones(1, 4, 2, 2), torch.ones(8, 5, 3, 3), torch.ones(8), torch.ones(1, 8, 3, 3), torch.ones(1), (4,)
+    ),
 }
 
 

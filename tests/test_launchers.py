@@ -15,7 +15,7 @@ from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.workers import launched
-from datasetdm_fast.workers.launched import Peer
+from datasetdm_fast.workers.launched import LaunchedProcess
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
@@ -24,10 +24,10 @@ STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", 
 @pytest.mark.parametrize(
     ("environment", "peer"),
     [
-        (TORCHRUN, Peer(3, 8, 1, 2)),
-        (STEP, Peer(5, 7, 1, 4)),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_STEP_NUM_TASKS": "8"}, Peer(5, 8, 1, 2)),
-        (TORCHRUN | STEP, Peer(3, 8, 1, 2)),  # torchrun within a step
+        (TORCHRUN, LaunchedProcess(3, 8, 1, 2)),
+        (STEP, LaunchedProcess(5, 7, 1, 4)),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_STEP_NUM_TASKS": "8"}, LaunchedProcess(5, 8, 1, 2)),
+        (TORCHRUN | STEP, LaunchedProcess(3, 8, 1, 2)),  # torchrun within a step
         (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, None),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, None),  # a batch script
         ({"RANK": "0", "WORLD_SIZE": "2"}, None),
@@ -39,34 +39,61 @@ def test_who_this_process_is(environment, peer):
 
 
 def test_machines_are_counted():
-    assert Peer(0, 8, 0, 4).is_on_several_machines and not Peer(0, 8, 0, 8).is_on_several_machines
+    assert LaunchedProcess(0, 8, 0, 4).is_on_several_machines and not LaunchedProcess(0, 8, 0, 8).is_on_several_machines
 
 
-@pytest.mark.parametrize(("visible", "local_rank", "chosen"), [(["0", "1"], 1, "1"), (["4", "5"], 2, "4"), (["7"], 1, None), ([], 0, None)])
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "chosen"), [(["0", "1"], 1, "1"), (["4", "5"], 2, "4"), (["7"], 1, None), ([], 0, None)]
+)
 def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chosen):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(launched, "visible_gpus", lambda: visible)
-    launched.settle_on(RunConfig(), Peer(local_rank, 4, local_rank, 4))
+    launched.settle_on(RunConfig(), LaunchedProcess(local_rank, 4, local_rank, 4))
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == chosen
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
-        launched.settle_on(RunConfig(ranks=2), Peer(0, 2, 0, 2))
+        launched.settle_on(RunConfig(ranks=2), LaunchedProcess(0, 2, 0, 2))
 
 
 @pytest.fixture
 def start(tmp_path):
     """Starts peers of a world, as torchrun would."""
-    (tmp_path / "program.py").write_text("import sys, troubled\ntroubled.install()\nfrom datasetdm_fast import generate\nsys.exit(generate.main(sys.argv[1:]))")
+    (tmp_path / "program.py").write_text(
+        "import sys, troubled\ntroubled.install()\nfrom datasetdm_fast import "
+        "generate\nsys.exit(generate.main(sys.argv[1:]))"
+    )
     begun = []
 
     def start(rank, world=2, machines=1, seconds="0.05", **environment):
-        variables = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world // machines, troubled.SECONDS: seconds, **environment}
-        line = [sys.executable, str(tmp_path / "program.py"), "--out", str(tmp_path / "run"), "--number", str(SAMPLES), "--batch-size", str(BATCH)]
-        whole = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **{name: str(value) for name, value in variables.items()}}
-        begun.append(subprocess.Popen([*line, "--quiet"], env=whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        variables = {
+            "RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_RANK": rank,
+            "LOCAL_WORLD_SIZE": world // machines,
+            troubled.SECONDS: seconds,
+            **environment,
+        }
+        line = [
+            sys.executable,
+            str(tmp_path / "program.py"),
+            "--out",
+            str(tmp_path / "run"),
+            "--number",
+            str(SAMPLES),
+            "--batch-size",
+            str(BATCH),
+        ]
+        whole = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            **{name: str(value) for name, value in variables.items()},
+        }
+        begun.append(
+            subprocess.Popen([*line, "--quiet"], env=whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
         return begun[-1]
 
     yield start

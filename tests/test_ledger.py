@@ -10,7 +10,7 @@ from rendered import TASKS, document, rendered, write_run
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap, SetAside
 from datasetdm_fast.disk import sqlite, storage
-from datasetdm_fast.disk.storage import Stored
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import seal
@@ -30,11 +30,20 @@ def run_path(tmp_path_factory):
 
 def tree(path):
     """Every file of a run folder but its state, with its bytes."""
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and "state" not in file.parts}
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and "state" not in file.parts
+    }
 
 
 def test_rows_come_back_whole(tmp_path):
-    row = Row(Request(3, "a 🎈 'ball'\u202e", 2**63 - 1, ("ball",)), {"steps": 50}, {"image": ("images/3.png", Stored("ab", 5))}, {"depth": {"min": 0.5}})
+    row = Row(
+        Request(3, "a 🎈 'ball'\u202e", 2**63 - 1, ("ball",)),
+        {"steps": 50},
+        {"image": ("images/3.png", StoredFile("ab", 5))},
+        {"depth": {"min": 0.5}},
+    )
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.commit([row])
         assert ledger.row(3) == row and list(ledger.rows()) == [row]
@@ -121,10 +130,14 @@ def test_pycocotools_reads_its_own_output(run_path):
     from pycocotools.cocoeval import COCOeval
 
     truth = pycocotools.COCO(str(run_path / "instances.json"))
-    assert len(truth.getImgIds()) == 12 and [category["name"] for category in truth.loadCats(truth.getCatIds())] == list(world.THINGS)
+    assert len(truth.getImgIds()) == 12 and [
+        category["name"] for category in truth.loadCats(truth.getCatIds())
+    ] == list(world.THINGS)
     annotations = truth.loadAnns(truth.getAnnIds())
     assert all(item["area"] == truth.annToMask(item).sum() for item in annotations)
-    found = truth.loadRes([{name: item[name] for name in ("image_id", "category_id", "segmentation", "score")} for item in annotations])
+    found = truth.loadRes(
+        [{name: item[name] for name in ("image_id", "category_id", "segmentation", "score")} for item in annotations]
+    )
     for kind in ("segm", "bbox"):
         judge = COCOeval(truth, found, kind)
         judge.evaluate()
@@ -141,7 +154,9 @@ def test_pycocotools_reads_keypoints(run_path):
     (person,) = truth.loadCats([1])
     assert person["keypoints"] == list(world.JOINTS) and min(map(min, person["skeleton"])) == 1
     people = truth.loadAnns(truth.getAnnIds())
-    found = truth.loadRes([{name: item[name] for name in ("image_id", "category_id", "keypoints", "score")} for item in people])
+    found = truth.loadRes(
+        [{name: item[name] for name in ("image_id", "category_id", "keypoints", "score")} for item in people]
+    )
     judge = COCOeval(truth, found, "keypoints")
     judge.params.kpt_oks_sigmas = np.full(len(world.JOINTS), 0.08)
     judge.evaluate()
@@ -155,7 +170,10 @@ def test_samples_file_names_every_file_with_its_digest(run_path):
     assert [line["id"] for line in lines] == [f"{k:08d}" for k in range(12)]
     for line in lines:
         for file in line["files"].values():
-            assert storage.sha256_of(run_path / file["path"]) == file["sha256"] and (run_path / file["path"]).stat().st_size == file["bytes"]
+            assert (
+                storage.sha256_of(run_path / file["path"]) == file["sha256"]
+                and (run_path / file["path"]).stat().st_size == file["bytes"]
+            )
 
 
 def test_card_quotes_no_foreign_markup(tmp_path):
@@ -174,13 +192,20 @@ def test_open_run_gives_back_every_label(run_path):
     for k in (0, 3, 11):
         there, made = run[k], rendered(k)
         assert (there.image == made.image).all() and there.prompt == made.request.prompt and there.seed == k
-        assert (there.semantic.labels == made.annotations["semantic"].labels).all() and there.semantic.classes == world.CLASSES
+        assert (
+            there.semantic.labels == made.annotations["semantic"].labels
+        ).all() and there.semantic.classes == world.CLASSES
         assert (there.instances.masks == made.annotations["instance"].masks).all()
         assert (there.instances.class_ids == made.annotations["instance"].class_ids).all()
         assert np.abs(there.depth.metres - made.annotations["depth"].metres).max() < 0.001
         assert (there.keypoints.visibility == made.annotations["pose"].visibility).all()
         assert (there.open_vocabulary.labels == made.annotations["open-vocabulary"].labels).all()
-    assert [type(label) for label in (there.semantic, there.instances, there.depth, there.keypoints)] == [SemanticMap, Instances, DepthMap, Keypoints]
+    assert [type(label) for label in (there.semantic, there.instances, there.depth, there.keypoints)] == [
+        SemanticMap,
+        Instances,
+        DepthMap,
+        Keypoints,
+    ]
 
 
 @pytest.mark.parametrize("key", ["00000012", "3x", "", "9" * 30, "-1"])
@@ -230,7 +255,10 @@ def test_set_aside_samples_have_a_row_and_no_file(tmp_path):
         folder.add([rendered(0), SetAside(Request(1, "a ball", 1), "NaN")], {})
         folder.rebuild()
         assert folder.ledger.indices() == [0] and folder.ledger.indices("set-aside") == [1]
-    assert len(list((tmp_path / "run" / "images").iterdir())) == 1 and "`00000001`" in (tmp_path / "run" / "README.md").read_text()
+    assert (
+        len(list((tmp_path / "run" / "images").iterdir())) == 1
+        and "`00000001`" in (tmp_path / "run" / "README.md").read_text()
+    )
 
 
 def test_renewing_mends_files_and_never_writes_other_bytes(tmp_path):
@@ -243,7 +271,12 @@ def test_renewing_mends_files_and_never_writes_other_bytes(tmp_path):
         assert folder.renew(row, rendered(1)) == ["depth/00000001.png", "images/00000001.png"]
         assert folder.renew(row, rendered(1)) == []
         with pytest.raises(GateFailed, match="differs .* in depth/00000001.png"):
-            folder.renew(row, rendered(2, prompt=row.request.prompt).__class__(row.request, rendered(2).image, rendered(2).annotations))
+            folder.renew(
+                row,
+                rendered(2, prompt=row.request.prompt).__class__(
+                    row.request, rendered(2).image, rendered(2).annotations
+                ),
+            )
     assert tree(tmp_path / "run") == before
 
 
@@ -261,8 +294,14 @@ def test_index_files_are_rebuilt_from_the_ledger(tmp_path):
 
 def test_jpeg_and_other_tasks_only(tmp_path):
     sample = rendered(0)
-    files, records = label_files.encode(sample.__class__(sample.request, sample.image, {"depth": sample.annotations["depth"]}), "jpg")
-    assert sorted(files) == ["depth", "image"] and files["image"][0] == "images/00000000.jpg" and files["image"][1][:2] == b"\xff\xd8"
+    files, records = label_files.encode(
+        sample.__class__(sample.request, sample.image, {"depth": sample.annotations["depth"]}), "jpg"
+    )
+    assert (
+        sorted(files) == ["depth", "image"]
+        and files["image"][0] == "images/00000000.jpg"
+        and files["image"][1][:2] == b"\xff\xd8"
+    )
     assert sorted(records) == ["depth"]
 
 
@@ -270,9 +309,16 @@ def test_run_is_a_torch_data_set(run_path):
     torch = pytest.importorskip("torch")
     run = open_run(run_path)
     batch, labels = next(iter(torch.utils.data.DataLoader(run.as_dataset("semantic"), batch_size=4)))
-    assert batch.shape == (4, 3, 64, 64) and batch.dtype == torch.float32 and labels.dtype == torch.int64 and labels.shape == (4, 64, 64)
+    assert (
+        batch.shape == (4, 3, 64, 64)
+        and batch.dtype == torch.float32
+        and labels.dtype == torch.int64
+        and labels.shape == (4, 64, 64)
+    )
     assert run.as_dataset("depth")[0][1].dtype == torch.float32
-    assert run.as_dataset("instance")[3][1]["masks"].dtype == torch.bool and run.as_dataset("pose")[3][1]["keypoints"].shape[1:] == (len(world.JOINTS), 3)
+    assert run.as_dataset("instance")[3][1]["masks"].dtype == torch.bool and run.as_dataset("pose")[3][1][
+        "keypoints"
+    ].shape[1:] == (len(world.JOINTS), 3)
     assert len(list(torch.utils.data.DataLoader(run.as_dataset("depth"), num_workers=2))) == 12
     with pytest.raises(Refused, match="no labels for"):
         run.as_dataset("colour")

@@ -22,9 +22,17 @@ from datasetdm_fast.loading.single_file import predicts_noise
 
 
 def pipeline(model, **parts) -> StableDiffusionPipeline:
-    parts = {"vae": model.vae, "text_encoder": model.text_encoder, "tokenizer": model.tokenizer, "unet": model.unet, **parts}
+    parts = {
+        "vae": model.vae,
+        "text_encoder": model.text_encoder,
+        "tokenizer": model.tokenizer,
+        "unet": model.unet,
+        **parts,
+    }
     scheduler = PNDMScheduler.from_config({**model.scheduler, **parts.pop("scheduler", {})})
-    return StableDiffusionPipeline(scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts)
+    return StableDiffusionPipeline(
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +63,7 @@ def change(path: Path, **settings) -> None:
     path.write_text(json.dumps({**config, **settings}))
 
 
-# Presets ------------------------------------------------------------------------------------------------------------------------------
+# Presets --------------------------------------------------------------------------------------------------------------
 
 
 def test_tiny_is_seeded_and_leaves_the_global_generator_alone(tiny):
@@ -65,9 +73,13 @@ def test_tiny_is_seeded_and_leaves_the_global_generator_alone(tiny):
     again = load_model("tiny")
     assert torch.equal(torch.rand(1), expected)
     assert all(same_weights(getattr(tiny, part), getattr(again, part)) for part in ("unet", "vae", "text_encoder"))
-    assert not any(parameter.requires_grad for part in (tiny.unet, tiny.vae, tiny.text_encoder) for parameter in part.parameters())
+    assert not any(
+        parameter.requires_grad for part in (tiny.unet, tiny.vae, tiny.text_encoder) for parameter in part.parameters()
+    )
     assert not (tiny.unet.training or tiny.vae.training or tiny.text_encoder.training)
-    assert tiny.size == 128 and [level.side for level in tiny.levels] == [2, 4, 8, 16] and "seeded" in tiny.digests["unet"]
+    assert (
+        tiny.size == 128 and [level.side for level in tiny.levels] == [2, 4, 8, 16] and "seeded" in tiny.digests["unet"]
+    )
 
 
 def test_size_follows_the_wish(tiny):
@@ -87,7 +99,7 @@ def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):
         load_model("demo")
 
 
-# Folders ------------------------------------------------------------------------------------------------------------------------------
+# Folders --------------------------------------------------------------------------------------------------------------
 
 
 def test_folder_gives_back_what_was_saved(tiny, saved):
@@ -96,11 +108,16 @@ def test_folder_gives_back_what_was_saved(tiny, saved):
     assert model.tokenizer(["a red ball"])["input_ids"] == tiny.tokenizer(["a red ball"])["input_ids"]
     assert model.levels == tiny.levels and model.defaults.size == 128 and model.defaults.steps == 50
     assert {key: model.scheduler[key] for key in SD_SCHEDULER} == SD_SCHEDULER
-    assert set(model.digests) == {"tokenizer", "text_encoder", "unet", "vae", "scheduler"} and model.licence == UNKNOWN_LICENCE
+    assert (
+        set(model.digests) == {"tokenizer", "text_encoder", "unet", "vae", "scheduler"}
+        and model.licence == UNKNOWN_LICENCE
+    )
     assert load_model(str(saved)).digests == model.digests
 
 
-@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"safe_serialization": False}], ids=["fp16 files only", "pickles only"])
+@pytest.mark.parametrize(
+    "options", [{"variant": "fp16"}, {"safe_serialization": False}], ids=["fp16 files only", "pickles only"]
+)
 def test_other_weight_files_load(tiny, tmp_path, options):
     pipeline(tiny).save_pretrained(tmp_path / "model", **options)
     assert same_weights(load_model(str(tmp_path / "model")).unet, tiny.unet)
@@ -117,7 +134,9 @@ def test_demo_model_and_decoders_name_their_licence():
     from datasetdm_fast.engines.opening import describe_decoders
 
     found = describe_decoders("demo", TASKS)
-    assert set(found) == set(TASKS) and {one["licence"] for one in found.values()} == {"apache-2.0"} == {load_model("demo").licence}
+    assert set(found) == set(TASKS) and {one["licence"] for one in found.values()} == {"apache-2.0"} == {
+        load_model("demo").licence
+    }
 
 
 def test_licence_is_read_from_file_or_card(folder):
@@ -142,7 +161,9 @@ def test_second_generation_folder_with_heads_per_level_and_linear_projections(ti
     )
     pipeline(tiny, unet=unet, scheduler={"prediction_type": "v_prediction"}).save_pretrained(tmp_path / "second")
     model = load_model(str(tmp_path / "second"))
-    assert [level.heads for level in model.levels] == [(4,), (4,) * 5, (2,) * 5, (1,) * 5] and model.scheduler["prediction_type"] == "v_prediction"
+    assert [level.heads for level in model.levels] == [(4,), (4,) * 5, (2,) * 5, (1,) * 5] and model.scheduler[
+        "prediction_type"
+    ] == "v_prediction"
     engine = build_engine("torch", model, device="cpu")
     latents, context = torch.randn(1, 4, 16, 16), engine.encode_text(["", "a cube"])
     noise, capture = engine.denoise_and_capture(latents, 1, context)
@@ -198,20 +219,38 @@ SPOILT = {
     "no scheduler": (remove("scheduler"), "no scheduler"),
     "config without weights": (remove("vae/diffusion_pytorch_model.safetensors"), "no weights of its vae"),
     "weights cut off": (cut, r"diffusion_pytorch_model.safetensors is truncated"),
-    "weights are no safetensors": (write("vae/diffusion_pytorch_model.safetensors", b"nonsense" * 10), "truncated or no safetensors"),
-    "weights are a git-lfs pointer": (write("unet/diffusion_pytorch_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
+    "weights are no safetensors": (
+        write("vae/diffusion_pytorch_model.safetensors", b"nonsense" * 10),
+        "truncated or no safetensors",
+    ),
+    "weights are a git-lfs pointer": (
+        write("unet/diffusion_pytorch_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        "git-lfs pointer",
+    ),
     "config is no json": (write("unet/config.json", b"{"), "not readable as JSON"),
     "tensor missing in the unet": (drop_tensor("unet", "conv_out.bias"), "conv_out.bias"),
-    "tensor missing in the text encoder": (drop_tensor("text_encoder", "final_layer_norm.bias"), "final_layer_norm.bias"),
+    "tensor missing in the text encoder": (
+        drop_tensor("text_encoder", "final_layer_norm.bias"),
+        "final_layer_norm.bias",
+    ),
     "not a number": (set_nan, "conv_out.bias holds NaN"),
-    "weights of another size": (configure("unet/config.json", block_out_channels=[32, 32, 64, 96]), "do not fit its config.json"),
+    "weights of another size": (
+        configure("unet/config.json", block_out_channels=[32, 32, 64, 96]),
+        "do not fit its config.json",
+    ),
     "two text encoders": (configure("model_index.json", _class_name="StableDiffusionXLPipeline"), "SDXL"),
     "another family": (configure("model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "inpainting": (configure("unet/config.json", in_channels=9), "inpainting"),
     "three levels": (configure("unet/config.json", down_block_types=list(DOWN_BLOCKS[1:])), "down_block_types"),
-    "deeper transformers": (configure("unet/config.json", transformer_layers_per_block=[1, 2, 10, 10]), "transformer_layers_per_block"),
+    "deeper transformers": (
+        configure("unet/config.json", transformer_layers_per_block=[1, 2, 10, 10]),
+        "transformer_layers_per_block",
+    ),
     "an autoencoder of factor four": (configure("vae/config.json", block_out_channels=[8, 16, 16]), "4 x 4"),
-    "flow matching": (write("scheduler/scheduler_config.json", b'{"_class_name": "FlowMatchEulerDiscreteScheduler"}'), "FlowMatchEulerDiscreteScheduler"),
+    "flow matching": (
+        write("scheduler/scheduler_config.json", b'{"_class_name": "FlowMatchEulerDiscreteScheduler"}'),
+        "FlowMatchEulerDiscreteScheduler",
+    ),
     "vocabulary gone": (forget_words, "vocabulary"),
 }
 
@@ -226,7 +265,9 @@ def test_spoilt_folder_is_refused_by_name(folder, case):
 
 
 def test_parts_of_different_models_are_refused(tiny, folder):
-    config = CLIPTextConfig(vocab_size=len(tiny.tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = CLIPTextConfig(
+        vocab_size=len(tiny.tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     with pytest.raises(Refused, match="width 32, the text encoder gives 64"):
         load_model(str(folder))
@@ -236,7 +277,12 @@ def test_names_that_are_nothing_here(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("")
-    names = {tmp_path / "empty": "empty folder", tmp_path / "other": "none of the parts", tmp_path / "no" / "such" / "path": "neither", "sd": "neither"}
+    names = {
+        tmp_path / "empty": "empty folder",
+        tmp_path / "other": "none of the parts",
+        tmp_path / "no" / "such" / "path": "neither",
+        "sd": "neither",
+    }
     for name, word in names.items():
         with pytest.raises(Refused, match=word):
             load_model(str(name))
@@ -244,7 +290,7 @@ def test_names_that_are_nothing_here(tmp_path):
         load_model("someone/some-model")
 
 
-# Single files -------------------------------------------------------------------------------------------------------------------------
+# Single files ---------------------------------------------------------------------------------------------------------
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -279,7 +325,11 @@ def original_unet_key(key: str) -> str:
             return f"input_blocks.{first + 3}.0.op.{tail[-1]}"
         if kind == "upsamplers":
             return f"output_blocks.{first + 2}.{1 if level == '0' else 2}.conv.{tail[-1]}"
-        block = f"input_blocks.{first + int(number) + 1}" if place == "down_blocks" else f"output_blocks.{first + int(number)}"
+        block = (
+            f"input_blocks.{first + int(number) + 1}"
+            if place == "down_blocks"
+            else f"output_blocks.{first + int(number)}"
+        )
         block += ".0" if kind == "resnets" else ".1"
     if kind == "resnets":
         for new, old in RESNET.items():
@@ -288,15 +338,26 @@ def original_unet_key(key: str) -> str:
 
 
 def original_vae(state: dict) -> dict:
-    """The autoencoder's tensors as the original code keeps them: levels of the decoder counted upwards, attention as convolutions."""
+    """The autoencoder's tensors as the original code keeps them: levels of the decoder counted upwards, attention as
+    convolutions.
+    """
     result = {}
     for key, value in state.items():
         if "up_blocks." in key:
             before, after = key.split("up_blocks.")
             key = f"{before}up.{3 - int(after[0])}{after[1:]}"
-        key = key.replace("down_blocks.", "down.").replace("resnets.", "block.").replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        key = (
+            key.replace("down_blocks.", "down.")
+            .replace("resnets.", "block.")
+            .replace("conv_shortcut", "nin_shortcut")
+            .replace("conv_norm_out", "norm_out")
+        )
         key = key.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
-        key = key.replace("mid_block.block.0", "mid.block_1").replace("mid_block.block.1", "mid.block_2").replace("mid_block.attentions.0", "mid.attn_1")
+        key = (
+            key.replace("mid_block.block.0", "mid.block_1")
+            .replace("mid_block.block.1", "mid.block_2")
+            .replace("mid_block.attentions.0", "mid.attn_1")
+        )
         if "attn_1" in key:
             key = key.replace("group_norm", "norm").replace("to_out.0", "proj_out").replace("to_", "")
             value = value[:, :, None, None] if value.dim() == 2 else value
@@ -306,7 +367,13 @@ def original_vae(state: dict) -> dict:
 
 def original_open_clip(state: dict, layers: int) -> dict:
     """SD 2.x's text tensors as open_clip keeps them, with the last layer that Stable Diffusion does not use."""
-    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    names = {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn.out_proj": "attn.out_proj",
+    }
     width = state["final_layer_norm.weight"].shape[0]
     result = {
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
@@ -322,7 +389,11 @@ def original_open_clip(state: dict, layers: int) -> dict:
             result[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
             for new, old in names.items():
                 result[f"transformer.resblocks.{layer}.{old}.{kind}"] = state[f"encoder.layers.{layer}.{new}.{kind}"]
-    last = {key.replace("resblocks.0.", f"resblocks.{layers}."): torch.zeros_like(value) for key, value in result.items() if "resblocks.0." in key}
+    last = {
+        key.replace("resblocks.0.", f"resblocks.{layers}."): torch.zeros_like(value)
+        for key, value in result.items()
+        if "resblocks.0." in key
+    }
     return {**result, **last}
 
 
@@ -334,14 +405,28 @@ def original(unet, vae, text: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def first_generation(tiny):
-    """Parts with what the shapes of a file do not say set as in SD 1.x: 8 heads, 32 groups, heads of 64 in the text encoder."""
+    """Parts with what the shapes of a file do not say set as in SD 1.x: 8 heads, 32 groups, heads of 64 in the text
+    encoder.
+    """
     torch.manual_seed(1)
     widths, blocks = (32, 32, 64, 64), {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS}
-    unet = UNet2DConditionModel(sample_size=64, block_out_channels=widths, attention_head_dim=8, cross_attention_dim=64, **blocks)
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=widths, attention_head_dim=8, cross_attention_dim=64, **blocks
+    )
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(block_out_channels=(32,) * 4, layers_per_block=2, latent_channels=4, **blocks)
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tiny.tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1))
-    state = original(unet, vae, {f"cond_stage_model.transformer.text_model.{key}": value for key, value in text.state_dict().items()})
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tiny.tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+        )
+    )
+    state = original(
+        unet, vae, {f"cond_stage_model.transformer.text_model.{key}": value for key, value in text.state_dict().items()}
+    )
     state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     return unet, vae, text, state
 
@@ -361,9 +446,15 @@ def test_single_file_of_the_first_generation(tiny, first_generation, tmp_path, s
         save_file(state, path, {"modelspec.license": "openrail"})
     model = load_model(str(path), size=128)
     assert same_weights(model.unet, unet) and same_weights(model.vae, vae) and same_weights(model.text_encoder, text)
-    assert model.unet.config.attention_head_dim == 8 and model.vae.config.scaling_factor == 0.18215 and model.text_encoder.config.hidden_act == "quick_gelu"
+    assert (
+        model.unet.config.attention_head_dim == 8
+        and model.vae.config.scaling_factor == 0.18215
+        and model.text_encoder.config.hidden_act == "quick_gelu"
+    )
     assert model.scheduler == SD_SCHEDULER and model.defaults.size == 512 and model.size == 128
-    assert model.licence == ("openrail" if suffix == "safetensors" else UNKNOWN_LICENCE) and set(model.digests) == {"file"}
+    assert model.licence == ("openrail" if suffix == "safetensors" else UNKNOWN_LICENCE) and set(model.digests) == {
+        "file"
+    }
 
 
 def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
@@ -377,15 +468,29 @@ def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
         down_block_types=DOWN_BLOCKS,
         up_block_types=UP_BLOCKS,
     )
-    config = CLIPTextConfig(vocab_size=len(tiny.tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1, hidden_act="gelu")
+    config = CLIPTextConfig(
+        vocab_size=len(tiny.tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        hidden_act="gelu",
+    )
     text = CLIPTextModel(config)
     clip = {f"cond_stage_model.model.{key}": value for key, value in original_open_clip(text.state_dict(), 2).items()}
     path = with_vocabulary(tiny, tmp_path) / "second.safetensors"
     save_file(original(unet, first_generation[1], clip), path)
     model = load_model(str(path), size=64)
     assert same_weights(model.unet, unet) and same_weights(model.text_encoder, text)
-    assert [level.heads[0] for level in model.levels] == [2, 2, 1, 1] and model.text_encoder.config.num_hidden_layers == 2
-    assert model.scheduler["prediction_type"] == "v_prediction" and model.defaults.size == 768  # untrained: its output is not its input
+    assert [level.heads[0] for level in model.levels] == [
+        2,
+        2,
+        1,
+        1,
+    ] and model.text_encoder.config.num_hidden_layers == 2
+    assert (
+        model.scheduler["prediction_type"] == "v_prediction" and model.defaults.size == 768
+    )  # untrained: its output is not its input
 
 
 def test_a_noise_predictor_is_told_from_a_velocity_predictor():

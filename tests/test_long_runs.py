@@ -1,4 +1,6 @@
-"""Ten thousand samples cost no more memory than two thousand, and a day of faults, compressed, ends with a whole data set."""
+"""Ten thousand samples cost no more memory than two thousand, and a day of faults, compressed, ends with a whole data
+set.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ def slope(values: list[int]) -> float:
     return statistics.median((values[k + half] - values[k]) / half for k in range(0, half, max(half // 500, 1)))
 
 
-@pytest.mark.parametrize("engine", ["arithmetic", pytest.param("torch", marks=pytest.mark.skipif(not IS_LONG, reason="the long form only"))])
+@pytest.mark.parametrize(
+    "engine", ["arithmetic", pytest.param("torch", marks=pytest.mark.skipif(not IS_LONG, reason="the long form only"))]
+)
 def test_memory_descriptors_and_threads_stay_flat(tmp_path, engine):
     arguments = [str(ITERATIONS), str(tmp_path / "run"), *(["torch"] if engine == "torch" else [])]
     ended = subprocess.run([sys.executable, HERE / "long_run.py", *arguments], capture_output=True, text=True)
@@ -43,13 +47,18 @@ def test_memory_descriptors_and_threads_stay_flat(tmp_path, engine):
     print(f"{engine}: from {warm[0] / 2**20:.1f} to {max(warm) / 2**20:.1f} MiB, {slope(warm):.0f} bytes an iteration")
     assert max(warm) - warm[0] <= GROWTH
     assert not IS_LONG or slope(warm) <= SLOPE  # in a short run SQLite is still filling its cache of two megabytes
-    for name in ("handles", "threads"):  # a file being written at the moment of counting is no leak, one that stays open raises the least count
+    for name in (
+        "handles",
+        "threads",
+    ):  # a file being written at the moment of counting is no leak, one that stays open raises the least count
         counts = told[name]
         assert min(counts[-WARM:]) <= min(counts[WARM // 2 : WARM]) and max(counts) - min(counts) <= IN_FLIGHT, name
 
 
 def test_a_day_of_faults_ends_with_a_whole_data_set(tmp_path):
-    """Kills, full and broken disks, lost syncs and signals by a seeded schedule; the run is started again after each until it is done."""
+    """Kills, full and broken disks, lost syncs and signals by a seeded schedule; the run is started again after each
+    until it is done.
+    """
     out, dice = tmp_path / "run", random.Random(SEED)
     server = FaultServer(tmp_path)
     line = ("--number", SOAKED, "--batch-size", BATCH, "--quiet")
@@ -61,9 +70,16 @@ def test_a_day_of_faults_ends_with_a_whole_data_set(tmp_path):
             kind = dice.choice(("kill before", "kill after", "full", "broken", "short", "unsynced", "moment", "signal"))
             tally[kind] = tally.get(kind, 0) + 1
             if kind in ("moment", "signal"):
-                ended = server.run(*line, out=out, seconds=dice.uniform(0.01, 10.0 if IS_LONG else SOAKED / 5000), signal=15 if kind == "signal" else 14)
+                ended = server.run(
+                    *line,
+                    out=out,
+                    seconds=dice.uniform(0.01, 10.0 if IS_LONG else SOAKED / 5000),
+                    signal=15 if kind == "signal" else 14,
+                )
             else:
-                ended = server.run(*line, out=out, kind=kind, at=int(dice.expovariate(FAULTS) * calls), lasting=dice.random() < 0.5)
+                ended = server.run(
+                    *line, out=out, kind=kind, at=int(dice.expovariate(FAULTS) * calls), lasting=dice.random() < 0.5
+                )
             assert ended["code"] in (0, 3, 143, None), ended
             before = done
             if (out / LEDGER).exists():

@@ -1,4 +1,6 @@
-"""Run-length strings against pycocotools, byte for byte, and every malformed one refused; threshold_masks on CPU and GPU."""
+"""Run-length strings against pycocotools, byte for byte, and every malformed one refused; threshold_masks on CPU and
+GPU.
+"""
 
 import threading
 
@@ -172,13 +174,21 @@ def test_the_gil_is_released_while_encoding():
 
 def changed(masks):
     starts, places, areas, extents = _C.mask_changes(masks.view(np.uint8))
-    return mask_rle.from_changes(np.ascontiguousarray(starts[:: masks.shape[2]]), places, areas, extents, masks.shape[1:])
+    return mask_rle.from_changes(
+        np.ascontiguousarray(starts[:: masks.shape[2]]), places, areas, extents, masks.shape[1:]
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_changes_make_the_same_strings_areas_and_boxes(shape):
     generator = np.random.default_rng(shape[0] + shape[1])
-    masks = np.stack([np.zeros(shape, bool), np.ones(shape, bool), *(generator.random(shape) < density for density in (0.02, 0.5, 0.98))])
+    masks = np.stack(
+        [
+            np.zeros(shape, bool),
+            np.ones(shape, bool),
+            *(generator.random(shape) < density for density in (0.02, 0.5, 0.98)),
+        ]
+    )
     ours, expected = changed(masks), mask_rle.encode(masks)
     assert ours.rles == expected.rles
     np.testing.assert_array_equal(ours.areas, expected.areas)
@@ -212,7 +222,14 @@ def test_encode_on_device_takes_cpu_tensors_and_refuses_others():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encode_on_device_equals_cpu(shape):
     generator = np.random.default_rng(sum(shape))
-    masks = np.stack([np.zeros(shape, bool), np.ones(shape, bool), *(generator.random(shape) < density for density in (0.02, 0.5, 0.98))] * 5)
+    masks = np.stack(
+        [
+            np.zeros(shape, bool),
+            np.ones(shape, bool),
+            *(generator.random(shape) < density for density in (0.02, 0.5, 0.98)),
+        ]
+        * 5
+    )
     ours, expected = mask_rle.encode_on_device(torch.from_numpy(masks).cuda()), mask_rle.encode(masks)
     assert ours.rles == expected.rles
     np.testing.assert_array_equal(ours.areas, expected.areas)
@@ -248,7 +265,9 @@ def test_threshold_masks_cuda_equals_cpu(shape):
     source = torch.from_numpy(values).cuda()
     masks = torch.full(shape, 255, dtype=torch.uint8, device="cuda")
     areas = torch.full(shape[:1], -1, dtype=torch.int64, device="cuda")
-    _C.threshold_masks_cuda(source.data_ptr(), *shape, 0.25, masks.data_ptr(), areas.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    _C.threshold_masks_cuda(
+        source.data_ptr(), *shape, 0.25, masks.data_ptr(), areas.data_ptr(), torch.cuda.current_stream().cuda_stream
+    )
     np.testing.assert_array_equal(masks.cpu().numpy(), expected_masks)
     np.testing.assert_array_equal(areas.cpu().numpy(), expected_areas)
 

@@ -45,7 +45,10 @@ def test_a_batch_from_free_memory(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 99_999))
     assert memory.suggested(64, cuda, lambda batch: 500 + 500 * batch) == 14  # 1 + (8000 - 1000) / 500 = 15, made even
-    assert memory.suggested(64, cuda, lambda batch: 90_000 * batch) == 1 and memory.suggested(64, cuda, lambda batch: batch) == memory.LARGEST
+    assert (
+        memory.suggested(64, cuda, lambda batch: 90_000 * batch) == 1
+        and memory.suggested(64, cuda, lambda batch: batch) == memory.LARGEST_SUGGESTED_BATCH
+    )
     assert memory.suggested(16, torch.device("cpu")) == 16 and memory.suggested(64, torch.device("cpu")) == 2
 
 
@@ -108,7 +111,9 @@ def test_compile_is_for_the_fast_engine_alone():
 def test_a_compiled_engine_says_the_same(monkeypatch):
     """Dynamo traces the whole step; the backend that compiles takes minutes here and is what bench times."""
     eager = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: eager(function, backend="eager", fullgraph=True, **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: eager(function, backend="eager", fullgraph=True, **options)
+    )
     model = load_model("tiny")
     engine, plain = (FastEngine(model, device="cpu", is_compiled=is_compiled) for is_compiled in (True, False))
     latents, context = torch.randn(2, 4, 16, 16), plain.encode_text(["", "", "a ball", "a cube"])

@@ -23,11 +23,20 @@ def perfect(source, item):
     score = np.where(item.keypoints[..., 2:] > 0, 1.0, 0.0).astype(np.float32)
     return {
         "semantic": SemanticMap(item.semantic, np.ones(shape, np.float32), source.classes),
-        "instance": Instances(item.masks, item.mask_classes, np.ones(len(item.masks), np.float32), source.thing_classes),
+        "instance": Instances(
+            item.masks, item.mask_classes, np.ones(len(item.masks), np.float32), source.thing_classes
+        ),
         "depth": DepthMap(item.depth, source.max_depth),
-        "pose": Keypoints(np.concatenate([item.keypoints[..., :2], score], -1), np.where(score[..., 0] > 0, 2, 0), np.ones(people, np.float32), source.joints),
+        "pose": Keypoints(
+            np.concatenate([item.keypoints[..., :2], score], -1),
+            np.where(score[..., 0] > 0, 2, 0),
+            np.ones(people, np.float32),
+            source.joints,
+        ),
         "open-vocabulary": SemanticMap(
-            np.where(item.semantic > 1, item.semantic - 1, 0).astype(np.uint8), np.ones(shape, np.float32), ("none", *source.thing_classes)
+            np.where(item.semantic > 1, item.semantic - 1, 0).astype(np.uint8),
+            np.ones(shape, np.float32),
+            ("none", *source.thing_classes),
         ),
     }
 
@@ -62,7 +71,9 @@ def test_ten_percent_too_far_is_an_absrel_of_a_tenth(source):
 
 
 def test_everything_called_wall_scores_the_share_of_wall(source):
-    result = scored(source, lambda task, label: replace(label, labels=np.zeros_like(label.labels)) if task == "semantic" else label)
+    result = scored(
+        source, lambda task, label: replace(label, labels=np.zeros_like(label.labels)) if task == "semantic" else label
+    )
     wall = np.mean([(item.semantic == 0).mean() for item in source])
     assert result["semantic"]["per_class"]["wall"] == pytest.approx(wall)
     assert result["semantic"]["per_class"]["table"] == 0
@@ -72,15 +83,26 @@ def test_missing_everything_scores_nothing(source):
     def gone(task, label):
         if task == "instance":
             return replace(label, masks=label.masks[:0], class_ids=label.class_ids[:0], scores=label.scores[:0])
-        return replace(label, points=label.points[:0], visibility=label.visibility[:0], scores=label.scores[:0]) if task == "pose" else label
+        return (
+            replace(label, points=label.points[:0], visibility=label.visibility[:0], scores=label.scores[:0])
+            if task == "pose"
+            else label
+        )
 
     result = scored(source, gone)
-    assert result["instance"]["ap"] == result["instance"]["ap50"] == 0 and not any(result["instance"]["per_class"].values())
+    assert result["instance"]["ap"] == result["instance"]["ap50"] == 0 and not any(
+        result["instance"]["per_class"].values()
+    )
     assert result["pose"]["pck"] == 0 and result["pose"]["oks_ap"] == 0
 
 
 def test_joints_half_a_box_away_are_wrong(source):
-    result = scored(source, lambda task, label: replace(label, points=label.points + np.float32([SIZE / 2, 0, 0])) if task == "pose" else label)
+    result = scored(
+        source,
+        lambda task, label: (
+            replace(label, points=label.points + np.float32([SIZE / 2, 0, 0])) if task == "pose" else label
+        ),
+    )
     assert result["pose"]["pck"] == 0
 
 
@@ -90,9 +112,15 @@ def wrong_in_many_ways(source, seed=3, digits=1):
 
     def change(task, label):
         if task == "instance":
-            masks = np.stack([np.roll(mask, random.integers(-3, 4), random.integers(2)) for mask in label.masks for _ in range(3)])
+            masks = np.stack(
+                [np.roll(mask, random.integers(-3, 4), random.integers(2)) for mask in label.masks for _ in range(3)]
+            )
             classes = np.repeat(label.class_ids, 3)
-            classes = np.where(random.random(len(classes)) < 0.3, random.integers(len(source.thing_classes), size=len(classes)), classes)
+            classes = np.where(
+                random.random(len(classes)) < 0.3,
+                random.integers(len(source.thing_classes), size=len(classes)),
+                classes,
+            )
             kept = random.random(len(classes)) < 0.8
             scores = np.round(random.random(len(classes)), digits).astype(np.float32)
             return replace(label, masks=masks[kept], class_ids=classes[kept], scores=scores[kept])
@@ -132,7 +160,9 @@ def test_average_precision_is_pycocotools_own(task, kind, capsys):
     assert [result[name] for name in names] == pytest.approx(list(judge.stats[: len(names)]), abs=1e-12)
     if task == "instance":
         precision = judge.eval["precision"][:, :, :, 0, -1]
-        assert list(result["per_class"].values()) == pytest.approx([precision[:, :, k].mean() for k in range(7) if (precision[:, :, k] > -1).all()], abs=1e-12)
+        assert list(result["per_class"].values()) == pytest.approx(
+            [precision[:, :, k].mean() for k in range(7) if (precision[:, :, k] > -1).all()], abs=1e-12
+        )
 
 
 def test_an_image_drawn_twice_counts_twice():
@@ -161,7 +191,11 @@ def test_intervals_hold_the_figure_and_narrow_with_more_images():
         for task, meter in meters.items():
             result, bounds = meter.result(), meter.intervals(200)
             for name, value in result.items():
-                pairs = [(value, bounds[name])] if isinstance(value, float) else [(value[key], bounds[name][key]) for key in value]
+                pairs = (
+                    [(value, bounds[name])]
+                    if isinstance(value, float)
+                    else [(value[key], bounds[name][key]) for key in value]
+                )
                 assert all(low - 1e-9 <= one <= high + 1e-9 for one, (low, high) in pairs if high > low), (task, name)
         assert meters["instance"].intervals(50) == meters["instance"].intervals(50)
         widths.append(np.diff(meters["instance"].intervals(200)["ap"])[0])
@@ -192,14 +226,21 @@ def test_seen_unseen_and_their_harmonic_mean(source, task):
         plain.add(item, label)
     result = meter.result()
     each = plain.result()["per_class"]
-    seen, missed = (np.mean([value for name, value in each.items() if (name in unseen) is is_unseen]) for is_unseen in (False, True))
+    seen, missed = (
+        np.mean([value for name, value in each.items() if (name in unseen) is is_unseen]) for is_unseen in (False, True)
+    )
     assert result["seen"] == pytest.approx(seen) and result["unseen"] == pytest.approx(missed) and 0.3 < missed < 0.7
     assert result["harmonic"] == pytest.approx(2 * seen * missed / (seen + missed)) and "harmonic" not in plain.result()
 
 
 def test_what_lies_in_a_crowd_is_neither_right_nor_wrong(source):
     item = next(item for item in source if len(item.masks) >= 2)
-    found = Instances(item.masks, np.zeros(len(item.masks), np.int64), np.linspace(0.9, 0.8, len(item.masks), dtype=np.float32), source.thing_classes)
+    found = Instances(
+        item.masks,
+        np.zeros(len(item.masks), np.int64),
+        np.linspace(0.9, 0.8, len(item.masks), dtype=np.float32),
+        source.thing_classes,
+    )
     rest = replace(item, masks=item.masks[1:], mask_classes=found.class_ids[1:])
     with_crowd, without = METRICS["instance"](source), METRICS["instance"](source)
     with_crowd.add(replace(rest, crowds=item.masks[:1], crowd_classes=found.class_ids[:1]), found)

@@ -17,7 +17,7 @@ from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.presets import _seeded
-from datasetdm_fast.models.capture import Projection, Summing
+from datasetdm_fast.models.capture import ProjectedSums, Projection
 from datasetdm_fast.models.layers import Upsample, Weights
 from datasetdm_fast.models.plain import PLAIN, attention_capture, probabilities
 from datasetdm_fast.sampling import make_schedule
@@ -26,18 +26,44 @@ from datasetdm_fast.sampling.walk import guide, start, step
 
 PROMPTS = ("a red ball beside a cube", "two cats", "a person at night, in fog")
 STAGE = 1e-5  # relative L2 of one stage in fp32
-SMALL = dict(width=12, heads=2, layers=2, feed_forward=16, mask_dim=8, queries=5, depth_width=8, text_width=32, capture_timestep=1)
+SMALL = dict(
+    width=12,
+    heads=2,
+    layers=2,
+    feed_forward=16,
+    mask_dim=8,
+    queries=5,
+    depth_width=8,
+    text_width=32,
+    capture_timestep=1,
+)
 KINDS = {"semantic": "segmentation", "open-vocabulary": "open-vocabulary", "depth": "depth", "pose": "simcc"}
 
 
 def second_generation(tiny):
-    """The tiny model with heads per level, linear projections, one layer a block and v-prediction, as SD 2.x has them."""
-    config = dict(sample_size=16, block_out_channels=(32, 64, 64, 64), attention_head_dim=[1, 2, 4, 4], use_linear_projection=True, layers_per_block=1)
+    """The tiny model with heads per level, linear projections, one layer a block and v-prediction, as SD 2.x has
+    them.
+    """
+    config = dict(
+        sample_size=16,
+        block_out_channels=(32, 64, 64, 64),
+        attention_head_dim=[1, 2, 4, 4],
+        use_linear_projection=True,
+        layers_per_block=1,
+    )
     unet = _seeded(
-        lambda: UNet2DConditionModel(cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config), seed=3
+        lambda: UNet2DConditionModel(
+            cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config
+        ),
+        seed=3,
     )
     unet.eval().requires_grad_(False)
-    return replace(tiny, unet=unet, scheduler={**tiny.scheduler, "prediction_type": "v_prediction"}, levels=stages.levels(unet.config, 77, 128))
+    return replace(
+        tiny,
+        unet=unet,
+        scheduler={**tiny.scheduler, "prediction_type": "v_prediction"},
+        levels=stages.levels(unet.config, 77, 128),
+    )
 
 
 def decoders_for(model) -> dict:
@@ -46,7 +72,9 @@ def decoders_for(model) -> dict:
     for task, kind in KINDS.items():
         names = {} if task == "open-vocabulary" else {"classes": ("wall", "ball", "cone")} if task == "semantic" else {}
         names |= {"joints": ("head", "hand")} if task == "pose" else {}
-        decoders[task] = fold(build_decoder(upstream(kind, task=task, levels=model.levels, **SMALL, **names))).requires_grad_(False)
+        decoders[task] = fold(
+            build_decoder(upstream(kind, task=task, levels=model.levels, **SMALL, **names))
+        ).requires_grad_(False)
     return decoders
 
 
@@ -77,7 +105,7 @@ def inputs(engine, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_feature_and_map(pair, batch):
     latents, context = inputs(pair.torch, batch)
     noise, truth = pair.torch.denoise_and_capture(latents, 321, context)
-    ours, capture = pair.fast.denoise_and_keep(latents, 321, context)
+    ours, capture = pair.fast.denoise_and_capture_raw(latents, 321, context)
     assert relative(ours, noise) <= STAGE and relative(pair.fast.denoise(latents, 321, context), noise) <= STAGE
     for kind in ("features", "maps"):
         for level, expected in zip(getattr(capture, kind), getattr(truth, kind), strict=True):
@@ -87,11 +115,15 @@ def test_every_feature_and_map(pair, batch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_level_sums_and_labels(pair, batch):
-    """Every decoder reads its own part of the stacked sums and says what it says of the features and maps themselves."""
+    """Every decoder reads its own part of the stacked sums and says what it says of the features and maps
+    themselves.
+    """
     latents, context = inputs(pair.torch, batch)
     noise, raw = pair.torch.denoise_and_capture(latents, 1, context)
     ours, sums = pair.fast.denoise_and_capture(latents, 1, context)
-    assert isinstance(sums, ProjectedCapture) and relative(ours, noise) <= STAGE and (sums.batch, sums.side) == (batch, 16)
+    assert (
+        isinstance(sums, ProjectedCapture) and relative(ours, noise) <= STAGE and (sums.batch, sums.side) == (batch, 16)
+    )
     words = pair.torch.encode_classes(["ball", "cube"]).expand(batch, -1, -1)
     for task, decoder in pair.torch.decoders.items():
         own = sums.of(task)
@@ -100,7 +132,10 @@ def test_level_sums_and_labels(pair, batch):
             if weight is None:
                 assert own.sums[place].shape == (batch, 0, level.side, level.side)
                 continue
-            assert relative(own.sums[place], pyramid.reference(raw.features[place], raw.maps[place], weight, level.side)) <= STAGE, (task, level.name)
+            assert (
+                relative(own.sums[place], pyramid.reference(raw.features[place], raw.maps[place], weight, level.side))
+                <= STAGE
+            ), (task, level.name)
         text = words if task == "open-vocabulary" else None
         expected = pair.torch.annotate(task, raw, text)
         for given in (sums, raw):
@@ -114,7 +149,10 @@ def test_image_stages(pair):
     difference = (truth.int() - ours.int()).abs()
     assert ours.shape == (3, 128, 128, 3) and difference.max() <= 1 and (difference > 0).float().mean() <= 1e-3
     assert relative(pair.fast.encode_image(truth), pair.torch.encode_image(truth)) <= STAGE
-    drawn = [engine.encode_image(truth, [torch.Generator().manual_seed(seed) for seed in range(3)]) for engine in (pair.fast, pair.torch)]
+    drawn = [
+        engine.encode_image(truth, [torch.Generator().manual_seed(seed) for seed in range(3)])
+        for engine in (pair.fast, pair.torch)
+    ]
     assert relative(*drawn) <= STAGE
 
 
@@ -215,7 +253,7 @@ def test_arithmetic_a_cpu_cannot_do_is_refused(pair):
     assert build_engine("auto", pair.model, device="cpu").name == "fast"
 
 
-# Exact rearrangements, in fp64 -------------------------------------------------------------------------------------------------------
+# Exact rearrangements, in fp64 ----------------------------------------------------------------------------------------
 
 
 def test_upsampling_by_places_is_exact():
@@ -234,33 +272,43 @@ def test_capture_of_attention_is_exact():
     weight = torch.randn(5, 3 * 7, 1, 1, generator=generator).double()
     output, projected = attention_capture(q, k, v, weight.reshape(5, 3, 7).permute(1, 2, 0))
     assert relative(output, PLAIN.attention(q, k, v)) <= 1e-12
-    assert relative(projected.transpose(1, 2).unflatten(2, (4, 4)), pyramid.reference([], [probabilities(q, k)], weight, 4)) <= 1e-12
+    assert (
+        relative(
+            projected.transpose(1, 2).unflatten(2, (4, 4)), pyramid.reference([], [probabilities(q, k)], weight, 4)
+        )
+        <= 1e-12
+    )
 
 
 def test_summing_is_exact(pair):
     """Features and maps added one by one give the concatenated level under its 1x1 convolution."""
     generator = torch.Generator().manual_seed(0)
     projection = Projection(pair.model.levels, pair.torch.decoders).double()
-    watch = Summing(projection, torch.zeros(2, 4, 16, 16), PLAIN)
-    watch.sums = [total.double() for total in watch.sums]
+    hook = ProjectedSums(projection, torch.zeros(2, 4, 16, 16), PLAIN)
+    hook.sums = [total.double() for total in hook.sums]
     kept = [([], []) for _ in pair.model.levels]
     for place, level in enumerate(pair.model.levels):
         for number, channels in enumerate(level.features):
             x = torch.randn(4, channels, level.side, level.side, generator=generator).double()
-            watch.feature((place, number), x)
+            hook.feature((place, number), x)
             kept[place][0].append(torch.cat(x.chunk(2), 1))
         for number, heads in enumerate(level.heads):
-            q, k = (torch.randn(4, heads, cells, 4, generator=generator).double() for cells in (level.side**2, level.tokens))
-            watch.attend((place, number), q, k, k)
+            q, k = (
+                torch.randn(4, heads, cells, 4, generator=generator).double() for cells in (level.side**2, level.tokens)
+            )
+            hook.attend((place, number), q, k, k)
             kept[place][1].append(probabilities(q[2:], k[2:]))
-    sums = ProjectedCapture(watch.result(), projection.tasks)
+    sums = ProjectedCapture(hook.result(), projection.tasks)
     for task, decoder in pair.torch.decoders.items():
         for place, level in enumerate(pair.model.levels):
             if (weight := decoder.projections().get(level.name)) is not None:
-                assert relative(sums.of(task).sums[place], pyramid.reference(*kept[place], weight.double(), level.side)) <= 1e-12
+                assert (
+                    relative(sums.of(task).sums[place], pyramid.reference(*kept[place], weight.double(), level.side))
+                    <= 1e-12
+                )
 
 
-# On a GPU ---------------------------------------------------------------------------------------------------------------------------
+# On a GPU -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -274,7 +322,9 @@ def test_graphs_say_what_eager_calls_say(pair, dtype):
             noise, sums = engine.denoise_and_capture(latents, time, context)
             plain = engine.denoise(latents, time, context)
             with torch.inference_mode():
-                expected, *levels = engine._captured(engine._latents(latents), engine._row(time), *engine._tabled(context))
+                expected, *levels = engine._captured(
+                    engine._latents(latents), engine._row(time), *engine._tabled(context)
+                )
             budget = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}[dtype]
             assert relative(noise, expected) <= budget and relative(plain, expected) <= budget
             assert all(relative(value, truth) <= budget for value, truth in zip(sums.sums, levels))

@@ -1,4 +1,6 @@
-"""The CPU forms of the network's operations: every instruction set against the plain form, and slices of a batch on several threads."""
+"""The CPU forms of the network's operations: every instruction set against the plain form, and slices of a batch on
+several threads.
+"""
 
 import numpy as np
 import pytest
@@ -29,7 +31,11 @@ def with_vectors(monkeypatch, request):
         inner = getattr(_C, name)
         monkeypatch.setattr(_C, name, lambda *arguments, inner=inner: inner(*arguments, request.param))
     monkeypatch.setattr(torch, "empty_like", lambda x, **keywords: torch.full_like(x, torch.nan, **keywords))
-    monkeypatch.setattr(Tensor, "new_empty", lambda x, *shape: torch.full(shape[0] if isinstance(shape[0], tuple) else shape, torch.nan, dtype=x.dtype))
+    monkeypatch.setattr(
+        Tensor,
+        "new_empty",
+        lambda x, *shape: torch.full(shape[0] if isinstance(shape[0], tuple) else shape, torch.nan, dtype=x.dtype),
+    )
 
 
 @pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
@@ -93,7 +99,10 @@ def test_lanes_keep_the_order_and_share_the_threads():
     lanes, threads = Lanes(), torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        seen = lanes.map(lambda number: (number, torch.get_num_threads(), torch.is_inference_mode_enabled()), [(k,) for k in range(2)])
+        seen = lanes.map(
+            lambda number: (number, torch.get_num_threads(), torch.is_inference_mode_enabled()),
+            [(k,) for k in range(2)],
+        )
         assert seen == [(0, 2, True), (1, 2, True)] and torch.get_num_threads() == 4
         torch.set_num_threads(1)
         assert lanes.map(lambda number: torch.get_num_threads(), [(k,) for k in range(3)]) == [1, 1, 1]

@@ -24,7 +24,9 @@ int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *c) { return 3; 
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nvml")
     (folder / "nvml.c").write_text(SOURCE)
-    subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", folder / "nvml.c", "-o", folder / "libnvml.so"], check=True)
+    subprocess.run(
+        [os.environ.get("CC", "cc"), "-shared", "-fPIC", folder / "nvml.c", "-o", folder / "libnvml.so"], check=True
+    )
     return str(folder / "libnvml.so")
 
 
@@ -32,7 +34,13 @@ def library(tmp_path_factory):
 def test_figures_of_a_gpu(library, uuid):
     gpu = Nvml(uuid, library)
     assert gpu.driver == "570.1" and gpu.joules == pytest.approx(12345678.901)
-    assert gpu.state() == {"graphics_mhz": 1755, "graphics_most_mhz": 1980, "memory_mhz": 3201, "power_limit_w": 700, "temperature_c": None}
+    assert gpu.state() == {
+        "graphics_mhz": 1755,
+        "graphics_most_mhz": 1980,
+        "memory_mhz": 3201,
+        "power_limit_w": 700,
+        "temperature_c": None,
+    }
 
 
 @pytest.mark.parametrize("name", ["9999", "1234"])

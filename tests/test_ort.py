@@ -1,4 +1,6 @@
-"""The ort engine: agrees with the oracle in every stage and label, keeps its graphs in a cache, and says at once what is missing."""
+"""The ort engine: agrees with the oracle in every stage and label, keeps its graphs in a cache, and says at once what
+is missing.
+"""
 
 import json
 import os
@@ -57,16 +59,34 @@ def inputs(engine, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     return latents, torch.cat([engine.encode_text([""] * batch), engine.encode_text((PROMPTS * 3)[:batch])])
 
 
-# Agreement --------------------------------------------------------------------------------------------------------------------------
+# Agreement ------------------------------------------------------------------------------------------------------------
 
 
 def test_verify_passes_for_every_task(cache, capsys):
     """A whole batch and a smaller one, every stage and every label."""
-    arguments = ["--engine", "ort", "--against", "torch", "--number", "3", "--batch-size", "2", "--steps", "3", "--device", "cpu", "--quiet", "--json"]
+    arguments = [
+        "--engine",
+        "ort",
+        "--against",
+        "torch",
+        "--number",
+        "3",
+        "--batch-size",
+        "2",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+        "--quiet",
+        "--json",
+    ]
     assert verify.main(arguments) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["agrees"] and document["engine"]["engine"] == "ort" and document["engine"]["provider"] == "cpu"
-    assert document["decoders"] == ["depth", "instance", "open-vocabulary", "pose", "semantic"] and document["engine"]["onnxruntime"]
+    assert (
+        document["decoders"] == ["depth", "instance", "open-vocabulary", "pose", "semantic"]
+        and document["engine"]["onnxruntime"]
+    )
     assert all(row["passed"] for row in document["measures"]) and len(document["measures"]) == 25
 
 
@@ -89,8 +109,11 @@ def test_stages(pair, batch):
     noise, raw = pair.torch.denoise_and_capture(latents, 100, context)
     found, sums = pair.ort.denoise_and_capture(latents, 100, context)
     assert isinstance(sums, ProjectedCapture) and (sums.batch, sums.side) == (batch, 16)
-    kept, capture = pair.ort.denoise_and_keep(latents, 100, context)
-    assert isinstance(capture, Capture) and max(relative(one, noise) for one in (found, kept, pair.ort.denoise(latents, 100, context))) <= 1e-5
+    kept, capture = pair.ort.denoise_and_capture_raw(latents, 100, context)
+    assert (
+        isinstance(capture, Capture)
+        and max(relative(one, noise) for one in (found, kept, pair.ort.denoise(latents, 100, context))) <= 1e-5
+    )
     for kind in ("features", "maps"):
         for level, expected in zip(getattr(capture, kind), getattr(raw, kind), strict=True):
             assert all(relative(value, right) <= 1e-5 for value, right in zip(level, expected, strict=True))
@@ -99,7 +122,9 @@ def test_stages(pair, batch):
         expected = pair.torch.annotate(task, raw, text)
         for given in (sums, capture):
             answers = pair.ort.annotate(task, given, text)
-            assert set(answers) == set(expected) and all(relative(answers[name], value) <= 1e-4 for name, value in expected.items()), task
+            assert set(answers) == set(expected) and all(
+                relative(answers[name], value) <= 1e-4 for name, value in expected.items()
+            ), task
 
 
 def test_images(pair):
@@ -108,7 +133,10 @@ def test_images(pair):
     difference = (pair.ort.decode_image(latents).int() - image.int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() <= 1e-3
     assert relative(pair.ort.encode_image(image), pair.torch.encode_image(image)) <= 1e-5
-    drawn = [engine.encode_image(image, [torch.Generator().manual_seed(seed) for seed in range(3)]) for engine in (pair.ort, pair.torch)]
+    drawn = [
+        engine.encode_image(image, [torch.Generator().manual_seed(seed) for seed in range(3)])
+        for engine in (pair.ort, pair.torch)
+    ]
     assert relative(*drawn) <= 1e-5
 
 
@@ -116,7 +144,10 @@ def test_one_word_an_image_or_several(pair):
     latents, context = inputs(pair.torch, 2)
     _, sums = pair.ort.denoise_and_capture(latents, 100, context)
     words = pair.torch.encode_classes(["ball", "cube"])
-    one, both = pair.ort.annotate("open-vocabulary", sums, words), pair.ort.annotate("open-vocabulary", sums, words.expand(2, -1, -1))
+    one, both = (
+        pair.ort.annotate("open-vocabulary", sums, words),
+        pair.ort.annotate("open-vocabulary", sums, words.expand(2, -1, -1)),
+    )
     assert relative(one["pred_masks"][1], both["pred_masks"][1, 1]) <= 1e-5 and one["pred_logits"].ndim == 3
     with pytest.raises(Refused, match=r"text is nothing, expected class embeddings \[2, 64\]"):
         pair.ort.annotate("open-vocabulary", sums)
@@ -140,10 +171,28 @@ def test_results_are_the_callers_own(pair):
 def test_generate_makes_the_same_bytes_again(cache, tmp_path, capsys):
     from datasetdm_fast.generate import main
 
-    arguments = ["--engine", "ort", "--number", "2", "--batch-size", "2", "--steps", "3", "--prompts", "a ball", "--task", "semantic,depth", "--quiet"]
+    arguments = [
+        "--engine",
+        "ort",
+        "--number",
+        "2",
+        "--batch-size",
+        "2",
+        "--steps",
+        "3",
+        "--prompts",
+        "a ball",
+        "--task",
+        "semantic,depth",
+        "--quiet",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
     document = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert document["engine"]["engine"] == "ort" and document["engine"]["dtype"] == "fp32" and document["engine"]["provider"] == "cpu"
+    assert (
+        document["engine"]["engine"] == "ort"
+        and document["engine"]["dtype"] == "fp32"
+        and document["engine"]["provider"] == "cpu"
+    )
     paths = [tmp_path / "run" / kind / "00000001.png" for kind in ("images", "semantic", "depth")]
     before = [path.read_bytes() for path in paths]
     for path in paths:
@@ -152,7 +201,7 @@ def test_generate_makes_the_same_bytes_again(cache, tmp_path, capsys):
     assert [path.read_bytes() for path in paths] == before
 
 
-# The cache --------------------------------------------------------------------------------------------------------------------------
+# The cache ------------------------------------------------------------------------------------------------------------
 
 
 def test_graphs_are_written_once_and_mended(pair, cache):
@@ -178,8 +227,13 @@ def test_other_weights_have_other_graphs(pair):
         changed = OrtEngine(pair.model, pair.torch.decoders, device="cpu", tell=lambda line: None)
         assert changed.folder != pair.ort.folder
         latents, context = inputs(pair.torch, 1)
-        heatmaps = [engine.annotate("pose", engine.denoise_and_capture(latents, 100, context)[1])["heatmaps"] for engine in (changed, pair.ort)]
-        assert (heatmaps[0] - heatmaps[1])[:, 0].mean() == pytest.approx(1e-3, rel=1e-2) and relative(heatmaps[0][:, 1:], heatmaps[1][:, 1:]) <= 1e-6
+        heatmaps = [
+            engine.annotate("pose", engine.denoise_and_capture(latents, 100, context)[1])["heatmaps"]
+            for engine in (changed, pair.ort)
+        ]
+        assert (heatmaps[0] - heatmaps[1])[:, 0].mean() == pytest.approx(1e-3, rel=1e-2) and relative(
+            heatmaps[0][:, 1:], heatmaps[1][:, 1:]
+        ) <= 1e-6
     finally:
         bias[0] -= 1e-3
 
@@ -191,7 +245,7 @@ def test_sessions_use_the_threads_of_the_run(pair):
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
-# What is not there ------------------------------------------------------------------------------------------------------------------
+# What is not there ----------------------------------------------------------------------------------------------------
 
 
 def seconds_of(*arguments, cwd=None) -> tuple[subprocess.CompletedProcess, float]:
@@ -205,7 +259,9 @@ def seconds_of(*arguments, cwd=None) -> tuple[subprocess.CompletedProcess, float
 @pytest.mark.parametrize("name", ["generate", "verify"])
 def test_a_missing_provider_is_said_at_once(name, tmp_path):
     result, seconds = seconds_of("-m", f"datasetdm_fast.{name}", "--engine", "ort", "--provider", "cuda", cwd=tmp_path)
-    assert result.returncode == 3 and result.stderr.splitlines()[0].startswith("provider: cuda is not in the installed onnxruntime ")
+    assert result.returncode == 3 and result.stderr.splitlines()[0].startswith(
+        "provider: cuda is not in the installed onnxruntime "
+    )
     assert len(result.stderr.splitlines()) == 2 and seconds < 3
 
 
@@ -229,7 +285,9 @@ sys.exit(code)
     result, seconds = seconds_of("-c", code, cwd=tmp_path)
     assert result.returncode == 3 and result.stdout == "False\n" and seconds < 3
     cause, remedy = result.stderr.splitlines()
-    assert cause == f"engine: ort needs the library {module}, which is not installed" and "datasetdm-fast[ort]" in remedy
+    assert (
+        cause == f"engine: ort needs the library {module}, which is not installed" and "datasetdm-fast[ort]" in remedy
+    )
 
 
 def test_what_does_not_fit_is_refused(pair, monkeypatch):
@@ -253,7 +311,7 @@ def test_what_does_not_fit_is_refused(pair, monkeypatch):
         resolve_provider("cpu", "cuda")
 
 
-# Speed ------------------------------------------------------------------------------------------------------------------------------
+# Speed ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not os.environ.get("DATASETDM_LONG_TESTS"), reason="a measurement; set DATASETDM_LONG_TESTS=1")

@@ -37,7 +37,10 @@ def test_the_mapped_folders_are_sub_packages(folder):
 
 
 def test_importing_the_package_loads_no_torch_and_the_names_are_there_on_demand():
-    result = python("-c", "import sys, datasetdm_fast; print('torch' in sys.modules, 'numpy' in sys.modules); datasetdm_fast.nothing")
+    result = python(
+        "-c",
+        "import sys, datasetdm_fast; print('torch' in sys.modules, 'numpy' in sys.modules); datasetdm_fast.nothing",
+    )
     assert result.stdout == "False False\n"
     assert "AttributeError: module 'datasetdm_fast' has no attribute 'nothing'" in result.stderr
     assert callable(datasetdm_fast.Pipeline) and callable(datasetdm_fast.open_run)
@@ -59,7 +62,9 @@ def test_help_and_version_answer_at_once(module, flag):
         result = python("-X", "importtime", "-m", module, flag)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert result.returncode == 0
-        assert (datasetdm_fast.__version__ in result.stdout) if flag == "--version" else result.stdout.startswith("usage:")
+        assert (
+            (datasetdm_fast.__version__ in result.stdout) if flag == "--version" else result.stdout.startswith("usage:")
+        )
         loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
         assert "datasetdm_fast" in loaded and not loaded & {"torch", "diffusers", "transformers", "yaml"}
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -69,7 +74,9 @@ def test_help_and_version_answer_at_once(module, flag):
 
 def test_an_unknown_command_is_refused_in_two_lines(capsys):
     assert cli.main(["generat"]) == 2
-    assert capsys.readouterr().err.splitlines()[0] == "datasetdm-fast: unknown command 'generat' (did you mean generate?)"
+    assert (
+        capsys.readouterr().err.splitlines()[0] == "datasetdm-fast: unknown command 'generat' (did you mean generate?)"
+    )
     assert cli.main([]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
     assert cli.main(["generate", "--sede", "1"]) == 2
@@ -98,7 +105,18 @@ def wheel(tmp_path_factory):
             shutil.copy(ROOT / name, copy)
     for name in ("csrc", *MAPPED, "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    command = ["-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-w", "dist"]
+    command = [
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "-w",
+        "dist",
+    ]
     result = python(*command, cwd=copy, env={**os.environ, "DATASETDM_CUDA": "0"})
     assert result.returncode == 0, result.stderr
     return next((copy / "dist").glob("*.whl"))
@@ -107,7 +125,9 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
-        entry_points = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt"))
+        entry_points = next(
+            archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")
+        )
         licences = [name for name in archive.namelist() if name.endswith("/LICENSE")]
     compiled = {name for name in held if name.startswith("datasetdm_fast/_C.") and name.endswith(".so")}
     assert held - compiled == set(sources(wheel.parents[1]))
@@ -117,16 +137,32 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
 
 def test_the_installed_wheel_runs(wheel, tmp_path):
     target = tmp_path / "site"
-    result = python("-m", "pip", "install", "--no-deps", "--no-index", "--disable-pip-version-check", "--target", str(target), str(wheel))
+    result = python(
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--disable-pip-version-check",
+        "--target",
+        str(target),
+        str(wheel),
+    )
     assert result.returncode == 0, result.stderr
     options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(target)}}
     paths = python(
         "-c",
-        "import datasetdm_fast, datasetdm_fast.kernels as k, datasetdm_fast.export as e, datasetdm_fast._C as c; print(k.__file__, e.__file__, c.__file__)",
+        "import datasetdm_fast, datasetdm_fast.kernels as k, datasetdm_fast.export as e, datasetdm_fast._C as c; "
+        "print(k.__file__, e.__file__, c.__file__)",
         **options,
     )
     assert paths.returncode == 0, paths.stderr
     assert all(Path(path).is_relative_to(target) for path in paths.stdout.split())
-    assert python("-m", "datasetdm_fast.generate", "--version", **options).stdout == f"datasetdm-fast {datasetdm_fast.__version__}\n"
-    script = subprocess.run([target / "bin/datasetdm-fast", "generate", "--version"], capture_output=True, text=True, **options)
+    assert (
+        python("-m", "datasetdm_fast.generate", "--version", **options).stdout
+        == f"datasetdm-fast {datasetdm_fast.__version__}\n"
+    )
+    script = subprocess.run(
+        [target / "bin/datasetdm-fast", "generate", "--version"], capture_output=True, text=True, **options
+    )
     assert (script.returncode, script.stdout) == (0, f"datasetdm-fast {datasetdm_fast.__version__}\n"), script.stderr

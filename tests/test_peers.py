@@ -29,7 +29,7 @@ def setting():
 
 @pytest.fixture(scope="module")
 def judge(setting):
-    return parity.Judge(setting, 2)
+    return parity.ParityJudge(setting, 2)
 
 
 @pytest.mark.parametrize("name", ["upstream", "torch", "diffusers", "ours", "ours-bf16"])
@@ -49,22 +49,28 @@ def test_every_rung_of_the_ladder_agrees(setting, judge):
 
 def test_labels_of_upstream_are_those_of_the_oracle(setting):
     """Of seeded weights the gates judge no labels, but these must be equal up to rounding."""
-    ours, theirs = (PEERS[name].build(setting, 1).make(setting.batch(1))[0].annotations for name in ("torch", "upstream"))
+    ours, theirs = (
+        PEERS[name].build(setting, 1).make(setting.batch(1))[0].annotations for name in ("torch", "upstream")
+    )
     assert (ours["semantic"].labels == theirs["semantic"].labels).mean() > 0.999
     assert abs(ours["depth"].metres - theirs["depth"].metres).max() < 1e-3
 
 
 def test_upstream_forms_its_maps_at_every_call(setting, monkeypatch):
     seen = []
-    monkeypatch.setattr(upstream.Store, "see", lambda store, probabilities, place, is_text: seen.append((place, is_text, probabilities.shape[-1])))
+    monkeypatch.setattr(
+        upstream.AttentionMaps,
+        "see",
+        lambda store, probabilities, place, is_text: seen.append((place, is_text, probabilities.shape[-1])),
+    )
     peer = upstream.build(setting, 1)
     peer.denoise(torch.zeros(1, 4, 16, 16), 500, torch.zeros(2, 77, 32))
     assert len(seen) == 32 and sum(is_text for _, is_text, _ in seen) == 16 and max(width for *_, width in seen) == 256
 
 
 def test_upstream_averages_anew_for_every_level_of_every_decoder(setting, monkeypatch):
-    times, average = [], upstream.Store.average
-    monkeypatch.setattr(upstream.Store, "average", lambda store: times.append(1) or average(store))
+    times, average = [], upstream.AttentionMaps.average
+    monkeypatch.setattr(upstream.AttentionMaps, "average", lambda store: times.append(1) or average(store))
     upstream.build(setting, 1).make(setting.batch(1))
     assert len(times) == 4 * len(setting.recipe.tasks)
 
@@ -74,14 +80,24 @@ def broken_geglu(x):
 
 
 def broken(setting, batch):
-    engine = FastEngine(setting.model, setting.reference.decoders, device="cpu", ops=SimpleNamespace(**{**vars(PLAIN), "geglu": broken_geglu}))
+    engine = FastEngine(
+        setting.model,
+        setting.reference.decoders,
+        device="cpu",
+        ops=SimpleNamespace(**{**vars(PLAIN), "geglu": broken_geglu}),
+    )
     return EnginePeer(engine, setting, batch)
 
 
 def test_a_broken_kernel_is_a_failed_row_that_nobody_timed(setting, judge):
-    offers = {"ours": Offer("broken on purpose", broken, batch=1, must_run=True), "torch": PEERS["torch"]._replace(batch=1)}
+    offers = {
+        "ours": Offer("broken on purpose", broken, batch=1, must_run=True),
+        "torch": PEERS["torch"]._replace(batch=1),
+    }
     rows = {row["peer"]: row for row in race.race(setting, ("ours", "torch"), judge, LIMITS, 0.1, offers=offers)}
-    assert rows["ours"]["status"] == "failed" and "call" in rows["ours"]["why"] and "seconds_per_image" not in rows["ours"]
+    assert (
+        rows["ours"]["status"] == "failed" and "call" in rows["ours"]["why"] and "seconds_per_image" not in rows["ours"]
+    )
     assert rows["torch"]["status"] == "ok" and rows["torch"]["images_per_second"] > 0
     with pytest.raises(GateFailed, match="broken|ours") as stopped:
         suite.check({"parts": {"peers": {"status": "done", "rows": list(rows.values())}}})
@@ -94,23 +110,32 @@ def test_a_peer_that_raises_is_failed_where_it_is_ours_and_absent_elsewhere(sett
 
     offers = {"ours": Offer("ours", raises, must_run=True), "theirs": Offer("theirs", raises)}
     rows = race.race(setting, ("ours", "theirs"), judge, LIMITS, 0.1, offers=offers)
-    assert [(row["status"], row["why"]) for row in rows] == [("failed", "ValueError: no such kernel"), ("absent", "ValueError: no such kernel")]
+    assert [(row["status"], row["why"]) for row in rows] == [
+        ("failed", "ValueError: no such kernel"),
+        ("absent", "ValueError: no such kernel"),
+    ]
 
 
 def test_a_race_gives_rates_and_ratios_that_can_be_computed_again(setting, judge):
     offers = {name: PEERS[name]._replace(batch=2) for name in ("torch", "ours")}
-    rows = {row["peer"]: row for row in race.race(setting, ("torch", "ours"), judge, LIMITS, 0.1, offers=offers, draws=True)}
+    rows = {
+        row["peer"]: row for row in race.race(setting, ("torch", "ours"), judge, LIMITS, 0.1, offers=offers, draws=True)
+    }
     ours, theirs = rows["ours"]["seconds_per_image"], rows["torch"]["seconds_per_image"]
     assert len(ours["rounds"]) >= 2
     assert rows["ours"]["images_per_second"] == pytest.approx(1 / ours["median"], rel=1e-3)
     assert rows["ours"]["tflops"] == pytest.approx(setting.flops / TERA / ours["median"], rel=1e-2)
-    assert rows["torch"]["ours_over"]["rounds"] == pytest.approx([b / a for a, b in zip(ours["rounds"], theirs["rounds"])], rel=1e-3)
+    assert rows["torch"]["ours_over"]["rounds"] == pytest.approx(
+        [b / a for a, b in zip(ours["rounds"], theirs["rounds"])], rel=1e-3
+    )
     assert rows["ours"]["images_alone_s"]["median"] < 2 * ours["median"]
 
 
 def test_stages_are_compared_and_timed_both_ways(setting, judge):
     rows = {row["stage"]: row for row in stages.rows(setting, judge, LIMITS, 0.1, 2)}
-    assert list(rows)[:3] == ["text", "call", "captured call"] and {f"decoder {task}" for task in setting.recipe.tasks} < set(rows)
+    assert list(rows)[:3] == ["text", "call", "captured call"] and {
+        f"decoder {task}" for task in setting.recipe.tasks
+    } < set(rows)
     assert all(row["status"] == "ok" for row in rows.values())
     assert all(row["error"] <= row["limit"] and row["ratio"]["median"] > 0 for row in rows.values() if "error" in row)
     assert "naive_s" not in rows["encode"] and rows["encode"]["ours_s"]["median"] > 0
@@ -119,7 +144,10 @@ def test_stages_are_compared_and_timed_both_ways(setting, judge):
 def test_profile_shares_add_up_to_the_call(setting, judge):
     (row,) = profile.rows(setting, judge, ("ours",), {})
     assert sum(row["shares"].values()) == pytest.approx(1, abs=0.01) and row["shares"]["convolution"] > 0
-    assert profile.group_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention" and profile.group_of("aten::mul") == profile.REST
+    assert (
+        profile.group_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+        and profile.group_of("aten::mul") == profile.REST
+    )
 
 
 def test_drift_is_nought_of_the_same_and_seen_of_others(setting):
@@ -153,13 +181,29 @@ def test_the_count_of_stable_diffusion_is_the_published_one():
 
     from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 
-    vae = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512)}
+    vae = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+    }
     with torch.device("meta"):
-        unet = UNet2DConditionModel(down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, sample_size=64, attention_head_dim=8, cross_attention_dim=768)
-        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
-        model = SimpleNamespace(unet=unet, vae=AutoencoderKL(**vae, layers_per_block=2, latent_channels=4), text_encoder=text, size=512)
+        unet = UNet2DConditionModel(
+            down_block_types=DOWN_BLOCKS,
+            up_block_types=UP_BLOCKS,
+            sample_size=64,
+            attention_head_dim=8,
+            cross_attention_dim=768,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        )
+        model = SimpleNamespace(
+            unet=unet, vae=AutoencoderKL(**vae, layers_per_block=2, latent_channels=4), text_encoder=text, size=512
+        )
     stages = stage_flops(model)
-    assert stages["call"] / 2e9 == pytest.approx(401.6, rel=1e-3) and stages["image"] / 2e9 == pytest.approx(1257, rel=1e-3)
+    assert stages["call"] / 2e9 == pytest.approx(401.6, rel=1e-3) and stages["image"] / 2e9 == pytest.approx(
+        1257, rel=1e-3
+    )
     assert stages["text"] / 1e9 == pytest.approx(13.3, rel=1e-2)
     assert image_flops(stages, 51) / TERA == pytest.approx(84.5, rel=1e-3)
 
@@ -171,10 +215,14 @@ def test_limits_are_rates_of_this_machine():
 
 def test_the_nearest_limit_is_the_one_that_takes_longest():
     found = limits.nearest_limit(1e9, 1e9, 0, 0.1, LIMITS, "fp32")  # 10 ms of products, 50 ms of memory
-    assert found["bound"] == "memory" and found["share"] == pytest.approx(0.5) and found["tflops"] == pytest.approx(0.01)
+    assert (
+        found["bound"] == "memory" and found["share"] == pytest.approx(0.5) and found["tflops"] == pytest.approx(0.01)
+    )
 
 
-@pytest.mark.skipif(not os.environ.get("DATASETDM_UPSTREAM"), reason="DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM")
+@pytest.mark.skipif(
+    not os.environ.get("DATASETDM_UPSTREAM"), reason="DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM"
+)
 def test_classes_of_upstream_agree(monkeypatch):
     """Its UNet, attention store and loop at 512 pixels; the norms it vendors have 32 groups whatever the model says."""
     from datasetdm_fast.loading import presets
@@ -186,5 +234,5 @@ def test_classes_of_upstream_agree(monkeypatch):
 
     monkeypatch.setattr(presets, "_preset", with_its_groups)
     setting = open_setting("tiny", "cpu", steps=3, number=1, size=512)
-    rows = parity.Judge(setting, 1).rows(PEERS["upstream-classes"].build(setting, 1))
+    rows = parity.ParityJudge(setting, 1).rows(PEERS["upstream-classes"].build(setting, 1))
     assert not parity.failures(rows)

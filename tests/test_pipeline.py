@@ -1,4 +1,6 @@
-"""The library surface on the tiny model with seeded decoders: the real path from prompt to label, without trained weights."""
+"""The library surface on the tiny model with seeded decoders: the real path from prompt to label, without trained
+weights.
+"""
 
 from itertools import count, islice
 
@@ -19,12 +21,23 @@ from datasetdm_fast.stages import LEVELS
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory):
     folder, levels = tmp_path_factory.mktemp("decoders"), load_model("tiny").levels
-    small = {"levels": levels, "width": 32, "heads": 4, "layers": 2, "feed_forward": 64, "mask_dim": 32, "queries": 10, "score_threshold": 0.0}
+    small = {
+        "levels": levels,
+        "width": 32,
+        "heads": 4,
+        "layers": 2,
+        "feed_forward": 64,
+        "mask_dim": 32,
+        "queries": 10,
+        "score_threshold": 0.0,
+    }
     configs = [
         DecoderConfig("segmentation", "semantic", classes=world.CLASSES, **small),
         DecoderConfig("segmentation", "instance", classes=world.THINGS, **small),
         DecoderConfig("depth", "depth", levels=levels, width=16, depth_width=16, max_depth=4.0),
-        DecoderConfig("heatmap", "pose", levels=levels, width=16, joints=world.JOINTS, limbs=world.LIMBS, score_threshold=0.01),
+        DecoderConfig(
+            "heatmap", "pose", levels=levels, width=16, joints=world.JOINTS, limbs=world.LIMBS, score_threshold=0.01
+        ),
         DecoderConfig("open-vocabulary", "open-vocabulary", classes=world.THINGS, text_width=32, **small),
     ]
     with torch.random.fork_rng():
@@ -42,25 +55,60 @@ def pipe(decoders):
 def test_a_call_gives_images_and_the_labels_asked_for(pipe):
     out = pipe(["a red ball beside a cube"], seeds=[7], tasks=("semantic", "depth"), steps=2)
     assert out.images[0].shape == (128, 128, 3) and out.images[0].dtype == np.uint8
-    assert isinstance(out.semantic[0], SemanticMap) and isinstance(out.depth[0], DepthMap) and out.instances == out.keypoints == []
-    assert out.meta[0]["prompt"] == "a red ball beside a cube" and out.meta[0]["seed"] == 7 and out.meta[0]["steps"] == 2
+    assert (
+        isinstance(out.semantic[0], SemanticMap)
+        and isinstance(out.depth[0], DepthMap)
+        and out.instances == out.keypoints == []
+    )
+    assert (
+        out.meta[0]["prompt"] == "a red ball beside a cube" and out.meta[0]["seed"] == 7 and out.meta[0]["steps"] == 2
+    )
 
 
 def test_all_tasks_by_default(pipe):
     out = pipe("two cubes", steps=2)
     assert (
-        isinstance(out.instances[0], Instances) and isinstance(out.keypoints[0], Keypoints) and out.open_vocabulary[0].classes == ("background", *world.THINGS)
+        isinstance(out.instances[0], Instances)
+        and isinstance(out.keypoints[0], Keypoints)
+        and out.open_vocabulary[0].classes == ("background", *world.THINGS)
     )
     assert set(pipe.tasks) == {"semantic", "instance", "depth", "pose", "open-vocabulary"}
 
 
 def test_command_and_library_give_the_same_samples(pipe, decoders, tmp_path):
-    arguments = ["--model", "tiny", "--decoder", str(decoders), "--engine", "torch", "--prompts", "a red ball\ntwo cubes", "--number", "3", "--seed", "5"]
-    arguments += ["--steps", "2", "--batch-size", "2", "--task", "semantic,instance,depth,pose,open-vocabulary", "--out", str(tmp_path / "run"), "--quiet"]
+    arguments = [
+        "--model",
+        "tiny",
+        "--decoder",
+        str(decoders),
+        "--engine",
+        "torch",
+        "--prompts",
+        "a red ball\ntwo cubes",
+        "--number",
+        "3",
+        "--seed",
+        "5",
+    ]
+    arguments += [
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--task",
+        "semantic,instance,depth,pose,open-vocabulary",
+        "--out",
+        str(tmp_path / "run"),
+        "--quiet",
+    ]
     assert generate.main(arguments) == 0
     stream = pipe.stream(["a red ball", "two cubes", "a red ball"], seed=5, batch_size=2, steps=2)
     for stored, made in zip(open_run(tmp_path / "run"), stream, strict=True):
-        assert stored.prompt == made.request.prompt and stored.seed == made.request.seed and stored.classes == made.request.classes
+        assert (
+            stored.prompt == made.request.prompt
+            and stored.seed == made.request.seed
+            and stored.classes == made.request.classes
+        )
         assert (stored.image == made.image).all()
         assert (stored.semantic.labels == made.annotations["semantic"].labels).all()
         assert (stored.instances.masks == made.annotations["instance"].masks).all()
@@ -76,7 +124,9 @@ def test_features_are_the_levels_of_the_model(pipe):
     image = world.view(1).image
     levels = pipe.features(image, prompt="a ball")
     assert tuple(levels) == LEVELS
-    assert [tuple(level.shape) for level in levels.values()] == [(1, level.channels, level.side, level.side) for level in pipe.engine.model.levels]
+    assert [tuple(level.shape) for level in levels.values()] == [
+        (1, level.channels, level.side, level.side) for level in pipe.engine.model.levels
+    ]
     assert torch.equal(levels["mid"], pipe.features(image, prompt="a ball")["mid"])
     assert not torch.equal(levels["mid"], pipe.features(image, prompt="a ball", seed=1)["mid"])
     assert not torch.equal(levels["mid"], pipe.features(image, prompt="a ball", timestep=500)["mid"])
@@ -91,7 +141,11 @@ def test_maps_follow_the_features_by_layer_head_and_token(pipe):
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [(np.zeros((64, 64, 3), np.uint8), "64, 64, 3"), (np.zeros((128, 128, 3), np.float32), "float32"), (np.zeros((128, 128), np.uint8), "128, 128")],
+    [
+        (np.zeros((64, 64, 3), np.uint8), "64, 64, 3"),
+        (np.zeros((128, 128, 3), np.float32), "float32"),
+        (np.zeros((128, 128), np.uint8), "128, 128"),
+    ],
 )
 def test_wrong_images_are_refused(pipe, image, message):
     with pytest.raises(Refused, match=message):

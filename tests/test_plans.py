@@ -1,4 +1,6 @@
-"""Plans on the disk: nothing but what was sealed with this user's key is ever handed out, and one build serves every process that waits."""
+"""Plans on the disk: nothing but what was sealed with this user's key is ever handed out, and one build serves every
+process that waits.
+"""
 
 import dataclasses
 import multiprocessing
@@ -12,7 +14,7 @@ import pytest
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.tensorrt import plans, sealed
 
-ORDER = plans.Order(
+ORDER = plans.PlanOrder(
     stage="denoise",
     source="e" * 64,
     graph="a" * 64,
@@ -77,7 +79,7 @@ def test_every_field_of_an_order_has_a_plan_of_its_own():
         "gpu": "NVIDIA H200",
         "format": 2,
     }
-    assert set(changed) == {field.name for field in dataclasses.fields(plans.Order)}
+    assert set(changed) == {field.name for field in dataclasses.fields(plans.PlanOrder)}
     keys = {dataclasses.replace(ORDER, **{name: value}).key for name, value in changed.items()}
     assert len(keys) == len(changed) and ORDER.key not in keys
 
@@ -178,7 +180,7 @@ def test_a_failed_build_leaves_nothing(folder):
     assert [path.suffix for path in folder.folder.iterdir()] == [".lock"]
 
 
-# The key ---------------------------------------------------------------------------------------------------------------------------
+# The key --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_key_is_made_once_and_is_the_users_own(key_file):
@@ -209,7 +211,7 @@ def test_a_key_behind_a_link_or_of_another_length_is_refused(key_file, tmp_path)
         sealed.load_key()
 
 
-# Several processes -----------------------------------------------------------------------------------------------------------------
+# Several processes ----------------------------------------------------------------------------------------------------
 
 
 def _ask(folder, log, start):
@@ -254,7 +256,7 @@ def test_a_builder_that_was_killed_does_not_block_the_next(folder):
     assert folder.open_or_build(ORDER, Builder()).content == CONTENT
 
 
-# What lies in a folder -------------------------------------------------------------------------------------------------------------
+# What lies in a folder ------------------------------------------------------------------------------------------------
 
 
 def test_entries_say_what_each_plan_is_and_what_is_wrong_with_it(folder):
@@ -283,7 +285,9 @@ def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(f
     assert folder.told == [f"{path} is not a regular file; it is not loaded but built anew"]
     real = path.rename(folder.folder / "elsewhere")
     path.symlink_to(real)
-    assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1  # where a sealed file lies does not matter
+    assert (
+        folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1
+    )  # where a sealed file lies does not matter
     assert [path for path, _ in folder.prune(lambda facts: "")] == [beside] and not beside.is_symlink()
 
 
@@ -296,5 +300,12 @@ def test_prune_removes_what_cannot_be_used_and_the_least_recently_used_beyond_th
     orphan.write_bytes(b"")
     size = made[1].stat().st_size
     removed = dict(folder.prune(lambda facts: "stale" if facts["graph"][0] == "b" else "", cap=size))
-    assert "foreign" in removed[made[0]] and removed[made[1]] == "stale" and f"beyond the {size} bytes" in removed[made[3]] and orphan in removed
-    assert [path.name for path in sorted(folder.folder.iterdir())] == sorted([made[2].name, plans.golden_path(made[2]).name, made[2].with_suffix(".lock").name])
+    assert (
+        "foreign" in removed[made[0]]
+        and removed[made[1]] == "stale"
+        and f"beyond the {size} bytes" in removed[made[3]]
+        and orphan in removed
+    )
+    assert [path.name for path in sorted(folder.folder.iterdir())] == sorted(
+        [made[2].name, plans.golden_path(made[2]).name, made[2].with_suffix(".lock").name]
+    )

@@ -55,9 +55,21 @@ def test_files_are_as_small_as_those_of_the_slow_way(kind):
 
 def test_the_bytes_are_the_same_everywhere():
     numbers = np.arange(300 * 200 * 3, dtype=np.uint64)
-    grain = ((numbers * np.uint64(2654435761) >> np.uint64(20)) % np.uint64(5) + numbers % np.uint64(900) // np.uint64(4)).astype(np.uint8).reshape(200, 300, 3)
-    files = [_C.png_encode(grain), _C.png_encode(np.ascontiguousarray(grain[..., 0]), COLOURS), _C.png_encode_words(grain[..., 1].astype(np.uint16) * 250)]
-    assert [hashlib.sha256(file).hexdigest()[:16] for file in files] == ["35eb7bd64eb1d1d0", "0febf20cbbb6292b", "0b52560024a198fc"]
+    grain = (
+        ((numbers * np.uint64(2654435761) >> np.uint64(20)) % np.uint64(5) + numbers % np.uint64(900) // np.uint64(4))
+        .astype(np.uint8)
+        .reshape(200, 300, 3)
+    )
+    files = [
+        _C.png_encode(grain),
+        _C.png_encode(np.ascontiguousarray(grain[..., 0]), COLOURS),
+        _C.png_encode_words(grain[..., 1].astype(np.uint16) * 250),
+    ]
+    assert [hashlib.sha256(file).hexdigest()[:16] for file in files] == [
+        "35eb7bd64eb1d1d0",
+        "0febf20cbbb6292b",
+        "0b52560024a198fc",
+    ]
 
 
 def test_counting():

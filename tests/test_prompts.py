@@ -21,7 +21,15 @@ class Tokenizer:
 def plan_of(number=5, batch_size=2, seed=0, words=(), **config):
     settings = RunConfig(number=number, batch_size=batch_size, seed=seed, **config)
     source = prompts.read_source(settings)
-    return make_plan(source, Tokenizer(), number=number, seed=seed, batch_size=batch_size, words=words, truncate=settings.truncate_prompts)
+    return make_plan(
+        source,
+        Tokenizer(),
+        number=number,
+        seed=seed,
+        batch_size=batch_size,
+        words=words,
+        truncate=settings.truncate_prompts,
+    )
 
 
 def test_layer_needs_no_torch():
@@ -118,7 +126,9 @@ def test_a_folder_is_no_prompt_file(tmp_path):
 def test_text_keeps_unusual_characters(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffein roter Bällchen\u2028Zeile 🎈\u202e\n".encode())
-    assert [request.prompt for request in plan_of(number=1, prompts=str(path))] == ["ein roter Bällchen\u2028Zeile 🎈\u202e"]
+    assert [request.prompt for request in plan_of(number=1, prompts=str(path))] == [
+        "ein roter Bällchen\u2028Zeile 🎈\u202e"
+    ]
 
 
 def test_truncation_keeps_whole_words_and_class_words():
@@ -131,12 +141,18 @@ def test_truncation_keeps_whole_words_and_class_words():
 
 def test_truncation_cuts_before_a_word_that_does_not_fit():
     tokenizer = Tokenizer()
-    tokenizer.__class__ = type("Letters", (Tokenizer,), {"__call__": lambda self, prompt, truncation=False: SimpleNamespace(input_ids=[0, *prompt, 1])})
+    tokenizer.__class__ = type(
+        "Letters",
+        (Tokenizer,),
+        {"__call__": lambda self, prompt, truncation=False: SimpleNamespace(input_ids=[0, *prompt, 1])},
+    )
     assert prompts.fit("abcde " * 20, tokenizer, "line", truncate=True) == ("abcde " * 12).strip()
     assert prompts.fit("x" * 100, tokenizer, "line", truncate=True) == "x" * 75
 
 
-@pytest.mark.parametrize(("classes", "message"), [(("",), "empty"), (("a\0b",), "control"), (("ball", "Ball"), "named twice")])
+@pytest.mark.parametrize(
+    ("classes", "message"), [(("",), "empty"), (("a\0b",), "control"), (("ball", "Ball"), "named twice")]
+)
 def test_bad_class_words_are_refused(classes, message):
     with pytest.raises(Refused, match=message):
         prompts.check_classes(classes)

@@ -1,4 +1,6 @@
-"""Proofs that foreign files run no code here: tests/proofs.py tries each in a process of its own, with a canary to catch what gets out."""
+"""Proofs that foreign files run no code here: tests/proofs.py tries each in a process of its own, with a canary to
+catch what gets out.
+"""
 
 import json
 import os
@@ -16,7 +18,9 @@ HERE = Path(__file__).parent
 def results(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("proofs")
     environment = {**os.environ, "PYTHONPATH": str(HERE), "DATASETDM_CACHE": str(folder / "cache")}
-    ended = subprocess.run([sys.executable, HERE / "proofs.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+    ended = subprocess.run(
+        [sys.executable, HERE / "proofs.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
+    )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
 

@@ -65,7 +65,7 @@ def check_equal(out: Path, alone: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 8] if IS_LONG else [1, 3])
 def test_any_number_of_ranks_makes_the_same_bytes(alone, tmp_path, count):
     heard = []
-    result = shared(config(tmp_path / "run"), [{}] * count, made=heard.append)
+    result = shared(config(tmp_path / "run"), [{}] * count, on_commit=heard.append)
     assert (result.done, result.made, result.set_aside, sum(heard)) == (SAMPLES, SAMPLES, 0, SAMPLES)
     check_equal(tmp_path / "run", alone)
 
@@ -93,10 +93,20 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(arithmetic, alone, tmp_path):
 @pytest.mark.parametrize("trouble", ["dies", "hangs", "nan", "start"])
 def test_a_rank_in_trouble_costs_its_speed_and_nothing_else(alone, tmp_path, trouble):
     lines = []
-    result = shared(config(tmp_path / "run"), [{troubled.TROUBLE: trouble}, {troubled.SECONDS: "0.3"}], patience=QUICK, told=lines.append)
+    result = shared(
+        config(tmp_path / "run"),
+        [{troubled.TROUBLE: trouble}, {troubled.SECONDS: "0.3"}],
+        patience=QUICK,
+        on_message=lines.append,
+    )
     assert (result.done, result.set_aside) == (SAMPLES, 0)
     check_equal(tmp_path / "run", alone)
-    said = {"dies": "rank 0 was ended by SIGKILL", "hangs": "rank 0 has given no sign of life", "nan": "images", "start": "rank 0 ended with exit code 9"}
+    said = {
+        "dies": "rank 0 was ended by SIGKILL",
+        "hangs": "rank 0 has given no sign of life",
+        "nan": "images",
+        "start": "rank 0 ended with exit code 9",
+    }
     assert any(line.startswith(said[trouble]) for line in lines)
 
 
@@ -144,7 +154,13 @@ def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("asked", "visible", "chosen"),
-    [("all", "0 1", "0 1"), ("2", "4 5 6", "4 5"), ("0,2", "a b c", "a c"), ("2,", "a b c", "c"), (" 1 , 0 ", "a b", "b a")],
+    [
+        ("all", "0 1", "0 1"),
+        ("2", "4 5 6", "4 5"),
+        ("0,2", "a b c", "a c"),
+        ("2,", "a b c", "c"),
+        (" 1 , 0 ", "a b", "b a"),
+    ],
 )
 def test_gpus_are_chosen_among_those_that_are_visible(asked, visible, chosen):
     assert devices.choose(asked, visible.split()) == chosen.split()
@@ -152,7 +168,14 @@ def test_gpus_are_chosen_among_those_that_are_visible(asked, visible, chosen):
 
 @pytest.mark.parametrize(
     ("asked", "visible", "kind"),
-    [("3", "0 1", Missing), ("all", "", Missing), ("0,0", "0 1", Refused), ("x", "0", Refused), ("0", "0", Refused), ("-1", "0", Refused)],
+    [
+        ("3", "0 1", Missing),
+        ("all", "", Missing),
+        ("0,0", "0 1", Refused),
+        ("x", "0", Refused),
+        ("0", "0", Refused),
+        ("-1", "0", Refused),
+    ],
 )
 def test_gpus_that_are_not_there_are_refused(asked, visible, kind):
     with pytest.raises(kind, match="--gpus"):
@@ -172,7 +195,7 @@ def test_cores_are_shared(monkeypatch, ranks_asked, cores, threads):
     assert devices.places(RunConfig(ranks=ranks_asked, threads=3))[0].threads == 3
 
 
-# The whole command -----------------------------------------------------------------------------------------------------------------
+# The whole command ----------------------------------------------------------------------------------------------------
 
 PROGRAM = """
 import sys
@@ -195,8 +218,22 @@ def command(tmp_path):
 
     def start(*arguments, seconds="0.2"):
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), troubled.SECONDS: seconds}
-        line = [sys.executable, str(tmp_path / "program.py"), "--out", str(tmp_path / "run"), "--number", str(SAMPLES), "--batch-size", str(BATCH), *arguments]
-        begun.append(subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True))
+        line = [
+            sys.executable,
+            str(tmp_path / "program.py"),
+            "--out",
+            str(tmp_path / "run"),
+            "--number",
+            str(SAMPLES),
+            "--batch-size",
+            str(BATCH),
+            *arguments,
+        ]
+        begun.append(
+            subprocess.Popen(
+                line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            )
+        )
         return begun[-1]
 
     yield start
@@ -221,7 +258,11 @@ def test_the_first_signal_finishes_what_is_begun(alone, command, tmp_path, numbe
     wait_for_rows(tmp_path / "run", 4)
     os.killpg(process.pid, number)  # as a terminal does: to the ranks as well
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "samples are there; go on with: python -m datasetdm_fast.generate --out" in err and "Traceback" not in err
+    assert (
+        process.returncode == code
+        and "samples are there; go on with: python -m datasetdm_fast.generate --out" in err
+        and "Traceback" not in err
+    )
     assert not list((tmp_path / "run").rglob("*.part")) and audit(tmp_path / "run", threads=1).findings == []
     assert command("--ranks", "2", seconds="0").wait(60) == 0
     check_equal(tmp_path / "run", alone)
@@ -264,7 +305,11 @@ def test_kills_of_any_process_at_any_moment_cost_nothing(alone, command, tmp_pat
     if chance.random() < 0.5:
         wait_for_rows(tmp_path / "run", 1)
     time.sleep(chance.uniform(0, 1.5))
-    whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    whole = (
+        [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        if process.poll() is None
+        else []
+    )
     if whole:
         chance.choice(whole).kill()
     process.communicate(timeout=60)

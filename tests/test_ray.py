@@ -1,4 +1,6 @@
-"""One run on a Ray cluster of this machine: the bytes are those of one process, whatever happens to its workers and to the driver."""
+"""One run on a Ray cluster of this machine: the bytes are those of one process, whatever happens to its workers and to
+the driver.
+"""
 
 import importlib.util
 import os
@@ -29,7 +31,7 @@ from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
 from datasetdm_fast.workers import ray_connection, ray_worker
 from datasetdm_fast.workers.devices import pool_of
 from datasetdm_fast.workers.ray_connection import address_of
-from datasetdm_fast.workers.ray_worker import Desk
+from datasetdm_fast.workers.ray_worker import Coordinator
 
 SAMPLES, BATCH = 16, 2
 HERE = Path(__file__).parent
@@ -54,26 +56,65 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def surroundings():
-    """The environment of everything here that has to do with Ray; its folder has a short name, as that of a socket is limited."""
+    """The environment of everything here that has to do with Ray; its folder has a short name, as that of a socket is
+    limited.
+    """
     folder = tempfile.mkdtemp(prefix="ray")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    yield {**kept, "PYTHONPATH": str(HERE), "RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    yield {
+        **kept,
+        "PYTHONPATH": str(HERE),
+        "RAY_TMPDIR": folder,
+        "RAY_AUTH_TOKEN": TOKEN,
+        "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",
+    }
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def head(surroundings):
-    """A cluster of this machine alone, with two places for workers, that wants a token as `ray start` does by default."""
+    """A cluster of this machine alone, with two places for workers, that wants a token as `ray start` does by
+    default.
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    line = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--head", "--block", "--port", str(port), "--num-cpus", "2"]
-    options = ["--include-dashboard", "false", "--disable-usage-stats", "--object-store-memory", "100000000", "--temp-dir", surroundings["RAY_TMPDIR"]]
+    line = [
+        sys.executable,
+        "-c",
+        "from ray.scripts.scripts import main; main()",
+        "start",
+        "--head",
+        "--block",
+        "--port",
+        str(port),
+        "--num-cpus",
+        "2",
+    ]
+    options = [
+        "--include-dashboard",
+        "false",
+        "--disable-usage-stats",
+        "--object-store-memory",
+        "100000000",
+        "--temp-dir",
+        surroundings["RAY_TMPDIR"],
+    ]
     environment = {**surroundings, "RAY_AUTH_MODE": "token"}
-    process = subprocess.Popen([*line, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [*line, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     end = time.monotonic() + 60
     while not answers(port):
-        assert process.poll() is None and time.monotonic() < end, process.stdout.read() if process.poll() is not None else "Ray did not start"
+        assert process.poll() is None and time.monotonic() < end, (
+            process.stdout.read() if process.poll() is not None else "Ray did not start"
+        )
         time.sleep(0.2)
     yield SimpleNamespace(address=f"ray://127.0.0.1:{port}", process=process)
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -107,9 +148,29 @@ def command(tmp_path, surroundings):
     begun = []
 
     def start(*arguments, **environment):
-        line = [sys.executable, str(tmp_path / "program.py"), "--out", str(tmp_path / "run"), "--number", str(SAMPLES), "--batch-size", str(BATCH), *arguments]
+        line = [
+            sys.executable,
+            str(tmp_path / "program.py"),
+            "--out",
+            str(tmp_path / "run"),
+            "--number",
+            str(SAMPLES),
+            "--batch-size",
+            str(BATCH),
+            *arguments,
+        ]
         everything = {**surroundings, **environment}
-        begun.append(subprocess.Popen(line, cwd=tmp_path, env=everything, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True))
+        begun.append(
+            subprocess.Popen(
+                line,
+                cwd=tmp_path,
+                env=everything,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
         return begun[-1]
 
     yield start
@@ -133,20 +194,28 @@ def wait_for(out: Path, count: int, process: subprocess.Popen) -> None:
 
 def workers(parent: psutil.Process | subprocess.Popen) -> list[psutil.Process]:
     """The actors of the pool among the processes below this one."""
-    return [process for process in psutil.Process(parent.pid).children(recursive=True) if "ray::MapWorker" in " ".join(process.cmdline())]
+    return [
+        process
+        for process in psutil.Process(parent.pid).children(recursive=True)
+        if "ray::MapWorker" in " ".join(process.cmdline())
+    ]
 
 
 @with_ray
 @pytest.mark.loopback
 def test_interrupted_killed_and_with_a_worker_killed_a_run_ends_with_the_same_bytes(alone, head, command, tmp_path):
-    """Ctrl-C, kill -9 of the driver and kill -9 of a worker, one after the other in one run; the same line goes on each time."""
+    """Ctrl-C, kill -9 of the driver and kill -9 of a worker, one after the other in one run; the same line goes on each
+    time.
+    """
     out, line = tmp_path / "run", ("--cluster", head.address, "--ranks", "2")
     process = command(*line, TROUBLED_SECONDS="0.4")
     wait_for(out, 2, process)
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "samples are there; go on with: python -m datasetdm_fast.generate --out" in errors and "Traceback" not in errors
+    assert (
+        "samples are there; go on with: python -m datasetdm_fast.generate --out" in errors and "Traceback" not in errors
+    )
     assert audit(out, threads=1).findings == [] and 2 <= pictures(out) < SAMPLES
 
     process = command(*line, TROUBLED_SECONDS="0.4")
@@ -169,7 +238,9 @@ PROMPTS = [f"a ball {k}" if k != 5 else "broken" for k in range(SAMPLES)]
 @with_ray
 @pytest.mark.loopback
 def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, tmp_path):
-    """The store ends with every byte of a run folder of one process, a sample that did not come out set aside as there."""
+    """The store ends with every byte of a run folder of one process, a sample that did not come out set aside as
+    there.
+    """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
@@ -182,7 +253,11 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     for worker in workers(process):
         worker.suspend()
     out, errors = process.communicate(timeout=180)
-    assert process.returncode == 4 and "no worker has given a sign of life for" in errors and "1 of 16 samples were set aside" in errors, errors
+    assert (
+        process.returncode == 4
+        and "no worker has given a sign of life for" in errors
+        and "1 of 16 samples were set aside" in errors
+    ), errors
     assert tree(tmp_path / "store") == tree(tmp_path / "alone") and audit(tmp_path / "store", threads=1).findings == []
     assert not (tmp_path / "run" / "images").exists()
     with pytest.raises(Refused, match="its samples are in an object store"):
@@ -201,12 +276,18 @@ def test_an_address_nobody_answers_at_ends_the_command_at_once(command, tmp_path
         process = command("--cluster", f"ray://127.0.0.1:{port}")
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 3 and out == "" and time.monotonic() - begin < 30
-    assert errors.splitlines()[0] == f"--cluster ray://127.0.0.1:{port}: no head at 127.0.0.1:{port} (Connection refused)" and len(errors.splitlines()) == 2
+    assert (
+        errors.splitlines()[0] == f"--cluster ray://127.0.0.1:{port}: no head at 127.0.0.1:{port} (Connection refused)"
+        and len(errors.splitlines()) == 2
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.loopback
-@pytest.mark.parametrize(("answer", "told"), [(b"", "timed out"), (b"HTTP/1.0 400 Bad request\r\n", "what answers is no head of a Ray cluster")])
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [(b"", "timed out"), (b"HTTP/1.0 400 Bad request\r\n", "what answers is no head of a Ray cluster")],
+)
 def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
     monkeypatch.setattr(ray_connection, "CONNECT_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -220,7 +301,10 @@ def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
             kept.close()
 
         threading.Thread(target=serve, daemon=True).start()
-        with pytest.raises(Missing, match=f"no head at 127.0.0.1:{port} .{told}"), ray_connection.joined(RunConfig(cluster=f"ray://127.0.0.1:{port}")):
+        with (
+            pytest.raises(Missing, match=f"no head at 127.0.0.1:{port} .{told}"),
+            ray_connection.joined(RunConfig(cluster=f"ray://127.0.0.1:{port}")),
+        ):
             pass
 
 
@@ -233,7 +317,20 @@ def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    "text", ["rey", "ray:/h", "ray://", "ray://:6379", "ray://h:0", "ray://h:99999", "ray://h:x", "ray://u@h", "ray://h/p", "http://h", "ray://h:10001"]
+    "text",
+    [
+        "rey",
+        "ray:/h",
+        "ray://",
+        "ray://:6379",
+        "ray://h:0",
+        "ray://h:99999",
+        "ray://h:x",
+        "ray://u@h",
+        "ray://h/p",
+        "http://h",
+        "ray://h:10001",
+    ],
 )
 def test_what_is_no_address_is_refused(text, tmp_path, capsys):
     assert generate.main(["--cluster", text, "--out", str(tmp_path / "run")]) == 2
@@ -273,12 +370,21 @@ def test_addresses(text, variable, address, monkeypatch):
     ],
 )
 def test_workers_for_the_machines_there_are(settings, nodes, expected):
-    found = pool_of(RunConfig(**settings), [{"CPU": float(cpus), "GPU": float(gpus)} if gpus else {"CPU": float(cpus)} for cpus, gpus in nodes])
+    found = pool_of(
+        RunConfig(**settings),
+        [{"CPU": float(cpus), "GPU": float(gpus)} if gpus else {"CPU": float(cpus)} for cpus, gpus in nodes],
+    )
     assert (found.least, found.most, found.gpus, found.cpus, found.threads, found.places) == expected
 
 
 @pytest.mark.parametrize(
-    ("settings", "kind"), [({"gpus": "0,2"}, Refused), ({"gpus": "0"}, Refused), ({"gpus": "2", "ranks": 2}, Refused), ({"gpus": "all"}, Missing)]
+    ("settings", "kind"),
+    [
+        ({"gpus": "0,2"}, Refused),
+        ({"gpus": "0"}, Refused),
+        ({"gpus": "2", "ranks": 2}, Refused),
+        ({"gpus": "all"}, Missing),
+    ],
 )
 def test_workers_that_cannot_be_are_refused(settings, kind):
     with pytest.raises(kind, match="--gpus"):
@@ -288,10 +394,14 @@ def test_workers_that_cannot_be_are_refused(settings, kind):
 class Directly(ray_worker.Worker):
     """A worker that has its desk in its own process."""
 
-    def __init__(self, made: job.Job, desk: Desk, out: Path, place: str = "here", places: int = 1):
+    def __init__(self, made: job.Job, desk: Coordinator, out: Path, place: str = "here", places: int = 1):
         self.place, self.places = place, places
         self.job, self.own, self.publish = made, desk, into(out)
-        self.desk = type("Remote", (), {name: type("Method", (), {"remote": staticmethod(getattr(desk, name))}) for name in ("end", "beat")})
+        self.desk = type(
+            "Remote",
+            (),
+            {name: type("Method", (), {"remote": staticmethod(getattr(desk, name))}) for name in ("end", "beat")},
+        )
         self.beaten = 0.0
 
     def _begin(self, batch, *, is_alone=False):
@@ -312,11 +422,15 @@ def rows_of(worker: ray_worker.Worker, batches: list[int]) -> list:
 
 
 def test_what_ended_three_processes_is_set_aside_and_the_rest_is_made(made, tmp_path):
-    desk = Desk(deaths={1: 2, 3: 3})
+    desk = Coordinator(deaths={1: 2, 3: 3})
     rows = rows_of(Directly(made, desk, tmp_path / "out"), [0, 1, 2, 3])
     assert [row.request.index for row in rows] == [0, 4, 2, 6]  # what was begun before comes last, alone
     assert [row.reason for row in rows] == ["", "", "", "3 processes ended while they made its batch"]
-    assert desk.deaths == {} and [path.name for path in sorted((tmp_path / "out" / "images").iterdir())] == ["00000000.png", "00000002.png", "00000004.png"]
+    assert desk.deaths == {} and [path.name for path in sorted((tmp_path / "out" / "images").iterdir())] == [
+        "00000000.png",
+        "00000002.png",
+        "00000004.png",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -329,33 +443,40 @@ def test_what_ended_three_processes_is_set_aside_and_the_rest_is_made(made, tmp_
 )
 def test_numbers_that_are_not_finite_are_made_again_elsewhere(monkeypatch, tmp_path, places, asked, kept):
     torchless.install(monkeypatch.setattr)
-    made, desk, found = job.prepare(config(tmp_path / "none", prompts="broken", number=2)), Desk(), []
+    made, desk, found = job.prepare(config(tmp_path / "none", prompts="broken", number=2)), Coordinator(), []
     for place in asked:
         rows = Directly(made, desk, tmp_path / "out", place, places)({"batch": [0], "wanted": [[0]]})["rows"][0]
         assert all("not finite" in row.reason or "NaN" in row.reason for row in rows) and desk.deaths == {}
         found.append(len(rows))
-        desk = Desk(doubts=desk.told().doubts)  # a round later
+        desk = Coordinator(doubts=desk.told().doubts)  # a round later
     assert found == kept
 
 
 def test_a_place_that_was_at_fault_costs_a_second_round_and_nothing_else(monkeypatch, made, tmp_path):
-    desk, generate = Desk(), driver.generate
-    monkeypatch.setattr(driver, "generate", lambda batches, *rest: ((batch, [SetAside(one, "NaN") for one in batch.requests]) for batch in batches))
+    desk, generate = Coordinator(), driver.generate
+    monkeypatch.setattr(
+        driver,
+        "generate",
+        lambda batches, *rest: ((batch, [SetAside(one, "NaN") for one in batch.requests]) for batch in batches),
+    )
     assert rows_of(Directly(made, desk, tmp_path / "out", "bad", 2), [0, 1]) == []
     monkeypatch.setattr(driver, "generate", generate)
     assert [row.reason for row in rows_of(Directly(made, desk, tmp_path / "out", "good", 2), [0, 1])] == ["", ""]
 
 
 def test_a_worker_that_is_told_to_stop_begins_nothing_more(made, tmp_path):
-    desk = Desk(deaths={1: 1})
+    desk = Coordinator(deaths={1: 1})
     desk.stop()
     assert rows_of(Directly(made, desk, tmp_path / "out"), [0, 1]) == [] and desk.deaths == {1: 1}
 
 
 def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):
-    for url, told in (("memory://run", "every process has a memory of its own"), ("nothing://run", "Protocol not known")):
+    for url, told in (
+        ("memory://run", "every process has a memory of its own"),
+        ("nothing://run", "Protocol not known"),
+    ):
         with pytest.raises(Refused, match=told):
-            object_store.Store(url)
+            object_store.ObjectStore(url)
     with pytest.raises(Refused, match="only the workers of a cluster write there"):
         object_store.check(config(tmp_path / "run", store="s3://bucket/run"))
 
@@ -364,8 +485,8 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
     """In memory, which is what fsspec offers for it: the same calls as for any bucket."""
     import fsspec
 
-    monkeypatch.setattr(object_store.Store, "_protocols", ("bucket",))
-    bucket = object_store.Store("memory://bucket/run")
+    monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
+    bucket = object_store.ObjectStore("memory://bucket/run")
     rows = write_samples([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {}, "png", bucket.publish)
     there = fsspec.filesystem("memory")
     for name, stored in rows[0].files.values():
@@ -392,5 +513,8 @@ def test_the_cluster_of_the_readme_is_one_that_ray_accepts():
     import yaml
 
     described = yaml.safe_load((HERE.parent / "docs" / "cluster.yaml").read_text(encoding="utf-8"))
-    jsonschema.validate(described, json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8")))
+    jsonschema.validate(
+        described,
+        json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8")),
+    )
     assert described["head_node_type"] in described["available_node_types"]

@@ -1,4 +1,6 @@
-"""Readers: three images in each data set's own layout, what they become at the model's size, selections, and every kind of bad data by name."""
+"""Readers: three images in each data set's own layout, what they become at the model's size, selections, and every kind
+of bad data by name.
+"""
 
 import importlib.util
 import json
@@ -57,17 +59,35 @@ def test_every_layout_is_read_at_the_models_size(made, name):
     source = open_data(f"{kind}:{made(name)}", SIZE)
     assert source.tasks == tasks and len(source) == COUNT
     items = list(source)
-    assert [item.id for item in items] == [source[k].id for k in range(COUNT)] and len({item.id for item in items}) == COUNT
+    assert [item.id for item in items] == [source[k].id for k in range(COUNT)] and len(
+        {item.id for item in items}
+    ) == COUNT
     for item in items:
-        assert item.image.shape == (SIZE, SIZE, 3) and item.image.dtype == np.uint8 and item.image.std() > 5 and item.caption
+        assert (
+            item.image.shape == (SIZE, SIZE, 3)
+            and item.image.dtype == np.uint8
+            and item.image.std() > 5
+            and item.caption
+        )
         if "semantic" in tasks:
             assert item.semantic.shape == (SIZE, SIZE) and item.semantic.dtype == np.uint8
-            assert set(np.unique(item.semantic)) <= {*range(len(source.classes)), 255} and len(np.unique(item.semantic)) > 1
+            assert (
+                set(np.unique(item.semantic)) <= {*range(len(source.classes)), 255}
+                and len(np.unique(item.semantic)) > 1
+            )
         if "open-vocabulary" in tasks:
-            assert item.masks.shape == (len(item.mask_classes), SIZE, SIZE) and item.masks.any((1, 2)).all() and len(item.masks)
+            assert (
+                item.masks.shape == (len(item.mask_classes), SIZE, SIZE)
+                and item.masks.any((1, 2)).all()
+                and len(item.masks)
+            )
             assert (item.mask_classes < len(source.thing_classes)).all()
         if "depth" in tasks:
-            assert item.depth.dtype == np.float32 and 0 < item.depth[item.depth > 0].min() and item.depth.max() <= source.max_depth
+            assert (
+                item.depth.dtype == np.float32
+                and 0 < item.depth[item.depth > 0].min()
+                and item.depth.max() <= source.max_depth
+            )
         if "pose" in tasks:
             assert item.keypoints.shape[1:] == (len(source.joints), 3)
             assert len(item.keypoints) == len(item.keypoint_boxes) == len(item.keypoint_areas)
@@ -80,8 +100,22 @@ def test_a_decoder_is_taught_and_judged_by_every_layout(made, tmp_path, monkeypa
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "cache"))
     kind, _, tasks = LAYOUTS[name]
     tasks = ",".join(tasks) if IS_LONG else tasks[-1]
-    shared = ["--model", "tiny", "--data", f"{kind}:{made(name)}", "--task", tasks, "--threads", "1", "--quiet", "--json"]
-    assert train.main([*shared, "--out", str(tmp_path / "decoder"), "--steps", "2", "--draws", "2", "--batch-size", "2"]) == 0
+    shared = [
+        "--model",
+        "tiny",
+        "--data",
+        f"{kind}:{made(name)}",
+        "--task",
+        tasks,
+        "--threads",
+        "1",
+        "--quiet",
+        "--json",
+    ]
+    assert (
+        train.main([*shared, "--out", str(tmp_path / "decoder"), "--steps", "2", "--draws", "2", "--batch-size", "2"])
+        == 0
+    )
     capsys.readouterr()
     assert evaluate.main([*shared, "--decoder", str(tmp_path / "decoder"), "--bootstrap", "5"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == tasks.split(",")
@@ -89,7 +123,10 @@ def test_a_decoder_is_taught_and_judged_by_every_layout(made, tmp_path, monkeypa
 
 def test_labels_stay_where_the_image_is(made):
     """The scenes' own masks, cut and resized by the same window, are what the readers say."""
-    for name, rows, columns in (("folder", slice(0, 80), slice(0, SIDE)), ("cityscapes", slice(24, 72), slice(0, SIDE))):
+    for name, rows, columns in (
+        ("folder", slice(0, 80), slice(0, SIDE)),
+        ("cityscapes", slice(24, 72), slice(0, SIDE)),
+    ):
         source = open_data(f"{LAYOUTS[name][0]}:{made(name)}", SIZE)
         for item, view in zip(source, views()):
             image, truth = view.image[rows, columns], view.semantic[rows, columns]
@@ -101,17 +138,28 @@ def test_labels_stay_where_the_image_is(made):
             square = Image.fromarray(truth[top : top + min(height, width), left : left + min(height, width)])
             shown = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.NEAREST))
             known = item.semantic != 255
-            agree = (item.semantic == np.where(shown < 2, shown, shown + 9)) if name == "cityscapes" else item.semantic == shown
+            agree = (
+                (item.semantic == np.where(shown < 2, shown, shown + 9))
+                if name == "cityscapes"
+                else item.semantic == shown
+            )
             assert agree[known].mean() > 0.98
 
 
 def test_depths_are_metres_in_every_unit(made):
-    for name, rows in (("nyu", slice(0, 72)), ("kitti", slice(48, 80)), ("vkitti2", slice(0, 64)), ("folder", slice(0, 80))):
+    for name, rows in (
+        ("nyu", slice(0, 72)),
+        ("kitti", slice(48, 80)),
+        ("vkitti2", slice(0, 64)),
+        ("folder", slice(0, 80)),
+    ):
         source = open_data(f"{LAYOUTS[name][0]}:{made(name)}", SIZE)
         for item, view in zip(source, views()):
             found, truth = item.depth[item.depth > 0], view.depth[rows]
             assert truth.min() - 0.01 <= found.min() and found.max() <= truth.max() + 0.01
-    assert (open_data(f"kitti:{made('kitti')}", SIZE)[0].depth == 0).mean() == pytest.approx(0.5, abs=0.05)  # rows the laser missed stay unknown
+    assert (open_data(f"kitti:{made('kitti')}", SIZE)[0].depth == 0).mean() == pytest.approx(
+        0.5, abs=0.05
+    )  # rows the laser missed stay unknown
     assert (open_data(f"vkitti2:{made('vkitti2')}", SIZE)[0].depth[0] == 0).all()  # the sky is beyond 80 m
 
 
@@ -148,14 +196,19 @@ def test_cityscapes_label_ids_become_train_ids(copied):
     back[list(TRAIN_IDS.values())] = list(TRAIN_IDS)
     for path in list(root.rglob("*labelTrainIds.png")):
         numbers = np.asarray(Image.open(path))
-        save(path.with_name(path.name.replace("labelTrainIds", "labelIds")), np.where(numbers == 255, 0, back[numbers]).astype(np.uint8))
+        save(
+            path.with_name(path.name.replace("labelTrainIds", "labelIds")),
+            np.where(numbers == 255, 0, back[numbers]).astype(np.uint8),
+        )
         path.unlink()
     assert (open_data(address, SIZE)[0].semantic == with_train_ids).all()
 
 
 def test_splits_are_named_in_brackets(made):
     assert len(open_data(f"voc:{made('voc')}[val]", SIZE)) == COUNT
-    assert [item.id for item in open_data(f"vkitti2:{made('vkitti2')}[Scene02]", SIZE)] == ["Scene02_15-deg-left_frames_rgb_Camera_0_rgb_00000"]
+    assert [item.id for item in open_data(f"vkitti2:{made('vkitti2')}[Scene02]", SIZE)] == [
+        "Scene02_15-deg-left_frames_rgb_Camera_0_rgb_00000"
+    ]
     with pytest.raises(Refused, match="test"):
         open_data(f"voc:{made('voc')}[test]", SIZE)
     with pytest.raises(Refused, match="Scene77"):
@@ -167,7 +220,7 @@ def test_a_task_without_truth_is_refused(made):
         open_data(f"voc:{made('voc')}", SIZE, tasks=["depth"])
 
 
-# Framing ----------------------------------------------------------------------------------------------------------------------------
+# Framing --------------------------------------------------------------------------------------------------------------
 
 
 def ramp(height: int, width: int) -> Picture:
@@ -196,24 +249,40 @@ def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
             for window in windows:
                 side = SIZE / window.scale
                 assert -1e-6 <= window.left <= width - side + 1e-6 and -1e-6 <= window.top <= height - side + 1e-6
-    scales = {framing.drawn(framing.RULES["voc"], ramp(1000, 1000), SIZE, seed).scale * 512 / SIZE for seed in range(60)}
-    assert {round(scale, 3) for scale in scales} == {0.512, 0.8, 1, 1.3, 1.8, 2, 3}  # half of 1000 pixels would be smaller than the window
+    scales = {
+        framing.drawn(framing.RULES["voc"], ramp(1000, 1000), SIZE, seed).scale * 512 / SIZE for seed in range(60)
+    }
+    assert {round(scale, 3) for scale in scales} == {
+        0.512,
+        0.8,
+        1,
+        1.3,
+        1.8,
+        2,
+        3,
+    }  # half of 1000 pixels would be smaller than the window
 
 
 def test_what_lies_outside_the_picture_is_black_and_ignored():
     picture = ramp(50, 50)
     item = framing.framed(picture, framing.Window(-50, 0, SIZE / 100), SIZE)
-    assert not item.image[:, : SIZE // 2].any() and not item.image[SIZE // 2 :].any() and item.image[: SIZE // 2, SIZE // 2 + 4 :].any(-1).all()
+    assert (
+        not item.image[:, : SIZE // 2].any()
+        and not item.image[SIZE // 2 :].any()
+        and item.image[: SIZE // 2, SIZE // 2 + 4 :].any(-1).all()
+    )
     assert (item.semantic[:, : SIZE // 2] == 255).all() and (item.semantic[: SIZE // 2, SIZE // 2 :] != 255).all()
 
 
 def test_framing_by_upstreams_rule_is_repeatable(made):
     plain, drawn = (open_data(f"coco:{made('coco')}", SIZE, framing=kind) for kind in ("fit", "upstream"))
     assert (drawn[1].image == drawn[1].image).all() and (drawn[1].image != plain[1].image).any()
-    assert (plain.drawn(1, 7).image != plain.drawn(1, 8).image).any() and (plain.drawn(1, 7).image == plain.drawn(1, 7).image).all()
+    assert (plain.drawn(1, 7).image != plain.drawn(1, 8).image).any() and (
+        plain.drawn(1, 7).image == plain.drawn(1, 7).image
+    ).all()
 
 
-# Selection --------------------------------------------------------------------------------------------------------------------------
+# Selection ------------------------------------------------------------------------------------------------------------
 
 
 def test_limits_per_class_count_each_image_once():
@@ -251,7 +320,18 @@ def test_single_class_images_and_totals():
 
 
 def test_upstreams_values_are_presets_and_flags_change_them():
-    assert PRESETS["voc-long-tail"].tail == ("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+    assert PRESETS["voc-long-tail"].tail == (
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    )
     assert PRESETS["voc-zero-shot"].classes[-1] == "person" and len(PRESETS["voc-zero-shot"].classes) == 15
     chosen = DataSettings(select="coco", limit_per_class=10).selection()
     assert (chosen.per_class, chosen.min_area, chosen.min_instance) == (10, 10000, 500)
@@ -262,7 +342,11 @@ def test_small_instances_are_dropped_where_asked(made):
     least = 250  # pixels at the model's size
     items = list(open_data(address, SIZE, selection=Selection(min_instance=least * (512 // SIZE) ** 2)))
     everything = list(open_data(address, SIZE))
-    assert min(mask.sum() for item in items for mask in item.masks) >= least > min(mask.sum() for item in everything for mask in item.masks)
+    assert (
+        min(mask.sum() for item in items for mask in item.masks)
+        >= least
+        > min(mask.sum() for item in everything for mask in item.masks)
+    )
 
 
 def test_a_selection_that_chooses_nothing_or_names_nothing_is_refused(made):
@@ -272,7 +356,7 @@ def test_a_selection_that_chooses_nothing_or_names_nothing_is_refused(made):
         open_data("demo:3", SIZE, selection=Selection(classes=("unicorn",)))
 
 
-# Bad data ---------------------------------------------------------------------------------------------------------------------------
+# Bad data -------------------------------------------------------------------------------------------------------------
 
 
 def rewrite(path: Path, change) -> None:
@@ -286,11 +370,15 @@ def instances(change):
 
 
 def first_rle(document) -> dict:
-    return next(row for row in document["annotations"] if isinstance(row["segmentation"], dict) and row["image_id"] == 2)
+    return next(
+        row for row in document["annotations"] if isinstance(row["segmentation"], dict) and row["image_id"] == 2
+    )
 
 
 def first_polygon(document) -> dict:
-    return next(row for row in document["annotations"] if isinstance(row["segmentation"], list) and row["image_id"] == 2)
+    return next(
+        row for row in document["annotations"] if isinstance(row["segmentation"], list) and row["image_id"] == 2
+    )
 
 
 def replaced(old: str, new: str):
@@ -298,7 +386,9 @@ def replaced(old: str, new: str):
 
 
 def billion(path: Path) -> None:
-    path.write_text('<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]>' + path.read_text().replace("<name>", "<name>&c;", 1))
+    path.write_text(
+        '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]>' + path.read_text().replace("<name>", "<name>&c;", 1)
+    )
 
 
 def large_rle(document) -> None:
@@ -330,26 +420,58 @@ BAD = {
     "a missing image": ("voc", "JPEGImages/2007_000001.jpg", Path.unlink, True),
     "a missing mask": ("voc", "SegmentationClass/2007_000001.png", Path.unlink, True),
     "a missing depth map": ("nyu", "sync/living_room_0001b/sync_depth_00001.png", Path.unlink, True),
-    "a mask of another size": ("voc-augmented", "SegmentationClassAug/2007_000001.png", lambda p: save(p, np.zeros((70, 96), np.uint8)), True),
-    "a mask with three channels": ("folder", "masks/scene 1.png", lambda p: save(p, np.zeros((80, 96, 3), np.uint8)), True),
-    "an unknown class in a mask": ("folder", "masks/scene 1.png", lambda p: save(p, np.full((80, 96), 77, np.uint8)), True),
+    "a mask of another size": (
+        "voc-augmented",
+        "SegmentationClassAug/2007_000001.png",
+        lambda p: save(p, np.zeros((70, 96), np.uint8)),
+        True,
+    ),
+    "a mask with three channels": (
+        "folder",
+        "masks/scene 1.png",
+        lambda p: save(p, np.zeros((80, 96, 3), np.uint8)),
+        True,
+    ),
+    "an unknown class in a mask": (
+        "folder",
+        "masks/scene 1.png",
+        lambda p: save(p, np.full((80, 96), 77, np.uint8)),
+        True,
+    ),
     "an unknown class in an instance map": (
         "cityscapes",
         "gtFine/train/aachen/aachen_000001_000019_gtFine_instanceIds.png",
         lambda p: save(p, np.full((48, 96), 50001, np.uint16)),
         True,
     ),
-    "a depth map of another size": ("kitti", "gt_depth/drive_0001/0000000001.png", lambda p: save(p, np.zeros((9, 9), np.uint16)), True),
+    "a depth map of another size": (
+        "kitti",
+        "gt_depth/drive_0001/0000000001.png",
+        lambda p: save(p, np.zeros((9, 9), np.uint16)),
+        True,
+    ),
     "an image of one pixel": ("yolo-seg", "images/train/000001.jpg", tiny, True),
     "an image of 30,000 pixels": ("deepfashion-mm", "images/MEN-Denim-id_00000001-01_1_front.jpg", wide, True),
     "half an image": ("lvis", "train2017/000000000002.jpg", lambda p: p.write_bytes(p.read_bytes()[:-900]), True),
-    "an image that is text": ("vkitti2", "Image/Scene02/15-deg-left/frames/rgb/Camera_0/rgb_00000.jpg", lambda p: p.write_text("hello"), True),
+    "an image that is text": (
+        "vkitti2",
+        "Image/Scene02/15-deg-left/frames/rgb/Camera_0/rgb_00000.jpg",
+        lambda p: p.write_text("hello"),
+        True,
+    ),
     "XML with entities": ("voc", "Annotations/2007_000001.xml", billion, True),
     "XML of another size": ("voc", "Annotations/2007_000001.xml", replaced("<height>72", "<height>73"), True),
     "XML with an unknown class": ("voc", "Annotations/2007_000001.xml", replaced("<name>", "<name>x"), True),
-    "an image of another size than its JSON": ("coco", "train2017/000000000002.jpg", lambda p: save(p, np.zeros((20, 20, 3), np.uint8)), True),
+    "an image of another size than its JSON": (
+        "coco",
+        "train2017/000000000002.jpg",
+        lambda p: save(p, np.zeros((20, 20, 3), np.uint8)),
+        True,
+    ),
     "an RLE whose runs do not sum": instances(lambda d: first_rle(d)["segmentation"].update(counts=[5, 6, 7])),
-    "an RLE string cut short": instances(lambda d: first_rle(d)["segmentation"].update(counts=first_rle(d)["segmentation"]["counts"][:-3])),
+    "an RLE string cut short": instances(
+        lambda d: first_rle(d)["segmentation"].update(counts=first_rle(d)["segmentation"]["counts"][:-3])
+    ),
     "an RLE of another size": instances(lambda d: first_rle(d)["segmentation"].update(size=[5, 5])),
     "an RLE as large as a country": instances(large_rle),
     "a polygon of two corners": instances(lambda d: first_polygon(d).update(segmentation=[[1, 2, 3, 4]])),
@@ -365,32 +487,80 @@ BAD = {
         True,
     ),
     "an annotation of no image": (*instances(lambda d: d["annotations"][0].update(image_id=4711))[:3], False),
-    "an annotation id that is there twice": (*instances(lambda d: d["annotations"][1].update(id=d["annotations"][0]["id"]))[:3], False),
+    "an annotation id that is there twice": (
+        *instances(lambda d: d["annotations"][1].update(id=d["annotations"][0]["id"]))[:3],
+        False,
+    ),
     "no annotations": (*instances(lambda d: d.update(annotations=[]))[:3], False),
     "an image that is there twice": (*instances(lambda d: d["images"].append(d["images"][0]))[:3], False),
     "broken JSON": ("coco", "annotations/instances_train2017.json", lambda p: p.write_text(p.read_text()[:-40]), False),
-    "JSON with NaN": ("coco", "annotations/instances_train2017.json", replaced('"iscrowd": 0', '"iscrowd": NaN'), False),
+    "JSON with NaN": (
+        "coco",
+        "annotations/instances_train2017.json",
+        replaced('"iscrowd": 0', '"iscrowd": NaN'),
+        False,
+    ),
     "JSON that is a list": ("lvis", "lvis_v1_train.json", lambda p: p.write_text("[1, 2]"), False),
     "an empty JSON file": ("coco", "annotations/instances_train2017.json", lambda p: p.write_text(""), False),
     "no annotation file": ("lvis", "lvis_v1_train.json", Path.unlink, False),
     "a list that is no text": ("kitti", "kitti_eigen_train.txt", lambda p: p.write_bytes(b"\xff\xfe\xfa\n"), False),
     "a list without depth": ("nyu", "train_list.txt", lambda p: p.write_text("/a/b.jpg\n"), False),
-    "a list that leads out": ("kitti", "kitti_eigen_train.txt", lambda p: p.write_text("../../x.png drive_0001/0000000001.png 1\n"), False),
+    "a list that leads out": (
+        "kitti",
+        "kitti_eigen_train.txt",
+        lambda p: p.write_text("../../x.png drive_0001/0000000001.png 1\n"),
+        False,
+    ),
     "a scene of no class": ("nyu", "nyu_class_list.json", lambda p: p.write_text('["bathroom"]'), False),
     "captions that are missing": ("deepfashion-mm", "captions.json", lambda p: p.write_text("{}"), False),
     "captions that are no JSON": ("deepfashion-mm", "captions.json", lambda p: p.write_text("{'a'}"), False),
     "YAML with an alias": ("yolo-seg", "data.yaml", lambda p: p.write_text("a: &a [x]\nnames: *a\n"), False),
     "no names": ("yolo-seg", "data.yaml", lambda p: p.write_text("names: 5\n"), False),
-    "a class that has no name": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("70 0 0 1 0 1 1\n"), True),
+    "a class that has no name": (
+        "yolo-seg",
+        "labels/train/000001.txt",
+        lambda p: p.write_text("70 0 0 1 0 1 1\n"),
+        True,
+    ),
     "a corner outside": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("0 0 0 1 0 1 1.7\n"), True),
     "a label that is words": ("yolo-seg", "labels/train/000001.txt", lambda p: p.write_text("ball here\n"), True),
     "a photo as WebP": ("folder", "images/scene 1.webp", as_webp, True),
-    "two images of one name": ("folder", "images", lambda p: save(p / "scene 1.jpg", np.zeros((80, 96, 3), np.uint8)), False),
-    "depth as a picture of 8 bits": ("folder", "depth/scene 1.png", lambda p: save(p, np.full((80, 96), 77, np.uint8)), True),
-    "a photo turned upside down": ("folder", "images/scene 1.png", lambda p: Image.open(p).save(p, exif=turned(3)), True),
-    "an id that is there twice": ("voc", "ImageSets/Segmentation/train.txt", lambda p: p.write_text("2007_000000\n2007_000000\n"), False),
-    "an id that leads out": ("voc", "ImageSets/Segmentation/train.txt", lambda p: p.write_text("../../2007_000000\n"), False),
-    "no row with depth": ("nyu", "train_list.txt", lambda p: p.write_text("/living_room_0001b/rgb_00000.jpg None 518\r\n"), False),
+    "two images of one name": (
+        "folder",
+        "images",
+        lambda p: save(p / "scene 1.jpg", np.zeros((80, 96, 3), np.uint8)),
+        False,
+    ),
+    "depth as a picture of 8 bits": (
+        "folder",
+        "depth/scene 1.png",
+        lambda p: save(p, np.full((80, 96), 77, np.uint8)),
+        True,
+    ),
+    "a photo turned upside down": (
+        "folder",
+        "images/scene 1.png",
+        lambda p: Image.open(p).save(p, exif=turned(3)),
+        True,
+    ),
+    "an id that is there twice": (
+        "voc",
+        "ImageSets/Segmentation/train.txt",
+        lambda p: p.write_text("2007_000000\n2007_000000\n"),
+        False,
+    ),
+    "an id that leads out": (
+        "voc",
+        "ImageSets/Segmentation/train.txt",
+        lambda p: p.write_text("../../2007_000000\n"),
+        False,
+    ),
+    "no row with depth": (
+        "nyu",
+        "train_list.txt",
+        lambda p: p.write_text("/living_room_0001b/rgb_00000.jpg None 518\r\n"),
+        False,
+    ),
     "no label of any image": ("yolo-seg", "labels/train", lambda p: [path.unlink() for path in p.iterdir()], False),
     "an empty class list": ("folder", "classes.txt", lambda p: p.write_text("\n"), False),
 }
@@ -425,12 +595,18 @@ def test_skipping_is_no_remedy_for_what_the_whole_data_set_rests_on(copied):
 
 
 def test_a_photo_is_turned_the_way_its_labels_lie(copied):
-    for layout, name, labels_are_turned in (("folder", "images/scene 0.png", True), ("coco", "train2017/000000000001.jpg", True), ("coco", "", False)):
+    for layout, name, labels_are_turned in (
+        ("folder", "images/scene 0.png", True),
+        ("coco", "train2017/000000000001.jpg", True),
+        ("coco", "", False),
+    ):
         root, address = copied(layout)
         before = open_data(address, SIZE, tasks=["semantic"])[0]
         path = root / (name or "train2017/000000000001.jpg")
         image = Image.open(path)
-        stored = image.transpose(Image.Transpose.ROTATE_90) if labels_are_turned else image.copy()  # 6: to be turned clockwise
+        stored = (
+            image.transpose(Image.Transpose.ROTATE_90) if labels_are_turned else image.copy()
+        )  # 6: to be turned clockwise
         stored.save(path, exif=turned(6), **({} if path.suffix == ".png" else {"quality": 95}))
         after = open_data(address, SIZE, tasks=["semantic"])[0]
         assert np.abs(after.image.astype(int) - before.image).mean() < 4 and (after.semantic == before.semantic).all()
@@ -538,7 +714,24 @@ def test_mutilated_files_are_read_or_refused_and_nothing_else(copied, name):
 
 def mutilated(data: bytes, random: np.random.Generator) -> bytes:
     """A byte flipped, a stretch taken out, doubled, or replaced by something that means something."""
-    words = (b"-1", b"1e999", b"NaN", b"null", b"[]", b"{}", b"99999999999999999999", b"0", b'"', b"../..", b"\x00", b"\xff\xfe", b"true", b"1.5", b"", b" ")
+    words = (
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b"null",
+        b"[]",
+        b"{}",
+        b"99999999999999999999",
+        b"0",
+        b'"',
+        b"../..",
+        b"\x00",
+        b"\xff\xfe",
+        b"true",
+        b"1.5",
+        b"",
+        b" ",
+    )
     place, kind = int(random.integers(len(data))), random.integers(5)
     end = place + int(random.integers(1, 40))
     if kind == 0:
@@ -556,7 +749,18 @@ def mutilated(data: bytes, random: np.random.Generator) -> bytes:
     return data[: found.start()] + words[random.integers(len(words))] + data[found.end() :]
 
 
-@pytest.mark.parametrize("spec", ["voc:", "coco:/nowhere/at/all", "folder:/dev/null", "kitti:", "cityscapes:/nowhere", "yolo-seg:/nowhere", "vkitti2:/nowhere"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "voc:",
+        "coco:/nowhere/at/all",
+        "folder:/dev/null",
+        "kitti:",
+        "cityscapes:/nowhere",
+        "yolo-seg:/nowhere",
+        "vkitti2:/nowhere",
+    ],
+)
 def test_places_that_are_no_data_set_are_refused(spec):
     with pytest.raises(Refused):
         open_data(spec, SIZE)
@@ -599,7 +803,7 @@ def test_a_damaged_hugging_face_folder_is_refused(copied):
         list(open_data(address, SIZE))
 
 
-# Streams of JSON --------------------------------------------------------------------------------------------------------------------
+# Streams of JSON ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [16, 64, 1000, 2**20])
@@ -607,7 +811,13 @@ def test_a_stream_gives_what_json_gives_whatever_its_window(tmp_path, monkeypatc
     from datasetdm_fast.foreign import json_stream
 
     monkeypatch.setattr(json_stream, "WINDOW", window)
-    document = {"a": [{"x": 'é\n"]}', "y": [1, 2.5, None]}, 7, "text", []], "b": {"c": [1]}, "d": [], "e": 123456789, "日本": [True]}
+    document = {
+        "a": [{"x": 'é\n"]}', "y": [1, 2.5, None]}, 7, "text", []],
+        "b": {"c": [1]},
+        "d": [],
+        "e": 123456789,
+        "日本": [True],
+    }
     for indent in (None, 3):
         path = tmp_path / "x.json"
         path.write_text(json.dumps(document, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
@@ -620,7 +830,19 @@ def test_a_stream_gives_what_json_gives_whatever_its_window(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": [1, 2', '{"a": 1', '{"a" 1}', '{"a": [1,]}', '{"a": 1, "a": 2}', '{"a": [{"b": 1, "b": 2}]}', "{} x", "{1: 2}", "[", '{"a": ["\xff']
+    "text",
+    [
+        '{"a": [1, 2',
+        '{"a": 1',
+        '{"a" 1}',
+        '{"a": [1,]}',
+        '{"a": 1, "a": 2}',
+        '{"a": [{"b": 1, "b": 2}]}',
+        "{} x",
+        "{1: 2}",
+        "[",
+        '{"a": ["\xff',
+    ],
 )
 def test_a_broken_stream_is_refused_with_its_place(tmp_path, text):
     path = tmp_path / "x.json"

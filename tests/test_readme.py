@@ -14,7 +14,11 @@ pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not
 
 
 def blocks(language: str) -> list[str]:
-    return [text for named, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE) if named == language]
+    return [
+        text
+        for named, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+        if named == language
+    ]
 
 
 def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
@@ -24,14 +28,24 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
     names: dict = {}
     exec(example, names)
     out, run = names["out"], names["run"]
-    assert out.images[0].shape == (128, 128, 3) and out.semantic[0].labels.shape == (128, 128) and out.meta[0]["seed"] == 7
+    assert (
+        out.images[0].shape == (128, 128, 3) and out.semantic[0].labels.shape == (128, 128) and out.meta[0]["seed"] == 7
+    )
     assert list(names["pyramid"]) == ["low", "mid", "high", "highest"]
     assert len(run) == 4 and run[3].semantic.labels.shape == (128, 128)
     image, label = names["images_and_labels"][0]
     assert image.shape == (3, 128, 128) and label.shape == (128, 128)
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("") for line in block.splitlines() if line.startswith("python -m datasetdm_fast.generate")])
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for block in blocks("")
+        for line in block.splitlines()
+        if line.startswith("python -m datasetdm_fast.generate")
+    ],
+)
 def test_generate_lines_are_accepted(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line, comments=True)[3:]

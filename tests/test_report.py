@@ -11,13 +11,32 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 
 def times(*rounds):
-    return {"least": min(rounds), "median": sorted(rounds)[len(rounds) // 2], "most": max(rounds), "rounds": list(rounds)}
+    return {
+        "least": min(rounds),
+        "median": sorted(rounds)[len(rounds) // 2],
+        "most": max(rounds),
+        "rounds": list(rounds),
+    }
 
 
 def peer(name, seconds, **changes):
-    row = {"peer": name, "title": f"title of {name} <&>", "status": "ok", "dtype": "fp32", "batch": 4, "load_s": 0.5, "first_s": 1.5, "peak_mib": 40.0}
+    row = {
+        "peer": name,
+        "title": f"title of {name} <&>",
+        "status": "ok",
+        "dtype": "fp32",
+        "batch": 4,
+        "load_s": 0.5,
+        "first_s": 1.5,
+        "peak_mib": 40.0,
+    }
     ours = (1.0, 1.0, 1.0)
-    row |= {"seconds_per_image": times(*seconds), "images_per_second": 1 / times(*seconds)["median"], "tflops": 0.05, "share_of_products": 0.5}
+    row |= {
+        "seconds_per_image": times(*seconds),
+        "images_per_second": 1 / times(*seconds)["median"],
+        "tflops": 0.05,
+        "share_of_products": 0.5,
+    }
     return row | {"joules_per_image": None, "ours_over": times(*(a / b for a, b in zip(seconds, ours)))} | changes
 
 
@@ -27,7 +46,15 @@ DOCUMENT = {
     "date": "2026-01-01T00:00:00Z",
     "command": "python -m bench",
     "machine": {"device": "Some CPU, 2 cores", "commit": "abc1234", "versions": {"torch": "2.13.0"}},
-    "setting": {"model": "demo", "trained": True, "tasks": ["depth"], "size": 128, "calls": 51, "tflop_per_image": 0.0583, "quick": False},
+    "setting": {
+        "model": "demo",
+        "trained": True,
+        "tasks": ["depth"],
+        "size": 128,
+        "calls": 51,
+        "tflop_per_image": 0.0583,
+        "quick": False,
+    },
     "parts": {
         "limits": {"status": "done", "rows": [{"tflops": {"fp32": 0.1, "bf16": 0.2}, "gbps": 20.0, "gexps": 1.0}]},
         "peers": {
@@ -35,16 +62,32 @@ DOCUMENT = {
             "rows": [
                 peer("upstream", (4.0, 3.0, 5.0), batch=1),
                 peer("torch", (2.0, 2.2, 1.8)),
-                {"peer": "upstream-tf32", "title": "the same with TF32", "status": "absent", "why": "a CPU has no such arithmetic"},
+                {
+                    "peer": "upstream-tf32",
+                    "title": "the same with TF32",
+                    "status": "absent",
+                    "why": "a CPU has no such arithmetic",
+                },
                 peer("ours", (1.0, 1.0, 1.0)),
             ],
         },
-        "stages": {"status": "done", "rows": [{"stage": "encode and write", "status": "ok", "ours_s": times(0.002, 0.003, 0.004)}]},
+        "stages": {
+            "status": "done",
+            "rows": [{"stage": "encode and write", "status": "ok", "ours_s": times(0.002, 0.003, 0.004)}],
+        },
         "layers": {
             "status": "done",
             "rows": [
                 {
-                    **{"layer": "conv 3x3 8 to 8, 16 cells", "count": 2, "dtype": "fp32", "batch": 4, "layer_s": 0.001, "of_work": 0.6, "bound": "products"},
+                    **{
+                        "layer": "conv 3x3 8 to 8, 16 cells",
+                        "count": 2,
+                        "dtype": "fp32",
+                        "batch": 4,
+                        "layer_s": 0.001,
+                        "of_work": 0.6,
+                        "bound": "products",
+                    },
                     **{"flop_per_byte": 30.0, "tflops": 0.08, "gbps": 3.0, "share": 0.8},
                 }
             ],
@@ -57,12 +100,23 @@ DOCUMENT = {
                 for b in (1, 2)
             ],
         },
-        "profile": {"status": "done", "rows": [{"peer": "ours", "dtype": "fp32", "batch": 4, "call_s": 0.02, "shares": {"attention": 0.3, "idle": 0.7}}]},
+        "profile": {
+            "status": "done",
+            "rows": [
+                {"peer": "ours", "dtype": "fp32", "batch": 4, "call_s": 0.02, "shares": {"attention": 0.3, "idle": 0.7}}
+            ],
+        },
         "ladder": {"status": "done", "rows": [peer("upstream", (4.0, 3.0, 5.0)), peer("ours", (1.0, 1.0, 1.0))]},
         "scale": {
             "status": "done",
             "rows": [
-                {"images": 100, "pixels": 64, "resident_mib": 500.0, "ms": {"engine": 0.1, "own": 0.4, "whole": 2.0}, "closing_ms": 0.5},
+                {
+                    "images": 100,
+                    "pixels": 64,
+                    "resident_mib": 500.0,
+                    "ms": {"engine": 0.1, "own": 0.4, "whole": 2.0},
+                    "closing_ms": 0.5,
+                },
                 {"pixels": 256, "written": 64, "images_per_second": 500.0, "core_ms": 2.0},
                 {"commit_ms": 3.0, "rows": 8, "publish_ms": 1.0, "files": 4},
                 {"ranks": 1, "images": 32, "images_per_second": 2.0},
@@ -79,7 +133,11 @@ def document():
 
 
 def test_pages_and_charts_of_this_checkout_are_those_of_the_newest_result_file():
-    stale = [path.relative_to(ROOT) for path, text in report.wanted(ROOT).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path.relative_to(ROOT)
+        for path, text in report.wanted(ROOT).items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     assert not stale, "run `python -m bench report` and commit what it writes"
 
 
@@ -120,7 +178,13 @@ def test_a_chart_without_rows_is_not_drawn(document):
 
 
 def test_number_and_table_forms():
-    assert [tables.number(value) for value in (None, 0.12345, 1234.5, 0.00001, 2)] == ["–", "0.123", "1,230", "1e-05", "2"]
+    assert [tables.number(value) for value in (None, 0.12345, 1234.5, 0.00001, 2)] == [
+        "–",
+        "0.123",
+        "1,230",
+        "1e-05",
+        "2",
+    ]
     head, rows = tables.peer_table(DOCUMENT)
     assert all(len(row) == len(head) for row in rows)
     assert tables.markdown((["a", "b"], [["1", "2"]])) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
@@ -133,14 +197,18 @@ def checkout(tmp_path, document):
     (tmp_path / "bench" / "results").mkdir(parents=True)
     (tmp_path / "bench" / "results" / "one.json").write_text(json.dumps(document))
     (tmp_path / "README.md").write_text("before\n<!-- bench:summary -->\nold\n<!-- /bench -->\nafter\n")
-    (tmp_path / "bench" / "README.md").write_text("".join(f"<!-- bench:{name} -->\n<!-- /bench -->\n" for name in ("cpu", "gpu", "paper")))
+    (tmp_path / "bench" / "README.md").write_text(
+        "".join(f"<!-- bench:{name} -->\n<!-- /bench -->\n" for name in ("cpu", "gpu", "paper"))
+    )
     return tmp_path
 
 
 def test_marked_sections_are_written_and_the_rest_is_left(checkout):
     files = report.wanted(checkout)
     front = files[checkout / "README.md"]
-    assert front.startswith("before\n<!-- bench:summary -->\n![CPU: peers](bench/charts/cpu-peers.svg)") and front.endswith("<!-- /bench -->\nafter\n")
+    assert front.startswith(
+        "before\n<!-- bench:summary -->\n![CPU: peers](bench/charts/cpu-peers.svg)"
+    ) and front.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in front and "title of ours" in front and "TF32" not in front
     page = files[checkout / "bench" / "README.md"]
     assert "No GPU has been measured yet." in page and "not here: a CPU has no such arithmetic" in page

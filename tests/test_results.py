@@ -66,7 +66,9 @@ def test_no_part_is_begun_that_would_end_too_late(tmp_path):
     assert suite.measure(m, late, 0.0, lambda line: None) == ["peers a", "peers b", "stages"] and not log
 
 
-@pytest.mark.parametrize("change", [{"setting": {"model": "demo", "calls": 51}}, {"machine": HEAD["machine"] | {"commit": "fff0000"}}])
+@pytest.mark.parametrize(
+    "change", [{"setting": {"model": "demo", "calls": 51}}, {"machine": HEAD["machine"] | {"commit": "fff0000"}}]
+)
 def test_another_setting_or_commit_is_refused(tmp_path, change):
     path = tmp_path / "file.json"
     run(path, [])
@@ -85,8 +87,14 @@ def test_what_is_no_result_file_is_refused(tmp_path, text):
 def test_the_newest_of_a_suite_is_found_by_its_date(tmp_path):
     for name, suite_name, date in (("b", "cpu", "2026-02-01"), ("a", "cpu", "2026-03-01"), ("c", "gpu", "2026-04-01")):
         peers = {"status": "done", "rows": [{"peer": "ours"}]}
-        (tmp_path / f"{name}.json").write_text(json.dumps({"format": 1, "suite": suite_name, "date": date, "parts": {"peers": peers}}))
-    (tmp_path / "part.json").write_text(json.dumps({"format": 1, "suite": "cpu", "date": "2026-05-01", "parts": {"limits": {"status": "done", "rows": []}}}))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({"format": 1, "suite": suite_name, "date": date, "parts": {"peers": peers}})
+        )
+    (tmp_path / "part.json").write_text(
+        json.dumps(
+            {"format": 1, "suite": "cpu", "date": "2026-05-01", "parts": {"limits": {"status": "done", "rows": []}}}
+        )
+    )
     assert results.newest("cpu", tmp_path).name == "a.json" and results.newest("gpu", tmp_path).name == "c.json"
     assert results.newest("cpu", tmp_path / "nowhere") is None
 

@@ -17,7 +17,7 @@ from datasetdm_fast.loading.model import SD_SCHEDULER
 from datasetdm_fast.sampling import make_schedule
 from datasetdm_fast.sampling.schedule import Schedule
 from datasetdm_fast.sampling.times import add_noise, alphas_cumprod, initial_noise
-from datasetdm_fast.sampling.walk import State, Walk, guide, start, step
+from datasetdm_fast.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.stages import LEVELS
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -46,7 +46,13 @@ def compare(schedule, scheduler, calls: int, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("steps", [50, 4, 2, 30])  # 30 does not divide 1000
 @pytest.mark.parametrize("to_one", [False, True])
 def test_pndm_of_today_is_diffusers_pndm(prediction, steps, to_one):
-    config = {**BETAS, "prediction_type": prediction, "steps_offset": 1, "set_alpha_to_one": to_one, "skip_prk_steps": True}
+    config = {
+        **BETAS,
+        "prediction_type": prediction,
+        "steps_offset": 1,
+        "set_alpha_to_one": to_one,
+        "skip_prk_steps": True,
+    }
     scheduler = PNDMScheduler(**config)
     scheduler.set_timesteps(steps)
     compare(make_schedule(config, "pndm", steps, "0.14.0"), scheduler, steps + 1)
@@ -67,7 +73,9 @@ def test_first_profile_is_the_recorded_one():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("steps", [50, 7, 9])  # 7: the steps do not divide 1000; 9: the stride divides 999, one past the table
+@pytest.mark.parametrize(
+    "steps", [50, 7, 9]
+)  # 7: the steps do not divide 1000; 9: the stride divides 999, one past the table
 def test_first_profile_updates_like_an_offset_of_one_and_ends_with_nothing(prediction, steps):
     schedule = make_schedule({**SD_SCHEDULER, "prediction_type": prediction}, "pndm", steps, "0.3.0")
     scheduler = PNDMScheduler(**BETAS, prediction_type=prediction, skip_prk_steps=True)
@@ -88,21 +96,46 @@ def test_first_profile_updates_like_an_offset_of_one_and_ends_with_nothing(predi
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("steps", "to_one", "spacing"), [(50, False, "leading"), (20, True, "leading"), (30, False, "linspace"), (1, True, "trailing")])
+@pytest.mark.parametrize(
+    ("steps", "to_one", "spacing"),
+    [(50, False, "leading"), (20, True, "leading"), (30, False, "linspace"), (1, True, "trailing")],
+)
 def test_ddim_is_diffusers_ddim(prediction, steps, to_one, spacing):
     """Comparable with clip_sample off, as every Stable Diffusion config has it, and eta 0."""
-    config = {**BETAS, "prediction_type": prediction, "set_alpha_to_one": to_one, "timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
+    config = {
+        **BETAS,
+        "prediction_type": prediction,
+        "set_alpha_to_one": to_one,
+        "timestep_spacing": spacing,
+        "steps_offset": int(spacing == "leading"),
+    }
     scheduler = DDIMScheduler(**config, clip_sample=False)
     scheduler.set_timesteps(steps)
     compare(make_schedule(config, "ddim", steps), scheduler, steps)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("steps", "spacing"), [(50, "linspace"), (20, "linspace"), (8, "linspace"), (1, "linspace"), (25, "leading"), (25, "trailing")])
+@pytest.mark.parametrize(
+    ("steps", "spacing"),
+    [(50, "linspace"), (20, "linspace"), (8, "linspace"), (1, "linspace"), (25, "leading"), (25, "trailing")],
+)
 def test_dpm_solver_is_diffusers_dpm_solver(prediction, steps, spacing):
-    """Comparable with algorithm dpmsolver++, order 2, midpoint, last sigma zero and no Karras sigmas: diffusers' defaults, said aloud."""
-    config = {**BETAS, "prediction_type": prediction, "timestep_spacing": spacing, "steps_offset": int(spacing == "leading")}
-    comparable = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero", "use_karras_sigmas": False}
+    """Comparable with algorithm dpmsolver++, order 2, midpoint, last sigma zero and no Karras sigmas: diffusers'
+    defaults, said aloud.
+    """
+    config = {
+        **BETAS,
+        "prediction_type": prediction,
+        "timestep_spacing": spacing,
+        "steps_offset": int(spacing == "leading"),
+    }
+    comparable = {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "final_sigmas_type": "zero",
+        "use_karras_sigmas": False,
+    }
     scheduler = DPMSolverMultistepScheduler(**config, **comparable)
     scheduler.set_timesteps(steps)
     compare(make_schedule(config, "dpm-solver++", steps), scheduler, steps)
@@ -151,7 +184,7 @@ def test_what_is_not_supported_is_refused(change, arguments, word):
         make_schedule({**BETAS, **change}, *arguments)
 
 
-# The recording ------------------------------------------------------------------------------------------------------------------------
+# The recording --------------------------------------------------------------------------------------------------------
 
 
 def recorded_unet() -> UNet2DConditionModel:
@@ -180,10 +213,15 @@ def recorded_unet() -> UNet2DConditionModel:
 
 
 class WideHeads:
-    """Self-attention with heads of 4 channels padded to 16: zeros change nothing, and the CPU's kernel is 1.5 times faster, 100 s here."""
+    """Self-attention with heads of 4 channels padded to 16: zeros change nothing, and the CPU's kernel is 1.5 times
+    faster, 100 s here.
+    """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
-        query, key, value = (layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (
+            layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
         width = query.shape[-1]
         query, key, value = (torch.nn.functional.pad(part, (0, 16 - width)) for part in (query, key, value))
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=attn.scale)[..., :width]
@@ -196,16 +234,23 @@ def engine() -> TorchEngine:
     for name, module in unet.named_modules():
         if name.endswith("attn1"):
             module.set_processor(WideHeads())
-    return TorchEngine(SimpleNamespace(unet=unet, vae=torch.nn.Identity(), text_encoder=torch.nn.Identity()), device="cpu")
+    return TorchEngine(
+        SimpleNamespace(unet=unet, vae=torch.nn.Identity(), text_encoder=torch.nn.Identity()), device="cpu"
+    )
 
 
 def recorded_context(images: tuple[int, ...]) -> torch.Tensor:
-    drawn = [torch.randn((2, 77, 64), generator=torch.Generator().manual_seed(1000 + GOLDEN["seed"] + image)) for image in images]
+    drawn = [
+        torch.randn((2, 77, 64), generator=torch.Generator().manual_seed(1000 + GOLDEN["seed"] + image))
+        for image in images
+    ]
     return torch.stack(drawn, dim=1).flatten(0, 1)  # all unconditional rows, then all conditional ones
 
 
 def call(engine: TorchEngine, schedule: Schedule, k: int, state: State, images: tuple[int, ...]) -> State:
-    """The state after call k of recorded images made as one batch, whose latents, and features and maps where they are due, are as recorded."""
+    """The state after call k of recorded images made as one batch, whose latents, and features and maps where they are
+    due, are as recorded.
+    """
     arguments, captures = (state.latents, schedule.timesteps[k], recorded_context(images)), k == len(schedule) - 1
     output, capture = engine.denoise_and_capture(*arguments) if captures else (engine.denoise(*arguments), None)
     state = step(schedule, k, state, guide(output, 7.0))
@@ -226,7 +271,14 @@ def check_capture(capture: Capture, row: int, recorded: dict) -> None:
     # The recording lists maps in the order of execution; a level reads its up layers, then its down layers.
     places, ordered = recorded["maps"], [recorded["maps"]["mid_cross"]]
     for side in (16, 32, 64):
-        ordered.append([known for place in ("up_cross", "down_cross") for known in places[place] if known["shape"][1] == side * side])
+        ordered.append(
+            [
+                known
+                for place in ("up_cross", "down_cross")
+                for known in places[place]
+                if known["shape"][1] == side * side
+            ]
+        )
     assert [len(maps) for maps in ordered] == [1, 5, 5, 5]
     for maps, known_maps in zip(capture.maps, ordered, strict=True):
         for layer, known in zip(maps, known_maps, strict=True):
@@ -248,11 +300,17 @@ def first_state(images: tuple[int, ...]) -> State:
 
 
 def row_of(state: State, row: int) -> State:
-    return State(state.latents[row : row + 1], tuple(entry[row : row + 1] for entry in state.history), state.origin[row : row + 1])
+    return State(
+        state.latents[row : row + 1],
+        tuple(entry[row : row + 1] for entry in state.history),
+        state.origin[row : row + 1],
+    )
 
 
 def test_upstream_recording_is_reproduced_as_a_batch_of_two_and_alone(engine):
-    """All 51 calls as a batch; alone, each form of the update and the captured call, from the batch's state: a call costs seconds."""
+    """All 51 calls as a batch; alone, each form of the update and the captured call, from the batch's state: a call
+    costs seconds.
+    """
     schedule = make_schedule(SD_SCHEDULER, "pndm", 50)
     state = first_state((0, 1))
     for k in range(len(schedule)):
@@ -262,7 +320,9 @@ def test_upstream_recording_is_reproduced_as_a_batch_of_two_and_alone(engine):
         state = call(engine, schedule, k, state, (0, 1))
 
 
-@pytest.mark.skipif("DATASETDM_LONG_TESTS" not in os.environ, reason="two minutes of CPU an image; DATASETDM_LONG_TESTS=1 runs it")
+@pytest.mark.skipif(
+    "DATASETDM_LONG_TESTS" not in os.environ, reason="two minutes of CPU an image; DATASETDM_LONG_TESTS=1 runs it"
+)
 @pytest.mark.parametrize("image", [0, 1])
 def test_upstream_recording_is_reproduced_alone_from_its_noise(engine, image):
     schedule, state = make_schedule(SD_SCHEDULER, "pndm", 50), first_state((image,))
@@ -270,16 +330,19 @@ def test_upstream_recording_is_reproduced_alone_from_its_noise(engine, image):
         state = call(engine, schedule, k, state, (image,))
 
 
-# The walk -----------------------------------------------------------------------------------------------------------------------------
+# The walk -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("sampler", "steps", "profile"), [("pndm", 9, "0.3.0"), ("pndm", 2, "0.14.0"), ("ddim", 4, "0.3.0"), ("dpm-solver++", 5, "0.3.0")])
+@pytest.mark.parametrize(
+    ("sampler", "steps", "profile"),
+    [("pndm", 9, "0.3.0"), ("pndm", 2, "0.14.0"), ("ddim", 4, "0.3.0"), ("dpm-solver++", 5, "0.3.0")],
+)
 def test_a_walk_is_guide_and_step(sampler, steps, profile, prediction):
     schedule = make_schedule({**BETAS, "prediction_type": prediction}, sampler, steps, profile)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(3, 4, 5, 7, generator=generator)
-    state, walk = start(noise), Walk(schedule, 7.5, noise.clone())
+    state, walk = start(noise), SamplerState(schedule, 7.5, noise.clone())
     for k in range(len(schedule)):
         output = torch.randn(6, 4, 5, 7, generator=generator)
         state = step(schedule, k, state, guide(output, 7.5))

@@ -103,7 +103,9 @@ def test_upstream_instance_score():
     found, classes, scores = instance.upstream_instances(logits, masks, 4)
     probability = logits.softmax(-1)[0, :, :2]
     inside = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-2))) / (2 + 1e-6)
-    by_pair = {(0 if mask.any() else 1, int(k)): float(score) for mask, k, score in zip(found[0], classes[0], scores[0])}
+    by_pair = {
+        (0 if mask.any() else 1, int(k)): float(score) for mask, k, score in zip(found[0], classes[0], scores[0])
+    }
     assert by_pair.keys() == {(0, 0), (0, 1), (1, 0), (1, 1)}
     for k in range(2):
         assert by_pair[0, k] == pytest.approx(float(probability[0, k]) * inside, rel=1e-6)
@@ -168,7 +170,9 @@ def test_words_are_numbered_in_their_order():
     masks = planes((0, 0, 10, 10), (5, 5, 20, 20), (25, 25, 30, 30))[:, :, None]
     (label,) = open_vocabulary.postprocess(raw(word_logits(20, 3, -20), masks), config, SIZE, ("ball", "cone", "star"))
     assert label.classes == ("none", "ball", "cone", "star")
-    assert label.labels[0, 0] == 1 and label.labels[7, 7] == 1 and label.labels[15, 15] == 2  # the surer word keeps what both claim
+    assert (
+        label.labels[0, 0] == 1 and label.labels[7, 7] == 1 and label.labels[15, 15] == 2
+    )  # the surer word keeps what both claim
     assert label.labels[27, 27] == 0 and label.confidence[27, 27] > 0.99
     assert label.confidence[15, 15] == pytest.approx(float(torch.tensor([0.0, 3.0, 0.0]).softmax(-1)[1]), rel=1e-4)
 
@@ -203,7 +207,12 @@ def test_depth_bytes_round_half_to_even_and_saturate():
 
 def test_depth_is_metres_at_image_size():
     (label,) = depth.postprocess({"depth": torch.full((1, 1, 16, 16), 2.5)}, upstream("depth", max_depth=4.0), SIZE)
-    assert label.metres.shape == (SIZE, SIZE) and label.metres.dtype == np.float32 and (label.metres == 2.5).all() and label.max_depth == 4.0
+    assert (
+        label.metres.shape == (SIZE, SIZE)
+        and label.metres.dtype == np.float32
+        and (label.metres == 2.5).all()
+        and label.max_depth == 4.0
+    )
 
 
 # ---- pose
@@ -213,7 +222,9 @@ def bumps(*places, side=16, sigma=1.5):
     """Heatmaps [1, J, side, side] of a Gaussian around each (column, row) in cells; None is an absent joint."""
     axis = torch.arange(side, dtype=torch.float32)
     maps = [
-        torch.zeros(side, side) if place is None else torch.exp(-((axis - place[0]) ** 2 + (axis[:, None] - place[1]) ** 2) / (2 * sigma**2))
+        torch.zeros(side, side)
+        if place is None
+        else torch.exp(-((axis - place[0]) ** 2 + (axis[:, None] - place[1]) ** 2) / (2 * sigma**2))
         for place in places
     ]
     return torch.stack(maps)[None]
@@ -248,7 +259,9 @@ def test_heatmap_places_are_found_between_cells():
     (found,) = pose.postprocess({"heatmaps": bumps(*places)}, config, 128)
     expected = [[(x + 0.5) * 8, (y + 0.5) * 8] for x, y in places]
     assert np.abs(found.points[0, :, :2] - expected).max() < 0.05
-    assert found.points.dtype == np.float32 and found.visibility.tolist() == [[2, 2, 2]] and found.joints == config.joints
+    assert (
+        found.points.dtype == np.float32 and found.visibility.tolist() == [[2, 2, 2]] and found.joints == config.joints
+    )
 
 
 def test_joints_at_the_border_flat_and_absent():
@@ -274,7 +287,11 @@ def test_simcc_bins():
     x, y = -((bins - 20.4) ** 2)[None, None], -((bins - 63.0) ** 2)[None, None]
     assert pose.upstream_bins(x, y).tolist() == [[[20, 63]]]
     (found,) = pose.postprocess({"x": x, "y": y}, upstream("simcc", joints=("head",)), 64)
-    assert found.points[0, 0, 0] == pytest.approx(20.4, abs=0.02) and found.points[0, 0, 1] > 62 and found.points[0, 0, 2] > 0.99
+    assert (
+        found.points[0, 0, 0] == pytest.approx(20.4, abs=0.02)
+        and found.points[0, 0, 1] > 62
+        and found.points[0, 0, 2] > 0.99
+    )
 
 
 # ---- every task
@@ -314,9 +331,13 @@ def test_classes_a_prompt_does_not_name_are_ruled_out():
     answers = {name: value.expand(4, *value.shape[1:]) for name, value in asked.items()}
     prompts = ("a red ball", "two cones", "balls beside a cone", "a photo of a street")
     found = semantic.postprocess(captions.held_to(answers, config, prompts), config, SIZE)
-    assert [int(label.labels[0, 0]) for label in found] == [1, 2, 2, 2] and all((label.labels[:, 16:] == 0).all() for label in found)
+    assert [int(label.labels[0, 0]) for label in found] == [1, 2, 2, 2] and all(
+        (label.labels[:, 16:] == 0).all() for label in found
+    )
     things = instance.postprocess(captions.held_to(answers, config, prompts), config, SIZE)
-    assert [label.class_ids[0] for label in things] != [] and 2 not in things[0].class_ids and 1 not in things[1].class_ids
+    assert (
+        [label.class_ids[0] for label in things] != [] and 2 not in things[0].class_ids and 1 not in things[1].class_ids
+    )
     free = upstream("segmentation", classes=CLASSES, min_area=0)
     assert captions.held_to(answers, free, prompts) is answers
 
@@ -324,7 +345,10 @@ def test_classes_a_prompt_does_not_name_are_ruled_out():
 def test_a_run_holds_its_labels_to_the_prompts():
     config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"), min_area=0)
     requests = [Request(k, prompt, k) for k, prompt in enumerate(("a ball", "a cone"))]
-    answers = {name: value.expand(2, *value.shape[1:]) for name, value in raw(sure(2, 0, height=3.0), planes((0, 0, 32, 16), (0, 16, 32, 32))).items()}
+    answers = {
+        name: value.expand(2, *value.shape[1:])
+        for name, value in raw(sure(2, 0, height=3.0), planes((0, 0, 32, 16), (0, 16, 32, 32))).items()
+    }
     found = driver.postprocess("semantic", requests, answers, config, SimpleNamespace(size=SIZE))
     assert 2 not in found[0].labels and (found[1].labels[:, :16] == 2).all()
 
@@ -333,10 +357,17 @@ def test_words_a_prompt_does_not_name_are_not_found():
     config = upstream("open-vocabulary", classes=("ball",), named=("ball",))
     words = ("ball", "comet")  # the second was never taught, and is held to the prompt as well
     asked = raw(word_logits(20, 20), torch.cat([planes((0, 0, 8, 8)), planes((16, 16, 24, 24))])[None])
-    (label,) = open_vocabulary.postprocess(captions.held_to(asked, config, ["a comet at night"], words), config, SIZE, words)
+    (label,) = open_vocabulary.postprocess(
+        captions.held_to(asked, config, ["a comet at night"], words), config, SIZE, words
+    )
     assert set(np.unique(label.labels)) == {0, 2}
 
 
 def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
-    seen = [(("ball", "cone"), "a red ball and a cone"), (("ball",), "two balls"), (("cone",), "a thing"), ((), "a ball")]
+    seen = [
+        (("ball", "cone"), "a red ball and a cone"),
+        (("ball",), "two balls"),
+        (("cone",), "a thing"),
+        ((), "a ball"),
+    ]
     assert captions.always_named(("ball", "cone", "star"), seen) == ("ball", "star")

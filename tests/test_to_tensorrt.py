@@ -1,4 +1,6 @@
-"""Plans built for real by TensorRT-RTX, which needs no GPU for that: every stage of two models, and whatever can go wrong on the way."""
+"""Plans built for real by TensorRT-RTX, which needs no GPU for that: every stage of two models, and whatever can go
+wrong on the way.
+"""
 
 import contextlib
 import dataclasses
@@ -66,7 +68,11 @@ def test_every_stage_of_the_demo_model_becomes_a_plan_for_cards_that_are_not_her
     for row in told["plans"]:
         record_property("told", f"demo, {told['flavour']}: {row_line(row)}")
     for stage, row in rows.items():
-        weights = sum((folder / name).stat().st_size for name in {Manifest.read(folder).stages[stage].data} - {""} if "unet" not in name)
+        weights = sum(
+            (folder / name).stat().st_size
+            for name in {Manifest.read(folder).stages[stage].data} - {""}
+            if "unet" not in name
+        )
         assert row["layers"] > 5 and row["seconds"] > 0 and row["built"] and row["bytes"] > weights
     assert told["capabilities"] == CARDS.split(",")
 
@@ -87,7 +93,11 @@ def test_list_tells_what_each_plan_is_for(built, capsys):
         and rows["denoise"]["batches"] == sorted(map(int, BATCHES.split(",")))
         and rows["encode_text"]["batches"] == [8]
     )
-    assert rows["denoise"]["flavour"] == f"TensorRT-RTX {rtx().version}" and rows["denoise"]["cuda"] == "13" and not rows["denoise"]["fault"]
+    assert (
+        rows["denoise"]["flavour"] == f"TensorRT-RTX {rtx().version}"
+        and rows["denoise"]["cuda"] == "13"
+        and not rows["denoise"]["fault"]
+    )
     assert command.main(["--list", "--out", str(folder)]) == 0
     assert f"denoise fp16, batch {BATCHES}, TensorRT-RTX {rtx().version} for {CARDS}, " in capsys.readouterr().out
 
@@ -105,7 +115,11 @@ def test_what_must_not_be_used_is_told_apart_refused_and_built_anew(built, capsy
 
     assert command.main(["--list", "--out", str(folder)]) == 4
     said = capsys.readouterr()
-    for path, reason in ((text, "was edited"), (image, "is truncated"), (other, "carries another plan's name: it is encode_text")):
+    for path, reason in (
+        (text, "was edited"),
+        (image, "is truncated"),
+        (other, "carries another plan's name: it is encode_text"),
+    ):
         (line,) = [line for line in said.out.splitlines() if line.startswith(str(path))]
         assert f"not usable: {reason}" in line
     assert said.err.splitlines() == [
@@ -114,11 +128,20 @@ def test_what_must_not_be_used_is_told_apart_refused_and_built_anew(built, capsy
     ]
 
     rebuilt = []
-    monkeypatch.setattr(to_tensorrt, "run_builder", lambda graph, order, part, *rest: rebuilt.append(order.stage) or part.write_bytes(b"new") and NOTES)
+    monkeypatch.setattr(
+        to_tensorrt,
+        "run_builder",
+        lambda graph, order, part, *rest: rebuilt.append(order.stage) or part.write_bytes(b"new") and NOTES,
+    )
     assert export("--out", str(folder), "--batch", BATCHES, "--capability", CARDS, *RAW) == 0
     assert sorted(rebuilt) == ["decode_image", "encode_image", "encode_text"]
-    refusals = [line for line in capsys.readouterr().err.splitlines() if line.endswith("it is not loaded but built anew")]
-    assert len(refusals) == 3 and any("was made for something else" in line and "stage encode_text, expected encode_image" in line for line in refusals)
+    refusals = [
+        line for line in capsys.readouterr().err.splitlines() if line.endswith("it is not loaded but built anew")
+    ]
+    assert len(refusals) == 3 and any(
+        "was made for something else" in line and "stage encode_text, expected encode_image" in line
+        for line in refusals
+    )
     for path, content in originals.items():
         path.write_bytes(content)
 
@@ -138,7 +161,10 @@ def test_prune_deletes_what_is_stale(built, tmp_path, capsys):
         return NOTES, {}
 
     kept = opened.open_or_build(order, build).path
-    stale = [opened.open_or_build(dataclasses.replace(order, **{name: value}), build).path for name, value in (("version", "1.6.0"), ("source", "0" * 64))]
+    stale = [
+        opened.open_or_build(dataclasses.replace(order, **{name: value}), build).path
+        for name, value in (("version", "1.6.0"), ("source", "0" * 64))
+    ]
     assert command.main(["--list", "--out", str(tmp_path)]) == 4
     assert "is stale: built by version 1.6.0, installed is 1.7.1.116" in capsys.readouterr().out
     assert command.main(["--prune", "--out", str(tmp_path)]) == 0
@@ -157,22 +183,54 @@ def test_without_out_list_looks_into_the_cache(tmp_path, monkeypatch, capsys):
     assert command.main(["--list"]) == 4 and "is foreign" in capsys.readouterr().out
 
 
-# A model as wide as a quarter of Stable Diffusion ---------------------------------------------------------------------------------------
+# A model as wide as a quarter of Stable Diffusion ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def quarter(tmp_path_factory):
-    """Graphs in fp16 of Stable Diffusion 1.x with every width divided by four, and of one decoder of each kind as upstream shapes them."""
-    text = CLIPTextConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=12, num_attention_heads=3, bos_token_id=0, eos_token_id=1)
-    unet = {"block_out_channels": (80, 160, 320, 320), "attention_head_dim": 8, "cross_attention_dim": 192, "sample_size": 64}
+    """Graphs in fp16 of Stable Diffusion 1.x with every width divided by four, and of one decoder of each kind as
+    upstream shapes them.
+    """
+    text = CLIPTextConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    unet = {
+        "block_out_channels": (80, 160, 320, 320),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 192,
+        "sample_size": 64,
+    }
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32, "sample_size": 512, **blocks}
+    vae = {
+        "block_out_channels": (32, 64, 128, 128),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "sample_size": 512,
+        **blocks,
+    }
     unet = unet | {"norm_num_groups": 16}
     model = presets._preset("quarter", presets._small_tokenizer(), text, unet, vae, SD_DEFAULTS, 512, seed=4)
-    narrow = {"levels": model.levels, "width": 64, "feed_forward": 256, "layers": 2, "mask_dim": 64, "text_width": 192, "depth_width": 256}
+    narrow = {
+        "levels": model.levels,
+        "width": 64,
+        "feed_forward": 256,
+        "layers": 2,
+        "mask_dim": 64,
+        "text_width": 192,
+        "depth_width": 256,
+    }
     torch.manual_seed(0)
     kinds = {"semantic": "segmentation", "open-vocabulary": "open-vocabulary", "depth": "depth", "pose": "heatmap"}
-    made = {task: checkpoint.for_inference(checkpoint.build_decoder(upstream(kind, **narrow)), strict=False) for task, kind in kinds.items()}
+    made = {
+        task: checkpoint.for_inference(checkpoint.build_decoder(upstream(kind, **narrow)), strict=False)
+        for task, kind in kinds.items()
+    }
     folder = tmp_path_factory.mktemp("quarter")
     return folder, to_onnx.export(model, made, folder, precision="fp16")
 
@@ -186,7 +244,9 @@ def test_every_stage_of_a_quarter_of_stable_diffusion_builds(quarter, stage, tmp
     folder, manifest = quarter
     assert set(manifest.stages) == set(STAGES)
     order = to_tensorrt.make_order(stage, manifest, to_tensorrt.Target(rtx(), (2,), ("sm89",)))
-    notes = to_tensorrt.run_builder(folder / manifest.stages[stage].file, order, tmp_path / "plan", rtx(), is_quiet=True)
+    notes = to_tensorrt.run_builder(
+        folder / manifest.stages[stage].file, order, tmp_path / "plan", rtx(), is_quiet=True
+    )
     row = {"stage": stage, "bytes": (tmp_path / "plan").stat().st_size, "built": True, **notes}
     record_property("told", f"a quarter of SD, {rtx().title}: {row_line(row)}")
     assert notes["layers"] > 5
@@ -194,17 +254,23 @@ def test_every_stage_of_a_quarter_of_stable_diffusion_builds(quarter, stage, tmp
         assert notes["fused_attentions"] == 32  # 16 transformers, each with an attention to itself and one to the text
 
 
-# Refusals ---------------------------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------------------------------
 
 
 def graph(tmp_path, *nodes) -> Path:
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 4, 16, 16]) for name in ("latents", "noise")]
-    model = helper.make_model(helper.make_graph(list(nodes), "small", info[:1], info[1:]), opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model = helper.make_model(
+        helper.make_graph(list(nodes), "small", info[:1], info[1:]),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
     onnx.save(model, tmp_path / "small.onnx")
     return tmp_path / "small.onnx"
 
 
-ORDER = plans.Order("denoise", "", "", ({"latents": ((1, 4, 16, 16),) * 3},), "fp32", "tensorrt-rtx", "1", "13", ("sm89",))
+ORDER = plans.PlanOrder(
+    "denoise", "", "", ({"latents": ((1, 4, 16, 16),) * 3},), "fp32", "tensorrt-rtx", "1", "13", ("sm89",)
+)
 
 
 def run(tmp_path, *nodes, order=ORDER, flavour=None):
@@ -246,7 +312,10 @@ def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(monkeyp
     progress = to_tensorrt.BuildProgress("denoise", is_quiet=False)
     for share in (0.1, 0.2, 0.3, 0.7):
         progress.tell(share, "Optimizing graph")
-    assert capsys.readouterr().err.splitlines() == ["building denoise: 20%, optimizing graph, 11 s", "building denoise: 70%, optimizing graph, 25 s"]
+    assert capsys.readouterr().err.splitlines() == [
+        "building denoise: 20%, optimizing graph, 11 s",
+        "building denoise: 70%, optimizing graph, 25 s",
+    ]
 
 
 def test_the_builder_tells_of_its_progress(tmp_path, monkeypatch):
@@ -259,7 +328,11 @@ def test_the_builder_tells_of_its_progress(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [
-        (("--capability", "sm90"), 2, "--capability sm90: TensorRT-RTX 1.7.1.116 does not know it, it knows sm75, sm80, sm86, sm89, sm120, sm121"),
+        (
+            ("--capability", "sm90"),
+            2,
+            "--capability sm90: TensorRT-RTX 1.7.1.116 does not know it, it knows sm75, sm80, sm86, sm89, sm120, sm121",
+        ),
         (("--batch", "0"), 2, "--batch 0: expected numbers from 1 to 256"),
         (("--batch", "1,many"), 2, "--batch many: expected numbers from 1 to 256"),
         (("--trt-flavour", "tensorrt"), 2, "--trt-flavour tensorrt: --to tensorrt-rtx names another one"),
@@ -278,7 +351,9 @@ def test_the_full_tensorrt_is_missing_or_builds_for_the_gpu_here_alone():
     full = flavours.Flavour("tensorrt", "10.16.1", "13")
     with pytest.raises(Missing, match="TensorRT 10.16.1 builds on the GPU it builds for"):
         flavours.check_capabilities(full, (), [])
-    with pytest.raises(Refused, match="--capability sm80: TensorRT 10.16.1 builds for the GPU of this machine alone, which is sm90"):
+    with pytest.raises(
+        Refused, match="--capability sm80: TensorRT 10.16.1 builds for the GPU of this machine alone, which is sm90"
+    ):
         flavours.check_capabilities(full, ("sm80",), ["sm90"])
     assert flavours.check_capabilities(full, (), ["sm90"]) == ("sm90",)
 
@@ -301,7 +376,9 @@ def _build_text_encoder(folder, done):
     manifest = Manifest.read(folder)
     target = to_tensorrt.Target(rtx(), (4,), ("sm89",))
     told: list[str] = []
-    plan = to_tensorrt.build_plans(folder, manifest, target, lambda stage: {}, stages=["annotate_depth"], tell=told.append, is_quiet=True)["annotate_depth"]
+    plan = to_tensorrt.build_plans(
+        folder, manifest, target, lambda stage: {}, stages=["annotate_depth"], tell=told.append, is_quiet=True
+    )["annotate_depth"]
     done.put((plan.is_new, len(plan.content)))
 
 

@@ -55,7 +55,11 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     result = json.loads(out)["tasks"]
     assert result["depth"]["held_out_images"] == 1 and result["depth"]["images"] == 11 and result["depth"]["steps"] == 6
     assert 0 < result["depth"]["held_out"]["absrel"] and set(result) == {"depth", "pose"}
-    for line in ("images     11 to learn from in 2 looks each, 1 held out", "captures   features and maps kept in", "depth decoder, 6 steps of 4 views"):
+    for line in (
+        "images     11 to learn from in 2 looks each, 1 held out",
+        "captures   features and maps kept in",
+        "depth decoder, 6 steps of 4 views",
+    ):
         assert line in err
     assert set(load_decoders(tmp_path / "decoder")) == {"depth", "pose"}
     state = tmp_path / "decoder" / "depth" / "training"
@@ -63,7 +67,9 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     assert page.count('<img src="data:image/png;base64,') == 3 and "absrel" in page and 'src="http' not in page
     lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in lines if "held_out_absrel" in line] == [2, 4, 6] and not (state / checkpoint.NAME).exists()
+    assert [line["step"] for line in lines if "held_out_absrel" in line] == [2, 4, 6] and not (
+        state / checkpoint.NAME
+    ).exists()
 
 
 def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(run, tmp_path, capsys):
@@ -79,7 +85,12 @@ def test_the_same_line_again_has_nothing_to_do_and_other_settings_are_refused(ru
 def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, capsys):
     line = ["--task", "instance", "--steps", "1", "--quiet"]
     things = load_decoders("demo")["instance"].config.named
-    ways = [("demo:3@1000", "auto", things), ("demo:3@1000", "no", ()), ("folder", "auto", ()), ("folder", "yes", ("table", *things))]
+    ways = [
+        ("demo:3@1000", "auto", things),
+        ("demo:3@1000", "no", ()),
+        ("folder", "auto", ()),
+        ("folder", "yes", ("table", *things)),
+    ]
     for k, (data, flag, found) in enumerate(ways):
         if data == "folder":
             data, line[1] = f"folder:{tmp_path / 'data'}", "semantic"
@@ -92,7 +103,9 @@ def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, cap
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
     assert run("--data", "demo:3@1000", "--dry-run", "--preset", "upstream", "--quirks", "Q12", "--cache", "off") == 0
     err = capsys.readouterr().err
-    assert "made anew at every step" in err and "15000 steps of 4 views" in err and "every instance is of class 1" in err
+    assert (
+        "made anew at every step" in err and "15000 steps of 4 views" in err and "every instance is of class 1" in err
+    )
     assert not (tmp_path / "decoder").exists()
 
 
@@ -124,12 +137,42 @@ def test_the_kind_of_captures_is_not_changed_on_the_way(run, tmp_path, capsys):
 
 
 def test_a_limit_per_class_and_upstreams_ways_are_followed(run, tmp_path, capsys):
-    line = ["--data", "demo:30@1000", "--limit-per-class", "1", "--preset", "upstream", "--quirks", "Q11,Q13", "--augment", "none"]
-    assert run(*line, "--task", "open-vocabulary,depth", "--steps", "2", "--inversion", "ddim", "--ddim-steps", "2", "--timestep", "20") == 0
+    line = [
+        "--data",
+        "demo:30@1000",
+        "--limit-per-class",
+        "1",
+        "--preset",
+        "upstream",
+        "--quirks",
+        "Q11,Q13",
+        "--augment",
+        "none",
+    ]
+    assert (
+        run(
+            *line,
+            "--task",
+            "open-vocabulary,depth",
+            "--steps",
+            "2",
+            "--inversion",
+            "ddim",
+            "--ddim-steps",
+            "2",
+            "--timestep",
+            "20",
+        )
+        == 0
+    )
     err = capsys.readouterr().err
     assert "images     7 to learn from" in err and "Q11        " in err and "Q13        " in err
     settings = json.loads((tmp_path / "decoder" / "depth" / "training" / "settings.json").read_text())
-    assert settings["optimiser"] == "adam" and settings["decoder"]["capture_timestep"] == 20 and settings["weight_decay"] == 0
+    assert (
+        settings["optimiser"] == "adam"
+        and settings["decoder"]["capture_timestep"] == 20
+        and settings["weight_decay"] == 0
+    )
 
 
 def test_tensorboard_is_written_where_it_is_installed(monkeypatch, tmp_path):
@@ -152,7 +195,13 @@ def test_tensorboard_is_written_where_it_is_installed(monkeypatch, tmp_path):
     with log.Log(tmp_path, 3) as one:
         one.step(4, 10, 0.5, 0.1)
         one.figure(4, "miou", 0.25)
-    assert written == [(str(tmp_path / "tensorboard"), 4), ("loss", 0.5, 4), ("rate", 0.1, 4), ("held_out_miou", 0.25, 4), "closed"]
+    assert written == [
+        (str(tmp_path / "tensorboard"), 4),
+        ("loss", 0.5, 4),
+        ("rate", 0.1, 4),
+        ("held_out_miou", 0.25, 4),
+        "closed",
+    ]
 
 
 def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
@@ -165,11 +214,30 @@ def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
         file.write('{"step": 4, "lo')  # cut short by a kill
     with Log(tmp_path, 2) as second:
         second.step(3, 9, 7.0, 0.1)
-    assert [(line["step"], line["loss"]) for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())] == [(1, 0.5), (2, 1.0), (3, 7.0)]
+    assert [
+        (line["step"], line["loss"]) for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    ] == [(1, 0.5), (2, 1.0), (3, 7.0)]
 
 
 def test_it_ends_early_where_nothing_gets_better(run, tmp_path):
-    assert run("--data", "demo:10@1000", "--task", "depth", "--steps", "20", "--checks", "10", "--patience", "2", "--rate", "1e-12", "--quiet") == 0
+    assert (
+        run(
+            "--data",
+            "demo:10@1000",
+            "--task",
+            "depth",
+            "--steps",
+            "20",
+            "--checks",
+            "10",
+            "--patience",
+            "2",
+            "--rate",
+            "1e-12",
+            "--quiet",
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "decoder" / "depth" / "training" / "result.json").read_text())
     assert result["steps"] < 20 and result["steps"] == result["weights_of_step"] + 4
 
@@ -179,7 +247,17 @@ def environment(**more):
 
 
 def command(captures, out, *arguments):
-    return [sys.executable, "-m", "datasetdm_fast.train", *SMALL, "--cache-dir", str(captures), "--out", str(out), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "datasetdm_fast.train",
+        *SMALL,
+        "--cache-dir",
+        str(captures),
+        "--out",
+        str(out),
+        *arguments,
+    ]
 
 
 def stopped(line, out, number, steps):
@@ -207,7 +285,9 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
     assert train.main(line[3:]) == 0
     assert run(*arguments, out="calm") == 0
     assert weights(out) == weights(tmp_path / "calm") and losses(out) == losses(tmp_path / "calm")
-    assert (out / "depth" / "training" / "result.json").read_bytes() == (tmp_path / "calm" / "depth" / "training" / "result.json").read_bytes()
+    assert (out / "depth" / "training" / "result.json").read_bytes() == (
+        tmp_path / "calm" / "depth" / "training" / "result.json"
+    ).read_bytes()
 
 
 @pytest.mark.loopback
@@ -219,13 +299,20 @@ def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
     out = tmp_path / "two"
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     both = [
-        subprocess.Popen(command(captures, out, *arguments), stderr=subprocess.PIPE, text=True, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared))
+        subprocess.Popen(
+            command(captures, out, *arguments),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
+        )
         for rank in (0, 1)
     ]
     errors = [process.communicate(timeout=240)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert run(*arguments, "--quiet", out="one") == 0
-    assert losses(out, "depth") == losses(tmp_path / "one", "depth") and losses(out, "semantic") == losses(tmp_path / "one", "semantic")
+    assert losses(out, "depth") == losses(tmp_path / "one", "depth") and losses(out, "semantic") == losses(
+        tmp_path / "one", "semantic"
+    )
     assert weights(out) == weights(tmp_path / "one")
 
 
@@ -290,7 +377,13 @@ def checkpoint_of_another(tmp_path):
     ],
 )
 def test_bad_input_is_refused(tmp_path, capsys, flags, code, said):
-    given = {"--data": "demo:2@1000", "--task": "depth", "--steps": "1", "--out": str(tmp_path / "decoder"), "--cache-dir": str(tmp_path / "captures")}
+    given = {
+        "--data": "demo:2@1000",
+        "--task": "depth",
+        "--steps": "1",
+        "--out": str(tmp_path / "decoder"),
+        "--cache-dir": str(tmp_path / "captures"),
+    }
     given |= dict(zip(SMALL[::2], SMALL[1::2])) | dict(zip(flags[::2], flags[1::2]))
     assert train.main([word for pair in given.items() for word in pair]) == code
     err = capsys.readouterr().err
@@ -308,7 +401,10 @@ def test_a_folder_another_training_writes_to_is_left_alone(run, tmp_path, capsys
     line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
     with task_run.alone(tmp_path / "decoder" / "depth"):
         assert run(*line) == 2
-    assert "another process is writing to" in capsys.readouterr().err and not (tmp_path / "decoder" / "depth" / "config.json").exists()
+    assert (
+        "another process is writing to" in capsys.readouterr().err
+        and not (tmp_path / "decoder" / "depth" / "config.json").exists()
+    )
     assert run(*line) == 0
 
 
@@ -354,12 +450,17 @@ def test_a_learning_curve_can_be_taught_from_growing_parts(captures):
     engine = build_engine("torch", load_model("tiny", size=64), {})
     source = open_data("demo:4@1000", 64)
     before = set(captures.glob("*.f16"))
-    first, second = (session.train_on(engine, source, "open-vocabulary", count, steps=2, cache_dir=str(captures), draws=2) for count in (2, 4))
+    first, second = (
+        session.train_on(engine, source, "open-vocabulary", count, steps=2, cache_dir=str(captures), draws=2)
+        for count in (2, 4)
+    )
     words = engine.encode_classes(list(source.thing_classes))
-    capture = engine.denoise_and_keep(torch.zeros(1, 4, 8, 8), 1, engine.encode_text(["", "a ball"]))[1]
+    capture = engine.denoise_and_capture_raw(torch.zeros(1, 4, 8, 8), 1, engine.encode_text(["", "a ball"]))[1]
     for decoder in (first, second):
         found = decoder(capture, words[None])
-        assert found["pred_masks"].shape[1] == len(source.thing_classes) and not any(p.requires_grad for p in decoder.parameters())
+        assert found["pred_masks"].shape[1] == len(source.thing_classes) and not any(
+            p.requires_grad for p in decoder.parameters()
+        )
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert len(set(captures.glob("*.f16")) - before) <= 4
     with pytest.raises(ValueError, match="5 images to learn from, expected 1 to 4"):

@@ -21,7 +21,7 @@ from datasetdm_fast.readers import open_data
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.sampling.times import alphas_cumprod
 from datasetdm_fast.training.held_out import split
-from datasetdm_fast.training.loop import Lessons, Schedule, Trainer, fit, projected
+from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.recipes import recipe
 
@@ -43,15 +43,25 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("captures")
 
 
-def lessons(engine, source, task, folder, draws=2, **looks) -> Lessons:
+def lessons(engine, source, task, folder, draws=2, **looks) -> TrainingViews:
     views = Views(source, range(len(source)), task, Looks(draws=draws, **looks))
-    return Lessons(cache.stored(engine, views, Inversion(1), folder), views)
+    return TrainingViews(cache.stored(engine, views, Inversion(1), folder), views)
 
 
 def config_of(engine, source, task, timestep=1, **changes) -> DecoderConfig:
     width = engine.model.text_encoder.config.hidden_size
     config = recipe(task, source, engine.model.levels, width, timestep, 4, **changes).config
-    return replace(config, width=16, heads=2, layers=2, feed_forward=32, mask_dim=16, queries=6, upscale=min(config.upscale, 2), depth_width=8)
+    return replace(
+        config,
+        width=16,
+        heads=2,
+        layers=2,
+        feed_forward=32,
+        mask_dim=16,
+        queries=6,
+        upscale=min(config.upscale, 2),
+        depth_width=8,
+    )
 
 
 def words_of(engine, source, task):
@@ -66,7 +76,9 @@ def test_matching_finds_the_cheapest_assignment():
     class_logits = torch.tensor([[0.0, 5.0, 0.0], [0.0, 0.0, 5.0], [5.0, 0.0, 0.0]])
     nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0, 16, 16)
     (queries, targets), (none, _) = losses.match(
-        *(torch.stack([logits] * 2) for logits in (class_logits, mask_logits)), *zip((torch.tensor([0, 1]), masks), nothing), torch.rand(2, 256, 2)
+        *(torch.stack([logits] * 2) for logits in (class_logits, mask_logits)),
+        *zip((torch.tensor([0, 1]), masks), nothing),
+        torch.rand(2, 256, 2),
     )
     assert dict(zip(queries.tolist(), targets.tolist())) == {2: 0, 0: 1} and len(none) == 0
 
@@ -75,7 +87,10 @@ def test_a_wrong_answer_costs_many_times_a_right_one():
     torch.manual_seed(0)
     masks = torch.zeros(1, 16, 16)
     masks[0, 4:12, 4:12] = 1
-    right = (torch.tensor([[[20.0, 0, 0], [0, 0, 20.0]]]), torch.stack([40 * masks - 20, -20 * torch.ones(1, 16, 16)], 1))
+    right = (
+        torch.tensor([[[20.0, 0, 0], [0, 0, 20.0]]]),
+        torch.stack([40 * masks - 20, -20 * torch.ones(1, 16, 16)], 1),
+    )
     wrong = (right[0].flip(1), -right[1])
     cheap, dear = (losses.set_loss(*answer, [torch.tensor([0])], [masks], 256).item() for answer in (right, wrong))
     assert cheap < 5  # the least certain points lie on the edge, where even a right mask is half there
@@ -84,7 +99,9 @@ def test_a_wrong_answer_costs_many_times_a_right_one():
 
 def test_an_image_without_things_still_teaches_their_absence():
     logits = torch.zeros(1, 3, 4, requires_grad=True)
-    loss = losses.set_loss(logits, torch.zeros(1, 3, 8, 8), [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, 16, 16)], 64)
+    loss = losses.set_loss(
+        logits, torch.zeros(1, 3, 8, 8), [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, 16, 16)], 64
+    )
     loss.backward()
     assert loss.item() == pytest.approx(2 * math.log(4)) and (logits.grad[..., 3] < 0).all()
 
@@ -93,7 +110,9 @@ def test_scale_invariant_log_by_its_formula():
     truth = torch.tensor([[[1.0, 2.0, 0.0, 4.0]], [[1.0, 1.0, 1.0, 1.0]]])
     d = np.log([1 / 2, 2 / 2, 4 / 3])
     found = losses.scale_invariant_log(torch.tensor([[[2.0, 2.0, 9.0, 3.0]], [[2.0, 2.0, 2.0, 2.0]]]), truth)
-    assert found.tolist() == pytest.approx([math.sqrt((d**2).mean() - 0.5 * d.mean() ** 2), math.log(2) * math.sqrt(0.5)], rel=1e-5)
+    assert found.tolist() == pytest.approx(
+        [math.sqrt((d**2).mean() - 0.5 * d.mean() ** 2), math.log(2) * math.sqrt(0.5)], rel=1e-5
+    )
 
 
 def test_an_image_without_known_depth_teaches_nothing():
@@ -113,7 +132,9 @@ def test_the_set_loss_by_its_formula():
     chosen = chosen.item()
     places = losses.uncertain_points(flat[0, chosen : chosen + 1], *drawn[1:])
     inside = losses.sample_points(mask, places)[0]
-    height = losses.sample_points(flat[0, chosen : chosen + 1], places)[0]  # towards the border it falls to zero, as upstream has it
+    height = losses.sample_points(flat[0, chosen : chosen + 1], places)[
+        0
+    ]  # towards the border it falls to zero, as upstream has it
     wanted = [2, 2]
     wanted[chosen] = 1
     weight = [1.0 if k == 1 else 0.1 for k in wanted]
@@ -131,14 +152,25 @@ def test_parts_of_a_step_add_up_to_it():
     whole = losses.totals([len(k) for k in ids], 4)
 
     def loss(part):
-        return losses.set_loss(logits[part], masks[part], ids[part], truth[part], 32, [torch.Generator().manual_seed(b) for b in range(3)][part], whole)
+        return losses.set_loss(
+            logits[part],
+            masks[part],
+            ids[part],
+            truth[part],
+            32,
+            [torch.Generator().manual_seed(b) for b in range(3)][part],
+            whole,
+        )
 
     assert (loss(slice(0, 1)) + loss(slice(1, 3))).item() == pytest.approx(loss(slice(0, 3)).item(), rel=1e-5)
 
 
 def test_heatmaps_by_their_formula():
     found, truth, weights = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([[1.0, 0, 1], [1, 1, 1]])
-    by_joint = [0.5 * ((found[:, j] * weights[:, j, None, None] - truth[:, j] * weights[:, j, None, None]) ** 2).mean() for j in range(3)]
+    by_joint = [
+        0.5 * ((found[:, j] * weights[:, j, None, None] - truth[:, j] * weights[:, j, None, None]) ** 2).mean()
+        for j in range(3)
+    ]
     assert losses.joint_mse(found, truth, weights).mean().item() == pytest.approx((sum(by_joint) / 3).item(), rel=1e-5)
 
 
@@ -158,11 +190,21 @@ def test_axis_bins_prefer_the_right_bins():
 
 def test_left_becomes_right_in_a_mirror(source):
     order = mirrored_joints(source.joints)
-    assert [source.joints[k] for k in order] == ["head", "neck", "pelvis", "right_hand", "left_hand", "right_foot", "left_foot"]
+    assert [source.joints[k] for k in order] == [
+        "head",
+        "neck",
+        "pelvis",
+        "right_hand",
+        "left_hand",
+        "right_foot",
+        "left_foot",
+    ]
     item = next(item for item in open_data("demo:40@0", 64) if len(item.keypoints))
     plain, other = (target(source, one, "pose") for one in (item, mirrored(item, source.joints)))
     hand, across = source.joints.index("left_hand"), source.joints.index("right_hand")
-    assert other.points[hand].tolist() == pytest.approx([64 - plain.points[across, 0].item(), plain.points[across, 1].item()])
+    assert other.points[hand].tolist() == pytest.approx(
+        [64 - plain.points[across, 0].item(), plain.points[across, 1].item()]
+    )
     again = mirrored(mirrored(item, source.joints), source.joints)
     for name in ("image", "semantic", "masks", "depth", "keypoint_boxes"):
         assert np.allclose(getattr(again, name), getattr(item, name))
@@ -173,7 +215,9 @@ def test_a_quarter_turn_turns_the_truth_with_the_image(source):
     found = turned(item, 90)
     apart = found.image.astype(int) - np.rot90(item.image, -1)
     assert np.abs(apart).max() <= 1 and np.array_equal(found.semantic, np.rot90(item.semantic, -1))
-    assert np.array_equal(found.masks, np.rot90(item.masks, -1, (1, 2))) and np.array_equal(found.depth, np.rot90(item.depth, -1))
+    assert np.array_equal(found.masks, np.rot90(item.masks, -1, (1, 2))) and np.array_equal(
+        found.depth, np.rot90(item.depth, -1)
+    )
     places = np.stack([64 - item.keypoints[..., 1], item.keypoints[..., 0]], -1)
     assert np.allclose(found.keypoints[..., :2], places, atol=1e-4)
     x, y, w, h = item.keypoint_boxes[0]
@@ -182,7 +226,12 @@ def test_a_quarter_turn_turns_the_truth_with_the_image(source):
 
 def test_what_is_turned_in_from_outside_is_unknown(source):
     found = turned(source[0], 45)
-    assert found.semantic[0, 0] == 255 and found.depth[0, 0] == 0 and not found.image[0, 0].any() and not found.masks[:, 0, 0].any()
+    assert (
+        found.semantic[0, 0] == 255
+        and found.depth[0, 0] == 0
+        and not found.image[0, 0].any()
+        and not found.masks[:, 0, 0].any()
+    )
 
 
 def test_another_light_changes_the_image_alone_and_by_its_seed(source):
@@ -253,8 +302,13 @@ def test_another_inversion_has_other_shards(engine, source, folder, change):
 
 def test_whether_captures_are_kept_follows_the_room(engine, tmp_path):
     levels = engine.model.levels
-    assert cache.plan(tmp_path, levels, 10, "auto").is_stored and not cache.plan(tmp_path, levels, 10**9, "auto").is_stored
-    assert "would not fit" in str(cache.plan(tmp_path, levels, 10**9, "auto")) and not cache.plan(tmp_path, levels, 1, "off").is_stored
+    assert (
+        cache.plan(tmp_path, levels, 10, "auto").is_stored and not cache.plan(tmp_path, levels, 10**9, "auto").is_stored
+    )
+    assert (
+        "would not fit" in str(cache.plan(tmp_path, levels, 10**9, "auto"))
+        and not cache.plan(tmp_path, levels, 1, "off").is_stored
+    )
     with pytest.raises(Refused, match="--cache disk: the captures take"):
         cache.plan(tmp_path, levels, 10, "disk", 1e-6)
 
@@ -285,7 +339,8 @@ def test_a_quirk_is_shown_to_its_task_alone(source, quirk, task):
     index = next(k for k in range(4) if source[k].id == item.id)
     other = "pose" if task != "pose" else "depth"
     with_it, without, elsewhere = (
-        Views(source, range(4), t, Looks(draws=1, quirks=check_quirks(q, source, [t]))) for t, q in ((task, [quirk]), (task, []), (other, [quirk]))
+        Views(source, range(4), t, Looks(draws=1, quirks=check_quirks(q, source, [t])))
+        for t, q in ((task, [quirk]), (task, []), (other, [quirk]))
     )
     plain = without.pixels([item]).float()
     shown = {"Q12": plain, "Q13": plain / 2 + 127.5, "Q14": plain.flip(-1)}[quirk]
@@ -293,14 +348,16 @@ def test_a_quirk_is_shown_to_its_task_alone(source, quirk, task):
     captions = {"Q12": [f"a photo of {source.thing_classes[1]},"], "Q13": ["a photo of "], "Q14": [item.caption]}[quirk]
     assert with_it.captions([item]) == captions and elsewhere.captions([item]) == [item.caption]
     if quirk == "Q12":
-        assert set(with_it.target(index).classes.tolist()) == {1} and len(with_it.target(index).masks) == len(item.masks)
+        assert set(with_it.target(index).classes.tolist()) == {1} and len(with_it.target(index).masks) == len(
+            item.masks
+        )
 
 
 def test_upstreams_first_word_teaches_with_one_embedding(engine, source, folder):
     held, words = lessons(engine, source, "open-vocabulary", folder), words_of(engine, source, "open-vocabulary")
     heard = []
     for quirk in (False, True):
-        schedule = Schedule(steps=1, batch_size=8, points=32, first_word_only=quirk, parts=1)
+        schedule = TrainingSchedule(steps=1, batch_size=8, points=32, first_word_only=quirk, parts=1)
         trainer = Trainer(config_of(engine, source, "open-vocabulary"), schedule, held, words, is_ahead=False)
         trainer.decoder.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[1]))
         trainer.step()
@@ -310,7 +367,7 @@ def test_upstreams_first_word_teaches_with_one_embedding(engine, source, folder)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_few_steps_lower_the_loss(engine, source, folder, task):
     held, words = lessons(engine, source, task, folder), words_of(engine, source, task)
-    schedule = Schedule(steps=45, batch_size=4, rate=6e-3, points=128, dropout=0.0)
+    schedule = TrainingSchedule(steps=45, batch_size=4, rate=6e-3, points=128, dropout=0.0)
     trainer = Trainer(config_of(engine, source, task), schedule, held, words)
     found = [trainer.step() for _ in range(schedule.steps)]
     trainer.close()
@@ -320,9 +377,9 @@ def test_a_few_steps_lower_the_loss(engine, source, folder, task):
 def test_the_same_seed_fits_the_same_decoder_and_leaves_torchs_own_numbers_alone(engine, source, folder):
     held, config = lessons(engine, source, "depth", folder), config_of(engine, source, "depth")
     torch.manual_seed(11)
-    first = fit(config, held, Schedule(steps=3, batch_size=2))
+    first = fit(config, held, TrainingSchedule(steps=3, batch_size=2))
     after = torch.rand(1)
-    second, third = (fit(config, held, Schedule(steps=3, batch_size=2, seed=seed)) for seed in (0, 1))
+    second, third = (fit(config, held, TrainingSchedule(steps=3, batch_size=2, seed=seed)) for seed in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
     assert any(not torch.equal(a, b) for a, b in zip(first.state_dict().values(), third.state_dict().values()))
     torch.manual_seed(11)
@@ -334,14 +391,24 @@ def test_a_batch_in_parts_is_the_same_batch(engine, source, folder, task):
     held, words = lessons(engine, source, task, folder), words_of(engine, source, task)
     curves = []
     for parts in (1, 3):
-        trainer = Trainer(config_of(engine, source, task), Schedule(steps=4, batch_size=6, points=64, parts=parts), held, words, is_ahead=False)
+        trainer = Trainer(
+            config_of(engine, source, task),
+            TrainingSchedule(steps=4, batch_size=6, points=64, parts=parts),
+            held,
+            words,
+            is_ahead=False,
+        )
         curves.append([trainer.step() for _ in range(4)])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("task", ["semantic", "pose"])
 def test_a_state_put_down_and_taken_up_goes_on_to_the_same_bits(engine, source, folder, task):
-    held, config, schedule = lessons(engine, source, task, folder), config_of(engine, source, task), Schedule(steps=6, batch_size=3, points=64)
+    held, config, schedule = (
+        lessons(engine, source, task, folder),
+        config_of(engine, source, task),
+        TrainingSchedule(steps=6, batch_size=3, points=64),
+    )
     whole = Trainer(config, schedule, held, is_ahead=False)
     losses_of = [whole.step() for _ in range(6)]
     first = Trainer(config, schedule, held, is_ahead=False)
@@ -357,7 +424,10 @@ def test_a_state_put_down_and_taken_up_goes_on_to_the_same_bits(engine, source, 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_narrow_arithmetic_starts_like_the_wide_one_and_learns(engine, source, folder, dtype):
-    held, schedule = lessons(engine, source, "pose", folder), Schedule(steps=24, batch_size=4, warmup=1, dropout=0.0)
+    held, schedule = (
+        lessons(engine, source, "pose", folder),
+        TrainingSchedule(steps=24, batch_size=4, warmup=1, dropout=0.0),
+    )
     curves = []
     for kind in ("fp32", dtype):  # the scale of fp16 starts too high, so that its first steps change nothing
         trainer = Trainer(config_of(engine, source, "pose"), schedule, held, dtype=kind, is_ahead=False)
@@ -367,7 +437,12 @@ def test_narrow_arithmetic_starts_like_the_wide_one_and_learns(engine, source, f
 
 
 def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder):
-    trainer = Trainer(config_of(engine, source, "depth"), Schedule(steps=2, batch_size=2), lessons(engine, source, "depth", folder), is_ahead=False)
+    trainer = Trainer(
+        config_of(engine, source, "depth"),
+        TrainingSchedule(steps=2, batch_size=2),
+        lessons(engine, source, "depth", folder),
+        is_ahead=False,
+    )
     torch.nn.init.constant_(trainer.decoder.last_layer_depth[2].bias, float("nan"))
     with pytest.raises(GateFailed, match="the loss of step 1 is nan"):
         trainer.step()
@@ -375,8 +450,16 @@ def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder):
 
 def test_upstreams_schedule(engine, source, folder):
     found = recipe("semantic", source, engine.model.levels, 32, 0, 100, preset="upstream").schedule
-    assert (found.steps, found.batch_size, found.rate, found.optimiser, found.weight_decay) == (500_000, 1, 1e-4, "adam", 0.0)
-    trainer = Trainer(config_of(engine, source, "semantic"), found, lessons(engine, source, "semantic", folder), is_ahead=False)
+    assert (found.steps, found.batch_size, found.rate, found.optimiser, found.weight_decay) == (
+        500_000,
+        1,
+        1e-4,
+        "adam",
+        0.0,
+    )
+    trainer = Trainer(
+        config_of(engine, source, "semantic"), found, lessons(engine, source, "semantic", folder), is_ahead=False
+    )
     assert [trainer.rate(step) for step in (0, 34_999, 35_000, 70_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
     assert recipe("pose", source, engine.model.levels, 32, 0, 10, preset="upstream").schedule.decay_every == 4000
 
@@ -384,7 +467,7 @@ def test_upstreams_schedule(engine, source, folder):
 def test_simcc_learns_too(engine, source, folder):
     held = lessons(engine, source, "pose", folder)
     config = replace(config_of(engine, source, "pose", pose_head="simcc"), upscale=0)
-    trainer = Trainer(config, Schedule(steps=30, batch_size=4, rate=6e-3, dropout=0.0), held, is_ahead=False)
+    trainer = Trainer(config, TrainingSchedule(steps=30, batch_size=4, rate=6e-3, dropout=0.0), held, is_ahead=False)
     found = [trainer.step() for _ in range(30)]
     assert sum(found[-10:]) < 0.9 * sum(found[:10])
 

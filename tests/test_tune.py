@@ -45,7 +45,9 @@ def test_a_kernel_is_tuned_and_a_wrong_one_has_no_time(monkeypatch):
     assert rows[0]["bits"] == 32 and rows[0]["after_s"] <= rows[0]["before_s"]
     assert judged.seconds(lambda *inputs: fused.layer_norm(*inputs) * 1.01, CPU) == math.inf
     monkeypatch.setattr(fused, "layer_norm", lambda *inputs: fused.missing(*inputs))
-    assert [row["form_s"] for row in tune.op_rows("layer_norm", "fp32", CPU, [judged], 0.0) if row.get("form") == "fused"] == [None]
+    assert [
+        row["form_s"] for row in tune.op_rows("layer_norm", "fp32", CPU, [judged], 0.0) if row.get("form") == "fused"
+    ] == [None]
 
 
 def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():
@@ -57,7 +59,9 @@ def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():
     kernel = {"kernel": "geglu", "bits": 16, "sizes": SIZES, "before_s": 2.0, "after_s": 1.0}
     document = {"machine": {"device": "Some GPU"}, "parts": {"geglu fp16": {"status": "done", "rows": [kernel, *rows]}}}
     said = tune.table_lines(document)
-    assert said[1].strip() == '("geglu", 16): _row(4, 2, BLOCK_S=64),' and said[-1].endswith("FORMS['Some GPU']: {'geglu': 'fused'}")
+    assert said[1].strip() == '("geglu", 16): _row(4, 2, BLOCK_S=64),' and said[-1].endswith(
+        "FORMS['Some GPU']: {'geglu': 'fused'}"
+    )
 
 
 def test_the_command_wants_a_gpu_and_one_thing_to_do(monkeypatch):

@@ -42,9 +42,12 @@ def test_only_plain_relative_names_lead_inside():
 
 
 def test_what_is_shown_cannot_steer_a_terminal():
-    assert documents.shown("a\x1b[2J\u202e") == "'a\\x1b[2J\\u202e'" and documents.plain("a\x1b\nb \u202e") == "a\\x1b b \\u202e"
-    assert len(documents.plain("x" * 10_000)) == 400 and len(documents.shown("x" * 10_000)) == 80
-    assert documents.plain("ein Bällchen 🎈") == "ein Bällchen 🎈"
+    assert (
+        documents.quoted("a\x1b[2J\u202e") == "'a\\x1b[2J\\u202e'"
+        and documents.one_line("a\x1b\nb \u202e") == "a\\x1b b \\u202e"
+    )
+    assert len(documents.one_line("x" * 10_000)) == 400 and len(documents.quoted("x" * 10_000)) == 80
+    assert documents.one_line("ein Bällchen 🎈") == "ein Bällchen 🎈"
 
 
 def test_files_that_never_end_are_not_begun(tmp_path):
@@ -57,7 +60,7 @@ def test_files_that_never_end_are_not_begun(tmp_path):
         storage.read(tmp_path / "none", 100)
 
 
-# JSON, YAML, XML ----------------------------------------------------------------------------------------------------------------------
+# JSON, YAML, XML ------------------------------------------------------------------------------------------------------
 
 
 def test_json_is_read_whole_or_not(file):
@@ -79,7 +82,9 @@ def test_json_is_read_whole_or_not(file):
 
 
 def test_forms():
-    documents.check_form({"a": [1], "b": 2.5, "c": True, "d": "x", "more": None}, {"a": [int], "b": float, "c": bool, "d": str})
+    documents.check_form(
+        {"a": [1], "b": 2.5, "c": True, "d": "x", "more": None}, {"a": [int], "b": float, "c": bool, "d": str}
+    )
     documents.check_form({"b": 2}, {"b": float})
     for value, form, word in (
         ({"a": True}, {"a": int}, "a is True, expected a whole number"),
@@ -113,7 +118,9 @@ def test_yaml_holds_plain_values(file):
 
 
 def test_xml_declares_nothing(file):
-    root = documents.read_xml(file('<?xml version="1.0"?><annotation><object id="3">cat &amp; dog</object><object/></annotation>'))
+    root = documents.read_xml(
+        file('<?xml version="1.0"?><annotation><object id="3">cat &amp; dog</object><object/></annotation>')
+    )
     assert [element.text for element in root.iter("object")] == ["cat & dog", None] and root[0].attrib == {"id": "3"}
     for content, word in (
         ("<!DOCTYPE a><a/>", "document type"),
@@ -129,7 +136,7 @@ def test_xml_declares_nothing(file):
         refused(documents.read_xml, file(content), match=word)
 
 
-# Images and archives ------------------------------------------------------------------------------------------------------------------
+# Images and archives --------------------------------------------------------------------------------------------------
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -145,7 +152,9 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels).save(tmp_path / "a.jpg")
-    assert (np.array(images.read_image(tmp_path / "a.png")) == pixels).all() and images.read_image(tmp_path / "a.jpg").size == (4, 4)
+    assert (np.array(images.read_image(tmp_path / "a.png")) == pixels).all() and images.read_image(
+        tmp_path / "a.jpg"
+    ).size == (4, 4)
     Image.fromarray(pixels).save(tmp_path / "a.gif")
     Image.fromarray(pixels).save(tmp_path / "b.png", save_all=True, append_images=[Image.fromarray(255 - pixels)])
     whole = (tmp_path / "a.png").read_bytes()
@@ -153,7 +162,15 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
         ((tmp_path / "a.gif").read_bytes(), "neither a PNG nor a JPEG"),
         ((tmp_path / "b.png").read_bytes(), "animation"),
         (png(5000, 5000, chunk(b"IDAT", zlib.compress(b"\0"))), "5000 x 5000 pixels, at most"),
-        (png(4, 4, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(30_000_000))), chunk(b"IDAT", zlib.compress(bytes(20)))), "not a whole image"),
+        (
+            png(
+                4,
+                4,
+                chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(30_000_000))),
+                chunk(b"IDAT", zlib.compress(bytes(20))),
+            ),
+            "not a whole image",
+        ),
         (whole[:-20], "not a whole image"),
         (whole[:30], "not a whole image"),
         (b"", "neither"),
@@ -185,7 +202,10 @@ def test_archives_hold_plain_members(tmp_path):
                 made.writestr(name, content)
         return path
 
-    assert [member.filename for member in documents.zip_members(pack(("a/b", "x"), ("c", "y")), most_bytes=10)] == ["a/b", "c"]
+    assert [member.filename for member in documents.zip_members(pack(("a/b", "x"), ("c", "y")), most_bytes=10)] == [
+        "a/b",
+        "c",
+    ]
     link = zipfile.ZipInfo("link")
     link.external_attr = 0o120777 << 16
     for members, word in (
@@ -203,7 +223,7 @@ def test_archives_hold_plain_members(tmp_path):
     refused(documents.zip_members, tmp_path / "a.zip", most_bytes=10, match="not a readable zip")
 
 
-# safetensors, ONNX --------------------------------------------------------------------------------------------------------------------
+# safetensors, ONNX ----------------------------------------------------------------------------------------------------
 
 
 def tensors(header, data: bytes = b"") -> bytes:
@@ -216,7 +236,10 @@ def entry(shape, begin: int, end: int, kind: str = "F32") -> dict:
 
 
 def test_safetensors_headers_hold_together(file):
-    whole = tensors({"__metadata__": {"a": "b"}, "x": entry([2], 0, 8), "y": entry([], 8, 10, "BF16"), "z": entry([0, 5], 10, 10)}, bytes(10))
+    whole = tensors(
+        {"__metadata__": {"a": "b"}, "x": entry([2], 0, 8), "y": entry([], 8, 10, "BF16"), "z": entry([0, 5], 10, 10)},
+        bytes(10),
+    )
     assert check_safetensors(file(whole)) == {"x": ("F32", (2,)), "y": ("BF16", ()), "z": ("F32", (0, 5))}
     for content, word in (
         (b"", "truncated or no safetensors"),
@@ -245,9 +268,14 @@ def test_onnx_graphs_keep_to_their_folder(file, tmp_path):
     (tmp_path / "weights.bin").write_bytes(bytes(64))
     relu = message(1, message(4, b"Relu"))
     assert onnx_graph.check_onnx(file(onnx_model(nodes=relu))) == []
-    assert onnx_graph.check_onnx(file(onnx_model(nodes=relu, tensors=external("weights.bin")))) == [tmp_path / "weights.bin"]
+    assert onnx_graph.check_onnx(file(onnx_model(nodes=relu, tensors=external("weights.bin")))) == [
+        tmp_path / "weights.bin"
+    ]
     function = message(25, message(1, b"f") + message(10, b"mine") + message(7, message(4, b"Relu")))
-    assert onnx_graph.check_onnx(file(onnx_model(nodes=message(1, message(4, b"f") + message(7, b"mine"))) + function)) == []
+    assert (
+        onnx_graph.check_onnx(file(onnx_model(nodes=message(1, message(4, b"f") + message(7, b"mine"))) + function))
+        == []
+    )
 
     def part(offset: bytes, length: bytes) -> bytes:
         entries = [(b"location", b"weights.bin"), (b"offset", offset), (b"length", length)]
@@ -273,7 +301,12 @@ def test_onnx_graphs_keep_to_their_folder(file, tmp_path):
         (onnx_model(nodes=message(1, message(4, b"EPContext") + message(7, b"com.microsoft"))), "compiled code"),
     ):
         refused(onnx_graph.check_onnx, file(content), match=word)
-    assert onnx_graph.check_onnx(file(onnx_model(nodes=message(1, message(4, b"Evil") + message(7, b"evil")))), domains=("", "evil")) == []
+    assert (
+        onnx_graph.check_onnx(
+            file(onnx_model(nodes=message(1, message(4, b"Evil") + message(7, b"evil")))), domains=("", "evil")
+        )
+        == []
+    )
 
 
 def test_what_the_exporter_writes_is_let_through(tmp_path):
@@ -288,5 +321,7 @@ def test_what_the_exporter_writes_is_let_through(tmp_path):
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [300])],
         [weight],
     )
-    onnx.save(helper.make_model(graph), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    onnx.save(
+        helper.make_model(graph), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
     assert onnx_graph.check_onnx(tmp_path / "m.onnx") == [tmp_path / "m.data"]

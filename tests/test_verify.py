@@ -8,7 +8,12 @@ import torch
 
 from datasetdm_fast import verify as command
 from datasetdm_fast.agreement import observe, verify
-from datasetdm_fast.agreement.distances import free_distances, label_distance, led_distances, relative
+from datasetdm_fast.agreement.distances import (
+    free_running_distances,
+    label_distance,
+    relative,
+    teacher_forced_distances,
+)
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED, judge
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoders, save_decoder
@@ -18,7 +23,18 @@ from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.loading import load_model
 
-SMALL = dict(width=12, heads=2, layers=2, feed_forward=16, mask_dim=8, queries=5, depth_width=8, text_width=32, capture_timestep=1, min_area=0)
+SMALL = dict(
+    width=12,
+    heads=2,
+    layers=2,
+    feed_forward=16,
+    mask_dim=8,
+    queries=5,
+    depth_width=8,
+    text_width=32,
+    capture_timestep=1,
+    min_area=0,
+)
 KINDS = {
     "semantic": ("segmentation", {"classes": ("wall", "ball", "cone")}),
     "depth": ("depth", {}),
@@ -66,15 +82,25 @@ def test_the_fast_engine_agrees(engine, reference):
     verdict = judged(engine, reference)
     assert verdict.agrees, command.table(verdict)
     measures = {row.measure for row in verdict.rows}
-    assert measures == {"weights", "text", "call", *(f"level {name}" for name in ("low", "mid", "high", "highest")), "image", "free latents", "free image"} | {
-        name for task in KINDS for name in (task, f"outputs {task}", f"free {task}")
-    }
+    assert measures == {
+        "weights",
+        "text",
+        "call",
+        *(f"level {name}" for name in ("low", "mid", "high", "highest")),
+        "image",
+        "free latents",
+        "free image",
+    } | {name for task in KINDS for name in (task, f"outputs {task}", f"free {task}")}
     document = verdict.document()
-    assert json.loads(json.dumps(document))["agrees"] and document["engine"]["device_name"] and document["versions"]["python"]
+    assert (
+        json.loads(json.dumps(document))["agrees"]
+        and document["engine"]["device_name"]
+        and document["versions"]["python"]
+    )
     assert "agree" in command.table(verdict).splitlines()[-1]
 
 
-# The planted errors -----------------------------------------------------------------------------------------------------------------
+# The planted errors ---------------------------------------------------------------------------------------------------
 
 
 def one_weight(engine: FastEngine) -> None:
@@ -150,7 +176,7 @@ def test_weights_of_another_model_are_noticed(model, reference):
     assert not row.is_passed and row.median == pytest.approx(0.01, rel=1e-3)
 
 
-# Other engines and precisions ---------------------------------------------------------------------------------------------------------
+# Other engines and precisions -----------------------------------------------------------------------------------------
 
 
 def test_rounded_arithmetic_is_judged_beside_the_references_own_drift(model, reference):
@@ -188,25 +214,35 @@ def test_distances_of_labels():
     other = grid.copy()
     other[0, 0] = 1
     confidence = np.ones((4, 4), np.float32)
-    assert label_distance(SemanticMap(other, confidence, ("a", "b")), SemanticMap(grid, confidence, ("a", "b"))) == 1 / 16
+    assert (
+        label_distance(SemanticMap(other, confidence, ("a", "b")), SemanticMap(grid, confidence, ("a", "b"))) == 1 / 16
+    )
     near = np.full((4, 4), 2.0, np.float32)
     assert label_distance(DepthMap(near * 1.1, 10.0), DepthMap(near, 10.0)) == pytest.approx(0.1)
     points = np.zeros((1, 2, 3), np.float32)
     moved = points.copy()
     moved[0, 0, 0] = 3
     kinds = np.ones((1, 2), np.int64)
-    assert label_distance(Keypoints(moved, kinds, np.ones(1), ("a", "b")), Keypoints(points, kinds, np.ones(1), ("a", "b"))) == 1.5
+    assert (
+        label_distance(
+            Keypoints(moved, kinds, np.ones(1), ("a", "b")), Keypoints(points, kinds, np.ones(1), ("a", "b"))
+        )
+        == 1.5
+    )
     masks = np.zeros((2, 4, 4), bool)
     masks[0, :2], masks[1, 2:] = True, True
 
     def instances(order, ids=(0, 0)):
         return Instances(masks[list(order)], np.array(ids), np.ones(len(order), np.float32), ("a", "b"))
 
-    assert label_distance(instances((1, 0)), instances((0, 1))) == 0 and label_distance(instances((0, 1), (0, 1)), instances((0, 1))) == 1
+    assert (
+        label_distance(instances((1, 0)), instances((0, 1))) == 0
+        and label_distance(instances((0, 1), (0, 1)), instances((0, 1))) == 1
+    )
     assert label_distance(instances(()), instances(())) == 0
 
 
-# The command ------------------------------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------------------------------
 
 
 def line(folder, *more: str) -> list[str]:
@@ -238,7 +274,12 @@ def test_the_command_says_what_it_found(folder, tmp_path, capsys):
     assert document["agrees"] and document["number"] == 2 and document["decoders"] == sorted(KINDS)
     assert "measure" in said.err and "agree" in said.err
     text = page.read_text()
-    assert "<b>cat" not in text and "&lt;b&gt;cat" in text and "data:image/png;base64," in text and "default-src 'none'" in text
+    assert (
+        "<b>cat" not in text
+        and "&lt;b&gt;cat" in text
+        and "data:image/png;base64," in text
+        and "default-src 'none'" in text
+    )
 
 
 def test_disagreement_is_exit_four_and_written_into_the_run(folder, tmp_path, capsys, monkeypatch):
@@ -254,12 +295,16 @@ def test_disagreement_is_exit_four_and_written_into_the_run(folder, tmp_path, ca
     monkeypatch.setattr(FastEngine, "_read_weights", spoilt)
     assert command.main(line(folder, "--run", str(tmp_path / "run"))) == 4
     said = capsys.readouterr()
-    assert "DISAGREE" in said.out and said.err.splitlines()[0].startswith("verify: fast does not say what torch says in ")
+    assert "DISAGREE" in said.out and said.err.splitlines()[0].startswith(
+        "verify: fast does not say what torch says in "
+    )
     stored = json.loads((tmp_path / "run" / "run.json").read_text())["verified"]
     assert not stored["agrees"] and stored["engine"]["engine"] == "fast" and stored["engine"]["device"]
 
 
-@pytest.mark.parametrize("more", [("--number", "0"), ("--engine", "warp"), ("--task", "instance"), ("--run", "nowhere")], ids=" ".join)
+@pytest.mark.parametrize(
+    "more", [("--number", "0"), ("--engine", "warp"), ("--task", "instance"), ("--run", "nowhere")], ids=" ".join
+)
 def test_what_cannot_be_compared_is_refused(folder, more, capsys):
     assert command.main(line(folder, *more)) in (2, 3)
     assert len(capsys.readouterr().err.splitlines()) >= 1
@@ -270,5 +315,5 @@ def test_an_observation_led_by_itself_changes_nothing(reference):
     requests = [Request(0, "a ball", 3)]
     truth = observe.observe(reference, requests, recipe)
     again = observe.observe(reference, requests, recipe, truth)
-    distances = led_distances(again, truth) | free_distances(again, truth)
+    distances = teacher_forced_distances(again, truth) | free_running_distances(again, truth)
     assert all((values == 0).all() for values in distances.values())

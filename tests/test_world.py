@@ -35,7 +35,9 @@ def test_every_visible_thing_is_named_in_the_caption_from_left_to_right(views):
 def test_all_classes_and_domains_appear_and_rare_ones_rarely(views):
     counts = {kind: sum(thing.kind == kind for view in views for thing in view.scene.things) for kind in world.THINGS}
     assert min(counts.values()) > 0
-    assert max(counts[kind] for kind in world.RARE) < min(counts[kind] for kind in world.THINGS if kind not in world.RARE)
+    assert max(counts[kind] for kind in world.RARE) < min(
+        counts[kind] for kind in world.THINGS if kind not in world.RARE
+    )
     assert {view.scene.domain for view in views} == set(world.DOMAINS)
 
 
@@ -70,7 +72,9 @@ def test_the_same_scene_at_another_size_has_the_same_labels():
 
 def test_choices_are_obeyed():
     scene = world.sample_scene(5, count=2, kinds=("star", "ring"), domain="fog")
-    assert {thing.kind for thing in scene.things} <= {"star", "ring"} and scene.domain == "fog" and len(scene.things) == 2
+    assert (
+        {thing.kind for thing in scene.things} <= {"star", "ring"} and scene.domain == "fog" and len(scene.things) == 2
+    )
     assert scene.caption.endswith(" in fog")
 
 

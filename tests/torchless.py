@@ -1,4 +1,6 @@
-"""The generate command with arithmetic in the place of its networks and without torch, so that a thousand runs take no longer than one real one."""
+"""The generate command with arithmetic in the place of its networks and without torch, so that a thousand runs take no
+longer than one real one.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def drawn(request: Request, tasks) -> Sample | SetAside:
     image = np.stack([wave, wave * 3 + int(bits[3] % 64), 255 - wave], -1).astype(np.uint8)
     count = int(bits[4] % 4)
     centres, radii = bits[5 : 5 + count] % SIDE, bits[8 : 8 + count] % 12 + 3
-    masks = np.array([(x - int(c)) ** 2 + (y - SIDE // 2) ** 2 < int(r) ** 2 for c, r in zip(centres, radii, strict=True)], bool).reshape(-1, SIDE, SIDE)
+    masks = np.array(
+        [(x - int(c)) ** 2 + (y - SIDE // 2) ** 2 < int(r) ** 2 for c, r in zip(centres, radii, strict=True)], bool
+    ).reshape(-1, SIDE, SIDE)
     labels = np.zeros((SIDE, SIDE), np.uint8)
     for k, mask in enumerate(masks):
         labels[mask] = 2 + (int(bits[11]) + k) % len(world.THINGS)
@@ -76,10 +80,16 @@ def drawn(request: Request, tasks) -> Sample | SetAside:
     points = np.concatenate([joints, np.full((len(joints), 1), 0.75)], 1).astype(np.float32)[None].repeat(people, 0)
     made = {
         "semantic": SemanticMap(labels, (wave % 101 / 100).astype(np.float32), world.CLASSES),
-        "instance": Instances(masks, np.arange(count) % len(world.THINGS), np.linspace(0.9, 0.5, count, dtype=np.float32), world.THINGS),
+        "instance": Instances(
+            masks, np.arange(count) % len(world.THINGS), np.linspace(0.9, 0.5, count, dtype=np.float32), world.THINGS
+        ),
         "depth": DepthMap((1 + (x + y + int(bits[14] % 50)) / 100).astype(np.float32), 4.0),
-        "pose": Keypoints(points, np.full(points.shape[:2], 2, np.int64), np.full(people, 0.8, np.float32), world.JOINTS, world.LIMBS),
-        "open-vocabulary": SemanticMap(np.maximum(labels, 1) - 1, np.ones(labels.shape, np.float32), ("background", *world.THINGS)),
+        "pose": Keypoints(
+            points, np.full(points.shape[:2], 2, np.int64), np.full(people, 0.8, np.float32), world.JOINTS, world.LIMBS
+        ),
+        "open-vocabulary": SemanticMap(
+            np.maximum(labels, 1) - 1, np.ones(labels.shape, np.float32), ("background", *world.THINGS)
+        ),
     }
     return Sample(request, image, {task: made[task] for task in tasks})
 
@@ -91,14 +101,22 @@ def install(patch=setattr) -> None:
         return Engine(config.task), {task: {"digest": "arithmetic", "licence": "none"} for task in config.task}
 
     def recipe_of(config, engine, classes):
-        facts = {"sampler": config.sampler, "profile": config.profile, "steps": 2, "calls": 2, "guidance": 2.0, "size": SIDE, "capture_timestep": 1}
+        facts = {
+            "sampler": config.sampler,
+            "profile": config.profile,
+            "steps": 2,
+            "calls": 2,
+            "guidance": 2.0,
+            "size": SIDE,
+            "capture_timestep": 1,
+        }
         words = (tuple(classes) or world.THINGS) if "open-vocabulary" in config.task else ()
         return Recipe(Schedule(), 2.0, SIDE, config.task, 1, words, facts)
 
-    def made(batches, engine, recipe, stepped=lambda: None):
+    def made(batches, engine, recipe, on_unet_call=lambda: None):
         for batch in batches:
             for _ in recipe.schedule.timesteps:
-                stepped()
+                on_unet_call()
             yield batch, [drawn(request, recipe.tasks) for request in batch.requests]
 
     patch(job, "_engine_of", engine_of)

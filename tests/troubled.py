@@ -1,4 +1,6 @@
-"""Ranks with arithmetic instead of networks, and with the trouble their environment asks for; a module of its own, as each rank imports it by name."""
+"""Ranks with arithmetic instead of networks, and with the trouble their environment asks for; a module of its own, as
+each rank imports it by name.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ def install() -> None:
     torchless.install()
     undisturbed = driver.generate
 
-    def troubled(batches, engine, recipe, stepped=lambda: None):
-        for batch, results in undisturbed(batches, engine, recipe, stepped):
+    def troubled(batches, engine, recipe, on_unet_call=lambda: None):
+        for batch, results in undisturbed(batches, engine, recipe, on_unet_call):
             time.sleep(float(os.environ.get(SECONDS, "0")))
             if any("poison" in request.prompt for request in batch.requests):
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""What students score: taught once, examined once, the figures kept in a file under the digest of all that decides them."""
+"""What students score: taught once, examined once, the figures kept in a file under the digest of all that decides
+them.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,9 @@ from typing import Any
 import torch
 
 from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.evaluation.student import Course, Student, answers, has_bf16, teach
-from datasetdm_fast.evaluation.student_data import Lessons
-from datasetdm_fast.truth.labelled import Labelled, Source
+from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
+from datasetdm_fast.evaluation.student_data import StudentData
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")
 FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}
@@ -35,7 +37,7 @@ class Exam:
     """Unseen labelled images, read when they are first asked for, by each process for itself."""
 
     name: str
-    source: Source
+    source: LabelledSource
 
     def __reduce__(self):
         return Exam, (self.name, self.source)
@@ -58,8 +60,8 @@ class Arm:
     """One way to teach a student."""
 
     name: str
-    sets: tuple[Lessons, ...]
-    course: Course
+    sets: tuple[StudentData, ...]
+    course: StudentSchedule
     tasks: tuple[str, ...]
 
     def digest(self, seed: int, exam: Exam) -> str:
@@ -93,14 +95,22 @@ _unpacked = lru_cache(8)(pickle.loads)
 
 
 def examined(arm: Arm, sets: Sequence[bytes], seed: int, exam: bytes, path: Path) -> Finished:
-    """Teaches a student, examines it and keeps both beside `path`; what is large or dear comes packed and is unpacked once."""
+    """Teaches a student, examines it and keeps both beside `path`; what is large or dear comes packed and is unpacked
+    once.
+    """
     arm, exam = replace(arm, sets=tuple(map(_unpacked, sets))), _unpacked(exam)
     begin = time.process_time()
     student = teach(arm.sets, arm.course, seed, arm.tasks)
     taught = time.process_time() - begin
     result = figures(student, exam, arm.tasks)
     torch.save(student.state_dict(), path.with_suffix(".pt"))
-    facts = {"arm": arm.name, "seed": seed, "exam": exam.name, "steps": arm.course.steps, "images": [len(one) for one in arm.sets]}
+    facts = {
+        "arm": arm.name,
+        "seed": seed,
+        "exam": exam.name,
+        "steps": arm.course.steps,
+        "images": [len(one) for one in arm.sets],
+    }
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps({**facts, "cpu_seconds": round(taught, 1), "figures": result}), encoding="utf-8")
     os.replace(part, path)
@@ -135,7 +145,9 @@ class Record:
         path = self.folder / f"{arm.digest(seed, exam)}.json"
         if path not in self._asked and not path.exists():
             sets = [self._pack(lessons) for lessons in arm.sets]
-            future = self._asked[path] = self._pool.submit(examined, replace(arm, sets=()), sets, seed, self._pack(exam), path)
+            future = self._asked[path] = self._pool.submit(
+                examined, replace(arm, sets=()), sets, seed, self._pack(exam), path
+            )
             future.add_done_callback(lambda done: self._told(arm, seed, done))
         return path
 

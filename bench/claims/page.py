@@ -40,7 +40,9 @@ def write(folder: Path, document: Mapping[str, Any], bench: Any) -> list[Path]:
     for name, (picture, _) in sheets.items():
         picture.save(folder / f"{name}.png")
     (folder / "claims.svg").write_text(chart(document), encoding="utf-8")
-    (folder / "index.html").write_text(page(document, {name: words for name, (_, words) in sheets.items()}), encoding="utf-8")
+    (folder / "index.html").write_text(
+        page(document, {name: words for name, (_, words) in sheets.items()}), encoding="utf-8"
+    )
     return [folder / "index.html"]
 
 
@@ -58,7 +60,9 @@ def with_spread(row: Mapping[str, Any], arm: str) -> str:
 def change(row: Mapping[str, Any]) -> str:
     """Gain and its 95 % interval."""
     low, high = row["interval"]
-    return f"{'+' if row['gain'] >= 0 else '−'}{figure(row, abs(row['gain']))} ({signed(row, low)} to {signed(row, high)})"
+    return (
+        f"{'+' if row['gain'] >= 0 else '−'}{figure(row, abs(row['gain']))} ({signed(row, low)} to {signed(row, high)})"
+    )
 
 
 def signed(row: Mapping[str, Any], value: float) -> str:
@@ -70,7 +74,10 @@ def lines(document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     found = []
     for name, row in document["rows"].items():
         if "cells" in row:
-            found += [(f"{CLAIMS[name].title}, {cell['student']} student, {cell['real_scenes']} real", cell) for cell in row["cells"]]
+            found += [
+                (f"{CLAIMS[name].title}, {cell['student']} student, {cell['real_scenes']} real", cell)
+                for cell in row["cells"]
+            ]
         else:
             real = row["images"].get("real", document["setting"]["real"])
             found.append((CLAIMS[name].title + (f", {real} real" if real != document["setting"]["real"] else ""), row))
@@ -80,7 +87,14 @@ def lines(document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def table(document: Mapping[str, Any]) -> Table:
     head = ["claim", "figure", "real alone", "synthetic alone", "both", "gain (95 %)", "asked for", "holds"]
     rows = [
-        [title, row["figure"], *(with_spread(row, arm) for arm in NAMES), change(row), row["target"], "yes" if row["holds"] else f"no: {row['reason']}"]
+        [
+            title,
+            row["figure"],
+            *(with_spread(row, arm) for arm in NAMES),
+            change(row),
+            row["target"],
+            "yes" if row["holds"] else f"no: {row['reason']}",
+        ]
         for title, row in lines(document)
     ]
     return head, rows
@@ -89,8 +103,10 @@ def table(document: Mapping[str, Any]) -> Table:
 def setting_line(document: Mapping[str, Any]) -> str:
     scale = document["setting"]
     return (
-        f"{scale['real']} real scenes where no other number is given, always the same that taught the labeller; {scale['synthetic']:,} generated images; "
-        f"{scale['seeds']} students of each kind, up to {scale['steps']:,} steps of each; {scale['test']:,} unseen scenes; mean ± deviation over students"
+        f"{scale['real']} real scenes where no other number is given, always the same that taught the labeller; "
+        f"{scale['synthetic']:,} generated images; "
+        f"{scale['seeds']} students of each kind, up to {scale['steps']:,} steps of each; {scale['test']:,} unseen "
+        "scenes; mean ± deviation over students"
     )
 
 
@@ -103,14 +119,17 @@ def section(document: Mapping[str, Any]) -> str:
     machine = document["machine"]
     text = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}: {setting_line(document)}."
     return (
-        f"![The papers' claims in the demo world](bench/charts/claims.svg)\n\n{text} For parity the columns are the oracle's set and that of `fast`.\n\n"
-        + markdown(table(document))
+        f"![The papers' claims in the demo world](bench/charts/claims.svg)\n\n{text} For parity the columns are the "
+        "oracle's set and that of `fast`.\n\n" + markdown(table(document))
     )
 
 
 def chart(document: Mapping[str, Any]) -> str:
     """One lane an arm: every student a dot, the mean a bar with its standard deviation."""
-    drawing = Drawing("What generated images add", f"{document['setting']['seeds']} students of each kind; dots are students, bars their mean")
+    drawing = Drawing(
+        "What generated images add",
+        f"{document['setting']['seeds']} students of each kind; dots are students, bars their mean",
+    )
     found, top = lines(document), HEAD
     for title, row in found:
         arms = [arm for arm in NAMES if row[arm] is not None]
@@ -140,7 +159,8 @@ def page(document: Mapping[str, Any], captions: Mapping[str, str]) -> str:
         for name, row in document["rows"].items()
     )
     figures = "".join(
-        f'<figure><img src="{name}.png" alt="{escape(words)}"><figcaption>{escape(words)}</figcaption></figure>' for name, words in captions.items()
+        f'<figure><img src="{name}.png" alt="{escape(words)}"><figcaption>{escape(words)}</figcaption></figure>'
+        for name, words in captions.items()
     )
     machine = document["machine"]
     made = f"{document['command']}; {document['date']}; {machine['device']}; torch {machine['versions']['torch']}; commit {machine['commit']}"
@@ -179,11 +199,17 @@ def drawn_sheets(bench: Any) -> dict[str, tuple[Image.Image, str]]:
     exam, (real, synthetic) = bench.exam(), arms["both"].sets
     images = exam.images[:SHOWN]
     truth = [item.semantic for item in exam.items[:SHOWN]]
-    said = {name: [answer.semantic.labels for answer in student.answers(bench.record.student(arm, 0, exam), images)] for name, arm in arms.items()}
+    said = {
+        name: [answer.semantic.labels for answer in student.answers(bench.record.student(arm, 0, exam), images)]
+        for name, arm in arms.items()
+    }
     rows = [images.numpy(), coloured(truth), *(coloured(labels) for labels in said.values())]
     names = ", ".join(f"the student taught by {NAMES[name].replace(' alone', ' scenes alone')}" for name in said)
     return {
-        "real": (sheet([real.images[:SHOWN].numpy(), coloured(real.semantic[:SHOWN].numpy())]), "Real scenes and their labels."),
+        "real": (
+            sheet([real.images[:SHOWN].numpy(), coloured(real.semantic[:SHOWN].numpy())]),
+            "Real scenes and their labels.",
+        ),
         "synthetic": (
             sheet([synthetic.images[:SHOWN].numpy(), coloured(synthetic.semantic[:SHOWN].numpy())]),
             "Generated images and the labels that are learnt from; pale pixels are not trusted.",
@@ -201,5 +227,10 @@ def coloured(labels: Sequence[np.ndarray]) -> np.ndarray:
 def sheet(rows: Sequence[np.ndarray]) -> Image.Image:
     """Rows of pictures, each enlarged to the same side."""
     side = max(row.shape[1] for row in rows) * ZOOM
-    lanes = [np.concatenate([np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)) for picture in row], 1) for row in rows]
+    lanes = [
+        np.concatenate(
+            [np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)) for picture in row], 1
+        )
+        for row in rows
+    ]
     return Image.fromarray(np.concatenate(lanes, 0))

@@ -27,21 +27,59 @@ class Claim:
 
     def target(self) -> str:
         """What would make it hold, in words."""
-        words = {"points": f"at least {self.need:g} points more", "times": f"at least {self.need:g} times as much", "less": f"at least {self.need:.0%} less"}
-        return f"{words[self.rule]}, outside {OUTSIDE:g} sigma" if self.rule in words else f"no further apart than {self.need:g} sigma"
+        words = {
+            "points": f"at least {self.need:g} points more",
+            "times": f"at least {self.need:g} times as much",
+            "less": f"at least {self.need:.0%} less",
+        }
+        return (
+            f"{words[self.rule]}, outside {OUTSIDE:g} sigma"
+            if self.rule in words
+            else f"no further apart than {self.need:g} sigma"
+        )
 
 
 CLAIMS = {
     claim.name: claim
     for claim in (
-        Claim("semantic", "Semantic segmentation", "VOC, 100 real + 40k synthetic: 65.2 to 78.5 mIoU", "mIoU", "points", 5),
-        Claim("instance", "Instance segmentation", "COCO, 400 and 800 real, two sizes of student: 14.4 to 26.5 AP", "AP", "times", 1.4),
+        Claim(
+            "semantic", "Semantic segmentation", "VOC, 100 real + 40k synthetic: 65.2 to 78.5 mIoU", "mIoU", "points", 5
+        ),
+        Claim(
+            "instance",
+            "Instance segmentation",
+            "COCO, 400 and 800 real, two sizes of student: 14.4 to 26.5 AP",
+            "AP",
+            "times",
+            1.4,
+        ),
         Claim("depth", "Depth", "NYU, 50 real: REL 0.31 to 0.21", "REL (less is better)", "less", 0.2),
         Claim("pose", "Pose", "COCO: 42.4 to 47.5 AP", "OKS-AP", "points", 3),
-        Claim("zero-shot", "Zero-shot", "VOC, 5 of 20 classes without labels: harmonic mean 18.3 to 68.4", "harmonic mean of seen and unseen mIoU", "times", 2),
+        Claim(
+            "zero-shot",
+            "Zero-shot",
+            "VOC, 5 of 20 classes without labels: harmonic mean 18.3 to 68.4",
+            "harmonic mean of seen and unseen mIoU",
+            "times",
+            2,
+        ),
         Claim("long-tail", "Long tail", "rare classes gain about 20 points", "mIoU of the rare classes", "points", 10),
-        Claim("domain", "Domain generalisation", "taught by day, asked at night and in fog: better than real alone", "mIoU", "points", 5),
-        Claim("parity", "Generated with fast or with torch", "a second engine must teach the same", "mIoU", "same", OUTSIDE),
+        Claim(
+            "domain",
+            "Domain generalisation",
+            "taught by day, asked at night and in fog: better than real alone",
+            "mIoU",
+            "points",
+            5,
+        ),
+        Claim(
+            "parity",
+            "Generated with fast or with torch",
+            "a second engine must teach the same",
+            "mIoU",
+            "same",
+            OUTSIDE,
+        ),
     )
 }
 
@@ -69,8 +107,8 @@ def enough(claim: Claim, before: float, after: float) -> bool:
 def judged(claim: Claim, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Gain, its sigma, its 95 % interval and whether the claim holds, from the figures of every seed.
 
-    Students of one seed begin with the same parameters in every arm, so the gain is taken seed by seed, and sigma is its spread over the seeds:
-    that of one pair of students, not the smaller error of the mean.
+    Students of one seed begin with the same parameters in every arm, so the gain is taken seed by seed, and sigma is
+    its spread over the seeds: that of one pair of students, not the smaller error of the mean.
     """
     gains = [second - first for first, second in zip(before, after, strict=True)]
     gain, sigma, half = mean(gains), spread(gains), interval(gains)
@@ -111,7 +149,10 @@ def row_of(claim: Claim, scores: Mapping[str, Sequence[float]], facts: Mapping[s
     """A row of the result: the mean of each arm, its seeds, and the verdict."""
     row: dict[str, Any] = {arm: mean(scores[arm]) if arm in scores else None for arm in ARMS}
     row |= judged(claim, scores["real"], scores["both"])
-    row |= {"seeds": {arm: list(values) for arm, values in scores.items()}, "spread": {arm: spread(values) for arm, values in scores.items()}}
+    row |= {
+        "seeds": {arm: list(values) for arm, values in scores.items()},
+        "spread": {arm: spread(values) for arm, values in scores.items()},
+    }
     row |= {"within": {arm: interval(values) for arm, values in scores.items()}}
     row |= {"figure": claim.figure, "paper": claim.paper, "target": claim.target(), **facts}
     return row | {"reason": reason(claim, row)}

@@ -1,6 +1,7 @@
 """python -m bench claims: do generated images help a small student, in the shape of the papers' tables?
 
-A student is taught by real demo scenes, by generated ones, and by both, for equally many steps, and scored on unseen rendered scenes.
+A student is taught by real demo scenes, by generated ones, and by both, for equally many steps, and scored on unseen
+rendered scenes.
 """
 
 from __future__ import annotations
@@ -26,10 +27,18 @@ MOST_PROCESSES = 8
 
 @dataclass(frozen=True)
 class ClaimsConfig:
-    quick: bool = setting(False, "minutes: fewer seeds, steps, images and test scenes, too few for every claim to hold; nothing goes to bench/results")
+    quick: bool = setting(
+        False,
+        "minutes: fewer seeds, steps, images and test scenes, too few for every claim to hold; nothing goes to "
+        "bench/results",
+    )
     seeds: int = setting(0, "students of each kind, 0 = 3, with --quick 2; at least 2", metavar="N")
     rows: tuple[str, ...] = setting((), "only these claims, comma-separated (default: all)", metavar="LIST")
-    out: str = setting("", "folder of generated images, students and the page; the same one again goes on (default: runs/claims)", metavar="DIR")
+    out: str = setting(
+        "",
+        "folder of generated images, students and the page; the same one again goes on (default: runs/claims)",
+        metavar="DIR",
+    )
     json: bool = setting(False, "the rows as one JSON object on stdout")
 
 
@@ -59,12 +68,19 @@ def main(arguments: Sequence[str]) -> int:
         document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - began)
         paths = page.write(folder, document, bench)
     is_whole = not config.quick and set(names) == set(CLAIMS)
-    for path in [folder / "claims.json", *([results.default_path(document["machine"]).with_suffix(".claims.json")] if is_whole else [])]:
+    for path in [
+        folder / "claims.json",
+        *([results.default_path(document["machine"]).with_suffix(".claims.json")] if is_whole else []),
+    ]:
         results.ResultFile(path, document).save()
         paths.append(path)
     for path in paths:
         say(str(path))
-    print(json.dumps(found | {name: document[name] for name in ("machine", "scale", "command", "seconds")}) if config.json else page.terminal(document))
+    print(
+        json.dumps(found | {name: document[name] for name in ("machine", "scale", "command", "seconds")})
+        if config.json
+        else page.terminal(document)
+    )
     return 0
 
 
@@ -102,22 +118,26 @@ def harmonic(found: dict, seen: Sequence[str], unseen: Sequence[str]) -> float:
 
 
 Scores = dict[str, list[float]]
-Plan = Callable[[], tuple[Scores, dict[str, Any]]]  # waits for students; the figures of each arm's seeds, and what else a row says
+Plan = Callable[
+    [], tuple[Scores, dict[str, Any]]
+]  # waits for students; the figures of each arm's seeds, and what else a row says
 
 
 class Bench:
-    """The sets, labellers and exams of every row, made when a row first asks for them, while students learn in processes beside this one."""
+    """The sets, labellers and exams of every row, made when a row first asks for them, while students learn in
+    processes beside this one.
+    """
 
     def __init__(self, folder: Path, scale, say: Callable[[str], None]):
         from bench.claims import sets
         from bench.claims.exam import Record
-        from datasetdm_fast.evaluation.student import Course
+        from datasetdm_fast.evaluation.student import StudentSchedule
         from datasetdm_fast.evaluation.student_data import SIDE, vocabulary_of
         from datasetdm_fast.workers.devices import cores
 
         self.folder, self.scale, self.say = folder, scale, say
         self.record = Record(folder / "students", say, min(cores(), MOST_PROCESSES))
-        self.course = Course(steps=scale.steps)
+        self.course = StudentSchedule(steps=scale.steps)
         self.side = SIDE
         self.vocabulary = vocabulary_of(sets.scenes(sets.LABELLED, 1, SIDE))
         self._made: dict[str, Any] = {}
@@ -139,12 +159,17 @@ class Bench:
             self.labeller(fits, count, tasks)
 
     def needs(self, name: str) -> list[tuple[str, int, Sequence[str]]]:
-        """Labellers taught by a row's own scenes; the others are those shipped, taught by the scenes from `LABELLED` on."""
+        """Labellers taught by a row's own scenes; the others are those shipped, taught by the scenes from `LABELLED`
+        on.
+        """
         scale = self.scale
         own = {"zero-shot": ("is_seen", scale.real, ("semantic",)), "domain": ("is_day", scale.real, ("semantic",))}
         if name in own:
             return [own[name]]
-        return [("is_any", count, self.tasks_of(count)) for count in {"instance": scale.fewer, "depth": scale.fewer[:1], "pose": scale.fewer[:1]}.get(name, ())]
+        return [
+            ("is_any", count, self.tasks_of(count))
+            for count in {"instance": scale.fewer, "depth": scale.fewer[:1], "pose": scale.fewer[:1]}.get(name, ())
+        ]
 
     def tasks_of(self, count: int) -> Sequence[str]:
         """What labellers taught by so many scenes tell: everything, or masks where no row asks for more."""
@@ -155,17 +180,27 @@ class Bench:
         from bench.claims import sets
 
         def make() -> Callable[[], Path]:
-            folder = self.folder / "labellers" / f"{fits}-{count}-{self.scale.labeller_steps}-{self.scale.labeller_draws}"
+            folder = (
+                self.folder / "labellers" / f"{fits}-{count}-{self.scale.labeller_steps}-{self.scale.labeller_draws}"
+            )
             source = sets.scenes(sets.LABELLED, count, sets.MODEL_SIDE, getattr(sets, fits))
             self.say(f"{folder}: teaching a labeller with {count} scenes for {', '.join(tasks)}")
-            futures = [self.record.submit(sets.labeller, source, task, self.scale, self.folder / "captures", folder / task) for task in tasks]
+            futures = [
+                self.record.submit(sets.labeller, source, task, self.scale, self.folder / "captures", folder / task)
+                for task in tasks
+            ]
             return lambda: [future.result() for future in futures] and folder
 
         return self.once(f"labeller {fits} {count}", make)
 
     def plan(self, name: str) -> Plan:
         """Has all students of a row taught."""
-        make = {"instance": self._instance, "zero-shot": self._zero_shot, "domain": self._domain, "parity": self._parity}.get(name)
+        make = {
+            "instance": self._instance,
+            "zero-shot": self._zero_shot,
+            "domain": self._domain,
+            "parity": self._parity,
+        }.get(name)
         return make() if make else self._main(name)
 
     def row(self, name: str, plan: Plan) -> dict[str, Any]:
@@ -174,8 +209,13 @@ class Bench:
         row = row_of(CLAIMS[name], *plan())
         if broken := [cell for cell in row.get("cells", ()) if not cell["holds"]]:
             row["holds"] = False
-            row["reason"] = "; ".join(f"{cell['student']} student, {cell['real_scenes']} real: {cell['reason']}" for cell in broken)
-        self.say(f"{name}: real {row['real']:.4g}, both {row['both']:.4g}, sigma {row['sigma']:.2g}: {'holds' if row['holds'] else 'does not hold'}")
+            row["reason"] = "; ".join(
+                f"{cell['student']} student, {cell['real_scenes']} real: {cell['reason']}" for cell in broken
+            )
+        self.say(
+            f"{name}: real {row['real']:.4g}, both {row['both']:.4g}, sigma {row['sigma']:.2g}: "
+            f"{'holds' if row['holds'] else 'does not hold'}"
+        )
         return row
 
     def real(self, count: int, fits: str = "is_any"):
@@ -208,7 +248,12 @@ class Bench:
             return sets.retold(run, positions, decoders, getattr(sets, rename))
 
         scale = self.scale
-        return self.told("fast", scale.synthetic, f"{fits}-{count}-{wanted}-{scale.synthetic}-{scale.labeller_steps}-{scale.labeller_draws}", make)
+        return self.told(
+            "fast",
+            scale.synthetic,
+            f"{fits}-{count}-{wanted}-{scale.synthetic}-{scale.labeller_steps}-{scale.labeller_draws}",
+            make,
+        )
 
     def told(self, engine: str, count: int, name: str, make: Callable[[Any], Iterator[Any]]):
         """Lessons from the first images of an engine's pool; those made from the same pool before are found again."""
@@ -217,9 +262,13 @@ class Bench:
 
         def found():
             run = sets.pool(self.folder / ("pool" if engine == "fast" else f"pool-{engine}"), count, engine, self.say)
-            made_by = json.dumps([run.document[part] for part in ("config", "model", "decoders", "engine")], sort_keys=True)
+            made_by = json.dumps(
+                [run.document[part] for part in ("config", "model", "decoders", "engine")], sort_keys=True
+            )
             path = self.folder / "sets" / f"{name}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}.pt"
-            return sets.kept(path, self.vocabulary, lambda: student_data.synthetic(make(run), self.vocabulary, student_data.Trust())).balanced()
+            return sets.kept(
+                path, self.vocabulary, lambda: student_data.synthetic(make(run), self.vocabulary, student_data.Trust())
+            ).balanced()
 
         return self.once(f"{engine} {name}", found)
 
@@ -227,14 +276,18 @@ class Bench:
         from bench.claims import sets
         from bench.claims.exam import Exam
 
-        return self.once(f"exam {name}", lambda: Exam(name, sets.scenes(sets.TEST, self.scale.test, self.side, getattr(sets, fits))))
+        return self.once(
+            f"exam {name}", lambda: Exam(name, sets.scenes(sets.TEST, self.scale.test, self.side, getattr(sets, fits)))
+        )
 
     def three(self, real: Callable[[], Any], synthetic: Callable[[], Any]) -> dict[str, Callable[[], tuple]]:
         """The sets of each arm, made when they are called for."""
         return {"real": lambda: (real(),), "synthetic": lambda: (synthetic(),), "both": lambda: (real(), synthetic())}
 
     def main_arms(self, count: int = 0) -> dict[str, Callable[[], tuple]]:
-        """Real scenes and the pool, labelled by a labeller that was taught by the same scenes: the shipped one where there are as many as taught it."""
+        """Real scenes and the pool, labelled by a labeller that was taught by the same scenes: the shipped one where
+        there are as many as taught it.
+        """
         if count in (0, self.scale.real):
             return self.three(lambda: self.real(self.scale.real), lambda: self.generated("fast", self.scale.synthetic))
         return self.three(lambda: self.real(count), lambda: self.relabelled("is_any", count, self.tasks_of(count)))
@@ -244,17 +297,24 @@ class Bench:
 
         return Arm(name, sets, replace(self.course, **course), tuple(tasks))
 
-    def scores(self, arms: dict[str, Callable[[], tuple]], exam, tasks: Sequence[str] = TASKS, **course: Any) -> Callable[[Callable[[dict], float]], Scores]:
+    def scores(
+        self, arms: dict[str, Callable[[], tuple]], exam, tasks: Sequence[str] = TASKS, **course: Any
+    ) -> Callable[[Callable[[dict], float]], Scores]:
         """Has students of every arm and seed taught; what it returns waits for them and picks a figure of each."""
         made = {}
         for name, sets in arms.items():
             made[name] = self.arm(name, sets(), tasks, **course)
             for seed in range(self.scale.seeds):
                 self.record.ask(made[name], seed, exam)
-        return lambda pick: {name: [pick(self.record.figures(arm, seed, exam)) for seed in range(self.scale.seeds)] for name, arm in made.items()}
+        return lambda pick: {
+            name: [pick(self.record.figures(arm, seed, exam)) for seed in range(self.scale.seeds)]
+            for name, arm in made.items()
+        }
 
     def ceiling(self, **course: Any) -> Callable[[Callable[[dict], float]], dict[str, float]]:
-        """The figure of one student taught by as many real scenes as there are generated images: about the most that data can bring it to."""
+        """The figure of one student taught by as many real scenes as there are generated images: about the most that
+        data can bring it to.
+        """
         arm, exam = self.arm("many real", (self.real(self.scale.synthetic),), **course), self.exam()
         self.record.ask(arm, 0, exam)
         return lambda pick: {"ceiling": pick(self.record.figures(arm, 0, exam)), "ceiling_scenes": self.scale.synthetic}
@@ -286,7 +346,9 @@ class Bench:
             for count in self.scale.fewer:
                 arms, steps = self.main_arms(count), self.steps_of(count)
                 cell = {"student": size, "real_scenes": count, **self.facts(arms, steps)}
-                planned.append((cell, self.scores(arms, self.exam(), size=size, steps=steps), self.ceiling(size=size, steps=steps)))
+                planned.append(
+                    (cell, self.scores(arms, self.exam(), size=size, steps=steps), self.ceiling(size=size, steps=steps))
+                )
 
         def found() -> tuple[Scores, dict[str, Any]]:
             cells = [row_of(CLAIMS["instance"], scores(pick), cell | most(pick)) for cell, scores, most in planned]
@@ -298,25 +360,38 @@ class Bench:
         from bench.claims.sets import SEEN, UNSEEN
 
         real = self.scale.real
-        arms = self.three(lambda: self.real(real, "is_seen"), lambda: self.relabelled("is_seen", real, ("semantic",), "by_its_prompt", "names_one"))
+        arms = self.three(
+            lambda: self.real(real, "is_seen"),
+            lambda: self.relabelled("is_seen", real, ("semantic",), "by_its_prompt", "names_one"),
+        )
         steps = self.scale.short
         scores = self.scores(arms, self.exam(), ("semantic",), steps=steps)
         parts = {"seen": lambda found: over(found, SEEN), "unseen": lambda found: over(found, UNSEEN)}
         return lambda: (
             scores(lambda found: harmonic(found, SEEN, UNSEEN)),
-            self.facts(arms, steps) | {"classes": list(UNSEEN)} | {name: scores(pick)["both"] for name, pick in parts.items()},
+            self.facts(arms, steps)
+            | {"classes": list(UNSEEN)}
+            | {name: scores(pick)["both"] for name, pick in parts.items()},
         )
 
     def _domain(self) -> Plan:
         real = self.scale.real
-        arms = self.three(lambda: self.real(real, "is_day"), lambda: self.relabelled("is_day", real, ("semantic",), wanted="says_elsewhere"))
+        arms = self.three(
+            lambda: self.real(real, "is_day"),
+            lambda: self.relabelled("is_day", real, ("semantic",), wanted="says_elsewhere"),
+        )
         exam, steps = self.exam("elsewhere", "is_elsewhere"), self.scale.steps // 2
         scores = self.scores(arms, exam, ("semantic",), steps=steps)
         return lambda: (scores(lambda found: 100 * found["semantic"]["miou"]), self.facts(arms, steps))
 
     def _parity(self) -> Plan:
-        """The same prompts and seeds through both engines: here `real` is the oracle's set and `both` that of the fast engine."""
-        arms = {"real": lambda: (self.generated("torch", self.scale.parity),), "both": lambda: (self.generated("fast", self.scale.parity),)}
+        """The same prompts and seeds through both engines: here `real` is the oracle's set and `both` that of the fast
+        engine.
+        """
+        arms = {
+            "real": lambda: (self.generated("torch", self.scale.parity),),
+            "both": lambda: (self.generated("fast", self.scale.parity),),
+        }
         steps = self.scale.steps // 4  # there are few images
         scores = self.scores(arms, self.exam(), steps=steps)
         images = {"torch": arms["real"], "fast": arms["both"]}
@@ -332,4 +407,7 @@ class Bench:
     def facts(self, arms: dict[str, Callable[[], tuple]], steps: int) -> dict[str, Any]:
         """How many different images each side has."""
         real, synthetic = arms["both"]()
-        return {"steps": steps, "images": {"real": len(real), "synthetic": len(synthetic), "left_out": synthetic.left_out}}
+        return {
+            "steps": steps,
+            "images": {"real": len(real), "synthetic": len(synthetic), "left_out": synthetic.left_out},
+        }

@@ -11,7 +11,7 @@ import torch
 
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.evaluation.student_data import Lessons, Vocabulary
+from datasetdm_fast.evaluation.student_data import StudentData, Vocabulary
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, StoredSample, open_run
 from datasetdm_fast.scenes import world
@@ -92,8 +92,31 @@ class Scale:
     sizes: tuple[str, ...] = ("small", "large")  # of the students of the instance row
 
 
-FULL = Scale(seeds=3, steps=1600, short=1600, real=100, fewer=(25, 50), synthetic=1000, parity=96, test=1000, labeller_steps=0, labeller_draws=12)
-QUICK = Scale(seeds=2, steps=1000, short=500, real=100, fewer=(25,), synthetic=240, parity=32, test=300, labeller_steps=120, labeller_draws=1, sizes=("small",))
+FULL = Scale(
+    seeds=3,
+    steps=1600,
+    short=1600,
+    real=100,
+    fewer=(25, 50),
+    synthetic=1000,
+    parity=96,
+    test=1000,
+    labeller_steps=0,
+    labeller_draws=12,
+)
+QUICK = Scale(
+    seeds=2,
+    steps=1000,
+    short=500,
+    real=100,
+    fewer=(25,),
+    synthetic=240,
+    parity=32,
+    test=300,
+    labeller_steps=120,
+    labeller_draws=1,
+    sizes=("small",),
+)
 
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
@@ -138,7 +161,9 @@ def labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder:
         save_decoder(taught(engine, source, task, len(source), **settings), folder)
 
 
-def retold(run: Run, positions: Sequence[int], decoders: Path, rename: Callable[[StoredSample, SemanticMap], SemanticMap]) -> Iterator[Retold]:
+def retold(
+    run: Run, positions: Sequence[int], decoders: Path, rename: Callable[[StoredSample, SemanticMap], SemanticMap]
+) -> Iterator[Retold]:
     """Generated images labelled by other labellers, which read them as they read real ones."""
     from datasetdm_fast.decoders.checkpoint import load_decoders
     from datasetdm_fast.engines import build_engine
@@ -157,10 +182,14 @@ def retold(run: Run, positions: Sequence[int], decoders: Path, rename: Callable[
         capture = invert(engine, images, prompts, timestep, [sample.seed for sample in samples])
         labels = {}
         for task, config in configs.items():
-            labels[FIELDS[task]] = TASKS[task].postprocess(held_to(engine.annotate(task, capture, None), config, prompts), config, engine.model.size)
+            labels[FIELDS[task]] = TASKS[task].postprocess(
+                held_to(engine.annotate(task, capture, None), config, prompts), config, engine.model.size
+            )
         for k, sample in enumerate(samples):
             told = {name: found[k] for name, found in labels.items()}
-            yield Retold(sample.id, sample.image, sample.classes, **(told | {"semantic": rename(sample, told["semantic"])}))
+            yield Retold(
+                sample.id, sample.image, sample.classes, **(told | {"semantic": rename(sample, told["semantic"])})
+            )
 
 
 def as_it_is(sample: StoredSample, label: SemanticMap) -> SemanticMap:
@@ -174,11 +203,13 @@ def by_its_prompt(sample: StoredSample, label: SemanticMap) -> SemanticMap:
     return replace(label, labels=np.where(np.isin(label.labels, things), named, label.labels).astype(np.uint8))
 
 
-def kept(path: Path, vocabulary: Vocabulary, make: Callable[[], Lessons]) -> Lessons:
-    """Lessons that were made once and lie in a file since."""
+def kept(path: Path, vocabulary: Vocabulary, make: Callable[[], StudentData]) -> StudentData:
+    """StudentData that were made once and lie in a file since."""
     if path.exists():
-        return Lessons(vocabulary, **torch.load(path, weights_only=True))
+        return StudentData(vocabulary, **torch.load(path, weights_only=True))
     lessons = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({field.name: getattr(lessons, field.name) for field in fields(Lessons) if field.name != "vocabulary"}, path)
+    torch.save(
+        {field.name: getattr(lessons, field.name) for field in fields(StudentData) if field.name != "vocabulary"}, path
+    )
     return lessons

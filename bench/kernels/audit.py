@@ -1,8 +1,9 @@
-"""python -m bench kernels --audit: compiles every kernel at model sizes for GPUs that need not be there, and reads back what each takes.
-python -m bench kernels --tune: the fastest block sizes and forms on the GPU that is there, see bench/kernels/tune.py.
+"""python -m bench kernels --audit: compiles every kernel at model sizes for GPUs that need not be there, and reads back
+what each takes. python -m bench kernels --tune: the fastest block sizes and forms on the GPU that is there, see
+bench/kernels/tune.py.
 
-The kernels' own entry points are called with tensors that have a shape and no memory, and each launch is compiled instead of run, so what is
-audited is what an engine would launch: block sizes, strides and alignment included.
+The kernels' own entry points are called with tensors that have a shape and no memory, and each launch is compiled
+instead of run, so what is audited is what an engine would launch: block sizes, strides and alignment included.
 """
 
 from __future__ import annotations
@@ -26,15 +27,29 @@ TYPE_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8":
 
 
 @dataclass(frozen=True)
-class AuditConfig:
-    audit: bool = field(default=False, metadata={"help": "compile the kernels and report registers, spills and shared memory"})
-    tune: bool = field(default=False, metadata={"help": "find the fastest block sizes of every kernel on this GPU, and the fastest form of every operation"})
-    minutes: float = field(default=8.0, metadata={"help": "with --tune: begin nothing that would end later; the same line again goes on"})
-    out: str = field(default="", metadata={"help": "with --tune: result file (default: bench/results/DATE-tuned-DEVICE-COMMIT.json)"})
+class KernelConfig:
+    audit: bool = field(
+        default=False, metadata={"help": "compile the kernels and report registers, spills and shared memory"}
+    )
+    tune: bool = field(
+        default=False,
+        metadata={
+            "help": "find the fastest block sizes of every kernel on this GPU, and the fastest form of every operation"
+        },
+    )
+    minutes: float = field(
+        default=8.0, metadata={"help": "with --tune: begin nothing that would end later; the same line again goes on"}
+    )
+    out: str = field(
+        default="", metadata={"help": "with --tune: result file (default: bench/results/DATE-tuned-DEVICE-COMMIT.json)"}
+    )
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output instead of a table"})
     ops: tuple[str, ...] = field(default=(), metadata={"help": "only these ops (default: all)"})
     dtypes: tuple[str, ...] = field(default=tuple(DTYPES), metadata={"choices": tuple(DTYPES), "help": "storage types"})
-    targets: tuple[str, ...] = field(default=tuple(SHARED_LIMIT), metadata={"choices": tuple(SHARED_LIMIT), "help": "compute capabilities, times ten"})
+    targets: tuple[str, ...] = field(
+        default=tuple(SHARED_LIMIT),
+        metadata={"choices": tuple(SHARED_LIMIT), "help": "compute capabilities, times ten"},
+    )
 
 
 class Launch(NamedTuple):
@@ -47,7 +62,7 @@ class Launch(NamedTuple):
     options: tuple[tuple[str, Any], ...]
 
 
-class Row(NamedTuple):
+class KernelRow(NamedTuple):
     kernel: str
     case: str
     dtype: str
@@ -102,7 +117,15 @@ class Recorder:
                     aligned.append(place)
             else:
                 signature[parameter.name] = "fp32"
-        self.launches.append(Launch(self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(given.items()))))
+        self.launches.append(
+            Launch(
+                self.kernel,
+                tuple(signature.items()),
+                tuple(constants.items()),
+                tuple(aligned),
+                tuple(sorted(given.items())),
+            )
+        )
 
 
 def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
@@ -110,7 +133,12 @@ def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
     from datasetdm_fast.kernels import OPS
 
     noted, seen = [], set()
-    kernels = [(vars(module), name, kernel) for module in OPS.values() for name, kernel in vars(module).items() if name.endswith("_kernel")]
+    kernels = [
+        (vars(module), name, kernel)
+        for module in OPS.values()
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    ]
     for names, name, kernel in kernels:
         names[name] = Recorder(kernel, noted)
     try:
@@ -139,25 +167,33 @@ def compiled(launch: Launch, target: str) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     taken = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said))
     return int(taken["REG"]), int(taken["STACK"]) + int(taken["LOCAL"]), made.metadata.shared
 
 
-def rows(ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> Iterator[Row]:
+def rows(ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> Iterator[KernelRow]:
     for op in ops:
         for dtype in dtypes:
             for case, launch in launches(op, dtype):
                 for target in targets:
-                    yield Row(launch.kernel.__name__.strip("_").removesuffix("_kernel"), case, dtype, f"sm_{target}", *compiled(launch, target))
+                    yield KernelRow(
+                        launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+                        case,
+                        dtype,
+                        f"sm_{target}",
+                        *compiled(launch, target),
+                    )
 
 
-def is_sound(row: Row) -> bool:
+def is_sound(row: KernelRow) -> bool:
     return row.spills == 0 and row.shared <= SHARED_LIMIT[row.target.removeprefix("sm_")]
 
 
 def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, AuditConfig, "python -m bench kernels", "What every kernel takes of a GPU.")
+    config, _ = parse(arguments, KernelConfig, "python -m bench kernels", "What every kernel takes of a GPU.")
     if config.audit == config.tune:
         raise Refused("python -m bench kernels: expected one of --audit and --tune", "add one of them")
     from datasetdm_fast.kernels import OPS, launch
@@ -176,15 +212,28 @@ def main(arguments: Sequence[str]) -> int:
         found.append(row)
         if not config.json:
             print(
-                f"{row.kernel:24} {row.case:44} {row.dtype:5} {row.target:7} {row.registers:4} registers {row.spills:5} B stack {row.shared:7} B shared",
+                f"{row.kernel:24} {row.case:44} {row.dtype:5} {row.target:7} {row.registers:4} registers "
+                f"{row.spills:5} B stack {row.shared:7} B shared",
                 flush=True,
             )
     wrong = [row for row in found if not is_sound(row)]
     if config.json:
-        print(json.dumps({"triton": launch.triton.__version__, "shared_limit": SHARED_LIMIT, "kernels": [row._asdict() for row in found]}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "triton": launch.triton.__version__,
+                    "shared_limit": SHARED_LIMIT,
+                    "kernels": [row._asdict() for row in found],
+                },
+                indent=1,
+            )
+        )
     if wrong:
         worst = max(wrong, key=lambda row: (row.spills, row.shared))
-        place, limit = f"{worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})", SHARED_LIMIT[worst.target.removeprefix("sm_")]
+        place, limit = (
+            f"{worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})",
+            SHARED_LIMIT[worst.target.removeprefix("sm_")],
+        )
         raise GateFailed(
             f"bench kernels: {len(wrong)} of {len(found)} compiled kernels do not fit, worst {place}: "
             f"{worst.spills} bytes of stack, expected none, and {worst.shared} of {limit} bytes of shared memory",
@@ -193,7 +242,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def tune_here(config: AuditConfig, ops: Sequence[str], arguments: Sequence[str]) -> int:
+def tune_here(config: KernelConfig, ops: Sequence[str], arguments: Sequence[str]) -> int:
     import torch
 
     from bench.kernels import tune
@@ -201,7 +250,17 @@ def tune_here(config: AuditConfig, ops: Sequence[str], arguments: Sequence[str])
 
     check_numbers(minutes=config.minutes)
     if not torch.cuda.is_available():
-        raise Missing("python -m bench kernels --tune: this machine shows no CUDA device", "`--audit` compiles for GPUs that are not there")
-    document = tune.run(torch.device("cuda"), ops, config.dtypes, config.minutes, config.out, ["python", "-m", "bench", "kernels", *arguments])
+        raise Missing(
+            "python -m bench kernels --tune: this machine shows no CUDA device",
+            "`--audit` compiles for GPUs that are not there",
+        )
+    document = tune.run(
+        torch.device("cuda"),
+        ops,
+        config.dtypes,
+        config.minutes,
+        config.out,
+        ["python", "-m", "bench", "kernels", *arguments],
+    )
     print(json.dumps(document, indent=1) if config.json else "\n".join(tune.table_lines(document)))
     return 0

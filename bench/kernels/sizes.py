@@ -32,10 +32,18 @@ def model_sizes(op: str, empty: Callable) -> Iterator[tuple[str, tuple]]:
         elif op == "pyramid":
             yield (
                 f"{width} channels",
-                ([image, empty(BATCH, 2 * width, side, side)], [empty(BATCH, heads, cells, 77)], empty(FEATURES, 3 * width + 616, 1, 1), 64),
+                (
+                    [image, empty(BATCH, 2 * width, side, side)],
+                    [empty(BATCH, heads, cells, 77)],
+                    empty(FEATURES, 3 * width + 616, 1, 1),
+                    64,
+                ),
             )
     if op == "attention_capture":
-        yield "heads of 64", (*(empty(BATCH, size, 10, 64).transpose(1, 2) for size in (1024, 77, 77)), empty(10, 77, FEATURES))
+        yield (
+            "heads of 64",
+            (*(empty(BATCH, size, 10, 64).transpose(1, 2) for size in (1024, 77, 77)), empty(10, 77, FEATURES)),
+        )
     elif op == "layer_norm":
         yield "text encoder", (empty(BATCH, 77, 768), empty(768), empty(768), 1e-5)
     elif op == "attention":
@@ -43,7 +51,15 @@ def model_sizes(op: str, empty: Callable) -> Iterator[tuple[str, tuple]]:
             yield f"1024 cells, heads of {width}", tuple(empty(BATCH, 8, 1024, width) for _ in range(3))
     elif op == "guided_step":
         for slots in (0, 1, 3):
-            yield f"{slots} earlier entries", (empty(2 * BATCH, 4, 64, 64), empty(BATCH, 4, 64, 64), empty(slots, BATCH, 4, 64, 64), empty(5 + slots))
+            yield (
+                f"{slots} earlier entries",
+                (
+                    empty(2 * BATCH, 4, 64, 64),
+                    empty(BATCH, 4, 64, 64),
+                    empty(slots, BATCH, 4, 64, 64),
+                    empty(5 + slots),
+                ),
+            )
     elif op == "image_norm":
         yield "channels last", (empty(BATCH, 64, 64, 1024).permute(0, 3, 1, 2),)
         yield "planes", (empty(BATCH, 1024, 64, 64),)

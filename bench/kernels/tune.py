@@ -1,4 +1,6 @@
-"""The fastest block sizes of every kernel and the fastest form of every operation on one GPU; a size is timed only after it agreed with the plain form."""
+"""The fastest block sizes of every kernel and the fastest form of every operation on one GPU; a size is timed only
+after it agreed with the plain form.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ from bench.machine.measure import distance
 from bench.peers.upstream import arithmetic
 from bench.report import results
 from bench.report.results import ResultFile, is_settled, rows_of
-from bench.rows.ops import Drawn, limit_of, outputs, placed
+from bench.rows.ops import RandomInputs, limit_of, outputs, placed
 from datasetdm_fast.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS, fused, launch
 from datasetdm_fast.kernels.choice import memory_efficient
 from datasetdm_fast.models.plain import PLAIN
 
 GAIN = 0.98  # of the time before; less is noise
-MOST = {"num_warps": 16, "num_stages": 5}
+LARGEST_OPTIONS = {"num_warps": 16, "num_stages": 5}
 WINDOW = 0.03  # seconds a size is timed in each case
 
 
@@ -52,10 +54,18 @@ class Judged:
             return math.inf
 
 
-def run(device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes: float, out: str, argv: Sequence[str]) -> dict[str, Any]:
+def run(
+    device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes: float, out: str, argv: Sequence[str]
+) -> dict[str, Any]:
     """The result file after every operation that there was time for, each with its rows."""
     described = machine.describe(device)
-    head = {"suite": "tune", "date": results.now(), "command": " ".join(argv), "machine": described, "setting": {"batch": BATCH}}
+    head = {
+        "suite": "tune",
+        "date": results.now(),
+        "command": " ".join(argv),
+        "machine": described,
+        "setting": {"batch": BATCH},
+    }
     path = Path(out) if out else results.default_path(described, "tuned-")
     file = ResultFile.open(path, head, goes_on=True)
     file.give_up_broken()
@@ -64,7 +74,10 @@ def run(device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes
     for place, (op, dtype) in enumerate(todo):
         share = (end - time.monotonic()) / (len(todo) - place)
         if share <= 0:
-            print(f"left: {', '.join(' '.join(one) for one in todo[place:])}; the same line again goes on", file=sys.stderr)
+            print(
+                f"left: {', '.join(' '.join(one) for one in todo[place:])}; the same line again goes on",
+                file=sys.stderr,
+            )
             break
         file.begin(f"{op} {dtype}")
         begin = time.perf_counter()
@@ -78,7 +91,7 @@ def run(device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes
 def judged_cases(op: str, dtype: str, device: torch.device) -> list[Judged]:
     """The cases of an engine at its sizes; one whose plain form does not fit into memory is left out."""
     found = []
-    for reason, drawn in model_sizes(op, Drawn(device)):
+    for reason, drawn in model_sizes(op, RandomInputs(device)):
         inputs = placed(drawn, device, DTYPES[dtype])
         try:
             answer, limit = limit_of(OPS[op].reference, inputs, dtype)
@@ -88,18 +101,35 @@ def judged_cases(op: str, dtype: str, device: torch.device) -> list[Judged]:
     return found
 
 
-def op_rows(op: str, dtype: str, device: torch.device, cases: Sequence[Judged], until: float) -> Iterator[dict[str, Any]]:
+def op_rows(
+    op: str, dtype: str, device: torch.device, cases: Sequence[Judged], until: float
+) -> Iterator[dict[str, Any]]:
     """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
     form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
     table, kernels = launch.TABLE.setdefault(machine_name(device), {}), kernels_of(op, bits)
     for place, (kernel, sizes) in enumerate(kernels):
         before, now = total(form, cases, device), time.monotonic()
-        best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), before, now + (until - now) / (len(kernels) - place))
+        best, after = descend(
+            table,
+            (kernel, bits),
+            sizes,
+            lambda: total(form, cases, device),
+            before,
+            now + (until - now) / (len(kernels) - place),
+        )
         yield {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
-    forms: dict[str, Callable | None] = {"fused": form, "plain": getattr(PLAIN, op, None)} | ({"xformers": memory_efficient} if op == "attention" else {})
+    forms: dict[str, Callable | None] = {"fused": form, "plain": getattr(PLAIN, op, None)} | (
+        {"xformers": memory_efficient} if op == "attention" else {}
+    )
     for name, one in forms.items():
         for case in cases if one else ():
-            yield {"op": op, "form": name, "dtype": dtype, "case": case.reason, "form_s": finite(case.seconds(one, device))}
+            yield {
+                "op": op,
+                "form": name,
+                "dtype": dtype,
+                "case": case.reason,
+                "form_s": finite(case.seconds(one, device)),
+            }
 
 
 def machine_name(device: torch.device) -> str:
@@ -108,7 +138,11 @@ def machine_name(device: torch.device) -> str:
 
 def kernels_of(op: str, bits: int) -> list[tuple[str, dict[str, int]]]:
     """The rows of the table that an operation's kernels read."""
-    return [(name, dict(sizes)) for (name, width), sizes in launch.TABLE["untuned"].items() if name.split()[0] == op and width == bits]
+    return [
+        (name, dict(sizes))
+        for (name, width), sizes in launch.TABLE["untuned"].items()
+        if name.split()[0] == op and width == bits
+    ]
 
 
 def total(form: Callable, cases: Sequence[Judged], device: torch.device) -> float:
@@ -116,7 +150,12 @@ def total(form: Callable, cases: Sequence[Judged], device: torch.device) -> floa
 
 
 def descend(
-    table: dict[tuple[str, int], dict[str, int]], key: tuple[str, int], sizes: dict[str, int], cost: Callable[[], float], before: float, until: float
+    table: dict[tuple[str, int], dict[str, int]],
+    key: tuple[str, int],
+    sizes: dict[str, int],
+    cost: Callable[[], float],
+    before: float,
+    until: float,
 ) -> tuple[dict[str, int], float]:
     """From `sizes` to a better neighbour as long as there is one and time is left; `table` is left holding the best."""
     best, least, seen = sizes, before, {tuple(sizes.items())}
@@ -138,7 +177,7 @@ def neighbours(sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
         if name == "enable_fp_fusion":
             continue
         for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, 2 * value):
-            if 1 <= other <= MOST.get(name, 1024):
+            if 1 <= other <= LARGEST_OPTIONS.get(name, 1024):
                 yield {**sizes, name: other}
 
 
@@ -154,7 +193,9 @@ def table_lines(document: dict[str, Any]) -> list[str]:
     for row in rows:
         if "kernel" in row and row["after_s"] is not None:
             sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.startswith("BLOCK"))
-            lines.append(f'    ("{row["kernel"]}", {row["bits"]}): _row({row["sizes"]["num_warps"]}, {row["sizes"]["num_stages"]}, {sizes}),')
+            lines.append(
+                f'    ("{row["kernel"]}", {row["bits"]}): _row({row["sizes"]["num_warps"]}, {row["sizes"]["num_stages"]}, {sizes}),'
+            )
     chosen = {op: form for op, form in fastest(rows).items() if form != "plain"}
     return [*lines, f"engines/operations.py, FORMS[{device!r}]: {chosen}"]
 

@@ -16,10 +16,19 @@ import torch
 
 from bench.machine.measure import with_peak
 from bench.machine.nvml import Nvml
-from datasetdm_fast import __version__
+from datasetdm_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]
-LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+)
 
 
 @cache
@@ -29,10 +38,26 @@ def nvml(device: torch.device) -> Nvml:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, clocks and versions, as a result file holds them."""
-    versions = {"datasetdm_fast": __version__, "python": platform.python_version(), "cuda": torch.version.cuda, **installed()}
-    common = {"kind": device.type, "commit": commit(), "versions": versions, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    versions = {
+        "datasetdm_fast": __version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        **installed(),
+    }
+    common = {
+        "kind": device.type,
+        "commit": commit(),
+        "versions": versions,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cpu":
-        return {"device": cpu_name(), "driver": f"Linux {platform.release()}", "clocks": {"cpu_mhz": cpu_clock()}, **common}
+        return {
+            "device": cpu_name(),
+            "driver": f"Linux {platform.release()}",
+            "clocks": {"cpu_mhz": cpu_clock()},
+            **common,
+        }
     found = torch.cuda.get_device_properties(device)
     facts = {"capability": f"{found.major}.{found.minor}", "memory_gib": round(found.total_memory / 2**30, 1)}
     return {"device": found.name, "driver": nvml(device).driver, "clocks": nvml(device).state(), **facts, **common}
@@ -68,7 +93,9 @@ def _cpuinfo() -> str:
 def commit() -> str:
     """The commit of this checkout, with `-changed` where files differ from it; `unknown` outside of one."""
     head = _git("rev-parse", "--short=7", "HEAD")
-    return "unknown" if not head else head + ("-changed" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    return (
+        "unknown" if not head else head + ("-changed" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    )
 
 
 def _git(*words: str) -> str:
@@ -89,7 +116,9 @@ def joules(device: torch.device) -> float | None:
 
 
 def peak(device: torch.device, call: Callable[[], Any]) -> tuple[Any, int]:
-    """The answer of `call` and the most bytes it needed: of the GPU all that was allocated, of a CPU what the process grew by."""
+    """The answer of `call` and the most bytes it needed: of the GPU all that was allocated, of a CPU what the process
+    grew by.
+    """
     if device.type == "cpu":
         return with_peak(call)
     torch.cuda.reset_peak_memory_stats(device)

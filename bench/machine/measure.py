@@ -32,8 +32,11 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
-def compare(name: str, naive: Callable[[], list[Tensor]], ours: Callable[[], list[Tensor]], rounds: int, limit: float) -> dict[str, Any]:
-    """The row of `name`: error, then naive over ours in median seconds and in peak bytes; GateFailed where the error is above `limit`.
+def compare(
+    name: str, naive: Callable[[], list[Tensor]], ours: Callable[[], list[Tensor]], rounds: int, limit: float
+) -> dict[str, Any]:
+    """The row of `name`: error, then naive over ours in median seconds and in peak bytes; GateFailed where the error is
+    above `limit`.
 
     `cpu_ratio` is the same for the seconds that cores were really at work: on a busy machine it is the steadier one.
     """
@@ -41,7 +44,10 @@ def compare(name: str, naive: Callable[[], list[Tensor]], ours: Callable[[], lis
         (theirs, naive_bytes), (mine, our_bytes) = with_peak(naive), with_peak(ours)
         error = max(distance(a, b) for a, b in zip(mine, theirs, strict=True))
         if not error <= limit:
-            raise GateFailed(f"{name}: the two forms differ by {error:.1e}, expected at most {limit:.0e}", "nothing was timed; mend the faster form first")
+            raise GateFailed(
+                f"{name}: the two forms differ by {error:.1e}, expected at most {limit:.0e}",
+                "nothing was timed; mend the faster form first",
+            )
         del theirs, mine
         seconds, busy = in_turn({"naive": naive, "ours": ours}, rounds)
     spreads = {side: Spread(min(values), statistics.median(values), max(values)) for side, values in seconds.items()}
@@ -57,8 +63,12 @@ def compare(name: str, naive: Callable[[], list[Tensor]], ours: Callable[[], lis
     }
 
 
-def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds by the clock, and of all cores at work, of each call in each round: neighbours in time meet the same machine."""
+def in_turn(
+    calls: dict[str, Callable[[], object]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds by the clock, and of all cores at work, of each call in each round: neighbours in time meet the same
+    machine.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     busy: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -71,7 +81,8 @@ def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[s
 
 
 def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
-    """The answer of `call` and the most bytes the process grew by while it ran, whoever allocated them; never less than a page.
+    """The answer of `call` and the most bytes the process grew by while it ran, whoever allocated them; never less than
+    a page.
 
     Run its code before: pages of the libraries count as well.
     """
@@ -80,7 +91,10 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError as error:
-        raise Missing(f"peak memory: {CLEAR} cannot be written ({error.strerror})", "measure on Linux, outside a sandbox that hides /proc") from None
+        raise Missing(
+            f"peak memory: {CLEAR} cannot be written ({error.strerror})",
+            "measure on Linux, outside a sandbox that hides /proc",
+        ) from None
     before = status("VmRSS")
     answer = call()
     return answer, max(status("VmHWM") - before, 4096)
@@ -95,9 +109,16 @@ class Rounds:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], seconds: float, meter: Callable[[], float | None] = lambda: None, *, least: int = 3, most: int = 200
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    meter: Callable[[], float | None] = lambda: None,
+    *,
+    least: int = 3,
+    most: int = 200,
 ) -> dict[str, Rounds]:
-    """Rounds of every call in turn, A B A B, for about `seconds` in all; `meter` returns once a device is idle, with the joules it has used."""
+    """Rounds of every call in turn, A B A B, for about `seconds` in all; `meter` returns once a device is idle, with
+    the joules it has used.
+    """
     taken = {name: Rounds() for name in calls}
     end = time.perf_counter() + seconds
     count = 0

@@ -20,7 +20,10 @@ class Nvml:
             self._library = None
         self._handle = c_void_p()
         name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-        if self._library and (self._library.nvmlInit_v2() or self._library.nvmlDeviceGetHandleByUUID(c_char_p(name.encode()), byref(self._handle))):
+        if self._library and (
+            self._library.nvmlInit_v2()
+            or self._library.nvmlDeviceGetHandleByUUID(c_char_p(name.encode()), byref(self._handle))
+        ):
             self._library = None
 
     def _number(self, function: str, kind: type, *arguments: object) -> int | None:

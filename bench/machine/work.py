@@ -17,7 +17,9 @@ HALVES = 2  # of a CFG batch
 
 
 def flops(call: Callable[[], object]) -> int:
-    """Operations of the matrix products and convolutions that `call` makes; a multiplication and its addition are two."""
+    """Operations of the matrix products and convolutions that `call` makes; a multiplication and its addition are
+    two.
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return counter.get_total_flops()
@@ -30,7 +32,11 @@ def stage_flops(model: Model) -> dict[str, int]:
         unet, vae = UNet2DConditionModel.from_config(model.unet.config), AutoencoderKL.from_config(model.vae.config)
         text = CLIPTextModel(model.text_encoder.config)
         tokens = text.config.max_position_embeddings
-        latents, context, ids = torch.empty(1, 4, side, side), torch.empty(1, tokens, text.config.hidden_size), torch.zeros(1, tokens, dtype=torch.long)
+        latents, context, ids = (
+            torch.empty(1, 4, side, side),
+            torch.empty(1, tokens, text.config.hidden_size),
+            torch.zeros(1, tokens, dtype=torch.long),
+        )
         return {
             "text": flops(lambda: text(ids)),
             "call": flops(lambda: unet(latents, 1, context)),
@@ -39,5 +45,7 @@ def stage_flops(model: Model) -> dict[str, int]:
 
 
 def image_flops(stages: dict[str, int], calls: int) -> int:
-    """Operations of one finished image: both halves of every call, its prompt, its decoding; the decoders of labels are left out."""
+    """Operations of one finished image: both halves of every call, its prompt, its decoding; the decoders of labels are
+    left out.
+    """
     return calls * HALVES * stages["call"] + stages["text"] + stages["image"]

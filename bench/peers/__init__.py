@@ -26,7 +26,9 @@ class Peer(Protocol):
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor: ...
 
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture | ProjectedCapture]: ...
+    def denoise_and_capture(
+        self, latents: Tensor, timestep: float, context: Tensor
+    ) -> tuple[Tensor, Capture | ProjectedCapture]: ...
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:
         """As many labelled samples as there are requests."""

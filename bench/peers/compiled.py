@@ -1,4 +1,6 @@
-"""The same pipeline under torch.compile, as diffusers' own guide to fast generation sets it up: channels-last, packed projections, autotuning."""
+"""The same pipeline under torch.compile, as diffusers' own guide to fast generation sets it up: channels-last, packed
+projections, autotuning.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from datasetdm_fast.engines.torch import capturing
 
 
 class Diffusers:
-    """The decoders are those of ours: folded, each level projected before it is resized, so that the rows compare the diffusion."""
+    """The decoders are those of ours: folded, each level projected before it is resized, so that the rows compare the
+    diffusion.
+    """
 
     def __init__(self, setting: Setting, batch: int):
         self.recipe, self.device, self.batch = setting.recipe, setting.device, batch
@@ -42,7 +44,9 @@ class Diffusers:
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
         with arithmetic(False):
             doubled = torch.cat([latents, latents]).to(self.storage)
-            return self.pipe.unet(doubled, torch.tensor(timestep, device=self.device), context.to(self.storage), return_dict=False)[0].float()
+            return self.pipe.unet(
+                doubled, torch.tensor(timestep, device=self.device), context.to(self.storage), return_dict=False
+            )[0].float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         taps = Taps(self, call=0)
@@ -51,10 +55,15 @@ class Diffusers:
         return noise, taps.after(0)
 
     def _run(self, requests: Sequence[Request], **options: Any) -> np.ndarray:
-        prompts, noise = [request.prompt for request in requests], noise_of(requests, self.recipe).to(self.device, self.storage)
+        prompts, noise = (
+            [request.prompt for request in requests],
+            noise_of(requests, self.recipe).to(self.device, self.storage),
+        )
         steps, guidance = self.recipe.facts["steps"], self.recipe.guidance
         with arithmetic(False):
-            pixels = self.pipe(prompts, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="np", **options).images
+            pixels = self.pipe(
+                prompts, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="np", **options
+            ).images
         return (pixels * 255).astype(np.uint8)
 
     def draw(self, requests: Sequence[Request]) -> np.ndarray:
@@ -63,7 +72,7 @@ class Diffusers:
     def make(self, requests: Sequence[Request]) -> list[Sample]:
         taps = Taps(self, self.recipe.capture_call)
         taps.before(0)
-        images = self._run(requests, callback_on_step_end=taps.stepped)
+        images = self._run(requests, callback_on_step_end=taps.on_unet_call)
         with arithmetic(False):
             answers = {task: decoder(taps.capture) for task, decoder in self.decoders.items()}
         return samples_of(requests, images, answers, self.decoders, self.recipe)
@@ -87,10 +96,17 @@ class Taps:
             self._open.close()
             self.peer.pipe.unet = self._usual
             (found,) = self._kept
-            self.capture = Capture(*(tuple(tuple(value.float() for value in level) for level in kind) for kind in (found.features, found.maps)))
+            self.capture = Capture(
+                *(
+                    tuple(tuple(value.float() for value in level) for level in kind)
+                    for kind in (found.features, found.maps)
+                )
+            )
         return self.capture
 
-    def stepped(self, pipe: StableDiffusionPipeline, call: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def on_unet_call(
+        self, pipe: StableDiffusionPipeline, call: int, timestep: Tensor, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         self.after(call)
         self.before(call + 1)
         return tensors

@@ -23,8 +23,19 @@ def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
 
 
 def samples_of(
-    requests: Sequence[Request], images: np.ndarray, answers: Mapping[str, dict[str, Tensor]], decoders: Mapping[str, Decoder], recipe: Recipe
+    requests: Sequence[Request],
+    images: np.ndarray,
+    answers: Mapping[str, dict[str, Tensor]],
+    decoders: Mapping[str, Decoder],
+    recipe: Recipe,
 ) -> list[Sample]:
-    """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie, by the rules of `generate`."""
-    labels = {task: postprocess(task, requests, answer, decoders[task].config, recipe) for task, answer in answers.items()}
-    return [Sample(request, images[b], {task: made[b] for task, made in labels.items()}) for b, request in enumerate(requests)]
+    """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie,
+    by the rules of `generate`.
+    """
+    labels = {
+        task: postprocess(task, requests, answer, decoders[task].config, recipe) for task, answer in answers.items()
+    }
+    return [
+        Sample(request, images[b], {task: made[b] for task, made in labels.items()})
+        for b, request in enumerate(requests)
+    ]

@@ -1,7 +1,9 @@
-"""DatasetDM as it is written: one image at a time, attention probabilities in memory in every layer of every call, naive decoders.
+"""DatasetDM as it is written: one image at a time, attention probabilities in memory in every layer of every call,
+naive decoders.
 
-Written from its published behaviour; its networks are those of diffusers. Two things are ours, so that labels can be compared: every
-image sees the decoders' spectral norms as the first one does, and raw answers become labels by the rules of `tasks/`, on the host.
+Written from its published behaviour; its networks are those of diffusers. Two things are ours, so that labels can be
+compared: every image sees the decoders' spectral norms as the first one does, and raw answers become labels by the
+rules of `tasks/`, on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ PLACES = ("down", "mid", "up")
 LAST_TIMES = (0, 1)  # timesteps at which upstream keeps features
 
 
-class Store:
+class AttentionMaps:
     """The attention maps of one call: those of the conditional half, by place and kind, kept while `is_active`."""
 
     def __init__(self) -> None:
@@ -37,11 +39,15 @@ class Store:
 
     def clear(self) -> None:
         self.calls = 0
-        self.maps: dict[tuple[str, bool], list[Tensor]] = {(place, is_text): [] for place in PLACES for is_text in (False, True)}
+        self.maps: dict[tuple[str, bool], list[Tensor]] = {
+            (place, is_text): [] for place in PLACES for is_text in (False, True)
+        }
 
     def see(self, probabilities: Tensor, place: str, is_text: bool) -> None:
         half = len(probabilities) // 2
-        probabilities[half:] = probabilities[half:]  # upstream hands the half to its store and writes back what returns, active or not
+        probabilities[half:] = probabilities[
+            half:
+        ]  # upstream hands the half to its store and writes back what returns, active or not
         if self.is_active:
             self.maps[place, is_text].append(probabilities[half:])
 
@@ -53,16 +59,28 @@ class Store:
 class FormingAttention:
     """Attention that writes its probabilities to memory and shows them to the store."""
 
-    def __init__(self, store: Store, place: str):
+    def __init__(self, store: AttentionMaps, place: str):
         self.store, self.place = store, place
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Tensor | None = None, **_) -> Tensor:
+    def __call__(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_,
+    ) -> Tensor:
         is_text = encoder_hidden_states is not None
         context = encoder_hidden_states if is_text else hidden_states
-        query, key, value = (attn.head_to_batch_dim(layer(x)) for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context)))
+        query, key, value = (
+            attn.head_to_batch_dim(layer(x))
+            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
         probabilities = (torch.einsum("nid,njd->nij", query, key) * attn.scale).softmax(-1)
         self.store.see(probabilities, self.place, is_text)
-        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(torch.einsum("nij,njd->nid", probabilities, value))))
+        return attn.to_out[1](
+            attn.to_out[0](attn.batch_to_head_dim(torch.einsum("nij,njd->nid", probabilities, value)))
+        )
 
 
 @contextmanager
@@ -88,15 +106,19 @@ class Upstream:
 
     batch = 1
 
-    def __init__(self, setting: Setting, dtype: str = "fp32", *, forms_maps: bool = True, has_naive_decoders: bool = True):
+    def __init__(
+        self, setting: Setting, dtype: str = "fp32", *, forms_maps: bool = True, has_naive_decoders: bool = True
+    ):
         self.setting, self.dtype, self.recipe, self.device = setting, dtype, setting.recipe, setting.device
         self.rounds_text = dtype != "fp32"
         self.storage = torch.float16 if dtype == "fp16" else torch.float32
         model = setting.model
         self.tokenizer, self.levels, self.forms_maps = model.tokenizer, model.levels, forms_maps
-        self.text_encoder, self.unet, self.vae = (stored(part, self.storage) for part in (model.text_encoder, model.unet, model.vae))
+        self.text_encoder, self.unet, self.vae = (
+            stored(part, self.storage) for part in (model.text_encoder, model.unet, model.vae)
+        )
         self.scheduler = PNDMScheduler.from_config(dict(model.scheduler))
-        self.store, self.features = Store(), {}
+        self.store, self.features = AttentionMaps(), {}
         self.layers = feature_modules(self.unet)
         if forms_maps:
             self._watch()
@@ -104,7 +126,9 @@ class Upstream:
         self._first = [(buffer, buffer.clone()) for decoder in self.decoders.values() for buffer in decoder.buffers()]
 
     def _watch(self) -> None:
-        for place, blocks in zip(PLACES, (self.unet.down_blocks, nn.ModuleList([self.unet.mid_block]), self.unet.up_blocks), strict=True):
+        for place, blocks in zip(
+            PLACES, (self.unet.down_blocks, nn.ModuleList([self.unet.mid_block]), self.unet.up_blocks), strict=True
+        ):
             for name, module in blocks.named_modules():
                 if name.endswith(("attn1", "attn2")):
                     module.set_processor(FormingAttention(self.store, place))
@@ -114,11 +138,15 @@ class Upstream:
     def _keep(self, module: nn.Module, _, output: Tensor | tuple[Tensor, ...]) -> None:
         if self.store.is_active:
             found = output[0] if isinstance(output, tuple) else output
-            self.features[module] = found.reshape(len(found) // 2, -1, *found.shape[2:])  # for one image: [uncond | cond] on channels
+            self.features[module] = found.reshape(
+                len(found) // 2, -1, *found.shape[2:]
+            )  # for one image: [uncond | cond] on channels
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         with self.arithmetic():
             return self.text_encoder(tokens.input_ids.to(self.device))[0].float()
 
@@ -127,9 +155,13 @@ class Upstream:
 
     def denoise(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
         moment = torch.as_tensor(timestep, dtype=torch.float32)[None].to(self.device)
-        any(bool(moment[0] == time) for time in LAST_TIMES)  # upstream asks the device at every call whether this is the last one
+        any(
+            bool(moment[0] == time) for time in LAST_TIMES
+        )  # upstream asks the device at every call whether this is the last one
         with self.arithmetic():
-            return self.unet(torch.cat([latents, latents]).to(self.storage), moment, context.to(self.storage), return_dict=False)[0].float()
+            return self.unet(
+                torch.cat([latents, latents]).to(self.storage), moment, context.to(self.storage), return_dict=False
+            )[0].float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> tuple[Tensor, Capture]:
         noise = self.captured(latents, timestep, context)
@@ -185,7 +217,9 @@ class Upstream:
         for call, timestep in enumerate(self.scheduler.timesteps):
             predict = self.captured if call == self.recipe.capture_call else self.denoise
             without, with_text = predict(latents, timestep, context).chunk(2)
-            latents = self.scheduler.step(without + self.recipe.guidance * (with_text - without), timestep, latents)["prev_sample"]
+            latents = self.scheduler.step(without + self.recipe.guidance * (with_text - without), timestep, latents)[
+                "prev_sample"
+            ]
         return latents
 
     def image_of(self, latents: Tensor) -> np.ndarray:
@@ -202,7 +236,10 @@ def own_decoders(setting: Setting) -> dict[str, Decoder]:
 
 def lean_decoders(setting: Setting) -> dict[str, Decoder]:
     """The decoders folded, with the operations of ours."""
-    return {task: with_ops(decoder, compiled if setting.device.type == "cpu" else rearranged) for task, decoder in setting.reference.decoders.items()}
+    return {
+        task: with_ops(decoder, compiled if setting.device.type == "cpu" else rearranged)
+        for task, decoder in setting.reference.decoders.items()
+    }
 
 
 def build(setting: Setting, batch: int) -> Upstream:
@@ -217,5 +254,7 @@ def build_tf32(setting: Setting, batch: int) -> Upstream:
 
 def build_half(setting: Setting, batch: int) -> Upstream:
     if setting.device.type == "cpu":
-        raise Missing("upstream in fp16: its convolutions take a CPU hundreds of times longer than in fp32", "measure on a GPU")
+        raise Missing(
+            "upstream in fp16: its convolutions take a CPU hundreds of times longer than in fp32", "measure on a GPU"
+        )
     return Upstream(setting, "fp16")

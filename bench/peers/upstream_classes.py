@@ -1,6 +1,8 @@
-"""DatasetDM's own classes, from the checkout that DATASETDM_UPSTREAM names: its UNet, attention store, sampling loop and decoders.
+"""DatasetDM's own classes, from the checkout that DATASETDM_UPSTREAM names: its UNet, attention store, sampling loop
+and decoders.
 
-They are made for 512 x 512 pixels and for the last call of PNDM. What they import and never compute with is replaced by nothing.
+They are made for 512 x 512 pixels and for the last call of PNDM. What they import and never compute with is replaced by
+nothing.
 """
 
 from __future__ import annotations
@@ -32,10 +34,26 @@ from datasetdm_fast.stages import LEVELS
 SIDE = 512  # pixels, fixed in upstream's loop
 GROUPS = 32  # of every norm, fixed in the UNet it vendors
 UNUSED = (
-    *("cv2", "IPython", "IPython.display", "tqdm.notebook", "black", "mmcv", "mmcv.cnn", "mmcv.runner", "torchvision", "torchvision.transforms"),
+    *(
+        "cv2",
+        "IPython",
+        "IPython.display",
+        "tqdm.notebook",
+        "black",
+        "mmcv",
+        "mmcv.cnn",
+        "mmcv.runner",
+        "torchvision",
+        "torchvision.transforms",
+    ),
     *("detectron2", "detectron2.layers", "detectron2.config", "fvcore", "fvcore.nn", "fvcore.nn.weight_init"),
 )
-PACKAGES = ("model", "model.segment", "model.diffusers", "model.diffusers.models")  # as bare folders: their __init__ imports more than is needed
+PACKAGES = (
+    "model",
+    "model.segment",
+    "model.diffusers",
+    "model.diffusers.models",
+)  # as bare folders: their __init__ imports more than is needed
 DECODERS = {
     "segmentation": ("model.segment.transformer_decoder", "seg_decorder"),
     "depth": ("model.depth_module", "Depthmodule"),
@@ -97,7 +115,11 @@ def classes_of(path: Path, names: Sequence[str]) -> SimpleNamespace:
     tree = ast.parse(path.read_text(encoding="utf-8"))
 
     def is_wanted(node: ast.stmt) -> bool:
-        targets = [target.id for target in node.targets if isinstance(target, ast.Name)] if isinstance(node, ast.Assign) else [getattr(node, "name", "")]
+        targets = (
+            [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.Assign)
+            else [getattr(node, "name", "")]
+        )
         return any(target in names for target in targets)
 
     found = {"abc": importlib.import_module("abc"), "__name__": path.stem}
@@ -111,14 +133,24 @@ class UpstreamClasses:
     def __init__(self, setting: Setting, root: Path):
         self.setting, self.recipe, self.device = setting, setting.recipe, setting.device
         model = setting.model
-        self.store = classes_of(root / "train.py", ("LOW_RESOURCE", "AttentionControl", "AttentionStore")).AttentionStore()
+        self.store = classes_of(
+            root / "train.py", ("LOW_RESOURCE", "AttentionControl", "AttentionStore")
+        ).AttentionStore()
         self.store.activate = False
         with checkout(root):
             self.ptp = importlib.import_module("ptp_utils")
             self.module = importlib.import_module("model.unet")
             self.decoders = real_decoders(setting) if model.levels == SD1_LEVELS else own_decoders(setting)
         config = dict(model.unet.config)
-        names = ("sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block")
+        names = (
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "down_block_types",
+            "up_block_types",
+            "block_out_channels",
+            "layers_per_block",
+        )
         names += ("cross_attention_dim", "attention_head_dim", "norm_num_groups")
         self.unet = self.module.UNet2D(**{name: config[name] for name in names})
         self.unet.load_state_dict(model.unet.state_dict())
@@ -137,7 +169,9 @@ class UpstreamClasses:
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
         with arithmetic(False):
-            return self.unet(torch.cat([latents, latents]), torch.tensor(timestep, device=self.device), encoder_hidden_states=context)["sample"]
+            return self.unet(
+                torch.cat([latents, latents]), torch.tensor(timestep, device=self.device), encoder_hidden_states=context
+            )["sample"]
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         self._clear()
@@ -151,7 +185,11 @@ class UpstreamClasses:
         features, average = self.module.get_feature_dic(), self.store.get_average_attention()
         maps = []
         for level in self.setting.model.levels:
-            layers = [layer for place in (("mid",) if level.name == "low" else ("up", "down")) for layer in average[f"{place}_cross"]]
+            layers = [
+                layer
+                for place in (("mid",) if level.name == "low" else ("up", "down"))
+                for layer in average[f"{place}_cross"]
+            ]
             maps.append(tuple(layer[None] for layer in layers if layer.shape[1] == level.side**2))
         return Capture(tuple(tuple(features[name]) for name in LEVELS), tuple(maps))
 
@@ -159,7 +197,11 @@ class UpstreamClasses:
         self._clear()
         model, generator = self.setting.model, torch.Generator("cpu").manual_seed(request.seed)
         parts = (self.unet, model.vae, model.tokenizer, model.text_encoder, self.scheduler)
-        options = {"num_inference_steps": self.recipe.facts["steps"], "guidance_scale": self.recipe.guidance, "Train": False}
+        options = {
+            "num_inference_steps": self.recipe.facts["steps"],
+            "guidance_scale": self.recipe.guidance,
+            "Train": False,
+        }
         with arithmetic(False):
             return self.ptp.text2image(*parts, [request.prompt], self.store, generator=generator, **options)[0]
 
@@ -184,7 +226,9 @@ class UpstreamClasses:
 
 
 def named(answer: Any) -> dict[str, Tensor]:
-    """The answer of an upstream decoder under our names: segmentation names its own, depth [B, 1, H, W] and heatmaps do not."""
+    """The answer of an upstream decoder under our names: segmentation names its own, depth [B, 1, H, W] and heatmaps do
+    not.
+    """
     if isinstance(answer, dict):
         return {name: answer[name] for name in ("pred_logits", "pred_masks")}
     (value,) = answer if isinstance(answer, (list, tuple)) else (answer,)
@@ -196,7 +240,9 @@ class Settings(dict):
 
 
 def real_decoders(setting: Setting) -> dict[str, nn.Module]:
-    """Upstream's decoder classes with the weights of the setting's; parameters that are never read keep their initial values."""
+    """Upstream's decoder classes with the weights of the setting's; parameters that are never read keep their initial
+    values.
+    """
     made = {}
     for task, ours in setting.trained.items():
         module, name = DECODERS[ours.config.kind]
@@ -215,10 +261,21 @@ def real_decoders(setting: Setting) -> dict[str, nn.Module]:
 def build(setting: Setting, batch: int) -> UpstreamClasses:
     named_root = os.environ.get("DATASETDM_UPSTREAM")
     if not named_root:
-        raise Missing("DatasetDM's own classes: DATASETDM_UPSTREAM is not set", "set it to a checkout of showlab/DatasetDM")
+        raise Missing(
+            "DatasetDM's own classes: DATASETDM_UPSTREAM is not set", "set it to a checkout of showlab/DatasetDM"
+        )
     recipe = setting.recipe
-    if recipe.size != SIDE or recipe.schedule.timesteps[recipe.capture_call] not in (0, 1) or setting.model.unet.config.norm_num_groups != GROUPS:
-        raise Missing(f"DatasetDM's own classes: they are made for {SIDE} pixels, the last call and norms of {GROUPS} groups", "measure random-sd14")
+    if (
+        recipe.size != SIDE
+        or recipe.schedule.timesteps[recipe.capture_call] not in (0, 1)
+        or setting.model.unet.config.norm_num_groups != GROUPS
+    ):
+        raise Missing(
+            f"DatasetDM's own classes: they are made for {SIDE} pixels, the last call and norms of {GROUPS} groups",
+            "measure random-sd14",
+        )
     if importlib.util.find_spec("einops") is None and setting.model.levels == SD1_LEVELS:
-        raise Missing("DatasetDM's own classes: einops is not installed, its decoders compute with it", "pip install einops")
+        raise Missing(
+            "DatasetDM's own classes: einops is not installed, its decoders compute with it", "pip install einops"
+        )
     return UpstreamClasses(setting, Path(named_root))

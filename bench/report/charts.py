@@ -40,7 +40,9 @@ class Drawing:
         self.shapes.append(f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}"{at}>{escape(words)}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, kind: str) -> None:
-        self.shapes.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" rx="2" class="{kind}"/>')
+        self.shapes.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" rx="2" class="{kind}"/>'
+        )
 
     def line(self, points: Sequence[tuple[float, float]], kind: str, width: float = 1, dash: str = "") -> None:
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -53,13 +55,17 @@ class Drawing:
     def svg(self, height: float) -> str:
         card = f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1:.0f}" rx="6" class="card"/>'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}" role="img">'
-        return "\n".join([f"{head}<title>{escape(self.title)}</title><style>{STYLE}</style>", card, *self.shapes, "</svg>\n"])
+        return "\n".join(
+            [f"{head}<title>{escape(self.title)}</title><style>{STYLE}</style>", card, *self.shapes, "</svg>\n"]
+        )
 
 
 def peers(document: dict[str, Any]) -> str:
     """Images a second by peer, ours coloured; a failed one says so in red."""
     rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
-    drawing = Drawing("Labelled samples a second", f"{where(document)}; every row agreed with the oracle before it was timed")
+    drawing = Drawing(
+        "Labelled samples a second", f"{where(document)}; every row agreed with the oracle before it was timed"
+    )
     most = max(row["images_per_second"] for row in rows if row["status"] == "ok")
     for place, row in enumerate(rows):
         top = 70 + 30 * place
@@ -170,7 +176,10 @@ def apart(heights: dict[str, float], least: float = LINE) -> dict[str, float]:
 def roofline(document: dict[str, Any]) -> str:
     """Layers and operations under the measured limits."""
     limits, layers, ops = rows_of(document, "limits")[0], rows_of(document, "layers"), timed_ops(document)
-    drawing = Drawing("Layers and operations under the measured limits", f"{where(document)}; work counted as the plain form is written")
+    drawing = Drawing(
+        "Layers and operations under the measured limits",
+        f"{where(document)}; work counted as the plain form is written",
+    )
     xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]
     most, slope = max(limits["tflops"].values()), limits["gbps"] / 1e3  # TFLOP/s at one operation a byte
     least_x, most_x = min([limits["tflops"]["fp32"] / slope / 3, *xs]), max([2 * most / slope, *xs])
@@ -184,7 +193,11 @@ def roofline(document: dict[str, Any]) -> str:
     drawing.line([axes.at(start, start * slope), axes.at(end, most)], "s1", 1.5)
     drawing.text(axes.at(end, most)[0], axes.top - 8, f"copies, {number(limits['gbps'])} GB/s", "dim", "middle")
     for row in layers:
-        drawing.dot(*axes.at(row["flop_per_byte"], row["tflops"]), "c5" if row["layer"].startswith("conv") else "c3", 2.5 + 14 * row["of_work"] ** 0.5)
+        drawing.dot(
+            *axes.at(row["flop_per_byte"], row["tflops"]),
+            "c5" if row["layer"].startswith("conv") else "c3",
+            2.5 + 14 * row["of_work"] ** 0.5,
+        )
     for row in ops:
         x, y = axes.at(row["flop_per_byte"], row["tflops"])
         drawing.dot(x, y, "c0")
@@ -213,7 +226,13 @@ def where(document: dict[str, Any]) -> str:
     return f"{document['machine']['device']}, {document['setting']['model']}, {document['setting']['calls']} calls"
 
 
-CHARTS: dict[str, Callable[[dict[str, Any]], str]] = {"peers": peers, "ladder": ladder, "batches": batches, "profile": profile, "roofline": roofline}
+CHARTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "peers": peers,
+    "ladder": ladder,
+    "batches": batches,
+    "profile": profile,
+    "roofline": roofline,
+}
 NEEDS = {"roofline": "layers"}  # the part a chart is drawn from, where it has another name
 
 

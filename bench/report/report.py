@@ -1,4 +1,6 @@
-"""python -m bench report: draws the charts and writes the marked sections of README.md and bench/README.md from the newest result files."""
+"""python -m bench report: draws the charts and writes the marked sections of README.md and bench/README.md from the
+newest result files.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,16 @@ def main(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.flags import parse
 
     config, _ = parse(arguments, ReportConfig, PROG, __doc__)
-    stale = [path for path, text in wanted(ROOT).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path for path, text in wanted(ROOT).items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
     if config.check:
         if stale:
-            raise GateFailed(f"bench: {names} disagree with the newest result file", "run `python -m bench report` and commit what it writes")
+            raise GateFailed(
+                f"bench: {names} disagree with the newest result file",
+                "run `python -m bench report` and commit what it writes",
+            )
         return 0
     for path, text in wanted(ROOT).items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +60,11 @@ def wanted(root: Path) -> dict[Path, str]:
     found = {suite: read(path) for suite in SUITES if (path := newest(suite, folder))}
     if not found:
         raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
-    files = {root / "bench" / "charts" / f"{suite}-{name}.svg": text for suite, document in found.items() for name, text in charts.drawn(document).items()}
+    files = {
+        root / "bench" / "charts" / f"{suite}-{name}.svg": text
+        for suite, document in found.items()
+        for name, text in charts.drawn(document).items()
+    }
     if path := newest("claims", folder):
         found["claims"] = read(path)
         files[root / "bench" / "charts" / "claims.svg"] = claims.chart(found["claims"])
@@ -103,11 +114,16 @@ def whole(suite: str) -> Callable[[dict[str, dict[str, Any]]], str]:
         if suite not in found:
             return f"No {suite.upper()} has been measured yet."
         document = found[suite]
-        parts = [f"`{document['command']}`, {document['date']}. {tables.limit_line(document)}. {tables.setting_line(document)}."]
+        parts = [
+            f"`{document['command']}`, {document['date']}. {tables.limit_line(document)}. "
+            f"{tables.setting_line(document)}."
+        ]
         drawn = charts.drawn(document)
         for name, (title, build) in tables.TABLES.items():
             table = build(document)
-            pictures = [picture(suite, chart, "charts") for chart in drawn if chart == name or charts.NEEDS.get(chart) == name]
+            pictures = [
+                picture(suite, chart, "charts") for chart in drawn if chart == name or charts.NEEDS.get(chart) == name
+            ]
             if table[1]:
                 parts += [f"### {title}", *pictures, tables.markdown(table)]
         return "\n\n".join(parts)
@@ -133,29 +149,53 @@ def paper(found: dict[str, dict[str, Any]]) -> str:
     each = rate or ASSUMED
     source = "measured" if rate else "assumed, as none was measured yet"
     costs = (
-        f"the driver's own work is {tables.number(own)} ms of one core an image, encoding and writing {tables.number(written)} ms "
+        f"the driver's own work is {tables.number(own)} ms of one core an image, encoding and writing "
+        f"{tables.number(written)} ms "
         f"for {PAPER_SIDE} pixels and four kinds of labels, one commit of a batch {tables.number(disk['commit_ms'])} ms"
     )
     said = (
-        f"One GPU makes {tables.number(each)} images a second ({source}). Measured on this CPU: {costs}. Ranks do not speak with each other, so images "
-        "a second grow with the GPUs as long as there are the cores of the third column, a disk that takes the files of the fourth, and ledgers that take "
-        "the commits: one ledger takes them one after the other, so its share of time must stay well below 100 %; above, the prompts are split over as "
+        f"One GPU makes {tables.number(each)} images a second ({source}). Measured on this CPU: {costs}. Ranks do "
+        "not speak with each other, so images "
+        "a second grow with the GPUs as long as there are the cores of the third column, a disk that takes the files "
+        "of the fourth, and ledgers that take "
+        "the commits: one ledger takes them one after the other, so its share of time must stay well below 100 %; "
+        "above, the prompts are split over as "
         "many run folders."
     )
-    head = ["GPUs", "images a second", "cores for driver and files", "files a second", f"time of one ledger, batches of {PAPER_BATCH}", "a million images"]
+    head = [
+        "GPUs",
+        "images a second",
+        "cores for driver and files",
+        "files a second",
+        f"time of one ledger, batches of {PAPER_BATCH}",
+        "a million images",
+    ]
     rows = []
     for count in PAPER_GPUS:
         total = each * count
         hours = 1e6 / total / 3600
         took = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
         cores, busy = total * (own + written) / 1e3, total / PAPER_BATCH * disk["commit_ms"] / 1e3
-        rows.append([f"{count:,}", f"{total:,.1f}", f"{cores:,.2f}", f"{total * disk['files']:,.0f}", tables.percent(busy), took])
+        rows.append(
+            [
+                f"{count:,}",
+                f"{total:,.1f}",
+                f"{cores:,.2f}",
+                f"{total * disk['files']:,.0f}",
+                tables.percent(busy),
+                took,
+            ]
+        )
     return f"{said}\n\n{tables.markdown((head, rows))}"
 
 
 def claimed(found: dict[str, dict[str, Any]]) -> str:
     """Whether generated images help a student."""
-    return claims.section(found["claims"]) if "claims" in found else "The claims have not been measured yet: `python -m bench claims`."
+    return (
+        claims.section(found["claims"])
+        if "claims" in found
+        else "The claims have not been measured yet: `python -m bench claims`."
+    )
 
 
 SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {

@@ -28,9 +28,11 @@ class ResultFile:
 
     @classmethod
     def open(cls, path: Path | None, head: Mapping[str, Any], *, goes_on: bool = False) -> ResultFile:
-        """A new file, kept in memory alone where `path` is None, or one to go on with: of another device, commit or setting it is refused.
+        """A new file, kept in memory alone where `path` is None, or one to go on with: of another device, commit or
+        setting it is refused.
 
-        What cannot be written is refused before anything is measured, and so is a file in its place that is no result file.
+        What cannot be written is refused before anything is measured, and so is a file in its place that is no result
+        file.
         """
         if path:
             check_writable(path)
@@ -39,10 +41,16 @@ class ResultFile:
             return cls(path, {"format": FORMAT, **head, "parts": {}})
         for name in ("suite", "setting"):
             if document[name] != json.loads(json.dumps(head[name])):
-                raise Refused(f"{path}: holds another {name}, {document[name]} where {head[name]} is to be measured", "choose another --out")
+                raise Refused(
+                    f"{path}: holds another {name}, {document[name]} where {head[name]} is to be measured",
+                    "choose another --out",
+                )
         for name in ("device", "commit", "versions"):
             if document["machine"][name] != head["machine"][name]:
-                raise Refused(f"{path}: was measured with {name} {document['machine'][name]}, here it is {head['machine'][name]}", "choose another --out")
+                raise Refused(
+                    f"{path}: was measured with {name} {document['machine'][name]}, here it is {head['machine'][name]}",
+                    "choose another --out",
+                )
         return cls(path, document)
 
     def begin(self, part: str) -> None:
@@ -53,7 +61,9 @@ class ResultFile:
 
     def give_up_broken(self) -> list[str]:
         """Marks and names the parts that began twice and never ended."""
-        broken = [name for name, part in self.document["parts"].items() if part["status"] == BEGUN and part["tries"] > 1]
+        broken = [
+            name for name, part in self.document["parts"].items() if part["status"] == BEGUN and part["tries"] > 1
+        ]
         for name in broken:
             self.document["parts"][name] = {"status": BROKEN, "rows": []}
         return broken
@@ -82,7 +92,9 @@ def beside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
     except OSError as error:
-        raise Missing(f"{path}: cannot be written ({error.strerror or error})", "make room there, or choose another --out") from error
+        raise Missing(
+            f"{path}: cannot be written ({error.strerror or error})", "make room there, or choose another --out"
+        ) from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -100,9 +112,14 @@ def read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         known = document["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(f"{path}: not a result file ({type(error).__name__}: {error})", "name a file that the bench has written") from error
+        raise Refused(
+            f"{path}: not a result file ({type(error).__name__}: {error})", "name a file that the bench has written"
+        ) from error
     if not known:
-        raise Refused(f"{path}: format {document['format']!r}, this version reads {FORMAT}", "read it with the version that wrote it")
+        raise Refused(
+            f"{path}: format {document['format']!r}, this version reads {FORMAT}",
+            "read it with the version that wrote it",
+        )
     return document
 
 
@@ -113,7 +130,9 @@ def is_settled(document: Mapping[str, Any], part: str) -> bool:
 
 def batches_of(document: Mapping[str, Any]) -> dict[str, int]:
     """The batch size every peer was measured at."""
-    return {row["peer"]: row["batch"] for part in ("peers", "ladder") for row in rows_of(document, part) if row.get("batch")}
+    return {
+        row["peer"]: row["batch"] for part in ("peers", "ladder") for row in rows_of(document, part) if row.get("batch")
+    }
 
 
 def rows_of(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
@@ -142,7 +161,13 @@ def now() -> str:
 
 
 def newest(suite: str, folder: Path = FOLDER) -> Path | None:
-    """The file of a suite that was measured last, of those whose peers were; a run of single parts is none for the pages. Claims have no peers."""
+    """The file of a suite that was measured last, of those whose peers were; a run of single parts is none for the
+    pages. Claims have no peers.
+    """
     documents = [(read(path), path) for path in sorted(folder.glob("*.json"))]
-    found = [(document["date"], path) for document, path in documents if document["suite"] == suite and (suite == "claims" or rows_of(document, "peers"))]
+    found = [
+        (document["date"], path)
+        for document, path in documents
+        if document["suite"] == suite and (suite == "claims" or rows_of(document, "peers"))
+    ]
     return max(found)[1] if found else None

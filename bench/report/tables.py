@@ -65,10 +65,21 @@ def span(values: dict[str, Any] | None, scale: float = 1.0, unit: str = "") -> s
     """Median, and least and most in brackets."""
     if not values:
         return "–"
-    return f"{number(values['median'] * scale)}{unit} ({number(values['least'] * scale)}–{number(values['most'] * scale)})"
+    return (
+        f"{number(values['median'] * scale)}{unit} ({number(values['least'] * scale)}–{number(values['most'] * scale)})"
+    )
 
 
-PEER_HEAD = ["who", "type", "batch", "images/s", "seconds an image", "images alone", "TFLOP/s", "of the products' limit"]
+PEER_HEAD = [
+    "who",
+    "type",
+    "batch",
+    "images/s",
+    "seconds an image",
+    "images alone",
+    "TFLOP/s",
+    "of the products' limit",
+]
 PEER_HEAD += ["memory", "J/image", "load", "first", "ours is"]
 
 
@@ -81,7 +92,11 @@ def peer_row(row: dict[str, Any]) -> list[str]:
     if row["status"] != "ok":
         said = "FAILED" if row["status"] == "failed" else "not here"
         return [*who, f"{said}: {row['why']}", *[""] * (len(PEER_HEAD) - 4)]
-    times = [number(row["images_per_second"]), span(row["seconds_per_image"]), span(row.get("images_alone_s"), unit=" s")]
+    times = [
+        number(row["images_per_second"]),
+        span(row["seconds_per_image"]),
+        span(row.get("images_alone_s"), unit=" s"),
+    ]
     rates = [number(row["tflops"]), percent(row["share_of_products"])]
     memory = f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else "–"
     costs = [memory, number(row["joules_per_image"]), number(row["load_s"], 2, " s"), number(row["first_s"], 2, " s")]
@@ -102,7 +117,19 @@ def stage_table(document: dict[str, Any]) -> Table:
 
 def op_table(document: dict[str, Any]) -> Table:
     """The rows that were timed, and the failed ones."""
-    head = ["operation", "form", "case", "plain, ms", "this form, ms", "ratio", "GB/s", "TFLOP/s", "bound by", "of that limit", "error"]
+    head = [
+        "operation",
+        "form",
+        "case",
+        "plain, ms",
+        "this form, ms",
+        "ratio",
+        "GB/s",
+        "TFLOP/s",
+        "bound by",
+        "of that limit",
+        "error",
+    ]
     rows = []
     for row in rows_of(document, "ops"):
         who = [row["op"], row["form"], row["case"]]
@@ -110,17 +137,40 @@ def op_table(document: dict[str, Any]) -> Table:
             rows.append([*who, f"FAILED: {row['why']}", *[""] * 7])
         elif "form_s" in row:
             times = [number(1e3 * row["plain_s"]), number(1e3 * row["form_s"]), number(row["ratio"])]
-            rates = [number(row["gbps"]), number(row["tflops"]), row["bound"], percent(row["share"]), f"{row['error']:.0e}"]
+            rates = [
+                number(row["gbps"]),
+                number(row["tflops"]),
+                row["bound"],
+                percent(row["share"]),
+                f"{row['error']:.0e}",
+            ]
             rows.append([*who, *times, *rates])
     return head, rows
 
 
 def layer_table(document: dict[str, Any]) -> Table:
     """The shapes that most of the work is in."""
-    head = ["layer", "times", "of the work", "type", "batch", "ms an image", "TFLOP/s", "GB/s", "bound by", "of that limit"]
+    head = [
+        "layer",
+        "times",
+        "of the work",
+        "type",
+        "batch",
+        "ms an image",
+        "TFLOP/s",
+        "GB/s",
+        "bound by",
+        "of that limit",
+    ]
     rows = []
     for row in rows_of(document, "layers")[:MOST_LAYERS]:
-        rates = [number(1e3 * row["layer_s"]), number(row["tflops"]), number(row["gbps"]), row["bound"], percent(row["share"])]
+        rates = [
+            number(1e3 * row["layer_s"]),
+            number(row["tflops"]),
+            number(row["gbps"]),
+            row["bound"],
+            percent(row["share"]),
+        ]
         rows.append([row["layer"], str(row["count"]), percent(row["of_work"]), row["dtype"], str(row["batch"]), *rates])
     return head, rows
 
@@ -128,7 +178,14 @@ def layer_table(document: dict[str, Any]) -> Table:
 def batch_table(document: dict[str, Any]) -> Table:
     head = ["who", "type", "batch", "ms an image and call", "TFLOP/s", "memory"]
     return head, [
-        [row["peer"], row["dtype"], str(row["batch"]), number(1e3 * row["call_s"]), number(row["tflops"]), f"{row['peak_mib']:,.0f} MiB"]
+        [
+            row["peer"],
+            row["dtype"],
+            str(row["batch"]),
+            number(1e3 * row["call_s"]),
+            number(row["tflops"]),
+            f"{row['peak_mib']:,.0f} MiB",
+        ]
         for row in rows_of(document, "batches")
     ]
 
@@ -136,7 +193,10 @@ def batch_table(document: dict[str, Any]) -> Table:
 def chunk_table(document: dict[str, Any]) -> Table:
     rows = rows_of(document, "chunks")
     head = ["images decoded at once", "ms an image", "TFLOP/s", "memory"]
-    return head, [[str(row["images"]), number(1e3 * row["image_s"]), number(row["tflops"]), f"{row['peak_mib']:,.0f} MiB"] for row in rows]
+    return head, [
+        [str(row["images"]), number(1e3 * row["image_s"]), number(row["tflops"]), f"{row['peak_mib']:,.0f} MiB"]
+        for row in rows
+    ]
 
 
 def profile_table(document: dict[str, Any]) -> Table:
@@ -144,7 +204,14 @@ def profile_table(document: dict[str, Any]) -> Table:
     groups = list(rows[0]["shares"]) if rows else []
     head = ["one UNet call of", "type", "batch", "ms an image", *groups]
     return head, [
-        [row["peer"], row["dtype"], str(row["batch"]), number(1e3 * row["call_s"]), *(percent(row["shares"][group]) for group in groups)] for row in rows
+        [
+            row["peer"],
+            row["dtype"],
+            str(row["batch"]),
+            number(1e3 * row["call_s"]),
+            *(percent(row["shares"][group]) for group in groups),
+        ]
+        for row in rows
     ]
 
 
@@ -152,19 +219,47 @@ def ladder_table(document: dict[str, Any]) -> Table:
     head = ["rung", "type", "batch", "images/s", "over the rung before", "over the first"]
     rows, good = [], [row for row in rows_of(document, "ladder") if row["status"] == "ok"]
     for before, row in zip([None, *good], good):
-        steps = ["", ""] if before is None else [number(ratio(row, before)["median"]), number(ratio(row, good[0])["median"])]
+        steps = (
+            ["", ""]
+            if before is None
+            else [number(ratio(row, before)["median"]), number(ratio(row, good[0])["median"])]
+        )
         rows.append([row["title"], row["dtype"], str(row["batch"]), number(row["images_per_second"]), *steps])
     return head, rows
 
 
 def quality_table(document: dict[str, Any]) -> Table:
-    head = ["option", "calls", "images/s", "over exact", "PSNR", "mask IoU", "instance IoU", "depth AbsRel", "keypoints", "persons lost"]
+    head = [
+        "option",
+        "calls",
+        "images/s",
+        "over exact",
+        "PSNR",
+        "mask IoU",
+        "instance IoU",
+        "depth AbsRel",
+        "keypoints",
+        "persons lost",
+    ]
     rows = []
     for row in rows_of(document, "quality"):
-        labels = [number(row["mask_iou"]), number(row["instance_iou"]), number(row["depth_absrel"]), number(row["keypoint_px"], unit=" px")]
+        labels = [
+            number(row["mask_iou"]),
+            number(row["instance_iou"]),
+            number(row["depth_absrel"]),
+            number(row["keypoint_px"], unit=" px"),
+        ]
         lost = f"{row['persons_lost']} of {row['images']}"
         rows.append(
-            [row["option"], str(row["calls"]), number(row["images_per_second"]), span(row["over_exact"]), number(row["psnr_db"], unit=" dB"), *labels, lost]
+            [
+                row["option"],
+                str(row["calls"]),
+                number(row["images_per_second"]),
+                span(row["over_exact"]),
+                number(row["psnr_db"], unit=" dB"),
+                *labels,
+                lost,
+            ]
         )
     return head, rows
 
@@ -194,13 +289,20 @@ def scene_table(document: dict[str, Any]) -> Table:
 def disk_table(document: dict[str, Any]) -> Table:
     rows = [row for row in rows_of(document, "scale") if "commit_ms" in row]
     head = ["commit of a batch, ms", "rows", "one sample's files made durable, ms", "files"]
-    return head, [[number(row["commit_ms"]), str(row["rows"]), number(row["publish_ms"]), str(row["files"])] for row in rows]
+    return head, [
+        [number(row["commit_ms"]), str(row["rows"]), number(row["publish_ms"]), str(row["files"])] for row in rows
+    ]
 
 
 def rank_table(document: dict[str, Any]) -> Table:
     rows = [row for row in rows_of(document, "scale") if "ranks" in row]
     return ["ranks", "images/s", "over one"], [
-        [str(row["ranks"]), number(row["images_per_second"]), number(row["images_per_second"] / rows[0]["images_per_second"])] for row in rows
+        [
+            str(row["ranks"]),
+            number(row["images_per_second"]),
+            number(row["images_per_second"] / rows[0]["images_per_second"]),
+        ]
+        for row in rows
     ]
 
 
@@ -214,7 +316,11 @@ TABLES = {
     "profile": ("Where the time of one UNet call goes", profile_table),
     "ladder": ("From DatasetDM to us", ladder_table),
     "quality": ("Ways that change the result", quality_table),
-    "scale": ("The driver's own cost: core milliseconds an image with an engine that computes next to nothing, files in memory", scale_table),
+    "scale": (
+        "The driver's own cost: core milliseconds an image with an engine that computes next to nothing, files in "
+        "memory",
+        scale_table,
+    ),
     "scenes": ("Encoding and writing rendered scenes with four kinds of labels, files in memory", scene_table),
     "disk": ("Waiting for the disk", disk_table),
     "ranks": ("Ranks of one thread each", rank_table),
@@ -251,9 +357,7 @@ def setting_line(document: dict[str, Any]) -> str:
     setting = document["setting"]
     weights = "" if setting["trained"] else ", seeded weights"
     labels = ", ".join(setting["tasks"])
-    return (
-        f"{setting['model']}{weights}, {setting['size']} pixels, {setting['calls']} UNet calls, {setting['tflop_per_image']:g} TFLOP an image; labels: {labels}"
-    )
+    return f"{setting['model']}{weights}, {setting['size']} pixels, {setting['calls']} UNet calls, {setting['tflop_per_image']:g} TFLOP an image; labels: {labels}"
 
 
 def terminal(document: dict[str, Any], is_coloured: bool = False) -> str:

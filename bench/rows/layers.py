@@ -1,4 +1,6 @@
-"""The rate of every distinct convolution and linear layer of the UNet by itself: what a network of such layers could reach."""
+"""The rate of every distinct convolution and linear layer of the UNet by itself: what a network of such layers could
+reach.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from datasetdm_fast.engines.fast import DTYPES
 from datasetdm_fast.stages import FACTOR
 
 
-class Layer(NamedTuple):
+class TimedLayer(NamedTuple):
     """One shape of layer: what goes in for one image, and the weight."""
 
     given: tuple[int, ...]  # without the batch
@@ -41,7 +43,7 @@ def rows(setting: Setting, limits: dict[str, Any], dtype: str, batch: int, secon
     return sorted(made, key=lambda one: -one["of_work"])
 
 
-def shapes(setting: Setting) -> Counter[Layer]:
+def shapes(setting: Setting) -> Counter[TimedLayer]:
     """Every layer shape of one UNet call, with how often it comes."""
     unet, seen = setting.model.unet, Counter()
 
@@ -49,30 +51,50 @@ def shapes(setting: Setting) -> Counter[Layer]:
         stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1
         given = tuple(inputs[0].shape[1:])
         if isinstance(module, nn.Conv2d) or len(given) == 2:  # the time embedding's are no tokens
-            seen[Layer(given, tuple(module.weight.shape), stride)] += 1
+            seen[TimedLayer(given, tuple(module.weight.shape), stride)] += 1
 
-    hooks = [module.register_forward_hook(note) for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [
+        module.register_forward_hook(note) for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
+    ]
     side, width = setting.recipe.size // FACTOR, setting.model.text_encoder.config.hidden_size
     try:
         with torch.inference_mode():
-            unet(torch.zeros(1, 4, side, side, device=setting.device), 1, torch.zeros(1, setting.model.levels[0].tokens, width, device=setting.device))
+            unet(
+                torch.zeros(1, 4, side, side, device=setting.device),
+                1,
+                torch.zeros(1, setting.model.levels[0].tokens, width, device=setting.device),
+            )
     finally:
         for hook in hooks:
             hook.remove()
     return seen
 
 
-def row(layer: Layer, count: int, setting: Setting, limits: dict[str, Any], dtype: str, batch: int, seconds: float) -> dict[str, Any]:
+def row(
+    layer: TimedLayer, count: int, setting: Setting, limits: dict[str, Any], dtype: str, batch: int, seconds: float
+) -> dict[str, Any]:
     call, moved = prepared(layer, HALVES * batch, setting.device, DTYPES[dtype])
     with torch.inference_mode():
         work, taken = flops(call), 1 / rate(call, setting.device, seconds)
-    facts = {"layer": layer.name, "count": count, "dtype": dtype, "batch": batch, "gflop": round(work / batch / 1e9, 4), "layer_s": taken / batch}
+    facts = {
+        "layer": layer.name,
+        "count": count,
+        "dtype": dtype,
+        "batch": batch,
+        "gflop": round(work / batch / 1e9, 4),
+        "layer_s": taken / batch,
+    }
     return {**facts, **nearest_limit(work, moved, 0, taken, limits, dtype)}
 
 
-def prepared(layer: Layer, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+def prepared(
+    layer: TimedLayer, rows: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], int]:
     """The layer on so many inputs, and the bytes it reads and writes."""
-    x, weight = torch.randn(rows, *layer.given, device=device).to(dtype), torch.randn(layer.weight, device=device).to(dtype)
+    x, weight = (
+        torch.randn(rows, *layer.given, device=device).to(dtype),
+        torch.randn(layer.weight, device=device).to(dtype),
+    )
     if len(layer.weight) == 2:
 
         def call() -> Tensor:

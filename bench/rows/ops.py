@@ -24,8 +24,12 @@ SMALL = 2**24  # bytes of inputs
 ATTENTIONS = ("attention", "masked_attention", "attention_capture")
 
 
-def rows(device: torch.device, dtype: str, limits: dict[str, Any], forms: dict[str, SimpleNamespace], seconds: float) -> list[dict[str, Any]]:
-    """A row for each operation, case and form that is not the plain one; those that differ too much are failed and not timed."""
+def rows(
+    device: torch.device, dtype: str, limits: dict[str, Any], forms: dict[str, SimpleNamespace], seconds: float
+) -> list[dict[str, Any]]:
+    """A row for each operation, case and form that is not the plain one; those that differ too much are failed and not
+    timed.
+    """
     return [row for op in OPS for row in op_rows(op, device, dtype, limits, forms, seconds)]
 
 
@@ -34,8 +38,13 @@ def forms_of(engine: FastEngine) -> dict[str, SimpleNamespace]:
     return {"fused": fused, "engine": engine.decoder_ops}
 
 
-def op_rows(op: str, device: torch.device, dtype: str, limits: dict[str, Any], forms: dict[str, SimpleNamespace], seconds: float) -> Iterator[dict[str, Any]]:
-    module, cases = OPS[op], [(reason, placed(inputs, device, DTYPES[dtype])) for reason, inputs in cases_of(op, device)]
+def op_rows(
+    op: str, device: torch.device, dtype: str, limits: dict[str, Any], forms: dict[str, SimpleNamespace], seconds: float
+) -> Iterator[dict[str, Any]]:
+    module, cases = (
+        OPS[op],
+        [(reason, placed(inputs, device, DTYPES[dtype])) for reason, inputs in cases_of(op, device)],
+    )
     largest = max(moved(inputs) for _, inputs in cases)
     found = {name: getattr(space, op, None) for name, space in forms.items()}
     for name, form in found.items():
@@ -58,10 +67,10 @@ def cases_of(op: str, device: torch.device) -> Iterator[tuple[str, tuple]]:
     for case in OPS[op].cases():
         yield case.reason, case.inputs
     if device.type == "cuda":
-        yield from model_sizes(op, Drawn(device))
+        yield from model_sizes(op, RandomInputs(device))
 
 
-class Drawn:
+class RandomInputs:
     """Tensors of a shape, filled on the device."""
 
     def __init__(self, device: torch.device):
@@ -90,20 +99,34 @@ def judged(op: str, reference: Callable, form: Callable, inputs: tuple, dtype: s
 
 def limit_of(reference: Callable, inputs: tuple, dtype: str) -> tuple[list[Tensor], float]:
     """The plain form's answer in a wider type, and how far from it a form in `dtype` may lie."""
-    exact = torch.float64 if moved(inputs) < SMALL else torch.float32  # at model sizes fp64 would take minutes and all of the memory
+    exact = (
+        torch.float64 if moved(inputs) < SMALL else torch.float32
+    )  # at model sizes fp64 would take minutes and all of the memory
     wide, plain = outputs(reference, placed(inputs, None, exact)), outputs(reference, inputs)
     return wide, OWN_DRIFT * max(distance(a, b) for a, b in zip(plain, wide, strict=True)) + FLOOR[dtype]
 
 
 def times(
-    op: str, reference: Callable, form: Callable, inputs: tuple, device: torch.device, dtype: str, limits: dict[str, Any], seconds: float
+    op: str,
+    reference: Callable,
+    form: Callable,
+    inputs: tuple,
+    device: torch.device,
+    dtype: str,
+    limits: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     with torch.inference_mode():
         made = outputs(form, inputs)
         work, traffic = flops(lambda: reference(*inputs)), moved(inputs) + moved(tuple(made))
         each = [1 / rate(functools.partial(one, *inputs), device, seconds) for one in (reference, form)]
     exps = inputs[0].shape[:3].numel() * inputs[1].shape[2] if op in ATTENTIONS else 0
-    return {"plain_s": each[0], "form_s": each[1], "ratio": round(each[0] / each[1], 3), **nearest_limit(work, traffic, exps, each[1], limits, dtype)}
+    return {
+        "plain_s": each[0],
+        "form_s": each[1],
+        "ratio": round(each[0] / each[1], 3),
+        **nearest_limit(work, traffic, exps, each[1], limits, dtype),
+    }
 
 
 def placed(value: Any, device: torch.device | None, dtype: torch.dtype) -> Any:

@@ -12,24 +12,39 @@ from torch import Tensor
 
 from bench.peers import Peer
 from bench.setting import Setting
-from datasetdm_fast.agreement.distances import by_image, free_distances, image_distance, label_distance, led_distances, relative
-from datasetdm_fast.agreement.gates import EXACT, ROUNDED, Row, judge
+from datasetdm_fast.agreement.distances import (
+    by_image,
+    free_running_distances,
+    image_distance,
+    label_distance,
+    relative,
+    teacher_forced_distances,
+)
+from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.agreement.observe import Observation, Rounded, level_tensors, observe
 from datasetdm_fast.data import Request, Sample
 
-STORED = {"tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}  # whose drift is allowed; TF32 keeps as many bits as fp16
+STORED = {
+    "tf32": torch.float16,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}  # whose drift is allowed; TF32 keeps as many bits as fp16
 
 
-class Judge:
-    """The oracle's answers to the first `count` requests, and the drift of its own at lower precision; each is computed once."""
+class ParityJudge:
+    """The oracle's answers to the first `count` requests, and the drift of its own at lower precision; each is computed
+    once.
+    """
 
     def __init__(self, setting: Setting, count: int):
         self.setting, self.requests = setting, setting.batch(count)
         self.truth = observe(setting.reference, self.requests, setting.recipe)
         self._floors: dict[torch.dtype, dict[str, np.ndarray]] = {}
 
-    def rows(self, peer: Peer, first: Sequence[Sample]) -> list[Row]:
-        """One row a measure: stages fed with what the oracle had there, then the peer's own samples, of which `first` is a batch of the first requests."""
+    def rows(self, peer: Peer, first: Sequence[Sample]) -> list[GateRow]:
+        """One row a measure: stages fed with what the oracle had there, then the peer's own samples, of which `first`
+        is a batch of the first requests.
+        """
         distances = {**self._led(peer), **self._free(peer, first)}
         if peer.dtype == "fp32":
             return judge(distances, EXACT, {})
@@ -49,10 +64,15 @@ class Judge:
                 output, capture = peer.denoise_and_capture(latents, timestep, given)
             else:
                 output = peer.denoise(latents, timestep, given)
-            calls.append(relative(by_image(output.float().cpu()), by_image(fitted_pair(truth.outputs[call], peer.batch))))
+            calls.append(
+                relative(by_image(output.float().cpu()), by_image(fitted_pair(truth.outputs[call], peer.batch)))
+            )
         found = level_tensors(setting.reference, capture)
         levels = {
-            f"level {name}": np.max([relative(value, fitted(right, peer.batch)) for value, right in zip(found[name], tensors, strict=True)], 0)[None]
+            f"level {name}": np.max(
+                [relative(value, fitted(right, peer.batch)) for value, right in zip(found[name], tensors, strict=True)],
+                0,
+            )[None]
             for name, tensors in truth.levels.items()
             if tensors
         }
@@ -60,8 +80,14 @@ class Judge:
 
     def _free(self, peer: Peer, first: Sequence[Sample]) -> dict[str, np.ndarray]:
         count = max(len(self.requests) // peer.batch, 1)
-        made = [*first, *(sample for k in range(1, count) for sample in peer.make(self._part(k, peer.batch)))][: len(self.requests)]
-        return free_of(made, self.truth) if self.setting.is_trained else {"free image": free_of(made, self.truth)["free image"]}
+        made = [*first, *(sample for k in range(1, count) for sample in peer.make(self._part(k, peer.batch)))][
+            : len(self.requests)
+        ]
+        return (
+            free_of(made, self.truth)
+            if self.setting.is_trained
+            else {"free image": free_of(made, self.truth)["free image"]}
+        )
 
     def _part(self, place: int, batch: int) -> tuple[Request, ...]:
         return tuple(self.requests[k % len(self.requests)] for k in range(place * batch, (place + 1) * batch))
@@ -71,7 +97,7 @@ class Judge:
         if dtype not in self._floors:
             rounded, requests, recipe = Rounded(self.setting.reference, dtype), self.requests, self.setting.recipe
             led, free = observe(rounded, requests, recipe, self.truth), observe(rounded, requests, recipe)
-            found = led_distances(led, self.truth) | free_distances(free, self.truth)
+            found = teacher_forced_distances(led, self.truth) | free_running_distances(free, self.truth)
             self._floors[dtype] = {name: values.reshape(-1, len(requests)) for name, values in found.items()}
         return self._floors[dtype]
 
@@ -80,7 +106,9 @@ def free_of(made: Sequence[Sample], truth: Observation) -> dict[str, np.ndarray]
     """Images and labels of samples against those of the oracle, which may be more."""
     images = np.stack([sample.image for sample in made])
     labels = {
-        f"free {task}": np.array([label_distance(sample.annotations[task], right) for sample, right in zip(made, rights)])[None]
+        f"free {task}": np.array(
+            [label_distance(sample.annotations[task], right) for sample, right in zip(made, rights)]
+        )[None]
         for task, rights in truth.labels.items()
     }
     return {"free image": image_distance(images, truth.images[: len(made)])[None], **labels}
@@ -96,10 +124,14 @@ def fitted_pair(values: Tensor, batch: int) -> Tensor:
     return torch.cat([fitted(half, batch) for half in values.chunk(2)])
 
 
-def document(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def document(rows: Sequence[GateRow]) -> list[dict[str, Any]]:
     return [asdict(row) | {"passed": row.is_passed} for row in rows]
 
 
-def failures(rows: Sequence[Row]) -> list[str]:
+def failures(rows: Sequence[GateRow]) -> list[str]:
     """The measures that failed, with the figure and its limit."""
-    return [f"{row.measure} {max(row.median, row.p99):.1e} (limits {row.limit[0]:.1e}, {row.limit[1]:.1e})" for row in rows if not row.is_passed]
+    return [
+        f"{row.measure} {max(row.median, row.p99):.1e} (limits {row.limit[0]:.1e}, {row.limit[1]:.1e})"
+        for row in rows
+        if not row.is_passed
+    ]

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.machine.machine import wait
 from bench.peers import PEERS, Peer
 from bench.peers.engine import EnginePeer
-from bench.rows.parity import Judge, fitted, fitted_pair
+from bench.rows.parity import ParityJudge, fitted, fitted_pair
 from bench.rows.race import release
 from bench.setting import Setting
 from datasetdm_fast.engines.fast import FastEngine
@@ -36,7 +36,7 @@ BATCH = 8  # of a peer whose best one is not known yet
 BUSY = 0.05  # of the time
 
 
-def rows(setting: Setting, judge: Judge, names: Sequence[str], batches: dict[str, int]) -> list[dict[str, Any]]:
+def rows(setting: Setting, judge: ParityJudge, names: Sequence[str], batches: dict[str, int]) -> list[dict[str, Any]]:
     """The share of each group of kernels in one call of each peer; idle is what no kernel filled."""
     made = []
     for name in names:
@@ -51,12 +51,18 @@ def rows(setting: Setting, judge: Judge, names: Sequence[str], batches: dict[str
 
 
 def named(peer: Peer, setting: Setting) -> Peer:
-    """On a CPU our engine once more, with every operation under its name: those of csrc/ are none that PyTorch would know of."""
+    """On a CPU our engine once more, with every operation under its name: those of csrc/ are none that PyTorch would
+    know of.
+    """
     engine = getattr(peer, "engine", None)
     if setting.device.type != "cpu" or not isinstance(engine, FastEngine):
         return peer
     ops = SimpleNamespace(**{name: recorded(name, form) for name, form in vars(engine.ops).items()})
-    return EnginePeer(FastEngine(setting.model, setting.reference.decoders, dtype=peer.dtype, device="cpu", ops=ops), setting, peer.batch)
+    return EnginePeer(
+        FastEngine(setting.model, setting.reference.decoders, dtype=peer.dtype, device="cpu", ops=ops),
+        setting,
+        peer.batch,
+    )
 
 
 def recorded(name: str, form: Callable) -> Callable:
@@ -67,9 +73,14 @@ def recorded(name: str, form: Callable) -> Callable:
     return call
 
 
-def row_of(peer: Peer, setting: Setting, judge: Judge) -> dict[str, Any]:
-    latents, context = fitted(judge.truth.seen[0], peer.batch).to(setting.device), fitted_pair(judge.truth.context, peer.batch).to(setting.device)
-    shares, seconds = split(lambda: peer.denoise(latents, setting.recipe.schedule.timesteps[0], context), setting.device)
+def row_of(peer: Peer, setting: Setting, judge: ParityJudge) -> dict[str, Any]:
+    latents, context = (
+        fitted(judge.truth.seen[0], peer.batch).to(setting.device),
+        fitted_pair(judge.truth.context, peer.batch).to(setting.device),
+    )
+    shares, seconds = split(
+        lambda: peer.denoise(latents, setting.recipe.schedule.timesteps[0], context), setting.device
+    )
     return {"dtype": peer.dtype, "batch": peer.batch, "call_s": round(seconds / peer.batch, 6), "shares": shares}
 
 
@@ -86,7 +97,9 @@ def split(call: Callable[[], object], device: torch.device) -> tuple[dict[str, f
         wait(device)
         whole = time.perf_counter() - begin
     busy = threads_of(seen) if is_cpu else kernels_of(seen)
-    lanes = [groups for groups in busy if sum(groups.values()) > BUSY * whole]  # a thread that only hands out work is none of those that do it
+    lanes = [
+        groups for groups in busy if sum(groups.values()) > BUSY * whole
+    ]  # a thread that only hands out work is none of those that do it
     filled = max(len(lanes) * whole, sum(sum(groups.values()) for groups in lanes))
     shares = {group: round(sum(groups[group] for groups in lanes) / filled, 4) for group in (*GROUPS, REST)}
     return {**shares, IDLE: round(max(1 - sum(shares.values()), 0.0), 4)}, whole / CALLS

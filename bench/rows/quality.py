@@ -1,4 +1,6 @@
-"""Ways that change the result: their speed, and beside it what they change in the labels; of seeded weights nothing is said."""
+"""Ways that change the result: their speed, and beside it what they change in the labels; of seeded weights nothing is
+said.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def rows(setting: Setting) -> list[dict[str, Any]]:
-    """One row an option: images per second against the exact way, and the drift of the same seeds' images and labels."""
+    """One row an option: images per second against the exact way, and the drift of the same seeds' images and
+    labels.
+    """
     if not setting.is_trained:
         return []
     exact = with_recipe(PEERS[OURS].build(setting, BATCH), setting)
@@ -40,7 +44,9 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
         pairs = [a / b for a, b in zip(rounds["exact"], rounds[name])]
         speed = {"images_per_second": round(BATCH / statistics.median(rounds[name]), 4), "over_exact": spread(pairs)}
         calls = {"calls": len(peers[name].recipe.schedule), "exact_calls": len(exact.recipe.schedule)}
-        made.append({"option": name, **calls, "batch": BATCH, "images": IMAGES, **speed, **drift(found[name], found["exact"])})
+        made.append(
+            {"option": name, **calls, "batch": BATCH, "images": IMAGES, **speed, **drift(found[name], found["exact"])}
+        )
     release(setting.device)
     return made
 
@@ -48,11 +54,15 @@ def rows(setting: Setting) -> list[dict[str, Any]]:
 def with_recipe(peer: EnginePeer, setting: Setting, sampler: str = "pndm", share: float = 1.0) -> EnginePeer:
     """The peer with as many steps as the model was made for, or a share of them."""
     steps = max(round(setting.model.defaults.steps * share), 2)
-    recipe = make_recipe(peer.engine, TASKS, sampler=sampler, steps=steps, guidance=setting.recipe.guidance, profile=PROFILE)
+    recipe = make_recipe(
+        peer.engine, TASKS, sampler=sampler, steps=steps, guidance=setting.recipe.guidance, profile=PROFILE
+    )
     return EnginePeer(peer.engine, replace(setting, recipe=recipe), peer.batch)
 
 
-def in_turn(peers: Mapping[str, EnginePeer], requests: Sequence[Request]) -> tuple[dict[str, list[Sample]], dict[str, list[float]]]:
+def in_turn(
+    peers: Mapping[str, EnginePeer], requests: Sequence[Request]
+) -> tuple[dict[str, list[Sample]], dict[str, list[float]]]:
     """The samples of every peer, and the seconds of each batch, made in turn with the others'."""
     found, rounds = {name: [] for name in peers}, {name: [] for name in peers}
     for first in range(0, len(requests), BATCH):
@@ -72,7 +82,9 @@ def drift(found: Sequence[Sample], truth: Sequence[Sample]) -> dict[str, float]:
         "mask_iou": middle([mask_iou(a["semantic"], b["semantic"]) for a, b in pairs]),
         "instance_iou": middle([1 - label_distance(a["instance"], b["instance"]) for a, b in pairs]),
         "depth_absrel": middle([label_distance(a["depth"], b["depth"]) for a, b in pairs]),
-        "keypoint_px": middle([label_distance(a["pose"], b["pose"]) for a, b in pairs if a["pose"].points.shape == b["pose"].points.shape]),
+        "keypoint_px": middle(
+            [label_distance(a["pose"], b["pose"]) for a, b in pairs if a["pose"].points.shape == b["pose"].points.shape]
+        ),
         "persons_lost": sum(a["pose"].points.shape != b["pose"].points.shape for a, b in pairs),
     }
 

@@ -40,7 +40,7 @@ class Runner:
 def race(
     setting: Setting,
     names: Sequence[str],
-    judge: parity.Judge,
+    judge: parity.ParityJudge,
     limits: dict[str, Any],
     seconds: float,
     *,
@@ -50,14 +50,19 @@ def race(
 ) -> list[dict[str, Any]]:
     """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times.
 
-    `batches` holds batch sizes that are known to be best and takes those that are found; with `draws` the images alone are timed as well.
+    `batches` holds batch sizes that are known to be best and takes those that are found; with `draws` the images alone
+    are timed as well.
     """
     batches = {} if batches is None else batches
     prepared = [prepare(setting, name, offers[name], judge, batches) for name in names]
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
-        finished = {runner.name: finisher(runner.peer, setting.batch(runner.peer.batch), Path(folder)) for runner in runners}
-        for runner in runners if setting.device.type == "cuda" else ():  # the first batch also tuned, in memory of its own
+        finished = {
+            runner.name: finisher(runner.peer, setting.batch(runner.peer.batch), Path(folder)) for runner in runners
+        }
+        for runner in (
+            runners if setting.device.type == "cuda" else ()
+        ):  # the first batch also tuned, in memory of its own
             runner.row["peak_mib"] = mib(peak(setting.device, finished[runner.name])[1])
         add_times(runners, interleaved(finished, seconds, meter(setting), least=2), setting, limits)
     if draws:
@@ -70,7 +75,9 @@ def race(
     return rows
 
 
-def prepare(setting: Setting, name: str, offer: Offer, judge: parity.Judge, batches: dict[str, int]) -> tuple[dict[str, Any], Runner | None]:
+def prepare(
+    setting: Setting, name: str, offer: Offer, judge: parity.ParityJudge, batches: dict[str, int]
+) -> tuple[dict[str, Any], Runner | None]:
     """The row of a peer so far, and the peer itself where it may be timed."""
     row: dict[str, Any] = {"peer": name, "title": offer.title}
     known = offer.batch or batches.get(offer.like or name, 0)
@@ -100,7 +107,9 @@ def prepare(setting: Setting, name: str, offer: Offer, judge: parity.Judge, batc
 
 
 def first_batch(peer: Peer, setting: Setting) -> tuple[list[Sample], float, int]:
-    """The first batch, its seconds and the most bytes it took; while it does not fit into memory, the batch is halved."""
+    """The first batch, its seconds and the most bytes it took; while it does not fit into memory, the batch is
+    halved.
+    """
     while True:
         begin = time.perf_counter()
         try:
@@ -113,11 +122,16 @@ def first_batch(peer: Peer, setting: Setting) -> tuple[list[Sample], float, int]
         release(setting.device)
 
 
-def best_batch(peer: Peer, setting: Setting, judge: parity.Judge) -> tuple[int, list[dict[str, Any]]]:
-    """The batch size with the least time an image and UNet call, and for each that was tried these seconds and the memory of a call."""
+def best_batch(peer: Peer, setting: Setting, judge: parity.ParityJudge) -> tuple[int, list[dict[str, Any]]]:
+    """The batch size with the least time an image and UNet call, and for each that was tried these seconds and the
+    memory of a call.
+    """
     truth, timestep, tried = judge.truth, setting.recipe.schedule.timesteps[0], []
     for size in CANDIDATES[setting.quick]:
-        latents, context = parity.fitted(truth.seen[0], size).to(setting.device), parity.fitted_pair(truth.context, size).to(setting.device)
+        latents, context = (
+            parity.fitted(truth.seen[0], size).to(setting.device),
+            parity.fitted_pair(truth.context, size).to(setting.device),
+        )
 
         def call(latents=latents, context=context) -> None:
             peer.denoise(latents, timestep, context)

@@ -16,7 +16,7 @@ from bench.machine.work import HALVES
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.upstream import Upstream
-from bench.rows.parity import Judge, fitted, fitted_pair
+from bench.rows.parity import ParityJudge, fitted, fitted_pair
 from bench.rows.race import OURS, meter, release, spread, write
 from bench.setting import Setting
 from datasetdm_fast.agreement.distances import relative
@@ -27,7 +27,9 @@ from datasetdm_fast.labels.label_files import encode
 
 
 class Stage(NamedTuple):
-    """One stage both ways; `naive` is for one image, `ours` for a batch, and `gate` names the limit of what they may differ by."""
+    """One stage both ways; `naive` is for one image, `ours` for a batch, and `gate` names the limit of what they may
+    differ by.
+    """
 
     name: str
     ours: Callable[[], Any]
@@ -36,7 +38,9 @@ class Stage(NamedTuple):
     flops: int = 0  # of one image
 
 
-def rows(setting: Setting, judge: Judge, limits: dict[str, Any], seconds: float, batch: int) -> list[dict[str, Any]]:
+def rows(
+    setting: Setting, judge: ParityJudge, limits: dict[str, Any], seconds: float, batch: int
+) -> list[dict[str, Any]]:
     """A row for each stage, its two forms compared before they are timed in turn."""
     naive, ours = PEERS["upstream"].build(setting, 1), PEERS[OURS].build(setting, batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,14 +50,17 @@ def rows(setting: Setting, judge: Judge, limits: dict[str, Any], seconds: float,
     return made
 
 
-def chain(setting: Setting, judge: Judge, naive: Upstream, ours: EnginePeer, folder: Path) -> list[Stage]:
+def chain(setting: Setting, judge: ParityJudge, naive: Upstream, ours: EnginePeer, folder: Path) -> list[Stage]:
     """The stages in the order of an image's way, each fed with what the oracle had there."""
     engine, recipe, truth, batch = ours.engine, setting.recipe, judge.truth, ours.batch
     prompts = [request.prompt for request in setting.batch(batch)]
     call, captured = 0, recipe.capture_call
     times = recipe.schedule.timesteps
     many = {place: fitted(truth.seen[place], batch).to(setting.device) for place in (call, captured)}
-    contexts = {1: fitted_pair(truth.context, 1).to(setting.device), batch: fitted_pair(truth.context, batch).to(setting.device)}
+    contexts = {
+        1: fitted_pair(truth.context, 1).to(setting.device),
+        batch: fitted_pair(truth.context, batch).to(setting.device),
+    }
     latents = fitted(truth.latents, batch).to(setting.device)
     _, capture = engine.denoise_and_capture(many[captured], times[captured], contexts[batch])
     naive.denoise_and_capture(many[captured][:1], times[captured], contexts[1])
@@ -64,7 +71,11 @@ def chain(setting: Setting, judge: Judge, naive: Upstream, ours: EnginePeer, fol
 
     stages = [
         Stage(
-            "text", lambda: engine.encode_text(prompts), lambda: (naive.encode_text([""]), naive.encode_text(prompts[:1]))[1], "text", setting.stages["text"]
+            "text",
+            lambda: engine.encode_text(prompts),
+            lambda: (naive.encode_text([""]), naive.encode_text(prompts[:1]))[1],
+            "text",
+            setting.stages["text"],
         ),
         Stage(
             "call",
@@ -94,7 +105,9 @@ def chain(setting: Setting, judge: Judge, naive: Upstream, ours: EnginePeer, fol
 
 
 def decoder_stage(task: str, naive: Upstream, ours: EnginePeer, capture: Any) -> Stage:
-    """Upstream's decoder from features and maps, which it averages anew for every level; ours from the level sums of the captured call."""
+    """Upstream's decoder from features and maps, which it averages anew for every level; ours from the level sums of
+    the captured call.
+    """
 
     def first(answer: dict[str, Tensor]) -> Tensor:
         return next(reversed(answer.values()))
@@ -124,7 +137,10 @@ def timed(stage: Stage, setting: Setting, limits: dict[str, Any], seconds: float
             row["error"] = error = float(relative(stage.ours()[:1].cpu(), stage.naive().cpu()).max())
             row["limit"] = limit = (EXACT if ours.dtype == "fp32" else ROUNDED)[stage.gate][1]
             if not error <= limit:
-                return row | {"status": "failed", "why": f"the two forms differ by {error:.1e}, expected at most {limit:.0e}"}
+                return row | {
+                    "status": "failed",
+                    "why": f"the two forms differ by {error:.1e}, expected at most {limit:.0e}",
+                }
         calls = {"ours": stage.ours, **({"naive": stage.naive} if stage.naive else {})}
         for call in calls.values():
             call()

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 TINY = 1e-30
 
 
-# Distances: one number an image, 0 where both engines say the same ------------------------------------------------------------------
+# Distances: one number an image, 0 where both engines say the same ----------------------------------------------------
 def relative(value: Tensor, truth: Tensor) -> np.ndarray:
     """Relative L2 of each image [B]; a value that is no number counts as infinitely far."""
-    difference = (value.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1).clamp(min=TINY)
+    difference = (value.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1).clamp(
+        min=TINY
+    )
     return difference.nan_to_num(nan=float("inf")).numpy()
 
 
@@ -35,8 +37,8 @@ def image_distance(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def label_distance(found: Annotation, truth: Annotation) -> float:
     """0 where both say the same.
 
-    Class maps: share of pixels that differ. Depth: mean relative error. Joints: mean distance in pixels. Instances: one minus the mean
-    IoU, 1 where their classes differ.
+    Class maps: share of pixels that differ. Depth: mean relative error. Joints: mean distance in pixels. Instances: one
+    minus the mean IoU, 1 where their classes differ.
     """
     return DISTANCES[type(truth)](found, truth)
 
@@ -54,8 +56,12 @@ def _instances(found: Instances, truth: Instances) -> float:
         return 1.0
     if not len(truth.masks):
         return 0.0
-    # Instances of one class may change places where their scores are nearly equal, so each looks for the mask most like its own.
-    ious = [max(_iou(mask, other) for other in found.masks[found.class_ids == kind]) for mask, kind in zip(truth.masks, truth.class_ids)]
+    # Instances of one class may change places where their scores are nearly equal, so each looks for the mask most like
+    # its own.
+    ious = [
+        max(_iou(mask, other) for other in found.masks[found.class_ids == kind])
+        for mask, kind in zip(truth.masks, truth.class_ids)
+    ]
     return 1.0 - float(np.mean(ious))
 
 
@@ -67,35 +73,52 @@ def _iou(first: np.ndarray, second: np.ndarray) -> float:
 def _keypoints(found: Keypoints, truth: Keypoints) -> float:
     if found.points.shape != truth.points.shape:
         return float("inf")
-    return float(np.linalg.norm(found.points[..., :2] - truth.points[..., :2], axis=-1).mean()) if truth.points.size else 0.0
+    return (
+        float(np.linalg.norm(found.points[..., :2] - truth.points[..., :2], axis=-1).mean())
+        if truth.points.size
+        else 0.0
+    )
 
 
 DISTANCES = {SemanticMap: _semantic, DepthMap: _depth, Instances: _instances, Keypoints: _keypoints}
 
 
-def led_distances(found: Observation, truth: Observation) -> dict[str, np.ndarray]:
+def teacher_forced_distances(found: Observation, truth: Observation) -> dict[str, np.ndarray]:
     """Stage by stage, every stage given the same input: name -> one number an image, or one an image and call."""
-    calls = [relative(by_image(value), by_image(right)) for value, right in zip(found.outputs, truth.outputs, strict=True)]
+    calls = [
+        relative(by_image(value), by_image(right)) for value, right in zip(found.outputs, truth.outputs, strict=True)
+    ]
     levels = {
-        f"level {name}": np.max([relative(value, right) for value, right in zip(found.levels[name], tensors, strict=True)], 0)
+        f"level {name}": np.max(
+            [relative(value, right) for value, right in zip(found.levels[name], tensors, strict=True)], 0
+        )
         for name, tensors in truth.levels.items()
         if tensors
     }
     outputs = {
-        f"outputs {task}": np.max([relative(found.answers[task][name], value) for name, value in answer.items()], 0) for task, answer in truth.answers.items()
+        f"outputs {task}": np.max([relative(found.answers[task][name], value) for name, value in answer.items()], 0)
+        for task, answer in truth.answers.items()
     }
     image = {"image": image_distance(found.images, truth.images)}
     return {"call": np.concatenate(calls), **levels, **outputs, **_label_distances("", found, truth), **image}
 
 
-def free_distances(found: Observation, truth: Observation) -> dict[str, np.ndarray]:
+def free_running_distances(found: Observation, truth: Observation) -> dict[str, np.ndarray]:
     """Each engine on its own from the same noise and prompt."""
-    distances = {"text": relative(by_image(found.context), by_image(truth.context)), "free latents": relative(found.latents, truth.latents)}
-    return distances | {"free image": image_distance(found.images, truth.images), **_label_distances("free ", found, truth)}
+    distances = {
+        "text": relative(by_image(found.context), by_image(truth.context)),
+        "free latents": relative(found.latents, truth.latents),
+    }
+    return distances | {
+        "free image": image_distance(found.images, truth.images),
+        **_label_distances("free ", found, truth),
+    }
 
 
 def _label_distances(prefix: str, found: Observation, truth: Observation) -> dict[str, np.ndarray]:
     return {
-        f"{prefix}{task}": np.array([label_distance(value, right) for value, right in zip(found.labels[task], labels, strict=True)])
+        f"{prefix}{task}": np.array(
+            [label_distance(value, right) for value, right in zip(found.labels[task], labels, strict=True)]
+        )
         for task, labels in truth.labels.items()
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Gates ------------------------------------------------------------------------------------------------------------------------------
+# Gates ----------------------------------------------------------------------------------------------------------------
 Limit = tuple[float, float]  # of the median, of the 99th percentile
 SAME_TEXT: Limit = (1e-5, 4e-5)
 EXACT: dict[str, Limit] = {  # fp32 against fp32
@@ -52,7 +52,7 @@ MARGIN = 1.5  # times the drift of the reference against itself at the same prec
 
 
 @dataclass(frozen=True)
-class Row:
+class GateRow:
     """One measure over all samples."""
 
     measure: str
@@ -67,15 +67,19 @@ class Row:
         return self.median <= self.limit[0] and self.p99 <= self.limit[1]
 
 
-def judge(distances: Mapping[str, np.ndarray], gates: Mapping[str, Limit], floors: Mapping[str, np.ndarray]) -> list[Row]:
-    """A row for every measure of distances [calls or 1, images]; a gate gives way where the reference itself drifts more at that precision."""
+def judge(
+    distances: Mapping[str, np.ndarray], gates: Mapping[str, Limit], floors: Mapping[str, np.ndarray]
+) -> list[GateRow]:
+    """A row for every measure of distances [calls or 1, images]; a gate gives way where the reference itself drifts
+    more at that precision.
+    """
     rows = []
     for name, values in distances.items():
         limit, floor = gates[name.split()[0] if name.startswith(("level ", "outputs ")) else name], None
         if name in floors:
             floor = summary(floors[name])
             limit = tuple(max(gate, MARGIN * drift) for gate, drift in zip(limit, floor))
-        rows.append(Row(name, *summary(values), limit, floor, worst=int(values.max(0).argmax())))
+        rows.append(GateRow(name, *summary(values), limit, floor, worst=int(values.max(0).argmax())))
     return rows
 
 

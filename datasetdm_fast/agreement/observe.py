@@ -1,4 +1,6 @@
-"""How far one engine is from another, stage by stage: the same requests through both, and what differs, image by image."""
+"""How far one engine is from another, stage by stage: the same requests through both, and what differs, image by
+image.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,20 @@ class Observation:
     images: np.ndarray  # [B, H, W, 3] uint8
 
 
-def observe(engine, requests: Sequence[Request], recipe: Recipe, led: Observation | None = None, stepped: Callable[[], None] = lambda: None) -> Observation:
-    """One batch through `engine`: on its own, or `led`, so that every stage is given what the other engine had there."""
+def observe(
+    engine,
+    requests: Sequence[Request],
+    recipe: Recipe,
+    led: Observation | None = None,
+    on_unet_call: Callable[[], None] = lambda: None,
+) -> Observation:
+    """One batch through `engine`: on its own, or `led`, so that every stage is given what the other engine had
+    there.
+    """
     if led is None:
-        context = torch.cat([engine.encode_text([""] * len(requests)), engine.encode_text([request.prompt for request in requests])])
+        context = torch.cat(
+            [engine.encode_text([""] * len(requests)), engine.encode_text([request.prompt for request in requests])]
+        )
         side = recipe.size // FACTOR
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
     else:
@@ -51,14 +63,28 @@ def observe(engine, requests: Sequence[Request], recipe: Recipe, led: Observatio
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
         state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
-        stepped()
+        on_unet_call()
     words = WordTable(engine, recipe.words)
-    raw = {task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
-    labels = {task: postprocess(task, requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()}
+    raw = {
+        task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None)
+        for task in recipe.tasks
+    }
+    labels = {
+        task: postprocess(task, requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()
+    }
     answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
-    return Observation(context.cpu(), tuple(seen), tuple(outputs), latents.cpu(), level_tensors(engine, capture), answers, labels, images)
+    return Observation(
+        context.cpu(),
+        tuple(seen),
+        tuple(outputs),
+        latents.cpu(),
+        level_tensors(engine, capture),
+        answers,
+        labels,
+        images,
+    )
 
 
 def level_tensors(engine, capture: Capture | ProjectedCapture) -> dict[str, list[Tensor]]:
@@ -72,7 +98,11 @@ def level_tensors(engine, capture: Capture | ProjectedCapture) -> dict[str, list
             if weight is None:
                 continue
             is_projected = isinstance(capture, ProjectedCapture)
-            total = capture.of(task).sums[place] if is_projected else pyramid.projected(capture.features[place], capture.maps[place], weight, level.side)
+            total = (
+                capture.of(task).sums[place]
+                if is_projected
+                else pyramid.projected(capture.features[place], capture.maps[place], weight, level.side)
+            )
             found[level.name].append(total.float().cpu())
     return found
 
@@ -92,9 +122,16 @@ class Rounded(TorchEngine):
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         noise, capture = super().denoise_and_capture(latents, timestep, context)
-        return noise, Capture(*(tuple(tuple(value.float() for value in level) for level in kind) for kind in (capture.features, capture.maps)))
+        return noise, Capture(
+            *(
+                tuple(tuple(value.float() for value in level) for level in kind)
+                for kind in (capture.features, capture.maps)
+            )
+        )
 
     def decode_image(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():
-            decoded = self.model.vae.decode(latents.to(self.dtype) / self.model.vae.config.scaling_factor, return_dict=False)[0].float()
+            decoded = self.model.vae.decode(
+                latents.to(self.dtype) / self.model.vae.config.scaling_factor, return_dict=False
+            )[0].float()
         return ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)

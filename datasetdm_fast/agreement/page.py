@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # worst samples on the page
 STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}table{border-collapse:collapse}"
-    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 "
+    "1rem}table{border-collapse:collapse}"
+    "td,th{padding:.2rem .8rem;text-align:right;border-bottom:1px solid "
+    "#ddd}td:first-child,th:first-child{text-align:left}"
     ".failed{color:#b00020;font-weight:600}figure{display:inline-block;margin:.4rem}img{width:13rem;image-rendering:pixelated;display:block}"
 )
 
@@ -32,11 +34,15 @@ def page(verdict: Verdict) -> str:
         f"<td>{row.limit[0]:.1e}</td><td>{row.limit[1]:.1e}</td><td>{row.worst}</td></tr>"
         for row in verdict.rows
     )
-    facts = html.escape(json.dumps({"engine": verdict.engine, "against": verdict.against, **verdict.facts}, ensure_ascii=False))
+    facts = html.escape(
+        json.dumps({"engine": verdict.engine, "against": verdict.against, **verdict.facts}, ensure_ascii=False)
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f"<title>Agreement of two engines</title><style>{STYLE}</style></head><body><h1>The engines {'agree' if verdict.agrees else 'disagree'}</h1>"
-        "<table><tr><th>measure</th><th>median</th><th>p99</th><th>limit of median</th><th>limit of p99</th><th>worst sample</th></tr>"
+        f"<title>Agreement of two engines</title><style>{STYLE}</style></head><body><h1>The engines "
+        f"{'agree' if verdict.agrees else 'disagree'}</h1>"
+        "<table><tr><th>measure</th><th>median</th><th>p99</th><th>limit of median</th><th>limit of "
+        "p99</th><th>worst sample</th></tr>"
         f"{rows}</table><p>{facts}</p><h2>Worst samples</h2>{samples}</body></html>\n"
     )
 
@@ -48,13 +54,18 @@ def _sample(verdict: Verdict, place: int) -> str:
     truth, found = _located(verdict.truth, place), _located(verdict.found, place)
     (right, k), (ours, _) = truth, found
     spread = np.clip(np.abs(right.images[k].astype(int) - ours.images[k]) * 16, 0, 255).astype(np.uint8)
-    figures = [("reference", _png(right.images[k])), ("engine", _png(ours.images[k])), ("difference, 16 times", _png(spread))]
+    figures = [
+        ("reference", _png(right.images[k])),
+        ("engine", _png(ours.images[k])),
+        ("difference, 16 times", _png(spread)),
+    ]
     for task in right.labels:
         for side, observed in (("reference", right), ("engine", ours)):
             if picture := _label_picture(observed.labels[task][k]):
                 figures.append((f"{task}, {side}", picture))
     shown = "".join(
-        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{name}</figcaption></figure>' for name, data in figures
+        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{name}</figcaption></figure>'
+        for name, data in figures
     )
     return f"<section><h3>Sample {place}: {html.escape(verdict.prompts[place])}</h3>{shown}</section>"
 

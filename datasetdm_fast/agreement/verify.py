@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast import __version__
+from datasetdm_fast.version import __version__
 
 if TYPE_CHECKING:
-    from datasetdm_fast.agreement.gates import Row
+    from datasetdm_fast.agreement.gates import GateRow
     from datasetdm_fast.agreement.observe import Observation
     from datasetdm_fast.generation.recipe import Recipe
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Verdict:
     """What came out, and the material of the page."""
 
-    rows: list[Row]
+    rows: list[GateRow]
     engine: dict[str, str]
     against: dict[str, str]
     facts: dict[str, Any]
@@ -38,27 +38,48 @@ class Verdict:
         return {"agrees": self.agrees, "engine": self.engine, "against": self.against, **self.facts, "measures": rows}
 
 
-def verify(engine, reference, requests: Sequence, recipe: Recipe, batch_size: int, stepped: Callable[[], None] = lambda: None) -> Verdict:
-    """Every request through both engines: led by the reference and on its own, judged by the gates of the engine's precision."""
+def verify(
+    engine,
+    reference,
+    requests: Sequence,
+    recipe: Recipe,
+    batch_size: int,
+    on_unet_call: Callable[[], None] = lambda: None,
+) -> Verdict:
+    """Every request through both engines: led by the reference and on its own, judged by the gates of the engine's
+    precision.
+    """
     import numpy as np
 
-    from datasetdm_fast.agreement.distances import free_distances, led_distances
+    from datasetdm_fast.agreement.distances import free_running_distances, teacher_forced_distances
     from datasetdm_fast.agreement.gates import EXACT, ROUNDED, judge
     from datasetdm_fast.agreement.observe import Rounded, observe
     from datasetdm_fast.engines.fast import DTYPES
 
     dtype = engine.fingerprint()["dtype"]
-    rounded = Rounded(reference, DTYPES.get(dtype, DTYPES["fp16"])) if dtype != "fp32" and reference.name == "torch" else None
+    rounded = (
+        Rounded(reference, DTYPES.get(dtype, DTYPES["fp16"])) if dtype != "fp32" and reference.name == "torch" else None
+    )
     collected: dict[str, list[np.ndarray]] = {}
     drift: dict[str, list[np.ndarray]] = {}
     truths, founds = [], []
     for first in range(0, len(requests), batch_size):
         batch = requests[first : first + batch_size]
-        truth = observe(reference, batch, recipe, stepped=stepped)
-        found = observe(engine, batch, recipe, stepped=stepped)
-        _gather(collected, led_distances(observe(engine, batch, recipe, truth, stepped), truth) | free_distances(found, truth), len(batch))
+        truth = observe(reference, batch, recipe, on_unet_call=on_unet_call)
+        found = observe(engine, batch, recipe, on_unet_call=on_unet_call)
+        _gather(
+            collected,
+            teacher_forced_distances(observe(engine, batch, recipe, truth, on_unet_call), truth)
+            | free_running_distances(found, truth),
+            len(batch),
+        )
         if rounded and not first:  # one batch tells what the precision costs; the reference is slow
-            _gather(drift, led_distances(observe(rounded, batch, recipe, truth), truth) | free_distances(observe(rounded, batch, recipe), truth), len(batch))
+            _gather(
+                drift,
+                teacher_forced_distances(observe(rounded, batch, recipe, truth), truth)
+                | free_running_distances(observe(rounded, batch, recipe), truth),
+                len(batch),
+            )
         truths.append(truth)
         founds.append(found)
     joined, floors = ({name: np.concatenate(parts, 1) for name, parts in kind.items()} for kind in (collected, drift))
@@ -71,22 +92,38 @@ def verify(engine, reference, requests: Sequence, recipe: Recipe, batch_size: in
         "calls": len(recipe.schedule),
         "versions": {"datasetdm_fast": __version__, "python": platform.python_version()},
     }
-    return Verdict(rows, engine.fingerprint(), reference.fingerprint(), facts, truths, founds, [request.prompt for request in requests])
+    return Verdict(
+        rows,
+        engine.fingerprint(),
+        reference.fingerprint(),
+        facts,
+        truths,
+        founds,
+        [request.prompt for request in requests],
+    )
 
 
-def weights_row(engine, reference) -> Row:
-    """Whether both hold the same weights, up to how the engine stores them: at a low precision a small change hides in what rounding does anyway."""
-    from datasetdm_fast.agreement.gates import Row
+def weights_row(engine, reference) -> GateRow:
+    """Whether both hold the same weights, up to how the engine stores them: at a low precision a small change hides in
+    what rounding does anyway.
+    """
+    from datasetdm_fast.agreement.gates import GateRow
     from datasetdm_fast.engines.fast import state_distance
 
-    pairs = [(engine.decoders[task], reference.decoders[task]) for task in engine.decoders if task in reference.decoders]
+    pairs = [
+        (engine.decoders[task], reference.decoders[task]) for task in engine.decoders if task in reference.decoders
+    ]
     if engine.model is not reference.model:
-        pairs += [(getattr(engine.model, part), getattr(reference.model, part)) for part in ("text_encoder", "unet", "vae")]
+        pairs += [
+            (getattr(engine.model, part), getattr(reference.model, part)) for part in ("text_encoder", "unet", "vae")
+        ]
     farthest = engine.weight_distance() if hasattr(engine, "weight_distance") else 0.0
     for ours, theirs in pairs:
         held = ours.state_dict()
-        farthest = max([farthest, *(state_distance(held[key].cpu(), value.cpu()) for key, value in theirs.state_dict().items())])
-    return Row("weights", farthest, farthest, (0.0, 0.0), None, 0)
+        farthest = max(
+            [farthest, *(state_distance(held[key].cpu(), value.cpu()) for key, value in theirs.state_dict().items())]
+        )
+    return GateRow("weights", farthest, farthest, (0.0, 0.0), None, 0)
 
 
 def _gather(collected: dict, distances: dict, batch: int) -> None:

@@ -13,13 +13,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from datasetdm_fast import __version__
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.version import __version__
 
 
 def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
-    """The exit code of command(arguments), sys.argv by default: 0 done, 2, 3, 4 as errors.py says, 130 and 143 for signals, 1 for a bug of ours."""
+    """The exit code of command(arguments), sys.argv by default: 0 done, 2, 3, 4 as errors.py says, 130 and 143 for
+    signals, 1 for a bug of ours.
+    """
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _stop_on_sigterm) if is_main_thread else None
     try:
@@ -29,7 +31,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
     except (Refused, Missing, GateFailed) as stop:
         for line in (stop.cause, stop.remedy):
             if line:
-                print(documents.plain(line), file=sys.stderr)
+                print(documents.one_line(line), file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -49,7 +51,9 @@ def _stop_on_sigterm(*_: object) -> NoReturn:
 
 
 def _reader_is_gone() -> bool:
-    """Whether the broken pipe was our own standard output; if so it is pointed elsewhere, so that the interpreter's last flush stays quiet."""
+    """Whether the broken pipe was our own standard output; if so it is pointed elsewhere, so that the interpreter's
+    last flush stays quiet.
+    """
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported
@@ -66,7 +70,9 @@ def report(error: Exception) -> int:
     summary = f"datasetdm-fast: unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     facts = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}\ncommand: {sys.argv}\n\n"
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="datasetdm-fast-", suffix=".txt", delete=False) as report:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="datasetdm-fast-", suffix=".txt", delete=False
+        ) as report:
             report.write(facts + "".join(traceback.format_exception(error)))
     except OSError:
         traceback.print_exception(error)

@@ -11,24 +11,31 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from datasetdm_fast import __version__
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.version import __version__
 
 Config = TypeVar("Config")
 Converter = Callable[[str], Any]
 
 
 def parse(
-    arguments: Sequence[str], cls: type[Config] = RunConfig, prog: str = "datasetdm-fast generate", description: str | None = None
+    arguments: Sequence[str],
+    cls: type[Config] = RunConfig,
+    prog: str = "datasetdm-fast generate",
+    description: str | None = None,
 ) -> tuple[Config, set[str]]:
     """The settings of a command line, and the names of those the user set by flag or by --config.
 
-    A field of `cls` is one flag; its metadata may hold `help`, `choices` and `metavar`; a field without a default must be given.
+    A field of `cls` is one flag; its metadata may hold `help`, `choices` and `metavar`; a field without a default must
+    be given.
     """
     hints = get_type_hints(cls)
-    converters = {field.name: _converter(hints[field.name], field.metadata.get("choices", ())) for field in dataclasses.fields(cls)}
+    converters = {
+        field.name: _converter(hints[field.name], field.metadata.get("choices", ()))
+        for field in dataclasses.fields(cls)
+    }
     parser = _build_parser(cls, hints, converters, prog, description)
     flags, unknown = parser.parse_known_args(_hyphenate(arguments))
     if unknown:
@@ -37,13 +44,22 @@ def parse(
     path = given.pop("config", None)
     values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | given
     for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise Refused(f"{prog}: {_flag(field.name)} is missing", f"add {_flag(field.name)}: {field.metadata.get('help', 'it has no default')}")
+        if (
+            field.name not in values
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ):
+            raise Refused(
+                f"{prog}: {_flag(field.name)} is missing",
+                f"add {_flag(field.name)}: {field.metadata.get('help', 'it has no default')}",
+            )
     return cls(**values), set(values)
 
 
 def nearest(word: str, known: Collection[str], before: str = "") -> str:
-    """' (did you mean X?)' where a known word starts like this one or is close to it, else nothing; `before` is put before X."""
+    """' (did you mean X?)' where a known word starts like this one or is close to it, else nothing; `before` is put
+    before X.
+    """
     longer = [candidate for candidate in known if word and candidate.startswith(word)]
     close = longer or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {before}{close[0]}?)" if close else ""
@@ -51,10 +67,15 @@ def nearest(word: str, known: Collection[str], before: str = "") -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refused(f"{self.prog}: {message.removeprefix('argument ')}", f"run `{self.prog} --help` for the flags and their values")
+        raise Refused(
+            f"{self.prog}: {message.removeprefix('argument ')}",
+            f"run `{self.prog} --help` for the flags and their values",
+        )
 
 
-def _build_parser(cls: type, hints: dict[str, Any], converters: dict[str, Converter], prog: str, description: str | None) -> _Parser:
+def _build_parser(
+    cls: type, hints: dict[str, Any], converters: dict[str, Converter], prog: str, description: str | None
+) -> _Parser:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"datasetdm-fast {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win over it")
@@ -89,19 +110,27 @@ def _help(field: dataclasses.Field) -> str:
 def _hyphenate(arguments: Sequence[str]) -> list[str]:
     """Flags with underscores written with hyphens; values are left as they are."""
     split = [argument.partition("=") for argument in arguments]
-    return [name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value for name, equals, value in split]
+    return [
+        name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
+        for name, equals, value in split
+    ]
 
 
 def _refuse_unknown(unknown: list[str], known: list[str], prog: str) -> NoReturn:
     remedy = f"run `{prog} --help` for the flags"
     flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), None)
     if flag is None:
-        raise Refused(f"{prog}: unexpected argument {unknown[0]!r}, every setting is a flag", f"{remedy}; quote a value that has spaces")
+        raise Refused(
+            f"{prog}: unexpected argument {unknown[0]!r}, every setting is a flag",
+            f"{remedy}; quote a value that has spaces",
+        )
     raise Refused(f"{prog}: unknown flag {flag}{nearest(flag.lstrip('-'), known, before='--')}", remedy)
 
 
 def _converter(hint: Any, choices: tuple[str, ...]) -> Converter:
-    """Text to a value of the field's type; refuses with a sentence that argparse and the YAML reader put the name before."""
+    """Text to a value of the field's type; refuses with a sentence that argparse and the YAML reader put the name
+    before.
+    """
 
     def one(text: str) -> str:
         if choices and text not in choices:
@@ -144,18 +173,22 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
     try:
         loaded = documents.read_yaml(path)
     except Missing as stop:
-        raise Refused(f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "give a readable YAML file") from stop
+        raise Refused(
+            f"--config: {path} cannot be read ({getattr(stop.__cause__, 'strerror', '')})", "give a readable YAML file"
+        ) from stop
     except Refused as stop:
         raise Refused(f"--config: {stop.cause}", stop.remedy) from stop
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise Refused(f"--config: {path} holds a {type(loaded).__name__}, expected settings", "write one `name: value` per line")
+        raise Refused(
+            f"--config: {path} holds a {type(loaded).__name__}, expected settings", "write one `name: value` per line"
+        )
     values = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in converters:
-            cause = f"--config: {path} has the unknown setting {documents.shown(key)}{nearest(name, converters)}"
+            cause = f"--config: {path} has the unknown setting {documents.quoted(key)}{nearest(name, converters)}"
             raise Refused(cause, "settings are the long flags without the leading hyphens")
         try:
             values[name] = converters[name](_as_text(value, hints[name]))
@@ -165,8 +198,14 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
 
 
 def _as_text(value: Any, hint: Any) -> str:
-    """What the user would have typed after the flag; a word that YAML read as a number, date or truth value is refused, not guessed back."""
-    if hint == tuple[str, ...] and isinstance(value, list) and all(isinstance(item, str) and "," not in item for item in value):
+    """What the user would have typed after the flag; a word that YAML read as a number, date or truth value is refused,
+    not guessed back.
+    """
+    if (
+        hint == tuple[str, ...]
+        and isinstance(value, list)
+        and all(isinstance(item, str) and "," not in item for item in value)
+    ):
         return ",".join(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, str) or (is_number and hint in (int, float)) or (isinstance(value, bool) and hint is bool):

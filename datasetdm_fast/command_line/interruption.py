@@ -10,7 +10,9 @@ from typing import Any
 
 
 class Interruption:
-    """Within the block the first SIGINT or SIGTERM is remembered, so that the batch is finished; the second ends the process at once."""
+    """Within the block the first SIGINT or SIGTERM is remembered, so that the batch is finished; the second ends the
+    process at once.
+    """
 
     def __init__(self, is_quiet: bool):
         self.signal: int | None = None

@@ -4,61 +4,94 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Self
 
-EVERY = 10.0  # seconds between two lines of progress
+SECONDS_PER_LINE = 10.0
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet; it counts UNet calls, or images where nobody reports the calls."""
+    """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
 
-    def __init__(self, images: int, is_quiet: bool, batch: int = 1, calls: int = 0):
-        self._images, self._batch, self._calls = images, batch, calls
-        self._made = self._stepped = 0
-        self._is_quiet, self._bar = is_quiet, None
-        self._begin = self._told = time.monotonic()
+    def __init__(self, total: int, unit: str, title: str, is_quiet: bool):
+        self.total, self.is_quiet, self._bar = total, is_quiet, None
+        self._begin = self._last_line = time.monotonic()
         if not is_quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self._total, unit="call" if calls else "image", desc=self._title, file=sys.stderr)
+            self._bar = tqdm(total=total, unit=unit, desc=title, file=sys.stderr)
 
-    @property
-    def _total(self) -> int:
-        return -(-self._images // self._batch) * (self._calls or 1)
-
-    @property
-    def _title(self) -> str:
-        return f"{self._made}/{self._images} images"
-
-    def stepped(self, count: int = 1) -> None:
-        self._stepped += count
+    def is_line_due(self) -> bool:
+        """Whether a line is to be printed now, which then counts as printed."""
         now = time.monotonic()
-        if self._bar:
-            self._bar.update(count)
-        elif not self._is_quiet and now - self._told >= EVERY:
-            self._told = now
-            left = (now - self._begin) / self._stepped * max(self._total - self._stepped, 0)
-            print(f"{self._title}, {self._stepped / max(self._total, 1):.0%}, about {duration(left)} left", file=sys.stderr, flush=True)
+        if self._bar or self.is_quiet or now - self._last_line < SECONDS_PER_LINE:
+            return False
+        self._last_line = now
+        return True
 
-    def made(self, count: int) -> None:
-        self._made += count
-        if self._bar:
-            self._bar.set_description(self._title)
-        if not self._calls:
-            self.stepped(count)
+    def seconds_left(self, done: int, begun_at: int = 0) -> float:
+        return (time.monotonic() - self._begin) / max(done - begun_at, 1) * max(self.total - done, 0)
 
-    def tell(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """A line for the screen, above the bar."""
         if self._bar:
             self._bar.write(line, file=sys.stderr)
-        elif not self._is_quiet:
+        elif not self.is_quiet:
             print(line, file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.close()
+
+
+class ImageProgress(Progress):
+    """Progress of a run; it counts UNet calls, or images where nobody reports the calls."""
+
+    def __init__(self, images: int, is_quiet: bool, batch: int = 1, calls: int = 0):
+        self._images, self._calls = images, calls
+        self._images_done = self._calls_done = 0
+        super().__init__(-(-images // batch) * (calls or 1), "call" if calls else "image", self._title, is_quiet)
+
+    @property
+    def _title(self) -> str:
+        return f"{self._images_done}/{self._images} images"
+
+    def on_unet_call(self, count: int = 1) -> None:
+        self._calls_done += count
+        if self._bar:
+            self._bar.update(count)
+        elif self.is_line_due():
+            left = duration(self.seconds_left(self._calls_done))
+            self.print(f"{self._title}, {self._calls_done / max(self.total, 1):.0%}, about {left} left")
+
+    def on_commit(self, count: int) -> None:
+        self._images_done += count
+        if self._bar:
+            self._bar.set_description(self._title)
+        if not self._calls:
+            self.on_unet_call(count)
+
+
+class StepProgress(Progress):
+    """Progress of the training of one task."""
+
+    def __init__(self, task: str, steps: int, is_quiet: bool):
+        self._task, self._first_step, self._figure = task, None, ""
+        super().__init__(steps, "step", task, is_quiet)
+
+    def on_step(self, step: int, loss: float, figure: float | None) -> None:
+        if self._first_step is None:
+            self._first_step = step - 1
+        if figure is not None:
+            self._figure = f", held out {figure:.4f}"
+        if self._bar:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"loss {loss:.4f}{self._figure}")
+        elif self.is_line_due() or step == self.total:
+            left = self.seconds_left(step, self._first_step)
+            self.print(f"{self._task} {step}/{self.total}, loss {loss:.4f}{self._figure}, about {left:.0f} s left")
 
 
 def duration(seconds: float) -> str:

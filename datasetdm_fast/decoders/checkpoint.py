@@ -23,7 +23,18 @@ from datasetdm_fast.foreign import documents, pickles, tensors
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import Level
 
-__all__ = ["Decoder", "DecoderConfig", "build_decoder", "check_levels", "fold", "load_decoder", "load_decoders", "load_upstream", "save_decoder", "upstream"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "build_decoder",
+    "check_levels",
+    "fold",
+    "load_decoder",
+    "load_decoders",
+    "load_upstream",
+    "save_decoder",
+    "upstream",
+]
 
 DECODERS = {
     "segmentation": SegmentationDecoder,
@@ -46,21 +57,27 @@ def build_decoder(config: DecoderConfig, ops: SimpleNamespace = reference) -> De
 
 
 def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") -> Path:
-    """The folder with `config.json` and `model.safetensors`; `storage` fp16 halves the parameters, buffers stay fp32."""
+    """The folder with `config.json` and `model.safetensors`; `storage` fp16 halves the parameters, buffers stay
+    fp32.
+    """
     if storage not in STORAGE:
         raise Refused(f"save_decoder: storage is {storage!r}, expected one of {', '.join(STORAGE)}")
     if not any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
         raise Refused(
-            "save_decoder: the decoder was folded for inference, expected one that can be trained further", "save it before fold(), or load it with strict=True"
+            "save_decoder: the decoder was folded for inference, expected one that can be trained further",
+            "save it before fold(), or load it with strict=True",
         )
     folder = Path(folder)
     parameters = dict(decoder.named_parameters())
     state = {
-        name: value.detach().to(STORAGE[storage] if name in parameters else value.dtype).contiguous().cpu() for name, value in decoder.state_dict().items()
+        name: value.detach().to(STORAGE[storage] if name in parameters else value.dtype).contiguous().cpu()
+        for name, value in decoder.state_dict().items()
     }
     check_finite(state, str(folder))
     # The configuration last: a folder that has one is whole.
-    files.publish({folder / "model.safetensors": save(state), folder / "config.json": decoder.config.to_json().encode()})
+    files.publish(
+        {folder / "model.safetensors": save(state), folder / "config.json": decoder.config.to_json().encode()}
+    )
     return folder
 
 
@@ -87,7 +104,9 @@ def read_config(folder: Path) -> DecoderConfig:
     try:
         return DecoderConfig.from_json(storage.read(folder / "config.json", documents.LARGEST_CONFIG).decode())
     except (Refused, UnicodeDecodeError) as error:
-        raise Refused(f"decoder {folder}: {str(error).splitlines()[0]}", "give a folder written by training or save_decoder") from error
+        raise Refused(
+            f"decoder {folder}: {str(error).splitlines()[0]}", "give a folder written by training or save_decoder"
+        ) from error
 
 
 def load_decoders(folder: str | Path, *, ops: SimpleNamespace = reference) -> dict[str, Decoder]:
@@ -95,24 +114,36 @@ def load_decoders(folder: str | Path, *, ops: SimpleNamespace = reference) -> di
     folder = DEMO if str(folder) == "demo" else Path(folder)
     found = sorted(path.parent for path in folder.glob("*/config.json"))
     if not found:
-        remedy = f"give the folder above: {folder.parent}" if (folder / "config.json").exists() else "give a folder with one sub-folder per trained decoder"
+        remedy = (
+            f"give the folder above: {folder.parent}"
+            if (folder / "config.json").exists()
+            else "give a folder with one sub-folder per trained decoder"
+        )
         raise Missing(f"decoders {folder}: no sub-folder holds a config.json", remedy)
     decoders: dict[str, Decoder] = {}
     for path in found:
         decoder = load_decoder(path, ops=ops)
         if decoder.config.task in decoders:
-            raise Refused(f"decoders {folder}: {path.name} is a second decoder for {decoder.config.task}, expected one a task")
+            raise Refused(
+                f"decoders {folder}: {path.name} is a second decoder for {decoder.config.task}, expected one a task"
+            )
         decoders[decoder.config.task] = decoder
     return decoders
 
 
 def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
-    """The decoder filled from a DatasetDM state dict or checkpoint file and made ready for inference; `strict` as in load_decoder."""
+    """The decoder filled from a DatasetDM state dict or checkpoint file and made ready for inference; `strict` as in
+    load_decoder.
+    """
     is_state = isinstance(source, Mapping)
     state = source if is_state else read_state(Path(source))
     state = {name.removeprefix("module."): value for name, value in state.items()}
     unused = UNUSED.get(decoder.config.kind, ())
-    fill(decoder, {name: value for name, value in state.items() if not name.startswith(unused)}, "state dict" if is_state else str(source))
+    fill(
+        decoder,
+        {name: value for name, value in state.items() if not name.startswith(unused)},
+        "state dict" if is_state else str(source),
+    )
     return for_inference(decoder, strict)
 
 
@@ -122,12 +153,15 @@ def check_levels(decoder: Decoder, levels: tuple[Level, ...]) -> None:
     for ours, theirs in zip(config.levels, levels, strict=True):
         if (ours.features, ours.heads, ours.tokens) != (theirs.features, theirs.heads, theirs.tokens):
             raise Refused(
-                f"{config.task} decoder: trained on a UNet whose level {ours.name} has {ours.channels} channels, but the model's has {theirs.channels}",
+                f"{config.task} decoder: trained on a UNet whose level {ours.name} has {ours.channels} channels, but "
+                f"the model's has {theirs.channels}",
                 "use the decoder made for this model, or train one on it",
             )
     if config.kind == "simcc" and config.side != levels[-1].side:
         raise Refused(
-            f"{config.task} decoder: trained on images of {8 * config.side} pixels, but the run makes {8 * levels[-1].side}", f"use --size {8 * config.side}"
+            f"{config.task} decoder: trained on images of {8 * config.side} pixels, but the run makes "
+            f"{8 * levels[-1].side}",
+            f"use --size {8 * config.side}",
         )
 
 
@@ -164,9 +198,15 @@ def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> Non
     missing = sorted(set(ours) - set(state))
     unexpected = sorted(set(state) - set(ours))
     shapes = [
-        f"{name} {list(state[name].shape)} for {list(ours[name].shape)}" for name in sorted(set(ours) & set(state)) if state[name].shape != ours[name].shape
+        f"{name} {list(state[name].shape)} for {list(ours[name].shape)}"
+        for name in sorted(set(ours) & set(state))
+        if state[name].shape != ours[name].shape
     ]
-    wrong = [f"{label}: {', '.join(names)}" for label, names in (("missing", missing), ("unexpected", unexpected), ("shape", shapes)) if names]
+    wrong = [
+        f"{label}: {', '.join(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("shape", shapes))
+        if names
+    ]
     if wrong:
         count = len(missing) + len(unexpected) + len(shapes)
         raise Refused(

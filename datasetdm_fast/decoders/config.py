@@ -14,12 +14,37 @@ from datasetdm_fast.stages import LEVELS, Level, levels
 
 KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
 NORMALISATIONS = ("image", "running")
-SD1_LEVELS = levels({"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8}, tokens=77, size=512)
+SD1_LEVELS = levels(
+    {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8}, tokens=77, size=512
+)
 COCO_JOINTS = (
-    *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow", "right_elbow"),
+    *(
+        "nose",
+        "left_eye",
+        "right_eye",
+        "left_ear",
+        "right_ear",
+        "left_shoulder",
+        "right_shoulder",
+        "left_elbow",
+        "right_elbow",
+    ),
     *("left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"),
 )
-COCO_LIMBS = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10))
+COCO_LIMBS = (
+    (15, 13),
+    (13, 11),
+    (16, 14),
+    (14, 12),
+    (11, 12),
+    (5, 11),
+    (6, 12),
+    (5, 6),
+    (5, 7),
+    (6, 8),
+    (7, 9),
+    (8, 10),
+)
 COCO_LIMBS += ((1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 
 
@@ -39,10 +64,15 @@ class DecoderConfig:
     feed_forward: int = 2048
     mask_dim: int = 256
     queries: int = 100
-    classes: tuple[str, ...] = ()  # semantic: every id including a background; instance: things; open vocabulary: words trained on
-    named: tuple[str, ...] = ()  # of them, those its captions always named: they are looked for only where a prompt names them
+    classes: tuple[
+        str, ...
+    ] = ()  # semantic: every id including a background; instance: things; open vocabulary: words trained on
+    named: tuple[
+        str, ...
+    ] = ()  # of them, those its captions always named: they are looked for only where a prompt names them
     text_width: int = 768
-    text_centre: bool = False  # whether class embeddings are centred and scaled by those trained on; small text encoders hardly tell words apart
+    # whether class embeddings are centred and scaled by those trained on; small text encoders hardly tell words apart
+    text_centre: bool = False
     max_depth: float = 10.0  # metres
     depth_width: int = 1024  # hidden channels of the depth head
     joints: tuple[str, ...] = ()
@@ -50,16 +80,26 @@ class DecoderConfig:
     upscale: int = 0  # 0 = upstream: only bilinear resizes; r = r x r learnt sub-cells per cell of the highest level
     capture_timestep: int | None = None  # UNet timestep it was trained at, None = that of the last sampler call
     normalisation: str = "image"  # image = upstream: statistics of each image; running = the stored ones
-    score_threshold: float = 0.4  # instances and words below it are dropped; joints below it count as hidden, below half of it as absent
+    score_threshold: float = (
+        0.4  # instances and words below it are dropped; joints below it count as hidden, below half of it as absent
+    )
     overlap_threshold: float = 0.5  # of two instances with a larger mask IoU the worse is dropped
-    min_area: int = 0  # pixels at 512 x 512, scaled to the image: smaller instances are dropped, classes with less evidence zeroed
+    min_area: int = (
+        0  # pixels at 512 x 512, scaled to the image: smaller instances are dropped, classes with less evidence zeroed
+    )
 
     def __post_init__(self):
-        for value, name, known in ((self.kind, "kind", KINDS), (self.task, "task", TASKS), (self.normalisation, "normalisation", NORMALISATIONS)):
+        for value, name, known in (
+            (self.kind, "kind", KINDS),
+            (self.task, "task", TASKS),
+            (self.normalisation, "normalisation", NORMALISATIONS),
+        ):
             if value not in known:
                 raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}")
         if tuple(level.name for level in self.levels) != LEVELS:
-            raise Refused(f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}")
+            raise Refused(
+                f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}"
+            )
         if self.has_queries and (self.width % self.heads or self.width % 4):
             raise Refused(f"decoder config: width {self.width} must divide into {self.heads} heads and by 4")
         for name, needed in (("classes", self.kind == "segmentation"), ("joints", self.kind in ("heatmap", "simcc"))):
@@ -67,9 +107,12 @@ class DecoderConfig:
                 raise Refused(f"decoder config: a {self.kind} decoder needs at least one name in {name}")
 
         if stray := sorted(set(self.named) - set(self.classes)):
-            raise Refused(f"decoder config: named holds {documents.shown(stray[0])}, which is none of its classes")
+            raise Refused(f"decoder config: named holds {documents.quoted(stray[0])}, which is none of its classes")
         if self.task == "semantic" and len(self.classes) > 255:
-            raise Refused(f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit label map")
+            raise Refused(
+                f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit "
+                "label map"
+            )
 
     @property
     def has_queries(self) -> bool:
@@ -81,7 +124,9 @@ class DecoderConfig:
 
     @property
     def logits(self) -> int:
-        """Class logits of a query, the last for "no object"; an open-vocabulary query has upstream's three: unused, object, none."""
+        """Class logits of a query, the last for "no object"; an open-vocabulary query has upstream's three: unused,
+        object, none.
+        """
         return 3 if self.has_text else len(self.classes) + 1
 
     @property
@@ -105,11 +150,20 @@ class DecoderConfig:
             raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})") from None
         unknown = sorted(set(values) - {field.name for field in fields(DecoderConfig)})
         if unknown:
-            raise Refused(f"decoder config: unknown fields {documents.plain(', '.join(unknown))}; it may come from a newer version")
+            raise Refused(
+                f"decoder config: unknown fields {documents.one_line(', '.join(unknown))}; it may come from a newer "
+                "version"
+            )
         for level in values["levels"]:
             if unknown := sorted(set(level) - set(LEVEL_FORM)):
-                raise Refused(f"decoder config: unknown fields {documents.plain(', '.join(unknown))} of a level; it may come from a newer version")
-        values["levels"] = tuple(Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])}) for level in values["levels"])
+                raise Refused(
+                    f"decoder config: unknown fields {documents.one_line(', '.join(unknown))} of a level; it may "
+                    "come from a newer version"
+                )
+        values["levels"] = tuple(
+            Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])})
+            for level in values["levels"]
+        )
         for name in ("classes", "named", "joints"):
             values[name] = tuple(values.get(name, ()))
         values["limbs"] = tuple(tuple(limb) for limb in values.get("limbs", ()))
@@ -118,23 +172,52 @@ class DecoderConfig:
 
 LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "tokens": int}
 FORM = {
-    **dict.fromkeys(("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width", "upscale", "min_area"), int),
+    **dict.fromkeys(
+        (
+            "width",
+            "heads",
+            "layers",
+            "feed_forward",
+            "mask_dim",
+            "queries",
+            "text_width",
+            "depth_width",
+            "upscale",
+            "min_area",
+        ),
+        int,
+    ),
     **dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float),
-    **{"kind": str, "task": str, "classes": [str], "named": [str], "joints": [str], "limbs": [[int]], "text_centre": bool, "normalisation": str},
+    **{
+        "kind": str,
+        "task": str,
+        "classes": [str],
+        "named": [str],
+        "joints": [str],
+        "limbs": [[int]],
+        "text_centre": bool,
+        "normalisation": str,
+    },
 }
-LEAST = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1
-MOST = {"layers": 64, "heads": 1024, "upscale": 16, "min_area": 2**30, "max_depth": 1e6}  # others: 65536
+LEAST_NUMBERS = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1
+LARGEST_NUMBERS = {"layers": 64, "heads": 1024, "upscale": 16, "min_area": 2**30, "max_depth": 1e6}  # others: 65536
 MOST_NAMES = 65536
 
 
 def _check_bounds(values: Mapping[str, Any]) -> None:
     """A ValueError where a number is one no decoder has: networks are built by them before any weight is looked at."""
     for name, value in values.items():
-        if FORM.get(name) in (int, float) and not LEAST.get(name, 1) <= value <= MOST.get(name, 65536):
-            raise ValueError(f"{name} is {value}, expected {LEAST.get(name, 1)} to {MOST.get(name, 65536)}")
+        if FORM.get(name) in (int, float) and not LEAST_NUMBERS.get(name, 1) <= value <= LARGEST_NUMBERS.get(
+            name, 65536
+        ):
+            raise ValueError(
+                f"{name} is {value}, expected {LEAST_NUMBERS.get(name, 1)} to {LARGEST_NUMBERS.get(name, 65536)}"
+            )
     timestep = values.get("capture_timestep")
-    if timestep is not None and not (isinstance(timestep, int) and not isinstance(timestep, bool) and 0 <= timestep < 100_000):
-        raise ValueError(f"capture_timestep is {documents.shown(timestep)}, expected a timestep or null")
+    if timestep is not None and not (
+        isinstance(timestep, int) and not isinstance(timestep, bool) and 0 <= timestep < 100_000
+    ):
+        raise ValueError(f"capture_timestep is {documents.quoted(timestep)}, expected a timestep or null")
     for level in values["levels"]:
         numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])
         if not all(1 <= number <= 65536 for number in numbers) or len(numbers) > 128:
@@ -147,7 +230,9 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
 
 
 def upstream(kind: str, **changes) -> DecoderConfig:
-    """The configuration of DatasetDM's own decoder of this kind on Stable Diffusion 1.x, `changes` replacing its fields."""
+    """The configuration of DatasetDM's own decoder of this kind on Stable Diffusion 1.x, `changes` replacing its
+    fields.
+    """
     presets = {
         "segmentation": {"task": "semantic", "classes": tuple(str(k) for k in range(19)), "min_area": 5000},
         "open-vocabulary": {"task": "open-vocabulary", "queries": 20},

@@ -30,7 +30,9 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("sv0", torch.ones(1))
 
     def normalised(self) -> Tensor:
-        """The weight [out, in, k, k] over its estimated norm; in training mode the estimate is kept for the next call."""
+        """The weight [out, in, k, k] over its estimated norm; in training mode the estimate is kept for the next
+        call.
+        """
         matrix = self.weight.flatten(1)
         with torch.no_grad():
             v = F.normalize(self.u0 @ matrix, eps=SPECTRAL_EPS)
@@ -44,7 +46,11 @@ class SpectralConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.normalised()
-        return pointwise(x, weight, self.bias) if self.kernel_size == (1, 1) else F.conv2d(x, weight, self.bias, padding=self.padding)
+        return (
+            pointwise(x, weight, self.bias)
+            if self.kernel_size == (1, 1)
+            else F.conv2d(x, weight, self.bias, padding=self.padding)
+        )
 
     @torch.no_grad()
     def folded(self) -> nn.Conv2d:
@@ -56,7 +62,9 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class SegBlock(nn.Module):
-    """A residual block without upsampling; its ReLUs worked in place upstream, so the shortcut carries relu(norm(x))."""
+    """A residual block without upsampling; its ReLUs worked in place upstream, so the shortcut carries
+    relu(norm(x)).
+    """
 
     def __init__(self, channels_in: int, channels_out: int, ops: SimpleNamespace, normalisation: str):
         super().__init__()
@@ -72,7 +80,9 @@ class SegBlock(nn.Module):
         if self.training:
             with torch.no_grad():
                 now = x.float().mean((0, 2, 3))
-                squares = (x.float() - now[:, None, None]).square_().sum((0, 2, 3))  # a third of the time of var over these axes
+                squares = (
+                    (x.float() - now[:, None, None]).square_().sum((0, 2, 3))
+                )  # a third of the time of var over these axes
                 mean.lerp_(now, MOMENTUM)
                 variance.lerp_(squares / (x.numel() // x.shape[1] - 1), MOMENTUM)
         elif self.is_running:

@@ -25,7 +25,9 @@ class HeatmapDecoder(Decoder):
         self.final_layer = nn.Conv2d(config.width if config.upscale else 4 * config.width, len(config.joints), 1)
 
     def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
-        return {"heatmaps": pointwise(self.upscale(self.climb(capture)), self.final_layer.weight, self.final_layer.bias)}
+        return {
+            "heatmaps": pointwise(self.upscale(self.climb(capture)), self.final_layer.weight, self.final_layer.bias)
+        }
 
 
 class SimccDecoder(Decoder):
@@ -40,7 +42,9 @@ class SimccDecoder(Decoder):
     def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         side = capture.side
         if side != self.config.side:
-            raise Refused(f"simcc decoder: the capture has {side} cells a side, expected the {self.config.side} it was trained on")
+            raise Refused(
+                f"simcc decoder: the capture has {side} cells a side, expected the {self.config.side} it was trained on"
+            )
         low = resize(self.project(capture, "low", side // 4), side // 2)
         joints = self.mix(capture, "mid", low, side // 2).flatten(2)
         return {"x": self.mlp_head_x(joints), "y": self.mlp_head_y(joints)}

@@ -23,7 +23,11 @@ class SegmentationDecoder(Decoder):
 
     def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
         width, layers = config.width, range(config.layers)
-        super().__init__(config, ops, {"mid": (2 * width, width), "high": (2 * width, width), "highest": (2 * width, config.mask_dim)})
+        super().__init__(
+            config,
+            ops,
+            {"mid": (2 * width, width), "high": (2 * width, width), "highest": (2 * width, config.mask_dim)},
+        )
         self.upscale = Upscale(config.mask_dim, config.mask_dim, config.upscale) if config.upscale else None
         self.query_feat = nn.Embedding(config.queries, width)
         self.query_embed = nn.Embedding(config.queries, width)
@@ -35,7 +39,9 @@ class SegmentationDecoder(Decoder):
         self.class_embed = nn.Linear(width, config.logits)
         self.mask_embed = MaskEmbedding(width, config.mask_dim)
 
-    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+    def forward(
+        self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False
+    ) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
         memory, mask_features = self.pixels(capture)
         content, position = self.ask(mask_features.shape[0], text)
@@ -55,18 +61,27 @@ class SegmentationDecoder(Decoder):
         """Content and position [B, N, C] of the queries."""
         return self.query_feat.weight.expand(batch, -1, -1), self.query_embed.weight.expand(batch, -1, -1)
 
-    def answer(self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor, auxiliary: bool) -> dict:
+    def answer(
+        self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor, auxiliary: bool
+    ) -> dict:
         levels = [
-            (x.flatten(2).transpose(1, 2) + level, sine_position(x.shape[-1], x.shape[1], x), x.shape[-1]) for x, level in zip(memory, self.level_embed.weight)
+            (x.flatten(2).transpose(1, 2) + level, sine_position(x.shape[-1], x.shape[1], x), x.shape[-1])
+            for x, level in zip(memory, self.level_embed.weight)
         ]
         earlier = []
         for i, (cross, itself, feed) in enumerate(
-            zip(self.transformer_cross_attention_layers, self.transformer_self_attention_layers, self.transformer_ffn_layers)
+            zip(
+                self.transformer_cross_attention_layers,
+                self.transformer_self_attention_layers,
+                self.transformer_ffn_layers,
+            )
         ):
             tokens, token_position, side = levels[i % len(levels)]
             if auxiliary:
                 earlier.append(self.heads(content, mask_features))
-            blocked = self.ops.mask_head(self.mask_embed(self.decoder_norm(content)), mask_features, side, is_blocking=True)
+            blocked = self.ops.mask_head(
+                self.mask_embed(self.decoder_norm(content)), mask_features, side, is_blocking=True
+            )
             content = cross(content, position, tokens, token_position, blocked.flatten(2))
             content = feed(itself(content, position))
         last = self.heads(content, mask_features)
@@ -99,12 +114,17 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         self.text_mean.copy_(words.mean(0))
         self.text_gain.copy_(1 / (words - words.mean(0)).std())
 
-    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+    def forward(
+        self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False
+    ) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         batch = capture.batch
         width = self.config.text_width
         if text is None or text.ndim not in (2, 3) or text.shape[0] != batch or text.shape[-1] != width:
             given = "nothing" if text is None else f"shape {list(text.shape)}"
-            raise Refused(f"open-vocabulary decoder: text is {given}, expected class embeddings [{batch}, {width}] or [{batch}, K, {width}]")
+            raise Refused(
+                f"open-vocabulary decoder: text is {given}, expected class embeddings [{batch}, {width}] or "
+                f"[{batch}, K, {width}]"
+            )
         memory, mask_features = self.pixels(capture)
         words = 1 if text.ndim == 2 else text.shape[1]
         content, position = self.ask(batch * words, text.reshape(batch * words, -1))
@@ -117,9 +137,14 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         if self.config.text_centre:
             text = (text - self.text_mean) * self.text_gain
         words = text[:, None].expand(-1, content.shape[1], -1)
-        return self.query_embed_mlp(torch.cat([content, words], 2)), self.query_feat_mlp(torch.cat([position, words], 2))
+        return self.query_embed_mlp(torch.cat([content, words], 2)), self.query_feat_mlp(
+            torch.cat([position, words], 2)
+        )
 
 
 def by_image(found: dict, batch: int) -> dict:
     """Answers [B * K, ...] as [B, K, ...]."""
-    return {name: [by_image(one, batch) for one in value] if name == "aux" else value.unflatten(0, (batch, -1)) for name, value in found.items()}
+    return {
+        name: [by_image(one, batch) for one in value] if name == "aux" else value.unflatten(0, (batch, -1))
+        for name, value in found.items()
+    }

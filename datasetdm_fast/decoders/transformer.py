@@ -42,7 +42,8 @@ class Attention(nn.Module):
         """The answer [B, N, C] of `keys` and `values` [B, S, C] to `queries` [B, N, C]."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, weight, bias in zip((queries, keys, values), weights, biases)
+            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((queries, keys, values), weights, biases)
         )
         return self.out_proj(self.ops.masked_attention(q, k, v, blocked).transpose(1, 2).flatten(2))
 
@@ -64,7 +65,9 @@ class CrossAttention(nn.Module):
         self.multihead_attn = Attention(config.width, config.heads, ops)
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, blocked: Tensor) -> Tensor:
+    def forward(
+        self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, blocked: Tensor
+    ) -> Tensor:
         return self.norm(content + self.multihead_attn(content + position, memory + memory_position, memory, blocked))
 
 

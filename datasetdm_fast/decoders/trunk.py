@@ -6,7 +6,6 @@ Parameter names are those of DatasetDM's checkpoints, so that these load as they
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -27,29 +26,24 @@ class Decoder(nn.Module):
         self.config, self.ops = config, ops
         for level in config.levels:
             if level.name in mixes or level.name == "low":
-                self.add_module(f"{level.name}_feature_conv", nn.Sequential(nn.Conv2d(level.channels, config.width, 1, bias=False)))
+                self.add_module(
+                    f"{level.name}_feature_conv", nn.Sequential(nn.Conv2d(level.channels, config.width, 1, bias=False))
+                )
         for name, (channels_in, channels_out) in mixes.items():
             self.add_module(f"{name}_feature_mix_conv", SegBlock(channels_in, channels_out, ops, config.normalisation))
 
-    def save_pretrained(self, folder: str | Path, storage: str = "fp32") -> Path:
-        """The folder with `config.json` and `model.safetensors`; see decoders.save_decoder."""
-        from datasetdm_fast.decoders.checkpoint import save_decoder
-
-        return save_decoder(self, folder, storage)
-
-    @staticmethod
-    def from_pretrained(folder: str | Path, *, strict: bool = False) -> Decoder:
-        """The decoder of whatever kind a folder holds, for inference; see decoders.load_decoder."""
-        from datasetdm_fast.decoders.checkpoint import load_decoder
-
-        return load_decoder(folder, strict=strict)
-
     def projections(self) -> dict[str, Tensor]:
         """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads."""
-        return {name: self.get_submodule(f"{name}_feature_conv.0").weight for name in LEVELS if hasattr(self, f"{name}_feature_conv")}
+        return {
+            name: self.get_submodule(f"{name}_feature_conv.0").weight
+            for name in LEVELS
+            if hasattr(self, f"{name}_feature_conv")
+        }
 
     def project(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
-        """The captured level `name` at `width` channels [B, F, side, side]; a ProjectedCapture must be this decoder's own part."""
+        """The captured level `name` at `width` channels [B, F, side, side]; a ProjectedCapture must be this decoder's
+        own part.
+        """
         place = LEVELS.index(name)
         if isinstance(capture, ProjectedCapture):
             return resize(capture.sums[place], side)
@@ -84,7 +78,9 @@ def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
 
 
 def fold(decoder: Decoder) -> Decoder:
-    """The decoder for inference, its spectral norms divided into plain weights as the first image after loading would see them."""
+    """The decoder for inference, its spectral norms divided into plain weights as the first image after loading would
+    see them.
+    """
     decoder.eval()
     for block in [module for module in decoder.modules() if isinstance(module, SegBlock)]:
         for name, child in list(block.named_children()):

@@ -1,7 +1,7 @@
 """python -m datasetdm_fast.demo.judge --out DIR: do the demo model's pictures show what their captions say?
 
-A small segmentation net that has only ever seen renders looks for the captioned classes in generated pictures, under the right captions
-and under shuffled ones. Writes judge.json and contact.png.
+A small segmentation net that has only ever seen renders looks for the captioned classes in generated pictures, under
+the right captions and under shuffled ones. Writes judge.json and contact.png.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.scenes import world
 
-LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first scene seeds: to learn from, to be tested on, to ask for
+LEARN, HELD_OUT, ASKED = (
+    2_000_000,
+    3_000_000,
+    4_000_000,
+)  # first scene seeds: to learn from, to be tested on, to ask for
 ENOUGH = 100  # pixels of 128 x 128 that count as seen
 
 
@@ -40,9 +44,13 @@ class Judge(nn.Module):
 
         def block(channels_in: int, channels_out: int) -> nn.Sequential:
             layers = [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.SiLU()]
-            return nn.Sequential(*layers, nn.Conv2d(channels_out, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.SiLU())
+            return nn.Sequential(
+                *layers, nn.Conv2d(channels_out, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.SiLU()
+            )
 
-        self.down = nn.ModuleList([block(3, width), block(width, 2 * width), block(2 * width, 4 * width), block(4 * width, 4 * width)])
+        self.down = nn.ModuleList(
+            [block(3, width), block(width, 2 * width), block(2 * width, 4 * width), block(4 * width, 4 * width)]
+        )
         self.up = nn.ModuleList([block(8 * width, 2 * width), block(4 * width, width), block(2 * width, width)])
         self.head = nn.Conv2d(width, len(world.CLASSES), 1)
 
@@ -58,7 +66,9 @@ class Judge(nn.Module):
 
 def softened(images: Tensor, generator: torch.Generator) -> Tensor:
     """Renders with random blur and noise, so that softness alone does not fool the judge."""
-    small = F.interpolate(images, scale_factor=float(torch.rand((), generator=generator) * 0.6 + 0.4), mode="bilinear", antialias=True)
+    small = F.interpolate(
+        images, scale_factor=float(torch.rand((), generator=generator) * 0.6 + 0.4), mode="bilinear", antialias=True
+    )
     soft = F.interpolate(small, size=images.shape[2:], mode="bilinear")
     return soft + 0.04 * torch.randn(soft.shape, generator=generator)
 
@@ -86,7 +96,10 @@ def train_judge(count: int, steps: int, size: int) -> Judge:
 @torch.inference_mode()
 def seen(judge: Judge, images: np.ndarray) -> np.ndarray:
     """[N, K] pixels of each class."""
-    found = [judge(torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1).argmax(1) for part in np.array_split(images, max(len(images) // 32, 1))]
+    found = [
+        judge(torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1).argmax(1)
+        for part in np.array_split(images, max(len(images) // 32, 1))
+    ]
     return F.one_hot(torch.cat(found), len(world.CLASSES)).sum((1, 2)).numpy()
 
 
@@ -95,14 +108,28 @@ def held_out_miou(judge: Judge, count: int, size: int) -> float:
     confusion = np.zeros((len(world.CLASSES),) * 2)
     for start in range(0, count, 32):
         views = [world.view(HELD_OUT + k, size) for k in range(start, min(start + 32, count))]
-        guess = judge(torch.from_numpy(np.stack([v.image for v in views])).permute(0, 3, 1, 2).float() / 127.5 - 1).argmax(1).numpy()
+        guess = (
+            judge(torch.from_numpy(np.stack([v.image for v in views])).permute(0, 3, 1, 2).float() / 127.5 - 1)
+            .argmax(1)
+            .numpy()
+        )
         truth = np.stack([v.semantic for v in views])
-        confusion += np.bincount(truth.ravel() * len(world.CLASSES) + guess.ravel(), minlength=confusion.size).reshape(confusion.shape)
+        confusion += np.bincount(truth.ravel() * len(world.CLASSES) + guess.ravel(), minlength=confusion.size).reshape(
+            confusion.shape
+        )
     both = np.diag(confusion)
     return float((both / (confusion.sum(0) + confusion.sum(1) - both)).mean())
 
 
-def draw(engine, captions: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, sampler: str, batch_size: int = 20) -> np.ndarray:
+def draw(
+    engine,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    sampler: str,
+    batch_size: int = 20,
+) -> np.ndarray:
     schedule, side = sampling.make_schedule(engine.model.scheduler, sampler, steps), engine.model.size // 8
     images, started = [], time.monotonic()
     for start in range(0, len(captions), batch_size):
@@ -110,9 +137,15 @@ def draw(engine, captions: Sequence[str], seeds: Sequence[int], steps: int, guid
         context = torch.cat([engine.encode_text([""] * len(some)), engine.encode_text(list(some))])
         state = walk.start(torch.stack([times.initial_noise(seed, 4, side, side) for seed in chosen]))
         for k, time_step in enumerate(schedule.timesteps):
-            state = walk.step(schedule, k, state, walk.guide(engine.denoise(state.latents, time_step, context), guidance))
+            state = walk.step(
+                schedule, k, state, walk.guide(engine.denoise(state.latents, time_step, context), guidance)
+            )
         images.append(engine.decode_image(state.latents).numpy())
-        print(f"drawn {start + len(some)}/{len(captions)} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"drawn {start + len(some)}/{len(captions)} in {time.monotonic() - started:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
     return np.concatenate(images)
 
 
@@ -150,12 +183,25 @@ def main(arguments: list[str] | None = None) -> int:
         judge = train_judge(2000, options.judge_steps, size)
         torch.save(judge.state_dict(), path)
     scenes = [world.sample_scene(ASKED + k, count=1 + k % 2) for k in range(options.number)]
-    images = draw(engine, [scene.caption for scene in scenes], [ASKED + k for k in range(options.number)], options.steps, options.guidance, options.sampler)
+    images = draw(
+        engine,
+        [scene.caption for scene in scenes],
+        [ASKED + k for k in range(options.number)],
+        options.steps,
+        options.guidance,
+        options.sampler,
+    )
     counts = seen(judge, images)
-    shuffled = [score(counts, scenes[shift:] + scenes[:shift]) for shift in (2, 38, 134, 222)]  # even shifts keep the number of objects
+    shuffled = [
+        score(counts, scenes[shift:] + scenes[:shift]) for shift in (2, 38, 134, 222)
+    ]  # even shifts keep the number of objects
     per_class = {}
     for k, name in enumerate(world.CLASSES):
-        asked = [counts[i, k] >= ENOUGH for i, scene in enumerate(scenes) if any(thing.kind == name for thing in scene.things)]
+        asked = [
+            counts[i, k] >= ENOUGH
+            for i, scene in enumerate(scenes)
+            if any(thing.kind == name for thing in scene.things)
+        ]
         if asked:
             per_class[name] = [round(float(np.mean(asked)), 3), len(asked)]
     result = {
@@ -169,7 +215,9 @@ def main(arguments: list[str] | None = None) -> int:
         "per_class": per_class,
     }
     (options.out / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
-    rows = [np.concatenate(list(images[start : start + 12]), 1) for start in range(0, min(len(images) // 12 * 12, 72), 12)]
+    rows = [
+        np.concatenate(list(images[start : start + 12]), 1) for start in range(0, min(len(images) // 12 * 12, 72), 12)
+    ]
     Image.fromarray(np.concatenate(rows, 0)).save(options.out / "contact.png")
     print(json.dumps(result))
     return 0

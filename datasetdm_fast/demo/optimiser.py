@@ -6,9 +6,13 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix updates are orthogonalised (Jordan et al. 2024), with the step size of AdamW (Liu et al. 2025, eq. 4)."""
+    """Momentum whose matrix updates are orthogonalised (Jordan et al. 2024), with the step size of AdamW (Liu et al.
+    2025, eq. 4).
+    """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -61,6 +65,17 @@ class Average:
 
 
 def matrices(modules: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The weights worth orthogonalising: those of linear layers and convolutions that are no mere edge of the network."""
-    layers = (layer for module in modules.values() for layer in module.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)))
-    return [layer.weight for layer in layers if layer.weight.requires_grad and min(layer.weight.shape[0], layer.weight[0].numel()) > 16]
+    """The weights worth orthogonalising: those of linear layers and convolutions that are no mere edge of the
+    network.
+    """
+    layers = (
+        layer
+        for module in modules.values()
+        for layer in module.modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+    )
+    return [
+        layer.weight
+        for layer in layers
+        if layer.weight.requires_grad and min(layer.weight.shape[0], layer.weight[0].numel()) > 16
+    ]

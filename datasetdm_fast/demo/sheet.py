@@ -1,4 +1,6 @@
-"""python -m datasetdm_fast.demo.sheet RUN --out FILE.png: samples of a run side by side, each with its labels below it."""
+"""python -m datasetdm_fast.demo.sheet RUN --out FILE.png: samples of a run side by side, each with its labels below
+it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def semantic(sample: StoredSample, side: int) -> Image.Image:
 
 def outlined(sample: StoredSample, side: int) -> Image.Image:
     """Instances and joints over the dimmed picture."""
-    scale, sheet = side / sample.image.shape[0], Image.blend(picture(sample, side), Image.new("RGB", (side, side), (20, 22, 28)), 0.35)
+    scale, sheet = (
+        side / sample.image.shape[0],
+        Image.blend(picture(sample, side), Image.new("RGB", (side, side), (20, 22, 28)), 0.35),
+    )
     pen = ImageDraw.Draw(sheet, "RGBA")
     for mask, category in zip(sample.instances.masks, sample.instances.class_ids):
         shade = colour(2 + int(category))
@@ -42,7 +47,9 @@ def outlined(sample: StoredSample, side: int) -> Image.Image:
         for points, seen in zip(sample.keypoints.points, sample.keypoints.visibility):
             for a, b in sample.keypoints.limbs:
                 if seen[a] and seen[b]:
-                    pen.line([tuple(points[a, :2] * scale), tuple(points[b, :2] * scale)], fill=(255, 255, 255, 255), width=3)
+                    pen.line(
+                        [tuple(points[a, :2] * scale), tuple(points[b, :2] * scale)], fill=(255, 255, 255, 255), width=3
+                    )
             for (x, y), visible in zip(points[:, :2] * scale, seen):
                 if visible:
                     pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=(255, 70, 90, 255))

@@ -1,4 +1,5 @@
-"""python -m datasetdm_fast.demo.train --out DIR: the demo diffusion model from nothing; the same line again goes on where it stopped.
+"""python -m datasetdm_fast.demo.train --out DIR: the demo diffusion model from nothing; the same line again goes on
+where it stopped.
 
 Stages: tokenizer, autoencoder, latents, diffusion, polish (the autoencoder's decoder, its encoder frozen), export.
 """
@@ -27,7 +28,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 SIZE, SEED = 128, 20261120
-TRAIN_SEEDS = 10_000_000  # scenes from here on teach the diffusion model; scenes below it are for decoders and evaluation
+TRAIN_SEEDS = (
+    10_000_000  # scenes from here on teach the diffusion model; scenes below it are for decoders and evaluation
+)
 
 
 def build_models(vocabulary: int) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
@@ -85,15 +88,20 @@ def build_scheduler() -> PNDMScheduler:
     )
 
 
-class Run:
+class DemoTraining:
     """Weights, optimisers and average of one training stage, saved and resumed as a whole."""
 
-    def __init__(self, path: Path, modules: dict[str, torch.nn.Module], rate: float, total: int, decay: float, hold: float):
+    def __init__(
+        self, path: Path, modules: dict[str, torch.nn.Module], rate: float, total: int, decay: float, hold: float
+    ):
         self.path, self.modules, self.total, self.rate, self.hold = path, modules, total, rate, hold
         self.trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         turned = matrices(modules)
         rest = [p for p in self.trained if not any(p is matrix for matrix in turned)]
-        self.optimisers = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True), Muon(turned, lr=rate)]
+        self.optimisers = [
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True),
+            Muon(turned, lr=rate),
+        ]
         self.average = Average(list(modules.values()), decay)
         self.step, self.samples, self.saved = 0, 0, time.monotonic()
         if path.exists():
@@ -140,13 +148,20 @@ class Run:
         self.saved = time.monotonic()
 
 
-class Log:
+class TrainingLog:
     """Means of a few figures, printed and appended to a JSON-lines file every `every` steps."""
 
     def __init__(self, path: Path, stage: str, every: int = 50):
-        self.path, self.stage, self.every, self.sums, self.count, self.start = path, stage, every, {}, 0, time.monotonic()
+        self.path, self.stage, self.every, self.sums, self.count, self.start = (
+            path,
+            stage,
+            every,
+            {},
+            0,
+            time.monotonic(),
+        )
 
-    def add(self, run: Run, **figures: float) -> None:
+    def add(self, run: DemoTraining, **figures: float) -> None:
         self.count += 1
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
@@ -154,7 +169,14 @@ class Log:
             return
         means = {name: round(total / self.count, 5) for name, total in self.sums.items()}
         seconds = (time.monotonic() - self.start) / self.count
-        row = {"stage": self.stage, "step": run.step, "of": run.total, "samples": run.samples, **means, "seconds_per_step": round(seconds, 4)}
+        row = {
+            "stage": self.stage,
+            "step": run.step,
+            "of": run.total,
+            "samples": run.samples,
+            **means,
+            "seconds_per_step": round(seconds, 4),
+        }
         print(json.dumps(row), file=sys.stderr, flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -163,7 +185,9 @@ class Log:
 
 def pictures(seeds: range) -> torch.Tensor:
     """[N, 3, H, W] uint8 renders."""
-    return torch.stack([torch.from_numpy(world.view(seed, SIZE).image) for seed in seeds]).permute(0, 3, 1, 2).contiguous()
+    return (
+        torch.stack([torch.from_numpy(world.view(seed, SIZE).image) for seed in seeds]).permute(0, 3, 1, 2).contiguous()
+    )
 
 
 def scaled(images: torch.Tensor) -> torch.Tensor:
@@ -173,22 +197,32 @@ def scaled(images: torch.Tensor) -> torch.Tensor:
 def edges(images: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of the horizontal and vertical gradients."""
     difference = images - other
-    return (difference[..., 1:] - difference[..., :-1]).abs().mean() + (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
+    return (difference[..., 1:] - difference[..., :-1]).abs().mean() + (
+        difference[..., 1:, :] - difference[..., :-1, :]
+    ).abs().mean()
 
 
-def train_autoencoder(folder: Path, model: AutoencoderKL, steps: int, batch: int, renders: int, rate: float, device: str, polish: bool) -> None:
+def train_autoencoder(
+    folder: Path, model: AutoencoderKL, steps: int, batch: int, renders: int, rate: float, device: str, polish: bool
+) -> None:
     stage = "polish" if polish else "autoencoder"
     for part in (model.encoder, model.quant_conv):
         part.requires_grad_(not polish)
-    run = Run(folder / f"{stage}.pt", {"autoencoder": model}, rate, steps, decay=0.995, hold=0.3)
+    run = DemoTraining(folder / f"{stage}.pt", {"autoencoder": model}, rate, steps, decay=0.995, hold=0.3)
     if run.step >= steps:
         return run.average.swap()
-    log, images = Log(folder / "log.jsonl", stage), pictures(range(TRAIN_SEEDS, TRAIN_SEEDS + renders)).to(device)
+    log, images = (
+        TrainingLog(folder / "log.jsonl", stage),
+        pictures(range(TRAIN_SEEDS, TRAIN_SEEDS + renders)).to(device),
+    )
     model.train().to(memory_format=torch.channels_last)
     while run.step < steps:
         generator = torch.Generator().manual_seed(SEED + run.step)
-        target = scaled(images[torch.randint(len(images), (batch,), generator=generator)]).contiguous(memory_format=torch.channels_last)
-        # The first part runs in bf16, which eager convolutions of this size gain from; the last in fp32, for the fine tones.
+        target = scaled(images[torch.randint(len(images), (batch,), generator=generator)]).contiguous(
+            memory_format=torch.channels_last
+        )
+        # The first part runs in bf16, which eager convolutions of this size gain from; the last in fp32, for the fine
+        # tones.
         with torch.autocast(target.device.type, torch.bfloat16, enabled=run.step < 0.9 * steps):
             posterior = model.encode(target).latent_dist
             latent = posterior.mean if polish else posterior.sample()
@@ -209,7 +243,11 @@ def cache_latents(folder: Path, model: AutoencoderKL, count: int, device: str) -
     """Posterior means of `count` renders in fp16 and the factor that gives them unit variance."""
     path = folder / "latents.pt"
     model.eval()
-    done = torch.load(path, weights_only=True) if path.exists() else torch.empty(0, 4, SIZE // 8, SIZE // 8, dtype=torch.float16)
+    done = (
+        torch.load(path, weights_only=True)
+        if path.exists()
+        else torch.empty(0, 4, SIZE // 8, SIZE // 8, dtype=torch.float16)
+    )
     while len(done) < count:
         parts = []
         for start in range(len(done), min(len(done) + 4096, count), 64):
@@ -222,11 +260,22 @@ def cache_latents(folder: Path, model: AutoencoderKL, count: int, device: str) -
     return done, float(1 / done[:4096].float().std())
 
 
-def train_diffusion(folder: Path, unet, text, tokenizer, latents: torch.Tensor, factor: float, steps: int, batch: int, rate: float, device: str) -> None:
-    run = Run(folder / "diffusion.pt", {"unet": unet, "text": text}, rate, steps, decay=0.9985, hold=0.35)
+def train_diffusion(
+    folder: Path,
+    unet,
+    text,
+    tokenizer,
+    latents: torch.Tensor,
+    factor: float,
+    steps: int,
+    batch: int,
+    rate: float,
+    device: str,
+) -> None:
+    run = DemoTraining(folder / "diffusion.pt", {"unet": unet, "text": text}, rate, steps, decay=0.9985, hold=0.35)
     if run.step >= steps:
         return run.average.swap()
-    log = Log(folder / "log.jsonl", "diffusion")
+    log = TrainingLog(folder / "log.jsonl", "diffusion")
     alphas = build_scheduler().alphas_cumprod.to(device)
     scenes = [world.sample_scene(TRAIN_SEEDS + k) for k in range(len(latents))]
     unet.train(), text.train()
@@ -236,10 +285,17 @@ def train_diffusion(folder: Path, unet, text, tokenizer, latents: torch.Tensor, 
         rng = np.random.default_rng([SEED, run.step])
         retold = [scenes[k].caption if rng.random() < 0.6 else scenes[k].retold(rng) for k in chosen]
         captions = ["" if rng.random() < 0.1 else caption for caption in retold]
-        tokens = tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids.to(device)
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids.to(device)
         clean = (latents[chosen].float() * factor).to(device)
         # Stratified timesteps: each batch covers the whole schedule.
-        times = ((torch.rand(batch, generator=generator) + torch.arange(batch)) * (1000 / batch)).long().clamp(max=999).to(device)
+        times = (
+            ((torch.rand(batch, generator=generator) + torch.arange(batch)) * (1000 / batch))
+            .long()
+            .clamp(max=999)
+            .to(device)
+        )
         noise = torch.randn(clean.shape, generator=generator).to(device)
         kept, mixed = alphas[times].sqrt()[:, None, None, None], (1 - alphas[times]).sqrt()[:, None, None, None]
         guess = unet(kept * clean + mixed * noise, times, text(tokens).last_hidden_state).sample
@@ -273,7 +329,9 @@ def export(folder: Path, tokenizer_folder: Path, autoencoder, unet, text, factor
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the finished model; checkpoints lie in OUT.work")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the finished model; checkpoints lie in OUT.work"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice")
     parser.add_argument("--renders", type=int, default=8000, help="scenes the autoencoder sees")
@@ -284,7 +342,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--diffusion-batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the diffusion model")
     parser.add_argument("--polish-steps", type=int, default=600)
-    parser.add_argument("--until", choices=("autoencoder", "latents", "diffusion", "polish", "export"), default="export")
+    parser.add_argument(
+        "--until", choices=("autoencoder", "latents", "diffusion", "polish", "export"), default="export"
+    )
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -298,7 +358,18 @@ def main(arguments: list[str] | None = None) -> int:
     if "latents" in wanted:
         latents, factor = cache_latents(work, autoencoder, options.latents, options.device)
     if "diffusion" in wanted:
-        train_diffusion(work, unet, text, tokenizer, latents, factor, options.diffusion_steps, options.diffusion_batch, options.rate, options.device)
+        train_diffusion(
+            work,
+            unet,
+            text,
+            tokenizer,
+            latents,
+            factor,
+            options.diffusion_steps,
+            options.diffusion_batch,
+            options.rate,
+            options.device,
+        )
     if "polish" in wanted:
         train_autoencoder(work, autoencoder, options.polish_steps, *seen, 1.5e-3, options.device, polish=True)
     if "export" in wanted:

@@ -16,30 +16,43 @@ CACHE_VARIABLE = "DATASETDM_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache; refused where everyone may write."""
+    """Where what can be made again is kept: $DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache;
+    refused where everyone may write.
+    """
     kept = os.environ.get(CACHE_VARIABLE)
     folder = Path(kept) if kept else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
     with suppress(OSError):  # whoever writes into it is told why it cannot be made
         os.makedirs(folder, 0o700, exist_ok=True)
         if folder.stat().st_mode & stat.S_IWOTH:
-            raise Refused(f"{folder}: everyone may write to this cache, so nothing in it can be trusted", f"Name a folder of your own with {CACHE_VARIABLE}.")
+            raise Refused(
+                f"{folder}: everyone may write to this cache, so nothing in it can be trusted",
+                f"Name a folder of your own with {CACHE_VARIABLE}.",
+            )
     return folder
 
 
 @contextmanager
 def locked(path: Path, *, is_shared: bool = False) -> Iterator[None]:
-    """Holds the lock file `path` for this process, alone or with others that share it; the operating system lets go of it however the process ends."""
+    """Holds the lock file `path` for this process, alone or with others that share it; the operating system lets go of
+    it however the process ends.
+    """
     try:
         handle = storage.syscall("open", os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise storage.refusal(error, path) from error
     try:
         try:
-            storage.syscall("lock", fcntl.flock, handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            storage.syscall(
+                "lock", fcntl.flock, handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+            )
         except BlockingIOError as error:
-            raise Refused(f"{path}: another process is writing to this run folder", "Wait for it, or choose another --out.") from error
+            raise Refused(
+                f"{path}: another process is writing to this run folder", "Wait for it, or choose another --out."
+            ) from error
         except OSError as error:
-            raise Missing(f"{path}: the file system cannot lock files ({error.strerror})", "Choose an --out on a local disk.") from error
+            raise Missing(
+                f"{path}: the file system cannot lock files ({error.strerror})", "Choose an --out on a local disk."
+            ) from error
         yield
     finally:
         os.close(handle)

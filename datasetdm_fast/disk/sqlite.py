@@ -15,13 +15,15 @@ from datasetdm_fast.errors import Missing, Refused
 
 SYNCHRONOUS = "PRAGMA synchronous=FULL"
 WRITE_AHEAD = "PRAGMA journal_mode=WAL"
-IN_PLACE = "PRAGMA journal_mode=PERSIST"  # for processes of several machines: a write-ahead log needs memory that all of them share
+# for processes of several machines: a write-ahead log needs memory that all of them share
+IN_PLACE = "PRAGMA journal_mode=PERSIST"
 BUSY_SECONDS = 30.0  # a reader waits this long for a writer of the ledger, and the other way round
 LONGEST_ROW = 64 * 2**20  # bytes of a text in a ledger
 
 
 def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: str = "") -> Connection:
-    """A database for writing, by one thread at a time, whose commits survive a loss of power; what goes wrong in it later is refused by name.
+    """A database for writing, by one thread at a time, whose commits survive a loss of power; what goes wrong in it
+    later is refused by name.
 
     Where there is none it is made beside its place, so that one that is there has its tables.
     """
@@ -43,12 +45,15 @@ def _create(path: Path, schema: str) -> None:
 
 
 def compact(connection: Connection, path: Path) -> Path:
-    """A copy of a database beside its place, whose bytes depend on the rows alone and not on how they came in; `move` puts it there."""
+    """A copy of a database beside its place, whose bytes depend on the rows alone and not on how they came in; `move`
+    puts it there.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         storage.forget(part)
         connection.execute("VACUUM INTO ?", (str(part),))
-        # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must have nothing to change.
+        # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must have
+        # nothing to change.
         _opened(path, part, "PRAGMA schema_version=1", WRITE_AHEAD).close()
         # SQLite does not say that it could not change the journal's kind: the old one, which is still there, does.
         if part.with_name(f"{part.name}-journal").exists():
@@ -62,7 +67,8 @@ def compact(connection: Connection, path: Path) -> Path:
 def connect_to_read(path: Path) -> Connection:
     """A database for reading, from any thread."""
     if path.with_name(path.name + "-journal").exists():
-        # A loss of power in the middle of a change of the journal's kind: nobody can read before that change is taken back, and readers cannot do so.
+        # A loss of power in the middle of a change of the journal's kind: nobody can read before that change is taken
+        # back, and readers cannot do so.
         with closing(_opened(path, path)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master")
     # Without a journal of either kind nobody is writing, and `immutable` then lets a read-only medium be read.
@@ -73,7 +79,8 @@ def connect_to_read(path: Path) -> Connection:
 def _opened(path: Path, address: Path | str, *settings: str, **options: Any) -> Connection:
     with _refusing(path):
         connection: Connection = storage.syscall(
-            "sqlite OPEN", lambda: sqlite3.connect(address, isolation_level=None, timeout=BUSY_SECONDS, factory=Connection, **options)
+            "sqlite OPEN",
+            lambda: sqlite3.connect(address, isolation_level=None, timeout=BUSY_SECONDS, factory=Connection, **options),
         )
     try:
         connection.prepare(path)
@@ -86,7 +93,9 @@ def _opened(path: Path, address: Path | str, *settings: str, **options: Any) -> 
 
 
 class Connection(sqlite3.Connection):
-    """A connection whose errors are Refused where the file is no good, Missing where the disk is not, and sqlite3's own for the rest."""
+    """A connection whose errors are Refused where the file is no good, Missing where the disk is not, and sqlite3's own
+    for the rest.
+    """
 
     path = Path()
 
@@ -135,7 +144,14 @@ class _Cursor(sqlite3.Cursor):
             return super().__next__()
 
 
-_DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM)
+_DISK = (
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+)
 _OTHERS = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
@@ -148,11 +164,21 @@ def _refusing(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest of it says which call it was
         if code == sqlite3.SQLITE_FULL:
-            raise Missing(f"{path}: the disk is full", "Make room and run the same line again: it goes on where it stopped.") from error
+            raise Missing(
+                f"{path}: the disk is full", "Make room and run the same line again: it goes on where it stopped."
+            ) from error
         if code in _DISK:
-            raise Missing(f"{path}: {error}", "Check the disk, the folder and its permissions, then run the same line again.") from error
+            raise Missing(
+                f"{path}: {error}", "Check the disk, the folder and its permissions, then run the same line again."
+            ) from error
         if code in _OTHERS:
-            raise Missing(f"{path}: another process holds it ({error})", "Wait for that process and run the same line again.") from error
-        raise Refused(f"{path}: not a readable ledger ({error})", "Restore the file from a copy, or choose another --out.") from error
+            raise Missing(
+                f"{path}: another process holds it ({error})", "Wait for that process and run the same line again."
+            ) from error
+        raise Refused(
+            f"{path}: not a readable ledger ({error})", "Restore the file from a copy, or choose another --out."
+        ) from error
     except (OverflowError, UnicodeError) as error:
-        raise Refused(f"{path}: not a readable ledger ({error})", "Restore the file from a copy, or choose another --out.") from error
+        raise Refused(
+            f"{path}: not a readable ledger ({error})", "Restore the file from a copy, or choose another --out."
+        ) from error

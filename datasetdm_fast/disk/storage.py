@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all: written beside their place, synced, renamed; full and foreign disks refused in a sentence."""
+"""Files that appear whole or not at all: written beside their place, synced, renamed; full and foreign disks refused in
+a sentence.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from datasetdm_fast.errors import Missing, Refused
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-TOGETHER = 64  # files written before the first of them is synced: the disk then joins their journal entries
+FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
 
 
 def _directly(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -29,23 +31,25 @@ syscall: Callable[..., Any] = _directly
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredFile:
     """What was written under one name."""
 
     sha256: str
     size: int  # bytes
 
 
-def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, Stored]:
-    """Digest and size of every file, once all of them are on the disk under their own names; on an error none has a new name half-written."""
+def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredFile]:
+    """Digest and size of every file, once all of them are on the disk under their own names; on an error none has a new
+    name half-written.
+    """
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    stored: dict[Path, Stored] = {}
+    stored: dict[Path, StoredFile] = {}
     try:
         for folder in dict.fromkeys(path.parent for path in files):
             if not folder.is_dir():
                 make_folder(folder)
         waiting = iter(files.items())
-        while block := list(islice(waiting, TOGETHER)):
+        while block := list(islice(waiting, FILES_PER_SYNC)):
             stored |= _write({parts[path]: content for path, content in block}, [path for path, _ in block])
         for path, part in parts.items():
             syscall("rename", os.replace, part, path)
@@ -60,7 +64,7 @@ def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, Stored]
     return stored
 
 
-def _write(contents: Mapping[Path, bytes | Iterable[bytes]], names: Iterable[Path]) -> dict[Path, Stored]:
+def _write(contents: Mapping[Path, bytes | Iterable[bytes]], names: Iterable[Path]) -> dict[Path, StoredFile]:
     """Writes and syncs the parts; what they hold, by the names they are to have."""
     handles: list[int] = []
     found = {}
@@ -76,7 +80,7 @@ def _write(contents: Mapping[Path, bytes | Iterable[bytes]], names: Iterable[Pat
     return found
 
 
-def _fill(handle: int, chunks: Iterable[bytes]) -> Stored:
+def _fill(handle: int, chunks: Iterable[bytes]) -> StoredFile:
     digest, size = hashlib.sha256(), 0
     for chunk in chunks:
         digest.update(chunk)
@@ -87,7 +91,7 @@ def _fill(handle: int, chunks: Iterable[bytes]) -> Stored:
             if not count:
                 raise OSError(errno.EIO, "the disk took no byte")
             rest = rest[count:]
-    return Stored(digest.hexdigest(), size)
+    return StoredFile(digest.hexdigest(), size)
 
 
 def move(part: Path, path: Path) -> None:
@@ -115,8 +119,12 @@ def forget(part: Path) -> None:
 def refusal(error: OSError, path: str | Path) -> Missing:
     """What a command says and does where the disk does not do its part."""
     if error.errno in _FULL:
-        return Missing(f"{path}: the disk is full", "Make room and run the same line again: it goes on where it stopped.")
-    return Missing(f"{path}: {error.strerror or error}", "Check the folder and its permissions, then run the same line again.")
+        return Missing(
+            f"{path}: the disk is full", "Make room and run the same line again: it goes on where it stopped."
+        )
+    return Missing(
+        f"{path}: {error.strerror or error}", "Check the folder and its permissions, then run the same line again."
+    )
 
 
 def sync_folder(folder: Path) -> None:
@@ -153,7 +161,9 @@ def read(path: Path, most: int) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise Refused(f"{path}: cannot be read, it is not a regular file", "Name a file.")
         if found.st_size > most:
-            raise Refused(f"{path}: {found.st_size} bytes, at most {most} are read", "Name the right file, or a smaller one.")
+            raise Refused(
+                f"{path}: {found.st_size} bytes, at most {most} are read", "Name the right file, or a smaller one."
+            )
         parts = []
         while block := syscall("read", os.read, handle, 1 << 20):
             parts.append(block)

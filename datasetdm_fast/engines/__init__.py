@@ -1,4 +1,6 @@
-"""Engines: ways to run the networks behind one narrow protocol; loop, guidance, tasks and writers sit above it and exist once."""
+"""Engines: ways to run the networks behind one narrow protocol; loop, guidance, tasks and writers sit above it and
+exist once.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ ENGINES = {"torch": _torch, "fast": _fast, "ort": _ort, "trt": _trt}
 
 
 def check_engine(name: str, flavour: str = "auto", provider: str = "auto") -> None:
-    """Raises Missing where an engine lacks what it runs on; asked before torch is imported or a model is read, so that the answer comes at once."""
+    """Raises Missing where an engine lacks what it runs on; asked before torch is imported or a model is read, so that
+    the answer comes at once.
+    """
     if provider != "auto" and name != "ort":
         raise Refused(f"provider: {provider} is one of ONNX Runtime's, and the engine is {name}", "add --engine ort")
     if name == "ort":
@@ -70,14 +74,25 @@ def build_engine(
     provider: str = "auto",
     compile: bool = False,
 ) -> Engine:
-    """The engine `name` for a loaded model; "auto" is the fast one. `engines` is the folder of exported stages and plans, empty for a cache;
-    `provider` is what ONNX Runtime runs on; `compile` lets torch.compile make the fast engine's UNet."""
+    """The engine `name` for a loaded model; "auto" is the fast one. `engines` is the folder of exported stages and
+    plans, empty for a cache; `provider` is what ONNX Runtime runs on; `compile` lets torch.compile make the fast
+    engine's UNet.
+    """
     if name not in KNOWN:
         raise Refused(f"engine: {name!r} is none of {', '.join(KNOWN)}")
     chosen = "fast" if name == "auto" else name
     if chosen not in ENGINES:
-        raise Missing(f"engine: {chosen} is not part of this installation, which has {', '.join(ENGINES)}", "use one of those, or --engine auto")
+        raise Missing(
+            f"engine: {chosen} is not part of this installation, which has {', '.join(ENGINES)}",
+            "use one of those, or --engine auto",
+        )
     if compile and chosen != "fast":
-        raise Refused(f"--compile: the engine is {chosen}, and only the fast one can be compiled", "Use it with --engine fast.")
-    where = {"trt": {"folder": engines, "flavour": trt_flavour}, "ort": {"provider": provider}, "fast": {"compile": compile}}
+        raise Refused(
+            f"--compile: the engine is {chosen}, and only the fast one can be compiled", "Use it with --engine fast."
+        )
+    where = {
+        "trt": {"folder": engines, "flavour": trt_flavour},
+        "ort": {"provider": provider},
+        "fast": {"compile": compile},
+    }
     return ENGINES[chosen](model, decoders or {}, dtype, device, **where.get(chosen, {}))

@@ -32,7 +32,9 @@ class StepGraph:
         """The outputs for new inputs, as tensors of the caller's own."""
         assert self._pointers() == self.pointers, "a buffer of a recorded call was moved"
         for place, (buffer, value) in enumerate(zip(self.inputs, values)):
-            if place == 0 or self.held[place] is not value:  # all but the latents come from the engine's own tables, which are never written to
+            if (
+                place == 0 or self.held[place] is not value
+            ):  # all but the latents come from the engine's own tables, which are never written to
                 buffer.copy_(value)
                 self.held[place] = value if place else None
         self.graph.replay()

@@ -18,5 +18,8 @@ def resolve_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise Refused(f"device: {name!r} is none of auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Missing(f"device: {name} is not there, this machine shows {torch.cuda.device_count()} CUDA devices", "use --device cpu or --device auto")
+        raise Missing(
+            f"device: {name} is not there, this machine shows {torch.cuda.device_count()} CUDA devices",
+            "use --device cpu or --device auto",
+        )
     return device

@@ -23,7 +23,9 @@ class Engine(Protocol):
     model: Model
     decoders: Mapping[str, nn.Module]
     device: torch.device
-    adjustments: Mapping[str, int]  # what had to be done differently from what was asked, for the rows of the samples made since
+    adjustments: Mapping[
+        str, int
+    ]  # what had to be done differently from what was asked, for the rows of the samples made since
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """[B, T, D] last hidden states of the padded prompts."""
@@ -34,10 +36,12 @@ class Engine(Protocol):
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
         """[2B, 4, h, w] UNet output for latents [B, 4, h, w] and context [2B, T, D]."""
 
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture | ProjectedCapture]:
+    def denoise_and_capture(
+        self, latents: Tensor, timestep: float, context: Tensor
+    ) -> tuple[Tensor, Capture | ProjectedCapture]:
         """The same output, and what the decoders read."""
 
-    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+    def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The same output, and every feature and map as it is."""
 
     def decode_image(self, latents: Tensor) -> Tensor:
@@ -47,7 +51,9 @@ class Engine(Protocol):
         """The same, and of each image [B] whether its pixels were finite numbers."""
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: the posterior's mean, or a sample of it per image's generator."""
+        """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: the posterior's mean, or a sample of it per image's
+        generator.
+        """
 
     def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
@@ -55,7 +61,7 @@ class Engine(Protocol):
     def suggested_batch(self) -> int:
         """Images to make together where nobody says."""
 
-    def widened(self) -> Engine | None:
+    def fp32_fallback(self) -> Engine | None:
         """An engine over the same weights in fp32, for what this one could not hold; None where this one is."""
 
     def fingerprint(self) -> dict[str, str]:

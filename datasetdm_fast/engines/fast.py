@@ -1,4 +1,6 @@
-"""The fast engine: our own networks without repeated work, in half precision with CUDA graphs on a GPU, in fp32 or bf16 on a CPU."""
+"""The fast engine: our own networks without repeated work, in half precision with CUDA graphs on a GPU, in fp32 or bf16
+on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import compiled, rearranged
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.loading.model import Model
-from datasetdm_fast.models.capture import Keeping, Projection, Summing, Unwatched, Watch
+from datasetdm_fast.models.capture import CaptureHook, NoCapture, ProjectedSums, Projection, RawCapture
 from datasetdm_fast.models.layers import packed
 from datasetdm_fast.models.plain import PLAIN
 from datasetdm_fast.models.text_encoder import TextEncoder
@@ -28,7 +30,10 @@ from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CHUNK_PIXELS = {"cpu": 256 * 256, "cuda": 8 * 512 * 512}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
+CHUNK_PIXELS = {
+    "cpu": 256 * 256,
+    "cuda": 8 * 512 * 512,
+}  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
 TIMES = 2048  # timesteps whose biases are kept
 WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
@@ -40,7 +45,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
     if name == "fp16" and device.type == "cpu":
-        raise Refused("dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones", "use --dtype bf16 or --dtype fp32")
+        raise Refused(
+            "dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones",
+            "use --dtype bf16 or --dtype fp32",
+        )
     return DTYPES[name]
 
 
@@ -52,8 +60,8 @@ def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 class FastEngine:
     """See engines.Engine; the fp32 modules of `model` are read at construction and left as they are.
 
-    Text encoder, timestep table, level sums and decoders are fp32 in every mode: they cost little, and labels hang on them. The UNet and
-    the autoencoder are stored as `dtype`; norms and softmax add up in fp32 inside their operations.
+    Text encoder, timestep table, level sums and decoders are fp32 in every mode: they cost little, and labels hang on
+    them. The UNet and the autoencoder are stored as `dtype`; norms and softmax add up in fp32 inside their operations.
     """
 
     name = "fast"
@@ -72,10 +80,16 @@ class FastEngine:
         self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
         self.dtype = resolve_dtype(dtype, self.device)
         self.is_compiled, self.widest = is_compiled, 0  # images a GPU takes at once, 0 = as many as it is given
-        self.adjustments: dict[str, int] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
-        self.ops = ops or (PLAIN if is_compiled else operations(self.device, self.dtype))  # a compiler fuses the plain forms itself
+        self.adjustments: dict[
+            str, int
+        ] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
+        self.ops = ops or (
+            PLAIN if is_compiled else operations(self.device, self.dtype)
+        )  # a compiler fuses the plain forms itself
         self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
-        self.decoders = {task: with_ops(decoder, self.decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()}
+        self.decoders = {
+            task: with_ops(decoder, self.decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()
+        }
         self._read_weights()
 
     def _read_weights(self) -> None:
@@ -87,7 +101,9 @@ class FastEngine:
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
-        self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = None  # the text of the unconditional rows, its keys and values
+        self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = (
+            None  # the text of the unconditional rows, its keys and values
+        )
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
         self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
@@ -98,7 +114,9 @@ class FastEngine:
         return placed(module, self.device, torch.float32 if is_wide else self.dtype)
 
     def weight_distance(self) -> float:
-        """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or something changed it."""
+        """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or
+        something changed it.
+        """
         farthest = 0.0
         for name in NETWORKS:
             held, truth = (module.state_dict() for module in (getattr(self, name), self._network(name)))
@@ -108,7 +126,10 @@ class FastEngine:
     def _weight_versions(self) -> tuple[int, ...]:
         """Counters PyTorch advances when a weight is changed in place."""
         modules = (self.model.text_encoder, self.model.unet, self.model.vae, *self.decoders.values())
-        return tuple(sum(parameter._version for parameter in module.parameters() if not parameter.is_inference()) for module in modules)
+        return tuple(
+            sum(parameter._version for parameter in module.parameters() if not parameter.is_inference())
+            for module in modules
+        )
 
     def _refresh(self) -> None:
         if self._weight_versions() != self._seen:
@@ -117,7 +138,9 @@ class FastEngine:
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         length = min(self.model.tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
-        ids = self.model.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        ids = self.model.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
         return self.text_encoder(ids.to(self.device))
 
     @torch.inference_mode()
@@ -129,24 +152,31 @@ class FastEngine:
         return self._call(self._step, latents, timestep, context)[0]
 
     @torch.inference_mode()
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
-        """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
+    def denoise_and_capture(
+        self, latents: Tensor, timestep: float, context: Tensor
+    ) -> tuple[Tensor, ProjectedCapture | Capture]:
+        """The noise and what the loaded decoders make of the activations; without decoders the activations
+        themselves.
+        """
         if not self.decoders:
-            return self.denoise_and_keep(latents, timestep, context)
+            return self.denoise_and_capture_raw(latents, timestep, context)
         noise, *sums = self._call(self._captured, latents, timestep, context)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
     @torch.inference_mode()
-    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+    def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         self._refresh()
-        watch = Keeping(self.model.levels, self.ops)
-        noise = self._run(watch, self._latents(latents), self._row(timestep), *self._tabled(context.to(self.device)))
-        return noise, watch.result()
+        hook = RawCapture(self.model.levels, self.ops)
+        noise = self._run(hook, self._latents(latents), self._row(timestep), *self._tabled(context.to(self.device)))
+        return noise, hook.result()
 
-    def _call(self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ...]:
-        """The noise [2B, 4, h, w], and whatever [B, ...] `step` gives besides, from the UNet's own inputs: latents, the timestep's biases, and
-        the keys and values of every text layer."""
+    def _call(
+        self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, timestep: float, context: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The noise [2B, 4, h, w], and whatever [B, ...] `step` gives besides, from the UNet's own inputs: latents, the
+        timestep's biases, and the keys and values of every text layer.
+        """
         row, latents = self._row(timestep), self._latents(latents)
         if self.device.type == "cpu":
             parts = self._in_slices(step, latents, row, context, slice_of(len(latents)))
@@ -159,7 +189,9 @@ class FastEngine:
         unconditional, conditional = zip(*(part.chunk(2) for part in noise))
         return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
 
-    def _in_slices(self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, row: Tensor, context: Tensor, size: int) -> list[tuple[Tensor, ...]]:
+    def _in_slices(
+        self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, row: Tensor, context: Tensor, size: int
+    ) -> list[tuple[Tensor, ...]]:
         slices = [(part, row, *table) for part, table in zip(latents.split(size), self._text_layers(context, size))]
         if self.device.type == "cpu":
             return self.lanes.map(step, slices)
@@ -189,29 +221,36 @@ class FastEngine:
         if version < 0 or self._text is None or self._text[0] is not context or self._text[1:] != (version, size):
             self._refresh()
             tables, batch = self._tabled(context.to(self.device)), len(context) // 2
-            self._keys_values = [tuple(_rows_of(table, batch, start, size) for table in tables) for start in range(0, batch, size)]
+            self._keys_values = [
+                tuple(_rows_of(table, batch, start, size) for table in tables) for start in range(0, batch, size)
+            ]
             self._text = (context, version, size)
         return self._keys_values
 
     def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every layer; those of the unconditional rows, where all are one text, are kept from one batch of prompts to the next."""
+        """Keys and values of every layer; those of the unconditional rows, where all are one text, are kept from one
+        batch of prompts to the next.
+        """
         batch, text = len(context) // 2, context.to(self.dtype)
         # On a GPU the comparison would make the host wait, for a product that is small there.
         if self.device.type != "cpu" or not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
             return self.texts(text)
         if self._empty is None or not torch.equal(self._empty[0], text[:1]):
             self._empty = (text[:1].clone(), self.texts(text[:1]))
-        return tuple(torch.cat([kept.expand(-1, batch, -1, -1, -1), own], 1) for kept, own in zip(self._empty[1], self.texts(text[batch:])))
+        return tuple(
+            torch.cat([kept.expand(-1, batch, -1, -1, -1), own], 1)
+            for kept, own in zip(self._empty[1], self.texts(text[batch:]))
+        )
 
-    def _run(self, watch: Watch, latents: Tensor, row: Tensor, *keys_values: Tensor) -> Tensor:
-        return self.unet(latents, row, keys_values, watch).float().contiguous()
+    def _run(self, hook: CaptureHook, latents: Tensor, row: Tensor, *keys_values: Tensor) -> Tensor:
+        return self.unet(latents, row, keys_values, hook).float().contiguous()
 
     def _plain(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return (self._run(Unwatched(self.ops), *inputs),)
+        return (self._run(NoCapture(self.ops), *inputs),)
 
     def _captured(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        watch = Summing(self.projection, inputs[0], self.ops)
-        return self._run(watch, *inputs), *watch.result()
+        hook = ProjectedSums(self.projection, inputs[0], self.ops)
+        return self._run(hook, *inputs), *hook.result()
 
     def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
         key = (len(inputs[0]), *inputs[0].shape[-2:], "capture" if step == self._captured else "plain")
@@ -225,12 +264,16 @@ class FastEngine:
 
     @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        parts = self.lanes.map(self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))])
+        parts = self.lanes.map(
+            self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))]
+        )
         return tuple(torch.cat(part) for part in zip(*parts))
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.image_decoder(_channels_last(latents, self.dtype)).float()
-        if self.dtype == torch.float16 and not bool(pixels.isfinite().all()):  # some autoencoders leave the range of fp16
+        if self.dtype == torch.float16 and not bool(
+            pixels.isfinite().all()
+        ):  # some autoencoders leave the range of fp16
             pixels = self._wide_image_decoder(_channels_last(latents, torch.float32))
         images = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
         return images, pixels.isfinite().flatten(1).all(1)
@@ -240,9 +283,16 @@ class FastEngine:
         return placed(ImageDecoder(self.model.vae, self.ops), self.device, torch.float32)
 
     @torch.inference_mode()
-    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
+    def encode_image(
+        self, images: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:  # [B, 4, h, w]
         parts = images.to(self.device).split(self._chunk(images.shape[2]))
-        moments = torch.cat([self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float() for part in parts])
+        moments = torch.cat(
+            [
+                self.image_encoder(_channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float()
+                for part in parts
+            ]
+        )
         return drawn(moments.contiguous(), generators) * self.model.vae.config.scaling_factor
 
     def _chunk(self, side: int) -> int:
@@ -252,7 +302,10 @@ class FastEngine:
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"
-            raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
+            raise Missing(
+                f"task: no decoder for {task!r} was loaded, there are {loaded}",
+                "name a folder with that decoder: --decoder DIR",
+            )
         decoder, own = self.decoders[task], capture.of(task) if isinstance(capture, ProjectedCapture) else capture
         if self.device.type == "cuda" or not isinstance(own, ProjectedCapture):
             return decoder(own, text)
@@ -262,12 +315,14 @@ class FastEngine:
         parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def widened(self) -> FastEngine | None:
+    def fp32_fallback(self) -> FastEngine | None:
         return None if self.dtype == torch.float32 else self._wide
 
     @functools.cached_property
     def _wide(self) -> FastEngine:
-        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device), is_compiled=self.is_compiled)
+        return FastEngine(
+            self.model, self.decoders, dtype="fp32", device=str(self.device), is_compiled=self.is_compiled
+        )
 
     @torch.inference_mode()
     def suggested_batch(self) -> int:
@@ -279,7 +334,10 @@ class FastEngine:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         side = self.model.size // 8
-        latents, context = torch.zeros(batch, 4, side, side, device=self.device), self.encode_text([""]).expand(2 * batch, -1, -1)
+        latents, context = (
+            torch.zeros(batch, 4, side, side, device=self.device),
+            self.encode_text([""]).expand(2 * batch, -1, -1),
+        )
         self._captured(self._latents(latents), self._row(1), *self._tabled(context))
         return torch.cuda.max_memory_allocated(self.device) - before
 
@@ -287,7 +345,14 @@ class FastEngine:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
         compiled_by = {"compiled": "yes"} if self.is_compiled else {}
-        return {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": dtype, "torch": torch.__version__, **compiled_by}
+        return {
+            "engine": self.name,
+            "device": str(self.device),
+            "device_name": device,
+            "dtype": dtype,
+            "torch": torch.__version__,
+            **compiled_by,
+        }
 
 
 NETWORKS: dict[str, Callable[[FastEngine], nn.Module]] = {
@@ -303,7 +368,11 @@ NETWORKS: dict[str, Callable[[FastEngine], nn.Module]] = {
 
 def state_distance(value: Tensor, truth: Tensor) -> float:
     """The largest difference of two weights, as a share of the largest number in `truth`."""
-    return float((value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)) if truth.numel() else 0.0
+    return (
+        float((value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30))
+        if truth.numel()
+        else 0.0
+    )
 
 
 def drawn(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
@@ -316,7 +385,9 @@ def drawn(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tens
 
 
 def slice_of(batch: int) -> int:
-    """Images of a batch that a CPU works on together. It depends on nothing but the batch, so that threads and ranks change no rounding."""
+    """Images of a batch that a CPU works on together. It depends on nothing but the batch, so that threads and ranks
+    change no rounding.
+    """
     return min(-(-batch // 2), WIDEST_SLICE)
 
 

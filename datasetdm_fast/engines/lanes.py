@@ -1,4 +1,6 @@
-"""Slices of one batch on cores of their own: on a CPU the barrier after every small operation costs more than the operation."""
+"""Slices of one batch on cores of their own: on a CPU the barrier after every small operation costs more than the
+operation.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,18 @@ class Lanes:
                 self._pool.shutdown()
             ready = threading.Barrier(lanes)
             self._pool = ThreadPoolExecutor(lanes, "lane", initializer=_limit, initargs=(threads // lanes,))
-            list(self._pool.map(lambda _: ready.wait(), range(lanes)))  # every lane has started, and with it set its own number of threads
+            list(
+                self._pool.map(lambda _: ready.wait(), range(lanes))
+            )  # every lane has started, and with it set its own number of threads
             torch.set_num_threads(threads)
             self._key = key
         return self._pool
 
 
 def _limit(threads: int) -> None:
-    """Gives this thread its number of threads; PyTorch takes over the process's number when a thread first asks, so it asks before the last word."""
+    """Gives this thread its number of threads; PyTorch takes over the process's number when a thread first asks, so it
+    asks before the last word.
+    """
     torch.set_num_threads(threads)
     torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -13,21 +13,25 @@ Answer = TypeVar("Answer")
 BATCH = 8  # of engines whose graphs tell nothing about their memory
 CPU_CELLS = 4096  # latent cells a CPU works on at once: 16 demo images, one of 512 x 512
 SHARE = 0.8  # of the free memory; the rest is for what other batches of the pipeline hold
-LARGEST = 32  # beyond it a GPU is busy anyway, and images only wait for each other
+LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
 
 
 def suggested(side: int, device: torch.device, bytes_of: Callable[[int], int] | None = None) -> int:
-    """Images of `side` latent cells a side to make together; `bytes_of` tells what a call with so many takes on a GPU."""
+    """Images of `side` latent cells a side to make together; `bytes_of` tells what a call with so many takes on a
+    GPU.
+    """
     if device.type == "cpu":
-        return max(min(CPU_CELLS // side**2, LARGEST), 2)
+        return max(min(CPU_CELLS // side**2, LARGEST_SUGGESTED_BATCH), 2)
     one, two = bytes_of(1), bytes_of(2)
     free = torch.cuda.mem_get_info(device)[0]
     most = 1 + (SHARE * free - one) / max(two - one, 1)
-    return max(min(int(most) // 2 * 2, LARGEST), 1)
+    return max(min(int(most) // 2 * 2, LARGEST_SUGGESTED_BATCH), 1)
 
 
 def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None]) -> tuple[Answer, int]:
-    """run(size), or with half of it where memory ran out: once, after `forget` dropped what can be made again. The size that worked comes back."""
+    """run(size), or with half of it where memory ran out: once, after `forget` dropped what can be made again. The size
+    that worked comes back.
+    """
     try:
         return run(size), size
     except torch.OutOfMemoryError as error:
@@ -41,4 +45,7 @@ def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None])
 
 
 def _too_large(size: int) -> Missing:
-    return Missing(f"memory: the GPU could not take {size} image{'s' * (size > 1)} at once", "Choose a smaller --batch-size or --size, or free its memory.")
+    return Missing(
+        f"memory: the GPU could not take {size} image{'s' * (size > 1)} at once",
+        "Choose a smaller --batch-size or --size, or free its memory.",
+    )

@@ -30,7 +30,9 @@ def open_engine(
     provider: str = "auto",
     compile: bool = False,
 ) -> tuple[Engine, dict[str, Any]]:
-    """An engine with the decoders of `tasks`, None = all of the folder, and what is to be written down about these decoders."""
+    """An engine with the decoders of `tasks`, None = all of the folder, and what is to be written down about these
+    decoders.
+    """
     from datasetdm_fast.engines import build_engine, check_engine
 
     check_engine(engine, trt_flavour, provider)
@@ -49,7 +51,8 @@ def open_engine(
     for task in tasks:
         if task not in found:
             raise Missing(
-                f"--task {task}: {decoder} holds no decoder for it, only for {', '.join(found)}", "Name a folder that has one with --decoder, or drop the task."
+                f"--task {task}: {decoder} holds no decoder for it, only for {', '.join(found)}",
+                "Name a folder that has one with --decoder, or drop the task.",
             )
         check_levels(found[task], loaded.levels)
     chosen = {task: found[task] for task in tasks}
@@ -67,5 +70,8 @@ def describe_decoders(folder: str, tasks: Sequence[str]) -> dict[str, Any]:
     for config in sorted(root.glob("*/config.json")):
         task = json.loads(config.read_text(encoding="utf-8"))["task"]
         if task in tasks:
-            found[task] = {"digest": digest([config, config.with_name("model.safetensors")]), "licence": folder_licence(root)}
+            found[task] = {
+                "digest": digest([config, config.with_name("model.safetensors")]),
+                "licence": folder_licence(root),
+            }
     return found

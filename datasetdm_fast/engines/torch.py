@@ -1,4 +1,6 @@
-"""The reference engine: diffusers and transformers modules as they come, fp32, eager; slow on purpose, the oracle of the others."""
+"""The reference engine: diffusers and transformers modules as they come, fp32, eager; slow on purpose, the oracle of
+the others.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def _oracle(method):
 
 
 def feature_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
-    """Per level, low to highest, the modules whose outputs are its features, in the order the decoders' weights expect."""
+    """Per level, low to highest, the modules whose outputs are its features, in the order the decoders' weights
+    expect.
+    """
     down, up = unet.down_blocks, unet.up_blocks
     levels = [(down[2].downsamplers[0], *down[3].resnets, unet.mid_block, *up[0].resnets)]
     for depth in (2, 1, 0):
@@ -53,12 +57,16 @@ class CapturingAttention:
     def __init__(self) -> None:
         self.map: Tensor | None = None  # [B, heads, h*w, T]
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
+    def __call__(
+        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None, **_
+    ) -> Tensor:
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
         probabilities = attn.get_attention_scores(query, key, attention_mask)
-        self.map = probabilities.unflatten(0, (-1, attn.heads)).chunk(2)[1].clone()  # a view would keep both halves alive
+        self.map = (
+            probabilities.unflatten(0, (-1, attn.heads)).chunk(2)[1].clone()
+        )  # a view would keep both halves alive
         output = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, value)))
         return attn.to_out[1](output) / attn.rescale_output_factor
 
@@ -96,15 +104,26 @@ def capturing(unet: nn.Module) -> Iterator[list[Capture]]:
 class TorchEngine:
     """See engines.Engine; decoders run in the mode they were loaded in.
 
-    The modules of model and decoders are moved to the device in place. Results are inference tensors: clone them to train on them.
+    The modules of model and decoders are moved to the device in place. Results are inference tensors: clone them to
+    train on them.
     """
 
     name = "torch"
     adjustments: Mapping[str, int] = {}
 
-    def __init__(self, model: Model, decoders: Mapping[str, nn.Module] | None = None, *, dtype: str = "auto", device: str = "auto"):
+    def __init__(
+        self,
+        model: Model,
+        decoders: Mapping[str, nn.Module] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+    ):
         if dtype not in ("auto", "fp32"):
-            raise Refused(f"dtype: the torch engine is the fp32 reference and cannot run in {dtype}", "use --dtype fp32, or another engine")
+            raise Refused(
+                f"dtype: the torch engine is the fp32 reference and cannot run in {dtype}",
+                "use --dtype fp32, or another engine",
+            )
         self.model, self.device = model, resolve_device(device)
         self.decoders = {task: decoder.to(self.device) for task, decoder in (decoders or {}).items()}
         for module in (model.text_encoder, model.unet, model.vae):
@@ -113,7 +132,9 @@ class TorchEngine:
     @_oracle
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         length = min(self.model.tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
-        tokens = self.model.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = self.model.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         return self.model.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
 
     @_oracle
@@ -130,7 +151,7 @@ class TorchEngine:
             noise = self.denoise(latents, timestep, context)
         return noise, captures[0]
 
-    denoise_and_keep = denoise_and_capture
+    denoise_and_capture_raw = denoise_and_capture
 
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
@@ -142,7 +163,9 @@ class TorchEngine:
         return images, decoded.isfinite().flatten(1).all(1)
 
     @_oracle
-    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
+    def encode_image(
+        self, images: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:  # [B, 4, h, w]
         pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         posterior = self.model.vae.encode(pixels).latent_dist
         latents = posterior.mean
@@ -155,13 +178,16 @@ class TorchEngine:
     def annotate(self, task: str, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"
-            raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
+            raise Missing(
+                f"task: no decoder for {task!r} was loaded, there are {loaded}",
+                "name a folder with that decoder: --decoder DIR",
+            )
         return self.decoders[task](capture, text)
 
     def suggested_batch(self) -> int:
         return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
 
-    def widened(self) -> None:
+    def fp32_fallback(self) -> None:
         return None
 
     def fingerprint(self) -> dict[str, str]:

@@ -21,7 +21,9 @@ SMALLEST = 1e-6  # error whose logarithm is still taken
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """Error = floor + scale * labels ** -exponent, as learning curves have it over orders of magnitude; arrays hold a law each."""
+    """Error = floor + scale * labels ** -exponent, as learning curves have it over orders of magnitude; arrays hold a
+    law each.
+    """
 
     floor: np.ndarray  # [B]
     scale: np.ndarray
@@ -51,8 +53,12 @@ def error_of(figure: str, values: np.ndarray) -> np.ndarray:
     return np.asarray(values) if figure in LESS_IS_BETTER else 1 - np.asarray(values)
 
 
-def forecast(figure: str, counts: Sequence[int], values: np.ndarray, draws: np.ndarray, more: int, level: float) -> dict[str, Any]:
-    """What `more` labels beyond the last count bring, from the figure [counts] and its bootstrap draws [B, counts]; a gain is less error."""
+def forecast(
+    figure: str, counts: Sequence[int], values: np.ndarray, draws: np.ndarray, more: int, level: float
+) -> dict[str, Any]:
+    """What `more` labels beyond the last count bring, from the figure [counts] and its bootstrap draws [B, counts]; a
+    gain is less error.
+    """
     law = power_law(counts, error_of(figure, values)[None])
     drawn = power_law(counts, error_of(figure, draws))
     last = counts[-1]
@@ -70,11 +76,19 @@ def forecast(figure: str, counts: Sequence[int], values: np.ndarray, draws: np.n
 
 
 def learning_curve(
-    task: str, counts: Sequence[int], repeats: int, judge: Callable[[int, int], Any], *, bootstrap: int, level: float, more: int = MORE
+    task: str,
+    counts: Sequence[int],
+    repeats: int,
+    judge: Callable[[int, int], Any],
+    *,
+    bootstrap: int,
+    level: float,
+    more: int = MORE,
 ) -> dict[str, Any]:
     """The task's figure at every count, with intervals over images and repeats, and the forecast.
 
-    `judge(count, repeat)` is a meter after a decoder taught by that many labels has answered; all meters have seen the same images.
+    `judge(count, repeat)` is a meter after a decoder taught by that many labels has answered; all meters have seen the
+    same images.
     """
     figure, values, draws, points = FIGURES[task], [], [], []
     random = np.random.default_rng(0)
@@ -84,16 +98,29 @@ def learning_curve(
         drawn = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
         drawn = np.nan_to_num(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])
         bounds = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-        points.append({"labels": count, "value": float(np.mean(each)), "interval": [float(bound) for bound in bounds], "repeats": each})
+        points.append(
+            {
+                "labels": count,
+                "value": float(np.mean(each)),
+                "interval": [float(bound) for bound in bounds],
+                "repeats": each,
+            }
+        )
         values.append(np.mean(each))
         draws.append(drawn)
-    return {"figure": figure, "points": points, **forecast(figure, counts, np.array(values), np.stack(draws, 1), more, level)}
+    return {
+        "figure": figure,
+        "points": points,
+        **forecast(figure, counts, np.array(values), np.stack(draws, 1), more, level),
+    }
 
 
 def parse_counts(words: Sequence[str]) -> list[int]:
     """--curve's numbers, rising."""
     if not all(re.fullmatch(r"[1-9]\d{0,8}", word) for word in words) or len(words) < 2:
-        raise Refused(f"--curve: {','.join(words)} is not two or more numbers of labels", "For example --curve 10,30,100,300.")
+        raise Refused(
+            f"--curve: {','.join(words)} is not two or more numbers of labels", "For example --curve 10,30,100,300."
+        )
     return sorted({int(word) for word in words})
 
 
@@ -102,10 +129,19 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
     if not learn_from:
         if data.startswith("demo:"):
             learn_from = f"demo:{most}@1000"
-        elif (match := re.fullmatch(r"(.+)\[(.+)\]", data)) and not data.startswith("vkitti2:"):  # whose address without brackets is every scene
+        elif (match := re.fullmatch(r"(.+)\[(.+)\]", data)) and not data.startswith(
+            "vkitti2:"
+        ):  # whose address without brackets is every scene
             learn_from = match[1]
-    if not learn_from or learn_from.removesuffix("[train]") == data.removesuffix("[train]") or _share_scenes(learn_from, data):
-        raise Refused(f"--data {data} names the images that judge, none are left to learn from", "Name others with --learn-from ADDRESS.")
+    if (
+        not learn_from
+        or learn_from.removesuffix("[train]") == data.removesuffix("[train]")
+        or _share_scenes(learn_from, data)
+    ):
+        raise Refused(
+            f"--data {data} names the images that judge, none are left to learn from",
+            "Name others with --learn-from ADDRESS.",
+        )
     return learn_from
 
 
@@ -128,7 +164,13 @@ def told(task: str, found: dict[str, Any], level: float) -> str:
     low, high = more["interval"]
     added = more["labels"] - last["labels"]
     better = f"{more['gain']:.4f} {'lower' if figure in LESS_IS_BETTER else 'higher'}"
-    lines.append(f"{added} more labels would bring {figure} to about {more['value']:.4f}: {better} ({level:.0%} interval {low:.4f} to {high:.4f}).")
+    lines.append(
+        f"{added} more labels would bring {figure} to about {more['value']:.4f}: {better} ({level:.0%} interval "
+        f"{low:.4f} to {high:.4f})."
+    )
     if len(found["points"]) < POINTS_FOR_FLOOR:
-        lines.append(f"Fewer than {POINTS_FOR_FLOOR} numbers cannot show where the curve levels off: take this as the most that can be hoped for.")
+        lines.append(
+            f"Fewer than {POINTS_FOR_FLOOR} numbers cannot show where the curve levels off: take this as the most "
+            "that can be hoped for."
+        )
     return "\n".join(lines)

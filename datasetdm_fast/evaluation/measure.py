@@ -35,7 +35,9 @@ def figures(meter, bootstrap: int, level: float) -> dict[str, Any]:
     """A meter's result and, where asked for, its intervals."""
     if not meter.count:
         raise Refused("evaluate: no image has the truth to compare with", "Choose other data.")
-    return meter.result() | ({"images": meter.count, "intervals": meter.intervals(bootstrap, level)} if bootstrap else {})
+    return meter.result() | (
+        {"images": meter.count, "intervals": meter.intervals(bootstrap, level)} if bootstrap else {}
+    )
 
 
 def measure(
@@ -67,7 +69,9 @@ def measure(
             config = _asked(engine.decoders[task].config)
             if captions == "true":
                 raw = held_to(raw, config, said, source.thing_classes if is_open else ())
-            found = LABELLERS[task].postprocess(raw, config, engine.model.size, **({"words": source.thing_classes} if is_open else {}))
+            found = LABELLERS[task].postprocess(
+                raw, config, engine.model.size, **({"words": source.thing_classes} if is_open else {})
+            )
             for item, label in zip(items, found):
                 meter.add(item, label)
         start += len(items)
@@ -100,7 +104,9 @@ def _meter(task: str, source, config, unseen: Sequence[str]):
 
     if task == "pose" and config.joints != source.joints:
         shown = ", ".join(config.joints), ", ".join(source.joints)
-        raise Refused(f"pose: the decoder has the joints {shown[0]}, the data set {shown[1]}", "Evaluate on data with its joints.")
+        raise Refused(
+            f"pose: the decoder has the joints {shown[0]}, the data set {shown[1]}", "Evaluate on data with its joints."
+        )
     if task in ("semantic", "instance"):
         check_names(task, config.classes, source.classes if task == "semantic" else source.thing_classes)
     if task not in ("semantic", "open-vocabulary"):
@@ -117,4 +123,6 @@ def _passes(data: str, tasks: Sequence[str]) -> list[tuple[str, ...]]:
     """The tasks that share their images: a pose decoder sees one person of COCO at a time, the others whole images."""
     if not data.startswith("coco:"):
         return [tuple(tasks)]
-    return [some for some in (tuple(task for task in tasks if task != "pose"), ("pose",) if "pose" in tasks else ()) if some]
+    return [
+        some for some in (tuple(task for task in tasks if task != "pose"), ("pose",) if "pose" in tasks else ()) if some
+    ]

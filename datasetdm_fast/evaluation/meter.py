@@ -25,7 +25,9 @@ class Meter:
         raise NotImplementedError
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN where the truth does not show a class."""
+        """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN where the truth does not
+        show a class.
+        """
         raise NotImplementedError
 
     def result(self) -> dict:
@@ -52,7 +54,9 @@ class Meter:
                 warnings.simplefilter("ignore", RuntimeWarning)  # a class that no draw shows
                 low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
             if name == self.each:
-                bounds[name] = {key: [float(low[k]), float(high[k])] for k, key in enumerate(self.columns) if np.isfinite(low[k])}
+                bounds[name] = {
+                    key: [float(low[k]), float(high[k])] for k, key in enumerate(self.columns) if np.isfinite(low[k])
+                }
             else:
                 bounds[name] = [float(np.nan_to_num(low)), float(np.nan_to_num(high))]
         return bounds
@@ -72,7 +76,10 @@ def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
     """Refuses to compare answers and truth that have no name in common."""
     if known and not set(said) & set(known):
         shown = ", ".join(said[:5]), ", ".join(known[:5])
-        raise Refused(f"{task}: the decoder knows {shown[0]}, the data set {shown[1]}: no class in common", "Evaluate on data with the decoder's classes.")
+        raise Refused(
+            f"{task}: the decoder knows {shown[0]}, the data set {shown[1]}: no class in common",
+            "Evaluate on data with the decoder's classes.",
+        )
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """How true labels are: mIoU, COCO AP, AbsRel, PCK and OKS-AP, fed image by image; bootstrap intervals over the images.
 
-A meter keeps what each image says, and `figures` combines the images by weights: all ones for the result, drawn counts for a bootstrap.
+A meter keeps what each image says, and `figures` combines the images by weights: all ones for the result, drawn counts
+for a bootstrap.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import numpy as np
 from datasetdm_fast.data import DepthMap, SemanticMap
 from datasetdm_fast.evaluation.meter import Meter, _mean, translation
 from datasetdm_fast.evaluation.ranking import Instance, Pose
-from datasetdm_fast.readers import Labelled, Source
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 BACKGROUND = ("background", "none")
 
 
 class _Overlap(Meter):
-    """Intersection over union of each class from pixel counts over all images; with `unseen` classes also theirs, the others' and the harmonic mean."""
+    """Intersection over union of each class from pixel counts over all images; with `unseen` classes also theirs, the
+    others' and the harmonic mean.
+    """
 
     def __init__(self, classes: Sequence[str], unseen: Collection[str] = ()):
         self.classes, self.rows = tuple(classes), []  # [3, K] int64 an image: both, either, truth
@@ -37,7 +40,11 @@ class _Overlap(Meter):
         if self.unseen.any():
             seen, unseen = _mean(iou[:, ~self.unseen & ~self.is_background]), _mean(iou[:, self.unseen])
             with np.errstate(invalid="ignore", divide="ignore"):
-                found |= {"seen": seen, "unseen": unseen, "harmonic": np.where(seen + unseen > 0, 2 * seen * unseen / (seen + unseen), 0)}
+                found |= {
+                    "seen": seen,
+                    "unseen": unseen,
+                    "harmonic": np.where(seen + unseen > 0, 2 * seen * unseen / (seen + unseen), 0),
+                }
         return found
 
     @property
@@ -50,16 +57,21 @@ class _Overlap(Meter):
 
 
 class Semantic(_Overlap):
-    """Mean intersection over union over all pixels; 255 in the truth is left out, a class the data set does not name is no class."""
+    """Mean intersection over union over all pixels; 255 in the truth is left out, a class the data set does not name is
+    no class.
+    """
 
-    def __init__(self, source: Source, unseen: Collection[str] = ()):
+    def __init__(self, source: LabelledSource, unseen: Collection[str] = ()):
         super().__init__(source.classes, unseen)
 
     def add(self, truth: Labelled, found: SemanticMap) -> None:
         known, count = truth.semantic != 255, len(self.classes)
         if not known.any():
             return
-        real, guess = truth.semantic[known].astype(np.int64), translation(found.classes, self.classes, 256)[found.labels[known]]
+        real, guess = (
+            truth.semantic[known].astype(np.int64),
+            translation(found.classes, self.classes, 256)[found.labels[known]],
+        )
         both = np.bincount(real[real == guess], minlength=count)
         there, said = np.bincount(real, minlength=count), np.bincount(guess[guess >= 0], minlength=count)
         self.rows.append(np.stack([both, there + said - both, there]))
@@ -68,7 +80,7 @@ class Semantic(_Overlap):
 class OpenVocabulary(_Overlap):
     """The same of each class word asked for: asked of every image, so that naming what is not there costs too."""
 
-    def __init__(self, source: Source, unseen: Collection[str] = ()):
+    def __init__(self, source: LabelledSource, unseen: Collection[str] = ()):
         super().__init__(source.thing_classes, unseen)
 
     def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
@@ -86,9 +98,11 @@ class OpenVocabulary(_Overlap):
 
 
 class Depth(Meter):
-    """Mean absolute relative error, root mean squared error in metres and the shares within a factor 1.25, its square and its cube."""
+    """Mean absolute relative error, root mean squared error in metres and the shares within a factor 1.25, its square
+    and its cube.
+    """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: LabelledSource):
         self.rows: list[tuple[float, ...]] = []
 
     @property

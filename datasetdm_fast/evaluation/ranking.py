@@ -12,7 +12,7 @@ from datasetdm_fast.data import Instances, Keypoints
 from datasetdm_fast.decoders.config import COCO_JOINTS
 from datasetdm_fast.evaluation.meter import Meter, _mean, translation
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.readers import Labelled, Source
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 RECALLS = np.linspace(0, 1, 101)
 LEVELS = np.linspace(0.5, 0.95, 10)  # overlap, of masks or of joints
@@ -58,7 +58,7 @@ class _Ranked(Meter):
 class Instance(_Ranked):
     """Mask AP over IoU 0.50:0.95, and at 0.50 and 0.75; what lies in a crowd is neither right nor wrong."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: LabelledSource):
         super().__init__(source.thing_classes)
 
     def add(self, truth: Labelled, found: Instances) -> None:
@@ -68,12 +68,24 @@ class Instance(_Ranked):
                 continue
             encoded = mask_rle.encode(masks)
             for rle, area, box, category in zip(encoded.rles, encoded.areas, encoded.boxes, classes):
-                row = {"id": len(self.truth) + 1, "image_id": image, "category_id": int(category) + 1, "segmentation": rle}
+                row = {
+                    "id": len(self.truth) + 1,
+                    "image_id": image,
+                    "category_id": int(category) + 1,
+                    "segmentation": rle,
+                }
                 self.truth.append(row | {"area": float(area), "bbox": [float(x) for x in box], "iscrowd": is_crowd})
         number = translation(found.classes, self.classes, len(found.classes))
         for rle, category, score in zip(mask_rle.encode(found.masks).rles, found.class_ids, found.scores):
             if number[category] >= 0:
-                self.found.append({"image_id": image, "category_id": int(number[category]) + 1, "segmentation": rle, "score": float(score)})
+                self.found.append(
+                    {
+                        "image_id": image,
+                        "category_id": int(number[category]) + 1,
+                        "segmentation": rle,
+                        "score": float(score),
+                    }
+                )
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         precision = self.precision(weights)
@@ -86,14 +98,16 @@ class Instance(_Ranked):
 
 
 class Pose(_Ranked):
-    """PCK@0.1 of the longer side of the figure's box over labelled joints, and OKS-AP: COCO's tolerance of each joint for COCO's joints, else one for all."""
+    """PCK@0.1 of the longer side of the figure's box over labelled joints, and OKS-AP: COCO's tolerance of each joint
+    for COCO's joints, else one for all.
+    """
 
     TOLERANCE = 0.1  # pixels a joint may miss, as a share of the box
     OKS_SIGMA = 0.072  # COCO's mean over its body joints
     kind = "keypoints"
     each = "per_joint"
 
-    def __init__(self, source: Source):
+    def __init__(self, source: LabelledSource):
         super().__init__(("person",))
         self.categories[0] |= {"keypoints": list(source.joints), "skeleton": []}
         self.joints, self.rows = source.joints, []  # [2, J] an image: right, labelled
@@ -109,10 +123,30 @@ class Pose(_Ranked):
         for points, box, area in zip(truth.keypoints, truth.keypoint_boxes, truth.keypoint_areas):
             flat = points.copy()
             flat[points[:, 2] == 0] = 0
-            row = {"id": len(self.truth) + 1, "image_id": image, "category_id": 1, "keypoints": flat.astype(float).ravel().tolist()}
-            self.truth.append(row | {"num_keypoints": int((points[:, 2] > 0).sum()), "area": float(area), "bbox": box.astype(float).tolist(), "iscrowd": 0})
+            row = {
+                "id": len(self.truth) + 1,
+                "image_id": image,
+                "category_id": 1,
+                "keypoints": flat.astype(float).ravel().tolist(),
+            }
+            self.truth.append(
+                row
+                | {
+                    "num_keypoints": int((points[:, 2] > 0).sum()),
+                    "area": float(area),
+                    "bbox": box.astype(float).tolist(),
+                    "iscrowd": 0,
+                }
+            )
         for points, score in zip(found.points, found.scores):
-            self.found.append({"image_id": image, "category_id": 1, "keypoints": points.astype(float).ravel().tolist(), "score": float(score)})
+            self.found.append(
+                {
+                    "image_id": image,
+                    "category_id": 1,
+                    "keypoints": points.astype(float).ravel().tolist(),
+                    "score": float(score),
+                }
+            )
         counts = np.zeros((2, len(self.joints)))
         if len(truth.keypoints):
             person = int(np.argmax(truth.keypoint_areas))
@@ -139,7 +173,9 @@ class Pose(_Ranked):
 class _Ranking:
     """What was found of one class in all images, best first."""
 
-    def __init__(self, scores: np.ndarray, is_right: np.ndarray, is_ignored: np.ndarray, image: np.ndarray, positives: np.ndarray):
+    def __init__(
+        self, scores: np.ndarray, is_right: np.ndarray, is_ignored: np.ndarray, image: np.ndarray, positives: np.ndarray
+    ):
         order = np.argsort(-scores, kind="stable")
         self.is_right, self.is_wrong = (is_right & ~is_ignored)[:, order], (~is_right & ~is_ignored)[:, order]  # [T, D]
         self.image, self.positives = image[order], positives  # [D], [images]
@@ -147,7 +183,9 @@ class _Ranking:
     def precision(self, weights: np.ndarray) -> np.ndarray:
         """AP [B, T] over 101 recalls."""
         step = max(1, MOST_TOGETHER // max(1, self.is_right.size))
-        return np.concatenate([self._precision(weights[start : start + step]) for start in range(0, len(weights), step)])
+        return np.concatenate(
+            [self._precision(weights[start : start + step]) for start in range(0, len(weights), step)]
+        )
 
     def _precision(self, weights: np.ndarray) -> np.ndarray:
         total = weights @ self.positives
@@ -186,13 +224,23 @@ def _rankings(meter: _Ranked) -> list[_Ranking]:
         judge.evaluate()
     images, rankings = len(meter.images), []
     for k in range(len(meter.classes)):
-        entries = [(number, entry) for number, entry in enumerate(judge.evalImgs[k * images : (k + 1) * images]) if entry is not None]
+        entries = [
+            (number, entry)
+            for number, entry in enumerate(judge.evalImgs[k * images : (k + 1) * images])
+            if entry is not None
+        ]
         positives = np.zeros(images)
         for number, entry in entries:
             positives[number] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
         scores = np.concatenate([np.asarray(entry["dtScores"], float) for _, entry in entries] or [np.zeros(0)])
-        is_right = np.concatenate([entry["dtMatches"] > 0 for _, entry in entries] or [np.zeros((len(LEVELS), 0), bool)], 1)
-        is_ignored = np.concatenate([np.asarray(entry["dtIgnore"], bool) for _, entry in entries] or [np.zeros((len(LEVELS), 0), bool)], 1)
-        where = np.concatenate([np.full(len(entry["dtScores"]), number) for number, entry in entries] or [np.zeros(0, np.int64)]).astype(np.int64)
+        is_right = np.concatenate(
+            [entry["dtMatches"] > 0 for _, entry in entries] or [np.zeros((len(LEVELS), 0), bool)], 1
+        )
+        is_ignored = np.concatenate(
+            [np.asarray(entry["dtIgnore"], bool) for _, entry in entries] or [np.zeros((len(LEVELS), 0), bool)], 1
+        )
+        where = np.concatenate(
+            [np.full(len(entry["dtScores"]), number) for number, entry in entries] or [np.zeros(0, np.int64)]
+        ).astype(np.int64)
         rankings.append(_Ranking(scores, is_right, is_ignored, where, positives))
     return rankings

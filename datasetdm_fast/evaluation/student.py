@@ -1,6 +1,7 @@
 """A small perception net of fixed shape: what a labelled set is worth is what this net scores after learning from it.
 
-One U-Net with dense answers: a class per pixel, centres of things and the way to them, depth, joints. It trains in under a minute of one core.
+One U-Net with dense answers: a class per pixel, centres of things and the way to them, depth, joints. It trains in
+under a minute of one core.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.evaluation.student_data import CELL, CELLS, IGNORED, PERSON, Lessons, Vocabulary
+from datasetdm_fast.evaluation.student_data import CELL, CELLS, IGNORED, PERSON, StudentData, Vocabulary
 
 WIDTHS = {"small": (12, 32, 64, 96), "large": (24, 48, 96, 128)}  # channels at 1/2, 1/4, 1/8 and 1/16
 REACH = 8.0  # cells an offset of 1 stands for
 CENTRE_SIGMA, JOINT_SIGMA = 1.25, 0.75  # cells
-PEAK, NEIGHBOURHOOD, MOST = 0.15, 5, 20  # of centres: least height, cells around one that hold no other, how many at most
+PEAK, NEIGHBOURHOOD, MOST = (
+    0.15,
+    5,
+    20,
+)  # of centres: least height, cells around one that hold no other, how many at most
 LEAST_THING, LEAST_PERSON = 6, 12  # pixels
 WEIGHTS = {"semantic": 1.0, "centre": 4.0, "offset": 1.0, "depth": 2.0, "joints": 0.1}
 THING = 4.0  # weight of a thing's pixel beside that of a background's
@@ -29,7 +34,7 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Course:
+class StudentSchedule:
     """How a student is taught; arms that are compared have the same one."""
 
     steps: int = 800
@@ -46,10 +51,18 @@ class Student(nn.Module):
     def __init__(self, vocabulary: Vocabulary, size: str = "small"):
         super().__init__()
         self.vocabulary = vocabulary
-        self.sizes = {"semantic": len(vocabulary.classes), "centre": 1, "offset": 2, "depth": 1, "joints": len(vocabulary.joints)}
+        self.sizes = {
+            "semantic": len(vocabulary.classes),
+            "centre": 1,
+            "offset": 2,
+            "depth": 1,
+            "joints": len(vocabulary.joints),
+        }
         a, b, c, d = WIDTHS[size]
         self.stem = _layer(3, a, 2)
-        self.down = nn.ModuleList([nn.Sequential(*_layer(given, own, 2), *_layer(own, own)) for given, own in ((a, b), (b, c), (c, d))])
+        self.down = nn.ModuleList(
+            [nn.Sequential(*_layer(given, own, 2), *_layer(own, own)) for given, own in ((a, b), (b, c), (c, d))]
+        )
         self.up = nn.ModuleList([_layer(d + c, c), _layer(c + b, b), _layer(b + a, b)])
         self.head = nn.Conv2d(b, sum(self.sizes.values()), 1)
 
@@ -69,13 +82,15 @@ def _layer(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequentia
 
 
 def teach(
-    sets: Sequence[Lessons],
-    course: Course,
+    sets: Sequence[StudentData],
+    course: StudentSchedule,
     seed: int,
     tasks: Sequence[str] = ("semantic", "instance", "depth", "pose"),
     told: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Student:
-    """A student taught from one labelled set, or from a real and a synthetic one with the course's share of every batch."""
+    """A student taught from one labelled set, or from a real and a synthetic one with the course's share of every
+    batch.
+    """
     vocabulary = sets[0].vocabulary
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +101,9 @@ def teach(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, course.rate, total_steps=course.steps, pct_start=0.1)
     for step in range(course.steps):
         views = [drawn(some, count, random) for some, count in zip(sets, counts)]
-        view = View(*(torch.cat([getattr(one, name) for one in views]) for name in View.__dataclass_fields__))
+        view = StudentView(
+            *(torch.cat([getattr(one, name) for one in views]) for name in StudentView.__dataclass_fields__)
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
             raw = student(view.images)
         loss = loss_of(raw, view, vocabulary, tasks)
@@ -104,7 +121,7 @@ def has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def shares(course: Course, sets: int) -> list[int]:
+def shares(course: StudentSchedule, sets: int) -> list[int]:
     """Images of a batch from each set: all, or real and synthetic."""
     if sets == 1:
         return [course.batch_size]
@@ -113,7 +130,7 @@ def shares(course: Course, sets: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class View:
+class StudentView:
     """A batch as the student sees it."""
 
     images: Tensor  # [B, 3, SIDE, SIDE] fp32, -1..1
@@ -123,7 +140,7 @@ class View:
     joints: Tensor  # [B, J, 3] fp32, in cells
 
 
-def drawn(lessons: Lessons, count: int, random: torch.Generator) -> View:
+def drawn(lessons: StudentData, count: int, random: torch.Generator) -> StudentView:
     """Images drawn at random, each mirrored or not, moved sideways and in other light."""
     chosen = torch.multinomial(lessons.weights, count, replacement=True, generator=random)
     flip = torch.rand(count, generator=random) < 0.5
@@ -132,7 +149,9 @@ def drawn(lessons: Lessons, count: int, random: torch.Generator) -> View:
 
     def moved(planes: Tensor) -> Tensor:
         column, scale = torch.arange(planes.shape[2]), planes.shape[2] // CELLS
-        source = torch.where(flip[:, None], planes.shape[2] - 1 - column, column) - scale * shift[:, None]  # of every column
+        source = (
+            torch.where(flip[:, None], planes.shape[2] - 1 - column, column) - scale * shift[:, None]
+        )  # of every column
         return planes[chosen[:, None, None], column[None, :, None], source.clamp(0, planes.shape[2] - 1)[:, None]]
 
     images = (moved(lessons.images).float() * light).clamp(0, 255) / 127.5 - 1
@@ -143,10 +162,12 @@ def drawn(lessons: Lessons, count: int, random: torch.Generator) -> View:
     joints[..., 0] += torch.where(flip, -shift, shift)[:, None]
     joints[..., 2] *= (joints[..., 0] >= 0) & (joints[..., 0] < CELLS)
     images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    return View(images, moved(lessons.semantic).long(), moved(lessons.instance).long(), moved(lessons.depth), joints)
+    return StudentView(
+        images, moved(lessons.semantic).long(), moved(lessons.instance).long(), moved(lessons.depth), joints
+    )
 
 
-def loss_of(answers: dict[str, Tensor], view: View, vocabulary: Vocabulary, tasks: Sequence[str]) -> Tensor:
+def loss_of(answers: dict[str, Tensor], view: StudentView, vocabulary: Vocabulary, tasks: Sequence[str]) -> Tensor:
     """The sum of what each task misses by; what is not known costs nothing."""
     parts = {}
     if "semantic" in tasks or "instance" in tasks:
@@ -181,7 +202,9 @@ def gaussians(places: Tensor, sigma: float) -> Tensor:
 
 
 def centre_targets(instance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Height [B, S, S] of the nearest centre's hill, the way [B, 2, S, S] from each pixel to its own centre, and which pixels have one."""
+    """Height [B, S, S] of the nearest centre's hill, the way [B, 2, S, S] from each pixel to its own centre, and which
+    pixels have one.
+    """
     is_thing = (instance > 0) & (instance != IGNORED)
     most = int((instance * is_thing).max())
     if not most:
@@ -213,11 +236,20 @@ def answers(student: Student, images: Tensor, batch_size: int = 50) -> list[Answ
     found = []
     for some in images.split(batch_size):
         raw = student((some.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
-        fine = {name: F.interpolate(raw[name], scale_factor=float(CELL), mode="bilinear") for name in ("semantic", "offset", "depth")}
-        fine["semantic"], coarse = fine["semantic"].softmax(1), {"centre": raw["centre"].sigmoid(), "joints": raw["joints"]}
+        fine = {
+            name: F.interpolate(raw[name], scale_factor=float(CELL), mode="bilinear")
+            for name in ("semantic", "offset", "depth")
+        }
+        fine["semantic"], coarse = (
+            fine["semantic"].softmax(1),
+            {"centre": raw["centre"].sigmoid(), "joints": raw["joints"]},
+        )
         if coarse["joints"].shape[1]:
             coarse["joints"] = coarse["joints"].flatten(2).softmax(2).unflatten(2, (CELLS, CELLS))
-        found += [_answer({name: value[b].numpy() for name, value in (fine | coarse).items()}, student.vocabulary) for b in range(len(some))]
+        found += [
+            _answer({name: value[b].numpy() for name, value in (fine | coarse).items()}, student.vocabulary)
+            for b in range(len(some))
+        ]
     return found
 
 
@@ -255,12 +287,23 @@ def _instances(raw: dict[str, np.ndarray], labels: np.ndarray, vocabulary: Vocab
 def _person(raw: dict[str, np.ndarray], labels: np.ndarray, vocabulary: Vocabulary) -> Keypoints:
     """The joints of the one person, where enough pixels are a person's."""
     joints = len(vocabulary.joints)
-    is_person = labels == vocabulary.classes.index(PERSON) if joints and PERSON in vocabulary.classes else np.zeros(labels.shape, bool)
+    is_person = (
+        labels == vocabulary.classes.index(PERSON)
+        if joints and PERSON in vocabulary.classes
+        else np.zeros(labels.shape, bool)
+    )
     if is_person.sum() < LEAST_PERSON:
-        return Keypoints(np.zeros((0, joints, 3), np.float32), np.zeros((0, joints), np.int64), np.zeros(0, np.float32), vocabulary.joints)
+        return Keypoints(
+            np.zeros((0, joints, 3), np.float32),
+            np.zeros((0, joints), np.int64),
+            np.zeros(0, np.float32),
+            vocabulary.joints,
+        )
     heat, axis = raw["joints"], np.arange(CELLS)
     row, column = np.unravel_index(heat.reshape(joints, -1).argmax(1), heat.shape[1:])
-    close = heat * (np.abs(axis - row[:, None]) <= NEAR)[:, :, None] * (np.abs(axis - column[:, None]) <= NEAR)[:, None, :]
+    close = (
+        heat * (np.abs(axis - row[:, None]) <= NEAR)[:, :, None] * (np.abs(axis - column[:, None]) <= NEAR)[:, None, :]
+    )
     mass = close.sum((1, 2)) + TOLERANCE
     x, y = (close.sum(1) * (axis + 0.5)).sum(1) / mass * CELL, (close.sum(2) * (axis + 0.5)).sum(1) / mass * CELL
     points = np.stack([x, y, mass], 1)[None].astype(np.float32)

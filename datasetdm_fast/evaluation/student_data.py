@@ -1,4 +1,6 @@
-"""What a student learns from: real labelled images, or the images of a run folder with what of their labels can be trusted."""
+"""What a student learns from: real labelled images, or the images of a run folder with what of their labels can be
+trusted.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.reader import StoredSample
-from datasetdm_fast.truth.labelled import Labelled, Source
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 SIDE = 64  # pixels of a side of an image
 CELL = 2  # pixels of a side of what one answer is given for
@@ -52,7 +54,7 @@ class Trust:
 
 
 @dataclass(frozen=True)
-class Lessons:
+class StudentData:
     """Labelled images as tensors."""
 
     vocabulary: Vocabulary
@@ -67,7 +69,7 @@ class Lessons:
     def __len__(self) -> int:
         return len(self.images)
 
-    def balanced(self) -> Lessons:
+    def balanced(self) -> StudentData:
         """The same images, those that show a rarer thing drawn more often, up to MOST_TIMES as often as the others."""
         numbers = [self.vocabulary.classes.index(name) for name in self.vocabulary.things]
         shows = torch.stack([(self.semantic == number).flatten(1).any(1) for number in numbers], 1).float()
@@ -76,24 +78,31 @@ class Lessons:
         return replace(self, weights=(rarity / least).clamp(1, MOST_TIMES))
 
 
-def vocabulary_of(source: Source) -> Vocabulary:
+def vocabulary_of(source: LabelledSource) -> Vocabulary:
     """What a data set names; without a class for every pixel, whatever is no thing is background."""
     classes = source.classes if "semantic" in source.tasks else (BACKGROUND, *source.thing_classes)
-    return Vocabulary(tuple(classes), tuple(name for name in source.thing_classes if name in classes), tuple(source.joints), source.max_depth)
+    return Vocabulary(
+        tuple(classes),
+        tuple(name for name in source.thing_classes if name in classes),
+        tuple(source.joints),
+        source.max_depth,
+    )
 
 
-def real(items: Iterable[Labelled], source: Source, vocabulary: Vocabulary) -> Lessons:
+def real(items: Iterable[Labelled], source: LabelledSource, vocabulary: Vocabulary) -> StudentData:
     """Labelled images of a data set read at SIDE pixels."""
     return _stacked(vocabulary, [_of_truth(item, source, vocabulary) for item in items])
 
 
-def _of_truth(item: Labelled, source: Source, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:
+def _of_truth(item: Labelled, source: LabelledSource, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:
     shape = item.image.shape[:2]
     if item.semantic is not None and "semantic" in source.tasks:
         semantic = item.semantic
     else:
         semantic = np.full(shape, 0 if item.masks is not None else IGNORED, np.uint8)
-        for mask, number in zip(item.masks if item.masks is not None else (), item.mask_classes if item.mask_classes is not None else ()):
+        for mask, number in zip(
+            item.masks if item.masks is not None else (), item.mask_classes if item.mask_classes is not None else ()
+        ):
             semantic[mask] = vocabulary.classes.index(source.thing_classes[number])
     instance = np.full((CELLS, CELLS), IGNORED if item.masks is None else 0, np.uint8)
     for k, mask in enumerate(item.masks if item.masks is not None else ()):
@@ -107,22 +116,34 @@ def _of_truth(item: Labelled, source: Source, vocabulary: Vocabulary) -> tuple[n
         joints[:] = item.keypoints[int(np.argmax(item.keypoint_areas))]
         joints[:] = np.concatenate([joints[:, :2] / CELL, joints[:, 2:] > 0], 1)
     sure = np.ones(semantic.shape, np.float32)
-    return item.image, voted(SemanticMap(semantic, sure, vocabulary.classes), vocabulary.classes, 0.0), instance, depth, joints
+    return (
+        item.image,
+        voted(SemanticMap(semantic, sure, vocabulary.classes), vocabulary.classes, 0.0),
+        instance,
+        depth,
+        joints,
+    )
 
 
-def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary, trust: Trust) -> Lessons:
+def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary, trust: Trust) -> StudentData:
     """The trusted ones of generated images."""
     read = [of_sample(sample, vocabulary, trust) for sample in samples]
     rows = [row for row in read if row is not None]
     if not rows:
-        raise Refused(f"student: none of {len(read)} generated images shows what its prompt names", "Loosen what is trusted, or look at their gallery.")
+        raise Refused(
+            f"student: none of {len(read)} generated images shows what its prompt names",
+            "Loosen what is trusted, or look at their gallery.",
+        )
     return replace(_stacked(vocabulary, rows), left_out=len(read) - len(rows))
 
 
 def of_sample(sample: StoredSample, vocabulary: Vocabulary, trust: Trust) -> tuple[np.ndarray, ...] | None:
     """Image and labels of a generated sample, None where something its prompt names cannot be seen."""
     if sample.image.shape[0] % SIDE:
-        raise Refused(f"sample {sample.id}: {sample.image.shape[0]} pixels of a side do not divide into {SIDE}", f"Generate with --size {SIDE} times a number.")
+        raise Refused(
+            f"sample {sample.id}: {sample.image.shape[0]} pixels of a side do not divide into {SIDE}",
+            f"Generate with --size {SIDE} times a number.",
+        )
     named = [name for name in sample.classes if name in vocabulary.things]
     semantic = np.full((CELLS, CELLS), IGNORED, np.uint8)
     if sample.semantic is not None:
@@ -172,7 +193,9 @@ def _depth(metres: np.ndarray) -> np.ndarray:
 
 
 def voted(found: SemanticMap, classes: Sequence[str], confidence: float) -> np.ndarray:
-    """Label map of cells in the numbers of `classes`: the surest class of each, ignored where its mean confidence is below `confidence`."""
+    """Label map of cells in the numbers of `classes`: the surest class of each, ignored where its mean confidence is
+    below `confidence`.
+    """
     numbers = np.full(256, len(classes), np.int64)
     numbers[: len(found.classes)] = [classes.index(name) if name in classes else len(classes) for name in found.classes]
     votes = np.eye(len(classes) + 1, dtype=np.float32)[numbers[found.labels]] * found.confidence[..., None]
@@ -193,6 +216,6 @@ def _instance_map(found: Instances, vocabulary: Vocabulary, wanted: Sequence[str
     return instance, kinds
 
 
-def _stacked(vocabulary: Vocabulary, rows: Sequence[tuple[np.ndarray, ...]]) -> Lessons:
+def _stacked(vocabulary: Vocabulary, rows: Sequence[tuple[np.ndarray, ...]]) -> StudentData:
     columns = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
-    return Lessons(vocabulary, *columns, weights=torch.ones(len(rows)))
+    return StudentData(vocabulary, *columns, weights=torch.ones(len(rows)))

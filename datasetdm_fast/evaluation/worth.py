@@ -1,4 +1,6 @@
-"""What the images of a run are worth: the same small student taught by real images alone and with the run's, scored on unseen ones."""
+"""What the images of a run are worth: the same small student taught by real images alone and with the run's, scored on
+unseen ones.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +11,45 @@ from typing import Any
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.reader import Run
-from datasetdm_fast.truth.labelled import Source
+from datasetdm_fast.truth.labelled import LabelledSource
 
 FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}
 LESS_IS_BETTER = ("depth",)
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, two-sided, from one degree of freedom on
+T95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+)  # Student's t, two-sided, from one degree of freedom on
 NORMAL = 1.96
 SEEDS = 3
 
 
-def student_tasks(learnt: Source, judged: Source, run: Run, asked: Sequence[str]) -> tuple[str, ...]:
+def student_tasks(learnt: LabelledSource, judged: LabelledSource, run: Run, asked: Sequence[str]) -> tuple[str, ...]:
     """The labels that both data sets and the run have, or those asked for."""
     there = [task for task in FIGURES if task in learnt.tasks and task in judged.tasks and task in run.tasks]
     if absent := [task for task in asked if task not in there]:
-        raise Refused(f"--task: no student can learn {', '.join(absent)} here", f"Data and run have {', '.join(there) or 'no label in common'}.")
+        raise Refused(
+            f"--task: no student can learn {', '.join(absent)} here",
+            f"Data and run have {', '.join(there) or 'no label in common'}.",
+        )
     if not there:
-        raise Refused(f"{run.path}: has {', '.join(run.tasks)}, the data {', '.join(learnt.tasks)}: no label in common", "Choose another run or other data.")
+        raise Refused(
+            f"{run.path}: has {', '.join(run.tasks)}, the data {', '.join(learnt.tasks)}: no label in common",
+            "Choose another run or other data.",
+        )
     return tuple(asked) or tuple(there)
 
 
 def worth(
-    learnt: Source,
-    judged: Source,
+    learnt: LabelledSource,
+    judged: LabelledSource,
     run: Run,
     tasks: Sequence[str],
     count: int,
@@ -39,22 +58,27 @@ def worth(
     steps: int = 0,
     told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """{task: {real, both, gain, interval, ...}} of students taught from `count` real images, with and without the run's."""
+    """{task: {real, both, gain, interval, ...}} of students taught from `count` real images, with and without the
+    run's.
+    """
     from datasetdm_fast.evaluation import student_data
     from datasetdm_fast.evaluation.metrics import METRICS
-    from datasetdm_fast.evaluation.student import Course, answers, teach
+    from datasetdm_fast.evaluation.student import StudentSchedule, answers, teach
 
     if count > len(learnt):
         raise Refused(f"--real {count}: the data set has {len(learnt)} images", "Ask for fewer.")
     vocabulary = student_data.vocabulary_of(learnt)
     if vocabulary.classes != student_data.vocabulary_of(judged).classes:
-        raise Refused("--student: the images that teach and those that judge have other classes", "Choose --data and --learn-from of one data set.")
+        raise Refused(
+            "--student: the images that teach and those that judge have other classes",
+            "Choose --data and --learn-from of one data set.",
+        )
     real = student_data.real((learnt[k] for k in range(count)), learnt, vocabulary).balanced()
     generated = student_data.synthetic(run, vocabulary, student_data.Trust()).balanced()
     told(f"{len(real)} real images, {len(generated)} generated ones ({generated.left_out} left out)")
     items = tuple(judged)
     exam = student_data.real(items, judged, vocabulary).images
-    course = Course(**({"steps": steps} if steps else {}))
+    course = StudentSchedule(**({"steps": steps} if steps else {}))
     scores: dict[str, dict[str, list[float]]] = {task: {"real": [], "both": []} for task in tasks}
     for seed in range(seeds):
         for arm, sets in (("real", (real,)), ("both", (real, generated))):
@@ -65,18 +89,33 @@ def worth(
                     meter.add(truth, getattr(answer, task))
             for task, meter in meters.items():
                 scores[task][arm].append(meter.result()[FIGURES[task]])
-            told(f"seed {seed}, {arm}: " + ", ".join(f"{task} {FIGURES[task]} {scores[task][arm][-1]:.3f}" for task in tasks))
+            told(
+                f"seed {seed}, {arm}: "
+                + ", ".join(f"{task} {FIGURES[task]} {scores[task][arm][-1]:.3f}" for task in tasks)
+            )
     images = {"real": len(real), "synthetic": len(generated), "left_out": generated.left_out, "judged": len(items)}
-    return {task: compared(task, found["real"], found["both"]) | {"images": images, "steps": course.steps} for task, found in scores.items()}
+    return {
+        task: compared(task, found["real"], found["both"]) | {"images": images, "steps": course.steps}
+        for task, found in scores.items()
+    }
 
 
 def compared(task: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Means over the seeds, the gain with its 95 % interval, and whether the interval lies on the better side of nothing."""
-    gains = [second - first for first, second in zip(before, after, strict=True)]  # of one seed, so of the same first parameters
+    """Means over the seeds, the gain with its 95 % interval, and whether the interval lies on the better side of
+    nothing.
+    """
+    gains = [
+        second - first for first, second in zip(before, after, strict=True)
+    ]  # of one seed, so of the same first parameters
     gain = statistics.fmean(gains)
     half = t95(len(gains)) * statistics.stdev(gains) / math.sqrt(len(gains))
     helps = gain + half < 0 if task in LESS_IS_BETTER else gain - half > 0
-    means = {"real": statistics.fmean(before), "both": statistics.fmean(after), "gain": gain, "interval": [gain - half, gain + half]}
+    means = {
+        "real": statistics.fmean(before),
+        "both": statistics.fmean(after),
+        "gain": gain,
+        "interval": [gain - half, gain + half],
+    }
     return means | {"figure": FIGURES[task], "helps": helps, "seeds": {"real": list(before), "both": list(after)}}
 
 
@@ -91,11 +130,15 @@ def table(found: dict[str, Any]) -> str:
     for task, row in found.items():
         low, high = row["interval"]
         verdict = "helps" if row["helps"] else "no clear help"
-        lines.append(f"{task:10}  {row['figure']:8}  {row['real']:6.3f}  {row['both']:6.3f}  {row['gain']:+.3f} ({low:+.3f} to {high:+.3f}): {verdict}")
+        lines.append(
+            f"{task:10}  {row['figure']:8}  {row['real']:6.3f}  {row['both']:6.3f}  {row['gain']:+.3f} ({low:+.3f} "
+            f"to {high:+.3f}): {verdict}"
+        )
     images = next(iter(found.values()))["images"]
     seeds = len(next(iter(found.values()))["seeds"]["real"])
     steps = next(iter(found.values()))["steps"]
     lines.append(
-        f"{images['real']} real and {images['synthetic']} generated images, {seeds} students of each kind, {steps} steps, {images['judged']} unseen images"
+        f"{images['real']} real and {images['synthetic']} generated images, {seeds} students of each kind, {steps} "
+        f"steps, {images['judged']} unseen images"
     )
     return "\n".join(lines)

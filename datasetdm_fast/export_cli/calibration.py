@@ -1,7 +1,9 @@
-"""Eight-bit floats for the UNet call, with scales measured on the user's own prompts; the captured call, which is the last, stays in fp16.
+"""Eight-bit floats for the UNet call, with scales measured on the user's own prompts; the captured call, which is the
+last, stays in fp16.
 
-This changes results (class B), so it is asked for by name and its drift in images and labels is measured and told. Convolutions and linear
-layers read E4M3 values with one scale a tensor; norms, softmax and the attention products keep their types.
+This changes results (class B), so it is asked for by name and its drift in images and labels is measured and told.
+Convolutions and linear layers read E4M3 values with one scale a tensor; norms, softmax and the attention products keep
+their types.
 """
 
 from __future__ import annotations
@@ -34,14 +36,24 @@ BATCH = 4
 
 
 def export(
-    model: Model, decoders: Mapping[str, Decoder], folder: Path, prompts: Sequence[str], steps: int, *, told: Callable[[str], None] = lambda line: None
+    model: Model,
+    decoders: Mapping[str, Decoder],
+    folder: Path,
+    prompts: Sequence[str],
+    steps: int,
+    *,
+    told: Callable[[str], None] = lambda line: None,
 ) -> tuple[Manifest, list[dict[str, Any]]]:
     """The manifest of `folder` with a UNet call in eight bits, and its drift: one row for each measure.
 
     A folder that was calibrated on these very prompts already is left as it is.
     """
     _check_libraries()
-    wish = {"source": to_onnx.source_digest(model, decoders), "prompts": list(prompts), "steps": steps or model.defaults.steps}
+    wish = {
+        "source": to_onnx.source_digest(model, decoders),
+        "prompts": list(prompts),
+        "steps": steps or model.defaults.steps,
+    }
     with alone(folder):
         if there := _there(folder, wish):
             return there
@@ -61,7 +73,10 @@ def _check_libraries() -> None:
         try:
             __import__(module)
         except ImportError:
-            raise Missing(f"--precision fp8: calibrating needs the module {module}", "Install it with: pip install 'datasetdm-fast[ort]'.") from None
+            raise Missing(
+                f"--precision fp8: calibrating needs the module {module}",
+                "Install it with: pip install 'datasetdm-fast[ort]'.",
+            ) from None
 
 
 def _there(folder: Path, wish: Mapping[str, Any]) -> tuple[Manifest, list[dict[str, Any]]] | None:
@@ -78,17 +93,25 @@ def _there(folder: Path, wish: Mapping[str, Any]) -> tuple[Manifest, list[dict[s
 
 def _rewritten(folder: Path, manifest: Manifest) -> Manifest:
     """The manifest with the eight-bit graph in the place of the one it was made from."""
-    made = {name: FileInfo(storage.sha256_of(folder / name), (folder / name).stat().st_size) for name in (GRAPH, RECORD)}
+    made = {
+        name: FileInfo(storage.sha256_of(folder / name), (folder / name).stat().st_size) for name in (GRAPH, RECORD)
+    }
     call = dataclasses.replace(manifest.stages["denoise"], file=GRAPH)
-    return dataclasses.replace(manifest, precision="fp8", stages={**manifest.stages, "denoise": call}, files={**manifest.files, **made})
+    return dataclasses.replace(
+        manifest, precision="fp8", stages={**manifest.stages, "denoise": call}, files={**manifest.files, **made}
+    )
 
 
-def _calibrate(model: Model, decoders: Mapping[str, Decoder], folder: Path, manifest: Manifest, prompts: Sequence[str], steps: int) -> list[dict[str, Any]]:
-    """Writes the eight-bit graph; returns how far its images and labels are from those of the graph it was made from."""
+def _calibrate(
+    model: Model, decoders: Mapping[str, Decoder], folder: Path, manifest: Manifest, prompts: Sequence[str], steps: int
+) -> list[dict[str, Any]]:
+    """Writes the eight-bit graph; returns how far its images and labels are from those of the graph it was made
+    from.
+    """
     import onnx
 
     from datasetdm_fast.agreement import gates
-    from datasetdm_fast.agreement.distances import free_distances
+    from datasetdm_fast.agreement.distances import free_running_distances
     from datasetdm_fast.data import Request
     from datasetdm_fast.generation.recipe import make_recipe
 
@@ -113,16 +136,23 @@ def _calibrate(model: Model, decoders: Mapping[str, Decoder], folder: Path, mani
     found = _observed(_Through(model, decoders, _session(folder / GRAPH)), requests, recipe)
     distances: dict[str, list[np.ndarray]] = {}
     for mine, right in zip(found, truth, strict=True):
-        for name, values in free_distances(mine, right).items():
+        for name, values in free_running_distances(mine, right).items():
             distances.setdefault(name, []).append(values)
-    rows = gates.judge({name: np.concatenate(parts)[None] for name, parts in distances.items() if name != "text"}, gates.ROUNDED, {})
-    return [{"measure": row.measure.removeprefix("free "), "median": row.median, "p99": row.p99, "of_fp16": list(row.limit)} for row in rows]
+    rows = gates.judge(
+        {name: np.concatenate(parts)[None] for name, parts in distances.items() if name != "text"}, gates.ROUNDED, {}
+    )
+    return [
+        {"measure": row.measure.removeprefix("free "), "median": row.median, "p99": row.p99, "of_fp16": list(row.limit)}
+        for row in rows
+    ]
 
 
 def _observed(through: _Through, requests: Sequence[Request], recipe) -> list:
     from datasetdm_fast.agreement import observe
 
-    return [observe.observe(through, requests[first : first + BATCH], recipe) for first in range(0, len(requests), BATCH)]
+    return [
+        observe.observe(through, requests[first : first + BATCH], recipe) for first in range(0, len(requests), BATCH)
+    ]
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -132,7 +162,9 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 class _Through:
-    """The fast engine in fp32, but for the calls of the UNet that are not captured: these go through a session, which may report on its activations."""
+    """The fast engine in fp32, but for the calls of the UNet that are not captured: these go through a session, which
+    may report on its activations.
+    """
 
     def __init__(self, model: Model, decoders: Mapping[str, Decoder], session: onnxruntime.InferenceSession):
         from datasetdm_fast.engines.fast import FastEngine
@@ -155,7 +187,10 @@ class _Through:
 def table(drift: Sequence[Mapping[str, Any]]) -> str:
     """The drift for a terminal, beside what the 16-bit engines are allowed against fp32."""
     lines = [f"{'drift of fp8':22}{'median':>10}{'p99':>10}{'limits of fp16':>20}"]
-    lines += [f"{row['measure']:22}{row['median']:10.1e}{row['p99']:10.1e}{row['of_fp16'][0]:>12.1e}{row['of_fp16'][1]:>8.1e}" for row in drift]
+    lines += [
+        f"{row['measure']:22}{row['median']:10.1e}{row['p99']:10.1e}{row['of_fp16'][0]:>12.1e}{row['of_fp16'][1]:>8.1e}"
+        for row in drift
+    ]
     return "\n".join(lines)
 
 
@@ -164,4 +199,7 @@ def read_prompts(given: str, model: Model) -> tuple[str, ...]:
     from datasetdm_fast.generation import prompts
 
     name, text = prompts.read_prompts(given)
-    return tuple(prompts.fit(prompt, model.tokenizer, f"{name} line {line}") for line, prompt in prompts.split_prompts(text, name))
+    return tuple(
+        prompts.fit(prompt, model.tokenizer, f"{name} line {line}")
+        for line, prompt in prompts.split_prompts(text, name)
+    )

@@ -41,11 +41,21 @@ def _check(config: ExportConfig) -> None:
     if config.list and config.prune:
         raise Refused("--prune: --list was given, too", "Drop one of the two flags.")
     if config.cap_gb < 0:
-        raise Refused(f"--cap-gb {config.cap_gb:g}: expected 0 or more", "Name the gigabytes of plans that are to stay.")
+        raise Refused(
+            f"--cap-gb {config.cap_gb:g}: expected 0 or more", "Name the gigabytes of plans that are to stay."
+        )
     if config.steps < 0:
         raise Refused(f"--steps {config.steps}: expected 0 or more", "Leave it out for what the model was made for.")
-    idle = {name: ("--to onnx writes graphs, which fit every GPU and batch", "--to tensorrt-rtx") for name in OF_PLANS if config.to == "onnx"}
-    idle |= {name: (f"--precision {config.precision} needs no calibration", "--precision fp8") for name in OF_CALIBRATION if config.precision != "fp8"}
+    idle = {
+        name: ("--to onnx writes graphs, which fit every GPU and batch", "--to tensorrt-rtx")
+        for name in OF_PLANS
+        if config.to == "onnx"
+    }
+    idle |= {
+        name: (f"--precision {config.precision} needs no calibration", "--precision fp8")
+        for name in OF_CALIBRATION
+        if config.precision != "fp8"
+    }
     for name, (reason, wanted) in idle.items():
         if getattr(config, name) != getattr(ExportConfig(), name):
             raise Refused(f"--{name.replace('_', '-')}: {reason}", f"Drop the flag, or add {wanted}.")
@@ -58,7 +68,9 @@ def _to_onnx(config: ExportConfig) -> None:
     from datasetdm_fast.export.onnx.to_onnx import export
 
     precision = "fp32" if config.precision == "auto" else config.precision
-    manifest = export(model, decoders, Path(config.out), precision=precision, raw_capture=config.raw_capture, told=teller(config))
+    manifest = export(
+        model, decoders, Path(config.out), precision=precision, raw_capture=config.raw_capture, told=teller(config)
+    )
     print(manifest.to_json() if config.json else config.out, flush=True)
 
 
@@ -68,4 +80,8 @@ def _to_tensorrt(config: ExportConfig) -> None:
     plan_commands.build(config)
 
 
-TARGETS: dict[str, Callable[[ExportConfig], None]] = {"onnx": _to_onnx, "tensorrt": _to_tensorrt, "tensorrt-rtx": _to_tensorrt}
+TARGETS: dict[str, Callable[[ExportConfig], None]] = {
+    "onnx": _to_onnx,
+    "tensorrt": _to_tensorrt,
+    "tensorrt-rtx": _to_tensorrt,
+}

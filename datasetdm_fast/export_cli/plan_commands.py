@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def build(config: ExportConfig) -> None:
-    """The plans of every stage in --out, built or found whole; what cannot come out well is refused before any model is read."""
+    """The plans of every stage in --out, built or found whole; what cannot come out well is refused before any model is
+    read.
+    """
     from datasetdm_fast.export.tensorrt import to_tensorrt
 
     named = config.to if config.trt_flavour == "auto" else config.trt_flavour
@@ -29,8 +31,11 @@ def build(config: ExportConfig) -> None:
     capabilities = flavours.check_capabilities(flavour, config.capability, gpus)
     if config.precision == "fp8":
         capabilities = _check_fp8(config, flavour, capabilities)
-    flags = to_tensorrt.check_flags(flavour, [flag for flag in ("weight-streaming", "refit") if getattr(config, flag.replace("-", "_"))], gpus)
+    flags = to_tensorrt.check_flags(
+        flavour, [flag for flag in ("weight-streaming", "refit") if getattr(config, flag.replace("-", "_"))], gpus
+    )
 
+    from datasetdm_fast.engines.fast import FastEngine
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx.to_onnx import export
     from datasetdm_fast.export_cli import calibration
@@ -39,32 +44,61 @@ def build(config: ExportConfig) -> None:
     model, decoders = load(config)
     folder, precision, drift = Path(config.out), "fp16" if config.precision == "auto" else config.precision, []
     if precision == "fp8":
-        manifest, drift = calibration.export(model, decoders, folder, calibration.read_prompts(config.prompts, model), config.steps, told=teller(config))
+        manifest, drift = calibration.export(
+            model, decoders, folder, calibration.read_prompts(config.prompts, model), config.steps, told=teller(config)
+        )
         say(calibration.table(drift))
     else:
-        manifest = export(model, decoders, folder, precision=precision, raw_capture=config.raw_capture, told=teller(config))
+        manifest = export(
+            model, decoders, folder, precision=precision, raw_capture=config.raw_capture, told=teller(config)
+        )
     target = to_tensorrt.Target(flavour, batches, capabilities, flags, "" if flavour.is_portable else _gpu_name())
-    opened, golden, rows = PlanFolder(folder, say), Reference(model, decoders), []
+    opened, golden, rows = (
+        PlanFolder(folder, say),
+        Reference(lambda: FastEngine(model, decoders, dtype="fp32", device="cpu")),
+        [],
+    )
     for stage in manifest.stages:
         plan = to_tensorrt.open_plan(opened, stage, manifest, target, golden, is_quiet=config.quiet)
-        rows.append({"stage": stage, "file": plan.path.name, "bytes": len(plan.content), "built": plan.is_new, **{name: plan.notes[name] for name in NOTES}})
+        rows.append(
+            {
+                "stage": stage,
+                "file": plan.path.name,
+                "bytes": len(plan.content),
+                "built": plan.is_new,
+                **{name: plan.notes[name] for name in NOTES},
+            }
+        )
         if not config.quiet:
             say(row_line(rows[-1]))
-    facts = {"path": str(folder), "flavour": flavour.title, "capabilities": list(capabilities), "plans": rows, **({"drift": drift} if drift else {})}
+    facts = {
+        "path": str(folder),
+        "flavour": flavour.title,
+        "capabilities": list(capabilities),
+        "plans": rows,
+        **({"drift": drift} if drift else {}),
+    }
     print(json.dumps(facts) if config.json else folder, flush=True)
 
 
 def _check_fp8(config: ExportConfig, flavour: flavours.Flavour, capabilities: tuple[str, ...]) -> tuple[str, ...]:
     """The GPUs with eight-bit floats among those asked for; refused without prompts to calibrate on."""
     if not config.prompts:
-        raise Refused("--precision fp8: is calibrated on your own prompts, and none were given", "Add --prompts FILE with one prompt a line.")
+        raise Refused(
+            "--precision fp8: is calibrated on your own prompts, and none were given",
+            "Add --prompts FILE with one prompt a line.",
+        )
     if config.raw_capture:
-        raise Refused("--precision fp8: features and maps themselves are there for parity, which eight bits do not have", "Drop --raw-capture.")
+        raise Refused(
+            "--precision fp8: features and maps themselves are there for parity, which eight bits do not have",
+            "Drop --raw-capture.",
+        )
     for capability in capabilities:
         if _number(capability) < FP8_FROM:
             able = ", ".join(one for one in flavour.capabilities if _number(one) >= FP8_FROM)
             raise Refused(
-                f"--capability {capability}: has no eight-bit floats, which begin with sm{FP8_FROM}", f"Name GPUs that have them: {able or 'sm89 and later'}."
+                f"--capability {capability}: has no eight-bit floats, which begin with sm{FP8_FROM}",
+                f"Name GPUs that have them: {able or 'sm89 and later'}.",
             )
     return capabilities or tuple(one for one in flavour.capabilities if _number(one) >= FP8_FROM)
 
@@ -89,7 +123,9 @@ def _gpu_name() -> str:
 
 
 def list_plans(config: ExportConfig) -> None:
-    """Every plan of --out, or of the cache, with what it is for; raises GateFailed where one of them would not be used."""
+    """Every plan of --out, or of the cache, with what it is for; raises GateFailed where one of them would not be
+    used.
+    """
     rows, faulty = [], 0
     for opened in _folders(config.out):
         for entry in opened.entries():
@@ -103,12 +139,21 @@ def list_plans(config: ExportConfig) -> None:
     elif not rows:
         say("no plans")
     if faulty:
-        raise GateFailed(f"--list: {faulty} of {len(rows)} plans would not be used", "Delete them with --prune; they are built anew when they are needed.")
+        raise GateFailed(
+            f"--list: {faulty} of {len(rows)} plans would not be used",
+            "Delete them with --prune; they are built anew when they are needed.",
+        )
 
 
 def prune(config: ExportConfig) -> None:
-    """Deletes the plans of --out, or of the cache, that would not be used, and the least recently used beyond --cap-gb."""
-    removed = [one for opened in _folders(config.out) for one in opened.prune(_staleness(opened.folder), int(config.cap_gb * 1e9))]
+    """Deletes the plans of --out, or of the cache, that would not be used, and the least recently used beyond
+    --cap-gb.
+    """
+    removed = [
+        one
+        for opened in _folders(config.out)
+        for one in opened.prune(_staleness(opened.folder), int(config.cap_gb * 1e9))
+    ]
     if config.json:
         print(json.dumps([{"path": str(path), "reason": reason} for path, reason in removed]))
         return
@@ -119,14 +164,25 @@ def prune(config: ExportConfig) -> None:
 
 def _folders(out: str) -> list[PlanFolder]:
     if out and not Path(out).is_dir():
-        raise Missing(f"--out: {out} is not a folder", "Name the folder of the plans, or leave the flag out for the cache.")
+        raise Missing(
+            f"--out: {out} is not a folder", "Name the folder of the plans, or leave the flag out for the cache."
+        )
     roots = [Path(out)] if out else sorted(path for path in (cache_folder() / "engines").glob("*") if path.is_dir())
-    found = [folder for root in roots for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")))]
+    found = [
+        folder
+        for root in roots
+        for folder in (
+            root,
+            *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")),
+        )
+    ]
     return [PlanFolder(folder) for folder in found if any(folder.glob(f"*{SUFFIX}"))]
 
 
 def _staleness(folder: Path):
-    """Why nothing would ever ask for a plan again: another version of TensorRT is installed, or its graph was exported anew."""
+    """Why nothing would ever ask for a plan again: another version of TensorRT is installed, or its graph was exported
+    anew.
+    """
     try:
         graphs = Manifest.read(folder) if (folder / NAME).is_file() else None
     except Refused:

@@ -13,15 +13,25 @@ PROG = "python -m datasetdm_fast.export"
 class ExportConfig:
     out: str = setting("", "folder the files go to", metavar="ENGINES")
     to: str = setting("onnx", "what to write: graphs, or plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx"))
-    model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
+    model: str = setting(
+        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
+    )
     decoder: str = setting("demo", "folder of trained decoders, or none", metavar="DIR")
     precision: str = setting(
-        "auto", "storage of UNet and autoencoder; auto is fp32 for graphs and fp16 for plans", choices=("auto", "fp32", "fp16", "bf16", "fp8")
+        "auto",
+        "storage of UNet and autoencoder; auto is fp32 for graphs and fp16 for plans",
+        choices=("auto", "fp32", "fp16", "bf16", "fp8"),
     )
     batch: tuple[str, ...] = setting(("1", "8"), "batch sizes plans are built for", metavar="LIST")
-    capability: tuple[str, ...] = setting((), "GPUs plans are built for, for example sm86,sm120; default: this machine's, or portable", metavar="LIST")
+    capability: tuple[str, ...] = setting(
+        (), "GPUs plans are built for, for example sm86,sm120; default: this machine's, or portable", metavar="LIST"
+    )
     trt_flavour: str = setting("auto", "which TensorRT builds; auto is the one --to names", choices=FLAVOURS)
-    prompts: str = setting("", "what --precision fp8 is calibrated on: a prompt, or a UTF-8 file with one prompt a line", metavar="FILE|TEXT")
+    prompts: str = setting(
+        "",
+        "what --precision fp8 is calibrated on: a prompt, or a UTF-8 file with one prompt a line",
+        metavar="FILE|TEXT",
+    )
     steps: int = setting(0, "sampling steps of that calibration, 0 = what the model was made for", metavar="N")
     weight_streaming: bool = setting(False, "plans that may leave part of their weights in host memory")
     refit: bool = setting(False, "plans whose weights may be exchanged")

@@ -29,37 +29,55 @@ GET_AGAIN = "Get the file again and compare its checksum."
 
 
 def check_inside(name: str) -> str:
-    """The name itself where it is a plain relative path, which cannot lead out of its folder; a ValueError otherwise."""
+    """The name itself where it is a plain relative path, which cannot lead out of its folder; a ValueError
+    otherwise.
+    """
     if not isinstance(name, str) or not name or len(name) > LONGEST_NAME or re.search(r"[\x00-\x1f\x7f\\:]", name):
-        raise ValueError(f"{shown(name)} is no plain relative path")
+        raise ValueError(f"{quoted(name)} is no plain relative path")
     parts = PurePosixPath(name).parts
     if name.startswith("/") or ".." in parts or not parts:
-        raise ValueError(f"{shown(name)} leads out of its folder")
+        raise ValueError(f"{quoted(name)} leads out of its folder")
     return name
 
 
-def plain(text: str) -> str:
+def one_line(text: str) -> str:
     """A foreign sentence for a message: one line, bounded, and nothing in it can steer a terminal."""
     line = " ".join(text.split())
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in (line if len(line) <= 400 else line[:397] + "..."))
+    return "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1]
+        for letter in (line if len(line) <= 400 else line[:397] + "...")
+    )
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A foreign value for a message: short, in quotes, and nothing in it can steer a terminal."""
     text = ascii(value) if not isinstance(value, str) or not value.isprintable() else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_form(value: Any, form: Any, name: str = "") -> None:
-    """A ValueError where a JSON value has not the form: a type, [form of every item], or {key: form} for at least these keys."""
+    """A ValueError where a JSON value has not the form: a type, [form of every item], or {key: form} for at least these
+    keys.
+    """
     if isinstance(form, type):
         kinds = (int, float) if form is float else (form,)
-        holds = isinstance(value, kinds) and (form is bool or not isinstance(value, bool)) and not (isinstance(value, float) and not math.isfinite(value))
-        wanted = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list", bool: "true or false"}[form]
+        holds = (
+            isinstance(value, kinds)
+            and (form is bool or not isinstance(value, bool))
+            and not (isinstance(value, float) and not math.isfinite(value))
+        )
+        wanted = {
+            str: "text",
+            int: "a whole number",
+            float: "a number",
+            dict: "an object",
+            list: "a list",
+            bool: "true or false",
+        }[form]
     else:
         holds, wanted = isinstance(value, type(form)), "an object" if isinstance(form, dict) else "a list"
     if not holds:
-        raise ValueError(f"{name or 'it'} is {shown(value)}, expected {wanted}")
+        raise ValueError(f"{name or 'it'} is {quoted(value)}, expected {wanted}")
     if isinstance(form, list):
         for k, item in enumerate(value):
             check_form(item, form[0], f"{name}[{k}]")
@@ -68,14 +86,16 @@ def check_form(value: Any, form: Any, name: str = "") -> None:
             check_form(value.get(key), inner, f"{name}.{key}" if name else key)
 
 
-# JSON, YAML, XML --------------------------------------------------------------------------------------------------------------------
+# JSON, YAML, XML ------------------------------------------------------------------------------------------------------
 def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
     """The value of a JSON file."""
     return parse_json(storage.read(path, most), str(path))
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text; `name` is how messages call it. Repeated keys, NaN and deep nesting are refused, as readers differ about them."""
+    """The value of a JSON text; `name` is how messages call it. Repeated keys, NaN and deep nesting are refused, as
+    readers differ about them.
+    """
     try:
         value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -94,7 +114,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
-        raise ValueError(f"the key {shown(next(key for key, _ in pairs if key in seen or seen.add(key)))} is there twice")
+        raise ValueError(
+            f"the key {quoted(next(key for key, _ in pairs if key in seen or seen.add(key)))} is there twice"
+        )
     return value
 
 
@@ -105,7 +127,11 @@ def _no_constant(name: str) -> NoReturn:
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level and depth <= DEEPEST:
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())]
+        level = [
+            inner
+            for item in level
+            for inner in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+        ]
         depth += 1
     return depth
 
@@ -144,7 +170,9 @@ def read_yaml(path: Path) -> Any:
     except Exception as error:  # a value such as 2001-99-99 makes PyYAML raise whatever the value's type raises
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
-        raise Refused(f"{path} is not valid YAML{place} ({_reason(error)})", "Write one `name: value` per line, UTF-8.") from error
+        raise Refused(
+            f"{path} is not valid YAML{place} ({_reason(error)})", "Write one `name: value` per line, UTF-8."
+        ) from error
 
 
 def read_xml(path: Path) -> ElementTree.Element:
@@ -175,7 +203,12 @@ def read_xml(path: Path) -> ElementTree.Element:
     try:
         parser.Parse(data, True)
         return builder.close()
-    except (ValueError, LookupError, expat.ExpatError, AssertionError) as error:  # LookupError: an encoding that does not exist
+    except (
+        ValueError,
+        LookupError,
+        expat.ExpatError,
+        AssertionError,
+    ) as error:  # LookupError: an encoding that does not exist
         raise Refused(f"{path}: not readable as XML ({_reason(error)})", GET_AGAIN) from error
 
 
@@ -185,7 +218,9 @@ def _reason(error: BaseException) -> str:
 
 
 def zip_members(path: Path, *, most_bytes: int) -> list[zipfile.ZipInfo]:
-    """The members of a zip archive, for reading by index into memory: plain names, each once, together at most `most_bytes` when unpacked."""
+    """The members of a zip archive, for reading by index into memory: plain names, each once, together at most
+    `most_bytes` when unpacked.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -200,9 +235,9 @@ def zip_members(path: Path, *, most_bytes: int) -> list[zipfile.ZipInfo]:
         except ValueError as error:
             raise Refused(f"{path}: the member {error}", GET_AGAIN) from error
         if member.filename in seen:
-            raise Refused(f"{path}: the member {shown(member.filename)} is there twice", GET_AGAIN)
+            raise Refused(f"{path}: the member {quoted(member.filename)} is there twice", GET_AGAIN)
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise Refused(f"{path}: the member {shown(member.filename)} is a link", GET_AGAIN)
+            raise Refused(f"{path}: the member {quoted(member.filename)} is a link", GET_AGAIN)
         seen.add(member.filename)
     if (total := sum(member.file_size for member in members)) > most_bytes:
         raise Refused(f"{path}: unpacks to {total} bytes, at most {most_bytes} are read", GET_AGAIN)

@@ -20,7 +20,7 @@ LARGEST_IMAGE_FILE = 64 * 2**20
 MOST_PIXELS = 2**24  # of one image: 4096 x 4096
 
 
-# Images and archives ----------------------------------------------------------------------------------------------------------------
+# Images and archives --------------------------------------------------------------------------------------------------
 def read_image(path: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """The decoded image of a whole PNG or JPEG file; its size is checked before a pixel is."""
     return decode_image(storage.read(path, LARGEST_IMAGE_FILE), str(path), most_pixels=most_pixels)
@@ -36,7 +36,9 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
         if data.startswith(b"\x89PNG"):
             check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below, in one sentence
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # what is too large is refused below, in one sentence
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         width, height = image.size
         if width * height > most_pixels:
@@ -50,7 +52,9 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
 
 
 def check_png(data: bytes, *, may_go_on: bool = False) -> None:
-    """A ValueError where any byte of a PNG file is not as it was written: every chunk has a checksum, and nothing may follow the last unless it may go on."""
+    """A ValueError where any byte of a PNG file is not as it was written: every chunk has a checksum, and nothing may
+    follow the last unless it may go on.
+    """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError("no PNG file")
     place, kind = 8, b""

@@ -14,7 +14,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 
-LARGEST = 4 * 2**30  # bytes; LVIS has 1.1 GB
+LARGEST_STREAM = 4 * 2**30  # bytes; LVIS has 1.1 GB
 WINDOW = 4 * 2**20  # bytes looked at together
 LONGEST_ELEMENT = 64 * 2**20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -28,7 +28,9 @@ class Element(NamedTuple):
 
 
 class JsonStream:
-    """A file with one JSON object. Its bytes are read as Latin-1, so that characters and bytes count alike, and decoded where they are more than ASCII."""
+    """A file with one JSON object. Its bytes are read as Latin-1, so that characters and bytes count alike, and decoded
+    where they are more than ASCII.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -36,8 +38,11 @@ class JsonStream:
             handle = storage.syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 found = os.fstat(handle)
-                if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= LARGEST:
-                    raise Refused(f"{path}: {found.st_size} bytes, expected a file of at most {LARGEST}", "Give the annotation file as it was published.")
+                if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= LARGEST_STREAM:
+                    raise Refused(
+                        f"{path}: {found.st_size} bytes, expected a file of at most {LARGEST_STREAM}",
+                        "Give the annotation file as it was published.",
+                    )
                 self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
             finally:
                 os.close(handle)
@@ -52,7 +57,7 @@ class JsonStream:
         while self._at(place := self._space(place)) != "}" or seen:
             key, place = self._value(place)
             if not isinstance(key, str) or key in seen:
-                self._refuse(place, f"{documents.shown(key)} is no key, or is there twice")
+                self._refuse(place, f"{documents.quoted(key)} is no key, or is there twice")
             seen.add(key)
             place = self._space(self._expect(self._space(place), ":"))
             if self._at(place) == "[":

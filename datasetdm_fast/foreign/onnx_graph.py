@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import DEEPEST, GET_AGAIN, LONGEST_NAME, check_inside, shown
+from datasetdm_fast.foreign.documents import DEEPEST, GET_AGAIN, LONGEST_NAME, check_inside, quoted
 
 LARGEST_ONNX = 2**31 - 1  # bytes of the graph itself, protobuf's own limit
 MOST_NODES = 2_000_000  # messages of one ONNX graph
-# ONNX -------------------------------------------------------------------------------------------------------------------------------
+# ONNX -----------------------------------------------------------------------------------------------------------------
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 NATIVE = ("EPContext",)  # nodes that make a runtime load compiled code from a file
 
@@ -31,14 +31,18 @@ class _Graph:
 
 
 def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
-    """The files with tensor data beside an ONNX file, all inside its folder; a graph that a runtime should not be given is refused.
+    """The files with tensor data beside an ONNX file, all inside its folder; a graph that a runtime should not be given
+    is refused.
 
     Call it before the file is handed to onnx, ONNX Runtime or TensorRT.
     """
     try:
         size = path.stat().st_size
         if not 0 < size <= LARGEST_ONNX:
-            raise Refused(f"{path}: {size} bytes, expected an ONNX graph of at most {LARGEST_ONNX}", "Keep large tensors in external data.")
+            raise Refused(
+                f"{path}: {size} bytes, expected an ONNX graph of at most {LARGEST_ONNX}",
+                "Keep large tensors in external data.",
+            )
         with path.open("rb") as file:
             graph = _walk(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:
@@ -49,9 +53,15 @@ def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
         raise Refused(f"{path}: not an ONNX file (it names no operator set)", GET_AGAIN)
     for domain, operator in graph.nodes:
         if domain not in domains and domain not in graph.own:
-            raise Refused(f"{path}: the operator {shown(operator)} of {shown(domain)} is none of ours", "Export the model without custom operators.")
+            raise Refused(
+                f"{path}: the operator {quoted(operator)} of {quoted(domain)} is none of ours",
+                "Export the model without custom operators.",
+            )
         if operator in NATIVE:
-            raise Refused(f"{path}: the operator {operator} would load compiled code from a file", "Export the model anew on this machine.")
+            raise Refused(
+                f"{path}: the operator {operator} would load compiled code from a file",
+                "Export the model anew on this machine.",
+            )
     return list(dict.fromkeys(_beside(path, entry) for entry in graph.external))
 
 
@@ -67,15 +77,24 @@ def _beside(path: Path, entry: Mapping[str, str]) -> Path:
     for part in PurePosixPath(name).parts:
         file = file / part
         if file.is_symlink():
-            raise Refused(f"{path}: external data {shown(location)} is reached through a link", "Keep the data in files beside the graph.")
+            raise Refused(
+                f"{path}: external data {quoted(location)} is reached through a link",
+                "Keep the data in files beside the graph.",
+            )
     try:
         found = file.lstat()
     except OSError as error:
-        raise Refused(f"{path}: external data {shown(location)} is not there ({error.strerror})", GET_AGAIN) from error
+        raise Refused(f"{path}: external data {quoted(location)} is not there ({error.strerror})", GET_AGAIN) from error
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        raise Refused(f"{path}: external data {shown(location)} is no file of its own", "Copy it, rather than linking it.")
+        raise Refused(
+            f"{path}: external data {quoted(location)} is no file of its own", "Copy it, rather than linking it."
+        )
     if offset < 0 or length < 0 or offset + length > found.st_size:
-        raise Refused(f"{path}: external data {shown(location)} has {found.st_size} bytes, the graph asks for {offset} + {length}", GET_AGAIN)
+        raise Refused(
+            f"{path}: external data {quoted(location)} has {found.st_size} bytes, the graph asks for {offset} + "
+            f"{length}",
+            GET_AGAIN,
+        )
     return file
 
 
@@ -86,7 +105,9 @@ class _Malformed(ValueError):
 def _walk(data: memoryview) -> _Graph:
     graph = _Graph()
     # kind of message and nesting beside each, as graphs may lie in nodes in graphs
-    waiting: list[tuple[Mapping[int, Callable[[_Graph, memoryview], None] | str], memoryview, int]] = [(_FORMS["model"], data, 0)]
+    waiting: list[tuple[Mapping[int, Callable[[_Graph, memoryview], None] | str], memoryview, int]] = [
+        (_FORMS["model"], data, 0)
+    ]
     while waiting:
         form, message, depth = waiting.pop()
         if depth > DEEPEST:
@@ -152,7 +173,9 @@ def _text(message: memoryview, number: int) -> str:
 
 
 def _gather_opset(graph: _Graph, message: memoryview) -> None:
-    graph.opsets[_text(message, 1)] = next((value for key, value in _fields(message) if key == 2 and isinstance(value, int)), 0)
+    graph.opsets[_text(message, 1)] = next(
+        (value for key, value in _fields(message) if key == 2 and isinstance(value, int)), 0
+    )
 
 
 def _gather_node(graph: _Graph, message: memoryview) -> None:

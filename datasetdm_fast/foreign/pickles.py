@@ -1,4 +1,6 @@
-"""Pickled checkpoints (.ckpt, .pth, .bin): a pickle is a program, so a process that may do nothing else turns each once into safetensors."""
+"""Pickled checkpoints (.ckpt, .pth, .bin): a pickle is a program, so a process that may do nothing else turns each once
+into safetensors.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,21 @@ from datasetdm_fast.foreign.tensors import LARGEST_HEADER, check_safetensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST = 32 * 2**30  # bytes of one checkpoint
+LARGEST_CHECKPOINT = 32 * 2**30  # bytes of one checkpoint
 SPARE_MEMORY = 2 * 2**30  # bytes beyond three times the file
 SPARE_SECONDS = 120  # of processor time, beyond one for every 20 MB
 MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-TRAINER = ("pytorch_lightning.", "lightning.")  # whose leavings lie beside the weights of the original checkpoints; they are not needed
+TRAINER = (
+    "pytorch_lightning.",
+    "lightning.",
+)  # whose leavings lie beside the weights of the original checkpoints; they are not needed
 CONVERT = "Convert it to .safetensors where you trust it, or get the .safetensors file of the same model."
 
 
 def safe_copy(path: Path) -> Path:
-    """The safetensors copy of a pickled checkpoint, in the cache; made at the first call by a process without network, programs or other files."""
+    """The safetensors copy of a pickled checkpoint, in the cache; made at the first call by a process without network,
+    programs or other files.
+    """
     size = _check_beginning(path)
     target = locks.cache_folder() / "converted" / f"{storage.sha256_of(path)}.safetensors"
     if target.exists():
@@ -57,17 +64,22 @@ def safe_copy(path: Path) -> Path:
 
 
 def _check_beginning(path: Path) -> int:
-    """Size of a file that begins as a checkpoint does; its archive, where it is one, holds plain members that unpack to what they are."""
+    """Size of a file that begins as a checkpoint does; its archive, where it is one, holds plain members that unpack to
+    what they are.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             beginning = file.read(4)
     except OSError as error:
         raise storage.refusal(error, path) from error
-    if size > LARGEST:
-        raise Refused(f"{path}: {size} bytes, at most {LARGEST} are read", CONVERT)
+    if size > LARGEST_CHECKPOINT:
+        raise Refused(f"{path}: {size} bytes, at most {LARGEST_CHECKPOINT} are read", CONVERT)
     if not beginning.startswith(MAGIC):
-        raise Refused(f"{path} is truncated or no checkpoint, as it begins with neither an archive nor a pickle", documents.GET_AGAIN)
+        raise Refused(
+            f"{path} is truncated or no checkpoint, as it begins with neither an archive nor a pickle",
+            documents.GET_AGAIN,
+        )
     if beginning.startswith(b"PK"):
         documents.zip_members(path, most_bytes=size)
     return size
@@ -77,26 +89,49 @@ def _run(source: Path, target: Path, size: int) -> None:
     paths = [entry for entry in sys.path if os.path.isabs(entry)]
     code = f"import sys; sys.path[:] = {paths!r}; from datasetdm_fast.foreign.pickles import child; child({str(source.resolve())!r}, {str(target.resolve())!r})"
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    environment = {"PATH": os.defpath, "HOME": "/nonexistent", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"} | kept
+    environment = {
+        "PATH": os.defpath,
+        "HOME": "/nonexistent",
+        "LC_ALL": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    } | kept
     try:
         ended = subprocess.run(
-            [sys.executable, "-I", "-c", code], stdin=subprocess.DEVNULL, capture_output=True, env=environment, cwd="/", timeout=4 * _seconds(size)
+            [sys.executable, "-I", "-c", code],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment,
+            cwd="/",
+            timeout=4 * _seconds(size),
         )
     except subprocess.TimeoutExpired:
-        raise Refused(f"{source}: reading it took longer than {4 * _seconds(size)} seconds, so it was given up", CONVERT) from None
+        raise Refused(
+            f"{source}: reading it took longer than {4 * _seconds(size)} seconds, so it was given up", CONVERT
+        ) from None
     except OSError as error:
-        raise Missing(f"{source}: no process could be started to read it ({error.strerror})", "Free memory and processes, then try again.") from error
+        raise Missing(
+            f"{source}: no process could be started to read it ({error.strerror})",
+            "Free memory and processes, then try again.",
+        ) from error
     try:
         told = json.loads(ended.stdout)
     except ValueError:
         how = signal.Signals(-ended.returncode).name if ended.returncode < 0 else f"code {ended.returncode}"
         last = (ended.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
-        raise Refused(f"{source}: the process that read it ended with {how} {documents.shown(last) if last else ''}".rstrip(), CONVERT) from None
+        raise Refused(
+            f"{source}: the process that read it ended with {how} {documents.quoted(last) if last else ''}".rstrip(),
+            CONVERT,
+        ) from None
     if told["lacking"]:
-        print(f"{source}: read without {' and '.join(told['lacking'])}, which this system does not offer", file=sys.stderr)
+        print(
+            f"{source}: read without {' and '.join(told['lacking'])}, which this system does not offer", file=sys.stderr
+        )
     if told["cause"]:
         raise Refused(
-            f"{source} is truncated, or a pickle that holds more than tensors, which could run code and is not read ({documents.plain(told['cause'])})", CONVERT
+            f"{source} is truncated, or a pickle that holds more than tensors, which could run code and is not read "
+            f"({documents.one_line(told['cause'])})",
+            CONVERT,
         )
 
 
@@ -104,7 +139,7 @@ def _seconds(size: int) -> int:
     return SPARE_SECONDS + size // 20_000_000
 
 
-# In the process that reads ----------------------------------------------------------------------------------------------------------
+# In the process that reads --------------------------------------------------------------------------------------------
 def child(source: str, target: str) -> None:
     """Writes the copy and tells on stdout, as JSON, why not and which protection the system lacked."""
     lacking = leave_network()
@@ -169,13 +204,41 @@ _LANDLOCK = (444, 445, 446)  # the same numbers on every architecture
 _WRITE_FILE, _REMOVE_FILE, _MAKE_REG, _TRUNCATE = 1 << 1, 1 << 5, 1 << 8, 1 << 14
 _CHANGES = sum(1 << k for k in (0, 1, *range(4, 13)))  # every right, that to start programs too, but not that to read
 FORBIDDEN = (
-    *("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink"),
-    *("os.chmod", "os.chown", "os.truncate", "os.kill", "subprocess.Popen", "pty.spawn", "shutil.", "socket.", "urllib.", "webbrowser.", "ftplib.", "smtplib."),
+    *(
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.fork",
+        "os.forkpty",
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.mkdir",
+        "os.link",
+        "os.symlink",
+    ),
+    *(
+        "os.chmod",
+        "os.chown",
+        "os.truncate",
+        "os.kill",
+        "subprocess.Popen",
+        "pty.spawn",
+        "shutil.",
+        "socket.",
+        "urllib.",
+        "webbrowser.",
+        "ftplib.",
+        "smtplib.",
+    ),
 )
 
 
 def leave_network() -> list[str]:
-    """Leaves the network for good, dies with its parent and gains no right by any program; what the system does not offer is returned."""
+    """Leaves the network for good, dies with its parent and gains no right by any program; what the system does not
+    offer is returned.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -183,7 +246,9 @@ def leave_network() -> list[str]:
 
 
 def confine(target: Path, size: int) -> list[str]:
-    """Bounds memory, time and files by the size of the foreign file, and forbids programs and every file but one in the folder of `target`."""
+    """Bounds memory, time and files by the size of the foreign file, and forbids programs and every file but one in the
+    folder of `target`.
+    """
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     limits = {
@@ -217,7 +282,9 @@ def _landlock(folder: Path) -> bool:
         return False
     handle = os.open(folder, os.O_PATH | os.O_CLOEXEC)
     try:
-        allowed = (_WRITE_FILE | _REMOVE_FILE | _MAKE_REG | truncate).to_bytes(8, sys.byteorder) + handle.to_bytes(4, sys.byteorder)
+        allowed = (_WRITE_FILE | _REMOVE_FILE | _MAKE_REG | truncate).to_bytes(8, sys.byteorder) + handle.to_bytes(
+            4, sys.byteorder
+        )
         done = libc.syscall(add, rules, 1, allowed, ctypes.c_uint32(0)) == 0
         return done and libc.syscall(restrict, rules, ctypes.c_uint32(0)) == 0
     finally:
@@ -227,6 +294,8 @@ def _landlock(folder: Path) -> bool:
 
 def _refuse_event(event: str, arguments: tuple[Any, ...]) -> None:
     """Python's own doors, shut once more: what a pickle reaches first, it is told no by name."""
-    is_writing = event == "open" and ((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or set(str(arguments[1] or "r")) & set("wax+"))
+    is_writing = event == "open" and (
+        (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or set(str(arguments[1] or "r")) & set("wax+")
+    )
     if is_writing or event.startswith(FORBIDDEN):
         raise PermissionError(f"it tried {event}")

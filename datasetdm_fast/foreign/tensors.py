@@ -9,7 +9,7 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import GET_AGAIN, LONGEST_NAME, parse_json, shown
+from datasetdm_fast.foreign.documents import GET_AGAIN, LONGEST_NAME, parse_json, quoted
 
 LARGEST_HEADER = 16 * 2**20  # bytes of a safetensors header
 MOST_TENSORS = 20_000
@@ -19,20 +19,28 @@ ITEM_BYTES = {
 }
 
 
-# safetensors ------------------------------------------------------------------------------------------------------------------------
+# safetensors ----------------------------------------------------------------------------------------------------------
 def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every tensor of a safetensors file whose header, sizes and ranges hold together; nothing else of it is read."""
+    """Type and shape of every tensor of a safetensors file whose header, sizes and ranges hold together; nothing else
+    of it is read.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(LARGEST_HEADER, size - 8):
-                raise Refused(f"{path} is truncated or no safetensors file (a header of {length} bytes in a file of {size})", GET_AGAIN)
+                raise Refused(
+                    f"{path} is truncated or no safetensors file (a header of {length} bytes in a file of {size})",
+                    GET_AGAIN,
+                )
             header = parse_json(file.read(length), f"{path}: its header")
     except OSError as error:
         raise storage.refusal(error, path) from error
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
-        raise Refused(f"{path} is truncated or no safetensors file (its header is no table of at most {MOST_TENSORS} tensors)", GET_AGAIN)
+        raise Refused(
+            f"{path} is truncated or no safetensors file (its header is no table of at most {MOST_TENSORS} tensors)",
+            GET_AGAIN,
+        )
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise Refused(f"{path}: its metadata is not made of texts", GET_AGAIN)
@@ -47,7 +55,11 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise Refused(f"{path}: tensors overlap or leave a gap at byte {place} of the data", GET_AGAIN)
         place = end
     if place != size - 8 - length:
-        raise Refused(f"{path} is truncated or no safetensors file ({size - 8 - length} bytes of data, the header tells of {place})", GET_AGAIN)
+        raise Refused(
+            f"{path} is truncated or no safetensors file ({size - 8 - length} bytes of data, the header tells of "
+            f"{place})",
+            GET_AGAIN,
+        )
     return found
 
 
@@ -55,10 +67,14 @@ def _tensor(entry: Any, name: str, path: Path) -> tuple[str, tuple[int, ...], in
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
-        holds = len(name) <= LONGEST_NAME and len(shape) <= 16 and all(type(number) is int and 0 <= number < 2**48 for number in numbers)
+        holds = (
+            len(name) <= LONGEST_NAME
+            and len(shape) <= 16
+            and all(type(number) is int and 0 <= number < 2**48 for number in numbers)
+        )
         holds = holds and end - begin == math.prod(shape) * ITEM_BYTES[kind]
     except (KeyError, TypeError, ValueError):
         holds = False
     if not holds:
-        raise Refused(f"{path}: the header's entry for {shown(name)} does not hold together", GET_AGAIN)
+        raise Refused(f"{path}: the header's entry for {quoted(name)} does not hold together", GET_AGAIN)
     return kind, shape, begin, end

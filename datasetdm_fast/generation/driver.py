@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
-from datasetdm_fast.generation.overlap import Beside
+from datasetdm_fast.generation.overlap import LabelStream
 from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.tasks.to_host import to_host
 
@@ -20,25 +20,32 @@ if TYPE_CHECKING:
 
 
 def generate(
-    batches: Iterable[Batch], engine: Engine, recipe: Recipe, stepped: Callable[[], None] = lambda: None
+    batches: Iterable[Batch], engine: Engine, recipe: Recipe, on_unet_call: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
-    """Every batch with its samples, in order; what did not come out finite is made once more in fp32, then set aside. `stepped` hears of every UNet call."""
-    studio = Studio(engine, recipe, stepped)
-    with Beside(engine.device) as beside:
-        for batch, results in side_by_side(studio, batches, beside):
-            if any(isinstance(result, SetAside) for result in results) and (wide := engine.widened()) is not None:
-                beside.settle()  # what a new engine records on a GPU must not be disturbed
-                second = Studio(wide, recipe, stepped).make(batch)
-                results = [again(*both) if isinstance(both[0], SetAside) else both[0] for both in zip(results, second, strict=True)]
+    """Every batch with its samples, in order; what did not come out finite is made once more in fp32, then set aside.
+    `on_unet_call` hears of every UNet call.
+    """
+    generator = BatchGenerator(engine, recipe, on_unet_call)
+    with LabelStream(engine.device) as label_stream:
+        for batch, results in side_by_side(generator, batches, label_stream):
+            if any(isinstance(result, SetAside) for result in results) and (wide := engine.fp32_fallback()) is not None:
+                label_stream.settle()  # what a new engine records on a GPU must not be disturbed
+                second = BatchGenerator(wide, recipe, on_unet_call).make(batch)
+                results = [
+                    again(*both) if isinstance(both[0], SetAside) else both[0]
+                    for both in zip(results, second, strict=True)
+                ]
             yield batch, results
 
 
-def side_by_side(studio: Studio, batches: Iterable[Batch], beside: Beside) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
-    """Every batch, sampled while `beside` makes the labels and images of the one before."""
+def side_by_side(
+    generator: BatchGenerator, batches: Iterable[Batch], label_stream: LabelStream
+) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
+    """Every batch, sampled while `label_stream` makes the labels and images of the one before."""
     for batch in batches:
-        beside.put(batch, studio.label, batch, studio.sample(batch))
-        yield from beside.ready()
-    yield from beside.rest()
+        label_stream.put(batch, generator.label, batch, generator.sample(batch))
+        yield from label_stream.ready()
+    yield from label_stream.rest()
 
 
 def again(first: SetAside, second: Sample | SetAside) -> Sample | SetAside:
@@ -49,50 +56,57 @@ def again(first: SetAside, second: Sample | SetAside) -> Sample | SetAside:
 
 
 @dataclass
-class Drawn:
+class SampledBatch:
     """A sampled batch, and what its labels will be read from."""
 
     latents: Tensor
     capture: Capture | ProjectedCapture | None
 
 
-class Studio:
+class BatchGenerator:
     """What one run keeps between batches: the empty prompt and the class words as the engine reads them."""
 
-    def __init__(self, engine: Engine, recipe: Recipe, stepped: Callable[[], None]):
-        self.engine, self.recipe, self.stepped = engine, recipe, stepped
+    def __init__(self, engine: Engine, recipe: Recipe, on_unet_call: Callable[[], None]):
+        self.engine, self.recipe, self.on_unet_call = engine, recipe, on_unet_call
         self.nothing, self.words = engine.encode_text([""]), WordTable(engine, recipe.words)
 
     def make(self, batch: Batch) -> list[Sample | SetAside]:
         """Sampler loop, capture, tasks and image of one batch."""
         return self.label(batch, self.sample(batch))
 
-    def sample(self, batch: Batch) -> Drawn:
-        """The sampler loop, with the capture at one of its calls; on a GPU the host queues all of it and waits for nothing."""
+    def sample(self, batch: Batch) -> SampledBatch:
+        """The sampler loop, with the capture at one of its calls; on a GPU the host queues all of it and waits for
+        nothing.
+        """
         import torch
 
         from datasetdm_fast.sampling import times
-        from datasetdm_fast.sampling.walk import Walk
+        from datasetdm_fast.sampling.state import SamplerState
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        context = torch.cat([self.nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])])
+        context = torch.cat(
+            [self.nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])]
+        )
         side = recipe.size // FACTOR
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
-        walk = Walk(recipe.schedule, recipe.guidance, noise.to(engine.device))
+        state = SamplerState(recipe.schedule, recipe.guidance, noise.to(engine.device))
 
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call == recipe.capture_call:
-                output, capture = engine.denoise_and_capture(walk.latents, timestep, context)
+                output, capture = engine.denoise_and_capture(state.latents, timestep, context)
             else:
-                output = engine.denoise(walk.latents, timestep, context)
-            walk.step(call, output)
-            self.stepped()
-        return Drawn(walk.latents, capture)
+                output = engine.denoise(state.latents, timestep, context)
+            state.step(call, output)
+            self.on_unet_call()
+        return SampledBatch(state.latents, capture)
 
-    def label(self, batch: Batch, drawn: Drawn) -> list[Sample | SetAside]:
+    def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | SetAside]:
         """Annotations, image and post-processing; `drawn` loses its capture on the way."""
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        raw = {task: engine.annotate(task, drawn.capture, self.words.of(requests) if task == "open-vocabulary" else None) for task in recipe.tasks}
+        raw = {
+            task: engine.annotate(task, drawn.capture, self.words.of(requests) if task == "open-vocabulary" else None)
+            for task in recipe.tasks
+        }
         checks = {"latents": is_finite(drawn.latents), "features": capture_is_finite(drawn.capture)}
         drawn.capture = None  # as large as the rest of the batch together, and the image decoder needs room
         images, checks["image"] = engine.decode_and_check(drawn.latents)
@@ -101,7 +115,12 @@ class Studio:
 
 
 def collect(
-    batch: Batch, images: Tensor, raw: dict[str, dict[str, Tensor]], checks: dict[str, Tensor], engine: Engine, recipe: Recipe
+    batch: Batch,
+    images: Tensor,
+    raw: dict[str, dict[str, Tensor]],
+    checks: dict[str, Tensor],
+    engine: Engine,
+    recipe: Recipe,
 ) -> list[Sample | SetAside]:
     """Post-processing: one result per request of the batch, the padding left out."""
     import torch
@@ -118,7 +137,14 @@ def collect(
         if where:
             results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
-            results.append(Sample(request, pixels[b], {task: labels[task][b] for task in recipe.tasks}, {**recipe.facts, **engine.adjustments}))
+            results.append(
+                Sample(
+                    request,
+                    pixels[b],
+                    {task: labels[task][b] for task in recipe.tasks},
+                    {**recipe.facts, **engine.adjustments},
+                )
+            )
     return results
 
 
@@ -140,7 +166,9 @@ def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
     return all_of(is_finite(value) for level in (*capture.features, *capture.maps) for value in level)
 
 
-def postprocess(task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe) -> list[Annotation]:
+def postprocess(
+    task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe
+) -> list[Annotation]:
     from datasetdm_fast.tasks import TASKS as MODULES
     from datasetdm_fast.tasks import captions
 
@@ -160,7 +188,9 @@ class WordTable:
         self.embeddings = engine.encode_classes(list(words)) if words else None
 
     def of(self, requests: Sequence[Request]) -> Tensor:
-        """[B, K, D]: the words each request names, its last repeated up to the K of the longest; the first word stands in for none."""
+        """[B, K, D]: the words each request names, its last repeated up to the K of the longest; the first word stands
+        in for none.
+        """
         import torch
 
         slots = max(word_slots(requests), 1)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast import __version__
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines.opening import open_engine
@@ -21,12 +20,19 @@ from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, read_
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 from datasetdm_fast.run_folder.seal import is_indexed
+from datasetdm_fast.version import __version__
 
 if TYPE_CHECKING:
     from datasetdm_fast.engines.engine import Engine
 
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
-PIXEL_BYTES = {"semantic": 2, "instance": 0.5, "depth": 3, "pose": 0, "open-vocabulary": 1}  # files of one task, worst case seen
+PIXEL_BYTES = {
+    "semantic": 2,
+    "instance": 0.5,
+    "depth": 3,
+    "pose": 0,
+    "open-vocabulary": 1,
+}  # files of one task, worst case seen
 
 
 def label_tables(engine: Engine, recipe: Recipe) -> dict[str, Any]:
@@ -81,7 +87,8 @@ class Job:
 
 
 def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
-    """The result of a run that has nothing left to do, found without loading any network; refuses a folder of another configuration.
+    """The result of a run that has nothing left to do, found without loading any network; refuses a folder of another
+    configuration.
 
     Index files that are not up to date are rebuilt here, unless other processes may be about to do it.
     """
@@ -92,13 +99,18 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
         return None
     check_same(folder, stored, {"config": identity(config, source)})
     if config.resume == "never":
-        raise Refused(f"{folder}: the run folder exists, and --resume never asks for a new one", "Choose another --out, or drop --resume never.")
+        raise Refused(
+            f"{folder}: the run folder exists, and --resume never asks for a new one",
+            "Choose another --out, or drop --resume never.",
+        )
     if not (folder / LEDGER).exists():
         return None
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         result = result_of(folder, count_images(config), ledger)
         # A process that was killed while it closed the ledger leaves SQLite's own files beside it.
-        is_fresh = is_indexed(folder, stored, ledger) and not any((folder / f"{LEDGER}{kind}").exists() for kind in ("-wal", "-shm"))
+        is_fresh = is_indexed(folder, stored, ledger) and not any(
+            (folder / f"{LEDGER}{kind}").exists() for kind in ("-wal", "-shm")
+        )
     if not result.is_complete:
         return None
     if not is_fresh and not is_alone:
@@ -120,14 +132,26 @@ def prepare(config: RunConfig) -> Job:
     return job
 
 
-def compose(config: RunConfig, source: prompts.Source, stored: Mapping[str, Any] | None) -> Job:
-    """The same for settings that were checked, without a look at the run folder, whose description is `stored` where there is one."""
+def compose(config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any] | None) -> Job:
+    """The same for settings that were checked, without a look at the run folder, whose description is `stored` where
+    there is one.
+    """
     engine, decoders = _engine_of(config)
     recipe = _recipe_of(config, engine, source.classes)
     words = recipe.words or class_words(engine, config.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free.
-    size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), count_images(config)))
-    plan = make_plan(source, engine.model.tokenizer, number=config.number, seed=config.seed, batch_size=size, words=words, truncate=config.truncate_prompts)
+    size = config.batch_size or (
+        stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), count_images(config))
+    )
+    plan = make_plan(
+        source,
+        engine.model.tokenizer,
+        number=config.number,
+        seed=config.seed,
+        batch_size=size,
+        words=words,
+        truncate=config.truncate_prompts,
+    )
     document = describe(identity(config, source), plan, engine, recipe, decoders)
     return Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0)
 
@@ -143,7 +167,18 @@ def check_room(job: Job) -> None:
 
 
 def _engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
-    names = ("engine", "dtype", "device", "size", "allow_download", "threads", "engines", "trt_flavour", "provider", "compile")
+    names = (
+        "engine",
+        "dtype",
+        "device",
+        "size",
+        "allow_download",
+        "threads",
+        "engines",
+        "trt_flavour",
+        "provider",
+        "compile",
+    )
     return open_engine(config.model, config.decoder, config.task, **{name: getattr(config, name) for name in names})
 
 
@@ -157,9 +192,11 @@ def _megabytes(count: int) -> str:
 
 
 def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
-    """The job as the run folder's description has it; refuses a folder that was begun with other weights or another engine.
+    """The job as the run folder's description has it; refuses a folder that was begun with other weights or another
+    engine.
 
-    Where a run folder is there it decides: which of several equal GPUs goes on with it, and what its memory would hold, changes no byte.
+    Where a run folder is there it decides: which of several equal GPUs goes on with it, and what its memory would hold,
+    changes no byte.
     """
     document = job.document
     if not job.config.batch_size:
@@ -184,16 +221,28 @@ def _comparable(document: Mapping[str, Any], part: str) -> Any:
     return {name: value for name, value in document[part].items() if name not in ("source", "device", "licence")}
 
 
-def describe(config: Mapping[str, Any], plan: Plan, engine: Engine, recipe: Recipe, decoders: Mapping[str, Any]) -> dict[str, Any]:
+def describe(
+    config: Mapping[str, Any], plan: Plan, engine: Engine, recipe: Recipe, decoders: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of run.json."""
     model = engine.model
     return {
         "format": FORMAT,
         "versions": {"datasetdm_fast": __version__},
         "config": dict(config),
-        "plan": {"number": plan.number, "batch_size": plan.batch_size, "prompts": plan.digest, "words": list(plan.words)},
+        "plan": {
+            "number": plan.number,
+            "batch_size": plan.batch_size,
+            "prompts": plan.digest,
+            "words": list(plan.words),
+        },
         "sampling": dict(recipe.facts),
-        "model": {"name": model.name, "source": str(model.source), "licence": model.licence, "digests": dict(model.digests)},
+        "model": {
+            "name": model.name,
+            "source": str(model.source),
+            "licence": model.licence,
+            "digests": dict(model.digests),
+        },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
         "labels": label_tables(engine, recipe),

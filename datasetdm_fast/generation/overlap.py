@@ -1,4 +1,6 @@
-"""Work beside the sampler: labels on a stream of their own, files and rows in threads; queues are short, and everything comes out in order."""
+"""Work beside the sampler: labels on a stream of their own, files and rows in threads; queues are short, and everything
+comes out in order.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ AHEAD = 2  # batches that wait for their labels; each holds its latents and capt
 WRITERS = 2  # threads that encode and write, a batch each
 
 
-class Beside:
-    """Does what it is given on a stream and thread of its own beside those that sample on a GPU; on a CPU, whose cores are in use already, at once.
+class LabelStream:
+    """Does what it is given on a stream and thread of its own beside those that sample on a GPU; on a CPU, whose cores
+    are in use already, at once.
 
     Whatever comes out later than it was put in is bounded: two batches wait, a third makes the sampler wait.
     """
@@ -34,7 +37,9 @@ class Beside:
             self._pool, self._stream = ThreadPoolExecutor(1, "labels"), torch.cuda.Stream(device)
 
     def put(self, name: Any, work: Callable[..., Any], *arguments: Any) -> None:
-        """Begins work(*arguments), which may read what this thread has queued on the GPU so far, and which comes out again as `name` and result."""
+        """Begins work(*arguments), which may read what this thread has queued on the GPU so far, and which comes out
+        again as `name` and result.
+        """
         if self._pool is None:
             done: Future = Future()
             done.set_result(work(*arguments))
@@ -52,7 +57,8 @@ class Beside:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(queued)
             found = work(*arguments)
-            self._stream.synchronize()  # the arguments go back to the sampler's stream, which may use their memory at once
+            # the arguments go back to the sampler's stream, which may use their memory at once
+            self._stream.synchronize()
             return found
 
     def settle(self) -> None:
@@ -70,7 +76,7 @@ class Beside:
             name, result = self._waiting.popleft()
             yield name, result.result()
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> LabelStream:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,7 +84,7 @@ class Beside:
             self._pool.shutdown(cancel_futures=True)
 
 
-class Writing:
+class BackgroundWriter:
     """Encodes and writes batches in threads and commits their rows in order; `committed` hears of every commit.
 
     Leaving the block waits for all of it; after an error nothing more is begun.
@@ -106,7 +112,7 @@ class Writing:
             self._committed(rows)
             self._is_whole = True
 
-    def __enter__(self) -> Writing:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -13,7 +13,7 @@ from datasetdm_fast.scenes.world import sample_scene
 from datasetdm_fast.tasks.captions import find_classes
 
 if TYPE_CHECKING:
-    from datasetdm_fast.generation.prompts import Source, Tokenizer
+    from datasetdm_fast.generation.prompts import PromptSource, Tokenizer
 
 DEMO_SCENES = 900_000_000  # first scene seed of the demo captions, far from those the demo model was trained on
 OPENINGS = ("a photo of", "a picture of", "a scene with")
@@ -53,14 +53,25 @@ class Plan:
         return (self.request(index) for index in range(self.number))
 
 
-def make_plan(source: Source, tokenizer: Tokenizer, *, number: int, seed: int, batch_size: int, words: Sequence[str] = (), truncate: bool = False) -> Plan:
+def make_plan(
+    source: PromptSource,
+    tokenizer: Tokenizer,
+    *,
+    number: int,
+    seed: int,
+    batch_size: int,
+    words: Sequence[str] = (),
+    truncate: bool = False,
+) -> Plan:
     """The plan of a run; `words` are the class words to look for where --classes names none."""
     words = source.classes or tuple(words)
     chosen = source.classes if source.per_class else ()
     if source.per_class:
         number = source.per_class * len(source.classes)
         _check_templates(source.classes, tokenizer)
-    prompts = tuple(fit(prompt, tokenizer, f"{source.name} line {line}", words, truncate=truncate) for line, prompt in source.lines)
+    prompts = tuple(
+        fit(prompt, tokenizer, f"{source.name} line {line}", words, truncate=truncate) for line, prompt in source.lines
+    )
 
     def prompt(index: int) -> str:
         if chosen:
@@ -85,5 +96,6 @@ def _check_templates(classes: Sequence[str], tokenizer: Tokenizer) -> None:
         count = count_tokens(longest.format(word), tokenizer)
         if count > token_limit(tokenizer):
             raise Refused(
-                f"--classes: {_shown(word)} makes a prompt of {count} tokens, at most {token_limit(tokenizer)} fit", "Use a shorter name for the class."
+                f"--classes: {_shown(word)} makes a prompt of {count} tokens, at most {token_limit(tokenizer)} fit",
+                "Use a shorter name for the class.",
             )

@@ -25,7 +25,7 @@ Tokenizer = Callable[..., object]
 
 
 @dataclass(frozen=True)
-class Source:
+class PromptSource:
     """Prompts as they were given, not yet measured in tokens."""
 
     lines: tuple[tuple[int, str], ...]  # line number from 1, prompt; empty: the demo world's captions, or templates
@@ -35,35 +35,48 @@ class Source:
 
     @property
     def digest(self) -> str:
-        text = "\n".join(prompt for _, prompt in self.lines) if self.lines else "templates" if self.per_class else "demo world"
+        text = (
+            "\n".join(prompt for _, prompt in self.lines)
+            if self.lines
+            else "templates"
+            if self.per_class
+            else "demo world"
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_source(config: RunConfig) -> Source:
+def read_source(config: RunConfig) -> PromptSource:
     """The prompts of a run, checked as far as that needs no tokenizer."""
     classes = check_classes(config.classes)
     if config.per_class:
         if not classes:
-            raise Refused(f"--per-class {config.per_class}: there are no classes to make prompts for", "Name them: --classes ball,cube")
+            raise Refused(
+                f"--per-class {config.per_class}: there are no classes to make prompts for",
+                "Name them: --classes ball,cube",
+            )
         if config.prompts:
-            raise Refused("--per-class makes its own prompts, so it cannot be combined with --prompts", "Drop one of the two.")
-        return Source((), "--classes", classes, config.per_class)
+            raise Refused(
+                "--per-class makes its own prompts, so it cannot be combined with --prompts", "Drop one of the two."
+            )
+        return PromptSource((), "--classes", classes, config.per_class)
     if config.prompts:
         name, text = read_prompts(config.prompts)
-        return Source(split_prompts(text, name, truncate=config.truncate_prompts), name, classes, 0)
+        return PromptSource(split_prompts(text, name, truncate=config.truncate_prompts), name, classes, 0)
     if config.model != "demo":
         raise Refused(
             f"--model {config.model}: no prompts were given, and only the demo model has captions of its own",
             "Add --prompts FILE, or --classes with --per-class.",
         )
-    return Source((), "the demo world", classes, 0)
+    return PromptSource((), "the demo world", classes, 0)
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     seen = set()
     for word in classes:
         if not word.strip():
-            raise Refused("--classes: one of the class words is empty", "Separate the words by single commas: --classes ball,cube")
+            raise Refused(
+                "--classes: one of the class words is empty", "Separate the words by single commas: --classes ball,cube"
+            )
         if _CONTROL.search(word) or not _is_unicode(word):
             raise Refused(f"--classes: {_shown(word)} holds control characters or invalid UTF-8", "Use plain words.")
         key = " ".join(word.lower().split())
@@ -115,7 +128,10 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[tupl
             raise Refused(f"{name} line {number}: holds {what}", "Remove it: prompts are plain text.")
         prompt = line.strip()
         if (size := len(prompt.encode())) > LONGEST_LINE and not truncate:
-            raise Refused(f"{name} line {number}: {size} bytes, at most {LONGEST_LINE} are read", "Shorten it, or pass --truncate-prompts.")
+            raise Refused(
+                f"{name} line {number}: {size} bytes, at most {LONGEST_LINE} are read",
+                "Shorten it, or pass --truncate-prompts.",
+            )
         if prompt:
             lines.append((number, prompt))
     if not lines:
@@ -127,7 +143,10 @@ def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer) -> None:
     for word in classes:
         count = count_tokens(word, tokenizer)
         if count > token_limit(tokenizer):
-            raise Refused(f"--classes: {_shown(word)} has {count} tokens, at most {token_limit(tokenizer)} fit", "Use a shorter name for the class.")
+            raise Refused(
+                f"--classes: {_shown(word)} has {count} tokens, at most {token_limit(tokenizer)} fit",
+                "Use a shorter name for the class.",
+            )
 
 
 def token_limit(tokenizer: Tokenizer) -> int:
@@ -140,18 +159,24 @@ def count_tokens(prompt: str, tokenizer: Tokenizer) -> int:
 
 
 def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = (), *, truncate: bool = False) -> str:
-    """The prompt itself where the text encoder takes it whole; with `truncate` its longest beginning, cut between words."""
+    """The prompt itself where the text encoder takes it whole; with `truncate` its longest beginning, cut between
+    words.
+    """
     limit = token_limit(tokenizer)
     head = prompt[:LONGEST_LINE]
     count = count_tokens(head, tokenizer)
     if count <= limit and head == prompt:
         return prompt
     if not truncate:
-        raise Refused(f"{where}: {count} tokens, at most {limit} fit: {_shown(prompt)}", "Shorten it, or pass --truncate-prompts.")
+        raise Refused(
+            f"{where}: {count} tokens, at most {limit} fit: {_shown(prompt)}", "Shorten it, or pass --truncate-prompts."
+        )
     shortest, longest = 0, len(head)
     while shortest < longest:
         middle = (shortest + longest + 1) // 2
-        shortest, longest = (middle, longest) if count_tokens(head[:middle], tokenizer) <= limit else (shortest, middle - 1)
+        shortest, longest = (
+            (middle, longest) if count_tokens(head[:middle], tokenizer) <= limit else (shortest, middle - 1)
+        )
     kept = head[:shortest]
     is_inside_word = not prompt[shortest : shortest + 1].isspace() and not kept[-1:].isspace()
     if is_inside_word and re.search(r"\s", kept):
@@ -159,7 +184,11 @@ def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = ()
     kept = kept.strip()
     lost = [word for word in find_classes(prompt, words) if word not in find_classes(kept, words)]
     if lost or not kept:
-        what = f"cutting it to {limit} tokens would lose the class word {_shown(lost[0])}" if lost else f"nothing of it fits into {limit} tokens"
+        what = (
+            f"cutting it to {limit} tokens would lose the class word {_shown(lost[0])}"
+            if lost
+            else f"nothing of it fits into {limit} tokens"
+        )
         raise Refused(f"{where}: {what}: {_shown(prompt)}", "Name the classes earlier in the prompt.")
     return kept
 

@@ -28,7 +28,14 @@ class Recipe:
 
 
 def make_recipe(
-    engine: Engine, tasks: Sequence[str], *, sampler: str = "pndm", steps: int = 0, guidance: float = 0.0, profile: str = "0.3.0", classes: Sequence[str] = ()
+    engine: Engine,
+    tasks: Sequence[str],
+    *,
+    sampler: str = "pndm",
+    steps: int = 0,
+    guidance: float = 0.0,
+    profile: str = "0.3.0",
+    classes: Sequence[str] = (),
 ) -> Recipe:
     """The recipe of a run; zeros stand for what the model was made for."""
     from datasetdm_fast.sampling import make_schedule
@@ -52,7 +59,9 @@ def make_recipe(
 def open_vocabulary_words(engine: Engine, classes: Sequence[str]) -> tuple[str, ...]:
     words = tuple(classes) or tuple(engine.decoders["open-vocabulary"].config.classes)
     if not words:
-        raise Refused("--task open-vocabulary: no class words were given, and its decoder names none", "Add --classes ball,cube.")
+        raise Refused(
+            "--task open-vocabulary: no class words were given, and its decoder names none", "Add --classes ball,cube."
+        )
     if len(words) > 254:
         raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")
     prompts.check_class_lengths(words, engine.model.tokenizer)
@@ -63,9 +72,15 @@ def capture_call(schedule: Schedule, wanted: Mapping[str, int | None]) -> int:
     """The call every decoder of the run reads: the last, or the one nearest the timestep they were trained at."""
     last = len(schedule) - 1
     calls = {
-        task: last if timestep is None else min(range(last + 1), key=lambda k: (abs(schedule.timesteps[k] - timestep), -k)) for task, timestep in wanted.items()
+        task: last
+        if timestep is None
+        else min(range(last + 1), key=lambda k: (abs(schedule.timesteps[k] - timestep), -k))
+        for task, timestep in wanted.items()
     }
     if len(set(calls.values())) > 1:
         told = ", ".join(f"{task} at timestep {schedule.timesteps[call]}" for task, call in calls.items())
-        raise Refused(f"--task: the decoders read different sampler calls ({told}), and one run has one capture", "Make one run for each.")
+        raise Refused(
+            f"--task: the decoders read different sampler calls ({told}), and one run has one capture",
+            "Make one run for each.",
+        )
     return next(iter(calls.values()), last)

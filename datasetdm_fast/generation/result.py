@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.generation import result
 from datasetdm_fast.run_folder.document import LEDGER, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
@@ -31,7 +30,8 @@ class Result:
         """Raises GateFailed where samples were set aside."""
         if self.set_aside:
             raise GateFailed(
-                f"{self.path}: {self.set_aside} of {self.number} samples were set aside because a number was not finite",
+                f"{self.path}: {self.set_aside} of {self.number} samples were set aside because a number was not "
+                "finite",
                 "Their rows in state/ledger.sqlite say where; try another --dtype.",
             )
 
@@ -47,7 +47,7 @@ def close(folder: Path, number: int, made: int, seconds: float) -> Result:
         return Result(folder, number, 0, 0, 0, seconds)
     with RunFolder(folder, document, is_member=True) as opened:
         opened.rebuild()
-        return result.result_of(folder, number, opened.ledger, made, seconds)
+        return result_of(folder, number, opened.ledger, made, seconds)
 
 
 def look(folder: Path, number: int, made: int, seconds: float) -> Result:
@@ -55,4 +55,4 @@ def look(folder: Path, number: int, made: int, seconds: float) -> Result:
     if not (folder / LEDGER).exists():
         return Result(folder, number, 0, 0, 0, seconds)
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return result.result_of(folder, number, ledger, made, seconds)
+        return result_of(folder, number, ledger, made, seconds)

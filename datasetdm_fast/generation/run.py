@@ -14,7 +14,7 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, prompts
 from datasetdm_fast.generation.driver import word_slots
 from datasetdm_fast.generation.job import _engine_of, _recipe_of
-from datasetdm_fast.generation.overlap import Writing
+from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import identity
@@ -33,23 +33,25 @@ if TYPE_CHECKING:
 def run(
     job: Job,
     *,
-    made: Callable[[int], None] = lambda count: None,
-    stepped: Callable[[], None] = lambda: None,
+    on_commit: Callable[[int], None] = lambda count: None,
+    on_unet_call: Callable[[], None] = lambda: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Makes what the run folder lacks, batch by batch; `made` hears of every commit, and `is_stopping` is asked after every sampled batch."""
+    """Makes what the run folder lacks, batch by batch; `on_commit` hears of every commit, and `is_stopping` is asked
+    after every sampled batch.
+    """
     begin, new = time.perf_counter(), 0
 
     def committed(rows: list[Row]) -> None:
         nonlocal new
         new += len(rows)
-        made(len(rows))
+        on_commit(len(rows))
 
     with RunFolder(job.folder, job.document) as folder:
         wanted = lacking(folder.ledger, job.plan.number, job.config.limit)
         batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
-        with Writing(folder, committed) as writing:
-            for batch, results in driver.generate(until(is_stopping, batches), job.engine, job.recipe, stepped):
+        with BackgroundWriter(folder, committed) as writing:
+            for batch, results in driver.generate(until(is_stopping, batches), job.engine, job.recipe, on_unet_call):
                 kept = [result for result in results if result.request.index in wanted]
                 writing.put(kept, facts_of(job.recipe, batch))
         seconds = time.perf_counter() - begin
@@ -87,7 +89,10 @@ def remake(task: Remake) -> list[str]:
     ((_, results),) = driver.generate([task.batch], task.engine, task.recipe)
     result = results[task.place]
     if isinstance(result, SetAside):
-        raise GateFailed(f"sample {result.request.id}: {result.reason}; nothing was written", "Try another --dtype in a run of its own.")
+        raise GateFailed(
+            f"sample {result.request.id}: {result.reason}; nothing was written",
+            "Try another --dtype in a run of its own.",
+        )
     with RunFolder(task.folder, task.document) as folder:
         if task.row.status == SET_ASIDE:
             folder.add([result], task.row.recipe)
@@ -103,21 +108,24 @@ def probe(engine: Engine, recipe: Recipe, batch_size: int) -> float:
     side, seconds = recipe.size // FACTOR, []
     latents = torch.zeros(batch_size, 4, side, side, device=engine.device)
     context = engine.encode_text([""]).expand(2 * batch_size, -1, -1)
-    while len(seconds) < 2 and sum(seconds) < 2:  # the first call also warms up, which does not matter where calls are slow
+    while (
+        len(seconds) < 2 and sum(seconds) < 2
+    ):  # the first call also warms up, which does not matter where calls are slow
         begin = time.perf_counter()
         engine.denoise(latents, recipe.schedule.timesteps[0], context).sum().item()
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
 
 
-_NO_PROMPTS = prompts.Source((), "", (), 0)
+_NO_PROMPTS = prompts.PromptSource((), "", (), 0)
 
 
 @dataclass(frozen=True)
 class Remake:
     """One sample of a run folder to be made again.
 
-    Its batch has the shape it had, and the sample its old place in it, so the arithmetic is the same; the other places repeat it.
+    Its batch has the shape it had, and the sample its old place in it, so the arithmetic is the same; the other places
+    repeat it.
     """
 
     folder: Path
@@ -130,20 +138,43 @@ class Remake:
 
 
 def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
-    """The sample `config.only` from its row; `given` names the settings that the user set and that must agree with the run folder's."""
+    """The sample `config.only` from its row; `given` names the settings that the user set and that must agree with the
+    run folder's.
+    """
     folder = Path(config.out)
     stored = read_document(folder)
     if stored is None or not (folder / LEDGER).exists():
         raise Refused(f"--only {config.only}: {folder} is no run folder", "Name the folder with --out.")
-    settings = replace(config, **{name: tuple(value) if isinstance(value, list) else value for name, value in stored["config"].items() if name != "prompts"})
-    changed = {name for name in config.identity() if name in set(given) - {"prompts"} and getattr(config, name) != getattr(settings, name)}
+    settings = replace(
+        config,
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in stored["config"].items()
+            if name != "prompts"
+        },
+    )
+    changed = {
+        name
+        for name in config.identity()
+        if name in set(given) - {"prompts"} and getattr(config, name) != getattr(settings, name)
+    }
     if changed:
-        told = "; ".join(line for name in sorted(changed) for line in differences(stored["config"][name], identity(config, _NO_PROMPTS)[name], name))
-        raise Refused(f"{folder}: holds a run of another configuration ({told})", "Drop these flags: --only takes them from the run folder.")
+        told = "; ".join(
+            line
+            for name in sorted(changed)
+            for line in differences(stored["config"][name], identity(config, _NO_PROMPTS)[name], name)
+        )
+        raise Refused(
+            f"{folder}: holds a run of another configuration ({told})",
+            "Drop these flags: --only takes them from the run folder.",
+        )
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         row = ledger.row(int(config.only)) if config.only.isdecimal() and len(config.only) <= 18 else None
     if row is None:
-        raise Refused(f"--only {config.only}: no sample of {folder} has this id", "Ids are those of samples.jsonl, for example 00000003.")
+        raise Refused(
+            f"--only {config.only}: no sample of {folder} has this id",
+            "Ids are those of samples.jsonl, for example 00000003.",
+        )
     engine, decoders = _engine_of(settings)
     weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)

@@ -10,41 +10,68 @@ from datasetdm_fast.config import ENGINES, PROFILES, SAMPLERS, TASKS, RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 
-LEAST = {"number": 1, "per_class": 0, "seed": 0, "steps": 0, "guidance": 0, "batch_size": 0, "limit": 0, "threads": 0, "ranks": 0}
+LEAST_SETTINGS = {
+    "number": 1,
+    "per_class": 0,
+    "seed": 0,
+    "steps": 0,
+    "guidance": 0,
+    "batch_size": 0,
+    "limit": 0,
+    "threads": 0,
+    "ranks": 0,
+}
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
 
 
 def check_settings(config: RunConfig) -> None:
     """Refuses what can be seen to be wrong before anything is loaded."""
-    for name, known in (("engine", ENGINES), ("sampler", SAMPLERS), ("profile", PROFILES), ("image_format", ("png", "jpg")), ("resume", ("auto", "never"))):
+    for name, known in (
+        ("engine", ENGINES),
+        ("sampler", SAMPLERS),
+        ("profile", PROFILES),
+        ("image_format", ("png", "jpg")),
+        ("resume", ("auto", "never")),
+    ):
         if getattr(config, name) not in known:
-            raise Refused(f"{_flag(name)} {getattr(config, name)}: not one of {', '.join(known)}", "Choose one of these.")
+            raise Refused(
+                f"{_flag(name)} {getattr(config, name)}: not one of {', '.join(known)}", "Choose one of these."
+            )
     check_tasks(config.task)
     check_size(config.size)
-    check_numbers(**{name: getattr(config, name) for name in LEAST})
+    check_numbers(**{name: getattr(config, name) for name in LEAST_SETTINGS})
     if config.batch_size > LARGEST_BATCH:
-        raise Refused(f"--batch-size {config.batch_size}: expected at most {LARGEST_BATCH}", "Choose what fits into memory.")
+        raise Refused(
+            f"--batch-size {config.batch_size}: expected at most {LARGEST_BATCH}", "Choose what fits into memory."
+        )
     check_seed(config.seed + count_images(config) - 1)
 
 
 def check_size(size: int) -> None:
     if size % 64 or not 0 <= size <= LARGEST_SIDE:
         near = min(max(round(size / 64), 1) * 64, LARGEST_SIDE)
-        raise Refused(f"--size {size}: expected a multiple of 64 up to {LARGEST_SIDE}", f"Try --size {near}; 0 takes what the model was made for.")
+        raise Refused(
+            f"--size {size}: expected a multiple of 64 up to {LARGEST_SIDE}",
+            f"Try --size {near}; 0 takes what the model was made for.",
+        )
 
 
 def check_numbers(**values: float) -> None:
-    """Refuses a setting below its least value in LEAST."""
+    """Refuses a setting below its least value in LEAST_SETTINGS."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= LEAST[name]):
-            raise Refused(f"{_flag(name)} {value}: expected a number of {LEAST[name]} or more", "Choose another number.")
+        if not (math.isfinite(value) and value >= LEAST_SETTINGS[name]):
+            raise Refused(
+                f"{_flag(name)} {value}: expected a number of {LEAST_SETTINGS[name]} or more", "Choose another number."
+            )
 
 
 def check_seed(seed: int) -> int:
     """The seed itself, where a generator and the ledger can hold it."""
     if not 0 <= seed < 2**63:
-        raise Refused(f"--seed {seed}: expected 0 to {2**63 - 1}, that of the last image included", "Choose another seed.")
+        raise Refused(
+            f"--seed {seed}: expected 0 to {2**63 - 1}, that of the last image included", "Choose another seed."
+        )
     return seed
 
 
@@ -66,7 +93,7 @@ def count_images(config: RunConfig) -> int:
     return config.per_class * len(config.classes) or config.number
 
 
-def identity(config: RunConfig, source: prompts.Source) -> dict[str, Any]:
+def identity(config: RunConfig, source: prompts.PromptSource) -> dict[str, Any]:
     """The settings that decide the data set's bytes; prompts by their digest, so that the file may move."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in config.identity().items()}
     return values | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}

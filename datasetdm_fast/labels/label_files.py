@@ -46,13 +46,17 @@ def image_bytes(image: np.ndarray, image_format: str) -> bytes:
 
 
 def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """The class number whose colour each asked word takes: its own in the semantic maps, so that one word has one colour in a run."""
+    """The class number whose colour each asked word takes: its own in the semantic maps, so that one word has one
+    colour in a run.
+    """
     free = count(len(known))
     return [0] + [known.index(word) if word in known else next(free) for word in asked[1:]]
 
 
 def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
-    """A palette PNG whose pixel values are the labels [H, W] uint8; label k has the colour of class numbers[k], of k itself beyond them."""
+    """A palette PNG whose pixel values are the labels [H, W] uint8; label k has the colour of class numbers[k], of k
+    itself beyond them.
+    """
     return _C.png_encode(np.ascontiguousarray(labels, np.uint8), _palette(tuple(numbers)))
 
 
@@ -61,18 +65,27 @@ _palette = cache(palette)
 
 def count_pixels(labels: np.ndarray) -> dict[str, int]:
     """Pixels of each number of a label map."""
-    return {str(value): count for value, count in enumerate(_C.count_bytes(np.ascontiguousarray(labels, np.uint8)).tolist()) if count}
+    return {
+        str(value): count
+        for value, count in enumerate(_C.count_bytes(np.ascontiguousarray(labels, np.uint8)).tolist())
+        if count
+    }
 
 
 def _encode_semantic(id: str, label: SemanticMap, _: Labels) -> tuple[Files, dict[str, Any]]:
     confidence = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
-    files = {"semantic": (f"semantic/{id}.png", index_png(label.labels)), "confidence": (f"confidence/{id}.png", _C.png_encode(confidence))}
+    files = {
+        "semantic": (f"semantic/{id}.png", index_png(label.labels)),
+        "confidence": (f"confidence/{id}.png", _C.png_encode(confidence)),
+    }
     return files, {"pixels": count_pixels(label.labels), "mean_confidence": round(float(confidence.mean()) / 255, 4)}
 
 
 def _encode_open_vocabulary(id: str, label: SemanticMap, labels: Labels) -> tuple[Files, dict[str, Any]]:
     numbers = colour_numbers(labels["semantic"].classes, label.classes) if "semantic" in labels else ()
-    return {"open_vocabulary": (f"open_vocabulary/{id}.png", index_png(label.labels, numbers))}, {"pixels": count_pixels(label.labels)}
+    return {"open_vocabulary": (f"open_vocabulary/{id}.png", index_png(label.labels, numbers))}, {
+        "pixels": count_pixels(label.labels)
+    }
 
 
 def _encode_instances(id: str, label: Instances, _: Labels) -> tuple[Files, list[dict[str, Any]]]:
@@ -80,8 +93,16 @@ def _encode_instances(id: str, label: Instances, _: Labels) -> tuple[Files, list
         return {}, []
     encoded = mask_rle.encode(np.asarray(label.masks, bool))
     return {}, [
-        {"category_id": int(kind) + 1, "score": _rounded(score, 6), "area": int(area), "bbox": [_rounded(side) for side in box], "segmentation": dict(rle)}
-        for kind, score, area, box, rle in zip(label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True)
+        {
+            "category_id": int(kind) + 1,
+            "score": _rounded(score, 6),
+            "area": int(area),
+            "bbox": [_rounded(side) for side in box],
+            "segmentation": dict(rle),
+        }
+        for kind, score, area, box, rle in zip(
+            label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True
+        )
     ]
 
 
@@ -93,14 +114,21 @@ def _encode_depth(id: str, label: DepthMap, _: Labels) -> tuple[Files, dict[str,
 
 def depth_figures(millimetres: np.ndarray) -> dict[str, float]:
     """Nearest, mean and farthest depth of a map, in metres."""
-    return {name: _rounded(value / MILLIMETRES) for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))}
+    return {
+        name: _rounded(value / MILLIMETRES)
+        for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))
+    }
 
 
 def _encode_keypoints(id: str, label: Keypoints, _: Labels) -> tuple[Files, list[dict[str, Any]]]:
     people = []
     for points, visibility, score in zip(label.points, label.visibility, label.scores, strict=True):
         seen = visibility > 0
-        flat = [value for (x, y, _), v in zip(points, visibility, strict=True) for value in ((_rounded(x), _rounded(y), int(v)) if v else (0, 0, 0))]
+        flat = [
+            value
+            for (x, y, _), v in zip(points, visibility, strict=True)
+            for value in ((_rounded(x), _rounded(y), int(v)) if v else (0, 0, 0))
+        ]
         low, high = (points[seen, :2].min(0), points[seen, :2].max(0)) if seen.any() else (np.zeros(2), np.zeros(2))
         width, height = high - low
         people.append(
@@ -146,9 +174,15 @@ def decode(task: str, folder: Path, files: Mapping[str, str], record: Any, table
         labels = read_image(folder / files["open_vocabulary"])
         return SemanticMap(labels, np.ones(labels.shape, np.float32), tuple(table["classes"]))
     if task == "depth":
-        return DepthMap((read_image(folder / files["depth"]) / MILLIMETRES).astype(np.float32), float(table["max_depth"]))
+        return DepthMap(
+            (read_image(folder / files["depth"]) / MILLIMETRES).astype(np.float32), float(table["max_depth"])
+        )
     if task == "instance":
-        masks = np.stack([mask_rle.decode(item["segmentation"]) for item in record]) if record else np.zeros((0, *table["size"]), bool)
+        masks = (
+            np.stack([mask_rle.decode(item["segmentation"]) for item in record])
+            if record
+            else np.zeros((0, *table["size"]), bool)
+        )
         ids, scores = [item["category_id"] - 1 for item in record], [item["score"] for item in record]
         return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]))
     return _decode_keypoints(record, table)
@@ -159,7 +193,13 @@ def _decode_keypoints(record: Any, table: Mapping[str, Any]) -> Keypoints:
     flat = np.array([item["keypoints"] for item in record], np.float32).reshape(-1, len(joints), 3)
     sure = np.array([item["keypoint_scores"] for item in record], np.float32).reshape(-1, len(joints), 1)
     points = np.concatenate([flat[..., :2], sure], -1)
-    return Keypoints(points, flat[..., 2].astype(np.int64), np.array([item["score"] for item in record], np.float32), joints, _limbs(table))
+    return Keypoints(
+        points,
+        flat[..., 2].astype(np.int64),
+        np.array([item["score"] for item in record], np.float32),
+        joints,
+        _limbs(table),
+    )
 
 
 def _limbs(table: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:

@@ -38,11 +38,15 @@ def encode(masks: np.ndarray) -> Encoded:
 
 
 def encode_on_device(masks: Tensor) -> Encoded:
-    """The same for masks [N, H, W] bool on a GPU: the places where they change value are found there, and only these cross the bus."""
+    """The same for masks [N, H, W] bool on a GPU: the places where they change value are found there, and only these
+    cross the bus.
+    """
     import torch  # only callers that hold a tensor need it
 
     if masks.ndim != 3 or masks.dtype not in (torch.bool, torch.uint8):
-        raise ValueError(f"encode_on_device: masks are {masks.dtype} {list(masks.shape)}, expected bool or uint8 [N, H, W]")
+        raise ValueError(
+            f"encode_on_device: masks are {masks.dtype} {list(masks.shape)}, expected bool or uint8 [N, H, W]"
+        )
     count, height, width = masks.shape
     if masks.device.type == "cpu" or not count:
         return encode(masks.cpu().numpy())
@@ -51,7 +55,9 @@ def encode_on_device(masks: Tensor) -> Encoded:
     areas = torch.empty(count, dtype=torch.int64, device=masks.device)
     extents = torch.empty((count, 4), dtype=torch.int32, device=masks.device)
     stream = torch.cuda.current_stream(masks.device).cuda_stream
-    _C.mask_starts_cuda(masks.data_ptr(), count, height, width, starts.data_ptr(), areas.data_ptr(), extents.data_ptr(), stream)
+    _C.mask_starts_cuda(
+        masks.data_ptr(), count, height, width, starts.data_ptr(), areas.data_ptr(), extents.data_ptr(), stream
+    )
     ends = starts[::width].cpu().numpy()
     places = torch.empty(int(ends[-1]), dtype=torch.int32, device=masks.device)
     if len(places):
@@ -59,8 +65,11 @@ def encode_on_device(masks: Tensor) -> Encoded:
     return from_changes(ends, places.cpu().numpy(), areas.cpu().numpy(), extents.cpu().numpy(), (height, width))
 
 
-def from_changes(ends: np.ndarray, places: np.ndarray, areas: np.ndarray, extents: np.ndarray, size: tuple[int, int]) -> Encoded:
-    """What `encode` says, from the column-major places where each mask changes value: those of mask n are places[ends[n]:ends[n + 1]].
+def from_changes(
+    ends: np.ndarray, places: np.ndarray, areas: np.ndarray, extents: np.ndarray, size: tuple[int, int]
+) -> Encoded:
+    """What `encode` says, from the column-major places where each mask changes value: those of mask n are
+    places[ends[n]:ends[n + 1]].
 
     `extents` [N, 4] are left, top, right and bottom, the last pixels included; right is -1 in an empty mask.
     """
@@ -71,7 +80,9 @@ def from_changes(ends: np.ndarray, places: np.ndarray, areas: np.ndarray, extent
 
 
 def decode(rle: Mapping[str, Any]) -> np.ndarray:
-    """The mask [H, W] bool of one COCO RLE, compressed (a string) or not (a list of run lengths); anything malformed is a ValueError."""
+    """The mask [H, W] bool of one COCO RLE, compressed (a string) or not (a list of run lengths); anything malformed is
+    a ValueError.
+    """
     height, width, counts = _parts(rle)
     return _C.rle_decode(counts, height, width).view(np.bool_)
 
@@ -94,7 +105,9 @@ def _parts(rle: Mapping[str, Any]) -> tuple[int, int, str]:
     height, width = _size(rle["size"])
     counts = rle["counts"]
     if isinstance(counts, bytes):
-        counts = counts.decode("latin-1")  # every byte maps to one character; the reader refuses those outside its alphabet
+        counts = counts.decode(
+            "latin-1"
+        )  # every byte maps to one character; the reader refuses those outside its alphabet
     if not isinstance(counts, str):
         counts = _C.rle_from_runs(_runs(counts), height, width)
     if not counts.isascii():
@@ -103,7 +116,11 @@ def _parts(rle: Mapping[str, Any]) -> tuple[int, int, str]:
 
 
 def _size(size: Any) -> tuple[int, int]:
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) for side in size):
+    if (
+        not isinstance(size, (list, tuple))
+        or len(size) != 2
+        or not all(isinstance(side, (int, np.integer)) and not isinstance(side, bool) for side in size)
+    ):
         raise ValueError(f"RLE: size is {reprlib.repr(size)}, expected two whole numbers [H, W]")
     if not all(0 < side < 2**31 for side in size):
         raise ValueError(f"RLE: size is {reprlib.repr(size)}, both sides must be at least 1 and fit 31 bits")
@@ -118,5 +135,7 @@ def _runs(runs: Any) -> np.ndarray:
         if array.size and array.max() > np.iinfo(np.int64).max:
             raise ValueError
     except (ValueError, OverflowError, TypeError):
-        raise ValueError(f"RLE: counts are {reprlib.repr(runs)}, expected a string or a list of whole numbers") from None
+        raise ValueError(
+            f"RLE: counts are {reprlib.repr(runs)}, expected a string or a list of whole numbers"
+        ) from None
     return np.ascontiguousarray(array, dtype=np.int64)

@@ -80,7 +80,9 @@ def borders(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
-    """The ring with the points that lie within `tolerance` of the line between their neighbours left out (Douglas and Peucker)."""
+    """The ring with the points that lie within `tolerance` of the line between their neighbours left out (Douglas and
+    Peucker).
+    """
     far = int(np.abs(ring - ring[0]).sum(1).argmax())
     closed = np.concatenate([ring, ring[:1]])
     keep = np.zeros(len(closed), bool)
@@ -116,7 +118,9 @@ def _masks(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.I
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def _skeletons(image: np.ndarray, people: Sequence[tuple[np.ndarray, np.ndarray]], limbs: Sequence[tuple[int, int]]) -> Image.Image:
+def _skeletons(
+    image: np.ndarray, people: Sequence[tuple[np.ndarray, np.ndarray]], limbs: Sequence[tuple[int, int]]
+) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(image)).copy()
     pen = ImageDraw.Draw(picture)
     for points, seen in people:

@@ -1,4 +1,6 @@
-"""Other looks at a labelled image: cropped, turned, mirrored, lit otherwise, its truth with it. Every look is drawn from a seed alone."""
+"""Other looks at a labelled image: cropped, turned, mirrored, lit otherwise, its truth with it. Every look is drawn
+from a seed alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.readers import Labelled, Source
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 IGNORE = 255
 
@@ -42,7 +44,9 @@ AUGMENTATIONS = {
 }
 
 
-def look(source: Source, number: int, how: Augmentation, draw: int, seed: int, read: Callable[[int], Labelled]) -> Labelled:
+def look(
+    source: LabelledSource, number: int, how: Augmentation, draw: int, seed: int, read: Callable[[int], Labelled]
+) -> Labelled:
     """Look number `draw` at an item of a data set, whose items `read` gives."""
     generator = np.random.default_rng([seed, number, draw])
     item = source.drawn(number, int(generator.integers(2**31))) if how.is_drawn else read(number)
@@ -74,7 +78,9 @@ def mirrored(item: Labelled, joints: tuple[str, ...]) -> Labelled:
 
 
 def turned(item: Labelled, angle: float) -> Labelled:
-    """The image turned about its middle by `angle` degrees; what comes from outside is black, and unknown in the truth."""
+    """The image turned about its middle by `angle` degrees; what comes from outside is black, and unknown in the
+    truth.
+    """
     size = item.image.shape[0]
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     back = np.array([[c, s], [-s, c]])  # from the new picture to the old one
@@ -90,18 +96,24 @@ def turned(item: Labelled, angle: float) -> Labelled:
         changes["semantic"] = moved(item.semantic, IGNORE)
     for name in ("masks", "crowds"):
         if (masks := getattr(item, name, None)) is not None:
-            changes[name] = np.array([moved(mask.astype(np.uint8), 0) > 0 for mask in masks], bool).reshape(-1, size, size)
+            changes[name] = np.array([moved(mask.astype(np.uint8), 0) > 0 for mask in masks], bool).reshape(
+                -1, size, size
+            )
     if item.depth is not None:
         changes["depth"] = moved(item.depth.astype(np.float32), 0.0)
     if item.keypoints is not None:
         places = (item.keypoints[..., :2] - origin) @ back
         inside = ((places >= 0) & (places < size)).all(-1)
-        changes["keypoints"] = np.concatenate([places, (item.keypoints[..., 2] * inside)[..., None]], -1).astype(np.float32)
+        changes["keypoints"] = np.concatenate([places, (item.keypoints[..., 2] * inside)[..., None]], -1).astype(
+            np.float32
+        )
     if item.keypoint_boxes is not None:
         x, y, w, h = np.moveaxis(item.keypoint_boxes.astype(np.float64), -1, 0)
         corners = np.stack([np.stack([x + i * w, y + j * h], -1) for i in (0, 1) for j in (0, 1)], 1)
         corners = ((corners - origin) @ back).clip(0, size).reshape(-1, 4, 2)
-        changes["keypoint_boxes"] = np.concatenate([corners.min(1), corners.max(1) - corners.min(1)], -1).astype(np.float32)
+        changes["keypoint_boxes"] = np.concatenate([corners.min(1), corners.max(1) - corners.min(1)], -1).astype(
+            np.float32
+        )
     return replace(item, **changes)
 
 
@@ -115,7 +127,11 @@ def lit(image: np.ndarray, chance: float, generator: np.random.Generator) -> np.
         pixels = pixels.clip(0, 1) ** generator.uniform(0.8, 1.2)
     pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
     if generator.random() < chance:
-        hue, saturation, value = generator.uniform(-28, 28), generator.uniform(-30, 30), generator.uniform(-20, 20)  # of 256, 256, 256
+        hue, saturation, value = (
+            generator.uniform(-28, 28),
+            generator.uniform(-30, 30),
+            generator.uniform(-20, 20),
+        )  # of 256, 256, 256
         planes = np.array(Image.fromarray(pixels).convert("HSV")).astype(np.float32)
         planes[..., 0] = (planes[..., 0] + hue) % 256
         planes[..., 1:] = (planes[..., 1:] + (saturation, value)).clip(0, 255)

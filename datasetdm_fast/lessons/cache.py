@@ -1,7 +1,9 @@
-"""Captures of labelled images, kept on the disk in half precision so that an epoch reads them instead of running the UNet.
+"""Captures of labelled images, kept on the disk in half precision so that an epoch reads them instead of running the
+UNet.
 
-One shard holds all looks at one image. Its name is a digest of everything that decides its content, so shards serve any training that looks
-at the same image in the same way, and an interrupted filling goes on where it stopped. Its last 32 bytes are the SHA-256 of the rest.
+One shard holds all looks at one image. Its name is a digest of everything that decides its content, so shards serve any
+training that looks at the same image in the same way, and an interrupted filling goes on where it stopped. Its last 32
+bytes are the SHA-256 of the rest.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Layout:
-    """One view's levels end to end; a level is its cells, a cell all features and then all maps, as the decoders' first layers read them."""
+    """One view's levels end to end; a level is its cells, a cell all features and then all maps, as the decoders' first
+    layers read them.
+    """
 
     shapes: tuple[tuple[int, int], ...]  # per level: cells, channels
     features: tuple[int, ...]  # channels that are features
@@ -49,7 +53,10 @@ class Layout:
     @staticmethod
     def of(levels: Sequence[Level]) -> Layout:
         """The layout of the captures of a UNet with these levels."""
-        return Layout(tuple((level.side**2, level.channels) for level in levels), tuple(2 * sum(level.features) for level in levels))
+        return Layout(
+            tuple((level.side**2, level.channels) for level in levels),
+            tuple(2 * sum(level.features) for level in levels),
+        )
 
     @property
     def numbers(self) -> int:
@@ -57,12 +64,18 @@ class Layout:
         return sum(cells * channels for cells, channels in self.shapes)
 
     def joined(self, capture: Capture) -> tuple[Tensor, ...]:
-        """Per level [B, cells, channels] fp32, free to be trained on; a projection 1x1 is one product with it, and so is its gradient."""
+        """Per level [B, cells, channels] fp32, free to be trained on; a projection 1x1 is one product with it, and so
+        is its gradient.
+        """
         levels = []
         for features, maps, shape in zip(capture.features, capture.maps, self.shapes, strict=True):
-            parts = [feature.flatten(2).transpose(1, 2) for feature in features] + [one.permute(0, 2, 1, 3).flatten(2) for one in maps]
+            parts = [feature.flatten(2).transpose(1, 2) for feature in features] + [
+                one.permute(0, 2, 1, 3).flatten(2) for one in maps
+            ]
             levels.append(torch.cat([part.float() for part in parts], 2))
-            assert levels[-1].shape[1:] == shape, f"captured {list(levels[-1].shape[1:])}, the levels promise {list(shape)}"
+            assert levels[-1].shape[1:] == shape, (
+                f"captured {list(levels[-1].shape[1:])}, the levels promise {list(shape)}"
+            )
         return tuple(levels)
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -71,7 +84,7 @@ class Layout:
         return tuple(part.float().unflatten(1, shape) for part, shape in zip(parts, self.shapes))
 
 
-class Recomputed:
+class RecomputedCaptures:
     """Captures made whenever they are asked for."""
 
     is_stored = False
@@ -86,7 +99,7 @@ class Recomputed:
         return self.layout.joined(capture(self.engine, self.views, items, seeds, self.inversion))
 
 
-class Stored:
+class StoredCaptures:
     """Captures read from shards."""
 
     is_stored = True
@@ -121,7 +134,7 @@ def capture(engine, views: Views, items: Sequence, seeds: Sequence[int], inversi
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """Whether the captures of some views fit on the disk, decided before anything is made."""
 
     folder: Path
@@ -138,19 +151,22 @@ class Plan:
         return f"features and maps made anew at every step: {size:.3g} GB would not fit in the {room:.3g} GB allowed for {self.folder}"
 
 
-def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes: float = 0.0) -> Plan:
-    """Where `count` views go; `mode` is auto, disk or off, `gigabytes` the budget, 0 = what is there and half of what is free."""
+def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes: float = 0.0) -> CachePlan:
+    """Where `count` views go; `mode` is auto, disk or off, `gigabytes` the budget, 0 = what is there and half of what
+    is free.
+    """
     size = count * Layout.of(levels).numbers * 2
     there = sum(path.stat().st_size for path in folder.glob("*.f16"))
     budget = int(gigabytes * 1e9) if gigabytes else there + int(storage.free_bytes(folder.absolute()) * SHARE)
     if mode == "off":
-        return Plan(folder, size, 0, False)
+        return CachePlan(folder, size, 0, False)
     if mode == "disk" and size > budget:
         raise Refused(
-            f"--cache disk: the captures take {size / 1e9:.3g} GB, more than the {budget / 1e9:.3g} GB allowed in {folder}",
+            f"--cache disk: the captures take {size / 1e9:.3g} GB, more than the {budget / 1e9:.3g} GB allowed in "
+            f"{folder}",
             "raise --cache-gb, name another --cache-dir, or use --cache auto",
         )
-    return Plan(folder, size, budget, size <= budget)
+    return CachePlan(folder, size, budget, size <= budget)
 
 
 def stored(
@@ -161,8 +177,9 @@ def stored(
     share: tuple[int, int] = (0, 1),
     batch_size: int = 12,
     progress: Callable[[int], None] = lambda views: None,
-) -> Stored:
-    """The captures of all views, those that are not in `folder` yet made now; process `share[0]` of `share[1]` makes its part.
+) -> StoredCaptures:
+    """The captures of all views, those that are not in `folder` yet made now; process `share[0]` of `share[1]` makes
+    its part.
 
     A shard whose bytes are not those that were written is made again.
     """
@@ -179,10 +196,12 @@ def stored(
             if not _is_whole(path, draws * layout.numbers * 2):
                 _write(path, _made(engine, views, items, seeds, inversion, layout, batch_size))
             progress(draws)
-    return Stored(paths, layout, draws, engine.device)
+    return StoredCaptures(paths, layout, draws, engine.device)
 
 
-def _made(engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion, layout: Layout, batch_size: int) -> np.ndarray:
+def _made(
+    engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion, layout: Layout, batch_size: int
+) -> np.ndarray:
     rows = []
     for start in range(0, len(items), batch_size):
         part = slice(start, start + batch_size)
@@ -191,7 +210,8 @@ def _made(engine, views: Views, items: Sequence, seeds: Sequence[int], inversion
     joined = np.concatenate(rows)
     if not np.isfinite(joined).all():
         raise Refused(
-            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values are beyond half precision", "use --cache off, which keeps them in fp32"
+            f"image {items[0].id}: {int((~np.isfinite(joined)).sum())} captured values are beyond half precision",
+            "use --cache off, which keeps them in fp32",
         )
     return joined
 
@@ -200,7 +220,11 @@ def _identity(engine, inversion: Inversion, layout: Layout) -> str:
     """What every shard of an engine has in common."""
     facts = engine.fingerprint()
     kept: Mapping[str, object] = {name: facts.get(name) for name in ("engine", "dtype")}
-    return json.dumps({"model": engine.model.digests, **kept, **asdict(inversion), "layout": asdict(layout)}, sort_keys=True, default=str)
+    return json.dumps(
+        {"model": engine.model.digests, **kept, **asdict(inversion), "layout": asdict(layout)},
+        sort_keys=True,
+        default=str,
+    )
 
 
 def _key(identity: str, views: Views, items: Sequence, seeds: Sequence[int]) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.lessons.augment import Augmentation, look
-from datasetdm_fast.lessons.targets import Target, target
-from datasetdm_fast.readers import Labelled, Source
+from datasetdm_fast.lessons.targets import TrainingTarget, target
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 QUIRKS = {
     "Q11": "open vocabulary is taught with the first word's embedding, whatever word is asked",
@@ -41,9 +41,9 @@ class Looks:
 class Views:
     """View v is draw v % draws of image v // draws."""
 
-    def __init__(self, source: Source, numbers: Sequence[int], task: str, looks: Looks):
+    def __init__(self, source: LabelledSource, numbers: Sequence[int], task: str, looks: Looks):
         self.source, self.numbers, self.task, self.looks = source, tuple(numbers), task, looks
-        self._targets: dict[int, Target] = {}
+        self._targets: dict[int, TrainingTarget] = {}
         self._read = lru_cache(ITEMS)(source.__getitem__)
         self._room, self._lock = TARGET_BYTES, threading.Lock()
 
@@ -82,7 +82,7 @@ class Views:
         """Whether one of upstream's mistakes is to be made with this task."""
         return quirk in self.looks.quirks and QUIRK_TASK[quirk] == self.task
 
-    def target(self, view: int) -> Target:
+    def target(self, view: int) -> TrainingTarget:
         with self._lock:
             if view in self._targets:
                 return self._targets[view]
@@ -97,8 +97,11 @@ class Views:
 QUIRK_TASK = {"Q11": "open-vocabulary", "Q12": "instance", "Q13": "depth", "Q14": "pose"}
 
 
-def check_quirks(quirks: Sequence[str], source: Source, tasks: Sequence[str]) -> frozenset[str]:
+def check_quirks(quirks: Sequence[str], source: LabelledSource, tasks: Sequence[str]) -> frozenset[str]:
     """The quirks, refused where the data cannot show them."""
     if "Q12" in quirks and "instance" in tasks and len(source.thing_classes) < 2:
-        raise Refused(f"--quirks Q12: every instance would be of class 1, but the data set names {len(source.thing_classes)}", "leave Q12 out")
+        raise Refused(
+            f"--quirks Q12: every instance would be of class 1, but the data set names {len(source.thing_classes)}",
+            "leave Q12 out",
+        )
     return frozenset(quirks)

@@ -31,13 +31,17 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
-    """The model `name`: demo, tiny, random-sd14, a diffusers folder, a single file, or a hub repository where downloads are allowed."""
+    """The model `name`: demo, tiny, random-sd14, a diffusers folder, a single file, or a hub repository where downloads
+    are allowed.
+    """
     try:
         return _load(name, size, allow_download)
     except Refused as stop:
         if stop.remedy:
             raise
-        raise Refused(stop.cause, "Choose another --model, or get its files again and compare their checksums.") from stop
+        raise Refused(
+            stop.cause, "Choose another --model, or get its files again and compare their checksums."
+        ) from stop
 
 
 def _load(name: str, size: int, allow_download: bool) -> Model:
@@ -51,10 +55,13 @@ def _load(name: str, size: int, allow_download: bool) -> Model:
     if path.is_file():
         return load_file(path, size=size, allow_download=allow_download)
     if not HUB_NAME.fullmatch(name):
-        raise Refused(f"model: {name!r} is neither one of {', '.join(PRESETS)} nor an existing folder or file", SUPPORTED)
+        raise Refused(
+            f"model: {name!r} is neither one of {', '.join(PRESETS)} nor an existing folder or file", SUPPORTED
+        )
     if not allow_download:
         raise Refused(
-            f"model: {name!r} is no folder here, and as a name on the model hub it would have to be downloaded", "add --allow-download, or give a local folder"
+            f"model: {name!r} is no folder here, and as a name on the model hub it would have to be downloaded",
+            "add --allow-download, or give a local folder",
         )
     return load_folder(_downloaded(name), size=size, name=name)
 

@@ -21,18 +21,51 @@ SUPPORTED = "supported are Stable Diffusion 1.x and 2.x text-to-image models, as
 DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
-LARGEST_NUMBER, MOST_LAYERS, LARGEST_SIDE, MOST_TIMESTEPS = 2**20, 64, 512, 100_000  # of a config: any number, layers, latent cells of a side, steps
-# What is read of a config. Other settings change no network of this kind, and some name code that a library would fetch and run.
+LARGEST_NUMBER, MOST_LAYERS, LARGEST_SIDE, MOST_TIMESTEPS = (
+    2**20,
+    64,
+    512,
+    100_000,
+)  # of a config: any number, layers, latent cells of a side, steps
+# What is read of a config. Other settings change no network of this kind, and some name code that a library would fetch
+# and run.
 ARCHITECTURE = {
-    "unet": {*inspect.signature(UNet2DConditionModel.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"},
+    "unet": {*inspect.signature(UNet2DConditionModel.__init__).parameters} - {"self"}
+    | {"_class_name", "_diffusers_version"},
     "vae": {*inspect.signature(AutoencoderKL.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"},
     "text_encoder": {
-        *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-        *("hidden_act", "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id"),
+        *(
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "projection_dim",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ),
+        *(
+            "hidden_act",
+            "layer_norm_eps",
+            "attention_dropout",
+            "initializer_range",
+            "initializer_factor",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+        ),
         *("architectures", "model_type"),
     },
     "tokenizer": {
-        *("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length", "added_tokens_decoder", "add_prefix_space", "do_lower_case"),
+        *(
+            "bos_token",
+            "eos_token",
+            "pad_token",
+            "unk_token",
+            "model_max_length",
+            "added_tokens_decoder",
+            "add_prefix_space",
+            "do_lower_case",
+        ),
         *("errors", "clean_up_tokenization_spaces", "tokenizer_class"),
     },
 }
@@ -46,7 +79,10 @@ def _check_size(size: int) -> None:
 def _check_finite(name: str, state: Mapping[str, Tensor]) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise Refused(f"model: {name}.{key} holds NaN or infinite values, so the weights are damaged", "get the file again and compare its checksum")
+            raise Refused(
+                f"model: {name}.{key} holds NaN or infinite values, so the weights are damaged",
+                "get the file again and compare its checksum",
+            )
 
 
 def _json(path: Path) -> dict:
@@ -58,17 +94,26 @@ def _check_bounds(config: Mapping, source: Path, deep: int = 0) -> None:
     for key, value in config.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         most = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
-        is_list = isinstance(value, (list, tuple)) and len(values) <= 16 and not any(isinstance(inner, (list, dict)) for inner in values)
+        is_list = (
+            isinstance(value, (list, tuple))
+            and len(values) <= 16
+            and not any(isinstance(inner, (list, dict)) for inner in values)
+        )
         is_possible = all(not isinstance(number, (int, float)) or abs(number) <= most for number in values)
         if not is_possible or isinstance(value, (list, tuple)) and not is_list:
-            raise Refused(f"model: {source}: the setting {documents.shown(key)} is {documents.shown(value)}, expected numbers of at most {most}")
+            raise Refused(
+                f"model: {source}: the setting {documents.quoted(key)} is {documents.quoted(value)}, expected "
+                f"numbers of at most {most}"
+            )
 
 
 def _check_unet(config: Mapping, source: Path) -> None:
     """Refuse every UNet whose pyramid is not that of SD 1.x and 2.x, by the first setting that differs."""
     channels = config.get("in_channels", 4)
     if channels != 4:
-        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth-to-image model"}.get(channels, "another kind of model")
+        kind = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth-to-image model"}.get(
+            channels, "another kind of model"
+        )
         raise Refused(f"model: {source}: the UNet reads {channels} channels, so it is {kind}, {SUPPORTED}")
     wanted = {
         "_class_name": "UNet2DConditionModel",
@@ -92,31 +137,56 @@ def _check_unet(config: Mapping, source: Path) -> None:
             raise Refused(f"model: {source}: the UNet's {key} is {found!r} where {value!r} is expected, {SUPPORTED}")
     depth, layers = config.get("transformer_layers_per_block", 1), config.get("layers_per_block", 2)
     if depth not in (1, [1] * 4):
-        raise Refused(f"model: {source}: the UNet's transformer_layers_per_block is {depth!r} where 1 is expected, {SUPPORTED}")
+        raise Refused(
+            f"model: {source}: the UNet's transformer_layers_per_block is {depth!r} where 1 is expected, {SUPPORTED}"
+        )
     if not isinstance(layers, int):
-        raise Refused(f"model: {source}: the UNet's layers_per_block is {layers!r} where one number is expected, {SUPPORTED}")
+        raise Refused(
+            f"model: {source}: the UNet's layers_per_block is {layers!r} where one number is expected, {SUPPORTED}"
+        )
 
 
 def _check_vae(config: Mapping, source: Path) -> None:
     kind, channels = config.get("_class_name", "AutoencoderKL"), config.get("latent_channels", 4)
     if kind != "AutoencoderKL" or channels != 4:
-        raise Refused(f"model: {source}: the vae is a {kind} with {channels} latent channels where AutoencoderKL with 4 is expected, {SUPPORTED}")
+        raise Refused(
+            f"model: {source}: the vae is a {kind} with {channels} latent channels where AutoencoderKL with 4 is "
+            f"expected, {SUPPORTED}"
+        )
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     if factor != FACTOR:
-        raise Refused(f"model: {source}: the vae makes one latent cell of {factor} x {factor} pixels where {FACTOR} x {FACTOR} is expected, {SUPPORTED}")
+        raise Refused(
+            f"model: {source}: the vae makes one latent cell of {factor} x {factor} pixels where {FACTOR} x {FACTOR} "
+            f"is expected, {SUPPORTED}"
+        )
 
 
 def _check_scheduler(config: Mapping, source: Path) -> None:
-    forms = {"num_train_timesteps": int, "steps_offset": int, "beta_start": float, "beta_end": float, "set_alpha_to_one": bool, "trained_betas": [float]}
+    forms = {
+        "num_train_timesteps": int,
+        "steps_offset": int,
+        "beta_start": float,
+        "beta_end": float,
+        "set_alpha_to_one": bool,
+        "trained_betas": [float],
+    }
     documents.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
     count = config.get("num_train_timesteps", 1000)
     betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
     if not 0 < count <= MOST_TIMESTEPS or len(betas) > MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
-        raise Refused(f"model: {source}: the scheduler's steps or betas are out of range, expected 1 to {MOST_TIMESTEPS} steps and betas between 0 and 1")
+        raise Refused(
+            f"model: {source}: the scheduler's steps or betas are out of range, expected 1 to {MOST_TIMESTEPS} steps "
+            "and betas between 0 and 1"
+        )
     if not 0 <= config.get("steps_offset", 0) < count:
-        raise Refused(f"model: {source}: the scheduler's steps_offset is {config['steps_offset']}, expected 0 to {count - 1}")
+        raise Refused(
+            f"model: {source}: the scheduler's steps_offset is {config['steps_offset']}, expected 0 to {count - 1}"
+        )
     if "beta_schedule" not in config and config.get("trained_betas") is None:
-        raise Refused(f"model: {source}: the scheduler {config.get('_class_name', '')} has no beta_schedule, so the model is of another kind, {SUPPORTED}")
+        raise Refused(
+            f"model: {source}: the scheduler {config.get('_class_name', '')} has no beta_schedule, so the model is "
+            f"of another kind, {SUPPORTED}"
+        )
 
 
 def _check_readable(file: Path) -> None:
@@ -135,12 +205,14 @@ def _check_readable(file: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return documents.plain((str(error).strip() or type(error).__name__).splitlines()[0])
+    return documents.one_line((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither library's warnings nor progress bars within the block; what matters is checked and said in our own words."""
+    """Neither library's warnings nor progress bars within the block; what matters is checked and said in our own
+    words.
+    """
     before = [(module, module.get_verbosity()) for module in (diffusers.utils.logging, transformers.utils.logging)]
     bars = transformers.utils.logging.is_progress_bar_enabled()
     for module, _ in before:

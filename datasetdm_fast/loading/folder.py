@@ -54,19 +54,40 @@ def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaul
         _check_vae(configs["vae"], folder)
     weights = {part: _weight_files(folder / part) for part in ("text_encoder", "unet", "vae")}
     tokenizer = _tokenizer(folder / "tokenizer")
-    text_encoder = _from_folder(CLIPTextModel, folder / "text_encoder", weights["text_encoder"], configs["text_encoder"])
+    text_encoder = _from_folder(
+        CLIPTextModel, folder / "text_encoder", weights["text_encoder"], configs["text_encoder"]
+    )
     unet = _from_folder(UNet2DConditionModel, folder / "unet", weights["unet"], configs["unet"])
     vae = _from_folder(AutoencoderKL, folder / "vae", weights["vae"], configs["vae"])
-    files = {**{part: found.files for part, found in weights.items()}, "tokenizer": _files(folder / "tokenizer"), "scheduler": _files(folder / "scheduler")}
+    files = {
+        **{part: found.files for part, found in weights.items()},
+        "tokenizer": _files(folder / "tokenizer"),
+        "scheduler": _files(folder / "scheduler"),
+    }
     side = unet.config.sample_size
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
-        raise Refused(f"model: {folder}: the UNet's sample_size is {documents.shown(side)}, expected a number up to {LARGEST_SIDE}, {SUPPORTED}")
+        raise Refused(
+            f"model: {folder}: the UNet's sample_size is {documents.quoted(side)}, expected a number up to "
+            f"{LARGEST_SIDE}, {SUPPORTED}"
+        )
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     digests, licence = {part: digest(files[part]) for part in PARTS}, folder_licence(folder)
-    return _model(name or str(folder), str(folder.resolve()), tokenizer, text_encoder, unet, vae, configs["scheduler"], defaults, size, digests, licence)
+    return _model(
+        name or str(folder),
+        str(folder.resolve()),
+        tokenizer,
+        text_encoder,
+        unet,
+        vae,
+        configs["scheduler"],
+        defaults,
+        size,
+        digests,
+        licence,
+    )
 
 
-# Diffusers folders ------------------------------------------------------------------------------------------------------------------
+# Diffusers folders ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Weights:
     files: list[Path]
@@ -85,7 +106,8 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
         raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders), {SUPPORTED}")
     if list(folder.glob("*lora*.safetensors")) and not (folder / "unet").exists():
         raise Refused(
-            f"model: {folder} holds a LoRA, which only changes another model, {SUPPORTED}", "merge it into its base model and save that as a diffusers folder"
+            f"model: {folder} holds a LoRA, which only changes another model, {SUPPORTED}",
+            "merge it into its base model and save that as a diffusers folder",
         )
     if not any((folder / part).exists() for part in PARTS):
         raise Refused(f"model: {folder} has none of the parts {', '.join(PARTS)}, {SUPPORTED}")
@@ -94,7 +116,10 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
     names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     for part in PARTS:
         if not (folder / part / names.get(part, "config.json")).is_file():
-            raise Refused(f"model: {folder} has no {part} ({part}/{names.get(part, 'config.json')} is missing), and every part is needed: {', '.join(PARTS)}")
+            raise Refused(
+                f"model: {folder} has no {part} ({part}/{names.get(part, 'config.json')} is missing), and every part "
+                f"is needed: {', '.join(PARTS)}"
+            )
     return {part: _json(folder / part / names.get(part, "config.json")) for part in PARTS}
 
 
@@ -106,7 +131,9 @@ def _making_sense(source: Path) -> Iterator[None]:
     except Refused:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-        raise Refused(f"model: {source}: its configs make no sense ({type(error).__name__}: {_first_line(error)})") from error
+        raise Refused(
+            f"model: {source}: its configs make no sense ({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _weight_files(part: Path) -> _Weights:
@@ -123,7 +150,9 @@ def _weight_files(part: Path) -> _Weights:
                     for file in files:
                         _check_readable(file)
                     return _Weights(files, variant, extension == "safetensors", index)
-    raise Refused(f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files")
+    raise Refused(
+        f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -140,29 +169,44 @@ def _from_folder(kind: type, folder: Path, weights: _Weights, config: Mapping) -
     try:
         with _quiet(), _only_weights(folder, weights, config) as safe:
             module, info = kind.from_pretrained(
-                safe, torch_dtype=torch.float32, variant=weights.variant, use_safetensors=True, local_files_only=True, output_loading_info=True
+                safe,
+                torch_dtype=torch.float32,
+                variant=weights.variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
             )
     except (Refused, Missing):
         raise
     except Exception as error:  # a config that makes no sense lets the libraries raise nearly anything
-        raise Refused(f"model: {folder} cannot be loaded, its weights do not fit its config.json ({_first_line(error)})") from error
+        raise Refused(
+            f"model: {folder} cannot be loaded, its weights do not fit its config.json ({_first_line(error)})"
+        ) from error
     lacking = sorted(info["missing_keys"])
     if lacking:
-        raise Refused(f"model: {folder} lacks {len(lacking)} tensors its config.json asks for, the first is {lacking[0]}")
+        raise Refused(
+            f"model: {folder} lacks {len(lacking)} tensors its config.json asks for, the first is {lacking[0]}"
+        )
     return module
 
 
 @contextmanager
 def _only_weights(folder: Path, weights: _Weights, config: Mapping) -> Iterator[Path]:
-    """A folder with the numbers of the architecture and links to safetensors files, so that nothing else of `folder` reaches a library."""
+    """A folder with the numbers of the architecture and links to safetensors files, so that nothing else of `folder`
+    reaches a library.
+    """
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)
         safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")
         for file in weights.files:
-            safe.joinpath(_safe_name(file.name)).symlink_to((file if weights.is_safe else pickles.safe_copy(file)).resolve())
+            safe.joinpath(_safe_name(file.name)).symlink_to(
+                (file if weights.is_safe else pickles.safe_copy(file)).resolve()
+            )
         if len(weights.files) > 1:
             table = {name: _safe_name(file) for name, file in _json(weights.index)["weight_map"].items()}
-            safe.joinpath(_safe_name(weights.index.name)).write_text(json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8")
+            safe.joinpath(_safe_name(weights.index.name)).write_text(
+                json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8"
+            )
         yield safe
 
 
@@ -174,7 +218,12 @@ def _downloaded(name: str) -> Path:
     """Local snapshot of a hub repository's pipeline files."""
     import huggingface_hub
 
-    patterns = ["model_index.json", "README.md", "LICENSE*", *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "txt", "safetensors"))]
+    patterns = [
+        "model_index.json",
+        "README.md",
+        "LICENSE*",
+        *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "txt", "safetensors")),
+    ]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:

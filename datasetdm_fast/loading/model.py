@@ -47,21 +47,44 @@ class Model:
     def token_ids(self, prompts: Sequence[str]) -> Tensor:  # [B, T] int64
         """The padded tokens of each prompt, cut off where the text encoder's positions end."""
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        return self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        return self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
 
 
 def _model(name, source, tokenizer, text_encoder, unet, vae, scheduler, defaults, size, digests, licence) -> Model:
-    """The last checks common to every source: the parts fit each other, their numbers are finite, the size is possible."""
+    """The last checks common to every source: the parts fit each other, their numbers are finite, the size is
+    possible.
+    """
     size = size or defaults.size
     _check_size(size)
     width, hidden = unet.config.cross_attention_dim, text_encoder.config.hidden_size
     if width != hidden:
-        raise Refused(f"model: {name}: the UNet reads text of width {width}, the text encoder gives {hidden}, so they belong to different models")
+        raise Refused(
+            f"model: {name}: the UNet reads text of width {width}, the text encoder gives {hidden}, so they belong "
+            "to different models"
+        )
     if len(tokenizer) > text_encoder.config.vocab_size:
-        raise Refused(f"model: {name}: the tokenizer has {len(tokenizer)} entries, the text encoder knows {text_encoder.config.vocab_size}")
+        raise Refused(
+            f"model: {name}: the tokenizer has {len(tokenizer)} entries, the text encoder knows "
+            f"{text_encoder.config.vocab_size}"
+        )
     for part, module in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
         module.eval().requires_grad_(False)
         _check_finite(f"{name}: {part}", module.state_dict())
     scheduler = {key: value for key, value in scheduler.items() if key != "_diffusers_version"}
     tokens = text_encoder.config.max_position_embeddings
-    return Model(name, source, tokenizer, text_encoder, unet, vae, scheduler, defaults, size, digests, licence, levels(unet.config, tokens, size))
+    return Model(
+        name,
+        source,
+        tokenizer,
+        text_encoder,
+        unet,
+        vae,
+        scheduler,
+        defaults,
+        size,
+        digests,
+        licence,
+        levels(unet.config, tokens, size),
+    )

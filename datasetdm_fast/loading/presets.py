@@ -26,9 +26,11 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
 
 
-# Seeded presets ---------------------------------------------------------------------------------------------------------------------
+# Seeded presets -------------------------------------------------------------------------------------------------------
 def _fill(module: nn.Module, seed: int) -> nn.Module:
-    """`module` with seeded weights: matrices of unit gain, norms near one, other vectors near zero, so activations stay of order one."""
+    """`module` with seeded weights: matrices of unit gain, norms near one, other vectors near zero, so activations stay
+    of order one.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = module.state_dict()
     with torch.no_grad():
@@ -43,7 +45,9 @@ def _fill(module: nn.Module, seed: int) -> nn.Module:
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A module built without its own initialisation, which would cost seconds at full size and draw from the global generator."""
+    """A module built without its own initialisation, which would cost seconds at full size and draw from the global
+    generator.
+    """
     with torch.device("meta"):
         module = build()
     assert not list(module.buffers()), "to_empty would lose what a buffer holds"
@@ -107,7 +111,8 @@ def _load_tiny(size: int) -> Model:
 def _load_random_sd14(size: int) -> Model:
     """Stable Diffusion 1.4 at full size with seeded random weights: about 4.3 GB in fp32.
 
-    CLIP's vocabulary is not shipped with this package, so the tokenizer is the demo world's; its ids lie within CLIP's 49408.
+    CLIP's vocabulary is not shipped with this package, so the tokenizer is the demo world's; its ids lie within CLIP's
+    49408.
     """
     text = CLIPTextConfig(
         vocab_size=49408,
@@ -120,7 +125,12 @@ def _load_random_sd14(size: int) -> Model:
         eos_token_id=49407,
         pad_token_id=1,
     )
-    unet = {"sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8, "cross_attention_dim": 768}
+    unet = {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    }
     vae = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -132,9 +142,28 @@ def _load_random_sd14(size: int) -> Model:
     return _preset("random-sd14", _small_tokenizer(), text, unet, vae, SD_DEFAULTS, size, seed=14)
 
 
-def _preset(name: str, tokenizer, text: CLIPTextConfig, unet: dict, vae: dict, defaults: Defaults, size: int, seed: int) -> Model:
+def _preset(
+    name: str, tokenizer, text: CLIPTextConfig, unet: dict, vae: dict, defaults: Defaults, size: int, seed: int
+) -> Model:
     text_encoder = _seeded_text_encoder(text, seed)
-    unet_module = _seeded(lambda: UNet2DConditionModel(down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, layers_per_block=2, **unet), seed + 1)
+    unet_module = _seeded(
+        lambda: UNet2DConditionModel(
+            down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, layers_per_block=2, **unet
+        ),
+        seed + 1,
+    )
     vae_module = _seeded(lambda: AutoencoderKL(**vae), seed + 2)
     digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(("text_encoder", "unet", "vae"))}
-    return _model(name, f"preset {name}", tokenizer, text_encoder, unet_module, vae_module, SD_SCHEDULER, defaults, size, digests, SEEDED_LICENCE)
+    return _model(
+        name,
+        f"preset {name}",
+        tokenizer,
+        text_encoder,
+        unet_module,
+        vae_module,
+        SD_SCHEDULER,
+        defaults,
+        size,
+        digests,
+        SEEDED_LICENCE,
+    )

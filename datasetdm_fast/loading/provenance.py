@@ -25,10 +25,16 @@ def digest(files: list[Path]) -> str:
 
 def folder_licence(folder: Path) -> str:
     """Licence text of a model folder, else the licence its card names, else a line saying that it is unknown."""
-    texts = sorted(path for path in folder.iterdir() if path.is_file() and path.stem.upper() in ("LICENSE", "LICENCE", "COPYING"))
+    texts = sorted(
+        path for path in folder.iterdir() if path.is_file() and path.stem.upper() in ("LICENSE", "LICENCE", "COPYING")
+    )
     if texts:
         return texts[0].read_text(encoding="utf-8", errors="replace").strip()
     card = folder / "README.md"
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL) if card.is_file() else None
+    front = (
+        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if card.is_file()
+        else None
+    )
     named = re.search(r"^licen[sc]e:\s*(\S.*)$", front[1], re.MULTILINE) if front else None
     return named[1].strip().strip("\"'") if named else UNKNOWN_LICENCE

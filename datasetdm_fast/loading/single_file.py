@@ -35,34 +35,73 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Mod
     """
     state, licence = _read_single_file(path)
     _check_layout(state, path)
-    unet_config, vae_config, text_config, is_second = _unet_config(state, path), _vae_config(state, path), *_text_config(state, path)
+    unet_config, vae_config, text_config, is_second = (
+        _unet_config(state, path),
+        _vae_config(state, path),
+        *_text_config(state, path),
+    )
     tokenizer = _tokenizer_beside(path, is_second, allow_download)
-    unet = _filled(lambda: UNet2DConditionModel(**unet_config), single_file_utils.convert_ldm_unet_checkpoint(state, unet_config), f"{path}: unet")
-    vae = _filled(lambda: AutoencoderKL(**vae_config), single_file_utils.convert_ldm_vae_checkpoint(state, vae_config), f"{path}: vae")
+    unet = _filled(
+        lambda: UNet2DConditionModel(**unet_config),
+        single_file_utils.convert_ldm_unet_checkpoint(state, unet_config),
+        f"{path}: unet",
+    )
+    vae = _filled(
+        lambda: AutoencoderKL(**vae_config),
+        single_file_utils.convert_ldm_vae_checkpoint(state, vae_config),
+        f"{path}: vae",
+    )
     text_encoder = CLIPTextModel(text_config)
-    convert = single_file_utils.convert_open_clip_checkpoint if is_second else lambda _, state: single_file_utils.convert_ldm_clip_checkpoint(state)
+    convert = (
+        single_file_utils.convert_open_clip_checkpoint
+        if is_second
+        else lambda _, state: single_file_utils.convert_ldm_clip_checkpoint(state)
+    )
     converted = {key.removeprefix("text_model."): value for key, value in convert(text_encoder, state).items()}
     known = text_encoder.state_dict()
-    text_encoder = _filled(lambda: text_encoder, {key: value for key, value in converted.items() if key in known}, f"{path}: text_encoder")
+    text_encoder = _filled(
+        lambda: text_encoder, {key: value for key, value in converted.items() if key in known}, f"{path}: text_encoder"
+    )
     scheduler = dict(SD_SCHEDULER)
     if is_second and not predicts_noise(unet):
         scheduler["prediction_type"] = "v_prediction"
         unet.register_to_config(sample_size=96)
     defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
-    return _model(str(path), str(path.resolve()), tokenizer, text_encoder, unet, vae, scheduler, defaults, size, {"file": digest([path])}, licence)
+    return _model(
+        str(path),
+        str(path.resolve()),
+        tokenizer,
+        text_encoder,
+        unet,
+        vae,
+        scheduler,
+        defaults,
+        size,
+        {"file": digest([path])},
+        licence,
+    )
 
 
-# Single files -----------------------------------------------------------------------------------------------------------------------
-UNET, VAE, CLIP, OPEN_CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.", "cond_stage_model.model."
+# Single files ---------------------------------------------------------------------------------------------------------
+UNET, VAE, CLIP, OPEN_CLIP = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "cond_stage_model.transformer.",
+    "cond_stage_model.model.",
+)
 
 
 def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a single-file checkpoint and its licence; of a pickle, those of the safetensors copy another process made."""
+    """The tensors of a single-file checkpoint and its licence; of a pickle, those of the safetensors copy another
+    process made.
+    """
     if path.suffix == ".safetensors":
         _check_readable(path)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get("modelspec.license", UNKNOWN_LICENCE)
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get(
+                "modelspec.license", UNKNOWN_LICENCE
+            )
     if path.suffix != ".ckpt":
         raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file, {SUPPORTED}")
     _check_readable(path)
@@ -84,7 +123,10 @@ def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
     for part, prefixes in (("unet", (UNET,)), ("vae", (VAE,)), ("text_encoder", (CLIP, OPEN_CLIP))):
         if not any(key.startswith(prefixes) for key in state):
             found = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"
-            raise Refused(f"model: {path} has no {part} ({found}), and a single file must hold unet, vae and text encoder in the original layout; {SUPPORTED}")
+            raise Refused(
+                f"model: {path} has no {part} ({found}), and a single file must hold unet, vae and text encoder in "
+                f"the original layout; {SUPPORTED}"
+            )
 
 
 def _shape(state: Mapping[str, Tensor], key: str, path: Path) -> torch.Size:
@@ -102,7 +144,10 @@ def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
     """The UNet's diffusers config, read off the shapes."""
     blocks = _count(state, rf"{re.escape(UNET)}input_blocks\.(\d+)\.")
     layers = blocks // 4 - 1
-    widths = [_shape(state, f"{UNET}input_blocks.{depth * (layers + 1) + 1}.0.out_layers.3.weight", path)[0] for depth in range(4)]
+    widths = [
+        _shape(state, f"{UNET}input_blocks.{depth * (layers + 1) + 1}.0.out_layers.3.weight", path)[0]
+        for depth in range(4)
+    ]
     is_linear = len(_shape(state, f"{UNET}input_blocks.1.1.proj_in.weight", path)) == 2
     config = {
         "sample_size": 64,
@@ -124,7 +169,9 @@ def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict:
     """The autoencoder's diffusers config, read off the shapes."""
     count = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
     config = {
-        "block_out_channels": tuple(_shape(state, f"{VAE}encoder.down.{level}.block.0.conv1.weight", path)[0] for level in range(count)),
+        "block_out_channels": tuple(
+            _shape(state, f"{VAE}encoder.down.{level}.block.0.conv1.weight", path)[0] for level in range(count)
+        ),
         "down_block_types": ("DownEncoderBlock2D",) * count,
         "up_block_types": ("UpDecoderBlock2D",) * count,
         "layers_per_block": _count(state, rf"{re.escape(VAE)}encoder\.down\.0\.block\.(\d+)\."),
@@ -139,11 +186,25 @@ def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict:
 def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfig, bool]:
     """The text encoder's config, read off the shapes, and whether it is SD 2.x's, which stops before the last layer."""
     is_second = any(key.startswith(OPEN_CLIP) for key in state)
-    prefix = OPEN_CLIP if is_second else CLIP + ("text_model." if any(key.startswith(CLIP + "text_model.") for key in state) else "")
-    names = (
-        ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight", r"transformer\.resblocks\.(\d+)\.")
+    prefix = (
+        OPEN_CLIP
         if is_second
-        else ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight", r"encoder\.layers\.(\d+)\.")
+        else CLIP + ("text_model." if any(key.startswith(CLIP + "text_model.") for key in state) else "")
+    )
+    names = (
+        (
+            "token_embedding.weight",
+            "positional_embedding",
+            "transformer.resblocks.0.mlp.c_fc.weight",
+            r"transformer\.resblocks\.(\d+)\.",
+        )
+        if is_second
+        else (
+            "embeddings.token_embedding.weight",
+            "embeddings.position_embedding.weight",
+            "encoder.layers.0.mlp.fc1.weight",
+            r"encoder\.layers\.(\d+)\.",
+        )
     )
     vocabulary, width = _shape(state, prefix + names[0], path)
     count = _count(state, re.escape(prefix) + names[3])
@@ -170,10 +231,15 @@ def _filled(build: Callable[[], nn.Module], state: Mapping[str, Tensor], name: s
         if key not in state:
             raise Refused(f"model: {name} lacks the tensor {key}")
         if state[key].shape != value.shape:
-            raise Refused(f"model: {name}.{key} has the shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected")
+            raise Refused(
+                f"model: {name}.{key} has the shape {tuple(state[key].shape)} where {tuple(value.shape)} is expected"
+            )
     extra = sorted(set(state) - set(wanted))
     if extra:
-        raise Refused(f"model: {name} has {len(extra)} tensors that Stable Diffusion 1.x and 2.x do not have, the first is {extra[0]}")
+        raise Refused(
+            f"model: {name} has {len(extra)} tensors that Stable Diffusion 1.x and 2.x do not have, the first is "
+            f"{extra[0]}"
+        )
     module.load_state_dict(dict(state))
     return module
 
@@ -182,7 +248,8 @@ def _filled(build: Callable[[], nn.Module], state: Mapping[str, Tensor], name: s
 def predicts_noise(unet: UNet2DConditionModel) -> bool:
     """Whether a trained UNet predicts noise rather than velocity, which no file of SD 2.x says.
 
-    At the last timestep a sample is nearly pure noise, so a noise predictor returns nearly its input and a velocity predictor does not.
+    At the last timestep a sample is nearly pure noise, so a noise predictor returns nearly its input and a velocity
+    predictor does not.
     """
     unet.eval()
     noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,9 @@ VOCABULARY = "openai/clip-vit-large-patch14"  # the tokenizer of every SD 1.x an
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    if not (folder / "tokenizer.json").is_file() and not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+    if not (folder / "tokenizer.json").is_file() and not (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    ):
         raise Refused(f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json")
     try:
         with _quiet(), _only_vocabulary(folder) as safe:
@@ -30,7 +32,10 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     except BaseException as error:  # the tokenizers library panics with an error that is no Exception
         raise Refused(f"model: {folder} cannot be read as a CLIP tokenizer ({_first_line(error)})") from error
     if len(tokenizer) < BYTES:
-        raise Refused(f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes every CLIP vocabulary starts with")
+        raise Refused(
+            f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes every CLIP "
+            "vocabulary starts with"
+        )
     return tokenizer
 
 

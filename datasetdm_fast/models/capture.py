@@ -1,14 +1,16 @@
-"""Who reads along while the UNet runs: nobody, one that keeps every feature and map, or one that keeps what the decoders would make of them.
+"""Who reads along while the UNet runs: nobody, one that keeps every feature and map, or one that keeps what the
+decoders would make of them.
 
-A decoder's first layer is a 1x1 convolution over everything it reads of a level, and projecting commutes with resizing, so each tensor
-is multiplied by its own slice of that weight where it lies and added to the level's sum. The concatenated level never exists.
+A decoder's first layer is a 1x1 convolution over everything it reads of a level, and projecting commutes with resizing,
+so each tensor is multiplied by its own slice of that weight where it lies and added to the level's sum. The
+concatenated level never exists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,10 @@ from datasetdm_fast.models.layers import frozen, tokens
 from datasetdm_fast.models.plain import probabilities
 from datasetdm_fast.stages import LEVELS, Level
 
-if TYPE_CHECKING:
-    from datasetdm_fast.decoders.trunk import Decoder
-
 Slot = tuple[int, int]  # level, place within it
 
 
-class Watch(Protocol):
+class CaptureHook(Protocol):
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         """Hears of the output [2B, C, h, w] that is the feature `slot`, None where it is none."""
 
@@ -32,7 +31,7 @@ class Watch(Protocol):
         """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
 
 
-class Unwatched:
+class NoCapture:
     """Reads nothing: every call but the captured one."""
 
     def __init__(self, ops: SimpleNamespace):
@@ -45,7 +44,7 @@ class Unwatched:
         return self.ops.attention(q, k, v)
 
 
-class Keeping:
+class RawCapture:
     """Keeps every feature and map as the reference engine does."""
 
     def __init__(self, levels: Sequence[Level], ops: SimpleNamespace):
@@ -63,18 +62,31 @@ class Keeping:
 
     def result(self) -> Capture:
         def ordered(kept: Mapping[Slot, Tensor], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
-            return tuple(tuple(kept[level, place].float() for place in range(count)) for level, count in enumerate(counts))
+            return tuple(
+                tuple(kept[level, place].float() for place in range(count)) for level, count in enumerate(counts)
+            )
 
         features = ordered(self.features, [len(level.features) for level in self.levels])
         return Capture(features, ordered(self.maps, [len(level.heads) for level in self.levels]))
 
 
-class Projection(nn.Module):
-    """The first layers of all decoders of a run, stacked along their outputs and cut into one matrix for each captured tensor."""
+class Projecting(Protocol):
+    """A decoder, as far as it is read here."""
 
-    def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Decoder]):
+    def projections(self) -> Mapping[str, Tensor]:
+        """Its first layer's weight [F, channels, 1, 1] for each level it reads, by the level's name."""
+
+
+class Projection(nn.Module):
+    """The first layers of all decoders of a run, stacked along their outputs and cut into one matrix for each captured
+    tensor.
+    """
+
+    def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Projecting]):
         super().__init__()
-        self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(decoders, ())  # which of the sums are a task's own, per level
+        self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(
+            decoders, ()
+        )  # which of the sums are a task's own, per level
         self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
         for level in levels:
             weights = {task: decoder.projections().get(level.name) for task, decoder in decoders.items()}
@@ -84,10 +96,22 @@ class Projection(nn.Module):
                 self.tasks[task] += (slice(start, stop),)
                 start = stop
             self.widths.append(start)
-            stacked = torch.cat([torch.zeros(0, level.channels), *(weight.flatten(1).cpu() for weight in weights.values() if weight is not None)])
-            parts = iter(stacked.split([*(2 * channels for channels in level.features), *(heads * level.tokens for heads in level.heads)], 1))
+            stacked = torch.cat(
+                [
+                    torch.zeros(0, level.channels),
+                    *(weight.flatten(1).cpu() for weight in weights.values() if weight is not None),
+                ]
+            )
+            parts = iter(
+                stacked.split(
+                    [*(2 * channels for channels in level.features), *(heads * level.tokens for heads in level.heads)],
+                    1,
+                )
+            )
             self.features.append(nn.ParameterList(frozen(_halves(next(parts))) for _ in level.features))
-            self.maps.append(nn.ParameterList(frozen(next(parts).T.unflatten(0, (heads, -1)).contiguous()) for heads in level.heads))  # [heads, T, F]
+            self.maps.append(
+                nn.ParameterList(frozen(next(parts).T.unflatten(0, (heads, -1)).contiguous()) for heads in level.heads)
+            )  # [heads, T, F]
 
 
 def _halves(weight: Tensor) -> Tensor:
@@ -95,14 +119,17 @@ def _halves(weight: Tensor) -> Tensor:
     return weight.unflatten(1, (2, -1)).permute(1, 2, 0).contiguous()
 
 
-class Summing:
+class ProjectedSums:
     """Keeps the level sums of a Projection, in fp32 whatever the arithmetic."""
 
     def __init__(self, projection: Projection, latents: Tensor, ops: SimpleNamespace):
         self.projection, self.ops, self.batch = projection, ops, len(latents)
         height, width = latents.shape[-2:]
         self.sizes = [(height >> depth, width >> depth) for depth in reversed(range(len(LEVELS)))]
-        self.sums = [torch.zeros(self.batch * h * w, width, device=latents.device) for (h, w), width in zip(self.sizes, projection.widths)]
+        self.sums = [
+            torch.zeros(self.batch * h * w, width, device=latents.device)
+            for (h, w), width in zip(self.sizes, projection.widths)
+        ]
 
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         if slot is not None and self.projection.widths[slot[0]]:
@@ -121,7 +148,9 @@ class Summing:
 
     def result(self) -> tuple[Tensor, ...]:
         """Per level the sums [B, F, h, w] of all tasks."""
-        return tuple(total.unflatten(0, (self.batch, h, w)).permute(0, 3, 1, 2) for total, (h, w) in zip(self.sums, self.sizes))
+        return tuple(
+            total.unflatten(0, (self.batch, h, w)).permute(0, 3, 1, 2) for total, (h, w) in zip(self.sums, self.sizes)
+        )
 
 
 def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""Layers the UNet and the autoencoder share, filled from the state dicts of diffusers modules; images are channels-last throughout."""
+"""Layers the UNet and the autoencoder share, filled from the state dicts of diffusers modules; images are channels-last
+throughout.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Linear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A Linear in the order oneDNN reads its weight in: on a CPU about a tenth faster, and most where there are few rows."""
+    """A Linear in the order oneDNN reads its weight in: on a CPU about a tenth faster, and most where there are few
+    rows.
+    """
 
     ROWS = 2048  # oneDNN is told how many to expect
 
@@ -57,7 +61,9 @@ class PackedLinear(nn.Module):
         self.weight, self.bias, self._seen = linear.weight, linear.bias, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._seen != (version := 0 if self.weight.is_inference() else self.weight._version):  # never, or changed in place
+        if self._seen != (
+            version := 0 if self.weight.is_inference() else self.weight._version
+        ):  # never, or changed in place
             self._packed, self._seen = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), self.ROWS), version
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
@@ -85,7 +91,9 @@ class Convolution(nn.Module):
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 1 x 1 convolution as a matrix product: on a CPU the rounding of a narrow convolution depends on the number of threads."""
+    """A 1 x 1 convolution as a matrix product: on a CPU the rounding of a narrow convolution depends on the number of
+    threads.
+    """
     return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
 
 
@@ -121,7 +129,9 @@ class LayerNorm(nn.Module):
 
 
 class Resnet(nn.Module):
-    """Two normalised convolutions and a shortcut; the bias of the first is an argument where it depends on the timestep."""
+    """Two normalised convolutions and a shortcut; the bias of the first is an argument where it depends on the
+    timestep.
+    """
 
     def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace):
         super().__init__()
@@ -129,7 +139,9 @@ class Resnet(nn.Module):
         self.conv1 = Convolution(weights / "conv1")
         self.norm2 = GroupNorm(weights / "norm2", groups, eps, ops)
         self.conv2 = Convolution(weights / "conv2")
-        self.shortcut = Convolution(weights / "conv_shortcut", padding=0) if "conv_shortcut.weight" in weights else nn.Identity()
+        self.shortcut = (
+            Convolution(weights / "conv_shortcut", padding=0) if "conv_shortcut.weight" in weights else nn.Identity()
+        )
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         h = F.conv2d(self.norm1(x), self.conv1.weight, self.conv1.bias if bias is None else bias, padding=1)
@@ -139,14 +151,16 @@ class Resnet(nn.Module):
 class Upsample(nn.Module):
     """Each cell doubled along both axes, then a 3x3 convolution.
 
-    Of the three taps along an axis two always fall on the same cell, so four 2x2 convolutions, one for each place within a doubled
-    cell, give the same with 4 products in place of 9.
+    Of the three taps along an axis two always fall on the same cell, so four 2x2 convolutions, one for each place
+    within a doubled cell, give the same with 4 products in place of 9.
     """
 
     def __init__(self, weights: Weights):
         super().__init__()
         weight = weights["weight"]
-        self.weight = frozen(torch.cat([_pairs(row, 3) for row in _pairs(weight, 2).chunk(2)]))  # [4 * out, in, 2, 2]: row, column
+        self.weight = frozen(
+            torch.cat([_pairs(row, 3) for row in _pairs(weight, 2).chunk(2)])
+        )  # [4 * out, in, 2, 2]: row, column
         self.bias = frozen(weights["bias"].repeat(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,12 +169,16 @@ class Upsample(nn.Module):
         doubled = x.new_empty(len(x), 2 * height, 2 * width, places.shape[3]).permute(0, 3, 1, 2)
         for row in (0, 1):
             for column in (0, 1):
-                doubled[:, :, row::2, column::2] = places[:, row, column, :, row : row + height, column : column + width]
+                doubled[:, :, row::2, column::2] = places[
+                    :, row, column, :, row : row + height, column : column + width
+                ]
         return doubled
 
 
 def _pairs(weight: Tensor, axis: int) -> Tensor:
-    """Three taps along `axis` as two, for the first and then for the second place within a doubled cell, stacked on axis 0."""
+    """Three taps along `axis` as two, for the first and then for the second place within a doubled cell, stacked on
+    axis 0.
+    """
     first, middle, last = weight.unbind(axis)
     return torch.cat([torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)])
 

@@ -37,10 +37,18 @@ def probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention_capture(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention output [B, heads, S, d], and its maps under `weight` [heads, T, F], summed over heads and tokens: [B, S, F] fp32."""
+    """The attention output [B, heads, S, d], and its maps under `weight` [heads, T, F], summed over heads and tokens:
+    [B, S, F] fp32.
+    """
     maps = probabilities(q, k)
     projected = torch.matmul(maps.transpose(1, 2).flatten(2), weight.flatten(0, 1))
     return torch.matmul(maps, v), projected.to(torch.promote_types(projected.dtype, torch.float32))
 
 
-PLAIN = SimpleNamespace(group_norm_silu=group_norm_silu, layer_norm=layer_norm, geglu=geglu, attention=attention, attention_capture=attention_capture)
+PLAIN = SimpleNamespace(
+    group_norm_silu=group_norm_silu,
+    layer_norm=layer_norm,
+    geglu=geglu,
+    attention=attention,
+    attention_capture=attention_capture,
+)

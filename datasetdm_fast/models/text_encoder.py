@@ -13,7 +13,7 @@ from datasetdm_fast.models.layers import LayerNorm, Linear, Weights, frozen, joi
 ACTIVATIONS = {"quick_gelu": lambda x: x * (1.702 * x).sigmoid(), "gelu": F.gelu}
 
 
-class Layer(nn.Module):
+class TextLayer(nn.Module):
     def __init__(self, weights: Weights, heads: int, eps: float, activation, ops: SimpleNamespace):
         super().__init__()
         itself = weights / "self_attn"
@@ -37,13 +37,17 @@ class TextEncoder(nn.Module):
         super().__init__()
         config = module.config
         if config.hidden_act not in ACTIVATIONS:
-            raise Refused(f"text encoder: its activation is {config.hidden_act!r}, supported are {', '.join(ACTIVATIONS)}")
+            raise Refused(
+                f"text encoder: its activation is {config.hidden_act!r}, supported are {', '.join(ACTIVATIONS)}"
+            )
         weights = Weights({name.removeprefix("text_model."): value for name, value in module.state_dict().items()})
         self.words = frozen(weights["embeddings.token_embedding.weight"])
         self.places = frozen(weights["embeddings.position_embedding.weight"])
         activation = ACTIVATIONS[config.hidden_act]
         self.layers = nn.ModuleList(
-            Layer(weights / "encoder" / "layers" / k, config.num_attention_heads, config.layer_norm_eps, activation, ops)
+            TextLayer(
+                weights / "encoder" / "layers" / k, config.num_attention_heads, config.layer_norm_eps, activation, ops
+            )
             for k in range(config.num_hidden_layers)
         )
         self.norm = LayerNorm(weights / "final_layer_norm", config.layer_norm_eps, ops)

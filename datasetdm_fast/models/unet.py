@@ -1,8 +1,9 @@
 """The UNet of Stable Diffusion 1.x and 2.x without work done twice.
 
-Three modules, by how often each has something new to say: `TimeTable` once per timestep, `TextTable` once per prompt, `UNet` at every
-call. Both halves of a CFG batch see the same latents until the first text attention, so `UNet` takes B latents and doubles them there.
-Who reads features and attention maps is an argument of the call: a watch, see capture.py.
+Three modules, by how often each has something new to say: `TimeTable` once per timestep, `TextTable` once per prompt,
+`UNet` at every call. Both halves of a CFG batch see the same latents until the first text attention, so `UNet` takes B
+latents and doubles them there. Who reads features and attention maps is an argument of the call: a hook, see
+capture.py.
 """
 
 from __future__ import annotations
@@ -15,8 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.models.capture import Slot, Watch
-from datasetdm_fast.models.layers import Convolution, GroupNorm, LayerNorm, Linear, Resnet, Upsample, Weights, frozen, image, join_heads, split_heads, tokens
+from datasetdm_fast.models.capture import CaptureHook, Slot
+from datasetdm_fast.models.layers import (
+    Convolution,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    Resnet,
+    Upsample,
+    Weights,
+    frozen,
+    image,
+    join_heads,
+    split_heads,
+    tokens,
+)
 from datasetdm_fast.stages import heads_per_block
 
 TRANSFORMER_EPS = 1e-6
@@ -33,33 +47,56 @@ def _resnet_places(unet: Weights, count: int) -> list[Weights]:
 
 def _transformer_places(unet: Weights, count: int) -> list[tuple[Weights, int]]:
     """Every transformer in the order of the forward pass, with the depth of its block."""
-    down = [(unet / "down_blocks" / depth / "attentions" / i, depth) for depth in range(DEPTHS - 1) for i in range(count)]
+    down = [
+        (unet / "down_blocks" / depth / "attentions" / i, depth) for depth in range(DEPTHS - 1) for i in range(count)
+    ]
     middle = [(unet / "mid_block" / "attentions" / 0, DEPTHS - 1)]
-    return [*down, *middle, *((unet / "up_blocks" / k / "attentions" / i, DEPTHS - 1 - k) for k in range(1, DEPTHS) for i in range(count + 1))]
+    return [
+        *down,
+        *middle,
+        *(
+            (unet / "up_blocks" / k / "attentions" / i, DEPTHS - 1 - k)
+            for k in range(1, DEPTHS)
+            for i in range(count + 1)
+        ),
+    ]
 
 
 class TimeTable(nn.Module):
-    """What a timestep adds in every resnet: the biases of their first convolutions, end to end [sum of channels]. Kept in fp32."""
+    """What a timestep adds in every resnet: the biases of their first convolutions, end to end [sum of channels]. Kept
+    in fp32.
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__()
         config, weights = module.config, Weights(module.state_dict())
         places = _resnet_places(weights, config.layers_per_block)
-        self.channels, self.is_flipped, self.shift = config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
-        self.first, self.second = Linear(weights / "time_embedding" / "linear_1"), Linear(weights / "time_embedding" / "linear_2")
+        self.channels, self.is_flipped, self.shift = (
+            config.block_out_channels[0],
+            config.flip_sin_to_cos,
+            config.freq_shift,
+        )
+        self.first, self.second = (
+            Linear(weights / "time_embedding" / "linear_1"),
+            Linear(weights / "time_embedding" / "linear_2"),
+        )
         self.rest = Linear(*(place / "time_emb_proj" for place in places))
         self.rest.bias = frozen(self.rest.bias + torch.cat([place["conv1.bias"] for place in places]))
 
     def forward(self, timestep: Tensor) -> Tensor:
         half = self.channels // 2
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - self.shift)
+        exponent = (
+            -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - self.shift)
+        )
         angles = timestep * exponent.exp()
         waves = torch.cat([angles.cos(), angles.sin()] if self.is_flipped else [angles.sin(), angles.cos()])
         return self.rest(F.silu(self.second(F.silu(self.first(waves)))))
 
 
 class TextTable(nn.Module):
-    """Keys and values [2, N, heads, T, d] of every cross-attention layer for the texts [N, T, D], all layers in one product."""
+    """Keys and values [2, N, heads, T, d] of every cross-attention layer for the texts [N, T, D], all layers in one
+    product.
+    """
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -73,7 +110,10 @@ class TextTable(nn.Module):
 
     def forward(self, text: Tensor) -> tuple[Tensor, ...]:
         parts = self.packed(text).split(self.widths, -1)
-        return tuple(part.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).contiguous() for part, heads in zip(parts, self.heads))
+        return tuple(
+            part.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+            for part, heads in zip(parts, self.heads)
+        )
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -86,7 +126,16 @@ def doubled(x: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    def __init__(self, weights: Weights, groups: int, heads: int, feature: Slot | None, layer: Slot, ops: SimpleNamespace, spread=unchanged):
+    def __init__(
+        self,
+        weights: Weights,
+        groups: int,
+        heads: int,
+        feature: Slot | None,
+        layer: Slot,
+        ops: SimpleNamespace,
+        spread=unchanged,
+    ):
         super().__init__()
         block = weights / "transformer_blocks" / 0
         itself, text = block / "attn1", block / "attn2"
@@ -95,31 +144,39 @@ class Transformer(nn.Module):
         self.norm = GroupNorm(weights / "norm", groups, TRANSFORMER_EPS, ops, has_silu=False)
         self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
         self.norm1, self.norm2, self.norm3 = (LayerNorm(block / f"norm{k}", LAYER_EPS, ops) for k in (1, 2, 3))
-        self.self_qkv, self.self_out = Linear(itself / "to_q", itself / "to_k", itself / "to_v"), Linear(itself / "to_out" / 0)
+        self.self_qkv, self.self_out = (
+            Linear(itself / "to_q", itself / "to_k", itself / "to_v"),
+            Linear(itself / "to_out" / 0),
+        )
         self.text_q, self.text_out = Linear(text / "to_q"), Linear(text / "to_out" / 0)
         self.wide, self.narrow = Linear(block / "ff" / "net" / 0 / "proj"), Linear(block / "ff" / "net" / 2)
 
-    def forward(self, x: Tensor, text: Tensor, watch: Watch) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, hook: CaptureHook) -> Tensor:
         h = self.entry(tokens(self.norm(x)))
         q, k, v = split_heads(self.self_qkv(self.norm1(h)), 3, self.heads)
         h = self.self_out(join_heads(self.ops.attention(q, k, v))).add_(h)
         (q,) = split_heads(self.text_q(self.norm2(h)), 1, self.heads)
         x, h, q = self.spread(x), self.spread(h), self.spread(q)
         k, v = text
-        h = self.text_out(join_heads(watch.attend(self.layer, q, k, v))).add_(h)
+        h = self.text_out(join_heads(hook.attend(self.layer, q, k, v))).add_(h)
         h = self.narrow(self.ops.geglu(self.wide(self.norm3(h)))).add_(h)
         x = image(self.exit(h), *x.shape[-2:]).add_(x)
-        watch.feature(self.feature, x)
+        hook.feature(self.feature, x)
         return x
 
 
-class Plan:
+class CapturePlan:
     """Where the blocks of one UNet lie: depth 0 is the highest level, 3 the lowest."""
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         config = module.config
         self.weights, self.ops = Weights(module.state_dict()), ops
-        self.count, self.groups, self.eps, self.heads = config.layers_per_block, config.norm_num_groups, config.norm_eps, heads_per_block(config)
+        self.count, self.groups, self.eps, self.heads = (
+            config.layers_per_block,
+            config.norm_num_groups,
+            config.norm_eps,
+            heads_per_block(config),
+        )
 
     def feature(self, depth: int, place: int) -> Slot:
         """Per level: the entry, the down blocks, the middle block or the upsampler, then the up blocks."""
@@ -134,7 +191,7 @@ class Plan:
 
 
 class Down(nn.Module):
-    def __init__(self, plan: Plan, depth: int):
+    def __init__(self, plan: CapturePlan, depth: int):
         super().__init__()
         weights, count = plan.weights / "down_blocks" / depth, plan.count
         self.resnets = nn.ModuleList(plan.resnet(weights / "resnets" / i) for i in range(count))
@@ -142,70 +199,86 @@ class Down(nn.Module):
         self.transformers, self.shrink = nn.ModuleList(), None
         if depth < DEPTHS - 1:
             spreads = [doubled if depth == i == 0 else unchanged for i in range(count)]
-            self.transformers.extend(plan.transformer(weights / "attentions" / i, depth, 1 + i, count + 1 + i, spread) for i, spread in enumerate(spreads))
-            self.shrink, self.entry = Convolution(weights / "downsamplers" / 0 / "conv", stride=2), plan.feature(depth + 1, 0)
+            self.transformers.extend(
+                plan.transformer(weights / "attentions" / i, depth, 1 + i, count + 1 + i, spread)
+                for i, spread in enumerate(spreads)
+            )
+            self.shrink, self.entry = (
+                Convolution(weights / "downsamplers" / 0 / "conv", stride=2),
+                plan.feature(depth + 1, 0),
+            )
 
-    def forward(self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], watch: Watch) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
+    ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, next(time))
             if self.shrink is None:
-                watch.feature(self.features[i], x)
+                hook.feature(self.features[i], x)
             else:
-                x = self.transformers[i](x, next(text), watch)
+                x = self.transformers[i](x, next(text), hook)
             skips.append(x)
         if self.shrink is not None:
             x = self.shrink(x)
-            watch.feature(self.entry, x)
+            hook.feature(self.entry, x)
             skips.append(x)
         return x
 
 
 class Middle(nn.Module):
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: CapturePlan):
         super().__init__()
         weights = plan.weights / "mid_block"
         self.first, self.last = plan.resnet(weights / "resnets" / 0), plan.resnet(weights / "resnets" / 1)
         self.slot = plan.feature(DEPTHS - 1, 1 + plan.count)
-        self.transformer = plan.transformer(weights / "attentions" / 0, DEPTHS - 1, None, 0)  # the level reads the block's own output
+        self.transformer = plan.transformer(
+            weights / "attentions" / 0, DEPTHS - 1, None, 0
+        )  # the level reads the block's own output
 
-    def forward(self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], watch: Watch) -> Tensor:
-        x = self.transformer(self.first(x, next(time)), next(text), watch)
+    def forward(self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], hook: CaptureHook) -> Tensor:
+        x = self.transformer(self.first(x, next(time)), next(text), hook)
         x = self.last(x, next(time))
-        watch.feature(self.slot, x)
+        hook.feature(self.slot, x)
         return x
 
 
 class Up(nn.Module):
-    def __init__(self, plan: Plan, depth: int):
+    def __init__(self, plan: CapturePlan, depth: int):
         super().__init__()
         weights, count = plan.weights / "up_blocks" / (DEPTHS - 1 - depth), plan.count
         self.resnets = nn.ModuleList(plan.resnet(weights / "resnets" / i) for i in range(count + 1))
         self.features = [plan.feature(depth, 2 + count + i) for i in range(count + 1)]
         self.transformers, self.grow = nn.ModuleList(), None
         if depth < DEPTHS - 1:
-            self.transformers.extend(plan.transformer(weights / "attentions" / i, depth, 2 + count + i, i) for i in range(count + 1))
+            self.transformers.extend(
+                plan.transformer(weights / "attentions" / i, depth, 2 + count + i, i) for i in range(count + 1)
+            )
         if depth:
             self.grow, self.grown = Upsample(weights / "upsamplers" / 0 / "conv"), plan.feature(depth - 1, 1 + count)
 
-    def forward(self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], watch: Watch) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
+    ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], 1), next(time))
             if self.transformers:
-                x = self.transformers[i](x, next(text), watch)
+                x = self.transformers[i](x, next(text), hook)
             else:
-                watch.feature(self.features[i], x)
+                hook.feature(self.features[i], x)
         if self.grow is not None:
             x = self.grow(x)
-            watch.feature(self.grown, x)
+            hook.feature(self.grown, x)
         return x
 
 
 class UNet(nn.Module):
-    """UNet output [2B, 4, h, w] for latents [B, 4, h, w], a row of TimeTable and what TextTable says of the texts [2B, T, D]."""
+    """UNet output [2B, 4, h, w] for latents [B, 4, h, w], a row of TimeTable and what TextTable says of the texts [2B,
+    T, D].
+    """
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()
-        plan = Plan(module, ops)
+        plan = CapturePlan(module, ops)
         self.widths = [len(place["conv1.bias"]) for place in _resnet_places(plan.weights, plan.count)]
         self.conv_in, self.entry = Convolution(plan.weights / "conv_in"), plan.feature(0, 0)
         self.down = nn.ModuleList(Down(plan, depth) for depth in range(DEPTHS))
@@ -214,14 +287,14 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(plan.weights / "conv_norm_out", plan.groups, plan.eps, ops)
         self.conv_out = Convolution(plan.weights / "conv_out")
 
-    def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], watch: Watch) -> Tensor:
+    def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
         time, text = iter(biases.split(self.widths)), iter(text)
         x = self.conv_in(latents)
         skips = [doubled(x)]
-        watch.feature(self.entry, skips[0])
+        hook.feature(self.entry, skips[0])
         for block in self.down:
-            x = block(x, time, text, skips, watch)
-        x = self.middle(x, time, text, watch)
+            x = block(x, time, text, skips, hook)
+        x = self.middle(x, time, text, hook)
         for block in self.up:
-            x = block(x, time, text, skips, watch)
+            x = block(x, time, text, skips, hook)
         return self.conv_out(self.norm_out(x))

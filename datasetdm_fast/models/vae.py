@@ -7,12 +7,24 @@ from types import SimpleNamespace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.models.layers import Convolution, GroupNorm, Linear, Pointwise, Resnet, Upsample, Weights, image, join_heads, split_heads, tokens
+from datasetdm_fast.models.layers import (
+    Convolution,
+    GroupNorm,
+    Linear,
+    Pointwise,
+    Resnet,
+    Upsample,
+    Weights,
+    image,
+    join_heads,
+    split_heads,
+    tokens,
+)
 
 EPS = 1e-6
 
 
-class Attention(nn.Module):
+class SpatialAttention(nn.Module):
     """Self-attention of one head over all cells."""
 
     def __init__(self, weights: Weights, groups: int, ops: SimpleNamespace):
@@ -44,7 +56,9 @@ def _resnets(weights: Weights, groups: int, ops: SimpleNamespace) -> list[Resnet
 
 def _middle(weights: Weights, groups: int, ops: SimpleNamespace) -> list[nn.Module]:
     first, last = _resnets(weights, groups, ops)
-    attention = [Attention(weights / "attentions" / 0, groups, ops)] if "attentions.0.to_q.weight" in weights else []
+    attention = (
+        [SpatialAttention(weights / "attentions" / 0, groups, ops)] if "attentions.0.to_q.weight" in weights else []
+    )
     return [first, *attention, last]
 
 
@@ -67,7 +81,11 @@ class ImageDecoder(nn.Module):
             place = weights / "up_blocks" / k / "upsamplers" / 0 / "conv"
             blocks += [Upsample(place)] if "weight" in place else []
         self.layers = nn.Sequential(
-            *entry, Convolution(weights / "conv_in"), *_middle(weights / "mid_block", groups, ops), *blocks, *_ending(weights, groups, ops)
+            *entry,
+            Convolution(weights / "conv_in"),
+            *_middle(weights / "mid_block", groups, ops),
+            *blocks,
+            *_ending(weights, groups, ops),
         )
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -88,7 +106,11 @@ class ImageEncoder(nn.Module):
             blocks += [Downsample(place)] if "weight" in place else []
         exit_ = [Convolution(state / "quant_conv", padding=0)] if "quant_conv.weight" in state else []
         self.layers = nn.Sequential(
-            Convolution(weights / "conv_in"), *blocks, *_middle(weights / "mid_block", groups, ops), *_ending(weights, groups, ops), *exit_
+            Convolution(weights / "conv_in"),
+            *blocks,
+            *_middle(weights / "mid_block", groups, ops),
+            *_ending(weights, groups, ops),
+            *exit_,
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ from datasetdm_fast.readers.vkitti2 import VirtualKitti
 from datasetdm_fast.readers.voc import Voc
 from datasetdm_fast.readers.yolo import Yolo
 from datasetdm_fast.truth import reading
-from datasetdm_fast.truth.labelled import Labelled, Source
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 from datasetdm_fast.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, selected
 
-__all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "Source", "open_data"]
+__all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "LabelledSource", "open_data"]
 
 # kind -> reader(path, split, size, tasks); `demo` alone has no path
 READERS = {
@@ -45,14 +45,23 @@ READERS = {
 ADDRESS = "KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED"
 
 
-def open_data(spec: str, size: int, *, tasks: Sequence[str] = (), selection: Selection = EVERYTHING, skip_bad: bool = False, framing: str = "fit") -> Source:
-    """The data set a KIND:PATH[SPLIT] address names, its images at size x size pixels; the split is train where none is named.
+def open_data(
+    spec: str,
+    size: int,
+    *,
+    tasks: Sequence[str] = (),
+    selection: Selection = EVERYTHING,
+    skip_bad: bool = False,
+    framing: str = "fit",
+) -> LabelledSource:
+    """The data set a KIND:PATH[SPLIT] address names, its images at size x size pixels; the split is train where none is
+    named.
 
     `tasks` are those whose truth is wanted, all that the data set has where none is named.
     """
     kind, _, rest = spec.partition(":")
     if kind == "demo":
-        source: Source = demo.read(rest, size)
+        source: LabelledSource = demo.read(rest, size)
     elif kind in READERS:
         match = re.fullmatch(r"(.+?)(?:\[([\w.,-]+)\])?", rest, re.DOTALL)
         if not match:
@@ -72,10 +81,16 @@ def open_data(spec: str, size: int, *, tasks: Sequence[str] = (), selection: Sel
             raise
     else:
         known = ("demo", *READERS)
-        raise Refused(f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}", f"Expected {ADDRESS}; kinds: {', '.join(known)}.")
+        raise Refused(
+            f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}",
+            f"Expected {ADDRESS}; kinds: {', '.join(known)}.",
+        )
     if absent := [task for task in tasks if task in TASKS and task not in source.tasks]:
         raise Refused(f"--data {spec}: no truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
     if not len(source):
-        raise Refused(f"--data {spec}: no image has truth for {', '.join(tasks or source.tasks)}", "Name other data, or another task.")
+        raise Refused(
+            f"--data {spec}: no image has truth for {', '.join(tasks or source.tasks)}",
+            "Name other data, or another task.",
+        )
     source.skip_bad, source.framing = skip_bad, framing
     return selected(source, selection)

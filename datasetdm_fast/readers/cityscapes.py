@@ -12,16 +12,34 @@ from datasetdm_fast.truth.labelled import IGNORED, Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
 CITYSCAPES_CLASSES = (
-    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider"),
+    *(
+        "road",
+        "sidewalk",
+        "building",
+        "wall",
+        "fence",
+        "pole",
+        "traffic light",
+        "traffic sign",
+        "vegetation",
+        "terrain",
+        "sky",
+        "person",
+        "rider",
+    ),
     *("car", "truck", "bus", "train", "motorcycle", "bicycle"),
 )
-TRAIN_IDS = dict(zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19)))  # label id -> train id
+TRAIN_IDS = dict(
+    zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19))
+)  # label id -> train id
 MOST_LABELS = 34  # label ids 0 to 33, and -1 for number plates, which a PNG cannot hold
 FIRST_THING = 11
 
 
 class Cityscapes(PictureSource):
-    """Label maps by train id, or by label id where only the download itself is there; instances where instanceIds are."""
+    """Label maps by train id, or by label id where only the download itself is there; instances where instanceIds
+    are.
+    """
 
     classes = CITYSCAPES_CLASSES
     thing_classes = CITYSCAPES_CLASSES[FIRST_THING:]

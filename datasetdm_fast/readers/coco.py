@@ -1,4 +1,6 @@
-"""coco:PATH[SPLIT]: COCO's instances and keypoints; only places in the annotation files are held, an image's annotations are read when it is."""
+"""coco:PATH[SPLIT]: COCO's instances and keypoints; only places in the annotation files are held, an image's
+annotations are read when it is.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Annotations:
                     documents.check_form(value, IMAGE_FORM)
                     if value["id"] in self.images:
                         raise ValueError(f"the id {value['id']} is there twice")
-                    self.images[value["id"]] = {name: value[name] for name in ("file_name", "coco_url", "height", "width") if name in value}
+                    self.images[value["id"]] = {
+                        name: value[name] for name in ("file_name", "coco_url", "height", "width") if name in value
+                    }
                 elif key == "categories":
                     self._add_category(value)
                 elif key == "annotations":
@@ -50,7 +54,10 @@ class Annotations:
                     documents.check_form(value.get("area", 0), float, "area")
                     if not all(-(2**63) <= value[name] < 2**63 for name in ANNOTATION_FORM):
                         raise ValueError("an id of more than 64 bits")
-                    for name, number in zip(rows, (value["id"], value["image_id"], value["category_id"], start, end, _joints_in_sight(value))):
+                    for name, number in zip(
+                        rows,
+                        (value["id"], value["image_id"], value["category_id"], start, end, _joints_in_sight(value)),
+                    ):
                         rows[name].append(number)
                     areas.append(value.get("area", 0))
                     crowds.append(bool(value.get("iscrowd")))
@@ -59,7 +66,10 @@ class Annotations:
         for what, there in (("images", self.images), ("categories", self.categories), ("annotations", areas)):
             if not there:
                 raise reading.bad(path, f"no {what} in it")
-        self.rows = {name: np.frombuffer(column, np.int64) if len(column) else np.zeros(0, np.int64) for name, column in rows.items()}
+        self.rows = {
+            name: np.frombuffer(column, np.int64) if len(column) else np.zeros(0, np.int64)
+            for name, column in rows.items()
+        }
         self.areas, self.crowds = np.array(areas), np.array(crowds, bool)
         self.order = np.argsort(self.rows["image"], kind="stable")
         self.sorted_images = self.rows["image"][self.order]
@@ -68,27 +78,36 @@ class Annotations:
     def _add_category(self, value: Any) -> None:
         documents.check_form(value, {"id": int, "name": str})
         if value["id"] in self.categories or value["name"] in self.categories.values():
-            raise ValueError(f"the category {documents.shown(value['name'])} is there twice")
+            raise ValueError(f"the category {documents.quoted(value['name'])} is there twice")
         self.categories[value["id"]] = value["name"]
         if "keypoints" in value:
             documents.check_form(value["keypoints"], [str], "keypoints")
             self.joints = tuple(value["keypoints"])
 
     def _check_ids(self) -> None:
-        """Annotations of unknown categories make their image bad; those of unknown images, or with the id of another, have none to make bad."""
+        """Annotations of unknown categories make their image bad; those of unknown images, or with the id of another,
+        have none to make bad.
+        """
         ids = np.sort(self.rows["id"])
         if len(twice := ids[1:][ids[1:] == ids[:-1]]):
             raise reading.bad(self.path, f"the annotation id {twice[0]} is there twice")
         known = np.isin(self.rows["category"], list(self.categories))
         for row in np.flatnonzero(~known):
-            self.bad[int(self.rows["image"][row])] = f"annotation {self.rows['id'][row]} has the unknown category {self.rows['category'][row]}"
+            self.bad[int(self.rows["image"][row])] = (
+                f"annotation {self.rows['id'][row]} has the unknown category {self.rows['category'][row]}"
+            )
         stray = np.flatnonzero(~np.isin(self.rows["image"], list(self.images)))
         if len(stray):
-            raise reading.bad(self.path, f"annotation {self.rows['id'][stray[0]]} is of the unknown image {self.rows['image'][stray[0]]}")
+            raise reading.bad(
+                self.path,
+                f"annotation {self.rows['id'][stray[0]]} is of the unknown image {self.rows['image'][stray[0]]}",
+            )
 
     def of(self, image: int) -> np.ndarray:
         """The rows of an image's annotations, in the file's order."""
-        return self.order[np.searchsorted(self.sorted_images, image) : np.searchsorted(self.sorted_images, image, "right")]
+        return self.order[
+            np.searchsorted(self.sorted_images, image) : np.searchsorted(self.sorted_images, image, "right")
+        ]
 
     def read(self, row: int) -> dict[str, Any]:
         return self.stream.at(int(self.rows["start"][row]), int(self.rows["end"][row]))
@@ -97,7 +116,8 @@ class Annotations:
 class Coco(PictureSource):
     """instances_SPLIT2017.json and person_keypoints_SPLIT2017.json in annotations, images in SPLIT2017.
 
-    Asked for pose alone, each item is one person in the middle of a square, as pose decoders are taught; otherwise it is an image.
+    Asked for pose alone, each item is one person in the middle of a square, as pose decoders are taught; otherwise it
+    is an image.
     """
 
     joints = COCO_JOINTS
@@ -114,7 +134,12 @@ class Coco(PictureSource):
         if is_pose_alone and not has_persons:
             reading.first_there(persons)
         self.folder = reading.first_there(path / stem, path / "images" / stem, path / "images")
-        self._open(Annotations(reading.first_there(things)) if has_things else None, Annotations(persons) if has_persons else None, size, is_pose_alone)
+        self._open(
+            Annotations(reading.first_there(things)) if has_things else None,
+            Annotations(persons) if has_persons else None,
+            size,
+            is_pose_alone,
+        )
 
     def _open(self, things: Annotations | None, persons: Annotations | None, size: int, is_pose_alone: bool) -> None:
         self.things, self.persons, self.is_pose_alone = things, persons, is_pose_alone
@@ -160,7 +185,11 @@ class Coco(PictureSource):
                 raise reading.bad(source.path, source.bad[image])
         pixels = reading.colour_image(path, reading.as_said((said["width"], said["height"])))
         if pixels.shape[:2] != (said["height"], said["width"]):
-            raise reading.bad(path, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but {first.path.name} says {said['width']} x {said['height']}")
+            raise reading.bad(
+                path,
+                f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but {first.path.name} says {said['width']} x "
+                f"{said['height']}",
+            )
         fields: dict[str, Any] = {"caption": reading.photo_of(["person"])}
         if self.things:
             fields |= self._things(image, pixels.shape[:2])
@@ -177,7 +206,9 @@ class Coco(PictureSource):
             try:
                 make = _mask_maker(value.get("segmentation"), shape)
             except ValueError as error:
-                raise reading.bad(self.things.path, f"annotation {self.things.rows['id'][row]}: {str(error).splitlines()[0]}") from error
+                raise reading.bad(
+                    self.things.path, f"annotation {self.things.rows['id'][row]}: {str(error).splitlines()[0]}"
+                ) from error
             which = ("crowds", "crowd_classes") if self.things.crowds[row] else ("masks", "mask_classes")
             found[which[0]].append(make)
             found[which[1]].append(kind)
@@ -193,9 +224,16 @@ class Coco(PictureSource):
             try:
                 documents.check_form(value, {"keypoints": [float], "bbox": [float]})
                 if len(value["keypoints"]) != 3 * len(self.joints) or len(value["bbox"]) != 4:
-                    raise ValueError(f"{len(value['keypoints'])} numbers for {len(self.joints)} joints, {len(value['bbox'])} for a box")
+                    raise ValueError(
+                        f"{len(value['keypoints'])} numbers for {len(self.joints)} joints, {len(value['bbox'])} for "
+                        "a box"
+                    )
                 joints = np.array(value["keypoints"], np.float64).reshape(-1, 3)
-                if not np.isin(joints[:, 2], (0, 1, 2)).all() or np.abs(joints).max() > 1e6 or np.abs(value["bbox"]).max() > 1e6:
+                if (
+                    not np.isin(joints[:, 2], (0, 1, 2)).all()
+                    or np.abs(joints).max() > 1e6
+                    or np.abs(value["bbox"]).max() > 1e6
+                ):
                     raise ValueError("a joint or box out of range")
             except ValueError as error:
                 raise reading.bad(self.persons.path, f"annotation {self.persons.rows['id'][row]}: {error}") from error
@@ -223,7 +261,9 @@ class Coco(PictureSource):
         return found
 
     def is_centred(self, record: int) -> bool:
-        """Whether the mean of the visible joints lies near the middle of the box, nearer the more of them are seen (the rule of COCO pose training)."""
+        """Whether the mean of the visible joints lies near the middle of the box, nearer the more of them are seen (the
+        rule of COCO pose training).
+        """
         if self.people is None:
             return True
         found = self._joints([self.people[record]])
@@ -247,17 +287,23 @@ def _mask_maker(segmentation: Any, shape: tuple[int, int]):
     """What makes the mask of a polygon list or a run-length string that was checked to fit the image."""
     if isinstance(segmentation, dict):
         if segmentation.get("size") != list(shape):
-            raise ValueError(f"an RLE of size {documents.shown(segmentation.get('size'))}, but its image has {list(shape)}")
+            raise ValueError(
+                f"an RLE of size {documents.quoted(segmentation.get('size'))}, but its image has {list(shape)}"
+            )
         mask_rle.run_lengths(segmentation)
         return partial(mask_rle.decode, segmentation)
     if not isinstance(segmentation, list) or not segmentation:
         raise ValueError("no segmentation")
     documents.check_form(segmentation, [[float]], "segmentation")
-    if sum(map(len, segmentation)) > 2 * MOST_CORNERS or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+    if sum(map(len, segmentation)) > 2 * MOST_CORNERS or any(
+        len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation
+    ):
         raise ValueError("a polygon of fewer than three corners, of half a corner or of too many")
     height, width = shape
     for polygon in segmentation:
-        if not all(-width <= x <= 2 * width for x in polygon[::2]) or not all(-height <= y <= 2 * height for y in polygon[1::2]):
+        if not all(-width <= x <= 2 * width for x in polygon[::2]) or not all(
+            -height <= y <= 2 * height for y in polygon[1::2]
+        ):
             raise ValueError("a polygon far outside its image")
     return partial(rasterised, segmentation, shape)
 

@@ -12,7 +12,23 @@ from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
 DEEPFASHION_CLASSES = (
-    *("background", "top", "outer", "skirt", "dress", "pants", "leggings", "headwear", "eyeglass", "neckwear", "belt", "footwear", "bag", "hair", "face"),
+    *(
+        "background",
+        "top",
+        "outer",
+        "skirt",
+        "dress",
+        "pants",
+        "leggings",
+        "headwear",
+        "eyeglass",
+        "neckwear",
+        "belt",
+        "footwear",
+        "bag",
+        "hair",
+        "face",
+    ),
     *("skin", "ring", "wrist wearing", "socks", "gloves", "necklace", "rompers", "earrings", "tie"),
 )
 

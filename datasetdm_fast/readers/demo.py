@@ -9,10 +9,10 @@ import numpy as np
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.scenes import world
-from datasetdm_fast.truth.labelled import Labelled, Source
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 
-class DemoWorld(Source):
+class DemoWorld(LabelledSource):
     classes = world.CLASSES
     thing_classes = world.THINGS
     joints = world.JOINTS
@@ -31,7 +31,9 @@ class DemoWorld(Source):
         """A scene drawn at the model's size: there is nothing to crop, whatever the seed."""
         view = world.view(self.first + record, self.size)
         present = [k for k in np.unique(view.instance) if k]
-        masks = np.stack([view.instance == k for k in present]) if present else np.zeros((0, self.size, self.size), bool)
+        masks = (
+            np.stack([view.instance == k for k in present]) if present else np.zeros((0, self.size, self.size), bool)
+        )
         people = [k for k in view.keypoints if (view.keypoints[k][:, 2] > 0).any() and k in present]
         boxes, areas = [_box(view.instance == k) for k in people], [int((view.instance == k).sum()) for k in people]
         return Labelled(
@@ -42,7 +44,9 @@ class DemoWorld(Source):
             masks=masks,
             mask_classes=np.array([world.THINGS.index(view.scene.things[k - 1].kind) for k in present], np.int64),
             depth=view.depth,
-            keypoints=np.stack([view.keypoints[k] for k in people]).astype(np.float32) if people else np.zeros((0, len(world.JOINTS), 3), np.float32),
+            keypoints=np.stack([view.keypoints[k] for k in people]).astype(np.float32)
+            if people
+            else np.zeros((0, len(world.JOINTS), 3), np.float32),
             keypoint_boxes=np.array(boxes, np.float32).reshape(-1, 4),
             keypoint_areas=np.array(areas, np.float32),
         )
@@ -50,7 +54,9 @@ class DemoWorld(Source):
     def areas(self, record: int) -> dict[str, int]:
         view = world.view(self.first + record, self.size)
         found: dict[str, int] = {}
-        for thing, pixels in zip(view.scene.things, np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:]):
+        for thing, pixels in zip(
+            view.scene.things, np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:]
+        ):
             if pixels:
                 found[thing.kind] = max(found.get(thing.kind, 0), int(pixels))
         return found

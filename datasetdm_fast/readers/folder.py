@@ -1,4 +1,6 @@
-"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both, sub-folders alike; classes.txt names the masks' numbers."""
+"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both, sub-folders alike;
+classes.txt names the masks' numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from datasetdm_fast.truth.pictures import PictureSource
 
 
 class Folder(PictureSource):
-    """images, masks or semantic, depth; a split is a sub-folder of PATH. captions.json, {ID: text}, and max_depth.txt, metres, may lie beside them."""
+    """images, masks or semantic, depth; a split is a sub-folder of PATH. captions.json, {ID: text}, and max_depth.txt,
+    metres, may lie beside them.
+    """
 
     rule = framing.RULES["voc"]
 
@@ -34,8 +38,12 @@ class Folder(PictureSource):
         if has_maps:
             self.classes = reading.class_file(reading.first_there(path / "classes.txt", path.parent / "classes.txt"))
             if len(self.classes) > IGNORED:
-                raise reading.bad(path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}")
-            self.thing_classes = tuple(name for k, name in enumerate(self.classes) if k or name not in ("background", "none"))
+                raise reading.bad(
+                    path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}"
+                )
+            self.thing_classes = tuple(
+                name for k, name in enumerate(self.classes) if k or name not in ("background", "none")
+            )
         if has_depth:
             self.max_depth = _metres(path / "max_depth.txt")
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
@@ -48,12 +56,20 @@ class Folder(PictureSource):
 
     def picture(self, record: int) -> Picture:
         path, name = self.images[record], self.ids[record]
-        image = reading.colour_image(path, reading.as_its_labels((self.maps if self.classes else self.depths) / f"{name}.png"))
+        image = reading.colour_image(
+            path, reading.as_its_labels((self.maps if self.classes else self.depths) / f"{name}.png")
+        )
         labels = reading.label_map(self.maps / f"{name}.png", image.shape, self.classes) if self.classes else None
-        depth = reading.depth_map(self.depths / f"{name}.png", image.shape, 1000, self.max_depth) if self.max_depth else None
+        depth = (
+            reading.depth_map(self.depths / f"{name}.png", image.shape, 1000, self.max_depth)
+            if self.max_depth
+            else None
+        )
         caption = self.captions.get(name)
         if caption is None:
-            caption = reading.photo_of([name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)])
+            caption = reading.photo_of(
+                [name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)]
+            )
         if not isinstance(caption, str):
             raise reading.bad(self.path / "captions.json", f"the caption of {name} is no text")
         return Picture(name, image, caption, labels, depth=depth)

@@ -1,4 +1,6 @@
-"""hf:PATH[SPLIT]: a folder that Hugging Face's `datasets` saved (save_to_disk), with an image and a label map, a depth map or both in each row."""
+"""hf:PATH[SPLIT]: a folder that Hugging Face's `datasets` saved (save_to_disk), with an image and a label map, a depth
+map or both in each row.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ COLUMNS = {
 
 
 class HuggingFace(PictureSource):
-    """Columns by their usual names; id2label.json in the folder, {"0": name, ...}, says what the label map's numbers mean."""
+    """Columns by their usual names; id2label.json in the folder, {"0": name, ...}, says what the label map's numbers
+    mean.
+    """
 
     rule = framing.RULES["voc"]
 
@@ -31,7 +35,9 @@ class HuggingFace(PictureSource):
         names = self.rows.column_names
         self.columns = {what: next((name for name in known if name in names), None) for what, known in COLUMNS.items()}
         if self.columns["image"] is None or not (self.columns["label"] or self.columns["depth"]):
-            raise reading.bad(path, f"its columns are {documents.plain(', '.join(names))}, expected image and label or depth")
+            raise reading.bad(
+                path, f"its columns are {documents.one_line(', '.join(names))}, expected image and label or depth"
+            )
         import datasets
 
         for column in (self.columns[what] for what in ("image", "label", "depth")):
@@ -40,9 +46,14 @@ class HuggingFace(PictureSource):
                 self.rows = self.rows.cast_column(column, datasets.Image(decode=False))
         if self.columns["label"]:
             self.classes = _classes(path / "id2label.json")
-            self.thing_classes = tuple(name for k, name in enumerate(self.classes) if k or name not in ("background", "none"))
+            self.thing_classes = tuple(
+                name for k, name in enumerate(self.classes) if k or name not in ("background", "none")
+            )
         self.max_depth = 10.0 if self.columns["depth"] else 0.0
-        self.tasks = (*(("semantic", "open-vocabulary") if self.classes else ()), *(("depth",) if self.max_depth else ()))
+        self.tasks = (
+            *(("semantic", "open-vocabulary") if self.classes else ()),
+            *(("depth",) if self.max_depth else ()),
+        )
         super().__init__(size, len(self.rows))
 
     def name(self, record: int) -> str:
@@ -66,7 +77,9 @@ class HuggingFace(PictureSource):
             depth = np.where(np.isfinite(metres) & (metres > 0) & (metres <= self.max_depth), metres, 0)
         caption = row[self.columns["caption"]] if self.columns["caption"] else None
         if caption is None:
-            caption = reading.photo_of([name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)])
+            caption = reading.photo_of(
+                [name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)]
+            )
         if not isinstance(caption, str):
             raise reading.bad(self.name(record), "its caption is no text")
         return Picture(f"{record:08d}", image, caption, labels, depth=depth)
@@ -76,7 +89,9 @@ class HuggingFace(PictureSource):
         if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
             raise reading.bad(self.name(record), f"no picture in the column {self.columns[what]}")
         name = f"{self.name(record)}, {self.columns[what]}"
-        image = images.decode_image(value["bytes"], name) if value.get("bytes") else images.read_image(Path(value["path"]))
+        image = (
+            images.decode_image(value["bytes"], name) if value.get("bytes") else images.read_image(Path(value["path"]))
+        )
         reading.check_sides(name, image.size)
         return image
 
@@ -86,7 +101,9 @@ class HuggingFace(PictureSource):
             image = self._image(row, what, record)
             if image.mode not in ("I", "I;16", *(() if what == "depth" else reading.EIGHT_BITS)):
                 wanted = "one number of 16 bits each" if what == "depth" else "one number each"
-                raise reading.bad(self.name(record), f"the pixels of {self.columns[what]} are {image.mode}, expected {wanted}")
+                raise reading.bad(
+                    self.name(record), f"the pixels of {self.columns[what]} are {image.mode}, expected {wanted}"
+                )
             found = np.asarray(image).astype(np.int32)
         else:
             try:
@@ -95,7 +112,9 @@ class HuggingFace(PictureSource):
                 raise reading.bad(self.name(record), f"{self.columns[what]} is no table of numbers") from None
         if found.shape != tuple(shape[:2]):
             size = " x ".join(map(str, found.shape[::-1]))
-            raise reading.bad(self.name(record), f"{self.columns[what]} has {size} pixels, but its image has {shape[1]} x {shape[0]}")
+            raise reading.bad(
+                self.name(record), f"{self.columns[what]} has {size} pixels, but its image has {shape[1]} x {shape[0]}"
+            )
         return found
 
 
@@ -108,7 +127,9 @@ def _opened(path: Path, split: str):
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise Refused(f"{path}: not a folder that `datasets` saved ({type(error).__name__})", "Save it with save_to_disk.") from error
+        raise Refused(
+            f"{path}: not a folder that `datasets` saved ({type(error).__name__})", "Save it with save_to_disk."
+        ) from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise Refused(f"{path}: no split {split!r}", f"It has {', '.join(found)}.")
@@ -120,6 +141,11 @@ def _opened(path: Path, split: str):
 
 def _classes(path: Path) -> tuple[str, ...]:
     found = documents.read_object(path)
-    if not found or set(found) != {str(k) for k in range(len(found))} or not all(isinstance(name, str) for name in found.values()) or len(found) > IGNORED:
+    if (
+        not found
+        or set(found) != {str(k) for k in range(len(found))}
+        or not all(isinstance(name, str) for name in found.values())
+        or len(found) > IGNORED
+    ):
         raise reading.bad(path, "not an object from the numbers 0, 1, 2 ... to class names")
     return tuple(found[str(k)] for k in range(len(found)))

@@ -12,7 +12,9 @@ CAPTION = "a photo of a street"
 
 
 class Kitti(PictureSource):
-    """input, gt_depth and kitti_eigen_SPLIT.txt: image, depth or None, and a focal length a line; lines without depth are left out."""
+    """input, gt_depth and kitti_eigen_SPLIT.txt: image, depth or None, and a focal length a line; lines without depth
+    are left out.
+    """
 
     max_depth = 80.0
     tasks = ("depth",)
@@ -36,5 +38,7 @@ class Kitti(PictureSource):
     def picture(self, record: int) -> Picture:
         said, depth = self.rows[record]
         image = reading.colour_image(reading.inside(self.path / "input", said, self.list))
-        metres = reading.depth_map(reading.inside(self.path / "gt_depth", depth, self.list), image.shape, 256, self.max_depth)
+        metres = reading.depth_map(
+            reading.inside(self.path / "gt_depth", depth, self.list), image.shape, 256, self.max_depth
+        )
         return Picture(said.removesuffix(Path(said).suffix).replace("/", "_"), image, CAPTION, depth=metres)

@@ -9,11 +9,15 @@ from datasetdm_fast.truth import reading
 
 
 class Lvis(Coco):
-    """lvis_v1_SPLIT.json; an image lies where the end of its coco_url says (train2017/000000000009.jpg), below PATH or the folder beside it."""
+    """lvis_v1_SPLIT.json; an image lies where the end of its coco_url says (train2017/000000000009.jpg), below PATH or
+    the folder beside it.
+    """
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
-        annotations = reading.first_there(path / f"lvis_v1_{split}.json", path / "annotations" / f"lvis_v1_{split}.json")
+        annotations = reading.first_there(
+            path / f"lvis_v1_{split}.json", path / "annotations" / f"lvis_v1_{split}.json"
+        )
         self._open(Annotations(annotations), None, size, False)
 
     def image_path(self, image: int) -> Path:

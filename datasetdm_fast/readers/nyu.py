@@ -14,7 +14,9 @@ FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits
 
 
 class Nyu(PictureSource):
-    """train_list.txt and test_list.txt name an image, its depth and a focal length a line; a scene must be of a class of nyu_class_list.json."""
+    """train_list.txt and test_list.txt name an image, its depth and a focal length a line; a scene must be of a class
+    of nyu_class_list.json.
+    """
 
     max_depth = 10.0
     tasks = ("depth",)
@@ -47,8 +49,13 @@ class Nyu(PictureSource):
         said, depth = self.rows[record]
         scene = Path(said).parent.name
         if self.kinds and not any(kind in scene for kind in self.kinds):
-            raise reading.bad(self.list, f"{documents.shown(said)} is of no scene that nyu_class_list.json names")
+            raise reading.bad(self.list, f"{documents.quoted(said)} is of no scene that nyu_class_list.json names")
         image = reading.colour_image(reading.inside(self.folder, said, self.list))
         metres = reading.depth_map(reading.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)
         place = re.sub(r"_\d+\w*$", "", scene).replace("_", " ").strip()
-        return Picture(said.removesuffix(Path(said).suffix).replace("/", "_"), image, f"a photo of a {place or 'room'}", depth=metres)
+        return Picture(
+            said.removesuffix(Path(said).suffix).replace("/", "_"),
+            image,
+            f"a photo of a {place or 'room'}",
+            depth=metres,
+        )

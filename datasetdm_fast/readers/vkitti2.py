@@ -1,4 +1,6 @@
-"""vkitti2:PATH[SCENES]: Virtual KITTI 2, centimetres in 16-bit PNG; SCENES such as Scene01,Scene20, all of them where none is named."""
+"""vkitti2:PATH[SCENES]: Virtual KITTI 2, centimetres in 16-bit PNG; SCENES such as Scene01,Scene20, all of them where
+none is named.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from datasetdm_fast.truth.pictures import PictureSource
 
 
 class VirtualKitti(PictureSource):
-    """Image/Scene*/.../rgb/... beside Depth/Scene*/.../depth/..., or both below one folder; beyond 80 m counts as unknown.
+    """Image/Scene*/.../rgb/... beside Depth/Scene*/.../depth/..., or both below one folder; beyond 80 m counts as
+    unknown.
 
     Metres are the file's centimetres; upstream stretches the sensor's 655 m to its 80 instead.
     """
@@ -26,12 +29,16 @@ class VirtualKitti(PictureSource):
         self.images, self.depths = (path / "Image", path / "Depth") if (path / "Image").is_dir() else (path, path)
         scenes = [] if split == "train" else split.split(",")
         if absent := [scene for scene in scenes if not (self.images / scene).is_dir()]:
-            raise Refused(f"{self.images}: no scene {absent[0]!r}", "Name scenes as their folders are called, or none for all.")
+            raise Refused(
+                f"{self.images}: no scene {absent[0]!r}", "Name scenes as their folders are called, or none for all."
+            )
         found = reading.listing(self.images, ".jpg")
         below = [image.relative_to(self.images) for image in found]
         self.rows = [name for name in below if "rgb" in name.parts and (not scenes or name.parts[0] in scenes)]
         if not self.rows:
-            raise Refused(f"{self.images}: no image below a folder rgb", "Give the folder that holds Scene01, Scene02 and so on.")
+            raise Refused(
+                f"{self.images}: no image below a folder rgb", "Give the folder that holds Scene01, Scene02 and so on."
+            )
         super().__init__(size, len(self.rows))
 
     def name(self, record: int) -> str:

@@ -16,7 +16,9 @@ from datasetdm_fast.truth.selection import VOC_CLASSES
 
 
 class Voc(PictureSource):
-    """JPEGImages, label maps (grey or palette), and for instances SegmentationObject; a file in Annotations must agree with its picture."""
+    """JPEGImages, label maps (grey or palette), and for instances SegmentationObject; a file in Annotations must agree
+    with its picture.
+    """
 
     classes = VOC_CLASSES
     thing_classes = VOC_CLASSES[1:]
@@ -24,14 +26,20 @@ class Voc(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path, self.objects = path, path / "SegmentationObject"
-        lists = [path / "splits" / f"{split}_aug.txt", path / "splits" / f"{split}.txt", path / "ImageSets" / "Segmentation" / f"{split}.txt"]
+        lists = [
+            path / "splits" / f"{split}_aug.txt",
+            path / "splits" / f"{split}.txt",
+            path / "ImageSets" / "Segmentation" / f"{split}.txt",
+        ]
         maps = ["SegmentationClassAug", "SegmentationClass"]
         if "instance" in tasks and self.objects.is_dir():  # only the images of the original set have objects
             lists, maps = lists[::-1], maps[::-1]
         self.list = reading.first_there(*lists)
         self.ids = [_id(line) for line in reading.lines(self.list)]
         if len(set(self.ids)) < len(self.ids):
-            raise reading.bad(self.list, f"{next(name for name, count in Counter(self.ids).items() if count > 1)!r} is there twice")
+            raise reading.bad(
+                self.list, f"{next(name for name, count in Counter(self.ids).items() if count > 1)!r} is there twice"
+            )
         self.maps = reading.first_there(*(path / name for name in maps))
         self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()
         self.tasks = ("semantic", *(("instance",) if self.has_objects else ()), "open-vocabulary")
@@ -71,10 +79,12 @@ class Voc(PictureSource):
         root = documents.read_xml(path)
         said = [(root.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
         if said != [str(shape[1]), str(shape[0])]:
-            raise reading.bad(path, f"says {documents.shown(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}")
+            raise reading.bad(
+                path, f"says {documents.quoted(' x '.join(said))} pixels, but its image has {shape[1]} x {shape[0]}"
+            )
         for thing in root.iterfind("object"):
             if (kind := (thing.findtext("name") or "").strip()) not in self.thing_classes:
-                raise reading.bad(path, f"the unknown class {documents.shown(kind)}")
+                raise reading.bad(path, f"the unknown class {documents.quoted(kind)}")
 
 
 def _id(line: str) -> str:

@@ -1,4 +1,6 @@
-"""yolo-seg:PATH[SPLIT]: images/SPLIT beside labels/SPLIT, a class and a polygon in shares of the image a line, names in data.yaml."""
+"""yolo-seg:PATH[SPLIT]: images/SPLIT beside labels/SPLIT, a class and a polygon in shares of the image a line, names in
+data.yaml.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,13 @@ class Yolo(PictureSource):
         image, labels = reading.colour_image(path, reading.as_shown), self._label(path)
         rows = self._rows(labels, image.shape) if labels.exists() and labels.stat().st_size else []
         caption = reading.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
-        return Picture(path.stem, image, caption, masks=[partial(rasterised, [points], image.shape) for _, points in rows], mask_classes=[k for k, _ in rows])
+        return Picture(
+            path.stem,
+            image,
+            caption,
+            masks=[partial(rasterised, [points], image.shape) for _, points in rows],
+            mask_classes=[k for k, _ in rows],
+        )
 
     def _rows(self, path: Path, shape: tuple[int, ...]) -> list[tuple[int, list[float]]]:
         rows = []
@@ -55,9 +63,13 @@ class Yolo(PictureSource):
             except ValueError:
                 raise reading.bad(path, f"line {number} is not a class and the numbers of a polygon") from None
             if not 0 <= kind < len(self.thing_classes):
-                raise reading.bad(path, f"line {number}: the unknown class {kind}, expected 0 to {len(self.thing_classes) - 1}")
+                raise reading.bad(
+                    path, f"line {number}: the unknown class {kind}, expected 0 to {len(self.thing_classes) - 1}"
+                )
             if len(places) < 6 or len(places) % 2:
-                raise reading.bad(path, f"line {number}: {len(places)} numbers, expected x and y of at least three corners")
+                raise reading.bad(
+                    path, f"line {number}: {len(places)} numbers, expected x and y of at least three corners"
+                )
             if not all(math.isfinite(place) and -0.01 <= place <= 1.01 for place in places):
                 raise reading.bad(path, f"line {number}: a corner outside the image, expected shares of 0 to 1")
             rows.append((kind, [place * shape[1 - k % 2] for k, place in enumerate(places)]))
@@ -69,6 +81,11 @@ def _names(path: Path) -> tuple[str, ...]:
     names = found.get("names") if isinstance(found, dict) else None
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[k] for k in range(len(names))]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) for name in names)
+        or len(set(names)) < len(names)
+    ):
         raise reading.bad(path, "names is no list of different class names")
     return tuple(names)

@@ -21,8 +21,20 @@ from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, check_document, differences, read_document
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 
-FILES = {"semantic": ("semantic", "confidence"), "depth": ("depth",), "open-vocabulary": ("open_vocabulary",)}  # task -> roles of its files
-FOLDERS = ("images", "semantic", "confidence", "depth", "open_vocabulary", "gallery/depth", "state")  # whose every file is ours
+FILES = {
+    "semantic": ("semantic", "confidence"),
+    "depth": ("depth",),
+    "open-vocabulary": ("open_vocabulary",),
+}  # task -> roles of its files
+FOLDERS = (
+    "images",
+    "semantic",
+    "confidence",
+    "depth",
+    "open_vocabulary",
+    "gallery/depth",
+    "state",
+)  # whose every file is ours
 ROUNDING = 0.0015  # of what the ledger rounds to three digits, and of a difference of two such numbers
 
 
@@ -53,14 +65,22 @@ class Report:
 
 
 def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = lambda done, number: None) -> Report:
-    """The report on a run folder, finished or not; nothing in it is changed. `seen` hears how many of how many samples were checked."""
+    """The report on a run folder, finished or not; nothing in it is changed. `seen` hears how many of how many samples
+    were checked.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise Refused(f"{documents.shown(str(folder))}: no such folder", "Name a folder that generate has written.")
+        raise Refused(f"{documents.quoted(str(folder))}: no such folder", "Name a folder that generate has written.")
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
-        raise Refused(f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is no run folder", "Name a folder that generate has written.")
+        raise Refused(
+            f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is no run folder",
+            "Name a folder that generate has written.",
+        )
     if (folder / seal.ELSEWHERE).exists():
-        raise Refused(f"{folder}: its samples are in an object store", f"Copy them here, then audit the copy; {seal.ELSEWHERE} says where they are.")
+        raise Refused(
+            f"{folder}: its samples are in an object store",
+            f"Copy them here, then audit the copy; {seal.ELSEWHERE} says where they are.",
+        )
     findings: list[Finding] = []
     document = _document(folder, findings)
     if document and not any((folder / name).exists() for name in (LEDGER, seal.SEAL)):
@@ -78,7 +98,14 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
             return Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
 
 
-def _audit(folder: Path, document: dict[str, Any] | None, ledger: Ledger, findings: list[Finding], threads: int, seen: Callable[[int, int], None]) -> Report:
+def _audit(
+    folder: Path,
+    document: dict[str, Any] | None,
+    ledger: Ledger,
+    findings: list[Finding],
+    threads: int,
+    seen: Callable[[int, int], None],
+) -> Report:
     findings += [Finding(LEDGER, f"SQLite finds {line}", _restore(folder)) for line in ledger.damage()]
     noted = _noted(folder, ledger, findings)
     if document is None:
@@ -114,7 +141,9 @@ def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
     except (Refused, Missing) as error:
         document, what = None, _told_of(error, folder, DOCUMENT)
     if document is None:
-        findings.append(Finding(DOCUMENT, what, "Restore run.json from a copy; the ledger holds its content under notes."))
+        findings.append(
+            Finding(DOCUMENT, what, "Restore run.json from a copy; the ledger holds its content under notes.")
+        )
     return document
 
 
@@ -127,7 +156,9 @@ def _noted(folder: Path, ledger: Ledger, findings: list[Finding]) -> dict[str, A
         document = documents.parse_json(text, "its note of run.json")
         check_document(document)
     except ValueError as error:
-        findings.append(Finding(LEDGER, f"its note of run.json is damaged ({_told_of(error, folder, LEDGER)})", _restore(folder)))
+        findings.append(
+            Finding(LEDGER, f"its note of run.json is damaged ({_told_of(error, folder, LEDGER)})", _restore(folder))
+        )
         return None
     return document
 
@@ -168,7 +199,9 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
         yield Finding(seal.SEAL, "its bytes are not those that were written", f"Delete it. {remedy}")
     log = folder / f"{LEDGER}-wal"
     if log.exists() and log.stat().st_size:
-        yield Finding(f"{LEDGER}-wal", "something was written to the ledger after the run was finished", _restore(folder))
+        yield Finding(
+            f"{LEDGER}-wal", "something was written to the ledger after the run was finished", _restore(folder)
+        )
     for name, digest in digests.items():
         found = storage.sha256_of(folder / name)
         if found != digest:
@@ -178,7 +211,9 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
 
 
 def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
-    """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again writes over."""
+    """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again
+    writes over.
+    """
     state = {LEDGER, LOCK, seal.SEAL, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     if not seal.is_sealed(folder):
         return
@@ -188,11 +223,15 @@ def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
         for path in sorted((folder / name).iterdir()):
             inside = path.relative_to(folder).as_posix()
             if inside not in known and inside not in state:
-                yield Finding(inside, "no sample of the ledger has this file", "Delete it, or move it out of the run folder.")
+                yield Finding(
+                    inside, "no sample of the ledger has this file", "Delete it, or move it out of the run folder."
+                )
 
 
-# One sample -------------------------------------------------------------------------------------------------------------------------
-def _checked(folder: Path, document: Mapping[str, Any], rows: Iterable[Row], is_indexed: bool, threads: int) -> Iterator[tuple[Row, list[Finding], int]]:
+# One sample -----------------------------------------------------------------------------------------------------------
+def _checked(
+    folder: Path, document: Mapping[str, Any], rows: Iterable[Row], is_indexed: bool, threads: int
+) -> Iterator[tuple[Row, list[Finding], int]]:
     """Every row with what is wrong with its sample and the bytes read for it, a few at a time."""
     waiting: deque[tuple[Row, Future[tuple[list[Finding], int]]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -212,10 +251,22 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
         return [_beyond(folder, row.request.index, document["plan"]["number"])], 0
     findings, arrays, total = [], {}, 0
     if row.request.seed != config["seed"] + row.request.index:
-        findings.append(Finding(LEDGER, f"sample {id} has the seed {row.request.seed}, the plan says {config['seed'] + row.request.index}", _restore(folder)))
-    expected = {"image": f"images/{id}.{config['image_format']}"} | {role: f"{role}/{id}.png" for task in config["task"] for role in FILES.get(task, ())}
+        findings.append(
+            Finding(
+                LEDGER,
+                f"sample {id} has the seed {row.request.seed}, the plan says {config['seed'] + row.request.index}",
+                _restore(folder),
+            )
+        )
+    expected = {"image": f"images/{id}.{config['image_format']}"} | {
+        role: f"{role}/{id}.png" for task in config["task"] for role in FILES.get(task, ())
+    }
     if {role: name for role, (name, _) in row.files.items()} != expected:
-        findings.append(Finding(LEDGER, f"sample {id} has the files {sorted(row.files)}, expected {sorted(expected)}", _restore(folder)))
+        findings.append(
+            Finding(
+                LEDGER, f"sample {id} has the files {sorted(row.files)}, expected {sorted(expected)}", _restore(folder)
+            )
+        )
         return findings, 0
     for role, (name, stored) in row.files.items():
         try:
@@ -228,18 +279,23 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
         except (ValueError, Missing) as error:
             findings.append(Finding(name, _told_of(error, folder, name), _again(folder, id)))
     for task in config["task"]:
-        findings += [Finding(LEDGER, f"sample {id}, {task}: {what}", _again(folder, id)) for what in _label(task, row, arrays, document)]
+        findings += [
+            Finding(LEDGER, f"sample {id}, {task}: {what}", _again(folder, id))
+            for what in _label(task, row, arrays, document)
+        ]
     if is_indexed and "depth" in config["task"]:
         findings += _check_picture(folder, row, arrays.get("depth"))
     return findings, total
 
 
-def _check_bytes(data: bytes, stored: storage.Stored) -> None:
+def _check_bytes(data: bytes, stored: storage.StoredFile) -> None:
     if len(data) != stored.size:
         raise ValueError(f"has {len(data)} bytes, {stored.size} were written")
     digest = hashlib.sha256(data).hexdigest()
     if digest != stored.sha256:
-        raise ValueError(f"its bytes are not those that were written (SHA-256 {digest[:12]}, expected {stored.sha256[:12]})")
+        raise ValueError(
+            f"its bytes are not those that were written (SHA-256 {digest[:12]}, expected {stored.sha256[:12]})"
+        )
 
 
 def _check_picture(folder: Path, row: Row, millimetres: np.ndarray | None) -> Iterator[Finding]:
@@ -253,10 +309,16 @@ def _check_picture(folder: Path, row: Row, millimetres: np.ndarray | None) -> It
         picture = images.decode_image(data, name)
         if millimetres is None and picture.mode != "P":
             raise ValueError("is no picture of a depth map")
-        if millimetres is not None and not np.array_equal(np.array(picture), np.array(pictures.depth_picture(millimetres))):
+        if millimetres is not None and not np.array_equal(
+            np.array(picture), np.array(pictures.depth_picture(millimetres))
+        ):
             raise ValueError("does not show the depth map of its sample")
     except (ValueError, Missing) as error:
-        yield Finding(name, _told_of(error, folder, name), f"Delete it and {gallery.PAGE}. Run the generate line once more: both are written anew.")
+        yield Finding(
+            name,
+            _told_of(error, folder, name),
+            f"Delete it and {gallery.PAGE}. Run the generate line once more: both are written anew.",
+        )
 
 
 def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:
@@ -274,14 +336,18 @@ def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapp
         yield f"its labels have not the form they were written in ({type(error).__name__}: {str(error)[:100]})"
 
 
-def _check_semantic(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+def _check_semantic(
+    record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int
+) -> Iterator[str]:
     yield from _check_map(record, arrays["semantic"], len(table["classes"]))
     sure = round(float(arrays["confidence"].mean()) / 255, 4)
     if record["mean_confidence"] != sure:
         yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
 
 
-def _check_open_vocabulary(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+def _check_open_vocabulary(
+    record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int
+) -> Iterator[str]:
     yield from _check_map(record, arrays["open_vocabulary"], len(table["classes"]))
 
 
@@ -300,13 +366,17 @@ def _check_depth(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[s
         yield f"its depth map has {figures}, the ledger says {record}"
 
 
-def _check_instances(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+def _check_instances(
+    record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int
+) -> Iterator[str]:
     for k, item in enumerate(record):
         rle = item["segmentation"]
         if rle["size"] != [side, side]:
             yield f"mask {k} is {rle['size']}, expected {[side, side]}"
             continue
-        encoded = mask_rle.encode(mask_rle.decode(rle)[None])  # a ValueError where the runs do not add up to the picture
+        encoded = mask_rle.encode(
+            mask_rle.decode(rle)[None]
+        )  # a ValueError where the runs do not add up to the picture
         if encoded.rles[0]["counts"] != rle["counts"]:
             yield f"mask {k} is not written in the shortest way"
         if item["area"] != int(encoded.areas[0]) or item["bbox"] != [float(value) for value in encoded.boxes[0]]:
@@ -315,18 +385,26 @@ def _check_instances(record: Any, arrays: Mapping[str, np.ndarray], table: Mappi
             yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
 
 
-def _check_keypoints(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
+def _check_keypoints(
+    record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int
+) -> Iterator[str]:
     for k, person in enumerate(record):
         points = np.array(person["keypoints"], np.float64).reshape(len(table["joints"]), 3)
         seen = points[:, 2] > 0
         low, high = (points[seen, :2].min(0), points[seen, :2].max(0)) if seen.any() else (np.zeros(2), np.zeros(2))
         width, height = high - low
         box, area = np.array([*low, width, height]), width * height
-        if not (np.isin(points[:, 2], (0, 1, 2)).all() and len(person["keypoint_scores"]) == len(points) and 0 <= person["score"] <= 1):
+        if not (
+            np.isin(points[:, 2], (0, 1, 2)).all()
+            and len(person["keypoint_scores"]) == len(points)
+            and 0 <= person["score"] <= 1
+        ):
             yield f"person {k} has joints that are no joints"
         if person["num_keypoints"] != int(seen.sum()):
             yield f"person {k} has {int(seen.sum())} joints, the ledger says {person['num_keypoints']}"
-        is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (width + height + 1)
+        is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (
+            width + height + 1
+        )
         if not is_near:
             yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
 

@@ -41,9 +41,12 @@ def read_document(folder: Path) -> dict[str, Any] | None:
             raise Refused(f"{folder}: a file has this name, expected a run folder", "Choose another --out.")
         if not path.exists():
             # A process killed right at the start leaves no more than its lock and a half-written description.
-            if folder.is_dir() and any(inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()):
+            if folder.is_dir() and any(
+                inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()
+            ):
                 raise Refused(
-                    f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is no run folder", "Choose another --out; nothing is ever overwritten."
+                    f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is no run folder",
+                    "Choose another --out; nothing is ever overwritten.",
                 )
             return None
     except OSError as error:
@@ -51,14 +54,21 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     except Refused:
         raise
     except ValueError as error:  # a NUL byte
-        raise Refused(f"--out {documents.shown(str(folder))}: no possible name of a folder ({error})", "Choose another --out.") from error
+        raise Refused(
+            f"--out {documents.quoted(str(folder))}: no possible name of a folder ({error})", "Choose another --out."
+        ) from error
     document = documents.read_object(path)
     if document.get("format") != FORMAT:
-        raise Refused(f"{path}: format {documents.shown(document.get('format'))}, this version reads {FORMAT}", "Read it with the version that wrote it.")
+        raise Refused(
+            f"{path}: format {documents.quoted(document.get('format'))}, this version reads {FORMAT}",
+            "Read it with the version that wrote it.",
+        )
     try:
         check_document(document)
     except ValueError as error:
-        raise Refused(f"{path}: not the description of a run ({error})", "Restore the file from a copy, or choose another --out.") from error
+        raise Refused(
+            f"{path}: not the description of a run ({error})", "Restore the file from a copy, or choose another --out."
+        ) from error
     return document
 
 
@@ -70,11 +80,17 @@ def check_document(document: Mapping[str, Any]) -> None:
         documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
     for task in tasks:
         if task not in LABEL_FORMS:
-            raise ValueError(f"config.task names {documents.shown(task)}, expected {', '.join(LABEL_FORMS)}")
+            raise ValueError(f"config.task names {documents.quoted(task)}, expected {', '.join(LABEL_FORMS)}")
         documents.check_form(document["labels"].get(task), LABEL_FORMS[task], f"labels.{task}")
     if document["config"]["image_format"] not in ("png", "jpg"):
-        raise ValueError(f"config.image_format is {documents.shown(document['config']['image_format'])}, expected png or jpg")
-    if not 0 < size**2 <= images.MOST_PIXELS or not 0 < document["plan"]["number"] < 2**48 or not 0 < document["plan"]["batch_size"] < 2**31:
+        raise ValueError(
+            f"config.image_format is {documents.quoted(document['config']['image_format'])}, expected png or jpg"
+        )
+    if (
+        not 0 < size**2 <= images.MOST_PIXELS
+        or not 0 < document["plan"]["number"] < 2**48
+        or not 0 < document["plan"]["batch_size"] < 2**31
+    ):
         raise ValueError("a number in sampling or plan is out of range")
 
 
@@ -82,7 +98,11 @@ def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
     """One line per setting that differs, with both values."""
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
         keys = sorted(set(stored) | set(wanted))
-        return [line for key in keys for line in differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)]
+        return [
+            line
+            for key in keys
+            for line in differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+        ]
     return [] if stored == wanted else [f"{name}: {_short(stored)} there, {_short(wanted)} asked for"]
 
 
@@ -93,9 +113,16 @@ def _short(value: Any) -> str:
 
 def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuses to go on with a folder that was started otherwise in any of the parts of `wanted`."""
-    found = [line for part in wanted for line in differences(stored.get(part), wanted[part], "" if part == "config" else part)]
+    found = [
+        line
+        for part in wanted
+        for line in differences(stored.get(part), wanted[part], "" if part == "config" else part)
+    ]
     if found:
-        raise Refused(f"{folder}: holds a run of another configuration ({'; '.join(found)})", "Choose another --out, or give the flags it was started with.")
+        raise Refused(
+            f"{folder}: holds a run of another configuration ({'; '.join(found)})",
+            "Choose another --out, or give the flags it was started with.",
+        )
 
 
 def _pretty(document: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,6 @@
-"""The run folder: files published first, then their rows; everything that is not a sample's own file is rebuilt from the ledger."""
+"""The run folder: files published first, then their rows; everything that is not a sample's own file is rebuilt from
+the ledger.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 
 from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.disk import locks, sqlite, storage
-from datasetdm_fast.disk.storage import Stored
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import gallery, seal
@@ -20,18 +22,25 @@ from datasetdm_fast.run_folder.indexes import INDEXES
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_indexed, is_sealed, unseal
 
-Publish = Callable[[Mapping[str, bytes]], Mapping[str, Stored]]  # files by their path inside the run folder -> what was written
+Publish = Callable[
+    [Mapping[str, bytes]], Mapping[str, StoredFile]
+]  # files by their path inside the run folder -> what was written
 
 
 class RunFolder:
     """A run folder open for writing, held for this process until `close`.
 
-    A member is one of several processes of a run: somebody else holds the folder for all of them, and `journal` is how their ledger is kept.
+    A member is one of several processes of a run: somebody else holds the folder for all of them, and `journal` is how
+    their ledger is kept.
     """
 
-    def __init__(self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = sqlite.WRITE_AHEAD):
+    def __init__(
+        self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = sqlite.WRITE_AHEAD
+    ):
         self.path = path
-        self.document: dict[str, Any] = json.loads(_pretty(document))  # in the order of the file, which is what a later start will read
+        self.document: dict[str, Any] = json.loads(
+            _pretty(document)
+        )  # in the order of the file, which is what a later start will read
         self._closing = ExitStack()
         storage.make_folder(path / "state")
         if not is_member:
@@ -62,34 +71,51 @@ class RunFolder:
         unseal(self.path)
 
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
-        """Publishes the files of the results in an unsealed folder; they are samples once the rows are committed. Threads may write different ones at once."""
+        """Publishes the files of the results in an unsealed folder; they are samples once the rows are committed.
+        Threads may write different ones at once.
+        """
         return write_samples(results, recipe, self.document["config"]["image_format"], into(self.path))
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
-        """Paths of the files that were missing or damaged and are there again; bytes that differ from the row's are never written."""
+        """Paths of the files that were missing or damaged and are there again; bytes that differ from the row's are
+        never written.
+        """
         made, records = label_files.encode(sample, self.document["config"]["image_format"])
         contents = {name: content for name, content in made.values()}
         expected = {name: stored.sha256 for name, stored in row.files.values()}
         other = sorted(
-            name for name in contents.keys() | expected.keys() if name not in contents or hashlib.sha256(contents[name]).hexdigest() != expected.get(name)
+            name
+            for name in contents.keys() | expected.keys()
+            if name not in contents or hashlib.sha256(contents[name]).hexdigest() != expected.get(name)
         )
         if json.loads(json.dumps(records)) != row.labels:
             other.append("labels in the ledger")
         if other:
             raise GateFailed(
-                f"sample {row.request.id}: made again it differs from the run folder in {', '.join(other)}; nothing was written",
+                f"sample {row.request.id}: made again it differs from the run folder in {', '.join(other)}; nothing "
+                "was written",
                 "Compare versions and device with run.json: the same bytes need the same ones.",
             )
-        damaged = {name: content for name, content in contents.items() if storage.sha256_of(self.path / name) != expected[name]}
+        damaged = {
+            name: content for name, content in contents.items() if storage.sha256_of(self.path / name) != expected[name]
+        }
         storage.publish({self.path / name: content for name, content in damaged.items()})
         return sorted(damaged)
 
     def rebuild(self) -> None:
-        """Writes every index file anew from the ledger, unless the last rebuild saw the same rows, and seals the folder."""
+        """Writes every index file anew from the ledger, unless the last rebuild saw the same rows, and seals the
+        folder.
+        """
         if not has_indexes(self.path, self.document, self.ledger):
             unseal(self.path)
             try:
-                storage.publish({self.path / name: INDEXES[name][1](self.document, self.ledger) for name in INDEXES if name in index_files(self.document)})
+                storage.publish(
+                    {
+                        self.path / name: INDEXES[name][1](self.document, self.ledger)
+                        for name in INDEXES
+                        if name in index_files(self.document)
+                    }
+                )
                 gallery.write(self.path, self.document, self.ledger, has_samples=not (self.path / ELSEWHERE).exists())
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise Refused(
@@ -113,7 +139,9 @@ class RunFolder:
         self.close()
 
 
-def write_samples(results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], image_format: str, publish: Publish) -> list[Row]:
+def write_samples(
+    results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], image_format: str, publish: Publish
+) -> list[Row]:
     """The rows of the results, once `publish` has taken all of their files."""
     files, rows = {}, []
     for result in results:
@@ -132,7 +160,7 @@ def write_samples(results: Sequence[Sample | SetAside], recipe: Mapping[str, Any
 def into(folder: Path) -> Publish:
     """Writes files below a folder."""
 
-    def publish(files: Mapping[str, bytes]) -> dict[str, Stored]:
+    def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         stored = storage.publish({folder / name: content for name, content in files.items()})
         return {name: stored[folder / name] for name in files}
 

@@ -21,7 +21,13 @@ from datasetdm_fast.run_folder.ledger import Ledger, Row
 
 PAGE = "gallery/index.html"
 TEMPLATE = Path(__file__).with_name("gallery.html")
-LAYERS = {"semantic": ("semantic", "confidence"), "instance": ("instance",), "depth": ("depth",), "pose": ("pose",), "open-vocabulary": ("open-vocabulary",)}
+LAYERS = {
+    "semantic": ("semantic", "confidence"),
+    "instance": ("instance",),
+    "depth": ("depth",),
+    "pose": ("pose",),
+    "open-vocabulary": ("open-vocabulary",),
+}
 FIRST = ("instance", "semantic", "open-vocabulary", "depth", "pose")  # the layer shown when the page opens
 BLOCK = 64  # pictures published at once
 
@@ -31,7 +37,9 @@ def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samp
     if has_samples and "depth" in document["config"]["task"]:
         wanted = (row for row in ledger.rows() if not (folder / depth_name(row)).exists())
         while block := list(islice(wanted, BLOCK)):
-            storage.publish({folder / depth_name(row): depth_png(read_image(folder / row.files["depth"][0])) for row in block})
+            storage.publish(
+                {folder / depth_name(row): depth_png(read_image(folder / row.files["depth"][0])) for row in block}
+            )
     storage.publish({folder / PAGE: page(document, ledger)})
 
 
@@ -95,7 +103,11 @@ def _colours(document: Mapping[str, Any], words: list[str]) -> dict[str, str]:
     labels = document["labels"]
     semantic, asked = (labels.get(task, {}).get("classes", []) for task in ("semantic", "open-vocabulary"))
     numbers = {name: number for number, name in enumerate(semantic)}
-    numbers |= dict(zip(asked[1:], colour_numbers(semantic, asked)[1:], strict=True)) if semantic else {name: number for number, name in enumerate(asked)}
+    numbers |= (
+        dict(zip(asked[1:], colour_numbers(semantic, asked)[1:], strict=True))
+        if semantic
+        else {name: number for number, name in enumerate(asked)}
+    )
     for name in [*labels.get("instance", {}).get("classes", []), *words]:
         numbers.setdefault(name, len(numbers) + 1)
     return {name: "#{:02x}{:02x}{:02x}".format(*colour(number)) for name, number in numbers.items()}
@@ -104,24 +116,42 @@ def _colours(document: Mapping[str, Any], words: list[str]) -> dict[str, str]:
 def _classes(document: Mapping[str, Any], row: Row) -> list[str]:
     """Class words of one sample: those its prompt names and those its labels hold."""
     labels, words = document["labels"], dict.fromkeys(row.request.classes)
-    words |= dict.fromkeys(labels["instance"]["classes"][record["category_id"] - 1] for record in row.labels.get("instance", []))
+    words |= dict.fromkeys(
+        labels["instance"]["classes"][record["category_id"] - 1] for record in row.labels.get("instance", [])
+    )
     for task in ("semantic", "open-vocabulary"):
         names, pixels = labels.get(task, {}).get("classes", []), row.labels.get(task, {}).get("pixels", {})
         least = document["sampling"]["size"] ** 2 / 500
-        words |= dict.fromkeys(names[int(number)] for number, count in pixels.items() if int(number) < len(names) and count >= least)
+        words |= dict.fromkeys(
+            names[int(number)] for number, count in pixels.items() if int(number) < len(names) and count >= least
+        )
     words.pop("background", None)
     return list(words)
 
 
 def _sample(document: Mapping[str, Any], row: Row) -> dict[str, Any]:
-    values: dict[str, Any] = {"id": row.request.id, "prompt": row.request.prompt, "seed": str(row.request.seed), "classes": _classes(document, row)}
+    values: dict[str, Any] = {
+        "id": row.request.id,
+        "prompt": row.request.prompt,
+        "seed": str(row.request.seed),
+        "classes": _classes(document, row),
+    }
     if "instance" in row.labels:
         names = document["labels"]["instance"]["classes"]
         values["instances"] = [
-            [names[record["category_id"] - 1], round(record["score"], 3), outline(mask_rle.decode(record["segmentation"]))] for record in row.labels["instance"]
+            [
+                names[record["category_id"] - 1],
+                round(record["score"], 3),
+                outline(mask_rle.decode(record["segmentation"])),
+            ]
+            for record in row.labels["instance"]
         ]
     if "pose" in row.labels:
-        values["people"] = [[round(value, 1) for value in record["keypoints"]] for record in row.labels["pose"] if record["num_keypoints"]]
+        values["people"] = [
+            [round(value, 1) for value in record["keypoints"]]
+            for record in row.labels["pose"]
+            if record["num_keypoints"]
+        ]
     if "depth" in row.labels:
         values["depth"] = [row.labels["depth"]["min"], row.labels["depth"]["max"]]
     return values

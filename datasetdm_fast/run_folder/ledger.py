@@ -13,7 +13,7 @@ from typing import Any
 
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import sqlite, storage
-from datasetdm_fast.disk.storage import Stored
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 
@@ -36,7 +36,9 @@ class Row:
 
     request: Request
     recipe: dict[str, Any]  # how it was made: sampler, steps, guidance, size, batch shape, digests
-    files: dict[str, tuple[str, Stored]] = field(default_factory=dict)  # role -> path inside the run folder, what was written
+    files: dict[str, tuple[str, StoredFile]] = field(
+        default_factory=dict
+    )  # role -> path inside the run folder, what was written
     labels: dict[str, Any] = field(default_factory=dict)  # task -> records and figures
     status: str = DONE
     reason: str = ""
@@ -70,13 +72,20 @@ class Ledger:
                 row.status,
                 row.reason,
                 canonical(row.recipe),
-                canonical({role: {"path": path, "sha256": stored.sha256, "bytes": stored.size} for role, (path, stored) in row.files.items()}),
+                canonical(
+                    {
+                        role: {"path": path, "sha256": stored.sha256, "bytes": stored.size}
+                        for role, (path, stored) in row.files.items()
+                    }
+                ),
                 canonical(row.labels),
             )
             for row in rows
         ]
         with self._writing():
-            self._connection.executemany(f"INSERT OR REPLACE INTO samples ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", values)
+            self._connection.executemany(
+                f"INSERT OR REPLACE INTO samples ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", values
+            )
             self._connection.execute("DELETE FROM notes WHERE name = 'indexed'")
 
     def note(self, name: str, value: str) -> None:
@@ -92,7 +101,9 @@ class Ledger:
         return [line for (line,) in self._connection.execute("PRAGMA integrity_check(10)") if line != "ok"]
 
     def settle(self) -> bool:
-        """Moves every commit into the file itself, whose bytes then depend on the rows alone; False where another process is just reading it."""
+        """Moves every commit into the file itself, whose bytes then depend on the rows alone; False where another
+        process is just reading it.
+        """
         if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             return False
         part = sqlite.compact(self._connection, self.path)
@@ -107,12 +118,22 @@ class Ledger:
             yield
 
     def indices(self, status: str = DONE) -> list[int]:
-        return [index for (index,) in self._connection.execute('SELECT "index" FROM samples WHERE status = ? ORDER BY "index"', (status,))]
+        return [
+            index
+            for (index,) in self._connection.execute(
+                'SELECT "index" FROM samples WHERE status = ? ORDER BY "index"', (status,)
+            )
+        ]
 
     def within(self, first: int, stop: int) -> set[int]:
         """The indices from `first` to before `stop` that have a row, whatever became of them."""
         with self._lock:
-            return {index for (index,) in self._connection.execute('SELECT "index" FROM samples WHERE "index" >= ? AND "index" < ?', (first, stop))}
+            return {
+                index
+                for (index,) in self._connection.execute(
+                    'SELECT "index" FROM samples WHERE "index" >= ? AND "index" < ?', (first, stop)
+                )
+            }
 
     def count(self, status: str = DONE) -> int:
         return self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,)).fetchone()[0]
@@ -123,7 +144,9 @@ class Ledger:
 
     def rows(self, status: str = DONE) -> Iterator[Row]:
         """Rows by index, read as they are asked for."""
-        for found in self._connection.execute(f'SELECT {_COLUMNS} FROM samples WHERE status = ? ORDER BY "index"', (status,)):
+        for found in self._connection.execute(
+            f'SELECT {_COLUMNS} FROM samples WHERE status = ? ORDER BY "index"', (status,)
+        ):
             yield _row(found, self.path)
 
     def close(self) -> None:
@@ -157,10 +180,17 @@ def _row(found: tuple, path: Path) -> Row:
     try:
         index, prompt, seed, classes, status, reason, *texts = found
         recipe, files, labels = (json.loads(text) for text in texts)
-        documents.check_form({"prompt": prompt, "seed": seed, "reason": reason, "recipe": recipe, "files": files, "labels": labels}, _FORM)
-        stored = {role: (documents.check_inside(file["path"]), Stored(file["sha256"], file["bytes"])) for role, file in files.items()}
+        documents.check_form(
+            {"prompt": prompt, "seed": seed, "reason": reason, "recipe": recipe, "files": files, "labels": labels},
+            _FORM,
+        )
+        stored = {
+            role: (documents.check_inside(file["path"]), StoredFile(file["sha256"], file["bytes"]))
+            for role, file in files.items()
+        }
         return Row(Request(index, prompt, seed, tuple(json.loads(classes))), recipe, stored, labels, status, reason)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(
-            f"{path}: the row of sample {found[0]!r} is damaged ({type(error).__name__}: {error})", "Restore the file from a copy, or choose another --out."
+            f"{path}: the row of sample {found[0]!r} is damaged ({type(error).__name__}: {error})",
+            "Restore the file from a copy, or choose another --out.",
         ) from error

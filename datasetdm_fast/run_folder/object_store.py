@@ -1,4 +1,6 @@
-"""Where the files of a run's samples go: below the run folder, or with --store to an object store that fsspec reaches."""
+"""Where the files of a run's samples go: below the run folder, or with --store to an object store that fsspec
+reaches.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import Any
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import Stored
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import label_files, pictures
@@ -24,18 +26,23 @@ LONGEST = 4096  # bytes of a URL
 
 def publisher(config: RunConfig) -> Publish:
     """Writes the files of samples where the configuration wants them."""
-    return Store(config.store).publish if config.store else into(Path(config.out))
+    return ObjectStore(config.store).publish if config.store else into(Path(config.out))
 
 
 def check(config: RunConfig) -> None:
     """Refuses a run folder whose samples are elsewhere than --store says."""
     folder = Path(config.out)
     if config.store and not config.cluster:
-        raise Refused(f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it.")
+        raise Refused(
+            f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it."
+        )
     noted = stored_at(folder)
     if read_document(folder) is not None and noted != config.store:
-        there = f"at {documents.shown(noted)}" if noted else "in the folder itself"
-        raise Refused(f"--store {config.store or 'not given'}: the samples of {folder} are {there}", "Give what it was begun with, or choose another --out.")
+        there = f"at {documents.quoted(noted)}" if noted else "in the folder itself"
+        raise Refused(
+            f"--store {config.store or 'not given'}: the samples of {folder} are {there}",
+            "Give what it was begun with, or choose another --out.",
+        )
 
 
 def stored_at(folder: Path) -> str:
@@ -44,7 +51,7 @@ def stored_at(folder: Path) -> str:
     return storage.read(path, LONGEST).decode(errors="replace") if path.exists() else ""
 
 
-class Store:
+class ObjectStore:
     """A folder of an object store."""
 
     def __init__(self, url: str):
@@ -56,20 +63,31 @@ class Store:
         except ImportError as error:
             raise Missing(f"--store {url}: {error}", "Install that on every machine of the cluster.") from error
         except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
-            raise Refused(f"--store {documents.shown(url)}: {type(error).__name__}: {error}", "Name a folder such as s3://bucket/run.") from error
+            raise Refused(
+                f"--store {documents.quoted(url)}: {type(error).__name__}: {error}",
+                "Name a folder such as s3://bucket/run.",
+            ) from error
         if "memory" in self._protocols:
-            raise Refused(f"--store {url}: every process has a memory of its own", "Name a folder that all machines reach, such as s3://bucket/run.")
+            raise Refused(
+                f"--store {url}: every process has a memory of its own",
+                "Name a folder that all machines reach, such as s3://bucket/run.",
+            )
 
     @property
     def _protocols(self) -> tuple[str, ...]:
         return (self.files.protocol,) if isinstance(self.files.protocol, str) else tuple(self.files.protocol)
 
-    def publish(self, files: Mapping[str, bytes]) -> dict[str, Stored]:
-        """Digests and sizes of the files, once all of them are there; a depth map brings the picture the gallery shows of it."""
-        files = {**files, **{f"gallery/{name}": _picture(content) for name, content in files.items() if name.startswith("depth/")}}
+    def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+        """Digests and sizes of the files, once all of them are there; a depth map brings the picture the gallery shows
+        of it.
+        """
+        files = {
+            **files,
+            **{f"gallery/{name}": _picture(content) for name, content in files.items() if name.startswith("depth/")},
+        }
         return self.put(files)
 
-    def put(self, files: Mapping[str, bytes]) -> dict[str, Stored]:
+    def put(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         """The same, of files as they are."""
         if "file" in self._protocols:  # where a file is only whole at once if it is renamed
             return into(Path(self.root))(files)
@@ -77,12 +95,17 @@ class Store:
             for folder in sorted({name.rpartition("/")[0] for name in files}):
                 self.files.makedirs(f"{self.root}/{folder}".rstrip("/"), exist_ok=True)
             self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
-            short = next((name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)), None)
+            short = next(
+                (name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)),
+                None,
+            )
         except Exception as error:  # a store has errors of its own beside those of a disk
             raise self._missing(error) from error
         if short is not None:
-            raise Missing(f"{self.url}/{short}: not all of it is there", "Run the same line again: it goes on where it stopped.")
-        return {name: Stored(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
+            raise Missing(
+                f"{self.url}/{short}: not all of it is there", "Run the same line again: it goes on where it stopped."
+            )
+        return {name: StoredFile(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where it is not there."""
@@ -94,7 +117,9 @@ class Store:
             raise self._missing(error) from error
 
     def complete(self, folder: Path) -> None:
-        """Puts what the run folder itself holds beside its samples, the seal last; a store that has this seal has all of it."""
+        """Puts what the run folder itself holds beside its samples, the seal last; a store that has this seal has all
+        of it.
+        """
         seal = (folder / SEAL).read_bytes()
         if self.read(SEAL) == seal:
             return
@@ -115,7 +140,10 @@ class Store:
             raise self._missing(error) from error
 
     def _missing(self, error: Exception) -> Missing:
-        return Missing(f"{self.url}: {type(error).__name__}: {error}", "Check the address and the credentials, then run the same line again.")
+        return Missing(
+            f"{self.url}: {type(error).__name__}: {error}",
+            "Check the address and the credentials, then run the same line again.",
+        )
 
     def note(self, folder: Path) -> None:
         """Writes down in the run folder that its samples are here."""

@@ -83,7 +83,9 @@ class StoredSample:
 
 
 class Run:
-    """A finished or growing run folder, read lazily; its length and order are those of the samples it held when it was opened."""
+    """A finished or growing run folder, read lazily; its length and order are those of the samples it held when it was
+    opened.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -91,7 +93,9 @@ class Run:
         if document is None:
             raise Refused(f"{path}: not a run folder", "Name a folder that generate has written.")
         if not (self.path / LEDGER).exists():
-            raise Refused(f"{self.path}: holds no {LEDGER}", "Run generate with its flags once more: it goes on where it stopped.")
+            raise Refused(
+                f"{self.path}: holds no {LEDGER}", "Run generate with its flags once more: it goes on where it stopped."
+            )
         self.document: dict[str, Any] = document
         self._ledger: Ledger | None = None
         self._owner = os.getpid()
@@ -139,7 +143,9 @@ class Run:
     def as_dataset(self, task: str) -> TaskDataset:
         """The run as a map-style torch data set of (image, label) tensors for one task."""
         if task not in self.tasks:
-            raise Refused(f"{self.path}: has no labels for {task!r}, it has {', '.join(self.tasks)}", "Ask for one of these.")
+            raise Refused(
+                f"{self.path}: has no labels for {task!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
+            )
         return TaskDataset(self, task)
 
     def close(self) -> None:
@@ -158,8 +164,9 @@ class Run:
 class TaskDataset:
     """(image, label) pairs as torch tensors; a torch DataLoader takes it as it is.
 
-    Image [3, H, W] float32, 0..1. Label: semantic and open-vocabulary [H, W] int64; depth [H, W] float32 metres; instance a dict with
-    masks [N, H, W] bool, labels [N] int64 from 1, scores [N]; pose a dict with keypoints [P, J, 3] (x, y, visibility) and scores [P].
+    Image [3, H, W] float32, 0..1. Label: semantic and open-vocabulary [H, W] int64; depth [H, W] float32 metres;
+    instance a dict with masks [N, H, W] bool, labels [N] int64 from 1, scores [N]; pose a dict with keypoints [P, J, 3]
+    (x, y, visibility) and scores [P].
     """
 
     run: Run
@@ -181,7 +188,12 @@ class TaskDataset:
         if isinstance(label, Instances):
             parts = {"masks": label.masks, "labels": label.class_ids + 1, "scores": label.scores}
         else:
-            parts = {"keypoints": np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(np.float32), "scores": label.scores}
+            parts = {
+                "keypoints": np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(
+                    np.float32
+                ),
+                "scores": label.scores,
+            }
         return image, {name: torch.from_numpy(value) for name, value in parts.items()}
 
 

@@ -24,7 +24,8 @@ def remove_queue(folder: Path) -> None:
 
 
 OWN = "this"  # the line of the seal that is about the other lines
-SEAL = "state/seal.json"  # digests of what is no sample's own file; empty from before the first change until everything is in place
+# digests of what is no sample's own file; empty from before the first change until everything is in place
+SEAL = "state/seal.json"
 ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
 
 
@@ -45,7 +46,9 @@ def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> boo
 
 
 def seal(folder: Path, document: Mapping[str, Any]) -> None:
-    """Writes down the digests of run.json, ledger and index files, by which an audit knows that nobody changed them since."""
+    """Writes down the digests of run.json, ledger and index files, by which an audit knows that nobody changed them
+    since.
+    """
     digests = {name: storage.sha256_of(folder / name) for name in (DOCUMENT, LEDGER, LOCK, *index_files(document))}
     storage.publish({folder / SEAL: sealed(digests)})
 
@@ -56,7 +59,9 @@ def sealed(digests: Mapping[str, str]) -> bytes:
 
 
 def unseal(folder: Path) -> None:
-    """Takes the digests back before the first change, so that a run killed in the middle of one is not taken for a damaged one."""
+    """Takes the digests back before the first change, so that a run killed in the middle of one is not taken for a
+    damaged one.
+    """
     if is_sealed(folder):
         storage.publish({folder / SEAL: _pretty({})})
 

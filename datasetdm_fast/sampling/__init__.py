@@ -14,10 +14,12 @@ from datasetdm_fast.sampling.times import alphas_cumprod
 
 
 def make_schedule(scheduler: Mapping, sampler: str, steps: int, profile: str = "0.3.0") -> Schedule:
-    """The calls of `sampler` for a diffusers scheduler config; `profile` says which diffusers version's PNDM timesteps to follow.
+    """The calls of `sampler` for a diffusers scheduler config; `profile` says which diffusers version's PNDM timesteps
+    to follow.
 
-    PNDM repeats its second timestep, so 50 steps are 51 calls; with profile 0.3.0 the last update changes nothing. That profile knows
-    neither steps_offset nor set_alpha_to_one, and where the steps do not divide the training steps it makes one call more.
+    PNDM repeats its second timestep, so 50 steps are 51 calls; with profile 0.3.0 the last update changes nothing. That
+    profile knows neither steps_offset nor set_alpha_to_one, and where the steps do not divide the training steps it
+    makes one call more.
     """
     if sampler not in SAMPLERS:
         raise Refused(f"sampler: {sampler!r} is none of {', '.join(SAMPLERS)}")
@@ -25,7 +27,9 @@ def make_schedule(scheduler: Mapping, sampler: str, steps: int, profile: str = "
         raise Refused(f"profile: {profile!r} is none of {', '.join(PROFILES)}")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
-        raise Refused(f"prediction_type: the scheduler config says {prediction!r}, supported are epsilon and v_prediction")
+        raise Refused(
+            f"prediction_type: the scheduler config says {prediction!r}, supported are epsilon and v_prediction"
+        )
     alphas = alphas_cumprod(scheduler)
     least = 2 if sampler == "pndm" else 1
     if not least <= steps <= len(alphas):
@@ -33,5 +37,7 @@ def make_schedule(scheduler: Mapping, sampler: str, steps: int, profile: str = "
     if sampler == "pndm" and profile == "0.3.0":
         times, updates = _pndm_first_profile(alphas, steps, prediction)
     else:
-        times, updates = {"pndm": _pndm, "ddim": _ddim, "dpm-solver++": _dpm_solver}[sampler](scheduler, alphas, steps, prediction)
+        times, updates = {"pndm": _pndm, "ddim": _ddim, "dpm-solver++": _dpm_solver}[sampler](
+            scheduler, alphas, steps, prediction
+        )
     return Schedule(sampler, prediction, tuple(times), tuple(updates))

@@ -14,7 +14,9 @@ from datasetdm_fast.sampling.times import SPACING, _checked
 
 
 def _dpm_solver(scheduler: Mapping, alphas: Tensor, steps: int, prediction: str) -> tuple[list[int], list[Update]]:
-    """DPM-Solver++(2M), midpoint form (algorithm 2 of arXiv 2211.01095), from the first sigma to zero; entries are clean samples."""
+    """DPM-Solver++(2M), midpoint form (algorithm 2 of arXiv 2211.01095), from the first sigma to zero; entries are
+    clean samples.
+    """
     values, count = alphas.double().tolist(), len(alphas)
     spacing, offset = scheduler.get("timestep_spacing", SPACING["dpm-solver++"]), scheduler.get("steps_offset", 0)
     if spacing == "linspace":
@@ -24,7 +26,9 @@ def _dpm_solver(scheduler: Mapping, alphas: Tensor, steps: int, prediction: str)
     elif spacing == "trailing":
         falling = np.arange(count, 0, -count / steps).round() - 1
     else:
-        raise Refused(f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing")
+        raise Refused(
+            f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing"
+        )
     times, updates = _checked(falling, count), []
     log_ratio = [0.5 * math.log(values[t] / (1 - values[t])) for t in times]  # lambda of the paper
     for k, time in enumerate(times):

@@ -14,7 +14,9 @@ from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.sampling import times
 
-SAMPLE_SEED = 2**40  # added to an image's seed for the draw from the autoencoder's posterior, so that it is not the noise again
+SAMPLE_SEED = (
+    2**40
+)  # added to an image's seed for the draw from the autoencoder's posterior, so that it is not the noise again
 
 
 def invert(
@@ -30,9 +32,9 @@ def invert(
 ) -> Capture | ProjectedCapture:
     """The capture of images [B, H, W, 3] (0..255) at a UNet timestep; image b's noise comes from seeds[b] alone.
 
-    `is_raw` asks for the features and maps themselves, where an engine would give only what its decoders make of them. `is_sampled` draws the
-    latents from the autoencoder's posterior instead of taking its mean. `ddim_steps` walks to the timestep with the noise that the UNet itself
-    predicts, in that many calls, instead of adding drawn noise.
+    `is_raw` asks for the features and maps themselves, where an engine would give only what its decoders make of them.
+    `is_sampled` draws the latents from the autoencoder's posterior instead of taking its mean. `ddim_steps` walks to
+    the timestep with the noise that the UNet itself predicts, in that many calls, instead of adding drawn noise.
     """
     generators = [torch.Generator().manual_seed(seed + SAMPLE_SEED) for seed in seeds] if is_sampled else None
     clean = engine.encode_image(images, generators)
@@ -42,12 +44,14 @@ def invert(
     else:
         noise = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds]).to(clean)
         latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
-    call = engine.denoise_and_keep if is_raw else engine.denoise_and_capture
+    call = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
     return call(latents, timestep, context)[1]
 
 
 def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
-    """Clean latents brought to `timestep` by DDIM with eta 0 run backwards (Song et al. 2020, section 4.3), without guidance."""
+    """Clean latents brought to `timestep` by DDIM with eta 0 run backwards (Song et al. 2020, section 4.3), without
+    guidance.
+    """
     scheduler = engine.model.scheduler
     alphas = times.alphas_cumprod(scheduler).double().tolist()
     latents, alpha, time = clean.clone(), 1.0, 0
@@ -68,7 +72,8 @@ def capture_timestep(configs: Iterable[DecoderConfig]) -> int:
     named = {config.task: config.capture_timestep or 0 for config in configs}
     if len(set(named.values())) > 1:
         raise Refused(
-            f"decoders: trained at different timesteps ({', '.join(f'{task} {t}' for task, t in named.items())}), one capture cannot serve them",
+            f"decoders: trained at different timesteps ({', '.join(f'{task} {t}' for task, t in named.items())}), "
+            "one capture cannot serve them",
             "run them apart",
         )
     return next(iter(named.values()))

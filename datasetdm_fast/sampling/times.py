@@ -17,10 +17,17 @@ SPACING = {"pndm": "leading", "ddim": "leading", "dpm-solver++": "linspace"}  # 
 def alphas_cumprod(scheduler: Mapping) -> Tensor:
     """[training steps] fp32 cumulative products of 1 - beta, rounded as diffusers rounds them."""
     if scheduler.get("rescale_betas_zero_snr"):
-        raise Refused("rescale_betas_zero_snr: the scheduler config asks for zero terminal SNR, which the samplers here do not support")
+        raise Refused(
+            "rescale_betas_zero_snr: the scheduler config asks for zero terminal SNR, which the samplers here do not "
+            "support"
+        )
     if scheduler.get("trained_betas") is not None:
         return torch.cumprod(1 - torch.tensor(scheduler["trained_betas"], dtype=torch.float32), 0)
-    count, start, end = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
+    count, start, end = (
+        scheduler.get("num_train_timesteps", 1000),
+        scheduler.get("beta_start", 0.0001),
+        scheduler.get("beta_end", 0.02),
+    )
     name = scheduler.get("beta_schedule", "linear")
     if name == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
@@ -52,11 +59,16 @@ def _spaced(scheduler: Mapping, sampler: str, count: int, steps: int) -> list[in
     elif spacing == "trailing":
         times = np.round(np.arange(count, 0, -count / steps))[::-1] - 1
     else:
-        raise Refused(f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing")
+        raise Refused(
+            f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing"
+        )
     return _checked(times, count)
 
 
 def _checked(times: np.ndarray, count: int) -> list[int]:
     if times.min() < 0 or times.max() >= count or np.unique(times).size < times.size:
-        raise Refused(f"steps: {len(times)} steps do not fit into {count} training steps with this spacing and offset, ask for fewer")
+        raise Refused(
+            f"steps: {len(times)} steps do not fit into {count} training steps with this spacing and offset, ask for "
+            "fewer"
+        )
     return [int(time) for time in times]

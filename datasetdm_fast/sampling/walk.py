@@ -52,11 +52,11 @@ def step(schedule: Schedule, k: int, state: State, output: Tensor) -> State:
     return State(latents, history, state.origin)
 
 
-class Walk:
+class SamplerState:
     """A batch on its way through a schedule: what `guide` and `step` say in a dozen small operations, in one per call.
 
-    Earlier entries lie in a ring that is written in place; which of its slots a call reads, and with what weight, is in its row of numbers,
-    computed once per run, so nothing here waits for a device.
+    Earlier entries lie in a ring that is written in place; which of its slots a call reads, and with what weight, is in
+    its row of numbers, computed once per run, so nothing here waits for a device.
     """
 
     def __init__(self, schedule: Schedule, guidance: float, latents: Tensor):
@@ -88,7 +88,9 @@ def _walk_numbers(schedule: Schedule, guidance: float, device: torch.device) -> 
 
 
 def coefficients(update: Update, guidance: float, slots: int) -> list[float]:
-    """One call's numbers for `reference` and `fused`: guidance, sample, both of the entry, this entry's weight, then `slots` earlier ones'."""
+    """One call's numbers for `reference` and `fused`: guidance, sample, both of the entry, this entry's weight, then
+    `slots` earlier ones'.
+    """
     earlier = update.weights[1:]
     if len(earlier) > slots:
         raise ValueError(f"guided_step: an update with {len(earlier)} earlier entries does not fit {slots} slots")

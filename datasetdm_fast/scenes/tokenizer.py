@@ -44,8 +44,16 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
             ranks[symbols[0], symbols[1]] = len(ranks)
             symbols = merge([symbols[0] + symbols[1], *symbols[2:]], ranks)
     letters = byte_letters()
-    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in ranks), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={entry: k for k, entry in enumerate(entries)}, merges=list(ranks), model_max_length=TOKENS)
+    entries = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(pair) for pair in ranks),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    tokenizer = CLIPTokenizer(
+        vocab={entry: k for k, entry in enumerate(entries)}, merges=list(ranks), model_max_length=TOKENS
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps({entry: k for k, entry in enumerate(entries)}, ensure_ascii=False))

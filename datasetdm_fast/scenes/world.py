@@ -1,4 +1,6 @@
-"""The demo world: table-top scenes without end, drawn from a seed, with every label a perception model could ask for."""
+"""The demo world: table-top scenes without end, drawn from a seed, with every label a perception model could ask
+for.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def sample_scene(
     small = {1: 1.15, 2: 1.0, 3: 0.8}[count]
     things: list[Thing] = []
     for slot in range(count):
-        weights = np.array([0.0 if kind == "person" and any(t.kind == kind for t in things) else frequency[kind] for kind in kinds])
+        weights = np.array(
+            [0.0 if kind == "person" and any(t.kind == kind for t in things) else frequency[kind] for kind in kinds]
+        )
         if not weights.any():
             break
         kind = str(rng.choice(kinds, p=weights / weights.sum()))
@@ -211,7 +215,10 @@ def _star(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
 
 def _tree(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
     trunk = np.maximum(np.abs(x) - 0.085, np.abs(y - 0.16) - 0.16)
-    tiers = [np.array([[-w, low], [w, low], [0.0, high]]) for w, low, high in ((0.42, 0.26, 0.70), (0.34, 0.48, 0.86), (0.24, 0.70, 1.0))]
+    tiers = [
+        np.array([[-w, low], [w, low], [0.0, high]])
+        for w, low, high in ((0.42, 0.26, 0.70), (0.34, 0.48, 0.86), (0.24, 0.70, 1.0))
+    ]
     crown = np.stack([_polygon(x, y, tier) for tier in tiers]).min(0)
     shade = 0.72 + 0.28 * np.clip(light * x / 0.35, -1, 1)
     return np.minimum(trunk, crown), shade, 0.0, 0.15 + 0 * x, (crown > 0) & (trunk <= crown)
@@ -220,16 +227,24 @@ def _tree(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
 def _person(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
     head, neck, pelvis, left_hand, right_hand, left_foot, right_foot = joints(thing)
     skin = np.hypot(x - head[0], y - head[1]) - 0.125
-    arms = np.minimum(_capsule(x, y, neck - [0, 0.05], left_hand, 0.062), _capsule(x, y, neck - [0, 0.05], right_hand, 0.062))
+    arms = np.minimum(
+        _capsule(x, y, neck - [0, 0.05], left_hand, 0.062), _capsule(x, y, neck - [0, 0.05], right_hand, 0.062)
+    )
     torso = _capsule(x, y, neck - [0, 0.08], pelvis, 0.13)
-    legs = np.minimum(_capsule(x, y, pelvis + [0.05, 0], left_foot, 0.072), _capsule(x, y, pelvis - [0.05, 0], right_foot, 0.072))
+    legs = np.minimum(
+        _capsule(x, y, pelvis + [0.05, 0], left_foot, 0.072), _capsule(x, y, pelvis - [0.05, 0], right_foot, 0.072)
+    )
     parts = np.stack([skin, arms, torso, legs])
     shade = (0.80 + 0.2 * np.clip(light * x / 0.2, -1, 1)).astype(np.float32)
     return parts.min(0), shade, 0.0, 0.08 + 0 * x, parts.argmin(0)
 
 
 _SHAPES = {"ball": _ball, "cube": _cube, "cone": _cone, "ring": _ring, "star": _star, "tree": _tree, "person": _person}
-_SKIN, _TROUSERS, _TRUNK = np.float32([0.93, 0.74, 0.60]), np.float32([0.18, 0.20, 0.34]), np.float32([0.42, 0.27, 0.14])
+_SKIN, _TROUSERS, _TRUNK = (
+    np.float32([0.93, 0.74, 0.60]),
+    np.float32([0.18, 0.20, 0.34]),
+    np.float32([0.42, 0.27, 0.14]),
+)
 
 
 def _paint(thing: Thing, parts: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -256,7 +271,11 @@ def _backdrop(scene: Scene, u: np.ndarray, v: np.ndarray):
     table = np.float32(TABLES[scene.table]) * ((0.80 + 0.25 * (v - edge)) * grain)[..., None]
     blend = np.clip((v - edge) * u.shape[0] + 0.5, 0, 1)[..., None]
     on_table = v >= edge
-    return wall * (1 - blend) + table * blend, on_table.astype(np.uint8), np.where(on_table, np.minimum(ground, scene.far), scene.far).astype(np.float32)
+    return (
+        wall * (1 - blend) + table * blend,
+        on_table.astype(np.uint8),
+        np.where(on_table, np.minimum(ground, scene.far), scene.far).astype(np.float32),
+    )
 
 
 def _shadow(scene: Scene, thing: Thing, foot: float, scale: float, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -294,13 +313,18 @@ def render(scene: Scene, size: int = 128) -> View:
     for k in order:
         thing, scale = scene.things[k], scene.things[k].size / scene.things[k].z
         rows = slice(max(int((feet[k] - 1.08 * scale) * size), 0), min(int((feet[k] + 0.10 * scale) * size) + 1, size))
-        columns = slice(max(int((thing.x - 0.66 * scale) * size), 0), max(min(int((thing.x + 0.66 * scale) * size) + 1, size), 0))
+        columns = slice(
+            max(int((thing.x - 0.66 * scale) * size), 0), max(min(int((thing.x + 0.66 * scale) * size) + 1, size), 0)
+        )
         x, y = (u[rows, columns] - thing.x) / scale, (feet[k] - v[rows, columns]) / scale + 0.02
         if not x.size:
             continue
         distance, shade, gloss, relief, *parts = _SHAPES[thing.kind](thing, x, y, scene.light)
         cover = np.clip(0.5 - distance * scale * size, 0, 1).astype(np.float32)[..., None]
-        colour = _paint(thing, parts[0] if parts else None, x.shape) * np.asarray(shade)[..., None] + np.asarray(gloss)[..., None]
+        colour = (
+            _paint(thing, parts[0] if parts else None, x.shape) * np.asarray(shade)[..., None]
+            + np.asarray(gloss)[..., None]
+        )
         image[rows, columns] = image[rows, columns] * (1 - cover) + colour * cover
         solid = cover[..., 0] >= 0.5
         semantic[rows, columns][solid] = CLASSES.index(thing.kind)
@@ -308,7 +332,14 @@ def render(scene: Scene, size: int = 128) -> View:
         depth[rows, columns][solid] = np.maximum(thing.z - 0.8 * thing.size * relief, 0.5)[solid]
         if thing.kind == "person":
             frame = joints(thing)
-            keypoints[k + 1] = np.stack([(thing.x + frame[:, 0] * scale) * size, (feet[k] - (frame[:, 1] - 0.02) * scale) * size, np.zeros(len(JOINTS))], 1)
+            keypoints[k + 1] = np.stack(
+                [
+                    (thing.x + frame[:, 0] * scale) * size,
+                    (feet[k] - (frame[:, 1] - 0.02) * scale) * size,
+                    np.zeros(len(JOINTS)),
+                ],
+                1,
+            )
     for k, points in keypoints.items():
         column, row = np.floor(points[:, :2]).astype(int).T
         inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)

@@ -12,7 +12,16 @@ from torch import Tensor
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.tasks.open_vocabulary import OBJECT
 
-IRREGULAR = {"child": "children", "foot": "feet", "goose": "geese", "knife": "knives", "man": "men", "mouse": "mice", "person": "people", "woman": "women"}
+IRREGULAR = {
+    "child": "children",
+    "foot": "feet",
+    "goose": "geese",
+    "knife": "knives",
+    "man": "men",
+    "mouse": "mice",
+    "person": "people",
+    "woman": "women",
+}
 
 
 def find_classes(prompt: str, classes: Sequence[str]) -> tuple[str, ...]:
@@ -31,8 +40,11 @@ def _pattern(word: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){start}(?:{ending})(?!\w)", re.IGNORECASE)
 
 
-def held_to(raw: dict[str, Tensor], config: DecoderConfig, prompts: Sequence[str], words: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The raw answers with the classes of `config.named` that prompt b does not name ruled out for image b; of `words`, all it does not name.
+def held_to(
+    raw: dict[str, Tensor], config: DecoderConfig, prompts: Sequence[str], words: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The raw answers with the classes of `config.named` that prompt b does not name ruled out for image b; of `words`,
+    all it does not name.
 
     A prompt that names none of them says nothing about what is to be seen, and rules nothing out.
     """
@@ -56,6 +68,8 @@ def held_to(raw: dict[str, Tensor], config: DecoderConfig, prompts: Sequence[str
 
 
 def always_named(classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]]) -> tuple[str, ...]:
-    """Of `classes`, those that the captions of all pictures that show them name; `seen` is what each picture shows, and its caption."""
+    """Of `classes`, those that the captions of all pictures that show them name; `seen` is what each picture shows, and
+    its caption.
+    """
     unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown))}
     return tuple(name for name in classes if name not in unsaid)

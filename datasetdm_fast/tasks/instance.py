@@ -11,12 +11,14 @@ from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.tasks.semantic import scaled_area
 from datasetdm_fast.tasks.to_host import to_host
 
-MOST = 100  # instances of an image
+MOST_INSTANCES = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it
 
 
 def candidates(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, class and score [B, k] of the k most probable pairs of query and class; score = probability times mean mask probability inside the mask."""
+    """Query, class and score [B, k] of the k most probable pairs of query and class; score = probability times mean
+    mask probability inside the mask.
+    """
     probability = class_logits.softmax(-1)[..., :-1]
     classes = probability.shape[-1]
     best, flat = probability.flatten(1).topk(min(count, probability[0].numel()), sorted=False)
@@ -27,7 +29,9 @@ def candidates(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[T
 
 
 def upstream_instances(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """DatasetDM's masks [B, k, H, W] bool, class ids [B, k] and scores [B, k], from masks already at image size; in no order."""
+    """DatasetDM's masks [B, k, H, W] bool, class ids [B, k] and scores [B, k], from masks already at image size; in no
+    order.
+    """
     queries, classes, scores = candidates(class_logits, mask_logits, count)
     images = torch.arange(len(queries), device=queries.device)[:, None]
     return (mask_logits > 0)[images, queries], classes, scores
@@ -56,9 +60,11 @@ def not_overlapping(inside: Tensor, is_wanted: Tensor, threshold: float) -> Tens
 
 
 def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Instances]:
-    """Instances from best to worst: score at or above the threshold, no two of them the same thing, none empty or too small."""
+    """Instances from best to worst: score at or above the threshold, no two of them the same thing, none empty or too
+    small.
+    """
     class_logits, mask_logits = raw["pred_logits"].float(), raw["pred_masks"].float()
-    queries, classes, scores = candidates(class_logits, mask_logits, min(MOST, mask_logits.shape[1]))
+    queries, classes, scores = candidates(class_logits, mask_logits, min(MOST_INSTANCES, mask_logits.shape[1]))
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     queries, classes = queries.gather(1, order), classes.gather(1, order)
     images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)

@@ -18,7 +18,9 @@ OBJECT = 1  # the class logit that says "this query is the word"; logit 0 was ne
 
 
 def upstream_mask(class_logits: Tensor, mask_logits: Tensor, class_id: int) -> Tensor:
-    """DatasetDM's VOC label map [B, H, W]: `class_id` inside the best-scored of three candidates, 0 elsewhere; masks already at image size."""
+    """DatasetDM's VOC label map [B, H, W]: `class_id` inside the best-scored of three candidates, 0 elsewhere; masks
+    already at image size.
+    """
     masks, _, scores = upstream_instances(class_logits, mask_logits, 3)
     return masks[torch.arange(len(masks), device=masks.device), scores.argmax(1)].long() * class_id
 
@@ -33,21 +35,29 @@ def best_query(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tenso
     return scores.gather(2, best)[..., 0], probability.gather(2, best)[..., 0], masks
 
 
-def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int, words: Sequence[str] = ()) -> list[SemanticMap]:
-    """Label maps over the words asked: 0 = none of them, k + 1 = word k; where two claim a pixel the likelier wins, then the earlier.
+def postprocess(
+    raw: dict[str, Tensor], config: DecoderConfig, size: int, words: Sequence[str] = ()
+) -> list[SemanticMap]:
+    """Label maps over the words asked: 0 = none of them, k + 1 = word k; where two claim a pixel the likelier wins,
+    then the earlier.
 
-    `raw` is what the decoder gives for text [B, K, D] (`pred_logits` [B, K, N, 3], `pred_masks` [B, K, N, m, m]) or for text [B, D]
-    without the K. `words` are the K names, the same for every image; left out, the maps are named by number.
+    `raw` is what the decoder gives for text [B, K, D] (`pred_logits` [B, K, N, 3], `pred_masks` [B, K, N, m, m]) or for
+    text [B, D] without the K. `words` are the K names, the same for every image; left out, the maps are named by
+    number.
     """
     class_logits, mask_logits = raw["pred_logits"].float(), raw["pred_masks"].float()
     if class_logits.ndim == 3:
         class_logits, mask_logits = class_logits[:, None], mask_logits[:, None]
     scores, probability, masks = best_query(class_logits, mask_logits)
     masks = resize(masks, size)
-    is_there = (scores >= config.score_threshold) & ((masks > 0).sum((2, 3)) >= max(1, scaled_area(config.min_area, size)))
+    is_there = (scores >= config.score_threshold) & (
+        (masks > 0).sum((2, 3)) >= max(1, scaled_area(config.min_area, size))
+    )
     likely = masks.sigmoid() * (probability * is_there)[..., None, None]
     largest, winner = (likely * (masks > 0)).max(1)
     is_word = largest > 0
-    labels, confidence = to_host(torch.where(is_word, winner + 1, 0).to(torch.uint8), torch.where(is_word, largest, 1 - likely.amax(1)))
+    labels, confidence = to_host(
+        torch.where(is_word, winner + 1, 0).to(torch.uint8), torch.where(is_word, largest, 1 - likely.amax(1))
+    )
     names = ("none", *(words or (str(k + 1) for k in range(scores.shape[1]))))
     return [SemanticMap(labels[b], confidence[b], names) for b in range(len(labels))]

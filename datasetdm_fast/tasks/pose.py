@@ -34,7 +34,9 @@ def neighbours(planes: Tensor, places: Tensor) -> Tensor:
 
 
 def upstream_keypoints(heatmaps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """DatasetDM's joints [B, J, 3] (column, row, score) and which of them it writes: those not within a pixel of the border, moved a quarter pixel uphill."""
+    """DatasetDM's joints [B, J, 3] (column, row, score) and which of them it writes: those not within a pixel of the
+    border, moved a quarter pixel uphill.
+    """
     planes = resize(heatmaps, size)
     height, places = peaks(planes)
     places = places * (height > 0)[..., None]
@@ -51,7 +53,9 @@ def upstream_bins(x: Tensor, y: Tensor) -> Tensor:
 
 
 def summit(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-    """Height [B, J] and place in cells [B, J, 2], moved to the top of the quadratic that fits the logarithm (Zhang et al. 2020, eq. 8)."""
+    """Height [B, J] and place in cells [B, J, 2], moved to the top of the quadratic that fits the logarithm (Zhang et
+    al. 2020, eq. 8).
+    """
     height, places = peaks(heatmaps)
     values = neighbours(heatmaps, places).clamp(min=FAINTEST).log()
     dx, dy = (values[..., 1, 2] - values[..., 1, 0]) / 2, (values[..., 2, 1] - values[..., 0, 1]) / 2
@@ -91,7 +95,8 @@ def joints(raw: dict[str, Tensor], size: int) -> Tensor:
 def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Keypoints]:
     """All joints of the person in each image, or no person where no joint is sure.
 
-    Visibility is 2 for a joint at or above the score threshold, 1 down to half of it, 0 below; places stand for all of them.
+    Visibility is 2 for a joint at or above the score threshold, 1 down to half of it, 0 below; places stand for all of
+    them.
     """
     found = joints(raw, size)
     score = found[..., 2]

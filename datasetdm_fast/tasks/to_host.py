@@ -1,4 +1,6 @@
-"""From a device to arrays, through page-locked memory: the copies of one call are waited for together, and only by the thread that asked."""
+"""From a device to arrays, through page-locked memory: the copies of one call are waited for together, and only by the
+thread that asked.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 64  # bytes; more than any dtype needs
-LARGEST = 2**26  # bytes of page-locked memory a thread keeps; it can never be swapped out
+LARGEST_PINNED = 2**26  # bytes of page-locked memory a thread keeps; it can never be swapped out
 _own = threading.local()
 
 
@@ -20,7 +22,7 @@ def to_host(*values: Tensor) -> list[np.ndarray]:
         return [value.cpu().numpy() for value in values]
     found: list[np.ndarray] = []
     for group in _groups(values):
-        found += _copied(group) if _size(group) <= LARGEST else [value.cpu().numpy() for value in group]
+        found += _copied(group) if _size(group) <= LARGEST_PINNED else [value.cpu().numpy() for value in group]
     return found
 
 
@@ -28,7 +30,7 @@ def _groups(values: tuple[Tensor, ...]) -> list[list[Tensor]]:
     """The values in order, together as far as they fit into the buffer."""
     groups: list[list[Tensor]] = []
     for value in values:
-        if not groups or _size([*groups[-1], value]) > LARGEST:
+        if not groups or _size([*groups[-1], value]) > LARGEST_PINNED:
             groups.append([])
         groups[-1].append(value)
     return groups

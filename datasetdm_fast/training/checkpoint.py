@@ -35,7 +35,9 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         raise storage.refusal(error, path) from error
     except (SafetensorError, KeyError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0]
-        raise Refused(f"{path}: not a checkpoint ({first})", "delete it to train from the start, or restore it from a copy") from error
+        raise Refused(
+            f"{path}: not a checkpoint ({first})", "delete it to train from the start, or restore it from a copy"
+        ) from error
 
 
 def remove(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""The images a decoder is not taught from: how it scores on them, and a page that shows its answers beside the truth."""
+"""The images a decoder is not taught from: how it scores on them, and a page that shows its answers beside the
+truth.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,24 @@ from datasetdm_fast.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.training.loop import Lessons, projected
+from datasetdm_fast.training.loop import TrainingViews, projected
 
 HEADLINE = {"semantic": "miou", "instance": "ap50", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
 LESS_IS_BETTER = ("depth",)
-LEAST = 10  # images below which none is held out
+LEAST_IMAGES = 10  # images below which none is held out
 
 
 def split(numbers: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
     """The item numbers to learn from, and those held out, both in their order."""
-    count = round(share * len(numbers)) if len(numbers) >= LEAST else 0
-    count = min(max(count, 1), len(numbers) - 1) if share and len(numbers) >= LEAST else 0
+    count = round(share * len(numbers)) if len(numbers) >= LEAST_IMAGES else 0
+    count = min(max(count, 1), len(numbers) - 1) if share and len(numbers) >= LEAST_IMAGES else 0
     chosen = set(np.random.default_rng([seed, len(numbers)]).permutation(len(numbers))[:count].tolist())
     return [n for k, n in enumerate(numbers) if k not in chosen], [n for k, n in enumerate(numbers) if k in chosen]
 
 
-def answers(decoder: Decoder, lessons: Lessons, words: Tensor | None, size: int, device: torch.device, batch_size: int = 8) -> list[Annotation]:
+def answers(
+    decoder: Decoder, lessons: TrainingViews, words: Tensor | None, size: int, device: torch.device, batch_size: int = 8
+) -> list[Annotation]:
     """What a decoder in training says about each view, as it would once loaded."""
     ready = fold(copy.deepcopy(decoder)).to(device)
     config, found = ready.config, []
@@ -47,7 +51,7 @@ def answers(decoder: Decoder, lessons: Lessons, words: Tensor | None, size: int,
     return found
 
 
-def score(task: str, lessons: Lessons, found: Sequence[Annotation]) -> dict:
+def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> dict:
     """The task's figures over the views."""
     meter = METRICS[task](lessons.views.source)
     for view, label in enumerate(found):

@@ -11,7 +11,7 @@ from datasetdm_fast.disk import storage
 
 NAME = "log.jsonl"
 MOST_STEPS = 5000  # lines of losses a training writes at most
-LARGEST = 2**28  # bytes
+LARGEST_LOG = 2**28  # bytes
 
 
 class Log:
@@ -22,7 +22,7 @@ class Log:
         self._file = self._board = None
         if not is_writing:
             return
-        lines = storage.read(self.path, LARGEST).splitlines() if self.path.exists() else []
+        lines = storage.read(self.path, LARGEST_LOG).splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= done]
         storage.publish({self.path: b"".join(line + b"\n" for line in kept)})
         try:

@@ -1,7 +1,8 @@
-"""The fit: batches of captures against their targets, one step at a time; its whole state can be put down and taken up again, to the bit.
+"""The fit: batches of captures against their targets, one step at a time; its whole state can be put down and taken up
+again, to the bit.
 
-Whatever is random in a step is drawn from the step's number and the place in its batch, so neither an interruption nor the number of
-processes or parts a batch is divided into changes what is drawn.
+Whatever is random in a step is drawn from the step's number and the place in its batch, so neither an interruption nor
+the number of processes or parts a batch is divided into changes what is drawn.
 """
 
 from __future__ import annotations
@@ -25,38 +26,16 @@ from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.kernels import rearranged
 from datasetdm_fast.lessons.cache import Layout
-from datasetdm_fast.lessons.targets import Target
+from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.lessons.views import Views
 from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import _answer, _word, loss_of
 from datasetdm_fast.training.processes import SOLO, Ranks
+from datasetdm_fast.training.schedule import TrainingSchedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTLING = 8  # power iterations that bring a spectral norm to averaged weights
-
-
-@dataclass(frozen=True)
-class Schedule:
-    steps: int = 1500
-    batch_size: int = 16
-    rate: float = 1e-3
-    optimiser: str = "adamw"  # or adam
-    decay: str = "cosine"  # or steps: a tenth after every `decay_every` images
-    decay_every: int = 0
-    warmup: int = 50  # steps
-    weight_decay: float = 0.05
-    average: float = 0.995  # of the weights; 0 = the last weights are kept
-    clip: float = 1.0  # norm of the gradient; 0 = as it is
-    points: int = 2048  # sampled on each mask; upstream takes 12544 at 512 pixels
-    sigma: float = 1.0  # heatmap width in its own cells; upstream 2 at 64 cells
-    dropout: float = 0.3  # share of feature channels hidden from each view, so that a hundred images are not learnt by heart
-    is_deep: bool = True  # whether every layer of a transformer is taught; upstream only the last
-    is_absence_taught: bool = True  # whether a joint that is not in the picture has an empty heatmap; upstream's loss leaves it out
-    gain: float = 100.0  # of the heatmap loss
-    first_word_only: bool = False  # upstream's Q11
-    parts: int = 2  # a batch is worked through in so many over all processes, so that one process and two learn to the same bits
-    seed: int = 0
 
 
 class Captures(Protocol):
@@ -70,7 +49,7 @@ class Captures(Protocol):
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TrainingViews:
     """What is learnt from: views and their captures, numbered alike."""
 
     captures: Captures
@@ -91,8 +70,8 @@ class Trainer:
     def __init__(
         self,
         config: DecoderConfig,
-        schedule: Schedule,
-        lessons: Lessons,
+        schedule: TrainingSchedule,
+        lessons: TrainingViews,
         words: Tensor | None = None,
         device: torch.device | str = "cpu",
         dtype: str = "fp32",
@@ -110,17 +89,21 @@ class Trainer:
         self.named = dict(self.decoder.named_parameters())
         self.trained = list(self.named.values())
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[schedule.optimiser]
-        self.optimiser = kind(self.trained, lr=schedule.rate, weight_decay=schedule.weight_decay, fused=self.device.type == "cpu" or None)
+        self.optimiser = kind(
+            self.trained, lr=schedule.rate, weight_decay=schedule.weight_decay, fused=self.device.type == "cpu" or None
+        )
         self.average = [parameter.detach().clone() for parameter in self.trained]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
         self.done = 0
         self._reader = ThreadPoolExecutor(1) if is_ahead else None
         self._next: tuple[int, Future] | None = None
 
-    # What a step is made of -------------------------------------------------------------------------------------------------------
+    # What a step is made of -------------------------------------------------------------------------------------------
 
     def views(self, step: int) -> list[tuple[int, int]]:
-        """Place in the batch and view of what this process does in a step: all views in a new order, again and again."""
+        """Place in the batch and view of what this process does in a step: all views in a new order, again and
+        again.
+        """
         places = np.array_split(np.arange(self.schedule.batch_size), self.ranks.world)[self.ranks.rank].tolist()
         found = []
         for place in places:
@@ -130,19 +113,24 @@ class Trainer:
 
     def _order(self, turn: int) -> Tensor:
         if getattr(self, "_turn", None) != turn:
-            self._turn, self._permutation = turn, torch.randperm(self.lessons.count, generator=generator(self.schedule.seed, "turn", turn))
+            self._turn, self._permutation = (
+                turn,
+                torch.randperm(self.lessons.count, generator=generator(self.schedule.seed, "turn", turn)),
+            )
         return self._permutation
 
-    def _read(self, views: Sequence[tuple[int, int]]) -> tuple[list[tuple[Tensor, ...]], list[Target]]:
+    def _read(self, views: Sequence[tuple[int, int]]) -> tuple[list[tuple[Tensor, ...]], list[TrainingTarget]]:
         parts = [[view for _, view in part] for part in self._parts(views)]
-        return [self.lessons.captures.batch(part) for part in parts], [self.lessons.views.target(view) for _, view in views]
+        return [self.lessons.captures.batch(part) for part in parts], [
+            self.lessons.views.target(view) for _, view in views
+        ]
 
     def _parts(self, views: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
         parts = -(-self.schedule.parts // self.ranks.world)
         cuts = np.array_split(np.arange(len(views)), min(parts, max(len(views), 1)))
         return [[views[k] for k in cut] for cut in cuts if len(cut)]
 
-    def _examples_of(self, step: int) -> tuple[list[tuple[int, int]], list[tuple[Tensor, ...]], list[Target]]:
+    def _examples_of(self, step: int) -> tuple[list[tuple[int, int]], list[tuple[Tensor, ...]], list[TrainingTarget]]:
         """The step's examples, read while the step before was computed where that helps."""
         views = self.views(step)
         if self._reader is None:
@@ -167,12 +155,19 @@ class Trainer:
         views, captures, targets = self._examples_of(step)
         generators = [generator(schedule.seed, step, place) for place, _ in views]
         hidden = [_hidden(self.lessons.captures.layout, schedule.dropout, source) for source in generators]
-        asked = [_word(target, len(self.words), source) for target, source in zip(targets, generators)] if self.decoder.config.has_text else []
+        asked = (
+            [_word(target, len(self.words), source) for target, source in zip(targets, generators)]
+            if self.decoder.config.has_text
+            else []
+        )
         answers = [_answer(target, asked[b] if asked else None, self.device) for b, target in enumerate(targets)]
         whole = self._whole(answers)
         powers = [buffer for name, buffer in self.decoder.named_buffers() if name.endswith("u0")]
         statistics = [buffer for name, buffer in self.decoder.named_buffers() if "stored_" in name]
-        starts, sums = [buffer.clone() for buffer in (*powers, *statistics)], [torch.zeros_like(buffer) for buffer in statistics]
+        starts, sums = (
+            [buffer.clone() for buffer in (*powers, *statistics)],
+            [torch.zeros_like(buffer) for buffer in statistics],
+        )
         self.optimiser.param_groups[0]["lr"] = self.rate(step)
         self.optimiser.zero_grad(set_to_none=True)
         total, begin = torch.zeros((), device=self.device), 0
@@ -182,7 +177,12 @@ class Trainer:
                 buffer.copy_(start)
             text = (self.words[[0] * len(asked[part]) if schedule.first_word_only else asked[part]],) if asked else ()
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-                shown = without([level.to(self.device) for level in levels], hidden[part], schedule.dropout, self.lessons.captures.layout)
+                shown = without(
+                    [level.to(self.device) for level in levels],
+                    hidden[part],
+                    schedule.dropout,
+                    self.lessons.captures.layout,
+                )
                 found = self.decoder(projected(self.decoder, shown), *text, **_depth_of(self.decoder, schedule))
             loss = loss_of(self.decoder.config, found, targets[part], answers[part], schedule, generators[part], whole)
             self.scaler.scale(loss).backward()
@@ -194,7 +194,10 @@ class Trainer:
             buffer.copy_(mean)
         value = total.item()
         if not math.isfinite(value):
-            raise GateFailed(f"{self.decoder.config.task}: the loss of step {step + 1} is {value}", "lower --rate, or use --dtype fp32")
+            raise GateFailed(
+                f"{self.decoder.config.task}: the loss of step {step + 1} is {value}",
+                "lower --rate, or use --dtype fp32",
+            )
         self.scaler.unscale_(self.optimiser)
         if schedule.clip:
             torch.nn.utils.clip_grad_norm_(self.trained, schedule.clip)
@@ -215,14 +218,16 @@ class Trainer:
         return losses.Totals(*(int(number) for number in numbers.tolist()))
 
     def _joined(self, total: Tensor, means: Sequence[Tensor]) -> None:
-        """Adds up loss and gradients over all processes; running statistics, which no training reads, become their mean."""
+        """Adds up loss and gradients over all processes; running statistics, which no training reads, become their
+        mean.
+        """
         if self.ranks.world == 1:
             return
         for mean in means:
             mean /= self.ranks.world
         self.ranks.total([total, *means, *(parameter.grad for parameter in self.trained if parameter.grad is not None)])
 
-    # What is kept of it -----------------------------------------------------------------------------------------------------------
+    # What is kept of it -----------------------------------------------------------------------------------------------
 
     def finished(self) -> Decoder:
         """A decoder with the averaged weights, to be saved or folded; the training can go on."""
@@ -243,19 +248,28 @@ class Trainer:
         tensors = {f"decoder.{name}": value for name, value in self.decoder.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in zip(self.named, self.average)}
         for name, parameter in self.named.items():
-            tensors |= {f"optimiser.{name}.{part}": value for part, value in self.optimiser.state.get(parameter, {}).items()}
-        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {"done": self.done, "scaler": self.scaler.state_dict()}
+            tensors |= {
+                f"optimiser.{name}.{part}": value for part, value in self.optimiser.state.get(parameter, {}).items()
+            }
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, {
+            "done": self.done,
+            "scaler": self.scaler.state_dict(),
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping) -> None:
         """Takes up a state."""
-        self.decoder.load_state_dict({name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")})
+        self.decoder.load_state_dict(
+            {name.removeprefix("decoder."): value for name, value in tensors.items() if name.startswith("decoder.")}
+        )
         for value, name in zip(self.average, self.named):
             value.copy_(tensors[f"average.{name}"])
         for name, parameter in self.named.items():
             start = f"optimiser.{name}."
             own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
             if own:
-                self.optimiser.state[parameter] = {key: value.clone() if key == "step" else value.to(parameter) for key, value in own.items()}
+                self.optimiser.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter) for key, value in own.items()
+                }
         self.scaler.load_state_dict(dict(numbers["scaler"]))
         self.done = numbers["done"]
 
@@ -266,8 +280,8 @@ class Trainer:
 
 def fit(
     config: DecoderConfig,
-    lessons: Lessons,
-    schedule: Schedule,
+    lessons: TrainingViews,
+    schedule: TrainingSchedule,
     words: Tensor | None = None,
     report: Callable[[int, float], None] = lambda step, loss: None,
     device: torch.device | str = "cpu",
@@ -289,7 +303,7 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
-def _depth_of(decoder: Decoder, schedule: Schedule) -> dict[str, bool]:
+def _depth_of(decoder: Decoder, schedule: TrainingSchedule) -> dict[str, bool]:
     return {"auxiliary": schedule.is_deep} if decoder.config.has_queries else {}
 
 
@@ -313,5 +327,8 @@ def without(levels: Sequence[Tensor], hidden: Sequence[Tensor | None], share: fl
     if not share:
         return list(levels)
     rows = (~torch.stack(list(hidden))).to(levels[0]) / (1 - share)
-    kept = [F.pad(row, (0, channels - row.shape[1]), value=1.0) for row, (_, channels) in zip(rows.split(layout.features, 1), layout.shapes)]
+    kept = [
+        F.pad(row, (0, channels - row.shape[1]), value=1.0)
+        for row, (_, channels) in zip(rows.split(layout.features, 1), layout.shapes)
+    ]
     return [level * row[:, None] for level, row in zip(levels, kept)]

@@ -16,29 +16,32 @@ from datasetdm_fast.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     from datasetdm_fast.decoders.trunk import Decoder
-    from datasetdm_fast.readers import Source
     from datasetdm_fast.training.processes import Ranks
-    from datasetdm_fast.training.task_run import Course
+    from datasetdm_fast.training.task_run import TaskTraining
+    from datasetdm_fast.truth.labelled import LabelledSource
 
-EVERY = 10.0  # seconds between two lines of progress
+SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
 LISTED = 20  # bad images that are named
 
 
 @dataclass(frozen=True)
-class School:
+class TrainingSession:
     """What every task's course is made from."""
 
     config: TrainConfig
     engine: Any
-    source: Source
+    source: LabelledSource
     ranks: Ranks
     numbers: tuple[int, ...]  # of the items learnt from or held out
     say: Callable[[str], None]
-    shown: list[tuple[list[str], str]] = field(default_factory=list)  # what each item shows, and its caption, once somebody asked
+    shown: list[tuple[list[str], str]] = field(
+        default_factory=list
+    )  # what each item shows, and its caption, once somebody asked
 
 
-def train_on(engine, source: Source, task: str, count: int, **settings: Any) -> Decoder:
-    """A decoder for `task`, ready for inference, taught from the first `count` items of `source` as `python -m datasetdm_fast.train` would.
+def train_on(engine, source: LabelledSource, task: str, count: int, **settings: Any) -> Decoder:
+    """A decoder for `task`, ready for inference, taught from the first `count` items of `source` as `python -m
+    datasetdm_fast.train` would.
 
     Captures of an image are shared by every count, task and later run; `settings` are further fields of TrainConfig.
     """
@@ -48,24 +51,35 @@ def train_on(engine, source: Source, task: str, count: int, **settings: Any) -> 
 
 
 def taught(
-    engine, source: Source, task: str, count: int, *, steps: int = 0, seed: int = 0, held_out: float = 0.0, cache_dir: str = "", **settings: Any
+    engine,
+    source: LabelledSource,
+    task: str,
+    count: int,
+    *,
+    steps: int = 0,
+    seed: int = 0,
+    held_out: float = 0.0,
+    cache_dir: str = "",
+    **settings: Any,
 ) -> Decoder:
     """The same decoder before it is made ready, to be kept with save_decoder."""
     from datasetdm_fast.training.held_out import split
     from datasetdm_fast.training.loop import fit
     from datasetdm_fast.training.processes import SOLO
 
-    config = TrainConfig(task=(task,), steps=steps, seed=seed, held_out=held_out, cache_dir=cache_dir, quiet=True, **settings)
+    config = TrainConfig(
+        task=(task,), steps=steps, seed=seed, held_out=held_out, cache_dir=cache_dir, quiet=True, **settings
+    )
     config.check()
     if not 1 <= count <= len(source):
         raise Refused(f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has")
     learnt, _ = split(range(count), held_out, seed)
-    school = School(config, engine, source, SOLO, tuple(learnt), lambda line: None)
-    recipe, words = _recipe(school, task, len(learnt))
-    return fit(recipe.config, _lessons(school, task, learnt), recipe.schedule, words, device=engine.device)
+    session = TrainingSession(config, engine, source, SOLO, tuple(learnt), lambda line: None)
+    recipe, words = _recipe(session, task, len(learnt))
+    return fit(recipe.config, _lessons(session, task, learnt), recipe.schedule, words, device=engine.device)
 
 
-def _school(config: TrainConfig, ranks: Ranks) -> School:
+def _session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.foreign import documents
     from datasetdm_fast.lessons.targets import check_shown, check_truth
@@ -74,7 +88,14 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
     from datasetdm_fast.readers import open_data
 
     model = load_model(config.model, size=config.size)
-    source = open_data(config.data, model.size, tasks=config.task, selection=config.selection(), skip_bad=config.skip_bad, framing=config.framing)
+    source = open_data(
+        config.data,
+        model.size,
+        tasks=config.task,
+        selection=config.selection(),
+        skip_bad=config.skip_bad,
+        framing=config.framing,
+    )
     if config.skip_bad:
         source = _readable(source, config.data)
     for task in config.task:
@@ -82,26 +103,34 @@ def _school(config: TrainConfig, ranks: Ranks) -> School:
         check_shown(source, task, config.data)
     check_quirks(config.quirks, source, config.task)
     if config.timestep >= model.scheduler.get("num_train_timesteps", 1000):
-        raise Refused(f"--timestep: {config.timestep} is not one of the model's {model.scheduler.get('num_train_timesteps', 1000)}")
+        raise Refused(
+            f"--timestep: {config.timestep} is not one of the model's "
+            f"{model.scheduler.get('num_train_timesteps', 1000)}"
+        )
     dtype = "auto" if config.engine in ("auto", "fast") and config.device != "cpu" else "fp32"
-    engine = build_engine(config.engine, model, {}, dtype=dtype if config.engine != "torch" else "auto", device=config.device)
+    engine = build_engine(
+        config.engine, model, {}, dtype=dtype if config.engine != "torch" else "auto", device=config.device
+    )
 
     def say(line: str) -> None:
         if ranks.is_first and not config.quiet:
             print(line, file=sys.stderr, flush=True)
 
     for name, reason in list(source.skipped.items())[:LISTED]:
-        say(f"left out   {documents.plain(name)}: {documents.plain(reason)}")
+        say(f"left out   {documents.one_line(name)}: {documents.one_line(reason)}")
     if len(source.skipped) > LISTED:
         say(f"left out   {len(source.skipped)} in all")
-    return School(config, engine, source, ranks, tuple(range(len(source))), say)
+    return TrainingSession(config, engine, source, ranks, tuple(range(len(source))), say)
 
 
-def _readable(source: Source, spec: str) -> Source:
+def _readable(source: LabelledSource, spec: str) -> LabelledSource:
     """The items that can be read; the others are in `skipped` with the reason."""
     found = source.readable()
     if not len(found):
-        raise Refused(f"--data {spec}: none of {len(source)} images can be read; {next(iter(source.skipped.values()))}", "mend the files, or name other data")
+        raise Refused(
+            f"--data {spec}: none of {len(source)} images can be read; {next(iter(source.skipped.values()))}",
+            "mend the files, or name other data",
+        )
     return found
 
 
@@ -115,132 +144,180 @@ def _augmentation(config: TrainConfig, task: str) -> str:
     return kind if kind in LOOKS else "flip"
 
 
-def _timestep(school: School) -> int:
-    return school.engine.model.defaults.capture if school.config.timestep < 0 else school.config.timestep
+def _timestep(session: TrainingSession) -> int:
+    return session.engine.model.defaults.capture if session.config.timestep < 0 else session.config.timestep
 
 
-def _recipe(school: School, task: str, images: int) -> tuple[Any, Any]:
+def _recipe(session: TrainingSession, task: str, images: int) -> tuple[Any, Any]:
     """Decoder and schedule of a task, and the class embeddings it is taught with."""
     from datasetdm_fast.training import recipes
 
-    config, engine = school.config, school.engine
-    words = engine.encode_classes(list(school.source.thing_classes)).float().clone() if task == "open-vocabulary" else None
+    config, engine = session.config, session.engine
+    words = (
+        engine.encode_classes(list(session.source.thing_classes)).float().clone() if task == "open-vocabulary" else None
+    )
     width = engine.model.text_encoder.config.hidden_size
     found = recipes.recipe(
-        *(task, school.source, engine.model.levels, width, _timestep(school), images),
+        *(task, session.source, engine.model.levels, width, _timestep(session), images),
         preset=config.preset,
         pose_head=config.pose_head,
         reader=config.data.partition(":")[0],
     )
-    found = replace(found, config=replace(found.config, named=_named(school, found.config.classes)))
+    found = replace(found, config=replace(found.config, named=_named(session, found.config.classes)))
     changes = {name: getattr(config, name) for name in ("steps", "batch_size", "rate") if getattr(config, name)}
-    schedule = replace(found.schedule, **changes, parts=config.accumulate, seed=config.seed, first_word_only="Q11" in config.quirks)
-    if schedule.batch_size < school.ranks.world:
-        raise Refused(f"--batch-size: {schedule.batch_size} views cannot be shared by {school.ranks.world} processes", "start fewer, or raise --batch-size")
+    schedule = replace(
+        found.schedule, **changes, parts=config.accumulate, seed=config.seed, first_word_only="Q11" in config.quirks
+    )
+    if schedule.batch_size < session.ranks.world:
+        raise Refused(
+            f"--batch-size: {schedule.batch_size} views cannot be shared by {session.ranks.world} processes",
+            "start fewer, or raise --batch-size",
+        )
     return replace(found, schedule=schedule), words
 
 
-def _named(school: School, classes: Sequence[str]) -> tuple[str, ...]:
+def _named(session: TrainingSession, classes: Sequence[str]) -> tuple[str, ...]:
     """The classes of a decoder that are looked for only where a prompt names them."""
     from datasetdm_fast.tasks.captions import always_named
 
-    config, source = school.config, school.source
+    config, source = session.config, session.source
     is_wanted = config.by_name == "yes" or (config.by_name == "auto" and config.data.startswith("demo:"))
     things = [name for name in classes if name in source.thing_classes]
     if not is_wanted or config.captions != "true" or not things:
         return ()
-    if not school.shown:
-        school.shown.extend((_names(source, item), item.caption) for item in (source[number] for number in school.numbers))
-    return always_named(things, school.shown)
+    if not session.shown:
+        session.shown.extend(
+            (_names(source, item), item.caption) for item in (source[number] for number in session.numbers)
+        )
+    return always_named(things, session.shown)
 
 
-def _names(source: Source, item) -> list[str]:
+def _names(source: LabelledSource, item) -> list[str]:
     """The things a labelled image shows."""
     if item.mask_classes is not None:
         return sorted({source.thing_classes[k] for k in item.mask_classes})
-    return [name for k, name in enumerate(source.classes) if name in source.thing_classes and (item.semantic == k).any()]
+    return [
+        name for k, name in enumerate(source.classes) if name in source.thing_classes and (item.semantic == k).any()
+    ]
 
 
-def _planned(school: School, task: str) -> tuple[Any, dict[str, Any], Any]:
+def _planned(session: TrainingSession, task: str) -> tuple[Any, dict[str, Any], Any]:
     """Recipe, everything that decides the weights, and the class embeddings."""
     from datasetdm_fast.training.held_out import split
     from datasetdm_fast.training.task_run import settings_of
 
-    learnt, held = split(school.numbers, school.config.held_out, school.config.seed)
-    recipe, words = _recipe(school, task, len(learnt))
-    others = {**school.config.identity(), "timestep": _timestep(school), "model_digests": school.engine.model.digests, "images": len(learnt)}
+    learnt, held = split(session.numbers, session.config.held_out, session.config.seed)
+    recipe, words = _recipe(session, task, len(learnt))
+    others = {
+        **session.config.identity(),
+        "timestep": _timestep(session),
+        "model_digests": session.engine.model.digests,
+        "images": len(learnt),
+    }
     for name in ("task", "steps", "batch_size", "rate"):  # said by the recipe, task by task
         del others[name]
-    if not others.pop("skip_bad") or not school.source.skipped:
+    if not others.pop("skip_bad") or not session.source.skipped:
         others["left_out"] = ""
     else:
-        names = "\n".join(sorted(school.source.skipped))
-        others["left_out"] = f"{len(school.source.skipped)} images, {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:12]}"
-    return recipe, settings_of(recipe.config, recipe.schedule, others | {"task": task, "held_out_images": len(held)}), words
+        names = "\n".join(sorted(session.source.skipped))
+        others["left_out"] = (
+            f"{len(session.source.skipped)} images, "
+            f"{hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:12]}"
+        )
+    return (
+        recipe,
+        settings_of(recipe.config, recipe.schedule, others | {"task": task, "held_out_images": len(held)}),
+        words,
+    )
 
 
-def _lessons(school: School, task: str, numbers: Sequence[int], draws: int = 0, plan=None, progress: Callable[[int], None] = lambda count: None):
+def _lessons(
+    session: TrainingSession,
+    task: str,
+    numbers: Sequence[int],
+    draws: int = 0,
+    plan=None,
+    progress: Callable[[int], None] = lambda count: None,
+):
     """Views of some items with their captures, made now where they are kept."""
     from datasetdm_fast.lessons import cache
     from datasetdm_fast.lessons.augment import AUGMENTATIONS as LOOKS
     from datasetdm_fast.lessons.views import Looks, Views
-    from datasetdm_fast.training.loop import Lessons
+    from datasetdm_fast.training.loop import TrainingViews
 
-    config = school.config
-    looks = Looks(draws or config.draws, LOOKS["none" if draws else _augmentation(config, task)], config.captions, config.seed, frozenset(config.quirks))
-    views = Views(school.source, numbers, task, looks)
-    plan = plan or _cache_plan(school, len(views))
+    config = session.config
+    looks = Looks(
+        draws or config.draws,
+        LOOKS["none" if draws else _augmentation(config, task)],
+        config.captions,
+        config.seed,
+        frozenset(config.quirks),
+    )
+    views = Views(session.source, numbers, task, looks)
+    plan = plan or _cache_plan(session, len(views))
     if not plan.is_stored:
-        return Lessons(cache.Recomputed(school.engine, views, _inversion(school)), views)
-    found = cache.stored(school.engine, views, _inversion(school), plan.folder, (school.ranks.rank, school.ranks.world), progress=progress)
-    school.ranks.wait()
-    return Lessons(found, views)
+        return TrainingViews(cache.RecomputedCaptures(session.engine, views, _inversion(session)), views)
+    found = cache.stored(
+        session.engine,
+        views,
+        _inversion(session),
+        plan.folder,
+        (session.ranks.rank, session.ranks.world),
+        progress=progress,
+    )
+    session.ranks.wait()
+    return TrainingViews(found, views)
 
 
-def _inversion(school: School):
+def _inversion(session: TrainingSession):
     from datasetdm_fast.lessons.cache import Inversion
 
-    config = school.config
+    config = session.config
     latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
-    return Inversion(_timestep(school), latent, config.ddim_steps if config.inversion == "ddim" else 0)
+    return Inversion(_timestep(session), latent, config.ddim_steps if config.inversion == "ddim" else 0)
 
 
-def _cache_plan(school: School, count: int):
+def _cache_plan(session: TrainingSession, count: int):
     from datasetdm_fast.disk.locks import cache_folder
     from datasetdm_fast.lessons.cache import plan
 
-    folder = Path(school.config.cache_dir) if school.config.cache_dir else cache_folder() / "captures"
-    found = plan(folder, school.engine.model.levels, count, school.config.cache, school.config.cache_gb)
-    return school.ranks.said(found)
+    folder = Path(session.config.cache_dir) if session.config.cache_dir else cache_folder() / "captures"
+    found = plan(folder, session.engine.model.levels, count, session.config.cache, session.config.cache_gb)
+    return session.ranks.said(found)
 
 
-def _announce(school: School, plans: dict[str, Any], results: dict[str, Any]) -> None:
+def _announce(session: TrainingSession, plans: dict[str, Any], results: dict[str, Any]) -> None:
     from datasetdm_fast.training.held_out import split
 
-    config = school.config
-    learnt, held = split(school.numbers, config.held_out, config.seed)
+    config = session.config
+    learnt, held = split(session.numbers, config.held_out, config.seed)
     count = len(learnt) * config.draws + len(held)
-    school.say(f"images     {len(learnt)} to learn from in {config.draws} looks each, {len(held)} held out, {school.engine.model.size} pixels a side")
-    school.say(f"captures   {_cache_plan(school, count)}")
+    session.say(
+        f"images     {len(learnt)} to learn from in {config.draws} looks each, {len(held)} held out, "
+        f"{session.engine.model.size} pixels a side"
+    )
+    session.say(f"captures   {_cache_plan(session, count)}")
     for task, (recipe, _, _) in plans.items():
         steps, batch = recipe.schedule.steps, recipe.schedule.batch_size
         done = " - finished" if results[task] is not None else ""
-        school.say(f"{task:<16}{recipe.config.kind} decoder, {steps} steps of {batch} views{done}")
+        session.say(f"{task:<16}{recipe.config.kind} decoder, {steps} steps of {batch} views{done}")
     for name in sorted(config.quirks):
         from datasetdm_fast.lessons.views import QUIRKS as MEANING
 
-        school.say(f"{name}        {MEANING[name]}")
+        session.say(f"{name}        {MEANING[name]}")
 
 
-def _course(school: School, folder: Path, task: str, plan: tuple, is_stopping: Callable[[], bool]) -> Course | None:
+def _training(
+    session: TrainingSession, folder: Path, task: str, plan: tuple, is_stopping: Callable[[], bool]
+) -> TaskTraining | None:
     """The task's course with its captures at hand, or None where the making of them was stopped."""
     from datasetdm_fast.training.held_out import split
-    from datasetdm_fast.training.task_run import Course
+    from datasetdm_fast.training.task_run import TaskTraining
 
-    config, (recipe, settings, words) = school.config, plan
-    learnt, held = split(school.numbers, config.held_out, config.seed)
+    config, (recipe, settings, words) = session.config, plan
+    learnt, held = split(session.numbers, config.held_out, config.seed)
     count = len(learnt) * config.draws + len(held)
-    choice, began, told = _as_begun(school, folder, _cache_plan(school, count)), time.monotonic(), time.monotonic()
+    choice, began, told = _as_begun(session, folder, _cache_plan(session, count)), time.monotonic(), time.monotonic()
     done = 0
 
     def progress(views: int) -> None:
@@ -248,39 +325,42 @@ def _course(school: School, folder: Path, task: str, plan: tuple, is_stopping: C
         done += views
         if is_stopping():
             raise _Stopped
-        if time.monotonic() - told >= EVERY:
+        if time.monotonic() - told >= SECONDS_PER_LINE:
             told = time.monotonic()
-            share = done * school.ranks.world / count
-            school.say(f"captures {min(share, 1):.0%}, about {(told - began) * max(1 / share - 1, 0):.0f} s left")
+            share = done * session.ranks.world / count
+            session.say(f"captures {min(share, 1):.0%}, about {(told - began) * max(1 / share - 1, 0):.0f} s left")
 
     try:
-        lessons = _lessons(school, task, learnt, plan=choice, progress=progress)
-        judged = _lessons(school, task, held, 1, choice, progress) if held else None
+        lessons = _lessons(session, task, learnt, plan=choice, progress=progress)
+        judged = _lessons(session, task, held, 1, choice, progress) if held else None
     except _Stopped:
         return None
-    return Course(
-        *(folder, recipe.config, recipe.schedule, lessons, judged, words, school.engine.model.size, settings),
+    return TaskTraining(
+        *(folder, recipe.config, recipe.schedule, lessons, judged, words, session.engine.model.size, settings),
         checks=config.checks,
         patience=config.patience,
         storage=config.storage,
         save_every=config.save_every,
-        device=school.engine.device,
-        dtype=_dtype(config, school.engine.device),
+        device=session.engine.device,
+        dtype=_dtype(config, session.engine.device),
     )
 
 
-def _as_begun(school: School, folder: Path, plan):
-    """The plan with captures kept or not as when the training began: half precision decides bits, and the disk's free space has changed since."""
+def _as_begun(session: TrainingSession, folder: Path, plan):
+    """The plan with captures kept or not as when the training began: half precision decides bits, and the disk's free
+    space has changed since.
+    """
     from datasetdm_fast.disk import storage
 
     path = folder / "training" / "captures.json"
-    if school.ranks.is_first and not path.exists():
+    if session.ranks.is_first and not path.exists():
         storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})
-    school.ranks.wait()
+    session.ranks.wait()
     are_kept = bool(json.loads(storage.read(path, 2**16))["are_kept"])
-    if school.config.cache != "auto" and are_kept != plan.is_stored:
+    if session.config.cache != "auto" and are_kept != plan.is_stored:
         raise Refused(
-            f"--cache {school.config.cache}: {folder} was begun with captures {'kept on the disk' if are_kept else 'made anew at every step'}",
+            f"--cache {session.config.cache}: {folder} was begun with captures "
+            f"{'kept on the disk' if are_kept else 'made anew at every step'}",
             "leave --cache out, or choose another --out",
         )
     return replace(plan, is_stored=are_kept)

@@ -9,48 +9,103 @@ from datasetdm_fast.config import ENGINES, TASKS, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.truth.selection import DataSettings
 
-AUGMENTATIONS = ("auto", "none", "flip", "voc", "cityscapes", "deepfashion", "coco", "lvis", "kitti", "vkitti2", "nyu", "coco-pose")
+AUGMENTATIONS = (
+    "auto",
+    "none",
+    "flip",
+    "voc",
+    "cityscapes",
+    "deepfashion",
+    "coco",
+    "lvis",
+    "kitti",
+    "vkitti2",
+    "nyu",
+    "coco-pose",
+)
 QUIRKS = ("Q11", "Q12", "Q13", "Q14")
 
 
 @dataclass(frozen=True)
 class TrainConfig(DataSettings):
-    data: str = setting("demo:100", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="DATA")
-    task: tuple[str, ...] = setting(("semantic",), "labels to learn, comma-separated, one decoder each: " + ", ".join(TASKS), choices=TASKS, metavar="LIST")
+    data: str = setting(
+        "demo:100", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="DATA"
+    )
+    task: tuple[str, ...] = setting(
+        ("semantic",),
+        "labels to learn, comma-separated, one decoder each: " + ", ".join(TASKS),
+        choices=TASKS,
+        metavar="LIST",
+    )
     out: str = setting("decoder", "folder; each task has its own in it", identity=False, metavar="DIR")
-    model: str = setting("demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL")
+    model: str = setting(
+        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
+    )
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
     held_out: float = setting(0.1, "share of the images that only judge; none of fewer than 10 images", metavar="SHARE")
-    preset: str = setting("default", "how it is taught: ours, or upstream's optimiser, schedule and loss", choices=("default", "upstream"))
-    quirks: tuple[str, ...] = setting((), "upstream's mistakes to repeat: " + ", ".join(QUIRKS), choices=QUIRKS, metavar="LIST")
+    preset: str = setting(
+        "default", "how it is taught: ours, or upstream's optimiser, schedule and loss", choices=("default", "upstream")
+    )
+    quirks: tuple[str, ...] = setting(
+        (), "upstream's mistakes to repeat: " + ", ".join(QUIRKS), choices=QUIRKS, metavar="LIST"
+    )
     pose_head: str = setting("heatmap", "how joints are answered", choices=("heatmap", "simcc"))
     steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N")
     batch_size: int = setting(0, "views a step, over all processes, 0 = as the preset says", metavar="N")
     accumulate: int = setting(
-        2, "parts of a batch, one after the other: saves memory; one process with N parts learns what N processes do, to the bit", metavar="N"
+        2,
+        "parts of a batch, one after the other: saves memory; one process with N parts learns what N processes do, "
+        "to the bit",
+        metavar="N",
     )
     rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R")
-    patience: int = setting(4, "looks at the held-out images without a better figure before it ends early, 0 = never", metavar="N")
+    patience: int = setting(
+        4, "looks at the held-out images without a better figure before it ends early, 0 = never", metavar="N"
+    )
     checks: int = setting(10, "looks at the held-out images in a whole training", metavar="N")
     draws: int = setting(12, "different looks at each image: noise and augmentation", metavar="N")
-    augment: str = setting("auto", "how looks differ: none, flip, or upstream's way with a data set; auto: with this one, else flip", choices=AUGMENTATIONS)
-    captions: str = setting("true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none"))
+    augment: str = setting(
+        "auto",
+        "how looks differ: none, flip, or upstream's way with a data set; auto: with this one, else flip",
+        choices=AUGMENTATIONS,
+    )
+    captions: str = setting(
+        "true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none")
+    )
     by_name: str = setting(
         "auto",
-        "whether classes that every caption names where they are seen are later looked for only where a prompt names them; "
+        "whether classes that every caption names where they are seen are later looked for only where a prompt names "
+        "them; "
         "auto: with demo scenes, whose captions leave nothing out",
         choices=("auto", "yes", "no"),
     )
-    timestep: int = setting(-1, "UNet timestep of the captures, -1 = what the model was made for; upstream 0", metavar="T")
-    latent: str = setting("auto", "the autoencoder's mean or a sample; auto: mean, and a sample with --preset upstream", choices=("auto", "mean", "sample"))
-    inversion: str = setting("noise", "noise added to the latents is drawn, or predicted by DDIM run backwards", choices=("noise", "ddim"))
+    timestep: int = setting(
+        -1, "UNet timestep of the captures, -1 = what the model was made for; upstream 0", metavar="T"
+    )
+    latent: str = setting(
+        "auto",
+        "the autoencoder's mean or a sample; auto: mean, and a sample with --preset upstream",
+        choices=("auto", "mean", "sample"),
+    )
+    inversion: str = setting(
+        "noise", "noise added to the latents is drawn, or predicted by DDIM run backwards", choices=("noise", "ddim")
+    )
     ddim_steps: int = setting(10, "calls of that inversion", metavar="N")
-    cache: str = setting("auto", "keep captures on the disk if they fit, always, or never", choices=("auto", "disk", "off"), identity=False)
-    cache_dir: str = setting("", "where; default: captures in the cache folder of this package", identity=False, metavar="DIR")
+    cache: str = setting(
+        "auto",
+        "keep captures on the disk if they fit, always, or never",
+        choices=("auto", "disk", "off"),
+        identity=False,
+    )
+    cache_dir: str = setting(
+        "", "where; default: captures in the cache folder of this package", identity=False, metavar="DIR"
+    )
     cache_gb: float = setting(0.0, "how much of it may be used, 0 = half of what is free", identity=False, metavar="GB")
     storage: str = setting("fp32", "parameters in the decoder's file", choices=("fp32", "fp16"))
     engine: str = setting("auto", "how the networks of the model run", choices=ENGINES)
-    dtype: str = setting("auto", "arithmetic of training; auto: fp32 on a CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16", "fp16"))
+    dtype: str = setting(
+        "auto", "arithmetic of training; auto: fp32 on a CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16", "fp16")
+    )
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
     seed: int = setting(0, "seed of weights, noise, order and points", metavar="N")
     save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S")

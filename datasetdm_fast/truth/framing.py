@@ -1,4 +1,6 @@
-"""From a picture of any size to the model's square, labels with it: the one place where anything is resized or cropped."""
+"""From a picture of any size to the model's square, labels with it: the one place where anything is resized or
+cropped.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ PERSON_MARGIN = 1.25  # of the longer side of a person's box
 
 @dataclass(frozen=True)
 class Window:
-    """The square of a picture that is looked at: its corner in the picture's pixels, and pixels made of each of them."""
+    """The square of a picture that is looked at: its corner in the picture's pixels, and pixels made of each of
+    them.
+    """
 
     left: float
     top: float
@@ -70,7 +74,9 @@ def drawn(rule: Rule, picture: Picture, size: int, seed: int) -> Window:
     side = size / scale
     left, top = random.uniform(0, width - side), random.uniform(0, height - side)
     if random.random() < rule.toward_object and (centre := _centre(picture, random)):
-        left, top = (float(np.clip(random.uniform(c - side, c), 0, limit - side)) for c, limit in zip(centre, (width, height)))
+        left, top = (
+            float(np.clip(random.uniform(c - side, c), 0, limit - side)) for c, limit in zip(centre, (width, height))
+        )
     return Window(left, top, scale)
 
 
@@ -86,8 +92,13 @@ def _centre(picture: Picture, random: np.random.Generator) -> tuple[float, float
 
 
 def framed(picture: Picture, window: Window, size: int, least_mask: float = 1.0) -> Labelled:
-    """What the window shows, size x size: the image filtered, labels taken from the nearest pixel, masks below `least_mask` pixels dropped."""
-    rows, columns = _nearest(picture.image.shape[0], window.top, window.scale, size), _nearest(picture.image.shape[1], window.left, window.scale, size)
+    """What the window shows, size x size: the image filtered, labels taken from the nearest pixel, masks below
+    `least_mask` pixels dropped.
+    """
+    rows, columns = (
+        _nearest(picture.image.shape[0], window.top, window.scale, size),
+        _nearest(picture.image.shape[1], window.left, window.scale, size),
+    )
 
     def taken(label: np.ndarray, outside: int) -> np.ndarray:
         found = label[np.maximum(rows, 0)[:, None], np.maximum(columns, 0)[None]]
@@ -137,17 +148,26 @@ def _filtered(image: np.ndarray, window: Window, rows: np.ndarray, columns: np.n
         return canvas
     top, bottom, left, right = inside_rows[0], inside_rows[-1] + 1, inside_columns[0], inside_columns[-1] + 1
     height, width = image.shape[:2]
-    box = [window.left + left / window.scale, window.top + top / window.scale, window.left + right / window.scale, window.top + bottom / window.scale]
+    box = [
+        window.left + left / window.scale,
+        window.top + top / window.scale,
+        window.left + right / window.scale,
+        window.top + bottom / window.scale,
+    ]
     box = [min(max(edge, 0.0), limit) for edge, limit in zip(box, (width, height, width, height))]
     first, last = (math.floor(box[0]), math.floor(box[1])), (math.ceil(box[2]), math.ceil(box[3]))
     part = Image.fromarray(np.ascontiguousarray(image[first[1] : last[1], first[0] : last[0]]))
     inner = (box[0] - first[0], box[1] - first[1], box[2] - first[0], box[3] - first[1])
-    canvas[top:bottom, left:right] = np.asarray(part.resize((int(right - left), int(bottom - top)), Image.Resampling.BILINEAR, box=inner))
+    canvas[top:bottom, left:right] = np.asarray(
+        part.resize((int(right - left), int(bottom - top)), Image.Resampling.BILINEAR, box=inner)
+    )
     return canvas
 
 
 def _persons(picture: Picture, window: Window, size: int) -> dict[str, np.ndarray]:
-    """Joints, boxes and areas in the window's pixels; a joint outside counts as absent, a person without joints inside is dropped."""
+    """Joints, boxes and areas in the window's pixels; a joint outside counts as absent, a person without joints inside
+    is dropped.
+    """
     points = picture.keypoints.astype(np.float32).copy()
     points[..., :2] = (points[..., :2] - [window.left, window.top]) * window.scale
     is_outside = ((points[..., :2] < 0) | (points[..., :2] >= size)).any(-1)

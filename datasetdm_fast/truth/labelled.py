@@ -34,7 +34,9 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Picture:
-    """The same at its own size, places in pixels from the outer edge of the first one; masks are made one at a time, as a file may hold thousands."""
+    """The same at its own size, places in pixels from the outer edge of the first one; masks are made one at a time, as
+    a file may hold thousands.
+    """
 
     id: str
     image: np.ndarray  # [H, W, 3] uint8
@@ -48,10 +50,12 @@ class Picture:
     keypoints: np.ndarray | None = None  # [P, J, 3]
     keypoint_boxes: np.ndarray | None = None  # [P, 4]
     keypoint_areas: np.ndarray | None = None  # [P]
-    person: tuple[float, float, float, float] | None = None  # the box x, y, width, height to look at instead of the whole
+    person: tuple[float, float, float, float] | None = (
+        None  # the box x, y, width, height to look at instead of the whole
+    )
 
 
-class Source:
+class LabelledSource:
     """A data set: its vocabulary, its length and its items in a fixed order.
 
     With `skip_bad`, iteration leaves out what cannot be read and lists it in `skipped`; an index always raises.
@@ -81,7 +85,9 @@ class Source:
         raise NotImplementedError
 
     def areas(self, record: int) -> dict[str, int]:
-        """Pixels of each class a record shows, at its own size: of all its pixels in a label map, of its largest mask among things."""
+        """Pixels of each class a record shows, at its own size: of all its pixels in a label map, of its largest mask
+        among things.
+        """
         raise NotImplementedError
 
     def is_centred(self, record: int) -> bool:
@@ -111,13 +117,13 @@ class Source:
         """Item `index` in another scale and crop, drawn by upstream's augmentation rule from the seed alone."""
         return self.guarded(self.load, self.order[index], seed)
 
-    def narrowed(self, indices: Sequence[int]) -> Source:
+    def narrowed(self, indices: Sequence[int]) -> LabelledSource:
         """The same data set with only these items, in this order."""
         fewer = copy.copy(self)
         fewer.order = [self.order[index] for index in indices]
         return fewer
 
-    def readable(self) -> Source:
+    def readable(self) -> LabelledSource:
         """The same data set with only the items that can be read; the others are listed in `skipped`."""
         found = []
         for index, record in enumerate(self.order):

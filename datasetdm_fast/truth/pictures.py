@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 
 from datasetdm_fast.truth import framing
-from datasetdm_fast.truth.labelled import IGNORED, Labelled, Picture, Source
+from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource, Picture
 
 MOST_SEMANTIC = 255  # classes of an 8-bit label map
 
 
-class PictureSource(Source):
+class PictureSource(LabelledSource):
     """A data set of pictures at their own sizes."""
 
     rule = framing.Rule()
@@ -34,7 +34,9 @@ class PictureSource(Source):
     def completed(self, item: Labelled) -> Labelled:
         """Class masks from a label map, or a label map from masks, where the data set stores one of the two."""
         if item.masks is None and item.semantic is not None and self.thing_classes:
-            present = [k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()]
+            present = [
+                k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()
+            ]
             masks = [item.semantic == self.classes.index(self.thing_classes[k]) for k in present]
             masks = np.stack(masks) if masks else np.zeros((0, self.size, self.size), bool)
             return replace(item, masks=masks, mask_classes=np.array(present, np.int64))
@@ -58,4 +60,8 @@ class PictureSource(Source):
         if picture.semantic is None:
             return {}
         counts = np.bincount(picture.semantic.ravel(), minlength=256)
-        return {name: int(counts[k]) for k, name in enumerate(self.classes) if counts[k] and (name in self.thing_classes or not self.thing_classes)}
+        return {
+            name: int(counts[k])
+            for k, name in enumerate(self.classes)
+            if counts[k] and (name in self.thing_classes or not self.thing_classes)
+        }

@@ -21,7 +21,15 @@ LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
 MOST_PIXELS = 2**26  # of a camera's picture: 8192 x 8192
 LARGEST_LIST = 64 * 2**20  # bytes
 PICTURES = (".jpg", ".jpeg", ".png")
-OTHER_PICTURES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".avif")  # listed to be refused by name, not passed over
+OTHER_PICTURES = (
+    ".bmp",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".heic",
+    ".avif",
+)  # listed to be refused by name, not passed over
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
 MEND = "Mend it, take it out of the data set, or pass --skip-bad to go on without it."
@@ -33,10 +41,13 @@ def bad(path: Path | str, reason: str) -> Refused:
     return Refused(f"{path}: {reason}", MEND)
 
 
-def colour_image(path: Path, turned: Callable[[Path, Image.Image, Image.Image], Image.Image] | None = None) -> np.ndarray:
+def colour_image(
+    path: Path, turned: Callable[[Path, Image.Image, Image.Image], Image.Image] | None = None
+) -> np.ndarray:
     """[H, W, 3] uint8 of a PNG or JPEG file with sides of 16 to 16,384 pixels, as it is stored.
 
-    A camera may have marked the picture (EXIF) to be turned before it is shown; `turned` then chooses between it as stored and as shown.
+    A camera may have marked the picture (EXIF) to be turned before it is shown; `turned` then chooses between it as
+    stored and as shown.
     """
     image = images.read_image(path, most_pixels=MOST_PIXELS)
     check_sides(path, image.size)
@@ -63,7 +74,9 @@ def as_shown(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Ima
 
 
 def as_its_labels(labels: Path) -> Callable[[Path, Image.Image, Image.Image], Image.Image]:
-    """For labels that may lie on either: the one of their size; where both have it nobody can tell, and the picture is refused."""
+    """For labels that may lie on either: the one of their size; where both have it nobody can tell, and the picture is
+    refused.
+    """
 
     def turned(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Image:
         if stored.size == upright.size:
@@ -87,7 +100,9 @@ def check_sides(path: Path | str, size: tuple[int, int]) -> None:
 
 
 def numbers(path: Path, shape: Sequence[int], is_deep: bool = False) -> np.ndarray:
-    """[H, W] whole numbers of a PNG with one channel or a palette, of more than 8 bits where it is deep; it must be as large as its image."""
+    """[H, W] whole numbers of a PNG with one channel or a palette, of more than 8 bits where it is deep; it must be as
+    large as its image.
+    """
     image = images.read_image(path, most_pixels=MOST_PIXELS)
     if image.mode not in ("I", "I;16", *(() if is_deep else EIGHT_BITS)):
         raise bad(path, f"its pixels are {image.mode}, expected one number{' of 16 bits' if is_deep else ''} each")
@@ -107,7 +122,9 @@ def label_map(path: Path, shape: Sequence[int], classes: Sequence[str]) -> np.nd
 def check_numbers(path: Path | str, found: np.ndarray, classes: int) -> None:
     unknown = [int(value) for value in np.unique(found) if value != IGNORED and not 0 <= value < classes]
     if unknown:
-        raise bad(path, f"the unknown class {unknown[0]}, expected 0 to {classes - 1}, or {IGNORED} for pixels to ignore")
+        raise bad(
+            path, f"the unknown class {unknown[0]}, expected 0 to {classes - 1}, or {IGNORED} for pixels to ignore"
+        )
 
 
 def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -> np.ndarray:
@@ -148,7 +165,9 @@ def listing(folder: Path, *endings: str) -> list[Path]:
         folders.sort()
         found += [Path(place, name) for name in names if name.lower().endswith(endings) and not name.startswith(".")]
     if not found:
-        raise Refused(f"{folder}: no file that ends in {' or '.join(endings)}", "Give the folder of the data set itself.")
+        raise Refused(
+            f"{folder}: no file that ends in {' or '.join(endings)}", "Give the folder of the data set itself."
+        )
     return sorted(found)
 
 
@@ -158,7 +177,9 @@ def _cannot_list(error: OSError) -> None:
 
 def no_split(path: Path, split: str) -> Refused:
     """The refusal of a split in a data set that has none of that name."""
-    return Refused(f"{path}: no split {split!r}", "Leave the brackets out for all images, or name the folder that holds the split.")
+    return Refused(
+        f"{path}: no split {split!r}", "Leave the brackets out for all images, or name the folder that holds the split."
+    )
 
 
 def first_there(*paths: Path) -> Path:

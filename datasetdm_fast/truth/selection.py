@@ -11,17 +11,35 @@ import numpy as np
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.truth.framing import UPSTREAM_SIDE
-from datasetdm_fast.truth.labelled import Source
+from datasetdm_fast.truth.labelled import LabelledSource
 
 VOC_CLASSES = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike"),
+    *(
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+    ),
     *("person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Images are gone through in order; each counts for the first class that is large enough in it and still short of images."""
+    """Images are gone through in order; each counts for the first class that is large enough in it and still short of
+    images.
+    """
 
     per_class: int = 0  # images for each class, 0 = no limit
     min_area: int = 0  # pixels; a class counts where it covers more
@@ -37,7 +55,16 @@ class Selection:
 
     @property
     def is_everything(self) -> bool:
-        chooses = self.per_class or self.min_area or self.most or self.classes or self.is_single or self.tail or self.is_shuffled or self.is_centred
+        chooses = (
+            self.per_class
+            or self.min_area
+            or self.most
+            or self.classes
+            or self.is_single
+            or self.tail
+            or self.is_shuffled
+            or self.is_centred
+        )
         return not chooses
 
 
@@ -62,12 +89,18 @@ PRESETS = {
 class DataSettings:
     """The flags of every command that reads labelled images."""
 
-    select: str = setting("", "upstream's choice of images for a data set: " + ", ".join(PRESETS), choices=tuple(PRESETS), metavar="NAME")
+    select: str = setting(
+        "", "upstream's choice of images for a data set: " + ", ".join(PRESETS), choices=tuple(PRESETS), metavar="NAME"
+    )
     limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N")
     min_area: int = setting(0, "pixels a class must cover to count, 0 = as --select says", metavar="N")
     limit_images: int = setting(0, "images in all, 0 = as --select says or all", metavar="N")
-    only_classes: tuple[str, ...] = setting((), "leave out images that show any other class, comma-separated", metavar="LIST")
-    framing: str = setting("fit", "the middle square of each image, or a part drawn by upstream's rule", choices=("fit", "upstream"))
+    only_classes: tuple[str, ...] = setting(
+        (), "leave out images that show any other class, comma-separated", metavar="LIST"
+    )
+    framing: str = setting(
+        "fit", "the middle square of each image, or a part drawn by upstream's rule", choices=("fit", "upstream")
+    )
     skip_bad: bool = setting(False, "count and list images that cannot be read instead of stopping at the first")
 
     def selection(self) -> Selection:
@@ -75,26 +108,38 @@ class DataSettings:
         for name in ("limit_per_class", "min_area", "limit_images"):
             if getattr(self, name) < 0:
                 raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is less than 0")
-        changes = {"per_class": self.limit_per_class, "min_area": self.min_area, "most": self.limit_images, "classes": self.only_classes}
-        return replace(PRESETS.get(self.select, EVERYTHING), **{name: value for name, value in changes.items() if value})
+        changes = {
+            "per_class": self.limit_per_class,
+            "min_area": self.min_area,
+            "most": self.limit_images,
+            "classes": self.only_classes,
+        }
+        return replace(
+            PRESETS.get(self.select, EVERYTHING), **{name: value for name, value in changes.items() if value}
+        )
 
 
-def selected(source: Source, selection: Selection) -> Source:
+def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
     """The data set narrowed to what the selection chooses; images are read one by one, and no further than needed."""
     source.least_mask = max(1.0, selection.min_instance * (source.size / UPSTREAM_SIDE) ** 2)
     if selection.is_everything:
         return source
     known = source.thing_classes or source.classes
     if unknown := [name for name in (*selection.classes, *selection.tail) if name not in known]:
-        raise Refused(f"selection: the data set has no class {unknown[0]!r}", f"It has {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}.")
+        raise Refused(
+            f"selection: the data set has no class {unknown[0]!r}",
+            f"It has {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}.",
+        )
     chosen = source.narrowed(list(_chosen(source, selection)))
     if not len(chosen):
         raise Refused(f"selection: none of {len(source)} images is chosen", "Allow smaller areas or more classes.")
     return chosen
 
 
-def _chosen(source: Source, selection: Selection) -> Iterator[int]:
-    order = np.random.default_rng(selection.seed).permutation(len(source)) if selection.is_shuffled else range(len(source))
+def _chosen(source: LabelledSource, selection: Selection) -> Iterator[int]:
+    order = (
+        np.random.default_rng(selection.seed).permutation(len(source)) if selection.is_shuffled else range(len(source))
+    )
     known = selection.classes or source.thing_classes or source.classes
     limits = {name: selection.tail_per_class if name in selection.tail else selection.per_class for name in known}
     has_limits = any(limits.values())
@@ -114,10 +159,18 @@ def _chosen(source: Source, selection: Selection) -> Iterator[int]:
                 raise
             source.skipped[source.name(record)] = stop.cause
             continue
-        if not is_centred or (selection.classes and set(areas) - set(selection.classes)) or (selection.is_single and len(areas) > 1):
+        if (
+            not is_centred
+            or (selection.classes and set(areas) - set(selection.classes))
+            or (selection.is_single and len(areas) > 1)
+        ):
             continue
         if needs_areas:
-            fitting = (name for name in known if areas.get(name, 0) > selection.min_area and not 0 < limits[name] <= counts[name])
+            fitting = (
+                name
+                for name in known
+                if areas.get(name, 0) > selection.min_area and not 0 < limits[name] <= counts[name]
+            )
             if (name := next(fitting, None)) is None:
                 continue
             counts[name] += 1

@@ -28,19 +28,33 @@ class Pool:
 
 def pool_of(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
     """The workers a configuration asks for, on machines with these resources."""
-    gpus, hosts = sum(int(node.get("GPU", 0)) for node in nodes), [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
+    gpus, hosts = (
+        sum(int(node.get("GPU", 0)) for node in nodes),
+        [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1],
+    )
     if config.gpus and config.ranks:
-        raise Refused(f"--gpus {config.gpus} --ranks {config.ranks}: there is one process a GPU", "Give one of the two.")
+        raise Refused(
+            f"--gpus {config.gpus} --ranks {config.ranks}: there is one process a GPU", "Give one of the two."
+        )
     if config.device != "cpu" and (config.gpus or gpus and not config.ranks):
         if config.gpus not in ("", "all") and not (config.gpus.isdecimal() and int(config.gpus)):
             raise Refused(f"--gpus {config.gpus}: a cluster chooses the GPUs itself", "Give their number, or all.")
         most = int(config.gpus) if config.gpus.isdecimal() else gpus
         if not most:
             raise Missing(f"--gpus {config.gpus}: the cluster has no GPU now", "Say how many it may bring up: --gpus N")
-        return Pool(max(min(gpus, most), 1), most, 1, 1, config.threads or _power_of_two(sum(hosts) // max(gpus, 1)), most)
+        return Pool(
+            max(min(gpus, most), 1), most, 1, 1, config.threads or _power_of_two(sum(hosts) // max(gpus, 1)), most
+        )
     workers = config.ranks or len(hosts)
     threads = config.threads or _power_of_two(min(sum(hosts) // workers, *hosts))
-    return Pool(workers, workers, 0, threads if workers * threads <= sum(hosts) else sum(hosts) / workers, threads, min(workers, len(hosts)))
+    return Pool(
+        workers,
+        workers,
+        0,
+        threads if workers * threads <= sum(hosts) else sum(hosts) / workers,
+        threads,
+        min(workers, len(hosts)),
+    )
 
 
 def _power_of_two(cores: int) -> int:
@@ -59,11 +73,15 @@ class Place:
 def places(config: RunConfig) -> list[Place]:
     """The places --gpus or --ranks ask for; none where neither does."""
     if config.gpus and config.ranks:
-        raise Refused(f"--gpus {config.gpus} --ranks {config.ranks}: there is one process a GPU", "Give one of the two.")
+        raise Refused(
+            f"--gpus {config.gpus} --ranks {config.ranks}: there is one process a GPU", "Give one of the two."
+        )
     if config.gpus:
         chosen = choose(config.gpus, visible_gpus())
         if config.device not in ("auto", "cuda"):
-            raise Refused(f"--gpus {config.gpus} --device {config.device}: they name different devices", "Give one of the two.")
+            raise Refused(
+                f"--gpus {config.gpus} --device {config.device}: they name different devices", "Give one of the two."
+            )
         threads = config.threads or max(cores() // len(chosen), 1)
         return [Place({"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": str(threads)}, threads) for name in chosen]
     threads = config.threads or share_of_cores(config.ranks) if config.ranks else 0
@@ -71,7 +89,9 @@ def places(config: RunConfig) -> list[Place]:
 
 
 def share_of_cores(ranks: int) -> int:
-    """Threads of each of so many processes: a power of two, as work divided into equal parts rounds alike for most numbers of threads."""
+    """Threads of each of so many processes: a power of two, as work divided into equal parts rounds alike for most
+    numbers of threads.
+    """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     most = min(max(cores() // ranks, 1), int(asked) if asked.isdecimal() and int(asked) else cores())
     return 1 << most.bit_length() - 1
@@ -91,10 +111,16 @@ def choose(asked: str, visible: Sequence[str]) -> list[str]:
     else:
         words = [word.strip() for word in asked.split(",") if word.strip()]
         if asked == "0" or not words or not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-            raise Refused(f"--gpus {asked}: expected all, a number from 1, or a list of different numbers such as 0,2,5", "A list of one is written 3,")
+            raise Refused(
+                f"--gpus {asked}: expected all, a number from 1, or a list of different numbers such as 0,2,5",
+                "A list of one is written 3,",
+            )
         wanted = [int(word) for word in words]
     if not visible or max(wanted, default=0) >= len(visible):
-        raise Missing(f"--gpus {asked}: there are {len(visible)} GPUs here", "Ask for fewer, or see CUDA_VISIBLE_DEVICES; --ranks N shares a CPU.")
+        raise Missing(
+            f"--gpus {asked}: there are {len(visible)} GPUs here",
+            "Ask for fewer, or see CUDA_VISIBLE_DEVICES; --ranks N shares a CPU.",
+        )
     return [visible[k] for k in wanted]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasetdm_fast.workers.queue import DIED, Leases, Owner
 
 
-class Watch:
+class PeerWatch:
     """Notices peers that have ended or give no sign of life, and leaves what they had to the others."""
 
     def __init__(self, queue: Leases, owner: Owner, patience: Patience):
@@ -37,7 +37,9 @@ class Watch:
 
 
 def born(process: int) -> str:
-    """When a process began, in the kernel's clock ticks: with its number this names it once and for all. Empty where that cannot be known."""
+    """When a process began, in the kernel's clock ticks: with its number this names it once and for all. Empty where
+    that cannot be known.
+    """
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -66,7 +68,9 @@ BEAT = 1.0  # seconds between two signs of life
 
 
 class Pulse:
-    """Called where work goes on; a thread turns the calls into signs of life, at once for the first and then one a beat."""
+    """Called where work goes on; a thread turns the calls into signs of life, at once for the first and then one a
+    beat.
+    """
 
     def __init__(self, queue: Leases, owner: Owner):
         self._queue, self._owner = queue, owner

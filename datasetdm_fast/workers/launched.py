@@ -1,4 +1,6 @@
-"""Processes that torchrun or Slurm has started: each is a rank of one run in a folder they share, and none is above the others."""
+"""Processes that torchrun or Slurm has started: each is a rank of one run in a folder they share, and none is above the
+others.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,16 @@ from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.document import LOCK
 from datasetdm_fast.run_folder.folder import clean
 from datasetdm_fast.workers.devices import share_of_cores, visible_gpus
-from datasetdm_fast.workers.heartbeat import USUAL, Patience, Pulse, Watch, born
+from datasetdm_fast.workers.heartbeat import USUAL, Patience, PeerWatch, Pulse, born
 from datasetdm_fast.workers.queue import Leases, Owner
 from datasetdm_fast.workers.worker import Share, join
 
 ENTRY = 60.0  # seconds another process may hold the folder while this one wants to enter
-LOOK = 0.2  # seconds between two tries
+SECONDS_BETWEEN_TRIES = 0.2  # seconds between two tries
 
 
 @dataclass(frozen=True)
-class Peer:
+class LaunchedProcess:
     """This process among those of its run, as whatever started them counts."""
 
     rank: int
@@ -43,25 +45,33 @@ class Peer:
         return self.local_world < self.world
 
 
-def this_peer(environment: Mapping[str, str] = os.environ) -> Peer | None:
+def this_peer(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
     """This process as torchrun's variables, or those of a Slurm step, describe it; None where it was started alone."""
     for names in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-        # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process; only a step says how many tasks it has.
+        # A batch script has SLURM_PROCID and SLURM_NTASKS too, but is one process; only a step says how many tasks it
+        # has.
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ):
-        values = [re.match(r"\d+", environment.get(name, "")) for name in names]  # tasks of several nodes are written 4(x2),3
+        values = [
+            re.match(r"\d+", environment.get(name, "")) for name in names
+        ]  # tasks of several nodes are written 4(x2),3
         if all(values):
-            peer = Peer(*(int(value[0]) for value in values))
+            peer = LaunchedProcess(*(int(value[0]) for value in values))
             return peer if peer.world > 1 else None
     return None
 
 
-def settle_on(config: RunConfig, peer: Peer) -> RunConfig:
-    """The configuration for this peer's share of its machine: a GPU of its own where there are GPUs, and its part of the cores."""
+def settle_on(config: RunConfig, peer: LaunchedProcess) -> RunConfig:
+    """The configuration for this peer's share of its machine: a GPU of its own where there are GPUs, and its part of
+    the cores.
+    """
     for name in ("gpus", "ranks"):
         if getattr(config, name):
-            raise Refused(f"--{name} {getattr(config, name)}: this is one of {peer.world} processes that were started together", "Drop the flag.")
+            raise Refused(
+                f"--{name} {getattr(config, name)}: this is one of {peer.world} processes that were started together",
+                "Drop the flag.",
+            )
     gpus = visible_gpus() if config.device in ("auto", "cuda") else []
     if len(gpus) > 1:  # where there is one, whatever started the process has chosen it
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[peer.local_rank % len(gpus)]
@@ -70,10 +80,10 @@ def settle_on(config: RunConfig, peer: Peer) -> RunConfig:
 
 def run(
     config: RunConfig,
-    peer: Peer,
+    peer: LaunchedProcess,
     *,
-    told: Callable[[Job], None] = lambda job: None,
-    made: Callable[[int], None] = lambda count: None,
+    on_message: Callable[[Job], None] = lambda job: None,
+    on_commit: Callable[[int], None] = lambda count: None,
     is_stopping: Callable[[], bool] = lambda: False,
     patience: Patience = USUAL,
 ) -> Result:
@@ -83,20 +93,28 @@ def run(
     def count(samples: int) -> None:
         nonlocal new
         new += samples
-        made(samples)
+        on_commit(samples)
 
     journal = sqlite.IN_PLACE if peer.is_on_several_machines else sqlite.WRITE_AHEAD
     storage.make_folder(folder / "state")
     with present(folder):
         job = prepare(config)
-        owner = Owner(f"rank {peer.rank} on {socket.gethostname()}, process {os.getpid()}", peer.rank, socket.gethostname(), os.getpid(), born(os.getpid()))
+        owner = Owner(
+            f"rank {peer.rank} on {socket.gethostname()}, process {os.getpid()}",
+            peer.rank,
+            socket.gethostname(),
+            os.getpid(),
+            born(os.getpid()),
+        )
         with Leases(folder / seal.QUEUE) as queue, Pulse(queue, owner) as pulse:
             queue.expect(range(peer.world))
             job, opened = join(job, queue, journal)
-            told(job)
-            watch = Watch(queue, owner, patience)
+            on_message(job)
+            watch = PeerWatch(queue, owner, patience)
             with opened:
-                Share(job, opened, queue, owner, pulse=pulse, made=count, is_stopping=is_stopping, idle=watch.look).work()
+                Share(
+                    job, opened, queue, owner, pulse=pulse, on_commit=count, is_stopping=is_stopping, idle=watch.look
+                ).work()
             queue.leave(owner)
     seconds = time.perf_counter() - begin
     return leave(folder, count_images(config), new, seconds, is_waiting=peer.rank == 0 and not is_stopping())
@@ -104,7 +122,9 @@ def run(
 
 @contextmanager
 def present(folder: Path) -> Iterator[None]:
-    """Holds the folder together with the other peers; the first of them finds it as the last run left it, and cleans it."""
+    """Holds the folder together with the other peers; the first of them finds it as the last run left it, and cleans
+    it.
+    """
     end = time.monotonic() + ENTRY
     with ExitStack() as held:
         while True:
@@ -120,12 +140,14 @@ def present(folder: Path) -> Iterator[None]:
             except Refused:
                 if time.monotonic() > end:
                     raise
-                time.sleep(LOOK)
+                time.sleep(SECONDS_BETWEEN_TRIES)
         yield
 
 
 def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: bool) -> Result:
-    """The result as this process sees it; the last to leave rebuilds the index files, and one that `is_waiting` leaves after the others."""
+    """The result as this process sees it; the last to leave rebuilds the index files, and one that `is_waiting` leaves
+    after the others.
+    """
     end = time.monotonic() + ENTRY
     while True:
         try:
@@ -135,4 +157,4 @@ def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: b
         except Refused:
             if not is_waiting or time.monotonic() > end:
                 return look(folder, number, made, seconds)
-            time.sleep(LOOK)
+            time.sleep(SECONDS_BETWEEN_TRIES)

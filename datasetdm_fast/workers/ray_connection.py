@@ -33,16 +33,30 @@ def address_of(text: str) -> str | None:
     named = text if text != "ray" else os.environ.get("RAY_ADDRESS", "")
     if named in ("", "local"):
         return None
-    wrong = Refused(f"--cluster {text}: {named!r} is no address of a Ray cluster", "Write ray, or ray://HEAD:PORT with what `ray start --head` printed.")
+    wrong = Refused(
+        f"--cluster {text}: {named!r} is no address of a Ray cluster",
+        "Write ray, or ray://HEAD:PORT with what `ray start --head` printed.",
+    )
     try:
         parts = urlsplit(named if text != "ray" or "://" in named else f"ray://{named}")
         host, port = parts.hostname, PORT if parts.port is None else parts.port
     except ValueError:
         raise wrong from None
-    if parts.scheme != "ray" or not host or not port or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
+    if (
+        parts.scheme != "ray"
+        or not host
+        or not port
+        or parts.path not in ("", "/")
+        or parts.query
+        or parts.fragment
+        or parts.username is not None
+    ):
         raise wrong
     if port == CLIENT_PORT:
-        raise Refused(f"--cluster {text}: {port} is the port of Ray's client, which is no part of this", f"Name the head's own port, {PORT} as a rule.")
+        raise Refused(
+            f"--cluster {text}: {port} is the port of Ray's client, which is no part of this",
+            f"Name the head's own port, {PORT} as a rule.",
+        )
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -52,13 +66,23 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     address = address_of(config.cluster)
     if address:
         _knock(config, address)
-    # Read by Ray when it is imported or started: nothing is reported to anybody, and a head that does not answer is not waited for long.
+    # Read by Ray when it is imported or started: nothing is reported to anybody, and a head that does not answer is not
+    # waited for long.
     # Nor does what is left of one round start a Ray of its own.
-    os.environ.update(RAY_ENABLE_AUTO_CONNECT="0", RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_BACKEND_LOG_LEVEL="fatal")
+    os.environ.update(
+        RAY_ENABLE_AUTO_CONNECT="0",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_DATA_DISABLE_PROGRESS_BARS="1",
+        RAY_BACKEND_LOG_LEVEL="fatal",
+    )
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # a Ray of our own would give its workers what every other process leaves over
+    os.environ.setdefault(
+        "RAY_worker_niceness", "0"
+    )  # a Ray of our own would give its workers what every other process leaves over
     if address and (any(name in os.environ for name in TOKEN) or TOKEN_FILE.exists()):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` asks for it by default, but Ray itself looks only where no address is given
+        os.environ.setdefault(
+            "RAY_AUTH_MODE", "token"
+        )  # `ray start` asks for it by default, but Ray itself looks only where no address is given
     try:
         import ray
         import ray.data
@@ -66,10 +90,17 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
         raise Missing(f"--cluster {config.cluster}: {error}", "pip install datasetdm_fast[ray]") from error
     is_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
-    own = {"num_cpus": max(cores(), config.ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    own = {
+        "num_cpus": max(cores(), config.ranks),
+        "object_store_memory": STORE_BYTES,
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+    }
     try:
         with muted():
-            ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **({} if address else own))
+            ray.init(
+                address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **({} if address else own)
+            )
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     except Exception as error:
         ray.shutdown()
@@ -82,7 +113,9 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        context.execution_no_progress_timeout_s = -1  # a batch may take as long as it takes; what hangs is found by its silence
+        context.execution_no_progress_timeout_s = (
+            -1
+        )  # a batch may take as long as it takes; what hangs is found by its silence
         context.max_consecutive_actor_init_deaths = MOST_DEATHS
         yield nodes
     finally:
@@ -95,10 +128,15 @@ def _not_joined(config: RunConfig, address: str | None, error: BaseException) ->
         error = error.__cause__ or error.__context__
         said.append(str(error))
     if "AuthToken" in "".join(said):
-        return Missing(f"--cluster {config.cluster}: the cluster wants another token", "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.")
+        return Missing(
+            f"--cluster {config.cluster}: the cluster wants another token",
+            "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.",
+        )
     return Missing(
         f"--cluster {config.cluster}: {_first_line(said[0])}",
-        "Run this on a machine of the cluster, with the Python and the Ray it runs." if address else "See what Ray says in /tmp/ray/session_latest/logs.",
+        "Run this on a machine of the cluster, with the Python and the Ray it runs."
+        if address
+        else "See what Ray says in /tmp/ray/session_latest/logs.",
     )
 
 

@@ -1,4 +1,6 @@
-"""One run on a Ray cluster: the frozen plan as Ray Data `map_batches`, an actor a GPU; workers publish the files, this process alone commits the rows."""
+"""One run on a Ray cluster: the frozen plan as Ray Data `map_batches`, an actor a GPU; workers publish the files, this
+process alone commits the rows.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast import __version__
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.generation import result
@@ -25,15 +26,16 @@ from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder, clean
 from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.version import __version__
 from datasetdm_fast.workers.devices import pool_of
 from datasetdm_fast.workers.heartbeat import BEAT, MOST_DEATHS, USUAL, Patience
 from datasetdm_fast.workers.ray_connection import CONNECT_SECONDS, _first_line, joined
-from datasetdm_fast.workers.ray_worker import MOST_ROUNDS, Desk, Setup, Worker, plan
+from datasetdm_fast.workers.ray_worker import MOST_ROUNDS, Coordinator, RayWorkerSetup, Worker, plan
 
 if TYPE_CHECKING:
     from datasetdm_fast.workers.devices import Pool
 
-LOOK = 0.25  # seconds between two looks at what the workers say
+SECONDS_BETWEEN_POLLS = 0.25  # seconds between two looks at what the workers say
 LARGEST_BLOCK = 8  # batches a worker is handed at once; it samples one while it labels the one before
 BLOCKS = 16  # a worker is handed at least, so that none is waited for long
 NOTHING_HERE = "Install it on every machine of the cluster: pip install datasetdm_fast[ray]"
@@ -43,14 +45,19 @@ def run(
     config: RunConfig,
     *,
     describe: Callable[[Job], list[str]],
-    told: Callable[[str], None] = lambda line: None,
-    made: Callable[[int], None] = lambda count: None,
+    on_message: Callable[[str], None] = lambda line: None,
+    on_commit: Callable[[int], None] = lambda count: None,
     is_stopping: Callable[[], bool] = lambda: False,
     patience: Patience = USUAL,
     first: Callable[[], None] | None = None,
 ) -> Result:
-    """The run, made by the workers of a cluster; `told` hears what happens to them, `made` of every commit."""
-    begin, office = time.perf_counter(), Office(config, describe, told, made, is_stopping, patience, first)
+    """The run, made by the workers of a cluster; `on_message` hears what happens to them, `on_commit` of every
+    commit.
+    """
+    begin, office = (
+        time.perf_counter(),
+        RayDriver(config, describe, on_message, on_commit, is_stopping, patience, first),
+    )
     with office:
         while office.is_open:
             with joined(config) as nodes:
@@ -58,22 +65,29 @@ def run(
         return office.close(time.perf_counter() - begin)
 
 
-class Office:
+class RayDriver:
     """The driver's side of a run: it hands out what is lacking, round after round, and commits what comes back."""
 
     def __init__(
         self,
         config: RunConfig,
         describe: Callable[[Job], list[str]],
-        told: Callable[[str], None],
-        made: Callable[[int], None],
+        on_message: Callable[[str], None],
+        on_commit: Callable[[int], None],
         is_stopping: Callable[[], bool],
         patience: Patience,
         first: Callable[[], None] | None,
     ):
         self.config, self.source = config, read_source(config)
-        self.store = object_store.Store(config.store) if config.store else None
-        self.describe, self.told, self.made, self.is_stopping, self.patience, self.first = describe, told, made, is_stopping, patience, first
+        self.store = object_store.ObjectStore(config.store) if config.store else None
+        self.describe, self.on_message, self.on_commit, self.is_stopping, self.patience, self.first = (
+            describe,
+            on_message,
+            on_commit,
+            is_stopping,
+            patience,
+            first,
+        )
         self.folder: RunFolder | None = None
         self.wanted: set[int] = set()
         self.deaths: dict[int, int] = {}
@@ -88,10 +102,16 @@ class Office:
         """One round: normally the only one; another where workers fell silent, with those that the cluster has then."""
         import ray
 
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote(dict(self.deaths), dict(self.doubts))
-        config = replace(self.config, out=os.path.abspath(self.config.out), threads=pool.threads, quiet=True, gpus="", ranks=0)
-        setup = Setup(config, self.source, pool.most, pool.places, desk, first=self.first)
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Coordinator).remote(
+            dict(self.deaths), dict(self.doubts)
+        )
+        config = replace(
+            self.config, out=os.path.abspath(self.config.out), threads=pool.threads, quiet=True, gpus="", ranks=0
+        )
+        setup = RayWorkerSetup(config, self.source, pool.most, pool.places, desk, first=self.first)
         if self.folder is None and not self._open(setup, pool):
             return
         before = self.new
@@ -100,17 +120,18 @@ class Office:
         if self.wanted and not self.is_stopping() and self.in_vain == MOST_ROUNDS:
             raise Missing(
                 f"{self.config.out}: the workers fell silent {MOST_ROUNDS} times in a row without a sample",
-                "See their logs in /tmp/ray/session_latest/logs, then run the same line again: it goes on where it stopped.",
+                "See their logs in /tmp/ray/session_latest/logs, then run the same line again: it goes on where it "
+                "stopped.",
             )
 
-    def _open(self, setup: Setup, pool: Pool) -> bool:
+    def _open(self, setup: RayWorkerSetup, pool: Pool) -> bool:
         """Lets a worker make the plan and opens the run folder with it; False where it is to stop before that."""
         import ray
 
         stored = read_document(Path(self.config.out))
         asked = ray.remote(max_retries=MOST_DEATHS, **pool.resources)(plan).remote(setup, stored, self.describe)
         with self._explained(setup.desk):
-            while not ray.wait([asked], timeout=LOOK)[0]:
+            while not ray.wait([asked], timeout=SECONDS_BETWEEN_POLLS)[0]:
                 if self.is_stopping():
                     return False
             kind, *content = ray.get(asked)
@@ -119,14 +140,17 @@ class Office:
             raise REFUSALS[name](cause, remedy)
         job, lines, version = content
         if version != __version__:
-            raise Missing(f"--cluster {self.config.cluster}: its machines have datasetdm_fast {version}, this one {__version__}", NOTHING_HERE)
+            raise Missing(
+                f"--cluster {self.config.cluster}: its machines have datasetdm_fast {version}, this one {__version__}",
+                NOTHING_HERE,
+            )
         job = replace(job, config=self.config)
         if stored is not None:
             job = replace(adopt(job, stored), done=count_rows(self.config))
         if not self.store:
             check_room(job)
         for line in lines:
-            self.told(line)
+            self.on_message(line)
         self.job, self.folder = job, RunFolder(job.folder, job.document)
         if self.store:
             self.store.note(job.folder)
@@ -161,7 +185,7 @@ class Office:
                     beats, changed = count, now
                 allowed = max(self.patience.least, self.patience.times * longest) if beats else self.patience.start
                 if now - changed > allowed:
-                    self.told(f"no worker has given a sign of life for {now - changed:.0f} s, they are replaced")
+                    self.on_message(f"no worker has given a sign of life for {now - changed:.0f} s, they are replaced")
                     return
             self._hear(desk)
 
@@ -172,7 +196,7 @@ class Office:
         found = ray.get(desk.told.remote())
         self.deaths, self.doubts = found.deaths, found.doubts
         for line in found.lines:
-            self.told(line)
+            self.on_message(line)
         return found.beats
 
     def _commit(self, rows: list[Row]) -> None:
@@ -181,7 +205,7 @@ class Office:
             self.folder.ledger.commit(kept)
             self.wanted -= {row.request.index for row in kept}
             self.new += len(kept)
-            self.made(len(kept))
+            self.on_commit(len(kept))
 
     @contextmanager
     def _explained(self, desk: Any) -> Iterator[None]:
@@ -202,7 +226,9 @@ class Office:
                 name, cause, remedy = refusal
                 raise REFUSALS[name](cause, remedy) from error
             if "No module named 'datasetdm_fast'" in str(error):
-                raise Missing(f"--cluster {self.config.cluster}: its machines have no datasetdm_fast", NOTHING_HERE) from error
+                raise Missing(
+                    f"--cluster {self.config.cluster}: its machines have no datasetdm_fast", NOTHING_HERE
+                ) from error
             raise Missing(
                 f"{self.config.out}: Ray ended the run ({type(error).__name__}: {_first_line(str(error))})",
                 "Run the same line again: it goes on where it stopped.",
@@ -219,7 +245,7 @@ class Office:
             self.store.complete(folder)
         return result.result_of(folder, number, self.folder.ledger, self.new, seconds)
 
-    def __enter__(self) -> Office:
+    def __enter__(self) -> RayDriver:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -227,8 +253,10 @@ class Office:
             self.folder.close()
 
 
-def dataset(items: list[dict[str, Any]], setup: Setup, pool: Pool) -> Any:
-    """Rows of these batches, to be made where it is iterated over; Ray starts the workers, restarts them and repeats what they had."""
+def dataset(items: list[dict[str, Any]], setup: RayWorkerSetup, pool: Pool) -> Any:
+    """Rows of these batches, to be made where it is iterated over; Ray starts the workers, restarts them and repeats
+    what they had.
+    """
     import ray.data
 
     each = min(max(len(items) // (BLOCKS * pool.most), 1), LARGEST_BLOCK)
@@ -254,7 +282,7 @@ def received(found: Any) -> Iterator[list[Row] | None]:
     threading.Thread(target=receive, name="rows", daemon=True).start()
     while True:
         try:
-            rows = arrived.get(timeout=LOOK)
+            rows = arrived.get(timeout=SECONDS_BETWEEN_POLLS)
         except queue.Empty:
             yield None
             continue

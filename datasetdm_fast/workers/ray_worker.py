@@ -9,17 +9,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from datasetdm_fast import __version__
 from datasetdm_fast.command_line.ending import report
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.generation import driver, run
 from datasetdm_fast.generation.job import Job, adopt, compose
-from datasetdm_fast.generation.prompts import Source
+from datasetdm_fast.generation.prompts import PromptSource
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.run_folder.folder import write_samples
 from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.version import __version__
 from datasetdm_fast.workers.heartbeat import BEAT, MOST_DEATHS
 from datasetdm_fast.workers.queue import MOST_FAILURES
 
@@ -28,7 +28,7 @@ ENDED = f"{MOST_FAILURES} processes ended while they made its batch"
 
 
 @dataclass(frozen=True)
-class Order:
+class WorkOrder:
     """What a worker hears when it is about to make a batch."""
 
     deaths: int  # of processes that had begun it
@@ -36,7 +36,7 @@ class Order:
 
 
 @dataclass
-class Desk:
+class Coordinator:
     """The one place all workers report to; it runs beside the driver and computes nothing."""
 
     deaths: dict[int, int] = field(default_factory=dict)  # batch -> processes that began it and have not ended it
@@ -51,7 +51,7 @@ class Desk:
         self.starts += 1
         return self.starts
 
-    def begin(self, batch: int, is_alone: bool) -> Order:
+    def begin(self, batch: int, is_alone: bool) -> WorkOrder:
         """Whether and how to make the batch; one that was begun before is only begun again with nothing beside it."""
         deaths = self.deaths.get(batch, 0)
         if not self.is_stopping and (is_alone or not deaths):
@@ -59,7 +59,7 @@ class Desk:
             if deaths:
                 self.lines.append(f"batch {batch} is begun again, the process that had it has ended")
         self.beats += 1
-        return Order(deaths, self.is_stopping)
+        return WorkOrder(deaths, self.is_stopping)
 
     def end(self, batch: int) -> None:
         self.deaths.pop(batch, None)
@@ -67,7 +67,9 @@ class Desk:
         self.beats += 1
 
     def doubt(self, batch: int, place: str) -> bool:
-        """Whether numbers that are not finite may be the fault of a place, so that another one is to make the batch, in the next round."""
+        """Whether numbers that are not finite may be the fault of a place, so that another one is to make the batch, in
+        the next round.
+        """
         before = self.doubts.setdefault(batch, [])
         if set(before) - {place} or len(before) == MOST_ROUNDS - 1:
             return False
@@ -100,11 +102,11 @@ class Told(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setup:
+class RayWorkerSetup:
     """What a worker is told at its start."""
 
     config: RunConfig
-    source: Source
+    source: PromptSource
     most: int  # workers there may be
     places: int  # devices, or machines without one, that they are on
     desk: Any
@@ -123,7 +125,7 @@ class Setup:
 class Worker:
     """An actor of the pool: it makes the batches of a block, publishes their files and returns their rows."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: RayWorkerSetup):
         import ray
 
         setup.begin()
@@ -145,15 +147,26 @@ class Worker:
 
         rows: list[Row] = []
         try:
-            wanted = {int(batch): {int(index) for index in indices} for batch, indices in zip(block["batch"], block["wanted"], strict=True)}
+            wanted = {
+                int(batch): {int(index) for index in indices}
+                for batch, indices in zip(block["batch"], block["wanted"], strict=True)
+            }
             for batch, results in self._results(list(wanted)):
-                kept = [] if self._is_doubtful(batch.index, results) else [result for result in results if result.request.index in wanted[batch.index]]
-                rows += write_samples(kept, run.facts_of(self.job.recipe, batch), self.job.config.image_format, self.publish)
+                kept = (
+                    []
+                    if self._is_doubtful(batch.index, results)
+                    else [result for result in results if result.request.index in wanted[batch.index]]
+                )
+                rows += write_samples(
+                    kept, run.facts_of(self.job.recipe, batch), self.job.config.image_format, self.publish
+                )
                 self.desk.end.remote(batch.index)
         except (Refused, Missing, GateFailed) as stop:
             self._refuse(stop)
             raise
-        except Exception as error:  # a CUDA context that has failed once never works again: the process ends, and Ray starts another
+        except (
+            Exception
+        ) as error:  # a CUDA context that has failed once never works again: the process ends, and Ray starts another
             report(error)
             os._exit(1)
         found = np.empty(1, object)
@@ -193,7 +206,7 @@ class Worker:
 
         return ray.get(self.desk.doubt.remote(batch, self.place))
 
-    def _begin(self, batch: int, *, is_alone: bool = False) -> Order:
+    def _begin(self, batch: int, *, is_alone: bool = False) -> WorkOrder:
         import ray
 
         return ray.get(self.desk.begin.remote(batch, is_alone))
@@ -210,8 +223,10 @@ class Worker:
         ray.get(self.desk.refuse.remote(type(stop).__name__, stop.cause, stop.remedy))
 
 
-def plan(setup: Setup, stored: Mapping[str, Any] | None, describe: Callable[[Job], list[str]]) -> tuple:
-    """The job as a machine of the cluster has it, with lines about it and our version there; a refusal comes back as what it says."""
+def plan(setup: RayWorkerSetup, stored: Mapping[str, Any] | None, describe: Callable[[Job], list[str]]) -> tuple:
+    """The job as a machine of the cluster has it, with lines about it and our version there; a refusal comes back as
+    what it says.
+    """
     setup.begin()
     try:
         job = compose(setup.config, setup.source, stored)

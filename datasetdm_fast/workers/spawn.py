@@ -1,4 +1,6 @@
-"""Several processes for one run: a GPU each, or a share of the cores. They only meet in the queue, so one that ends or hangs is replaced alone."""
+"""Several processes for one run: a GPU each, or a share of the cores. They only meet in the queue, so one that ends or
+hangs is replaced alone.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,16 @@ if TYPE_CHECKING:
     from datasetdm_fast.workers.heartbeat import Patience
 
 LONGEST_WAIT = 30.0  # seconds before a process that has just died again is replaced
-LOOK = 0.25  # seconds between two looks at the processes
+SECONDS_BETWEEN_POLLS = 0.25  # seconds between two looks at the processes
 FAREWELL = 1.0  # seconds processes have to end once everything is committed
-# Before anything that takes time the kernel is told to end the process with its parent (PR_SET_PDEATHSIG = 1, SIGKILL = 9).
+# Before anything that takes time the kernel is told to end the process with its parent (PR_SET_PDEATHSIG = 1, SIGKILL =
+# 9).
 _WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); " if sys.platform == "linux" else ""
 _BOOT = _WITH_PARENT + "import sys; from datasetdm_fast.workers.spawn import enter; enter(int(sys.argv[1]))"
 
 
 @dataclass(frozen=True)
-class Setup:
+class WorkerSetup:
     """What a process of a run is told at its start."""
 
     config: RunConfig
@@ -58,24 +61,27 @@ def run(
     places: Sequence[Place],
     *,
     describe: Callable[[Job], list[str]],
-    told: Callable[[str], None] = lambda line: None,
-    made: Callable[[int], None] = lambda count: None,
+    on_message: Callable[[str], None] = lambda line: None,
+    on_commit: Callable[[int], None] = lambda count: None,
     is_stopping: Callable[[], bool] = lambda: False,
     patience: Patience = USUAL,
     first: Callable[[], None] | None = None,
 ) -> Result:
-    """The run, made by one process a place; `told` hears what happens to them, `made` of every commit."""
+    """The run, made by one process a place; `on_message` hears what happens to them, `on_commit` of every commit."""
     folder, begin, new = Path(config.out), time.perf_counter(), 0
 
     def count(samples: int) -> None:
         nonlocal new
         new += samples
-        made(samples)
+        on_commit(samples)
 
     storage.make_folder(folder / "state")
     with locks.locked(folder / LOCK):
         clean(folder)
-        with Leases(folder / seal.QUEUE) as queue, Crew(config, places, queue, patience, describe, told, count, first) as crew:
+        with (
+            Leases(folder / seal.QUEUE) as queue,
+            Supervisor(config, places, queue, patience, describe, on_message, count, first) as crew,
+        ):
             crew.work(is_stopping)
         seconds = time.perf_counter() - begin
         clean(folder)
@@ -101,7 +107,7 @@ class Rank:
     last_words: str = ""
 
 
-class Crew:
+class Supervisor:
     """The processes of a run, watched from outside: started, listened to, replaced, ended."""
 
     def __init__(
@@ -111,31 +117,40 @@ class Crew:
         queue: Leases,
         patience: Patience,
         describe: Callable[[Job], list[str]],
-        told: Callable[[str], None],
-        made: Callable[[int], None],
+        on_message: Callable[[str], None],
+        on_commit: Callable[[int], None],
         first: Callable[[], None] | None,
     ):
         self.config, self.queue, self.patience = config, queue, patience
-        self.describe, self.told, self.made, self.first = describe, told, made, first
+        self.describe, self.on_message, self.on_commit, self.first = describe, on_message, on_commit, first
         self.ranks = [Rank(slot, place) for slot, place in enumerate(places)]
         queue.expect(range(len(places)))
         self.longest = 0.0  # seconds between two signs of life
         self.was_ready = False
 
     def work(self, is_stopping: Callable[[], bool]) -> None:
-        """Returns once every batch is committed, or, when it is to stop, once every process has finished what it had begun."""
+        """Returns once every batch is committed, or, when it is to stop, once every process has finished what it had
+        begun.
+        """
         looked = time.monotonic()
         while not self.queue.is_over:
             stopping = is_stopping()
             for rank in self.ranks:
-                if rank.process is None and not stopping and rank.deaths < MOST_DEATHS and time.monotonic() >= rank.again:
+                if (
+                    rank.process is None
+                    and not stopping
+                    and rank.deaths < MOST_DEATHS
+                    and time.monotonic() >= rank.again
+                ):
                     self._start(rank)
             alive = [rank for rank in self.ranks if rank.process]
             if not alive and (stopping or all(rank.deaths >= MOST_DEATHS for rank in self.ranks)):
                 break
             self._listen(alive)
             now = time.monotonic()
-            if now - looked > 10 * LOOK:  # this process itself was held up; the others may have been, too
+            if (
+                now - looked > 10 * SECONDS_BETWEEN_POLLS
+            ):  # this process itself was held up; the others may have been, too
                 for rank in alive:
                     rank.changed = now
             looked = now
@@ -153,12 +168,16 @@ class Crew:
         rank.starts += 1
         rank.owner = Owner(f"rank {rank.slot}, process {rank.starts}", rank.slot, socket.gethostname())
         config = replace(self.config, threads=rank.place.threads, quiet=True, gpus="", ranks=0)
-        setup = Setup(config, rank.owner, os.getpid(), self.describe, self.first)
+        setup = WorkerSetup(config, rank.owner, os.getpid(), self.describe, self.first)
         rank.link, far = Pipe()
         with far:
             rank.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _BOOT, str(far.fileno())],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **rank.place.environment},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                    **rank.place.environment,
+                },
                 pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # the standard output of a command holds its result alone
@@ -168,7 +187,7 @@ class Crew:
 
     def _listen(self, alive: Sequence[Rank]) -> None:
         """Waits a little for anything to happen, and deals with it."""
-        connection.wait([rank.link for rank in alive], LOOK)
+        connection.wait([rank.link for rank in alive], SECONDS_BETWEEN_POLLS)
         for rank in alive:
             try:
                 while rank.link.poll():
@@ -184,14 +203,15 @@ class Crew:
             if not self.was_ready:
                 self.was_ready = True
                 for line in content[0]:
-                    self.told(line)
+                    self.on_message(line)
         elif kind == "made":
             rank.deaths = 0
-            self.made(content[0])
+            self.on_commit(content[0])
         elif kind == "refused":
             name, cause, remedy = content
             rank.last_words = cause
-            # What keeps the first process from starting keeps all of them; a disk that is full is full for all. But a GPU that has vanished concerns one.
+            # What keeps the first process from starting keeps all of them; a disk that is full is full for all. But a
+            # GPU that has vanished concerns one.
             if name != "Missing" or rank.is_ready or not self.was_ready:
                 raise REFUSALS[name](cause, remedy)
 
@@ -211,7 +231,7 @@ class Crew:
         if rank.deaths == MOST_DEATHS:
             self.queue.give_up(rank.slot)
             then = f"is not replaced any more, after {MOST_DEATHS} deaths in a row"
-        self.told(f"rank {rank.slot} {how}, {lost} batches went back, it {then}")
+        self.on_message(f"rank {rank.slot} {how}, {lost} batches went back, it {then}")
 
     def _watch(self, alive: Sequence[Rank], now: float) -> None:
         """Ends processes that give no sign of life; they are then replaced like others that ended."""
@@ -224,9 +244,11 @@ class Crew:
                 if rank.beats:
                     self.longest = max(self.longest, now - rank.changed)
                 rank.beats, rank.changed = count, now
-            allowed = max(self.patience.least, self.patience.times * self.longest) if rank.beats else self.patience.start
+            allowed = (
+                max(self.patience.least, self.patience.times * self.longest) if rank.beats else self.patience.start
+            )
             if now - rank.changed > allowed:
-                self.told(f"rank {rank.slot} has given no sign of life for {now - rank.changed:.0f} s")
+                self.on_message(f"rank {rank.slot} has given no sign of life for {now - rank.changed:.0f} s")
                 rank.process.kill()
 
     def _ask_to_stop(self, alive: Sequence[Rank]) -> None:
@@ -242,7 +264,7 @@ class Crew:
             except OSError:
                 pass  # it has just ended
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Supervisor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -259,7 +281,10 @@ class Crew:
 def enter(handle: int) -> None:
     """One process of the run, from its start to its end; `handle` is its end of the pipe to its parent."""
     link = connection.Connection(handle)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all of the group; the parent alone decides
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a terminal sends them to all of the group; the parent alone decides
         signal.signal(number, signal.SIG_IGN)
     setup = link.recv()
     if os.getppid() != setup.parent:  # it ended before the kernel knew
@@ -274,7 +299,15 @@ def enter(handle: int) -> None:
             job, folder = join(job, queue)
             with folder:
                 link.send(("ready", setup.describe(job)))
-                share = Share(job, folder, queue, setup.owner, pulse=pulse, made=lambda count: link.send(("made", count)), is_stopping=stopping.is_set)
+                share = Share(
+                    job,
+                    folder,
+                    queue,
+                    setup.owner,
+                    pulse=pulse,
+                    on_commit=lambda count: link.send(("made", count)),
+                    is_stopping=stopping.is_set,
+                )
                 share.work()
     except (Refused, Missing, GateFailed) as stop:
         link.send(("refused", type(stop).__name__, stop.cause, stop.remedy))

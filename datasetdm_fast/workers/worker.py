@@ -1,4 +1,6 @@
-"""One process's share of a run that several processes make together: it takes batches from the queue, makes them and reports them."""
+"""One process's share of a run that several processes make together: it takes batches from the queue, makes them and
+reports them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.disk import sqlite
 from datasetdm_fast.generation import driver, run
 from datasetdm_fast.generation.job import Job, adopt
-from datasetdm_fast.generation.overlap import Writing
+from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import Row
@@ -22,7 +24,9 @@ LEAST_LATE = 5.0  # seconds that are never late
 
 
 def join(job: Job, queue: Leases, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
-    """The job as the run folder has it and that folder, open for a member; the first process makes the folder and lays the queue."""
+    """The job as the run folder has it and that folder, open for a member; the first process makes the folder and lays
+    the queue.
+    """
     with queue.alone():
         stored = read_document(job.folder)
         if stored is not None:
@@ -35,7 +39,9 @@ def join(job: Job, queue: Leases, journal: str = sqlite.WRITE_AHEAD) -> tuple[Jo
 
 
 class Share:
-    """The work of one process: `made` hears of the samples it committed first, `idle` is called while it waits for others."""
+    """The work of one process: `on_commit` hears of the samples it committed first, `idle` is called while it waits for
+    others.
+    """
 
     def __init__(
         self,
@@ -45,12 +51,12 @@ class Share:
         owner: Owner,
         *,
         pulse: Callable[[], None],
-        made: Callable[[int], None] = lambda count: None,
+        on_commit: Callable[[int], None] = lambda count: None,
         is_stopping: Callable[[], bool] = lambda: False,
         idle: Callable[[], None] = lambda: None,
     ):
         self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
-        self.pulse, self.made, self.is_stopping, self.idle = pulse, made, is_stopping, idle
+        self.pulse, self.on_commit, self.is_stopping, self.idle = pulse, on_commit, is_stopping, idle
         self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
         self.seen: dict[tuple[int, str], float] = {}  # since when others have been seen with a batch
 
@@ -79,7 +85,9 @@ class Share:
             yield batch
 
     def _retry(self) -> bool:
-        """Whether there was a batch that was failed before; it is made with nothing beside it, so that another failure has one reason."""
+        """Whether there was a batch that was failed before; it is made with nothing beside it, so that another failure
+        has one reason.
+        """
         batch = self.queue.take(self.owner, is_fresh=False)
         if batch is None:
             return False
@@ -87,13 +95,15 @@ class Share:
             self._make([batch])
             return True
         reason = f"{MOST_FAILURES} processes ended while they made its batch"
-        with Writing(self.folder, self._committed) as writing:
+        with BackgroundWriter(self.folder, self._committed) as writing:
             made = self.job.plan.batch(batch)
             self._put(writing, made, [SetAside(request, reason) for request in made.requests])
         return True
 
     def _late(self) -> int | None:
-        """A batch another has been busy with for far too long, which this process may now make as well: whoever is first commits the same bytes."""
+        """A batch another has been busy with for far too long, which this process may now make as well: whoever is
+        first commits the same bytes.
+        """
         now = time.monotonic()
         held = [one for one in self.queue.held() if one.owner != self.owner.name]
         self.seen = {(one.batch, one.owner): self.seen.get((one.batch, one.owner), now) for one in held}
@@ -105,7 +115,7 @@ class Share:
 
     def _make(self, batches: Iterable[int]) -> None:
         plan = self.job.plan
-        with Writing(self.folder, self._committed) as writing:
+        with BackgroundWriter(self.folder, self._committed) as writing:
             wanted = (plan.batch(k) for k in batches if self._is_wanted(k))
             for batch, results in driver.generate(wanted, self.job.engine, self.job.recipe, self.pulse):
                 self.count += 1
@@ -114,7 +124,7 @@ class Share:
                 elif not self.queue.is_done(batch.index):
                     self._put(writing, batch, results)
 
-    def _put(self, writing: Writing, batch: Batch, results: list[Sample | SetAside]) -> None:
+    def _put(self, writing: BackgroundWriter, batch: Batch, results: list[Sample | SetAside]) -> None:
         lacking = self._lacking(batch.index)
         if kept := [result for result in results if result.request.index in lacking]:
             writing.put(kept, run.facts_of(self.job.recipe, batch))
@@ -124,7 +134,7 @@ class Share:
     def _committed(self, rows: list[Row]) -> None:
         self.pulse()
         if self.queue.finish(rows[0].request.index // self.job.plan.batch_size):
-            self.made(len(rows))
+            self.on_commit(len(rows))
 
     def _is_wanted(self, batch: int) -> bool:
         """False for a batch that was committed by a process that ended before it could say so."""
@@ -139,7 +149,9 @@ class Share:
         return set(range(first, stop)) - self.folder.ledger.within(first, stop)
 
     def _is_doubtful(self, batch: int, results: list[Sample | SetAside]) -> bool:
-        """Whether numbers that are not finite may come from this process's device: then another one is to make the batch, and its word counts."""
+        """Whether numbers that are not finite may come from this process's device: then another one is to make the
+        batch, and its word counts.
+        """
         if not any(isinstance(result, SetAside) for result in results):
             return False
         others = self.queue.slots() - {self.owner.slot}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 GRAPH = "denoise.fp8.onnx"
 WATCHED = "denoise.watched.onnx"
-LARGEST = 448.0  # of E4M3
+LARGEST_E4M3 = 448.0  # of E4M3
 LEAST_SCALE = 2.0**-14  # the smallest normal fp16
 ZERO = "fp8.zero"
 NARROWEST = 16  # channels of a layer that is worth it; also leaves the first and last convolution as they are
@@ -22,9 +22,11 @@ LAYERS = {"Conv": 1, "MatMul": 1}  # kind of node -> place of its weight
 OPSET, IR = 21, 10  # the first with eight-bit floats of fp16 scale in every reader
 
 
-# Graphs ----------------------------------------------------------------------------------------------------------------------------
+# Graphs ---------------------------------------------------------------------------------------------------------------
 def quantisable(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The UNet's layers with constant fp16 weights, but for narrow ones: the first and the last convolution decide colours."""
+    """The UNet's layers with constant fp16 weights, but for narrow ones: the first and the last convolution decide
+    colours.
+    """
     import onnx
 
     weights = {one.name: one for one in model.graph.initializer}
@@ -62,8 +64,12 @@ def watching(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto]) -> onnx.M
     return watched
 
 
-def quantised(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], largest: Mapping[str, float], folder: Path) -> onnx.ModelProto:
-    """The graph with eight-bit weights and activations in these layers; the largest magnitude of an activation becomes the largest of E4M3."""
+def quantised(
+    model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], largest: Mapping[str, float], folder: Path
+) -> onnx.ModelProto:
+    """The graph with eight-bit weights and activations in these layers; the largest magnitude of an activation becomes
+    the largest of E4M3.
+    """
     return _Quantising(model, folder).result(layers, largest)
 
 
@@ -102,7 +108,12 @@ class _Quantising:
     def _of_activation(self, name: str, magnitude: float) -> list[onnx.NodeProto]:
         from onnx import helper
 
-        narrow = helper.make_node("QuantizeLinear", [name, self._scale(name, magnitude), ZERO], [f"{name}.e4m3"], name=f"{name}/QuantizeLinear")
+        narrow = helper.make_node(
+            "QuantizeLinear",
+            [name, self._scale(name, magnitude), ZERO],
+            [f"{name}.e4m3"],
+            name=f"{name}/QuantizeLinear",
+        )
         return [narrow, self._widening(name)]
 
     def _of_weight(self, name: str) -> list[onnx.NodeProto]:
@@ -112,18 +123,27 @@ class _Quantising:
         values = self._stored(name)
         self._scale(name, float(np.abs(values).max()))
         step = numpy_helper.to_array(self.graph.initializer[-1]).astype(np.float32)
-        self.graph.initializer.append(helper.make_tensor(f"{name}.e4m3", onnx.TensorProto.FLOAT8E4M3FN, values.shape, _e4m3(values / step), raw=True))
+        self.graph.initializer.append(
+            helper.make_tensor(
+                f"{name}.e4m3", onnx.TensorProto.FLOAT8E4M3FN, values.shape, _e4m3(values / step), raw=True
+            )
+        )
         return [self._widening(name)]
 
     def _widening(self, name: str) -> onnx.NodeProto:
         from onnx import helper
 
-        return helper.make_node("DequantizeLinear", [f"{name}.e4m3", f"{name}.scale", ZERO], [f"{name}.fp8"], name=f"{name}/DequantizeLinear")
+        return helper.make_node(
+            "DequantizeLinear",
+            [f"{name}.e4m3", f"{name}.scale", ZERO],
+            [f"{name}.fp8"],
+            name=f"{name}/DequantizeLinear",
+        )
 
     def _scale(self, name: str, magnitude: float) -> str:
         from onnx import numpy_helper
 
-        value = np.array(max(magnitude / LARGEST, LEAST_SCALE), np.float16)
+        value = np.array(max(magnitude / LARGEST_E4M3, LEAST_SCALE), np.float16)
         self.graph.initializer.append(numpy_helper.from_array(value, f"{name}.scale"))
         return f"{name}.scale"
 
@@ -143,7 +163,7 @@ class _Quantising:
 def _e4m3(values: np.ndarray) -> bytes:
     import ml_dtypes
 
-    return np.clip(values, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn).tobytes()
+    return np.clip(values, -LARGEST_E4M3, LARGEST_E4M3).astype(ml_dtypes.float8_e4m3fn).tobytes()
 
 
 def _insert(graph: onnx.GraphProto, before: Mapping[str, Sequence[onnx.NodeProto]]) -> None:

@@ -1,7 +1,8 @@
 """ONNX graphs, written by running a module's own forward on stand-ins for its tensors.
 
-A Value answers the PyTorch calls of the lean models with the nodes that compute the same; whatever it does not know raises, so no graph
-can silently leave something out. Sizes known only at run time are Extents: 2B is twice whatever axis 0 of the latents turns out to be.
+A Value answers the PyTorch calls of the lean models with the nodes that compute the same; whatever it does not know
+raises, so no graph can silently leave something out. Sizes known only at run time are Extents: 2B is twice whatever
+axis 0 of the latents turns out to be.
 """
 
 from __future__ import annotations
@@ -60,10 +61,14 @@ Size = int | Extent
 class Value:
     """A tensor of the graph being written; a constant one has its `tensor`."""
 
-    def __init__(self, graph: Graph, name: str, shape: Sequence[Size], dtype: torch.dtype, tensor: Tensor | None = None):
+    def __init__(
+        self, graph: Graph, name: str, shape: Sequence[Size], dtype: torch.dtype, tensor: Tensor | None = None
+    ):
         self.graph, self.name, self.shape, self.dtype, self.tensor = graph, name, tuple(shape), dtype, tensor
         self.is_spent = False  # overwritten in place: its name no longer says what it holds
-        self.origin: tuple[str, Value, tuple[int, ...]] | None = None  # of a Reshape or Transpose: its kind, what it was made of, its permutation
+        self.origin: tuple[str, Value, tuple[int, ...]] | None = (
+            None  # of a Reshape or Transpose: its kind, what it was made of, its permutation
+        )
         self.device = torch.device("cpu")
 
     @property
@@ -125,7 +130,9 @@ def _each(found: object) -> Iterator[Value]:
 
 
 def _call(name: str, func: Callable, args: Sequence, kwargs: Mapping):
-    """The result of one PyTorch call: computed where everything is constant, else what its operator adds to the graph."""
+    """The result of one PyTorch call: computed where everything is constant, else what its operator adds to the
+    graph.
+    """
     values = list(_each([*args, *kwargs.values()]))
     if any(value.is_spent for value in values):
         raise RuntimeError(f"export: {name} reads a tensor that was overwritten in place")
@@ -149,7 +156,9 @@ def _leaves(found: object) -> Iterator[object]:
 
 
 def _folded(graph: Graph, name: str, func: Callable, args: Sequence, kwargs: Mapping):
-    """The constant result, named by how it was made, so that equal names mean equal bytes in every graph over the same weights."""
+    """The constant result, named by how it was made, so that equal names mean equal bytes in every graph over the same
+    weights.
+    """
 
     def real(one):
         if isinstance(one, Value):
@@ -160,7 +169,9 @@ def _folded(graph: Graph, name: str, func: Callable, args: Sequence, kwargs: Map
         result = func(*map(real, args), **{key: real(one) for key, one in kwargs.items()})
     given = list(_leaves([args, list(kwargs.items())]))
     is_named = all(one.name if isinstance(one, Value) else not isinstance(one, Tensor) for one in given)
-    told = f"{name}({', '.join(one.name if isinstance(one, Value) else repr(one) for one in given)})" if is_named else ""
+    told = (
+        f"{name}({', '.join(one.name if isinstance(one, Value) else repr(one) for one in given)})" if is_named else ""
+    )
 
     def wrapped(one, name):
         if isinstance(one, Tensor):
@@ -173,9 +184,13 @@ def _folded(graph: Graph, name: str, func: Callable, args: Sequence, kwargs: Map
 
 
 class Graph:
-    """One graph under construction; large constants go to `data`. `operators` says which nodes a PyTorch call becomes, by its name."""
+    """One graph under construction; large constants go to `data`. `operators` says which nodes a PyTorch call becomes,
+    by its name.
+    """
 
-    def __init__(self, name: str, data: DataFile, operators: Mapping[str, Callable], opset: int = OPSETS[torch.float32]):
+    def __init__(
+        self, name: str, data: DataFile, operators: Mapping[str, Callable], opset: int = OPSETS[torch.float32]
+    ):
         self.name, self.data, self.operators, self.opset = name, data, operators, opset
         self.scope: list[str] = []  # the modules whose forward is running, for the names of their nodes
         self.inputs: list[Value] = []
@@ -198,7 +213,9 @@ class Graph:
         return value
 
     def output(self, name: str, value: Value) -> None:
-        """Gives `value` to the caller as `name`; the node that makes it does so under that name, as TensorRT casts to uint8 only at the very end."""
+        """Gives `value` to the caller as `name`; the node that makes it does so under that name, as TensorRT casts to
+        uint8 only at the very end.
+        """
         for node in self._nodes:
             for names in (node.input, node.output):
                 names[:] = [name if one == value.name else one for one in names]
@@ -210,15 +227,35 @@ class Graph:
         tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
         return Value(self, name, tensor.shape, tensor.dtype, tensor)
 
-    def emit(self, kind: str, inputs: Sequence[Value | str | None], shape: Sequence[Size], dtype: torch.dtype, name: str = "", **attributes) -> Value:
+    def emit(
+        self,
+        kind: str,
+        inputs: Sequence[Value | str | None],
+        shape: Sequence[Size],
+        dtype: torch.dtype,
+        name: str = "",
+        **attributes,
+    ) -> Value:
         """The single output of a new node."""
         return self.emit_several(kind, inputs, [shape], dtype, [name] if name else None, **attributes)[0]
 
-    def emit_several(self, kind: str, inputs: Sequence, shapes: Sequence[Sequence[Size]], dtype: torch.dtype, names=None, **attributes) -> list[Value]:
+    def emit_several(
+        self,
+        kind: str,
+        inputs: Sequence,
+        shapes: Sequence[Sequence[Size]],
+        dtype: torch.dtype,
+        names=None,
+        **attributes,
+    ) -> list[Value]:
         node = self._unique("/".join([*self.scope[-1:], kind]))
-        names = names or ([node + ".out"] if len(shapes) == 1 else [f"{node}.out{place}" for place in range(len(shapes))])
+        names = names or (
+            [node + ".out"] if len(shapes) == 1 else [f"{node}.out{place}" for place in range(len(shapes))]
+        )
         read = [self._read(value) for value in inputs]
-        self._nodes.append(helper.make_node(kind, read, names, name=node, domain=attributes.pop("domain", None), **attributes))
+        self._nodes.append(
+            helper.make_node(kind, read, names, name=node, domain=attributes.pop("domain", None), **attributes)
+        )
         return [Value(self, name, shape, dtype) for name, shape in zip(names, shapes)]
 
     def _unique(self, name: str) -> str:
@@ -266,7 +303,9 @@ class Graph:
     def _measured(self, extent: Extent) -> str:
         """The name of a tensor [1] that holds the extent."""
         if extent not in self._sizes:
-            factors = [self._axis(letter) for letter in extent.letters] + ([self.integers([extent.times])] if extent.times > 1 else [])
+            factors = [self._axis(letter) for letter in extent.letters] + (
+                [self.integers([extent.times])] if extent.times > 1 else []
+            )
             total = factors[0]
             for factor in factors[1:]:
                 total = self.emit("Mul", [total, factor], [1], torch.int64).name
@@ -287,7 +326,11 @@ class Graph:
 
         def described(values: Sequence[Value]) -> list[onnx.ValueInfoProto]:
             return [
-                helper.make_tensor_value_info(value.name, TYPES[value.dtype], [str(size) if isinstance(size, Extent) else size for size in value.shape])
+                helper.make_tensor_value_info(
+                    value.name,
+                    TYPES[value.dtype],
+                    [str(size) if isinstance(size, Extent) else size for size in value.shape],
+                )
                 for value in values
             ]
 
@@ -297,13 +340,17 @@ class Graph:
         domains = [helper.make_opsetid("", self.opset)]
         if any(node.domain == MICROSOFT for node in nodes):
             domains.append(helper.make_opsetid(MICROSOFT, 1))
-        model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSIONS[self.opset], producer_name="datasetdm_fast")
+        model = helper.make_model(
+            graph, opset_imports=domains, ir_version=IR_VERSIONS[self.opset], producer_name="datasetdm_fast"
+        )
         for key, content in metadata.items():
             model.metadata_props.add(key=key, value=content)
         return model
 
     def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
-        """The nodes that an output depends on, and every name they read: a transposition that was undone leaves a node nobody reads."""
+        """The nodes that an output depends on, and every name they read: a transposition that was undone leaves a node
+        nobody reads.
+        """
         read = {value.name for value in self.outputs}
         needed = []
         for node in reversed(self._nodes):

@@ -1,7 +1,7 @@
 """The operations the models are exported with: each in the form in which ONNX Runtime and TensorRT look for it.
 
-Attention is MatMul, Softmax, MatMul over [B, heads, S, d] with the scale on the queries; group normalisation is InstanceNormalization over
-groups; norms and softmax are computed in fp32 whatever the storage.
+Attention is MatMul, Softmax, MatMul over [B, heads, S, d] with the scale on the queries; group normalisation is
+InstanceNormalization over groups; norms and softmax are computed in fp32 whatever the storage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def instance_norm(x: Value, eps: float) -> Value:  # [B, G, S]
     """Zero mean and unit biased variance along S."""
     groups = x.shape[1]
     inputs = [x, torch.ones(groups), torch.zeros(groups)]
-    return x.graph.emit("InstanceNormalization", [x, *(x.graph.constant(one) for one in inputs[1:])], x.shape, x.dtype, epsilon=eps)
+    return x.graph.emit(
+        "InstanceNormalization", [x, *(x.graph.constant(one) for one in inputs[1:])], x.shape, x.dtype, epsilon=eps
+    )
 
 
 def group_norm_silu(x: Value, weight: Value, bias: Value, groups: int, eps: float, has_silu: bool = True) -> Value:
@@ -55,13 +57,16 @@ def attention(q: Value, k: Value, v: Value) -> Value:
 def attention_maps(q: Value, k: Value, v: Value) -> tuple[Value, Value]:
     """The answer [B, heads, S, d] and the probabilities [B, heads, S, T] themselves.
 
-    A second reader of the softmax would cost TensorRT its one kernel, and so would values wider than keys. So all three are made as wide
-    as both results together: zeros beside queries and keys change no score, and the unit matrix beside the values hands out the maps.
+    A second reader of the softmax would cost TensorRT its one kernel, and so would values wider than keys. So all three
+    are made as wide as both results together: zeros beside queries and keys change no score, and the unit matrix beside
+    the values hands out the maps.
     """
     width, count = q.shape[3], k.shape[2]
     beside = (0, count)
     unit = nn.functional.pad(torch.eye(count), (width, 0))  # [T, d + T]
-    both = probabilities(nn.functional.pad(q, beside), nn.functional.pad(k, beside), width**-0.5) @ (nn.functional.pad(v, beside) + unit)
+    both = probabilities(nn.functional.pad(q, beside), nn.functional.pad(k, beside), width**-0.5) @ (
+        nn.functional.pad(v, beside) + unit
+    )
     return tuple(both.split([width, count], 3))
 
 
@@ -74,7 +79,9 @@ def masked_attention(q: Value, k: Value, v: Value, blocked: Value | None = None)
     if blocked is not None:
         closed = blocked.to(torch.float32)
         # A query that blocked every cell sees all: then the smallest of them is 1, and taking it away leaves none.
-        smallest = closed.graph.emit("ReduceMin", [closed, closed.graph.integers([-1])], (*closed.shape[:-1], 1), closed.dtype, keepdims=1)
+        smallest = closed.graph.emit(
+            "ReduceMin", [closed, closed.graph.integers([-1])], (*closed.shape[:-1], 1), closed.dtype, keepdims=1
+        )
         scores = scores + ((closed - smallest) * BLOCKED).unsqueeze(1)
     return scores.softmax(-1) @ v
 
@@ -84,8 +91,12 @@ def mask_head(queries: Value, features: Value, side: int, is_blocking: bool = Fa
     return logits.sigmoid() < 0.5 if is_blocking else logits
 
 
-def depth_head(x: Value, weight: Value, bias: Value, last_weight: Value, last_bias: Value, sides: Sequence[int]) -> Value:
-    """See kernels.depth_head.low_resolution: nine products at the resolution of `x`, then resized, shifted and added."""
+def depth_head(
+    x: Value, weight: Value, bias: Value, last_weight: Value, last_bias: Value, sides: Sequence[int]
+) -> Value:
+    """See kernels.depth_head.low_resolution: nine products at the resolution of `x`, then resized, shifted and
+    added.
+    """
     side, (hidden, channels) = x.shape[-1], weight.shape[:2]
     matrices = shifted(resize_matrix(side, sides, torch.zeros(())))  # [3, H, h]
     across = x.graph.constant(matrices.permute(0, 2, 1).reshape(3 * side, -1).contiguous())  # [3 w, W]
@@ -95,7 +106,9 @@ def depth_head(x: Value, weight: Value, bias: Value, last_weight: Value, last_bi
         stop = min(start + CHUNK, hidden)
         part = weight[start:stop]
         taps = part.permute(0, 2, 3, 1).reshape(-1, channels) @ cells  # [B, o 3 3, h w]
-        taps = taps.unflatten(1, (stop - start, 3, 3)).unflatten(4, (side, side)).permute(0, 1, 4, 2, 3, 5)  # [B, o, h, l, k, w]: rows l and columns k
+        taps = (
+            taps.unflatten(1, (stop - start, 3, 3)).unflatten(4, (side, side)).permute(0, 1, 4, 2, 3, 5)
+        )  # [B, o, h, l, k, w]: rows l and columns k
         rows = taps.flatten(4) @ across  # [B, o, h, 3, W]
         wide = down @ rows.transpose(2, 3).flatten(2, 3)  # [B, o, H, W]
         wide = nn.functional.relu(wide + bias[start:stop].reshape(-1, 1, 1))
@@ -128,7 +141,9 @@ class Doubled(nn.Module):
 
 
 def _woven(first: Tensor, second: Tensor, axis: int) -> Tensor:
-    """The four taps along `axis` of a transposed convolution, from the pairs of the first and of the second place within a doubled cell."""
+    """The four taps along `axis` of a transposed convolution, from the pairs of the first and of the second place
+    within a doubled cell.
+    """
     (before, here), (there, after) = first.unbind(axis), second.unbind(axis)
     return torch.stack([after, here, there, before], axis)
 
@@ -158,7 +173,9 @@ def one_node_attention(q: Value, k: Value, v: Value) -> Value:
     """See attention."""
     heads, cells, width = q.shape[1:]
     joined = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    out = q.graph.emit("MultiHeadAttention", joined, joined[0].shape, q.dtype, domain=MICROSOFT, num_heads=heads, scale=width**-0.5)
+    out = q.graph.emit(
+        "MultiHeadAttention", joined, joined[0].shape, q.dtype, domain=MICROSOFT, num_heads=heads, scale=width**-0.5
+    )
     return out.unflatten(2, (heads, width)).transpose(1, 2)
 
 
@@ -168,4 +185,6 @@ def plain_attention_maps(q: Value, k: Value, v: Value) -> tuple[Value, Value]:
     return maps @ v, maps
 
 
-ONNX_RUNTIME = SimpleNamespace(**{**vars(PORTABLE), "attention": one_node_attention, "attention_maps": plain_attention_maps})
+ONNX_RUNTIME = SimpleNamespace(
+    **{**vars(PORTABLE), "attention": one_node_attention, "attention_maps": plain_attention_maps}
+)

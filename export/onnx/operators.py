@@ -12,7 +12,7 @@ from torch import Tensor
 from datasetdm_fast.export.onnx.graph import TYPES, Extent, Size, Value
 
 BLOCKED = -1e30  # added to the score of a cell that is not to be seen: exp of it is exactly 0
-LARGEST = torch.finfo(torch.float32).max
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 def _as(value: Value, dtype: torch.dtype) -> Value:
@@ -27,7 +27,10 @@ def _operands(*given) -> list[Value]:
     values = [one for one in given if isinstance(one, Value)]
     graph = values[0].graph
     dtype = next((one.dtype for one in values if one.tensor is None), values[0].dtype)
-    return [_as(one if isinstance(one, Value) else graph.constant(one, None if isinstance(one, Tensor) else dtype), dtype) for one in given]
+    return [
+        _as(one if isinstance(one, Value) else graph.constant(one, None if isinstance(one, Tensor) else dtype), dtype)
+        for one in given
+    ]
 
 
 def _broadcast(*shapes: Sequence[Size]) -> tuple[Size, ...]:
@@ -74,14 +77,24 @@ def to(x: Value, dtype: torch.dtype | torch.device, *_, **__) -> Value:
     return x.graph.emit("Cast", [x], x.shape, dtype, to=TYPES[dtype])
 
 
-def conv2d(x: Value, weight: Value, bias: Value | None = None, stride=1, padding=0, dilation=1, groups: int = 1) -> Value:
+def conv2d(
+    x: Value, weight: Value, bias: Value | None = None, stride=1, padding=0, dilation=1, groups: int = 1
+) -> Value:
     pair = [tuple(one) if isinstance(one, (tuple, list)) else (one, one) for one in (stride, padding, dilation)]
     (strides, pads, dilations), kernel = pair, weight.shape[2:]
     assert groups == 1 and dilations == (1, 1)
     sides = tuple((side + 2 * pad - k) // step + 1 for side, pad, k, step in zip(x.shape[2:], pads, kernel, strides))
     is_fixed = bias is not None and bias.tensor is not None
     inputs = [x, _as(weight, x.dtype), *([_as(bias, x.dtype)] if is_fixed else [])]
-    out = x.graph.emit("Conv", inputs, (x.shape[0], weight.shape[0], *sides), x.dtype, kernel_shape=kernel, strides=strides, pads=(*pads, *pads))
+    out = x.graph.emit(
+        "Conv",
+        inputs,
+        (x.shape[0], weight.shape[0], *sides),
+        x.dtype,
+        kernel_shape=kernel,
+        strides=strides,
+        pads=(*pads, *pads),
+    )
     return out if bias is None or is_fixed else out + bias.reshape(1, -1, 1, 1)
 
 
@@ -101,10 +114,27 @@ def matmul(x: Value, y: Value) -> Value:
 
 def layer_norm(x: Value, shape: Sequence[int], weight: Value, bias: Value, eps: float = 1e-5) -> Value:
     """Along the last axis; by ONNX's definition summed in fp32 whatever the type."""
-    return x.graph.emit("LayerNormalization", [x, _as(weight, x.dtype), _as(bias, x.dtype)], x.shape, x.dtype, axis=-1, epsilon=eps, stash_type=1)
+    return x.graph.emit(
+        "LayerNormalization",
+        [x, _as(weight, x.dtype), _as(bias, x.dtype)],
+        x.shape,
+        x.dtype,
+        axis=-1,
+        epsilon=eps,
+        stash_type=1,
+    )
 
 
-def batch_norm(x: Value, mean: Value, variance: Value, weight=None, bias=None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Value:
+def batch_norm(
+    x: Value,
+    mean: Value,
+    variance: Value,
+    weight=None,
+    bias=None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Value:
     """By stored statistics, without an affine part."""
     assert weight is None and bias is None and not training
     ones, zeros = x.graph.constant(torch.ones(mean.shape)), x.graph.constant(torch.zeros(mean.shape))
@@ -134,14 +164,27 @@ def interpolate(x: Value, size: tuple[int, int], mode: str, align_corners: bool 
     options = dict(mode="linear", coordinate_transformation_mode="half_pixel")
     scales = [new / old for new, old in zip(size, x.shape[2:])]
     if all(float(np.float32(scale)) == scale for scale in scales):
-        return x.graph.emit("Resize", [x, "", x.graph.stored(torch.tensor([1.0, 1.0, *scales]), torch.float32)], shape, x.dtype, **options)
+        return x.graph.emit(
+            "Resize",
+            [x, "", x.graph.stored(torch.tensor([1.0, 1.0, *scales]), torch.float32)],
+            shape,
+            x.dtype,
+            **options,
+        )
     # A ratio that rounds could also round the size.
     return x.graph.emit("Resize", [x, "", "", x.graph.shape(shape)], shape, x.dtype, **options)
 
 
 def pixel_shuffle(x: Value, times: int) -> Value:
     batch, channels, height, width = x.shape
-    return x.graph.emit("DepthToSpace", [x], (batch, channels // times**2, height * times, width * times), x.dtype, blocksize=times, mode="CRD")
+    return x.graph.emit(
+        "DepthToSpace",
+        [x],
+        (batch, channels // times**2, height * times, width * times),
+        x.dtype,
+        blocksize=times,
+        mode="CRD",
+    )
 
 
 def pad(x: Value, pads: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
@@ -158,7 +201,9 @@ def cat(values: Sequence[Value], dim: int = 0) -> Value:
     first, axis = values[0], dim % values[0].ndim
     sizes = [value.shape[axis] for value in values]
     total = sizes[0] * len(sizes) if isinstance(sizes[0], Extent) and len(set(sizes)) == 1 else sum(sizes)
-    return first.graph.emit("Concat", values, (*first.shape[:axis], total, *first.shape[axis + 1 :]), first.dtype, axis=axis)
+    return first.graph.emit(
+        "Concat", values, (*first.shape[:axis], total, *first.shape[axis + 1 :]), first.dtype, axis=axis
+    )
 
 
 def split(x: Value, sizes: Sequence[int], dim: int = 0) -> list[Value]:
@@ -267,21 +312,27 @@ def getitem(x: Value, index) -> Value:
         elif one != slice(None):
             start, stop, step = one.indices(x.shape[axis])
             shape = (*x.shape[:axis], len(range(start, stop, step)), *x.shape[axis + 1 :])
-            x = x.graph.emit("Slice", [x, *(x.graph.integers([number]) for number in (start, stop, axis, step))], shape, x.dtype)
+            x = x.graph.emit(
+                "Slice", [x, *(x.graph.integers([number]) for number in (start, stop, axis, step))], shape, x.dtype
+            )
         axis += 1
     return x
 
 
 def isfinite(x: Value) -> Value:
-    """By a comparison, which is false of NaN on every device; a maximum may pass over it. Nothing but overflow comes to the largest float."""
+    """By a comparison, which is false of NaN on every device; a maximum may pass over it. Nothing but overflow comes to
+    the largest float.
+    """
     assert x.dtype == torch.float32
-    return x.graph.emit("Abs", [x], x.shape, x.dtype) < LARGEST
+    return x.graph.emit("Abs", [x], x.shape, x.dtype) < LARGEST_FLOAT
 
 
 def every(x: Value, dim: int) -> Value:
     """Whether all of a row [B, S] are true; runtimes find the smallest of floats, not of truths."""
     assert dim == 1 and x.ndim == 2
-    smallest = x.graph.emit("ReduceMin", [to(x, torch.float32), x.graph.integers([1])], x.shape[:1], torch.float32, keepdims=0)
+    smallest = x.graph.emit(
+        "ReduceMin", [to(x, torch.float32), x.graph.integers([1])], x.shape[:1], torch.float32, keepdims=0
+    )
     return to(smallest, torch.bool)
 
 

@@ -21,7 +21,15 @@ from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.manifest import NAME, PRECISIONS, FileInfo, Manifest, StageFile, TensorInfo, check_replaceable
+from datasetdm_fast.export.manifest import (
+    NAME,
+    PRECISIONS,
+    FileInfo,
+    Manifest,
+    StageFile,
+    TensorInfo,
+    check_replaceable,
+)
 from datasetdm_fast.export.onnx.graph import OPSETS, Extent, Graph, Value, traced
 from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.onnx.operators import OPERATORS
@@ -29,7 +37,7 @@ from datasetdm_fast.export.onnx.weights import DataFile, deferred, digest
 from datasetdm_fast.export.staging import alone, staged
 from datasetdm_fast.kernels import bilinear, depth_head, image_norm
 from datasetdm_fast.loading.model import Model
-from datasetdm_fast.models.capture import Keeping, Projection, Slot, Unwatched
+from datasetdm_fast.models.capture import NoCapture, Projection, RawCapture, Slot
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
@@ -53,16 +61,21 @@ def export(
     runtime: str = "any",
     told: Callable[[str], None] = lambda stage: None,
 ) -> Manifest:
-    """The manifest of the folder `out`, which afterwards holds every stage, or those named by `only`; equal input gives equal bytes.
+    """The manifest of the folder `out`, which afterwards holds every stage, or those named by `only`; equal input gives
+    equal bytes.
 
-    UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each. `raw_capture` adds
-    the stage that hands out all features and maps. For the `runtime` onnxruntime attention is that library's own operator. A folder that
-    holds this very export already is left as it is; of several processes that export into it at once one does the work. `told` hears the
-    name of each stage before it is written.
+    UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each.
+    `raw_capture` adds the stage that hands out all features and maps. For the `runtime` onnxruntime attention is that
+    library's own operator. A folder that holds this very export already is left as it is; of several processes that
+    export into it at once one does the work. `told` hears the name of each stage before it is written.
     """
     _check(decoders, precision, runtime)
     return _export(
-        model, decoders, Path(out), _Wish(_chosen(decoders, raw_capture, only), precision, runtime, source_digest(model, decoders), model.size), told
+        model,
+        decoders,
+        Path(out),
+        _Wish(_chosen(decoders, raw_capture, only), precision, runtime, source_digest(model, decoders), model.size),
+        told,
     )
 
 
@@ -97,7 +110,9 @@ class _Wish:
         return _Wish(tuple(found.stages), found.precision, found.runtime, found.source, found.size) == self
 
 
-def _export(model: Model, decoders: Mapping[str, Decoder], out: Path, wish: _Wish, told: Callable[[str], None]) -> Manifest:
+def _export(
+    model: Model, decoders: Mapping[str, Decoder], out: Path, wish: _Wish, told: Callable[[str], None]
+) -> Manifest:
     with alone(out):
         try:
             there = Manifest.read(out)
@@ -123,7 +138,14 @@ def _chosen(decoders: Mapping[str, Decoder], raw_capture: bool, only: Sequence[s
 def stage_names(decoders: Mapping[str, Decoder], raw_capture: bool = False) -> list[str]:
     """Without decoders there is nothing to capture but the features and maps themselves."""
     captures = [name for name, is_wanted in (("denoise_and_capture", bool(decoders)), (RAW, raw_capture)) if is_wanted]
-    return ["encode_text", "denoise", *captures, "decode_image", "encode_image", *(annotate_name(task) for task in decoders)]
+    return [
+        "encode_text",
+        "denoise",
+        *captures,
+        "decode_image",
+        "encode_image",
+        *(annotate_name(task) for task in decoders),
+    ]
 
 
 def annotate_name(task: str) -> str:
@@ -137,15 +159,25 @@ def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> Non
         raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}")
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
-            raise Refused(f"{task} decoder: its spectral norms move with every image, which a graph cannot do", "load it without strict=True")
+            raise Refused(
+                f"{task} decoder: its spectral norms move with every image, which a graph cannot do",
+                "load it without strict=True",
+            )
 
 
 def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
-    """SHA-256 of all that decides the graphs and their weights: parameters, configurations and this package's own code."""
+    """SHA-256 of all that decides the graphs and their weights: parameters, configurations and this package's own
+    code.
+    """
     parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
-    configs = {name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()}
+    configs = {
+        name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()
+    }
     # What begins with an underscore says where and how a part was read, not what it computes.
-    configs = {name: {key: value for key, value in config.items() if not key.startswith("_")} for name, config in configs.items()}
+    configs = {
+        name: {key: value for key, value in config.items() if not key.startswith("_")}
+        for name, config in configs.items()
+    }
     total = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
     for task, decoder in decoders.items():  # their order decides that of the channels
         total.update(f"{task} {decoder.config.to_json()}".encode())
@@ -158,7 +190,9 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
 def exporter() -> str:
     """Version of this package, with a digest of the code that decides what the graphs say."""
     root = Path(stages.__file__).parent
-    forms = [Path(module.__file__) for module in (bilinear, depth_head, image_norm)]  # of the kernels, those the graphs take over
+    forms = [
+        Path(module.__file__) for module in (bilinear, depth_head, image_norm)
+    ]  # of the kernels, those the graphs take over
     rooms = (Path(__file__).parents[1], root / "models", root / "decoders")
     files = [*(path for room in rooms for path in sorted(room.rglob("*.py"))), *forms, Path(stages.__file__)]
     total = hashlib.sha256()
@@ -167,7 +201,7 @@ def exporter() -> str:
     return f"{__version__}+{total.hexdigest()[:12]}"
 
 
-# What the stages compute ---------------------------------------------------------------------------------------------------------------
+# What the stages compute ----------------------------------------------------------------------------------------------
 class Adding:
     """Adds up what the decoders' first layers make of features and maps: level sums [B, F, h, w] fp32."""
 
@@ -188,7 +222,9 @@ class Adding:
             return self.ops.attention(q, k, v)
         output, maps = self.ops.attention_maps(q, k, v)
         maps = maps.chunk(2)[1]
-        planes = self.projection.maps[level][place].flatten(0, 1).transpose(0, 1) @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
+        planes = self.projection.maps[level][place].flatten(0, 1).transpose(0, 1) @ maps.transpose(2, 3).flatten(
+            1, 2
+        )  # [B, F, S]
         side = int(planes.shape[2] ** 0.5)
         self._add(level, planes.unflatten(2, (side, side)))
         return output
@@ -198,7 +234,7 @@ class Adding:
         self.sums[level] = self.sums[level] + planes if level in self.sums else planes
 
 
-class KeepingOnce(Keeping):
+class KeepingOnce(RawCapture):
     """Keeps the maps that the attention itself uses."""
 
     def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
@@ -273,7 +309,12 @@ class _Export:
         model = self.model
         if group == "unet":
             unet = deferred(model.unet)
-            return {"times": TimeTable(unet), "texts": TextTable(unet), "unet": exportable(UNet(unet, self.ops)), "projection": self.projection}
+            return {
+                "times": TimeTable(unet),
+                "texts": TextTable(unet),
+                "unet": exportable(UNet(unet, self.ops)),
+                "projection": self.projection,
+            }
         if group == "encode_text":
             return {"text_encoder": TextEncoder(deferred(model.text_encoder), self.ops)}
         if group == "decode_image":
@@ -287,16 +328,33 @@ class _Export:
     def _stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:
         graph, table = Graph(name, data, OPERATORS, OPSETS[self.dtype]), self._table(name)
         modules = {prefix: traced(module, graph, prefix) for prefix, module in parts.items()}
-        inputs = {key: graph.input(key, self._shape(name, key, axes), getattr(torch, dtype)) for key, (axes, dtype) in table.inputs.items()}
+        inputs = {
+            key: graph.input(key, self._shape(name, key, axes), getattr(torch, dtype))
+            for key, (axes, dtype) in table.inputs.items()
+        }
         outputs = self._outputs(name, modules, inputs)
-        table = Tensors(table.inputs, {key: value for key, value in table.outputs.items() if key in outputs or not key.startswith("sums_")})
+        table = Tensors(
+            table.inputs,
+            {key: value for key, value in table.outputs.items() if key in outputs or not key.startswith("sums_")},
+        )
         assert set(outputs) == set(table.outputs), f"{name} gives {sorted(outputs)}, its table {sorted(table.outputs)}"
         for key in table.outputs:
             graph.output(key, outputs[key])
-        proto = graph.model({"datasetdm_fast.stage": name, "datasetdm_fast.source": self.wish.source, "datasetdm_fast.precision": self.wish.precision})
+        proto = graph.model(
+            {
+                "datasetdm_fast.stage": name,
+                "datasetdm_fast.source": self.wish.source,
+                "datasetdm_fast.precision": self.wish.precision,
+            }
+        )
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
         has_data = any(constant.external_data for constant in proto.graph.initializer)
-        return StageFile(f"{name}.onnx", data.name if has_data else "", _told(table.inputs, graph.inputs), _told(table.outputs, graph.outputs))
+        return StageFile(
+            f"{name}.onnx",
+            data.name if has_data else "",
+            _told(table.inputs, graph.inputs),
+            _told(table.outputs, graph.outputs),
+        )
 
     def _table(self, name: str) -> Tensors:
         if name == RAW:
@@ -329,25 +387,40 @@ class _Export:
             return {"moments": modules["image_encoder"](pixels.to(self.dtype)).float()}
         return self._answers(name.removeprefix("annotate_"), modules["decoder"], inputs)
 
-    def _unet_outputs(self, name: str, modules: Mapping[str, nn.Module], latents: Value, timestep: Value, context: Value) -> dict[str, Value]:
-        watch = {
-            "denoise": lambda: Unwatched(self.ops),
+    def _unet_outputs(
+        self, name: str, modules: Mapping[str, nn.Module], latents: Value, timestep: Value, context: Value
+    ) -> dict[str, Value]:
+        hook = {
+            "denoise": lambda: NoCapture(self.ops),
             "denoise_and_capture": lambda: Adding(self.projection, self.ops),
             RAW: lambda: KeepingOnce(self.model.levels, self.ops),
         }[name]()
         biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
-        noise = modules["unet"](latents.to(self.dtype), biases, texts, watch).float()
+        noise = modules["unet"](latents.to(self.dtype), biases, texts, hook).float()
         if name == RAW:
-            capture = watch.result()
+            capture = hook.result()
             kept = ((kind, getattr(capture, kind)) for kind in ("features", "maps"))
-            raw = {f"{kind}_{LEVELS[level]}_{place}": value for kind, values in kept for level, row in enumerate(values) for place, value in enumerate(row)}
+            raw = {
+                f"{kind}_{LEVELS[level]}_{place}": value
+                for kind, values in kept
+                for level, row in enumerate(values)
+                for place, value in enumerate(row)
+            }
             return {"noise": noise, **raw}
-        return {"noise": noise, **({f"sums_{LEVELS[level]}": watch.sums[level] for level in sorted(watch.sums)} if name != "denoise" else {})}
+        return {
+            "noise": noise,
+            **({f"sums_{LEVELS[level]}": hook.sums[level] for level in sorted(hook.sums)} if name != "denoise" else {}),
+        }
 
     def _answers(self, task: str, decoder: nn.Module, inputs: Mapping[str, Value]) -> dict[str, Value]:
         graph = next(iter(inputs.values())).graph
-        unread = {f"sums_{level.name}": Value(graph, "", (BATCH, 0, level.side, level.side), torch.float32) for level in self.model.levels}
-        return decoder(ProjectedCapture(tuple((unread | inputs)[f"sums_{name}"] for name in LEVELS), {}), inputs.get("text"))
+        unread = {
+            f"sums_{level.name}": Value(graph, "", (BATCH, 0, level.side, level.side), torch.float32)
+            for level in self.model.levels
+        }
+        return decoder(
+            ProjectedCapture(tuple((unread | inputs)[f"sums_{name}"] for name in LEVELS), {}), inputs.get("text")
+        )
 
 
 def _told(table: Mapping[str, tuple[stages.Shape, str]], values: Sequence[Value]) -> tuple[TensorInfo, ...]:
@@ -355,7 +428,9 @@ def _told(table: Mapping[str, tuple[stages.Shape, str]], values: Sequence[Value]
     for (name, (axes, dtype)), value in zip(table.items(), values, strict=True):
         shape = tuple(str(size) if isinstance(size, Extent) else size for size in value.shape)
         is_as_told = len(axes) == len(shape) and getattr(torch, dtype) == value.dtype
-        is_as_told &= all(axis == size for axis, size in zip(axes, shape) if isinstance(axis, int) or isinstance(size, str))
+        is_as_told &= all(
+            axis == size for axis, size in zip(axes, shape) if isinstance(axis, int) or isinstance(size, str)
+        )
         assert is_as_told, f"{name} is {shape} {value.dtype}, its table says {axes} {dtype}"
         rows.append(TensorInfo(name, axes, shape, dtype))
     return tuple(rows)

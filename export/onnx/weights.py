@@ -46,7 +46,9 @@ class Deferred(torch.Tensor):
         shapes = func(*positional, **named)
         if isinstance(shapes, Tensor):
             return cls(shapes, computed)
-        return type(shapes)(cls(shape, lambda made, place=place: computed(made)[place]) for place, shape in enumerate(shapes))
+        return type(shapes)(
+            cls(shape, lambda made, place=place: computed(made)[place]) for place, shape in enumerate(shapes)
+        )
 
     def __repr__(self) -> str:  # printing must not compute
         return f"Deferred({list(self.shape)}, {self.dtype})"

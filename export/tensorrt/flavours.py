@@ -15,7 +15,10 @@ from types import ModuleType
 
 from datasetdm_fast.errors import Missing, Refused
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # flavour -> module, the first of them that is installed is taken
+MODULES = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+}  # flavour -> module, the first of them that is installed is taken
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 DATA_CENTRE = {"sm90", "sm100", "sm103"}
 INSTALL = {
@@ -45,7 +48,11 @@ class Flavour:
         """GPUs it builds plans for without having them; none where it builds for the GPU of this machine alone."""
         if self.name != "tensorrt-rtx":
             return ()
-        return tuple(f"sm{found[1]}" for name in self.module.ComputeCapability.__members__ if (found := re.fullmatch(r"SM(\d+)", name)))
+        return tuple(
+            f"sm{found[1]}"
+            for name in self.module.ComputeCapability.__members__
+            if (found := re.fullmatch(r"SM(\d+)", name))
+        )
 
     @property
     def is_portable(self) -> bool:
@@ -53,7 +60,9 @@ class Flavour:
 
 
 def find(name: str = "auto", asker: str = "engine trt") -> Flavour:
-    """The flavour of that name, or the first installed one; raises Missing, on behalf of `asker`, where there is none."""
+    """The flavour of that name, or the first installed one; raises Missing, on behalf of `asker`, where there is
+    none.
+    """
     tried = tuple(MODULES) if name == "auto" else (name,)
     broken = []
     for flavour in tried:
@@ -66,14 +75,18 @@ def find(name: str = "auto", asker: str = "engine trt") -> Flavour:
         else:
             return Flavour(flavour, version, _cuda_of(MODULES[flavour]))
     if broken:
-        raise Missing(f"{asker}: {'; '.join(broken)}; {driver()}", "Install it anew: its libraries are packages of their own.")
+        raise Missing(
+            f"{asker}: {'; '.join(broken)}; {driver()}", "Install it anew: its libraries are packages of their own."
+        )
     names = " nor ".join(MODULES[flavour] for flavour in tried)
     said = f"neither the module {names} is installed" if len(tried) > 1 else f"the module {names} is not installed"
     raise Missing(f"{asker}: {said}; {driver()}", INSTALL[_fitting(gpu_capabilities()) if name == "auto" else name])
 
 
 def _fitting(gpus: Sequence[str]) -> str:
-    """The flavour to recommend for these GPUs: data-centre ones from Hopper on are served by the full TensorRT alone."""
+    """The flavour to recommend for these GPUs: data-centre ones from Hopper on are served by the full TensorRT
+    alone.
+    """
     return "tensorrt" if set(gpus) & DATA_CENTRE else "tensorrt-rtx"
 
 
@@ -102,13 +115,23 @@ def driver() -> str:
     library.cuDriverGetVersion(ctypes.byref(version))
     code = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
     kernel = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", kernel.read_text(encoding="utf-8", errors="replace")) if kernel.is_file() else None
-    name = f"driver {found[1]}, CUDA {version.value // 1000}.{version.value % 1000 // 10}" if found else f"driver for CUDA {version.value // 1000}"
+    found = (
+        re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", kernel.read_text(encoding="utf-8", errors="replace"))
+        if kernel.is_file()
+        else None
+    )
+    name = (
+        f"driver {found[1]}, CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+        if found
+        else f"driver for CUDA {version.value // 1000}"
+    )
     return f"{name}, " + (f"which reports error {code}" if code else f"with {count.value} GPUs")
 
 
 def gpu_capabilities() -> list[str]:
-    """The capability of each GPU of this machine, asked of the driver itself: neither torch nor a CUDA context is needed."""
+    """The capability of each GPU of this machine, asked of the driver itself: neither torch nor a CUDA context is
+    needed.
+    """
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -128,18 +151,22 @@ def gpu_capabilities() -> list[str]:
 
 
 def require_gpu(name: str = "auto") -> Flavour:
-    """The flavour that can run on a GPU of this machine; raises Missing, quickly, where module, driver or GPU is not there."""
+    """The flavour that can run on a GPU of this machine; raises Missing, quickly, where module, driver or GPU is not
+    there.
+    """
     flavour, gpus = find(name), gpu_capabilities()
     if not gpus:
         raise Missing(
             f"engine trt: needs an NVIDIA GPU; found the module {MODULES[flavour.name]} {flavour.version}, {driver()}",
-            "Run it on a machine with one, or use --engine fast; `python -m datasetdm_fast.export --to tensorrt-rtx` builds plans here for such a machine.",
+            "Run it on a machine with one, or use --engine fast; `python -m datasetdm_fast.export --to tensorrt-rtx` "
+            "builds plans here for such a machine.",
         )
     if flavour.is_portable and not any(serves(flavour, gpu) for gpu in gpus):
         if name == "auto" and flavour.name != "tensorrt" and importlib.util.find_spec("tensorrt"):
             return find("tensorrt")
         raise Missing(
-            f"engine trt: {flavour.title} serves {', '.join(flavour.capabilities)}, and this machine has {', '.join(gpus)}; {driver()}",
+            f"engine trt: {flavour.title} serves {', '.join(flavour.capabilities)}, and this machine has "
+            f"{', '.join(gpus)}; {driver()}",
             "Install the full TensorRT, which serves this GPU: pip install tensorrt; then --trt-flavour tensorrt.",
         )
     return flavour
@@ -150,24 +177,29 @@ def serves(flavour: Flavour, capability: str) -> bool:
 
 
 def check_capabilities(flavour: Flavour, wanted: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
-    """The capabilities plans are to be built for: those asked for, or the GPU of this machine, or empty for whatever the flavour calls portable."""
+    """The capabilities plans are to be built for: those asked for, or the GPU of this machine, or empty for whatever
+    the flavour calls portable.
+    """
     if flavour.is_portable:
         for capability in wanted:
             if capability not in flavour.capabilities:
                 hopper = "; the full tensorrt serves such GPUs" if capability in DATA_CENTRE else ""
                 raise Refused(
-                    f"--capability {capability}: {flavour.title} does not know it, it knows {', '.join(flavour.capabilities)}{hopper}",
+                    f"--capability {capability}: {flavour.title} does not know it, it knows "
+                    f"{', '.join(flavour.capabilities)}{hopper}",
                     "Choose from these, or leave the flag out for a plan that serves all of them from Ampere on.",
                 )
         return tuple(dict.fromkeys(wanted))
     if not gpus:
         raise Missing(
-            f"--to tensorrt: {flavour.title} builds on the GPU it builds for, and here {driver()}", "Build on that machine, or use --to tensorrt-rtx here."
+            f"--to tensorrt: {flavour.title} builds on the GPU it builds for, and here {driver()}",
+            "Build on that machine, or use --to tensorrt-rtx here.",
         )
     for capability in wanted:
         if capability != gpus[0]:
             raise Refused(
-                f"--capability {capability}: {flavour.title} builds for the GPU of this machine alone, which is {gpus[0]}",
+                f"--capability {capability}: {flavour.title} builds for the GPU of this machine alone, which is "
+                f"{gpus[0]}",
                 "Build on a machine with that GPU, or use --to tensorrt-rtx.",
             )
     return (gpus[0],)

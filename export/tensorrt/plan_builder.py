@@ -1,4 +1,6 @@
-"""The process that builds one plan: a builder that crashes takes only itself along. A job comes as JSON on stdin, events leave as JSON lines on a pipe."""
+"""The process that builds one plan: a builder that crashes takes only itself along. A job comes as JSON on stdin,
+events leave as JSON lines on a pipe.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def build(job: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: labels hang on the stages that keep it
     if hasattr(trt.BuilderFlag, "STRICT_NANS"):
-        config.set_flag(trt.BuilderFlag.STRICT_NANS)  # else 0 * x is 0 even where x is NaN, and samples are set aside by what is NaN in the end
+        config.set_flag(
+            trt.BuilderFlag.STRICT_NANS
+        )  # else 0 * x is 0 even where x is NaN, and samples are set aside by what is NaN in the end
     for flag in job["flags"]:
         if not hasattr(trt.BuilderFlag, FLAGS[flag]):
             raise Refusal(f"the flag {flag} is not offered")
@@ -131,7 +135,12 @@ def build(job: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     if timings is not None:
         Path(job["timings"]).write_bytes(config.get_timing_cache().serialize())
     fused = sum(FUSED_ATTENTION in line for line in logger.layers)
-    return {"layers": len(logger.layers), "fused_attentions": fused, "nodes": network.num_layers, "seconds": round(seconds, 2)}
+    return {
+        "layers": len(logger.layers),
+        "fused_attentions": fused,
+        "nodes": network.num_layers,
+        "seconds": round(seconds, 2),
+    }
 
 
 def _timing_cache(config, path: str):
@@ -146,7 +155,11 @@ def _timing_cache(config, path: str):
 
 def _parser_errors(parser) -> list[str]:
     errors = [parser.get_error(place) for place in range(parser.num_errors)]
-    return [f"node {error.node_name() or error.node()!r} ({error.node_operator() or 'no operator'}): {' '.join(error.desc().split())}" for error in errors]
+    return [
+        f"node {error.node_name() or error.node()!r} ({error.node_operator() or 'no operator'}): "
+        f"{' '.join(error.desc().split())}"
+        for error in errors
+    ]
 
 
 def _last(logger) -> str:

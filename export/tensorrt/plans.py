@@ -1,4 +1,6 @@
-"""Built plans on the disk: what each was built for, the seal it is read under, and one build however many processes ask for it."""
+"""Built plans on the disk: what each was built for, the seal it is read under, and one build however many processes ask
+for it.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,15 @@ CAP = 64 << 30  # bytes of plans that prune leaves
 
 
 @dataclass(frozen=True)
-class Order:
+class PlanOrder:
     """What a plan is to be: everything that decides its bytes or whether it may run here."""
 
     stage: str
     source: str  # digest of model and decoders
     graph: str  # digest of the ONNX graph with its weights
-    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]  # per profile: input -> least, usual and largest shape
+    profiles: tuple[
+        Mapping[str, tuple[tuple[int, ...], ...]], ...
+    ]  # per profile: input -> least, usual and largest shape
     precision: str
     flavour: str
     version: str
@@ -57,7 +61,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlanFile:
     """A plan whose seal was checked, and what it is to say of its golden inputs."""
 
     path: Path
@@ -88,11 +92,14 @@ class PlanFolder:
     def __init__(self, folder: Path, tell: Callable[[str], None] = say):
         self.folder, self.tell, self.key = Path(folder), tell, sealed.load_key()
 
-    def path(self, order: Order) -> Path:
+    def path(self, order: PlanOrder) -> Path:
         return self.folder / f"{order.stage}-{order.key[:SHOWN_KEY]}{SUFFIX}"
 
-    def open_or_build(self, order: Order, build: Build, accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False) -> Plan:
-        """The plan of `order`, or another whose facts are `accept`ed; what lies in its place but must not be used is named and built anew.
+    def open_or_build(
+        self, order: PlanOrder, build: Build, accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False
+    ) -> PlanFile:
+        """The plan of `order`, or another whose facts are `accept`ed; what lies in its place but must not be used is
+        named and built anew.
 
         One process builds for all that wait.
         """
@@ -106,7 +113,7 @@ class PlanFolder:
             self._build(order, build)
             return replace(self.read(order), is_new=True)
 
-    def _in_place(self, order: Order) -> Plan | None:
+    def _in_place(self, order: PlanOrder) -> PlanFile | None:
         try:
             plan = self.read(order)
         except FileNotFoundError:
@@ -118,7 +125,7 @@ class PlanFolder:
             os.utime(plan.path)
         return plan
 
-    def _other(self, order: Order, accepts: Callable[[Mapping[str, Any]], bool]) -> Plan | None:
+    def _other(self, order: PlanOrder, accepts: Callable[[Mapping[str, Any]], bool]) -> PlanFile | None:
         """A plan that differs from the order only in what the caller accepts: shapes, GPUs served, builder flags."""
         wanted = order.facts()
         for path in sorted(self.folder.glob(f"{order.stage}-*{SUFFIX}")):
@@ -132,13 +139,13 @@ class PlanFolder:
                 self.tell(f"{refusal}; it is passed over")
         return None
 
-    def read(self, order: Order) -> Plan:
+    def read(self, order: PlanOrder) -> PlanFile:
         """The plan of `order`; raises FileNotFoundError, or Unusable with the reason."""
         return self._read(self.path(order), order.facts())
 
-    def _read(self, path: Path, facts: Mapping[str, Any]) -> Plan:
+    def _read(self, path: Path, facts: Mapping[str, Any]) -> PlanFile:
         header, content = sealed.read(path, self.key, facts)
-        return Plan(path, content, header.facts, header.notes, self._read_golden(path, header))
+        return PlanFile(path, content, header.facts, header.notes, self._read_golden(path, header))
 
     def _read_golden(self, path: Path, header: sealed.Header) -> dict[str, np.ndarray]:
         from safetensors.numpy import load
@@ -151,11 +158,13 @@ class PlanFolder:
             raise Unusable(f"{beside} was edited: it does not have the digest its plan was sealed with")
         return load(content)
 
-    def _build(self, order: Order, build: Build) -> None:
+    def _build(self, order: PlanOrder, build: Build) -> None:
         from safetensors.numpy import save
 
         path = self.path(order)
-        for leftover in self.folder.glob(f".{path.stem}.*.part"):  # of a process that was killed; nobody else writes this plan now
+        for leftover in self.folder.glob(
+            f".{path.stem}.*.part"
+        ):  # of a process that was killed; nobody else writes this plan now
             leftover.unlink(missing_ok=True)
         part = path.with_name(f".{path.name}.raw.{os.getpid()}.part")
         try:
@@ -167,7 +176,7 @@ class PlanFolder:
             part.unlink(missing_ok=True)
 
     @contextmanager
-    def _building(self, order: Order) -> Iterator[None]:
+    def _building(self, order: PlanOrder) -> Iterator[None]:
         """Only one process at a time is within the block for one order; the operating system ends a dead one's turn."""
         path = self.path(order).with_suffix(".lock")
         with lock(path, lambda: self.tell(f"{order.stage}: another process builds this plan, waiting for it")):
@@ -184,7 +193,9 @@ class PlanFolder:
                 header, _ = sealed.read(path, self.key)
                 facts, notes = header.facts, header.notes
                 if path.name != f"{facts['stage']}-{_key_of(facts)[:SHOWN_KEY]}{SUFFIX}":
-                    raise Unusable(f"{path} carries another plan's name: it is {facts['stage']} of graph {facts['graph'][:12]}")
+                    raise Unusable(
+                        f"{path} carries another plan's name: it is {facts['stage']} of graph {facts['graph'][:12]}"
+                    )
                 self._read_golden(path, header)
             except FileNotFoundError:
                 fault = f"{path} is a link to nothing"
@@ -194,7 +205,9 @@ class PlanFolder:
         return found
 
     def prune(self, is_stale: Callable[[Mapping[str, Any]], str], cap: int = CAP) -> list[tuple[Path, str]]:
-        """What was deleted and why: unusable and stale plans, what belongs to no plan, then the plans least recently used beyond `cap` bytes."""
+        """What was deleted and why: unusable and stale plans, what belongs to no plan, then the plans least recently
+        used beyond `cap` bytes.
+        """
         removed, good = [], []
         for entry in self.entries():
             reason = entry.fault or is_stale(entry.facts)
@@ -244,7 +257,9 @@ def lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
             waits()
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
-            raise Missing(f"{path}: the file system cannot lock files ({error.strerror})", "Choose a folder on a local disk.") from error
+            raise Missing(
+                f"{path}: the file system cannot lock files ({error.strerror})", "Choose a folder on a local disk."
+            ) from error
         yield
     finally:
         os.close(handle)

@@ -1,6 +1,8 @@
-"""Files sealed with a key of this user: a plan or a cache of compiled kernels is native code, so it is run only where its seal holds.
+"""Files sealed with a key of this user: a plan or a cache of compiled kernels is native code, so it is run only where
+its seal holds.
 
-Layout: magic, length of the header, header (JSON: facts, notes, size and SHA-256 of the payload), HMAC-SHA-256 over all of that, payload.
+Layout: magic, length of the header, header (JSON: facts, notes, size and SHA-256 of the payload), HMAC-SHA-256 over all
+of that, payload.
 """
 
 from __future__ import annotations
@@ -76,7 +78,10 @@ def _make_key(path: Path) -> None:
             os.link(part, path)
         storage.sync_folder(path.parent)
     except OSError as error:
-        raise Missing(f"{path}: the key of this machine's plans cannot be written: {error.strerror}", f"Name a writable place with {KEY_VARIABLE}.") from error
+        raise Missing(
+            f"{path}: the key of this machine's plans cannot be written: {error.strerror}",
+            f"Name a writable place with {KEY_VARIABLE}.",
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -87,7 +92,10 @@ def _read_key(path: Path) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise Refused(f"{path}: the key of this machine's plans cannot be read: {error.strerror}", "It must be a regular file of your own.") from error
+        raise Refused(
+            f"{path}: the key of this machine's plans cannot be read: {error.strerror}",
+            "It must be a regular file of your own.",
+        ) from error
     try:
         state = os.fstat(handle)
         mode = stat.S_IMODE(state.st_mode)
@@ -95,23 +103,34 @@ def _read_key(path: Path) -> bytes:
         if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
             raise Refused(f"{path}: the key of this machine's plans is not a regular file of this user's", remedy)
         if mode & 0o077:
-            raise Refused(f"{path}: the key of this machine's plans has the permissions {mode:04o}, expected 0600", remedy)
+            raise Refused(
+                f"{path}: the key of this machine's plans has the permissions {mode:04o}, expected 0600", remedy
+            )
         if state.st_size != KEY_BYTES:
-            raise Refused(f"{path}: the key of this machine's plans has {state.st_size} bytes, expected {KEY_BYTES}", remedy)
+            raise Refused(
+                f"{path}: the key of this machine's plans has {state.st_size} bytes, expected {KEY_BYTES}", remedy
+            )
         return os.read(handle, KEY_BYTES)
     finally:
         os.close(handle)
 
 
-def write(path: Path, facts: Mapping[str, Any], payload: bytes | Path, key: bytes, notes: Mapping[str, Any] | None = None) -> None:
+def write(
+    path: Path, facts: Mapping[str, Any], payload: bytes | Path, key: bytes, notes: Mapping[str, Any] | None = None
+) -> None:
     """Seals the payload, or the file of that name, under `path`: whole or not at all."""
     size, digest = 0, hashlib.sha256()
     for chunk in _chunks(payload):
         size += len(chunk)
         digest.update(chunk)
     if size > LARGEST_PAYLOAD:
-        raise Refused(f"{path}: {size} bytes are more than a sealed file holds, {LARGEST_PAYLOAD}", "Build for fewer batch sizes, or a smaller image.")
-    header = json.dumps({"facts": dict(facts), "notes": dict(notes or {}), "size": size, "sha256": digest.hexdigest()}, sort_keys=True).encode()
+        raise Refused(
+            f"{path}: {size} bytes are more than a sealed file holds, {LARGEST_PAYLOAD}",
+            "Build for fewer batch sizes, or a smaller image.",
+        )
+    header = json.dumps(
+        {"facts": dict(facts), "notes": dict(notes or {}), "size": size, "sha256": digest.hexdigest()}, sort_keys=True
+    ).encode()
     assert len(header) <= LARGEST_HEADER, "facts too long for a header"
     start = MAGIC + struct.pack("<I", len(header)) + header
 
@@ -132,7 +151,8 @@ def _chunks(payload: bytes | Path) -> Iterator[bytes]:
 
 
 def read(path: Path, key: bytes, facts: Mapping[str, Any] | None = None) -> tuple[Header, bytes]:
-    """Header and payload of a sealed file; raises Unusable where anything of it is not what was sealed, or, given `facts`, is not about these.
+    """Header and payload of a sealed file; raises Unusable where anything of it is not what was sealed, or, given
+    `facts`, is not about these.
 
     The payload is returned as the very bytes that were checked: what happens to the file afterwards does not matter.
     """
@@ -182,7 +202,10 @@ def _read_header(path: Path, file, key: bytes) -> Header:
     said = json.loads(text)  # sealed, so written by us
     header = Header(said["facts"], said["notes"], said["size"], said["sha256"])
     if whole != _START + length + SEAL_BYTES + header.size:
-        raise Unusable(f"{path} is {'truncated' if whole < _START + length + SEAL_BYTES + header.size else 'too long'}: {whole} bytes do not fit its header")
+        raise Unusable(
+            f"{path} is {'truncated' if whole < _START + length + SEAL_BYTES + header.size else 'too long'}: {whole} "
+            "bytes do not fit its header"
+        )
     if header.size > LARGEST_PAYLOAD:
         raise Unusable(f"{path} is larger than a sealed file may be: {header.size} bytes")
     return header

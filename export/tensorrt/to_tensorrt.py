@@ -20,14 +20,14 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.tensorrt import sealed
 from datasetdm_fast.export.tensorrt.flavours import MODULES, Flavour
 from datasetdm_fast.export.tensorrt.plan_builder import FLAGS
-from datasetdm_fast.export.tensorrt.plans import Order, Plan, PlanFolder, lock, say
+from datasetdm_fast.export.tensorrt.plans import PlanFile, PlanFolder, PlanOrder, lock, say
 
 if TYPE_CHECKING:
     import numpy as np
 
     from datasetdm_fast.export.manifest import Manifest, StageFile
 
-EVERY = 10.0  # seconds between two lines of progress where there is no terminal
+SECONDS_PER_LINE = 10.0  # seconds between two lines of progress where there is no terminal
 TEXTS = 8  # prompts or words the text encoder takes at once
 WORDS = 4  # class words the open-vocabulary decoder takes at once
 PIXELS = 8 * 512 * 512  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
@@ -53,7 +53,10 @@ def check_batches(batches: Sequence[str | int]) -> tuple[int, ...]:
     found = []
     for batch in batches:
         if not str(batch).isdecimal() or not 1 <= int(batch) <= LARGEST_BATCH:
-            raise Refused(f"--batch {batch}: expected numbers from 1 to {LARGEST_BATCH}, comma-separated", "For example --batch 1,8,16.")
+            raise Refused(
+                f"--batch {batch}: expected numbers from 1 to {LARGEST_BATCH}, comma-separated",
+                "For example --batch 1,8,16.",
+            )
         found.append(int(batch))
     if not found:
         raise Refused("--batch: names no batch size", "For example --batch 1,8,16.")
@@ -66,13 +69,18 @@ def check_flags(flavour: Flavour, flags: Sequence[str], gpus: Sequence[str]) -> 
         if not hasattr(flavour.module.BuilderFlag, FLAGS[flag]):
             raise Refused(f"--{flag}: {flavour.title} does not offer it", f"Drop --{flag}.")
         if flag == "refit" and not gpus:
-            raise Refused(f"--refit: {flavour.title} builds refittable plans only where there is a GPU", "Drop --refit, or build on a machine with a GPU.")
+            raise Refused(
+                f"--refit: {flavour.title} builds refittable plans only where there is a GPU",
+                "Drop --refit, or build on a machine with a GPU.",
+            )
     return tuple(sorted(set(flags)))
 
 
-# Shapes ----------------------------------------------------------------------------------------------------------------------------
+# Shapes ---------------------------------------------------------------------------------------------------------------
 def sizes(stage: str, size: int, batches: Sequence[int]) -> tuple[int, ...]:
-    """The B of each optimisation profile of a stage, rising; every profile has one fixed shape, which is what its kernels are chosen for."""
+    """The B of each optimisation profile of a stage, rising; every profile has one fixed shape, which is what its
+    kernels are chosen for.
+    """
     return tuple(sorted({at_once(stage, size, batch) for batch in batches}))
 
 
@@ -89,18 +97,22 @@ def resolved(shape: Sequence[str | int], batch: int) -> tuple[int, ...]:
     return tuple(letters[axis] if isinstance(axis, str) else axis for axis in shape)
 
 
-def profiles(stage: str, tensors: StageFile, size: int, batches: Sequence[int]) -> tuple[dict[str, tuple[tuple[int, ...], ...]], ...]:
+def profiles(
+    stage: str, tensors: StageFile, size: int, batches: Sequence[int]
+) -> tuple[dict[str, tuple[tuple[int, ...], ...]], ...]:
     """Least, usual and largest shape of every input whose shape a call decides, per optimisation profile."""
     moving = [one for one in tensors.inputs if any(isinstance(axis, str) for axis in one.shape)]
-    return tuple({one.name: (resolved(one.shape, batch),) * 3 for one in moving} for batch in sizes(stage, size, batches))
+    return tuple(
+        {one.name: (resolved(one.shape, batch),) * 3 for one in moving} for batch in sizes(stage, size, batches)
+    )
 
 
-# Orders and builds -----------------------------------------------------------------------------------------------------------------
-def make_order(stage: str, manifest: Manifest, target: Target) -> Order:
+# Orders and builds ----------------------------------------------------------------------------------------------------
+def make_order(stage: str, manifest: Manifest, target: Target) -> PlanOrder:
     """The plan of one stage."""
     tensors = manifest.stages[stage]
     files = [manifest.files[name].sha256 for name in (tensors.file, tensors.data) if name]
-    return Order(
+    return PlanOrder(
         stage=stage,
         source=manifest.source,
         graph=hashlib.sha256("".join(files).encode()).hexdigest(),
@@ -116,14 +128,24 @@ def make_order(stage: str, manifest: Manifest, target: Target) -> Order:
 
 
 def build_plans(
-    folder: Path, manifest: Manifest, target: Target, golden: Golden, *, stages: Sequence[str] | None = None, tell: Callable[[str], None] = say, is_quiet=False
-) -> dict[str, Plan]:
+    folder: Path,
+    manifest: Manifest,
+    target: Target,
+    golden: Golden,
+    *,
+    stages: Sequence[str] | None = None,
+    tell: Callable[[str], None] = say,
+    is_quiet=False,
+) -> dict[str, PlanFile]:
     """The plan of every stage of `folder`, or of those named; what is there and whole is read, the rest is built once.
 
     `golden` gives a stage's inputs and what it is to make of them, for one image: in.NAME and out.NAME.
     """
     opened = PlanFolder(folder, tell)
-    return {stage: open_plan(opened, stage, manifest, target, golden, is_quiet=is_quiet) for stage in stages or manifest.stages}
+    return {
+        stage: open_plan(opened, stage, manifest, target, golden, is_quiet=is_quiet)
+        for stage in stages or manifest.stages
+    }
 
 
 def open_plan(
@@ -135,8 +157,10 @@ def open_plan(
     *,
     accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False,
     is_quiet: bool = False,
-) -> Plan:
-    """The plan of one stage; `accepts` says of the facts of a plan for other shapes or more GPUs whether it does, too."""
+) -> PlanFile:
+    """The plan of one stage; `accepts` says of the facts of a plan for other shapes or more GPUs whether it does,
+    too.
+    """
     order, tensors = make_order(stage, manifest, target), manifest.stages[stage]
 
     def build(part: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
@@ -153,7 +177,10 @@ def open_plan(
 def _check_space(folder: Path, weights: int) -> None:
     free, needed = storage.free_bytes(folder), int(SPACE * weights) + (64 << 20)
     if free < needed:
-        raise Missing(f"{folder}: a plan needs about {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free", "Make room, or choose another folder.")
+        raise Missing(
+            f"{folder}: a plan needs about {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+            "Make room, or choose another folder.",
+        )
 
 
 def _check_graph(folder: Path, manifest: Manifest, stage: str) -> None:
@@ -164,11 +191,17 @@ def _check_graph(folder: Path, manifest: Manifest, stage: str) -> None:
 
 
 class _timings:
-    """Within the block a file with the timings of earlier builds, kept afterwards, where the flavour builds by timing; else nothing."""
+    """Within the block a file with the timings of earlier builds, kept afterwards, where the flavour builds by timing;
+    else nothing.
+    """
 
     def __init__(self, opened: PlanFolder, target: Target):
         # TensorRT-RTX times nothing, and would ask for a GPU at the sight of a timing cache.
-        self.stored = None if target.flavour.is_portable else opened.folder / f"timings-{target.flavour.version}-{'-'.join(target.capabilities)}.sealed"
+        self.stored = (
+            None
+            if target.flavour.is_portable
+            else opened.folder / f"timings-{target.flavour.version}-{'-'.join(target.capabilities)}.sealed"
+        )
         self.facts = {"kind": "timings", "version": target.flavour.version, "gpu": target.gpu}
         self.key, self.file = opened.key, None
 
@@ -193,8 +226,12 @@ class _timings:
             self.file.unlink(missing_ok=True)
 
 
-def run_builder(graph: Path, order: Order, part: Path, flavour: Flavour, timings: Path | None = None, is_quiet: bool = False) -> dict[str, Any]:
-    """Layers, fused attentions and seconds of the plan that was written to `part`; refuses what TensorRT refuses, in its words."""
+def run_builder(
+    graph: Path, order: PlanOrder, part: Path, flavour: Flavour, timings: Path | None = None, is_quiet: bool = False
+) -> dict[str, Any]:
+    """Layers, fused attentions and seconds of the plan that was written to `part`; refuses what TensorRT refuses, in
+    its words.
+    """
     job = {
         "module": MODULES[flavour.name],
         "graph": str(graph),
@@ -206,7 +243,9 @@ def run_builder(graph: Path, order: Order, part: Path, flavour: Flavour, timings
     }
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "datasetdm_fast.export.tensorrt.plan_builder", str(writer)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[writer])
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[writer]
+    )
     os.close(writer)
     answer: dict[str, Any] = {}
     try:
@@ -225,8 +264,13 @@ def run_builder(graph: Path, order: Order, part: Path, flavour: Flavour, timings
         child.wait()
     if "result" in answer:
         return answer["result"]
-    reason = answer.get("refused") or (f"its builder ended by {signal.Signals(-code).name}" if code < 0 else f"its builder ended with {code}")
-    raise Refused(f"{order.stage}: {flavour.title} gives no plan: {reason}", "The graph stays usable with --engine ort; another --precision may build.")
+    reason = answer.get("refused") or (
+        f"its builder ended by {signal.Signals(-code).name}" if code < 0 else f"its builder ended with {code}"
+    )
+    raise Refused(
+        f"{order.stage}: {flavour.title} gives no plan: {reason}",
+        "The graph stays usable with --engine ort; another --precision may build.",
+    )
 
 
 class BuildProgress:
@@ -238,14 +282,20 @@ class BuildProgress:
         if not is_quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=100, unit="%", desc=f"building {stage}", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed} {postfix}")
+            self.bar = tqdm(
+                total=100,
+                unit="%",
+                desc=f"building {stage}",
+                file=sys.stderr,
+                bar_format="{l_bar}{bar}| {elapsed} {postfix}",
+            )
 
     def tell(self, share: float, phase: str) -> None:
         now = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix_str(phase, refresh=False)
             self.bar.update(max(round(100 * share) - self.bar.n, 0))
-        elif not self.is_quiet and now - self.told >= EVERY:
+        elif not self.is_quiet and now - self.told >= SECONDS_PER_LINE:
             self.told = now
             say(f"building {self.stage}: {share:.0%}, {phase.lower()}, {now - self.begin:.0f} s")
 

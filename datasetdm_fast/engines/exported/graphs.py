@@ -38,7 +38,9 @@ class GraphEngine:
         """The stage with one input, `name`, in parts that fit."""
         raise NotImplementedError
 
-    def _call_decoder(self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None) -> dict[str, Tensor]:
+    def _call_decoder(
+        self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None
+    ) -> dict[str, Tensor]:
         """The stage of a decoder, `words` being [B, K, D] where it reads any."""
         raise NotImplementedError
 
@@ -55,13 +57,21 @@ class GraphEngine:
         return self._call_unet("denoise", latents, timestep, context)["noise"]
 
     @torch.inference_mode()
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, ProjectedCapture | Capture]:
-        """The noise and what the loaded decoders make of the activations; without decoders the activations themselves."""
+    def denoise_and_capture(
+        self, latents: Tensor, timestep: float, context: Tensor
+    ) -> tuple[Tensor, ProjectedCapture | Capture]:
+        """The noise and what the loaded decoders make of the activations; without decoders the activations
+        themselves.
+        """
         if not self.decoders:
-            return self.denoise_and_keep(latents, timestep, context)
+            return self.denoise_and_capture_raw(latents, timestep, context)
         found = self._call_unet("denoise_and_capture", latents, timestep, context)
-        unread = [torch.zeros(len(latents), 0, level.side, level.side, device=self.device) for level in self.model.levels]
-        return found["noise"], ProjectedCapture(tuple(found.get(f"sums_{name}", none) for name, none in zip(LEVELS, unread)), self._slices)
+        unread = [
+            torch.zeros(len(latents), 0, level.side, level.side, device=self.device) for level in self.model.levels
+        ]
+        return found["noise"], ProjectedCapture(
+            tuple(found.get(f"sums_{name}", none) for name, none in zip(LEVELS, unread)), self._slices
+        )
 
     @functools.cached_property
     def _slices(self) -> dict[str, tuple[slice, ...]]:
@@ -69,14 +79,19 @@ class GraphEngine:
         return {task: tuple(slice(*own.get(name, (0, 0))) for name in LEVELS) for task, own in self._channels().items()}
 
     @torch.inference_mode()
-    def denoise_and_keep(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+    def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         found, levels = self._call_unet(RAW, latents, timestep, context), self.model.levels
 
         def ordered(kind: str, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
-            return tuple(tuple(found[f"{kind}_{name}_{place}"] for place in range(count)) for name, count in zip(LEVELS, counts))
+            return tuple(
+                tuple(found[f"{kind}_{name}_{place}"] for place in range(count)) for name, count in zip(LEVELS, counts)
+            )
 
-        return found["noise"], Capture(ordered("features", [len(one.features) for one in levels]), ordered("maps", [len(one.heads) for one in levels]))
+        return found["noise"], Capture(
+            ordered("features", [len(one.features) for one in levels]),
+            ordered("maps", [len(one.heads) for one in levels]),
+        )
 
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
@@ -87,8 +102,13 @@ class GraphEngine:
         return found["image"], found["is_finite"]
 
     @torch.inference_mode()
-    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:  # [B, 4, h, w]
-        return drawn(self._call_autoencoder("encode_image", "image", images)["moments"], generators) * self.model.vae.config.scaling_factor
+    def encode_image(
+        self, images: Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:  # [B, 4, h, w]
+        return (
+            drawn(self._call_autoencoder("encode_image", "image", images)["moments"], generators)
+            * self.model.vae.config.scaling_factor
+        )
 
     @torch.inference_mode()
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
@@ -99,16 +119,24 @@ class GraphEngine:
         width = config.text_width
         if text is None or text.ndim not in (2, 3) or text.shape[0] != capture.batch or text.shape[-1] != width:
             given = "nothing" if text is None else f"shape {list(text.shape)}"
-            raise Refused(f"open-vocabulary decoder: text is {given}, expected class embeddings [{capture.batch}, {width}] or [{capture.batch}, K, {width}]")
+            raise Refused(
+                f"open-vocabulary decoder: text is {given}, expected class embeddings [{capture.batch}, {width}] or "
+                f"[{capture.batch}, K, {width}]"
+            )
         if text.ndim == 3:
             return self._call_decoder(stage, capture.batch, sums, text)
-        return {name: value[:, 0] for name, value in self._call_decoder(stage, capture.batch, sums, text[:, None]).items()}
+        return {
+            name: value[:, 0] for name, value in self._call_decoder(stage, capture.batch, sums, text[:, None]).items()
+        }
 
     def _sums(self, task: str, capture: ProjectedCapture | Capture) -> dict[str, Tensor]:
         """What the task's decoder reads, by the names of its stage."""
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"
-            raise Missing(f"task: no decoder for {task!r} was loaded, there are {loaded}", "name a folder with that decoder: --decoder DIR")
+            raise Missing(
+                f"task: no decoder for {task!r} was loaded, there are {loaded}",
+                "name a folder with that decoder: --decoder DIR",
+            )
         if isinstance(capture, ProjectedCapture):
             return {f"sums_{name}": total for name, total in zip(LEVELS, capture.of(task).sums) if total.shape[1]}
         weights = self.decoders[task].projections()
@@ -121,7 +149,7 @@ class GraphEngine:
     def suggested_batch(self) -> int:
         return BATCH if self.device.type == "cuda" else suggested(self.model.size // 8, self.device)
 
-    def widened(self) -> FastEngine | None:
+    def fp32_fallback(self) -> FastEngine | None:
         return None if self.precision == "fp32" else self._wide
 
     @functools.cached_property

@@ -27,7 +27,9 @@ FATAL = 3  # ONNX Runtime's log level that leaves only errors
 
 
 class OrtEngine(GraphEngine):
-    """See GraphEngine; the weights of `model` and `decoders` are read at construction, and their graphs written to the cache if they are not there."""
+    """See GraphEngine; the weights of `model` and `decoders` are read at construction, and their graphs written to the
+    cache if they are not there.
+    """
 
     name = "ort"
 
@@ -46,10 +48,12 @@ class OrtEngine(GraphEngine):
         self.provider, self.device = resolve_provider(provider, device)
         self.precision = resolve_precision(dtype, self.provider)
         self.folder, self.manifest = self._export()
-        self._stages: dict[str, Stage] = {}
+        self._stages: dict[str, OrtStage] = {}
 
     def _export(self, **which) -> tuple[Path, Manifest]:
-        """The folder of the exported graphs; TensorRT reads standard operators only, the others are given ONNX Runtime's own attention."""
+        """The folder of the exported graphs; TensorRT reads standard operators only, the others are given ONNX
+        Runtime's own attention.
+        """
 
         def told(stage: str) -> None:
             if stage in ("encode_text", RAW):
@@ -60,9 +64,13 @@ class OrtEngine(GraphEngine):
 
     def _run(self, name: str, **inputs: Tensor) -> dict[str, Tensor]:
         if name not in self._stages:
-            folder, manifest = self._export(raw_capture=True, only=[RAW]) if name == RAW else (self.folder, self.manifest)
+            folder, manifest = (
+                self._export(raw_capture=True, only=[RAW]) if name == RAW else (self.folder, self.manifest)
+            )
             file = manifest.stages[name]
-            self._stages[name] = Stage(open_session(folder / file.file, self.provider, self.device), file, self.device)
+            self._stages[name] = OrtStage(
+                open_session(folder / file.file, self.provider, self.device), file, self.device
+            )
         return self._stages[name](inputs)
 
     @torch.inference_mode()
@@ -80,16 +88,24 @@ class OrtEngine(GraphEngine):
     def _channels(self) -> Mapping[str, Mapping[str, tuple[int, int]]]:
         return self.manifest.channels
 
-    def _call_decoder(self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None) -> dict[str, Tensor]:
+    def _call_decoder(
+        self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None
+    ) -> dict[str, Tensor]:
         return self._run(stage, **sums, **({} if words is None else {"text": words}))
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        told = {"engine": self.name, "device": str(self.device), "device_name": device, "dtype": self.precision, "provider": self.provider}
+        told = {
+            "engine": self.name,
+            "device": str(self.device),
+            "device_name": device,
+            "dtype": self.precision,
+            "provider": self.provider,
+        }
         return {**told, "onnxruntime": onnxruntime.__version__}
 
 
-class Stage:
+class OrtStage:
     """A session that reads its inputs and writes its outputs in the memory of torch tensors."""
 
     def __init__(self, session: onnxruntime.InferenceSession, file: StageFile, device: torch.device):
@@ -102,14 +118,23 @@ class Stage:
             value = inputs[info.name].to(self.device if info.shape else "cpu", getattr(torch, info.dtype)).contiguous()
             held.append(value)
             sizes |= {size: given for size, given in zip(info.shape, value.shape) if isinstance(size, str)}
-            binding.bind_input(info.name, value.device.type, value.device.index or 0, NUMPY[info.dtype], list(value.shape), value.data_ptr())
+            binding.bind_input(
+                info.name,
+                value.device.type,
+                value.device.index or 0,
+                NUMPY[info.dtype],
+                list(value.shape),
+                value.data_ptr(),
+            )
         if "2B" in sizes:
             assert sizes["2B"] == 2 * sizes["B"], f"context has {sizes['2B']} rows for {sizes['B']} images"
         outputs = {}
         for info in self.file.outputs:
             shape = [sizes["B"] * 2 if size == "2B" else sizes.get(size, size) for size in info.shape]
             value = outputs[info.name] = torch.empty(shape, dtype=getattr(torch, info.dtype), device=self.device)
-            binding.bind_output(info.name, value.device.type, value.device.index or 0, NUMPY[info.dtype], shape, value.data_ptr())
+            binding.bind_output(
+                info.name, value.device.type, value.device.index or 0, NUMPY[info.dtype], shape, value.data_ptr()
+            )
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime works on a stream of its own
         self.session.run_with_iobinding(binding)
@@ -121,7 +146,9 @@ def open_session(path: Path, provider: str, device: torch.device) -> onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads take the cores of the processes beside them
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # spinning threads take the cores of the processes beside them
     place = {"device_id": str(device.index or 0)}
     providers = {
         "cpu": ["CPUExecutionProvider"],
@@ -132,14 +159,17 @@ def open_session(path: Path, provider: str, device: torch.device) -> onnxruntime
     session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     if session.get_providers()[0] != NAMES[provider]:
         raise Missing(
-            f"provider: {provider} could not be started, ONNX Runtime offers {', '.join(session.get_providers())} in its place",
+            f"provider: {provider} could not be started, ONNX Runtime offers {', '.join(session.get_providers())} in "
+            "its place",
             "check its CUDA libraries, or use --provider cpu",
         )
     return session
 
 
 def resolve_provider(provider: str, device: str) -> tuple[str, torch.device]:
-    """The provider and where its tensors lie; "auto" follows the device, and a device left open follows what there is."""
+    """The provider and where its tensors lie; "auto" follows the device, and a device left open follows what there
+    is.
+    """
     if provider == "cpu":
         place = resolve_device("cpu" if device == "auto" else device)
     elif provider == "auto":
@@ -150,7 +180,10 @@ def resolve_provider(provider: str, device: str) -> tuple[str, torch.device]:
     else:
         place = resolve_device("cuda" if device == "auto" else device)
     if (place.type == "cpu") != (provider == "cpu"):
-        raise Refused(f"provider: {provider} does not run on the device {place}", "leave out --device, or choose another --provider")
+        raise Refused(
+            f"provider: {provider} does not run on the device {place}",
+            "leave out --device, or choose another --provider",
+        )
     return provider, place
 
 

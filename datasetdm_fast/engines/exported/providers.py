@@ -1,4 +1,6 @@
-"""Which ONNX Runtime is installed and what it can run on; asked before torch is imported, so that a no comes at once."""
+"""Which ONNX Runtime is installed and what it can run on; asked before torch is imported, so that a no comes at
+once.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,25 @@ NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensor
 
 
 def require_provider(provider: str) -> None:
-    """Raises Missing where ONNX Runtime, or the provider asked for, is not there; "auto" needs no more than the CPU's."""
+    """Raises Missing where ONNX Runtime, or the provider asked for, is not there; "auto" needs no more than the
+    CPU's.
+    """
     if provider not in PROVIDERS:
         raise Refused(f"provider: {provider!r} is none of {', '.join(PROVIDERS)}")
     for module in ("onnxruntime", "onnx"):
         if find_spec(module) is None:
-            raise Missing(f"engine: ort needs the library {module}, which is not installed", 'pip install "datasetdm-fast[ort]", or choose another --engine')
+            raise Missing(
+                f"engine: ort needs the library {module}, which is not installed",
+                'pip install "datasetdm-fast[ort]", or choose another --engine',
+            )
     there = available()
     if provider != "auto" and NAMES[provider] not in there:
         import onnxruntime
 
         short = [name for name in NAMES if NAMES[name] in there]
         raise Missing(
-            f"provider: {provider} is not in the installed onnxruntime {onnxruntime.__version__}, which has {', '.join(short)}",
+            f"provider: {provider} is not in the installed onnxruntime {onnxruntime.__version__}, which has "
+            f"{', '.join(short)}",
             "use one of those, or install onnxruntime-gpu in its place",
         )
 

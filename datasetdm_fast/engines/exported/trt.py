@@ -1,4 +1,6 @@
-"""The TensorRT engine: every stage a plan built from its exported graph, on a GPU, by whichever TensorRT is installed."""
+"""The TensorRT engine: every stage a plan built from its exported graph, on a GPU, by whichever TensorRT is
+installed.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.exported.graphs import GraphEngine
 from datasetdm_fast.engines.exported.trt_plan import LoadedPlan, Queue
+from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.golden import Reference
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest
@@ -28,7 +31,8 @@ PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities 
 
 
 class TrtEngine(GraphEngine):
-    """See GraphEngine; plans are built at the first call of a batch size, or read from `folder`, where `export` may have put them.
+    """See GraphEngine; plans are built at the first call of a batch size, or read from `folder`, where `export` may
+    have put them.
 
     All calls share one stream.
     """
@@ -55,9 +59,11 @@ class TrtEngine(GraphEngine):
         if self.precision not in (*PRECISIONS, "fp8"):
             raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}, fp8")
         self.source = source_digest(model, self.decoders)
-        self.folder = Path(folder) if folder else cache_folder() / "engines" / f"{self.source[:16]}-{self.precision}-{model.size}"
+        self.folder = (
+            Path(folder) if folder else cache_folder() / "engines" / f"{self.source[:16]}-{self.precision}-{model.size}"
+        )
         self.is_given = bool(folder)
-        self._golden = Reference(model, self.decoders)
+        self._golden = Reference(lambda: FastEngine(model, self.decoders, dtype="fp32", device="cpu"))
         self._loaded: dict[str, list[LoadedPlan]] = {}
 
     # Stages
@@ -76,8 +82,14 @@ class TrtEngine(GraphEngine):
             precision = "fp16" if self.precision == "fp8" else self.precision  # parity is what this stage is for
             return folder, export(self.model, self.decoders, folder, precision=precision, raw_capture=True, only=[RAW])
         if self.precision == "fp8" and not (there and there.precision == "fp8"):
-            cause = "dtype: fp8 is calibrated on your prompts first, and " + (f"{self.folder} holds {there.precision}" if there else "no folder was given")
-            raise Missing(cause, "Run `python -m datasetdm_fast.export --precision fp8 --prompts FILE --out ENGINES`, then add --engines ENGINES.")
+            cause = "dtype: fp8 is calibrated on your prompts first, and " + (
+                f"{self.folder} holds {there.precision}" if there else "no folder was given"
+            )
+            raise Missing(
+                cause,
+                "Run `python -m datasetdm_fast.export --precision fp8 --prompts FILE --out ENGINES`, then add "
+                "--engines ENGINES.",
+            )
         if there and self.is_given:
             cause = f"{self.folder}: holds other stages than asked for ({self._difference(there, stage)})"
             raise Refused(cause, "Export this model with these decoders into it again, or name another folder.")
@@ -95,13 +107,25 @@ class TrtEngine(GraphEngine):
         return (manifest.source, manifest.precision, manifest.size, manifest.runtime) == wanted
 
     def _difference(self, manifest: Manifest, stage: str) -> str:
-        ours = {"model and decoders": self.source[:12], "precision": self.precision, "size": self.model.size, "runtime": "any"}
-        theirs = {"model and decoders": manifest.source[:12], "precision": manifest.precision, "size": manifest.size, "runtime": manifest.runtime}
+        ours = {
+            "model and decoders": self.source[:12],
+            "precision": self.precision,
+            "size": self.model.size,
+            "runtime": "any",
+        }
+        theirs = {
+            "model and decoders": manifest.source[:12],
+            "precision": manifest.precision,
+            "size": manifest.size,
+            "runtime": manifest.runtime,
+        }
         told = [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]
         return "; ".join(told) or f"{stage} is not among them"
 
     def _plan(self, stage: str, batch: int) -> LoadedPlan:
-        """The loaded plan of a stage for that many at once; read or built at the first call, and its golden output checked."""
+        """The loaded plan of a stage for that many at once; read or built at the first call, and its golden output
+        checked.
+        """
         for loaded in self._loaded.get(stage, ()):
             if batch in loaded.batches:
                 return loaded
@@ -111,7 +135,9 @@ class TrtEngine(GraphEngine):
         def serves(facts: Mapping[str, Any]) -> bool:
             tensors = manifest.stages[stage].inputs
             leading = next(one.name for one in tensors if one.shape[:1] == ("B",))
-            return self._runs_here(facts["capabilities"]) and any(shapes[leading][0][0] == batch for shapes in facts["profiles"])
+            return self._runs_here(facts["capabilities"]) and any(
+                shapes[leading][0][0] == batch for shapes in facts["profiles"]
+            )
 
         plan = open_plan(opened, stage, manifest, self._target(batch), self._golden, accepts=serves)
         loaded = LoadedPlan(plan, manifest.stages[stage], self.flavour, self.queue, opened.key)
@@ -122,10 +148,17 @@ class TrtEngine(GraphEngine):
 
     def _target(self, batch: int) -> Target:
         is_known = not self.flavour.is_portable or self.queue.capability in self.flavour.capabilities
-        return Target(self.flavour, (batch,), (self.queue.capability,) if is_known else (), gpu="" if self.flavour.is_portable else self.queue.gpu)
+        return Target(
+            self.flavour,
+            (batch,),
+            (self.queue.capability,) if is_known else (),
+            gpu="" if self.flavour.is_portable else self.queue.gpu,
+        )
 
     def _runs_here(self, capabilities: Sequence[str]) -> bool:
-        return self.queue.capability in capabilities or (not capabilities and int(self.queue.capability.removeprefix("sm")) >= PORTABLE_FROM)
+        return self.queue.capability in capabilities or (
+            not capabilities and int(self.queue.capability.removeprefix("sm")) >= PORTABLE_FROM
+        )
 
     def _call(self, stage: str, batch: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._plan(stage, batch)(batch, inputs)
@@ -143,7 +176,9 @@ class TrtEngine(GraphEngine):
         return self._in_parts("encode_text", "tokens", self.model.token_ids(prompts).to(self.device))["context"]
 
     def _call_unet(self, stage: str, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
-        return self._call(stage, len(latents), {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context})
+        return self._call(
+            stage, len(latents), {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context}
+        )
 
     def _call_autoencoder(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
         return self._in_parts(stage, name, values.to(self.device))
@@ -154,9 +189,13 @@ class TrtEngine(GraphEngine):
     @functools.cached_property
     def _timestep(self) -> Callable[[float], Tensor]:
         # On the device already: a copy from the host would make the loop wait.
-        return functools.lru_cache(2048)(lambda timestep: torch.tensor(timestep, dtype=torch.float32, device=self.device))
+        return functools.lru_cache(2048)(
+            lambda timestep: torch.tensor(timestep, dtype=torch.float32, device=self.device)
+        )
 
-    def _call_decoder(self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None) -> dict[str, Tensor]:
+    def _call_decoder(
+        self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None
+    ) -> dict[str, Tensor]:
         if words is None:
             return self._call(stage, batch, sums)
         parts = [self._call(stage, batch, {**sums, "text": _filled(part, WORDS, 1)}) for part in words.split(WORDS, 1)]
@@ -178,8 +217,13 @@ def _gpu(device: str) -> torch.device:
     found = resolve_device(device)
     if found.type != "cuda":
         if device != "auto":
-            raise Refused(f"device: the trt engine runs on a GPU, not on {device}", "Use --device cuda, or --engine fast.")
-        raise Missing(f"engine trt: this PyTorch ({torch.__version__}) sees no GPU; {flavours.driver()}", "Install a PyTorch built for CUDA.")
+            raise Refused(
+                f"device: the trt engine runs on a GPU, not on {device}", "Use --device cuda, or --engine fast."
+            )
+        raise Missing(
+            f"engine trt: this PyTorch ({torch.__version__}) sees no GPU; {flavours.driver()}",
+            "Install a PyTorch built for CUDA.",
+        )
     return torch.device("cuda", found.index if found.index is not None else torch.cuda.current_device())
 
 

@@ -14,14 +14,22 @@ from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.export import golden
 from datasetdm_fast.export.tensorrt import sealed
 from datasetdm_fast.export.tensorrt.flavours import Flavour
-from datasetdm_fast.export.tensorrt.plans import Plan
+from datasetdm_fast.export.tensorrt.plans import PlanFile
 from datasetdm_fast.export.tensorrt.to_tensorrt import resolved
 
 if TYPE_CHECKING:
     from datasetdm_fast.export.manifest import StageFile, TensorInfo
 
 COMPILED = ".compiled"  # beside a plan: the kernels TensorRT-RTX made of it for one GPU
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "UINT8": "uint8", "BOOL": "bool"}
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
 
 
 class Queue:
@@ -60,7 +68,7 @@ class Queue:
 class LoadedPlan:
     """One stage on the GPU: its weights once, and a `Call` for each batch size its plan was built for."""
 
-    def __init__(self, plan: Plan, tensors: StageFile, flavour: Flavour, queue: Queue, key: bytes):
+    def __init__(self, plan: PlanFile, tensors: StageFile, flavour: Flavour, queue: Queue, key: bytes):
         self.plan, self.tensors, self.flavour, self.queue, self.key = plan, tensors, flavour, queue, key
         self.log, self.compiled = _logger(flavour.module), None
         self.batches = tuple(self._batch_of(shapes) for shapes in plan.facts["profiles"])
@@ -85,7 +93,11 @@ class LoadedPlan:
         if hasattr(self.runtime, "get_engine_validity"):
             validity, why = self.runtime.get_engine_validity(self.plan.content)
             if validity == self.flavour.module.EngineValidity.INVALID:
-                reasons = [name for name, one in self.flavour.module.EngineInvalidityDiagnostics.__members__.items() if why & one.value]
+                reasons = [
+                    name
+                    for name, one in self.flavour.module.EngineInvalidityDiagnostics.__members__.items()
+                    if why & one.value
+                ]
                 raise self._unfit(", ".join(reasons) or self.log.last)
         engine = self.runtime.deserialize_cuda_engine(self.plan.content)
         if engine is None:
@@ -94,7 +106,8 @@ class LoadedPlan:
 
     def _unfit(self, reason: str) -> Missing:
         return Missing(
-            f"{self.plan.path}: {self.flavour.title} cannot run this plan on {self.queue.gpu} ({self.queue.capability}): {reason}",
+            f"{self.plan.path}: {self.flavour.title} cannot run this plan on {self.queue.gpu} "
+            f"({self.queue.capability}): {reason}",
             "Update the NVIDIA driver, or delete the plan so that it is built on this machine.",
         )
 
@@ -136,7 +149,11 @@ class LoadedPlan:
         return hasattr(self._settings, "cuda_graph_strategy")
 
     def new_context(self):
-        context = self.engine.create_execution_context() if self._settings is None else self.engine.create_execution_context(self._settings)
+        context = (
+            self.engine.create_execution_context()
+            if self._settings is None
+            else self.engine.create_execution_context(self._settings)
+        )
         if context is None:
             raise self._unfit(self.log.last)
         return context
@@ -147,10 +164,17 @@ class LoadedPlan:
 
     @property
     def _compiled_facts(self) -> dict[str, str]:
-        return {"kind": "compiled kernels", "plan": self.plan.path.stem, "version": self.flavour.version, "gpu": self.queue.gpu}
+        return {
+            "kind": "compiled kernels",
+            "plan": self.plan.path.stem,
+            "version": self.flavour.version,
+            "gpu": self.queue.gpu,
+        }
 
     def _keep_compiled(self) -> None:
-        """Writes the kernels that were compiled on this GPU beside the plan, so that the next start need not compile them."""
+        """Writes the kernels that were compiled on this GPU beside the plan, so that the next start need not compile
+        them.
+        """
         if self.compiled is None:
             return
         content = self.compiled.serialize()
@@ -172,7 +196,8 @@ class LoadedPlan:
                 if not far <= golden.FAR[precision]:
                     limit = f"at most {golden.FAR[precision]:g} is allowed"
                     raise GateFailed(
-                        f"{self.plan.path}: on {self.queue.gpu} the output {one.name} is {far:.2g} away from the golden one, {limit}",
+                        f"{self.plan.path}: on {self.queue.gpu} the output {one.name} is {far:.2g} away from the "
+                        f"golden one, {limit}",
                         "Update the NVIDIA driver or build the plan on this machine; --precision fp32 asks less of it.",
                     )
 
@@ -203,7 +228,10 @@ class Call:
         self.inputs, self.outputs = self._buffers(tensors.inputs, batch), self._buffers(tensors.outputs, batch)
         for one in tensors.inputs:
             if any(isinstance(axis, str) for axis in one.shape):
-                self._must(self.context.set_input_shape(one.name, tuple(self.inputs[one.name].shape)), f"the shape of {one.name}")
+                self._must(
+                    self.context.set_input_shape(one.name, tuple(self.inputs[one.name].shape)),
+                    f"the shape of {one.name}",
+                )
         self._must(not self.context.infer_shapes(), "inferring shapes")
         for name, buffer in self.outputs.items():
             self._must(tuple(self.context.get_tensor_shape(name)) == tuple(buffer.shape), f"the shape of {name}")
@@ -215,11 +243,17 @@ class Call:
             self.queue.run(self._record)
 
     def _buffers(self, tensors: Sequence[TensorInfo], batch: int) -> dict[str, Tensor]:
-        return {one.name: torch.zeros(resolved(one.shape, batch), dtype=getattr(torch, one.dtype), device=self.queue.device) for one in tensors}
+        return {
+            one.name: torch.zeros(resolved(one.shape, batch), dtype=getattr(torch, one.dtype), device=self.queue.device)
+            for one in tensors
+        }
 
     def _must(self, is_done: bool, what: str) -> None:
         if not is_done:
-            raise Missing(f"{self.path}: TensorRT failed at {what}: {self.log.last}", "Delete the plan so that it is built anew, or use --engine fast.")
+            raise Missing(
+                f"{self.path}: TensorRT failed at {what}: {self.log.last}",
+                "Delete the plan so that it is built anew, or use --engine fast.",
+            )
 
     def _execute(self) -> None:
         self._must(self.context.execute_async_v3(self.queue.handle), "running it")
@@ -229,14 +263,16 @@ class Call:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, buffer in self.inputs.items():
-            assert inputs[name].shape == buffer.shape, f"{name} is {list(inputs[name].shape)}, expected {list(buffer.shape)}"
+            assert inputs[name].shape == buffer.shape, (
+                f"{name} is {list(inputs[name].shape)}, expected {list(buffer.shape)}"
+            )
             buffer.copy_(inputs[name])
         self.queue.run(self._repeat)
         return {name: buffer.clone() for name, buffer in self.outputs.items()}
 
 
 def _logger(trt):
-    class Log(trt.ILogger):
+    class RuntimeLog(trt.ILogger):
         """Keeps the last error for our own sentence about it."""
 
         def __init__(self):
@@ -247,4 +283,4 @@ def _logger(trt):
             if severity <= trt.ILogger.ERROR:
                 self.last = " ".join(message.split())
 
-    return Log()
+    return RuntimeLog()

@@ -29,23 +29,37 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     config, sampling, model = document["config"], document["sampling"], document["model"]
     done, aside = ledger.count(), ledger.indices(SET_ASIDE)
     pixels, things, people = _counts(ledger)
-    licences = {"model": model["licence"], **{f"decoder {task}": entry["licence"] for task, entry in document["decoders"].items()}}
+    licences = {
+        "model": model["licence"],
+        **{f"decoder {task}": entry["licence"] for task, entry in document["decoders"].items()},
+    }
     parts = [
         "# A labelled data set, made from prompts\n",
-        f"{done} of {document['plan']['number']} images of {sampling['size']}×{sampling['size']} pixels with their labels ({', '.join(config['task'])}), "
-        "all synthetic: a diffusion model drew the images, and decoders read the labels from what it computed on the way. "
+        f"{done} of {document['plan']['number']} images of {sampling['size']}×{sampling['size']} pixels with their "
+        f"labels ({', '.join(config['task'])}), "
+        "all synthetic: a diffusion model drew the images, and decoders read the labels from what it computed on the "
+        "way. "
         "Nothing here was photographed, and the labels are a model's opinion, not ground truth.\n",
         "## Contents\n",
-        f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of each sample",
+        f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
+        "each sample",
         *(f"- {CONTENTS[task]}" for task in config["task"]),
-        "- `gallery/index.html`: the page to look at them; `run.json`: everything that decided them; `state/ledger.sqlite`: one row a sample\n",
+        "- `gallery/index.html`: the page to look at them; `run.json`: everything that decided them; "
+        "`state/ledger.sqlite`: one row a sample\n",
         *_share_table(document, pixels, things),
         *([f"People with joints: {people}.\n"] if "pose" in config["task"] else []),
-        *([f"Set aside because a number was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"] if aside else []),
+        *(
+            [f"Set aside because a number was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"]
+            if aside
+            else []
+        ),
         "## How it was made\n",
-        f"- Model: {_code(model['name'])}; engine: {_code(document['engine'].get('engine', ''))}; datasetdm_fast {document['versions']['datasetdm_fast']}",
-        f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance {sampling['guidance']:g}",
-        f"- Sample k has seed {config['seed']} + k; `python -m datasetdm_fast.generate --out THIS_FOLDER --only ID` makes it again, byte for byte\n",
+        f"- Model: {_code(model['name'])}; engine: {_code(document['engine'].get('engine', ''))}; datasetdm_fast "
+        f"{document['versions']['datasetdm_fast']}",
+        f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
+        f"{sampling['guidance']:g}",
+        f"- Sample k has seed {config['seed']} + k; `python -m datasetdm_fast.generate --out THIS_FOLDER --only ID` "
+        "makes it again, byte for byte\n",
         "## Licence chain\n",
         *(f"- {name}: {_code(licence)}" for name, licence in licences.items()),
         "\n## How to load\n",

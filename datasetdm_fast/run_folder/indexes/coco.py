@@ -1,4 +1,6 @@
-"""instances.json and keypoints.json as pycocotools reads them, written line by line so that their size never sits in memory."""
+"""instances.json and keypoints.json as pycocotools reads them, written line by line so that their size never sits in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ from datasetdm_fast.run_folder.ledger import Ledger, Row, canonical
 
 def instances(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """COCO instances with compressed RLE masks, scores, and categories from 1."""
-    categories = [{"id": k, "name": name, "supercategory": ""} for k, name in enumerate(document["labels"]["instance"]["classes"], 1)]
+    categories = [
+        {"id": k, "name": name, "supercategory": ""}
+        for k, name in enumerate(document["labels"]["instance"]["classes"], 1)
+    ]
     return _document(document, ledger, categories, lambda row: row.labels["instance"])
 
 
@@ -19,10 +24,14 @@ def keypoints(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     table = document["labels"]["pose"]
     skeleton = [[a + 1, b + 1] for a, b in table["limbs"]]
     person = {"id": 1, "name": "person", "supercategory": "", "keypoints": table["joints"], "skeleton": skeleton}
-    return _document(document, ledger, [person], lambda row: [{"category_id": 1, **record} for record in row.labels["pose"]])
+    return _document(
+        document, ledger, [person], lambda row: [{"category_id": 1, **record} for record in row.labels["pose"]]
+    )
 
 
-def _document(document: Mapping[str, Any], ledger: Ledger, categories: list[dict], records: Callable[[Row], list[dict]]) -> Iterator[bytes]:
+def _document(
+    document: Mapping[str, Any], ledger: Ledger, categories: list[dict], records: Callable[[Row], list[dict]]
+) -> Iterator[bytes]:
     info = {"description": "made by datasetdm_fast", "version": document["versions"]["datasetdm_fast"]}
     yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{canonical(categories)},\n"images":['.encode()
     yield from _listed(_image(document, row) for row in ledger.rows())

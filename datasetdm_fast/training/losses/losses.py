@@ -1,4 +1,6 @@
-"""The losses of the P-Decoders: set loss over matched queries, scale-invariant log depth, weighted heatmaps, axis bins."""
+"""The losses of the P-Decoders: set loss over matched queries, scale-invariant log depth, weighted heatmaps, axis
+bins.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def dice(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def drawn(count: int, points: int, like: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Places [1, P, 2] to match an image's masks at, and [count, 3P, 2] and [count, R, 2] to choose and to take as they are for each one found.
+    """Places [1, P, 2] to match an image's masks at, and [count, 3P, 2] and [count, R, 2] to choose and to take as they
+    are for each one found.
 
     They are drawn on the CPU, so that they are the same everywhere.
     """
@@ -63,8 +66,12 @@ def sample_together(maps: Tensor, points: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(class_logits: Tensor, mask_logits: Tensor, classes: Sequence[Tensor], masks: Sequence[Tensor], places: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Query and target indices of each image's cheapest one-to-one assignment, masks compared at `places` [B, P, 2] (Mask2Former, eq. 2)."""
+def match(
+    class_logits: Tensor, mask_logits: Tensor, classes: Sequence[Tensor], masks: Sequence[Tensor], places: Tensor
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Query and target indices of each image's cheapest one-to-one assignment, masks compared at `places` [B, P, 2]
+    (Mask2Former, eq. 2).
+    """
     logits = sample_together(mask_logits, places)
     ids = torch.nn.utils.rnn.pad_sequence(list(classes), batch_first=True)
     truth = logits.new_zeros(len(logits), ids.shape[1], logits.shape[2])
@@ -82,7 +89,9 @@ def match(class_logits: Tensor, mask_logits: Tensor, classes: Sequence[Tensor], 
 
 @torch.no_grad()
 def uncertain_points(mask_logits: Tensor, places: Tensor, others: Tensor) -> Tensor:
-    """[N, P, 2] points: those of `places` [N, 3P, 2] where the mask [N, h, w] is least certain, then the `others` (PointRend, section 3.1)."""
+    """[N, P, 2] points: those of `places` [N, 3P, 2] where the mask [N, h, w] is least certain, then the `others`
+    (PointRend, section 3.1).
+    """
     hard = places.shape[1] // OVERSAMPLE - others.shape[1]
     chosen = sample_points(mask_logits, places).abs().topk(hard, largest=False).indices
     return torch.cat([places.take_along_dim(chosen[..., None], 1), others], 1)
@@ -99,7 +108,8 @@ def set_loss(
 ) -> Tensor:
     """Loss of query logits [B, Q, K+1] and [B, Q, h, w] against each image's class ids [M] and masks [M, H, W].
 
-    Each image's points come from its own generator. Given the totals of a `whole` step, the losses of its parts add up to its own.
+    Each image's points come from its own generator. Given the totals of a `whole` step, the losses of its parts add up
+    to its own.
     """
     queries, none = class_logits.shape[1], class_logits.shape[-1] - 1
     whole = whole or totals([len(ids) for ids in classes], queries)
@@ -107,18 +117,24 @@ def set_loss(
     counts = [min(len(ids), queries) for ids in classes]
     found = None
     if any(counts):
-        each = [drawn(count, points, mask_logits, generators[b] if generators else None) for b, count in enumerate(counts)]
+        each = [
+            drawn(count, points, mask_logits, generators[b] if generators else None) for b, count in enumerate(counts)
+        ]
         pairs = match(class_logits, mask_logits, classes, masks, torch.cat([places for places, _, _ in each]))
         images = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(wanted.device)
         chosen = torch.from_numpy(np.concatenate([own for own, _ in pairs])).to(wanted.device)
         found = mask_logits[images, chosen]
-        wanted[images, chosen] = torch.cat([ids[torch.from_numpy(own).to(ids.device)] for ids, (_, own) in zip(classes, pairs)])
+        wanted[images, chosen] = torch.cat(
+            [ids[torch.from_numpy(own).to(ids.device)] for ids, (_, own) in zip(classes, pairs)]
+        )
     weight = torch.ones(none + 1, device=class_logits.device)
     weight[none] = NO_OBJECT
     loss = CLASS * F.cross_entropy(class_logits.flatten(0, 1), wanted.flatten(), weight, reduction="sum") / whole.weight
     if found is not None:
         shapes = torch.cat([shapes[torch.from_numpy(own).to(shapes.device)] for shapes, (_, own) in zip(masks, pairs)])
-        where = uncertain_points(found, *(torch.cat([one[k] for one, count in zip(each, counts) if count]) for k in (1, 2)))
+        where = uncertain_points(
+            found, *(torch.cat([one[k] for one, count in zip(each, counts) if count]) for k in (1, 2))
+        )
         at, truth = sample_points(found, where), sample_points(shapes, where)
         entropy = F.binary_cross_entropy_with_logits(at, truth, reduction="none").mean(-1)
         loss = loss + (MASK * entropy.sum() + DICE * dice(at, truth).sum()) / max(whole.masks, 1)
@@ -126,7 +142,9 @@ def set_loss(
 
 
 def scale_invariant_log(metres: Tensor, truth: Tensor, focus: float = 0.5) -> Tensor:
-    """[B] roots of mean(d^2) - focus * mean(d)^2 over the known pixels of [B, H, W], d = ln truth - ln metres (Eigen et al. 2014)."""
+    """[B] roots of mean(d^2) - focus * mean(d)^2 over the known pixels of [B, H, W], d = ln truth - ln metres (Eigen et
+    al. 2014).
+    """
     known = (truth > 0).float()
     count = known.sum((1, 2)).clamp(min=1)
     # The bounds keep a saturated sigmoid and a perfect answer from making infinite gradients.
@@ -144,7 +162,9 @@ def axis_bins(x_logits: Tensor, y_logits: Tensor, points: Tensor, weights: Tenso
     total = x_logits.new_zeros(len(x_logits))
     for logits, column in ((x_logits, 0), (y_logits, 1)):
         bins = points[..., column].round().long().clamp(0, logits.shape[-1] - 1)
-        total = total + (F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view_as(weights) * weights).sum(1)
+        total = total + (
+            F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view_as(weights) * weights
+        ).sum(1)
     return total
 
 

@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.checkpoint import DecoderConfig
-from datasetdm_fast.lessons.targets import Target
+from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.training.losses import losses
 
 if TYPE_CHECKING:
-    from datasetdm_fast.training.loop import Schedule
+    from datasetdm_fast.training.schedule import TrainingSchedule
 
-TOGETHER = 2**22  # mask logits whose losses are worked out at once: small decoders are bound by the number of calls, large ones by memory
+LOGITS_AT_ONCE = (
+    2**22
+    # mask logits whose losses are worked out at once: small decoders are bound by the number of calls, large ones by memory
+)
 PRESENT = 0.8  # share of open-vocabulary questions about a word that is there, so that its absence is learnt too
 
 
 def loss_of(
     config: DecoderConfig,
     found: Mapping,
-    targets: Sequence[Target],
+    targets: Sequence[TrainingTarget],
     answers: Sequence[tuple[Tensor, Tensor]],
-    schedule: Schedule,
+    schedule: TrainingSchedule,
     generators: Sequence[torch.Generator] | None = None,
     whole: losses.Totals | None = None,
 ) -> Tensor:
@@ -33,8 +36,11 @@ def loss_of(
     if config.has_queries:
         layers = [found, *found.get("aux", ())]
         whole = whole or losses.totals([len(ids) for ids, _ in answers], config.queries)
-        some = max(TOGETHER // found["pred_masks"].numel(), 1)
-        total = sum(_of_layers(layers[k : k + some], answers, schedule.points, generators, whole) for k in range(0, len(layers), some))
+        some = max(LOGITS_AT_ONCE // found["pred_masks"].numel(), 1)
+        total = sum(
+            _of_layers(layers[k : k + some], answers, schedule.points, generators, whole)
+            for k in range(0, len(layers), some)
+        )
         return total / len(layers)
     if config.kind == "depth":
         metres = found["depth"][:, 0].float()
@@ -52,24 +58,36 @@ def loss_of(
     return schedule.gain * losses.joint_mse(heatmaps, truth, counted).sum() / images
 
 
-def _of_layers(layers: Sequence[Mapping], answers: Sequence[tuple[Tensor, Tensor]], points: int, generators, whole: losses.Totals) -> Tensor:
+def _of_layers(
+    layers: Sequence[Mapping], answers: Sequence[tuple[Tensor, Tensor]], points: int, generators, whole: losses.Totals
+) -> Tensor:
     """The sum of the set losses of some layers, worked out as those of so many times the images."""
     logits, masks = (torch.cat([one[name].float() for one in layers]) for name in ("pred_logits", "pred_masks"))
     ids, shapes = zip(*answers)
     again = len(layers)
-    return losses.set_loss(logits, masks, ids * again, shapes * again, points, list(generators) * again if generators else None, whole)
+    return losses.set_loss(
+        logits, masks, ids * again, shapes * again, points, list(generators) * again if generators else None, whole
+    )
 
 
-def _word(target: Target, count: int, source: torch.Generator) -> int:
+def _word(target: TrainingTarget, count: int, source: torch.Generator) -> int:
     """A class to ask for."""
     is_there = len(target.classes) and torch.rand((), generator=source) < PRESENT
-    return int(target.classes[torch.randint(len(target.classes), (), generator=source)] if is_there else torch.randint(count, (), generator=source))
+    return int(
+        target.classes[torch.randint(len(target.classes), (), generator=source)]
+        if is_there
+        else torch.randint(count, (), generator=source)
+    )
 
 
-def _answer(target: Target, word: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def _answer(target: TrainingTarget, word: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and masks to be found; all things of one word are a single mask under upstream's label 1, or nothing."""
     ids, masks = target.classes, target.masks
     if word is not None:
         masks = masks[ids == word]
-        ids, masks = (torch.ones(1, dtype=torch.long), masks.any(0, keepdim=True)) if len(masks) else (torch.zeros(0, dtype=torch.long), masks)
+        ids, masks = (
+            (torch.ones(1, dtype=torch.long), masks.any(0, keepdim=True))
+            if len(masks)
+            else (torch.zeros(0, dtype=torch.long), masks)
+        )
     return ids.to(device), masks.to(device).float()

@@ -1,0 +1,311 @@
+"""The rooms of the product and what each may import: `python tests/test_layers.py [ROOT]` prints the figures and every
+fault of a checkout.
+
+Imports are read with `ast`, those inside functions and under TYPE_CHECKING too; `kernels` and `export` are resolved as
+the packages they are mapped to.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parents[1]
+PACKAGE = "datasetdm_fast"
+MAPPED = {
+    "kernels": f"{PACKAGE}.kernels",
+    "export": f"{PACKAGE}.export",
+}  # folders that setup.py makes packages of the product
+FOLDERS = (PACKAGE, "kernels", "export", "bench")
+
+# From the top down: a room imports only rooms of lower rows. A room is a folder of the product, its sub-folders
+# included, or a file that lies flat.
+ROWS: tuple[tuple[str, ...], ...] = (
+    ("cli", "generate", "train", "evaluate", "verify", "audit", "doctor", "export_cli", "demo", "bench"),
+    ("pipeline", "workers", "agreement"),
+    ("generation", "training"),
+    ("engines",),
+    ("export", "lessons", "evaluation"),
+    ("readers", "tasks", "sampling"),
+    ("decoders", "loading", "truth", "run_folder", "command_line"),
+    ("models", "foreign"),
+    ("labels", "kernels"),
+    ("disk", "scenes"),
+)
+FOR_ALL = ("data", "config", "errors", "stages", "version")  # used by every room, and importing none but each other
+DOOR = (
+    f"{PACKAGE}.export.__main__",
+    "export_cli",
+)  # `python -m datasetdm_fast.export` hands its line to the command above
+DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
+MOST = {"rooms": 40, "rows": 10, "arrows": 225}
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """One import: the file and line it stands in, and the module it names."""
+
+    source: str
+    target: str
+    place: str
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the product and the bench, by its full name."""
+    found = {}
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = list(path.relative_to(root).with_suffix("").parts)
+            name = ".".join([MAPPED.get(parts[0], parts[0]), *parts[1:]])
+            found[name.removesuffix(".__init__") if name != f"{PACKAGE}.__init__" else PACKAGE] = path
+    return found
+
+
+def arrows(root: Path, known: Mapping[str, Path]) -> Iterator[Arrow]:
+    """Every import of one module of the checkout by another."""
+    for source, path in known.items():
+        package = source if path.name == "__init__.py" else source.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                wanted = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    above = package.split(".")
+                    base = ".".join([*above[: len(above) - node.level + 1], *([node.module] if node.module else [])])
+                wanted = [f"{base}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in wanted:
+                target = next((each for each in (name, name.rpartition(".")[0]) if each in known), None)
+                if target and target not in (
+                    source,
+                    PACKAGE,
+                ):  # the package itself offers its compiled module and its surface
+                    yield Arrow(source, target, f"{path.relative_to(root)}:{node.lineno}")
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    name = "bench" if parts[0] == "bench" else parts[1] if len(parts) > 1 else "__init__"
+    return DOORS.get(name, name)
+
+
+def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one node (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for following in graph.get(node, ()):
+            if following not in index:
+                visit(following)
+                low[node] = min(low[node], low[following])
+            elif following in stack:
+                low[node] = min(low[node], index[following])
+        if low[node] == index[node]:
+            part = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            if len(part) > 1:
+                found.append(sorted(part))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def upward(every: Iterable[Arrow], rows: tuple[tuple[str, ...], ...] = ROWS) -> list[str]:
+    """Imports that name a room of their own row or of one above, and rooms that stand in no row."""
+    height = {room: len(rows) - row for row, names in enumerate(rows) for room in names} | dict.fromkeys(FOR_ALL, 0)
+    found = []
+    for arrow in every:
+        source, target = room_of(arrow.source), room_of(arrow.target)
+        if source == target or (arrow.source, target) == DOOR:
+            continue
+        for room in (source, target):
+            if room not in height:
+                found.append(f"{arrow.place}: {room} stands in no row of the table")
+        if height.get(source, 0) <= height.get(target, 0) and not (source in FOR_ALL and target in FOR_ALL):
+            found.append(f"{arrow.place}: {source} imports {target}, which stands no lower")
+    return found
+
+
+def doubled_classes(root: Path, known: Mapping[str, Path]) -> list[str]:
+    """Class names that two files of the product or the bench bear."""
+    places = defaultdict(list)
+    for path in known.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(f"{path.relative_to(root)}:{node.lineno}")
+    return [f"class {name}: {' and '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1]
+
+
+def undescribed(root: Path, known: Mapping[str, Path]) -> list[str]:
+    """Rooms whose `__init__.py` has no sentence, and files without one."""
+    return [
+        str(path.relative_to(root))
+        for path in known.values()
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+
+
+def longest_chain(graph: Mapping[str, Iterable[str]]) -> int:
+    """Files on the longest way down; 0 where there are circles."""
+    if circles(graph):
+        return 0
+    depth: dict[str, int] = {}
+
+    def visit(node: str) -> int:
+        if node not in depth:
+            depth[node] = 1 + max(map(visit, graph.get(node, ())), default=0)
+        return depth[node]
+
+    return max(map(visit, graph), default=0)
+
+
+@dataclass(frozen=True)
+class House:
+    """What the imports of a checkout look like."""
+
+    figures: dict[str, int]
+    up: list[str]
+    room_circles: list[list[str]]
+    file_circles: list[list[str]]
+    doubled: list[str]
+    undescribed: list[str]
+
+    @property
+    def faults(self) -> list[str]:
+        return [
+            *self.up,
+            *(f"circle of {len(each)} rooms: {', '.join(each)}" for each in self.room_circles),
+            *(f"circle of {len(each)} files: {', '.join(each)}" for each in self.file_circles),
+            *self.doubled,
+            *(f"{path}: no sentence says what it is for" for path in self.undescribed),
+            *(
+                f"{self.figures[name]} {name}, at most {most}"
+                for name, most in MOST.items()
+                if self.figures[name] > most
+            ),
+        ]
+
+
+def survey(root: Path) -> House:
+    known = modules(root)
+    every = list(arrows(root, known))
+    files: dict[str, set[str]] = {name: set() for name in known}
+    rooms: dict[str, set[str]] = {room_of(name): set() for name in known}
+    for arrow in every:
+        files[arrow.source].add(arrow.target)
+        if (source := room_of(arrow.source)) != (target := room_of(arrow.target)) and (arrow.source, target) != DOOR:
+            rooms[source].add(target)
+    of_rooms, of_files = circles(rooms), circles(files)
+    up = upward(every)
+    figures = {
+        "rooms": len(rooms),
+        "rows": len(ROWS),
+        "arrows": sum(map(len, rooms.values())),
+        "arrows up": len(up),
+        "circles of rooms": len(of_rooms),
+        "circles of files": len(of_files),
+        "files": len(files),
+        "longest chain of files": longest_chain(files),
+    }
+    return House(figures, up, of_rooms, of_files, doubled_classes(root, known), undescribed(root, known))
+
+
+@pytest.fixture(scope="module")
+def house() -> House:
+    return survey(HERE)
+
+
+def test_every_room_imports_only_rooms_below_it(house, capsys):
+    with capsys.disabled():
+        print("\n" + ", ".join(f"{count} {name}" for name, count in house.figures.items()))
+    assert house.faults == []
+
+
+TREE = {"generation/a.py": "", "engines/b.py": "", "disk/c.py": "", "disk/d.py": ""}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A checkout of four files without a fault, and a way to write into it."""
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / PACKAGE / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / PACKAGE / path).write_text(f'"""It."""\n{text}', encoding="utf-8")
+
+    for path, text in {
+        **TREE,
+        "__init__.py": "",
+        **{f"{room}/__init__.py": "" for room in ("generation", "engines", "disk")},
+    }.items():
+        write(path, text)
+    return write
+
+
+@pytest.mark.parametrize(
+    "path, text, said",
+    [
+        ("generation/a.py", "from datasetdm_fast.engines import b", None),
+        (
+            "engines/b.py",
+            "from datasetdm_fast.generation import a",
+            "engines/b.py:2: engines imports generation, which stands no lower",
+        ),
+        (
+            "engines/b.py",
+            "def f():\n    from datasetdm_fast.generation.a import x",
+            "engines/b.py:3: engines imports generation",
+        ),
+        ("engines/b.py", "import datasetdm_fast.generation.a", "engines/b.py:2: engines imports generation"),
+        ("engines/b.py", "from ..generation import a", "engines/b.py:2: engines imports generation"),
+        (
+            "elsewhere.py",
+            "from datasetdm_fast.disk import c",
+            "elsewhere.py:2: elsewhere stands in no row of the table",
+        ),
+        ("config.py", "from datasetdm_fast.disk import c", "config.py:2: config imports disk, which stands no lower"),
+        ("disk/c.py", "class One: ...\nclass Two: ...", None),
+        ("disk/c.py", "class One: ...\nclass Inner:\n    class One: ...", "class One: "),
+    ],
+)
+def test_what_does_not_fit_is_named(tree, tmp_path, path, text, said):
+    tree(path, text)
+    faults = survey(tmp_path).faults
+    assert (faults == []) if said is None else any(said in fault for fault in faults), faults
+
+
+def test_circles_are_named_file_by_file(tree, tmp_path):
+    tree("disk/c.py", "from datasetdm_fast.disk.d import x")
+    tree("disk/d.py", "def f():\n    from datasetdm_fast.disk import c")
+    tree("generation/a.py", "from datasetdm_fast.engines import b")
+    tree("engines/b.py", "from datasetdm_fast.generation import a")
+    found = survey(tmp_path)
+    assert found.room_circles == [["engines", "generation"]]
+    assert ["datasetdm_fast.disk.c", "datasetdm_fast.disk.d"] in found.file_circles and len(found.file_circles) == 2
+
+
+def test_a_file_without_a_sentence_is_named(tree, tmp_path):
+    (tmp_path / PACKAGE / "disk" / "e.py").write_text("x = 1\n")
+    assert [fault for fault in survey(tmp_path).faults if "no sentence" in fault] == [
+        f"{PACKAGE}/disk/e.py: no sentence says what it is for"
+    ]
+
+
+if __name__ == "__main__":
+    surveyed = survey(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
+    print("\n".join([*(f"{count:4} {name}" for name, count in surveyed.figures.items()), *surveyed.faults]))
+    sys.exit(bool(surveyed.faults))
