@@ -81,7 +81,7 @@ class BatchGenerator:
         import torch
 
         from datasetdm_fast.sampling import times
-        from datasetdm_fast.sampling.state import SamplerState
+        from datasetdm_fast.sampling.walk import SamplerState
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         context = torch.cat(
