@@ -17,9 +17,9 @@ from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, job, prompts, settings
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
+from datasetdm_fast.labels import class_words
 from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.stages import LEVELS
-from datasetdm_fast.tasks import captions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -190,7 +190,7 @@ class Pipeline:
             where = f"prompt {index}"
             ((_, text),) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(text, self.engine.model.tokenizer, where, words, truncate=truncate)
-            yield Request(index, text, settings.check_seed(seed), captions.find_classes(text, words))
+            yield Request(index, text, settings.check_seed(seed), class_words.find_classes(text, words))
 
     def _samples(self, batches: Iterator[Batch], recipe: Recipe) -> Iterator[Sample]:
         for _, results in driver.generate(batches, self.engine, recipe):

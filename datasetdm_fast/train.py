@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasetdm_fast.command_line.progress import StepProgress
 from datasetdm_fast.training.session import _announce, _planned, _session, _training
 from datasetdm_fast.training.settings import TrainConfig
-
-if TYPE_CHECKING:
-    pass
 
 PROG = "python -m datasetdm_fast.train"
 

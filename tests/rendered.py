@@ -6,10 +6,10 @@ import numpy as np
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
+from datasetdm_fast.labels.class_words import find_classes
 from datasetdm_fast.run_folder.document import FORMAT
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.scenes import world
-from datasetdm_fast.tasks.captions import find_classes
 from datasetdm_fast.version import __version__
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")

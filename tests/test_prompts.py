@@ -8,7 +8,7 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 from datasetdm_fast.generation.plan import make_plan
-from datasetdm_fast.tasks import captions
+from datasetdm_fast.labels import class_words
 
 
 class Tokenizer:
@@ -90,7 +90,7 @@ def test_per_class_is_balanced_and_varied():
     ],
 )
 def test_class_words_are_whole_words_and_simple_plurals(prompt, found):
-    assert captions.find_classes(prompt, ("ball", "ring", "cherry", "person", "traffic light")) == found
+    assert class_words.find_classes(prompt, ("ball", "ring", "cherry", "person", "traffic light")) == found
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.generation import driver
+from datasetdm_fast.labels import class_words
 from datasetdm_fast.tasks import TASKS, captions, depth, instance, open_vocabulary, pose, semantic
 
 SIZE = 32
@@ -370,4 +371,4 @@ def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
         (("cone",), "a thing"),
         ((), "a ball"),
     ]
-    assert captions.always_named(("ball", "cone", "star"), seen) == ("ball", "star")
+    assert class_words.always_named(("ball", "cone", "star"), seen) == ("ball", "star")

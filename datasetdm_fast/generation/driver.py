@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.generation.overlap import LabelStream
 from datasetdm_fast.stages import FACTOR
-from datasetdm_fast.tasks.to_host import to_host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,6 +123,8 @@ def collect(
 ) -> list[Sample | SetAside]:
     """Post-processing: one result per request of the batch, the padding left out."""
     import torch
+
+    from datasetdm_fast.tasks.to_host import to_host
 
     count = len(batch.requests)
     passed, pixels = to_host(torch.stack(list(checks.values()))[:, :count], images[:count])

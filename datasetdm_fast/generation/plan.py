@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.prompts import _shown, count_tokens, fit, token_limit
+from datasetdm_fast.labels.class_words import find_classes
 from datasetdm_fast.scenes.world import sample_scene
-from datasetdm_fast.tasks.captions import find_classes
 
 if TYPE_CHECKING:
     from datasetdm_fast.generation.prompts import PromptSource, Tokenizer

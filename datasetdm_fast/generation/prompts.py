@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.tasks.captions import find_classes
+from datasetdm_fast.labels.class_words import find_classes
 
 if TYPE_CHECKING:
     from datasetdm_fast.config import RunConfig

@@ -1,43 +1,15 @@
-"""Which classes a caption names, and what that rules out in a decoder's answers."""
+"""What the classes that a caption names rule out in a decoder's answers."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.labels.class_words import find_classes
 from datasetdm_fast.tasks.open_vocabulary import OBJECT
-
-IRREGULAR = {
-    "child": "children",
-    "foot": "feet",
-    "goose": "geese",
-    "knife": "knives",
-    "man": "men",
-    "mouse": "mice",
-    "person": "people",
-    "woman": "women",
-}
-
-
-def find_classes(prompt: str, classes: Sequence[str]) -> tuple[str, ...]:
-    """The classes a prompt names as whole words, in the order of `classes`; simple plurals count."""
-    return tuple(word for word in classes if _pattern(word).search(prompt))
-
-
-@cache
-def _pattern(word: str) -> re.Pattern[str]:
-    *before, last = word.split()
-    forms = {last, last + "s", last + "es", IRREGULAR.get(last.lower(), last)}
-    if re.search(r"[^aeiou]y$", last):
-        forms.add(last[:-1] + "ies")
-    start = "".join(re.escape(part) + r"[\s_-]+" for part in before)
-    ending = "|".join(re.escape(form) for form in sorted(forms))
-    return re.compile(rf"(?<!\w){start}(?:{ending})(?!\w)", re.IGNORECASE)
 
 
 def held_to(
@@ -65,11 +37,3 @@ def held_to(
     else:
         held = torch.cat([logits[..., :-1].masked_fill(ruled_out[:, None], float("-inf")), logits[..., -1:]], -1)
     return {**raw, "pred_logits": held}
-
-
-def always_named(classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]]) -> tuple[str, ...]:
-    """Of `classes`, those that the captions of all pictures that show them name; `seen` is what each picture shows, and
-    its caption.
-    """
-    unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown))}
-    return tuple(name for name in classes if name not in unsaid)
