@@ -1,52 +1,71 @@
-"""What the README shows is what happens."""
+"""What the pages show is what happens: examples run, and every command line is one that the commands accept."""
 
+import argparse
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from datasetdm_fast.cli import COMMANDS
+from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.generate import main
 from datasetdm_fast.loading.presets import DEMO
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+PARSED = 99  # exit code of a command that is stopped once its line was parsed
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
 
 
-def blocks(language: str) -> list[str]:
-    return [
-        text
-        for named, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-        if named == language
-    ]
+def blocks(text: str, *languages: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [block for language, block in found if language in languages]
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of a page: those of its shell blocks, and those that stand in its sentences and tables."""
+    shell = "".join(blocks(text, "bash", "console")).replace("\\\n", " ")
+    inline = re.findall(
+        r"`((?:python|torchrun|datasetdm-fast|make|pip) [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    )
+    lines = [line.removeprefix("$ ") for line in shell.splitlines() if line.strip()]
+    return [*lines, *(line for line in inline if "NAME" not in line)]
+
+
+LINES = [(page.relative_to(ROOT), line) for page in PAGES for line in commands(page.read_text(encoding="utf-8"))]
+README_GENERATE = [line for line in commands(README) if line.startswith("python -m datasetdm_fast.generate")]
 
 
 def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--number", "4", "--steps", "4", "--batch-size", "4", "--quiet"]) == 0
-    (example,) = blocks("python")
+    (example,) = blocks(README, "python")
     names: dict = {}
     exec(example, names)
     out, run = names["out"], names["run"]
     assert (
         out.images[0].shape == (128, 128, 3) and out.semantic[0].labels.shape == (128, 128) and out.meta[0]["seed"] == 7
     )
-    assert list(names["pyramid"]) == ["low", "mid", "high", "highest"]
     assert len(run) == 4 and run[3].semantic.labels.shape == (128, 128)
     image, label = names["images_and_labels"][0]
     assert image.shape == (3, 128, 128) and label.shape == (128, 128)
+    (example,) = blocks((ROOT / "docs" / "data-set.md").read_text(encoding="utf-8"), "python")
+    exec(example, names)
+    assert names["image"].shape == (4, 3, 128, 128) and names["label"].shape == (4, 128, 128)
+    (example,) = blocks((ROOT / "docs" / "library.md").read_text(encoding="utf-8"), "python")
+    exec(example, names)
+    assert list(names["pyramid"]) == ["low", "mid", "high", "highest"]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        line
-        for block in blocks("")
-        for line in block.splitlines()
-        if line.startswith("python -m datasetdm_fast.generate")
-    ],
-)
-def test_generate_lines_are_accepted(line, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("line", README_GENERATE)
+def test_generate_lines_of_the_readme_can_be_planned(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line, comments=True)[3:]
     for flag in {"--model", "--decoder"} & set(words):  # the line's own folders are the reader's
@@ -56,8 +75,86 @@ def test_generate_lines_are_accepted(line, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out and not (tmp_path / "runs").exists()
 
 
-def test_every_flag_of_the_table_exists(capsys):
-    assert main(["--help"]) == 0
-    known = capsys.readouterr().out
-    for flag in re.findall(r"`(--[a-z-]+)", README):
-        assert flag in known, flag
+@pytest.fixture
+def parse_only(monkeypatch):
+    """Every command ends with PARSED once its flags are known to be right."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(self, *arguments):
+        found, unknown = parse(self, *arguments)
+        if unknown:
+            return found, unknown
+        raise SystemExit(PARSED)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", ["python"])  # one of the demo programs adds to it
+
+
+def run_module(name: str, words: list[str]) -> int:
+    """The exit code of `python -m NAME WORDS`."""
+    module = import_module(
+        {"bench": "bench.__main__", "datasetdm_fast.export": "datasetdm_fast.export.__main__"}.get(name, name)
+    )
+    try:
+        return run_command(module.dispatch, words) if name == "bench" else module.main(words)
+    except SystemExit as stop:
+        return stop.code
+
+
+def check(words: list[str]) -> None:
+    """Fails for a command line that would be refused."""
+    program, *rest = words
+    if program == "python" and rest[0].endswith(".py"):
+        assert (ROOT / rest[0]).is_file()
+    elif program == "python":
+        assert rest[0] == "-m" and run_module(rest[1], rest[2:]) == PARSED
+    elif program == "datasetdm-fast":
+        check(["python", "-m", f"datasetdm_fast.{rest[0]}", *rest[1:]])
+    elif program == "torchrun":
+        check(["python", *rest[rest.index("-m") :]])
+    elif program == "srun":
+        check(rest)
+    elif program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "pip":
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = re.fullmatch(r"\.(?:\[(.*)\])?", rest[1])[1]
+        assert rest[0] == "install" and set((extras or "hf").split(",")) <= set(known)
+    elif program == "ray":
+        assert rest[0] in ("up", "exec") and (ROOT / rest[1]).is_file()
+        for line in rest[2:]:
+            check(shlex.split(line))
+    else:
+        subprocess.run([ROOT / program, "--dry-run"], check=True, capture_output=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # demo.teach runs train as a program
+@pytest.mark.parametrize("page, line", LINES, ids=lambda value: str(value))
+def test_every_command_line_is_accepted(page, line, parse_only, capsys):
+    check(shlex.split(line, comments=True))
+
+
+def test_the_settings_file_is_accepted(tmp_path):
+    (example,) = blocks((ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), "yaml")
+    (tmp_path / "run.yaml").write_text(example)
+    config, given = parse(["--config", str(tmp_path / "run.yaml")])
+    assert config.number == 1000 and given == {"prompts", "number", "task", "out"}
+
+
+@pytest.fixture(scope="module")
+def known_flags():
+    """Every flag of the commands, by command."""
+    found = {}
+    for name in COMMANDS:
+        shown = subprocess.run(
+            [sys.executable, "-m", f"datasetdm_fast.{name}", "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        found[name] = set(re.findall(r"--[a-z-]+", shown))
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != ROOT / "bench"], ids=lambda page: page.name)
+def test_every_flag_in_a_sentence_exists(page, known_flags):
+    for name, flag in re.findall(r"`(?:([a-z]+) )?(--[a-z-]+)", page.read_text(encoding="utf-8")):
+        wanted = known_flags[name] if name in known_flags else set().union(*known_flags.values())
+        assert flag in wanted, f"{name} {flag}"

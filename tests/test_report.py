@@ -5,8 +5,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from bench.claims import page
 from bench.machine.machine import ROOT
-from bench.report import charts, report, tables
+from bench.report import charts, report, results, tables
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 
@@ -210,12 +211,29 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout):
         "before\n<!-- bench:summary -->\n![CPU: peers](bench/charts/cpu-peers.svg)"
     ) and front.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in front and "title of ours" in front and "TF32" not in front
-    page = files[checkout / "bench" / "README.md"]
-    assert "No GPU has been measured yet." in page and "not here: a CPU has no such arithmetic" in page
-    assert "assumed" in page  # 4.5 images a second of one GPU, where none was measured
+    whole = files[checkout / "bench" / "README.md"]
+    assert "No GPU has been measured yet." in whole and "not here: a CPU has no such arithmetic" in whole
+    assert "](charts/cpu-peers.svg)" in whole  # as seen from the page's own folder
+    assert "assumed" in whole  # 4.5 images a second of one GPU, where none was measured
     # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
-    assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 3.7 min |" in page
+    assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 3.7 min |" in whole
     assert (checkout / "bench" / "charts" / "cpu-ladder.svg") in files
+
+
+def test_the_front_page_shows_every_claim_once_with_its_least_gain():
+    document = results.read(results.newest("claims", ROOT / "bench" / "results"))
+    rows = [line.split(" | ") for line in report.gains({"claims": document}).splitlines() if line.startswith("| ")][2:]
+    names = [row[0].removeprefix("| ").partition(",")[0] for row in rows]
+    assert len(names) == len(set(names)) == len(document["rows"]) - 1  # parity of engines is no gain
+    for name, row in zip(names, rows, strict=True):
+        of_claim = [line for title, line in page.lines(document) if title.startswith(name)]
+        assert row[4] == page.change(min(of_claim, key=lambda line: line["gain"]))
+
+
+def test_prose_is_broken_into_lines_and_nothing_else():
+    text = f"{'word ' * 40}\n\n| {'cell ' * 40}|\n![{'picture ' * 40}](a.svg)"
+    prose, gap, *others = report.wrapped(text).rsplit("\n", 3)
+    assert max(map(len, prose.splitlines())) <= report.WIDTH and [gap, *others] == text.split("\n")[1:]
 
 
 def test_writing_twice_changes_nothing_and_check_tells_what_is_stale(checkout, monkeypatch, capsys):

@@ -4,7 +4,9 @@ newest result files.
 
 from __future__ import annotations
 
+import os
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,28 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 PROG = "python -m bench report"
 PAGES = ("README.md", "bench/README.md")
 MARK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-SHORT = ("who", "type", "batch", "images/s", "of the products' limit", "ours is")
+CHARTS = "bench/charts"
+WIDTH = 120  # of a line of prose
+SHORT = {  # columns of the peers that the front page shows, and what it calls them
+    "who": "who",
+    "type": "type",
+    "batch": "batch",
+    "images/s": "images/s",
+    "of the products' limit": "share of peak matmul throughput",
+    "ours is": "speed-up of datasetdm_fast in fp32",
+}
+GAINS = {  # the same of the claims
+    "claim": "claim",
+    "figure": "figure",
+    "real alone": "real images",
+    "both": "real and generated",
+    "gain (95 %)": "gain (95 % interval)",
+    "asked for": "asked for",
+    "holds": "holds",
+}
+VERSIONS = ("torch", "diffusers", "onnxruntime")
 ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
+NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
 PAPER_BATCH = 16
@@ -75,36 +97,80 @@ def wanted(root: Path) -> dict[Path, str]:
 
 
 def filled(text: str, found: dict[str, dict[str, Any]], page: str) -> str:
-    """A page with its marked sections written anew."""
+    """A page with its marked sections written anew, their charts addressed from where the page lies."""
+    folder = Path(os.path.relpath(CHARTS, Path(page).parent)).as_posix()
 
     def section(match: re.Match[str]) -> str:
         if match[2] not in SECTIONS:
             raise Refused(f"{page}: marks a section {match[2]!r}", f"there are {', '.join(SECTIONS)}")
-        return f"{match[1]}{SECTIONS[match[2]](found).strip()}\n{match[3]}"
+        written = SECTIONS[match[2]](found).strip().replace(f"]({CHARTS}/", f"]({folder}/")
+        return f"{match[1]}{wrapped(written)}\n{match[3]}"
 
     return MARK.sub(section, text)
 
 
+def wrapped(text: str) -> str:
+    """The same text with its prose broken into lines; tables, pictures and headings stay."""
+    return "\n".join(
+        line
+        if line.startswith(("|", "!", "#"))
+        else textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
+
+
 def summary(found: dict[str, dict[str, Any]]) -> str:
-    """What the front page says: the peers of every suite in short."""
+    """What the front page says of speed: the peers of every suite in short."""
     parts = []
     for suite, document in found.items():
         if suite not in SUITES:
             continue
         parts += [
-            picture(suite, "peers", "bench/charts"),
-            f"{tables.setting_line(document)}; {document['machine']['device']}.",
+            picture(suite, "peers"),
+            f"{source(document)}; {tables.setting_line(document)}. A speed-up is the median over pairs of "
+            "neighbouring rounds, with the least and the most in brackets.",
             tables.markdown(short(document)),
         ]
     return "\n\n".join(parts)
 
 
+def source(document: dict[str, Any]) -> str:
+    """Command, day, device, versions and commit of a result file."""
+    machine = document["machine"]
+    versions = "".join(f", {name} {machine['versions'][name]}" for name in VERSIONS if name in machine["versions"])
+    return (
+        f"`{document['command']}`, {document['date'][:10]}, {machine['device']}{versions}, commit {machine['commit']}"
+    )
+
+
 def short(document: dict[str, Any]) -> tables.Table:
     """The peers that could run here, in few columns."""
     head, rows = tables.peer_table(document)
-    kept = [head.index(name) for name in SHORT]
-    there = [row for row in rows if not row[3].startswith("not here")]
-    return list(SHORT), [[row[k] for k in kept] for row in there]
+    there = [[cell.replace(" x (", "× (") for cell in row] for row in rows if not row[3].startswith("not here")]
+    return narrowed((head, there), SHORT)
+
+
+def narrowed(table: tables.Table, columns: dict[str, str]) -> tables.Table:
+    """Some columns of a table under other headings."""
+    head, rows = table
+    kept = [head.index(name) for name in columns]
+    return list(columns.values()), [[row[k] for k in kept] for row in rows]
+
+
+def gains(found: dict[str, dict[str, Any]]) -> str:
+    """What the front page says of the worth of generated images: figure and verdict of every claim, and of one that has
+    several rows the row with the least gain.
+    """
+    if "claims" not in found:
+        return NO_CLAIMS
+    document, least = found["claims"], {}
+    head, rows = claims.table(document)
+    for (title, row), cells in zip(claims.lines(document), rows, strict=True):
+        claim = title.partition(",")[0]
+        if row["synthetic"] is not None and (claim not in least or row["gain"] < least[claim][0]):
+            least[claim] = row["gain"], [*cells[:-1], cells[-1].partition(":")[0]]
+    text = f"{source(document)}: {claims.setting_line(document)}."
+    return f"{text}\n\n{tables.markdown(narrowed((head, [cells for _, cells in least.values()]), GAINS))}"
 
 
 def whole(suite: str) -> Callable[[dict[str, dict[str, Any]]], str]:
@@ -121,9 +187,7 @@ def whole(suite: str) -> Callable[[dict[str, dict[str, Any]]], str]:
         drawn = charts.drawn(document)
         for name, (title, build) in tables.TABLES.items():
             table = build(document)
-            pictures = [
-                picture(suite, chart, "charts") for chart in drawn if chart == name or charts.NEEDS.get(chart) == name
-            ]
+            pictures = [picture(suite, chart) for chart in drawn if chart == name or charts.NEEDS.get(chart) == name]
             if table[1]:
                 parts += [f"### {title}", *pictures, tables.markdown(table)]
         return "\n\n".join(parts)
@@ -131,8 +195,8 @@ def whole(suite: str) -> Callable[[dict[str, dict[str, Any]]], str]:
     return section
 
 
-def picture(suite: str, name: str, folder: str) -> str:
-    return f"![{suite.upper()}: {name}]({folder}/{suite}-{name}.svg)"
+def picture(suite: str, name: str) -> str:
+    return f"![{suite.upper()}: {name}]({CHARTS}/{suite}-{name}.svg)"
 
 
 def paper(found: dict[str, dict[str, Any]]) -> str:
@@ -155,12 +219,10 @@ def paper(found: dict[str, dict[str, Any]]) -> str:
     )
     said = (
         f"One GPU makes {tables.number(each)} images a second ({source}). Measured on this CPU: {costs}. Ranks do "
-        "not speak with each other, so images "
-        "a second grow with the GPUs as long as there are the cores of the third column, a disk that takes the files "
-        "of the fourth, and ledgers that take "
-        "the commits: one ledger takes them one after the other, so its share of time must stay well below 100 %; "
-        "above, the prompts are split over as "
-        "many run folders."
+        "not communicate, so images a second grow with the GPUs as long as there are the cores of the third column, a "
+        "disk that takes the files of the fourth, and a ledger that takes the commits: it takes them one after the "
+        "other, so the share of its time must stay well below 100 %; where it does not, the prompts are divided among "
+        "several run folders."
     )
     head = [
         "GPUs",
@@ -191,11 +253,7 @@ def paper(found: dict[str, dict[str, Any]]) -> str:
 
 def claimed(found: dict[str, dict[str, Any]]) -> str:
     """Whether generated images help a student."""
-    return (
-        claims.section(found["claims"])
-        if "claims" in found
-        else "The claims have not been measured yet: `python -m bench claims`."
-    )
+    return claims.section(found["claims"]) if "claims" in found else NO_CLAIMS
 
 
 SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
@@ -203,5 +261,6 @@ SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
     "cpu": whole("cpu"),
     "gpu": whole("gpu"),
     "paper": paper,
+    "gains": gains,
     "claims": claimed,
 }

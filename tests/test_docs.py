@@ -1,0 +1,88 @@
+"""The pages say what is there: the table of rooms is the code's own, links lead somewhere, lines fit.
+
+`python tests/test_docs.py` writes the table of rooms in docs/architecture.md.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from test_layers import FOR_ALL, HERE, PACKAGE, ROWS
+
+ROOMS = re.compile(r"(<!-- rooms -->\n).*?(<!-- /rooms -->)", re.DOTALL)
+ARCHITECTURE = HERE / "docs" / "architecture.md"
+OUTSIDE = ("kernels", "export", "bench")  # rooms that lie at the top of the checkout
+PAGES = sorted([HERE / "README.md", HERE / "bench" / "README.md", *(HERE / "docs").glob("*.md")])
+README_LINES = 150
+LONGEST_LINE = 120
+
+
+def room_path(room: str) -> Path:
+    folder = HERE / room if room in OUTSIDE else HERE / PACKAGE / room
+    return folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+
+
+def sentence(path: Path) -> str:
+    """The first paragraph of a file's docstring, without the command line that it may begin with."""
+    words = " ".join(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n\n")[0].split())
+    return re.sub(r"^python -m [\w.]+( [A-Z]+)?: ", "", words)
+
+
+def room_table() -> str:
+    """The rooms from the top row down, then the modules that all may import."""
+    lines = ["| row | room | what it is for |", "|---|---|---|"]
+    for row, rooms in zip(range(len(ROWS), -1, -1), (*ROWS, FOR_ALL), strict=True):
+        for room in rooms:
+            path = room_path(room)
+            place = path.parent if path.name == "__init__.py" else path
+            name = place.relative_to(HERE).as_posix() + ("/" if place.is_dir() else "")
+            lines.append(f"| {row} | `{name}` | {sentence(path).replace('|', '&#124;')} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_rooms_is_that_of_the_code():
+    written = ROOMS.search(ARCHITECTURE.read_text(encoding="utf-8"))[0].splitlines()[1:-1]
+    assert written == room_table().splitlines(), "run `python tests/test_docs.py`"
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link can name after the #, as GitHub makes it of headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
+def test_lines_fit(page):
+    long = [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > LONGEST_LINE]
+    assert [
+        line for line in long if not line.startswith(("|", "!", "#"))
+    ] == []  # tables, pictures and headings cannot be broken
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= README_LINES
+    for page in PAGES:
+        assert page.name == "README.md" or f"](docs/{page.name}" in text, page.name
+
+
+if __name__ == "__main__":
+    page = ARCHITECTURE.read_text(encoding="utf-8")
+    ARCHITECTURE.write_text(ROOMS.sub(lambda match: match[1] + room_table() + match[2], page), encoding="utf-8")
