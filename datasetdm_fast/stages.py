@@ -71,7 +71,6 @@ class Tensors:
     outputs: dict[str, tuple[Shape, str]]
 
 
-DYNAMIC = ("B", "K")  # letters whose size a call decides; all others are fixed by model, decoders and image size
 _LATENTS: tuple[Shape, str] = (("B", 4, "h", "w"), "float32")
 _CALL = {"latents": _LATENTS, "timestep": ((), "float32"), "context": (("2B", "T", "D"), "float32")}
 _NOISE: tuple[Shape, str] = (("2B", 4, "h", "w"), "float32")

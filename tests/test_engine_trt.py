@@ -213,18 +213,17 @@ def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx import to_onnx
     from datasetdm_fast.export.tensorrt import to_tensorrt
+    from datasetdm_fast.export.tensorrt.plans import PlanFolder
 
     built = fake_tensorrt.fake_builder(monkeypatch)
     manifest = to_onnx.export(*demo, folder, precision="fp32", only=["encode_text", "denoise"])
     target = to_tensorrt.Target(fake_tensorrt.FakeFlavour(fake_tensorrt), batches, capabilities)
-    made = to_tensorrt.build_plans(
-        folder,
-        manifest,
-        target,
-        Reference(lambda: FastEngine(*demo, dtype="fp32", device="cpu")),
-        tell=lambda line: None,
-        is_quiet=True,
-    )
+    opened = PlanFolder(folder, lambda line: None)
+    golden = Reference(lambda: FastEngine(*demo, dtype="fp32", device="cpu"))
+    made = {
+        stage: to_tensorrt.open_plan(opened, stage, manifest, target, golden, is_quiet=True)
+        for stage in manifest.stages
+    }
     built.clear()
     return manifest, made, built
 

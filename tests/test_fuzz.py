@@ -148,7 +148,7 @@ READERS: dict[str, tuple[Callable[[Path], object], int]] = {  # and how many inp
     "xml": (documents.read_xml, 1),
     "image": (images.read_image, 1),
     "zip": (lambda path: documents.zip_members(path, most_bytes=1 << 20), 1),
-    "json": (lambda path: documents.read_json(path, most=documents.LARGEST_JSON), 1),
+    "json": (lambda path: documents.read_json(path, most=2**29), 1),
     "rle": (read_rle, 1),
     "model": (read_model, 8),
 }

@@ -145,6 +145,12 @@ def test_narrow_levels_are_summed_in_fp32():
     assert distance(pyramid.projected(*narrow, weight.bfloat16(), 8), exact) <= 2 * budget
 
 
+def coefficients(update, guidance: float, slots: int) -> list[float]:
+    """One call's numbers: guidance, sample, both of the entry, this entry's weight, then `slots` earlier ones'."""
+    earlier = update.weights[1:]
+    return [guidance, update.sample, *update.entry, update.weights[0], *earlier, *[0.0] * (slots - len(earlier))]
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guided_step_is_the_sampler(sampler):
     """Call by call the state that sampling.step reaches; the slots beyond what a call reads may hold anything."""
@@ -158,7 +164,7 @@ def test_guided_step_is_the_sampler(sampler):
         for slot, entry in enumerate(state.history):
             history[slot] = entry
         latents = state.origin if update.restarts else state.latents
-        numbers = torch.tensor(walk.coefficients(update, 7.5, slots), dtype=torch.float64)
+        numbers = torch.tensor(coefficients(update, 7.5, slots), dtype=torch.float64)
         answer, entry = guided_step.reference(output, latents, history, numbers)
         state = walk.step(schedule, k, state, walk.guide(output, 7.5))
         torch.testing.assert_close(answer, state.latents)

@@ -286,9 +286,9 @@ def test_index_files_are_rebuilt_from_the_ledger(tmp_path):
     for name in ("samples.jsonl", "instances.json", "keypoints.json", "README.md", "gallery/index.html"):
         (tmp_path / "run" / name).unlink()
     with RunFolder(tmp_path / "run", document(3)) as folder:
-        assert not folder.is_indexed()
+        assert not seal.is_indexed(folder.path, folder.document, folder.ledger)
         folder.rebuild()
-        assert folder.is_indexed()
+        assert seal.is_indexed(folder.path, folder.document, folder.ledger)
     assert tree(tmp_path / "run") == before
 
 

@@ -348,9 +348,3 @@ def test_a_walk_is_guide_and_step(sampler, steps, profile, prediction):
         state = step(schedule, k, state, guide(output, 7.5))
         after = walk.step(k, output)
         assert after is walk.latents and torch.allclose(after, state.latents, rtol=1e-5, atol=1e-5), k
-
-
-def test_the_last_call_of_the_first_profile_changes_nothing():
-    assert make_schedule(BETAS, "pndm", 50, "0.3.0").settled == 50
-    assert make_schedule({**BETAS, "steps_offset": 1}, "pndm", 50, "0.14.0").settled == 51
-    assert make_schedule(BETAS, "ddim", 7).settled == 7

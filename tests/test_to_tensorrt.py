@@ -369,16 +369,16 @@ def test_a_graph_that_is_not_its_manifests_is_not_built(built, tmp_path):
         file.write(b"other weights")
     target = to_tensorrt.Target(rtx(), (1,), ("sm89",))
     with pytest.raises(Refused, match="encode_text.data: not the graph its manifest tells of"):
-        to_tensorrt.build_plans(tmp_path, manifest, target, lambda stage: {}, stages=["encode_text"], is_quiet=True)
+        to_tensorrt.open_plan(
+            plans.PlanFolder(tmp_path), "encode_text", manifest, target, lambda stage: {}, is_quiet=True
+        )
 
 
 def _build_text_encoder(folder, done):
     manifest = Manifest.read(folder)
     target = to_tensorrt.Target(rtx(), (4,), ("sm89",))
-    told: list[str] = []
-    plan = to_tensorrt.build_plans(
-        folder, manifest, target, lambda stage: {}, stages=["annotate_depth"], tell=told.append, is_quiet=True
-    )["annotate_depth"]
+    opened = plans.PlanFolder(folder, lambda line: None)
+    plan = to_tensorrt.open_plan(opened, "annotate_depth", manifest, target, lambda stage: {}, is_quiet=True)
     done.put((plan.is_new, len(plan.content)))
 
 

@@ -109,7 +109,7 @@ def read_config(folder: Path) -> DecoderConfig:
         ) from error
 
 
-def load_decoders(folder: str | Path, *, ops: SimpleNamespace = reference) -> dict[str, Decoder]:
+def load_decoders(folder: str | Path) -> dict[str, Decoder]:
     """The decoders of a folder's sub-folders by task; `demo` names those shipped with the package."""
     folder = DEMO if str(folder) == "demo" else Path(folder)
     found = sorted(path.parent for path in folder.glob("*/config.json"))
@@ -122,7 +122,7 @@ def load_decoders(folder: str | Path, *, ops: SimpleNamespace = reference) -> di
         raise Missing(f"decoders {folder}: no sub-folder holds a config.json", remedy)
     decoders: dict[str, Decoder] = {}
     for path in found:
-        decoder = load_decoder(path, ops=ops)
+        decoder = load_decoder(path)
         if decoder.config.task in decoders:
             raise Refused(
                 f"decoders {folder}: {path.name} is a second decoder for {decoder.config.task}, expected one a task"

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import xml.etree.ElementTree as ElementTree
 
 
-LARGEST_JSON = 512 * 2**20  # bytes; COCO's largest annotation file has 470 MB
 LARGEST_CONFIG = 2**20  # bytes of one config.json, run.json or the like
 LARGEST_YAML = 64 * 2**10
 LARGEST_XML = 2**20

@@ -90,16 +90,16 @@ class BackgroundWriter:
     Leaving the block waits for all of it; after an error nothing more is begun.
     """
 
-    def __init__(self, folder: RunFolder, committed: Callable[[list[Row]], None], writers: int = WRITERS):
+    def __init__(self, folder: RunFolder, committed: Callable[[list[Row]], None]):
         folder.unseal()
-        self._folder, self._committed, self._ahead = folder, committed, writers + 1
-        self._writers, self._committer = ThreadPoolExecutor(writers, "writer"), ThreadPoolExecutor(1, "committer")
+        self._folder, self._committed = folder, committed
+        self._writers, self._committer = ThreadPoolExecutor(WRITERS, "writer"), ThreadPoolExecutor(1, "committer")
         self._waiting: deque[Future] = deque()
         self._is_whole = True
 
     def put(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
         """Hands over one batch, waiting where too many are under way already."""
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) > self._ahead):
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > WRITERS + 1):
             self._waiting.popleft().result()
         written = self._writers.submit(self._folder.write, results, recipe)
         self._waiting.append(self._committer.submit(self._commit, written))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -85,12 +85,6 @@ def decode(rle: Mapping[str, Any]) -> np.ndarray:
     """
     height, width, counts = _parts(rle)
     return _C.rle_decode(counts, height, width).view(np.bool_)
-
-
-def compress(runs: Sequence[int] | np.ndarray, size: Sequence[int]) -> Rle:
-    """The RLE of uncompressed run lengths: column-major, zeros first, summing to the pixels of `size` [H, W]."""
-    height, width = _size(size)
-    return Rle(size=[height, width], counts=_C.rle_from_runs(_runs(runs), height, width))
 
 
 def run_lengths(rle: Mapping[str, Any]) -> np.ndarray:

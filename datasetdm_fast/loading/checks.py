@@ -89,7 +89,7 @@ def _json(path: Path) -> dict:
     return documents.read_object(path, most=LARGEST_VOCABULARY)
 
 
-def _check_bounds(config: Mapping, source: Path, deep: int = 0) -> None:
+def _check_bounds(config: Mapping, source: Path) -> None:
     """Refuse numbers no model of this kind has: modules are built by them before any weight is looked at."""
     for key, value in config.items():
         values = value if isinstance(value, (list, tuple)) else [value]

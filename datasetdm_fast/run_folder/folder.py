@@ -20,7 +20,7 @@ from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, _pretty, read_document
 from datasetdm_fast.run_folder.indexes import INDEXES
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
-from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_indexed, is_sealed, unseal
+from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_sealed, unseal
 
 Publish = Callable[
     [Mapping[str, bytes]], Mapping[str, StoredFile]
@@ -125,9 +125,6 @@ class RunFolder:
             self.ledger.note("indexed", "yes")
         if not is_sealed(self.path) and self.ledger.settle():
             seal.seal(self.path, self.document)
-
-    def is_indexed(self) -> bool:
-        return is_indexed(self.path, self.document, self.ledger)
 
     def close(self) -> None:
         self._closing.close()

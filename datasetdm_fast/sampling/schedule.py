@@ -27,13 +27,3 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
-
-    @property
-    def settled(self) -> int:
-        """Calls after which the sample changes no more: with PNDM of profile 0.3.0 the last one only fills the capture,
-        and images can be decoded before it.
-        """
-        calls = len(self.updates)
-        while calls and self.updates[calls - 1].sample == 1.0 and not any(self.updates[calls - 1].weights):
-            calls -= 1
-        return calls

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels import guided_step
-from datasetdm_fast.sampling.schedule import Update
-
-if TYPE_CHECKING:
-    from datasetdm_fast.sampling.schedule import Schedule
+from datasetdm_fast.sampling.schedule import Schedule
 
 MEMORY = {"pndm": 3, "ddim": 0, "dpm-solver++": 1}  # earlier entries a sampler reads
 
@@ -85,13 +81,3 @@ def _walk_numbers(schedule: Schedule, guidance: float, device: torch.device) -> 
         newest = (newest - 1) % slots if slots and update.is_kept else newest
         places.append(newest if slots and update.is_kept else None)
     return torch.tensor(rows, dtype=torch.float32).to(device), tuple(places)
-
-
-def coefficients(update: Update, guidance: float, slots: int) -> list[float]:
-    """One call's numbers for `reference` and `fused`: guidance, sample, both of the entry, this entry's weight, then
-    `slots` earlier ones'.
-    """
-    earlier = update.weights[1:]
-    if len(earlier) > slots:
-        raise ValueError(f"guided_step: an update with {len(earlier)} earlier entries does not fit {slots} slots")
-    return [guidance, update.sample, *update.entry, update.weights[0], *earlier, *[0.0] * (slots - len(earlier))]

@@ -11,7 +11,6 @@ import numpy as np
 
 CLASSES = ("wall", "table", "ball", "cube", "cone", "ring", "star", "tree", "person")
 THINGS = CLASSES[2:]
-RARE = ("ring", "star")
 JOINTS = ("head", "neck", "pelvis", "left_hand", "right_hand", "left_foot", "right_foot")
 LIMBS = ((0, 1), (1, 2), (1, 3), (1, 4), (2, 5), (2, 6))
 DOMAINS = ("day", "night", "fog", "sunset")

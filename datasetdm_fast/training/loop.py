@@ -283,15 +283,13 @@ def fit(
     lessons: TrainingViews,
     schedule: TrainingSchedule,
     words: Tensor | None = None,
-    report: Callable[[int, float], None] = lambda step, loss: None,
     device: torch.device | str = "cpu",
 ) -> Decoder:
     """A trained decoder; `words` [K, D] are class embeddings for open vocabulary."""
     trainer = Trainer(config, schedule, lessons, words, device)
     try:
         while trainer.done < schedule.steps:
-            loss = trainer.step()
-            report(trainer.done, loss)
+            trainer.step()
     finally:
         trainer.close()
     return trainer.finished()

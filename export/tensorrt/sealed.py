@@ -53,9 +53,9 @@ def key_path() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "datasetdm_fast" / "plan.key"
 
 
-def load_key(path: Path | None = None) -> bytes:
+def load_key() -> bytes:
     """The key of this user, made at its first use; refused where others could have read or written it."""
-    path = path or key_path()
+    path = key_path()
     try:
         return _read_key(path)
     except FileNotFoundError:

@@ -127,27 +127,6 @@ def make_order(stage: str, manifest: Manifest, target: Target) -> PlanOrder:
     )
 
 
-def build_plans(
-    folder: Path,
-    manifest: Manifest,
-    target: Target,
-    golden: Golden,
-    *,
-    stages: Sequence[str] | None = None,
-    tell: Callable[[str], None] = say,
-    is_quiet=False,
-) -> dict[str, PlanFile]:
-    """The plan of every stage of `folder`, or of those named; what is there and whole is read, the rest is built once.
-
-    `golden` gives a stage's inputs and what it is to make of them, for one image: in.NAME and out.NAME.
-    """
-    opened = PlanFolder(folder, tell)
-    return {
-        stage: open_plan(opened, stage, manifest, target, golden, is_quiet=is_quiet)
-        for stage in stages or manifest.stages
-    }
-
-
 def open_plan(
     opened: PlanFolder,
     stage: str,
