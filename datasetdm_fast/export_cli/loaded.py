@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from datasetdm_fast.export_cli.settings import ExportConfig
+from datasetdm_fast.export_cli.settings import ExportConfig
 
 
 def teller(config: ExportConfig) -> Callable[[str], None]:

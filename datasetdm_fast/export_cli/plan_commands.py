@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.export.tensorrt.plans import SUFFIX, Entry, PlanFolder, say
-
-if TYPE_CHECKING:
-    from datasetdm_fast.export_cli.settings import ExportConfig
+from datasetdm_fast.export_cli.settings import ExportConfig
 
 
 def build(config: ExportConfig) -> None:

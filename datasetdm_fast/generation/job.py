@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.engines.opening import open_engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import prompts
@@ -21,9 +22,6 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
-
-if TYPE_CHECKING:
-    from datasetdm_fast.engines.engine import Engine
 
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
 PIXEL_BYTES = {

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation.prompts import _shown, count_tokens, fit, token_limit
+from datasetdm_fast.generation.prompts import PromptSource, Tokenizer, _shown, count_tokens, fit, token_limit
 from datasetdm_fast.labels.class_words import find_classes
 from datasetdm_fast.scenes.world import sample_scene
-
-if TYPE_CHECKING:
-    from datasetdm_fast.generation.prompts import PromptSource, Tokenizer
 
 DEMO_SCENES = 900_000_000  # first scene seed of the demo captions, far from those the demo model was trained on
 OPENINGS = ("a photo of", "a picture of", "a scene with")

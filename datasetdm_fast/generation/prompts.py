@@ -8,14 +8,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.labels.class_words import find_classes
-
-if TYPE_CHECKING:
-    from datasetdm_fast.config import RunConfig
 
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 
 if TYPE_CHECKING:
-    from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.sampling.schedule import Schedule
 
 

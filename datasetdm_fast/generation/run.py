@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Batch, SetAside
+from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, prompts
 from datasetdm_fast.generation.driver import word_slots
-from datasetdm_fast.generation.job import _engine_of, _recipe_of
+from datasetdm_fast.generation.job import Job, _engine_of, _recipe_of
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, result_of
@@ -22,12 +23,6 @@ from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, 
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.stages import FACTOR
-
-if TYPE_CHECKING:
-    from datasetdm_fast.engines.engine import Engine
-    from datasetdm_fast.generation.job import Job
-    from datasetdm_fast.generation.recipe import Recipe
-    from datasetdm_fast.generation.result import Result
 
 
 def run(

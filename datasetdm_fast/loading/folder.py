@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -33,13 +32,10 @@ from datasetdm_fast.loading.checks import (
     _json,
     _quiet,
 )
-from datasetdm_fast.loading.model import _model
+from datasetdm_fast.loading.model import Model, _model
 from datasetdm_fast.loading.provenance import _files, digest, folder_licence
 from datasetdm_fast.loading.tokenizer import _tokenizer
 from datasetdm_fast.stages import FACTOR
-
-if TYPE_CHECKING:
-    from datasetdm_fast.loading.model import Model
 
 
 def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaults | None = None) -> Model:

@@ -6,7 +6,6 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -17,10 +16,7 @@ from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.folder import load_folder
-from datasetdm_fast.loading.model import SD_SCHEDULER, _model
-
-if TYPE_CHECKING:
-    from datasetdm_fast.loading.model import Model
+from datasetdm_fast.loading.model import SD_SCHEDULER, Model, _model
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"

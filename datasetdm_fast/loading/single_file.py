@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors
 import safetensors.torch
@@ -19,13 +18,10 @@ from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import pickles
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, SUPPORTED, UP_BLOCKS, _check_readable, _check_unet, _check_vae
-from datasetdm_fast.loading.model import SD_SCHEDULER, _model
+from datasetdm_fast.loading.model import SD_SCHEDULER, Model, _model
 from datasetdm_fast.loading.provenance import UNKNOWN_LICENCE, digest
 from datasetdm_fast.loading.tokenizer import _tokenizer_beside
 from datasetdm_fast.stages import FACTOR
-
-if TYPE_CHECKING:
-    from datasetdm_fast.loading.model import Model
 
 
 def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Model:

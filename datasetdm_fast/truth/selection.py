@@ -69,7 +69,7 @@ class Selection:
 
 
 EVERYTHING = Selection()
-SEEN, UNSEEN = VOC_CLASSES[1:16], VOC_CLASSES[16:]
+SEEN = VOC_CLASSES[1:16]
 PRESETS = {
     "voc": Selection(per_class=11, min_area=18000, is_single=True),
     "voc-zero-shot": Selection(per_class=30, min_area=18000, classes=SEEN),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +10,7 @@ from torch import Tensor
 from datasetdm_fast.decoders.checkpoint import DecoderConfig
 from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.training.losses import losses
-
-if TYPE_CHECKING:
-    from datasetdm_fast.training.schedule import TrainingSchedule
+from datasetdm_fast.training.schedule import TrainingSchedule
 
 LOGITS_AT_ONCE = (
     2**22
