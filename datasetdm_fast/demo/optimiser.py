@@ -6,9 +6,7 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix updates are orthogonalised (Jordan et al. 2024), with the step size of AdamW (Liu et al.
-    2025, eq. 4).
-    """
+    """Momentum with orthogonalised updates (Jordan et al. 2024) at AdamW's step size (Liu et al. 2025, eq. 4)."""
 
     def __init__(
         self, parameters: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
@@ -65,9 +63,7 @@ class Average:
 
 
 def matrices(modules: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The weights worth orthogonalising: those of linear layers and convolutions that are no mere edge of the
-    network.
-    """
+    """The weights worth orthogonalising: those of linear layers and convolutions with more than 16 rows and columns."""
     layers = (
         layer
         for module in modules.values()

@@ -16,9 +16,7 @@ CACHE_VARIABLE = "DATASETDM_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache;
-    refused where everyone may write.
-    """
+    """$DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache; refused where everyone may write."""
     kept = os.environ.get(CACHE_VARIABLE)
     folder = Path(kept) if kept else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
     with suppress(OSError):  # whoever writes into it is told why it cannot be made
@@ -33,9 +31,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(path: Path, *, is_shared: bool = False) -> Iterator[None]:
-    """Holds the lock file `path` for this process, alone or with others that share it; the operating system lets go of
-    it however the process ends.
-    """
+    """Holds the lock file `path` for this process, alone or shared; the system releases it however the process ends."""
     try:
         handle = storage.syscall("open", os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:

@@ -22,8 +22,7 @@ LONGEST_ROW = 64 * 2**20  # bytes of a text in a ledger
 
 
 def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: str = "") -> Connection:
-    """A database for writing, by one thread at a time, whose commits survive a loss of power; what goes wrong in it
-    later is refused by name.
+    """A database for writing, by one thread at a time, whose commits survive a loss of power.
 
     Where there is none it is made beside its place, so that one that is there has its tables.
     """
@@ -45,9 +44,7 @@ def _create(path: Path, schema: str) -> None:
 
 
 def compact(connection: Connection, path: Path) -> Path:
-    """A copy of a database beside its place, whose bytes depend on the rows alone and not on how they came in; `move`
-    puts it there.
-    """
+    """A copy of a database beside its place, whose bytes depend on the rows alone; `move` puts it there."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         storage.forget(part)
@@ -93,9 +90,7 @@ def _opened(path: Path, address: Path | str, *settings: str, **options: Any) -> 
 
 
 class Connection(sqlite3.Connection):
-    """A connection whose errors are Refused where the file is no good, Missing where the disk is not, and sqlite3's own
-    for the rest.
-    """
+    """A connection whose errors are Refused for a bad file, Missing for a bad disk, else sqlite3's own."""
 
     path = Path()
 

@@ -1,6 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, synced, renamed; full and foreign disks refused in
-a sentence.
-"""
+"""Files that appear whole or not at all: written beside their place, synced, renamed; a full disk is refused."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ class StoredFile:
 
 
 def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredFile]:
-    """Digest and size of every file, once all of them are on the disk under their own names; on an error none has a new
-    name half-written.
-    """
+    """Digest and size of every file, once all are on the disk under their names; none is ever half-written."""
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
     stored: dict[Path, StoredFile] = {}
     try:

@@ -21,9 +21,7 @@ SMALLEST = 1e-6  # error whose logarithm is still taken
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """Error = floor + scale * labels ** -exponent, as learning curves have it over orders of magnitude; arrays hold a
-    law each.
-    """
+    """Error = floor + scale * labels ** -exponent, the usual learning curve; arrays hold a law each."""
 
     floor: np.ndarray  # [B]
     scale: np.ndarray
@@ -56,9 +54,7 @@ def error_of(figure: str, values: np.ndarray) -> np.ndarray:
 def forecast(
     figure: str, counts: Sequence[int], values: np.ndarray, draws: np.ndarray, more: int, level: float
 ) -> dict[str, Any]:
-    """What `more` labels beyond the last count bring, from the figure [counts] and its bootstrap draws [B, counts]; a
-    gain is less error.
-    """
+    """What `more` labels bring, from the figure [counts] and its bootstrap draws [B, counts]; a gain is less error."""
     law = power_law(counts, error_of(figure, values)[None])
     drawn = power_law(counts, error_of(figure, draws))
     last = counts[-1]

@@ -25,9 +25,7 @@ class Meter:
         raise NotImplementedError
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN where the truth does not
-        show a class.
-        """
+        """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN for classes not shown."""
         raise NotImplementedError
 
     def result(self) -> dict:

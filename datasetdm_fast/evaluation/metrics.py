@@ -19,9 +19,7 @@ BACKGROUND = ("background", "none")
 
 
 class _Overlap(Meter):
-    """Intersection over union of each class from pixel counts over all images; with `unseen` classes also theirs, the
-    others' and the harmonic mean.
-    """
+    """Intersection over union by class over all images; with `unseen` classes also the harmonic mean."""
 
     def __init__(self, classes: Sequence[str], unseen: Collection[str] = ()):
         self.classes, self.rows = tuple(classes), []  # [3, K] int64 an image: both, either, truth
@@ -57,9 +55,7 @@ class _Overlap(Meter):
 
 
 class Semantic(_Overlap):
-    """Mean intersection over union over all pixels; 255 in the truth is left out, a class the data set does not name is
-    no class.
-    """
+    """Mean intersection over union over all pixels; 255 in the truth is left out, an unnamed class never right."""
 
     def __init__(self, source: LabelledSource, unseen: Collection[str] = ()):
         super().__init__(source.classes, unseen)
@@ -98,9 +94,7 @@ class OpenVocabulary(_Overlap):
 
 
 class Depth(Meter):
-    """Mean absolute relative error, root mean squared error in metres and the shares within a factor 1.25, its square
-    and its cube.
-    """
+    """Mean absolute relative error, RMSE in metres and the shares within a factor 1.25, its square and its cube."""
 
     def __init__(self, source: LabelledSource):
         self.rows: list[tuple[float, ...]] = []

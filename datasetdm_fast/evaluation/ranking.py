@@ -98,9 +98,7 @@ class Instance(_Ranked):
 
 
 class Pose(_Ranked):
-    """PCK@0.1 of the longer side of the figure's box over labelled joints, and OKS-AP: COCO's tolerance of each joint
-    for COCO's joints, else one for all.
-    """
+    """PCK@0.1 of the longer side of the box over labelled joints, and OKS-AP with COCO's tolerances where they fit."""
 
     TOLERANCE = 0.1  # pixels a joint may miss, as a share of the box
     OKS_SIGMA = 0.072  # COCO's mean over its body joints

@@ -88,9 +88,7 @@ def teach(
     tasks: Sequence[str] = ("semantic", "instance", "depth", "pose"),
     told: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Student:
-    """A student taught from one labelled set, or from a real and a synthetic one with the course's share of every
-    batch.
-    """
+    """A student taught from one labelled set, or from a real and a synthetic one mixed in every batch."""
     vocabulary = sets[0].vocabulary
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -202,9 +200,7 @@ def gaussians(places: Tensor, sigma: float) -> Tensor:
 
 
 def centre_targets(instance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Height [B, S, S] of the nearest centre's hill, the way [B, 2, S, S] from each pixel to its own centre, and which
-    pixels have one.
-    """
+    """Nearest centre's heat [B, S, S], offsets [B, 2, S, S] from each pixel to its own centre, and where they hold."""
     is_thing = (instance > 0) & (instance != IGNORED)
     most = int((instance * is_thing).max())
     if not most:

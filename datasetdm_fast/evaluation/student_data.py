@@ -1,6 +1,4 @@
-"""What a student learns from: real labelled images, or the images of a run folder with what of their labels can be
-trusted.
-"""
+"""What a student learns from: real labelled images, or those of a run folder with the labels to be trusted."""
 
 from __future__ import annotations
 
@@ -193,9 +191,7 @@ def _depth(metres: np.ndarray) -> np.ndarray:
 
 
 def voted(found: SemanticMap, classes: Sequence[str], confidence: float) -> np.ndarray:
-    """Label map of cells in the numbers of `classes`: the surest class of each, ignored where its mean confidence is
-    below `confidence`.
-    """
+    """Label map of cells in the numbers of `classes`, ignored where the mean confidence is below `confidence`."""
     numbers = np.full(256, len(classes), np.int64)
     numbers[: len(found.classes)] = [classes.index(name) if name in classes else len(classes) for name in found.classes]
     votes = np.eye(len(classes) + 1, dtype=np.float32)[numbers[found.labels]] * found.confidence[..., None]

@@ -1,6 +1,4 @@
-"""What the images of a run are worth: the same small student taught by real images alone and with the run's, scored on
-unseen ones.
-"""
+"""What the images of a run are worth: one small student taught with and without them, scored on unseen images."""
 
 from __future__ import annotations
 
@@ -58,9 +56,7 @@ def worth(
     steps: int = 0,
     told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """{task: {real, both, gain, interval, ...}} of students taught from `count` real images, with and without the
-    run's.
-    """
+    """{task: {real, both, gain, interval, ...}} of students of `count` real images, without and with the run."""
     from datasetdm_fast.evaluation import student_data
     from datasetdm_fast.evaluation.metrics import METRICS
     from datasetdm_fast.evaluation.student import StudentSchedule, answers, teach
@@ -101,9 +97,7 @@ def worth(
 
 
 def compared(task: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Means over the seeds, the gain with its 95 % interval, and whether the interval lies on the better side of
-    nothing.
-    """
+    """Means over the seeds, the gain with its 95 % interval, and whether all of the interval is a gain."""
     gains = [
         second - first for first, second in zip(before, after, strict=True)
     ]  # of one seed, so of the same first parameters

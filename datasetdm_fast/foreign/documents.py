@@ -28,9 +28,7 @@ GET_AGAIN = "Get the file again and compare its checksum."
 
 
 def check_inside(name: str) -> str:
-    """The name itself where it is a plain relative path, which cannot lead out of its folder; a ValueError
-    otherwise.
-    """
+    """The name where it is a plain relative path that cannot lead out of its folder; else a ValueError."""
     if not isinstance(name, str) or not name or len(name) > LONGEST_NAME or re.search(r"[\x00-\x1f\x7f\\:]", name):
         raise ValueError(f"{quoted(name)} is no plain relative path")
     parts = PurePosixPath(name).parts
@@ -55,9 +53,7 @@ def quoted(value: Any) -> str:
 
 
 def check_form(value: Any, form: Any, name: str = "") -> None:
-    """A ValueError where a JSON value has not the form: a type, [form of every item], or {key: form} for at least these
-    keys.
-    """
+    """A ValueError where a JSON value has not the form: a type, [form of items] or {key: form} of keys it must have."""
     if isinstance(form, type):
         kinds = (int, float) if form is float else (form,)
         holds = (
@@ -92,9 +88,7 @@ def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text; `name` is how messages call it. Repeated keys, NaN and deep nesting are refused, as
-    readers differ about them.
-    """
+    """The value of a JSON text that messages call `name`; repeated keys, NaN and deep nesting are refused."""
     try:
         value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -217,9 +211,7 @@ def _reason(error: BaseException) -> str:
 
 
 def zip_members(path: Path, *, most_bytes: int) -> list[zipfile.ZipInfo]:
-    """The members of a zip archive, for reading by index into memory: plain names, each once, together at most
-    `most_bytes` when unpacked.
-    """
+    """The members of a zip archive by index: plain names, each once, at most `most_bytes` when unpacked."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()

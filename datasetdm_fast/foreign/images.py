@@ -52,9 +52,7 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
 
 
 def check_png(data: bytes, *, may_go_on: bool = False) -> None:
-    """A ValueError where any byte of a PNG file is not as it was written: every chunk has a checksum, and nothing may
-    follow the last unless it may go on.
-    """
+    """A ValueError where a PNG file is not as it was written; more may follow its end only where it `may_go_on`."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError("no PNG file")
     place, kind = 8, b""

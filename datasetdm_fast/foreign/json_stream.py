@@ -28,9 +28,7 @@ class Element(NamedTuple):
 
 
 class JsonStream:
-    """A file with one JSON object. Its bytes are read as Latin-1, so that characters and bytes count alike, and decoded
-    where they are more than ASCII.
-    """
+    """A file with one JSON object, read as Latin-1 so that characters and bytes count alike, and decoded as needed."""
 
     def __init__(self, path: Path):
         self.path = path

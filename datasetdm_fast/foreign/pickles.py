@@ -1,6 +1,4 @@
-"""Pickled checkpoints (.ckpt, .pth, .bin): a pickle is a program, so a process that may do nothing else turns each once
-into safetensors.
-"""
+"""Pickled checkpoints (.ckpt, .pth, .bin) are programs: a confined process turns each once into safetensors."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ CONVERT = "Convert it to .safetensors where you trust it, or get the .safetensor
 
 
 def safe_copy(path: Path) -> Path:
-    """The safetensors copy of a pickled checkpoint, in the cache; made at the first call by a process without network,
-    programs or other files.
-    """
+    """The cached safetensors copy of a pickled checkpoint, made at the first call by a confined process."""
     size = _check_beginning(path)
     target = locks.cache_folder() / "converted" / f"{storage.sha256_of(path)}.safetensors"
     if target.exists():
@@ -64,9 +60,7 @@ def safe_copy(path: Path) -> Path:
 
 
 def _check_beginning(path: Path) -> int:
-    """Size of a file that begins as a checkpoint does; its archive, where it is one, holds plain members that unpack to
-    what they are.
-    """
+    """Size of a file that begins as a checkpoint does, and whose archive holds plain members of honest size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -236,9 +230,7 @@ FORBIDDEN = (
 
 
 def leave_network() -> list[str]:
-    """Leaves the network for good, dies with its parent and gains no right by any program; what the system does not
-    offer is returned.
-    """
+    """Leaves the network for good and dies with its parent; returns what the system does not offer."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -246,9 +238,7 @@ def leave_network() -> list[str]:
 
 
 def confine(target: Path, size: int) -> list[str]:
-    """Bounds memory, time and files by the size of the foreign file, and forbids programs and every file but one in the
-    folder of `target`.
-    """
+    """Bounds memory, time and files by the file's size; forbids programs and every file but one beside `target`."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     limits = {

@@ -21,9 +21,7 @@ ITEM_BYTES = {
 
 # safetensors ----------------------------------------------------------------------------------------------------------
 def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every tensor of a safetensors file whose header, sizes and ranges hold together; nothing else
-    of it is read.
-    """
+    """Type and shape of every tensor of a safetensors file whose header, sizes and ranges hold together."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -35,8 +35,6 @@ def _pattern(word: str) -> re.Pattern[str]:
 
 
 def always_named(classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]]) -> tuple[str, ...]:
-    """Of `classes`, those that the captions of all pictures that show them name; `seen` is what each picture shows, and
-    its caption.
-    """
+    """Of `classes`, those named by the caption of every picture that shows them; `seen` pairs classes and captions."""
     unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown))}
     return tuple(name for name in classes if name not in unsaid)

@@ -46,17 +46,13 @@ def image_bytes(image: np.ndarray, image_format: str) -> bytes:
 
 
 def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """The class number whose colour each asked word takes: its own in the semantic maps, so that one word has one
-    colour in a run.
-    """
+    """The class number whose colour each asked word takes: its own in the semantic maps of the same run."""
     free = count(len(known))
     return [0] + [known.index(word) if word in known else next(free) for word in asked[1:]]
 
 
 def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
-    """A palette PNG whose pixel values are the labels [H, W] uint8; label k has the colour of class numbers[k], of k
-    itself beyond them.
-    """
+    """A palette PNG of labels [H, W] uint8; label k has the colour of class numbers[k], of k itself beyond them."""
     return _C.png_encode(np.ascontiguousarray(labels, np.uint8), _palette(tuple(numbers)))
 
 

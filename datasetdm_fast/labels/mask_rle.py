@@ -80,9 +80,7 @@ def from_changes(
 
 
 def decode(rle: Mapping[str, Any]) -> np.ndarray:
-    """The mask [H, W] bool of one COCO RLE, compressed (a string) or not (a list of run lengths); anything malformed is
-    a ValueError.
-    """
+    """The mask [H, W] bool of one COCO RLE, a string or a list of run lengths; a malformed one is a ValueError."""
     height, width, counts = _parts(rle)
     return _C.rle_decode(counts, height, width).view(np.bool_)
 

@@ -80,9 +80,7 @@ def borders(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
-    """The ring with the points that lie within `tolerance` of the line between their neighbours left out (Douglas and
-    Peucker).
-    """
+    """The ring without points within `tolerance` of the line between their neighbours (Douglas and Peucker)."""
     far = int(np.abs(ring - ring[0]).sum(1).argmax())
     closed = np.concatenate([ring, ring[:1]])
     keep = np.zeros(len(closed), bool)

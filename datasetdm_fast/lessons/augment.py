@@ -1,6 +1,4 @@
-"""Other looks at a labelled image: cropped, turned, mirrored, lit otherwise, its truth with it. Every look is drawn
-from a seed alone.
-"""
+"""Augmentation of a labelled image and its truth: cropped, rotated, mirrored, relit, drawn from a seed alone."""
 
 from __future__ import annotations
 
@@ -78,9 +76,7 @@ def mirrored(item: Labelled, joints: tuple[str, ...]) -> Labelled:
 
 
 def turned(item: Labelled, angle: float) -> Labelled:
-    """The image turned about its middle by `angle` degrees; what comes from outside is black, and unknown in the
-    truth.
-    """
+    """The image rotated about its middle by `angle` degrees; pixels from outside are black and unknown in the truth."""
     size = item.image.shape[0]
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     back = np.array([[c, s], [-s, c]])  # from the new picture to the old one

@@ -1,5 +1,4 @@
-"""Captures of labelled images, kept on the disk in half precision so that an epoch reads them instead of running the
-UNet.
+"""Captures of labelled images on the disk in half precision, so that an epoch reads instead of running the UNet.
 
 One shard holds all looks at one image. Its name is a digest of everything that decides its content, so shards serve any
 training that looks at the same image in the same way, and an interrupted filling goes on where it stopped. Its last 32
@@ -43,9 +42,7 @@ class Inversion:
 
 @dataclass(frozen=True)
 class Layout:
-    """One view's levels end to end; a level is its cells, a cell all features and then all maps, as the decoders' first
-    layers read them.
-    """
+    """One view's levels end to end; a level is its cells, a cell all features and then all maps."""
 
     shapes: tuple[tuple[int, int], ...]  # per level: cells, channels
     features: tuple[int, ...]  # channels that are features
@@ -64,9 +61,7 @@ class Layout:
         return sum(cells * channels for cells, channels in self.shapes)
 
     def joined(self, capture: Capture) -> tuple[Tensor, ...]:
-        """Per level [B, cells, channels] fp32, free to be trained on; a projection 1x1 is one product with it, and so
-        is its gradient.
-        """
+        """Per level [B, cells, channels] fp32, free to be trained on; a 1x1 projection is one product with it."""
         levels = []
         for features, maps, shape in zip(capture.features, capture.maps, self.shapes, strict=True):
             parts = [feature.flatten(2).transpose(1, 2) for feature in features] + [
@@ -152,9 +147,7 @@ class CachePlan:
 
 
 def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes: float = 0.0) -> CachePlan:
-    """Where `count` views go; `mode` is auto, disk or off, `gigabytes` the budget, 0 = what is there and half of what
-    is free.
-    """
+    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = what is used and half of what is free."""
     size = count * Layout.of(levels).numbers * 2
     there = sum(path.stat().st_size for path in folder.glob("*.f16"))
     budget = int(gigabytes * 1e9) if gigabytes else there + int(storage.free_bytes(folder.absolute()) * SHARE)
@@ -178,8 +171,7 @@ def stored(
     batch_size: int = 12,
     progress: Callable[[int], None] = lambda views: None,
 ) -> StoredCaptures:
-    """The captures of all views, those that are not in `folder` yet made now; process `share[0]` of `share[1]` makes
-    its part.
+    """The captures of all views, those not in `folder` made now; process `share[0]` of `share[1]` makes its part.
 
     A shard whose bytes are not those that were written is made again.
     """

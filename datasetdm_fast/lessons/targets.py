@@ -59,9 +59,7 @@ def check_truth(source: LabelledSource, item: Labelled, task: str, spec: str) ->
 
 
 def check_shown(source: LabelledSource, task: str, spec: str) -> None:
-    """Refuses a data set none of whose images shows what the task is taught by; reads no further than the first that
-    does.
-    """
+    """Refuses a data set none of whose images shows what the task is taught by; reads up to the first that does."""
     if not any(_shows(source, item, task) for item in source):
         raise Refused(
             f"--data {spec}: none of {len(source)} images shows {WANTED[task].format(farthest=source.max_depth)}",

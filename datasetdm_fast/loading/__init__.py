@@ -31,9 +31,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
-    """The model `name`: demo, tiny, random-sd14, a diffusers folder, a single file, or a hub repository where downloads
-    are allowed.
-    """
+    """The model `name`: demo, tiny, random-sd14, a diffusers folder, a file, or a hub repository where allowed."""
     try:
         return _load(name, size, allow_download)
     except Refused as stop:

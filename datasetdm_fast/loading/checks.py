@@ -210,9 +210,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither library's warnings nor progress bars within the block; what matters is checked and said in our own
-    words.
-    """
+    """Neither library's warnings nor progress bars within the block; what matters is checked here."""
     before = [(module, module.get_verbosity()) for module in (diffusers.utils.logging, transformers.utils.logging)]
     bars = transformers.utils.logging.is_progress_bar_enabled()
     for module, _ in before:

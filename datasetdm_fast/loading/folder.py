@@ -188,9 +188,7 @@ def _from_folder(kind: type, folder: Path, weights: _Weights, config: Mapping) -
 
 @contextmanager
 def _only_weights(folder: Path, weights: _Weights, config: Mapping) -> Iterator[Path]:
-    """A folder with the numbers of the architecture and links to safetensors files, so that nothing else of `folder`
-    reaches a library.
-    """
+    """A folder with the architecture's numbers and links to safetensors, so that libraries see nothing else."""
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)
         safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -53,9 +53,7 @@ class Model:
 
 
 def _model(name, source, tokenizer, text_encoder, unet, vae, scheduler, defaults, size, digests, licence) -> Model:
-    """The last checks common to every source: the parts fit each other, their numbers are finite, the size is
-    possible.
-    """
+    """The last checks of every source: the parts fit, their numbers are finite, the size is possible."""
     size = size or defaults.size
     _check_size(size)
     width, hidden = unet.config.cross_attention_dim, text_encoder.config.hidden_size

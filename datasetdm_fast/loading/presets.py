@@ -24,9 +24,7 @@ SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
 
 # Seeded presets -------------------------------------------------------------------------------------------------------
 def _fill(module: nn.Module, seed: int) -> nn.Module:
-    """`module` with seeded weights: matrices of unit gain, norms near one, other vectors near zero, so activations stay
-    of order one.
-    """
+    """`module` with seeded weights of unit gain, norms near one and small biases, so activations stay of order one."""
     generator = torch.Generator().manual_seed(seed)
     state = module.state_dict()
     with torch.no_grad():
@@ -41,9 +39,7 @@ def _fill(module: nn.Module, seed: int) -> nn.Module:
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A module built without its own initialisation, which would cost seconds at full size and draw from the global
-    generator.
-    """
+    """A module built without its own initialisation, which costs seconds and draws from the global generator."""
     with torch.device("meta"):
         module = build()
     assert not list(module.buffers()), "to_empty would lose what a buffer holds"

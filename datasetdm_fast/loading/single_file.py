@@ -88,9 +88,7 @@ UNET, VAE, CLIP, OPEN_CLIP = (
 
 
 def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a single-file checkpoint and its licence; of a pickle, those of the safetensors copy another
-    process made.
-    """
+    """The tensors of a single-file checkpoint and its licence; a pickle is converted by another process first."""
     if path.suffix == ".safetensors":
         _check_readable(path)
         with safetensors.safe_open(path, "pt") as file:

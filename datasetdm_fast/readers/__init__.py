@@ -54,8 +54,7 @@ def open_data(
     skip_bad: bool = False,
     framing: str = "fit",
 ) -> LabelledSource:
-    """The data set a KIND:PATH[SPLIT] address names, its images at size x size pixels; the split is train where none is
-    named.
+    """The data set of a KIND:PATH[SPLIT] address, its images at size x size pixels; the split defaults to train.
 
     `tasks` are those whose truth is wanted, all that the data set has where none is named.
     """

@@ -37,9 +37,7 @@ FIRST_THING = 11
 
 
 class Cityscapes(PictureSource):
-    """Label maps by train id, or by label id where only the download itself is there; instances where instanceIds
-    are.
-    """
+    """Label maps by train id, else by label id as downloaded; instances where there are instanceIds files."""
 
     classes = CITYSCAPES_CLASSES
     thing_classes = CITYSCAPES_CLASSES[FIRST_THING:]

@@ -1,6 +1,4 @@
-"""coco:PATH[SPLIT]: COCO's instances and keypoints; only places in the annotation files are held, an image's
-annotations are read when it is.
-"""
+"""coco:PATH[SPLIT]: COCO's instances and keypoints; annotations are read from their file image by image."""
 
 from __future__ import annotations
 
@@ -85,9 +83,7 @@ class Annotations:
             self.joints = tuple(value["keypoints"])
 
     def _check_ids(self) -> None:
-        """Annotations of unknown categories make their image bad; those of unknown images, or with the id of another,
-        have none to make bad.
-        """
+        """Annotations of unknown categories make their image bad; an unknown image or a repeated id is refused."""
         ids = np.sort(self.rows["id"])
         if len(twice := ids[1:][ids[1:] == ids[:-1]]):
             raise reading.bad(self.path, f"the annotation id {twice[0]} is there twice")
@@ -261,9 +257,7 @@ class Coco(PictureSource):
         return found
 
     def is_centred(self, record: int) -> bool:
-        """Whether the mean of the visible joints lies near the middle of the box, nearer the more of them are seen (the
-        rule of COCO pose training).
-        """
+        """Whether the mean visible joint lies near the middle of the box (the rule of COCO pose training)."""
         if self.people is None:
             return True
         found = self._joints([self.people[record]])

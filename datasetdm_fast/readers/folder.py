@@ -1,6 +1,4 @@
-"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both, sub-folders alike;
-classes.txt names the masks' numbers.
-"""
+"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both, and classes.txt."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from datasetdm_fast.truth.pictures import PictureSource
 
 
 class Folder(PictureSource):
-    """images, masks or semantic, depth; a split is a sub-folder of PATH. captions.json, {ID: text}, and max_depth.txt,
-    metres, may lie beside them.
-    """
+    """images, masks or semantic, depth in PATH or PATH/SPLIT; captions.json and max_depth.txt (metres) may be there."""
 
     rule = framing.RULES["voc"]
 

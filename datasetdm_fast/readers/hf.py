@@ -1,6 +1,4 @@
-"""hf:PATH[SPLIT]: a folder that Hugging Face's `datasets` saved (save_to_disk), with an image and a label map, a depth
-map or both in each row.
-"""
+"""hf:PATH[SPLIT]: a folder saved by Hugging Face's `datasets`, with an image and a label or depth map in each row."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ COLUMNS = {
 
 
 class HuggingFace(PictureSource):
-    """Columns by their usual names; id2label.json in the folder, {"0": name, ...}, says what the label map's numbers
-    mean.
-    """
+    """Columns by their usual names; id2label.json, {"0": name, ...}, names the numbers of the label map."""
 
     rule = framing.RULES["voc"]
 

@@ -12,9 +12,7 @@ CAPTION = "a photo of a street"
 
 
 class Kitti(PictureSource):
-    """input, gt_depth and kitti_eigen_SPLIT.txt: image, depth or None, and a focal length a line; lines without depth
-    are left out.
-    """
+    """input, gt_depth and kitti_eigen_SPLIT.txt, whose lines name image and depth; lines without depth are left out."""
 
     max_depth = 80.0
     tasks = ("depth",)

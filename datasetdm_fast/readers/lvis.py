@@ -9,9 +9,7 @@ from datasetdm_fast.truth import reading
 
 
 class Lvis(Coco):
-    """lvis_v1_SPLIT.json; an image lies where the end of its coco_url says (train2017/000000000009.jpg), below PATH or
-    the folder beside it.
-    """
+    """lvis_v1_SPLIT.json; an image lies where its coco_url ends, below PATH or the folder beside it."""
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path

@@ -14,9 +14,7 @@ FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits
 
 
 class Nyu(PictureSource):
-    """train_list.txt and test_list.txt name an image, its depth and a focal length a line; a scene must be of a class
-    of nyu_class_list.json.
-    """
+    """train_list.txt and test_list.txt name images and depths of scenes that nyu_class_list.json names."""
 
     max_depth = 10.0
     tasks = ("depth",)

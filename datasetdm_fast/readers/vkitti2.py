@@ -1,6 +1,4 @@
-"""vkitti2:PATH[SCENES]: Virtual KITTI 2, centimetres in 16-bit PNG; SCENES such as Scene01,Scene20, all of them where
-none is named.
-"""
+"""vkitti2:PATH[SCENES]: Virtual KITTI 2, centimetres in 16-bit PNG; SCENES such as Scene01,Scene20, or all of them."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from datasetdm_fast.truth.pictures import PictureSource
 
 
 class VirtualKitti(PictureSource):
-    """Image/Scene*/.../rgb/... beside Depth/Scene*/.../depth/..., or both below one folder; beyond 80 m counts as
-    unknown.
+    """Image/Scene*/.../rgb/... beside Depth/Scene*/.../depth/..., or both in one folder; beyond 80 m is unknown.
 
     Metres are the file's centimetres; upstream stretches the sensor's 655 m to its 80 instead.
     """

@@ -16,9 +16,7 @@ from datasetdm_fast.truth.selection import VOC_CLASSES
 
 
 class Voc(PictureSource):
-    """JPEGImages, label maps (grey or palette), and for instances SegmentationObject; a file in Annotations must agree
-    with its picture.
-    """
+    """JPEGImages, label maps (grey or palette), SegmentationObject for instances; Annotations must agree with them."""
 
     classes = VOC_CLASSES
     thing_classes = VOC_CLASSES[1:]

@@ -1,6 +1,4 @@
-"""yolo-seg:PATH[SPLIT]: images/SPLIT beside labels/SPLIT, a class and a polygon in shares of the image a line, names in
-data.yaml.
-"""
+"""yolo-seg:PATH[SPLIT]: images/SPLIT and labels/SPLIT, a class and a polygon a line, names in data.yaml."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The run folder: files published first, then their rows; everything that is not a sample's own file is rebuilt from
-the ledger.
-"""
+"""The run folder: files first, then their rows; everything but the samples' files is rebuilt from the ledger."""
 
 from __future__ import annotations
 
@@ -71,15 +69,11 @@ class RunFolder:
         unseal(self.path)
 
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
-        """Publishes the files of the results in an unsealed folder; they are samples once the rows are committed.
-        Threads may write different ones at once.
-        """
+        """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
         return write_samples(results, recipe, self.document["config"]["image_format"], into(self.path))
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
-        """Paths of the files that were missing or damaged and are there again; bytes that differ from the row's are
-        never written.
-        """
+        """Paths of missing or damaged files that are there again; other bytes than the row's are never written."""
         made, records = label_files.encode(sample, self.document["config"]["image_format"])
         contents = {name: content for name, content in made.values()}
         expected = {name: stored.sha256 for name, stored in row.files.values()}
@@ -103,9 +97,7 @@ class RunFolder:
         return sorted(damaged)
 
     def rebuild(self) -> None:
-        """Writes every index file anew from the ledger, unless the last rebuild saw the same rows, and seals the
-        folder.
-        """
+        """Writes every index file anew unless the last rebuild saw the same rows, and seals the folder."""
         if not has_indexes(self.path, self.document, self.ledger):
             unseal(self.path)
             try:

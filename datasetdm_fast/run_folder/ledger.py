@@ -101,9 +101,7 @@ class Ledger:
         return [line for (line,) in self._connection.execute("PRAGMA integrity_check(10)") if line != "ok"]
 
     def settle(self) -> bool:
-        """Moves every commit into the file itself, whose bytes then depend on the rows alone; False where another
-        process is just reading it.
-        """
+        """Moves every commit into the file, whose bytes then depend on the rows alone; False while it is read."""
         if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             return False
         part = sqlite.compact(self._connection, self.path)

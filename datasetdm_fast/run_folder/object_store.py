@@ -1,6 +1,4 @@
-"""Where the files of a run's samples go: below the run folder, or with --store to an object store that fsspec
-reaches.
-"""
+"""Where the files of samples go: below the run folder, or with --store to an object store of fsspec's."""
 
 from __future__ import annotations
 
@@ -78,9 +76,7 @@ class ObjectStore:
         return (self.files.protocol,) if isinstance(self.files.protocol, str) else tuple(self.files.protocol)
 
     def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        """Digests and sizes of the files, once all of them are there; a depth map brings the picture the gallery shows
-        of it.
-        """
+        """Digests and sizes of the files, once all are there; a depth map brings the gallery's picture of it."""
         files = {
             **files,
             **{f"gallery/{name}": _picture(content) for name, content in files.items() if name.startswith("depth/")},
@@ -117,9 +113,7 @@ class ObjectStore:
             raise self._missing(error) from error
 
     def complete(self, folder: Path) -> None:
-        """Puts what the run folder itself holds beside its samples, the seal last; a store that has this seal has all
-        of it.
-        """
+        """Uploads the other files of the run folder, the seal last; a store that has this seal is complete."""
         seal = (folder / SEAL).read_bytes()
         if self.read(SEAL) == seal:
             return

@@ -46,9 +46,7 @@ def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> boo
 
 
 def seal(folder: Path, document: Mapping[str, Any]) -> None:
-    """Writes down the digests of run.json, ledger and index files, by which an audit knows that nobody changed them
-    since.
-    """
+    """Writes down the digests of run.json, ledger and index files, by which an audit notices changes."""
     digests = {name: storage.sha256_of(folder / name) for name in (DOCUMENT, LEDGER, LOCK, *index_files(document))}
     storage.publish({folder / SEAL: sealed(digests)})
 
@@ -59,9 +57,7 @@ def sealed(digests: Mapping[str, str]) -> bytes:
 
 
 def unseal(folder: Path) -> None:
-    """Takes the digests back before the first change, so that a run killed in the middle of one is not taken for a
-    damaged one.
-    """
+    """Takes the digests back before the first change, so that a run killed during it is not called damaged."""
     if is_sealed(folder):
         storage.publish({folder / SEAL: _pretty({})})
 

@@ -1,6 +1,4 @@
-"""The demo world: table-top scenes without end, drawn from a seed, with every label a perception model could ask
-for.
-"""
+"""The demo world: table-top scenes drawn from a seed, with every label a perception model could ask for."""
 
 from __future__ import annotations
 

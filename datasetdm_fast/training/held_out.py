@@ -1,6 +1,4 @@
-"""The images a decoder is not taught from: how it scores on them, and a page that shows its answers beside the
-truth.
-"""
+"""The images a decoder is not taught from, and how it scores on them."""
 
 from __future__ import annotations
 

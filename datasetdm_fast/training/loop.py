@@ -1,5 +1,4 @@
-"""The fit: batches of captures against their targets, one step at a time; its whole state can be put down and taken up
-again, to the bit.
+"""The training loop: batches of captures against their targets; its whole state can be saved and resumed to the bit.
 
 Whatever is random in a step is drawn from the step's number and the place in its batch, so neither an interruption nor
 the number of processes or parts a batch is divided into changes what is drawn.
@@ -101,9 +100,7 @@ class Trainer:
     # What a step is made of -------------------------------------------------------------------------------------------
 
     def views(self, step: int) -> list[tuple[int, int]]:
-        """Place in the batch and view of what this process does in a step: all views in a new order, again and
-        again.
-        """
+        """Place in the batch and view of what this process does in a step: all views, in a new order each epoch."""
         places = np.array_split(np.arange(self.schedule.batch_size), self.ranks.world)[self.ranks.rank].tolist()
         found = []
         for place in places:
@@ -218,9 +215,7 @@ class Trainer:
         return losses.Totals(*(int(number) for number in numbers.tolist()))
 
     def _joined(self, total: Tensor, means: Sequence[Tensor]) -> None:
-        """Adds up loss and gradients over all processes; running statistics, which no training reads, become their
-        mean.
-        """
+        """Adds up loss and gradients over all processes; running statistics become their mean."""
         if self.ranks.world == 1:
             return
         for mean in means:

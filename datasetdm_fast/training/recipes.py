@@ -35,9 +35,7 @@ def recipe(
     pose_head: str = "heatmap",
     reader: str = "",
 ) -> TrainingRecipe:
-    """Decoder and schedule for a task on a UNet with these levels; `preset` is default or upstream, `images` are those
-    to learn from.
-    """
+    """Decoder and schedule for a task; `preset` is default or upstream, `images` are those to learn from."""
     is_small = levels[-1].features[0] < WIDE_UNET
     config = _config(task, source, tuple(levels), text_width, timestep, is_small, pose_head)
     if preset == "upstream":
@@ -92,17 +90,13 @@ def _small(task: str) -> TrainingSchedule:
 
 
 def _large(task: str) -> TrainingSchedule:
-    """For decoders of upstream's widths: its number of points, a rate their attention stands, and no more steps than
-    pay.
-    """
+    """For decoders of upstream's widths: its number of points, a lower rate, and fewer steps."""
     wide = TrainingSchedule(steps=6000, batch_size=4, rate=2e-4, points=12544, dropout=0.0, warmup=200)
     return replace(wide, dropout=0.2) if task in ("semantic", "open-vocabulary") else wide
 
 
 def _upstream(task: str, images: int, reader: str, levels: Sequence[Level]) -> TrainingSchedule:
-    """Upstream's training: one image a step, Adam at 1e-4 without decay, a tenth of the rate after every 350 or 400
-    epochs, 5000 epochs.
-    """
+    """Upstream's training: Adam at 1e-4, one image a step, a tenth of the rate every 350 or 400 of 5000 epochs."""
     every = EPOCHS.get(task, EPOCHS.get(reader, 350))
     epochs = 800 if reader == "deepfashion-mm" else WHOLE_EPOCHS
     return TrainingSchedule(

@@ -40,8 +40,7 @@ class TrainingSession:
 
 
 def train_on(engine, source: LabelledSource, task: str, count: int, **settings: Any) -> Decoder:
-    """A decoder for `task`, ready for inference, taught from the first `count` items of `source` as `python -m
-    datasetdm_fast.train` would.
+    """A decoder for `task`, ready for inference, taught from the first `count` items of `source` as the command would.
 
     Captures of an image are shared by every count, task and later run; `settings` are further fields of TrainConfig.
     """
@@ -347,9 +346,7 @@ def _training(
 
 
 def _as_begun(session: TrainingSession, folder: Path, plan):
-    """The plan with captures kept or not as when the training began: half precision decides bits, and the disk's free
-    space has changed since.
-    """
+    """The plan with captures kept or not as when the training began, as half precision decides bits."""
     from datasetdm_fast.disk import storage
 
     path = folder / "training" / "captures.json"

@@ -1,5 +1,4 @@
-"""One decoder's training in its folder: it starts, goes on or is found finished there, and ends with weights, figures
-and a page.
+"""One decoder's training in its folder: started, resumed or found finished, ending in weights, figures and a page.
 
 FOLDER/config.json, model.safetensors   the decoder, once it is done
 FOLDER/training/settings.json           what decides its weights
@@ -64,9 +63,7 @@ class TaskTraining:
 
 
 def finished(folder: Path, settings: Mapping[str, Any]) -> dict | None:
-    """The result of a training that ended in this folder under these settings, None where there is work left; refuses
-    other settings.
-    """
+    """The result of a training that ended here, None where there is work left; other settings are refused."""
     path = folder / "training" / "settings.json"
     if not storage.is_there(path):
         if (folder / "config.json").exists():

@@ -1,6 +1,4 @@
-"""From a picture of any size to the model's square, labels with it: the one place where anything is resized or
-cropped.
-"""
+"""From a picture of any size to the model's square with its labels: the one place that resizes or crops."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ PERSON_MARGIN = 1.25  # of the longer side of a person's box
 
 @dataclass(frozen=True)
 class Window:
-    """The square of a picture that is looked at: its corner in the picture's pixels, and pixels made of each of
-    them.
-    """
+    """The square of a picture to look at: its corner in the picture's pixels, and the scale."""
 
     left: float
     top: float
@@ -92,9 +88,7 @@ def _centre(picture: Picture, random: np.random.Generator) -> tuple[float, float
 
 
 def framed(picture: Picture, window: Window, size: int, least_mask: float = 1.0) -> Labelled:
-    """What the window shows, size x size: the image filtered, labels taken from the nearest pixel, masks below
-    `least_mask` pixels dropped.
-    """
+    """What the window shows, size x size: image filtered, labels nearest, masks below `least_mask` pixels dropped."""
     rows, columns = (
         _nearest(picture.image.shape[0], window.top, window.scale, size),
         _nearest(picture.image.shape[1], window.left, window.scale, size),
@@ -165,9 +159,7 @@ def _filtered(image: np.ndarray, window: Window, rows: np.ndarray, columns: np.n
 
 
 def _persons(picture: Picture, window: Window, size: int) -> dict[str, np.ndarray]:
-    """Joints, boxes and areas in the window's pixels; a joint outside counts as absent, a person without joints inside
-    is dropped.
-    """
+    """Joints, boxes and areas in the window's pixels; outside joints are absent, persons without joints dropped."""
     points = picture.keypoints.astype(np.float32).copy()
     points[..., :2] = (points[..., :2] - [window.left, window.top]) * window.scale
     is_outside = ((points[..., :2] < 0) | (points[..., :2] >= size)).any(-1)

@@ -34,9 +34,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Picture:
-    """The same at its own size, places in pixels from the outer edge of the first one; masks are made one at a time, as
-    a file may hold thousands.
-    """
+    """The same at its own size, places in pixels; masks are made one at a time, as there may be thousands."""
 
     id: str
     image: np.ndarray  # [H, W, 3] uint8
@@ -85,9 +83,7 @@ class LabelledSource:
         raise NotImplementedError
 
     def areas(self, record: int) -> dict[str, int]:
-        """Pixels of each class a record shows, at its own size: of all its pixels in a label map, of its largest mask
-        among things.
-        """
+        """Pixels of each class at the record's own size: all of them in a label map, the largest mask among things."""
         raise NotImplementedError
 
     def is_centred(self, record: int) -> bool:

@@ -74,9 +74,7 @@ def as_shown(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Ima
 
 
 def as_its_labels(labels: Path) -> Callable[[Path, Image.Image, Image.Image], Image.Image]:
-    """For labels that may lie on either: the one of their size; where both have it nobody can tell, and the picture is
-    refused.
-    """
+    """For labels that may lie on either: the one of their size; where both have it the picture is refused."""
 
     def turned(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Image:
         if stored.size == upright.size:
@@ -100,9 +98,7 @@ def check_sides(path: Path | str, size: tuple[int, int]) -> None:
 
 
 def numbers(path: Path, shape: Sequence[int], is_deep: bool = False) -> np.ndarray:
-    """[H, W] whole numbers of a PNG with one channel or a palette, of more than 8 bits where it is deep; it must be as
-    large as its image.
-    """
+    """[H, W] whole numbers of a PNG of one channel or a palette, over 8 bits where deep, as large as its image."""
     image = images.read_image(path, most_pixels=MOST_PIXELS)
     if image.mode not in ("I", "I;16", *(() if is_deep else EIGHT_BITS)):
         raise bad(path, f"its pixels are {image.mode}, expected one number{' of 16 bits' if is_deep else ''} each")

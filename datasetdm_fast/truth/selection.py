@@ -37,9 +37,7 @@ VOC_CLASSES = (
 
 @dataclass(frozen=True)
 class Selection:
-    """Images are gone through in order; each counts for the first class that is large enough in it and still short of
-    images.
-    """
+    """Images are taken in order; each counts for the first class that is large enough in it and still wanted."""
 
     per_class: int = 0  # images for each class, 0 = no limit
     min_area: int = 0  # pixels; a class counts where it covers more

@@ -1,6 +1,4 @@
-"""instances.json and keypoints.json as pycocotools reads them, written line by line so that their size never sits in
-memory.
-"""
+"""instances.json and keypoints.json as pycocotools reads them, written line by line to save memory."""
 
 from __future__ import annotations
 

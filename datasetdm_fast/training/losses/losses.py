@@ -1,6 +1,4 @@
-"""The losses of the P-Decoders: set loss over matched queries, scale-invariant log depth, weighted heatmaps, axis
-bins.
-"""
+"""The losses of the P-Decoders: matched queries, scale-invariant log depth, weighted heatmaps, axis bins."""
 
 from __future__ import annotations
 
@@ -69,9 +67,7 @@ def sample_together(maps: Tensor, points: Tensor) -> Tensor:
 def match(
     class_logits: Tensor, mask_logits: Tensor, classes: Sequence[Tensor], masks: Sequence[Tensor], places: Tensor
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Query and target indices of each image's cheapest one-to-one assignment, masks compared at `places` [B, P, 2]
-    (Mask2Former, eq. 2).
-    """
+    """Query and target indices of each image's cheapest one-to-one assignment at `places` (Mask2Former, eq. 2)."""
     logits = sample_together(mask_logits, places)
     ids = torch.nn.utils.rnn.pad_sequence(list(classes), batch_first=True)
     truth = logits.new_zeros(len(logits), ids.shape[1], logits.shape[2])
@@ -89,9 +85,7 @@ def match(
 
 @torch.no_grad()
 def uncertain_points(mask_logits: Tensor, places: Tensor, others: Tensor) -> Tensor:
-    """[N, P, 2] points: those of `places` [N, 3P, 2] where the mask [N, h, w] is least certain, then the `others`
-    (PointRend, section 3.1).
-    """
+    """[N, P, 2]: of `places` [N, 3P, 2] where masks [N, h, w] are least certain, then `others` (PointRend, 3.1)."""
     hard = places.shape[1] // OVERSAMPLE - others.shape[1]
     chosen = sample_points(mask_logits, places).abs().topk(hard, largest=False).indices
     return torch.cat([places.take_along_dim(chosen[..., None], 1), others], 1)
@@ -142,9 +136,7 @@ def set_loss(
 
 
 def scale_invariant_log(metres: Tensor, truth: Tensor, focus: float = 0.5) -> Tensor:
-    """[B] roots of mean(d^2) - focus * mean(d)^2 over the known pixels of [B, H, W], d = ln truth - ln metres (Eigen et
-    al. 2014).
-    """
+    """[B] roots of mean(d^2) - focus * mean(d)^2, d = ln truth - ln metres where known (Eigen et al. 2014)."""
     known = (truth > 0).float()
     count = known.sum((1, 2)).clamp(min=1)
     # The bounds keep a saturated sigmoid and a perfect answer from making infinite gradients.
