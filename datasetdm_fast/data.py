@@ -28,9 +28,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Batch:
-    """Requests made together; the composition is fixed by the plan, and `padding` repeats of the last request are
-    discarded.
-    """
+    """Requests made together, as the plan fixed them; `padding` repeats of the last are discarded."""
 
     index: int
     requests: tuple[Request, ...]

@@ -1,6 +1,4 @@
-"""The library: a Pipeline makes labelled images, or the captured pyramid of a real one; open_run reads a run folder
-back.
-"""
+"""The library: a Pipeline makes labelled images or the features of a real one; open_run reads a run folder."""
 
 from __future__ import annotations
 
@@ -78,9 +76,7 @@ class Output:
 
 
 class Pipeline:
-    """An engine with its decoders, ready to turn prompts into labelled images by the same path as the generate
-    command.
-    """
+    """An engine with its decoders, which turns prompts into labelled images as the generate command does."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -99,9 +95,7 @@ class Pipeline:
         threads: int = 0,
         provider: str = "auto",
     ) -> Pipeline:
-        """The pipeline of a model (demo, a diffusers folder, a single file) and the folder of its decoders; None means
-        the demo's own, or no labels.
-        """
+        """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own, or no labels."""
         settings.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder
         choices = dict(
@@ -130,9 +124,7 @@ class Pipeline:
         batch_size: int = 0,
         **choices: Any,
     ) -> Output:
-        """Images and labels of all prompts at once; image k has seeds[k], or seed + k. The other choices are those of
-        `stream`.
-        """
+        """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         if seeds is not None and len(seeds) != len(given):
             raise Refused(f"seeds: {len(seeds)} were given for {len(given)} prompts", "Give one seed a prompt.")
@@ -154,8 +146,7 @@ class Pipeline:
         batch_size: int = 0,
         truncate: bool = False,
     ) -> Iterator[Sample]:
-        """Samples one by one, in order, with no more than a batch in memory; prompts may come from an endless
-        generator.
+        """Samples one by one, in order, a batch in memory at most; prompts may come from an endless generator.
 
         `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for.
         """
@@ -202,8 +193,7 @@ class Pipeline:
     def features(
         self, image: np.ndarray | Image, prompt: str = "", *, timestep: int | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """The captured levels low, mid, high and highest [1, C, h, w] of a real image: every feature, then every head
-        and token of the maps.
+        """The levels low, mid, high and highest [1, C, h, w] of a real image: features, then maps by head and token.
 
         The image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's noise,
         and seen by one call.

@@ -25,9 +25,7 @@ class Level:
 
     @property
     def channels(self) -> int:
-        """Channels of the concatenated level: both CFG halves of every feature, then every head and token of the
-        maps.
-        """
+        """Channels of the concatenated level: both CFG halves of the features, then heads and tokens of the maps."""
         return 2 * sum(self.features) + sum(self.heads) * self.tokens
 
 
@@ -112,9 +110,7 @@ def keep(pyramid: Sequence[Level]) -> Tensors:
 
 
 def annotate(kind: str, levels_read: Sequence[str]) -> Tensors:
-    """The stage of a decoder of this kind, which reads its own channels of these levels' sums and, for words, their
-    class embeddings.
-    """
+    """The stage of a decoder of this kind: its channels of these levels' sums and, for words, their embeddings."""
     sums = {f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in levels_read}
     text = {"text": (("B", "K", "D"), "float32")} if kind == "open-vocabulary" else {}
     return Tensors({**sums, **text}, {name: (shape, "float32") for name, shape in ANSWERS[kind].items()})

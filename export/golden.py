@@ -1,6 +1,4 @@
-"""What each exported stage is to say: one image through our own modules in fp32, kept beside a plan and asked again
-whenever it is loaded.
-"""
+"""What each exported stage must answer: one image through our own modules in fp32, kept beside a plan."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ class Reference:
     """Golden inputs and outputs of every stage, computed when they are first asked for."""
 
     def __init__(self, open_engine: Callable[[], GoldenEngine]):
-        """`open_engine` makes the fp32 engine whose answers are golden; it is called when the first of them is asked
-        for.
-        """
+        """`open_engine` makes the fp32 engine whose answers are golden, once the first of them is asked for."""
         self._open_engine = open_engine
 
     @functools.cached_property

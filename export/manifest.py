@@ -45,9 +45,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The stages of one model and its decoders; `source` is a digest of every weight, so equal sources mean equal
-    files.
-    """
+    """The stages of one model and its decoders; `source` is a digest of every weight: equal sources, equal files."""
 
     stages: Mapping[str, StageFile]
     files: Mapping[str, FileInfo]

@@ -23,9 +23,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Within the block no other process fills `folder`; whoever comes later waits. The lock ends with its process,
-    however that ends.
-    """
+    """Within the block no other process fills `folder`; others wait, and the lock ends with its process."""
     handle = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,8 +50,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(folder: Path, last: str, earlier: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder to write into; at the end of the block its files are moved to `folder`, `last` after the others, or none
-    of them on an error.
+    """A folder to write into; its files are then moved to `folder`, `last` after the others, none on an error.
 
     Files of the names `earlier` that are not written anew are deleted then. Call it within `alone(folder)`.
     """

@@ -19,9 +19,7 @@ from datasetdm_fast.version import __version__
 
 
 def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
-    """The exit code of command(arguments), sys.argv by default: 0 done, 2, 3, 4 as errors.py says, 130 and 143 for
-    signals, 1 for a bug of ours.
-    """
+    """The exit code of command(arguments): 0 done, 2, 3, 4 as errors.py says, 130 and 143 for signals, 1 for a bug."""
     is_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _stop_on_sigterm) if is_main_thread else None
     try:
@@ -51,9 +49,7 @@ def _stop_on_sigterm(*_: object) -> NoReturn:
 
 
 def _reader_is_gone() -> bool:
-    """Whether the broken pipe was our own standard output; if so it is pointed elsewhere, so that the interpreter's
-    last flush stays quiet.
-    """
+    """Whether the broken pipe was our standard output; it is then pointed elsewhere, for a quiet last flush."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported

@@ -57,9 +57,7 @@ def parse(
 
 
 def nearest(word: str, known: Collection[str], before: str = "") -> str:
-    """' (did you mean X?)' where a known word starts like this one or is close to it, else nothing; `before` is put
-    before X.
-    """
+    """' (did you mean X?)' where a known word starts like this one or is close to it, `before` put before X."""
     longer = [candidate for candidate in known if word and candidate.startswith(word)]
     close = longer or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {before}{close[0]}?)" if close else ""
@@ -128,9 +126,7 @@ def _refuse_unknown(unknown: list[str], known: list[str], prog: str) -> NoReturn
 
 
 def _converter(hint: Any, choices: tuple[str, ...]) -> Converter:
-    """Text to a value of the field's type; refuses with a sentence that argparse and the YAML reader put the name
-    before.
-    """
+    """Text to a value of the field's type; a refusal is a sentence to which callers add the name."""
 
     def one(text: str) -> str:
         if choices and text not in choices:
@@ -198,9 +194,7 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
 
 
 def _as_text(value: Any, hint: Any) -> str:
-    """What the user would have typed after the flag; a word that YAML read as a number, date or truth value is refused,
-    not guessed back.
-    """
+    """What the user would have typed after the flag; words that YAML read as numbers or dates are refused."""
     if (
         hint == tuple[str, ...]
         and isinstance(value, list)

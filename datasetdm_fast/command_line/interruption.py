@@ -10,9 +10,7 @@ from typing import Any
 
 
 class Interruption:
-    """Within the block the first SIGINT or SIGTERM is remembered, so that the batch is finished; the second ends the
-    process at once.
-    """
+    """Within the block the first SIGINT or SIGTERM is remembered, to finish the batch; the second ends the process."""
 
     def __init__(self, is_quiet: bool):
         self.signal: int | None = None

@@ -57,9 +57,7 @@ def build_decoder(config: DecoderConfig, ops: SimpleNamespace = reference) -> De
 
 
 def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") -> Path:
-    """The folder with `config.json` and `model.safetensors`; `storage` fp16 halves the parameters, buffers stay
-    fp32.
-    """
+    """The folder with config.json and model.safetensors; `storage` fp16 halves parameters, buffers stay fp32."""
     if storage not in STORAGE:
         raise Refused(f"save_decoder: storage is {storage!r}, expected one of {', '.join(STORAGE)}")
     if not any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
@@ -132,9 +130,7 @@ def load_decoders(folder: str | Path) -> dict[str, Decoder]:
 
 
 def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
-    """The decoder filled from a DatasetDM state dict or checkpoint file and made ready for inference; `strict` as in
-    load_decoder.
-    """
+    """The decoder with the weights of a DatasetDM checkpoint, for inference; `strict` as in load_decoder."""
     is_state = isinstance(source, Mapping)
     state = source if is_state else read_state(Path(source))
     state = {name.removeprefix("module."): value for name, value in state.items()}

@@ -124,9 +124,7 @@ class DecoderConfig:
 
     @property
     def logits(self) -> int:
-        """Class logits of a query, the last for "no object"; an open-vocabulary query has upstream's three: unused,
-        object, none.
-        """
+        """Class logits of a query, the last "no object"; open-vocabulary has three: unused, object, none."""
         return 3 if self.has_text else len(self.classes) + 1
 
     @property
@@ -230,9 +228,7 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
 
 
 def upstream(kind: str, **changes) -> DecoderConfig:
-    """The configuration of DatasetDM's own decoder of this kind on Stable Diffusion 1.x, `changes` replacing its
-    fields.
-    """
+    """DatasetDM's own decoder configuration of this kind on Stable Diffusion 1.x, with `changes`."""
     presets = {
         "segmentation": {"task": "semantic", "classes": tuple(str(k) for k in range(19)), "min_area": 5000},
         "open-vocabulary": {"task": "open-vocabulary", "queries": 20},

@@ -30,9 +30,7 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("sv0", torch.ones(1))
 
     def normalised(self) -> Tensor:
-        """The weight [out, in, k, k] over its estimated norm; in training mode the estimate is kept for the next
-        call.
-        """
+        """The weight [out, in, k, k] over its estimated norm; in training the estimate is kept for the next call."""
         matrix = self.weight.flatten(1)
         with torch.no_grad():
             v = F.normalize(self.u0 @ matrix, eps=SPECTRAL_EPS)
@@ -62,9 +60,7 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class SegBlock(nn.Module):
-    """A residual block without upsampling; its ReLUs worked in place upstream, so the shortcut carries
-    relu(norm(x)).
-    """
+    """A residual block without upsampling; as upstream's in-place ReLU has it, the shortcut carries relu(norm(x))."""
 
     def __init__(self, channels_in: int, channels_out: int, ops: SimpleNamespace, normalisation: str):
         super().__init__()

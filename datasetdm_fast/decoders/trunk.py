@@ -41,9 +41,7 @@ class Decoder(nn.Module):
         }
 
     def project(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
-        """The captured level `name` at `width` channels [B, F, side, side]; a ProjectedCapture must be this decoder's
-        own part.
-        """
+        """The captured level `name` at `width` channels [B, F, side, side]; a ProjectedCapture must be our own part."""
         place = LEVELS.index(name)
         if isinstance(capture, ProjectedCapture):
             return resize(capture.sums[place], side)
@@ -78,9 +76,7 @@ def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
 
 
 def fold(decoder: Decoder) -> Decoder:
-    """The decoder for inference, its spectral norms divided into plain weights as the first image after loading would
-    see them.
-    """
+    """The decoder for inference, spectral norms divided into the weights as the first image would see them."""
     decoder.eval()
     for block in [module for module in decoder.modules() if isinstance(module, SegBlock)]:
         for name, child in list(block.named_children()):

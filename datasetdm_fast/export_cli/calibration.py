@@ -105,9 +105,7 @@ def _rewritten(folder: Path, manifest: Manifest) -> Manifest:
 def _calibrate(
     model: Model, decoders: Mapping[str, Decoder], folder: Path, manifest: Manifest, prompts: Sequence[str], steps: int
 ) -> list[dict[str, Any]]:
-    """Writes the eight-bit graph; returns how far its images and labels are from those of the graph it was made
-    from.
-    """
+    """Writes the eight-bit graph; returns how far its images and labels are from those of the graph before."""
     import onnx
 
     from datasetdm_fast.agreement import gates
@@ -162,9 +160,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 class _Through:
-    """The fast engine in fp32, but for the calls of the UNet that are not captured: these go through a session, which
-    may report on its activations.
-    """
+    """The fast engine in fp32 whose UNet calls without capture go through a session, which may watch activations."""
 
     def __init__(self, model: Model, decoders: Mapping[str, Decoder], session: onnxruntime.InferenceSession):
         from datasetdm_fast.engines.fast import FastEngine

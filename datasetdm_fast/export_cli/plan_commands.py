@@ -16,9 +16,7 @@ from datasetdm_fast.export_cli.settings import ExportConfig
 
 
 def build(config: ExportConfig) -> None:
-    """The plans of every stage in --out, built or found whole; what cannot come out well is refused before any model is
-    read.
-    """
+    """The plans of every stage in --out, built or found; what must fail is refused before any model is read."""
     from datasetdm_fast.export.tensorrt import to_tensorrt
 
     named = config.to if config.trt_flavour == "auto" else config.trt_flavour
@@ -121,9 +119,7 @@ def _gpu_name() -> str:
 
 
 def list_plans(config: ExportConfig) -> None:
-    """Every plan of --out, or of the cache, with what it is for; raises GateFailed where one of them would not be
-    used.
-    """
+    """Every plan of --out or of the cache and what it is for; raises GateFailed where one would not be used."""
     rows, faulty = [], 0
     for opened in _folders(config.out):
         for entry in opened.entries():
@@ -144,9 +140,7 @@ def list_plans(config: ExportConfig) -> None:
 
 
 def prune(config: ExportConfig) -> None:
-    """Deletes the plans of --out, or of the cache, that would not be used, and the least recently used beyond
-    --cap-gb.
-    """
+    """Deletes plans of --out or of the cache that would not be used, and the least used beyond --cap-gb."""
     removed = [
         one
         for opened in _folders(config.out)
@@ -178,9 +172,7 @@ def _folders(out: str) -> list[PlanFolder]:
 
 
 def _staleness(folder: Path):
-    """Why nothing would ever ask for a plan again: another version of TensorRT is installed, or its graph was exported
-    anew.
-    """
+    """Why a plan will not be asked for again: another TensorRT is installed, or its graph was exported anew."""
     try:
         graphs = Manifest.read(folder) if (folder / NAME).is_file() else None
     except Refused:

@@ -74,9 +74,7 @@ class BatchGenerator:
         return self.label(batch, self.sample(batch))
 
     def sample(self, batch: Batch) -> SampledBatch:
-        """The sampler loop, with the capture at one of its calls; on a GPU the host queues all of it and waits for
-        nothing.
-        """
+        """The sampler loop, with the capture at one of its calls; on a GPU the host queues it without waiting."""
         import torch
 
         from datasetdm_fast.sampling import times
@@ -189,9 +187,7 @@ class WordTable:
         self.embeddings = engine.encode_classes(list(words)) if words else None
 
     def of(self, requests: Sequence[Request]) -> Tensor:
-        """[B, K, D]: the words each request names, its last repeated up to the K of the longest; the first word stands
-        in for none.
-        """
+        """[B, K, D]: the words each request names, its last repeated up to the longest's K; the first where none."""
         import torch
 
         slots = max(word_slots(requests), 1)

@@ -85,8 +85,7 @@ class Job:
 
 
 def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
-    """The result of a run that has nothing left to do, found without loading any network; refuses a folder of another
-    configuration.
+    """The result of a run with nothing left to do, found without a network; other configurations are refused.
 
     Index files that are not up to date are rebuilt here, unless other processes may be about to do it.
     """
@@ -131,9 +130,7 @@ def prepare(config: RunConfig) -> Job:
 
 
 def compose(config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any] | None) -> Job:
-    """The same for settings that were checked, without a look at the run folder, whose description is `stored` where
-    there is one.
-    """
+    """The same for checked settings, without a look at the run folder; `stored` is its description, if any."""
     engine, decoders = _engine_of(config)
     recipe = _recipe_of(config, engine, source.classes)
     words = recipe.words or class_words(engine, config.task, source.classes)
@@ -190,8 +187,7 @@ def _megabytes(count: int) -> str:
 
 
 def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
-    """The job as the run folder's description has it; refuses a folder that was begun with other weights or another
-    engine.
+    """The job as the run folder's description has it; other weights or another engine are refused.
 
     Where a run folder is there it decides: which of several equal GPUs goes on with it, and what its memory would hold,
     changes no byte.

@@ -1,6 +1,4 @@
-"""Work beside the sampler: labels on a stream of their own, files and rows in threads; queues are short, and everything
-comes out in order.
-"""
+"""Work beside the sampler: labels on a stream of their own, files and rows in threads, all in order."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ WRITERS = 2  # threads that encode and write, a batch each
 
 
 class LabelStream:
-    """Does what it is given on a stream and thread of its own beside those that sample on a GPU; on a CPU, whose cores
-    are in use already, at once.
+    """Runs work on its own stream and thread beside the GPU's sampler; on a CPU, whose cores are busy, at once.
 
     Whatever comes out later than it was put in is bounded: two batches wait, a third makes the sampler wait.
     """
@@ -37,9 +34,7 @@ class LabelStream:
             self._pool, self._stream = ThreadPoolExecutor(1, "labels"), torch.cuda.Stream(device)
 
     def put(self, name: Any, work: Callable[..., Any], *arguments: Any) -> None:
-        """Begins work(*arguments), which may read what this thread has queued on the GPU so far, and which comes out
-        again as `name` and result.
-        """
+        """Begins work(*arguments), which may read what this thread queued on the GPU; it comes out with `name`."""
         if self._pool is None:
             done: Future = Future()
             done.set_result(work(*arguments))

@@ -156,9 +156,7 @@ def count_tokens(prompt: str, tokenizer: Tokenizer) -> int:
 
 
 def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = (), *, truncate: bool = False) -> str:
-    """The prompt itself where the text encoder takes it whole; with `truncate` its longest beginning, cut between
-    words.
-    """
+    """The prompt where the text encoder takes it whole; with `truncate` its longest beginning, cut between words."""
     limit = token_limit(tokenizer)
     head = prompt[:LONGEST_LINE]
     count = count_tokens(head, tokenizer)

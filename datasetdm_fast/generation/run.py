@@ -32,9 +32,7 @@ def run(
     on_unet_call: Callable[[], None] = lambda: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Makes what the run folder lacks, batch by batch; `on_commit` hears of every commit, and `is_stopping` is asked
-    after every sampled batch.
-    """
+    """Makes the missing samples batch by batch; `on_commit` hears of commits, `is_stopping` is asked after each."""
     begin, new = time.perf_counter(), 0
 
     def committed(rows: list[Row]) -> None:
@@ -133,9 +131,7 @@ class Remake:
 
 
 def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
-    """The sample `config.only` from its row; `given` names the settings that the user set and that must agree with the
-    run folder's.
-    """
+    """The sample `config.only` from its row; settings in `given` must agree with the run folder's."""
     folder = Path(config.out)
     stored = read_document(folder)
     if stored is None or not (folder / LEDGER).exists():

@@ -1,5 +1,4 @@
-"""Who reads along while the UNet runs: nobody, one that keeps every feature and map, or one that keeps what the
-decoders would make of them.
+"""Capture hooks: nothing, every feature and map, or only what the decoders make of them.
 
 A decoder's first layer is a 1x1 convolution over everything it reads of a level, and projecting commutes with resizing,
 so each tensor is multiplied by its own slice of that weight where it lies and added to the level's sum. The
@@ -78,9 +77,7 @@ class Projecting(Protocol):
 
 
 class Projection(nn.Module):
-    """The first layers of all decoders of a run, stacked along their outputs and cut into one matrix for each captured
-    tensor.
-    """
+    """The first layers of all decoders, stacked along their outputs, as one matrix per captured tensor."""
 
     def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Projecting]):
         super().__init__()

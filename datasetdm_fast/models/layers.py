@@ -1,6 +1,4 @@
-"""Layers the UNet and the autoencoder share, filled from the state dicts of diffusers modules; images are channels-last
-throughout.
-"""
+"""Layers of UNet and autoencoder, filled from diffusers state dicts; images are channels-last throughout."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ class Linear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A Linear in the order oneDNN reads its weight in: on a CPU about a tenth faster, and most where there are few
-    rows.
-    """
+    """A Linear in oneDNN's weight order: on a CPU about a tenth faster, most where there are few rows."""
 
     ROWS = 2048  # oneDNN is told how many to expect
 
@@ -91,9 +87,7 @@ class Convolution(nn.Module):
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 1 x 1 convolution as a matrix product: on a CPU the rounding of a narrow convolution depends on the number of
-    threads.
-    """
+    """A 1x1 convolution as a matrix product, whose rounding on a CPU does not depend on the number of threads."""
     return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
 
 
@@ -129,9 +123,7 @@ class LayerNorm(nn.Module):
 
 
 class Resnet(nn.Module):
-    """Two normalised convolutions and a shortcut; the bias of the first is an argument where it depends on the
-    timestep.
-    """
+    """Two normalised convolutions and a shortcut; a timestep's bias of the first is an argument."""
 
     def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace):
         super().__init__()
@@ -176,9 +168,7 @@ class Upsample(nn.Module):
 
 
 def _pairs(weight: Tensor, axis: int) -> Tensor:
-    """Three taps along `axis` as two, for the first and then for the second place within a doubled cell, stacked on
-    axis 0.
-    """
+    """Three taps along `axis` as two, for the first and the second place of a doubled cell, stacked on axis 0."""
     first, middle, last = weight.unbind(axis)
     return torch.cat([torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)])
 

@@ -63,9 +63,7 @@ def _transformer_places(unet: Weights, count: int) -> list[tuple[Weights, int]]:
 
 
 class TimeTable(nn.Module):
-    """What a timestep adds in every resnet: the biases of their first convolutions, end to end [sum of channels]. Kept
-    in fp32.
-    """
+    """What a timestep adds in every resnet: the biases of their first convolutions end to end, kept in fp32."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -94,9 +92,7 @@ class TimeTable(nn.Module):
 
 
 class TextTable(nn.Module):
-    """Keys and values [2, N, heads, T, d] of every cross-attention layer for the texts [N, T, D], all layers in one
-    product.
-    """
+    """Keys and values [2, N, heads, T, d] of all cross-attention layers for texts [N, T, D], in one product."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -272,9 +268,7 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet output [2B, 4, h, w] for latents [B, 4, h, w], a row of TimeTable and what TextTable says of the texts [2B,
-    T, D].
-    """
+    """UNet output [2B, 4, h, w] for latents [B, 4, h, w], a row of TimeTable, and TextTable of [2B, T, D]."""
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()

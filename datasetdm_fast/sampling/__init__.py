@@ -14,8 +14,7 @@ from datasetdm_fast.sampling.times import alphas_cumprod
 
 
 def make_schedule(scheduler: Mapping, sampler: str, steps: int, profile: str = "0.3.0") -> Schedule:
-    """The calls of `sampler` for a diffusers scheduler config; `profile` says which diffusers version's PNDM timesteps
-    to follow.
+    """The calls of `sampler` for a diffusers scheduler config; `profile` is the diffusers version of PNDM's timesteps.
 
     PNDM repeats its second timestep, so 50 steps are 51 calls; with profile 0.3.0 the last update changes nothing. That
     profile knows neither steps_offset nor set_alpha_to_one, and where the steps do not divide the training steps it

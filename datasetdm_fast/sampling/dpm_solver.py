@@ -14,9 +14,7 @@ from datasetdm_fast.sampling.times import SPACING, _checked
 
 
 def _dpm_solver(scheduler: Mapping, alphas: Tensor, steps: int, prediction: str) -> tuple[list[int], list[Update]]:
-    """DPM-Solver++(2M), midpoint form (algorithm 2 of arXiv 2211.01095), from the first sigma to zero; entries are
-    clean samples.
-    """
+    """DPM-Solver++(2M), midpoint form (arXiv 2211.01095, algorithm 2), to sigma zero; entries are clean samples."""
     values, count = alphas.double().tolist(), len(alphas)
     spacing, offset = scheduler.get("timestep_spacing", SPACING["dpm-solver++"]), scheduler.get("steps_offset", 0)
     if spacing == "linspace":

@@ -49,9 +49,7 @@ def invert(
 
 
 def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
-    """Clean latents brought to `timestep` by DDIM with eta 0 run backwards (Song et al. 2020, section 4.3), without
-    guidance.
-    """
+    """Clean latents brought to `timestep` by DDIM run backwards without guidance (Song et al. 2020, 4.3)."""
     scheduler = engine.model.scheduler
     alphas = times.alphas_cumprod(scheduler).double().tolist()
     latents, alpha, time = clean.clone(), 1.0, 0

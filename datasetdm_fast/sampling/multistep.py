@@ -24,9 +24,7 @@ def _transfer(alpha: float, target: float, order: int, prediction: str, **flags:
 
 
 def _plms(pairs: list[tuple[float, float]], prediction: str) -> list[Update]:
-    """Updates of the PLMS calls, given the alphas each goes from and to; call 1 redoes call 0 with the mean of both
-    outputs.
-    """
+    """Updates of the PLMS calls between the given alphas; call 1 redoes call 0 with the mean of both outputs."""
     updates = []
     for k, (alpha, target) in enumerate(pairs):
         if k == 1:

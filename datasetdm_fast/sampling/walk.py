@@ -49,7 +49,7 @@ def step(schedule: Schedule, k: int, state: State, output: Tensor) -> State:
 
 
 class SamplerState:
-    """A batch on its way through a schedule: what `guide` and `step` say in a dozen small operations, in one per call.
+    """A batch on its way through a schedule: `guide` and `step` in one operation per call.
 
     Earlier entries lie in a ring that is written in place; which of its slots a call reads, and with what weight, is in
     its row of numbers, computed once per run, so nothing here waits for a device.

@@ -24,9 +24,7 @@ OPSET, IR = 21, 10  # the first with eight-bit floats of fp16 scale in every rea
 
 # Graphs ---------------------------------------------------------------------------------------------------------------
 def quantisable(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The UNet's layers with constant fp16 weights, but for narrow ones: the first and the last convolution decide
-    colours.
-    """
+    """The UNet's layers with constant fp16 weights, without the narrow first and last ones, which decide colours."""
     import onnx
 
     weights = {one.name: one for one in model.graph.initializer}
@@ -67,9 +65,7 @@ def watching(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto]) -> onnx.M
 def quantised(
     model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], largest: Mapping[str, float], folder: Path
 ) -> onnx.ModelProto:
-    """The graph with eight-bit weights and activations in these layers; the largest magnitude of an activation becomes
-    the largest of E4M3.
-    """
+    """The graph with eight-bit weights and activations in these layers; the largest one becomes E4M3's largest."""
     return _Quantising(model, folder).result(layers, largest)
 
 

@@ -130,9 +130,7 @@ def _each(found: object) -> Iterator[Value]:
 
 
 def _call(name: str, func: Callable, args: Sequence, kwargs: Mapping):
-    """The result of one PyTorch call: computed where everything is constant, else what its operator adds to the
-    graph.
-    """
+    """The result of one PyTorch call: computed where all is constant, else what its operator adds to the graph."""
     values = list(_each([*args, *kwargs.values()]))
     if any(value.is_spent for value in values):
         raise RuntimeError(f"export: {name} reads a tensor that was overwritten in place")
@@ -156,9 +154,7 @@ def _leaves(found: object) -> Iterator[object]:
 
 
 def _folded(graph: Graph, name: str, func: Callable, args: Sequence, kwargs: Mapping):
-    """The constant result, named by how it was made, so that equal names mean equal bytes in every graph over the same
-    weights.
-    """
+    """The constant result, named by how it was made: equal names mean equal bytes in all graphs of the weights."""
 
     def real(one):
         if isinstance(one, Value):
@@ -184,9 +180,7 @@ def _folded(graph: Graph, name: str, func: Callable, args: Sequence, kwargs: Map
 
 
 class Graph:
-    """One graph under construction; large constants go to `data`. `operators` says which nodes a PyTorch call becomes,
-    by its name.
-    """
+    """One graph under construction; large constants go to `data`, `operators` maps PyTorch calls to nodes."""
 
     def __init__(
         self, name: str, data: DataFile, operators: Mapping[str, Callable], opset: int = OPSETS[torch.float32]
@@ -213,9 +207,7 @@ class Graph:
         return value
 
     def output(self, name: str, value: Value) -> None:
-        """Gives `value` to the caller as `name`; the node that makes it does so under that name, as TensorRT casts to
-        uint8 only at the very end.
-        """
+        """Names `value` for the caller; the node that makes it bears the name, as TensorRT casts to uint8 last."""
         for node in self._nodes:
             for names in (node.input, node.output):
                 names[:] = [name if one == value.name else one for one in names]
@@ -348,9 +340,7 @@ class Graph:
         return model
 
     def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
-        """The nodes that an output depends on, and every name they read: a transposition that was undone leaves a node
-        nobody reads.
-        """
+        """The nodes an output depends on and the names they read: an undone transposition leaves one nobody reads."""
         read = {value.name for value in self.outputs}
         needed = []
         for node in reversed(self._nodes):

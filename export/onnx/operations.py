@@ -94,9 +94,7 @@ def mask_head(queries: Value, features: Value, side: int, is_blocking: bool = Fa
 def depth_head(
     x: Value, weight: Value, bias: Value, last_weight: Value, last_bias: Value, sides: Sequence[int]
 ) -> Value:
-    """See kernels.depth_head.low_resolution: nine products at the resolution of `x`, then resized, shifted and
-    added.
-    """
+    """See kernels.depth_head.low_resolution: nine products at the resolution of `x`, resized, shifted, added."""
     side, (hidden, channels) = x.shape[-1], weight.shape[:2]
     matrices = shifted(resize_matrix(side, sides, torch.zeros(())))  # [3, H, h]
     across = x.graph.constant(matrices.permute(0, 2, 1).reshape(3 * side, -1).contiguous())  # [3 w, W]
@@ -141,9 +139,7 @@ class Doubled(nn.Module):
 
 
 def _woven(first: Tensor, second: Tensor, axis: int) -> Tensor:
-    """The four taps along `axis` of a transposed convolution, from the pairs of the first and of the second place
-    within a doubled cell.
-    """
+    """The four taps along `axis` of a transposed convolution, from the pairs of both places of a doubled cell."""
     (before, here), (there, after) = first.unbind(axis), second.unbind(axis)
     return torch.stack([after, here, there, before], axis)
 

@@ -320,9 +320,7 @@ def getitem(x: Value, index) -> Value:
 
 
 def isfinite(x: Value) -> Value:
-    """By a comparison, which is false of NaN on every device; a maximum may pass over it. Nothing but overflow comes to
-    the largest float.
-    """
+    """By a comparison, which is false of NaN on every device; nothing but overflow reaches the largest float."""
     assert x.dtype == torch.float32
     return x.graph.emit("Abs", [x], x.shape, x.dtype) < LARGEST_FLOAT
 

@@ -61,8 +61,7 @@ def export(
     runtime: str = "any",
     told: Callable[[str], None] = lambda stage: None,
 ) -> Manifest:
-    """The manifest of the folder `out`, which afterwards holds every stage, or those named by `only`; equal input gives
-    equal bytes.
+    """The manifest of folder `out`, which then holds every stage, or those of `only`; equal input, equal bytes.
 
     UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each.
     `raw_capture` adds the stage that hands out all features and maps. For the `runtime` onnxruntime attention is that
@@ -166,9 +165,7 @@ def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> Non
 
 
 def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
-    """SHA-256 of all that decides the graphs and their weights: parameters, configurations and this package's own
-    code.
-    """
+    """SHA-256 of all that decides the graphs: parameters, configurations and this package's own code."""
     parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
     configs = {
         name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()

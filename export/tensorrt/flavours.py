@@ -60,9 +60,7 @@ class Flavour:
 
 
 def find(name: str = "auto", asker: str = "engine trt") -> Flavour:
-    """The flavour of that name, or the first installed one; raises Missing, on behalf of `asker`, where there is
-    none.
-    """
+    """The flavour of that name, or the first installed one; raises Missing, for `asker`, where there is none."""
     tried = tuple(MODULES) if name == "auto" else (name,)
     broken = []
     for flavour in tried:
@@ -84,9 +82,7 @@ def find(name: str = "auto", asker: str = "engine trt") -> Flavour:
 
 
 def _fitting(gpus: Sequence[str]) -> str:
-    """The flavour to recommend for these GPUs: data-centre ones from Hopper on are served by the full TensorRT
-    alone.
-    """
+    """The flavour to recommend for these GPUs: data-centre ones from Hopper on need the full TensorRT."""
     return "tensorrt" if set(gpus) & DATA_CENTRE else "tensorrt-rtx"
 
 
@@ -129,9 +125,7 @@ def driver() -> str:
 
 
 def gpu_capabilities() -> list[str]:
-    """The capability of each GPU of this machine, asked of the driver itself: neither torch nor a CUDA context is
-    needed.
-    """
+    """The capability of each GPU of this machine, asked of the driver: without torch or a CUDA context."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -151,9 +145,7 @@ def gpu_capabilities() -> list[str]:
 
 
 def require_gpu(name: str = "auto") -> Flavour:
-    """The flavour that can run on a GPU of this machine; raises Missing, quickly, where module, driver or GPU is not
-    there.
-    """
+    """The flavour that can run on a GPU here; raises Missing quickly where module, driver or GPU is not there."""
     flavour, gpus = find(name), gpu_capabilities()
     if not gpus:
         raise Missing(
@@ -177,9 +169,7 @@ def serves(flavour: Flavour, capability: str) -> bool:
 
 
 def check_capabilities(flavour: Flavour, wanted: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
-    """The capabilities plans are to be built for: those asked for, or the GPU of this machine, or empty for whatever
-    the flavour calls portable.
-    """
+    """The capabilities to build for: those asked for, or this machine's GPU, or none where plans are portable."""
     if flavour.is_portable:
         for capability in wanted:
             if capability not in flavour.capabilities:

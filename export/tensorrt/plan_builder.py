@@ -1,6 +1,4 @@
-"""The process that builds one plan: a builder that crashes takes only itself along. A job comes as JSON on stdin,
-events leave as JSON lines on a pipe.
-"""
+"""The process that builds one plan, so that a crash takes only itself: JSON job on stdin, JSON lines out."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Built plans on the disk: what each was built for, the seal it is read under, and one build however many processes ask
-for it.
-"""
+"""Built plans on the disk: what each is for, its seal, and one build however many processes ask for it."""
 
 from __future__ import annotations
 
@@ -98,8 +96,7 @@ class PlanFolder:
     def open_or_build(
         self, order: PlanOrder, build: Build, accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False
     ) -> PlanFile:
-        """The plan of `order`, or another whose facts are `accept`ed; what lies in its place but must not be used is
-        named and built anew.
+        """The plan of `order`, or one whose facts are `accept`ed; a file that must not be used is named and rebuilt.
 
         One process builds for all that wait.
         """
@@ -205,9 +202,7 @@ class PlanFolder:
         return found
 
     def prune(self, is_stale: Callable[[Mapping[str, Any]], str], cap: int = CAP) -> list[tuple[Path, str]]:
-        """What was deleted and why: unusable and stale plans, what belongs to no plan, then the plans least recently
-        used beyond `cap` bytes.
-        """
+        """What was deleted and why: unusable and stale plans, stray files, then the least used beyond `cap` bytes."""
         removed, good = [], []
         for entry in self.entries():
             reason = entry.fault or is_stale(entry.facts)

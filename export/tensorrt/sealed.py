@@ -1,5 +1,4 @@
-"""Files sealed with a key of this user: a plan or a cache of compiled kernels is native code, so it is run only where
-its seal holds.
+"""Files sealed with a key of this user: plans and compiled kernels are native code, run only where the seal holds.
 
 Layout: magic, length of the header, header (JSON: facts, notes, size and SHA-256 of the payload), HMAC-SHA-256 over all
 of that, payload.
@@ -151,8 +150,7 @@ def _chunks(payload: bytes | Path) -> Iterator[bytes]:
 
 
 def read(path: Path, key: bytes, facts: Mapping[str, Any] | None = None) -> tuple[Header, bytes]:
-    """Header and payload of a sealed file; raises Unusable where anything of it is not what was sealed, or, given
-    `facts`, is not about these.
+    """Header and payload of a sealed file; raises Unusable where the seal does not hold or `facts` differ.
 
     The payload is returned as the very bytes that were checked: what happens to the file afterwards does not matter.
     """

@@ -78,9 +78,7 @@ def check_flags(flavour: Flavour, flags: Sequence[str], gpus: Sequence[str]) -> 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------
 def sizes(stage: str, size: int, batches: Sequence[int]) -> tuple[int, ...]:
-    """The B of each optimisation profile of a stage, rising; every profile has one fixed shape, which is what its
-    kernels are chosen for.
-    """
+    """The B of each optimisation profile of a stage, rising; each has one fixed shape to choose kernels for."""
     return tuple(sorted({at_once(stage, size, batch) for batch in batches}))
 
 
@@ -137,9 +135,7 @@ def open_plan(
     accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False,
     is_quiet: bool = False,
 ) -> PlanFile:
-    """The plan of one stage; `accepts` says of the facts of a plan for other shapes or more GPUs whether it does,
-    too.
-    """
+    """The plan of one stage; `accepts` judges the facts of plans for other shapes or more GPUs."""
     order, tensors = make_order(stage, manifest, target), manifest.stages[stage]
 
     def build(part: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
@@ -170,9 +166,7 @@ def _check_graph(folder: Path, manifest: Manifest, stage: str) -> None:
 
 
 class _timings:
-    """Within the block a file with the timings of earlier builds, kept afterwards, where the flavour builds by timing;
-    else nothing.
-    """
+    """Within the block a file with the timings of earlier builds, where the flavour builds by timing; else None."""
 
     def __init__(self, opened: PlanFolder, target: Target):
         # TensorRT-RTX times nothing, and would ask for a GPU at the sight of a timing cache.
@@ -208,9 +202,7 @@ class _timings:
 def run_builder(
     graph: Path, order: PlanOrder, part: Path, flavour: Flavour, timings: Path | None = None, is_quiet: bool = False
 ) -> dict[str, Any]:
-    """Layers, fused attentions and seconds of the plan that was written to `part`; refuses what TensorRT refuses, in
-    its words.
-    """
+    """Layers, fused attentions and seconds of the plan written to `part`; refuses what TensorRT refuses."""
     job = {
         "module": MODULES[flavour.name],
         "graph": str(graph),
