@@ -8,7 +8,11 @@ TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 ENGINES = ("auto", "torch", "fast", "ort", "trt")
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
-SAMPLERS = ("pndm", "ddim", "dpm-solver++")
+SAMPLERS = {  # name -> module that ends with its SAMPLER
+    "pndm": "datasetdm_fast.sampling.multistep",
+    "ddim": "datasetdm_fast.sampling.ddim",
+    "dpm-solver++": "datasetdm_fast.sampling.dpm_solver",
+}
 PROFILES = ("0.3.0", "0.14.0")
 
 

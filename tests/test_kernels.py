@@ -157,7 +157,7 @@ def test_guided_step_is_the_sampler(sampler):
     schedule = sampling.make_schedule(
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, sampler, 7
     )
-    state, slots = walk.start(torch.randn(2, 4, 3, 3, dtype=torch.float64)), walk.MEMORY[sampler]
+    state, slots = walk.start(torch.randn(2, 4, 3, 3, dtype=torch.float64)), schedule.memory
     for k, update in enumerate(schedule.updates):
         output = torch.randn(4, 4, 3, 3, dtype=torch.float64)
         history = torch.full((slots, 2, 4, 3, 3), float("nan"), dtype=torch.float64)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
 
+from datasetdm_fast.config import SAMPLERS
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import Refused
@@ -348,3 +349,22 @@ def test_a_walk_is_guide_and_step(sampler, steps, profile, prediction):
         state = step(schedule, k, state, guide(output, 7.5))
         after = walk.step(k, output)
         assert after is walk.latents and torch.allclose(after, state.latents, rtol=1e-5, atol=1e-5), k
+
+
+def test_a_sampler_is_one_file_and_one_line(tmp_path, monkeypatch):
+    (tmp_path / "halving_sampler.py").write_text(
+        "from datasetdm_fast.sampling.schedule import Sampler, Update\n"
+        "def halving(scheduler, alphas, steps, prediction, profile):\n"
+        "    return list(range(steps))[::-1], [Update(0.5, (0.0, 1.0)[: 1 + (k > 0)]) for k in range(steps)]\n"
+        "SAMPLER = Sampler(halving, memory=1, least_steps=3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(SAMPLERS, "halving", "halving_sampler")
+    schedule = make_schedule(BETAS, "halving", 3)
+    assert schedule.timesteps == (2, 1, 0) and schedule.memory == 1
+    state = SamplerState(schedule, 1.0, torch.full((1, 4, 2, 2), 8.0))
+    for k in range(3):
+        state.step(k, torch.full((2, 4, 2, 2), float(k)))
+    assert state.latents.unique().tolist() == [2.0]  # ((8 / 2) / 2 + 0) / 2 + 1
+    with pytest.raises(Refused, match="not within 3 .. 1000, the range of halving"):
+        make_schedule(BETAS, "halving", 2)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 
 from datasetdm_fast.config import PROFILES, SAMPLERS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.sampling.ddim import _ddim
-from datasetdm_fast.sampling.dpm_solver import _dpm_solver
-from datasetdm_fast.sampling.multistep import _pndm, _pndm_first_profile
-from datasetdm_fast.sampling.schedule import Schedule
+from datasetdm_fast.sampling.schedule import Sampler, Schedule
 from datasetdm_fast.sampling.times import alphas_cumprod
 
 
@@ -30,13 +28,10 @@ def make_schedule(scheduler: Mapping, sampler: str, steps: int, profile: str = "
             f"prediction_type: the scheduler config says {prediction!r}, supported are epsilon and v_prediction"
         )
     alphas = alphas_cumprod(scheduler)
-    least = 2 if sampler == "pndm" else 1
-    if not least <= steps <= len(alphas):
-        raise Refused(f"steps: {steps} is not within {least} .. {len(alphas)}, the range of {sampler} for this model")
-    if sampler == "pndm" and profile == "0.3.0":
-        times, updates = _pndm_first_profile(alphas, steps, prediction)
-    else:
-        times, updates = {"pndm": _pndm, "ddim": _ddim, "dpm-solver++": _dpm_solver}[sampler](
-            scheduler, alphas, steps, prediction
+    chosen: Sampler = import_module(SAMPLERS[sampler]).SAMPLER
+    if not chosen.least_steps <= steps <= len(alphas):
+        raise Refused(
+            f"steps: {steps} is not within {chosen.least_steps} .. {len(alphas)}, the range of {sampler} for this model"
         )
-    return Schedule(sampler, prediction, tuple(times), tuple(updates))
+    times, updates = chosen.calls(scheduler, alphas, steps, prediction, profile)
+    return Schedule(chosen.memory, prediction, tuple(times), tuple(updates))

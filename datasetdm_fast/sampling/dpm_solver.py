@@ -9,14 +9,16 @@ import numpy as np
 from torch import Tensor
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.sampling.schedule import Update
-from datasetdm_fast.sampling.times import SPACING, _checked
+from datasetdm_fast.sampling.schedule import Sampler, Update
+from datasetdm_fast.sampling.times import check_times
 
 
-def _dpm_solver(scheduler: Mapping, alphas: Tensor, steps: int, prediction: str) -> tuple[list[int], list[Update]]:
+def dpm_solver(
+    scheduler: Mapping, alphas: Tensor, steps: int, prediction: str, profile: str
+) -> tuple[list[int], list[Update]]:
     """DPM-Solver++(2M), midpoint form (arXiv 2211.01095, algorithm 2), to sigma zero; entries are clean samples."""
     values, count = alphas.double().tolist(), len(alphas)
-    spacing, offset = scheduler.get("timestep_spacing", SPACING["dpm-solver++"]), scheduler.get("steps_offset", 0)
+    spacing, offset = scheduler.get("timestep_spacing", "linspace"), scheduler.get("steps_offset", 0)
     if spacing == "linspace":
         falling = np.linspace(0, count - 1, steps + 1).round()[::-1][:-1]
     elif spacing == "leading":
@@ -27,7 +29,7 @@ def _dpm_solver(scheduler: Mapping, alphas: Tensor, steps: int, prediction: str)
         raise Refused(
             f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing"
         )
-    times, updates = _checked(falling, count), []
+    times, updates = check_times(falling, count), []
     log_ratio = [0.5 * math.log(values[t] / (1 - values[t])) for t in times]  # lambda of the paper
     for k, time in enumerate(times):
         kept, noisy = math.sqrt(values[time]), math.sqrt(1 - values[time])
@@ -40,3 +42,6 @@ def _dpm_solver(scheduler: Mapping, alphas: Tensor, steps: int, prediction: str)
         share = 0.0 if k == 0 else 0.5 * h / (log_ratio[k] - log_ratio[k - 1])
         updates.append(Update(sample, (weight,) if k == 0 else (weight * (1 + share), -weight * share), entry))
     return times, updates
+
+
+SAMPLER = Sampler(dpm_solver, memory=1)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from datasetdm_fast.sampling.schedule import Update
-from datasetdm_fast.sampling.times import _spaced
+from datasetdm_fast.sampling.schedule import Sampler, Update
+from datasetdm_fast.sampling.times import spaced
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
@@ -34,17 +34,22 @@ def _plms(pairs: list[tuple[float, float]], prediction: str) -> list[Update]:
     return updates
 
 
-def _pndm(scheduler: Mapping, alphas: Tensor, steps: int, prediction: str) -> tuple[list[int], list[Update]]:
+def pndm(
+    scheduler: Mapping, alphas: Tensor, steps: int, prediction: str, profile: str
+) -> tuple[list[int], list[Update]]:
+    """PLMS after a warm-up of one repeated call, with the timesteps of the profile's diffusers version."""
+    if profile == "0.3.0":
+        return _first_profile(alphas, steps, prediction)
     values, last, stride = alphas.double().tolist(), len(alphas) - 1, len(alphas) // steps
     final = 1.0 if scheduler.get("set_alpha_to_one", False) else values[0]
-    rising = _spaced(scheduler, "pndm", len(alphas), steps)
+    rising = spaced(scheduler, len(alphas), steps)
     times = [*rising[:-1], rising[-2], rising[-1]][::-1]
     pairs = [(values[t], values[t - stride] if t >= stride else final) for t in times]
     pairs[1] = (values[min(times[1] + stride, last)], values[times[1]])
     return times, _plms(pairs, prediction)
 
 
-def _pndm_first_profile(alphas: Tensor, steps: int, prediction: str) -> tuple[list[int], list[Update]]:
+def _first_profile(alphas: Tensor, steps: int, prediction: str) -> tuple[list[int], list[Update]]:
     """diffusers 0.3.0: no offset in the timesteps, one in the alphas, and the last update stays where it is."""
     values, last, stride = alphas.double().tolist(), len(alphas) - 1, len(alphas) // steps
     rising = list(range(0, len(alphas), stride))
@@ -56,3 +61,6 @@ def _pndm_first_profile(alphas: Tensor, steps: int, prediction: str) -> tuple[li
     pairs = [(value(t), value(t - stride)) for t in times]
     pairs[1] = (value(times[1] + stride), value(times[1]))
     return times, _plms(pairs, prediction)
+
+
+SAMPLER = Sampler(pndm, memory=3, least_steps=2)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,20 @@ class Update:
 class Schedule:
     """Timesteps and coefficients of every UNet call of one image."""
 
-    kind: str
+    memory: int  # earlier entries that its updates read
     prediction_type: str
     timesteps: tuple[int, ...]
     updates: tuple[Update, ...]
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What the rest must know of a sampler."""
+
+    # (scheduler config, cumulative alphas, steps, prediction type, profile) -> timesteps and updates
+    calls: Callable[[Mapping, Tensor, int, str, str], tuple[list[int], list[Update]]]
+    memory: int  # earlier entries it reads
+    least_steps: int = 1

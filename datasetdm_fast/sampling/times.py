@@ -11,8 +11,6 @@ from torch import Tensor
 
 from datasetdm_fast.errors import Refused
 
-SPACING = {"pndm": "leading", "ddim": "leading", "dpm-solver++": "linspace"}  # where the scheduler config does not say
-
 
 def alphas_cumprod(scheduler: Mapping) -> Tensor:
     """[training steps] fp32 cumulative products of 1 - beta, rounded as diffusers rounds them."""
@@ -49,9 +47,9 @@ def add_noise(scheduler: Mapping, latents: Tensor, noise: Tensor, timestep: int)
     return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
 
 
-def _spaced(scheduler: Mapping, sampler: str, count: int, steps: int) -> list[int]:
+def spaced(scheduler: Mapping, count: int, steps: int) -> list[int]:
     """Ascending timesteps for PNDM and DDIM by the config's timestep_spacing."""
-    spacing = scheduler.get("timestep_spacing", SPACING[sampler])
+    spacing = scheduler.get("timestep_spacing", "leading")
     if spacing == "leading":
         times = np.arange(steps) * (count // steps) + scheduler.get("steps_offset", 0)
     elif spacing == "linspace":
@@ -62,10 +60,11 @@ def _spaced(scheduler: Mapping, sampler: str, count: int, steps: int) -> list[in
         raise Refused(
             f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing"
         )
-    return _checked(times, count)
+    return check_times(times, count)
 
 
-def _checked(times: np.ndarray, count: int) -> list[int]:
+def check_times(times: np.ndarray, count: int) -> list[int]:
+    """The timesteps as numbers; refuses those that repeat or leave the training steps."""
     if times.min() < 0 or times.max() >= count or np.unique(times).size < times.size:
         raise Refused(
             f"steps: {len(times)} steps do not fit into {count} training steps with this spacing and offset, ask for "

@@ -11,8 +11,6 @@ from torch import Tensor
 from datasetdm_fast.kernels import guided_step
 from datasetdm_fast.sampling.schedule import Schedule
 
-MEMORY = {"pndm": 3, "ddim": 0, "dpm-solver++": 1}  # earlier entries a sampler reads
-
 
 @dataclass(frozen=True)
 class State:
@@ -44,7 +42,7 @@ def step(schedule: Schedule, k: int, state: State, output: Tensor) -> State:
     latents = update.sample * sample
     for weight, value in zip(update.weights, entries):
         latents = latents + weight * value
-    history = entries[: MEMORY[schedule.kind]] if update.is_kept else state.history
+    history = entries[: schedule.memory] if update.is_kept else state.history
     return State(latents, history, state.origin)
 
 
@@ -57,7 +55,7 @@ class SamplerState:
 
     def __init__(self, schedule: Schedule, guidance: float, latents: Tensor):
         self.schedule, self.latents, self.origin = schedule, latents, latents
-        self.ring = latents.new_zeros((MEMORY[schedule.kind], *latents.shape))
+        self.ring = latents.new_zeros((schedule.memory, *latents.shape))
         self.numbers, self.places = _walk_numbers(schedule, guidance, latents.device)
 
     def step(self, k: int, output: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ class SamplerState:
 @lru_cache(8)
 def _walk_numbers(schedule: Schedule, guidance: float, device: torch.device) -> tuple[Tensor, tuple[int | None, ...]]:
     """Per call the numbers of kernels/guided_step.py, and the slot of the ring that keeps its entry."""
-    slots, newest, rows, places = MEMORY[schedule.kind], 0, [], []
+    slots, newest, rows, places = schedule.memory, 0, [], []
     for update in schedule.updates:
         earlier = [0.0] * slots
         for age, weight in enumerate(update.weights[1:]):
