@@ -1,11 +1,49 @@
-"""Run settings: one typed dataclass that is the flags, the YAML file and run.json at once."""
+"""Settings of the commands: typed dataclasses that are the flags, the YAML file and run.json at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
-ENGINES = ("auto", "torch", "fast", "ort", "trt")
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """What the rest must know of an engine before any of its libraries is imported."""
+
+    engine: str  # module:class, built from a model, its decoders, dtype, device and `options`
+    # settings of its own -> cause and remedy of the refusal where they are given to another engine, None = passed over
+    options: Mapping[str, tuple[str, str] | None] = field(default_factory=dict)
+    requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
+
+
+ENGINES = {
+    "torch": EngineKind("datasetdm_fast.engines.torch:TorchEngine"),
+    "fast": EngineKind(
+        "datasetdm_fast.engines.fast:FastEngine",
+        options={
+            "compile": (
+                "--compile: the engine is {engine}, and only the fast one can be compiled",
+                "Use it with --engine fast.",
+            )
+        },
+    ),
+    "ort": EngineKind(
+        "datasetdm_fast.engines.exported.ort:OrtEngine",
+        options={
+            "provider": ("provider: {value} is one of ONNX Runtime's, and the engine is {engine}", "add --engine ort")
+        },
+        requirement=("datasetdm_fast.engines.exported.providers:require_provider", "provider"),
+    ),
+    "trt": EngineKind(
+        "datasetdm_fast.engines.exported.trt:TrtEngine",
+        options={"engines": None, "trt_flavour": None},
+        requirement=("datasetdm_fast.export.tensorrt.flavours:require_gpu", "trt_flavour"),
+    ),
+}
+ENGINE_NAMES = ("auto", *ENGINES)  # auto is the fast one
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = {  # name -> module that ends with its SAMPLER
@@ -37,25 +75,109 @@ def setting(
     help: str,
     *,
     identity: bool = True,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     metavar: str | None = None,
     positional: bool = False,
 ):
-    """A RunConfig field; `identity` fields decide the bytes of the data set, the others only how it is made.
+    """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
     `positional` needs no flag before it.
     """
     return field(
         default=default,
-        metadata={"help": help, "identity": identity, "choices": choices, "metavar": metavar, "positional": positional},
+        metadata={
+            "help": help,
+            "identity": identity,
+            "choices": tuple(choices),
+            "metavar": metavar,
+            "positional": positional,
+        },
     )
 
 
+def flags_of(cls: type) -> list[Field]:
+    """The settings of a command in the order of its --help: those that it names in FLAGS, or all."""
+    known = {field.name: field for field in fields(cls)}
+    return [known[name] for name in getattr(cls, "FLAGS", known)]
+
+
+class CommandSettings:
+    """Settings mixed from the groups below; one that FLAGS does not name is no flag of the command and keeps its
+    default.
+    """
+
+    FLAGS: list[str]
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the bytes of what is made."""
+        return {flag.name: getattr(self, flag.name) for flag in flags_of(type(self)) if flag.metadata["identity"]}
+
+
 @dataclass(frozen=True)
-class RunConfig:
+class ModelSettings:
+    """Which model, with which decoders."""
+
     model: str = setting(
         "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
     )
     decoder: str = setting("demo", "folder of trained decoders, one sub-folder per task", metavar="DIR")
+    size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
+    allow_download: bool = setting(False, "let --model name a model hub repository", identity=False)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the networks run."""
+
+    engine: str = setting("auto", "how the networks run", choices=ENGINE_NAMES)
+    dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
+    device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
+    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
+    compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
+    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
+    engines: str = setting(
+        "", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES"
+    )
+    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", identity=False, choices=FLAVOURS)
+
+    def engine_choices(self) -> dict[str, Any]:
+        """All of these by name, as open_engine takes them."""
+        return {flag.name: getattr(self, flag.name) for flag in fields(EngineSettings)}
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What images are made of, and in which steps."""
+
+    prompts: str = setting(
+        "", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT"
+    )
+    classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
+    seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")
+    steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
+    guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
+    sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
+    profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What is written and said."""
+
+    dry_run: bool = setting(False, "show the plan and stop", identity=False)
+    json: bool = setting(False, "machine-readable result on stdout", identity=False)
+    quiet: bool = setting(False, "no progress", identity=False)
+
+
+@dataclass(frozen=True)
+class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
+    """The settings of `generate`."""
+
+    FLAGS = (
+        "model decoder task classes engine prompts truncate_prompts number per_class seed steps guidance sampler "
+        "profile size batch_size image_format out only resume limit dry_run allow_download json quiet threads gpus "
+        "ranks cluster store dtype compile device provider engines trt_flavour"
+    ).split()
+
     task: tuple[str, ...] = setting(
         ("semantic", "instance", "depth", "pose"),
         "labels to make, comma-separated: " + ", ".join(TASKS),
@@ -65,10 +187,6 @@ class RunConfig:
     classes: tuple[str, ...] = setting(
         (), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST"
     )
-    engine: str = setting("auto", "how the networks run", choices=ENGINES, identity=True)
-    prompts: str = setting(
-        "", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT"
-    )
     truncate_prompts: bool = setting(
         False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them"
     )
@@ -76,12 +194,6 @@ class RunConfig:
     per_class: int = setting(
         0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N"
     )
-    seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")
-    steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
-    guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
-    sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
-    profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
-    size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
     batch_size: int = setting(
         0, "images made together, which changes rounding only; 0 = what the memory holds", metavar="N"
     )
@@ -95,10 +207,6 @@ class RunConfig:
         choices=("auto", "never"),
     )
     limit: int = setting(0, "stop after N new images; the same line again goes on", identity=False, metavar="N")
-    dry_run: bool = setting(False, "show the plan and stop", identity=False)
-    allow_download: bool = setting(False, "let --model name a model hub repository", identity=False)
-    json: bool = setting(False, "machine-readable result on stdout", identity=False)
-    quiet: bool = setting(False, "no progress", identity=False)
     threads: int = setting(
         0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N"
     )
@@ -126,14 +234,3 @@ class RunConfig:
         "arithmetic of the fast engines; fp8 for --engine trt alone, see export",
         choices=("auto", "fp32", "fp16", "bf16", "fp8"),
     )
-    compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
-    device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
-    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
-    engines: str = setting(
-        "", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES"
-    )
-    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", identity=False, choices=FLAVOURS)
-
-    def identity(self) -> dict:
-        """The settings that decide the bytes of the data set."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["identity"]}

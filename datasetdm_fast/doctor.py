@@ -23,25 +23,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.config import ENGINES, setting
+
 LIBRARIES = (
-    *(
-        "torch",
-        "diffusers",
-        "transformers",
-        "accelerate",
-        "safetensors",
-        "tokenizers",
-        "numpy",
-        "scipy",
-        "pillow",
-        "pycocotools",
-        "pyyaml",
-        "tqdm",
-        "triton",
-    ),
-    *("onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "tensorrt", "tensorrt-rtx", "ray", "openai", "datasets"),
-)
-ENGINES = {"torch": "torch", "fast": "fast", "ort": "exported.ort", "trt": "exported.trt"}
+    "torch diffusers transformers accelerate safetensors tokenizers numpy scipy pillow pycocotools pyyaml tqdm triton "
+    "onnx onnxruntime onnxruntime-gpu onnxscript tensorrt tensorrt-rtx ray openai datasets"
+).split()
 PATIENCE = 180.0  # seconds for one process
 COUNTED = 200_000  # files of a cache looked at
 MARK = "datasetdm-doctor:"
@@ -79,12 +66,12 @@ from datasetdm_fast.engines import check_engine
 from datasetdm_fast.errors import Missing, Refused
 try:
     check_engine({name!r})
-    import_module("datasetdm_fast.engines.{place}")
+    import_module({kind.engine.partition(":")[0]!r})
     tell({{"runs": True, "cause": "", "remedy": ""}})
 except (Missing, Refused) as stop:
     tell({{"runs": False, "cause": stop.cause, "remedy": stop.remedy}})
 """
-        for name, place in ENGINES.items()
+        for name, kind in ENGINES.items()
     },
 }
 SELF_TEST = """
@@ -109,6 +96,11 @@ tell({"lacking": pickles.leave_network() + pickles.confine(Path(os.getcwd()) / "
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    json: bool = setting(False, "everything as one JSON object on stdout")
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a process said, or why it said nothing."""
 
@@ -123,11 +115,8 @@ def ask(questions: Mapping[str, str], patience: float = PATIENCE) -> dict[str, A
     answers: dict[str, Answer] = {}
     while left := {name: code for name, code in questions.items() if name not in answers}:
         told, problem = _run(left, patience)
-        answers |= {
-            name: Answer(value.get("values", {}), _printable(value.get("problem", "")))
-            for name, value in told.items()
-            if name in left
-        }
+        for name in left.keys() & told.keys():
+            answers[name] = Answer(told[name].get("values", {}), _printable(told[name].get("problem", "")))
         if silent := next((name for name in left if name not in answers), None):
             answers[silent] = Answer({}, problem)
     return answers
@@ -135,29 +124,14 @@ def ask(questions: Mapping[str, str], patience: float = PATIENCE) -> dict[str, A
 
 def _run(questions: Mapping[str, str], patience: float) -> tuple[dict[str, Any], str]:
     """The answers one process gave before it ended, and how it ended."""
-    environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-c", ASKED.format(mark=MARK, questions=dict(questions))]
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    options: dict[str, Any] = {"env": {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **quiet}, "timeout": patience}
+    options |= {"stdin": subprocess.DEVNULL, "capture_output": True, "cwd": tempfile.gettempdir()}
     try:
-        ended = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=patience,
-            env=environment,
-            cwd=tempfile.gettempdir(),
-        )
-        out, how = (
-            ended.stdout,
-            f"crashed ({signal.Signals(-ended.returncode).name})"
-            if ended.returncode < 0
-            else f"ended with code {ended.returncode}",
-        )
+        ended = subprocess.run([sys.executable, "-c", ASKED.format(mark=MARK, questions=dict(questions))], **options)
+        out, how = ended.stdout, f"ended with code {ended.returncode}"
+        if ended.returncode < 0:
+            how = f"crashed ({signal.Signals(-ended.returncode).name})"
     except subprocess.TimeoutExpired as stop:
         out, how = stop.stdout or b"", f"no answer within {patience:.0f} s"
     except OSError as error:
@@ -179,21 +153,14 @@ def examine() -> dict[str, Any]:
     answers = ask(QUESTIONS) | ask({"sandbox": LOCKS})
     return {
         "package": _package(answers["extension"]),
-        "system": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cores": os.cpu_count() or 0,
-            "memory": _memory(),
-        },
+        "system": _system(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         "gpu": _told(answers["gpu"]),
         "torch": _told(answers["torch"]),
         "engines": {name: _engine(answers[f"engine {name}"]) for name in ENGINES},
         "sandbox": _told(answers["sandbox"]),
         "caches": _caches(),
-        "disk": {
-            place: _free(Path(place)) for place in dict.fromkeys((os.getcwd(), tempfile.gettempdir(), str(Path.home())))
-        },
+        "disk": {place: _free(Path(place)) for place in (os.getcwd(), tempfile.gettempdir(), str(Path.home()))},
         "self_test": _self_test(),
     }
 
@@ -221,29 +188,26 @@ def _version(name: str) -> str:
         return f"unknown ({type(error).__name__})"
 
 
-def _memory() -> int:
+def _system() -> dict[str, Any]:
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
-        return 0
+        memory = 0
+    names = {"python": platform.python_version(), "platform": platform.platform()}
+    return {**names, "cores": os.cpu_count() or 0, "memory": memory}
 
 
 def _engine(answer: Answer) -> dict[str, Any]:
-    if answer.problem:
-        return {
-            "runs": False,
-            "cause": f"it does not load ({answer.problem})",
-            "remedy": "Install the library that this names anew.",
-        }
-    return answer.values
+    if not answer.problem:
+        return answer.values
+    remedy = "Install the library that this names anew."
+    return {"runs": False, "cause": f"it does not load ({answer.problem})", "remedy": remedy}
 
 
 def _caches() -> dict[str, dict[str, Any]]:
     home = Path.home()
-    kept = (
-        os.environ.get("DATASETDM_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "datasetdm_fast"
-    )
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    kept = os.environ.get("DATASETDM_CACHE") or caches / "datasetdm_fast"
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or home / ".cache" / "huggingface") / "hub"
     places = {
         "ours (converted checkpoints, graphs, plans)": Path(kept),
@@ -284,9 +248,9 @@ def _self_test() -> dict[str, Any]:
     problem = answer.problem
     if not problem and values["code"]:
         problem = _printable(next(iter(values["said"].strip().splitlines()), f"ended with code {values['code']}"))
-    problem = (
-        problem or "; ".join(values.get("findings", [])) or ("" if values.get("samples") == 1 else "no sample came out")
-    )
+    problem = problem or "; ".join(values.get("findings", []))
+    if not problem and values.get("samples") != 1:
+        problem = "no sample came out"
     return {"passed": not problem, "problem": problem, "seconds": seconds}
 
 
@@ -305,40 +269,25 @@ def lines(found: dict[str, Any]) -> list[str]:
         for device in torch.get("devices", [])
     ]
     lacking = found["sandbox"]["problem"] or "; ".join(found["sandbox"]["lacking"])
+    cards = f"CUDA {torch.get('cuda') or 'none'}, GPUs: {', '.join(devices) or 'none'}"
+    size = f"{system['cores']} cores, {_gigabytes(system['memory'])}"
     told = [
         ("package", f"datasetdm_fast {package['version']} in {package['path']}"),
         ("extension", built),
-        (
-            "system",
-            f"Python {system['python']}, {system['platform']}, {system['cores']} cores, {_gigabytes(system['memory'])}",
-        ),
+        ("system", f"Python {system['python']}, {system['platform']}, {size}"),
         ("libraries", ", ".join(installed)),
         ("not there", ", ".join(absent)),
         ("driver", gpu["problem"] or gpu["driver"]),
-        (
-            "torch",
-            torch["problem"]
-            or f"{torch['version']}, CUDA {torch['cuda'] or 'none'}, GPUs: {', '.join(devices) or 'none'}",
-        ),
+        ("torch", torch["problem"] or f"{torch['version']}, {cards}"),
     ]
     for name, engine in found["engines"].items():
-        told.append(
-            (
-                f"--engine {name}",
-                "runs here" if engine["runs"] else f"does not run here: {engine['cause']}. {engine['remedy']}",
-            )
-        )
-    told.append(
-        ("pickles", f"read without {lacking}" if lacking else "read by a process without network, programs and files")
-    )
+        cause = f"does not run here: {engine['cause']}. {engine['remedy']}"
+        told.append((f"--engine {name}", "runs here" if engine["runs"] else cause))
+    sandbox = f"without {lacking}" if lacking else "by a process without network, programs and files"
+    told.append(("pickles", f"read {sandbox}"))
     for name, cache in found["caches"].items():
-        told.append(
-            (
-                "cache",
-                f"{name}: {'' if cache['is_all'] else 'at least '}{_gigabytes(cache['bytes'])} in {cache['files']} "
-                f"files, {cache['path']}",
-            )
-        )
+        held = f"{'' if cache['is_all'] else 'at least '}{_gigabytes(cache['bytes'])} in {cache['files']} files"
+        told.append(("cache", f"{name}: {held}, {cache['path']}"))
     told += [("disk", f"{_gigabytes(free)} free in {place}") for place, free in found["disk"].items()]
     told.append(("self-test", f"{'passed' if test['passed'] else 'FAILED: ' + test['problem']} ({test['seconds']} s)"))
     return [f"{name:<15}{text}" for name, text in told if text]
@@ -366,16 +315,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: Sequence[str]) -> int:
-    from dataclasses import field, make_dataclass
-
     from datasetdm_fast.command_line.flags import parse
     from datasetdm_fast.errors import Missing
 
-    config_class = make_dataclass(
-        "DoctorConfig",
-        [("json", bool, field(default=False, metadata={"help": "everything as one JSON object on stdout"}))],
-    )
-    config, _ = parse(arguments, config_class, "python -m datasetdm_fast.doctor", __doc__)
+    config, _ = parse(arguments, DoctorConfig, "python -m datasetdm_fast.doctor", __doc__)
     found = examine()
     print(json.dumps(found) if config.json else "\n".join(lines(found)))
     if not found["self_test"]["passed"]:

@@ -5,90 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from datasetdm_fast.config import ENGINES, TASKS, setting
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.measure import _passes, evaluate, measure
-from datasetdm_fast.truth.selection import DataSettings
+from datasetdm_fast.evaluation.settings import EvaluateConfig
 
 PROG = "datasetdm-fast evaluate"
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(DataSettings):
-    model: str = setting(
-        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
-    )
-    decoder: str = setting("demo", "folder of trained decoders, one sub-folder per task", metavar="DIR")
-    data: str = setting(
-        "demo:500@900000", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="ADDRESS"
-    )
-    task: tuple[str, ...] = setting(
-        (),
-        "labels to judge, comma-separated; default: every decoder the data has truth for",
-        choices=TASKS,
-        metavar="LIST",
-    )
-    unseen: tuple[str, ...] = setting(
-        (), "classes the decoder was not taught, comma-separated; default: those it does not name", metavar="LIST"
-    )
-    captions: str = setting(
-        "true",
-        "true: each image's own caption is what the text half sees, and where a decoder was taught so only classes "
-        "it names are looked for; "
-        "unread: the text half alone; none: neither",
-        choices=("true", "unread", "none"),
-    )
-    bootstrap: int = setting(500, "draws of the images behind each interval, 0 = no intervals", metavar="N")
-    level: float = setting(0.95, "share of the draws within an interval", metavar="SHARE")
-    curve: tuple[str, ...] = setting(
-        (), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST"
-    )
-    learn_from: str = setting(
-        "",
-        "labelled images for --curve and --student; default: the train split of --data, or demo scenes",
-        metavar="ADDRESS",
-    )
-    repeats: int = setting(
-        1,
-        "decoders taught for each number of --curve, or students of each kind (then 3, at least 2), with seeds of "
-        "their own",
-        metavar="N",
-    )
-    steps: int = setting(0, "steps of each training of --curve or --student, 0 = as usual", metavar="N")
-    more: int = setting(50, "labels beyond the last number of --curve whose worth is told", metavar="N")
-    student: bool = setting(
-        False,
-        "whether a run's images help: teach a small net by real images alone and with those of --run, and judge it "
-        "on --data",
-    )
-    real: int = setting(100, "real images that teach the student, the first of --learn-from", metavar="N")
-    run: str = setting("", "run folder whose images --student adds", metavar="RUN")
-    engine: str = setting("auto", "how the networks run", choices=ENGINES)
-    dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
-    device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
-    batch_size: int = setting(10, "images read together", metavar="N")
-    seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N")
-    threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
-    json: bool = setting(False, "the figures as one JSON object on stdout")
-    quiet: bool = setting(False, "no progress")
-
-    def check(self) -> None:
-        for name, least in (
-            ("batch_size", 1),
-            ("bootstrap", 0),
-            ("threads", 0),
-            ("seed", 0),
-            ("repeats", 1),
-            ("real", 1),
-            ("steps", 0),
-            ("more", 1),
-        ):
-            if getattr(self, name) < least:
-                raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
-        if not 0 < self.level < 1:
-            raise Refused(f"--level: {self.level:g} is not between 0 and 1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,22 +30,15 @@ def _run(arguments: Sequence[str]) -> int:
     if config.curve:
         return _curve(config)
     selection = config.selection()
-    import torch
-
-    from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
-    from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    decoders = load_decoders(config.decoder)
+    engine = _opened(config, config.decoder)
+    model, decoders = engine.model, engine.decoders
     absent = [task for task in config.task if task not in decoders]
     if absent:
         raise Refused(
             f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"it has {', '.join(decoders)}"
         )
-    model = load_model(config.model)
     # where nothing is asked for, whatever both sides have
     there = () if config.task else open_data(config.data, model.size).tasks
     tasks = config.task or tuple(task for task in TASKS if task in decoders and task in there)
@@ -131,9 +47,6 @@ def _run(arguments: Sequence[str]) -> int:
             f"--data {config.data}: it has truth for {', '.join(there)}, the decoders say {', '.join(decoders)}",
             "Choose other data or decoders.",
         )
-    for decoder in decoders.values():
-        check_levels(decoder, model.levels)
-    engine = build_engine(config.engine, model, decoders, dtype=config.dtype, device=config.device)
     result, skipped = {}, {}
     for some in _passes(config.data, tasks):
         source = open_data(
@@ -170,18 +83,13 @@ def _curve(config: EvaluateConfig) -> int:
 
     counts = curve.parse_counts(config.curve)
     address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
-    import torch
-
     from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
     from datasetdm_fast.training.session import train_on
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    model = load_model(config.model)
+    engine, result, skipped = _opened(config), {}, {}
+    model = engine.model
     task_sets = [(task,) for task in config.task or open_data(config.data, model.size).tasks[:1]]
-    engine, result, skipped = build_engine(config.engine, model, {}, dtype=config.dtype, device=config.device), {}, {}
     for tasks in task_sets:
         options = {"tasks": tasks, "skip_bad": config.skip_bad, "framing": config.framing}
         labelled, judged = (
@@ -271,6 +179,14 @@ def _student(config: EvaluateConfig) -> int:
         print(worth.table(found))
     _tell_skipped(skipped)
     return 0
+
+
+def _opened(config: EvaluateConfig, decoder: str | None = None):
+    """The engine, with every decoder of a folder."""
+    from datasetdm_fast.engines.opening import open_engine
+
+    options = {"allow_download": config.allow_download, **config.engine_choices()}
+    return open_engine(config.model, decoder, **options)[0]
 
 
 def _bar(total: int, is_quiet: bool):

@@ -86,28 +86,19 @@ class Pipeline:
         cls,
         model: str = "demo",
         *,
-        engine: str = "auto",
         decoder: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
         size: int = 0,
         allow_download: bool = False,
-        threads: int = 0,
-        provider: str = "auto",
+        **options: Any,
     ) -> Pipeline:
-        """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own, or no labels."""
+        """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own, or no labels.
+
+        The options are what `generate` takes of an engine: engine, dtype, device, threads, compile, provider, engines
+        and trt_flavour.
+        """
         settings.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder
-        choices = dict(
-            engine=engine,
-            dtype=dtype,
-            device=device,
-            size=size,
-            allow_download=allow_download,
-            threads=threads,
-            provider=provider,
-        )
-        built, _ = opening.open_engine(str(model), decoder, **choices)
+        built, _ = opening.open_engine(str(model), decoder, size=size, allow_download=allow_download, **options)
         return cls(built)
 
     @property

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 
 from datasetdm_fast.agreement.page import page
 from datasetdm_fast.agreement.verify import record, verify
-from datasetdm_fast.config import ENGINES, FLAVOURS, PROFILES, PROVIDERS, SAMPLERS, TASKS, RunConfig, setting
+from datasetdm_fast.config import (
+    ENGINE_NAMES,
+    TASKS,
+    EngineSettings,
+    ModelSettings,
+    OutputSettings,
+    RunConfig,
+    SamplingSettings,
+    setting,
+)
 from datasetdm_fast.errors import GateFailed, Refused
 
 if TYPE_CHECKING:
@@ -23,44 +32,27 @@ PROG = "python -m datasetdm_fast.verify"
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
-    engine: str = setting("fast", "the engine to judge", choices=ENGINES)
-    against: str = setting("torch", "the engine it is to agree with", choices=ENGINES)
-    model: str = setting(
-        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
-    )
+class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings):
+    FLAGS = (
+        "engine against model decoder task classes prompts number batch_size seed steps guidance sampler profile size "
+        "dtype compile device engines trt_flavour provider threads html run allow_download json quiet"
+    ).split()
+
+    engine: str = setting("fast", "the engine to judge", choices=ENGINE_NAMES)
+    against: str = setting("torch", "the engine it is to agree with", choices=ENGINE_NAMES)
     decoder: str = setting(
         "demo", "folder of trained decoders, or none: then features and maps themselves are compared", metavar="DIR"
     )
     task: tuple[str, ...] = setting(
         (), "labels to compare, comma-separated; default: every decoder of the folder", choices=TASKS, metavar="LIST"
     )
-    classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
-    prompts: str = setting(
-        "", "a prompt, or a UTF-8 file with one prompt a line; default: captions of the demo world", metavar="FILE|TEXT"
-    )
     number: int = setting(8, "images to compare", metavar="N")
     batch_size: int = setting(4, "images made together", metavar="N")
-    seed: int = setting(0, "seed of image 0; image k has seed + k", metavar="N")
-    steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
-    guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
-    sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
-    profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
-    size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
     dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
     compile: bool = setting(False, "judge the fast engine with torch.compile")
-    device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
-    engines: str = setting(
-        "", "folder of exported stages and plans for --engine trt; default: a cache", metavar="ENGINES"
-    )
-    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", choices=FLAVOURS)
-    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", choices=PROVIDERS)
-    threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
     html: str = setting("", "write a page with the worst samples side by side", metavar="FILE")
     run: str = setting("", "run folder whose run.json is to hold the verdict", metavar="RUN")
-    allow_download: bool = setting(False, "let --model name a model hub repository")
     json: bool = setting(False, "the verdict as one JSON object on stdout")
-    quiet: bool = setting(False, "no progress")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,9 +101,9 @@ def _prepared(config: VerifyConfig):
     from datasetdm_fast.generation.plan import make_plan
     from datasetdm_fast.generation.recipe import make_recipe
 
-    check_engine(config.engine, config.trt_flavour, config.provider)
-    check_engine(config.against, config.trt_flavour)
     where = {"engines": config.engines, "trt_flavour": config.trt_flavour}
+    own = {"provider": config.provider, "compile": config.compile, **where}
+    check_engine(config.engine, **own)
     decoder = None if config.decoder == "none" else config.decoder
     options = dict(
         engine=config.against,
@@ -123,8 +115,9 @@ def _prepared(config: VerifyConfig):
     )
     reference, _ = opening.open_engine(config.model, decoder, config.task or None, **options)
     # Both read the modules of one loaded model: equal weights need not be assumed.
-    chosen = dict(dtype=config.dtype, device=config.device, provider=config.provider, compile=config.compile, **where)
-    engine = build_engine(config.engine, reference.model, reference.decoders, **chosen)
+    engine = build_engine(
+        config.engine, reference.model, reference.decoders, dtype=config.dtype, device=config.device, **own
+    )
     tasks = tuple(task for task in TASKS if task in reference.decoders)
     chosen = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "profile", "classes")}
     recipe = make_recipe(reference, tasks, **chosen)

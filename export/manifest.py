@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign.onnx_graph import check_onnx
 
 NAME = "manifest.json"
 LARGEST_MANIFEST = 16 << 20  # bytes of a manifest
@@ -107,6 +108,14 @@ class Manifest:
                 f"Export into that folder: python -m datasetdm_fast.export --to onnx --out {folder}",
             )
         return Manifest.from_json(storage.read(path, LARGEST_MANIFEST).decode(errors="replace"), str(path))
+
+    def graph(self, folder: Path, stage: str) -> Path:
+        """The file of a stage's graph, to be handed to onnx, ONNX Runtime or TensorRT; refuses a graph that none of
+        them should be given.
+        """
+        path = folder / self.stages[stage].file
+        check_onnx(path)
+        return path
 
     def check_files(self, folder: Path) -> None:
         """Refuses a folder whose files are not, byte for byte, those that were exported."""

@@ -5,6 +5,7 @@ What a case does is watched by an audit hook; what it must not do is leave the c
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path.cwd()
@@ -548,12 +550,61 @@ def external(location: str) -> bytes:
 
 
 def try_onnx(data: bytes) -> str:
-    from datasetdm_fast.foreign.onnx_graph import check_onnx
+    """The graph in a folder with a manifest that fits it, given to everything that hands graphs to a library."""
+    from datasetdm_fast.errors import Refused
 
     folder = HERE / "graph"
     folder.mkdir(exist_ok=True)
-    (folder / "model.onnx").write_bytes(data)
-    return str(check_onnx(folder / "model.onnx"))
+    (folder / "denoise.onnx").write_bytes(data)
+    refusals = []
+    for door in (open_in_onnx_runtime, build_with_tensorrt, calibrate_eight_bits):
+        try:
+            return f"{door.__name__}: {door(folder, manifest_of(folder))}"
+        except Refused as stop:
+            refusals.append(stop)
+    assert len({stop.cause for stop in refusals}) == 1, refusals
+    raise refusals[0]
+
+
+def manifest_of(folder: Path):
+    from datasetdm_fast.export.manifest import FileInfo, Manifest, StageFile
+
+    data = (folder / "denoise.onnx").read_bytes()
+    files = {"denoise.onnx": FileInfo(hashlib.sha256(data).hexdigest(), len(data))}
+    stages = {"denoise": StageFile("denoise.onnx", "", (), ())}
+    return Manifest(stages, files, "fp16", "any", 18, 64, "source", {}, {}, {}, "0")
+
+
+def open_in_onnx_runtime(folder: Path, manifest):
+    import torch
+
+    from datasetdm_fast.engines.exported import ort
+
+    export, ort.cached = ort.cached, lambda *_, **options: (folder, manifest)  # the cache holds this very export
+    try:
+        engine = ort.OrtEngine(None, device="cpu")
+    finally:
+        ort.cached = export
+    return engine.denoise(torch.zeros(1, 4, 8, 8), 1.0, torch.zeros(2, 77, 32))
+
+
+def build_with_tensorrt(folder: Path, manifest):
+    from datasetdm_fast.export.tensorrt import flavours, plans, to_tensorrt
+
+    target = to_tensorrt.Target(flavours.Flavour("tensorrt-rtx", "1.0", "13"), (1,))
+    return to_tensorrt.open_plan(plans.PlanFolder(folder), "denoise", manifest, target, lambda stage: {})
+
+
+def calibrate_eight_bits(folder: Path, manifest):
+    from datasetdm_fast.export_cli import calibration
+
+    export, digest = calibration.to_onnx.export, calibration.to_onnx.source_digest
+    calibration.to_onnx.source_digest = lambda *_: "source"
+    calibration.to_onnx.export = lambda *_, **options: manifest  # the folder holds this very export already
+    try:
+        return calibration.export(None, {}, folder, ["a ball"], 2)
+    finally:
+        calibration.to_onnx.export, calibration.to_onnx.source_digest = export, digest
 
 
 @case("onnx: data outside of its folder")
@@ -594,8 +645,14 @@ def _() -> str:
 
 
 def main() -> None:
-    import torch  # noqa: F401 - libraries that are loaded for the first time are no doing of a case
+    # libraries that are loaded for the first time are no doing of a case
+    import torch  # noqa: F401
 
+    with suppress(ImportError):
+        import ml_dtypes  # noqa: F401
+
+        import datasetdm_fast.engines.exported.ort
+        import datasetdm_fast.export_cli.calibration  # noqa: F401
     from datasetdm_fast.errors import Missing, Refused
     from datasetdm_fast.loading import model  # noqa: F401
 

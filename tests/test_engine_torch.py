@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-from datasetdm_fast.config import ENGINES as KNOWN
+from datasetdm_fast.config import ENGINES, EngineKind
 from datasetdm_fast.data import Capture
-from datasetdm_fast.engines import ENGINES, build_engine
+from datasetdm_fast.engines import build_engine, check_engine
 from datasetdm_fast.engines.torch import TorchEngine, capturing
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.loading import load_model
@@ -202,10 +202,31 @@ def test_fingerprint_names_what_decides_rounding(engine):
 def test_engines_that_are_not_there_are_named(engine):
     with pytest.raises(Refused, match="warp"):
         build_engine("warp", engine.model)
-    for name in set(KNOWN) - {"auto"} - set(ENGINES):
-        with pytest.raises(Missing, match=name) as stop:
-            build_engine(name, engine.model)
-        assert len(str(stop.value).splitlines()) == 2
+    with pytest.raises(TypeError, match="speed"):
+        build_engine("fast", engine.model, speed="high")
+
+
+def test_an_engine_is_one_file_and_one_line(engine, tmp_path, monkeypatch):
+    (tmp_path / "my_engine.py").write_text(
+        "from datasetdm_fast.engines.torch import TorchEngine\n"
+        "from datasetdm_fast.errors import Missing\n"
+        "class MyEngine(TorchEngine):\n"
+        "    def __init__(self, model, decoders, *, dtype, device, provider):\n"
+        "        super().__init__(model, decoders, dtype=dtype, device=device)\n"
+        "        self.provider = provider\n"
+        "def need(provider):\n"
+        "    if provider == 'cuda': raise Missing('engine: mine needs a GPU', 'buy one')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    refusal = ("provider: {value}, and the engine is {engine}", "drop it")
+    mine = EngineKind("my_engine:MyEngine", {"provider": refusal}, ("my_engine:need", "provider"))
+    monkeypatch.setitem(ENGINES, "mine", mine)
+    monkeypatch.setattr("datasetdm_fast.engines.ENGINE_NAMES", ("auto", *ENGINES))
+    assert build_engine("mine", engine.model, device="cpu", provider="cpu").provider == "cpu"
+    with pytest.raises(Missing, match="mine needs a GPU"):
+        check_engine("mine", provider="cuda")
+    with pytest.raises(Refused, match="the engine is torch"):
+        check_engine("torch", provider="cpu")
 
 
 @pytest.mark.parametrize(

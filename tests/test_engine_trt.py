@@ -2,9 +2,12 @@
 exercised; on a GPU the real one.
 """
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fake_tensorrt
@@ -19,7 +22,7 @@ from datasetdm_fast.engines.exported.trt import TrtEngine
 from datasetdm_fast.engines.exported.trt_plan import LoadedPlan
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.export.manifest import FileInfo, Manifest
 from datasetdm_fast.export.tensorrt import flavours, sealed
 from datasetdm_fast.generation import driver
 from datasetdm_fast.generation.recipe import make_recipe
@@ -51,7 +54,7 @@ def make_engine(demo, folder, module=fake_tensorrt, name="tensorrt-rtx", **choic
     told = []
     found = fake_tensorrt.FakeFlavour(module, name)
     engine = TrtEngine(
-        *demo, dtype="fp32", folder=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=told.append, **choices
+        *demo, dtype="fp32", engines=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=told.append, **choices
     )
     engine.told = told
     return engine
@@ -308,12 +311,36 @@ def test_a_folder_of_another_model_is_refused(demo, folder, built, tmp_path):
         make_engine(demo, tmp_path).encode_text([""])
 
 
+def test_a_hostile_graph_in_a_named_folder_is_refused_before_anything_reads_it(demo, folder, built, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    make_engine(demo, folder).encode_text([""])
+    built.clear()
+    shutil.copytree(folder, tmp_path / "engines", ignore=shutil.ignore_patterns("*.plan", "*.golden.safetensors"))
+    path = tmp_path / "engines" / "encode_text.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for node, word in (
+        (onnx.helper.make_node("EPContext", ["tokens"], ["y"], domain="com.microsoft"), "compiled code"),
+        (onnx.helper.make_node("Evil", ["tokens"], ["y"], domain="evil"), "'Evil' of 'evil' is none of ours"),
+    ):
+        hostile = onnx.ModelProto()
+        hostile.CopyFrom(model)
+        hostile.graph.node.append(node)
+        data = hostile.SerializeToString()
+        path.write_bytes(data)
+        manifest = Manifest.read(folder)
+        files = {**manifest.files, path.name: FileInfo(hashlib.sha256(data).hexdigest(), len(data))}
+        (path.parent / "manifest.json").write_text(replace(manifest, files=files).to_json())
+        with pytest.raises(Refused, match=word):
+            make_engine(demo, path.parent).encode_text([""])
+    assert not built
+
+
 def test_precisions_it_does_not_know_are_refused(demo, folder):
     with pytest.raises(Refused, match="'int8' is none of auto, fp32, fp16, bf16"):
         TrtEngine(
             *demo,
             dtype="int8",
-            folder=folder,
+            engines=folder,
             queue=fake_tensorrt.HostQueue(),
             found=fake_tensorrt.FakeFlavour(fake_tensorrt),
         )

@@ -9,6 +9,7 @@ from layouts import LAYOUTS
 
 from datasetdm_fast.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import main
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
@@ -125,6 +126,19 @@ def test_what_cannot_be_evaluated_is_refused(decoders, capsys, flags, said):
     given = ["--decoder", folder, *([] if "--data" in flags else ["--data", "demo:2"]), *flags]
     code, out, error = run(capsys, *given)
     assert code == 2 and not out and said in error
+
+
+@pytest.mark.parametrize("flags", [[], ["--curve", "1,2", "--learn-from", "demo:2@50"]])
+def test_a_model_may_be_downloaded_where_a_flag_says_so(flags, decoders, capsys, monkeypatch):
+    def downloaded(name):
+        raise Refused(f"the hub was asked for {name}")
+
+    monkeypatch.setattr("datasetdm_fast.loading._downloaded", downloaded)
+    line = ["--model", "someone/model", "--data", "demo:2", "--task", "semantic", *flags]
+    code, _, error = run(capsys, "--decoder", decoders(open_data("demo:1", 64), ("semantic",)), *line)
+    assert code == 2 and "add --allow-download" in error
+    assert main([*line, "--allow-download"]) == 2
+    assert "the hub was asked for someone/model" in capsys.readouterr().err
 
 
 def test_a_decoder_of_other_classes_or_joints_is_refused(decoders, tmp_path, capsys):

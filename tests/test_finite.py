@@ -51,7 +51,7 @@ def make_engine(name: str, dtype: str, model, decoders, folder):
         model,
         decoders,
         dtype=dtype,
-        folder=folder,
+        engines=folder,
         queue=fake_tensorrt.HostQueue(),
         found=found,
         tell=lambda line: None,

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from inspect import get_annotations
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.evaluation.settings import EvaluateConfig
+from datasetdm_fast.export_cli.settings import ExportConfig
+from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.verify import VerifyConfig
 from datasetdm_fast.version import __version__
 
 
@@ -145,6 +150,11 @@ def test_help_names_every_setting(capsys):
     assert all("--" + name.replace("_", "-") in shown for name in RunConfig.__dataclass_fields__)
     assert run_command(lambda arguments: parse(arguments) and None, ["--version"]) == 0
     assert capsys.readouterr().out == f"datasetdm-fast {__version__}\n"
+
+
+@pytest.mark.parametrize("cls", [RunConfig, TrainConfig, EvaluateConfig, VerifyConfig, ExportConfig])
+def test_what_a_command_settles_itself_is_a_flag_of_it(cls):
+    assert set(get_annotations(cls)) <= set(cls.FLAGS) and len(set(cls.FLAGS)) == len(cls.FLAGS)
 
 
 def ends_with(error):

@@ -178,7 +178,7 @@ def test_tensorrt_rtx_builds_it_for_gpus_with_eight_bit_floats(calibrated, tmp_p
 def make_engine(demo, folder):
     found = fake_tensorrt.FakeFlavour(fake_tensorrt)
     return TrtEngine(
-        *demo, dtype="fp8", folder=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=lambda line: None
+        *demo, dtype="fp8", engines=folder, queue=fake_tensorrt.HostQueue(), found=found, tell=lambda line: None
     )
 
 

@@ -115,7 +115,7 @@ def test_a_compiled_engine_says_the_same(monkeypatch):
         torch, "compile", lambda function, **options: eager(function, backend="eager", fullgraph=True, **options)
     )
     model = load_model("tiny")
-    engine, plain = (FastEngine(model, device="cpu", is_compiled=is_compiled) for is_compiled in (True, False))
+    engine, plain = (FastEngine(model, device="cpu", compile=is_compiled) for is_compiled in (True, False))
     latents, context = torch.randn(2, 4, 16, 16), plain.encode_text(["", "", "a ball", "a cube"])
     assert torch.allclose(engine.denoise(latents, 5, context), plain.denoise(latents, 5, context), atol=1e-5)
     assert engine.fingerprint()["compiled"] == "yes" and "compiled" not in plain.fingerprint()

@@ -2,6 +2,7 @@
 weights.
 """
 
+from dataclasses import fields
 from itertools import count, islice
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from stub_engine import StubEngine
 
 from datasetdm_fast import Pipeline, generate, open_run
+from datasetdm_fast.config import EngineSettings
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
+from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.scenes import world
@@ -50,6 +53,18 @@ def decoders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipe(decoders):
     return Pipeline.from_pretrained("tiny", engine="torch", decoder=str(decoders))
+
+
+def test_the_library_takes_what_generate_takes_of_an_engine(monkeypatch):
+    chosen = {
+        **{"engine": "trt", "dtype": "fp16", "device": "cuda:1", "threads": 3, "compile": True, "provider": "cpu"},
+        **{"engines": "plans", "trt_flavour": "tensorrt", "size": 128, "allow_download": True},
+    }
+    assert set(chosen) == {setting.name for setting in fields(EngineSettings)} | {"size", "allow_download"}
+    opened = []
+    monkeypatch.setattr(opening, "open_engine", lambda *given, **options: opened.append((given, options)) or (0, {}))
+    Pipeline.from_pretrained("tiny", **chosen)
+    assert opened == [(("tiny", None), chosen)]
 
 
 def test_a_call_gives_images_and_the_labels_asked_for(pipe):

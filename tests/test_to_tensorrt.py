@@ -4,6 +4,7 @@ wrong on the way.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import multiprocessing
@@ -22,7 +23,7 @@ from datasetdm_fast.decoders import checkpoint
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as command
-from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.export.manifest import FileInfo, Manifest
 from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.tensorrt import flavours, plans, sealed, to_tensorrt
 from datasetdm_fast.export_cli import loaded
@@ -356,6 +357,39 @@ def test_the_full_tensorrt_is_missing_or_builds_for_the_gpu_here_alone():
     ):
         flavours.check_capabilities(full, ("sm80",), ["sm90"])
     assert flavours.check_capabilities(full, (), ["sm90"]) == ("sm90",)
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        (helper.make_node("EPContext", ["tokens"], ["y"], domain="com.microsoft"), "would load compiled code"),
+        (helper.make_node("Evil", ["tokens"], ["y"], domain="evil"), "'Evil' of 'evil' is none of ours"),
+        (None, "external data '../secret' leads out of its folder"),
+    ],
+)
+def test_a_hostile_graph_in_the_named_folder_is_refused_before_tensorrt_reads_it(
+    node, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(to_tensorrt, "run_builder", lambda *arguments: pytest.fail("it was given to TensorRT"))
+    folder, line = tmp_path / "engines", ["--model", "tiny", "--decoder", "none", "--size", "64", "--quiet"]
+    line += ["--precision", "fp16", "--out", str(folder)]
+    assert command.main(["--to", "onnx", *line]) == 0
+    path = folder / "encode_text.onnx"
+    model = onnx.load(path, load_external_data=False)
+    if node:
+        model.graph.node.append(node)
+    else:
+        secret = model.graph.initializer.add(name="secret", data_type=TensorProto.FLOAT, dims=[1])
+        secret.data_location = TensorProto.EXTERNAL
+        secret.external_data.add(key="location", value="../secret")
+    data = model.SerializeToString()
+    path.write_bytes(data)
+    manifest = Manifest.read(folder)
+    files = {**manifest.files, path.name: FileInfo(hashlib.sha256(data).hexdigest(), len(data))}
+    (folder / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
+    capsys.readouterr()
+    assert export(*line) == 2
+    assert said in capsys.readouterr().err.splitlines()[0]
 
 
 def test_a_graph_that_is_not_its_manifests_is_not_built(built, tmp_path):

@@ -20,9 +20,11 @@ from datasetdm_fast import train
 from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import checkpoint, session, task_run
+from datasetdm_fast.training.settings import QUIRKS
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
 
@@ -388,6 +390,24 @@ def test_bad_input_is_refused(tmp_path, capsys, flags, code, said):
     assert train.main([word for pair in given.items() for word in pair]) == code
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
+
+
+def test_a_model_may_be_downloaded_where_a_flag_says_so(tmp_path, capsys, monkeypatch):
+    def downloaded(name):
+        raise Refused(f"the hub was asked for {name}")
+
+    monkeypatch.setattr("datasetdm_fast.loading._downloaded", downloaded)
+    line = ["--model", "someone/model", "--data", "demo:2", "--out", str(tmp_path)]
+    assert train.main(line) == 2 and "add --allow-download" in capsys.readouterr().err
+    assert train.main([*line, "--allow-download"]) == 2
+    assert "the hub was asked for someone/model" in capsys.readouterr().err
+
+
+def test_help_says_what_each_quirk_does(capsys):
+    assert train.main(["--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for name, meaning in QUIRKS.items():
+        assert f"{name} = {meaning}" in told
 
 
 def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, capsys):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from datasetdm_fast.config import RunConfig
+from datasetdm_fast.config import RunConfig, flags_of
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.version import __version__
@@ -33,8 +33,7 @@ def parse(
     """
     hints = get_type_hints(cls)
     converters = {
-        field.name: _converter(hints[field.name], field.metadata.get("choices", ()))
-        for field in dataclasses.fields(cls)
+        field.name: _converter(hints[field.name], field.metadata.get("choices", ())) for field in flags_of(cls)
     }
     parser = _build_parser(cls, hints, converters, prog, description)
     flags, unknown = parser.parse_known_args(_hyphenate(arguments))
@@ -43,7 +42,7 @@ def parse(
     given = vars(flags)
     path = given.pop("config", None)
     values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | given
-    for field in dataclasses.fields(cls):
+    for field in flags_of(cls):
         if (
             field.name not in values
             and field.default is dataclasses.MISSING
@@ -77,7 +76,7 @@ def _build_parser(
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"datasetdm-fast {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win over it")
-    for field in dataclasses.fields(cls):
+    for field in flags_of(cls):
         choices = field.metadata.get("choices", ())
         options: dict[str, Any] = {"dest": field.name, "help": _help(field)}
         if hints[field.name] is bool:

@@ -5,61 +5,27 @@ exist once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ENGINES as KNOWN
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.config import ENGINE_NAMES, ENGINES, EngineKind, EngineSettings
+from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from datasetdm_fast.data import Capture as Capture
-    from datasetdm_fast.data import ProjectedCapture as ProjectedCapture
     from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.loading.model import Model
 
 
-def _torch(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str) -> Engine:
-    from datasetdm_fast.engines.torch import TorchEngine
-
-    return TorchEngine(model, decoders, dtype=dtype, device=device)
-
-
-def _fast(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, compile: bool) -> Engine:
-    from datasetdm_fast.engines.fast import FastEngine
-
-    return FastEngine(model, decoders, dtype=dtype, device=device, is_compiled=compile)
-
-
-def _ort(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, **where: str) -> Engine:
-    from datasetdm_fast.engines.exported.ort import OrtEngine
-
-    return OrtEngine(model, decoders, dtype=dtype, device=device, **where)
-
-
-def _trt(model: Model, decoders: Mapping[str, nn.Module], dtype: str, device: str, **where: str) -> Engine:
-    from datasetdm_fast.engines.exported.trt import TrtEngine
-
-    return TrtEngine(model, decoders, dtype=dtype, device=device, **where)
-
-
-ENGINES = {"torch": _torch, "fast": _fast, "ort": _ort, "trt": _trt}
-
-
-def check_engine(name: str, flavour: str = "auto", provider: str = "auto") -> None:
+def check_engine(name: str, **options: Any) -> None:
     """Raises Missing where an engine lacks what it runs on; asked before torch is imported or a model is read, so that
-    the answer comes at once.
+    the answer comes at once. The options are settings of EngineSettings.
     """
-    if provider != "auto" and name != "ort":
-        raise Refused(f"provider: {provider} is one of ONNX Runtime's, and the engine is {name}", "add --engine ort")
-    if name == "ort":
-        from datasetdm_fast.engines.exported.providers import require_provider
-
-        require_provider(provider)
-    if name == "trt":
-        from datasetdm_fast.export.tensorrt.flavours import require_gpu
-
-        require_gpu(flavour)
+    kind, own = _chosen(name, options)
+    if kind.requirement:
+        place, option = kind.requirement
+        _named(place)(own[option])
 
 
 def build_engine(
@@ -69,30 +35,30 @@ def build_engine(
     *,
     dtype: str = "auto",
     device: str = "auto",
-    engines: str = "",
-    trt_flavour: str = "auto",
-    provider: str = "auto",
-    compile: bool = False,
+    **options: Any,
 ) -> Engine:
-    """The engine `name` for a loaded model; "auto" is the fast one. `engines` is the folder of exported stages and
-    plans, empty for a cache; `provider` is what ONNX Runtime runs on; `compile` lets torch.compile make the fast
-    engine's UNet.
+    """The engine `name` for a loaded model; "auto" is the fast one. The options are settings of EngineSettings: those
+    of another engine are refused, or passed over where that engine's record says so.
     """
-    if name not in KNOWN:
-        raise Refused(f"engine: {name!r} is none of {', '.join(KNOWN)}")
-    chosen = "fast" if name == "auto" else name
-    if chosen not in ENGINES:
-        raise Missing(
-            f"engine: {chosen} is not part of this installation, which has {', '.join(ENGINES)}",
-            "use one of those, or --engine auto",
-        )
-    if compile and chosen != "fast":
-        raise Refused(
-            f"--compile: the engine is {chosen}, and only the fast one can be compiled", "Use it with --engine fast."
-        )
-    where = {
-        "trt": {"folder": engines, "flavour": trt_flavour},
-        "ort": {"provider": provider},
-        "fast": {"compile": compile},
-    }
-    return ENGINES[chosen](model, decoders or {}, dtype, device, **where.get(chosen, {}))
+    kind, own = _chosen(name, options)
+    return _named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own)
+
+
+def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
+    """The record of an engine, and the value of each of its own options."""
+    if name not in ENGINE_NAMES:
+        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}")
+    chosen, usual = ENGINES["fast" if name == "auto" else name], EngineSettings()
+    given = EngineSettings(**options)
+    for kind in ENGINES.values():
+        for option, refusal in kind.options.items():
+            value = getattr(given, option)
+            if option not in chosen.options and refusal and value != getattr(usual, option):
+                raise Refused(*(text.format(engine=name, value=value) for text in refusal))
+    return chosen, {option: getattr(given, option) for option in chosen.options}
+
+
+def _named(place: str) -> Any:
+    """What a module:name stands for."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

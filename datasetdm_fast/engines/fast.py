@@ -75,16 +75,16 @@ class FastEngine:
         device: str = "auto",
         ops: SimpleNamespace | None = None,
         decoder_ops: SimpleNamespace | None = None,
-        is_compiled: bool = False,
+        compile: bool = False,
     ):
         self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
         self.dtype = resolve_dtype(dtype, self.device)
-        self.is_compiled, self.widest = is_compiled, 0  # images a GPU takes at once, 0 = as many as it is given
+        self.is_compiled, self.widest = compile, 0  # images a GPU takes at once, 0 = as many as it is given
         self.adjustments: dict[
             str, int
         ] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
         self.ops = ops or (
-            PLAIN if is_compiled else operations(self.device, self.dtype)
+            PLAIN if compile else operations(self.device, self.dtype)
         )  # a compiler fuses the plain forms itself
         self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
         self.decoders = {
@@ -320,9 +320,7 @@ class FastEngine:
 
     @functools.cached_property
     def _wide(self) -> FastEngine:
-        return FastEngine(
-            self.model, self.decoders, dtype="fp32", device=str(self.device), is_compiled=self.is_compiled
-        )
+        return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device), compile=self.is_compiled)
 
     @torch.inference_mode()
     def suggested_batch(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.engines import build_engine, check_engine
 from datasetdm_fast.errors import Missing
 
 if TYPE_CHECKING:
@@ -25,17 +26,12 @@ def open_engine(
     size: int = 0,
     allow_download: bool = False,
     threads: int = 0,
-    engines: str = "",
-    trt_flavour: str = "auto",
-    provider: str = "auto",
-    compile: bool = False,
+    **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine with the decoders of `tasks`, None = all of the folder, and what is to be written down about these
-    decoders.
+    decoders. The options are further settings of EngineSettings.
     """
-    from datasetdm_fast.engines import build_engine, check_engine
-
-    check_engine(engine, trt_flavour, provider)
+    check_engine(engine, **options)
     # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -56,8 +52,7 @@ def open_engine(
             )
         check_levels(found[task], loaded.levels)
     chosen = {task: found[task] for task in tasks}
-    where = dict(engines=engines, trt_flavour=trt_flavour, provider=provider, compile=compile)
-    built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, **where)
+    built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options)
     return built, describe_decoders(decoder, tasks) if decoder else {}
 
 

@@ -113,7 +113,7 @@ def _calibrate(
     from datasetdm_fast.data import Request
     from datasetdm_fast.generation.recipe import make_recipe
 
-    plain = onnx.load(str(folder / manifest.stages["denoise"].file), load_external_data=False)
+    plain = onnx.load(str(manifest.graph(folder, "denoise")), load_external_data=False)
     layers = quantisable(plain)
     if not layers:
         raise Refused("--precision fp8: no layer of the UNet is wide enough", "Use --precision fp16.")

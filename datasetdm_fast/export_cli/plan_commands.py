@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.tensorrt import flavours
-from datasetdm_fast.export.tensorrt.plans import SUFFIX, Entry, PlanFolder, say
+from datasetdm_fast.export.tensorrt.plans import SUFFIX, Entry, PlanFolder, cached_plans, say
 from datasetdm_fast.export_cli.settings import ExportConfig
 
 
@@ -159,7 +158,7 @@ def _folders(out: str) -> list[PlanFolder]:
         raise Missing(
             f"--out: {out} is not a folder", "Name the folder of the plans, or leave the flag out for the cache."
         )
-    roots = [Path(out)] if out else sorted(path for path in (cache_folder() / "engines").glob("*") if path.is_dir())
+    roots = [Path(out)] if out else sorted(path for path in cached_plans().glob("*") if path.is_dir())
     found = [
         folder
         for root in roots

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datasetdm_fast.config import FLAVOURS, setting
+from datasetdm_fast.config import FLAVOURS, ModelSettings, OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.export"
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(ModelSettings, OutputSettings):
+    FLAGS = (
+        "out to model decoder precision batch capability trt_flavour prompts steps weight_streaming refit raw_capture "
+        "size allow_download list prune cap_gb json quiet"
+    ).split()
+
     out: str = setting("", "folder the files go to", metavar="ENGINES")
     to: str = setting("onnx", "what to write: graphs, or plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx"))
-    model: str = setting(
-        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
-    )
     decoder: str = setting("demo", "folder of trained decoders, or none", metavar="DIR")
     precision: str = setting(
         "auto",
@@ -36,10 +38,7 @@ class ExportConfig:
     weight_streaming: bool = setting(False, "plans that may leave part of their weights in host memory")
     refit: bool = setting(False, "plans whose weights may be exchanged")
     raw_capture: bool = setting(False, "also a stage that hands out every feature and attention map")
-    size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    allow_download: bool = setting(False, "let --model name a model hub repository")
     list: bool = setting(False, "show the plans of --out, or of the cache")
     prune: bool = setting(False, "delete plans of --out, or of the cache, that would not be used")
     cap_gb: float = setting(64.0, "gigabytes of plans --prune leaves, the last used ones", metavar="GB")
     json: bool = setting(False, "the manifest, or what plans there are, on stdout")
-    quiet: bool = setting(False, "no progress")

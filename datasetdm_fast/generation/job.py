@@ -162,19 +162,8 @@ def check_room(job: Job) -> None:
 
 
 def _engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
-    names = (
-        "engine",
-        "dtype",
-        "device",
-        "size",
-        "allow_download",
-        "threads",
-        "engines",
-        "trt_flavour",
-        "provider",
-        "compile",
-    )
-    return open_engine(config.model, config.decoder, config.task, **{name: getattr(config, name) for name in names})
+    chosen = {"size": config.size, "allow_download": config.allow_download, **config.engine_choices()}
+    return open_engine(config.model, config.decoder, config.task, **chosen)
 
 
 def _recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str]) -> Recipe:

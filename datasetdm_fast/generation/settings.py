@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from datasetdm_fast.config import ENGINES, PROFILES, SAMPLERS, TASKS, RunConfig
+from datasetdm_fast.config import ENGINE_NAMES, PROFILES, SAMPLERS, TASKS, RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 
@@ -28,7 +28,7 @@ LARGEST_BATCH = 4096
 def check_settings(config: RunConfig) -> None:
     """Refuses what can be seen to be wrong before anything is loaded."""
     for name, known in (
-        ("engine", ENGINES),
+        ("engine", ENGINE_NAMES),
         ("sampler", SAMPLERS),
         ("profile", PROFILES),
         ("image_format", ("png", "jpg")),

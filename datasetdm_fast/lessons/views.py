@@ -16,12 +16,6 @@ from datasetdm_fast.lessons.augment import Augmentation, look
 from datasetdm_fast.lessons.targets import TrainingTarget, target
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
-QUIRKS = {
-    "Q11": "open vocabulary is taught with the first word's embedding, whatever word is asked",
-    "Q12": "every instance is of class 1, and its caption is always the same",
-    "Q13": "depth is taught from images in 0..1 where the autoencoder expects -1..1, under a constant caption",
-    "Q14": "pose is taught from images with red and blue exchanged",
-}
 TARGET_BYTES = 2**29  # of truth kept in memory; what is beyond is made again when it is needed
 
 ITEMS = 128  # labelled images kept in memory

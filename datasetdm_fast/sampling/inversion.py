@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.sampling import times
 
@@ -65,7 +65,14 @@ def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: i
     return latents
 
 
-def capture_timestep(configs: Iterable[DecoderConfig]) -> int:
+class TrainedAt(Protocol):
+    """What is asked of a decoder's config."""
+
+    task: str
+    capture_timestep: int | None
+
+
+def capture_timestep(configs: Iterable[TrainedAt]) -> int:
     """The one UNet timestep all decoders were trained at; 0, upstream's, where they do not say."""
     named = {config.task: config.capture_timestep or 0 for config in configs}
     if len(set(named.values())) > 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 
 if TYPE_CHECKING:
     from datasetdm_fast.decoders.trunk import Decoder
@@ -86,7 +86,7 @@ def _session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.readers import open_data
 
-    model = load_model(config.model, size=config.size)
+    model = load_model(config.model, size=config.size, allow_download=config.allow_download)
     source = open_data(
         config.data,
         model.size,
@@ -301,9 +301,7 @@ def _announce(session: TrainingSession, plans: dict[str, Any], results: dict[str
         done = " - finished" if results[task] is not None else ""
         session.say(f"{task:<16}{recipe.config.kind} decoder, {steps} steps of {batch} views{done}")
     for name in sorted(config.quirks):
-        from datasetdm_fast.lessons.views import QUIRKS as MEANING
-
-        session.say(f"{name}        {MEANING[name]}")
+        session.say(f"{name}        {QUIRKS[name]}")
 
 
 def _training(

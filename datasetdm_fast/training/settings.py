@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from datasetdm_fast.config import ENGINES, TASKS, setting
+from datasetdm_fast.config import (
+    ENGINE_NAMES,
+    TASKS,
+    CommandSettings,
+    EngineSettings,
+    ModelSettings,
+    OutputSettings,
+    setting,
+)
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.truth.selection import DataSettings
 
@@ -23,11 +30,25 @@ AUGMENTATIONS = (
     "nyu",
     "coco-pose",
 )
-QUIRKS = ("Q11", "Q12", "Q13", "Q14")
+QUIRKS = {
+    "Q11": "open vocabulary is taught with the first word's embedding, whatever word is asked",
+    "Q12": "every instance is of class 1, and its caption is always the same",
+    "Q13": "depth is taught from images in 0..1 where the autoencoder expects -1..1, under a constant caption",
+    "Q14": "pose is taught from images with red and blue exchanged",
+}  # upstream's mistakes
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataSettings):
+class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
+    """The settings of `train`."""
+
+    FLAGS = (
+        "select limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
+        "allow_download held_out preset quirks pose_head steps batch_size accumulate rate patience checks draws "
+        "augment captions by_name timestep latent inversion ddim_steps cache cache_dir cache_gb storage engine dtype "
+        "device seed save_every threads dry_run json quiet"
+    ).split()
+
     data: str = setting(
         "demo:100", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="DATA"
     )
@@ -38,16 +59,15 @@ class TrainConfig(DataSettings):
         metavar="LIST",
     )
     out: str = setting("decoder", "folder; each task has its own in it", identity=False, metavar="DIR")
-    model: str = setting(
-        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
-    )
-    size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
     held_out: float = setting(0.1, "share of the images that only judge; none of fewer than 10 images", metavar="SHARE")
     preset: str = setting(
         "default", "how it is taught: ours, or upstream's optimiser, schedule and loss", choices=("default", "upstream")
     )
     quirks: tuple[str, ...] = setting(
-        (), "upstream's mistakes to repeat: " + ", ".join(QUIRKS), choices=QUIRKS, metavar="LIST"
+        (),
+        "upstream's mistakes to repeat: " + "; ".join(f"{name} = {meaning}" for name, meaning in QUIRKS.items()),
+        choices=QUIRKS,
+        metavar="LIST",
     )
     pose_head: str = setting("heatmap", "how joints are answered", choices=("heatmap", "simcc"))
     steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N")
@@ -102,17 +122,13 @@ class TrainConfig(DataSettings):
     )
     cache_gb: float = setting(0.0, "how much of it may be used, 0 = half of what is free", identity=False, metavar="GB")
     storage: str = setting("fp32", "parameters in the decoder's file", choices=("fp32", "fp16"))
-    engine: str = setting("auto", "how the networks of the model run", choices=ENGINES)
+    engine: str = setting("auto", "how the networks of the model run", choices=ENGINE_NAMES)
     dtype: str = setting(
         "auto", "arithmetic of training; auto: fp32 on a CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16", "fp16")
     )
-    device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
     seed: int = setting(0, "seed of weights, noise, order and points", metavar="N")
     save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S")
-    threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
-    dry_run: bool = setting(False, "show the plan and stop", identity=False)
     json: bool = setting(False, "the results as one JSON object on stdout", identity=False)
-    quiet: bool = setting(False, "no progress", identity=False)
 
     def check(self) -> None:
         """Refuses values no training can have."""
@@ -125,6 +141,3 @@ class TrainConfig(DataSettings):
             raise Refused(f"--held-out: {self.held_out:g} is not between 0 and 0.5")
         if not self.out.strip():
             raise Refused("--out: no folder named", "give the folder the decoders are to be written to")
-
-    def identity(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["identity"]}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.export.staging import say
 from datasetdm_fast.export.tensorrt import sealed
@@ -228,6 +229,11 @@ class PlanFolder:
     def _remove(self, path: Path) -> None:
         for one in (path, golden_path(path), path.with_suffix(".lock")):
             one.unlink(missing_ok=True)
+
+
+def cached_plans() -> Path:
+    """The folder of the cache with a folder of plans for each model, its decoders, precision and size."""
+    return cache_folder() / "engines"
 
 
 def golden_path(plan: Path) -> Path:

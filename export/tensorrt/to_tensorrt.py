@@ -141,10 +141,10 @@ def open_plan(
     def build(part: Path) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
         weights = sum(manifest.files[name].size for name in (tensors.file, tensors.data) if name)
         _check_space(opened.folder, weights)
-        _check_graph(opened.folder, manifest, stage)
+        graph = _checked_graph(opened.folder, manifest, stage)
         expected = golden(stage)
         with _timings(opened, target) as timings:
-            return run_builder(opened.folder / tensors.file, order, part, target.flavour, timings, is_quiet), expected
+            return run_builder(graph, order, part, target.flavour, timings, is_quiet), expected
 
     return opened.open_or_build(order, build, accepts)
 
@@ -158,11 +158,14 @@ def _check_space(folder: Path, weights: int) -> None:
         )
 
 
-def _check_graph(folder: Path, manifest: Manifest, stage: str) -> None:
-    """Refuses a graph that is not the one the manifest tells of: its plan would carry the wrong name."""
+def _checked_graph(folder: Path, manifest: Manifest, stage: str) -> Path:
+    """The graph of a stage; refuses one that is not the one the manifest tells of: its plan would carry the wrong
+    name.
+    """
     for name in (manifest.stages[stage].file, manifest.stages[stage].data):
         if name and storage.sha256_of(folder / name) != manifest.files[name].sha256:
             raise Refused(f"{folder / name}: not the graph its manifest tells of", "Export the model again.")
+    return manifest.graph(folder, stage)
 
 
 class _timings:

@@ -69,7 +69,7 @@ class OrtEngine(GraphEngine):
             )
             file = manifest.stages[name]
             self._stages[name] = OrtStage(
-                open_session(folder / file.file, self.provider, self.device), file, self.device
+                open_session(manifest.graph(folder, name), self.provider, self.device), file, self.device
             )
         return self._stages[name](inputs)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.trunk import Decoder
-from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.exported.graphs import GraphEngine
 from datasetdm_fast.engines.exported.trt_plan import LoadedPlan, Queue
@@ -23,7 +22,7 @@ from datasetdm_fast.export.golden import Reference
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest
 from datasetdm_fast.export.onnx.to_onnx import RAW, export, source_digest
 from datasetdm_fast.export.tensorrt import flavours
-from datasetdm_fast.export.tensorrt.plans import PlanFolder, say
+from datasetdm_fast.export.tensorrt.plans import PlanFolder, cached_plans, say
 from datasetdm_fast.export.tensorrt.to_tensorrt import WORDS, Target, at_once, open_plan
 from datasetdm_fast.loading.model import Model
 
@@ -31,7 +30,7 @@ PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities 
 
 
 class TrtEngine(GraphEngine):
-    """See GraphEngine; plans are built at the first call of a batch size, or read from `folder`, where `export` may
+    """See GraphEngine; plans are built at the first call of a batch size, or read from the folder `engines`, where `export` may
     have put them.
 
     All calls share one stream.
@@ -46,23 +45,21 @@ class TrtEngine(GraphEngine):
         *,
         dtype: str = "auto",
         device: str = "auto",
-        folder: str | Path = "",
-        flavour: str = "auto",
+        engines: str | Path = "",
+        trt_flavour: str = "auto",
         queue: Queue | None = None,
         found: flavours.Flavour | None = None,
         tell: Callable[[str], None] = say,
     ):
-        self.flavour = found or flavours.require_gpu(flavour)
+        self.flavour = found or flavours.require_gpu(trt_flavour)
         self.queue = queue or Queue(_gpu(device))
         self.model, self.decoders, self.device, self.tell = model, dict(decoders or {}), self.queue.device, tell
         self.precision = "fp16" if dtype == "auto" else dtype
         if self.precision not in (*PRECISIONS, "fp8"):
             raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}, fp8")
         self.source = source_digest(model, self.decoders)
-        self.folder = (
-            Path(folder) if folder else cache_folder() / "engines" / f"{self.source[:16]}-{self.precision}-{model.size}"
-        )
-        self.is_given = bool(folder)
+        self.folder = Path(engines) if engines else cached_plans() / f"{self.source[:16]}-{self.precision}-{model.size}"
+        self.is_given = bool(engines)
         self._golden = Reference(lambda: FastEngine(model, self.decoders, dtype="fp32", device="cpu"))
         self._loaded: dict[str, list[LoadedPlan]] = {}
 

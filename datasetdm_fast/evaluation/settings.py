@@ -1,0 +1,82 @@
+"""The settings of the command evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from datasetdm_fast.config import TASKS, EngineSettings, ModelSettings, OutputSettings, setting
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.truth.selection import DataSettings
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
+    FLAGS = (
+        "select limit_per_class min_area limit_images only_classes framing skip_bad model allow_download decoder data "
+        "task unseen captions bootstrap level curve learn_from repeats steps more student real run engine dtype device "
+        "batch_size seed threads json quiet"
+    ).split()
+
+    data: str = setting(
+        "demo:500@900000", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="ADDRESS"
+    )
+    task: tuple[str, ...] = setting(
+        (),
+        "labels to judge, comma-separated; default: every decoder the data has truth for",
+        choices=TASKS,
+        metavar="LIST",
+    )
+    unseen: tuple[str, ...] = setting(
+        (), "classes the decoder was not taught, comma-separated; default: those it does not name", metavar="LIST"
+    )
+    captions: str = setting(
+        "true",
+        "true: each image's own caption is what the text half sees, and where a decoder was taught so only classes "
+        "it names are looked for; "
+        "unread: the text half alone; none: neither",
+        choices=("true", "unread", "none"),
+    )
+    bootstrap: int = setting(500, "draws of the images behind each interval, 0 = no intervals", metavar="N")
+    level: float = setting(0.95, "share of the draws within an interval", metavar="SHARE")
+    curve: tuple[str, ...] = setting(
+        (), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST"
+    )
+    learn_from: str = setting(
+        "",
+        "labelled images for --curve and --student; default: the train split of --data, or demo scenes",
+        metavar="ADDRESS",
+    )
+    repeats: int = setting(
+        1,
+        "decoders taught for each number of --curve, or students of each kind (then 3, at least 2), with seeds of "
+        "their own",
+        metavar="N",
+    )
+    steps: int = setting(0, "steps of each training of --curve or --student, 0 = as usual", metavar="N")
+    more: int = setting(50, "labels beyond the last number of --curve whose worth is told", metavar="N")
+    student: bool = setting(
+        False,
+        "whether a run's images help: teach a small net by real images alone and with those of --run, and judge it "
+        "on --data",
+    )
+    real: int = setting(100, "real images that teach the student, the first of --learn-from", metavar="N")
+    run: str = setting("", "run folder whose images --student adds", metavar="RUN")
+    batch_size: int = setting(10, "images read together", metavar="N")
+    seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N")
+    json: bool = setting(False, "the figures as one JSON object on stdout")
+
+    def check(self) -> None:
+        for name, least in (
+            ("batch_size", 1),
+            ("bootstrap", 0),
+            ("threads", 0),
+            ("seed", 0),
+            ("repeats", 1),
+            ("real", 1),
+            ("steps", 0),
+            ("more", 1),
+        ):
+            if getattr(self, name) < least:
+                raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
+        if not 0 < self.level < 1:
+            raise Refused(f"--level: {self.level:g} is not between 0 and 1")
