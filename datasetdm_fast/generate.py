@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from datasetdm_fast.command_line.ending import run_command
@@ -22,6 +23,7 @@ from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.workers import devices, launched, ray_driver, spawn
+from datasetdm_fast.workers.worker import Callbacks
 
 PROG = "python -m datasetdm_fast.generate"
 
@@ -60,14 +62,16 @@ def _generate(arguments: Sequence[str]) -> int:
         _show_plan(job)
         return 0
     if peer:
-        result, signalled = _run_peer(config, peer)
+        config = launched.settle_on(config, peer)
+        result, signalled = _run_together(config, partial(launched.run, config, peer), peer.world)
         if peer.rank:
             return 128 + signalled if signalled else 0
     elif config.cluster:
-        result, signalled = _run_cluster(config)
+        result, signalled = _run_together(config, partial(ray_driver.run, config))
+    elif places := devices.places(config):
+        result, signalled = _run_together(config, partial(spawn.run, config, places))
     else:
-        places = devices.places(config)
-        result, signalled = _run_ranks(config, places) if places else _run_here(config)
+        result, signalled = _run_here(config)
     code = _end(config, result)
     if not result.is_complete:
         print(
@@ -95,55 +99,17 @@ def _run_here(config: RunConfig) -> tuple[Result, int | None]:
     return result, interruption.signal
 
 
-def _run_ranks(config: RunConfig, places: Sequence[devices.Place]) -> tuple[Result, int | None]:
-    """The same of a run of several processes."""
+def _run_together(
+    config: RunConfig, start: Callable[[Callbacks], Result], processes: int = 1
+) -> tuple[Result, int | None]:
+    """The same of a run of several processes, of which this one counts the images of all, or its share of them."""
     left = count_images(config) - count_rows(config)
     with (
         Interruption(config.quiet) as interruption,
-        ImageProgress(min(left, config.limit or left), config.quiet) as progress,
+        ImageProgress(-(-min(left, config.limit or left) // processes), config.quiet) as progress,
     ):
-        result = spawn.run(
-            config,
-            places,
-            describe=table,
-            on_message=progress.print,
-            on_commit=progress.on_commit,
-            is_stopping=lambda: interruption.signal is not None,
-        )
-    return result, interruption.signal
-
-
-def _run_peer(config: RunConfig, peer: launched.LaunchedProcess) -> tuple[Result, int | None]:
-    """The same of this process's share of a run that something else started several processes for."""
-    config = launched.settle_on(config, peer)
-    left = count_images(config) - count_rows(config)
-    with (
-        Interruption(config.quiet) as interruption,
-        ImageProgress(-(-min(left, config.limit or left) // peer.world), config.quiet) as progress,
-    ):
-        result = launched.run(
-            config,
-            peer,
-            on_message=lambda job: _say(config, *table(job)),
-            on_commit=progress.on_commit,
-            is_stopping=lambda: interruption.signal is not None,
-        )
-    return result, interruption.signal
-
-
-def _run_cluster(config: RunConfig) -> tuple[Result, int | None]:
-    """The same of a run whose work a Ray cluster does."""
-    left = count_images(config) - count_rows(config)
-    with (
-        Interruption(config.quiet) as interruption,
-        ImageProgress(min(left, config.limit or left), config.quiet) as progress,
-    ):
-        result = ray_driver.run(
-            config,
-            describe=table,
-            on_message=progress.print,
-            on_commit=progress.on_commit,
-            is_stopping=lambda: interruption.signal is not None,
+        result = start(
+            Callbacks(table, progress.print, progress.on_commit, is_stopping=lambda: interruption.signal is not None)
         )
     return result, interruption.signal
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import troubled
@@ -14,8 +15,10 @@ from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.workers import launched
+from datasetdm_fast.workers import heartbeat, launched
+from datasetdm_fast.workers.heartbeat import USUAL, QueueMonitor
 from datasetdm_fast.workers.launched import LaunchedProcess
+from datasetdm_fast.workers.queue import DIED, Owner, SqliteQueue
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
@@ -56,6 +59,70 @@ def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chos
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
         launched.settle_on(RunConfig(ranks=2), LaunchedProcess(0, 2, 0, 2))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of the heartbeat, which stands still by itself."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def seconds_until_given_up(clock, queue: SqliteQueue, other: Owner, silence: float, signs: int) -> float:
+    """How long `other`, which loads for `silence` seconds and then gives a sign a second, is waited for after the
+    last.
+    """
+    own = Owner("own", 0)
+    for owner in (own, other):
+        queue.enter(owner)
+    assert queue.take(other) == 0
+    monitor, begin = QueueMonitor(queue, USUAL, own), clock.now
+    while other in queue.owners():
+        clock.now += 0.25
+        if clock.now - begin >= silence and signs:
+            silence, signs, last = silence + 1, signs - 1, clock.now
+            queue.beat(other.name)
+        monitor.look()
+    return clock.now - last
+
+
+@pytest.mark.parametrize("silence", [3, 300, 1700])
+def test_a_peer_that_hangs_after_loading_is_given_up_after_the_usual_minute(clock, silence):
+    queue, other = SqliteQueue(), Owner("other", 1)
+    queue.expect([0, 1])
+    queue.fill([0], 1)
+    assert 60 <= seconds_until_given_up(clock, queue, other, silence, signs=5) <= 61
+    assert queue.failures(0, DIED) == [1] and queue.slots() == {0} and queue.held(Owner("own", 0)) == []
+
+
+def test_a_peer_that_loads_is_waited_for_and_so_is_one_that_has_not_come(clock):
+    queue, own, other = SqliteQueue(), Owner("own", 0), Owner("other", 1)
+    queue.expect([0, 1, 2])
+    monitor = QueueMonitor(queue, USUAL, own)
+    queue.enter(other)
+    for _ in range(4 * 1799):
+        clock.now += 0.25
+        monitor.look()
+    assert list(queue.owners()) == [other] and queue.slots() == {0, 1, 2}
+    clock.now += 1.5
+    monitor.look()
+    assert queue.owners() == {} and queue.slots() == set()
+
+
+def test_time_in_which_a_process_did_not_look_counts_against_nobody(clock):
+    queue, own, other = SqliteQueue(), Owner("own", 0), Owner("other", 1)
+    queue.enter(other)
+    queue.beat(other.name)
+    monitor = QueueMonitor(queue, USUAL, own)
+    for _ in range(20):  # of its own work between two looks
+        monitor.look()
+        clock.now += 500
+    assert list(queue.owners()) == [other]
+    for _ in range(20):
+        monitor.look()
+        clock.now += 500
+    assert queue.owners() == {}
 
 
 @pytest.fixture

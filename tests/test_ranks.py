@@ -23,6 +23,7 @@ from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.workers import devices, spawn
 from datasetdm_fast.workers.devices import Place
 from datasetdm_fast.workers.heartbeat import Patience
+from datasetdm_fast.workers.worker import Callbacks
 
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 SAMPLES, BATCH = 26, 2  # thirteen batches
@@ -40,7 +41,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 def shared(settings: RunConfig, environments: list[dict[str, str]], **options):
     places = [Place({"OMP_NUM_THREADS": "1", **environment}, 1) for environment in environments]
-    return spawn.run(settings, places, describe=table, first=troubled.install, **options)
+    return spawn.run(settings, places, Callbacks(table, on_start=troubled.install, **options))
 
 
 @pytest.fixture
@@ -199,13 +200,14 @@ def test_cores_are_shared(monkeypatch, ranks_asked, cores, threads):
 
 PROGRAM = """
 import sys
+from dataclasses import replace
 import troubled
 from datasetdm_fast import generate
 from datasetdm_fast.workers import spawn
 
 if __name__ == "__main__":
     run = spawn.run
-    spawn.run = lambda *arguments, **options: run(*arguments, first=troubled.install, **options)
+    spawn.run = lambda *arguments: run(*arguments[:-1], replace(arguments[-1], on_start=troubled.install))
     sys.exit(generate.main(sys.argv[1:]))
 """
 

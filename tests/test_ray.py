@@ -28,14 +28,18 @@ from datasetdm_fast.generation import driver, job, run
 from datasetdm_fast.run_folder import document, object_store, seal
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
-from datasetdm_fast.workers import ray_connection, ray_worker
+from datasetdm_fast.workers import ray_connection
 from datasetdm_fast.workers.devices import pool_of
+from datasetdm_fast.workers.heartbeat import MOST_DEATHS
+from datasetdm_fast.workers.queue import DIED, Owner
 from datasetdm_fast.workers.ray_connection import address_of
-from datasetdm_fast.workers.ray_worker import Coordinator
+from datasetdm_fast.workers.ray_worker import Coordinator, Failures, PublishingFolder
+from datasetdm_fast.workers.worker import Worker
 
-SAMPLES, BATCH = 16, 2
+SAMPLES, BATCH = 48, 2  # a worker that is slow to write its first batch has made some more by then
 HERE = Path(__file__).parent
 TOKEN = "0123456789abcdef" * 4
+NONE = Failures()
 
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
@@ -129,14 +133,15 @@ def answers(port: int) -> bool:
 
 PROGRAM = """
 import sys
+from dataclasses import replace
 import troubled
 from datasetdm_fast import generate
 from datasetdm_fast.workers import heartbeat, ray_driver
 
 if __name__ == "__main__":
     run = ray_driver.run
-    patience = heartbeat.Patience(start=120, least=3, times=0)
-    ray_driver.run = lambda *arguments, **options: run(*arguments, first=troubled.install, patience=patience, **options)
+    changes = {"on_start": troubled.install, "patience": heartbeat.Patience(start=120, least=3, times=0)}
+    ray_driver.run = lambda config, callbacks: run(config, replace(callbacks, **changes))
     sys.exit(generate.main(sys.argv[1:]))
 """
 
@@ -208,7 +213,7 @@ def test_interrupted_killed_and_with_a_worker_killed_a_run_ends_with_the_same_by
     time.
     """
     out, line = tmp_path / "run", ("--cluster", head.address, "--ranks", "2")
-    process = command(*line, TROUBLED_SECONDS="0.4")
+    process = command(*line, TROUBLED_SECONDS="1")
     wait_for(out, 2, process)
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
@@ -218,13 +223,13 @@ def test_interrupted_killed_and_with_a_worker_killed_a_run_ends_with_the_same_by
     )
     assert audit(out, threads=1).findings == [] and 2 <= pictures(out) < SAMPLES
 
-    process = command(*line, TROUBLED_SECONDS="0.4")
+    process = command(*line, TROUBLED_SECONDS="1")
     wait_for(out, pictures(out) + 2, process)
     process.kill()
     process.communicate()
     assert audit(out, threads=1).findings == [] and pictures(out) < SAMPLES
 
-    process = command(*line, TROUBLED_SECONDS="0.4")
+    process = command(*line, TROUBLED_SECONDS="1")
     wait_for(out, pictures(out) + 1, process)
     workers(head.process)[0].kill()
     said, errors = process.communicate(timeout=120)
@@ -256,7 +261,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     assert (
         process.returncode == 4
         and "no worker has given a sign of life for" in errors
-        and "1 of 16 samples were set aside" in errors
+        and f"1 of {SAMPLES} samples were set aside" in errors
     ), errors
     assert tree(tmp_path / "store") == tree(tmp_path / "alone") and audit(tmp_path / "store", threads=1).findings == []
     assert not (tmp_path / "run" / "images").exists()
@@ -391,83 +396,92 @@ def test_workers_that_cannot_be_are_refused(settings, kind):
         pool_of(RunConfig(**settings), [{"CPU": 4.0}])
 
 
-class Directly(ray_worker.Worker):
-    """A worker that has its desk in its own process."""
-
-    def __init__(self, made: job.Job, desk: Coordinator, out: Path, place: str = "here", places: int = 1):
-        self.place, self.places = place, places
-        self.job, self.own, self.publish = made, desk, into(out)
-        self.desk = type(
-            "Remote",
-            (),
-            {name: type("Method", (), {"remote": staticmethod(getattr(desk, name))}) for name in ("end", "beat")},
-        )
-        self.beaten = 0.0
-
-    def _begin(self, batch, *, is_alone=False):
-        return self.own.begin(batch, is_alone)
-
-    def _doubt(self, batch):
-        return self.own.doubt(batch, self.place)
-
-
 @pytest.fixture
 def made(monkeypatch, tmp_path):
     torchless.install(monkeypatch.setattr)
     return job.prepare(config(tmp_path / "none"))
 
 
-def rows_of(worker: ray_worker.Worker, batches: list[int]) -> list:
-    return worker({"batch": batches, "wanted": [[batch * BATCH] for batch in batches]})["rows"][0]
+def queue_of(batches: list[int], places: int = 1, failures: Failures = NONE) -> Coordinator:
+    return Coordinator(batches, SAMPLES, places, places, failures)
+
+
+def work(made: job.Job, queue: Coordinator, out: Path, device: str = "here", present: set[int] = frozenset()) -> list:
+    """The rows of a worker in this process, which ends where it would wait for others."""
+    idle = []
+    folder = PublishingFolder("png", into(out), frozenset(present), queue)
+    owner = Owner(f"on {device}", queue.admit(device), device)
+    callbacks = {"on_idle": lambda: idle.append(True), "is_stopping": lambda: bool(idle)}
+    Worker(made, folder, queue, owner, SAMPLES, **callbacks).work()
+    assert queue.owners() == {} and queue.held(owner) == []
+    return queue.collect()[0]
 
 
 def test_what_ended_three_processes_is_set_aside_and_the_rest_is_made(made, tmp_path):
-    desk = Coordinator(deaths={1: 2, 3: 3})
-    rows = rows_of(Directly(made, desk, tmp_path / "out"), [0, 1, 2, 3])
+    found = tuple((batch, 0, DIED) for batch in (1, 1, 3, 3, 3))
+    queue = queue_of([0, 1, 2, 3], failures=Failures(("here",), found))
+    rows = work(made, queue, tmp_path / "out", present={1, 3, 5, 7})
     assert [row.request.index for row in rows] == [0, 4, 2, 6]  # what was begun before comes last, alone
     assert [row.reason for row in rows] == ["", "", "", "3 processes ended while they made its batch"]
-    assert desk.deaths == {} and [path.name for path in sorted((tmp_path / "out" / "images").iterdir())] == [
-        "00000000.png",
-        "00000002.png",
-        "00000004.png",
-    ]
+    pictures = [path.name for path in sorted((tmp_path / "out" / "images").iterdir())]
+    assert queue.is_over() and pictures == ["00000000.png", "00000002.png", "00000004.png"]
 
 
 @pytest.mark.parametrize(
     ("places", "asked", "kept"),
     [
-        (1, ["here"], [1]),  # nobody else could say anything
-        (2, ["here", "there"], [0, 1]),  # two places agree
-        (2, ["here", "here", "here"], [0, 0, 1]),  # no other was to be had
+        (1, ["here"], [2]),  # nobody else could say anything
+        (2, ["here", "there"], [0, 2]),  # two places agree
+        (2, ["here", "here"], [0, 0]),  # the other place may still come
     ],
 )
 def test_numbers_that_are_not_finite_are_made_again_elsewhere(monkeypatch, tmp_path, places, asked, kept):
     torchless.install(monkeypatch.setattr)
-    made, desk, found = job.prepare(config(tmp_path / "none", prompts="broken", number=2)), Coordinator(), []
-    for place in asked:
-        rows = Directly(made, desk, tmp_path / "out", place, places)({"batch": [0], "wanted": [[0]]})["rows"][0]
-        assert all("not finite" in row.reason or "NaN" in row.reason for row in rows) and desk.deaths == {}
-        found.append(len(rows))
-        desk = Coordinator(doubts=desk.told().doubts)  # a round later
-    assert found == kept
+    made, queue = job.prepare(config(tmp_path / "none", prompts="broken", number=2)), queue_of([0], places)
+    found = [work(made, queue, tmp_path / "out", device) for device in asked]
+    assert all("not finite" in row.reason or "NaN" in row.reason for rows in found for row in rows)
+    assert [len(rows) for rows in found] == kept and queue.failures(0, DIED) == []
+    if not queue.is_over():
+        queue = queue_of([0], places, queue.all_failures())  # a round later
+        queue.give_up(1)  # no other is to be had
+        assert len(work(made, queue, tmp_path / "out")) == 2
 
 
-def test_a_place_that_was_at_fault_costs_a_second_round_and_nothing_else(monkeypatch, made, tmp_path):
-    desk, generate = Coordinator(), driver.generate
+def test_a_place_that_was_at_fault_costs_a_second_attempt_and_nothing_else(monkeypatch, made, tmp_path):
+    queue, generate = queue_of([0, 1], 2), driver.generate
     monkeypatch.setattr(
         driver,
         "generate",
         lambda batches, *rest: ((batch, [SetAside(one, "NaN") for one in batch.requests]) for batch in batches),
     )
-    assert rows_of(Directly(made, desk, tmp_path / "out", "bad", 2), [0, 1]) == []
+    assert work(made, queue, tmp_path / "out", "bad") == []
     monkeypatch.setattr(driver, "generate", generate)
-    assert [row.reason for row in rows_of(Directly(made, desk, tmp_path / "out", "good", 2), [0, 1])] == ["", ""]
+    assert [row.reason for row in work(made, queue, tmp_path / "out", "good")] == [""] * 4
 
 
 def test_a_worker_that_is_told_to_stop_begins_nothing_more(made, tmp_path):
-    desk = Coordinator(deaths={1: 1})
-    desk.stop()
-    assert rows_of(Directly(made, desk, tmp_path / "out"), [0, 1]) == [] and desk.deaths == {1: 1}
+    queue = queue_of([0, 1], failures=Failures(("here",), ((1, 0, DIED),)))
+    queue.stop()
+    assert work(made, queue, tmp_path / "out") == [] and queue.failures(1, DIED) == [0]
+
+
+def test_a_worker_that_ray_restarts_takes_the_place_of_the_one_before():
+    queue = queue_of([0, 1])
+    before, after = (Owner(name, queue.admit("here"), "one actor") for name in ("before", "after"))
+    queue.enter(before)
+    assert queue.take(before) == 0
+    queue.enter(after)
+    assert list(queue.owners()) == [after] and queue.failures(0, DIED) == [0] and queue.take(after) == 1
+    assert queue.take(after, is_fresh=False) == 0
+    assert queue.collect()[1] == ["batch 0 is begun again, the process that had it has ended"]
+
+
+def test_workers_that_only_ever_start_are_refused():
+    queue = queue_of([0])
+    for _ in range(MOST_DEATHS):
+        queue.admit("here")
+    with pytest.raises(RuntimeError, match="6 processes have started, and none has made a batch"):
+        queue.admit("here")
 
 
 def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):

@@ -28,33 +28,21 @@ class Pool:
 
 def pool_of(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
     """The workers a configuration asks for, on machines with these resources."""
-    gpus, hosts = (
-        sum(int(node.get("GPU", 0)) for node in nodes),
-        [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1],
-    )
-    if config.gpus and config.ranks:
-        raise Refused(
-            f"--gpus {config.gpus} --ranks {config.ranks}: there is one process a GPU", "Give one of the two."
-        )
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    hosts = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1] or [1]
+    _check_one_of_two(config)
     if config.device != "cpu" and (config.gpus or gpus and not config.ranks):
         if config.gpus not in ("", "all") and not (config.gpus.isdecimal() and int(config.gpus)):
             raise Refused(f"--gpus {config.gpus}: a cluster chooses the GPUs itself", "Give their number, or all.")
         most = int(config.gpus) if config.gpus.isdecimal() else gpus
         if not most:
             raise Missing(f"--gpus {config.gpus}: the cluster has no GPU now", "Say how many it may bring up: --gpus N")
-        return Pool(
-            max(min(gpus, most), 1), most, 1, 1, config.threads or _power_of_two(sum(hosts) // max(gpus, 1)), most
-        )
+        threads = config.threads or _power_of_two(sum(hosts) // max(gpus, 1))
+        return Pool(max(min(gpus, most), 1), most, 1, 1, threads, most)
     workers = config.ranks or len(hosts)
     threads = config.threads or _power_of_two(min(sum(hosts) // workers, *hosts))
-    return Pool(
-        workers,
-        workers,
-        0,
-        threads if workers * threads <= sum(hosts) else sum(hosts) / workers,
-        threads,
-        min(workers, len(hosts)),
-    )
+    cpus = threads if workers * threads <= sum(hosts) else sum(hosts) / workers
+    return Pool(workers, workers, 0, cpus, threads, min(workers, len(hosts)))
 
 
 def _power_of_two(cores: int) -> int:
@@ -72,10 +60,7 @@ class Place:
 
 def places(config: RunConfig) -> list[Place]:
     """The places --gpus or --ranks ask for; none where neither does."""
-    if config.gpus and config.ranks:
-        raise Refused(
-            f"--gpus {config.gpus} --ranks {config.ranks}: there is one process a GPU", "Give one of the two."
-        )
+    _check_one_of_two(config)
     if config.gpus:
         chosen = choose(config.gpus, visible_gpus())
         if config.device not in ("auto", "cuda"):
@@ -88,13 +73,17 @@ def places(config: RunConfig) -> list[Place]:
     return [Place({"OMP_NUM_THREADS": str(threads)}, threads)] * config.ranks
 
 
+def _check_one_of_two(config: RunConfig) -> None:
+    if config.gpus and config.ranks:
+        both = f"--gpus {config.gpus} --ranks {config.ranks}"
+        raise Refused(f"{both}: there is one process a GPU", "Give one of the two.")
+
+
 def share_of_cores(ranks: int) -> int:
-    """Threads of each of so many processes: a power of two, as work divided into equal parts rounds alike for most
-    numbers of threads.
-    """
+    """Threads of each of so many processes, a power of two."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     most = min(max(cores() // ranks, 1), int(asked) if asked.isdecimal() and int(asked) else cores())
-    return 1 << most.bit_length() - 1
+    return _power_of_two(most)
 
 
 def cores() -> int:

@@ -8,27 +8,27 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation.job import Job, prepare
+from datasetdm_fast.generation.job import prepare
 from datasetdm_fast.generation.result import Result, close, look
 from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.document import LOCK
 from datasetdm_fast.run_folder.folder import clean
 from datasetdm_fast.workers.devices import share_of_cores, visible_gpus
-from datasetdm_fast.workers.heartbeat import USUAL, Patience, PeerWatch, Pulse, born
-from datasetdm_fast.workers.queue import Leases, Owner
-from datasetdm_fast.workers.worker import Share, join
+from datasetdm_fast.workers.heartbeat import QueueMonitor, born
+from datasetdm_fast.workers.queue import Owner, SqliteQueue
+from datasetdm_fast.workers.worker import Callbacks, Worker, join
 
-ENTRY = 60.0  # seconds another process may hold the folder while this one wants to enter
-SECONDS_BETWEEN_TRIES = 0.2  # seconds between two tries
+ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
+SECONDS_BETWEEN_TRIES = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,8 @@ def this_peer(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | 
         # has.
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ):
-        values = [
-            re.match(r"\d+", environment.get(name, "")) for name in names
-        ]  # tasks of several nodes are written 4(x2),3
+        # tasks of several nodes are written 4(x2),3
+        values = [re.match(r"\d+", environment.get(name, "")) for name in names]
         if all(values):
             peer = LaunchedProcess(*(int(value[0]) for value in values))
             return peer if peer.world > 1 else None
@@ -78,46 +77,29 @@ def settle_on(config: RunConfig, peer: LaunchedProcess) -> RunConfig:
     return replace(config, threads=config.threads or share_of_cores(peer.local_world))
 
 
-def run(
-    config: RunConfig,
-    peer: LaunchedProcess,
-    *,
-    on_message: Callable[[Job], None] = lambda job: None,
-    on_commit: Callable[[int], None] = lambda count: None,
-    is_stopping: Callable[[], bool] = lambda: False,
-    patience: Patience = USUAL,
-) -> Result:
+def run(config: RunConfig, peer: LaunchedProcess, callbacks: Callbacks) -> Result:
     """This process's share of the run; returns once the whole run is committed, whoever made it."""
-    folder, begin, new = Path(config.out), time.perf_counter(), 0
+    folder, begin, host, committed = Path(config.out), time.perf_counter(), socket.gethostname(), []
 
     def count(samples: int) -> None:
-        nonlocal new
-        new += samples
-        on_commit(samples)
+        committed.append(samples)
+        callbacks.on_commit(samples)
 
     journal = sqlite.IN_PLACE if peer.is_on_several_machines else sqlite.WRITE_AHEAD
     storage.make_folder(folder / "state")
     with present(folder):
-        job = prepare(config)
-        owner = Owner(
-            f"rank {peer.rank} on {socket.gethostname()}, process {os.getpid()}",
-            peer.rank,
-            socket.gethostname(),
-            os.getpid(),
-            born(os.getpid()),
-        )
-        with Leases(folder / seal.QUEUE) as queue, Pulse(queue, owner) as pulse:
+        job, process = prepare(config), os.getpid()
+        owner = Owner(f"rank {peer.rank} on {host}, process {process}", peer.rank, host, process, born(process))
+        with closing(SqliteQueue(folder / seal.QUEUE)) as queue:
             queue.expect(range(peer.world))
             job, opened = join(job, queue, journal)
-            on_message(job)
-            watch = PeerWatch(queue, owner, patience)
+            for line in callbacks.describe(job):
+                callbacks.on_message(line)
+            monitor, is_stopping = QueueMonitor(queue, callbacks.patience, owner), callbacks.is_stopping
             with opened:
-                Share(
-                    job, opened, queue, owner, pulse=pulse, on_commit=count, is_stopping=is_stopping, idle=watch.look
-                ).work()
-            queue.leave(owner)
-    seconds = time.perf_counter() - begin
-    return leave(folder, count_images(config), new, seconds, is_waiting=peer.rank == 0 and not is_stopping())
+                Worker(job, opened, queue, owner, queue.last, count, monitor.look, is_stopping).work()
+    is_waiting = peer.rank == 0 and not callbacks.is_stopping()
+    return leave(folder, count_images(config), sum(committed), time.perf_counter() - begin, is_waiting=is_waiting)
 
 
 @contextmanager
@@ -125,13 +107,13 @@ def present(folder: Path) -> Iterator[None]:
     """Holds the folder together with the other peers; the first of them finds it as the last run left it, and cleans
     it.
     """
-    end = time.monotonic() + ENTRY
+    end = time.monotonic() + ENTRY_SECONDS
     with ExitStack() as held:
         while True:
             try:
                 with locks.locked(folder / LOCK):
                     clean(folder)
-                    Leases(folder / seal.QUEUE).close()  # two that made it at once would each have their own
+                    SqliteQueue(folder / seal.QUEUE).close()  # two that made it at once would each have their own
             except Refused:
                 pass  # others are there already, or one of them is just looking
             try:
@@ -148,7 +130,7 @@ def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: b
     """The result as this process sees it; the last to leave rebuilds the index files, and one that `is_waiting` leaves
     after the others.
     """
-    end = time.monotonic() + ENTRY
+    end = time.monotonic() + ENTRY_SECONDS
     while True:
         try:
             with locks.locked(folder / LOCK):

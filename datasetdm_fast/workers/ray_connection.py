@@ -42,15 +42,8 @@ def address_of(text: str) -> str | None:
         host, port = parts.hostname, PORT if parts.port is None else parts.port
     except ValueError:
         raise wrong from None
-    if (
-        parts.scheme != "ray"
-        or not host
-        or not port
-        or parts.path not in ("", "/")
-        or parts.query
-        or parts.fragment
-        or parts.username is not None
-    ):
+    more = parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None
+    if parts.scheme != "ray" or not host or not port or more:
         raise wrong
     if port == CLIENT_PORT:
         raise Refused(
@@ -76,13 +69,11 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
         RAY_BACKEND_LOG_LEVEL="fatal",
     )
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
-    os.environ.setdefault(
-        "RAY_worker_niceness", "0"
-    )  # a Ray of our own would give its workers what every other process leaves over
+    # a Ray of our own would give its workers what every other process leaves over
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if address and (any(name in os.environ for name in TOKEN) or TOKEN_FILE.exists()):
-        os.environ.setdefault(
-            "RAY_AUTH_MODE", "token"
-        )  # `ray start` asks for it by default, but Ray itself looks only where no address is given
+        # `ray start` asks for it by default, but Ray itself looks only where no address is given
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
         import ray.data
@@ -98,9 +89,8 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     }
     try:
         with muted():
-            ray.init(
-                address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **({} if address else own)
-            )
+            options = {} if address else own
+            ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     except Exception as error:
         ray.shutdown()
@@ -113,9 +103,8 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
-        context.execution_no_progress_timeout_s = (
-            -1
-        )  # a batch may take as long as it takes; what hangs is found by its silence
+        # a call lasts as long as the run; what hangs is found by its silence
+        context.execution_no_progress_timeout_s = -1
         context.max_consecutive_actor_init_deaths = MOST_DEATHS
         yield nodes
     finally:
@@ -133,7 +122,7 @@ def _not_joined(config: RunConfig, address: str | None, error: BaseException) ->
             "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.",
         )
     return Missing(
-        f"--cluster {config.cluster}: {_first_line(said[0])}",
+        f"--cluster {config.cluster}: {first_line(said[0])}",
         "Run this on a machine of the cluster, with the Python and the Ray it runs."
         if address
         else "See what Ray says in /tmp/ray/session_latest/logs.",
@@ -173,7 +162,7 @@ def _knock(config: RunConfig, address: str) -> None:
     )
 
 
-def _first_line(said: str) -> str:
+def first_line(said: str) -> str:
     """What Ray says, without the colours and the stack it says it in."""
     lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines() if line.strip()]
     return (lines or ["Ray gives no reason"])[0][:300]

@@ -1,235 +1,219 @@
-"""What runs inside a Ray worker."""
+"""What runs on the machines of a Ray cluster: the queue of a run as an actor beside the driver, and the workers."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from datasetdm_fast.command_line.ending import report
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.data import Batch, Sample, SetAside
+from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.generation import driver, run
 from datasetdm_fast.generation.job import Job, adopt, compose
 from datasetdm_fast.generation.prompts import PromptSource
 from datasetdm_fast.run_folder import object_store
-from datasetdm_fast.run_folder.folder import write_samples
+from datasetdm_fast.run_folder.folder import Publish, write_samples
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.version import __version__
-from datasetdm_fast.workers.heartbeat import BEAT, MOST_DEATHS
-from datasetdm_fast.workers.queue import MOST_FAILURES
-
-MOST_ROUNDS = 3  # without a single commit, after which the run ends
-ENDED = f"{MOST_FAILURES} processes ended while they made its batch"
+from datasetdm_fast.workers.heartbeat import MOST_DEATHS
+from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, SqliteQueue
+from datasetdm_fast.workers.worker import Worker
 
 
-@dataclass(frozen=True)
-class WorkOrder:
-    """What a worker hears when it is about to make a batch."""
+class Failures(NamedTuple):
+    """What is known of batches that failed, which outlives a queue."""
 
-    deaths: int  # of processes that had begun it
-    is_stopping: bool
+    devices: tuple[str, ...] = ()  # those of the slots
+    found: tuple[tuple[int, int, str], ...] = ()  # batch, slot and reason of each
 
 
-@dataclass
-class Coordinator:
-    """The one place all workers report to; it runs beside the driver and computes nothing."""
+class Coordinator(SqliteQueue):
+    """The queue of a run on a cluster, in memory; it also collects the rows, which the driver commits."""
 
-    deaths: dict[int, int] = field(default_factory=dict)  # batch -> processes that began it and have not ended it
-    doubts: dict[int, list[str]] = field(default_factory=dict)  # batch -> places where its numbers were not finite
-    starts: int = 0  # of workers, since a batch was last ended
-    beats: int = 0
-    is_stopping: bool = False
-    refusal: tuple[str, str, str] | None = None  # its kind, cause and remedy
-    lines: list[str] = field(default_factory=list)
+    def __init__(self, batches: Sequence[int], last: int, places: int, most: int, failures: Failures):
+        super().__init__()
+        self._most, self._devices, self._is_stopping, self._starts = most, list(failures.devices), False, 0
+        self._refusal: tuple[str, str, str] | None = None  # its kind, cause and remedy
+        self._rows: list[Row] = []
+        self._lines: list[str] = []
+        self.fill(batches, last)
+        self.expect(range(places))
+        self.execute_many("INSERT INTO failures VALUES (?, ?, ?)", failures.found)
 
-    def enter(self) -> int:
-        self.starts += 1
-        return self.starts
+    def admit(self, device: str) -> int:
+        """The slot of a device a worker starts on; refused where too many have started since a batch was finished."""
+        self._starts += 1
+        if self._starts > self._most * MOST_DEATHS:
+            raise RuntimeError(f"{self._starts} processes have started, and none has made a batch")
+        if device not in self._devices:
+            self._devices.append(device)
+        slot = self._devices.index(device)
+        self.expect([slot])
+        return slot
 
-    def begin(self, batch: int, is_alone: bool) -> WorkOrder:
-        """Whether and how to make the batch; one that was begun before is only begun again with nothing beside it."""
-        deaths = self.deaths.get(batch, 0)
-        if not self.is_stopping and (is_alone or not deaths):
-            self.deaths[batch] = deaths + 1
-            if deaths:
-                self.lines.append(f"batch {batch} is begun again, the process that had it has ended")
-        self.beats += 1
-        return WorkOrder(deaths, self.is_stopping)
+    def enter(self, owner: Owner) -> None:
+        """Adds a worker in the place of the one its actor was before Ray restarted it."""
+        for earlier in self.owners():
+            if earlier.host == owner.host and earlier.name != owner.name:
+                self.leave(earlier, DIED)
+        super().enter(owner)
 
-    def end(self, batch: int) -> None:
-        self.deaths.pop(batch, None)
-        self.starts = 0
-        self.beats += 1
+    def take(self, owner: Owner, *, is_fresh: bool = True) -> int | None:
+        batch = None if self._is_stopping else super().take(owner, is_fresh=is_fresh)
+        if batch is not None and self.failures(batch, DIED):
+            self._lines.append(f"batch {batch} is begun again, the process that had it has ended")
+        return batch
 
-    def doubt(self, batch: int, place: str) -> bool:
-        """Whether numbers that are not finite may be the fault of a place, so that another one is to make the batch, in
-        the next round.
-        """
-        before = self.doubts.setdefault(batch, [])
-        if set(before) - {place} or len(before) == MOST_ROUNDS - 1:
-            return False
-        before.append(place)
-        self.lines.append(f"batch {batch} has numbers that are not finite, it is made again")
-        return True
+    def give_back(self, batch: int, owner: Owner, reason: str) -> None:
+        if reason == NOT_FINITE:
+            self._lines.append(f"batch {batch} has numbers that are not finite, it is made again")
+        super().give_back(batch, owner, reason)
 
-    def beat(self) -> None:
-        self.beats += 1
+    def finish(self, batch: int) -> bool:
+        self._starts = 0
+        return super().finish(batch)
+
+    def is_over(self) -> bool:
+        return self._is_stopping or super().is_over()
+
+    def commit(self, rows: Sequence[Row]) -> None:
+        self._rows.extend(rows)
 
     def refuse(self, kind: str, cause: str, remedy: str) -> None:
-        self.refusal = self.refusal or (kind, cause, remedy)
+        self._refusal = self._refusal or (kind, cause, remedy)
+
+    def refusal(self) -> tuple[str, str, str] | None:
+        return self._refusal
 
     def stop(self) -> None:
-        self.is_stopping = True
+        """Nothing more is to be begun."""
+        self._is_stopping = True
 
-    def told(self) -> Told:
-        lines, self.lines = self.lines, []
-        return Told(self.beats, lines, self.refusal, self.deaths, self.doubts)
+    def collect(self) -> tuple[list[Row], list[str]]:
+        """Rows of samples whose files are published, and lines for the screen, each once."""
+        found, self._rows, self._lines = (self._rows, self._lines), [], []
+        return found
+
+    def all_failures(self) -> Failures:
+        found = self.execute("SELECT batch, slot, reason FROM failures")
+        return Failures(tuple(self._devices), tuple(found))
 
 
-class Told(NamedTuple):
-    """What the driver hears."""
+class RemoteQueue:
+    """The queue behind an actor: what is called here is done there, and waited for."""
 
-    beats: int  # signs of life so far
-    lines: list[str]  # for the screen, since it last asked
-    refusal: tuple[str, str, str] | None  # why a worker cannot go on
-    deaths: dict[int, int]
-    doubts: dict[int, list[str]]
+    def __init__(self, actor: Any):
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        import ray
+
+        method = getattr(self._actor, name)
+        return lambda *arguments, **options: ray.get(method.remote(*arguments, **options))
 
 
 @dataclass(frozen=True)
 class RayWorkerSetup:
-    """What a worker is told at its start."""
+    """What a worker receives at its start."""
 
     config: RunConfig
     source: PromptSource
-    most: int  # workers there may be
-    places: int  # devices, or machines without one, that they are on
-    desk: Any
-    document: Mapping[str, Any] | None = None  # run.json, once it is known
-    first: Callable[[], None] | None = None  # called before anything else
-    where: str = field(default_factory=os.getcwd)  # from where relative paths are meant
+    document: Mapping[str, Any] | None  # run.json, where it is known
+    on_start: Callable[[], None] | None  # called before anything else
+    coordinator: Any = None
+    last: int = -1  # the last sample that is wanted
+    present: frozenset[int] = frozenset()  # samples of the batches that are there already
+    folder: str = field(default_factory=os.getcwd)  # from where relative paths are meant
 
     def begin(self) -> None:
         """To be called first of all on the worker's machine."""
         with suppress(OSError):  # a machine without that folder needs paths that are not relative to it
-            os.chdir(self.where)
-        if self.first:
-            self.first()
+            os.chdir(self.folder)
+        if self.on_start:
+            self.on_start()
+
+    def job(self) -> Job:
+        return compose(self.config, self.source, self.document)
 
 
-class Worker:
-    """An actor of the pool: it makes the batches of a block, publishes their files and returns their rows."""
+@dataclass(frozen=True)
+class PublishingFolder:
+    """The run folder as a worker sees it: it publishes the files of samples, and the driver commits their rows."""
+
+    image_format: str
+    publish: Publish
+    present: frozenset[int]
+    queue: Coordinator | RemoteQueue
+
+    @property
+    def ledger(self) -> PublishingFolder:
+        return self
+
+    def unseal(self) -> None:
+        """The driver has done so."""
+
+    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+        return write_samples(results, recipe, self.image_format, self.publish)
+
+    def within(self, first: int, stop: int) -> set[int]:
+        return self.present.intersection(range(first, stop))
+
+    def commit(self, rows: list[Row]) -> None:
+        self.queue.commit(rows)
+
+
+class RayWorker:
+    """An actor of the pool; each call of it works until the queue is over."""
 
     def __init__(self, setup: RayWorkerSetup):
         import ray
 
         setup.begin()
-        self.desk, self.beaten, self.places = setup.desk, 0.0, setup.places
-        here = ray.get_runtime_context()
-        self.place = "/".join([here.get_node_id(), *here.get_accelerator_ids().get("GPU", ())])
-        starts = ray.get(self.desk.enter.remote())
-        if starts > setup.most * MOST_DEATHS:
-            raise RuntimeError(f"{starts} processes have started, and none has made a batch")
-        try:
-            self.job = adopt(compose(setup.config, setup.source, setup.document), setup.document)
+        self.setup, self.queue, here = setup, RemoteQueue(setup.coordinator), ray.get_runtime_context()
+        device = "/".join([here.get_node_id(), *here.get_accelerator_ids().get("GPU", ())])
+        actor, process = here.get_actor_id(), os.getpid()
+        self.owner = Owner(f"actor {actor}, process {process}", self.queue.admit(device), actor, process)
+        self.queue.enter(self.owner)
+        with self._refusing():
+            self.job = adopt(setup.job(), setup.document)
             self.publish = object_store.publisher(setup.config)
-        except (Refused, Missing, GateFailed) as stop:
-            self._refuse(stop)
-            raise
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        import numpy as np
-
-        rows: list[Row] = []
         try:
-            wanted = {
-                int(batch): {int(index) for index in indices}
-                for batch, indices in zip(block["batch"], block["wanted"], strict=True)
-            }
-            for batch, results in self._results(list(wanted)):
-                kept = (
-                    []
-                    if self._is_doubtful(batch.index, results)
-                    else [result for result in results if result.request.index in wanted[batch.index]]
-                )
-                rows += write_samples(
-                    kept, run.facts_of(self.job.recipe, batch), self.job.config.image_format, self.publish
-                )
-                self.desk.end.remote(batch.index)
-        except (Refused, Missing, GateFailed) as stop:
-            self._refuse(stop)
+            with self._refusing():
+                self.work()
+        except (Refused, Missing, GateFailed):
             raise
-        except (
-            Exception
-        ) as error:  # a CUDA context that has failed once never works again: the process ends, and Ray starts another
+        except Exception as error:
             report(error)
+            # a CUDA context that has failed once never works again: the process ends, and Ray starts another
             os._exit(1)
-        found = np.empty(1, object)
-        found[0] = rows
-        return {"rows": found}
+        return block
 
-    def _results(self, batches: Sequence[int]) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
-        """Batches nobody has failed together, the others one by one, so that another failure has one reason."""
-        plan, engine, recipe, begun_before = self.job.plan, self.job.engine, self.job.recipe, []
+    def work(self) -> None:
+        folder = PublishingFolder(self.job.config.image_format, self.publish, self.setup.present, self.queue)
+        Worker(self.job, folder, self.queue, self.owner, self.setup.last).work()
 
-        def fresh() -> Iterator[Batch]:
-            for batch in batches:
-                order = self._begin(batch)
-                if order.is_stopping:
-                    return
-                if order.deaths:
-                    begun_before.append(batch)
-                else:
-                    yield plan.batch(batch)
-
-        yield from driver.generate(fresh(), engine, recipe, self._pulse)
-        for number in begun_before:
-            batch, order = plan.batch(number), self._begin(number, is_alone=True)
-            if order.is_stopping:
-                return
-            if order.deaths >= MOST_FAILURES:
-                yield batch, [SetAside(request, ENDED) for request in batch.requests]
-            else:
-                yield from driver.generate([batch], engine, recipe, self._pulse)
-
-    def _is_doubtful(self, batch: int, results: Sequence[Sample | SetAside]) -> bool:
-        is_whole = not any(isinstance(result, SetAside) and result.reason != ENDED for result in results)
-        return not is_whole and self.places > 1 and self._doubt(batch)
-
-    def _doubt(self, batch: int) -> bool:
-        import ray
-
-        return ray.get(self.desk.doubt.remote(batch, self.place))
-
-    def _begin(self, batch: int, *, is_alone: bool = False) -> WorkOrder:
-        import ray
-
-        return ray.get(self.desk.begin.remote(batch, is_alone))
-
-    def _pulse(self) -> None:
-        now = time.monotonic()
-        if now - self.beaten > BEAT:
-            self.beaten = now
-            self.desk.beat.remote()
-
-    def _refuse(self, stop: Refused | Missing | GateFailed) -> None:
-        import ray
-
-        ray.get(self.desk.refuse.remote(type(stop).__name__, stop.cause, stop.remedy))
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Tells the driver what is refused within the block."""
+        try:
+            yield
+        except (Refused, Missing, GateFailed) as stop:
+            self.queue.refuse(type(stop).__name__, stop.cause, stop.remedy)
+            raise
 
 
-def plan(setup: RayWorkerSetup, stored: Mapping[str, Any] | None, describe: Callable[[Job], list[str]]) -> tuple:
+def plan(setup: RayWorkerSetup, describe: Callable[[Job], list[str]]) -> tuple:
     """The job as a machine of the cluster has it, with lines about it and our version there; a refusal comes back as
-    what it says.
+    its kind, cause and remedy.
     """
     setup.begin()
     try:
-        job = compose(setup.config, setup.source, stored)
+        job = setup.job()
         return "ready", replace(job, engine=None), describe(job), __version__
     except (Refused, Missing, GateFailed) as stop:
         return "refused", type(stop).__name__, stop.cause, stop.remedy

@@ -1,11 +1,12 @@
-"""One process's share of a run that several processes make together: it takes batches from the queue, makes them and
-reports them.
+"""The work of one process of a run: it takes batches from the queue, makes them and reports them, and decides what
+becomes of a batch that failed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 
 from datasetdm_fast.data import Batch, Sample, SetAside
@@ -16,16 +17,30 @@ from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import Row
-from datasetdm_fast.workers.queue import DIED, MOST_FAILURES, NOT_FINITE, Leases, Owner
+from datasetdm_fast.workers.heartbeat import USUAL, Heartbeat, Patience
+from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, SqliteQueue, WorkQueue
 
-PAUSE = 0.2  # seconds between two looks for work where there is none
-LATE = 2.0  # batches of one's own that another may take over one before it is made a second time
-LEAST_LATE = 5.0  # seconds that are never late
+MOST_FAILURES = 3  # deaths of processes while they made a batch, after which it is quarantined
+SECONDS_BETWEEN_TRIES = 0.2  # to take a batch where there is none
+LATE_FACTOR = 2.0  # average times of a batch after which that of another process is made a second time
+LEAST_LATE_SECONDS = 5.0
 
 
-def join(job: Job, queue: Leases, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
-    """The job as the run folder has it and that folder, open for a member; the first process makes the folder and lays
-    the queue.
+@dataclass(frozen=True)
+class Callbacks:
+    """How a launcher and whoever starts a run hear of each other."""
+
+    describe: Callable[[Job], list[str]]  # lines about a job, for the screen
+    on_message: Callable[[str], None] = lambda line: None  # of every line for the screen
+    on_commit: Callable[[int], None] = lambda count: None  # of the samples of every commit
+    is_stopping: Callable[[], bool] = lambda: False  # asked between two batches
+    on_start: Callable[[], None] | None = None  # called by every process before anything else
+    patience: Patience = USUAL
+
+
+def join(job: Job, queue: SqliteQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
+    """The job as the run folder has it and that folder, open for a member; the first process makes the folder and
+    fills the queue.
     """
     with queue.alone():
         stored = read_document(job.folder)
@@ -34,123 +49,125 @@ def join(job: Job, queue: Leases, journal: str = sqlite.WRITE_AHEAD) -> tuple[Jo
         folder = RunFolder(job.folder, job.document, is_member=True, journal=journal)
         if queue.last is None:
             wanted = run.lacking(folder.ledger, job.plan.number, job.config.limit)
-            queue.lay(run.in_order(wanted, job.plan.batch_size), max(wanted, default=-1))
+            queue.fill(run.in_order(wanted, job.plan.batch_size), max(wanted, default=-1))
     return job, folder
 
 
-class Share:
-    """The work of one process: `on_commit` hears of the samples it committed first, `idle` is called while it waits for
-    others.
+class Worker:
+    """Makes batches of a queue; `on_commit` hears of the samples that were committed here first, `on_idle` is called
+    while there is nothing to take.
+
+    `folder` is the run folder, or what has its `write`, `unseal` and `ledger` on a machine that has no run folder.
     """
 
     def __init__(
         self,
         job: Job,
         folder: RunFolder,
-        queue: Leases,
+        queue: WorkQueue,
         owner: Owner,
-        *,
-        pulse: Callable[[], None],
+        last: int,  # the last sample that is wanted
         on_commit: Callable[[int], None] = lambda count: None,
+        on_idle: Callable[[], object] = lambda: None,
         is_stopping: Callable[[], bool] = lambda: False,
-        idle: Callable[[], None] = lambda: None,
     ):
-        self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
-        self.pulse, self.on_commit, self.is_stopping, self.idle = pulse, on_commit, is_stopping, idle
+        self.job, self.folder, self.queue, self.owner, self.last = job, folder, queue, owner, last
+        self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
+        self.heartbeat = Heartbeat(queue, owner)
         self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
-        self.seen: dict[tuple[int, str], float] = {}  # since when others have been seen with a batch
+        self.seen: dict[tuple[int, str], float] = {}  # since when others have been seen to make a batch
 
     def work(self) -> None:
-        """Makes batches until none is left, or until it is to stop."""
-        while not self.is_stopping():
-            begin = time.monotonic()
-            if (batch := self.queue.take(self.owner)) is not None:
-                self._make(chain([batch], self._fresh()))
-                self.seconds += time.monotonic() - begin
-                continue
-            if self._retry():
-                continue
-            if self.queue.is_over:
-                return
-            self.pulse()
-            self.idle()
-            if (late := self._late()) is not None:
-                self._make([late])
+        """Makes batches until none is left, or until it is to stop, and then leaves the queue."""
+        with self.heartbeat:
+            while not self.is_stopping() and self._turn():
+                pass
+            self.queue.leave(self.owner)
+
+    def _turn(self) -> bool:
+        """Makes what can be taken now, or waits a little; False where nothing will be left to be taken."""
+        begin = time.monotonic()
+        if (batch := self.queue.take(self.owner)) is not None:
+            self._make(chain([batch], self._fresh()))
+            self.seconds += time.monotonic() - begin
+        elif (batch := self.queue.take(self.owner, is_fresh=False)) is not None:
+            self._retry(batch)
+        elif self.queue.is_over():
+            return False
+        else:
+            self.heartbeat()
+            self.on_idle()
+            if (batch := self._late()) is not None:
+                self._make([batch])
             else:
-                time.sleep(PAUSE)
+                time.sleep(SECONDS_BETWEEN_TRIES)
+        return True
 
     def _fresh(self) -> Iterator[int]:
-        """Batches nobody has failed, until there is none or it is time to stop."""
+        """Batches that have not failed, until there is none or it is time to stop."""
         while not self.is_stopping() and (batch := self.queue.take(self.owner)) is not None:
             yield batch
 
-    def _retry(self) -> bool:
-        """Whether there was a batch that was failed before; it is made with nothing beside it, so that another failure
-        has one reason.
-        """
-        batch = self.queue.take(self.owner, is_fresh=False)
-        if batch is None:
-            return False
+    def _retry(self, batch: int) -> None:
+        """Makes a batch that was begun before alone, so that another failure has one reason, or quarantines it."""
         if len(self.queue.failures(batch, DIED)) < MOST_FAILURES:
             self._make([batch])
-            return True
+            return
         reason = f"{MOST_FAILURES} processes ended while they made its batch"
-        with BackgroundWriter(self.folder, self._committed) as writing:
-            made = self.job.plan.batch(batch)
-            self._put(writing, made, [SetAside(request, reason) for request in made.requests])
-        return True
+        with BackgroundWriter(self.folder, self._committed) as writer:
+            planned = self.job.plan.batch(batch)
+            self._put(writer, planned, [SetAside(request, reason) for request in planned.requests])
 
     def _late(self) -> int | None:
-        """A batch another has been busy with for far too long, which this process may now make as well: whoever is
+        """A batch another process has been busy with for far too long, which this one may now make as well: whoever is
         first commits the same bytes.
         """
         now = time.monotonic()
-        held = [one for one in self.queue.held() if one.owner != self.owner.name]
-        self.seen = {(one.batch, one.owner): self.seen.get((one.batch, one.owner), now) for one in held}
+        self.seen = {held: self.seen.get(held, now) for held in self.queue.held(self.owner)}
         if not self.count:
             return None
-        patience = max(LEAST_LATE, LATE * self.seconds / self.count)
-        late = [one.batch for one in held if one.helper is None and now - self.seen[one.batch, one.owner] > patience]
+        longest = max(LEAST_LATE_SECONDS, LATE_FACTOR * self.seconds / self.count)
+        late = [batch for (batch, _), since in self.seen.items() if now - since > longest]
         return next((batch for batch in late if self.queue.help(batch, self.owner)), None)
 
     def _make(self, batches: Iterable[int]) -> None:
         plan = self.job.plan
-        with BackgroundWriter(self.folder, self._committed) as writing:
+        with BackgroundWriter(self.folder, self._committed) as writer:
             wanted = (plan.batch(k) for k in batches if self._is_wanted(k))
-            for batch, results in driver.generate(wanted, self.job.engine, self.job.recipe, self.pulse):
+            for batch, results in driver.generate(wanted, self.job.engine, self.job.recipe, self.heartbeat):
                 self.count += 1
                 if self._is_doubtful(batch.index, results):
                     self.queue.give_back(batch.index, self.owner, NOT_FINITE)
-                elif not self.queue.is_done(batch.index):
-                    self._put(writing, batch, results)
+                else:
+                    self._put(writer, batch, results)
 
-    def _put(self, writing: BackgroundWriter, batch: Batch, results: list[Sample | SetAside]) -> None:
-        lacking = self._lacking(batch.index)
-        if kept := [result for result in results if result.request.index in lacking]:
-            writing.put(kept, run.facts_of(self.job.recipe, batch))
+    def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | SetAside]) -> None:
+        missing = self._missing(batch.index)
+        if kept := [result for result in results if result.request.index in missing]:
+            writer.put(kept, run.facts_of(self.job.recipe, batch))
         else:
             self.queue.finish(batch.index)
 
     def _committed(self, rows: list[Row]) -> None:
-        self.pulse()
+        self.heartbeat()
         if self.queue.finish(rows[0].request.index // self.job.plan.batch_size):
             self.on_commit(len(rows))
 
     def _is_wanted(self, batch: int) -> bool:
         """False for a batch that was committed by a process that ended before it could say so."""
-        if self._lacking(batch):
+        if self._missing(batch):
             return True
         self.queue.finish(batch)
         return False
 
-    def _lacking(self, batch: int) -> set[int]:
+    def _missing(self, batch: int) -> set[int]:
         size = self.job.plan.batch_size
-        first, stop = batch * size, min((batch + 1) * size, self.job.plan.number, self.queue.last + 1)
+        first, stop = batch * size, min((batch + 1) * size, self.job.plan.number, self.last + 1)
         return set(range(first, stop)) - self.folder.ledger.within(first, stop)
 
     def _is_doubtful(self, batch: int, results: list[Sample | SetAside]) -> bool:
-        """Whether numbers that are not finite may come from this process's device: then another one is to make the
-        batch, and its word counts.
+        """Whether numbers that are not finite may be the fault of this process's device: then another one is to make
+        the batch, and what it makes counts.
         """
         if not any(isinstance(result, SetAside) for result in results):
             return False
