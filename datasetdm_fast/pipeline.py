@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.data import Batch, Capture, DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.data import Batch, Capture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, job, prompts, settings
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
-from datasetdm_fast.labels import class_words
+from datasetdm_fast.labels import task_of
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.stages import LEVELS
 
@@ -38,25 +39,10 @@ class Output:
     def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8
         return [sample.image for sample in self.samples]
 
-    @property
-    def semantic(self) -> list[SemanticMap]:
-        return self._labels("semantic")
-
-    @property
-    def instances(self) -> list[Instances]:
-        return self._labels("instance")
-
-    @property
-    def depth(self) -> list[DepthMap]:
-        return self._labels("depth")
-
-    @property
-    def keypoints(self) -> list[Keypoints]:
-        return self._labels("pose")
-
-    @property
-    def open_vocabulary(self) -> list[SemanticMap]:
-        return self._labels("open-vocabulary")
+    def __getattr__(self, name: str) -> list[Any]:
+        """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the labels of every sample."""
+        task = task_of(name)
+        return [sample.annotations[task] for sample in self.samples if task in sample.annotations]
 
     @property
     def meta(self) -> list[dict[str, Any]]:
@@ -70,9 +56,6 @@ class Output:
             }
             for sample in self.samples
         ]
-
-    def _labels(self, task: str) -> list[Any]:
-        return [sample.annotations[task] for sample in self.samples if task in sample.annotations]
 
 
 class Pipeline:
@@ -172,7 +155,7 @@ class Pipeline:
             where = f"prompt {index}"
             ((_, text),) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(text, self.engine.model.tokenizer, where, words, truncate=truncate)
-            yield Request(index, text, settings.check_seed(seed), class_words.find_classes(text, words))
+            yield Request(index, text, settings.check_seed(seed), find_classes(text, words))
 
     def _samples(self, batches: Iterator[Batch], recipe: Recipe) -> Iterator[Sample]:
         for _, results in driver.generate(batches, self.engine, recipe):

@@ -127,9 +127,7 @@ class Reference:
             if part.stop > part.start
         }
         text = (
-            {"text": self._engine.encode_classes([WORD])[None]}
-            if self._engine.decoders[task].config.kind == "open-vocabulary"
-            else {}
+            {"text": self._engine.encode_classes([WORD])[None]} if self._engine.decoders[task].config.has_text else {}
         )
         return own | text, self._engine.annotate(task, self._projected, text.get("text"))
 

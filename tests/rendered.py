@@ -6,7 +6,7 @@ import numpy as np
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
-from datasetdm_fast.labels.class_words import find_classes
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.document import FORMAT
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.scenes import world

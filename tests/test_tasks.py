@@ -11,7 +11,7 @@ from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.generation import driver
-from datasetdm_fast.labels import class_words
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.tasks import TASKS, captions, depth, instance, open_vocabulary, pose, semantic
 
 SIZE = 32
@@ -42,7 +42,8 @@ def raw(logits, masks):
 
 def test_every_task_has_a_module():
     assert tuple(TASKS) == NAMES
-    assert all(callable(module.postprocess) for module in TASKS.values())
+    assert all(task.label is LABEL_KINDS[name] for name, task in TASKS.items())
+    assert set(LABEL_KINDS) == set(NAMES)
 
 
 # ---- semantic
@@ -350,7 +351,8 @@ def test_a_run_holds_its_labels_to_the_prompts():
         name: value.expand(2, *value.shape[1:])
         for name, value in raw(sure(2, 0, height=3.0), planes((0, 0, 32, 16), (0, 16, 32, 32))).items()
     }
-    found = driver.postprocess("semantic", requests, answers, config, SimpleNamespace(size=SIZE))
+    engine = SimpleNamespace(decoders={"semantic": SimpleNamespace(config=config)})
+    found = driver.postprocess("semantic", requests, answers, engine, SimpleNamespace(size=SIZE))
     assert 2 not in found[0].labels and (found[1].labels[:, :16] == 2).all()
 
 

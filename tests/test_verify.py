@@ -10,7 +10,6 @@ from datasetdm_fast import verify as command
 from datasetdm_fast.agreement import observe, verify
 from datasetdm_fast.agreement.distances import (
     free_running_distances,
-    label_distance,
     relative,
     teacher_forced_distances,
 )
@@ -21,6 +20,7 @@ from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.generation.recipe import make_recipe
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.loading import load_model
 
 SMALL = dict(
@@ -215,16 +215,19 @@ def test_distances_of_labels():
     other[0, 0] = 1
     confidence = np.ones((4, 4), np.float32)
     assert (
-        label_distance(SemanticMap(other, confidence, ("a", "b")), SemanticMap(grid, confidence, ("a", "b"))) == 1 / 16
+        LABEL_KINDS["semantic"].distance(
+            SemanticMap(other, confidence, ("a", "b")), SemanticMap(grid, confidence, ("a", "b"))
+        )
+        == 1 / 16
     )
     near = np.full((4, 4), 2.0, np.float32)
-    assert label_distance(DepthMap(near * 1.1, 10.0), DepthMap(near, 10.0)) == pytest.approx(0.1)
+    assert LABEL_KINDS["depth"].distance(DepthMap(near * 1.1, 10.0), DepthMap(near, 10.0)) == pytest.approx(0.1)
     points = np.zeros((1, 2, 3), np.float32)
     moved = points.copy()
     moved[0, 0, 0] = 3
     kinds = np.ones((1, 2), np.int64)
     assert (
-        label_distance(
+        LABEL_KINDS["pose"].distance(
             Keypoints(moved, kinds, np.ones(1), ("a", "b")), Keypoints(points, kinds, np.ones(1), ("a", "b"))
         )
         == 1.5
@@ -236,10 +239,10 @@ def test_distances_of_labels():
         return Instances(masks[list(order)], np.array(ids), np.ones(len(order), np.float32), ("a", "b"))
 
     assert (
-        label_distance(instances((1, 0)), instances((0, 1))) == 0
-        and label_distance(instances((0, 1), (0, 1)), instances((0, 1))) == 1
+        LABEL_KINDS["instance"].distance(instances((1, 0)), instances((0, 1))) == 0
+        and LABEL_KINDS["instance"].distance(instances((0, 1), (0, 1)), instances((0, 1))) == 1
     )
-    assert label_distance(instances(()), instances(())) == 0
+    assert LABEL_KINDS["instance"].distance(instances(()), instances(())) == 0
 
 
 # The command ----------------------------------------------------------------------------------------------------------

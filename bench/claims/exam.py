@@ -29,7 +29,6 @@ from datasetdm_fast.evaluation.student_data import StudentData
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")
-FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class Record:
             return
         finished = done.result()
         self.taught += 1
-        shown = ", ".join(f"{task} {finished.figures[task][FIGURES[task]]:.3f}" for task in arm.tasks)
+        shown = ", ".join(f"{task} {finished.figures[task][METRICS[task].student_figure]:.3f}" for task in arm.tasks)
         self.say(f"{arm.name}, seed {seed}: {shown} ({finished.cpu_seconds:.0f} s of CPU)")
 
     def figures(self, arm: Arm, seed: int, exam: Exam) -> dict[str, dict]:

@@ -145,9 +145,6 @@ class Retold:
     keypoints: Keypoints | None = None
 
 
-FIELDS = {"semantic": "semantic", "instance": "instances", "depth": "depth", "pose": "keypoints"}
-
-
 def labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder: Path) -> None:
     """A decoder taught by these scenes alone, in a folder; one that is there already stays."""
     from datasetdm_fast.decoders.checkpoint import save_decoder
@@ -182,7 +179,7 @@ def retold(
         capture = invert(engine, images, prompts, timestep, [sample.seed for sample in samples])
         labels = {}
         for task, config in configs.items():
-            labels[FIELDS[task]] = TASKS[task].postprocess(
+            labels[TASKS[task].label.attribute] = TASKS[task].postprocess(
                 held_to(engine.annotate(task, capture, None), config, prompts), config, engine.model.size
             )
         for k, sample in enumerate(samples):

@@ -16,13 +16,13 @@ from datasetdm_fast.agreement.distances import (
     by_image,
     free_running_distances,
     image_distance,
-    label_distance,
     relative,
     teacher_forced_distances,
 )
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.agreement.observe import Observation, Rounded, level_tensors, observe
 from datasetdm_fast.data import Request, Sample
+from datasetdm_fast.labels import LABEL_KINDS
 
 STORED = {
     "tf32": torch.float16,
@@ -107,7 +107,7 @@ def free_of(made: Sequence[Sample], truth: Observation) -> dict[str, np.ndarray]
     images = np.stack([sample.image for sample in made])
     labels = {
         f"free {task}": np.array(
-            [label_distance(sample.annotations[task], right) for sample, right in zip(made, rights)]
+            [LABEL_KINDS[task].distance(sample.annotations[task], right) for sample, right in zip(made, rights)]
         )[None]
         for task, rights in truth.labels.items()
     }

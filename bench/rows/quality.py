@@ -16,9 +16,10 @@ from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.rows.race import OURS, release, spread
 from bench.setting import PROFILE, TASKS, Setting
-from datasetdm_fast.agreement.distances import image_distance, label_distance
+from datasetdm_fast.agreement.distances import image_distance
 from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.generation.recipe import make_recipe
+from datasetdm_fast.labels import LABEL_KINDS
 
 # Name -> recipe.
 BATCH, IMAGES = 8, 16
@@ -80,10 +81,14 @@ def drift(found: Sequence[Sample], truth: Sequence[Sample]) -> dict[str, float]:
     return {
         "psnr_db": round(float(-20 * np.log10(max(np.median(images), 1e-9))), 2),
         "mask_iou": middle([mask_iou(a["semantic"], b["semantic"]) for a, b in pairs]),
-        "instance_iou": middle([1 - label_distance(a["instance"], b["instance"]) for a, b in pairs]),
-        "depth_absrel": middle([label_distance(a["depth"], b["depth"]) for a, b in pairs]),
+        "instance_iou": middle([1 - LABEL_KINDS["instance"].distance(a["instance"], b["instance"]) for a, b in pairs]),
+        "depth_absrel": middle([LABEL_KINDS["depth"].distance(a["depth"], b["depth"]) for a, b in pairs]),
         "keypoint_px": middle(
-            [label_distance(a["pose"], b["pose"]) for a, b in pairs if a["pose"].points.shape == b["pose"].points.shape]
+            [
+                LABEL_KINDS["pose"].distance(a["pose"], b["pose"])
+                for a, b in pairs
+                if a["pose"].points.shape == b["pose"].points.shape
+            ]
         ),
         "persons_lost": sum(a["pose"].points.shape != b["pose"].points.shape for a, b in pairs),
     }

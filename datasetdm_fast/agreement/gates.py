@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels.kind import Limit
+
 # Gates ----------------------------------------------------------------------------------------------------------------
-Limit = tuple[float, float]  # of the median, of the 99th percentile
 SAME_TEXT: Limit = (1e-5, 4e-5)
 EXACT: dict[str, Limit] = {  # fp32 against fp32
     "text": SAME_TEXT,
@@ -16,18 +18,10 @@ EXACT: dict[str, Limit] = {  # fp32 against fp32
     "level": (1e-5, 4e-5),
     "outputs": (1e-4, 1e-2),  # a mask that flips one cell of what a query may see moves its whole answer
     "image": (2e-4, 5e-4),  # 74 dB, 66 dB: one grey level at a few pixels
-    "semantic": (1e-4, 1e-3),
-    "open-vocabulary": (1e-4, 1e-3),
-    "instance": (1e-3, 1e-2),
-    "depth": (1e-4, 4e-4),
-    "pose": (1e-2, 1e-1),
     "free latents": (1e-4, 4e-4),
     "free image": (5.6e-3, 1e-2),  # 45 dB, 40 dB
-    "free semantic": (1e-3, 1e-2),
-    "free open-vocabulary": (1e-3, 1e-2),
-    "free instance": (1e-2, 1e-1),
-    "free depth": (1e-3, 1e-2),
-    "free pose": (5e-2, 0.5),
+    **{task: kind.gates.exact for task, kind in LABEL_KINDS.items()},
+    **{f"free {task}": kind.gates.free_exact for task, kind in LABEL_KINDS.items()},
 }
 ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
     "text": SAME_TEXT,
@@ -35,18 +29,10 @@ ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
     "level": (5e-3, 2e-2),
     "outputs": (5e-2, 0.2),
     "image": (1e-2, 2e-2),  # 40 dB, 34 dB
-    "semantic": (5e-3, 2e-2),
-    "open-vocabulary": (5e-3, 2e-2),
-    "instance": (5e-2, 0.2),
-    "depth": (5e-3, 2e-2),
-    "pose": (0.5, 2.0),
     "free latents": (0.1, 0.3),
     "free image": (4e-2, 8e-2),  # 28 dB, 22 dB
-    "free semantic": (2e-2, 0.1),
-    "free open-vocabulary": (2e-2, 0.1),
-    "free instance": (0.1, 0.5),
-    "free depth": (2e-2, 0.1),
-    "free pose": (1.0, 8.0),
+    **{task: kind.gates.rounded for task, kind in LABEL_KINDS.items()},
+    **{f"free {task}": kind.gates.free_rounded for task, kind in LABEL_KINDS.items()},
 }
 MARGIN = 1.5  # times the drift of the reference against itself at the same precision
 

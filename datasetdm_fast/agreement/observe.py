@@ -65,13 +65,8 @@ def observe(
         state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
         on_unet_call()
     words = WordTable(engine, recipe.words)
-    raw = {
-        task: engine.annotate(task, capture, words.of(requests) if task == "open-vocabulary" else None)
-        for task in recipe.tasks
-    }
-    labels = {
-        task: postprocess(task, requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()
-    }
+    raw = {task: engine.annotate(task, capture, words.asked(task, requests)) for task in recipe.tasks}
+    labels = {task: postprocess(task, requests, answer, engine, recipe) for task, answer in raw.items()}
     answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()

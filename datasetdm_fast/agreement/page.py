@@ -51,18 +51,22 @@ def _sample(verdict: Verdict, place: int) -> str:
     """One sample, each engine on its own: reference, engine, and where the images differ."""
     import numpy as np
 
+    from datasetdm_fast.labels import LABEL_KINDS
+    from datasetdm_fast.labels.image_files import image_bytes, picture_bytes
+
     truth, found = _located(verdict.truth, place), _located(verdict.found, place)
     (right, k), (ours, _) = truth, found
     spread = np.clip(np.abs(right.images[k].astype(int) - ours.images[k]) * 16, 0, 255).astype(np.uint8)
     figures = [
-        ("reference", _png(right.images[k])),
-        ("engine", _png(ours.images[k])),
-        ("difference, 16 times", _png(spread)),
+        ("reference", image_bytes(right.images[k], "png")),
+        ("engine", image_bytes(ours.images[k], "png")),
+        ("difference, 16 times", image_bytes(spread, "png")),
     ]
     for task in right.labels:
         for side, observed in (("reference", right), ("engine", ours)):
-            if picture := _label_picture(observed.labels[task][k]):
-                figures.append((f"{task}, {side}", picture))
+            if LABEL_KINDS[task].roles:  # masks and joints have no picture of their own here
+                picture = LABEL_KINDS[task].picture(observed.labels[task][k], observed.images[k])
+                figures.append((f"{task}, {side}", picture_bytes(picture)))
     shown = "".join(
         f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{name}</figcaption></figure>'
         for name, data in figures
@@ -76,22 +80,3 @@ def _located(observations: Sequence[Observation], place: int) -> tuple[Observati
             return observed, place
         place -= len(observed.images)
     raise AssertionError("a sample of no batch")
-
-
-def _png(image) -> bytes:
-    from datasetdm_fast.labels.label_files import image_bytes
-
-    return image_bytes(image, "png")
-
-
-def _label_picture(label) -> bytes | None:
-    """Class maps and depth in colour; masks and joints have no picture of their own here."""
-    import numpy as np
-
-    from datasetdm_fast.data import DepthMap, SemanticMap
-    from datasetdm_fast.labels.label_files import MILLIMETRES, index_png
-    from datasetdm_fast.labels.pictures import depth_png
-
-    if isinstance(label, SemanticMap):
-        return index_png(label.labels)
-    return depth_png((label.metres * MILLIMETRES).astype(np.int32)) if isinstance(label, DepthMap) else None

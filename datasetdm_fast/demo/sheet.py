@@ -5,7 +5,6 @@ it.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import textwrap
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datasetdm_fast import open_run
 from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.pictures import borders, depth_png
+from datasetdm_fast.labels.pictures import borders, depth_picture
 from datasetdm_fast.run_folder.reader import StoredSample
 
 GAP, PAPER, INK = 10, (250, 249, 246), (60, 58, 54)
@@ -58,7 +57,7 @@ def outlined(sample: StoredSample, side: int) -> Image.Image:
 
 def depth(sample: StoredSample, side: int) -> Image.Image:
     millimetres = (sample.depth.metres * 1000).astype(np.uint16)
-    return Image.open(io.BytesIO(depth_png(millimetres))).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+    return depth_picture(millimetres).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
 
 
 ROWS = (("image", picture), ("semantic", semantic), ("instances, pose", outlined), ("depth", depth))

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.metrics import METRICS
 
-FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
-LESS_IS_BETTER = ("absrel",)
 MORE = 50  # labels that the forecast adds
 FLOORS = np.linspace(0, 0.99, 100)  # shares of the smallest error tried as the one that no number of labels removes
 POINTS_FOR_FLOOR = 4  # counts below which the error is taken to fall to nothing
@@ -46,17 +45,17 @@ def power_law(counts: Sequence[int], errors: np.ndarray) -> PowerLaw:
     return PowerLaw(*(np.take_along_axis(values, best[None], 0)[0] for values in (floors, scale, exponent)))
 
 
-def error_of(figure: str, values: np.ndarray) -> np.ndarray:
+def error_of(task: str, values: np.ndarray) -> np.ndarray:
     """What is missing to perfect labels; its own inverse."""
-    return np.asarray(values) if figure in LESS_IS_BETTER else 1 - np.asarray(values)
+    return np.asarray(values) if METRICS[task].less_is_better else 1 - np.asarray(values)
 
 
 def forecast(
-    figure: str, counts: Sequence[int], values: np.ndarray, draws: np.ndarray, more: int, level: float
+    task: str, counts: Sequence[int], values: np.ndarray, draws: np.ndarray, more: int, level: float
 ) -> dict[str, Any]:
     """What `more` labels bring, from the figure [counts] and its bootstrap draws [B, counts]; a gain is less error."""
-    law = power_law(counts, error_of(figure, values)[None])
-    drawn = power_law(counts, error_of(figure, draws))
+    law = power_law(counts, error_of(task, values)[None])
+    drawn = power_law(counts, error_of(task, draws))
     last = counts[-1]
     gains = drawn.at(last) - drawn.at(last + more)
     error = float(law.at(last + more)[0])
@@ -64,7 +63,7 @@ def forecast(
         "fit": {"floor": float(law.floor[0]), "scale": float(law.scale[0]), "exponent": float(law.exponent[0])},
         "more": {
             "labels": last + more,
-            "value": float(error_of(figure, np.array(error))),
+            "value": float(error_of(task, np.array(error))),
             "gain": float(law.at(last)[0]) - error,
             "interval": [float(bound) for bound in np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])],
         },
@@ -86,7 +85,7 @@ def learning_curve(
     `judge(count, repeat)` is a meter after a decoder taught by that many labels has answered; all meters have seen the
     same images.
     """
-    figure, values, draws, points = FIGURES[task], [], [], []
+    figure, values, draws, points = METRICS[task].figure, [], [], []
     random = np.random.default_rng(0)
     for count in counts:
         meters = [judge(count, repeat) for repeat in range(repeats)]
@@ -107,7 +106,7 @@ def learning_curve(
     return {
         "figure": figure,
         "points": points,
-        **forecast(figure, counts, np.array(values), np.stack(draws, 1), more, level),
+        **forecast(task, counts, np.array(values), np.stack(draws, 1), more, level),
     }
 
 
@@ -159,7 +158,7 @@ def told(task: str, found: dict[str, Any], level: float) -> str:
         lines.append(f"{point['labels']:8}  {point['value']:6.4f}   {low:.4f} to {high:.4f}")
     low, high = more["interval"]
     added = more["labels"] - last["labels"]
-    better = f"{more['gain']:.4f} {'lower' if figure in LESS_IS_BETTER else 'higher'}"
+    better = f"{more['gain']:.4f} {'lower' if METRICS[task].less_is_better else 'higher'}"
     lines.append(
         f"{added} more labels would bring {figure} to about {more['value']:.4f}: {better} ({level:.0%} interval "
         f"{low:.4f} to {high:.4f})."

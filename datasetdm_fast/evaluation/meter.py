@@ -7,13 +7,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.truth.labelled import LabelledSource
 
 
 class Meter:
     """What every task's figures share."""
 
     each = "per_class"
+    figure = ""  # of learning curves
+    held_out_figure = ""  # by which a training keeps its best weights
+    student_figure = ""  # by which students are compared
+    less_is_better = False
+
+    @classmethod
+    def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Meter:
+        """The meter of a decoder on a data set; refuses a decoder that cannot be compared with it."""
+        return cls(source)
+
+    @classmethod
+    def reading(cls, config: DecoderConfig) -> DecoderConfig:
+        """How the answers of a decoder are to be read."""
+        return config
 
     @property
     def columns(self) -> Sequence[str]:

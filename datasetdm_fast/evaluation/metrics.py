@@ -11,7 +11,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from datasetdm_fast.data import DepthMap, SemanticMap
-from datasetdm_fast.evaluation.meter import Meter, _mean, translation
+from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.meter import Meter, _mean, check_names, translation
 from datasetdm_fast.evaluation.ranking import Instance, Pose
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -20,6 +22,8 @@ BACKGROUND = ("background", "none")
 
 class _Overlap(Meter):
     """Intersection over union by class over all images; with `unseen` classes also the harmonic mean."""
+
+    figure = held_out_figure = student_figure = "miou"
 
     def __init__(self, classes: Sequence[str], unseen: Collection[str] = ()):
         self.classes, self.rows = tuple(classes), []  # [3, K] int64 an image: both, either, truth
@@ -54,11 +58,23 @@ class _Overlap(Meter):
         return there > 0
 
 
+def _told_apart(known: Sequence[str], unseen: Sequence[str]) -> Sequence[str]:
+    """The unseen classes, none where all of them are."""
+    if unknown := [name for name in unseen if name not in known]:
+        raise Refused(f"--unseen: the data set has no class {unknown[0]!r}", f"It has {', '.join(known[:20])}.")
+    return unseen if len(unseen) < len(known) else ()
+
+
 class Semantic(_Overlap):
     """Mean intersection over union over all pixels; 255 in the truth is left out, an unnamed class never right."""
 
     def __init__(self, source: LabelledSource, unseen: Collection[str] = ()):
         super().__init__(source.classes, unseen)
+
+    @classmethod
+    def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Semantic:
+        check_names(config.task, config.classes, source.classes)
+        return cls(source, _told_apart(source.classes, unseen))
 
     def add(self, truth: Labelled, found: SemanticMap) -> None:
         known, count = truth.semantic != 255, len(self.classes)
@@ -79,6 +95,12 @@ class OpenVocabulary(_Overlap):
     def __init__(self, source: LabelledSource, unseen: Collection[str] = ()):
         super().__init__(source.thing_classes, unseen)
 
+    @classmethod
+    def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> OpenVocabulary:
+        """Classes a decoder of words was not taught are told apart without being named."""
+        untaught = [name for name in source.thing_classes if config.classes and name not in config.classes]
+        return cls(source, _told_apart(source.thing_classes, unseen or untaught))
+
     def counted(self, either: np.ndarray, there: np.ndarray) -> np.ndarray:
         return either > 0
 
@@ -95,6 +117,9 @@ class OpenVocabulary(_Overlap):
 
 class Depth(Meter):
     """Mean absolute relative error, RMSE in metres and the shares within a factor 1.25, its square and its cube."""
+
+    figure = held_out_figure = student_figure = "absrel"
+    less_is_better = True
 
     def __init__(self, source: LabelledSource):
         self.rows: list[tuple[float, ...]] = []

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from datasetdm_fast.data import Instances, Keypoints
-from datasetdm_fast.decoders.config import COCO_JOINTS
-from datasetdm_fast.evaluation.meter import Meter, _mean, translation
+from datasetdm_fast.decoders.config import COCO_JOINTS, DecoderConfig
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.meter import Meter, _mean, check_names, translation
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -58,6 +60,18 @@ class _Ranked(Meter):
 class Instance(_Ranked):
     """Mask AP over IoU 0.50:0.95, and at 0.50 and 0.75; what lies in a crowd is neither right nor wrong."""
 
+    figure = student_figure = "ap"
+    held_out_figure = "ap50"
+
+    @classmethod
+    def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Instance:
+        check_names(config.task, config.classes, source.thing_classes)
+        return cls(source)
+
+    @classmethod
+    def reading(cls, config: DecoderConfig) -> DecoderConfig:
+        return replace(config, score_threshold=0.0)  # AP ranks every candidate itself
+
     def __init__(self, source: LabelledSource):
         super().__init__(source.thing_classes)
 
@@ -104,6 +118,18 @@ class Pose(_Ranked):
     OKS_SIGMA = 0.072  # COCO's mean over its body joints
     kind = "keypoints"
     each = "per_joint"
+    figure = held_out_figure = "pck"
+    student_figure = "oks_ap"
+
+    @classmethod
+    def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Pose:
+        if config.joints != source.joints:
+            shown = ", ".join(config.joints), ", ".join(source.joints)
+            raise Refused(
+                f"pose: the decoder has the joints {shown[0]}, the data set {shown[1]}",
+                "Evaluate on data with its joints.",
+            )
+        return cls(source)
 
     def __init__(self, source: LabelledSource):
         super().__init__(("person",))

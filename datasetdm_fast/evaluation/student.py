@@ -85,10 +85,11 @@ def teach(
     sets: Sequence[StudentData],
     course: StudentSchedule,
     seed: int,
-    tasks: Sequence[str] = ("semantic", "instance", "depth", "pose"),
+    tasks: Sequence[str] | None = None,
     told: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Student:
-    """A student taught from one labelled set, or from a real and a synthetic one mixed in every batch."""
+    """A student taught from one labelled set, or from a real and a synthetic one mixed in every batch; tasks None: all."""
+    tasks = LEARNT_TASKS if tasks is None else tasks
     vocabulary = sets[0].vocabulary
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -224,6 +225,9 @@ class Answers:
     instance: Instances
     depth: DepthMap
     pose: Keypoints
+
+
+LEARNT_TASKS = tuple(Answers.__dataclass_fields__)
 
 
 @torch.inference_mode()

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.truth.labelled import LabelledSource
 
-FIGURES = {"semantic": "miou", "instance": "ap", "depth": "absrel", "pose": "oks_ap"}
-LESS_IS_BETTER = ("depth",)
 T95 = (
     12.706,
     4.303,
@@ -31,7 +30,9 @@ SEEDS = 3
 
 def student_tasks(learnt: LabelledSource, judged: LabelledSource, run: Run, asked: Sequence[str]) -> tuple[str, ...]:
     """The labels that both data sets and the run have, or those asked for."""
-    there = [task for task in FIGURES if task in learnt.tasks and task in judged.tasks and task in run.tasks]
+    from datasetdm_fast.evaluation.student import LEARNT_TASKS
+
+    there = [task for task in LEARNT_TASKS if task in learnt.tasks and task in judged.tasks and task in run.tasks]
     if absent := [task for task in asked if task not in there]:
         raise Refused(
             f"--task: no student can learn {', '.join(absent)} here",
@@ -58,7 +59,6 @@ def worth(
 ) -> dict[str, Any]:
     """{task: {real, both, gain, interval, ...}} of students of `count` real images, without and with the run."""
     from datasetdm_fast.evaluation import student_data
-    from datasetdm_fast.evaluation.metrics import METRICS
     from datasetdm_fast.evaluation.student import StudentSchedule, answers, teach
 
     if count > len(learnt):
@@ -84,10 +84,10 @@ def worth(
                 for task, meter in meters.items():
                     meter.add(truth, getattr(answer, task))
             for task, meter in meters.items():
-                scores[task][arm].append(meter.result()[FIGURES[task]])
+                scores[task][arm].append(meter.result()[METRICS[task].student_figure])
             told(
                 f"seed {seed}, {arm}: "
-                + ", ".join(f"{task} {FIGURES[task]} {scores[task][arm][-1]:.3f}" for task in tasks)
+                + ", ".join(f"{task} {METRICS[task].student_figure} {scores[task][arm][-1]:.3f}" for task in tasks)
             )
     images = {"real": len(real), "synthetic": len(generated), "left_out": generated.left_out, "judged": len(items)}
     return {
@@ -103,14 +103,18 @@ def compared(task: str, before: Sequence[float], after: Sequence[float]) -> dict
     ]  # of one seed, so of the same first parameters
     gain = statistics.fmean(gains)
     half = t95(len(gains)) * statistics.stdev(gains) / math.sqrt(len(gains))
-    helps = gain + half < 0 if task in LESS_IS_BETTER else gain - half > 0
+    helps = gain + half < 0 if METRICS[task].less_is_better else gain - half > 0
     means = {
         "real": statistics.fmean(before),
         "both": statistics.fmean(after),
         "gain": gain,
         "interval": [gain - half, gain + half],
     }
-    return means | {"figure": FIGURES[task], "helps": helps, "seeds": {"real": list(before), "both": list(after)}}
+    return means | {
+        "figure": METRICS[task].student_figure,
+        "helps": helps,
+        "seeds": {"real": list(before), "both": list(after)},
+    }
 
 
 def t95(count: int) -> float:

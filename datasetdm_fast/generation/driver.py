@@ -13,7 +13,6 @@ from datasetdm_fast.stages import FACTOR
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.decoders.checkpoint import DecoderConfig
     from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.generation.recipe import Recipe
 
@@ -100,10 +99,7 @@ class BatchGenerator:
     def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | SetAside]:
         """Annotations, image and post-processing; `drawn` loses its capture on the way."""
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        raw = {
-            task: engine.annotate(task, drawn.capture, self.words.of(requests) if task == "open-vocabulary" else None)
-            for task in recipe.tasks
-        }
+        raw = {task: engine.annotate(task, drawn.capture, self.words.asked(task, requests)) for task in recipe.tasks}
         checks = {"latents": is_finite(drawn.latents), "features": capture_is_finite(drawn.capture)}
         drawn.capture = None  # as large as the rest of the batch together, and the image decoder needs room
         images, checks["image"] = engine.decode_and_check(drawn.latents)
@@ -129,7 +125,7 @@ def collect(
     labels: dict[str, list[Annotation]] = {}
     for task in recipe.tasks:
         outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
-        labels[task] = postprocess(task, batch.requests, outputs, engine.decoders[task].config, recipe)
+        labels[task] = postprocess(task, batch.requests, outputs, engine, recipe)
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
         where = [name for name, flags in zip(checks, passed) if not flags[b]]
@@ -166,15 +162,16 @@ def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
 
 
 def postprocess(
-    task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe
+    task: str, requests: Sequence[Request], raw: dict[str, Tensor], engine: Engine, recipe: Recipe
 ) -> list[Annotation]:
-    from datasetdm_fast.tasks import TASKS as MODULES
-    from datasetdm_fast.tasks import captions
+    """The labels of one task, one a request."""
+    from datasetdm_fast.tasks import TASKS, captions
 
-    if task in ("semantic", "instance"):  # open vocabulary was asked only for what its prompt names
+    config = engine.decoders[task].config
+    if not config.has_text:  # a decoder of words was asked only for those its prompt names
         raw = captions.held_to(raw, config, [request.prompt for request in requests])
-    found = MODULES[task].postprocess(raw, config, recipe.size)
-    if task != "open-vocabulary":
+    found = TASKS[task].postprocess(raw, config, recipe.size)
+    if not config.has_text:
         return found
     return [renumber(label, request.classes, recipe.words) for label, request in zip(found, requests, strict=True)]
 
@@ -183,8 +180,12 @@ class WordTable:
     """Class embeddings of a run's words, computed once."""
 
     def __init__(self, engine: Engine, words: Sequence[str]):
-        self.places = {word: k for k, word in enumerate(words)}
+        self.decoders, self.places = engine.decoders, {word: k for k, word in enumerate(words)}
         self.embeddings = engine.encode_classes(list(words)) if words else None
+
+    def asked(self, task: str, requests: Sequence[Request]) -> Tensor | None:
+        """What the decoder of a task reads beside its capture."""
+        return self.of(requests) if self.decoders[task].config.has_text else None
 
     def of(self, requests: Sequence[Request]) -> Tensor:
         """[B, K, D]: the words each request names, its last repeated up to the longest's K; the first where none."""

@@ -17,6 +17,7 @@ from datasetdm_fast.generation.plan import Plan, make_plan
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
@@ -24,34 +25,19 @@ from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
 
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
-PIXEL_BYTES = {
-    "semantic": 2,
-    "instance": 0.5,
-    "depth": 3,
-    "pose": 0,
-    "open-vocabulary": 1,
-}  # files of one task, worst case seen
 
 
 def label_tables(engine: Engine, recipe: Recipe) -> dict[str, Any]:
     """Names and ranges a reader of the labels needs."""
-    tables: dict[str, Any] = {}
-    for task in recipe.tasks:
-        config = engine.decoders[task].config
-        tables[task] = {
-            "semantic": lambda c=config: {"classes": list(c.classes), "ignore": 255},
-            "instance": lambda c=config: {"classes": list(c.classes), "size": [recipe.size, recipe.size]},
-            "depth": lambda c=config: {"max_depth": c.max_depth, "unit": "millimetre"},
-            "pose": lambda c=config: {"joints": list(c.joints), "limbs": [list(limb) for limb in c.limbs]},
-            "open-vocabulary": lambda: {"classes": ["background", *recipe.words]},
-        }[task]()
-    return tables
+    return {
+        task: LABEL_KINDS[task].table(engine.decoders[task].config, recipe.size, recipe.words) for task in recipe.tasks
+    }
 
 
 def class_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """The words looked for in prompts: those given, else the names the decoders know."""
     known = dict.fromkeys(name for task in tasks for name in engine.decoders[task].config.classes)
-    if classes and known and "open-vocabulary" not in tasks:
+    if classes and known and not any(engine.decoders[task].config.has_text for task in tasks):
         for word in classes:
             if word not in known:
                 raise Refused(
@@ -80,7 +66,9 @@ class Job:
     def bytes_needed(self) -> int:
         """An upper estimate of what is still to be written."""
         pixels = self.recipe.size**2
-        one = pixels * (3 + sum(PIXEL_BYTES[task] for task in self.recipe.tasks)) + 8192 * (2 + len(self.recipe.tasks))
+        one = pixels * (3 + sum(LABEL_KINDS[task].pixel_bytes for task in self.recipe.tasks)) + 8192 * (
+            2 + len(self.recipe.tasks)
+        )
         return int(one * (self.plan.number - self.done)) + SPARE
 
 

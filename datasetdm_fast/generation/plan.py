@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.prompts import PromptSource, Tokenizer, _shown, count_tokens, fit, token_limit
-from datasetdm_fast.labels.class_words import find_classes
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.scenes.world import sample_scene
 
 DEMO_SCENES = 900_000_000  # first scene seed of the demo captions, far from those the demo model was trained on

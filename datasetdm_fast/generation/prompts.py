@@ -12,7 +12,7 @@ from pathlib import Path
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.labels.class_words import find_classes
+from datasetdm_fast.labels.words import find_classes
 
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes

@@ -42,7 +42,8 @@ def make_recipe(
 
     model = engine.model
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile)
-    words = open_vocabulary_words(engine, classes) if "open-vocabulary" in tasks else ()
+    asked = [task for task in tasks if engine.decoders[task].config.has_text]
+    words = class_words_of(engine, asked[0], classes) if asked else ()
     call = capture_call(schedule, {task: engine.decoders[task].config.capture_timestep for task in tasks})
     facts = {
         "sampler": sampler,
@@ -56,11 +57,12 @@ def make_recipe(
     return Recipe(schedule, facts["guidance"], model.size, tuple(tasks), call, words, facts)
 
 
-def open_vocabulary_words(engine: Engine, classes: Sequence[str]) -> tuple[str, ...]:
-    words = tuple(classes) or tuple(engine.decoders["open-vocabulary"].config.classes)
+def class_words_of(engine: Engine, task: str, classes: Sequence[str]) -> tuple[str, ...]:
+    """The words that the decoder of a task is asked for: those given, else those it was taught."""
+    words = tuple(classes) or tuple(engine.decoders[task].config.classes)
     if not words:
         raise Refused(
-            "--task open-vocabulary: no class words were given, and its decoder names none", "Add --classes ball,cube."
+            f"--task {task}: no class words were given, and its decoder names none", "Add --classes ball,cube."
         )
     if len(words) > 254:
         raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,13 +13,6 @@ DEPTH_SIDE = 256  # pixels of a coloured depth picture
 HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
 OUTLINE_SIDE = 256  # cells an outline is traced on at most
 TOLERANCE = 1 / 260  # image widths an outline may be simplified by
-
-
-def depth_png(millimetres: np.ndarray) -> bytes:
-    """The file of such a picture."""
-    buffer = io.BytesIO()
-    depth_picture(millimetres).save(buffer, "PNG", compress_level=9)
-    return buffer.getvalue()
 
 
 def depth_picture(millimetres: np.ndarray) -> Image.Image:
@@ -99,12 +91,13 @@ def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
     return closed[:-1][keep[:-1]]
 
 
-def _painted(labels: np.ndarray) -> Image.Image:
+def painted(labels: np.ndarray) -> Image.Image:
+    """A label map in the colours of its classes."""
     table = np.array([colour(k) for k in range(256)], np.uint8)
     return Image.fromarray(table[labels])
 
 
-def _masks(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.Image:
+def masked(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.Image:
     """Each thing in its class's colour, the same for truth and answer, within a white outline of its own."""
     pixels = np.ascontiguousarray(image).astype(np.float32)
     for mask, k in zip(masks, classes):
@@ -116,9 +109,10 @@ def _masks(image: np.ndarray, masks: np.ndarray, classes: np.ndarray) -> Image.I
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def _skeletons(
+def skeletons(
     image: np.ndarray, people: Sequence[tuple[np.ndarray, np.ndarray]], limbs: Sequence[tuple[int, int]]
 ) -> Image.Image:
+    """Joints [J, 2] that are seen, and the limbs between them, over the image."""
     picture = Image.fromarray(np.ascontiguousarray(image)).copy()
     pen = ImageDraw.Draw(picture)
     for points, seen in people:

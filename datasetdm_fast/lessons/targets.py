@@ -9,23 +9,10 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
-IGNORE = 255
-NEEDS = {
-    "semantic": ("semantic",),
-    "instance": ("masks",),
-    "depth": ("depth",),
-    "pose": ("keypoints",),
-    "open-vocabulary": ("masks", "semantic"),
-}
-WANTED = {
-    "semantic": f"a class: every pixel is background or {IGNORE}, which is ignored",
-    "instance": "a thing",
-    "depth": "a depth of 0 to {farthest:g} m",
-    "pose": "a person with a joint in sight",
-    "open-vocabulary": "a thing",
-}
+DTYPES = {"classes": np.int64, "masks": bool, "depth": np.float32, "points": np.float32, "weights": np.float32}
 
 
 @dataclass(frozen=True)
@@ -45,71 +32,47 @@ class TrainingTarget:
 
 def check_truth(source: LabelledSource, item: Labelled, task: str, spec: str) -> None:
     """Refuses a data set that does not hold what the task is taught by."""
-    if all(getattr(item, name) is None for name in NEEDS[task]):
+    teaching = TASKS[task].teaching
+    if all(getattr(item, name) is None for name in teaching.needs):
         raise Refused(
-            f"--data {spec}: item {item.id} has no {' and no '.join(NEEDS[task])}, which {task} is taught by",
+            f"--data {spec}: item {item.id} has no {' and no '.join(teaching.needs)}, which {task} is taught by",
             "choose another --task, or other data",
         )
-    names = {"semantic": "classes", "instance": "thing_classes", "open-vocabulary": "thing_classes", "pose": "joints"}
-    if task in names and not getattr(source, names[task]):
+    if teaching.names and not getattr(source, teaching.names):
         raise Refused(
-            f"--data {spec}: the data set names no {names[task]}, which {task} needs",
+            f"--data {spec}: the data set names no {teaching.names}, which {task} needs",
             "choose another --task, or other data",
         )
 
 
 def check_shown(source: LabelledSource, task: str, spec: str) -> None:
     """Refuses a data set none of whose images shows what the task is taught by; reads up to the first that does."""
-    if not any(_shows(source, item, task) for item in source):
+    teaching = TASKS[task].teaching
+    if not any(teaching.is_shown(source, _arrays(source, item, task)) for item in source):
+        wanted = teaching.wanted.format(farthest=source.max_depth)
         raise Refused(
-            f"--data {spec}: none of {len(source)} images shows {WANTED[task].format(farthest=source.max_depth)}",
-            "look at the labels and their numbers",
+            f"--data {spec}: none of {len(source)} images shows {wanted}", "look at the labels and their numbers"
         )
 
 
-def _shows(source: LabelledSource, item: Labelled, task: str) -> bool:
-    found = target(source, item, task)
-    if task == "semantic":
-        has_background = len(source.classes) > 1 and source.classes[0] in ("background", "none")
-        return bool((found.classes >= has_background).any())
-    return bool({"depth": found.depth, "pose": found.weights}.get(task, found.masks).any())
-
-
 def target(source: LabelledSource, item: Labelled, task: str, one_class: int | None = None) -> TrainingTarget:
-    """The truth of an item; `one_class` gives every instance that id."""
-    classes, masks = _masks(source, item, task)
-    if one_class is not None and task == "instance":
-        classes = np.full_like(classes, one_class)
-    depth = item.depth if task == "depth" else np.zeros((1, 1), np.float32)
-    points, weights = np.zeros((len(source.joints), 2), np.float32), np.zeros(len(source.joints), np.float32)
-    if task == "pose" and len(item.keypoints):
-        person = int(np.argmax(item.keypoint_areas))  # the decoder answers with one figure: the largest
-        points, weights = item.keypoints[person, :, :2], item.keypoints[person, :, 2] > 0
-    tensors = (
-        classes.astype(np.int64),
-        masks.astype(bool),
-        depth.astype(np.float32),
-        points.astype(np.float32),
-        weights.astype(np.float32),
+    """The truth of an item; `one_class` gives every mask that id."""
+    arrays = _arrays(source, item, task)
+    if one_class is not None:
+        arrays["classes"] = np.full_like(arrays["classes"], one_class)
+    return TrainingTarget(
+        **{name: torch.from_numpy(np.array(array, DTYPES[name], order="C")) for name, array in arrays.items()}
     )
-    return TrainingTarget(*(torch.from_numpy(np.ascontiguousarray(array)) for array in tensors))
 
 
-def _masks(source: LabelledSource, item: Labelled, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and masks: one a present class for semantic, one a thing for instance and open vocabulary."""
-    if task == "semantic":
-        return _of_classes(item, {int(k): int(k) for k in np.unique(item.semantic) if k != IGNORE})
-    if task == "open-vocabulary" and item.masks is None:
-        things = {
-            source.classes.index(name): k for k, name in enumerate(source.thing_classes) if name in source.classes
-        }
-        return _of_classes(item, {number: k for number, k in things.items() if (item.semantic == number).any()})
-    if task in ("instance", "open-vocabulary"):
-        return item.mask_classes, item.masks
-    return np.zeros(0, np.int64), np.zeros((0, *item.image.shape[:2]), bool)
-
-
-def _of_classes(item: Labelled, ids: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """One mask for each pixel value, under the id it stands for."""
-    masks = [item.semantic == number for number in ids]
-    return np.array(list(ids.values()), np.int64), np.array(masks, bool).reshape(-1, *item.semantic.shape)
+def _arrays(source: LabelledSource, item: Labelled, task: str) -> dict[str, np.ndarray]:
+    """Every field of a target, those the task does not fill without content."""
+    joints = len(source.joints)
+    return {
+        "classes": np.zeros(0, np.int64),
+        "masks": np.zeros((0, *item.image.shape[:2]), bool),
+        "depth": np.zeros((1, 1), np.float32),
+        "points": np.zeros((joints, 2), np.float32),
+        "weights": np.zeros(joints, np.float32),
+        **TASKS[task].teaching.target(source, item),
+    }

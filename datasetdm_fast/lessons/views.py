@@ -14,6 +14,7 @@ from torch import Tensor
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.lessons.augment import Augmentation, look
 from datasetdm_fast.lessons.targets import TrainingTarget, target
+from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TARGET_BYTES = 2**29  # of truth kept in memory; what is beyond is made again when it is needed
@@ -74,7 +75,7 @@ class Views:
 
     def has(self, quirk: str) -> bool:
         """Whether one of upstream's mistakes is to be made with this task."""
-        return quirk in self.looks.quirks and QUIRK_TASK[quirk] == self.task
+        return quirk in self.looks.quirks and quirk in TASKS[self.task].teaching.quirks
 
     def target(self, view: int) -> TrainingTarget:
         with self._lock:
@@ -88,12 +89,10 @@ class Views:
         return found
 
 
-QUIRK_TASK = {"Q11": "open-vocabulary", "Q12": "instance", "Q13": "depth", "Q14": "pose"}
-
-
 def check_quirks(quirks: Sequence[str], source: LabelledSource, tasks: Sequence[str]) -> frozenset[str]:
     """The quirks, refused where the data cannot show them."""
-    if "Q12" in quirks and "instance" in tasks and len(source.thing_classes) < 2:
+    is_asked = "Q12" in quirks and any("Q12" in TASKS[task].teaching.quirks for task in tasks)
+    if is_asked and len(source.thing_classes) < 2:
         raise Refused(
             f"--quirks Q12: every instance would be of class 1, but the data set names {len(source.thing_classes)}",
             "leave Q12 out",

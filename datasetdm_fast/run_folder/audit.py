@@ -13,29 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.labels import label_files, mask_rle, pictures
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, check_document, differences, read_document
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 
-FILES = {
-    "semantic": ("semantic", "confidence"),
-    "depth": ("depth",),
-    "open-vocabulary": ("open_vocabulary",),
-}  # task -> roles of its files
-FOLDERS = (
+FOLDERS = (  # whose every file is ours
     "images",
-    "semantic",
-    "confidence",
-    "depth",
-    "open_vocabulary",
-    "gallery/depth",
+    *(role for task in TASKS for role in LABEL_KINDS[task].roles),
+    *(f"gallery/{role}" for role in gallery.DRAWN),
     "state",
-)  # whose every file is ours
-ROUNDING = 0.0015  # of what the ledger rounds to three digits, and of a difference of two such numbers
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ def _audit(
     checked = _checked(folder, document, ledger.rows(), is_indexed, threads)
     for k, (row, found, read) in enumerate(checked, 1):
         findings += found
-        known |= {path for path, _ in row.files.values()} | {gallery.depth_name(row)}
+        known |= {path for path, _ in row.files.values()} | {gallery.picture_name(role, row) for role in gallery.DRAWN}
         files, total = files + len(row.files), total + read
         seen(k, done)
     findings += _check_strangers(folder, known)
@@ -259,7 +251,7 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
             )
         )
     expected = {"image": f"images/{id}.{config['image_format']}"} | {
-        role: f"{role}/{id}.png" for task in config["task"] for role in FILES.get(task, ())
+        role: f"{role}/{id}.png" for task in config["task"] for role in LABEL_KINDS[task].roles
     }
     if {role: name for role, (name, _) in row.files.items()} != expected:
         findings.append(
@@ -283,8 +275,9 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
             Finding(LEDGER, f"sample {id}, {task}: {what}", _again(folder, id))
             for what in _label(task, row, arrays, document)
         ]
-    if is_indexed and "depth" in config["task"]:
-        findings += _check_picture(folder, row, arrays.get("depth"))
+    for role in gallery.DRAWN if is_indexed else ():
+        if role in row.files:
+            findings += _check_picture(folder, row, role, arrays.get(role))
     return findings, total
 
 
@@ -298,21 +291,19 @@ def _check_bytes(data: bytes, stored: storage.StoredFile) -> None:
         )
 
 
-def _check_picture(folder: Path, row: Row, millimetres: np.ndarray | None) -> Iterator[Finding]:
-    """What is wrong with the picture of a depth map; where that itself is damaged, only whether it can be one."""
-    name = gallery.depth_name(row)
+def _check_picture(folder: Path, row: Row, role: str, pixels: np.ndarray | None) -> Iterator[Finding]:
+    """What is wrong with the picture drawn of a map; where that itself is damaged, only whether it can be one."""
+    name = gallery.picture_name(role, row)
     try:
         if not (folder / name).exists():
             raise ValueError("is not there")
         data = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
         images.check_png(data)
         picture = images.decode_image(data, name)
-        if millimetres is None and picture.mode != "P":
-            raise ValueError("is no picture of a depth map")
-        if millimetres is not None and not np.array_equal(
-            np.array(picture), np.array(pictures.depth_picture(millimetres))
-        ):
-            raise ValueError("does not show the depth map of its sample")
+        if pixels is None and picture.mode != "P":
+            raise ValueError(f"is no picture of a {role} map")
+        if pixels is not None and not np.array_equal(np.array(picture), np.array(gallery.DRAWN[role].picture(pixels))):
+            raise ValueError(f"does not show the {role} map of its sample")
     except (ValueError, Missing) as error:
         yield Finding(
             name,
@@ -324,95 +315,13 @@ def _check_picture(folder: Path, row: Row, millimetres: np.ndarray | None) -> It
 def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the labels of one task, where its files could be read."""
     side, table = document["sampling"]["size"], document["labels"][task]
-    roles = ("image", *FILES.get(task, ()))
+    roles = ("image", *LABEL_KINDS[task].roles)
     if any(role not in arrays for role in roles):
         return
     if any(arrays[role].shape[:2] != (side, side) for role in roles) or arrays["image"].shape != (side, side, 3):
         yield f"its files are not {side} x {side} pixels"
         return
     try:
-        yield from CHECKS[task](row.labels[task], {role: arrays[role] for role in roles}, table, side)
+        yield from LABEL_KINDS[task].check(row.labels[task], arrays, table, side)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         yield f"its labels have not the form they were written in ({type(error).__name__}: {str(error)[:100]})"
-
-
-def _check_semantic(
-    record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int
-) -> Iterator[str]:
-    yield from _check_map(record, arrays["semantic"], len(table["classes"]))
-    sure = round(float(arrays["confidence"].mean()) / 255, 4)
-    if record["mean_confidence"] != sure:
-        yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
-
-
-def _check_open_vocabulary(
-    record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int
-) -> Iterator[str]:
-    yield from _check_map(record, arrays["open_vocabulary"], len(table["classes"]))
-
-
-def _check_map(record: Any, labels: np.ndarray, classes: int) -> Iterator[str]:
-    pixels = label_files.count_pixels(labels)
-    if record["pixels"] != pixels:
-        yield f"its map has the pixels {pixels}, the ledger says {record['pixels']}"
-    strange = [number for number in map(int, pixels) if number >= classes and number != label_files.IGNORE]
-    if strange:
-        yield f"its map holds the number {strange[0]}, but there are {classes} classes"
-
-
-def _check_depth(record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int) -> Iterator[str]:
-    figures = label_files.depth_figures(arrays["depth"])
-    if record != figures:
-        yield f"its depth map has {figures}, the ledger says {record}"
-
-
-def _check_instances(
-    record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int
-) -> Iterator[str]:
-    for k, item in enumerate(record):
-        rle = item["segmentation"]
-        if rle["size"] != [side, side]:
-            yield f"mask {k} is {rle['size']}, expected {[side, side]}"
-            continue
-        encoded = mask_rle.encode(
-            mask_rle.decode(rle)[None]
-        )  # a ValueError where the runs do not add up to the picture
-        if encoded.rles[0]["counts"] != rle["counts"]:
-            yield f"mask {k} is not written in the shortest way"
-        if item["area"] != int(encoded.areas[0]) or item["bbox"] != [float(value) for value in encoded.boxes[0]]:
-            yield f"mask {k} covers {int(encoded.areas[0])} pixels in {encoded.boxes[0].tolist()}, the ledger says {item['area']} in {item['bbox']}"
-        if not (1 <= item["category_id"] <= len(table["classes"]) and 0 <= item["score"] <= 1):
-            yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
-
-
-def _check_keypoints(
-    record: Any, arrays: Mapping[str, np.ndarray], table: Mapping[str, Any], side: int
-) -> Iterator[str]:
-    for k, person in enumerate(record):
-        points = np.array(person["keypoints"], np.float64).reshape(len(table["joints"]), 3)
-        seen = points[:, 2] > 0
-        low, high = (points[seen, :2].min(0), points[seen, :2].max(0)) if seen.any() else (np.zeros(2), np.zeros(2))
-        width, height = high - low
-        box, area = np.array([*low, width, height]), width * height
-        if not (
-            np.isin(points[:, 2], (0, 1, 2)).all()
-            and len(person["keypoint_scores"]) == len(points)
-            and 0 <= person["score"] <= 1
-        ):
-            yield f"person {k} has joints that are no joints"
-        if person["num_keypoints"] != int(seen.sum()):
-            yield f"person {k} has {int(seen.sum())} joints, the ledger says {person['num_keypoints']}"
-        is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (
-            width + height + 1
-        )
-        if not is_near:
-            yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
-
-
-CHECKS: dict[str, Callable[..., Iterator[str]]] = {
-    "semantic": _check_semantic,
-    "instance": _check_instances,
-    "depth": _check_depth,
-    "pose": _check_keypoints,
-    "open-vocabulary": _check_open_vocabulary,
-}

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.labels import LABEL_KINDS
 
 FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
@@ -24,13 +26,6 @@ FORM = {
     "labels": dict,
 }
 DECODER_FORM = {"digest": str, "licence": str}
-LABEL_FORMS = {
-    "semantic": {"classes": [str]},
-    "instance": {"classes": [str], "size": [int]},
-    "depth": {"max_depth": float},
-    "pose": {"joints": [str], "limbs": [[int]]},
-    "open-vocabulary": {"classes": [str]},
-}
 
 
 def read_document(folder: Path) -> dict[str, Any] | None:
@@ -79,9 +74,9 @@ def check_document(document: Mapping[str, Any]) -> None:
     for name, entry in document["decoders"].items():
         documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
     for task in tasks:
-        if task not in LABEL_FORMS:
-            raise ValueError(f"config.task names {documents.quoted(task)}, expected {', '.join(LABEL_FORMS)}")
-        documents.check_form(document["labels"].get(task), LABEL_FORMS[task], f"labels.{task}")
+        if task not in LABEL_KINDS:
+            raise ValueError(f"config.task names {documents.quoted(task)}, expected {', '.join(TASKS)}")
+        documents.check_form(document["labels"].get(task), LABEL_KINDS[task].table_form, f"labels.{task}")
     if document["config"]["image_format"] not in ("png", "jpg"):
         raise ValueError(
             f"config.image_format is {documents.quoted(document['config']['image_format'])}, expected png or jpg"

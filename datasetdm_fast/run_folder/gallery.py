@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -12,45 +13,46 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
-from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.label_files import colour_numbers, read_image
-from datasetdm_fast.labels.pictures import depth_png, outline
+from datasetdm_fast.labels.image_files import picture_bytes, read_image
+from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
 PAGE = "gallery/index.html"
 TEMPLATE = Path(__file__).with_name("gallery.html")
-LAYERS = {
-    "semantic": ("semantic", "confidence"),
-    "instance": ("instance",),
-    "depth": ("depth",),
-    "pose": ("pose",),
-    "open-vocabulary": ("open-vocabulary",),
+DRAWN = {  # role of a label's file -> the layer whose picture of it the gallery makes
+    layer.role: layer for kind in LABEL_KINDS.values() for layer in kind.layers if layer.picture
 }
-FIRST = ("instance", "semantic", "open-vocabulary", "depth", "pose")  # the layer shown when the page opens
 BLOCK = 64  # pictures published at once
 
 
 def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True) -> None:
-    """Writes the page and, where the folder has the samples, the coloured depth pictures it needs."""
-    if has_samples and "depth" in document["config"]["task"]:
-        wanted = (row for row in ledger.rows() if not (folder / depth_name(row)).exists())
+    """Writes the page and, where the folder has the samples, the pictures that are drawn for it."""
+    for role in (layer.role for layer in _layers(document) if layer.picture and has_samples):
+        wanted = (row for row in ledger.rows() if not (folder / picture_name(role, row)).exists())
         while block := list(islice(wanted, BLOCK)):
-            storage.publish(
-                {folder / depth_name(row): depth_png(read_image(folder / row.files["depth"][0])) for row in block}
-            )
+            files = {picture_name(role, row): (folder / row.files[role][0]).read_bytes() for row in block}
+            storage.publish({folder / name: picture_of(role, content) for name, content in files.items()})
     storage.publish({folder / PAGE: page(document, ledger)})
 
 
-def depth_name(row: Row) -> str:
-    """Where the coloured depth picture of a sample lies."""
-    return f"gallery/depth/{row.request.id}.png"
+def picture_of(role: str, content: bytes) -> bytes:
+    """The picture the gallery shows of a file."""
+    return picture_bytes(DRAWN[role].picture(read_image(io.BytesIO(content))))
+
+
+def picture_name(role: str, row: Row) -> str:
+    """Where the picture lies that the gallery shows of a sample's file."""
+    return f"gallery/{role}/{row.request.id}.png"
 
 
 def page(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """The page in pieces, one a sample."""
-    template = TEMPLATE.read_text(encoding="utf-8")
+    shown = ", ".join(f".show-{layer.name} .layer-{layer.name}" for layer in _layers(document))
+    template = TEMPLATE.read_text(encoding="utf-8").replace("{{shown}}", shown or ".layer-none")
     before, after = template.replace("{{policy}}", _policy(template)).split("{{samples}}")
     yield before.replace("{{run}}", _embedded(_facts(document, ledger))).encode()
     yield b"["
@@ -76,16 +78,24 @@ def _embedded(value: Any) -> str:
 
 
 def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
-    config, sampling, labels = document["config"], document["sampling"], document["labels"]
-    layers = [layer for task in LAYERS if task in config["task"] for layer in LAYERS[task]]
+    config, sampling = document["config"], document["sampling"]
     counts = Counter(word for row in ledger.rows() for word in _classes(document, row))
     return {
         "title": f"Labelled images from {document['model']['name']}",
         "size": sampling["size"],
         "format": config["image_format"],
-        "layers": layers,
-        "first": next((layer for layer in FIRST if layer in layers), ""),
-        "limbs": labels.get("pose", {}).get("limbs", []),
+        "layers": [
+            {
+                "name": layer.name,
+                "title": layer.title,
+                "drawing": layer.drawing,
+                "file": (f"{layer.role}/ID.png" if layer.picture else f"../{layer.role}/ID.png") if layer.role else "",
+                "unit": layer.unit,
+                "limbs": document["labels"][task].get("limbs", []),
+            }
+            for layer, task in _layers(document).items()
+        ],
+        "first": next((kind.layers[0].name for task, kind in LABEL_KINDS.items() if task in config["task"]), ""),
         "colours": _colours(document, list(counts)),
         "classes": counts.most_common(),
         "summary": ", ".join(config["task"]),
@@ -98,60 +108,43 @@ def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
     }
 
 
+def _layers(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:
+    """The layers of a run with their tasks, in the order of the tasks."""
+    return {layer: task for task in TASKS if task in document["config"]["task"] for layer in LABEL_KINDS[task].layers}
+
+
 def _colours(document: Mapping[str, Any], words: list[str]) -> dict[str, str]:
     """One colour a class word, that of its pixels where a label map shows it."""
-    labels = document["labels"]
-    semantic, asked = (labels.get(task, {}).get("classes", []) for task in ("semantic", "open-vocabulary"))
-    numbers = {name: number for number, name in enumerate(semantic)}
-    numbers |= (
-        dict(zip(asked[1:], colour_numbers(semantic, asked)[1:], strict=True))
-        if semantic
-        else {name: number for number, name in enumerate(asked)}
-    )
-    for name in [*labels.get("instance", {}).get("classes", []), *words]:
+    tables, numbers, others = document["labels"], {}, []
+    for task, kind in LABEL_KINDS.items():
+        if task in tables and kind.colours:
+            numbers |= kind.colours(tables[task], tables)
+        elif task in tables:
+            others += tables[task].get("classes", [])
+    for name in [*others, *words]:
         numbers.setdefault(name, len(numbers) + 1)
     return {name: "#{:02x}{:02x}{:02x}".format(*colour(number)) for name, number in numbers.items()}
 
 
 def _classes(document: Mapping[str, Any], row: Row) -> list[str]:
     """Class words of one sample: those its prompt names and those its labels hold."""
-    labels, words = document["labels"], dict.fromkeys(row.request.classes)
-    words |= dict.fromkeys(
-        labels["instance"]["classes"][record["category_id"] - 1] for record in row.labels.get("instance", [])
-    )
-    for task in ("semantic", "open-vocabulary"):
-        names, pixels = labels.get(task, {}).get("classes", []), row.labels.get(task, {}).get("pixels", {})
-        least = document["sampling"]["size"] ** 2 / 500
-        words |= dict.fromkeys(
-            names[int(number)] for number, count in pixels.items() if int(number) < len(names) and count >= least
-        )
+    words, least = dict.fromkeys(row.request.classes), document["sampling"]["size"] ** 2 / 500
+    for task, kind in LABEL_KINDS.items():
+        if task in row.labels:
+            words |= dict.fromkeys(kind.words(row.labels[task], document["labels"].get(task, {}), least))
     words.pop("background", None)
     return list(words)
 
 
 def _sample(document: Mapping[str, Any], row: Row) -> dict[str, Any]:
-    values: dict[str, Any] = {
+    return {
         "id": row.request.id,
         "prompt": row.request.prompt,
         "seed": str(row.request.seed),
         "classes": _classes(document, row),
+        "values": {
+            layer.name: layer.values(row.labels[task], document["labels"][task])
+            for layer, task in _layers(document).items()
+            if layer.values and task in row.labels
+        },
     }
-    if "instance" in row.labels:
-        names = document["labels"]["instance"]["classes"]
-        values["instances"] = [
-            [
-                names[record["category_id"] - 1],
-                round(record["score"], 3),
-                outline(mask_rle.decode(record["segmentation"])),
-            ]
-            for record in row.labels["instance"]
-        ]
-    if "pose" in row.labels:
-        values["people"] = [
-            [round(value, 1) for value in record["keypoints"]]
-            for record in row.labels["pose"]
-            if record["num_keypoints"]
-        ]
-    if "depth" in row.labels:
-        values["depth"] = [row.labels["depth"]["min"], row.labels["depth"]["max"]]
-    return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.labels import label_files, pictures
+from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
 from datasetdm_fast.run_folder.folder import Publish, into
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, index_files
@@ -76,10 +75,14 @@ class ObjectStore:
         return (self.files.protocol,) if isinstance(self.files.protocol, str) else tuple(self.files.protocol)
 
     def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        """Digests and sizes of the files, once all are there; a depth map brings the gallery's picture of it."""
+        """Digests and sizes of the files, once all are there; what the gallery draws brings its picture."""
         files = {
             **files,
-            **{f"gallery/{name}": _picture(content) for name, content in files.items() if name.startswith("depth/")},
+            **{
+                f"gallery/{name}": gallery.picture_of(role, content)
+                for name, content in files.items()
+                if (role := name.partition("/")[0]) in gallery.DRAWN
+            },
         }
         return self.put(files)
 
@@ -143,7 +146,3 @@ class ObjectStore:
         """Writes down in the run folder that its samples are here."""
         if stored_at(folder) != self.url:
             storage.publish({folder / ELSEWHERE: self.url.encode()})
-
-
-def _picture(depth: bytes) -> bytes:
-    return pictures.depth_png(label_files.read_image(io.BytesIO(depth)))

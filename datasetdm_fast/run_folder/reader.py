@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels import label_files
+from datasetdm_fast.labels import LABEL_KINDS, label_files, task_of
+from datasetdm_fast.labels.image_files import read_image
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
@@ -52,29 +52,15 @@ class StoredSample:
 
     @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
-        return label_files.read_image(self.folder / self.row.files["image"][0])
+        return read_image(self.folder / self.row.files["image"][0])
 
-    @property
-    def semantic(self) -> SemanticMap | None:
-        return self._label("semantic")
+    def __getattr__(self, name: str) -> Any:
+        """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the label, None where the run did not make
+        it.
+        """
+        return self.label(task_of(name))
 
-    @property
-    def instances(self) -> Instances | None:
-        return self._label("instance")
-
-    @property
-    def depth(self) -> DepthMap | None:
-        return self._label("depth")
-
-    @property
-    def keypoints(self) -> Keypoints | None:
-        return self._label("pose")
-
-    @property
-    def open_vocabulary(self) -> SemanticMap | None:
-        return self._label("open-vocabulary")
-
-    def _label(self, task: str) -> Any:
+    def label(self, task: str) -> Any:
         """The label of a task, None where the run did not make it."""
         if task not in self.row.labels:
             return None
@@ -180,20 +166,9 @@ class TaskDataset:
 
         sample = self.run[position]
         image = torch.from_numpy(sample.image).permute(2, 0, 1).float() / 255
-        label = sample._label(self.task)
-        if isinstance(label, SemanticMap):
-            return image, torch.from_numpy(label.labels.astype(np.int64))
-        if isinstance(label, DepthMap):
-            return image, torch.from_numpy(label.metres)
-        if isinstance(label, Instances):
-            parts = {"masks": label.masks, "labels": label.class_ids + 1, "scores": label.scores}
-        else:
-            parts = {
-                "keypoints": np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(
-                    np.float32
-                ),
-                "scores": label.scores,
-            }
+        parts = LABEL_KINDS[self.task].arrays(sample.label(self.task))
+        if isinstance(parts, np.ndarray):
+            return image, torch.from_numpy(parts)
         return image, {name: torch.from_numpy(value) for name, value in parts.items()}
 
 

@@ -1,13 +1,11 @@
-"""From a decoder's raw tensors to labels: `postprocess(raw, config, size)` gives one annotation per image, sides in
-pixels.
-"""
+"""One record a task: from a decoder's raw tensors to labels, and how such a decoder is taught."""
 
 from datasetdm_fast.tasks import depth, instance, open_vocabulary, pose, semantic
 
 TASKS = {
-    "semantic": semantic,
-    "instance": instance,
-    "depth": depth,
-    "pose": pose,
-    "open-vocabulary": open_vocabulary,
+    "semantic": semantic.TASK,
+    "instance": instance.TASK,
+    "depth": depth.TASK,
+    "pose": pose.TASK,
+    "open-vocabulary": open_vocabulary.TASK,
 }

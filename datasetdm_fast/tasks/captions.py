@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.labels.class_words import find_classes
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.tasks.open_vocabulary import OBJECT
 
 
@@ -23,7 +23,7 @@ def held_to(
     if not config.named:
         return raw
     logits = raw["pred_logits"]
-    is_open = config.kind == "open-vocabulary"
+    is_open = config.has_text
     ruled_out = torch.zeros(len(prompts), len(words) if is_open else len(config.classes), dtype=torch.bool)
     for b, prompt in enumerate(prompts):
         asked = words if is_open else config.named

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.tasks.task import Task, Teaching
 from datasetdm_fast.tasks.to_host import to_host
+from datasetdm_fast.truth.labelled import LabelledSource
 
 
 def upstream_bytes(metres: np.ndarray, max_depth: float) -> np.ndarray:
@@ -20,3 +25,25 @@ def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> lis
     """Depth maps in metres at image size."""
     (metres,) = to_host(resize(raw["depth"].float(), size)[:, 0])
     return [DepthMap(plane, config.max_depth) for plane in metres]
+
+
+def _decoder(source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
+    sizes = {"width": 16, "depth_width": 24, "upscale": 2} if is_small else {}
+    return {"kind": "depth", "max_depth": source.max_depth, **sizes}
+
+
+TASK = Task(
+    LABEL_KINDS["depth"],
+    postprocess,
+    Teaching(
+        needs=("depth",),
+        wanted="a depth of 0 to {farthest:g} m",
+        truth=lambda source, item: DepthMap(item.depth, source.max_depth),
+        target=lambda source, item: {"depth": item.depth},
+        is_shown=lambda source, target: bool(target["depth"].any()),
+        decoder=_decoder,
+        small={"batch_size": 12, "steps": 900, "rate": 2e-3, "dropout": 0.0},
+        large={},
+        quirks=("Q13",),
+    ),
+)

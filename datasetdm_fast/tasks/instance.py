@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Instances
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.tasks.semantic import scaled_area
+from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.tasks.semantic import SMALL, scaled_area
+from datasetdm_fast.tasks.task import Task, Teaching
 from datasetdm_fast.tasks.to_host import to_host
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 MOST_INSTANCES = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it
@@ -74,3 +80,30 @@ def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> lis
     is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
     found = to_host(*(x[is_large] for x in (images[kept], masks, classes[kept], scores[kept])))
     return [Instances(*(x[found[0] == b] for x in found[1:]), config.classes) for b in range(len(queries))]
+
+
+def _truth(source: LabelledSource, item: Labelled) -> Instances:
+    scores = np.ones(len(item.masks), np.float32)
+    return Instances(item.masks, item.mask_classes, scores, source.thing_classes)
+
+
+def _decoder(source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
+    return {"kind": "segmentation", "classes": source.thing_classes, **(SMALL if is_small else {})}
+
+
+TASK = Task(
+    LABEL_KINDS["instance"],
+    postprocess,
+    Teaching(
+        needs=("masks",),
+        names="thing_classes",
+        wanted="a thing",
+        truth=_truth,
+        target=lambda source, item: {"classes": item.mask_classes, "masks": item.masks},
+        is_shown=lambda source, target: bool(target["masks"].any()),
+        decoder=_decoder,
+        small={"batch_size": 12, "points": 512, "steps": 1500, "dropout": 0.0},
+        large={},
+        quirks=("Q12",),
+    ),
+)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.tasks.instance import NOTHING, upstream_instances
-from datasetdm_fast.tasks.semantic import scaled_area
+from datasetdm_fast.tasks.semantic import SMALL, masks_of, scaled_area
+from datasetdm_fast.tasks.task import Task, Teaching
 from datasetdm_fast.tasks.to_host import to_host
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 OBJECT = 1  # the class logit that says "this query is the word"; logit 0 was never trained
 
@@ -61,3 +66,41 @@ def postprocess(
     )
     names = ("none", *(words or (str(k + 1) for k in range(scores.shape[1]))))
     return [SemanticMap(labels[b], confidence[b], names) for b in range(len(labels))]
+
+
+def _truth(source: LabelledSource, item: Labelled) -> SemanticMap:
+    words, target = np.zeros(item.image.shape[:2], np.uint8), _target(source, item)
+    for mask, k in zip(target["masks"], target["classes"]):
+        words[mask] = (k + 1) % 256
+    return SemanticMap(words, np.ones(words.shape, np.float32), ("none", *source.thing_classes))
+
+
+def _target(source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
+    """One mask a thing, or where there are no masks one a class that is a thing."""
+    if item.masks is not None:
+        return {"classes": item.mask_classes, "masks": item.masks}
+    things = {source.classes.index(name): k for k, name in enumerate(source.thing_classes) if name in source.classes}
+    return masks_of(item, {number: k for number, k in things.items() if (item.semantic == number).any()})
+
+
+def _decoder(source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
+    sizes = {**SMALL, "queries": 8} if is_small else {"queries": 20}
+    return {"kind": "open-vocabulary", "classes": source.thing_classes, "text_centre": is_small, **sizes}
+
+
+TASK = Task(
+    LABEL_KINDS["open-vocabulary"],
+    postprocess,
+    Teaching(
+        needs=("masks", "semantic"),
+        names="thing_classes",
+        wanted="a thing",
+        truth=_truth,
+        target=_target,
+        is_shown=lambda source, target: bool(target["masks"].any()),
+        decoder=_decoder,
+        small={"batch_size": 12, "points": 512, "steps": 900},
+        large={"dropout": 0.2},
+        quirks=("Q11",),
+    ),
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
 from datasetdm_fast.training.loop import TrainingViews, projected
 
-HEADLINE = {"semantic": "miou", "instance": "ap50", "depth": "absrel", "pose": "pck", "open-vocabulary": "miou"}
-LESS_IS_BETTER = ("depth",)
 LEAST_IMAGES = 10  # images below which none is held out
 
 
@@ -35,9 +32,7 @@ def answers(
 ) -> list[Annotation]:
     """What a decoder in training says about each view, as it would once loaded."""
     ready = fold(copy.deepcopy(decoder)).to(device)
-    config, found = ready.config, []
-    if config.task == "instance":
-        config = replace(config, score_threshold=0.0)  # AP ranks every candidate itself
+    config, found = METRICS[ready.config.task].reading(ready.config), []
     asked = lessons.views.source.thing_classes if words is not None else ()
     with torch.inference_mode():
         for start in range(0, lessons.count, batch_size):
@@ -58,4 +53,4 @@ def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> dic
 
 
 def is_better(task: str, value: float, best: float | None) -> bool:
-    return best is None or (value < best if task in LESS_IS_BETTER else value > best)
+    return best is None or (value < best if METRICS[task].less_is_better else value > best)

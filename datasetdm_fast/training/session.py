@@ -139,8 +139,7 @@ def _augmentation(config: TrainConfig, task: str) -> str:
     if config.augment != "auto":
         return config.augment
     kind = config.data.partition(":")[0].removesuffix("-mm")
-    kind = "coco-pose" if (kind, task) == ("coco", "pose") else kind
-    return kind if kind in LOOKS else "flip"
+    return next((name for name in (f"{kind}-{task}", kind) if name in LOOKS), "flip")
 
 
 def _timestep(session: TrainingSession) -> int:
@@ -152,9 +151,6 @@ def _recipe(session: TrainingSession, task: str, images: int) -> tuple[Any, Any]
     from datasetdm_fast.training import recipes
 
     config, engine = session.config, session.engine
-    words = (
-        engine.encode_classes(list(session.source.thing_classes)).float().clone() if task == "open-vocabulary" else None
-    )
     width = engine.model.text_encoder.config.hidden_size
     found = recipes.recipe(
         *(task, session.source, engine.model.levels, width, _timestep(session), images),
@@ -162,6 +158,7 @@ def _recipe(session: TrainingSession, task: str, images: int) -> tuple[Any, Any]
         pose_head=config.pose_head,
         reader=config.data.partition(":")[0],
     )
+    words = engine.encode_classes(list(session.source.thing_classes)).float().clone() if found.config.has_text else None
     found = replace(found, config=replace(found.config, named=_named(session, found.config.classes)))
     changes = {name: getattr(config, name) for name in ("steps", "batch_size", "rate") if getattr(config, name)}
     schedule = replace(

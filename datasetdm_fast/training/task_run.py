@@ -24,6 +24,7 @@ from datasetdm_fast.decoders.checkpoint import Decoder, save_decoder
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.training import checkpoint, held_out, page
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.loop import Trainer, TrainingViews
@@ -170,7 +171,7 @@ class _Journey:
             log.step(step, schedule.steps, loss, rate)
             if self.training.held and (step % every == 0 or step == schedule.steps):
                 figure = self.look()
-                log.figure(step, held_out.HEADLINE[self.training.task], figure)
+                log.figure(step, METRICS[self.training.task].held_out_figure, figure)
             on_unet_call(step, loss, figure)
             if self.ranks.is_first and time.monotonic() - self.saved >= self.training.save_every:
                 self.save()
@@ -192,7 +193,7 @@ class _Journey:
             found = held_out.answers(
                 decoder, training.held, self.trainer.words, training.size, torch.device(training.device)
             )
-            figure = held_out.score(training.task, training.held, found)[held_out.HEADLINE[training.task]]
+            figure = held_out.score(training.task, training.held, found)[METRICS[training.task].held_out_figure]
         figure = float(self.ranks.said(figure))
         if held_out.is_better(training.task, figure, numbers["figure"]):
             self.best = {name: value.detach().cpu().clone() for name, value in decoder.state_dict().items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.run_folder.indexes import card, coco, samples
 
 # name -> (the task it needs, "" = always; chunks of its bytes from run.json and the ledger)
 INDEXES = {
     "samples.jsonl": ("", samples.lines),
-    "instances.json": ("instance", coco.instances),
-    "keypoints.json": ("pose", coco.keypoints),
     "README.md": ("", card.text),
+    **{kind.coco.name: (task, partial(coco.document, task)) for task, kind in LABEL_KINDS.items() if kind.coco},
 }

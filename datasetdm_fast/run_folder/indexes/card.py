@@ -6,15 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 
-CONTENTS = {
-    "semantic": "`semantic/ID.png`: class numbers as palette PNG, 255 = ignore; `confidence/ID.png`: 0..255",
-    "instance": "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores",
-    "depth": "`depth/ID.png`: 16-bit PNG, millimetres",
-    "pose": "`keypoints.json`: COCO keypoints with visibility and scores",
-    "open-vocabulary": "`open_vocabulary/ID.png`: class numbers of the asked words as palette PNG, 0 = none of them",
-}
 LOADING = """```python
 from datasetdm_fast import open_run
 
@@ -28,7 +22,6 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """The card as Markdown; no prompt is quoted, as prompts are foreign text."""
     config, sampling, model = document["config"], document["sampling"], document["model"]
     done, aside = ledger.count(), ledger.indices(SET_ASIDE)
-    pixels, things, people = _counts(ledger)
     licences = {
         "model": model["licence"],
         **{f"decoder {task}": entry["licence"] for task, entry in document["decoders"].items()},
@@ -43,11 +36,10 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",
-        *(f"- {CONTENTS[task]}" for task in config["task"]),
+        *(f"- {LABEL_KINDS[task].card.contents}" for task in config["task"]),
         "- `gallery/index.html`: the page to look at them; `run.json`: everything that decided them; "
         "`state/ledger.sqlite`: one row a sample\n",
-        *_share_table(document, pixels, things),
-        *([f"People with joints: {people}.\n"] if "pose" in config["task"] else []),
+        *_sections(document, ledger),
         *(
             [f"Set aside because a number was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"]
             if aside
@@ -68,34 +60,16 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     yield ("\n".join(parts) + "\n").encode()
 
 
-def _counts(ledger: Ledger) -> tuple[dict[str, Counter], Counter, int]:
-    pixels, things, people = {"semantic": Counter(), "open-vocabulary": Counter()}, Counter(), 0
+def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
+    """What the labels hold in all, maps of classes first."""
+    kinds = {task: kind for task, kind in LABEL_KINDS.items() if task in document["labels"]}
+    counts: dict[str, Counter] = {task: Counter() for task in kinds}
     for row in ledger.rows():
-        for task, counter in pixels.items():
-            counter.update({int(value): count for value, count in row.labels.get(task, {}).get("pixels", {}).items()})
-        things.update(record["category_id"] - 1 for record in row.labels.get("instance", []))
-        people += sum(record["num_keypoints"] > 0 for record in row.labels.get("pose", []))
-    return pixels, things, people
-
-
-def _share_table(document: Mapping[str, Any], pixels: dict[str, Counter], things: Counter) -> Iterator[str]:
-    tables = document["labels"]
-    for task, title in (("semantic", "Semantic classes"), ("open-vocabulary", "Open-vocabulary classes")):
-        if task in tables and (total := pixels[task].total()):
-            yield f"## {title}\n\n| number | class | share of pixels |\n|---:|---|---:|"
-            for number, name in enumerate(tables[task]["classes"]):
-                yield f"| {number} | {_cell(name)} | {pixels[task][number] / total:.2%} |"
-            yield ""
-    if "instance" in tables:
-        yield "## Instances\n\n| category | class | instances |\n|---:|---|---:|"
-        for number, name in enumerate(tables["instance"]["classes"]):
-            yield f"| {number + 1} | {_cell(name)} | {things[number]} |"
-        yield ""
-
-
-def _cell(name: str) -> str:
-    """A class word inside a Markdown table: nothing in it can open a tag, a link or a column."""
-    return "".join(letter if letter.isalnum() or letter in " -_." else f"&#{ord(letter)};" for letter in name)
+        for task, counter in counts.items():
+            if task in row.labels:
+                counter.update(kinds[task].card.count(row.labels[task]))
+    for task in sorted(kinds, key=lambda task: kinds[task].colours is None):
+        yield from kinds[task].card.section(document["labels"][task], counts[task])
 
 
 def _code(name: str) -> str:

@@ -1,0 +1,49 @@
+"""Images and label maps as the bytes of image files, and back."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast import _C
+from datasetdm_fast.labels.colours import palette
+
+JPEG = {"quality": 95, "subsampling": 0, "optimize": False}
+
+
+def image_bytes(image: np.ndarray, image_format: str) -> bytes:
+    """A PNG or JPEG of an image [H, W, 3] uint8, without metadata."""
+    if image_format == "png":
+        return _C.png_encode(np.ascontiguousarray(image))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", **JPEG)
+    return buffer.getvalue()
+
+
+def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
+    """A palette PNG whose pixel values are the labels [H, W] uint8; label k has the colour of class numbers[k], of k
+    itself beyond them.
+    """
+    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), _palette(tuple(numbers)))
+
+
+_palette = cache(palette)
+
+
+def picture_bytes(picture: Image.Image) -> bytes:
+    """A PNG of a picture drawn for a page, as small as it gets."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=9)
+    return buffer.getvalue()
+
+
+def read_image(file: Path | BinaryIO) -> np.ndarray:
+    """The pixels of an image file of a run folder, in the type it was written with."""
+    with Image.open(file, formats=("PNG", "JPEG")) as image:
+        return np.array(image)
