@@ -10,7 +10,7 @@ from PIL import Image
 from rendered import document, write_run
 
 from datasetdm_fast.data import Request
-from datasetdm_fast.labels import pictures
+from datasetdm_fast.labels import LABEL_KINDS, pictures
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.ledger import Row
 
@@ -82,6 +82,19 @@ def test_every_picture_it_names_is_there(tmp_path):
             f"gallery/depth/{k:08d}.png",
         ):
             assert Image.open(tmp_path / name).size == (32, 32)
+
+
+def test_every_layer_is_drawn_in_a_way_the_page_knows():
+    (block,) = re.findall(r"const DRAWINGS = \{\n(.*?)\n\};", gallery.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)
+    layers = [layer for kind in LABEL_KINDS.values() for layer in kind.layers]
+    assert {layer.drawing for layer in layers} <= set(re.findall(r"^  (\w+):", block, re.MULTILINE))
+    assert len({layer.name for layer in layers}) == len(layers)
+    assert all(layer.role in kind.roles for kind in LABEL_KINDS.values() for layer in kind.layers if layer.role)
+
+
+def test_a_run_without_labels_of_a_kind_has_no_layer_of_it():
+    values = document(1) | {"config": document(1)["config"] | {"task": ["depth", "semantic"]}}
+    assert [layer.name for layer in gallery._layers(values)] == ["semantic", "confidence", "depth"]
 
 
 def test_seeds_beyond_javascript_numbers_are_kept():
