@@ -8,7 +8,7 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 from datasetdm_fast.generation.plan import make_plan
-from datasetdm_fast.labels import class_words
+from datasetdm_fast.labels import words as class_words
 
 
 class Tokenizer:

@@ -11,7 +11,7 @@ from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.generation import driver
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import LABEL_KINDS, words
 from datasetdm_fast.tasks import TASKS, captions, depth, instance, open_vocabulary, pose, semantic
 
 SIZE = 32
@@ -373,4 +373,4 @@ def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
         (("cone",), "a thing"),
         ((), "a ball"),
     ]
-    assert class_words.always_named(("ball", "cone", "star"), seen) == ("ball", "star")
+    assert words.always_named(("ball", "cone", "star"), seen) == ("ball", "star")

@@ -32,3 +32,9 @@ def _pattern(word: str) -> re.Pattern[str]:
     start = "".join(re.escape(part) + r"[\s_-]+" for part in before)
     ending = "|".join(re.escape(form) for form in sorted(forms))
     return re.compile(rf"(?<!\w){start}(?:{ending})(?!\w)", re.IGNORECASE)
+
+
+def always_named(classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]]) -> tuple[str, ...]:
+    """Of `classes`, those named by the caption of every picture that shows them; `seen` pairs classes and captions."""
+    unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown))}
+    return tuple(name for name in classes if name not in unsaid)

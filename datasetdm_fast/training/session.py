@@ -174,7 +174,7 @@ def _recipe(session: TrainingSession, task: str, images: int) -> tuple[Any, Any]
 
 def _named(session: TrainingSession, classes: Sequence[str]) -> tuple[str, ...]:
     """The classes of a decoder that are looked for only where a prompt names them."""
-    from datasetdm_fast.labels.class_words import always_named
+    from datasetdm_fast.labels.words import always_named
 
     config, source = session.config, session.source
     is_wanted = config.by_name == "yes" or (config.by_name == "auto" and config.data.startswith("demo:"))
