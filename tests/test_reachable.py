@@ -86,6 +86,8 @@ class Reader(ast.NodeVisitor):
         """What a string stands for: the name of an attribute or a module, or code for a process of its own."""
         if re.fullmatch(r"[\w.]+", text):
             self.found.words.add(text)
+        elif match := re.fullmatch(rf"({PACKAGE}[\w.]*):(\w+)", text):
+            self.found.uses.add(f"{match[1]}.{match[2]}")
         for module, names in re.findall(rf"from ({PACKAGE}[\w.]*) import (\w+(?:, \w+)*)", text):
             for name in names.split(", "):
                 for chain in re.findall(rf"\b{name}\b((?:\.\w+)*)", text):
@@ -609,6 +611,7 @@ TREE = {
         ("datasetdm_fast/things.py", "    @property\n    def idle(self): ...", "datasetdm_fast.things.Thing.idle"),
         ("datasetdm_fast/things.py", "    idle: int = 0", "datasetdm_fast.things.Thing.idle"),
         ("datasetdm_fast/other.py", "def main(): ...", "datasetdm_fast.other.main"),
+        ("datasetdm_fast/make.py", "    Thing('datasetdm_fast.make:named')\ndef named(): ...", None),
         (
             "datasetdm_fast/make.py",
             "    from datasetdm_fast.thing import gone\n    gone()",
