@@ -1,6 +1,4 @@
-"""From a text prompt to an image and its labels in one diffusion pass: `Pipeline` makes them, `open_run` reads them
-back.
-"""
+"""From a text prompt to an image and its labels: `Pipeline` makes them, `open_run` reads them back."""
 
 from __future__ import annotations
 

@@ -61,8 +61,7 @@ Shape = tuple[str | int, ...]
 class Tensors:
     """Named tensors of one stage: name -> (shape in size letters or numbers, dtype).
 
-    `2B` is a CFG batch, F the stacked channels of every decoder's first layer, L the logits of a query, M the side of a
-    decoder's map.
+    F: stacked channels of every decoder's first layer, L: logits of a query, M: side of a decoder's map.
     """
 
     inputs: dict[str, tuple[Shape, str]]

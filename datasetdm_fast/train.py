@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.progress import StepProgress
-from datasetdm_fast.training.session import _announce, _planned, _session, _training
 from datasetdm_fast.training.settings import TrainConfig
 
 PROG = "python -m datasetdm_fast.train"
@@ -36,6 +35,7 @@ def _train(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.interruption import Interruption
     from datasetdm_fast.training import task_run
     from datasetdm_fast.training.processes import joined, leave
+    from datasetdm_fast.training.session import _announce, _planned, _session, _training
 
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -46,9 +46,7 @@ def verify(
     batch_size: int,
     on_unet_call: Callable[[], None] = lambda: None,
 ) -> Verdict:
-    """Every request through both engines: led by the reference and on its own, judged by the gates of the engine's
-    precision.
-    """
+    """Every request through both engines, led by the reference and on its own, judged by the precision's gates."""
     import numpy as np
 
     from datasetdm_fast.agreement.distances import free_running_distances, teacher_forced_distances
@@ -104,9 +102,7 @@ def verify(
 
 
 def weights_row(engine, reference) -> GateRow:
-    """Whether both hold the same weights, up to how the engine stores them: at a low precision a small change hides in
-    what rounding does anyway.
-    """
+    """Whether both hold the same weights, up to how the engine's precision stores them."""
     from datasetdm_fast.agreement.gates import GateRow
     from datasetdm_fast.engines.fast import state_distance
 

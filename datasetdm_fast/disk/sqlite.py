@@ -22,10 +22,7 @@ LONGEST_ROW = 64 * 2**20  # bytes of a text in a ledger
 
 
 def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: str = "") -> Connection:
-    """A database for writing, by one thread at a time, whose commits survive a loss of power.
-
-    Where there is none it is made beside its place, so that one that is there has its tables.
-    """
+    """A database for writing, by one thread at a time, that survives a loss of power; made whole if missing."""
     if not path.exists():
         _create(path, schema)
     return _opened(path, path, journal, synchronous or SYNCHRONOUS, check_same_thread=False)

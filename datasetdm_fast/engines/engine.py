@@ -51,9 +51,7 @@ class Engine(Protocol):
         """The same, and of each image [B] whether its pixels were finite numbers."""
 
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: the posterior's mean, or a sample of it per image's
-        generator.
-        """
+        """[B, 4, h, w] scaled latents of uint8 images [B, H, W, 3]: posterior means, or samples by `generators`."""
 
     def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""

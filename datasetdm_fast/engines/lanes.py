@@ -1,6 +1,4 @@
-"""Slices of one batch on cores of their own: on a CPU the barrier after every small operation costs more than the
-operation.
-"""
+"""Slices of one batch on cores of their own: on a CPU a barrier costs more than a small operation."""
 
 from __future__ import annotations
 
@@ -47,9 +45,7 @@ class Lanes:
 
 
 def _limit(threads: int) -> None:
-    """Gives this thread its number of threads; PyTorch takes over the process's number when a thread first asks, so it
-    asks before the last word.
-    """
+    """Gives this thread its number of threads, after PyTorch set the process's number at its first question."""
     torch.set_num_threads(threads)
     torch.get_num_threads()
     torch.set_num_threads(threads)

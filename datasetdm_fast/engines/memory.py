@@ -17,9 +17,7 @@ LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only 
 
 
 def suggested(side: int, device: torch.device, bytes_of: Callable[[int], int] | None = None) -> int:
-    """Images of `side` latent cells a side to make together; `bytes_of` tells what a call with so many takes on a
-    GPU.
-    """
+    """Images of `side` latent cells to make together; `bytes_of` says what a call with so many takes on a GPU."""
     if device.type == "cpu":
         return max(min(CPU_CELLS // side**2, LARGEST_SUGGESTED_BATCH), 2)
     one, two = bytes_of(1), bytes_of(2)
@@ -29,9 +27,7 @@ def suggested(side: int, device: torch.device, bytes_of: Callable[[int], int] | 
 
 
 def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None]) -> tuple[Answer, int]:
-    """run(size), or with half of it where memory ran out: once, after `forget` dropped what can be made again. The size
-    that worked comes back.
-    """
+    """run(size), halved where memory runs out, after `forget` dropped caches once; and the size that worked."""
     try:
         return run(size), size
     except torch.OutOfMemoryError as error:

@@ -1,6 +1,4 @@
-"""The reference engine: diffusers and transformers modules as they come, fp32, eager; slow on purpose, the oracle of
-the others.
-"""
+"""The reference engine: diffusers and transformers modules as they come, fp32, eager, never optimised."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ def _oracle(method):
 
 
 def feature_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
-    """Per level, low to highest, the modules whose outputs are its features, in the order the decoders' weights
-    expect.
-    """
+    """Per level, low to highest, the modules whose outputs are its features, in the order of the weights."""
     down, up = unet.down_blocks, unet.up_blocks
     levels = [(down[2].downsamplers[0], *down[3].resnets, unet.mid_block, *up[0].resnets)]
     for depth in (2, 1, 0):

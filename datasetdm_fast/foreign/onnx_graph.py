@@ -31,11 +31,7 @@ class _Graph:
 
 
 def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
-    """The files with tensor data beside an ONNX file, all inside its folder; a graph that a runtime should not be given
-    is refused.
-
-    Call it before the file is handed to onnx, ONNX Runtime or TensorRT.
-    """
+    """The data files of an ONNX file, all inside its folder; a graph unfit for onnx or a runtime is refused."""
     try:
         size = path.stat().st_size
         if not 0 < size <= LARGEST_ONNX:

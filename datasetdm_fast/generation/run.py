@@ -117,8 +117,7 @@ _NO_PROMPTS = prompts.PromptSource((), "", (), 0)
 class Remake:
     """One sample of a run folder to be made again.
 
-    Its batch has the shape it had, and the sample its old place in it, so the arithmetic is the same; the other places
-    repeat it.
+    Batch shape and place are as before, so the arithmetic is the same; the other places repeat the sample.
     """
 
     folder: Path

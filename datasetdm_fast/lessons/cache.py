@@ -171,10 +171,7 @@ def stored(
     batch_size: int = 12,
     progress: Callable[[int], None] = lambda views: None,
 ) -> StoredCaptures:
-    """The captures of all views, those not in `folder` made now; process `share[0]` of `share[1]` makes its part.
-
-    A shard whose bytes are not those that were written is made again.
-    """
+    """The captures of all views, missing or damaged ones made now; process `share[0]` of `share[1]` makes its part."""
     layout, draws = Layout.of(engine.model.levels), views.looks.draws
     identity = _identity(engine, inversion, layout)
     paths = []

@@ -103,8 +103,7 @@ def _load_tiny(size: int) -> Model:
 def _load_random_sd14(size: int) -> Model:
     """Stable Diffusion 1.4 at full size with seeded random weights: about 4.3 GB in fp32.
 
-    CLIP's vocabulary is not shipped with this package, so the tokenizer is the demo world's; its ids lie within CLIP's
-    49408.
+    The tokenizer is the demo world's, as CLIP's is not shipped; its ids lie within CLIP's 49408.
     """
     text = CLIPTextConfig(
         vocab_size=49408,

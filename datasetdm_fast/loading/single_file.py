@@ -240,11 +240,7 @@ def _filled(build: Callable[[], nn.Module], state: Mapping[str, Tensor], name: s
 
 @torch.inference_mode()
 def predicts_noise(unet: UNet2DConditionModel) -> bool:
-    """Whether a trained UNet predicts noise rather than velocity, which no file of SD 2.x says.
-
-    At the last timestep a sample is nearly pure noise, so a noise predictor returns nearly its input and a velocity
-    predictor does not.
-    """
+    """Whether a UNet predicts noise rather than velocity: it then returns nearly its input at the last timestep."""
     unet.eval()
     noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
     output = unet(noise, 999, torch.zeros(1, 77, unet.config.cross_attention_dim)).sample

@@ -143,8 +143,7 @@ class Resnet(nn.Module):
 class Upsample(nn.Module):
     """Each cell doubled along both axes, then a 3x3 convolution.
 
-    Of the three taps along an axis two always fall on the same cell, so four 2x2 convolutions, one for each place
-    within a doubled cell, give the same with 4 products in place of 9.
+    Two of three taps fall on one cell, so four 2x2 convolutions, one a place, do it with 4 products for 9.
     """
 
     def __init__(self, weights: Weights):

@@ -1,9 +1,7 @@
 """The UNet of Stable Diffusion 1.x and 2.x without work done twice.
 
-Three modules, by how often each has something new to say: `TimeTable` once per timestep, `TextTable` once per prompt,
-`UNet` at every call. Both halves of a CFG batch see the same latents until the first text attention, so `UNet` takes B
-latents and doubles them there. Who reads features and attention maps is an argument of the call: a hook, see
-capture.py.
+`TimeTable` runs once per timestep, `TextTable` once per prompt, `UNet` at every call: on B latents, doubled at the
+first text attention, as both halves of a CFG batch are equal until then. A hook of capture.py reads along.
 """
 
 from __future__ import annotations

@@ -112,8 +112,7 @@ class Annotations:
 class Coco(PictureSource):
     """instances_SPLIT2017.json and person_keypoints_SPLIT2017.json in annotations, images in SPLIT2017.
 
-    Asked for pose alone, each item is one person in the middle of a square, as pose decoders are taught; otherwise it
-    is an image.
+    Asked for pose alone, each item is one person in the middle of a square; otherwise it is an image.
     """
 
     joints = COCO_JOINTS

@@ -28,8 +28,7 @@ Publish = Callable[
 class RunFolder:
     """A run folder open for writing, held for this process until `close`.
 
-    A member is one of several processes of a run: somebody else holds the folder for all of them, and `journal` is how
-    their ledger is kept.
+    For a member, another process holds it for all; `journal` is how their ledger is kept.
     """
 
     def __init__(

@@ -1,6 +1,4 @@
-"""From a device to arrays, through page-locked memory: the copies of one call are waited for together, and only by the
-thread that asked.
-"""
+"""From a device to arrays through page-locked memory; only the thread that asked waits, once a call."""
 
 from __future__ import annotations
 

@@ -9,16 +9,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasetdm_fast.decoders.trunk import Decoder, fold
+from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels.words import always_named
+from datasetdm_fast.lessons import cache
+from datasetdm_fast.lessons.augment import AUGMENTATIONS
+from datasetdm_fast.lessons.cache import Inversion
+from datasetdm_fast.lessons.targets import check_shown, check_truth
+from datasetdm_fast.lessons.views import Looks, Views, check_quirks
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.readers import open_data
+from datasetdm_fast.training import recipes
+from datasetdm_fast.training.held_out import split
+from datasetdm_fast.training.loop import TrainingViews, fit
+from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
-
-if TYPE_CHECKING:
-    from datasetdm_fast.decoders.trunk import Decoder
-    from datasetdm_fast.training.processes import Ranks
-    from datasetdm_fast.training.task_run import TaskTraining
-    from datasetdm_fast.truth.labelled import LabelledSource
+from datasetdm_fast.training.task_run import TaskTraining, settings_of
+from datasetdm_fast.truth.labelled import LabelledSource
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
 LISTED = 20  # bad images that are named
@@ -44,8 +57,6 @@ def train_on(engine, source: LabelledSource, task: str, count: int, **settings: 
 
     Captures of an image are shared by every count, task and later run; `settings` are further fields of TrainConfig.
     """
-    from datasetdm_fast.decoders.checkpoint import fold
-
     return fold(taught(engine, source, task, count, **settings)).requires_grad_(False)
 
 
@@ -62,10 +73,6 @@ def taught(
     **settings: Any,
 ) -> Decoder:
     """The same decoder before it is made ready, to be kept with save_decoder."""
-    from datasetdm_fast.training.held_out import split
-    from datasetdm_fast.training.loop import fit
-    from datasetdm_fast.training.processes import SOLO
-
     config = TrainConfig(
         task=(task,), steps=steps, seed=seed, held_out=held_out, cache_dir=cache_dir, quiet=True, **settings
     )
@@ -79,13 +86,6 @@ def taught(
 
 
 def _session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
-    from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.foreign import documents
-    from datasetdm_fast.lessons.targets import check_shown, check_truth
-    from datasetdm_fast.lessons.views import check_quirks
-    from datasetdm_fast.loading import load_model
-    from datasetdm_fast.readers import open_data
-
     model = load_model(config.model, size=config.size, allow_download=config.allow_download)
     source = open_data(
         config.data,
@@ -134,12 +134,10 @@ def _readable(source: LabelledSource, spec: str) -> LabelledSource:
 
 
 def _augmentation(config: TrainConfig, task: str) -> str:
-    from datasetdm_fast.lessons.augment import AUGMENTATIONS as LOOKS
-
     if config.augment != "auto":
         return config.augment
     kind = config.data.partition(":")[0].removesuffix("-mm")
-    return next((name for name in (f"{kind}-{task}", kind) if name in LOOKS), "flip")
+    return next((name for name in (f"{kind}-{task}", kind) if name in AUGMENTATIONS), "flip")
 
 
 def _timestep(session: TrainingSession) -> int:
@@ -148,8 +146,6 @@ def _timestep(session: TrainingSession) -> int:
 
 def _recipe(session: TrainingSession, task: str, images: int) -> tuple[Any, Any]:
     """Decoder and schedule of a task, and the class embeddings it is taught with."""
-    from datasetdm_fast.training import recipes
-
     config, engine = session.config, session.engine
     width = engine.model.text_encoder.config.hidden_size
     found = recipes.recipe(
@@ -174,8 +170,6 @@ def _recipe(session: TrainingSession, task: str, images: int) -> tuple[Any, Any]
 
 def _named(session: TrainingSession, classes: Sequence[str]) -> tuple[str, ...]:
     """The classes of a decoder that are looked for only where a prompt names them."""
-    from datasetdm_fast.labels.words import always_named
-
     config, source = session.config, session.source
     is_wanted = config.by_name == "yes" or (config.by_name == "auto" and config.data.startswith("demo:"))
     things = [name for name in classes if name in source.thing_classes]
@@ -199,9 +193,6 @@ def _names(source: LabelledSource, item) -> list[str]:
 
 def _planned(session: TrainingSession, task: str) -> tuple[Any, dict[str, Any], Any]:
     """Recipe, everything that decides the weights, and the class embeddings."""
-    from datasetdm_fast.training.held_out import split
-    from datasetdm_fast.training.task_run import settings_of
-
     learnt, held = split(session.numbers, session.config.held_out, session.config.seed)
     recipe, words = _recipe(session, task, len(learnt))
     others = {
@@ -236,15 +227,10 @@ def _lessons(
     progress: Callable[[int], None] = lambda count: None,
 ):
     """Views of some items with their captures, made now where they are kept."""
-    from datasetdm_fast.lessons import cache
-    from datasetdm_fast.lessons.augment import AUGMENTATIONS as LOOKS
-    from datasetdm_fast.lessons.views import Looks, Views
-    from datasetdm_fast.training.loop import TrainingViews
-
     config = session.config
     looks = Looks(
         draws or config.draws,
-        LOOKS["none" if draws else _augmentation(config, task)],
+        AUGMENTATIONS["none" if draws else _augmentation(config, task)],
         config.captions,
         config.seed,
         frozenset(config.quirks),
@@ -266,25 +252,18 @@ def _lessons(
 
 
 def _inversion(session: TrainingSession):
-    from datasetdm_fast.lessons.cache import Inversion
-
     config = session.config
     latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
     return Inversion(_timestep(session), latent, config.ddim_steps if config.inversion == "ddim" else 0)
 
 
 def _cache_plan(session: TrainingSession, count: int):
-    from datasetdm_fast.disk.locks import cache_folder
-    from datasetdm_fast.lessons.cache import plan
-
     folder = Path(session.config.cache_dir) if session.config.cache_dir else cache_folder() / "captures"
-    found = plan(folder, session.engine.model.levels, count, session.config.cache, session.config.cache_gb)
+    found = cache.plan(folder, session.engine.model.levels, count, session.config.cache, session.config.cache_gb)
     return session.ranks.said(found)
 
 
 def _announce(session: TrainingSession, plans: dict[str, Any], results: dict[str, Any]) -> None:
-    from datasetdm_fast.training.held_out import split
-
     config = session.config
     learnt, held = split(session.numbers, config.held_out, config.seed)
     count = len(learnt) * config.draws + len(held)
@@ -305,9 +284,6 @@ def _training(
     session: TrainingSession, folder: Path, task: str, plan: tuple, is_stopping: Callable[[], bool]
 ) -> TaskTraining | None:
     """The task's course with its captures at hand, or None where the making of them was stopped."""
-    from datasetdm_fast.training.held_out import split
-    from datasetdm_fast.training.task_run import TaskTraining
-
     config, (recipe, settings, words) = session.config, plan
     learnt, held = split(session.numbers, config.held_out, config.seed)
     count = len(learnt) * config.draws + len(held)
@@ -342,8 +318,6 @@ def _training(
 
 def _as_begun(session: TrainingSession, folder: Path, plan):
     """The plan with captures kept or not as when the training began, as half precision decides bits."""
-    from datasetdm_fast.disk import storage
-
     path = folder / "training" / "captures.json"
     if session.ranks.is_first and not path.exists():
         storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})

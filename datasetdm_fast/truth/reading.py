@@ -46,8 +46,7 @@ def colour_image(
 ) -> np.ndarray:
     """[H, W, 3] uint8 of a PNG or JPEG file with sides of 16 to 16,384 pixels, as it is stored.
 
-    A camera may have marked the picture (EXIF) to be turned before it is shown; `turned` then chooses between it as
-    stored and as shown.
+    Where EXIF says to turn it, `turned` chooses between the picture as stored and as shown.
     """
     image = images.read_image(path, most_pixels=MOST_PIXELS)
     check_sides(path, image.size)

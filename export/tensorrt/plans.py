@@ -97,10 +97,7 @@ class PlanFolder:
     def open_or_build(
         self, order: PlanOrder, build: Build, accepts: Callable[[Mapping[str, Any]], bool] = lambda facts: False
     ) -> PlanFile:
-        """The plan of `order`, or one whose facts are `accept`ed; a file that must not be used is named and rebuilt.
-
-        One process builds for all that wait.
-        """
+        """The plan of `order`, or one whose facts are `accept`ed; one process builds for all that wait."""
         plan = self._in_place(order) or self._other(order, accepts)
         if plan:
             return plan

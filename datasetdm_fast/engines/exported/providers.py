@@ -1,6 +1,4 @@
-"""Which ONNX Runtime is installed and what it can run on; asked before torch is imported, so that a no comes at
-once.
-"""
+"""Which ONNX Runtime is installed and what it can run on, asked before torch is imported."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensor
 
 
 def require_provider(provider: str) -> None:
-    """Raises Missing where ONNX Runtime, or the provider asked for, is not there; "auto" needs no more than the
-    CPU's.
-    """
+    """Raises Missing where ONNX Runtime or the provider asked for is not there; "auto" needs the CPU's alone."""
     if provider not in PROVIDERS:
         raise Refused(f"provider: {provider!r} is none of {', '.join(PROVIDERS)}")
     for module in ("onnxruntime", "onnx"):

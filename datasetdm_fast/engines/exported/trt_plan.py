@@ -172,9 +172,7 @@ class LoadedPlan:
         }
 
     def _keep_compiled(self) -> None:
-        """Writes the kernels that were compiled on this GPU beside the plan, so that the next start need not compile
-        them.
-        """
+        """Writes the kernels compiled on this GPU beside the plan, so that the next start need not compile."""
         if self.compiled is None:
             return
         content = self.compiled.serialize()

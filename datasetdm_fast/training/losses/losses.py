@@ -48,11 +48,7 @@ def dice(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def drawn(count: int, points: int, like: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Places [1, P, 2] to match an image's masks at, and [count, 3P, 2] and [count, R, 2] to choose and to take as they
-    are for each one found.
-
-    They are drawn on the CPU, so that they are the same everywhere.
-    """
+    """Places [1, P, 2] to match at, [count, 3P, 2] to choose from and [count, R, 2] to take; drawn on the CPU."""
     sizes = [points, count * points * OVERSAMPLE, count * (points - int(points * UNCERTAIN))]
     parts = torch.rand(sum(sizes), 2, generator=generator).to(like.device).split(sizes)
     return [parts[0][None], *(part.view(count, -1, 2) for part in parts[1:])] if count else [parts[0][None], *parts[1:]]
@@ -102,8 +98,7 @@ def set_loss(
 ) -> Tensor:
     """Loss of query logits [B, Q, K+1] and [B, Q, h, w] against each image's class ids [M] and masks [M, H, W].
 
-    Each image's points come from its own generator. Given the totals of a `whole` step, the losses of its parts add up
-    to its own.
+    Each image's points have their own generator; given the totals of a `whole` step, losses of parts add up.
     """
     queries, none = class_logits.shape[1], class_logits.shape[-1] - 1
     whole = whole or totals([len(ids) for ids in classes], queries)
