@@ -28,8 +28,7 @@ def parse(
 ) -> tuple[Config, set[str]]:
     """The settings of a command line, and the names of those the user set by flag or by --config.
 
-    A field of `cls` is one flag; its metadata may hold `help`, `choices` and `metavar`; a field without a default must
-    be given.
+    A field of `cls` is one flag with `help`, `choices` and `metavar` in its metadata; without a default it is required.
     """
     hints = get_type_hints(cls)
     converters = {

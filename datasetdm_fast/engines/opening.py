@@ -28,9 +28,7 @@ def open_engine(
     threads: int = 0,
     **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
-    """An engine with the decoders of `tasks`, None = all of the folder, and what is to be written down about these
-    decoders. The options are further settings of EngineSettings.
-    """
+    """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings."""
     check_engine(engine, **options)
     # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -100,8 +100,7 @@ def capturing(unet: nn.Module) -> Iterator[list[Capture]]:
 class TorchEngine:
     """See engines.Engine; decoders run in the mode they were loaded in.
 
-    The modules of model and decoders are moved to the device in place. Results are inference tensors: clone them to
-    train on them.
+    `model` and `decoders` are moved to the device in place. Results are inference tensors: clone to train on them.
     """
 
     name = "torch"

@@ -166,8 +166,7 @@ def _megabytes(count: int) -> str:
 def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
     """The job as the run folder's description has it; other weights or another engine are refused.
 
-    Where a run folder is there it decides: which of several equal GPUs goes on with it, and what its memory would hold,
-    changes no byte.
+    Which of several equal GPUs continues a run folder, and what its memory would hold, changes no byte.
     """
     document = job.document
     if not job.config.batch_size:

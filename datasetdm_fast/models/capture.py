@@ -1,8 +1,7 @@
 """Capture hooks: nothing, every feature and map, or only what the decoders make of them.
 
-A decoder's first layer is a 1x1 convolution over everything it reads of a level, and projecting commutes with resizing,
-so each tensor is multiplied by its own slice of that weight where it lies and added to the level's sum. The
-concatenated level never exists.
+A decoder's first layer is a 1x1 convolution over a level, which commutes with resizing: each tensor is multiplied by
+its slice of the weight and added to the level's sum, so that the concatenated level never exists.
 """
 
 from __future__ import annotations

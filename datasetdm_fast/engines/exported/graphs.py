@@ -60,9 +60,7 @@ class GraphEngine:
     def denoise_and_capture(
         self, latents: Tensor, timestep: float, context: Tensor
     ) -> tuple[Tensor, ProjectedCapture | Capture]:
-        """The noise and what the loaded decoders make of the activations; without decoders the activations
-        themselves.
-        """
+        """The noise and what the loaded decoders make of the activations; without decoders these themselves."""
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, context)
         found = self._call_unet("denoise_and_capture", latents, timestep, context)

@@ -27,9 +27,7 @@ FATAL = 3  # ONNX Runtime's log level that leaves only errors
 
 
 class OrtEngine(GraphEngine):
-    """See GraphEngine; the weights of `model` and `decoders` are read at construction, and their graphs written to the
-    cache if they are not there.
-    """
+    """See GraphEngine; weights are read at construction, and graphs written to the cache where they are not there."""
 
     name = "ort"
 
@@ -51,9 +49,7 @@ class OrtEngine(GraphEngine):
         self._stages: dict[str, OrtStage] = {}
 
     def _export(self, **which) -> tuple[Path, Manifest]:
-        """The folder of the exported graphs; TensorRT reads standard operators only, the others are given ONNX
-        Runtime's own attention.
-        """
+        """The folder of the exported graphs: of standard operators for TensorRT, else with ONNX Runtime's attention."""
 
         def told(stage: str) -> None:
             if stage in ("encode_text", RAW):
@@ -167,9 +163,7 @@ def open_session(path: Path, provider: str, device: torch.device) -> onnxruntime
 
 
 def resolve_provider(provider: str, device: str) -> tuple[str, torch.device]:
-    """The provider and where its tensors lie; "auto" follows the device, and a device left open follows what there
-    is.
-    """
+    """The provider and where its tensors lie; "auto" follows the device, and an open device what there is."""
     if provider == "cpu":
         place = resolve_device("cpu" if device == "auto" else device)
     elif provider == "auto":

@@ -1,6 +1,4 @@
-"""The TensorRT engine: every stage a plan built from its exported graph, on a GPU, by whichever TensorRT is
-installed.
-"""
+"""The TensorRT engine: every stage a plan built from its graph, run by whichever TensorRT is installed."""
 
 from __future__ import annotations
 
@@ -30,11 +28,7 @@ PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities 
 
 
 class TrtEngine(GraphEngine):
-    """See GraphEngine; plans are built at the first call of a batch size, or read from the folder `engines`, where `export` may
-    have put them.
-
-    All calls share one stream.
-    """
+    """See GraphEngine; plans are built at the first call of a batch size or read from `engines`; one stream."""
 
     name = "trt"
 
@@ -120,9 +114,7 @@ class TrtEngine(GraphEngine):
         return "; ".join(told) or f"{stage} is not among them"
 
     def _plan(self, stage: str, batch: int) -> LoadedPlan:
-        """The loaded plan of a stage for that many at once; read or built at the first call, and its golden output
-        checked.
-        """
+        """The loaded plan of a stage for that many: read or built, and its golden output checked, at the first call."""
         for loaded in self._loaded.get(stage, ()):
             if batch in loaded.batches:
                 return loaded
