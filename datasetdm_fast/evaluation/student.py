@@ -85,7 +85,7 @@ def teach(
     sets: Sequence[StudentData],
     course: StudentSchedule,
     seed: int,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,  # None = all it can learn
     told: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Student:
     """A student taught from one labelled set, or from a real and a synthetic one mixed in every batch; tasks None: all."""
