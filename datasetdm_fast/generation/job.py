@@ -9,8 +9,8 @@ from typing import Any
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
-from datasetdm_fast.engines.opening import open_engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import prompts
 from datasetdm_fast.generation.plan import Plan, make_plan
@@ -151,7 +151,7 @@ def check_room(job: Job) -> None:
 
 def _engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
     chosen = {"size": config.size, "allow_download": config.allow_download, **config.engine_choices()}
-    return open_engine(config.model, config.decoder, config.task, **chosen)
+    return opening.open_engine(config.model, config.decoder, config.task, **chosen)
 
 
 def _recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str]) -> Recipe:
