@@ -7,6 +7,7 @@ from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast.config import TASKS, RunConfig
 from datasetdm_fast.data import Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.generation import driver, job, run
 from datasetdm_fast.generation.recipe import capture_call, make_recipe
@@ -23,7 +24,7 @@ def engines(monkeypatch):
         opened.append(StubEngine(choices.get("size") or 64, tasks=tuple(tasks or TASKS)))
         return opened[-1], {task: {"digest": "stub", "licence": "none"} for task in tasks or TASKS}
 
-    monkeypatch.setattr(job, "open_engine", open_engine)
+    monkeypatch.setattr(opening, "open_engine", open_engine)
     return opened
 
 

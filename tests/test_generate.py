@@ -9,7 +9,7 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import generate
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.generation import job
+from datasetdm_fast.engines import opening
 from datasetdm_fast.run_folder.reader import open_run
 
 
@@ -21,7 +21,7 @@ def engines(monkeypatch):
         opened.append(StubEngine(choices.get("size") or 64, tasks=tuple(tasks)))
         return opened[-1], {task: {"digest": "stub", "licence": "none"} for task in tasks}
 
-    monkeypatch.setattr(job, "open_engine", open_engine)
+    monkeypatch.setattr(opening, "open_engine", open_engine)
     return opened
 
 
