@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
@@ -54,15 +54,7 @@ def _run(arguments: Sequence[str]) -> int:
         )
         with _bar(len(source), config.quiet) as bar:
             result |= evaluate(
-                *(
-                    engine,
-                    source,
-                    some,
-                    config.captions,
-                    config.batch_size,
-                    config.seed,
-                    lambda done, bar=bar: bar.update(done - bar.n),
-                ),
+                *(engine, source, some, config.captions, config.batch_size, config.seed, _moving(bar)),
                 unseen=config.unseen,
                 bootstrap=config.bootstrap,
                 level=config.level,
@@ -105,29 +97,13 @@ def _curve(config: EvaluateConfig) -> int:
             )
 
         def judge(count: int, repeat: int, task=tasks[0], labelled=labelled, judged=judged):
-            decoder = train_on(
-                engine,
-                labelled,
-                task,
-                count,
-                steps=config.steps,
-                seed=config.seed + repeat,
-                data=address,
-                captions=config.captions,
-            )
+            settings = {"steps": config.steps, "seed": config.seed + repeat, "data": address}
+            decoder = train_on(engine, labelled, task, count, captions=config.captions, **settings)
             taught = build_engine(config.engine, model, {task: decoder}, dtype=config.dtype, device=config.device)
             with _bar(len(judged), config.quiet) as bar:
                 bar.set_description(f"{task}, {count} labels")
-                said = measure(
-                    taught,
-                    judged,
-                    (task,),
-                    config.captions,
-                    config.batch_size,
-                    config.seed,
-                    lambda done: bar.update(done - bar.n),
-                )
-            return said[task]
+                given = (config.captions, config.batch_size, config.seed, _moving(bar))
+                return measure(taught, judged, (task,), *given)[task]
 
         found = curve.learning_curve(
             tasks[0], counts, config.repeats, judge, bootstrap=config.bootstrap, level=config.level, more=config.more
@@ -193,6 +169,11 @@ def _bar(total: int, is_quiet: bool):
     from tqdm import tqdm
 
     return tqdm(total=total, unit="img", disable=is_quiet or None, file=sys.stderr)
+
+
+def _moving(bar) -> Callable[[int], None]:
+    """Moves the bar to how many images are done."""
+    return lambda done: bar.update(done - bar.n)
 
 
 def _tell_skipped(skipped: dict[str, str]) -> None:
