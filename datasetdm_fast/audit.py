@@ -1,5 +1,5 @@
-"""python -m datasetdm_fast.audit RUN: proves that a run folder is whole, or says file by file what is damaged and how
-to mend it.
+"""python -m datasetdm_fast.audit RUN: check that a run folder is complete and undamaged, or name each damaged file and
+how to repair it.
 """
 
 from __future__ import annotations

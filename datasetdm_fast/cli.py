@@ -13,12 +13,12 @@ from datasetdm_fast.version import __version__
 # name -> (module with main(arguments) -> exit code, what it does)
 COMMANDS = {
     "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
-    "train": ("datasetdm_fast.train", "teach decoders from labelled images"),
+    "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
-    "audit": ("datasetdm_fast.audit", "prove that a run folder is whole, or say what is damaged"),
+    "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),
     "doctor": ("datasetdm_fast.doctor", "say what is installed, which engine can run and why another cannot"),
-    "verify": ("datasetdm_fast.verify", "prove that one engine says what another says"),
-    "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs"),
+    "verify": ("datasetdm_fast.verify", "compare the outputs of two engines"),
+    "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs or TensorRT plans"),
 }
 
 

@@ -121,23 +121,31 @@ class ModelSettings:
     )
     decoder: str = setting("demo", "folder of trained decoders, one sub-folder per task", metavar="DIR")
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
-    allow_download: bool = setting(False, "let --model name a model hub repository", identity=False)
+    allow_download: bool = setting(
+        False, "allow --model to name a repository on the model hub, which is downloaded", identity=False
+    )
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """How the networks run."""
 
-    engine: str = setting("auto", "how the networks run", choices=ENGINE_NAMES)
-    dtype: str = setting("auto", "arithmetic of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
+    engine: str = setting("auto", "engine that runs the networks", choices=ENGINE_NAMES)
+    dtype: str = setting("auto", "precision of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
     threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
-    compile: bool = setting(False, "let torch.compile make the UNet of the fast engine: minutes before the first image")
-    provider: str = setting("auto", "what ONNX Runtime runs on with --engine ort", identity=False, choices=PROVIDERS)
+    compile: bool = setting(
+        False, "compile the fast engine's U-Net with torch.compile, which takes minutes before the first image"
+    )
+    provider: str = setting(
+        "auto", "execution provider of ONNX Runtime for --engine ort", identity=False, choices=PROVIDERS
+    )
     engines: str = setting(
         "", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES"
     )
-    trt_flavour: str = setting("auto", "which TensorRT, where both are installed", identity=False, choices=FLAVOURS)
+    trt_flavour: str = setting(
+        "auto", "TensorRT variant to use where both are installed", identity=False, choices=FLAVOURS
+    )
 
     def engine_choices(self) -> dict[str, Any]:
         """All of these by name, as open_engine takes them."""
@@ -156,7 +164,7 @@ class SamplingSettings:
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
     guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
     sampler: str = setting("pndm", "sampler", choices=SAMPLERS)
-    profile: str = setting("0.3.0", "which diffusers version's PNDM timesteps to follow", choices=PROFILES)
+    profile: str = setting("0.3.0", "diffusers version whose PNDM timesteps are used", choices=PROFILES)
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ class OutputSettings:
 
     dry_run: bool = setting(False, "show the plan and stop", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
-    quiet: bool = setting(False, "no progress", identity=False)
+    quiet: bool = setting(False, "show no progress", identity=False)
 
 
 @dataclass(frozen=True)
@@ -195,18 +203,18 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N"
     )
     batch_size: int = setting(
-        0, "images made together, which changes rounding only; 0 = what the memory holds", metavar="N"
+        0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
     )
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
     out: str = setting("runs/demo", "run folder", identity=False, metavar="RUN")
-    only: str = setting("", "make this one sample of the run folder again", identity=False, metavar="ID")
+    only: str = setting("", "regenerate this one sample of the run folder", identity=False, metavar="ID")
     resume: str = setting(
         "auto",
-        "go on with an existing run folder of the same configuration, or refuse it",
+        "auto: resume an existing run folder with the same settings; never: refuse it",
         identity=False,
         choices=("auto", "never"),
     )
-    limit: int = setting(0, "stop after N new images; the same line again goes on", identity=False, metavar="N")
+    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
     threads: int = setting(
         0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N"
     )
@@ -219,18 +227,18 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N")
     cluster: str = setting(
         "",
-        "share the work on a Ray cluster: ray starts one here, ray://HEAD[:PORT] is one that runs",
+        "run on a Ray cluster: ray starts one on this machine, ray://HEAD[:PORT] joins a running one",
         identity=False,
         metavar="ray[://HEAD]",
     )
     store: str = setting(
         "",
-        "with --cluster: an fsspec URL such as s3://bucket/run for the data set, --out keeps the ledger",
+        "with --cluster: fsspec URL for the data set, such as s3://bucket/run; --out keeps the ledger",
         identity=False,
         metavar="URL",
     )
     dtype: str = setting(
         "auto",
-        "arithmetic of the fast engines; fp8 for --engine trt alone, see export",
+        "precision of the fast engines; fp8 only with --engine trt (see export)",
         choices=("auto", "fp32", "fp16", "bf16", "fp8"),
     )

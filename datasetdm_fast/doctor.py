@@ -1,10 +1,9 @@
 """python -m datasetdm_fast.doctor: what is installed here, which engine can run and why another cannot, and whether a
 first image comes out.
-
-Nothing that may be broken is imported in this process: each question is put to a process of its own, which may fail,
-crash or hang.
 """
 
+# Nothing that may be broken is imported in this process: each question is put to a process of its own, which may fail,
+# crash or hang.
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.evaluate: how true the labels of trained decoders are, on images whose truth is known."""
+"""python -m datasetdm_fast.evaluate: measure the labels of trained decoders against ground truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.measure import _passes, evaluate, measure
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 
-PROG = "datasetdm-fast evaluate"
+PROG = "python -m datasetdm_fast.evaluate"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,4 @@
-"""python -m datasetdm_fast.train: a decoder for each task from about a hundred labelled images; the same line again
-goes on where it stopped.
-"""
+"""python -m datasetdm_fast.train: a decoder per task from about a hundred labelled images; the same command resumes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""python -m datasetdm_fast.verify: whether an engine says what another one says, on this machine, with this model and
-these decoders.
+"""python -m datasetdm_fast.verify: compare the outputs of an engine with those of another, on this machine, with this
+model and these decoders.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
         "dtype compile device engines trt_flavour provider threads html run allow_download json quiet"
     ).split()
 
-    engine: str = setting("fast", "the engine to judge", choices=ENGINE_NAMES)
-    against: str = setting("torch", "the engine it is to agree with", choices=ENGINE_NAMES)
+    engine: str = setting("fast", "engine to check", choices=ENGINE_NAMES)
+    against: str = setting("torch", "engine to compare with", choices=ENGINE_NAMES)
     decoder: str = setting(
-        "demo", "folder of trained decoders, or none: then features and maps themselves are compared", metavar="DIR"
+        "demo", "folder of trained decoders, or none to compare features and maps themselves", metavar="DIR"
     )
     task: tuple[str, ...] = setting(
         (), "labels to compare, comma-separated; default: every decoder of the folder", choices=TASKS, metavar="LIST"
     )
     number: int = setting(8, "images to compare", metavar="N")
-    batch_size: int = setting(4, "images made together", metavar="N")
-    dtype: str = setting("auto", "arithmetic of the engine to judge", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
-    compile: bool = setting(False, "judge the fast engine with torch.compile")
+    batch_size: int = setting(4, "images per batch", metavar="N")
+    dtype: str = setting("auto", "precision of the engine to check", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
+    compile: bool = setting(False, "check the fast engine with torch.compile")
     html: str = setting("", "write a page with the worst samples side by side", metavar="FILE")
-    run: str = setting("", "run folder whose run.json is to hold the verdict", metavar="RUN")
+    run: str = setting("", "run folder in whose run.json the verdict is stored", metavar="RUN")
     json: bool = setting(False, "the verdict as one JSON object on stdout")
 
 

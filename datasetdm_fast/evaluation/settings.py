@@ -22,24 +22,25 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     )
     task: tuple[str, ...] = setting(
         (),
-        "labels to judge, comma-separated; default: every decoder the data has truth for",
+        "labels to evaluate, comma-separated; default: every decoder for which the data has ground truth",
         choices=TASKS,
         metavar="LIST",
     )
     unseen: tuple[str, ...] = setting(
-        (), "classes the decoder was not taught, comma-separated; default: those it does not name", metavar="LIST"
+        (), "classes not seen in training, comma-separated; default: those the decoder does not name", metavar="LIST"
     )
     captions: str = setting(
         "true",
-        "true: each image's own caption is what the text half sees, and where a decoder was taught so only classes "
-        "it names are looked for; "
-        "unread: the text half alone; none: neither",
+        "true: condition on each image's caption, and predict only classes it names where the decoder was trained "
+        "so; unread: condition only; none: neither",
         choices=("true", "unread", "none"),
     )
-    bootstrap: int = setting(500, "draws of the images behind each interval, 0 = no intervals", metavar="N")
-    level: float = setting(0.95, "share of the draws within an interval", metavar="SHARE")
+    bootstrap: int = setting(500, "bootstrap resamples per interval, 0 = no intervals", metavar="N")
+    level: float = setting(0.95, "confidence level of the intervals", metavar="SHARE")
     curve: tuple[str, ...] = setting(
-        (), "teach decoders with these numbers of labels, such as 10,30,100,300, and judge each", metavar="LIST"
+        (),
+        "learning curve: train with these numbers of labels, such as 10,30,100,300, and evaluate each",
+        metavar="LIST",
     )
     learn_from: str = setting(
         "",
@@ -48,20 +49,19 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     )
     repeats: int = setting(
         1,
-        "decoders taught for each number of --curve, or students of each kind (then 3, at least 2), with seeds of "
-        "their own",
+        "repeats with other seeds: decoders per number of --curve, or students of each kind (then 3, at least 2)",
         metavar="N",
     )
     steps: int = setting(0, "steps of each training of --curve or --student, 0 = as usual", metavar="N")
-    more: int = setting(50, "labels beyond the last number of --curve whose worth is told", metavar="N")
+    more: int = setting(50, "additional labels whose gain is forecast, beyond the last number of --curve", metavar="N")
     student: bool = setting(
         False,
-        "whether a run's images help: teach a small net by real images alone and with those of --run, and judge it "
-        "on --data",
+        "whether a run's images help: train a small network on real images alone and together with those of --run, "
+        "evaluate both on --data",
     )
-    real: int = setting(100, "real images that teach the student, the first of --learn-from", metavar="N")
+    real: int = setting(100, "real images for the student, the first of --learn-from", metavar="N")
     run: str = setting("", "run folder whose images --student adds", metavar="RUN")
-    batch_size: int = setting(10, "images read together", metavar="N")
+    batch_size: int = setting(10, "images per batch", metavar="N")
     seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N")
     json: bool = setting(False, "the figures as one JSON object on stdout")
 

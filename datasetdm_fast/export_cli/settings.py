@@ -16,8 +16,10 @@ class ExportConfig(ModelSettings, OutputSettings):
         "size allow_download list prune cap_gb json quiet"
     ).split()
 
-    out: str = setting("", "folder the files go to", metavar="ENGINES")
-    to: str = setting("onnx", "what to write: graphs, or plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx"))
+    out: str = setting("", "output folder", metavar="ENGINES")
+    to: str = setting(
+        "onnx", "what to write: ONNX graphs, or TensorRT plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx")
+    )
     decoder: str = setting("demo", "folder of trained decoders, or none", metavar="DIR")
     precision: str = setting(
         "auto",
@@ -26,19 +28,21 @@ class ExportConfig(ModelSettings, OutputSettings):
     )
     batch: tuple[str, ...] = setting(("1", "8"), "batch sizes plans are built for", metavar="LIST")
     capability: tuple[str, ...] = setting(
-        (), "GPUs plans are built for, for example sm86,sm120; default: this machine's, or portable", metavar="LIST"
+        (),
+        "GPU architectures to build plans for, such as sm86,sm120; default: this machine's, or portable",
+        metavar="LIST",
     )
     trt_flavour: str = setting("auto", "which TensorRT builds; auto is the one --to names", choices=FLAVOURS)
     prompts: str = setting(
         "",
-        "what --precision fp8 is calibrated on: a prompt, or a UTF-8 file with one prompt a line",
+        "calibration prompts for --precision fp8: a prompt, or a UTF-8 file with one prompt a line",
         metavar="FILE|TEXT",
     )
     steps: int = setting(0, "sampling steps of that calibration, 0 = what the model was made for", metavar="N")
-    weight_streaming: bool = setting(False, "plans that may leave part of their weights in host memory")
-    refit: bool = setting(False, "plans whose weights may be exchanged")
-    raw_capture: bool = setting(False, "also a stage that hands out every feature and attention map")
+    weight_streaming: bool = setting(False, "build plans that can keep part of their weights in host memory")
+    refit: bool = setting(False, "build plans whose weights can be replaced")
+    raw_capture: bool = setting(False, "also export a stage that returns every feature and attention map")
     list: bool = setting(False, "show the plans of --out, or of the cache")
-    prune: bool = setting(False, "delete plans of --out, or of the cache, that would not be used")
-    cap_gb: float = setting(64.0, "gigabytes of plans --prune leaves, the last used ones", metavar="GB")
+    prune: bool = setting(False, "delete plans of --out, or of the cache, that are out of date or unusable")
+    cap_gb: float = setting(64.0, "gigabytes of plans that --prune keeps, most recently used first", metavar="GB")
     json: bool = setting(False, "the manifest, or what plans there are, on stdout")

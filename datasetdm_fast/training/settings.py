@@ -58,75 +58,72 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         choices=TASKS,
         metavar="LIST",
     )
-    out: str = setting("decoder", "folder; each task has its own in it", identity=False, metavar="DIR")
-    held_out: float = setting(0.1, "share of the images that only judge; none of fewer than 10 images", metavar="SHARE")
+    out: str = setting("decoder", "output folder, with one sub-folder per task", identity=False, metavar="DIR")
+    held_out: float = setting(
+        0.1, "share of images held out for evaluation; none of fewer than 10 images", metavar="SHARE"
+    )
     preset: str = setting(
-        "default", "how it is taught: ours, or upstream's optimiser, schedule and loss", choices=("default", "upstream")
+        "default", "training recipe: ours, or DatasetDM's optimiser, schedule and loss", choices=("default", "upstream")
     )
     quirks: tuple[str, ...] = setting(
         (),
-        "upstream's mistakes to repeat: " + "; ".join(f"{name} = {meaning}" for name, meaning in QUIRKS.items()),
+        "mistakes of DatasetDM to repeat: " + "; ".join(f"{name} = {meaning}" for name, meaning in QUIRKS.items()),
         choices=QUIRKS,
         metavar="LIST",
     )
-    pose_head: str = setting("heatmap", "how joints are answered", choices=("heatmap", "simcc"))
+    pose_head: str = setting("heatmap", "output of the pose decoder", choices=("heatmap", "simcc"))
     steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N")
-    batch_size: int = setting(0, "views a step, over all processes, 0 = as the preset says", metavar="N")
+    batch_size: int = setting(0, "examples per step over all processes, 0 = as the preset says", metavar="N")
     accumulate: int = setting(
         2,
-        "parts of a batch, one after the other: saves memory; one process with N parts learns what N processes do, "
-        "to the bit",
+        "gradient accumulation steps, which save memory; one process with N gives the same weights, bit for bit, "
+        "as N processes",
         metavar="N",
     )
     rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R")
     patience: int = setting(
-        4, "looks at the held-out images without a better figure before it ends early, 0 = never", metavar="N"
+        4, "early-stopping patience: evaluations without improvement, 0 = never stop early", metavar="N"
     )
-    checks: int = setting(10, "looks at the held-out images in a whole training", metavar="N")
-    draws: int = setting(12, "different looks at each image: noise and augmentation", metavar="N")
+    checks: int = setting(10, "evaluations on the held-out images in a whole training", metavar="N")
+    draws: int = setting(12, "augmented views of each image, each with its own noise", metavar="N")
     augment: str = setting(
         "auto",
-        "how looks differ: none, flip, or upstream's way with a data set; auto: with this one, else flip",
+        "augmentation: none, flip, or DatasetDM's for a data set; auto: that of this data set, else flip",
         choices=AUGMENTATIONS,
     )
-    captions: str = setting(
-        "true", "what the text half sees: each image's own caption, or nothing", choices=("true", "none")
-    )
+    captions: str = setting("true", "text condition: each image's own caption, or none", choices=("true", "none"))
     by_name: str = setting(
         "auto",
-        "whether classes that every caption names where they are seen are later looked for only where a prompt names "
-        "them; "
-        "auto: with demo scenes, whose captions leave nothing out",
+        "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "
+        "for demo scenes",
         choices=("auto", "yes", "no"),
     )
     timestep: int = setting(
-        -1, "UNet timestep of the captures, -1 = what the model was made for; upstream 0", metavar="T"
+        -1, "U-Net timestep at which captures are taken, -1 = the model's default; DatasetDM uses 0", metavar="T"
     )
     latent: str = setting(
         "auto",
-        "the autoencoder's mean or a sample; auto: mean, and a sample with --preset upstream",
+        "latents: the autoencoder's mean or a sample; auto: mean, with --preset upstream a sample",
         choices=("auto", "mean", "sample"),
     )
-    inversion: str = setting(
-        "noise", "noise added to the latents is drawn, or predicted by DDIM run backwards", choices=("noise", "ddim")
-    )
-    ddim_steps: int = setting(10, "calls of that inversion", metavar="N")
+    inversion: str = setting("noise", "noise on the latents: random, or by DDIM inversion", choices=("noise", "ddim"))
+    ddim_steps: int = setting(10, "U-Net calls of DDIM inversion", metavar="N")
     cache: str = setting(
         "auto",
-        "keep captures on the disk if they fit, always, or never",
+        "cache captures on disk: if they fit, always, or never",
         choices=("auto", "disk", "off"),
         identity=False,
     )
     cache_dir: str = setting(
-        "", "where; default: captures in the cache folder of this package", identity=False, metavar="DIR"
+        "", "folder of that cache; default: captures in the package's cache folder", identity=False, metavar="DIR"
     )
-    cache_gb: float = setting(0.0, "how much of it may be used, 0 = half of what is free", identity=False, metavar="GB")
-    storage: str = setting("fp32", "parameters in the decoder's file", choices=("fp32", "fp16"))
-    engine: str = setting("auto", "how the networks of the model run", choices=ENGINE_NAMES)
+    cache_gb: float = setting(0.0, "disk space for it, 0 = half of the free space", identity=False, metavar="GB")
+    storage: str = setting("fp32", "precision of the saved weights", choices=("fp32", "fp16"))
+    engine: str = setting("auto", "engine that runs the model's networks", choices=ENGINE_NAMES)
     dtype: str = setting(
-        "auto", "arithmetic of training; auto: fp32 on a CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16", "fp16")
+        "auto", "precision of training; auto: fp32 on a CPU, bf16 on a GPU", choices=("auto", "fp32", "bf16", "fp16")
     )
-    seed: int = setting(0, "seed of weights, noise, order and points", metavar="N")
+    seed: int = setting(0, "seed of weights, noise, order and sampled points", metavar="N")
     save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S")
     json: bool = setting(False, "the results as one JSON object on stdout", identity=False)
 

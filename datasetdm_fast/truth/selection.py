@@ -88,18 +88,19 @@ class DataSettings:
     """The flags of every command that reads labelled images."""
 
     select: str = setting(
-        "", "upstream's choice of images for a data set: " + ", ".join(PRESETS), choices=tuple(PRESETS), metavar="NAME"
+        "",
+        "DatasetDM's selection of images for a data set: " + ", ".join(PRESETS),
+        choices=tuple(PRESETS),
+        metavar="NAME",
     )
     limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N")
-    min_area: int = setting(0, "pixels a class must cover to count, 0 = as --select says", metavar="N")
+    min_area: int = setting(0, "smallest area in pixels for a class to count, 0 = as --select says", metavar="N")
     limit_images: int = setting(0, "images in all, 0 = as --select says or all", metavar="N")
     only_classes: tuple[str, ...] = setting(
         (), "leave out images that show any other class, comma-separated", metavar="LIST"
     )
-    framing: str = setting(
-        "fit", "the middle square of each image, or a part drawn by upstream's rule", choices=("fit", "upstream")
-    )
-    skip_bad: bool = setting(False, "count and list images that cannot be read instead of stopping at the first")
+    framing: str = setting("fit", "crop: centre square, or DatasetDM's random crop", choices=("fit", "upstream"))
+    skip_bad: bool = setting(False, "skip and list images that cannot be read instead of stopping at the first")
 
     def selection(self) -> Selection:
         """The preset with what other flags change of it."""
