@@ -165,7 +165,9 @@ def relabel(engine: TimedStub, samples: list[Sample], recipe: Recipe) -> None:
     for first in range(0, len(samples), BATCH):
         requests = [sample.request for sample in samples[first : first + BATCH]]
         for task in TASKS:
-            driver.postprocess(task, requests, StubEngine.annotate(engine, task, capture), engine, recipe)
+            driver.postprocess(
+                task, requests, StubEngine.annotate(engine, task, capture), engine.decoders[task].config, recipe
+            )
 
 
 def clocked(call: Callable[[], Any]) -> tuple[Any, float]:

@@ -66,7 +66,9 @@ def observe(
         on_unet_call()
     words = WordTable(engine, recipe.words)
     raw = {task: engine.annotate(task, capture, words.asked(task, requests)) for task in recipe.tasks}
-    labels = {task: postprocess(task, requests, answer, engine, recipe) for task, answer in raw.items()}
+    labels = {
+        task: postprocess(task, requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()
+    }
     answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()

@@ -13,6 +13,7 @@ from datasetdm_fast.stages import FACTOR
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from datasetdm_fast.decoders.config import DecoderConfig
     from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.generation.recipe import Recipe
 
@@ -125,7 +126,7 @@ def collect(
     labels: dict[str, list[Annotation]] = {}
     for task in recipe.tasks:
         outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
-        labels[task] = postprocess(task, batch.requests, outputs, engine, recipe)
+        labels[task] = postprocess(task, batch.requests, outputs, engine.decoders[task].config, recipe)
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
         where = [name for name, flags in zip(checks, passed) if not flags[b]]
@@ -162,12 +163,11 @@ def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
 
 
 def postprocess(
-    task: str, requests: Sequence[Request], raw: dict[str, Tensor], engine: Engine, recipe: Recipe
+    task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe
 ) -> list[Annotation]:
     """The labels of one task, one a request."""
     from datasetdm_fast.tasks import TASKS, captions
 
-    config = engine.decoders[task].config
     if not config.has_text:  # a decoder of words was asked only for those its prompt names
         raw = captions.held_to(raw, config, [request.prompt for request in requests])
     found = TASKS[task].postprocess(raw, config, recipe.size)
