@@ -143,4 +143,10 @@ class Depth(Meter):
         return dict(zip(("absrel", "rmse", "delta_1.25", "delta_1.25_2", "delta_1.25_3"), means.T))
 
 
-METRICS = {"semantic": Semantic, "instance": Instance, "depth": Depth, "pose": Pose, "open-vocabulary": OpenVocabulary}
+METRICS = {
+    "semantic": Semantic,
+    "instance": Instance,
+    "depth": Depth,
+    "pose": Pose,
+    "open-vocabulary": OpenVocabulary,
+}
