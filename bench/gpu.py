@@ -1,38 +1,36 @@
 """python -m bench gpu: the suite at full size on a GPU, in parts: each is stored when it is done, and the same line
-again goes on with what is left.
+again measures what is left.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from bench.options import check_numbers, chosen, prepare, say
-from bench.run import JUDGED, SECONDS, open_measurement, show
+from bench.options import SuiteConfig, check_numbers, chosen
+from bench.run import SECONDS
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Missing, Refused
 
 PROG = "python -m bench gpu"
 LAST = ("diffusers-compiled", "tensorrt", "ort")  # they build for minutes, so they come when all else is stored
+JUDGED = 2  # images every peer is judged by: another image of the reference costs as much as ten of ours
 
 
 @dataclass(frozen=True)
-class GpuConfig:
+class GpuConfig(SuiteConfig):
     out: str = setting(
-        "", "result file to begin or go on with (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE"
+        "", "result file to begin or to continue (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE"
     )
     minutes: float = setting(9.0, "begin no part that would end later", metavar="M")
-    parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     left: bool = setting(False, "print the names of the parts that are left, and measure nothing")
     model: str = setting("random-sd14", "random-sd14, a diffusers folder or a file", metavar="MODEL")
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
     seconds: float = setting(20.0, "seconds for the rounds of one race", metavar="S")
     device: str = setting("cuda", "cuda or cuda:N; cpu tries the parts out on a small model", metavar="DEVICE")
-    quick: bool = setting(False, "fewer sizes and images, to try the parts out")
-    json: bool = setting(False, "ratios, parity and every row as one JSON object on stdout")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,45 +38,33 @@ def main(arguments: Sequence[str]) -> int:
 
     config, _ = parse(arguments, GpuConfig, PROG, __doc__)
     check_numbers(minutes=config.minutes, steps=config.steps, seconds=config.seconds)
-    begin = time.monotonic()
-    prepare(0)
+    end = time.monotonic() + 60 * config.minutes
     from bench import suite
     from bench.peers import PEERS
     from bench.report import results
+    from bench.rows import MEASUREMENTS
+    from bench.rows.peers import one_by_one
 
-    ordered = [*(name for name in PEERS if name not in LAST), *(name for name in PEERS if name in LAST)]
-    parts = {
-        part.name: part
-        for part in (suite.LIMITS, *suite.one_by_one(ordered[:-3]), *suite.SHARED, *suite.one_by_one(ordered[-3:]))
-    }
+    first, last = one_by_one(name for name in PEERS if name not in LAST), one_by_one(LAST)
+    others = [part for part in MEASUREMENTS.values() if part.name not in ("limits", "peers")]
+    parts = {part.name: part for part in (MEASUREMENTS["limits"], *first, *others, *last)}
     wanted = chosen("parts", config.parts, tuple(parts), tuple(parts))
     if config.left:
-        return print_left(config, [name for name in parts if name in wanted])
+        return print_left(config, ["limits", *(name for name in parts if name in wanted and name != "limits")])
     check_device(config.device)
-    m = open_measurement(
-        config.model,
-        config.device,
-        arguments,
+    session = suite.open_run(
+        [*PROG.split(), *arguments],
+        model=config.model,
+        device=config.device,
         steps=config.steps,
         quick=config.quick,
         out=config.out,
-        seconds=config.seconds or SECONDS[config.quick],
-        names=tuple(PEERS),
-        prog=PROG,
         goes_on=True,
-        keeps=True,
+        seconds=config.seconds or SECONDS[config.quick],
+        judged=JUDGED,
     )
-    m.batches.update(results.batches_of(m.file.document))
-    m.judged = JUDGED[True]  # a second image of the oracle costs as much as ten of ours
-    left = suite.measure(
-        m, [parts[name] for name in parts if name in wanted or name == "limits"], begin + 60 * config.minutes, say
-    )
-    print(m.file.path, file=sys.stderr if config.json else sys.stdout)
-    show(m.file.document, config.json, time.monotonic() - begin)
-    if left:
-        say(f"left: {', '.join(left)}; the same line again goes on")
-    suite.check(m.file.document)
-    return 0
+    session.batches.update(results.batches_of(session.file.document))
+    return suite.measure_and_show(session, parts, wanted, is_json=config.json, end=end)
 
 
 def check_device(name: str) -> None:
@@ -90,14 +76,12 @@ def check_device(name: str) -> None:
 
 def print_left(config: GpuConfig, names: Sequence[str]) -> int:
     """The parts a file still lacks, one a line."""
-    from pathlib import Path
-
     from bench.report import results
 
     if not config.out:
         raise Refused("--left: no file was named", "add --out FILE")
     path = Path(config.out)
     document = results.read(path) if path.exists() else {"parts": {}}
-    left = [name for name in ("limits", *names) if not results.is_settled(document, name)]
-    print(json.dumps(list(dict.fromkeys(left))) if config.json else "\n".join(dict.fromkeys(left)))
+    left = [name for name in names if not results.is_settled(document, name)]
+    print(json.dumps(left) if config.json else "\n".join(left))
     return 0

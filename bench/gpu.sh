@@ -93,7 +93,7 @@ if wanted build; then
 fi
 [ -x "$VENV/bin/python" ] || [ "$IS_DRY" = 1 ] && PYTHON="$VENV/bin/python"
 if wanted build; then
-  run versions 120 "$PYTHON" -c "from bench.machine import installed; from datasetdm_fast import _C; print(installed(), 'CUDA in the extension:', _C.built_with_cuda)"
+  run versions 120 "$PYTHON" -c "from bench.machine.machine import installed; from datasetdm_fast import _C; print(installed(), 'CUDA in the extension:', _C.built_with_cuda)"
 fi
 
 if wanted test; then

@@ -6,21 +6,28 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
 
 
-def prepare(threads: int) -> None:
+@dataclass(frozen=True)
+class SuiteConfig:
+    """What the suites of CPU and GPU are told alike."""
+
+    quick: bool = setting(False, "fewer sizes and images, to try the parts out")
+    parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
+    json: bool = setting(False, "ratios, parity and every row as one JSON object on stdout")
+
+
+def prepare() -> None:
     """Settings that must be made before torch is imported, and quiet libraries."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above all that the profiler of PyTorch says
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def check_numbers(**values: float) -> None:
@@ -34,9 +41,8 @@ def chosen(flag: str, asked: Sequence[str], known: Sequence[str], usual: Sequenc
 
     for name in asked:
         if name not in known:
-            raise Refused(
-                f"--{flag} {name}: there is no such one{nearest(name, known)}", f"choose from {', '.join(known)}"
-            )
+            cause = f"--{flag} {name}: there is no such one{nearest(name, known)}"
+            raise Refused(cause, f"choose from {', '.join(known)}")
     return tuple(asked) or tuple(usual)
 
 

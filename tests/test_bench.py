@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from bench import __main__ as bench
+from bench import run, suite
 from bench.machine import measure
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
-from bench.report import results
+from bench.report import report, results
 from bench.rows import capture, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
@@ -96,7 +97,7 @@ def test_a_kernel_broken_on_purpose_ends_with_4(monkeypatch, capsys):
     monkeypatch.setitem(PEERS, "ours", PEERS["ours"]._replace(build=build, batch=1))
     assert run_command(bench.dispatch, [*TINY, "--peers", "ours", "--parts", "peers", "--json"]) == 4
     said = capsys.readouterr()
-    assert json.loads(said.out)["parity"] == "fail" and "FAILED: does not say what the oracle says" in said.err
+    assert json.loads(said.out)["parity"] == "fail" and "FAILED: its outputs do not match the reference's" in said.err
     assert said.err.splitlines()[-2].startswith("bench: 1 rows failed")
 
 
@@ -151,14 +152,43 @@ def test_gpu_parts_are_stored_and_continued(tmp_path, capsys):
     assert sum(row["of_work"] for row in after["layers"]["rows"]) == pytest.approx(1, abs=0.01)
 
 
-def test_the_driver_alone_is_timed_and_holds_its_memory(monkeypatch):
+def test_the_generation_loop_alone_is_timed_and_holds_its_memory(monkeypatch):
     monkeypatch.setattr(scale, "MARKS", {True: (16, 48)})
     monkeypatch.setattr(scale, "SCENE_SECONDS", 0.1)
-    *runs, scenes, disk = scale.rows(is_quick=True)
+    *runs, scenes, disk = scale.rows(SimpleNamespace(setting=SimpleNamespace(quick=True)))
     assert [row["images"] for row in runs] == [16, 48] and "closing_ms" in runs[-1]
     assert all(row["ms"]["whole"] >= row["ms"]["own"] >= 0 and row["ms"]["engine"] > 0 for row in runs)
     assert scenes["written"] >= scale.SCENE_COUNT and scenes["images_per_second"] > 0 and scenes["core_ms"] > 0
     assert disk["commit_ms"] > 0 and disk["files"] == 4  # image, semantic, confidence, depth
+
+
+def test_more_than_the_ranks_could_make_fails_its_row(monkeypatch):
+    """Once published: 151 images a second of two ranks, 40 times what one made."""
+    one, two = scale.rank_rows({1: 3.77, 2: 150.6})
+    assert one["status"] == "ok" and two["status"] == "failed" and "39.9 times the rate of one rank" in two["why"]
+    document = {"parts": {"scale": {"status": "done", "rows": [one, two]}}}
+    assert suite.failed(document) == [f"scale, 2: {two['why']}"]
+    (cells,) = [cells for _, title, cells in report.tables_of(document) if title == "Ranks of one thread each"]
+    assert cells[1][1] == ["2", f"FAILED: {two['why']}", ""]
+    assert [row["status"] for row in scale.rank_rows({1: 3.77, 2: 7.4})] == ["ok", "ok"]
+
+
+def test_the_rate_of_ranks_is_from_the_first_image_made_to_the_last(monkeypatch):
+    """Whatever the ranks' first batches brought was begun before; so the rate is never above what was reached."""
+    monkeypatch.setattr(scale, "RANK_BATCH", 2)
+    assert scale.rate([10.0, 10.0, 12.0, 12.0, 14.0, 14.0], ranks=1) == 1.0
+    alike = [second for second in (10.0, 12.0, 14.0) for _ in range(4)]
+    assert scale.rate(alike, ranks=2) == 2.0
+    in_between = [second for second in (10.0, 11.0, 12.0, 13.0, 14.0, 15.0) for _ in range(2)]
+    assert 1.5 < scale.rate(in_between, ranks=2) < 2.0
+
+
+def test_help_names_the_numbers_of_the_code(capsys):
+    with pytest.raises(SystemExit):
+        bench.dispatch(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for values in (run.STEPS, run.SECONDS):
+        assert f"0 = {values[False]:g}, with --quick {values[True]:g} " in shown
 
 
 def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):

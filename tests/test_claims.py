@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench.claims import page, rows, sets
-from bench.claims.exam import Arm, Exam, Record
 from bench.claims.rows import CLAIMS, judged, row_of
+from bench.claims.students import Arm, StudentStore, TestSet
 from datasetdm_fast import evaluate
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.decoders.checkpoint import DEMO
@@ -32,8 +32,8 @@ def lessons():
 
 
 @pytest.fixture(scope="module")
-def exam():
-    return Exam("few", sets.scenes(sets.TEST, 8, SIDE))
+def unseen():
+    return TestSet("few", sets.scenes(sets.TEST, 8, SIDE))
 
 
 def some(lessons, chosen):
@@ -66,13 +66,13 @@ def generated(prompt_classes=("ball",), **changes):
     return Sample()
 
 
-def test_loss_falls_and_every_answer_is_there(lessons, exam):
+def test_loss_falls_and_every_answer_is_there(lessons, unseen):
     told = []
     course = StudentSchedule(steps=30, batch_size=4)
     student = teach([lessons], course, 0, told=lambda step, loss: told.append(loss))
     assert len(told) == course.steps and np.mean(told[-5:]) < 0.7 * np.mean(told[:5])
     assert sum(parameter.numel() for parameter in student.parameters()) < 1_000_000
-    answer = answers(student, exam.images)[0]
+    answer = answers(student, unseen.images)[0]
     assert answer.semantic.labels.shape == answer.depth.metres.shape == (SIDE, SIDE) and (answer.depth.metres > 0).all()
     assert answer.instance.masks.shape[1:] == (SIDE, SIDE) and answer.pose.points.shape[1:] == (len(world.JOINTS), 3)
 
@@ -180,20 +180,20 @@ def test_a_run_of_odd_size_is_refused():
         student_data.of_sample(odd, VOCABULARY, Trust())
 
 
-def test_figures_are_kept_and_found_again(lessons, exam, tmp_path):
+def test_figures_are_kept_and_found_again(lessons, unseen, tmp_path):
     arm = Arm("real", (lessons,), SHORT, TASKS)
-    record = Record(tmp_path, lambda line: None)
-    first = record.figures(arm, 0, exam)
-    assert (record.taught, record.found) == (1, 0) and set(first) == set(TASKS)
-    again = Record(tmp_path, lambda line: None)
-    assert again.figures(arm, 0, exam) == first and (again.taught, again.found) == (0, 1)
+    store = StudentStore(tmp_path, lambda line: None)
+    first = store.figures(arm, 0, unseen)
+    assert (store.trained, store.found) == (1, 0) and set(first) == set(TASKS)
+    again = StudentStore(tmp_path, lambda line: None)
+    assert again.figures(arm, 0, unseen) == first and (again.trained, again.found) == (0, 1)
     changed = (
-        replace(arm, course=replace(SHORT, rate=1e-3)),
+        replace(arm, schedule=replace(SHORT, rate=1e-3)),
         replace(arm, sets=(some(lessons, torch.arange(6)),)),
         replace(arm, tasks=("semantic",)),
     )
-    assert len({one.digest(0, exam) for one in (arm, *changed)} | {arm.digest(1, exam)}) == 5
-    students_again = answers(again.student(arm, 0, exam), exam.images)[0]
+    assert len({one.digest(0, unseen) for one in (arm, *changed)} | {arm.digest(1, unseen)}) == 5
+    students_again = answers(again.student(arm, 0, unseen), unseen.images)[0]
     assert np.isfinite(students_again.depth.metres).all()
 
 
@@ -270,7 +270,7 @@ def test_page_chart_and_table_show_what_does_not_hold():
 
     found = document()
     ET.fromstring(page.chart(found))
-    text, written = page.section(found), page.page(found, {"real": "Real <scenes>"})
+    text, written = page.section(found, "charts"), page.page(found, {"real": "Real <scenes>"})
     assert (
         found["rows"]["parity"]["holds"] is False and "no: the two engines" in text and "no: the two engines" in written
     )
@@ -325,7 +325,8 @@ def test_commands_refuse_what_proves_nothing(capsys):
 
 def test_every_row_is_made_and_found_again(tmp_path):
     """All labellers, sets, students and exams, each in the smallest number that is one."""
-    from bench.claims.run import Bench, described
+    from bench.claims.experiments import Experiments
+    from bench.claims.run import described
 
     scale = sets.Scale(
         seeds=2,
@@ -348,22 +349,18 @@ def test_every_row_is_made_and_found_again(tmp_path):
         for task in tasks:
             shutil.copytree(DEMO / task, tmp_path / "labellers" / f"{folder}-1-1" / task)
     said = []
-    with Bench(tmp_path, scale, said.append) as bench:
-        for name in CLAIMS:
-            bench.foresee(name)
-        plans = {name: bench.plan(name) for name in CLAIMS}
-        found = {name: bench.row(name, plan) for name, plan in plans.items()}
-        page.write(tmp_path, described(found, scale, ["claims"], True, 1.0), bench)
+    with Experiments(tmp_path, scale, said.append) as experiments:
+        found = experiments.rows(tuple(CLAIMS))
+        page.write(tmp_path, described(found, scale, ["claims"], True, 1.0), experiments)
     assert set(found) == set(CLAIMS) and (tmp_path / "index.html").exists() and (tmp_path / "answers.png").exists()
     assert found["parity"]["real"] == pytest.approx(found["parity"]["both"], rel=0.05), (
         "both engines give the same images but for rounding"
     )
     assert found["instance"]["cells"][0]["images"]["real"] == 2 and found["semantic"]["images"]["real"] == 3
     kinds = [line for line in said if line.startswith(("real, seed", "synthetic, seed", "both, seed", "many real"))]
-    assert len(kinds) == bench.record.taught == len(list((tmp_path / "students").glob("*.json")))
-    with Bench(tmp_path, scale, said.append) as bench:
-        again = {name: bench.row(name, bench.plan(name)) for name in CLAIMS}
-        assert again == found and bench.record.taught == 0
+    assert len(kinds) == experiments.store.trained == len(list((tmp_path / "students").glob("*.json")))
+    with Experiments(tmp_path, scale, said.append) as experiments:
+        assert experiments.rows(tuple(CLAIMS)) == found and experiments.store.trained == 0
 
 
 def test_the_newest_claims_are_found_beside_other_results(tmp_path):

@@ -1,4 +1,4 @@
-"""Peers of the bench: each says what the oracle says, and none is timed that does not."""
+"""Peers of the bench: the outputs of each match the reference's, and none is timed whose do not."""
 
 import os
 from types import SimpleNamespace
@@ -11,7 +11,9 @@ from bench.machine import limits
 from bench.machine.work import TERA, image_flops, stage_flops
 from bench.peers import PEERS, Offer, upstream
 from bench.peers.engine import EnginePeer
+from bench.report.results import ResultFile
 from bench.rows import ladder, ops, parity, profile, quality, race, stages
+from bench.rows.measurement import BenchRun
 from bench.setting import open_setting
 from datasetdm_fast import kernels
 from datasetdm_fast.engines.fast import FastEngine
@@ -32,6 +34,16 @@ def judge(setting):
     return parity.ParityJudge(setting, 2)
 
 
+@pytest.fixture
+def run(setting, judge):
+    """A run of the bench whose limits were measured and whose best batch is 2."""
+    rows = {"limits": [LIMITS], "peers": [{"peer": "ours", "batch": 2}]}
+    parts = {name: {"status": "done", "rows": found} for name, found in rows.items()}
+    found = BenchRun(setting, ResultFile(None, {"parts": parts}), 0.1, 2)
+    found.judge = judge
+    return found
+
+
 @pytest.mark.parametrize("name", ["upstream", "torch", "diffusers", "ours", "ours-bf16"])
 def test_every_peer_agrees_with_the_oracle(name, setting, judge):
     peer = PEERS[name].build(setting, PEERS[name].batch or 2)
@@ -41,9 +53,9 @@ def test_every_peer_agrees_with_the_oracle(name, setting, judge):
     assert peer.draw(setting.batch(peer.batch)).shape == (peer.batch, 128, 128, 3)
 
 
-def test_every_rung_of_the_ladder_agrees(setting, judge):
+def test_every_technique_of_the_ladder_agrees(setting, judge):
     for name in ("maps once", "decoders", "batches"):
-        peer = ladder.RUNGS[name].build(setting, 1)
+        peer = ladder.TECHNIQUES[name].build(setting, 1)
         assert not parity.failures(judge.rows(peer, peer.make(setting.batch(1))))
 
 
@@ -63,7 +75,7 @@ def test_upstream_forms_its_maps_at_every_call(setting, monkeypatch):
         "see",
         lambda store, probabilities, place, is_text: seen.append((place, is_text, probabilities.shape[-1])),
     )
-    peer = upstream.build(setting, 1)
+    peer = upstream.Upstream(setting)
     peer.denoise(torch.zeros(1, 4, 16, 16), 500, torch.zeros(2, 77, 32))
     assert len(seen) == 32 and sum(is_text for _, is_text, _ in seen) == 16 and max(width for *_, width in seen) == 256
 
@@ -71,7 +83,7 @@ def test_upstream_forms_its_maps_at_every_call(setting, monkeypatch):
 def test_upstream_averages_anew_for_every_level_of_every_decoder(setting, monkeypatch):
     times, average = [], upstream.AttentionMaps.average
     monkeypatch.setattr(upstream.AttentionMaps, "average", lambda store: times.append(1) or average(store))
-    upstream.build(setting, 1).make(setting.batch(1))
+    upstream.Upstream(setting).make(setting.batch(1))
     assert len(times) == 4 * len(setting.recipe.tasks)
 
 
@@ -89,12 +101,12 @@ def broken(setting, batch):
     return EnginePeer(engine, setting, batch)
 
 
-def test_a_broken_kernel_is_a_failed_row_that_nobody_timed(setting, judge):
+def test_a_broken_kernel_is_a_failed_row_that_nobody_timed(run):
     offers = {
         "ours": Offer("broken on purpose", broken, batch=1, must_run=True),
         "torch": PEERS["torch"]._replace(batch=1),
     }
-    rows = {row["peer"]: row for row in race.race(setting, ("ours", "torch"), judge, LIMITS, 0.1, offers=offers)}
+    rows = {row["peer"]: row for row in race.race(run, ("ours", "torch"), offers)}
     assert (
         rows["ours"]["status"] == "failed" and "call" in rows["ours"]["why"] and "seconds_per_image" not in rows["ours"]
     )
@@ -104,23 +116,21 @@ def test_a_broken_kernel_is_a_failed_row_that_nobody_timed(setting, judge):
     assert stopped.value.exit_code == 4
 
 
-def test_a_peer_that_raises_is_failed_where_it_is_ours_and_absent_elsewhere(setting, judge):
+def test_a_peer_that_raises_is_failed_where_it_is_ours_and_absent_elsewhere(run):
     def raises(setting, batch):
         raise ValueError("no such kernel")
 
     offers = {"ours": Offer("ours", raises, must_run=True), "theirs": Offer("theirs", raises)}
-    rows = race.race(setting, ("ours", "theirs"), judge, LIMITS, 0.1, offers=offers)
+    rows = race.race(run, ("ours", "theirs"), offers)
     assert [(row["status"], row["why"]) for row in rows] == [
         ("failed", "ValueError: no such kernel"),
         ("absent", "ValueError: no such kernel"),
     ]
 
 
-def test_a_race_gives_rates_and_ratios_that_can_be_computed_again(setting, judge):
+def test_a_race_gives_rates_and_ratios_that_can_be_computed_again(run, setting):
     offers = {name: PEERS[name]._replace(batch=2) for name in ("torch", "ours")}
-    rows = {
-        row["peer"]: row for row in race.race(setting, ("torch", "ours"), judge, LIMITS, 0.1, offers=offers, draws=True)
-    }
+    rows = {row["peer"]: row for row in race.race(run, ("torch", "ours"), offers, without_labels=True)}
     ours, theirs = rows["ours"]["seconds_per_image"], rows["torch"]["seconds_per_image"]
     assert len(ours["rounds"]) >= 2
     assert rows["ours"]["images_per_second"] == pytest.approx(1 / ours["median"], rel=1e-3)
@@ -131,8 +141,8 @@ def test_a_race_gives_rates_and_ratios_that_can_be_computed_again(setting, judge
     assert rows["ours"]["images_alone_s"]["median"] < 2 * ours["median"]
 
 
-def test_stages_are_compared_and_timed_both_ways(setting, judge):
-    rows = {row["stage"]: row for row in stages.rows(setting, judge, LIMITS, 0.1, 2)}
+def test_stages_are_compared_and_timed_both_ways(run, setting):
+    rows = {row["stage"]: row for row in stages.rows(run)}
     assert list(rows)[:3] == ["text", "call", "captured call"] and {
         f"decoder {task}" for task in setting.recipe.tasks
     } < set(rows)
@@ -141,8 +151,9 @@ def test_stages_are_compared_and_timed_both_ways(setting, judge):
     assert "naive_s" not in rows["encode"] and rows["encode"]["ours_s"]["median"] > 0
 
 
-def test_profile_shares_add_up_to_the_call(setting, judge):
-    (row,) = profile.rows(setting, judge, ("ours",), {})
+def test_profile_shares_add_up_to_the_call(run, monkeypatch):
+    monkeypatch.setattr(profile, "PROFILED", ("ours",))
+    (row,) = profile.rows(run)
     assert sum(row["shares"].values()) == pytest.approx(1, abs=0.01) and row["shares"]["convolution"] > 0
     assert (
         profile.group_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
@@ -159,8 +170,8 @@ def test_drift_is_nought_of_the_same_and_seen_of_others(setting):
     assert other["depth_absrel"] > 0 and other["keypoint_px"] > 0 and other["psnr_db"] < 60
 
 
-def test_an_absent_peer_says_why(setting, judge):
-    (row,) = race.race(setting, ("upstream-tf32",), judge, LIMITS, 0.1)
+def test_an_absent_peer_says_why(run):
+    (row,) = race.race(run, ("upstream-tf32",))
     assert row["status"] == "absent" and "a CPU has no such arithmetic" in row["why"]
 
 
@@ -234,5 +245,6 @@ def test_classes_of_upstream_agree(monkeypatch):
 
     monkeypatch.setattr(presets, "_preset", with_its_groups)
     setting = open_setting("tiny", "cpu", steps=3, number=1, size=512)
-    rows = parity.ParityJudge(setting, 1).rows(PEERS["upstream-classes"].build(setting, 1))
+    peer = PEERS["upstream-classes"].build(setting, 1)
+    rows = parity.ParityJudge(setting, 1).rows(peer, peer.make(setting.batch(1)))
     assert not parity.failures(rows)

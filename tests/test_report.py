@@ -8,6 +8,7 @@ import pytest
 from bench.claims import page
 from bench.machine.machine import ROOT
 from bench.report import charts, report, results, tables
+from bench.rows import MEASUREMENTS, peers, race
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 
@@ -143,24 +144,24 @@ def test_pages_and_charts_of_this_checkout_are_those_of_the_newest_result_file()
 
 
 def test_ratios_are_medians_of_pairs(document):
-    assert tables.ratios(document) == {"fast_vs_torch": 2.0, "fast_vs_upstream": 4.0}
-    rows = tables.peers(document)
-    assert tables.ratio(rows["torch"], rows["upstream"]) == {"least": 1.364, "median": 2.0, "most": 2.778}
-    assert tables.parity(document) == "pass"
+    assert peers.ratios(document) == {"fast_vs_torch": 2.0, "fast_vs_upstream": 4.0}
+    rows = peers.by_name(document)
+    assert race.ratio(rows["torch"], rows["upstream"]) == {"least": 1.364, "median": 2.0, "most": 2.778}
+    assert report.parity(document) == "pass"
 
 
 def test_a_failed_row_says_so_everywhere(document):
-    document["parts"]["peers"]["rows"][1] |= {"status": "failed", "why": "does not say what the oracle says"}
-    assert tables.parity(document) == "fail"
-    assert "FAILED: does not say what the oracle says" in tables.terminal(document)
-    assert "fast_vs_torch" not in tables.ratios(document) and charts.peers(document).count('class="bad">failed') == 1
-    red = tables.terminal(document, is_coloured=True).splitlines()
+    document["parts"]["peers"]["rows"][1] |= {"status": "failed", "why": "does not match"}
+    assert report.parity(document) == "fail"
+    assert "FAILED: does not match" in report.terminal(document)
+    assert "fast_vs_torch" not in peers.ratios(document) and charts.peers(document).count('class="bad">failed') == 1
+    red = report.terminal(document, is_coloured=True).splitlines()
     assert [line for line in red if line.startswith(tables.RED)] == [line for line in red if "FAILED: " in line] != []
 
 
-@pytest.mark.parametrize("name", charts.CHARTS)
+@pytest.mark.parametrize("name", [name for name, measurement in MEASUREMENTS.items() if measurement.charts])
 def test_charts_are_well_formed_and_follow_the_scheme(name, document):
-    drawn = charts.drawn(document)[name]
+    (drawn,) = report.drawn(document)[name].values()
     root = ET.fromstring(drawn)
     _, _, width, height = map(float, root.get("viewBox").split())
     assert "prefers-color-scheme:dark" in drawn and len(drawn) < 50_000
@@ -175,7 +176,7 @@ def test_words_at_the_end_of_lines_do_not_meet():
 
 def test_a_chart_without_rows_is_not_drawn(document):
     del document["parts"]["ladder"]
-    assert "ladder" not in charts.drawn(document)
+    assert "ladder" not in report.drawn(document)
 
 
 def test_number_and_table_forms():
@@ -186,8 +187,8 @@ def test_number_and_table_forms():
         "1e-05",
         "2",
     ]
-    head, rows = tables.peer_table(DOCUMENT)
-    assert all(len(row) == len(head) for row in rows)
+    for _, _, (head, rows) in report.tables_of(DOCUMENT):
+        assert rows and all(len(row) == len(head) for row in rows)
     assert tables.markdown((["a", "b"], [["1", "2"]])) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
@@ -226,7 +227,7 @@ def test_the_front_page_shows_every_claim_once_with_its_least_gain():
     names = [row[0].removeprefix("| ").partition(",")[0] for row in rows]
     assert len(names) == len(set(names)) == len(document["rows"]) - 1  # parity of engines is no gain
     for name, row in zip(names, rows, strict=True):
-        of_claim = [line for title, line in page.lines(document) if title.startswith(name)]
+        of_claim = [line for line in page.rows_of(document) if line["title"].startswith(name)]
         assert row[4] == page.change(min(of_claim, key=lambda line: line["gain"]))
 
 

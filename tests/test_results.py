@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from bench import suite
 from bench.report import results
 from bench.report.results import ResultFile
+from bench.rows.measurement import BenchRun, Measurement
 from datasetdm_fast.errors import Missing, Refused
 
 HEAD = {
@@ -21,7 +23,7 @@ HEAD = {
 
 
 def measurement(path, **changes):
-    return suite.Measurement(None, ResultFile.open(path, HEAD | changes, goes_on=True), 1.0, 2)
+    return BenchRun(None, ResultFile.open(path, HEAD | changes, goes_on=True), 1.0, 2)
 
 
 def parts(log, dies=""):
@@ -32,13 +34,13 @@ def parts(log, dies=""):
             log.append(name)
             return [{"peer": name, "status": "ok", "batch": 4}]
 
-        return suite.Part(name, "", run)
+        return Measurement(name, "", run)
 
     return [part(name) for name in ("peers a", "peers b", "stages")]
 
 
 def run(path, log, **options):
-    return suite.measure(measurement(path), parts(log, **options), math.inf, lambda line: None)
+    return suite.measure(measurement(path), parts(log, **options), math.inf)
 
 
 def test_a_cut_run_leaves_what_it_had_and_goes_on(tmp_path):
@@ -62,8 +64,8 @@ def test_a_part_that_takes_the_process_with_it_twice_is_given_up(tmp_path):
 def test_no_part_is_begun_that_would_end_too_late(tmp_path):
     log = []
     m = measurement(tmp_path / "file.json")
-    late = [part._replace(least=60.0) for part in parts(log)]
-    assert suite.measure(m, late, 0.0, lambda line: None) == ["peers a", "peers b", "stages"] and not log
+    late = [replace(part, least_seconds=60.0) for part in parts(log)]
+    assert suite.measure(m, late, 0.0) == ["peers a", "peers b", "stages"] and not log
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,1 @@
-"""The papers' claims in the demo world's size."""
-
-from bench.claims.run import main
-
-__all__ = ["main"]
+"""The papers' claims about generated images, in the size of the demo world."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from bench.claims.rows import CLAIMS
 from bench.report.charts import MARGIN, WIDTH, Drawing
-from bench.report.tables import Table, aligned, markdown
+from bench.report.tables import Row, Table, aligned, markdown, text
+from datasetdm_fast.evaluation import student
 from datasetdm_fast.labels.colours import colour
+
+if TYPE_CHECKING:
+    from bench.claims.experiments import Experiments
 
 KINDS = {"real": "c1", "synthetic": "c5", "both": "c0"}
 NAMES = {"real": "real alone", "synthetic": "synthetic alone", "both": "both"}
@@ -21,83 +25,73 @@ PARITY_NAMES = {"real": "torch", "both": "fast"}
 LEFT, RIGHT, HEAD, LANE, GAP = 230, 40, 84, 19, 30
 ZOOM = 2
 SHOWN = 8  # pictures in a row of a sheet
+TITLE = "Do generated images help?"
 
 CSS = """
-body{font:15px/1.5 system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;color:#1f2328;background:#fff;max-width:1120px;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse;width:100%;font-size:14px}td,th{border-bottom:1px solid #d1d9e0;padding:.4em .6em;text-align:left;vertical-align:top}
+body{font:15px/1.5 system-ui,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;color:#1f2328;background:#fff;
+max-width:1120px;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;width:100%;font-size:14px}
+td,th{border-bottom:1px solid #d1d9e0;padding:.4em .6em;text-align:left;vertical-align:top}
 th{background:#f6f8fa}.figures td{min-width:5em}.figures td:nth-child(n+3):nth-child(-n+6){white-space:nowrap}
 .yes{color:#1a7f37;font-weight:600}.no{color:#bc4c00;font-weight:600}.dim{color:#59636e}
-img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0}figcaption{color:#59636e;font-size:14px}svg{max-width:100%;height:auto;margin:1.5em 0}
-@media (prefers-color-scheme:dark){body{color:#f0f6fc;background:#0d1117}th{background:#161b22}td,th{border-color:#3d444d}
+img{max-width:100%;image-rendering:pixelated}figure{margin:1em 0}figcaption{color:#59636e;font-size:14px}
+svg{max-width:100%;height:auto;margin:1.5em 0}
+@media (prefers-color-scheme:dark){
+body{color:#f0f6fc;background:#0d1117}th{background:#161b22}td,th{border-color:#3d444d}
 .dim,figcaption{color:#9aa4b0}.yes{color:#3fb950}.no{color:#f0883e}}
 """
 
 
-def write(folder: Path, document: Mapping[str, Any], bench: Any) -> list[Path]:
-    """Page, chart and sheets of pictures in a folder."""
+def write(folder: Path, document: Mapping[str, Any], experiments: Experiments) -> Path:
+    """Page, chart and sheets of pictures in a folder; the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    sheets = drawn_sheets(bench) if {"semantic", "depth", "pose"} & set(document["rows"]) else {}
+    sheets = drawn_sheets(experiments) if {"semantic", "depth", "pose"} & set(document["rows"]) else {}
     for name, (picture, _) in sheets.items():
         picture.save(folder / f"{name}.png")
     (folder / "claims.svg").write_text(chart(document), encoding="utf-8")
-    (folder / "index.html").write_text(
-        page(document, {name: words for name, (_, words) in sheets.items()}), encoding="utf-8"
-    )
-    return [folder / "index.html"]
+    captions = {name: words for name, (_, words) in sheets.items()}
+    (folder / "index.html").write_text(page(document, captions), encoding="utf-8")
+    return folder / "index.html"
 
 
-def figure(row: Mapping[str, Any], value: float | None) -> str:
+def figure(row: Row, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if row["figure"].startswith("REL") else f"{value:.1f}"
 
 
-def with_spread(row: Mapping[str, Any], arm: str) -> str:
+def with_spread(row: Row, arm: str) -> str:
     """Mean and standard deviation over the seeds."""
     return "–" if row[arm] is None else f"{figure(row, row[arm])} ± {figure(row, row['spread'][arm])}"
 
 
-def change(row: Mapping[str, Any]) -> str:
-    """Gain and its 95 % interval."""
-    low, high = row["interval"]
-    return (
-        f"{'+' if row['gain'] >= 0 else '−'}{figure(row, abs(row['gain']))} ({signed(row, low)} to {signed(row, high)})"
-    )
-
-
-def signed(row: Mapping[str, Any], value: float) -> str:
+def signed(row: Row, value: float) -> str:
     return f"{'+' if value >= 0 else '−'}{figure(row, abs(value))}"
 
 
-def lines(document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Every line of the table: a row, or each of its cells."""
-    found = []
+def change(row: Row) -> str:
+    """Gain and its 95 % interval."""
+    low, high = row["interval"]
+    return f"{signed(row, row['gain'])} ({signed(row, low)} to {signed(row, high)})"
+
+
+def rows_of(document: Mapping[str, Any]) -> list[Row]:
+    """Every row of the table with its title: a claim, or each of its cells."""
+    found, usual = [], document["setting"]["real"]
     for name, row in document["rows"].items():
-        if "cells" in row:
-            found += [
-                (f"{CLAIMS[name].title}, {cell['student']} student, {cell['real_scenes']} real", cell)
-                for cell in row["cells"]
-            ]
-        else:
-            real = row["images"].get("real", document["setting"]["real"])
-            found.append((CLAIMS[name].title + (f", {real} real" if real != document["setting"]["real"] else ""), row))
+        title = CLAIMS[name].title
+        for cell in row.get("cells", ()):
+            found.append(cell | {"title": f"{title}, {cell['student']} student, {cell['real_scenes']} real"})
+        if "cells" not in row:
+            real = row["images"].get("real", usual)
+            found.append(row | {"title": title if real == usual else f"{title}, {real} real"})
     return found
 
 
-def table(document: Mapping[str, Any]) -> Table:
-    head = ["claim", "figure", "real alone", "synthetic alone", "both", "gain (95 %)", "asked for", "holds"]
-    rows = [
-        [
-            title,
-            row["figure"],
-            *(with_spread(row, arm) for arm in NAMES),
-            change(row),
-            row["target"],
-            "yes" if row["holds"] else f"no: {row['reason']}",
-        ]
-        for title, row in lines(document)
-    ]
-    return head, rows
+COLUMNS = {"claim": text("title"), "figure": text("figure")}
+COLUMNS |= {title: lambda row, arm=arm: with_spread(row, arm) for arm, title in NAMES.items()}
+COLUMNS |= {"gain (95 %)": change, "asked for": text("target")}
+TABLE = Table(COLUMNS | {"holds": lambda row: "yes" if row["holds"] else f"no: {row['reason']}"})
 
 
 def setting_line(document: Mapping[str, Any]) -> str:
@@ -111,51 +105,46 @@ def setting_line(document: Mapping[str, Any]) -> str:
 
 
 def terminal(document: Mapping[str, Any]) -> str:
-    return f"{setting_line(document)}\n\n{aligned(table(document))}"
+    return f"{setting_line(document)}\n\n{aligned(TABLE.cells(rows_of(document)))}"
 
 
-def section(document: Mapping[str, Any]) -> str:
+def section(document: Mapping[str, Any], charts: str) -> str:
     """What the front page says."""
     machine = document["machine"]
-    text = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}: {setting_line(document)}."
-    return (
-        f"![The papers' claims in the demo world](bench/charts/claims.svg)\n\n{text} For parity the columns are the "
-        "oracle's set and that of `fast`.\n\n" + markdown(table(document))
-    )
+    made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}"
+    facts = f"{made}: {setting_line(document)}. For parity the columns are the oracle's set and that of `fast`."
+    picture = f"![The papers' claims in the demo world]({charts}/claims.svg)"
+    return "\n\n".join([picture, facts, markdown(TABLE.cells(rows_of(document)))])
 
 
 def chart(document: Mapping[str, Any]) -> str:
     """One lane an arm: every student a dot, the mean a bar with its standard deviation."""
-    drawing = Drawing(
-        "What generated images add",
-        f"{document['setting']['seeds']} students of each kind; dots are students, bars their mean",
-    )
-    found, top = lines(document), HEAD
-    for title, row in found:
+    note = f"{document['setting']['seeds']} students of each kind; dots are students, bars their mean"
+    drawing, top, width = Drawing("What generated images add", note), HEAD, WIDTH - RIGHT - LEFT - 60
+    for row in rows_of(document):
         arms = [arm for arm in NAMES if row[arm] is not None]
         names = PARITY_NAMES if row["target"].startswith("no further") else NAMES
         most = max(max(values) for values in row["seeds"].values()) * 1.12 or 1
-        drawing.text(MARGIN, top, f"{title}: {row['figure']}", "head")
+        drawing.text(MARGIN, top, f"{row['title']}: {row['figure']}", "head")
         verdict = "holds" if row["holds"] else "does not hold"
         drawing.text(WIDTH - RIGHT, top, f"{change(row)} {verdict}", "ink" if row["holds"] else "dim", "end")
         for place, arm in enumerate(arms):
             y = top + 12 + LANE * place
-            span = WIDTH - RIGHT - LEFT - 60
             drawing.text(LEFT - 8, y + 11, names[arm], "dim", "end")
-            drawing.box(LEFT, y + 1, span * row[arm] / most, LANE - 6, KINDS[arm])
+            drawing.box(LEFT, y + 1, width * row[arm] / most, LANE - 6, KINDS[arm])
             for value in row["seeds"][arm]:
-                drawing.dot(LEFT + span * value / most, y + 7, "ink", 2.5)
-            drawing.text(LEFT + span * max(row["seeds"][arm]) / most + 10, y + 11, with_spread(row, arm), "dim")
+                drawing.dot(LEFT + width * value / most, y + 7, "ink", 2.5)
+            drawing.text(LEFT + width * max(row["seeds"][arm]) / most + 10, y + 11, with_spread(row, arm), "dim")
         top += 12 + LANE * len(arms) + GAP
     return drawing.svg(top - 6)
 
 
 def page(document: Mapping[str, Any], captions: Mapping[str, str]) -> str:
-    head, rows = table(document)
+    head, rows = TABLE.cells(rows_of(document))
     cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(_cell(cell, k == len(row) - 1) for k, cell in enumerate(row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(_cell, row[:-1]))}{_verdict(row[-1])}</tr>" for row in rows)
     facts = "".join(
-        f"<tr><td>{escape(CLAIMS[name].title)}</td><td>{escape(row['paper'])}</td><td>{escape(_images(row))}</td></tr>"
+        f"<tr>{_cell(CLAIMS[name].title)}{_cell(row['paper'])}{_cell(_images(row))}</tr>"
         for name, row in document["rows"].items()
     )
     figures = "".join(
@@ -163,74 +152,73 @@ def page(document: Mapping[str, Any], captions: Mapping[str, str]) -> str:
         for name, words in captions.items()
     )
     machine = document["machine"]
-    made = f"{document['command']}; {document['date']}; {machine['device']}; torch {machine['versions']['torch']}; commit {machine['commit']}"
+    made = f"{document['command']}; {document['date']}; {machine['device']}; torch {machine['versions']['torch']}"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Do generated images help?</title>'
-        f"<style>{CSS}</style><h1>Do generated images help?</h1><p>{escape(setting_line(document))}.</p>"
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{TITLE}</title>'
+        f"<style>{CSS}</style><h1>{TITLE}</h1><p>{escape(setting_line(document))}.</p>"
         f'<table class="figures"><tr>{cells}</tr>{body}</table>{chart(document)}'
         f"<h2>What was compared</h2>"
         f"<table><tr><th>claim</th><th>in the papers</th><th>here</th></tr>{facts}</table>"
-        f'<h2>Pictures</h2>{figures}<p class="dim">{escape(made)}</p></html>\n'
+        f'<h2>Pictures</h2>{figures}<p class="dim">{escape(made)}; commit {escape(machine["commit"])}</p></html>\n'
     )
 
 
-def _cell(words: str, is_verdict: bool) -> str:
-    kind = f' class="{"yes" if words == "yes" else "no"}"' if is_verdict else ""
-    return f"<td{kind}>{escape(words)}</td>"
+def _cell(words: str) -> str:
+    return f"<td>{escape(words)}</td>"
 
 
-def _images(row: Mapping[str, Any]) -> str:
-    images = row["images"]
+def _verdict(words: str) -> str:
+    return f'<td class="{"yes" if words == "yes" else "no"}">{escape(words)}</td>'
+
+
+def _images(row: Row) -> str:
+    images, steps = row["images"], f"{row['steps']} steps"
     if "torch" in images:
-        return f"the same prompts and seeds through both engines; {images['torch']} and {images['fast']} of the images are trusted; {row['steps']} steps"
+        trusted = f"{images['torch']} and {images['fast']} of the images are trusted"
+        return f"the same prompts and seeds through both engines; {trusted}; {steps}"
     left_out = f"{images['left_out']} more left out, as something their prompt names is not to be seen"
-    text = f"{images['real']} real scenes, {images['synthetic']} generated images ({left_out}), {row['steps']} steps"
-    classes = f"; classes {', '.join(row['classes'])}" if "classes" in row else ""
+    words = f"{images['real']} real scenes, {images['synthetic']} generated images ({left_out}), {steps}"
+    if "classes" in row:
+        words += f"; classes {', '.join(row['classes'])}"
     if "unseen" in row:
-        classes += f"; both: seen {sum(row['seen']) / len(row['seen']):.1f}, unseen {sum(row['unseen']) / len(row['unseen']):.1f}"
-    return text + classes
+        seen, unseen = (sum(row[name]) / len(row[name]) for name in ("seen", "unseen"))
+        words += f"; both: seen {seen:.1f}, unseen {unseen:.1f}"
+    return words
 
 
-def drawn_sheets(bench: Any) -> dict[str, tuple[Image.Image, str]]:
-    """Real scenes, generated images and what students say, side by side with labels."""
-    from datasetdm_fast.evaluation import student
-
-    arms = {name: bench.arm(name, sets()) for name, sets in bench.main_arms().items()}
-    exam, (real, synthetic) = bench.exam(), arms["both"].sets
-    images = exam.images[:SHOWN]
-    truth = [item.semantic for item in exam.items[:SHOWN]]
-    said = {
-        name: [answer.semantic.labels for answer in student.answers(bench.record.student(arm, 0, exam), images)]
-        for name, arm in arms.items()
-    }
-    rows = [images.numpy(), coloured(truth), *(coloured(labels) for labels in said.values())]
-    names = ", ".join(f"the student taught by {NAMES[name].replace(' alone', ' scenes alone')}" for name in said)
+def drawn_sheets(experiments: Experiments) -> dict[str, tuple[Image.Image, str]]:
+    """Real scenes, generated images and what students answer, side by side with labels."""
+    arms = {name: experiments.arm(name, sets()) for name, sets in experiments.arms().items()}
+    test, (real, synthetic) = experiments.test_set(), arms["both"].sets
+    images = test.images[:SHOWN]
+    rows = [images.numpy(), coloured([item.semantic for item in test.items[:SHOWN]])]
+    for arm in arms.values():
+        found = student.answers(experiments.store.student(arm, 0, test), images)
+        rows.append(coloured([answer.semantic.labels for answer in found]))
+    names = ", ".join(f"the student taught by {NAMES[name].replace(' alone', ' scenes alone')}" for name in arms)
+    generated = "Generated images and the labels that are learnt from; pale pixels are not trusted."
     return {
-        "real": (
-            sheet([real.images[:SHOWN].numpy(), coloured(real.semantic[:SHOWN].numpy())]),
-            "Real scenes and their labels.",
-        ),
-        "synthetic": (
-            sheet([synthetic.images[:SHOWN].numpy(), coloured(synthetic.semantic[:SHOWN].numpy())]),
-            "Generated images and the labels that are learnt from; pale pixels are not trusted.",
-        ),
+        "real": (labelled_sheet(real), "Real scenes and their labels."),
+        "synthetic": (labelled_sheet(synthetic), generated),
         "answers": (sheet(rows), f"Unseen scenes; from the top: image, truth, {names} (seed 0)."),
     }
 
 
+def labelled_sheet(data: Any) -> Image.Image:
+    return sheet([data.images[:SHOWN].numpy(), coloured(data.semantic[:SHOWN].numpy())])
+
+
 def coloured(labels: Sequence[np.ndarray]) -> np.ndarray:
     """Label maps [N, h, w] as colours."""
-    table = np.array([colour(k) for k in range(256)], np.uint8)
-    return table[np.stack([np.asarray(one) for one in labels])]
+    return np.array([colour(k) for k in range(256)], np.uint8)[np.stack([np.asarray(one) for one in labels])]
 
 
 def sheet(rows: Sequence[np.ndarray]) -> Image.Image:
     """Rows of pictures, each enlarged to the same side."""
     side = max(row.shape[1] for row in rows) * ZOOM
-    lanes = [
-        np.concatenate(
-            [np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)) for picture in row], 1
-        )
-        for row in rows
-    ]
-    return Image.fromarray(np.concatenate(lanes, 0))
+
+    def enlarged(picture: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST))
+
+    return Image.fromarray(np.concatenate([np.concatenate([enlarged(one) for one in row], 1) for row in rows], 0))

@@ -1,4 +1,4 @@
-"""What the claims are shown on: real scenes by seed, labellers taught by them, and images generated from captions."""
+"""The data of the claims: real scenes by seed, labellers trained on them, and images generated from captions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ import torch
 
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.decoders.checkpoint import load_decoders, save_decoder
+from datasetdm_fast.engines import build_engine
 from datasetdm_fast.evaluation.student_data import StudentData, Vocabulary
+from datasetdm_fast.generation.job import count_rows, prepare
+from datasetdm_fast.generation.run import run as generate
+from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, StoredSample, open_run
+from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.scenes import world
+from datasetdm_fast.tasks import TASKS
+from datasetdm_fast.tasks.captions import held_to
+from datasetdm_fast.training.session import taught
 
-LABELLED = 1000  # first seed of the scenes that taught the labellers and teach the students
+LABELLED = 1000  # first seed of the scenes that labellers and students are trained on
 VALIDATION = 700_000  # first seed of the scenes that settings are chosen on
 TEST = 8_000_000  # first seed of the scenes that judge, looked at once
 SEARCHED = 100_000  # seeds gone through at most for scenes of a kind
@@ -77,38 +86,26 @@ def seeds(source: DemoWorld) -> set[int]:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """How large everything is; by default, as the published rows have it."""
 
-    seeds: int
-    steps: int  # of a student
-    short: int  # of a student where the row has a labeller of its own
-    real: int
-    fewer: tuple[int, ...]  # real scenes of the instance row; depth and pose have the first of them
-    synthetic: int  # images generated with every label
-    parity: int  # images generated a second time by the oracle
-    test: int
-    labeller_steps: int  # 0 = as many as `train` takes
-    labeller_draws: int
+    seeds: int = 3
+    steps: int = 1600  # of a student
+    short: int = 1600  # of a student where the row has a labeller of its own
+    real: int = 100
+    fewer: tuple[int, ...] = (25, 50)  # real scenes of the instance row; depth and pose have the first of them
+    synthetic: int = 1000  # images generated with every label
+    parity: int = 96  # images generated a second time by the reference
+    test: int = 1000
+    labeller_steps: int = 0  # 0 = as many as `train` takes
+    labeller_draws: int = 12
     sizes: tuple[str, ...] = ("small", "large")  # of the students of the instance row
 
 
-FULL = Scale(
-    seeds=3,
-    steps=1600,
-    short=1600,
-    real=100,
-    fewer=(25, 50),
-    synthetic=1000,
-    parity=96,
-    test=1000,
-    labeller_steps=0,
-    labeller_draws=12,
-)
+FULL = Scale()
 QUICK = Scale(
     seeds=2,
     steps=1000,
     short=500,
-    real=100,
     fewer=(25,),
     synthetic=240,
     parity=32,
@@ -121,19 +118,16 @@ QUICK = Scale(
 
 def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> Run:
     """The run folder with the first `count` images of the pool; what is there already stays."""
-    from datasetdm_fast.generation.job import count_rows, prepare
-    from datasetdm_fast.generation.run import run
-
     config = RunConfig(number=POOL, seed=POOL_SEED, engine=engine, out=str(folder), quiet=True, **SAMPLING)
     there = count_rows(config)
     if there < count:
         say(f"{folder}: generating {count - there} images with engine {engine}")
-        run(prepare(replace(config, limit=count - there)))
+        generate(prepare(replace(config, limit=count - there)))
     return open_run(folder)
 
 
 @dataclass(frozen=True)
-class Retold:
+class RelabelledSample:
     """A generated sample with the labels of other labellers in place of its own."""
 
     id: str
@@ -145,30 +139,21 @@ class Retold:
     keypoints: Keypoints | None = None
 
 
-def labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder: Path) -> None:
-    """A decoder taught by these scenes alone, in a folder; one that is there already stays."""
-    from datasetdm_fast.decoders.checkpoint import save_decoder
-    from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.loading import load_model
-    from datasetdm_fast.training.session import taught
+Pictured = StoredSample | RelabelledSample
 
+
+def train_labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, folder: Path) -> None:
+    """A decoder trained on these scenes alone, in a folder; one that is there already stays."""
     if not (folder / "config.json").exists():
         engine = build_engine("fast", load_model("demo"), {})
         settings = {"cache_dir": str(captures), "draws": scale.labeller_draws, "steps": scale.labeller_steps}
         save_decoder(taught(engine, source, task, len(source), **settings), folder)
 
 
-def retold(
+def relabelled(
     run: Run, positions: Sequence[int], decoders: Path, rename: Callable[[StoredSample, SemanticMap], SemanticMap]
-) -> Iterator[Retold]:
+) -> Iterator[RelabelledSample]:
     """Generated images labelled by other labellers, which read them as they read real ones."""
-    from datasetdm_fast.decoders.checkpoint import load_decoders
-    from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.loading import load_model
-    from datasetdm_fast.sampling.inversion import capture_timestep, invert
-    from datasetdm_fast.tasks import TASKS
-    from datasetdm_fast.tasks.captions import held_to
-
     engine = build_engine("fast", load_model("demo"), load_decoders(decoders))
     configs = {task: decoder.config for task, decoder in engine.decoders.items()}
     timestep = capture_timestep(configs.values())
@@ -179,17 +164,15 @@ def retold(
         capture = invert(engine, images, prompts, timestep, [sample.seed for sample in samples])
         labels = {}
         for task, config in configs.items():
-            labels[TASKS[task].label.attribute] = TASKS[task].postprocess(
-                held_to(engine.annotate(task, capture, None), config, prompts), config, engine.model.size
-            )
+            raw = held_to(engine.annotate(task, capture, None), config, prompts)
+            labels[TASKS[task].label.attribute] = TASKS[task].postprocess(raw, config, engine.model.size)
         for k, sample in enumerate(samples):
-            told = {name: found[k] for name, found in labels.items()}
-            yield Retold(
-                sample.id, sample.image, sample.classes, **(told | {"semantic": rename(sample, told["semantic"])})
-            )
+            found = {name: label[k] for name, label in labels.items()}
+            found["semantic"] = rename(sample, found["semantic"])
+            yield RelabelledSample(sample.id, sample.image, sample.classes, **found)
 
 
-def as_it_is(sample: StoredSample, label: SemanticMap) -> SemanticMap:
+def unchanged(sample: StoredSample, label: SemanticMap) -> SemanticMap:
     return label
 
 
@@ -200,13 +183,12 @@ def by_its_prompt(sample: StoredSample, label: SemanticMap) -> SemanticMap:
     return replace(label, labels=np.where(np.isin(label.labels, things), named, label.labels).astype(np.uint8))
 
 
-def kept(path: Path, vocabulary: Vocabulary, make: Callable[[], StudentData]) -> StudentData:
-    """StudentData that were made once and lie in a file since."""
+def stored(path: Path, vocabulary: Vocabulary, make: Callable[[], StudentData]) -> StudentData:
+    """A set that was made once and is read from its file since."""
     if path.exists():
         return StudentData(vocabulary, **torch.load(path, weights_only=True))
-    lessons = make()
+    data = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {field.name: getattr(lessons, field.name) for field in fields(StudentData) if field.name != "vocabulary"}, path
-    )
-    return lessons
+    names = [field.name for field in fields(StudentData) if field.name != "vocabulary"]
+    torch.save({name: getattr(data, name) for name in names}, path)
+    return data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,16 +21,8 @@ from bench.machine.nvml import Nvml
 from datasetdm_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]
-LIBRARIES = (
-    "torch",
-    "triton",
-    "diffusers",
-    "transformers",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx",
-)
+LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu")
+LIBRARIES += ("tensorrt", "tensorrt-rtx")
 
 
 @cache
@@ -38,39 +32,23 @@ def nvml(device: torch.device) -> Nvml:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, clocks and versions, as a result file holds them."""
-    versions = {
-        "datasetdm_fast": __version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        **installed(),
-    }
-    common = {
-        "kind": device.type,
-        "commit": commit(),
-        "versions": versions,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-    }
+    versions = {"datasetdm_fast": __version__, "python": platform.python_version(), "cuda": torch.version.cuda}
+    common = {"kind": device.type, "commit": commit(), "versions": versions | installed()}
+    common |= {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     if device.type == "cpu":
-        return {
-            "device": cpu_name(),
-            "driver": f"Linux {platform.release()}",
-            "clocks": {"cpu_mhz": cpu_clock()},
-            **common,
-        }
+        clocks = {"cpu_mhz": cpu_clock()}
+        return {"device": cpu_name(), "driver": f"Linux {platform.release()}", "clocks": clocks, **common}
     found = torch.cuda.get_device_properties(device)
     facts = {"capability": f"{found.major}.{found.minor}", "memory_gib": round(found.total_memory / 2**30, 1)}
     return {"device": found.name, "driver": nvml(device).driver, "clocks": nvml(device).state(), **facts, **common}
 
 
 def installed() -> dict[str, str]:
-    """Versions of the libraries that decide a speed, of those that are there."""
+    """Versions of the installed libraries that decide a speed."""
     found = {}
     for name in LIBRARIES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -92,10 +70,9 @@ def _cpuinfo() -> str:
 
 def commit() -> str:
     """The commit of this checkout, with `-changed` where files differ from it; `unknown` outside of one."""
-    head = _git("rev-parse", "--short=7", "HEAD")
-    return (
-        "unknown" if not head else head + ("-changed" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    )
+    if not (head := _git("rev-parse", "--short=7", "HEAD")):
+        return "unknown"
+    return head + ("-changed" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _git(*words: str) -> str:
@@ -111,8 +88,20 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def joules(device: torch.device) -> float | None:
-    return nvml(device).joules if device.type == "cuda" else None
+def meter(device: torch.device) -> Callable[[], float | None]:
+    """Waits for the device and reads its energy counter, where it has one."""
+
+    def read() -> float | None:
+        wait(device)
+        return nvml(device).joules if device.type == "cuda" else None
+
+    return read
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak(device: torch.device, call: Callable[[], Any]) -> tuple[Any, int]:

@@ -1,4 +1,4 @@
-"""Time and memory of two ways to the same answer, taken in turn in one process."""
+"""Time and memory of calls that take turns in one process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,6 @@ from datasetdm_fast.errors import GateFailed, Missing
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
-
-
-class Spread(NamedTuple):
-    least: float
-    median: float
-    most: float
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -40,8 +34,9 @@ def compare(
 
     `cpu_ratio` is the same for the seconds that cores were really at work: on a busy machine it is the steadier one.
     """
+    calls = {"naive": naive, "ours": ours}
     with torch.inference_mode():
-        (theirs, naive_bytes), (mine, our_bytes) = with_peak(naive), with_peak(ours)
+        (theirs, naive_bytes), (mine, our_bytes) = map(with_peak, calls.values())
         error = max(distance(a, b) for a, b in zip(mine, theirs, strict=True))
         if not error <= limit:
             raise GateFailed(
@@ -49,55 +44,18 @@ def compare(
                 "nothing was timed; mend the faster form first",
             )
         del theirs, mine
-        seconds, busy = in_turn({"naive": naive, "ours": ours}, rounds)
-    spreads = {side: Spread(min(values), statistics.median(values), max(values)) for side, values in seconds.items()}
-    worked = {side: statistics.median(values) for side, values in busy.items()}
+        taken = interleaved(calls, 0.0, least=rounds)
+    clock = {side: spread(one.seconds) for side, one in taken.items()}
+    cpu = {side: statistics.median(one.cpu_seconds) for side, one in taken.items()}
     return {
-        "time_ratio": round(spreads["naive"].median / spreads["ours"].median, 2),
+        "time_ratio": round(clock["naive"]["median"] / clock["ours"]["median"], 2),
         "memory_ratio": round(naive_bytes / our_bytes, 2),
         "error": error,
-        "cpu_ratio": round(worked["naive"] / worked["ours"], 2),
-        "seconds": {side: [round(value, 4) for value in spread] for side, spread in spreads.items()},
-        "cpu_seconds": {side: round(value, 4) for side, value in worked.items()},
-        "peak_mib": {"naive": round(naive_bytes / 2**20, 1), "ours": round(our_bytes / 2**20, 1)},
+        "cpu_ratio": round(cpu["naive"] / cpu["ours"], 2),
+        "seconds": {side: [one["least"], one["median"], one["most"]] for side, one in clock.items()},
+        "cpu_seconds": {side: round(value, 4) for side, value in cpu.items()},
+        "peak_mib": {"naive": mib(naive_bytes), "ours": mib(our_bytes)},
     }
-
-
-def in_turn(
-    calls: dict[str, Callable[[], object]], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds by the clock, and of all cores at work, of each call in each round: neighbours in time meet the same
-    machine.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    busy: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start, worked = time.perf_counter(), time.process_time()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - worked)
-    return seconds, busy
-
-
-def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
-    """The answer of `call` and the most bytes the process grew by while it ran, whoever allocated them; never less than
-    a page.
-
-    Run its code before: pages of the libraries count as well.
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide what is asked for next
-    try:
-        CLEAR.write_text(RESET_PEAK)
-    except OSError as error:
-        raise Missing(
-            f"peak memory: {CLEAR} cannot be written ({error.strerror})",
-            "measure on Linux, outside a sandbox that hides /proc",
-        ) from None
-    before = status("VmRSS")
-    answer = call()
-    return answer, max(status("VmHWM") - before, 4096)
 
 
 @dataclass
@@ -105,6 +63,7 @@ class Rounds:
     """What every round of one call took."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of all cores at work
     joules: list[float] = field(default_factory=list)  # empty where nobody counts them
 
 
@@ -125,13 +84,44 @@ def interleaved(
     while calls and count < most and (count < least or time.perf_counter() < end):
         count += 1
         for name, call in calls.items():
-            used, begin = meter(), time.perf_counter()
+            used, cpu, begin = meter(), time.process_time(), time.perf_counter()
             call()
             now = meter()
             taken[name].seconds.append(time.perf_counter() - begin)
+            taken[name].cpu_seconds.append(time.process_time() - cpu)
             if used is not None and now is not None:
                 taken[name].joules.append(now - used)
     return taken
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Least, median and most, and every round."""
+    kept = [float(f"{value:.5g}") for value in values]
+    return {"least": min(kept), "median": float(f"{statistics.median(values):.5g}"), "most": max(kept), "rounds": kept}
+
+
+def mib(count: int) -> float:
+    return round(count / 2**20, 1)
+
+
+def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
+    """The answer of `call` and the most bytes the process grew by while it ran, whoever allocated them; never less than
+    a page.
+
+    Run its code before: pages of the libraries count as well.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide what is asked for next
+    try:
+        CLEAR.write_text(RESET_PEAK)
+    except OSError as error:
+        raise Missing(
+            f"peak memory: {CLEAR} cannot be written ({error.strerror})",
+            "measure on Linux, outside a sandbox that hides /proc",
+        ) from None
+    before = status("VmRSS")
+    answer = call()
+    return answer, max(status("VmHWM") - before, 4096)
 
 
 def status(field: str) -> int:

@@ -1,11 +1,11 @@
-"""Who is measured: ways to make the same samples from the same requests, one file each."""
+"""Who is measured: ways to make the same samples from the same requests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from bench.peers import compiled, diffusers, oracle, ort, ours, tensorrt, upstream, upstream_classes
+from bench.peers import compiled, diffusers, engine, upstream, upstream_classes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,20 +45,25 @@ class Offer(NamedTuple):
     batch: int = 0  # 0 = the one that proves best
     like: str = ""  # the peer whose best batch it takes: to try several would mean to compile for each
     must_run: bool = False  # an exception in it is a failed row; in others', a row that is not there
+    not_on_cpu: str = ""  # why a CPU does not run it
 
 
+TF32 = "upstream in TF32: a CPU has no such arithmetic"
+FP16 = "upstream in fp16: its convolutions take a CPU hundreds of times longer than in fp32"
+TENSORRT = "TensorRT: it runs on NVIDIA GPUs only"
+OURS = "ours"
 PEERS = {
-    "upstream": Offer("DatasetDM as written, fp32", upstream.build, batch=1, must_run=True),
-    "upstream-tf32": Offer("the same with TF32", upstream.build_tf32, batch=1),
-    "upstream-fp16": Offer("the same in fp16", upstream.build_half, batch=1),
+    "upstream": Offer("DatasetDM as written, fp32", upstream.with_dtype("fp32"), batch=1, must_run=True),
+    "upstream-tf32": Offer("the same with TF32", upstream.with_dtype("tf32"), batch=1, not_on_cpu=TF32),
+    "upstream-fp16": Offer("the same in fp16", upstream.with_dtype("fp16"), batch=1, not_on_cpu=FP16),
     "upstream-classes": Offer("DatasetDM's own classes, fp32", upstream_classes.build, batch=1),
-    "torch": Offer("our reference engine, fp32", oracle.build, must_run=True),
-    "diffusers-1": Offer("diffusers, one image at a time", diffusers.build, batch=1),
-    "diffusers": Offer("diffusers at its best batch", diffusers.build),
+    "torch": Offer("our reference engine, fp32", engine.reference, must_run=True),
+    "diffusers-1": Offer("diffusers, one image at a time", diffusers.Diffusers, batch=1),
+    "diffusers": Offer("diffusers at its best batch", diffusers.Diffusers),
     "diffusers-compiled": Offer("diffusers, torch.compile", compiled.build, like="diffusers"),
-    "ort": Offer("ONNX Runtime", ort.build),
-    "tensorrt": Offer("TensorRT", tensorrt.build, like="diffusers"),
-    "ours-1": Offer("datasetdm_fast, one image at a time", ours.build, batch=1, must_run=True),
-    "ours": Offer("datasetdm_fast", ours.build, must_run=True),
-    "ours-bf16": Offer("datasetdm_fast, bf16", ours.build_bf16, must_run=True),
+    "ort": Offer("ONNX Runtime", engine.named("ort")),
+    "tensorrt": Offer("TensorRT", engine.named("trt"), like="diffusers", not_on_cpu=TENSORRT),
+    "ours-1": Offer("datasetdm_fast, one image at a time", engine.named("fast"), batch=1, must_run=True),
+    OURS: Offer("datasetdm_fast", engine.named("fast"), must_run=True),
+    "ours-bf16": Offer("datasetdm_fast, bf16", engine.named("fast", "bf16"), must_run=True),
 }

@@ -1,4 +1,4 @@
-"""The same pipeline under torch.compile, as diffusers' own guide to fast generation sets it up: channels-last, packed
+"""The pipeline of diffusers under torch.compile, as its guide to fast generation sets it up: channels-last, packed
 projections, autotuning.
 """
 

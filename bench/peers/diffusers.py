@@ -42,75 +42,57 @@ class Diffusers:
             return self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].float()
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+        doubled, moment = torch.cat([latents, latents]).to(self.storage), torch.tensor(timestep, device=self.device)
         with arithmetic(False):
-            doubled = torch.cat([latents, latents]).to(self.storage)
-            return self.pipe.unet(
-                doubled, torch.tensor(timestep, device=self.device), context.to(self.storage), return_dict=False
-            )[0].float()
+            return self.pipe.unet(doubled, moment, context.to(self.storage), return_dict=False)[0].float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
-        taps = Taps(self, call=0)
-        taps.before(0)
+        captured = CapturedCall(self, call=0)
+        captured.before(0)
         noise = self.denoise(latents, timestep, context)
-        return noise, taps.after(0)
+        return noise, captured.after(0)
 
     def _run(self, requests: Sequence[Request], **options: Any) -> np.ndarray:
-        prompts, noise = (
-            [request.prompt for request in requests],
-            noise_of(requests, self.recipe).to(self.device, self.storage),
-        )
-        steps, guidance = self.recipe.facts["steps"], self.recipe.guidance
+        prompts = [request.prompt for request in requests]
+        options["latents"] = noise_of(requests, self.recipe).to(self.device, self.storage)
+        options |= {"num_inference_steps": self.recipe.facts["steps"], "guidance_scale": self.recipe.guidance}
         with arithmetic(False):
-            pixels = self.pipe(
-                prompts, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="np", **options
-            ).images
-        return (pixels * 255).astype(np.uint8)
+            return (self.pipe(prompts, output_type="np", **options).images * 255).astype(np.uint8)
 
     def draw(self, requests: Sequence[Request]) -> np.ndarray:
         return self._run(requests)
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:
-        taps = Taps(self, self.recipe.capture_call)
-        taps.before(0)
-        images = self._run(requests, callback_on_step_end=taps.on_unet_call)
+        captured = CapturedCall(self, self.recipe.capture_call)
+        captured.before(0)
+        images = self._run(requests, callback_on_step_end=captured.on_step_end)
         with arithmetic(False):
-            answers = {task: decoder(taps.capture) for task, decoder in self.decoders.items()}
+            answers = {task: decoder(captured.capture) for task, decoder in self.decoders.items()}
         return samples_of(requests, images, answers, self.decoders, self.recipe)
 
 
-class Taps:
-    """Watches one call of a pipeline's loop."""
+class CapturedCall:
+    """Captures features and maps in one call of a pipeline's loop."""
 
     def __init__(self, peer: Diffusers, call: int):
         self.peer, self.call, self.capture = peer, call, None
-        self._open, self._kept = ExitStack(), []
+        self._hooks, self._found = ExitStack(), []
 
     def before(self, call: int) -> None:
         if call == self.call:
-            self._usual = self.peer.pipe.unet
-            self.peer.pipe.unet = self.peer.unet
-            self._kept = self._open.enter_context(capturing(self.peer.unet))
+            self._usual, self.peer.pipe.unet = self.peer.pipe.unet, self.peer.unet
+            self._found = self._hooks.enter_context(capturing(self.peer.unet))
 
     def after(self, call: int) -> Capture | None:
         if call == self.call:
-            self._open.close()
+            self._hooks.close()
             self.peer.pipe.unet = self._usual
-            (found,) = self._kept
-            self.capture = Capture(
-                *(
-                    tuple(tuple(value.float() for value in level) for level in kind)
-                    for kind in (found.features, found.maps)
-                )
-            )
+            (found,) = self._found
+            in_fp32 = [[tuple(x.float() for x in level) for level in kind] for kind in (found.features, found.maps)]
+            self.capture = Capture(*map(tuple, in_fp32))
         return self.capture
 
-    def on_unet_call(
-        self, pipe: StableDiffusionPipeline, call: int, timestep: Tensor, tensors: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def on_step_end(self, pipe: Any, call: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self.after(call)
         self.before(call + 1)
         return tensors
-
-
-def build(setting: Setting, batch: int) -> Diffusers:
-    return Diffusers(setting, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,20 +23,15 @@ class EnginePeer:
     def __init__(self, engine: Engine, setting: Setting, batch: int):
         self.engine, self.recipe, self.batch = engine, setting.recipe, batch
         self.dtype = engine.fingerprint()["dtype"]
-        self.encode_text, self.denoise, self.denoise_and_capture = (
-            engine.encode_text,
-            engine.denoise,
-            engine.denoise_and_capture,
-        )
+        self.encode_text, self.denoise = engine.encode_text, engine.denoise
+        self.denoise_and_capture = engine.denoise_and_capture
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:
         ((_, results),) = generate([Batch(0, tuple(requests))], self.engine, self.recipe)
         for result in results:
             if isinstance(result, SetAside):
-                raise GateFailed(
-                    f"{self.engine.name}: sample {result.request.id} was set aside: {result.reason}",
-                    "nothing was timed",
-                )
+                cause = f"{self.engine.name}: sample {result.request.id} was quarantined: {result.reason}"
+                raise GateFailed(cause, "nothing was timed")
         return results
 
     def draw(self, requests: Sequence[Request]) -> np.ndarray:
@@ -44,15 +39,24 @@ class EnginePeer:
         engine, recipe = self.engine, self.recipe
         texts = engine.encode_text([request.prompt for request in requests])
         context = torch.cat([engine.encode_text([""]).expand(len(requests), -1, -1), texts])
-        walk = SamplerState(recipe.schedule, recipe.guidance, noise_of(requests, recipe).to(engine.device))
+        state = SamplerState(recipe.schedule, recipe.guidance, noise_of(requests, recipe).to(engine.device))
         for call, timestep in enumerate(recipe.schedule.timesteps):
-            walk.step(call, engine.denoise(walk.latents, timestep, context))
-        return engine.decode_image(walk.latents).cpu().numpy()
+            state.step(call, engine.denoise(state.latents, timestep, context))
+        return engine.decode_image(state.latents).cpu().numpy()
 
 
-def open_peer(name: str, setting: Setting, batch: int, dtype: str = "auto") -> EnginePeer:
-    """The peer of an engine over the setting's model and decoders; Missing where this installation has no such
+def reference(setting: Setting, batch: int) -> EnginePeer:
+    """The reference engine: diffusers' modules in fp32, several images at a time."""
+    return EnginePeer(setting.reference, setting, batch)
+
+
+def named(name: str, dtype: str = "auto") -> Callable[[Setting, int], EnginePeer]:
+    """Builds the peer of an engine over the setting's model and decoders; Missing where this installation has no such
     engine.
     """
-    engine = build_engine(name, setting.model, setting.reference.decoders, dtype=dtype, device=str(setting.device))
-    return EnginePeer(engine, setting, batch)
+
+    def build(setting: Setting, batch: int) -> EnginePeer:
+        model, decoders, device = setting.model, setting.reference.decoders, str(setting.device)
+        return EnginePeer(build_engine(name, model, decoders, dtype=dtype, device=device), setting, batch)
+
+    return build

@@ -1,4 +1,4 @@
-"""What every way of making samples begins and ends with."""
+"""What all peers share: the noise they begin with, and labels made of their answers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def samples_of(
     """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie,
     by the rules of `generate`.
     """
-    labels = {
-        task: postprocess(task, requests, answer, decoders[task].config, recipe) for task, answer in answers.items()
-    }
+    labels = {task: postprocess(task, requests, raw, decoders[task].config, recipe) for task, raw in answers.items()}
     return [
         Sample(request, images[b], {task: made[b] for task, made in labels.items()})
         for b, request in enumerate(requests)

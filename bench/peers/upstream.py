@@ -9,7 +9,7 @@ rules of `tasks/`, on the host.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,7 +23,6 @@ from datasetdm_fast.data import Capture, Request, Sample
 from datasetdm_fast.decoders.checkpoint import Decoder
 from datasetdm_fast.decoders.trunk import with_ops
 from datasetdm_fast.engines.torch import capturing, feature_modules
-from datasetdm_fast.errors import Missing
 from datasetdm_fast.kernels import compiled, rearranged
 
 PLACES = ("down", "mid", "up")
@@ -39,15 +38,13 @@ class AttentionMaps:
 
     def clear(self) -> None:
         self.calls = 0
-        self.maps: dict[tuple[str, bool], list[Tensor]] = {
-            (place, is_text): [] for place in PLACES for is_text in (False, True)
-        }
+        places = ((place, is_text) for place in PLACES for is_text in (False, True))
+        self.maps: dict[tuple[str, bool], list[Tensor]] = {place: [] for place in places}
 
     def see(self, probabilities: Tensor, place: str, is_text: bool) -> None:
         half = len(probabilities) // 2
-        probabilities[half:] = probabilities[
-            half:
-        ]  # upstream hands the half to its store and writes back what returns, active or not
+        # Upstream hands the half to its store and writes back what returns, active or not.
+        probabilities[half:] = probabilities[half:]
         if self.is_active:
             self.maps[place, is_text].append(probabilities[half:])
 
@@ -72,15 +69,12 @@ class FormingAttention:
     ) -> Tensor:
         is_text = encoder_hidden_states is not None
         context = encoder_hidden_states if is_text else hidden_states
-        query, key, value = (
-            attn.head_to_batch_dim(layer(x))
-            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
+        inputs = ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        query, key, value = (attn.head_to_batch_dim(layer(x)) for layer, x in inputs)
         probabilities = (torch.einsum("nid,njd->nij", query, key) * attn.scale).softmax(-1)
         self.store.see(probabilities, self.place, is_text)
-        return attn.to_out[1](
-            attn.to_out[0](attn.batch_to_head_dim(torch.einsum("nij,njd->nid", probabilities, value)))
-        )
+        answer = attn.batch_to_head_dim(torch.einsum("nij,njd->nid", probabilities, value))
+        return attn.to_out[1](attn.to_out[0](answer))
 
 
 @contextmanager
@@ -102,7 +96,7 @@ def stored(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class Upstream:
-    """`forms_maps` and `has_naive_decoders` undo one of its habits each, for the ladder from it to us."""
+    """`forms_maps` and `has_naive_decoders` switch off one inefficiency each, for the rows between it and us."""
 
     batch = 1
 
@@ -114,21 +108,19 @@ class Upstream:
         self.storage = torch.float16 if dtype == "fp16" else torch.float32
         model = setting.model
         self.tokenizer, self.levels, self.forms_maps = model.tokenizer, model.levels, forms_maps
-        self.text_encoder, self.unet, self.vae = (
-            stored(part, self.storage) for part in (model.text_encoder, model.unet, model.vae)
-        )
+        parts = (model.text_encoder, model.unet, model.vae)
+        self.text_encoder, self.unet, self.vae = (stored(part, self.storage) for part in parts)
         self.scheduler = PNDMScheduler.from_config(dict(model.scheduler))
         self.store, self.features = AttentionMaps(), {}
         self.layers = feature_modules(self.unet)
         if forms_maps:
-            self._watch()
+            self._add_hooks()
         self.decoders = own_decoders(setting) if has_naive_decoders else lean_decoders(setting)
         self._first = [(buffer, buffer.clone()) for decoder in self.decoders.values() for buffer in decoder.buffers()]
 
-    def _watch(self) -> None:
-        for place, blocks in zip(
-            PLACES, (self.unet.down_blocks, nn.ModuleList([self.unet.mid_block]), self.unet.up_blocks), strict=True
-        ):
+    def _add_hooks(self) -> None:
+        blocks_of = (self.unet.down_blocks, nn.ModuleList([self.unet.mid_block]), self.unet.up_blocks)
+        for place, blocks in zip(PLACES, blocks_of, strict=True):
             for name, module in blocks.named_modules():
                 if name.endswith(("attn1", "attn2")):
                     module.set_processor(FormingAttention(self.store, place))
@@ -138,15 +130,13 @@ class Upstream:
     def _keep(self, module: nn.Module, _, output: Tensor | tuple[Tensor, ...]) -> None:
         if self.store.is_active:
             found = output[0] if isinstance(output, tuple) else output
-            self.features[module] = found.reshape(
-                len(found) // 2, -1, *found.shape[2:]
-            )  # for one image: [uncond | cond] on channels
+            # For one image: [uncond | cond] on channels.
+            self.features[module] = found.reshape(len(found) // 2, -1, *found.shape[2:])
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(prompts), **options)
         with self.arithmetic():
             return self.text_encoder(tokens.input_ids.to(self.device))[0].float()
 
@@ -155,13 +145,11 @@ class Upstream:
 
     def denoise(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
         moment = torch.as_tensor(timestep, dtype=torch.float32)[None].to(self.device)
-        any(
-            bool(moment[0] == time) for time in LAST_TIMES
-        )  # upstream asks the device at every call whether this is the last one
+        # Upstream asks the device at every call whether this is the last one.
+        any(bool(moment[0] == time) for time in LAST_TIMES)
+        doubled = torch.cat([latents, latents]).to(self.storage)
         with self.arithmetic():
-            return self.unet(
-                torch.cat([latents, latents]).to(self.storage), moment, context.to(self.storage), return_dict=False
-            )[0].float()
+            return self.unet(doubled, moment, context.to(self.storage), return_dict=False)[0].float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> tuple[Tensor, Capture]:
         noise = self.captured(latents, timestep, context)
@@ -217,9 +205,8 @@ class Upstream:
         for call, timestep in enumerate(self.scheduler.timesteps):
             predict = self.captured if call == self.recipe.capture_call else self.denoise
             without, with_text = predict(latents, timestep, context).chunk(2)
-            latents = self.scheduler.step(without + self.recipe.guidance * (with_text - without), timestep, latents)[
-                "prev_sample"
-            ]
+            guided = without + self.recipe.guidance * (with_text - without)
+            latents = self.scheduler.step(guided, timestep, latents)["prev_sample"]
         return latents
 
     def image_of(self, latents: Tensor) -> np.ndarray:
@@ -236,25 +223,9 @@ def own_decoders(setting: Setting) -> dict[str, Decoder]:
 
 def lean_decoders(setting: Setting) -> dict[str, Decoder]:
     """The decoders folded, with the operations of ours."""
-    return {
-        task: with_ops(decoder, compiled if setting.device.type == "cpu" else rearranged)
-        for task, decoder in setting.reference.decoders.items()
-    }
+    ops = compiled if setting.device.type == "cpu" else rearranged
+    return {task: with_ops(decoder, ops) for task, decoder in setting.reference.decoders.items()}
 
 
-def build(setting: Setting, batch: int) -> Upstream:
-    return Upstream(setting)
-
-
-def build_tf32(setting: Setting, batch: int) -> Upstream:
-    if setting.device.type == "cpu":
-        raise Missing("upstream in TF32: a CPU has no such arithmetic", "measure on a GPU")
-    return Upstream(setting, "tf32")
-
-
-def build_half(setting: Setting, batch: int) -> Upstream:
-    if setting.device.type == "cpu":
-        raise Missing(
-            "upstream in fp16: its convolutions take a CPU hundreds of times longer than in fp32", "measure on a GPU"
-        )
-    return Upstream(setting, "fp16")
+def with_dtype(dtype: str) -> Callable[[Setting, int], Upstream]:
+    return lambda setting, batch: Upstream(setting, dtype)

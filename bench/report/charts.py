@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -54,10 +54,9 @@ class Drawing:
 
     def svg(self, height: float) -> str:
         card = f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1:.0f}" rx="6" class="card"/>'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}" role="img">'
-        return "\n".join(
-            [f"{head}<title>{escape(self.title)}</title><style>{STYLE}</style>", card, *self.shapes, "</svg>\n"]
-        )
+        size = f'viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><title>{escape(self.title)}</title>'
+        return "\n".join([f"{head}<style>{STYLE}</style>", card, *self.shapes, "</svg>\n"])
 
 
 def peers(document: dict[str, Any]) -> str:
@@ -224,23 +223,3 @@ def ticks(least: float, most: float) -> list[float]:
 
 def where(document: dict[str, Any]) -> str:
     return f"{document['machine']['device']}, {document['setting']['model']}, {document['setting']['calls']} calls"
-
-
-CHARTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "peers": peers,
-    "ladder": ladder,
-    "batches": batches,
-    "profile": profile,
-    "roofline": roofline,
-}
-NEEDS = {"roofline": "layers"}  # the part a chart is drawn from, where it has another name
-
-
-def drawn(document: dict[str, Any]) -> dict[str, str]:
-    """Every chart there are rows for, by name."""
-    found = {}
-    for name, draw in CHARTS.items():
-        rows = rows_of(document, NEEDS.get(name, name))
-        if any(row.get("status", "ok") == "ok" for row in rows):
-            found[name] = draw(document)
-    return found

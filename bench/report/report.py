@@ -7,30 +7,33 @@ from __future__ import annotations
 import os
 import re
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.claims import page as claims
 from bench.machine.machine import ROOT
-from bench.report import charts, tables
 from bench.report.results import SUITES, newest, read, rows_of
+from bench.report.tables import Cells, Table, aligned, markdown, number, percent
+from bench.rows import MEASUREMENTS
+from bench.rows.peers import by_name, ratios
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 PROG = "python -m bench report"
-PAGES = ("README.md", "bench/README.md")
+PAGES = ("README.md", "bench/README.md", "docs/*.md")
+CHARTS = Path("bench", "charts")
 MARK = re.compile(r"(<!-- bench:([a-z-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-CHARTS = "bench/charts"
 WIDTH = 120  # of a line of prose
-SHORT = {  # columns of the peers that the front page shows, and what it calls them
-    "who": "who",
-    "type": "type",
+SHORT = {  # columns of the peers that the front page shows, and their headings there
+    "method": "method",
+    "precision": "precision",
     "batch": "batch",
     "images/s": "images/s",
-    "of the products' limit": "share of peak matmul throughput",
-    "ours is": "speed-up of datasetdm_fast in fp32",
+    "share of peak": "share of peak matmul throughput",
+    "our speed-up": "speed-up of datasetdm_fast in fp32",
 }
 GAINS = {  # the same of the claims
     "claim": "claim",
@@ -42,11 +45,16 @@ GAINS = {  # the same of the claims
     "holds": "holds",
 }
 VERSIONS = ("torch", "diffusers", "onnxruntime")
-ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
 NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
+ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
 PAPER_BATCH = 16
+PAPER_HEAD = ["GPUs", "images a second", "cores for the loop and files", "files a second"]
+PAPER_HEAD += [f"time of one ledger, batches of {PAPER_BATCH}", "a million images"]
+
+Document = dict[str, Any]
+Documents = dict[str, Document]  # by suite
 
 
 @dataclass(frozen=True)
@@ -55,58 +63,61 @@ class ReportConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.command_line.flags import parse
-
     config, _ = parse(arguments, ReportConfig, PROG, __doc__)
-    stale = [
-        path for path, text in wanted(ROOT).items() if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+    files = wanted(ROOT)
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-    if config.check:
-        if stale:
-            raise GateFailed(
-                f"bench: {names} disagree with the newest result file",
-                "run `python -m bench report` and commit what it writes",
-            )
-        return 0
-    for path, text in wanted(ROOT).items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    print(f"written: {names}" if stale else "nothing has changed")
+    if config.check and stale:
+        raise GateFailed(
+            f"bench: {names} disagree with the newest result file",
+            "run `python -m bench report` and commit what it writes",
+        )
+    if not config.check:
+        for path in stale:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[path], encoding="utf-8")
+        print(f"written: {names}" if stale else "nothing has changed")
     return 0
 
 
 def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
-    found = {suite: read(path) for suite in SUITES if (path := newest(suite, folder))}
-    if not found:
+    found = {suite: read(path) for suite in (*SUITES, "claims") if (path := newest(suite, folder))}
+    if not any(suite in found for suite in SUITES):
         raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
     files = {
-        root / "bench" / "charts" / f"{suite}-{name}.svg": text
-        for suite, document in found.items()
-        for name, text in charts.drawn(document).items()
+        root / CHARTS / f"{suite}-{name}.svg": text
+        for suite in SUITES
+        for pictures in (drawn(found[suite]).values() if suite in found else ())
+        for name, text in pictures.items()
     }
-    if path := newest("claims", folder):
-        found["claims"] = read(path)
-        files[root / "bench" / "charts" / "claims.svg"] = claims.chart(found["claims"])
-    for page in PAGES:
-        path = root / page
-        files[path] = filled(path.read_text(encoding="utf-8"), found, page)
+    if "claims" in found:
+        files[root / CHARTS / "claims.svg"] = claims.chart(found["claims"])
+    for path in (path for pattern in PAGES for path in sorted(root.glob(pattern))):
+        files[path] = filled(path, found, root)
     return files
 
 
-def filled(text: str, found: dict[str, dict[str, Any]], page: str) -> str:
-    """A page with its marked sections written anew, their charts addressed from where the page lies."""
-    folder = Path(os.path.relpath(CHARTS, Path(page).parent)).as_posix()
+def drawn(document: Document) -> dict[str, dict[str, str]]:
+    """Measurement -> the charts of it that there are rows for, by name."""
+    found = {}
+    for name, measurement in MEASUREMENTS.items():
+        if any(row.get("status", "ok") == "ok" for row in rows_of(document, name)):
+            found[name] = {chart: draw(document) for chart, draw in measurement.charts.items()}
+    return found
+
+
+def filled(path: Path, found: Documents, root: Path) -> str:
+    """A page with its marked sections written anew."""
+    charts = os.path.relpath(root / CHARTS, path.parent)
 
     def section(match: re.Match[str]) -> str:
         if match[2] not in SECTIONS:
-            raise Refused(f"{page}: marks a section {match[2]!r}", f"there are {', '.join(SECTIONS)}")
-        written = SECTIONS[match[2]](found).strip().replace(f"]({CHARTS}/", f"]({folder}/")
-        return f"{match[1]}{wrapped(written)}\n{match[3]}"
+            raise Refused(f"{path.name}: marks a section {match[2]!r}", f"there are {', '.join(SECTIONS)}")
+        return f"{match[1]}{wrapped(SECTIONS[match[2]](found, charts).strip())}\n{match[3]}"
 
-    return MARK.sub(section, text)
+    return MARK.sub(section, path.read_text(encoding="utf-8"))
 
 
 def wrapped(text: str) -> str:
@@ -119,144 +130,146 @@ def wrapped(text: str) -> str:
     )
 
 
-def summary(found: dict[str, dict[str, Any]]) -> str:
+def summary(found: Documents, charts: str) -> str:
     """What the front page says of speed: the peers of every suite in short."""
     parts = []
-    for suite, document in found.items():
-        if suite not in SUITES:
-            continue
-        parts += [
-            picture(suite, "peers"),
-            f"{source(document)}; {tables.setting_line(document)}. A speed-up is the median over pairs of "
-            "neighbouring rounds, with the least and the most in brackets.",
-            tables.markdown(short(document)),
-        ]
+    for suite in SUITES:
+        if suite in found:
+            facts = f"{source(found[suite])}; {setting_line(found[suite])}. A speed-up is the median over pairs of "
+            facts += "neighbouring rounds, with the least and the most in brackets."
+            parts += [picture(suite, "peers", charts), facts, markdown(short(found[suite]))]
     return "\n\n".join(parts)
 
 
-def source(document: dict[str, Any]) -> str:
+def source(document: Document) -> str:
     """Command, day, device, versions and commit of a result file."""
     machine = document["machine"]
     versions = "".join(f", {name} {machine['versions'][name]}" for name in VERSIONS if name in machine["versions"])
-    return (
-        f"`{document['command']}`, {document['date'][:10]}, {machine['device']}{versions}, commit {machine['commit']}"
-    )
+    made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}{versions}"
+    return f"{made}, commit {machine['commit']}"
 
 
-def short(document: dict[str, Any]) -> tables.Table:
+def short(document: Document) -> Cells:
     """The peers that could run here, in few columns."""
-    head, rows = tables.peer_table(document)
-    there = [[cell.replace(" x (", "× (") for cell in row] for row in rows if not row[3].startswith("not here")]
-    return narrowed((head, there), SHORT)
+    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
+    return narrowed(MEASUREMENTS["peers"].tables[0], SHORT).cells(rows)
 
 
-def narrowed(table: tables.Table, columns: dict[str, str]) -> tables.Table:
+def narrowed(table: Table, columns: Mapping[str, str]) -> Table:
     """Some columns of a table under other headings."""
-    head, rows = table
-    kept = [head.index(name) for name in columns]
-    return list(columns.values()), [[row[k] for k in kept] for row in rows]
+    return replace(table, columns={heading: table.columns[name] for name, heading in columns.items()})
 
 
-def gains(found: dict[str, dict[str, Any]]) -> str:
-    """What the front page says of the worth of generated images: figure and verdict of every claim, and of one that has
-    several rows the row with the least gain.
-    """
+def gains(found: Documents, charts: str) -> str:
+    """What the front page says of the worth of generated images: of every claim the row with the least gain."""
     if "claims" not in found:
         return NO_CLAIMS
     document, least = found["claims"], {}
-    head, rows = claims.table(document)
-    for (title, row), cells in zip(claims.lines(document), rows, strict=True):
-        claim = title.partition(",")[0]
-        if row["synthetic"] is not None and (claim not in least or row["gain"] < least[claim][0]):
-            least[claim] = row["gain"], [*cells[:-1], cells[-1].partition(":")[0]]
-    text = f"{source(document)}: {claims.setting_line(document)}."
-    return f"{text}\n\n{tables.markdown(narrowed((head, [cells for _, cells in least.values()]), GAINS))}"
+    for row in claims.rows_of(document):
+        claim = row["title"].partition(",")[0]
+        if row["synthetic"] is not None and (claim not in least or row["gain"] < least[claim]["gain"]):
+            least[claim] = row
+    head, lines = narrowed(claims.TABLE, GAINS).cells(list(least.values()))
+    verdicts = [[*line[:-1], line[-1].partition(":")[0]] for line in lines]  # the reason stands on the bench's page
+    return f"{source(document)}: {claims.setting_line(document)}.\n\n{markdown((head, verdicts))}"
 
 
-def whole(suite: str) -> Callable[[dict[str, dict[str, Any]]], str]:
+def whole(suite: str) -> Callable[[Documents, str], str]:
     """Everything of one suite's newest file."""
 
-    def section(found: dict[str, dict[str, Any]]) -> str:
+    def section(found: Documents, charts: str) -> str:
         if suite not in found:
             return f"No {suite.upper()} has been measured yet."
-        document = found[suite]
-        parts = [
-            f"`{document['command']}`, {document['date']}. {tables.limit_line(document)}. "
-            f"{tables.setting_line(document)}."
-        ]
-        drawn = charts.drawn(document)
-        for name, (title, build) in tables.TABLES.items():
-            table = build(document)
-            pictures = [picture(suite, chart) for chart in drawn if chart == name or charts.NEEDS.get(chart) == name]
-            if table[1]:
-                parts += [f"### {title}", *pictures, tables.markdown(table)]
+        document, pictures = found[suite], drawn(found[suite])
+        parts = [f"`{document['command']}`, {document['date']}. {limit_line(document)}. {setting_line(document)}."]
+        for name, title, cells in tables_of(document):
+            parts.append(f"### {title}")
+            parts += [picture(suite, chart, charts) for chart in pictures.pop(name, ())]
+            parts.append(markdown(cells))
         return "\n\n".join(parts)
 
     return section
 
 
-def picture(suite: str, name: str) -> str:
-    return f"![{suite.upper()}: {name}]({CHARTS}/{suite}-{name}.svg)"
+def tables_of(document: Document) -> list[tuple[str, str, Cells]]:
+    """Measurement, title and cells of every table that has rows."""
+    found = []
+    for name, measurement in MEASUREMENTS.items():
+        for table in measurement.tables:
+            cells = table.cells(rows_of(document, name))
+            if cells[1]:
+                found.append((name, table.title or measurement.title, cells))
+    return found
 
 
-def paper(found: dict[str, dict[str, Any]]) -> str:
-    """The model on paper: what many GPUs would need, from the constants that were measured."""
-    cpu = found.get("cpu") or next(iter(found.values()))
-    gpu = found.get("gpu")
-    rate = tables.peers(gpu)["ours"].get("images_per_second") if gpu else None
+def picture(suite: str, name: str, folder: str) -> str:
+    return f"![{suite.upper()}: {name}]({folder}/{suite}-{name}.svg)"
+
+
+def limit_line(document: Document) -> str:
+    """The machine and its measured limits in one sentence."""
+    found, machine = rows_of(document, "limits")[0], document["machine"]
+    products = ", ".join(f"{rate:g} TFLOP/s in {name}" for name, rate in found["tflops"].items())
+    exps = f", {found['gexps']:g} G exponentials/s" if found["gexps"] else ""
+    where = f"{machine['device']}, torch {machine['versions']['torch']}, commit {machine['commit']}"
+    return f"{where}: matrix products {products}; copies {found['gbps']:g} GB/s{exps}"
+
+
+def setting_line(document: Document) -> str:
+    found = document["setting"]
+    model = found["model"] + ("" if found["trained"] else ", seeded weights")
+    work = f"{found['calls']} UNet calls, {found['tflop_per_image']:g} TFLOP an image"
+    return f"{model}, {found['size']} pixels, {work}; labels: {', '.join(found['tasks'])}"
+
+
+def terminal(document: Document, is_coloured: bool = False) -> str:
+    parts = [limit_line(document), setting_line(document)]
+    parts += [f"{title}\n{aligned(cells, is_coloured)}" for _, title, cells in tables_of(document)]
+    names = ", ".join(f"{name} {value:g}" for name, value in ratios(document).items())
+    return "\n\n".join([*parts, f"parity {parity(document)}{'; ' + names if names else ''}"])
+
+
+def parity(document: Document) -> str:
+    statuses = [row.get("status") for part in document["parts"].values() for row in part.get("rows", [])]
+    return "fail" if "failed" in statuses else "pass"
+
+
+def paper(found: Documents, charts: str) -> str:
+    """What many GPUs would need, computed from the costs that were measured."""
+    cpu = found.get("cpu") or found["gpu"]
+    rate = by_name(found["gpu"])["ours"].get("images_per_second") if "gpu" in found else None
     scale = {name: [row for row in rows_of(cpu, "scale") if name in row] for name in ("ms", "written", "commit_ms")}
     if not all(scale.values()):
         return "The part `scale` has not been measured yet."
     own, disk = scale["ms"][-1]["ms"]["own"], scale["commit_ms"][0]
     scene = min(scale["written"], key=lambda row: abs(row["pixels"] - PAPER_SIDE))
     written = scene["core_ms"] * (PAPER_SIDE / scene["pixels"]) ** 2
-    each = rate or ASSUMED
-    source = "measured" if rate else "assumed, as none was measured yet"
-    costs = (
-        f"the driver's own work is {tables.number(own)} ms of one core an image, encoding and writing "
-        f"{tables.number(written)} ms "
-        f"for {PAPER_SIDE} pixels and four kinds of labels, one commit of a batch {tables.number(disk['commit_ms'])} ms"
-    )
-    said = (
-        f"One GPU makes {tables.number(each)} images a second ({source}). Measured on this CPU: {costs}. Ranks do "
-        "not communicate, so images a second grow with the GPUs as long as there are the cores of the third column, a "
-        "disk that takes the files of the fourth, and a ledger that takes the commits: it takes them one after the "
-        "other, so the share of its time must stay well below 100 %; where it does not, the prompts are divided among "
-        "several run folders."
-    )
-    head = [
-        "GPUs",
-        "images a second",
-        "cores for driver and files",
-        "files a second",
-        f"time of one ledger, batches of {PAPER_BATCH}",
-        "a million images",
-    ]
+    each, source = rate or ASSUMED, "measured" if rate else "assumed, as none was measured yet"
     rows = []
     for count in PAPER_GPUS:
         total = each * count
-        hours = 1e6 / total / 3600
+        hours, busy = 1e6 / total / 3600, total / PAPER_BATCH * disk["commit_ms"] / 1e3
         took = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-        cores, busy = total * (own + written) / 1e3, total / PAPER_BATCH * disk["commit_ms"] / 1e3
-        rows.append(
-            [
-                f"{count:,}",
-                f"{total:,.1f}",
-                f"{cores:,.2f}",
-                f"{total * disk['files']:,.0f}",
-                tables.percent(busy),
-                took,
-            ]
-        )
-    return f"{said}\n\n{tables.markdown((head, rows))}"
+        rates = [f"{total:,.1f}", f"{total * (own + written) / 1e3:,.2f}", f"{total * disk['files']:,.0f}"]
+        rows.append([f"{count:,}", *rates, percent(busy), took])
+    return (
+        f"One GPU makes {number(each)} images a second ({source}). Measured on this CPU: the generation loop's own "
+        f"work is {number(own)} ms of one core an image, encoding and writing {number(written)} ms for {PAPER_SIDE} "
+        f"pixels and four kinds of labels, one commit of a batch {number(disk['commit_ms'])} ms. Ranks do not "
+        "communicate, so images a second grow with the GPUs as long as there are the cores of the third column, a disk "
+        "that takes the files of the fourth, and a ledger that takes the commits: it takes them one after the other, "
+        "so the share of its time must stay well below 100 %; where it does not, the prompts are divided among several "
+        "run folders."
+        "\n\n"
+    ) + markdown((PAPER_HEAD, rows))
 
 
-def claimed(found: dict[str, dict[str, Any]]) -> str:
+def claimed(found: Documents, charts: str) -> str:
     """Whether generated images help a student."""
-    return claims.section(found["claims"]) if "claims" in found else NO_CLAIMS
+    return claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS
 
 
-SECTIONS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
+SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
     "gpu": whole("gpu"),

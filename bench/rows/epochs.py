@@ -1,20 +1,20 @@
-"""python -m bench epochs: an epoch of training with captures read from the disk, and with captures made anew, in turn
-in one process.
+"""python -m bench epochs: an epoch of training with captures read from the disk, and with captures computed anew, in
+turn in one process.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine.measure import distance, in_turn
-from datasetdm_fast.config import TASKS
+from bench.machine.measure import distance, interleaved
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.config import TASKS, setting
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.lessons import cache
@@ -24,92 +24,68 @@ from datasetdm_fast.readers import open_data
 from datasetdm_fast.training.loop import Trainer, TrainingViews
 from datasetdm_fast.training.recipes import recipe
 
-LIMIT = 2e-3  # relative L2 between a kept capture and one made anew: half precision
+LIMIT = 2e-3  # relative L2 between a stored capture and one computed anew: half precision
 DRAWS = 4
 
 
-def row(
-    model: str = "demo", engine_name: str = "auto", task: str = "semantic", images: int = 6, rounds: int = 3
-) -> dict[str, Any]:
-    """Median seconds of both epochs and of reading captures alone, and how many times faster each is with kept
+@dataclass(frozen=True)
+class EpochConfig:
+    model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
+    engine: str = setting("auto", "engine that computes the captures", choices=("auto", "fast", "torch"))
+    task: str = setting("semantic", "task that is trained", choices=TASKS)
+    images: int = setting(6, "demo scenes to train on", metavar="N")
+    rounds: int = setting(3, "epochs of each kind that are timed", metavar="N")
+
+
+def measure(config: EpochConfig) -> dict[str, Any]:
+    """Median seconds of both epochs and of reading captures alone, and how many times faster each is with stored
     captures.
 
     `cpu_` figures count only what cores were at work: on a busy machine they are the steadier ones.
     """
-    engine = build_engine(engine_name, load_model(model), {})
-    source = open_data(f"demo:{images}@1000", engine.model.size)
-    views, inversion = (
-        Views(source, range(images), task, Looks(draws=DRAWS)),
-        cache.Inversion(engine.model.defaults.capture),
-    )
-    words = engine.encode_classes(list(source.thing_classes)).float().clone() if task == "open-vocabulary" else None
-    found = recipe(
-        task, source, engine.model.levels, engine.model.text_encoder.config.hidden_size, inversion.timestep, images
-    )
+    engine = build_engine(config.engine, load_model(config.model), {})
+    source = open_data(f"demo:{config.images}@1000", engine.model.size)
+    views = Views(source, range(config.images), config.task, Looks(draws=DRAWS))
+    inversion = cache.Inversion(engine.model.defaults.capture)
+    is_open = config.task == "open-vocabulary"
+    words = engine.encode_classes(list(source.thing_classes)).float().clone() if is_open else None
+    width, levels = engine.model.text_encoder.config.hidden_size, engine.model.levels
+    found = recipe(config.task, source, levels, width, inversion.timestep, config.images)
+    size, calls = found.schedule.batch_size, {}
+    batches = [range(first, min(first + size, len(views))) for first in range(0, len(views), size)]
     with tempfile.TemporaryDirectory() as folder:
-        sources = {
-            "anew": cache.RecomputedCaptures(engine, views, inversion),
-            "kept": cache.stored(engine, views, inversion, Path(folder)),
-        }
-        _check(sources)
-        trainers = {
-            name: Trainer(found.config, found.schedule, TrainingViews(one, views), words, is_ahead=False)
-            for name, one in sources.items()
-        }
-        steps = -(-len(views) // found.schedule.batch_size)
-        for trainer in trainers.values():
+        stored = cache.stored(engine, views, inversion, Path(folder))
+        sources = {"anew": cache.RecomputedCaptures(engine, views, inversion), "kept": stored}
+        check(sources)
+        for name, one in sources.items():
+            trainer = Trainer(found.config, found.schedule, TrainingViews(one, views), words, is_ahead=False)
             trainer.step()
-        epochs = {
-            f"epoch_{name}": lambda trainer=trainer: [trainer.step() for _ in range(steps)]
-            for name, trainer in trainers.items()
-        }
-        batches = [
-            range(k, min(k + found.schedule.batch_size, len(views)))
-            for k in range(0, len(views), found.schedule.batch_size)
-        ]
-        reads = {
-            f"captures_{name}": lambda one=one: [one.batch(batch) for batch in batches] for name, one in sources.items()
-        }
-        seconds, busy = in_turn({**epochs, **reads}, rounds)
-    clock, worked = ({name: statistics.median(values) for name, values in side.items()} for side in (seconds, busy))
+            calls[f"epoch_{name}"] = lambda trainer=trainer: [trainer.step() for _ in batches]
+            calls[f"captures_{name}"] = lambda one=one: [one.batch(batch) for batch in batches]
+        rounds = interleaved(calls, 0.0, least=config.rounds)
+    clock = {name: statistics.median(taken.seconds) for name, taken in rounds.items()}
+    cpu = {name: statistics.median(taken.cpu_seconds) for name, taken in rounds.items()}
     ratios = {
-        f"{what}_ratio": round(clock[f"{what}_anew"] / clock[f"{what}_kept"], 2) for what in ("epoch", "captures")
+        f"{prefix}{part}_ratio": round(values[f"{part}_anew"] / values[f"{part}_kept"], 2)
+        for prefix, values in (("", clock), ("cpu_", cpu))
+        for part in ("epoch", "captures")
     }
-    ratios |= {
-        f"cpu_{what}_ratio": round(worked[f"{what}_anew"] / worked[f"{what}_kept"], 2) for what in ("epoch", "captures")
-    }
-    facts = {
-        "model": model,
-        "engine": engine.fingerprint()["engine"],
-        "task": task,
-        "views": len(views),
-        "rounds": rounds,
-    }
-    return {**facts, **ratios, "seconds": {name: round(value, 4) for name, value in clock.items()}}
+    facts = {"model": config.model, "engine": engine.fingerprint()["engine"], "task": config.task, "views": len(views)}
+    seconds = {name: round(value, 4) for name, value in clock.items()}
+    return {**facts, "rounds": config.rounds, **ratios, "seconds": seconds}
 
 
-def _check(sources: dict[str, Any]) -> None:
-    error = max(
-        distance(a, b) for a, b in zip(sources["kept"].batch([0, 1]), sources["anew"].batch([0, 1]), strict=True)
-    )
+def check(sources: dict[str, Any]) -> None:
+    pairs = zip(sources["kept"].batch([0, 1]), sources["anew"].batch([0, 1]), strict=True)
+    error = max(distance(a, b) for a, b in pairs)
     if not error <= LIMIT:
         raise GateFailed(
-            f"captures: those kept and those made anew differ by {error:.1e}, expected at most {LIMIT:.0e}",
+            f"captures: those stored and those computed anew differ by {error:.1e}, expected at most {LIMIT:.0e}",
             "nothing was timed",
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench epochs", description=__doc__)
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--engine", default="auto", choices=("auto", "fast", "torch"))
-    parser.add_argument("--task", default="semantic", choices=TASKS)
-    parser.add_argument("--images", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args(arguments)
-    print(json.dumps(row(options.model, options.engine, options.task, options.images, options.rounds), indent=2))
+def main(arguments: Sequence[str]) -> int:
+    config, _ = parse(arguments, EpochConfig, "python -m bench epochs", __doc__)
+    print(json.dumps(measure(config), indent=2))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

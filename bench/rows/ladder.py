@@ -1,10 +1,16 @@
-"""From upstream to us, one technique a rung, every rung judged and timed with the others."""
+"""From DatasetDM to datasetdm_fast, one technique at a time, each compared and timed with the others."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 from bench.peers import PEERS, Offer
 from bench.peers.engine import EnginePeer
 from bench.peers.upstream import Upstream, lean_decoders
+from bench.report import charts
+from bench.report.tables import Cell, Row, Table, figure, number, text
+from bench.rows.measurement import BenchRun, Measurement, Rows
+from bench.rows.race import race, ratio
 from bench.setting import Setting
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
@@ -31,8 +37,8 @@ def lean(setting: Setting, batch: int) -> EnginePeer:
     return EnginePeer(engine, setting, batch)
 
 
-# Each rung has everything the one before it has.
-RUNGS = {
+# Each has every technique of those before it.
+TECHNIQUES = {
     "upstream": PEERS["upstream"]._replace(title="DatasetDM as written"),
     "maps once": Offer("attention maps formed in one call alone", without_maps, batch=1),
     "decoders": Offer("decoders project before they resize", with_lean_decoders, batch=1),
@@ -41,3 +47,32 @@ RUNGS = {
     "ours": PEERS["ours"]._replace(title="operations in one pass each"),
     "ours-bf16": PEERS["ours-bf16"]._replace(title="16 bits"),
 }
+
+
+def rows(run: BenchRun) -> Rows:
+    return run.ladder or race(run, tuple(TECHNIQUES), TECHNIQUES)
+
+
+def with_gains(found: Sequence[Row]) -> Iterator[Row]:
+    """The rows that were timed, each with its speed-up over the one before it and over the first."""
+    timed = [row for row in found if row["status"] == "ok"]
+    for before, row in zip([None, *timed], timed):
+        is_compared = before and "ours_over" in row
+        yield row | ({"over_last": ratio(row, before), "over_first": ratio(row, timed[0])} if is_compared else {})
+
+
+def median(key: str) -> Cell:
+    return lambda row: number(row[key]["median"]) if key in row else ""
+
+
+COLUMNS = {"technique": text("title"), "precision": text("dtype"), "batch": text("batch")}
+COLUMNS |= {"images/s": figure("images_per_second"), "speed-up over the row above": median("over_last")}
+COLUMNS |= {"speed-up over the first": median("over_first")}
+MEASUREMENT = Measurement(
+    "ladder",
+    "From DatasetDM to datasetdm_fast, one technique at a time",
+    rows,
+    (Table(COLUMNS, with_gains),),
+    {"ladder": charts.ladder},
+    least_seconds=120,
+)

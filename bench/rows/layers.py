@@ -1,4 +1,4 @@
-"""The rate of every distinct convolution and linear layer of the UNet by itself: what a network of such layers could
+"""The rate of every distinct convolution and linear layer of the UNet, timed alone: what a network of such layers could
 reach.
 """
 
@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from bench.machine.limits import nearest_limit, rate
 from bench.machine.work import HALVES, flops
+from bench.report import charts
+from bench.report.tables import Table, figure, share, text
+from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.setting import Setting
-from datasetdm_fast.engines.fast import DTYPES
+from datasetdm_fast.engines.fast import DTYPES, resolve_dtype
 from datasetdm_fast.stages import FACTOR
+
+MOST_LAYERS = 12  # that the table shows, those that most of the work is in
 
 
 class TimedLayer(NamedTuple):
-    """One shape of layer: what goes in for one image, and the weight."""
+    """One shape of layer: its input for one image, and the weight."""
 
     given: tuple[int, ...]  # without the batch
     weight: tuple[int, ...]
@@ -28,19 +33,21 @@ class TimedLayer(NamedTuple):
 
     @property
     def name(self) -> str:
-        if len(self.weight) == 2:
-            return f"linear {self.weight[1]} to {self.weight[0]}, {self.given[0]} tokens"
-        return f"conv {self.weight[2]}x{self.weight[2]} {self.weight[1]} to {self.weight[0]}, {self.given[1]} cells{' halved' if self.stride == 2 else ''}"
+        outputs, inputs, *kernel = self.weight
+        if not kernel:
+            return f"linear {inputs} to {outputs}, {self.given[0]} tokens"
+        stride = " halved" if self.stride == 2 else ""
+        return f"conv {kernel[0]}x{kernel[0]} {inputs} to {outputs}, {self.given[1]} cells{stride}"
 
 
-def rows(setting: Setting, limits: dict[str, Any], dtype: str, batch: int, seconds: float) -> list[dict[str, Any]]:
-    """One row a shape at the given batch, with the share of a call's work that it stands for; the largest first."""
-    found = shapes(setting)
-    made = [row(layer, count, setting, limits, dtype, batch, seconds / len(found)) for layer, count in found.items()]
-    whole = sum(one["count"] * one["gflop"] for one in made)
-    for one in made:
+def rows(run: BenchRun) -> Rows:
+    """One row a shape at our best batch, with the share of a call's work that it stands for; the largest first."""
+    found = shapes(run.setting)
+    timed = [row(layer, count, run, run.seconds / 10 / len(found)) for layer, count in found.items()]
+    whole = sum(one["count"] * one["gflop"] for one in timed)
+    for one in timed:
         one["of_work"] = round(one["count"] * one["gflop"] / whole, 4)
-    return sorted(made, key=lambda one: -one["of_work"])
+    return sorted(timed, key=lambda one: -one["of_work"])
 
 
 def shapes(setting: Setting) -> Counter[TimedLayer]:
@@ -53,57 +60,57 @@ def shapes(setting: Setting) -> Counter[TimedLayer]:
         if isinstance(module, nn.Conv2d) or len(given) == 2:  # the time embedding's are no tokens
             seen[TimedLayer(given, tuple(module.weight.shape), stride)] += 1
 
-    hooks = [
-        module.register_forward_hook(note) for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear))
-    ]
+    layers = [module for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [module.register_forward_hook(note) for module in layers]
     side, width = setting.recipe.size // FACTOR, setting.model.text_encoder.config.hidden_size
+    shaped = (1, 4, side, side), (1, setting.model.levels[0].tokens, width)
+    latents, context = (torch.zeros(shape, device=setting.device) for shape in shaped)
     try:
         with torch.inference_mode():
-            unet(
-                torch.zeros(1, 4, side, side, device=setting.device),
-                1,
-                torch.zeros(1, setting.model.levels[0].tokens, width, device=setting.device),
-            )
+            unet(latents, 1, context)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
 
 
-def row(
-    layer: TimedLayer, count: int, setting: Setting, limits: dict[str, Any], dtype: str, batch: int, seconds: float
-) -> dict[str, Any]:
-    call, moved = prepared(layer, HALVES * batch, setting.device, DTYPES[dtype])
+def row(layer: TimedLayer, count: int, run: BenchRun, seconds: float) -> dict[str, Any]:
+    device, batch, storage = run.setting.device, run.batch, resolve_dtype("auto", run.setting.device)
+    dtype = next(name for name, value in DTYPES.items() if value == storage)
+    call, moved = prepared(layer, HALVES * batch, device, storage)
     with torch.inference_mode():
-        work, taken = flops(call), 1 / rate(call, setting.device, seconds)
-    facts = {
-        "layer": layer.name,
-        "count": count,
-        "dtype": dtype,
-        "batch": batch,
-        "gflop": round(work / batch / 1e9, 4),
-        "layer_s": taken / batch,
-    }
-    return {**facts, **nearest_limit(work, moved, 0, taken, limits, dtype)}
+        work, taken = flops(call), 1 / rate(call, device, seconds)
+    facts = {"layer": layer.name, "count": count, "dtype": dtype, "batch": batch}
+    facts |= {"gflop": round(work / batch / 1e9, 4), "layer_s": taken / batch}
+    return facts | nearest_limit(work, moved, 0, taken, run.limits, dtype)
 
 
 def prepared(
     layer: TimedLayer, rows: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], Tensor], int]:
     """The layer on so many inputs, and the bytes it reads and writes."""
-    x, weight = (
-        torch.randn(rows, *layer.given, device=device).to(dtype),
-        torch.randn(layer.weight, device=device).to(dtype),
-    )
-    if len(layer.weight) == 2:
-
-        def call() -> Tensor:
-            return F.linear(x, weight)
-    else:
+    x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, *layer.given), layer.weight))
+    if len(layer.weight) > 2:
         x, weight = (value.contiguous(memory_format=torch.channels_last) for value in (x, weight))
 
-        def call() -> Tensor:
-            return F.conv2d(x, weight, stride=layer.stride, padding=layer.weight[2] // 2)
+    def call() -> Tensor:
+        if len(layer.weight) == 2:
+            return F.linear(x, weight)
+        return F.conv2d(x, weight, stride=layer.stride, padding=layer.weight[2] // 2)
 
     with torch.inference_mode():
         return call, sum(value.numel() * value.element_size() for value in (x, weight, call()))
+
+
+COLUMNS = {"layer": text("layer"), "count": text("count"), "share of work": share("of_work")}
+COLUMNS |= {"precision": text("dtype"), "batch": text("batch"), "ms/image": figure("layer_s", 1e3)}
+COLUMNS |= {"TFLOP/s": figure("tflops"), "GB/s": figure("gbps"), "bound by": text("bound")}
+COLUMNS |= {"share of limit": share("share")}
+MEASUREMENT = Measurement(
+    "layers",
+    "The largest layers of the UNet, timed alone",
+    rows,
+    (Table(COLUMNS, lambda found: found[:MOST_LAYERS]),),
+    {"roofline": charts.roofline},
+    least_seconds=30,
+)

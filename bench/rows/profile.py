@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.machine.machine import wait
+from bench.machine.machine import release, wait
 from bench.peers import PEERS, Peer
 from bench.peers.engine import EnginePeer
-from bench.rows.parity import ParityJudge, fitted, fitted_pair
-from bench.rows.race import release
+from bench.report import charts
+from bench.report.tables import WHO, Cell, Table, figure, percent
+from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.setting import Setting
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing
@@ -31,23 +32,24 @@ GROUPS = {
 }
 REST = "elementwise"
 IDLE = "idle"
+PROFILED = ("upstream", "diffusers", "ours")
 CALLS = 3
 BATCH = 8  # of a peer whose best one is not known yet
 BUSY = 0.05  # of the time
 
 
-def rows(setting: Setting, judge: ParityJudge, names: Sequence[str], batches: dict[str, int]) -> list[dict[str, Any]]:
+def rows(run: BenchRun) -> Rows:
     """The share of each group of kernels in one call of each peer; idle is what no kernel filled."""
-    made = []
-    for name in names:
+    found = []
+    for name in PROFILED:
         try:
-            peer = PEERS[name].build(setting, PEERS[name].batch or batches.get(name, BATCH))
+            peer = PEERS[name].build(run.setting, PEERS[name].batch or run.batches.get(name, BATCH))
         except Missing:
             continue
-        made.append({"peer": name, **row_of(named(peer, setting), setting, judge)})
+        found.append({"peer": name, **row_of(named(peer, run.setting), run)})
         del peer
-        release(setting.device)
-    return made
+        release(run.setting.device)
+    return found
 
 
 def named(peer: Peer, setting: Setting) -> Peer:
@@ -58,11 +60,8 @@ def named(peer: Peer, setting: Setting) -> Peer:
     if setting.device.type != "cpu" or not isinstance(engine, FastEngine):
         return peer
     ops = SimpleNamespace(**{name: recorded(name, form) for name, form in vars(engine.ops).items()})
-    return EnginePeer(
-        FastEngine(setting.model, setting.reference.decoders, dtype=peer.dtype, device="cpu", ops=ops),
-        setting,
-        peer.batch,
-    )
+    named_engine = FastEngine(setting.model, setting.reference.decoders, dtype=peer.dtype, device="cpu", ops=ops)
+    return EnginePeer(named_engine, setting, peer.batch)
 
 
 def recorded(name: str, form: Callable) -> Callable:
@@ -73,14 +72,9 @@ def recorded(name: str, form: Callable) -> Callable:
     return call
 
 
-def row_of(peer: Peer, setting: Setting, judge: ParityJudge) -> dict[str, Any]:
-    latents, context = (
-        fitted(judge.truth.seen[0], peer.batch).to(setting.device),
-        fitted_pair(judge.truth.context, peer.batch).to(setting.device),
-    )
-    shares, seconds = split(
-        lambda: peer.denoise(latents, setting.recipe.schedule.timesteps[0], context), setting.device
-    )
+def row_of(peer: Peer, run: BenchRun) -> dict[str, Any]:
+    inputs = run.judge.inputs(0, peer.batch)
+    shares, seconds = split(lambda: peer.denoise(*inputs), run.setting.device)
     return {"dtype": peer.dtype, "batch": peer.batch, "call_s": round(seconds / peer.batch, 6), "shares": shares}
 
 
@@ -97,11 +91,10 @@ def split(call: Callable[[], object], device: torch.device) -> tuple[dict[str, f
         wait(device)
         whole = time.perf_counter() - begin
     busy = threads_of(seen) if is_cpu else kernels_of(seen)
-    lanes = [
-        groups for groups in busy if sum(groups.values()) > BUSY * whole
-    ]  # a thread that only hands out work is none of those that do it
-    filled = max(len(lanes) * whole, sum(sum(groups.values()) for groups in lanes))
-    shares = {group: round(sum(groups[group] for groups in lanes) / filled, 4) for group in (*GROUPS, REST)}
+    # A thread that only hands out work is none of those that do it.
+    workers = [groups for groups in busy if sum(groups.values()) > BUSY * whole]
+    filled = max(len(workers) * whole, sum(sum(groups.values()) for groups in workers))
+    shares = {group: round(sum(groups[group] for groups in workers) / filled, 4) for group in (*GROUPS, REST)}
     return {**shares, IDLE: round(max(1 - sum(shares.values()), 0.0), 4)}, whole / CALLS
 
 
@@ -124,3 +117,18 @@ def kernels_of(seen: profile) -> list[dict[str, float]]:
 
 def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
+
+
+def share_of(group: str) -> Cell:
+    return lambda row: percent(row["shares"].get(group))
+
+
+COLUMNS = {**WHO, "ms/image": figure("call_s", 1e3), **{group: share_of(group) for group in (*GROUPS, REST, IDLE)}}
+MEASUREMENT = Measurement(
+    "profile",
+    "Time of one UNet call by kind of kernel",
+    rows,
+    (Table(COLUMNS),),
+    {"profile": charts.profile},
+    least_seconds=60,
+)

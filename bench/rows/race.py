@@ -1,36 +1,37 @@
-"""Who makes labelled samples how fast: every peer judged first, then timed in turn with the others in one process."""
+"""Throughput of labelled samples: every peer is compared with the reference first, then timed in turn with the others
+in one process.
+"""
 
 from __future__ import annotations
 
-import gc
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.machine.machine import is_out_of_memory, joules, peak, wait
-from bench.machine.measure import Rounds, interleaved
-from bench.peers import PEERS, Offer, Peer
+from bench.machine.machine import is_out_of_memory, meter, peak, release, wait
+from bench.machine.measure import Rounds, interleaved, mib, spread
+from bench.peers import OURS, PEERS, Offer, Peer
+from bench.report.tables import Row
 from bench.rows import parity
+from bench.rows.measurement import BenchRun, Rows
 from bench.setting import Setting
-from datasetdm_fast.data import Request, Sample
+from datasetdm_fast.data import Sample
 from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.labels import label_files
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
 SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long
-OURS = "ours"
 DRAWN = ("diffusers-1", "diffusers", "diffusers-compiled", "tensorrt", OURS)  # whose images alone are timed as well
+LEAST_ROUNDS = 2
 
 
 @dataclass
 class Runner:
-    """A peer that was built and judged."""
+    """A peer that was built and compared."""
 
     name: str
     peer: Peer
@@ -38,60 +39,48 @@ class Runner:
 
 
 def race(
-    setting: Setting,
-    names: Sequence[str],
-    judge: parity.ParityJudge,
-    limits: dict[str, Any],
-    seconds: float,
-    *,
-    offers: Mapping[str, Offer] = PEERS,
-    batches: dict[str, int] | None = None,
-    draws: bool = False,
-) -> list[dict[str, Any]]:
-    """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times.
-
-    `batches` holds batch sizes that are known to be best and takes those that are found; with `draws` the images alone
-    are timed as well.
+    run: BenchRun, names: Sequence[str], offers: Mapping[str, Offer] = PEERS, without_labels: bool = False
+) -> Rows:
+    """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times; those of
+    images alone too where `without_labels` asks for them.
     """
-    batches = {} if batches is None else batches
-    prepared = [prepare(setting, name, offers[name], judge, batches) for name in names]
+    setting, device = run.setting, run.setting.device
+    prepared = [prepare(run, name, offers[name]) for name in names]
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
-        finished = {
-            runner.name: finisher(runner.peer, setting.batch(runner.peer.batch), Path(folder)) for runner in runners
-        }
-        for runner in (
-            runners if setting.device.type == "cuda" else ()
-        ):  # the first batch also tuned, in memory of its own
-            runner.row["peak_mib"] = mib(peak(setting.device, finished[runner.name])[1])
-        add_times(runners, interleaved(finished, seconds, meter(setting), least=2), setting, limits)
-    if draws:
-        drawn = [runner for runner in runners if runner.name in DRAWN]
-        images = {runner.name: drawer(runner.peer, setting.batch(runner.peer.batch)) for runner in drawn}
-        add_draws(drawn, interleaved(images, seconds / 6, meter(setting), least=1))
-    rows = [row for row, _ in prepared]
+        whole = {one.name: to_files(one.peer, setting, Path(folder)) for one in runners}
+        for one in runners if device.type == "cuda" else ():  # the first batch also tuned, in memory of its own
+            one.row["peak_mib"] = mib(peak(device, whole[one.name])[1])
+        add_times(runners, interleaved(whole, run.seconds, meter(device), least=LEAST_ROUNDS), setting, run.limits)
+    if without_labels:
+        drawn = [one for one in runners if one.name in DRAWN]
+        images = {one.name: lambda one=one: one.peer.draw(setting.batch(one.peer.batch)) for one in drawn}
+        taken = interleaved(images, run.seconds / 6, meter(device), least=1)
+        for one in drawn:
+            one.row["images_alone_s"] = spread([value / one.peer.batch for value in taken[one.name].seconds])
+    found = [row for row, _ in prepared]
     del prepared, runners
-    release(setting.device)
-    return rows
+    release(device)
+    return found
 
 
-def prepare(
-    setting: Setting, name: str, offer: Offer, judge: parity.ParityJudge, batches: dict[str, int]
-) -> tuple[dict[str, Any], Runner | None]:
+def prepare(run: BenchRun, name: str, offer: Offer) -> tuple[dict[str, Any], Runner | None]:
     """The row of a peer so far, and the peer itself where it may be timed."""
     row: dict[str, Any] = {"peer": name, "title": offer.title}
-    known = offer.batch or batches.get(offer.like or name, 0)
+    if offer.not_on_cpu and run.setting.device.type == "cpu":
+        return row | {"status": "absent", "why": offer.not_on_cpu}, None
+    known = offer.batch or run.batches.get(offer.like or name, 0)
     try:
         begin = time.perf_counter()
-        peer = offer.build(setting, known or 1)
-        wait(setting.device)
+        peer = offer.build(run.setting, known or 1)
+        wait(run.setting.device)
         row |= {"dtype": peer.dtype, "load_s": round(time.perf_counter() - begin, 3)}
         if not known:
-            peer.batch, row["tried"] = best_batch(peer, setting, judge)
-        first, row["first_s"], most = first_batch(peer, setting)
+            peer.batch, row["tried"] = best_batch(peer, run)
+        first, row["first_s"], most = first_batch(peer, run.setting)
         row |= {"batch": peer.batch, "peak_mib": mib(most)}
-        batches.setdefault(name, peer.batch)
-        judged = judge.rows(peer, first)
+        run.batches.setdefault(name, peer.batch)
+        judged = run.judge.rows(peer, first)
     except Missing as error:
         return row | {"status": "absent", "why": error.cause}, None
     except GateFailed as error:
@@ -99,9 +88,10 @@ def prepare(
     except Exception as error:
         status = "failed" if offer.must_run and not is_out_of_memory(error) else "absent"
         return row | {"status": status, "why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}, None
-    row["parity"] = parity.document(judged)
+    row["parity"] = [asdict(one) | {"passed": one.is_passed} for one in judged]
     if failed := parity.failures(judged):
-        return row | {"status": "failed", "why": "does not say what the oracle says: " + "; ".join(failed)}, None
+        why = "its outputs do not match the reference's: " + "; ".join(failed)
+        return row | {"status": "failed", "why": why}, None
     row["status"] = "ok"
     return row, Runner(name, peer, row)
 
@@ -122,23 +112,20 @@ def first_batch(peer: Peer, setting: Setting) -> tuple[list[Sample], float, int]
         release(setting.device)
 
 
-def best_batch(peer: Peer, setting: Setting, judge: parity.ParityJudge) -> tuple[int, list[dict[str, Any]]]:
+def best_batch(peer: Peer, run: BenchRun) -> tuple[int, Rows]:
     """The batch size with the least time an image and UNet call, and for each that was tried these seconds and the
     memory of a call.
     """
-    truth, timestep, tried = judge.truth, setting.recipe.schedule.timesteps[0], []
-    for size in CANDIDATES[setting.quick]:
-        latents, context = (
-            parity.fitted(truth.seen[0], size).to(setting.device),
-            parity.fitted_pair(truth.context, size).to(setting.device),
-        )
+    tried, device, quick = [], run.setting.device, run.setting.quick
+    for size in CANDIDATES[quick]:
+        inputs = run.judge.inputs(0, size)
 
-        def call(latents=latents, context=context) -> None:
-            peer.denoise(latents, timestep, context)
+        def call(inputs=inputs) -> None:
+            peer.denoise(*inputs)
 
         try:
-            _, most = peak(setting.device, call)
-            rounds = interleaved({"call": call}, 0.2 if setting.quick else 0.3, meter(setting), least=2)
+            _, most = peak(device, call)
+            rounds = interleaved({"call": call}, 0.2 if quick else 0.3, meter(device), least=2)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -148,23 +135,9 @@ def best_batch(peer: Peer, setting: Setting, judge: parity.ParityJudge) -> tuple
     return next(row["batch"] for row in tried if row["call_s"] <= SAME * least), tried
 
 
-def meter(setting: Setting) -> Callable[[], float | None]:
-    """Waits for the device and reads its energy counter."""
-
-    def read() -> float | None:
-        wait(setting.device)
-        return joules(setting.device)
-
-    return read
-
-
-def finisher(peer: Peer, requests: Sequence[Request], folder: Path) -> Callable[[], None]:
+def to_files(peer: Peer, setting: Setting, folder: Path) -> Callable[[], None]:
     """One batch from prompts to files."""
-    return lambda: write(peer.make(requests), folder)
-
-
-def drawer(peer: Peer, requests: Sequence[Request]) -> Callable[[], object]:
-    return lambda: peer.draw(requests)
+    return lambda: write(peer.make(setting.batch(peer.batch)), folder)
 
 
 def write(samples: Iterable[Sample], folder: Path) -> None:
@@ -179,38 +152,22 @@ def write(samples: Iterable[Sample], folder: Path) -> None:
 
 def add_times(runners: Sequence[Runner], rounds: dict[str, Rounds], setting: Setting, limits: dict[str, Any]) -> None:
     """Times, rates and ratios into the rows; `ours_over` is how many times as many images ours makes, pair by pair."""
-    ours = rounds.get(OURS)
-    for runner in runners:
-        row, taken, batch = runner.row, rounds[runner.name], runner.peer.batch
-        each = [value / batch for value in taken.seconds]
-        row["seconds_per_image"] = spread(each)
-        rate = 1 / statistics.median(each)
+    each = {one.name: [value / one.peer.batch for value in rounds[one.name].seconds] for one in runners}
+    for one in runners:
+        row, joules = one.row, rounds[one.name].joules
+        rate = 1 / statistics.median(each[one.name])
+        row["seconds_per_image"] = spread(each[one.name])
         row["images_per_second"] = round(rate, 4)
         row["tflops"] = round(rate * setting.flops / 1e12, 4)
         limit = limits["tflops"].get(row["dtype"])
         row["share_of_products"] = round(row["tflops"] / limit, 4) if limit else None
-        row["joules_per_image"] = round(statistics.median(taken.joules) / batch, 2) if taken.joules else None
-        if ours:
-            first = next(one for one in runners if one.name == OURS).peer.batch
-            row["ours_over"] = spread([a / (b / first) for a, b in zip(each, ours.seconds)])
+        row["joules_per_image"] = round(statistics.median(joules) / one.peer.batch, 2) if joules else None
+        if OURS in each:
+            row["ours_over"] = spread([theirs / own for theirs, own in zip(each[one.name], each[OURS])])
 
 
-def add_draws(runners: Sequence[Runner], rounds: dict[str, Rounds]) -> None:
-    for runner in runners:
-        runner.row["images_alone_s"] = spread([value / runner.peer.batch for value in rounds[runner.name].seconds])
-
-
-def mib(count: int) -> float:
-    return round(count / 2**20, 1)
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Least, median and most, and every round."""
-    kept = [float(f"{value:.5g}") for value in values]
-    return {"least": min(kept), "median": float(f"{statistics.median(values):.5g}"), "most": max(kept), "rounds": kept}
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def ratio(first: Row, second: Row) -> dict[str, float]:
+    """Least, median and most of the second's seconds an image over the first's, pair by pair."""
+    ours_over = [row["ours_over"]["rounds"] for row in (first, second)]
+    pairs = [theirs / own for own, theirs in zip(*ours_over)]
+    return {"least": round(min(pairs), 3), "median": round(statistics.median(pairs), 3), "most": round(max(pairs), 3)}

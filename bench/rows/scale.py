@@ -1,5 +1,5 @@
-"""What the driver itself costs an image, with an engine that costs nothing, how fast samples are written, and what a
-second rank brings.
+"""What the generation loop itself costs an image, with an engine that costs nothing, how fast samples are written, and
+what a second rank adds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ import numpy as np
 import torch
 
 from bench.machine.machine import ROOT
-from bench.machine.measure import status
-from bench.rows.race import mib
+from bench.machine.measure import interleaved, mib, status
+from bench.report.tables import Cell, Row, Table, count, figure, memory, number, text
+from bench.rows.measurement import BenchRun, Measurement, Rows
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
-from datasetdm_fast.generation import driver, job, prompts, run, settings
+from datasetdm_fast.generation import driver, job, prompts, settings
+from datasetdm_fast.generation import run as generation
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.plan import make_plan
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
@@ -43,7 +45,8 @@ SCENES = {True: (128,), False: (128, 512)}  # pixels of the rendered scenes that
 SCENE_TASKS = ("semantic", "instance", "depth", "pose")
 SCENE_COUNT, SCENE_SECONDS = 32, 1.0
 RANKS = (1, 2)
-RANK_IMAGES, RANK_BATCH, RANK_STEPS = 16, 4, 8
+RANK_IMAGES, RANK_BATCH, RANK_STEPS = 16, 4, 8  # images for each rank
+MOST_GAIN = 1.15  # a rank adds no more than one alone makes, but for what timing is uncertain by
 
 
 class TimedStub(StubEngine):
@@ -66,18 +69,16 @@ class TimedStub(StubEngine):
         return call
 
 
-def rows(is_quick: bool) -> list[dict[str, Any]]:
-    found = [
-        *driver_rows(MARKS[is_quick]),
-        *(scene_row(size) for size in SCENES[is_quick]),
-        disk_row(20 if is_quick else 200),
-    ]
-    return found if is_quick else [*found, *rank_rows()]
+def rows(run: BenchRun) -> Rows:
+    quick = run.setting.quick
+    scenes = [scene_row(size) for size in SCENES[quick]]
+    found = [*loop_rows(MARKS[quick]), *scenes, disk_row(20 if quick else 200)]
+    return found if quick else [*found, *rank_rows({ranks: images_per_second(ranks) for ranks in RANKS})]
 
 
-def driver_rows(marks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One run of the real driver: at each mark, core milliseconds an image since the one before, by what they went
-    into, and the memory held.
+def loop_rows(marks: tuple[int, ...]) -> Rows:
+    """One run of the real generation loop: at each mark, core milliseconds an image since the one before, by what they
+    went into, and the memory held.
 
     Files and rows are written in threads, so an image takes less time than the cores work for it; `wall` is that time.
     The last row also says what the index files and the gallery, which are made at the end, cost an image.
@@ -87,42 +88,36 @@ def driver_rows(marks: tuple[int, ...]) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what the engine spends must be in the thread that is asked for it
     try:
-        apart = alone(engine, recipe)
-        with scratch() as folder:
-            return marked_run(engine, recipe, folder / "run", marks, apart)
+        alone = costs_alone(engine, recipe)
+        with memory_folder() as folder:
+            return marked_run(engine, stub_job(engine, recipe, folder / "run", marks[-1]), marks, alone)
     finally:
         torch.set_num_threads(threads)
 
 
-def marked_run(
-    engine: TimedStub, recipe: Recipe, folder: Path, marks: tuple[int, ...], apart: dict[str, float]
-) -> list[dict[str, Any]]:
+def marked_run(engine: TimedStub, task: job.Job, marks: tuple[int, ...], alone: dict[str, float]) -> Rows:
     made, found, before = 0, [], (0, time.perf_counter(), time.process_time(), engine.spent)
 
-    def count(new: int) -> None:
+    def on_commit(new: int) -> None:
         nonlocal made, before
         made += new
         if len(found) < len(marks) and made >= marks[len(found)]:
             now = (made, time.perf_counter(), time.process_time(), engine.spent)
             wall, whole, inside = ((b - a) / (made - before[0]) for a, b in zip(before[1:], now[1:]))
-            spent = {
-                "engine": inside,
-                **apart,
-                "own": max(whole - inside - sum(apart.values()), 0.0),
-                "whole": whole,
-                "wall": wall,
-            }
+            own = max(whole - inside - sum(alone.values()), 0.0)
+            spent = {"engine": inside, **alone, "own": own, "whole": whole, "wall": wall}
             parts = {name: round(1000 * value, 4) for name, value in spent.items()}
-            found.append({"images": made, "pixels": recipe.size, "resident_mib": mib(status("VmRSS")), "ms": parts})
+            resident = mib(status("VmRSS"))
+            found.append({"images": made, "pixels": task.recipe.size, "resident_mib": resident, "ms": parts})
             before = now
 
-    run.run(stub_job(engine, recipe, folder, marks[-1]), on_commit=count)
-    closing = 1000 * (time.process_time() - before[2]) / marks[-1]
-    return [*found[:-1], found[-1] | {"closing_ms": round(closing, 4)}]
+    generation.run(task, on_commit=on_commit)
+    found[-1]["closing_ms"] = round(1000 * (time.process_time() - before[2]) / marks[-1], 4)
+    return found
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
+def memory_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=IN_MEMORY if os.path.isdir(IN_MEMORY) else None) as folder:
         yield Path(folder)
 
@@ -130,115 +125,84 @@ def scratch() -> Iterator[Path]:
 def stub_job(engine: StubEngine, recipe: Recipe, folder: Path, number: int) -> job.Job:
     config = RunConfig(out=str(folder), number=number, task=recipe.tasks, prompts="a ball", batch_size=BATCH)
     source = prompts.read_source(config)
-    plan = make_plan(source, engine.model.tokenizer, number=number, seed=0, batch_size=config.batch_size)
+    plan = make_plan(source, engine.model.tokenizer, number=number, seed=0, batch_size=BATCH)
     document = job.describe(settings.identity(config, source), plan, engine, recipe, {})
     return job.Job(config, plan, engine, recipe, document, 0)
 
 
-def alone(engine: TimedStub, recipe: Recipe) -> dict[str, float]:
-    """Seconds an image of post-processing, encoding and writing, each by itself on samples of the same kind."""
-    config = RunConfig(prompts="a ball", number=MEASURED)
-    plan = make_plan(prompts.read_source(config), engine.model.tokenizer, number=MEASURED, seed=0, batch_size=BATCH)
-    samples = [
-        sample
-        for _, made in driver.generate((plan.batch(k) for k in range(len(plan))), engine, recipe)
-        for sample in made
-    ]
-    encoded, encoding = clocked(lambda: [label_files.encode(sample, "png")[0] for sample in samples])
-    with scratch() as folder:
-        files = [
-            {folder / name: content for made in encoded[k : k + BATCH] for name, content in made.values()}
-            for k in range(0, MEASURED, BATCH)
-        ]
-        _, writing = clocked(lambda: [storage.publish(batch) for batch in files])
-    _, labelling = clocked(lambda: relabel(engine, samples, recipe))
-    return {"post-process": labelling / MEASURED, "encode": encoding / MEASURED, "write": writing / MEASURED}
+def costs_alone(engine: TimedStub, recipe: Recipe) -> dict[str, float]:
+    """Core seconds an image of post-processing, encoding and writing, each alone on samples of the same kind."""
+    plan = stub_job(engine, recipe, Path("none"), MEASURED).plan
+    batches = [made for _, made in driver.generate((plan.batch(k) for k in range(len(plan))), engine, recipe)]
+    encoded: list[dict[str, Any]] = []
+
+    def encode() -> None:
+        encoded.extend(label_files.encode(sample, "png")[0] for made in batches for sample in made)
+
+    def write() -> None:
+        for first in range(0, MEASURED, BATCH):
+            batch = encoded[first : first + BATCH]
+            storage.publish({folder / name: content for files in batch for name, content in files.values()})
+
+    with memory_folder() as folder:
+        calls = {"post-process": lambda: relabel(engine, batches, recipe), "encode": encode, "write": write}
+        rounds = interleaved(calls, 0.0, least=1)
+    return {name: taken.cpu_seconds[0] / MEASURED for name, taken in rounds.items()}
 
 
-def relabel(engine: TimedStub, samples: list[Sample], recipe: Recipe) -> None:
+def relabel(engine: TimedStub, batches: Sequence[Sequence[Sample]], recipe: Recipe) -> None:
     """Post-processing of as many images, in batches."""
-    latents, context = (
-        torch.zeros(BATCH, 4, recipe.size // FACTOR, recipe.size // FACTOR),
-        torch.zeros(2 * BATCH, 77, 2),
-    )
+    side = recipe.size // FACTOR
+    latents, context = torch.zeros(BATCH, 4, side, side), torch.zeros(2 * BATCH, 77, 2)
     _, capture = StubEngine.denoise_and_capture(engine, latents, 0, context)
-    for first in range(0, len(samples), BATCH):
-        requests = [sample.request for sample in samples[first : first + BATCH]]
+    for batch in batches:
         for task in TASKS:
-            driver.postprocess(
-                task, requests, StubEngine.annotate(engine, task, capture), engine.decoders[task].config, recipe
-            )
+            raw = StubEngine.annotate(engine, task, capture)
+            driver.postprocess(task, [sample.request for sample in batch], raw, engine.decoders[task].config, recipe)
 
 
-def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
-    """The answer of `call`, and the seconds that cores worked for it."""
-    begin = time.process_time()
-    answer = call()
-    return answer, time.process_time() - begin
+@contextmanager
+def scene_run(size: int, number: int, place: Path) -> Iterator[tuple[RunFolder, list[Sample], Recipe]]:
+    """An open run folder, and rendered scenes in place of generated samples."""
+    engine = StubEngine(size=size, tasks=SCENE_TASKS)
+    recipe = make_recipe(engine, SCENE_TASKS)
+    task = stub_job(engine, recipe, place / "run", number)
+    with RunFolder(task.folder, task.document) as folder:
+        yield folder, [scene(index, size) for index in range(number)], recipe
 
 
 def scene_row(size: int) -> dict[str, Any]:
-    """Images a second that the threads of a run encode and write with four kinds of labels, rendered scenes in place of
-    generated ones.
-    """
-    engine = StubEngine(size=size, tasks=SCENE_TASKS)
-    recipe = make_recipe(engine, SCENE_TASKS)
-    samples = [scene(index, size) for index in range(SCENE_COUNT)]
-    with scratch() as place:
-        task = stub_job(engine, recipe, place / "run", SCENE_COUNT)
-        with RunFolder(task.folder, task.document) as folder:
-            begin, worked, count = time.perf_counter(), time.process_time(), 0
-            while time.perf_counter() < begin + SCENE_SECONDS:
-                with BackgroundWriter(folder, lambda _: None) as writing:
-                    for first in range(0, SCENE_COUNT, BATCH):
-                        writing.put(samples[first : first + BATCH], recipe.facts)
-                count += SCENE_COUNT
-            seconds, cores = time.perf_counter() - begin, time.process_time() - worked
-    return {
-        "pixels": size,
-        "written": count,
-        "images_per_second": round(count / seconds, 1),
-        "core_ms": round(1e3 * cores / count, 3),
-    }
+    """Images a second that the threads of a run encode and write with four kinds of labels."""
+    with memory_folder() as place, scene_run(size, SCENE_COUNT, place) as (folder, samples, recipe):
+        begin, worked, written = time.perf_counter(), time.process_time(), 0
+        while time.perf_counter() < begin + SCENE_SECONDS:
+            with BackgroundWriter(folder, lambda _: None) as writing:
+                for first in range(0, SCENE_COUNT, BATCH):
+                    writing.put(samples[first : first + BATCH], recipe.facts)
+            written += SCENE_COUNT
+        seconds, cores = time.perf_counter() - begin, time.process_time() - worked
+    rates = {"images_per_second": round(written / seconds, 1), "core_ms": round(1e3 * cores / written, 3)}
+    return {"pixels": size, "written": written, **rates}
 
 
-def disk_row(count: int) -> dict[str, Any]:
+def disk_row(rounds: int) -> dict[str, Any]:
     """Milliseconds of a commit of one batch, and of making one sample's files durable, on the disk of temporary
     files.
     """
-    engine = StubEngine(size=SCENES[True][0], tasks=SCENE_TASKS)
-    recipe = make_recipe(engine, SCENE_TASKS)
-    samples = [scene(index, recipe.size) for index in range(BATCH)]
-    with tempfile.TemporaryDirectory() as place:
-        task = stub_job(engine, recipe, Path(place, "run"), BATCH)
-        with RunFolder(task.folder, task.document) as folder:
-            folder.unseal()
-            files = [
-                {task.folder / name: content for name, content in label_files.encode(sample, "png")[0].values()}
-                for sample in samples
-            ]
-            together = {path: content for made in files for path, content in made.items()}
-            written = folder.write(samples, recipe.facts)
-            commits, publishes = (
-                clock(call, count)
-                for call in (lambda: folder.ledger.commit(written), lambda: storage.publish(together))
-            )
-    return {
-        "commit_ms": round(1e3 * commits, 3),
-        "rows": BATCH,
-        "publish_ms": round(1e3 * publishes / BATCH, 3),
-        "files": len(together) // BATCH,
-    }
-
-
-def clock(call: Callable[[], object], count: int) -> float:
-    """Median seconds."""
-    taken = []
-    for _ in range(count):
-        begin = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+    with tempfile.TemporaryDirectory() as place, scene_run(SCENES[True][0], BATCH, Path(place)) as run:
+        folder, samples, recipe = run
+        folder.unseal()
+        files = {
+            folder.path / name: content
+            for sample in samples
+            for name, content in label_files.encode(sample, "png")[0].values()
+        }
+        written = folder.write(samples, recipe.facts)
+        calls = {"commit": lambda: folder.ledger.commit(written), "publish": lambda: storage.publish(files)}
+        taken = interleaved(calls, 0.0, least=rounds)
+    commit, publish = (1e3 * statistics.median(taken[name].seconds) for name in calls)
+    times = {"commit_ms": round(commit, 3), "rows": BATCH, "publish_ms": round(publish / BATCH, 3)}
+    return {**times, "files": len(files) // BATCH}
 
 
 def scene(index: int, size: int) -> Sample:
@@ -246,54 +210,83 @@ def scene(index: int, size: int) -> Sample:
     view = world.view(index, size)
     present = [k for k in range(1, len(view.scene.things) + 1) if (view.instance == k).any()]
     kinds = np.array([world.THINGS.index(view.scene.things[k - 1].kind) for k in present], np.int64)
-    people = np.stack([*view.keypoints.values(), np.zeros((len(world.JOINTS), 3))]).astype(np.float32)[
-        : len(view.keypoints)
-    ]
-    sure = np.random.default_rng(index).random(view.semantic.shape, np.float32)
+    people = np.array(list(view.keypoints.values()), np.float32).reshape(-1, len(world.JOINTS), 3)
+    confidence = 1 - np.random.default_rng(index).random(view.semantic.shape, np.float32) ** 4
+    masks, scores = view.instance == np.array(present)[:, None, None], np.ones(len(present), np.float32)
+    visible, sure = people[..., 2].astype(np.int64), np.ones(len(people), np.float32)
     labels = {
-        "semantic": SemanticMap(view.semantic, 1 - sure**4, world.CLASSES),
-        "instance": Instances(
-            view.instance == np.array(present)[:, None, None], kinds, np.ones(len(present), np.float32), world.THINGS
-        ),
+        "semantic": SemanticMap(view.semantic, confidence, world.CLASSES),
+        "instance": Instances(masks, kinds, scores, world.THINGS),
         "depth": DepthMap(view.depth, world.MAX_DEPTH),
-        "pose": Keypoints(
-            people, people[..., 2].astype(np.int64), np.ones(len(people), np.float32), world.JOINTS, world.LIMBS
-        ),
+        "pose": Keypoints(people, visible, sure, world.JOINTS, world.LIMBS),
     }
     return Sample(Request(index, view.caption, index), view.image, labels)
 
 
-def rank_rows() -> list[dict[str, Any]]:
-    """The demo model with one and with two ranks of one thread each, as the command runs them."""
-    return [{"ranks": ranks, "images": RANK_IMAGES, "images_per_second": round(pace(ranks), 4)} for ranks in RANKS]
-
-
-def pace(ranks: int) -> float:
-    """Images a second from the first files to the last, so that loading is left out, and with it the first batch of
-    each rank.
-    """
+def images_per_second(ranks: int) -> float:
+    """Of the demo model with so many ranks of one thread each, as the command runs them."""
+    sizes = {"ranks": ranks, "threads": 1, "number": ranks * RANK_IMAGES, "batch-size": RANK_BATCH, "steps": RANK_STEPS}
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as folder:
-        sizes = [
-            "--ranks",
-            ranks,
-            "--threads",
-            1,
-            "--number",
-            RANK_IMAGES,
-            "--batch-size",
-            RANK_BATCH,
-            "--steps",
-            RANK_STEPS,
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "datasetdm_fast.generate",
-            *map(str, sizes),
-            "--out",
-            f"{folder}/run",
-            "--quiet",
-        ]
+        command = [sys.executable, "-m", "datasetdm_fast.generate", *flags, "--out", f"{folder}/run", "--quiet"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        written = [path.stat().st_mtime_ns / 1e9 for path in Path(folder, "run", "images").iterdir()]
-    return (len(written) - ranks * RANK_BATCH) / (max(written) - min(written))
+        return rate([path.stat().st_mtime for path in Path(folder, "run", "images").iterdir()], ranks)
+
+
+def rate(made: Sequence[float], ranks: int) -> float:
+    """Images a second from the first image made to the last, given when each was made: loading is left out, and with it
+    the first batch of each rank, which was begun before.
+    """
+    return (len(made) - ranks * RANK_BATCH) / max(max(made) - min(made), 1e-9)
+
+
+def rank_rows(rates: dict[int, float]) -> Rows:
+    """A row for each number of ranks, failed where they make more images than so many of one rank could."""
+    found = []
+    for ranks, each in rates.items():
+        row = {"ranks": ranks, "images": ranks * RANK_IMAGES, "images_per_second": round(each, 4), "status": "ok"}
+        if each > MOST_GAIN * ranks * rates[1]:
+            why = f"{each / rates[1]:.3g} times the rate of one rank, which {ranks} ranks cannot reach"
+            row |= {"status": "failed", "why": why}
+        found.append(row)
+    return found
+
+
+def with_key(key: str) -> Callable[[Sequence[Row]], list[Row]]:
+    return lambda found: [row for row in found if key in row]
+
+
+def against_one(found: Sequence[Row]) -> list[Row]:
+    ranked = with_key("ranks")(found)
+    return [row | {"over_one": row["images_per_second"] / ranked[0]["images_per_second"]} for row in ranked]
+
+
+def part(name: str) -> Cell:
+    return lambda row: number(row["ms"].get(name))
+
+
+COSTS = ("engine", "post-process", "encode", "write", "own", "whole", "wall")
+LOOP = {"images made": count("images"), "pixels": text("pixels"), **{f"{name}, ms": part(name) for name in COSTS}}
+LOOP |= {"index and gallery, ms": figure("closing_ms"), "resident": memory("resident_mib")}
+WRITING = {"pixels": text("pixels"), "images/s encoded and written": figure("images_per_second")}
+WRITING |= {"core ms an image": figure("core_ms")}
+DISK = {"commit of a batch, ms": figure("commit_ms"), "rows": text("rows")}
+DISK |= {"one sample's files made durable, ms": figure("publish_ms"), "files": text("files")}
+BY_RANKS = {"ranks": text("ranks"), "images/s": figure("images_per_second"), "speed-up over one": figure("over_one")}
+MEASUREMENT = Measurement(
+    "scale",
+    "The generation loop's own cost: core milliseconds an image with an engine that computes next to nothing, files in "
+    "memory",
+    rows,
+    (
+        Table(LOOP, with_key("ms")),
+        Table(
+            WRITING,
+            with_key("written"),
+            title="Encoding and writing rendered scenes with four kinds of labels, files in memory",
+        ),
+        Table(DISK, with_key("commit_ms"), title="Waiting for the disk"),
+        Table(BY_RANKS, against_one, title="Ranks of one thread each"),
+    ),
+    least_seconds=60,
+)

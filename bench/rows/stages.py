@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.machine.measure import interleaved
+from bench.machine.machine import meter, release
+from bench.machine.measure import interleaved, spread
 from bench.machine.work import HALVES
-from bench.peers import PEERS
+from bench.peers import OURS, PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.upstream import Upstream
-from bench.rows.parity import ParityJudge, fitted, fitted_pair
-from bench.rows.race import OURS, meter, release, spread, write
+from bench.report.tables import Table, figure, share, spread_of, text
+from bench.rows.measurement import BenchRun, Measurement, Rows
+from bench.rows.parity import fitted
+from bench.rows.race import write
 from bench.setting import Setting
-from datasetdm_fast.agreement.distances import relative
+from datasetdm_fast.agreement.distances import by_image, relative
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.generation.driver import postprocess
@@ -38,66 +41,58 @@ class Stage(NamedTuple):
     flops: int = 0  # of one image
 
 
-def rows(
-    setting: Setting, judge: ParityJudge, limits: dict[str, Any], seconds: float, batch: int
-) -> list[dict[str, Any]]:
+def rows(run: BenchRun) -> Rows:
     """A row for each stage, its two forms compared before they are timed in turn."""
-    naive, ours = PEERS["upstream"].build(setting, 1), PEERS[OURS].build(setting, batch)
+    naive, ours = PEERS["upstream"].build(run.setting, 1), PEERS[OURS].build(run.setting, run.batch)
     with tempfile.TemporaryDirectory() as folder:
-        stages = chain(setting, judge, naive, ours, Path(folder))
-        made = [timed(stage, setting, limits, seconds / len(stages), ours) for stage in stages]
-    release(setting.device)
-    return made
+        stages = stages_of(run, naive, ours, Path(folder))
+        found = [timed(stage, run, run.seconds / 6 / len(stages), ours) for stage in stages]
+    release(run.setting.device)
+    return found
 
 
-def chain(setting: Setting, judge: ParityJudge, naive: Upstream, ours: EnginePeer, folder: Path) -> list[Stage]:
-    """The stages in the order of an image's way, each fed with what the oracle had there."""
-    engine, recipe, truth, batch = ours.engine, setting.recipe, judge.truth, ours.batch
-    prompts = [request.prompt for request in setting.batch(batch)]
-    call, captured = 0, recipe.capture_call
-    times = recipe.schedule.timesteps
-    many = {place: fitted(truth.seen[place], batch).to(setting.device) for place in (call, captured)}
-    contexts = {
-        1: fitted_pair(truth.context, 1).to(setting.device),
-        batch: fitted_pair(truth.context, batch).to(setting.device),
-    }
-    latents = fitted(truth.latents, batch).to(setting.device)
-    _, capture = engine.denoise_and_capture(many[captured], times[captured], contexts[batch])
-    naive.denoise_and_capture(many[captured][:1], times[captured], contexts[1])
-    samples = ours.make(setting.batch(batch))
+def stages_of(run: BenchRun, naive: Upstream, ours: EnginePeer, folder: Path) -> list[Stage]:
+    """The stages in the order of the computation, each given the reference's inputs."""
+    setting, engine, recipe, batch = run.setting, ours.engine, run.setting.recipe, ours.batch
+    requests, work = setting.batch(batch), setting.stages
+    prompts = [request.prompt for request in requests]
+    first, one_first = run.judge.inputs(0, batch), run.judge.inputs(0, 1)
+    captured, one_captured = run.judge.inputs(recipe.capture_call, batch), run.judge.inputs(recipe.capture_call, 1)
+    latents = fitted(run.judge.truth.latents, batch).to(setting.device)
+    _, capture = engine.denoise_and_capture(*captured)
+    naive.denoise_and_capture(*one_captured)
+    samples = ours.make(requests)
+    raw = {task: engine.annotate(task, capture) for task in recipe.tasks}
+    on_host = {task: {name: value[:1].cpu() for name, value in answer.items()} for task, answer in raw.items()}
 
-    def image() -> Tensor:
-        return torch.from_numpy(naive.image_of(latents[:1])).float()
+    def text_of_both() -> Tensor:
+        naive.encode_text([""])
+        return naive.encode_text(prompts[:1])
 
-    stages = [
-        Stage(
-            "text",
-            lambda: engine.encode_text(prompts),
-            lambda: (naive.encode_text([""]), naive.encode_text(prompts[:1]))[1],
-            "text",
-            setting.stages["text"],
-        ),
+    return [
+        Stage("text", lambda: engine.encode_text(prompts), text_of_both, "text", work["text"]),
         Stage(
             "call",
-            lambda: by_half(engine.denoise(many[call], times[call], contexts[batch])),
-            lambda: by_half(naive.denoise(many[call][:1], times[call], contexts[1])),
+            lambda: by_image(engine.denoise(*first)),
+            lambda: by_image(naive.denoise(*one_first)),
             "call",
-            HALVES * setting.stages["call"],
+            HALVES * work["call"],
         ),
         Stage(
             "captured call",
-            lambda: by_half(engine.denoise_and_capture(many[captured], times[captured], contexts[batch])[0]),
-            lambda: by_half(naive.captured(many[captured][:1], times[captured], contexts[1])),
+            lambda: by_image(engine.denoise_and_capture(*captured)[0]),
+            lambda: by_image(naive.captured(*one_captured)),
             "call",
-            HALVES * setting.stages["call"],
+            HALVES * work["call"],
         ),
         *(decoder_stage(task, naive, ours, capture) for task in recipe.tasks),
-        Stage("image", lambda: engine.decode_image(latents).float(), image, "image", setting.stages["image"]),
-    ]
-    raw = {task: engine.annotate(task, capture) for task in recipe.tasks}
-    on_host = {task: {name: value[:1].cpu() for name, value in answer.items()} for task, answer in raw.items()}
-    return [
-        *stages,
+        Stage(
+            "image",
+            lambda: engine.decode_image(latents).float(),
+            lambda: torch.from_numpy(naive.image_of(latents[:1])).float(),
+            "image",
+            work["image"],
+        ),
         Stage("post-process", lambda: labels(raw, setting, batch), lambda: labels(on_host, setting, 1)),
         Stage("encode", lambda: [encode(sample, "png") for sample in samples]),
         Stage("encode and write", lambda: write(samples, folder)),
@@ -109,19 +104,14 @@ def decoder_stage(task: str, naive: Upstream, ours: EnginePeer, capture: Any) ->
     the captured call.
     """
 
-    def first(answer: dict[str, Tensor]) -> Tensor:
+    def last(answer: dict[str, Tensor]) -> Tensor:
         return next(reversed(answer.values()))
 
     def slow() -> Tensor:
         with naive.arithmetic():
-            return first(naive.decoders[task](naive.capture()))
+            return last(naive.decoders[task](naive.capture()))
 
-    return Stage(f"decoder {task}", lambda: first(ours.engine.annotate(task, capture)), slow, "outputs")
-
-
-def by_half(noise: Tensor) -> Tensor:
-    """A CFG batch [2B, ...] as [B, 2, ...]."""
-    return noise.unflatten(0, (2, -1)).transpose(0, 1)
+    return Stage(f"decoder {task}", lambda: last(ours.engine.annotate(task, capture)), slow, "outputs")
 
 
 def labels(raw: dict[str, dict[str, Tensor]], setting: Setting, batch: int) -> list[list[Annotation]]:
@@ -129,27 +119,32 @@ def labels(raw: dict[str, dict[str, Tensor]], setting: Setting, batch: int) -> l
     return [postprocess(task, requests, answer, decoders[task].config, setting.recipe) for task, answer in raw.items()]
 
 
-def timed(stage: Stage, setting: Setting, limits: dict[str, Any], seconds: float, ours: EnginePeer) -> dict[str, Any]:
+def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict[str, Any]:
     """The row of a stage in seconds an image."""
     row: dict[str, Any] = {"stage": stage.name, "dtype": ours.dtype, "batch": ours.batch, "status": "ok"}
+    calls = {"ours": stage.ours} | ({"naive": stage.naive} if stage.naive else {})
     with torch.inference_mode():
         if stage.gate:
             row["error"] = error = float(relative(stage.ours()[:1].cpu(), stage.naive().cpu()).max())
             row["limit"] = limit = (EXACT if ours.dtype == "fp32" else ROUNDED)[stage.gate][1]
             if not error <= limit:
-                return row | {
-                    "status": "failed",
-                    "why": f"the two forms differ by {error:.1e}, expected at most {limit:.0e}",
-                }
-        calls = {"ours": stage.ours, **({"naive": stage.naive} if stage.naive else {})}
+                why = f"the two forms differ by {error:.1e}, expected at most {limit:.0e}"
+                return row | {"status": "failed", "why": why}
         for call in calls.values():
             call()
-        rounds = interleaved(calls, seconds, meter(setting))
-    row["ours_s"] = spread([value / ours.batch for value in rounds["ours"].seconds])
+        rounds = interleaved(calls, seconds, meter(run.setting.device))
+    each = [value / ours.batch for value in rounds["ours"].seconds]
+    row["ours_s"] = spread(each)
     if stage.naive:
         row["naive_s"] = spread(rounds["naive"].seconds)
-        row["ratio"] = spread([a / (b / ours.batch) for a, b in zip(rounds["naive"].seconds, rounds["ours"].seconds)])
+        row["ratio"] = spread([a / b for a, b in zip(rounds["naive"].seconds, each)])
     if stage.flops:
-        row["tflops"] = round(stage.flops / statistics.median(rounds["ours"].seconds) * ours.batch / 1e12, 4)
-        row["share_of_products"] = round(row["tflops"] / limits["tflops"][ours.dtype], 4)
+        row["tflops"] = round(stage.flops / statistics.median(each) / 1e12, 4)
+        row["share_of_products"] = round(row["tflops"] / run.limits["tflops"][ours.dtype], 4)
     return row
+
+
+COLUMNS = {"stage": text("stage"), "DatasetDM as written, ms/image": spread_of("naive_s", 1e3)}
+COLUMNS |= {"ours, ms/image": spread_of("ours_s", 1e3), "speed-up": spread_of("ratio", unit="×")}
+COLUMNS |= {"TFLOP/s": figure("tflops"), "share of peak": share("share_of_products")}
+MEASUREMENT = Measurement("stages", "Stage by stage", rows, (Table(COLUMNS),), least_seconds=60)

@@ -1,0 +1,73 @@
+"""Who makes labelled samples how fast, and the ratios between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from bench.peers import OURS, PEERS
+from bench.report import charts
+from bench.report.results import rows_of
+from bench.report.tables import Row, Table, figure, memory, share, span, spread_of, text
+from bench.rows.ladder import TECHNIQUES
+from bench.rows.measurement import BenchRun, Measurement, Rows
+from bench.rows.race import race, ratio
+
+RATIOS = {  # name -> (who is faster, than whom)
+    "fast_vs_torch": ("ours", "torch"),
+    "fast_vs_upstream": ("ours", "upstream"),
+    "fast_vs_diffusers_best": ("ours", "diffusers"),
+    "fast_vs_diffusers_1": ("ours", "diffusers-1"),
+    "fast_vs_diffusers_compiled": ("ours", "diffusers-compiled"),
+    "bf16_vs_torch": ("ours-bf16", "torch"),
+}
+
+
+def rows(run: BenchRun) -> Rows:
+    """The rows of all peers, which race together with the techniques of the ladder where those are asked for."""
+    techniques = tuple(TECHNIQUES) if run.races_ladder else ()
+    names = tuple(dict.fromkeys((*run.peers, *techniques)))
+    found = race(run, names, {**TECHNIQUES, **PEERS}, without_labels=not run.setting.quick)
+    run.ladder = [row | {"title": TECHNIQUES[one].title} for one in techniques for row in found if row["peer"] == one]
+    return [row for row in found if row["peer"] in run.peers]
+
+
+def by_name(document: dict[str, Any]) -> dict[str, Row]:
+    return {row["peer"]: row for row in rows_of(document, "peers")}
+
+
+def ratios(document: dict[str, Any]) -> dict[str, float]:
+    """How many times as many images the first makes as the second: the median over pairs of neighbours in time."""
+    found = {name: row for name, row in by_name(document).items() if row.get("status") == "ok" and "ours_over" in row}
+    return {
+        name: ratio(found[first], found[second])["median"]
+        for name, (first, second) in RATIOS.items()
+        if first in found and second in found
+    }
+
+
+COLUMNS = {"method": text("title"), "precision": text("dtype"), "batch": text("batch")}
+COLUMNS |= {"images/s": figure("images_per_second"), "s/image": spread_of("seconds_per_image")}
+COLUMNS |= {"s/image without labels": spread_of("images_alone_s"), "TFLOP/s": figure("tflops")}
+COLUMNS |= {"share of peak": share("share_of_products"), "memory": memory(), "J/image": figure("joules_per_image")}
+COLUMNS |= {"load": figure("load_s", unit=" s", digits=2), "first batch": figure("first_s", unit=" s", digits=2)}
+COLUMNS |= {"our speed-up": lambda row: "" if row["peer"] == OURS else span(row.get("ours_over"), unit="×")}
+MEASUREMENT = Measurement(
+    "peers", "Throughput of labelled samples", rows, (Table(COLUMNS, reason_at=3),), {"peers": charts.peers}
+)
+
+
+def one_by_one(names: Iterable[str]) -> tuple[Measurement, ...]:
+    """Each peer against ours in a part of its own, so that an interrupted run has what was done."""
+
+    def against_ours(name: str) -> Measurement:
+        return replace(
+            MEASUREMENT,
+            name=f"peers {name}",
+            title=f"{PEERS[name].title}, in turn with ours",
+            rows=lambda run: race(run, tuple(dict.fromkeys((name, OURS))), without_labels=True),
+            least_seconds=240 if "compiled" in name else 60,
+        )
+
+    return tuple(against_ours(name) for name in names)
