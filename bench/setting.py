@@ -1,6 +1,4 @@
-"""What every row of one measurement shares: model, decoders, prompts, noise and recipe, and what the oracle says of
-them.
-"""
+"""What every row of one run shares: model, decoders, prompts, recipe and the reference engine."""
 
 from __future__ import annotations
 
@@ -15,16 +13,8 @@ import torch
 from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders.checkpoint import (
-    DEMO,
-    Decoder,
-    build_decoder,
-    check_levels,
-    for_inference,
-    load_decoder,
-    load_decoders,
-    upstream,
-)
+from datasetdm_fast.decoders import checkpoint
+from datasetdm_fast.decoders.checkpoint import DEMO, Decoder, for_inference
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.torch import TorchEngine
@@ -39,11 +29,8 @@ TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unles
 # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls
 PROFILE = "0.14.0"
 COUNTED = {"semantic": 19, "instance": 80}  # classes of upstream's Cityscapes and COCO decoders
-SEEDED = {
-    **{task: ("segmentation", {"classes": tuple(str(k) for k in range(count))}) for task, count in COUNTED.items()},
-    "depth": ("depth", {}),
-    "pose": ("heatmap", {}),
-}
+SEEDED = {task: ("segmentation", {"classes": tuple(map(str, range(count)))}) for task, count in COUNTED.items()}
+SEEDED |= {"depth": ("depth", {}), "pose": ("heatmap", {})}
 
 
 @dataclass(frozen=True)
@@ -79,19 +66,10 @@ class Setting:
 
     def document(self) -> dict[str, Any]:
         """As a result file holds it."""
-        facts = {
-            "model": self.model.name,
-            "trained": self.is_trained,
-            "tasks": list(self.recipe.tasks),
-            "size": self.recipe.size,
-            "quick": self.quick,
-        }
-        return {
-            **facts,
-            "calls": len(self.recipe.schedule),
-            "guidance": self.recipe.guidance,
-            "tflop_per_image": round(self.flops / 1e12, 6),
-        }
+        recipe = self.recipe
+        facts = {"model": self.model.name, "trained": self.is_trained, "tasks": list(recipe.tasks), "size": recipe.size}
+        facts |= {"quick": self.quick, "calls": len(recipe.schedule), "guidance": recipe.guidance}
+        return facts | {"tflop_per_image": round(self.flops / 1e12, 6)}
 
 
 def open_setting(
@@ -101,43 +79,36 @@ def open_setting(
     loaded, target = load_model(model, size=size), resolve_device(device)
     folded, trained = shipped_decoders() if model == "demo" else seeded_decoders(loaded)
     for decoder in folded.values():
-        check_levels(decoder, loaded.levels)
+        checkpoint.check_levels(decoder, loaded.levels)
     reference = build_engine("torch", loaded, folded, device=str(target))
     recipe = make_recipe(reference, TASKS, steps=steps, profile=PROFILE)
     source = prompts.read_source(RunConfig(model="demo"))
     words = job.class_words(reference, TASKS, ())
     plan = make_plan(source, loaded.tokenizer, number=number, seed=0, batch_size=number, words=words)
-    return Setting(
-        reference, {task: decoder.to(target) for task, decoder in trained.items()}, recipe, tuple(plan), target, quick
-    )
+    trained = {task: decoder.to(target) for task, decoder in trained.items()}
+    return Setting(reference, trained, recipe, tuple(plan), target, quick)
 
 
 def shipped_decoders() -> tuple[dict[str, Decoder], dict[str, Decoder]]:
     """The demo's decoders by task, folded for inference and as they were trained."""
-    found = load_decoders("demo")
-    return {task: found[task] for task in TASKS}, {task: load_decoder(DEMO / task, strict=True) for task in TASKS}
+    folded = checkpoint.load_decoders("demo")
+    trained = {task: checkpoint.load_decoder(DEMO / task, strict=True) for task in TASKS}
+    return {task: folded[task] for task in TASKS}, trained
 
 
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
     """Decoders of upstream's form with seeded weights, as wide against the UNet as upstream's are, folded and not."""
     width = max(16, 256 * model.unet.config.block_out_channels[0] // 320 // 16 * 16)
-    sizes = {
-        "levels": model.levels,
-        "width": width,
-        "mask_dim": width,
-        "depth_width": 4 * width,
-        "feed_forward": 8 * width,
-    }
-    sizes["text_width"] = model.text_encoder.config.hidden_size
+    sizes = {"levels": model.levels, "text_width": model.text_encoder.config.hidden_size, "width": width}
+    sizes |= {"mask_dim": width, "depth_width": 4 * width, "feed_forward": 8 * width}
     trained = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for task, (kind, names) in SEEDED.items():
-            trained[task] = build_decoder(upstream(kind, task=task, min_area=0, **sizes, **names))
-    for convolution in (trained["depth"].last_layer_depth[0], trained["depth"].last_layer_depth[2]):
-        # As initialised, the head says the same depth everywhere and hides what it is given.
-        torch.nn.init.normal_(
-            convolution.weight, std=convolution.weight[0].numel() ** -0.5, generator=torch.Generator().manual_seed(1)
-        )
+            config = checkpoint.upstream(kind, task=task, min_area=0, **sizes, **names)
+            trained[task] = checkpoint.build_decoder(config)
+    for place in (0, 2):  # as initialised, the depth head gives the same depth everywhere and hides its inputs
+        weight, generator = trained["depth"].last_layer_depth[place].weight, torch.Generator().manual_seed(1)
+        torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
     folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
     return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}

@@ -39,7 +39,8 @@ for name, code in {questions!r}.items():
     try:
         exec(code, {{"tell": tell}})
     except BaseException as error:
-        print({mark!r} + json.dumps({{name: {{"problem": type(error).__name__ + ": " + " ".join(str(error).split())}}}}), flush=True)
+        problem = type(error).__name__ + ": " + " ".join(str(error).split())
+        print({mark!r} + json.dumps({{name: {{"problem": problem}}}}), flush=True)
 """
 
 # The questions one process is asked in turn; another goes on behind the one it crashed or hung at.

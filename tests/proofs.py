@@ -165,7 +165,8 @@ def _() -> str:
         "a file": f"open({str(CANARY)!r}, 'w')",
         "a file without Python's knowledge": f"libc.open({str(CANARY).encode()!r}, 65, 420)",
         "a connection": "socket.create_connection(('127.0.0.1', 9))",
-        "a connection without Python's knowledge": "libc.connect(libc.socket(2, 1, 0), bytes([2, 0, 0, 9, 127, 0, 0, 1]) + bytes(8), 16)",
+        "a connection without Python's knowledge": "libc.connect(libc.socket(2, 1, 0), "
+        "bytes([2, 0, 0, 9, 127, 0, 0, 1]) + bytes(8), 16)",
         "memory": "bytearray(1 << 40)",
     }
     desk = HERE / "desk"

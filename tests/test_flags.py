@@ -186,7 +186,8 @@ def test_a_bug_leaves_a_report_and_no_traceback_on_the_screen(capsys, tmp_path, 
 
 
 def child(code, **options):
-    lines = f"import os, sys, time\nfrom datasetdm_fast.command_line.ending import run_command\n{code}\nsys.exit(run_command(command))"
+    imports = "import os, sys, time\nfrom datasetdm_fast.command_line.ending import run_command"
+    lines = f"{imports}\n{code}\nsys.exit(run_command(command))"
     return subprocess.Popen(
         [sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )

@@ -222,7 +222,7 @@ def test_every_kernel_compiles_without_spills(dtype, targets):
 )
 def test_the_audit_finds_what_does_not_fit(op, sizes, said):
     plant = f"from datasetdm_fast.kernels import launch; launch.TABLE['untuned']['{op}', 16] = launch._row({sizes})"
-    run = "import sys; from bench.__main__ import dispatch; from datasetdm_fast.command_line.ending import run_command; sys.exit(run_command(dispatch))"
+    run = "import sys; from bench.__main__ import dispatch, run_command; sys.exit(run_command(dispatch))"
     ran = audit("--audit", "--ops", op, "--dtypes", "fp16", "--targets", "120", program=("-c", f"{plant}; {run}"))
     assert ran.returncode == 4, ran.stderr
     cause, remedy = ran.stderr.splitlines()

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.machine.machine import wait
+from bench.machine.measure import wait
 from bench.peers.upstream import arithmetic
 from datasetdm_fast.kernels import launch
 from datasetdm_fast.kernels.launch import jit, tl
 
 WINDOW = 0.01  # seconds; the fastest counts, and short ones meet a moment that nothing disturbs
 PRODUCT_SIDES = {"cpu": (512, 768, 1024), "cuda": (4096, 8192)}  # which of them is fastest depends on the library
-CONVOLUTION = {
-    "cpu": (16, 96, 16),
-    "cuda": (16, 640, 64),
-}  # images, channels in and out, cells a side; on a CPU faster than any product
+# Images, channels in and out, cells a side; on a CPU faster than any product.
+CONVOLUTION = {"cpu": (16, 96, 16), "cuda": (16, 640, 64)}
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}  # far beyond any cache
 CACHED = {"cpu": 2**16, "cuda": 2**24}  # numbers whose exponentials are taken, near the cores
 TURNS = 256  # exponentials a GPU thread takes of one number before it writes it
@@ -50,12 +48,8 @@ def measure(device: torch.device, seconds: float = 0.6) -> dict[str, Any]:
     bytes written), G/s of exponentials.
     """
     products = {name: product_rate(device, dtype, tf32, seconds) for name, (dtype, tf32) in types(device).items()}
-    return {
-        "tflops": products,
-        "gbps": copy_rate(device, seconds),
-        "gexps": exp_rate(device, seconds),
-        "seconds": seconds,
-    }
+    rates = {"tflops": products, "gbps": copy_rate(device, seconds), "gexps": exp_rate(device, seconds)}
+    return rates | {"seconds": seconds}
 
 
 def types(device: torch.device) -> dict[str, tuple[torch.dtype, bool]]:
@@ -82,9 +76,8 @@ def convolution(
     images: int, channels: int, side: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], object], int]:
     shapes = ((images, channels, side, side), (channels, channels, 3, 3))
-    x, weight = (
-        torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last) for shape in shapes
-    )
+    drawn = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    x, weight = (value.contiguous(memory_format=torch.channels_last) for value in drawn)
     return lambda: functional.conv2d(x, weight, padding=1), 2 * 9 * channels**2 * images * side**2
 
 
@@ -131,9 +124,6 @@ def nearest_limit(
         "exponentials": exps / (limits["gexps"] * 1e9) if limits["gexps"] else 0.0,
     }
     bound = max(least, key=least.get)
-    rates = {
-        "tflops": round(flops / seconds / 1e12, 4),
-        "gbps": round(moved / seconds / 1e9, 2),
-        "flop_per_byte": round(flops / max(moved, 1), 2),
-    }
+    rates = {"tflops": round(flops / seconds / 1e12, 4), "gbps": round(moved / seconds / 1e9, 2)}
+    rates["flop_per_byte"] = round(flops / max(moved, 1), 2)
     return {**rates, "bound": bound, "share": round(least[bound] / seconds, 4)}

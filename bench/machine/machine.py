@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 
-from bench.machine.measure import with_peak
 from bench.machine.nvml import Nvml
 from datasetdm_fast.version import __version__
 
@@ -80,41 +77,3 @@ def _git(*words: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *words], check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def wait(device: torch.device) -> None:
-    """Returns when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def meter(device: torch.device) -> Callable[[], float | None]:
-    """Waits for the device and reads its energy counter, where it has one."""
-
-    def read() -> float | None:
-        wait(device)
-        return nvml(device).joules if device.type == "cuda" else None
-
-    return read
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def peak(device: torch.device, call: Callable[[], Any]) -> tuple[Any, int]:
-    """The answer of `call` and the most bytes it needed: of the GPU all that was allocated, of a CPU what the process
-    grew by.
-    """
-    if device.type == "cpu":
-        return with_peak(call)
-    torch.cuda.reset_peak_memory_stats(device)
-    answer = call()
-    wait(device)
-    return answer, torch.cuda.max_memory_allocated(device)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)

@@ -1,4 +1,4 @@
-"""Time and memory of calls that take turns in one process."""
+"""Time, energy and memory of calls that take turns in one process."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.machine import machine
 from datasetdm_fast.errors import GateFailed, Missing
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -102,6 +103,44 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def mib(count: int) -> float:
     return round(count / 2**20, 1)
+
+
+def wait(device: torch.device) -> None:
+    """Returns when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def meter(device: torch.device) -> Callable[[], float | None]:
+    """Waits for the device and reads its energy counter, where it has one."""
+
+    def read() -> float | None:
+        wait(device)
+        return machine.nvml(device).joules if device.type == "cuda" else None
+
+    return read
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak(device: torch.device, call: Callable[[], Any]) -> tuple[Any, int]:
+    """The answer of `call` and the most bytes it needed: of the GPU all that was allocated, of a CPU what the process
+    grew by.
+    """
+    if device.type == "cpu":
+        return with_peak(call)
+    torch.cuda.reset_peak_memory_stats(device)
+    answer = call()
+    wait(device)
+    return answer, torch.cuda.max_memory_allocated(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:

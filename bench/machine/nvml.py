@@ -20,10 +20,8 @@ class Nvml:
             self._library = None
         self._handle = c_void_p()
         name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-        if self._library and (
-            self._library.nvmlInit_v2()
-            or self._library.nvmlDeviceGetHandleByUUID(c_char_p(name.encode()), byref(self._handle))
-        ):
+        wanted = c_char_p(name.encode()), byref(self._handle)
+        if self._library and (self._library.nvmlInit_v2() or self._library.nvmlDeviceGetHandleByUUID(*wanted)):
             self._library = None
 
     def _number(self, function: str, kind: type, *arguments: object) -> int | None:

@@ -32,16 +32,10 @@ def stage_flops(model: Model) -> dict[str, int]:
         unet, vae = UNet2DConditionModel.from_config(model.unet.config), AutoencoderKL.from_config(model.vae.config)
         text = CLIPTextModel(model.text_encoder.config)
         tokens = text.config.max_position_embeddings
-        latents, context, ids = (
-            torch.empty(1, 4, side, side),
-            torch.empty(1, tokens, text.config.hidden_size),
-            torch.zeros(1, tokens, dtype=torch.long),
-        )
-        return {
-            "text": flops(lambda: text(ids)),
-            "call": flops(lambda: unet(latents, 1, context)),
-            "image": flops(lambda: vae.decode(latents)),
-        }
+        latents, context = torch.empty(1, 4, side, side), torch.empty(1, tokens, text.config.hidden_size)
+        work = {"text": flops(lambda: text(torch.zeros(1, tokens, dtype=torch.long)))}
+        work["call"] = flops(lambda: unet(latents, 1, context))
+        return work | {"image": flops(lambda: vae.decode(latents))}
 
 
 def image_flops(stages: dict[str, int], calls: int) -> int:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from bench.peers import compiled, diffusers, engine, upstream, upstream_classes
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from bench.setting import Setting
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Peer(Protocol):
-    """Stages as engines.Engine has them, for the gates, and two ways to use them, which are timed."""
+    """Stages as engines.Engine has them, for the gates, and all of them together, which is timed."""
 
     dtype: str  # of UNet and autoencoder: fp32, tf32, fp16 or bf16
     rounds_text: bool  # whether the text encoder is stored in that type, too
@@ -31,10 +30,7 @@ class Peer(Protocol):
     ) -> tuple[Tensor, Capture | ProjectedCapture]: ...
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:
-        """As many labelled samples as there are requests."""
-
-    def draw(self, requests: Sequence[Request]) -> np.ndarray:
-        """Their images alone."""
+        """As many labelled samples as there are requests; what races without labels too has `draw`, its images."""
 
 
 class Offer(NamedTuple):

@@ -180,9 +180,6 @@ class Upstream:
         layers = [layer for place in (("mid",) if name == "low" else ("up", "down")) for layer in average[place, True]]
         return [layer.float()[None] for layer in layers if layer.shape[1] == side * side]
 
-    def draw(self, requests: Sequence[Request]) -> np.ndarray:
-        return self.image_of(self._sampled(requests))
-
     def make(self, requests: Sequence[Request]) -> list[Sample]:
         """The sample of the one request there is."""
         for buffer, first in self._first:

@@ -33,27 +33,14 @@ from datasetdm_fast.stages import LEVELS
 
 SIDE = 512  # pixels, fixed in upstream's loop
 GROUPS = 32  # of every norm, fixed in the UNet it vendors
-UNUSED = (
-    *(
-        "cv2",
-        "IPython",
-        "IPython.display",
-        "tqdm.notebook",
-        "black",
-        "mmcv",
-        "mmcv.cnn",
-        "mmcv.runner",
-        "torchvision",
-        "torchvision.transforms",
-    ),
-    *("detectron2", "detectron2.layers", "detectron2.config", "fvcore", "fvcore.nn", "fvcore.nn.weight_init"),
-)
-PACKAGES = (
-    "model",
-    "model.segment",
-    "model.diffusers",
-    "model.diffusers.models",
-)  # as bare folders: their __init__ imports more than is needed
+UNUSED = ("cv2", "IPython", "IPython.display", "tqdm.notebook", "black", "mmcv", "mmcv.cnn", "mmcv.runner")
+UNUSED += ("torchvision", "torchvision.transforms", "detectron2", "detectron2.layers", "detectron2.config")
+UNUSED += ("fvcore", "fvcore.nn", "fvcore.nn.weight_init")
+# As bare folders: their __init__ imports more than is needed.
+PACKAGES = ("model", "model.segment", "model.diffusers", "model.diffusers.models")
+# What upstream's UNet takes of a model's configuration.
+SIZES = ("sample_size", "in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels")
+SIZES += ("layers_per_block", "cross_attention_dim", "attention_head_dim", "norm_num_groups")
 DECODERS = {
     "segmentation": ("model.segment.transformer_decoder", "seg_decorder"),
     "depth": ("model.depth_module", "Depthmodule"),
@@ -115,12 +102,9 @@ def classes_of(path: Path, names: Sequence[str]) -> SimpleNamespace:
     tree = ast.parse(path.read_text(encoding="utf-8"))
 
     def is_wanted(node: ast.stmt) -> bool:
-        targets = (
-            [target.id for target in node.targets if isinstance(target, ast.Name)]
-            if isinstance(node, ast.Assign)
-            else [getattr(node, "name", "")]
-        )
-        return any(target in names for target in targets)
+        if isinstance(node, ast.Assign):
+            return any(isinstance(target, ast.Name) and target.id in names for target in node.targets)
+        return getattr(node, "name", "") in names
 
     found = {"abc": importlib.import_module("abc"), "__name__": path.stem}
     exec(compile(ast.Module([node for node in tree.body if is_wanted(node)], []), str(path), "exec"), found)
@@ -133,26 +117,14 @@ class UpstreamClasses:
     def __init__(self, setting: Setting, root: Path):
         self.setting, self.recipe, self.device = setting, setting.recipe, setting.device
         model = setting.model
-        self.store = classes_of(
-            root / "train.py", ("LOW_RESOURCE", "AttentionControl", "AttentionStore")
-        ).AttentionStore()
+        wanted = ("LOW_RESOURCE", "AttentionControl", "AttentionStore")
+        self.store = classes_of(root / "train.py", wanted).AttentionStore()
         self.store.activate = False
         with checkout(root):
             self.ptp = importlib.import_module("ptp_utils")
             self.module = importlib.import_module("model.unet")
             self.decoders = real_decoders(setting) if model.levels == SD1_LEVELS else own_decoders(setting)
-        config = dict(model.unet.config)
-        names = (
-            "sample_size",
-            "in_channels",
-            "out_channels",
-            "down_block_types",
-            "up_block_types",
-            "block_out_channels",
-            "layers_per_block",
-        )
-        names += ("cross_attention_dim", "attention_head_dim", "norm_num_groups")
-        self.unet = self.module.UNet2D(**{name: config[name] for name in names})
+        self.unet = self.module.UNet2D(**{name: model.unet.config[name] for name in SIZES})
         self.unet.load_state_dict(model.unet.state_dict())
         self.unet.eval().to(self.device)
         self.ptp.register_attention_control(self.unet, self.store)
@@ -168,10 +140,9 @@ class UpstreamClasses:
         return self.setting.reference.encode_text(prompts)  # transformers' own module, as upstream uses it
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+        moment = torch.tensor(timestep, device=self.device)
         with arithmetic(False):
-            return self.unet(
-                torch.cat([latents, latents]), torch.tensor(timestep, device=self.device), encoder_hidden_states=context
-            )["sample"]
+            return self.unet(torch.cat([latents, latents]), moment, encoder_hidden_states=context)["sample"]
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         self._clear()
@@ -185,11 +156,8 @@ class UpstreamClasses:
         features, average = self.module.get_feature_dic(), self.store.get_average_attention()
         maps = []
         for level in self.setting.model.levels:
-            layers = [
-                layer
-                for place in (("mid",) if level.name == "low" else ("up", "down"))
-                for layer in average[f"{place}_cross"]
-            ]
+            places = ("mid",) if level.name == "low" else ("up", "down")
+            layers = [layer for place in places for layer in average[f"{place}_cross"]]
             maps.append(tuple(layer[None] for layer in layers if layer.shape[1] == level.side**2))
         return Capture(tuple(tuple(features[name]) for name in LEVELS), tuple(maps))
 
@@ -197,16 +165,11 @@ class UpstreamClasses:
         self._clear()
         model, generator = self.setting.model, torch.Generator("cpu").manual_seed(request.seed)
         parts = (self.unet, model.vae, model.tokenizer, model.text_encoder, self.scheduler)
-        options = {
-            "num_inference_steps": self.recipe.facts["steps"],
-            "guidance_scale": self.recipe.guidance,
-            "Train": False,
-        }
+        options = {"num_inference_steps": self.recipe.facts["steps"], "guidance_scale": self.recipe.guidance}
         with arithmetic(False):
-            return self.ptp.text2image(*parts, [request.prompt], self.store, generator=generator, **options)[0]
-
-    def draw(self, requests: Sequence[Request]) -> np.ndarray:
-        return self._run(*requests)
+            return self.ptp.text2image(
+                *parts, [request.prompt], self.store, generator=generator, Train=False, **options
+            )[0]
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:
         for buffer, first in self._first:
@@ -259,23 +222,13 @@ def real_decoders(setting: Setting) -> dict[str, nn.Module]:
 
 
 def build(setting: Setting, batch: int) -> UpstreamClasses:
-    named_root = os.environ.get("DATASETDM_UPSTREAM")
-    if not named_root:
-        raise Missing(
-            "DatasetDM's own classes: DATASETDM_UPSTREAM is not set", "set it to a checkout of showlab/DatasetDM"
-        )
-    recipe = setting.recipe
-    if (
-        recipe.size != SIDE
-        or recipe.schedule.timesteps[recipe.capture_call] not in (0, 1)
-        or setting.model.unet.config.norm_num_groups != GROUPS
-    ):
-        raise Missing(
-            f"DatasetDM's own classes: they are made for {SIDE} pixels, the last call and norms of {GROUPS} groups",
-            "measure random-sd14",
-        )
+    root, recipe, who = os.environ.get("DATASETDM_UPSTREAM"), setting.recipe, "DatasetDM's own classes"
+    if not root:
+        raise Missing(f"{who}: DATASETDM_UPSTREAM is not set", "set it to a checkout of showlab/DatasetDM")
+    is_last = recipe.schedule.timesteps[recipe.capture_call] in (0, 1)
+    if recipe.size != SIDE or not is_last or setting.model.unet.config.norm_num_groups != GROUPS:
+        limits = f"{SIDE} pixels, the last call and norms of {GROUPS} groups"
+        raise Missing(f"{who}: they are made for {limits}", "measure random-sd14")
     if importlib.util.find_spec("einops") is None and setting.model.levels == SD1_LEVELS:
-        raise Missing(
-            "DatasetDM's own classes: einops is not installed, its decoders compute with it", "pip install einops"
-        )
-    return UpstreamClasses(setting, Path(named_root))
+        raise Missing(f"{who}: einops is not installed, its decoders compute with it", "pip install einops")
+    return UpstreamClasses(setting, Path(root))

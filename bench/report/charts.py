@@ -40,9 +40,8 @@ class Drawing:
         self.shapes.append(f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}"{at}>{escape(words)}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, kind: str) -> None:
-        self.shapes.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" rx="2" class="{kind}"/>'
-        )
+        size = f'width="{max(width, 0):.1f}" height="{height:.1f}"'
+        self.shapes.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} rx="2" class="{kind}"/>')
 
     def line(self, points: Sequence[tuple[float, float]], kind: str, width: float = 1, dash: str = "") -> None:
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -59,35 +58,39 @@ class Drawing:
         return "\n".join([f"{head}<style>{STYLE}</style>", card, *self.shapes, "</svg>\n"])
 
 
+def bar(drawing: Drawing, place: int, name: str) -> int:
+    """The top of one horizontal bar, whose name is written beside it."""
+    top = 70 + 30 * place
+    drawing.text(LABELS - 8, top + 15, name, anchor="end")
+    return top
+
+
 def peers(document: dict[str, Any]) -> str:
     """Images a second by peer, ours coloured; a failed one says so in red."""
     rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
-    drawing = Drawing(
-        "Labelled samples a second", f"{where(document)}; every row agreed with the oracle before it was timed"
-    )
+    note = f"{where(document)}; every row agreed with the oracle before it was timed"
+    drawing = Drawing("Labelled samples a second", note)
     most = max(row["images_per_second"] for row in rows if row["status"] == "ok")
     for place, row in enumerate(rows):
-        top = 70 + 30 * place
-        drawing.text(LABELS - 8, top + 15, row["title"], anchor="end")
+        top = bar(drawing, place, row["title"])
         if row["status"] == "failed":
             drawing.text(LABELS, top + 15, "failed, so it was not timed", "bad")
             continue
         length = (WIDTH - LABELS - 190) * row["images_per_second"] / most
         drawing.box(LABELS, top, length, 21, "c0" if row["peer"].startswith("ours") else "c1")
-        said = f"{number(row['images_per_second'])}/s, {row['dtype']}, batch {row['batch']}"
-        drawing.text(LABELS + length + 8, top + 15, said, "dim")
+        rate = f"{number(row['images_per_second'])}/s, {row['dtype']}, batch {row['batch']}"
+        drawing.text(LABELS + length + 8, top + 15, rate, "dim")
     return drawing.svg(84 + 30 * len(rows))
 
 
 def ladder(document: dict[str, Any]) -> str:
-    """Seconds an image, one technique a bar; what a technique saved stays as a shadow."""
+    """Seconds an image, one technique a bar; what a technique saved stays visible in grey."""
     rows = [row for row in rows_of(document, "ladder") if row["status"] == "ok"]
-    drawing = Drawing("From DatasetDM to us", f"{where(document)}; seconds an image, each rung with all before it")
+    drawing = Drawing("From DatasetDM to us", f"{where(document)}; seconds an image, each row with all before it")
     seconds = [row["seconds_per_image"]["median"] for row in rows]
     scale = (WIDTH - LABELS - 170) / max(seconds)
     for place, (row, taken) in enumerate(zip(rows, seconds)):
-        top, before = 70 + 30 * place, seconds[place - 1] if place else taken
-        drawing.text(LABELS - 8, top + 15, row["title"], anchor="end")
+        top, before = bar(drawing, place, row["title"]), seconds[place - 1] if place else taken
         drawing.box(LABELS, top, scale * before, 21, "ghost")
         drawing.box(LABELS, top, scale * taken, 21, "c0" if place else "c1")
         gain = f", {before / taken:.2f}x" if place else ""
@@ -175,10 +178,8 @@ def apart(heights: dict[str, float], least: float = LINE) -> dict[str, float]:
 def roofline(document: dict[str, Any]) -> str:
     """Layers and operations under the measured limits."""
     limits, layers, ops = rows_of(document, "limits")[0], rows_of(document, "layers"), timed_ops(document)
-    drawing = Drawing(
-        "Layers and operations under the measured limits",
-        f"{where(document)}; work counted as the plain form is written",
-    )
+    note = f"{where(document)}; work counted as the plain form is written"
+    drawing = Drawing("Layers and operations under the measured limits", note)
     xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]
     most, slope = max(limits["tflops"].values()), limits["gbps"] / 1e3  # TFLOP/s at one operation a byte
     least_x, most_x = min([limits["tflops"]["fp32"] / slope / 3, *xs]), max([2 * most / slope, *xs])
@@ -192,11 +193,8 @@ def roofline(document: dict[str, Any]) -> str:
     drawing.line([axes.at(start, start * slope), axes.at(end, most)], "s1", 1.5)
     drawing.text(axes.at(end, most)[0], axes.top - 8, f"copies, {number(limits['gbps'])} GB/s", "dim", "middle")
     for row in layers:
-        drawing.dot(
-            *axes.at(row["flop_per_byte"], row["tflops"]),
-            "c5" if row["layer"].startswith("conv") else "c3",
-            2.5 + 14 * row["of_work"] ** 0.5,
-        )
+        kind, radius = "c5" if row["layer"].startswith("conv") else "c3", 2.5 + 14 * row["of_work"] ** 0.5
+        drawing.dot(*axes.at(row["flop_per_byte"], row["tflops"]), kind, radius)
     for row in ops:
         x, y = axes.at(row["flop_per_byte"], row["tflops"])
         drawing.dot(x, y, "c0")

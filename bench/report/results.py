@@ -39,18 +39,12 @@ class ResultFile:
         document = read(path) if path and path.exists() else None
         if not (goes_on and document):
             return cls(path, {"format": FORMAT, **head, "parts": {}})
-        for name in ("suite", "setting"):
-            if document[name] != json.loads(json.dumps(head[name])):
-                raise Refused(
-                    f"{path}: holds another {name}, {document[name]} where {head[name]} is to be measured",
-                    "choose another --out",
-                )
-        for name in ("device", "commit", "versions"):
-            if document["machine"][name] != head["machine"][name]:
-                raise Refused(
-                    f"{path}: was measured with {name} {document['machine'][name]}, here it is {head['machine'][name]}",
-                    "choose another --out",
-                )
+        facts = [(name, document[name], head[name]) for name in ("suite", "setting")]
+        machines = document["machine"], head["machine"]
+        facts += [(name, *(machine[name] for machine in machines)) for name in ("device", "commit", "versions")]
+        for name, there, here in facts:
+            if there != json.loads(json.dumps(here)):
+                raise Refused(f"{path}: was measured with {name} {there}, here it is {here}", "choose another --out")
         return cls(path, document)
 
     def begin(self, part: str) -> None:
@@ -59,14 +53,11 @@ class ResultFile:
         self.document["parts"][part] = {"status": BEGUN, "tries": 2 if again else 1}
         self.save()
 
-    def give_up_broken(self) -> list[str]:
-        """Marks and names the parts that began twice and never ended."""
-        broken = [
-            name for name, part in self.document["parts"].items() if part["status"] == BEGUN and part["tries"] > 1
-        ]
-        for name in broken:
-            self.document["parts"][name] = {"status": BROKEN, "rows": []}
-        return broken
+    def give_up_broken(self) -> None:
+        """Marks the parts that began twice and never ended."""
+        for name, part in self.document["parts"].items():
+            if part["status"] == BEGUN and part["tries"] > 1:
+                self.document["parts"][name] = {"status": BROKEN, "rows": []}
 
     def store(self, part: str, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
         self.document["parts"][part] = {"status": DONE, "seconds": round(seconds, 1), "rows": list(rows)}
@@ -92,9 +83,8 @@ def beside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
     except OSError as error:
-        raise Missing(
-            f"{path}: cannot be written ({error.strerror or error})", "make room there, or choose another --out"
-        ) from error
+        cause = f"{path}: cannot be written ({error.strerror or error})"
+        raise Missing(cause, "make room there, or choose another --out") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -112,14 +102,11 @@ def read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         known = document["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused(
-            f"{path}: not a result file ({type(error).__name__}: {error})", "name a file that the bench has written"
-        ) from error
+        cause = f"{path}: not a result file ({type(error).__name__}: {error})"
+        raise Refused(cause, "name a file that the bench has written") from error
     if not known:
-        raise Refused(
-            f"{path}: format {document['format']!r}, this version reads {FORMAT}",
-            "read it with the version that wrote it",
-        )
+        cause = f"{path}: format {document['format']!r}, this version reads {FORMAT}"
+        raise Refused(cause, "read it with the version that wrote it")
     return document
 
 
@@ -130,9 +117,8 @@ def is_settled(document: Mapping[str, Any], part: str) -> bool:
 
 def batches_of(document: Mapping[str, Any]) -> dict[str, int]:
     """The batch size every peer was measured at."""
-    return {
-        row["peer"]: row["batch"] for part in ("peers", "ladder") for row in rows_of(document, part) if row.get("batch")
-    }
+    raced = (row for part in ("peers", "ladder") for row in rows_of(document, part))
+    return {row["peer"]: row["batch"] for row in raced if row.get("batch")}
 
 
 def rows_of(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:

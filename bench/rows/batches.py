@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.machine.machine import release
+from bench.machine.measure import release
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
 from bench.report import charts

@@ -6,8 +6,7 @@ import statistics
 
 import torch
 
-from bench.machine.machine import is_out_of_memory, meter, peak
-from bench.machine.measure import interleaved, mib
+from bench.machine.measure import interleaved, is_out_of_memory, meter, mib, peak
 from bench.peers import OURS, PEERS
 from bench.report.tables import Table, figure, memory, text
 from bench.rows.measurement import BenchRun, Measurement, Rows

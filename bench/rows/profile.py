@@ -12,7 +12,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.machine.machine import release, wait
+from bench.machine.measure import release, wait
 from bench.peers import PEERS, Peer
 from bench.peers.engine import EnginePeer
 from bench.report import charts

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.machine.machine import release
-from bench.machine.measure import interleaved, spread
+from bench.machine.measure import interleaved, release, spread
 from bench.peers import OURS, PEERS
 from bench.peers.engine import EnginePeer
 from bench.report.tables import Table, figure, spread_of, text

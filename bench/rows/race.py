@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.machine.machine import is_out_of_memory, meter, peak, release, wait
-from bench.machine.measure import Rounds, interleaved, mib, spread
+from bench.machine.measure import Rounds, interleaved, is_out_of_memory, meter, mib, peak, release, spread, wait
 from bench.peers import OURS, PEERS, Offer, Peer
 from bench.report.tables import Row
 from bench.rows import parity

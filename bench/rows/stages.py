@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.machine.machine import meter, release
-from bench.machine.measure import interleaved, spread
+from bench.machine.measure import interleaved, meter, release, spread
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
 from bench.peers.engine import EnginePeer

@@ -64,7 +64,8 @@ def _reader_is_gone() -> bool:
 def report(error: Exception) -> int:
     """Exit code 1, once what led to the error is in a file that the user can send us."""
     summary = f"datasetdm-fast: unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    facts = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}\ncommand: {sys.argv}\n\n"
+    versions = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    facts = f"{versions}\ncommand: {sys.argv}\n\n"
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", prefix="datasetdm-fast-", suffix=".txt", delete=False

@@ -107,8 +107,12 @@ NOTES = ("layers", "fused_attentions", "seconds")
 
 
 def row_line(row: Mapping[str, Any]) -> str:
-    begin = f"{row['stage']:<26}{row['bytes'] / 1e6:9.1f} MB   {row['layers']} layers, {row['fused_attentions']} fused attentions"
-    return f"{begin}, {'built in' if row['built'] else 'was there, built in'} {row['seconds']:.1f} s"
+    size, layers = (
+        f"{row['bytes'] / 1e6:9.1f} MB",
+        f"{row['layers']} layers, {row['fused_attentions']} fused attentions",
+    )
+    built = "built in" if row["built"] else "was there, built in"
+    return f"{row['stage']:<26}{size}   {layers}, {built} {row['seconds']:.1f} s"
 
 
 def _gpu_name() -> str:
@@ -218,9 +222,10 @@ def _batches(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> list[
 def _line(row: Mapping[str, Any]) -> str:
     if "stage" not in row:
         return f"{row['path']}  {row['bytes'] / 1e6:.1f} MB  not usable: {_about(row)}"
-    told = f"{row['stage']} {row['precision']}, batch {','.join(map(str, row['batches']))}, {row['flavour']} for {','.join(row['capabilities'])}"
+    batches, capabilities = ",".join(map(str, row["batches"])), ",".join(row["capabilities"])
+    facts = f"{row['stage']} {row['precision']}, batch {batches}, {row['flavour']} for {capabilities}"
     end = f"  not usable: {_about(row)}" if row["fault"] else f", {row['layers']} layers"
-    return f"{row['path']}  {row['bytes'] / 1e6:.1f} MB  {told}{end}"
+    return f"{row['path']}  {row['bytes'] / 1e6:.1f} MB  {facts}{end}"
 
 
 def _about(row: Mapping[str, Any]) -> str:

@@ -81,7 +81,8 @@ def _check_beginning(path: Path) -> int:
 
 def _run(source: Path, target: Path, size: int) -> None:
     paths = [entry for entry in sys.path if os.path.isabs(entry)]
-    code = f"import sys; sys.path[:] = {paths!r}; from datasetdm_fast.foreign.pickles import child; child({str(source.resolve())!r}, {str(target.resolve())!r})"
+    call = f"child({str(source.resolve())!r}, {str(target.resolve())!r})"
+    code = f"import sys; sys.path[:] = {paths!r}; from datasetdm_fast.foreign.pickles import child; {call}"
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     environment = {
         "PATH": os.defpath,

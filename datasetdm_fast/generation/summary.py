@@ -14,11 +14,16 @@ def table(job: Job, call: float = 0.0) -> list[str]:
     plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
     left = min(plan.number - job.done, job.config.limit or plan.number)
     batches = -(-left // plan.batch_size)
+    seeds, steps = (
+        f"seeds {plan.seed} to {plan.seed + plan.number - 1}",
+        f"{facts['steps']} steps in {facts['calls']} calls",
+    )
+    name = f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}"
     rows = {
-        "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, seeds {plan.seed} to {plan.seed + plan.number - 1}",
-        "sampler": f"{facts['sampler']}, {facts['steps']} steps in {facts['calls']} calls, guidance {facts['guidance']:g}",
+        "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
+        "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
         "labels": ", ".join(job.recipe.tasks),
-        "engine": f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}, {batches} batches of {plan.batch_size}",
+        "engine": f"{name}, {batches} batches of {plan.batch_size}",
         "time": f"about {duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "",
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": str(job.folder),

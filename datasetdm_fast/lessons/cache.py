@@ -143,7 +143,8 @@ class CachePlan:
             return "features and maps made anew at every step"
         if self.is_stored:
             return f"features and maps kept in {self.folder}: at most {size:.3g} GB of the {room:.3g} GB allowed"
-        return f"features and maps made anew at every step: {size:.3g} GB would not fit in the {room:.3g} GB allowed for {self.folder}"
+        why = f"{size:.3g} GB would not fit in the {room:.3g} GB allowed for {self.folder}"
+        return f"features and maps made anew at every step: {why}"
 
 
 def plan(folder: Path, levels: Sequence[Level], count: int, mode: str, gigabytes: float = 0.0) -> CachePlan:

@@ -17,7 +17,10 @@ from datasetdm_fast.foreign import documents, tensors
 from datasetdm_fast.stages import FACTOR
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
-SUPPORTED = "supported are Stable Diffusion 1.x and 2.x text-to-image models, as a diffusers folder or one .safetensors or .ckpt file"
+SUPPORTED = (
+    "supported are Stable Diffusion 1.x and 2.x text-to-image models, as a diffusers folder or one .safetensors or "
+    ".ckpt file"
+)
 DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB

@@ -12,8 +12,8 @@ from datasetdm_fast.scenes import world
 
 TOKENS = 77
 WORDS = (
-    *world.CLASSES, *world.COLOURS, *world.TABLES, "a", "an", "the", "and", "on", "at", "in", "of", "with", "near", "next", "to",
-    "beside", "night", "fog", "sunset", "day", "photo", "picture", "scene", ",", ".",
+    *world.CLASSES, *world.COLOURS, *world.TABLES, "a", "an", "the", "and", "on", "at", "in", "of", "with", "near",
+    "next", "to", "beside", "night", "fog", "sunset", "day", "photo", "picture", "scene", ",", ".",
 )  # fmt: skip
 
 

@@ -12,10 +12,8 @@ from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.schedule import TrainingSchedule
 
-LOGITS_AT_ONCE = (
-    2**22
-    # mask logits whose losses are worked out at once: small decoders are bound by the number of calls, large ones by memory
-)
+# Mask logits whose losses are computed at once: small decoders are bound by the number of calls, large ones by memory.
+LOGITS_AT_ONCE = 2**22
 PRESENT = 0.8  # share of open-vocabulary questions about a word that is there, so that its absence is learnt too
 
 
