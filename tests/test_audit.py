@@ -168,7 +168,7 @@ def edit(path: Path, statement: str) -> None:
         ),
         ('UPDATE samples SET labels = replace(labels, \'"max":\', \'"max":1\') WHERE "index" = 3', "its depth map has"),
         (
-            'UPDATE samples SET labels = replace(labels, \'"num_keypoints":\', \'"num_keypoints":1\') WHERE "index" = 3',
+            "UPDATE samples SET labels = replace(labels, 'num_keypoints\":', 'num_keypoints\":1') WHERE \"index\" = 3",
             "joints, the ledger says",
         ),
         ("UPDATE samples SET labels = '{}' WHERE \"index\" = 1", "not the form"),

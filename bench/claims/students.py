@@ -25,7 +25,6 @@ import torch
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
 from datasetdm_fast.evaluation.student_data import StudentData
-from datasetdm_fast.evaluation.worth import FIGURES
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")

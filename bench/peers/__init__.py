@@ -30,7 +30,7 @@ class Peer(Protocol):
     ) -> tuple[Tensor, Capture | ProjectedCapture]: ...
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:
-        """As many labelled samples as there are requests; what races without labels too has `draw`, its images."""
+        """As many labelled samples as there are requests; what `draws` also has `draw`, its images."""
 
 
 class Offer(NamedTuple):
@@ -40,6 +40,7 @@ class Offer(NamedTuple):
     build: Callable[[Setting, int], Peer]
     batch: int = 0  # 0 = the one that proves best
     like: str = ""  # the peer whose best batch it takes: to try several would mean to compile for each
+    draws: bool = False  # whether its images without labels are timed as well
     must_run: bool = False  # an exception in it is a failed row; in others', a row that is not there
     not_on_cpu: str = ""  # why a CPU does not run it
 
@@ -54,12 +55,12 @@ PEERS = {
     "upstream-fp16": Offer("the same in fp16", upstream.with_dtype("fp16"), batch=1, not_on_cpu=FP16),
     "upstream-classes": Offer("DatasetDM's own classes, fp32", upstream_classes.build, batch=1),
     "torch": Offer("our reference engine, fp32", engine.reference, must_run=True),
-    "diffusers-1": Offer("diffusers, one image at a time", diffusers.Diffusers, batch=1),
-    "diffusers": Offer("diffusers at its best batch", diffusers.Diffusers),
-    "diffusers-compiled": Offer("diffusers, torch.compile", compiled.build, like="diffusers"),
+    "diffusers-1": Offer("diffusers, one image at a time", diffusers.Diffusers, batch=1, draws=True),
+    "diffusers": Offer("diffusers at its best batch", diffusers.Diffusers, draws=True),
+    "diffusers-compiled": Offer("diffusers, torch.compile", compiled.build, like="diffusers", draws=True),
     "ort": Offer("ONNX Runtime", engine.named("ort")),
-    "tensorrt": Offer("TensorRT", engine.named("trt"), like="diffusers", not_on_cpu=TENSORRT),
+    "tensorrt": Offer("TensorRT", engine.named("trt"), like="diffusers", draws=True, not_on_cpu=TENSORRT),
     "ours-1": Offer("datasetdm_fast, one image at a time", engine.named("fast"), batch=1, must_run=True),
-    OURS: Offer("datasetdm_fast", engine.named("fast"), must_run=True),
+    OURS: Offer("datasetdm_fast", engine.named("fast"), draws=True, must_run=True),
     "ours-bf16": Offer("datasetdm_fast, bf16", engine.named("fast", "bf16"), must_run=True),
 }

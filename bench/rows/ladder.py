@@ -8,7 +8,7 @@ from bench.peers import PEERS, Offer
 from bench.peers.engine import EnginePeer
 from bench.peers.upstream import Upstream, lean_decoders
 from bench.report import charts
-from bench.report.tables import Cell, Row, Table, figure, number, text
+from bench.report.tables import Row, Table, figure, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import race, ratio
 from bench.setting import Setting
@@ -61,13 +61,9 @@ def with_gains(found: Sequence[Row]) -> Iterator[Row]:
         yield row | ({"over_last": ratio(row, before), "over_first": ratio(row, timed[0])} if is_compared else {})
 
 
-def median(key: str) -> Cell:
-    return lambda row: number(row[key]["median"]) if key in row else ""
-
-
 COLUMNS = {"technique": text("title"), "precision": text("dtype"), "batch": text("batch")}
-COLUMNS |= {"images/s": figure("images_per_second"), "speed-up over the row above": median("over_last")}
-COLUMNS |= {"speed-up over the first": median("over_first")}
+COLUMNS |= {"images/s": figure("images_per_second"), "speed-up over the row above": figure("over_last")}
+COLUMNS |= {"speed-up over the first": figure("over_first")}
 MEASUREMENT = Measurement(
     "ladder",
     "From DatasetDM to datasetdm_fast, one technique at a time",

@@ -38,10 +38,10 @@ def by_name(document: dict[str, Any]) -> dict[str, Row]:
 
 
 def ratios(document: dict[str, Any]) -> dict[str, float]:
-    """How many times as many images the first makes as the second: the median over pairs of neighbours in time."""
+    """The speed-ups that programs read, of the peers that were timed."""
     found = {name: row for name, row in by_name(document).items() if row.get("status") == "ok" and "ours_over" in row}
     return {
-        name: ratio(found[first], found[second])["median"]
+        name: ratio(found[first], found[second])
         for name, (first, second) in RATIOS.items()
         if first in found and second in found
     }

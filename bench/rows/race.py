@@ -24,7 +24,6 @@ from datasetdm_fast.labels import label_files
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
 SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long
-DRAWN = ("diffusers-1", "diffusers", "diffusers-compiled", "tensorrt", OURS)  # whose images alone are timed as well
 LEAST_ROUNDS = 2
 
 
@@ -52,7 +51,7 @@ def race(
             one.row["peak_mib"] = mib(peak(device, whole[one.name])[1])
         add_times(runners, interleaved(whole, run.seconds, meter(device), least=LEAST_ROUNDS), setting, run.limits)
     if without_labels:
-        drawn = [one for one in runners if one.name in DRAWN]
+        drawn = [one for one in runners if offers[one.name].draws]
         images = {one.name: lambda one=one: one.peer.draw(setting.batch(one.peer.batch)) for one in drawn}
         taken = interleaved(images, run.seconds / 6, meter(device), least=1)
         for one in drawn:
@@ -165,8 +164,7 @@ def add_times(runners: Sequence[Runner], rounds: dict[str, Rounds], setting: Set
             row["ours_over"] = spread([theirs / own for theirs, own in zip(each[one.name], each[OURS])])
 
 
-def ratio(first: Row, second: Row) -> dict[str, float]:
-    """Least, median and most of the second's seconds an image over the first's, pair by pair."""
-    ours_over = [row["ours_over"]["rounds"] for row in (first, second)]
-    pairs = [theirs / own for own, theirs in zip(*ours_over)]
-    return {"least": round(min(pairs), 3), "median": round(statistics.median(pairs), 3), "most": round(max(pairs), 3)}
+def ratio(first: Row, second: Row) -> float:
+    """How many times as many images the first makes as the second: the median over pairs of neighbours in time."""
+    rounds = zip(first["ours_over"]["rounds"], second["ours_over"]["rounds"])
+    return round(statistics.median(theirs / own for own, theirs in rounds), 3)
