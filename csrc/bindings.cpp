@@ -4,9 +4,6 @@
 #include "depth_head.h"
 #include "device.h"
 #include "guided_step.h"
-#include "label_pack.h"
-#include "mask_changes.h"
-#include "mask_pack.h"
 #include "mask_rle.h"
 #include "network_ops.h"
 #include "png.h"
@@ -33,16 +30,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);
     m.def("rle_to_runs", &datasetdm::rle_to_runs, "counts"_a, "height"_a, "width"_a);
     m.def("rle_from_runs", &datasetdm::rle_from_runs, "runs"_a.noconvert(), "height"_a, "width"_a);
-    m.def("rle_from_changes", &datasetdm::rle_from_changes, "starts"_a.noconvert(), "places"_a.noconvert(), "height"_a, "width"_a);
-    m.def("threshold_masks", &datasetdm::threshold_masks, "logits"_a.noconvert(), "threshold"_a);
-    m.def("threshold_masks_cuda", &datasetdm::threshold_masks_cuda, "logits"_a, "count"_a, "height"_a, "width"_a, "threshold"_a, "masks"_a, "areas"_a, "stream"_a);
-    m.def("mask_changes", &datasetdm::mask_changes, "masks"_a.noconvert());
-    m.def("mask_starts_cuda", &datasetdm::mask_starts_cuda, "masks"_a, "count"_a, "height"_a, "width"_a, "starts"_a, "areas"_a, "extents"_a, "stream"_a);
-    m.def("mask_places_cuda", &datasetdm::mask_places_cuda, "masks"_a, "count"_a, "height"_a, "width"_a, "starts"_a, "places"_a, "stream"_a);
-    m.def("pack_labels", &datasetdm::pack_labels, "scores"_a.noconvert());
-    m.def("pack_labels_cuda", &datasetdm::pack_labels_cuda, "scores"_a, "images"_a, "classes"_a, "pixels"_a, "labels"_a, "largest"_a, "stream"_a);
-    m.def("pack_image", &datasetdm::pack_image, "decoded"_a.noconvert());
-    m.def("pack_image_cuda", &datasetdm::pack_image_cuda, "decoded"_a, "images"_a, "pixels"_a, "bytes"_a, "stream"_a);
     m.def("png_encode", &datasetdm::png_encode, "pixels"_a.noconvert(), "palette"_a = std::string());
     m.def("png_encode_words", &datasetdm::png_encode_words, "pixels"_a.noconvert());
     m.def("count_bytes", &datasetdm::count_bytes, "pixels"_a.noconvert());

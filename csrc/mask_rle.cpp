@@ -67,22 +67,4 @@ std::string rle_from_runs(const Runs& runs, int64_t height, int64_t width) {
     return counts;
 }
 
-std::vector<std::string> rle_from_changes(const Runs& starts, const Places& places, int64_t height, int64_t width) {
-    require_size("rle_from_changes", height, width);
-    require(starts.ndim() == 1 && starts.size() > 0 && places.ndim() == 1, "rle_from_changes: starts must be [N + 1], places one-dimensional");
-    const int64_t pixels = height * width, count = starts.size() - 1;
-    const int64_t* start = starts.data();
-    const int32_t* place = places.data();
-    require(start[0] == 0 && start[count] == places.size() && std::is_sorted(start, start + count + 1), "rle_from_changes: starts must rise from 0 to ",
-            places.size(), ", the number of places");
-    std::vector<std::string> strings(count);
-    py::gil_scoped_release release;
-    std::vector<int64_t> runs;
-    for (int64_t n = 0; n < count; ++n) {
-        runs_between(place + start[n], start[n + 1] - start[n], pixels, runs);
-        write_counts(runs, strings[n]);
-    }
-    return strings;
-}
-
 }  // namespace datasetdm

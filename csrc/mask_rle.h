@@ -5,20 +5,15 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
-#include <vector>
 
 namespace datasetdm {
 
 using Masks = pybind11::array_t<uint8_t, pybind11::array::c_style>;
 using Runs = pybind11::array_t<int64_t, pybind11::array::c_style>;
-using Places = pybind11::array_t<int32_t, pybind11::array::c_style>;
 
 pybind11::tuple rle_encode(const Masks& masks);
 Masks rle_decode(const std::string& counts, int64_t height, int64_t width);
 Runs rle_to_runs(const std::string& counts, int64_t height, int64_t width);
 std::string rle_from_runs(const Runs& runs, int64_t height, int64_t width);
-
-// One string a mask, of the column-major places where it changes value: those of mask n are places[starts[n]] .. places[starts[n + 1]].
-std::vector<std::string> rle_from_changes(const Runs& starts, const Places& places, int64_t height, int64_t width);
 
 }  // namespace datasetdm

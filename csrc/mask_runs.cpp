@@ -119,18 +119,6 @@ void check_runs(const int64_t* runs, int64_t count, int64_t pixels) {
     require(total == pixels, "RLE: the runs sum to ", total, " pixels, the size says ", pixels);
 }
 
-void runs_between(const int32_t* places, int64_t count, int64_t pixels, std::vector<int64_t>& runs) {
-    runs.clear();
-    int64_t run_start = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        require(places[i] < pixels && (i == 0 ? places[i] >= 0 : places[i] > run_start), "rle_from_changes: place ", places[i], " does not follow ", run_start,
-                " within ", pixels, " pixels");
-        runs.push_back(places[i] - run_start);
-        run_start = places[i];
-    }
-    runs.push_back(pixels - run_start);
-}
-
 // A 64 x 64 tile keeps both sides of the transposition in the first-level cache.
 static void transpose(const uint8_t* source, uint8_t* target, int64_t height, int64_t width) {
     constexpr int64_t kTile = 64;

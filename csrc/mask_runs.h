@@ -25,9 +25,6 @@ struct Summary {
 // Runs, area and extent of the mask in `columns`; `rows` has one word for every word of a column.
 Summary scan(const Columns& columns, std::vector<int64_t>& runs, std::vector<uint64_t>& rows);
 
-// The runs between the column-major places [0, count) where a mask of so many pixels changes value.
-void runs_between(const int32_t* places, int64_t count, int64_t pixels, std::vector<int64_t>& runs);
-
 void write_counts(const std::vector<int64_t>& runs, std::string& counts);
 
 // The runs of a string; refuses one that is malformed or does not sum to `pixels`.

@@ -92,3 +92,9 @@ def test_the_gpu_says_the_same(dtype):
         stream,
     )
     np.testing.assert_allclose(following.cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(_C.cuda_device_count() > 0, reason="a CUDA device is there")
+def test_without_a_device_it_says_what_is_missing():
+    with pytest.raises(RuntimeError, match="guided_step_cuda: "):
+        _C.guided_step_cuda(8, 4, False, 8, 8, 1, 8, 8, 1, 0)

@@ -1,15 +1,11 @@
-"""Run-length strings against pycocotools, byte for byte, and every malformed one refused; threshold_masks on CPU and
-GPU.
-"""
+"""Run-length strings against pycocotools, byte for byte, and every malformed one refused."""
 
 import threading
 
 import numpy as np
 import pytest
-import torch
 from pycocotools import mask as coco
 
-from datasetdm_fast import _C
 from datasetdm_fast.labels import mask_rle
 
 
@@ -169,109 +165,3 @@ def test_the_gil_is_released_while_encoding():
 
     # With the lock held the first join would return only at the end; a busy machine may need another try.
     assert any(turns_taken_meanwhile() > 3 for _ in range(10))
-
-
-def changed(masks):
-    starts, places, areas, extents = _C.mask_changes(masks.view(np.uint8))
-    return mask_rle.from_changes(
-        np.ascontiguousarray(starts[:: masks.shape[2]]), places, areas, extents, masks.shape[1:]
-    )
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_changes_make_the_same_strings_areas_and_boxes(shape):
-    generator = np.random.default_rng(shape[0] + shape[1])
-    masks = np.stack(
-        [
-            np.zeros(shape, bool),
-            np.ones(shape, bool),
-            *(generator.random(shape) < density for density in (0.02, 0.5, 0.98)),
-        ]
-    )
-    ours, expected = changed(masks), mask_rle.encode(masks)
-    assert ours.rles == expected.rles
-    np.testing.assert_array_equal(ours.areas, expected.areas)
-    np.testing.assert_array_equal(ours.boxes, expected.boxes)
-
-
-@pytest.mark.parametrize(
-    ("starts", "places", "said"),
-    [
-        ([0, 2], [3], "rise from 0 to 1"),
-        ([0, 2, 1, 2], [3, 4], "rise"),
-        ([1, 2], [3, 4], "rise"),
-        ([0, 2], [4, 4], "place 4 does not follow 4"),
-        ([0, 1], [16], "within 16 pixels"),
-        ([0, 1], [-1], "place -1"),
-    ],
-)
-def test_malformed_changes_are_refused(starts, places, said):
-    with pytest.raises(ValueError, match=said):
-        _C.rle_from_changes(np.array(starts), np.array(places, np.int32), 4, 4)
-
-
-def test_encode_on_device_takes_cpu_tensors_and_refuses_others():
-    masks = np.random.default_rng(8).random((3, 20, 31)) < 0.5
-    assert mask_rle.encode_on_device(torch.from_numpy(masks)).rles == mask_rle.encode(masks).rles
-    with pytest.raises(ValueError, match="float32"):
-        mask_rle.encode_on_device(torch.zeros(1, 2, 2))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES)
-def test_encode_on_device_equals_cpu(shape):
-    generator = np.random.default_rng(sum(shape))
-    masks = np.stack(
-        [
-            np.zeros(shape, bool),
-            np.ones(shape, bool),
-            *(generator.random(shape) < density for density in (0.02, 0.5, 0.98)),
-        ]
-        * 5
-    )
-    ours, expected = mask_rle.encode_on_device(torch.from_numpy(masks).cuda()), mask_rle.encode(masks)
-    assert ours.rles == expected.rles
-    np.testing.assert_array_equal(ours.areas, expected.areas)
-    np.testing.assert_array_equal(ours.boxes, expected.boxes)
-
-
-def logits():
-    values = np.random.default_rng(6).normal(size=(3, 37, 53)).astype(np.float32)
-    values[0, 0, :3] = np.nan, np.inf, 0.25  # never set; always set; equal to the threshold: not set
-    return values
-
-
-def test_threshold_masks_counts_what_lies_above():
-    masks, areas = _C.threshold_masks(logits(), 0.25)
-    np.testing.assert_array_equal(masks, logits() > 0.25)
-    np.testing.assert_array_equal(areas, (logits() > 0.25).sum((1, 2)))
-    assert masks.dtype == np.uint8 and areas.dtype == np.int64
-
-
-def test_threshold_masks_refuses_other_shapes_and_types():
-    with pytest.raises(ValueError, match="2 dimensions"):
-        _C.threshold_masks(np.zeros((4, 4), np.float32), 0.0)
-    with pytest.raises(TypeError):
-        _C.threshold_masks(np.zeros((1, 4, 4), np.float64), 0.0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 37, 53), (5, 512, 512)])
-def test_threshold_masks_cuda_equals_cpu(shape):
-    values = np.random.default_rng(7).normal(size=shape).astype(np.float32)
-    values.flat[0] = np.nan
-    expected_masks, expected_areas = _C.threshold_masks(values, 0.25)
-    source = torch.from_numpy(values).cuda()
-    masks = torch.full(shape, 255, dtype=torch.uint8, device="cuda")
-    areas = torch.full(shape[:1], -1, dtype=torch.int64, device="cuda")
-    _C.threshold_masks_cuda(
-        source.data_ptr(), *shape, 0.25, masks.data_ptr(), areas.data_ptr(), torch.cuda.current_stream().cuda_stream
-    )
-    np.testing.assert_array_equal(masks.cpu().numpy(), expected_masks)
-    np.testing.assert_array_equal(areas.cpu().numpy(), expected_areas)
-
-
-@pytest.mark.skipif(_C.cuda_device_count() > 0, reason="a CUDA device is there")
-def test_threshold_masks_cuda_says_what_is_missing_without_a_device():
-    with pytest.raises(RuntimeError, match="threshold_masks_cuda: "):
-        _C.threshold_masks_cuda(8, 1, 4, 4, 0.0, 8, 8, 0)

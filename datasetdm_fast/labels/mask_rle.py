@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
 from datasetdm_fast import _C
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Rle(TypedDict):
@@ -34,48 +31,6 @@ def encode(masks: np.ndarray) -> Encoded:
         raise ValueError(f"encode: masks are {masks.dtype} {list(masks.shape)}, expected bool or uint8 [N, H, W]")
     counts, areas, boxes = _C.rle_encode(np.ascontiguousarray(masks).view(np.uint8))
     size = [masks.shape[1], masks.shape[2]]
-    return Encoded([Rle(size=list(size), counts=text) for text in counts], areas, boxes)
-
-
-def encode_on_device(masks: Tensor) -> Encoded:
-    """The same for masks [N, H, W] bool on a GPU: the places where they change value are found there, and only these
-    cross the bus.
-    """
-    import torch  # only callers that hold a tensor need it
-
-    if masks.ndim != 3 or masks.dtype not in (torch.bool, torch.uint8):
-        raise ValueError(
-            f"encode_on_device: masks are {masks.dtype} {list(masks.shape)}, expected bool or uint8 [N, H, W]"
-        )
-    count, height, width = masks.shape
-    if masks.device.type == "cpu" or not count:
-        return encode(masks.cpu().numpy())
-    masks = masks.contiguous()
-    starts = torch.empty(count * width + 1, dtype=torch.int64, device=masks.device)
-    areas = torch.empty(count, dtype=torch.int64, device=masks.device)
-    extents = torch.empty((count, 4), dtype=torch.int32, device=masks.device)
-    stream = torch.cuda.current_stream(masks.device).cuda_stream
-    _C.mask_starts_cuda(
-        masks.data_ptr(), count, height, width, starts.data_ptr(), areas.data_ptr(), extents.data_ptr(), stream
-    )
-    ends = starts[::width].cpu().numpy()
-    places = torch.empty(int(ends[-1]), dtype=torch.int32, device=masks.device)
-    if len(places):
-        _C.mask_places_cuda(masks.data_ptr(), count, height, width, starts.data_ptr(), places.data_ptr(), stream)
-    return from_changes(ends, places.cpu().numpy(), areas.cpu().numpy(), extents.cpu().numpy(), (height, width))
-
-
-def from_changes(
-    ends: np.ndarray, places: np.ndarray, areas: np.ndarray, extents: np.ndarray, size: tuple[int, int]
-) -> Encoded:
-    """What `encode` says, from the column-major places where each mask changes value: those of mask n are
-    places[ends[n]:ends[n + 1]].
-
-    `extents` [N, 4] are left, top, right and bottom, the last pixels included; right is -1 in an empty mask.
-    """
-    counts = _C.rle_from_changes(ends, places, *size)
-    boxes = np.concatenate([extents[:, :2], extents[:, 2:] - extents[:, :2] + 1], 1).astype(np.float64)
-    boxes[extents[:, 2] < 0] = 0
     return Encoded([Rle(size=list(size), counts=text) for text in counts], areas, boxes)
 
 
