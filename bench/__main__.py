@@ -15,7 +15,6 @@ from datasetdm_fast.errors import Refused
 BENCHES = {
     "gpu": ("bench.gpu", "the suite at full size on a GPU, in parts that can be continued"),
     "report": ("bench.report.report", "tables and charts of the pages from the newest result files"),
-    "capture": ("bench.rows.capture", "capture, level projection and depth head against their naive forms"),
     "claims": ("bench.claims.run", "whether generated images help a small student: the papers' tables in small"),
     "epochs": ("bench.rows.epochs", "an epoch of training with stored captures against captures computed anew"),
     "kernels": ("bench.kernels.audit", "registers, spills, shared memory of kernels (--audit), or tuning (--tune)"),

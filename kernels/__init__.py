@@ -1,5 +1,5 @@
-"""Every operation worth a kernel, one file each: the plain form that defines it, its kernel, and the cases both are
-judged on.
+"""Every operation worth a kernel, one file each: `reference`, which defines it, its other forms (`plain`, `native`,
+`fused`), the devices they are chosen on, block sizes, model sizes, and the cases all are judged on.
 """
 
 import sys
@@ -29,6 +29,7 @@ if __name__ == "datasetdm_fast.kernels":
         mask_head,
         masked_attention,
         pyramid,
+        upsample_concat,
     )
 
     OPS = {
@@ -39,26 +40,27 @@ if __name__ == "datasetdm_fast.kernels":
         "guided_step": guided_step,
         "attention_capture": attention_capture,
         "pyramid": pyramid,
+        "upsample_concat": upsample_concat,
         "image_norm": image_norm,
         "masked_attention": masked_attention,
         "mask_head": mask_head,
         "depth_head": depth_head,
     }
 
+    # What defines each operation, naive and slow.
     reference = SimpleNamespace(**{name: op.reference for name, op in OPS.items()})
 
-    # The same results up to rounding for a fraction of the work and memory, still in plain PyTorch.
-    rearranged = SimpleNamespace(
-        **{**vars(reference), "pyramid": pyramid.projected, "depth_head": depth_head.low_resolution}
+    # The same results up to rounding for a fraction of the work and memory, still in PyTorch: for any device, and for
+    # training.
+    plain = SimpleNamespace(**{name: getattr(op, "plain", op.reference) for name, op in OPS.items()})
+
+    # What a CPU runs for inference: the same once more, where C++ beats the plain form.
+    native = SimpleNamespace(
+        **{**vars(plain), **{name: op.native for name, op in OPS.items() if hasattr(op, "native")}}
     )
 
-    # What a CPU runs for inference: the same once more, where C++ beats the rearranged form.
-    compiled = SimpleNamespace(
-        **{**vars(rearranged), **{name: op.compiled for name, op in OPS.items() if hasattr(op, "compiled")}}
-    )
-
-    # The same results up to rounding from the kernels; on a CPU without Triton's interpreter each is its plain form.
-    fused = SimpleNamespace(**{name: op.fused for name, op in OPS.items()})
+    # Triton's kernels, of the operations that have one; on a CPU without its interpreter each is its reference.
+    fused = SimpleNamespace(**{name: op.fused for name, op in OPS.items() if hasattr(op, "fused")})
 
 # transformers imports whatever is called `kernels` to read its version, and beside a checkout that is this folder: it
 # must find none.

@@ -1,4 +1,4 @@
-"""Cross-attention that also returns its share of the captured level; the maps themselves are never written.
+"""Cross-attention that also returns its share of the captured level; on a GPU the maps themselves are never written.
 
 The level reads the maps P only through the slice W of its bias-free 1x1 convolution, so P [V | W] gives both in one
 pass.
@@ -6,25 +6,39 @@ pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.attention import split
-from datasetdm_fast.kernels.case import Case, noise
-from datasetdm_fast.kernels.launch import PRECISION, blocks, ceil_divide, is_served, jit, tl
-from datasetdm_fast.kernels.masked_attention import LOG2_E, check
+from datasetdm_fast.kernels.attention import probabilities
+from datasetdm_fast.kernels.case import BATCH, FEATURES, HEADS, LEVELS, TOKENS, Case, noise
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 MOST_TOKENS = 128  # all of a query's scores are held at once
+WIDEST = 256
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
+DEVICES = {"untuned": "fused"}
+BLOCKS = {
+    "untuned": block_sizes("attention_capture", 8, bits=(16,), BLOCK_S=64, BLOCK_D=16, BLOCK_F=64)
+    | block_sizes("attention_capture", 8, bits=(32,), BLOCK_S=32, BLOCK_D=16, BLOCK_F=16)
+}
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The answer [B, heads, N, d] and the projected maps [B, N, F] fp32, of `weight` [heads, T, F] for `q` [B, heads,
     N, d], `k`, `v` [B, heads, T, d].
     """
-    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
-    exact = torch.promote_types(scores.dtype, torch.float32)
-    maps = torch.softmax(scores, -1, dtype=exact).to(v.dtype)
-    return torch.matmul(maps, v), torch.einsum("bhnt,htf->bnf", maps, weight).to(exact)
+    maps = probabilities(q, k)
+    projected = torch.einsum("bhnt,htf->bnf", maps, weight)
+    return torch.matmul(maps, v), projected.to(torch.promote_types(projected.dtype, torch.float32))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, heads and tokens as one axis of one product."""
+    maps = probabilities(q, k)
+    projected = torch.matmul(maps.transpose(1, 2).flatten(2), weight.flatten(0, 1))
+    return torch.matmul(maps, v), projected.to(torch.promote_types(projected.dtype, torch.float32))
 
 
 @jit
@@ -157,21 +171,44 @@ def _attention_capture_kernel(
     tl.store(level_ptr + row, level, mask=is_query[:, None] & is_feature[None, :])
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What `reference` says; the answer lies in memory as [B, N, heads, d]."""
-    check("attention_capture", q, k, v)
-    (batch, heads, queries, width), tokens = q.shape, k.shape[2]
+def split(width: int) -> tuple[int, int]:
+    """Sizes of the wide part and of the rest that hold `width`: powers of two from 16 up, the rest 0 where it saves
+    nothing.
+    """
+    whole = padded(width)
+    wide = whole // 2
+    rest = padded(width - wide) if width > wide else 0
+    return (whole, 0) if wide < 16 or wide + rest >= whole else (wide, rest)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> None:
+    """Refuses what is no q [B, heads, N, d] with k, v [B, heads, T, d], and a weight that is not theirs."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
+    if q.ndim != 4 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"attention_capture: {shapes} do not belong together")
+    (heads, queries, width), tokens = q.shape[1:], k.shape[2]
+    if not queries or not 0 < tokens <= MOST_TOKENS:
+        raise ValueError(
+            f"attention_capture: {queries} queries over {tokens} tokens, expected at least 1 over 1 to {MOST_TOKENS}, "
+            "which are held at once"
+        )
+    if width > WIDEST:
+        raise ValueError(f"attention_capture: heads of width {width} are too wide, at most {WIDEST} are supported")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention_capture: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, expected one dtype")
     if weight.ndim != 3 or weight.shape[:2] != (heads, tokens) or weight.dtype != q.dtype:
         raise ValueError(
             f"attention_capture: weight {list(weight.shape)} {weight.dtype} is not [{heads}, {tokens}, F] {q.dtype}"
         )
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What `reference` says; the answer lies in memory as [B, N, heads, d]."""
+    check(q, k, v, weight)
     if not is_served("attention_capture", q, k, v, weight):
         return reference(q, k, v, weight)
-    if tokens > MOST_TOKENS:
-        raise ValueError(
-            f"attention_capture: {tokens} tokens are too many to hold at once, at most {MOST_TOKENS} are supported"
-        )
-    features, (wide, rest), sizes = weight.shape[2], split(tokens), blocks("attention_capture", q)
+    (batch, heads, queries, width), tokens, features = q.shape, k.shape[2], weight.shape[2]
+    (wide, rest), sizes = split(tokens), blocks(BLOCKS, "attention_capture", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
     level = q.new_empty((batch, queries, features), dtype=torch.float32)
     _attention_capture_kernel[ceil_divide(queries, sizes["BLOCK_S"]), ceil_divide(features, sizes["BLOCK_F"]), batch](
@@ -198,6 +235,15 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
         **sizes,
     )
     return out, level
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for side, width in LEVELS:
+        q = empty(BATCH, side * side, HEADS, width // HEADS).transpose(1, 2)
+        k, v = empty(BATCH, TOKENS, 2, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        yield f"heads of {width // HEADS}", (q, k, v, empty(HEADS, TOKENS, FEATURES))
+    q, k, v = (empty(BATCH, size, 10, 64).transpose(1, 2) for size in (1024, TOKENS, TOKENS))
+    yield "heads of 64", (q, k, v, empty(10, TOKENS, FEATURES))
 
 
 def cases() -> list[Case]:

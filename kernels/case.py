@@ -1,4 +1,4 @@
-"""What an op is tried on."""
+"""What an op is tried on: its cases, and the sizes of Stable Diffusion 1.x."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# Stable Diffusion 1.x at 512 pixels, as every op's `sizes` has it: cells of a side and channels of the three levels
+# with attention, of a batch whose levels are projected to so many features.
+LEVELS = ((64, 320), (32, 640), (16, 1280))
+HEADS = 8
+TOKENS = 77
+BATCH = 8
+FEATURES = 256
 
 
 class Case(NamedTuple):

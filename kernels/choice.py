@@ -1,27 +1,29 @@
-"""Which form of each operation the fast engine runs on a device.
+"""Which form of each operation runs on a device.
 
-The choice is a table and no measurement at load: two ranks, or a run and its resumption, must not round differently
-because one of them was busy. Rows for a GPU are written down from what `python -m bench kernels --tune` measured there.
+The choice is written in each op's file, in its DEVICES, and not measured at load: two ranks, or a run and its
+resumption, must not round differently because one of them was busy. Rows for a GPU are written down from what
+`python -m bench kernels --tune` measured there.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels import OPS, compiled, fused
+from datasetdm_fast.kernels import OPS, fused, native, plain, reference
 from datasetdm_fast.kernels.launch import triton
-from datasetdm_fast.models.plain import PLAIN
 
-# Device name -> operation -> form. PyTorch's own attention is tuned for every GPU it knows, so it stays until a
-# measured row says otherwise.
-FORMS: dict[str, dict[str, str]] = {
-    "cpu": {"attention": "compiled", "geglu": "compiled", "group_norm_silu": "compiled", "layer_norm": "compiled"},
-    "untuned": {"attention_capture": "fused", "geglu": "fused", "group_norm_silu": "fused", "layer_norm": "fused"},
-}
+FORM = {"reference": reference, "plain": plain, "native": native, "fused": fused}
+DEVICES = {
+    "cpu": "a CPU",
+    "untuned": "a GPU with Triton",
+    "without triton": "a GPU without Triton",
+}  # a GPU's own name is another, where an op has a row for it
+OF_THE_LOOP = ("guided_step",)  # fp32 whatever the networks are stored as
 BUDGETS = {
     torch.float32: 1e-5,
     torch.float16: 4e-3,
@@ -29,23 +31,35 @@ BUDGETS = {
 }  # relative L2 of a kernel's probe against fp32
 
 
+def form_on(op: str, device: str) -> str:
+    """The name of the form of `op` on one of DEVICES, or on the GPU of that name."""
+    rows = getattr(OPS[op], "DEVICES", {})
+    return rows.get(device if device in rows or device in DEVICES else "untuned", "plain")
+
+
+def chosen(op: str, device: torch.device) -> Callable:
+    """The form of `op` that runs on `device`."""
+    return getattr(FORM[form_on(op, name_of(device))], op)
+
+
+def name_of(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    return "without triton" if triton is None else torch.cuda.get_device_name(device)
+
+
 def operations(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
-    """The operations of the lean models for `device`; a kernel that fails its probe there gives way to the plain form,
+    """The operations of the networks for `device`; a kernel that fails its probe there gives way to the plain form,
     with a warning.
     """
-    if device.type == "cpu":
-        chosen = FORMS["cpu"]
-    elif triton is None:
-        chosen = {}
-    else:
-        chosen = FORMS.get(torch.cuda.get_device_name(device), FORMS["untuned"])
-    forms = {name: FORM[form](name) for name, form in chosen.items()}
-    if device.type != "cpu":
-        forms = {name: form for name, form in forms.items() if is_sound(name, form, device, dtype)}
-    return SimpleNamespace(**{**vars(PLAIN), **forms})
+    forms = {op: chosen(op, device) for op in OPS if op not in OF_THE_LOOP}
+    for op, form in forms.items():
+        if device.type != "cpu" and form is not getattr(plain, op) and not is_sound(op, form, device, dtype):
+            forms[op] = getattr(plain, op)
+    return SimpleNamespace(**forms)
 
 
-def is_sound(name: str, form, device: torch.device, dtype: torch.dtype) -> bool:
+def is_sound(name: str, form: Callable, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `form` says on `device` what the reference says of the operation's last case, the largest."""
     inputs = OPS[name].cases()[-1].inputs
     truth = _tensors(OPS[name].reference(*_on(inputs, torch.device("cpu"), torch.float32)))
@@ -66,23 +80,21 @@ def is_sound(name: str, form, device: torch.device, dtype: torch.dtype) -> bool:
     return False
 
 
-def memory_efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """xformers' attention."""
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-FORM = {
-    "compiled": lambda name: getattr(compiled, name),
-    "fused": lambda name: getattr(fused, name),
-    "plain": lambda name: getattr(PLAIN, name),
-    "xformers": {"attention": memory_efficient}.__getitem__,
-}
+def table() -> tuple[list[str], list[list[str]]]:
+    """Which operation runs as which form on which device: the head of a table and its rows."""
+    measured = sorted({device for op in OPS.values() for device in getattr(op, "DEVICES", {})} - set(DEVICES))
+    head = ["operation", *DEVICES.values(), *measured]
+    forms = {op: [form_on(op, device) for device in (*DEVICES, *measured)] for op in OPS}
+    plainly = {op: "plain" if hasattr(module, "plain") else "reference" for op, module in OPS.items()}
+    return head, [[op, *(plainly[op] if form == "plain" else form for form in row)] for op, row in forms.items()]
 
 
-def _on(inputs, device: torch.device, dtype: torch.dtype) -> list:
-    return [x.to(device, dtype) if isinstance(x, Tensor) else x for x in inputs]
+def _on(inputs, device: torch.device, dtype: torch.dtype) -> list | tuple:
+    """`inputs` of an op on a device, floating tensors in `dtype`."""
+    return type(inputs)(
+        x.to(device, dtype) if isinstance(x, Tensor) else _on(x, device, dtype) if isinstance(x, (list, tuple)) else x
+        for x in inputs
+    )
 
 
 def _tensors(value) -> tuple[Tensor, ...]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.case import Case, noise
-from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, tl
-from datasetdm_fast.kernels.native import STORAGES, is_native, threads
+from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
+from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
+
+DEVICES = {"cpu": "native", "untuned": "fused"}
+BLOCKS = {"untuned": block_sizes("geglu", 4, BLOCK_S=4, BLOCK_C=512)}
 
 
 def reference(x: Tensor) -> Tensor:
@@ -17,7 +22,7 @@ def reference(x: Tensor) -> Tensor:
     return hidden * F.gelu(gate)
 
 
-def compiled(x: Tensor) -> Tensor:
+def native(x: Tensor) -> Tensor:
     """The same on a CPU, from csrc/network_ops.cpp: one pass."""
     if not is_native(x) or x.shape[-1] % 2:
         return reference(x)
@@ -53,12 +58,17 @@ def fused(x: Tensor) -> Tensor:
     if not is_served("geglu", x):
         return reference(x)
     x, channels = x.contiguous(), x.shape[-1] // 2
-    rows, sizes = x.numel() // (2 * channels), blocks("geglu", x)
+    rows, sizes = x.numel() // (2 * channels), blocks(BLOCKS, "geglu", x)
     out = x.new_empty((*x.shape[:-1], channels))
     _geglu_kernel[ceil_divide(rows, sizes["BLOCK_S"]), ceil_divide(channels, sizes["BLOCK_C"])](
         x, out, rows, channels, **sizes
     )
     return out
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for side, width in LEVELS:
+        yield f"{4 * width} channels", (empty(BATCH, side * side, 8 * width),)
 
 
 def cases() -> list[Case]:

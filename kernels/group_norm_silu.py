@@ -1,43 +1,37 @@
-"""Group normalisation and SiLU in one pass over a channels-last tensor, the time embedding added on the way."""
+"""Group normalisation and SiLU in one pass over a channels-last tensor."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.case import Case, noise
-from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, padded, plane_strides, tl
-from datasetdm_fast.kernels.native import STORAGES, is_native, threads
+from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
+from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, plane_strides, tl
+
+DEVICES = {"cpu": "native", "untuned": "fused"}
+BLOCKS = {
+    "untuned": block_sizes("group_norm_silu", 4, BLOCK_S=64, BLOCK_C=64)
+    | block_sizes("group_norm_silu combine", 4, BLOCK_N=16)
+}
 
 
-def reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True
-) -> Tensor:
-    """SiLU of the normalised `x` [B, C, h, w], after `shift` [B, C] was added; without SiLU where the norm stands
-    alone.
-    """
-    if shift is not None:
-        x = x + shift[:, :, None, None]
+def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True) -> Tensor:
+    """SiLU of the normalised `x` [B, C, h, w]; without SiLU where the norm stands alone."""
     x = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(x) if has_silu else x
 
 
-def compiled(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True
-) -> Tensor:
+def native(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True) -> Tensor:
     """The same on a CPU over a channels-last image, from csrc/network_ops.cpp: statistics, norm and SiLU without a map
     between.
     """
-    if (
-        shift is not None
-        or x.ndim != 4
-        or not is_native(weight, bias)
-        or not is_native(x.permute(0, 2, 3, 1))
-        or x.dtype != weight.dtype
-    ):
-        return reference(x, weight, bias, groups, eps, shift, has_silu)
+    if x.ndim != 4 or not is_native(weight, bias) or not is_native(x.permute(0, 2, 3, 1)) or x.dtype != weight.dtype:
+        return reference(x, weight, bias, groups, eps, has_silu)
     x = x.contiguous(memory_format=torch.channels_last)
     out, (batch, channels, height, width) = torch.empty_like(x, memory_format=torch.channels_last), x.shape
     places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
@@ -77,14 +71,12 @@ def _group_norm_silu_combine_kernel(
     mean_ptr,  # [B, chunks, C]
     spread_ptr,  # [B, chunks, C]
     weight_ptr,  # [C]
-    shift_ptr,  # [B, C] or None
     centre_ptr,  # [B, C] fp32
     scale_ptr,  # [B, C] fp32
     channels,
     cells,
     chunks,
     width,  # channels of a group
-    stride_shift,
     eps,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,17 +86,13 @@ def _group_norm_silu_combine_kernel(
     lane = tl.arange(0, BLOCK_G)
     channel = group * width + lane
     is_ours = lane < width
-    shift = tl.zeros([BLOCK_G], tl.float32)
-    if shift_ptr is not None:
-        shift = tl.load(shift_ptr + image * stride_shift + channel, mask=is_ours, other=0.0).to(tl.float32)
-    # Adding a constant to a channel moves its mean and leaves its spread.
     total = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     for start in range(0, chunks, BLOCK_N):
         chunk = start + tl.arange(0, BLOCK_N)
         inside = (chunk < chunks)[:, None] & is_ours[None, :]
         row = (image * chunks + chunk)[:, None] * channels + channel[None, :]
         count = tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)
-        mean = tl.load(mean_ptr + row, mask=inside, other=0.0) + shift[None, :]
+        mean = tl.load(mean_ptr + row, mask=inside, other=0.0)
         total += tl.where(inside, mean * count[:, None], 0.0)
     size = width * 1.0 * cells
     centre = tl.sum(tl.sum(total, 1), 0) / size
@@ -114,12 +102,12 @@ def _group_norm_silu_combine_kernel(
         inside = (chunk < chunks)[:, None] & is_ours[None, :]
         row = (image * chunks + chunk)[:, None] * channels + channel[None, :]
         count = tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)
-        mean = tl.load(mean_ptr + row, mask=inside, other=0.0) + shift[None, :]
+        mean = tl.load(mean_ptr + row, mask=inside, other=0.0)
         spread = tl.load(spread_ptr + row, mask=inside, other=0.0)
         total += tl.where(inside, spread + count[:, None] * (mean - centre) * (mean - centre), 0.0)
     variance = tl.sum(tl.sum(total, 1), 0) / size
     weight = tl.load(weight_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)
-    tl.store(centre_ptr + image * channels + channel, centre - shift, mask=is_ours)
+    tl.store(centre_ptr + image * channels + channel, centre, mask=is_ours)
     tl.store(scale_ptr + image * channels + channel, weight * tl.rsqrt(variance + eps), mask=is_ours)
 
 
@@ -159,9 +147,7 @@ def _group_norm_silu_kernel(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def fused(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, shift: Tensor | None = None, has_silu: bool = True
-) -> Tensor:
+def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True) -> Tensor:
     """What `reference` says; both layouts are served, channels-last is the fast one."""
     batch, channels, height, width = x.shape
     if channels % groups:
@@ -170,11 +156,9 @@ def fused(
         raise ValueError(
             f"group_norm_silu: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit {channels} channels"
         )
-    if shift is not None and (shift.shape != (batch, channels) or shift.stride(1) != 1):
-        raise ValueError(f"group_norm_silu: shift {list(shift.shape)} is not a contiguous [{batch}, {channels}]")
-    if not is_served("group_norm_silu", x, weight, bias, *([] if shift is None else [shift])):
-        return reference(x, weight, bias, groups, eps, shift, has_silu)
-    cells, sizes = height * width, blocks("group_norm_silu", x)
+    if not is_served("group_norm_silu", x, weight, bias):
+        return reference(x, weight, bias, groups, eps, has_silu)
+    cells, sizes = height * width, blocks(BLOCKS, "group_norm_silu", x)
     strides, chunks = plane_strides("group_norm_silu", x), ceil_divide(cells, sizes["BLOCK_S"])
     grid = (chunks, ceil_divide(channels, sizes["BLOCK_C"]), batch)
     mean, spread = torch.empty((2, batch, chunks, channels), dtype=torch.float32, device=x.device)
@@ -185,18 +169,16 @@ def fused(
         mean,
         spread,
         weight,
-        shift,
         centre,
         scale,
         channels,
         cells,
         chunks,
         channels // groups,
-        0 if shift is None else shift.stride(0),
         eps,
         CHUNK=sizes["BLOCK_S"],
         BLOCK_G=padded(channels // groups, 1),
-        **blocks("group_norm_silu combine", x),
+        **blocks(BLOCKS, "group_norm_silu combine", x),
     )
     out_strides = plane_strides("group_norm_silu", out)
     _group_norm_silu_kernel[grid](
@@ -205,17 +187,23 @@ def fused(
     return out
 
 
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for side, width in LEVELS:
+        given = empty(BATCH, side, side, width).permute(0, 3, 1, 2), empty(width), empty(width), 32
+        yield f"{width} channels", (*given, 1e-5)
+        yield f"{width} channels, no SiLU", (*given, 1e-6, False)
+
+
 def cases() -> list[Case]:
     def norm(batch, channels, groups, height, width, **options):
         x = noise(batch, channels, height, width).contiguous(memory_format=torch.channels_last)
-        shift = noise(batch, channels) if options.pop("has_shift", False) else None
         x = x * options.pop("spread", 1) + options.pop("offset", 0)
-        return x, noise(channels) + 1, noise(channels + 1)[1:], groups, 1e-5, shift, options.pop("has_silu", True)
+        return x, noise(channels) + 1, noise(channels + 1)[1:], groups, 1e-5, options.pop("has_silu", True)
 
     return [
         Case("smallest plane that varies", norm(1, 2, 1, 1, 2), (1, 2, 1, 2)),
-        Case("odd planes, ragged groups, time embedding", norm(2, 33, 3, 7, 11, has_shift=True), (2, 33, 7, 11)),
+        Case("odd planes, ragged groups", norm(2, 33, 3, 7, 11), (2, 33, 7, 11)),
         Case("the norm before attention has no SiLU", norm(1, 96, 32, 9, 9, has_silu=False), (1, 96, 9, 9)),
         Case("far from zero", norm(1, 64, 32, 16, 16, offset=15), (1, 64, 16, 16)),
-        Case("SD 1.x third level", norm(1, 1280, 32, 16, 16, has_shift=True), (1, 1280, 16, 16)),
+        Case("SD 1.x third level", norm(1, 1280, 32, 16, 16), (1, 1280, 16, 16)),
     ]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.case import Case, noise
-from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, tl, triton
+from datasetdm_fast.kernels.case import BATCH, Case, noise
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 
 FIXED = 5  # coefficients before those of the earlier entries
+DEVICES = {"cpu": "native", "untuned": "fused", "without triton": "native"}
+BLOCKS = {"untuned": block_sizes("guided_step", 4, BLOCK=1024)}
 
 
 def reference(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
@@ -28,7 +32,7 @@ def reference(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor)
     return torch.stack([sample * latents + weight * entry + earlier, entry]).to(latents.dtype)
 
 
-def compiled(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
+def native(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
     """The same from csrc/guided_step.cpp or guided_step.cu, fp32 latents and history wherever they lie."""
     if latents.dtype != torch.float32 or history.dtype != torch.float32 or (latents.is_cuda and not _C.built_with_cuda):
         return reference(output, latents, history, numbers)
@@ -45,11 +49,6 @@ def compiled(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) 
         return following
     parts = output.float().reshape(2, size), latents.reshape(size), history.reshape(slots, size), numbers
     return torch.from_numpy(_C.guided_step(*(x.contiguous().numpy() for x in parts))).view(2, *latents.shape)
-
-
-def native(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> Tensor:
-    """What `reference` says, from the kernel where it runs and from csrc elsewhere."""
-    return (fused if latents.is_cuda and triton is not None else compiled)(output, latents, history, numbers)
 
 
 @jit
@@ -96,12 +95,19 @@ def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> 
         )
     if not is_served("guided_step", output, latents, history, numbers):
         return reference(output, latents, history, numbers)
-    out, sizes = latents.new_empty((2, *latents.shape)), blocks("guided_step", latents)
+    out, sizes = latents.new_empty((2, *latents.shape)), blocks(BLOCKS, "guided_step", latents)
     parts = output.contiguous(), latents.contiguous(), history.contiguous(), numbers
     _guided_step_kernel[(ceil_divide(latents.numel(), sizes["BLOCK"]),)](
         *parts, out, latents.numel(), SLOTS=len(history), **sizes
     )
     return out
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for slots in (0, 1, 3):
+        latents = empty(BATCH, 4, 64, 64)
+        given = empty(2 * BATCH, 4, 64, 64), latents, empty(slots, *latents.shape), empty(FIXED + slots)
+        yield f"{slots} earlier entries", given
 
 
 def cases() -> list[Case]:

@@ -1,8 +1,8 @@
-"""Where the kernels meet Triton: its one import, the tensors it serves, and the table of block sizes."""
+"""Where the kernels meet Triton: its one import, the tensors it serves, and how a file's block sizes are read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -78,47 +78,20 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "untuned"
 
 
-def blocks(name: str, x: Tensor) -> dict[str, int]:
-    """Block sizes, warps and stages of one kernel for the dtype and device of `x`."""
-    row = (name, 8 * x.element_size())
-    return TABLE.get(_device_name(x.device), {}).get(row) or TABLE["untuned"][row]
+Blocks = dict[tuple[str, int], dict[str, int]]  # (kernel, bits of the storage type) -> block sizes, warps and stages
 
 
-def _row(num_warps: int, num_stages: int = 1, **sizes: int) -> dict[str, int]:
-    return {**sizes, "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+def block_sizes(
+    kernel: str, num_warps: int, num_stages: int = 1, *, bits: tuple[int, ...] = (16, 32), **sizes: int
+) -> Blocks:
+    """The rows of one kernel; the same for 16 and 32 bits where it is bound by memory, as it computes in fp32 then."""
+    row = {**sizes, "num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return {(kernel, width): row for width in bits}
 
 
-def _both(name: str, row: dict[str, int]) -> dict[tuple[str, int], dict[str, int]]:
-    """The same row for 16 and 32 bits: kernels that are bound by memory compute in fp32 anyway."""
-    return {(name, 16): row, (name, 32): row}
-
-
-# Device name -> (kernel, bits of the storage type) -> sizes. A row that was measured stands under the name of the
-# device it was measured on.
-TABLE: dict[str, dict[tuple[str, int], dict[str, int]]] = {
-    "untuned": {
-        **_both("group_norm_silu", _row(4, BLOCK_S=64, BLOCK_C=64)),
-        **_both("group_norm_silu combine", _row(4, BLOCK_N=16)),
-        **_both("layer_norm", _row(4, BLOCK_S=2)),
-        **_both("geglu", _row(4, BLOCK_S=4, BLOCK_C=512)),
-        **_both("guided_step", _row(4, BLOCK=1024)),
-        **_both("image_norm", _row(4, BLOCK_S=64, BLOCK_C=32)),
-        **_both("image_norm planes", _row(4, BLOCK_S=1024, BLOCK_C=1)),
-        **_both("pyramid resize", _row(4, BLOCK_S=32, BLOCK_F=64)),
-        **_both("depth_head sum", _row(4, BLOCK=512)),
-        ("pyramid", 16): _row(8, 3, BLOCK_S=64, BLOCK_F=64, BLOCK_C=32),
-        ("pyramid", 32): _row(8, 1, BLOCK_S=64, BLOCK_F=64, BLOCK_C=32),
-        ("attention_capture", 16): _row(8, 1, BLOCK_S=64, BLOCK_D=16, BLOCK_F=64),
-        ("attention_capture", 32): _row(8, 1, BLOCK_S=32, BLOCK_D=16, BLOCK_F=16),
-        ("attention 64", 16): _row(8, 3, BLOCK_N=128, BLOCK_S=64),
-        ("attention 128", 16): _row(8, 2, BLOCK_N=128, BLOCK_S=32),
-        ("attention 256", 16): _row(8, 2, BLOCK_N=128, BLOCK_S=16),
-        ("attention 64", 32): _row(4, 1, BLOCK_N=64, BLOCK_S=16),
-        ("masked_attention", 16): _row(4, 2, BLOCK_N=64, BLOCK_S=32, BLOCK_D=32),
-        ("masked_attention", 32): _row(4, 1, BLOCK_N=32, BLOCK_S=32, BLOCK_D=32),
-        ("mask_head", 16): _row(4, 2, BLOCK_N=64, BLOCK_S=64, BLOCK_D=16),
-        ("mask_head", 32): _row(4, 1, BLOCK_N=32, BLOCK_S=64, BLOCK_D=16),
-        ("depth_head", 16): _row(8, 1, BLOCK_O=32, BLOCK_X=256),
-        ("depth_head", 32): _row(8, 1, BLOCK_O=16, BLOCK_X=128),
-    },
-}
+def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor) -> dict[str, int]:
+    """Block sizes, warps and stages of one kernel for the dtype and device of `x`, of a file's BLOCKS: device name ->
+    rows, where a row that was measured stands under the name of the device it was measured on.
+    """
+    row = (kernel, 8 * x.element_size())
+    return table.get(_device_name(x.device), {}).get(row) or table["untuned"][row]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.case import Case, noise
-from datasetdm_fast.kernels.launch import blocks, ceil_divide, is_served, jit, padded, tl
-from datasetdm_fast.kernels.native import STORAGES, is_native, threads
+from datasetdm_fast.kernels.case import BATCH, LEVELS, TOKENS, Case, noise
+from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 WIDEST = 8192  # a row is held in registers
+DEVICES = {"cpu": "native", "untuned": "fused"}
+BLOCKS = {"untuned": block_sizes("layer_norm", 4, BLOCK_S=2)}
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -19,24 +23,15 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def compiled(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def native(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The same on a CPU, from csrc/network_ops.cpp."""
     if not is_native(x, weight, bias) or weight.shape != x.shape[-1:]:
         return reference(x, weight, bias, eps)
     x = x.contiguous()
     out = torch.empty_like(x)
     channels = len(weight)
-    _C.layer_norm(
-        STORAGES[x.dtype],
-        x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        out.data_ptr(),
-        x.numel() // channels,
-        channels,
-        eps,
-        threads(x),
-    )
+    places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
+    _C.layer_norm(STORAGES[x.dtype], *places, x.numel() // channels, channels, eps, threads(x))
     return out
 
 
@@ -78,11 +73,17 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if channels > WIDEST:
         raise ValueError(f"layer_norm: rows of {channels} do not fit into registers, at most {WIDEST} do")
     x = x.contiguous()
-    rows, sizes, out = x.numel() // channels, blocks("layer_norm", x), torch.empty_like(x)
+    rows, sizes, out = x.numel() // channels, blocks(BLOCKS, "layer_norm", x), torch.empty_like(x)
     _layer_norm_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
         x, weight, bias, out, rows, channels, eps, BLOCK_C=padded(channels, 1), **sizes
     )
     return out
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for side, width in LEVELS:
+        yield f"{width} channels", (empty(BATCH, side * side, width), empty(width), empty(width), 1e-5)
+    yield "text encoder", (empty(BATCH, TOKENS, 768), empty(768), empty(768), 1e-5)
 
 
 def cases() -> list[Case]:

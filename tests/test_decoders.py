@@ -163,8 +163,8 @@ FARTHEST = {"segmentation": 1.5e-4}
 def test_recorded_answers_of_upstream(kind, recorded_inputs):
     capture, text = recorded_inputs
     config = upstream(kind)
-    # Naive, the depth head is five trillion operations; the rearranged form is held equal to it in test_kernels.py.
-    decoder = build_decoder(config, kernels.rearranged if kind == "depth" else kernels.reference)
+    # Naive, the depth head is five trillion operations; the plain form is held equal to it in test_kernels.py.
+    decoder = build_decoder(config, kernels.plain if kind == "depth" else kernels.reference)
     shapes = {key: value.shape for key, value in decoder.state_dict().items()} | unread_shapes(config)
     load_upstream(decoder, {f"module.{key}": value for key, value in seeded_state(shapes, GOLDEN["seed"]).items()})
     with torch.inference_mode():
@@ -252,7 +252,7 @@ def test_upstream_classes_beside_ours(kind, upstream_classes):
     """Two images in a row through the same state: the second sees the spectral norms that the first moved."""
     theirs, ours = (
         upstream_classes(kind),
-        build_decoder(upstream(kind), kernels.rearranged if kind == "depth" else kernels.reference),
+        build_decoder(upstream(kind), kernels.plain if kind == "depth" else kernels.reference),
     )
     state = seeded_state({key: value.shape for key, value in theirs.state_dict().items()}, seed=11)
     theirs.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The compiled depth head: every instruction set, any number of threads, the border, and what it refuses."""
+"""The native depth head: every instruction set, any number of threads, the border, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -58,13 +58,13 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize("sides", [(23,), (4, 9, 20)])
 def test_one_resize_or_three(sides):
     inputs = head(1, 4, 40, 6)
-    assert distance(depth_head.compiled(*inputs, sides).numpy(), depth_head.reference(*inputs, sides).numpy()) <= 1e-12
+    assert distance(depth_head.native(*inputs, sides).numpy(), depth_head.reference(*inputs, sides).numpy()) <= 1e-12
 
 
 def test_inputs_stay_as_they_were():
     inputs = head(1, 1, 1, 1, torch.float32)
     before = [one.clone() for one in inputs]
-    depth_head.compiled(*inputs, (1,))
+    depth_head.native(*inputs, (1,))
     assert all(torch.equal(one, other) for one, other in zip(inputs, before))
 
 
@@ -72,16 +72,16 @@ def test_bf16_is_added_in_fp32():
     inputs = head(1, 64, 48, 8)
     exact = depth_head.reference(*inputs, (20, 64))
     narrow = tuple(one.bfloat16() for one in inputs)
-    ours, plain = depth_head.compiled(*narrow, (20, 64)), depth_head.reference(*narrow, (20, 64))
+    ours, naive = depth_head.native(*narrow, (20, 64)), depth_head.reference(*narrow, (20, 64))
     assert ours.dtype == torch.bfloat16
-    assert distance(ours.double().numpy(), exact.numpy()) <= 2 * distance(plain.double().numpy(), exact.numpy()) + 1e-3
+    assert distance(ours.double().numpy(), exact.numpy()) <= 2 * distance(naive.double().numpy(), exact.numpy()) + 1e-3
 
 
 def test_training_is_refused():
     inputs = head(1, 2, 3, 4, torch.float32)
     inputs[1].requires_grad_()
     with pytest.raises(RuntimeError, match="no backward"):
-        depth_head.compiled(*inputs, (8,))
+        depth_head.native(*inputs, (8,))
 
 
 def test_wrong_shapes_are_refused():

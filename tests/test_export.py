@@ -33,11 +33,10 @@ from datasetdm_fast.export.onnx.graph import Extent, Graph, traced
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.to_onnx import export
 from datasetdm_fast.export.onnx.weights import DataFile, Deferred, value_of
-from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.kernels import plain, pyramid
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.presets import _seeded
-from datasetdm_fast.models.plain import PLAIN
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
@@ -654,7 +653,7 @@ def test_deferred_weights_are_those_of_the_models_without_a_copy():
         (model.text_encoder, (TextEncoder,)),
     ):
         for kind in classes:
-            more = () if kind in (TimeTable, TextTable) else (PLAIN,)
+            more = () if kind in (TimeTable, TextTable) else (plain,)
             lazy, real = (
                 dict(kind(deferred(part), *more).named_parameters()),
                 dict(kind(part, *more).named_parameters()),

@@ -6,9 +6,8 @@ import torch
 from datasetdm_fast.engines import build_engine, memory
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import choice, geglu
+from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.models.plain import PLAIN
 
 
 class Memory:
@@ -92,15 +91,26 @@ def test_a_kernel_that_fails_its_probe_gives_way(monkeypatch):
         assert not choice.is_sound("geglu", broken, device, torch.float32)
 
 
-@pytest.mark.parametrize("name", choice.FORMS["untuned"])
+@pytest.mark.parametrize("name", [name for name in vars(fused) if name not in choice.OF_THE_LOOP])
 def test_the_probes_pass_for_the_forms_themselves(name):
-    assert choice.is_sound(name, choice.FORM["fused"](name), torch.device("cpu"), torch.float32)
+    assert choice.is_sound(name, getattr(fused, name), torch.device("cpu"), torch.float32)
 
 
-def test_forms_by_device():
+def test_forms_by_device(monkeypatch):
     on_cpu = choice.operations(torch.device("cpu"), torch.float32)
-    assert on_cpu.geglu is geglu.compiled and on_cpu.attention_capture is PLAIN.attention_capture
-    assert all(form in choice.FORM for forms in choice.FORMS.values() for form in forms.values())
+    assert on_cpu.geglu is geglu.native and on_cpu.attention_capture is attention_capture.plain
+    assert on_cpu.depth_head is depth_head.native
+    monkeypatch.setitem(geglu.DEVICES, "Some GPU", "plain")
+    assert choice.form_on("geglu", "Some GPU") == "plain" and choice.form_on("layer_norm", "Some GPU") == "fused"
+    assert choice.form_on("geglu", "without triton") == "plain" == choice.form_on("attention", "Some GPU")
+    for name, op in OPS.items():
+        assert all(hasattr(choice.FORM[form], name) for form in getattr(op, "DEVICES", {}).values())
+
+
+def test_the_table_of_forms_has_a_row_for_each_operation():
+    head, rows = choice.table()
+    assert [row[0] for row in rows] == list(OPS) and all(len(row) == len(head) for row in rows)
+    assert ["upsample_concat", "reference", "fused", "reference"] in rows
 
 
 def test_compile_is_for_the_fast_engine_alone():

@@ -13,13 +13,13 @@ from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
+from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.presets import _seeded
 from datasetdm_fast.models.capture import ProjectedSums, Projection
 from datasetdm_fast.models.layers import Upsample, Weights
-from datasetdm_fast.models.plain import PLAIN, attention_capture, probabilities
 from datasetdm_fast.sampling import make_schedule
 from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.sampling.walk import guide, start, step
@@ -270,8 +270,8 @@ def test_capture_of_attention_is_exact():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, cells, 8, generator=generator).double() for cells in (16, 7, 7))
     weight = torch.randn(5, 3 * 7, 1, 1, generator=generator).double()
-    output, projected = attention_capture(q, k, v, weight.reshape(5, 3, 7).permute(1, 2, 0))
-    assert relative(output, PLAIN.attention(q, k, v)) <= 1e-12
+    output, projected = attention_capture.plain(q, k, v, weight.reshape(5, 3, 7).permute(1, 2, 0))
+    assert relative(output, attention.plain(q, k, v)) <= 1e-12
     assert (
         relative(
             projected.transpose(1, 2).unflatten(2, (4, 4)), pyramid.reference([], [probabilities(q, k)], weight, 4)
@@ -284,7 +284,7 @@ def test_summing_is_exact(pair):
     """Features and maps added one by one give the concatenated level under its 1x1 convolution."""
     generator = torch.Generator().manual_seed(0)
     projection = Projection(pair.model.levels, pair.torch.decoders).double()
-    hook = ProjectedSums(projection, torch.zeros(2, 4, 16, 16), PLAIN)
+    hook = ProjectedSums(projection, torch.zeros(2, 4, 16, 16), plain)
     hook.sums = [total.double() for total in hook.sums]
     kept = [([], []) for _ in pair.model.levels]
     for place, level in enumerate(pair.model.levels):

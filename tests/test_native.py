@@ -1,4 +1,4 @@
-"""The CPU forms of the network's operations: every instruction set against the plain form, and slices of a batch on
+"""The native forms of the network's operations: every instruction set against the reference, and slices of a batch on
 several threads.
 """
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasetdm_fast import _C
 from datasetdm_fast.engines.lanes import Lanes
-from datasetdm_fast.kernels import OPS, attention, native
+from datasetdm_fast.kernels import OPS, attention, cpu
 
 NATIVE = ("attention", "geglu", "group_norm_silu", "layer_norm")
 CASES = [pytest.param(OPS[name], case, id=f"{name}: {case.reason}") for name in NATIVE for case in OPS[name].cases()]
@@ -41,11 +41,11 @@ def with_vectors(monkeypatch, request):
 @pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
 @pytest.mark.parametrize(("op", "case"), CASES)
 @torch.inference_mode()
-def test_says_what_the_plain_form_says(op, case, with_vectors):
+def test_says_what_the_reference_says(op, case, with_vectors):
     truth = op.reference(*converted(case.inputs, torch.float64))
     for dtype, budget in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
         inputs = converted(case.inputs, dtype)
-        plain, ours = distance(op.reference(*inputs), truth), op.compiled(*inputs)
+        plain, ours = distance(op.reference(*inputs), truth), op.native(*inputs)
         assert ours.shape == truth.shape and ours.dtype == dtype
         assert distance(ours, truth) <= max(1.3 * plain, budget), (dtype, plain)
 
@@ -55,7 +55,7 @@ def test_attention_reads_packed_heads_where_they_lie():
     packed = torch.randn(2, 19, 3 * 5 * 24, generator=torch.Generator().manual_seed(1))
     q, k, v = packed.unflatten(-1, (3, 5, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     k, v = k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)  # one text for all images
-    ours = attention.compiled(q, k, v)
+    ours = attention.native(q, k, v)
     assert distance(ours, attention.reference(*(x.double() for x in (q, k, v)))) <= 1e-6
     assert ours.transpose(1, 2).is_contiguous()
 
@@ -66,14 +66,14 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     for count in (1, 3):
         for module in {OPS[name] for name in NATIVE}:
             monkeypatch.setattr(module, "threads", lambda x, count=count: count)
-        results.append([OPS[name].compiled(*case.inputs) for name in NATIVE for case in OPS[name].cases()])
+        results.append([OPS[name].native(*case.inputs) for name in NATIVE for case in OPS[name].cases()])
     assert all(torch.equal(one, three) for one, three in zip(*results))
 
 
 def test_gradients_get_the_plain_form():
     x = torch.randn(3, 8, requires_grad=True)
-    assert not native.is_native(x)
-    OPS["geglu"].compiled(x).sum().backward()
+    assert not cpu.is_native(x)
+    OPS["geglu"].native(x).sum().backward()
     assert x.grad.abs().sum() > 0
 
 

@@ -15,10 +15,9 @@ from bench.report.results import ResultFile
 from bench.rows import ladder, ops, parity, profile, quality, race, stages
 from bench.rows.measurement import BenchRun
 from bench.setting import open_setting
-from datasetdm_fast import kernels
+from datasetdm_fast import _C, kernels
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.models.plain import PLAIN
 
 LIMITS = {"tflops": {"fp32": 0.1, "bf16": 0.2}, "gbps": 20.0, "gexps": 1.0}
 CPU = torch.device("cpu")
@@ -89,7 +88,7 @@ def test_upstream_averages_anew_for_every_level_of_every_decoder(setting, monkey
 
 
 def broken_geglu(x):
-    return 1.02 * PLAIN.geglu(x)
+    return 1.02 * kernels.plain.geglu(x)
 
 
 def broken(setting, batch):
@@ -97,7 +96,7 @@ def broken(setting, batch):
         setting.model,
         setting.reference.decoders,
         device="cpu",
-        ops=SimpleNamespace(**{**vars(PLAIN), "geglu": broken_geglu}),
+        ops=SimpleNamespace(**{**vars(kernels.plain), "geglu": broken_geglu}),
     )
     return EnginePeer(engine, setting, batch)
 
@@ -176,13 +175,29 @@ def test_an_absent_peer_says_why(run):
     assert row["status"] == "absent" and "a CPU has no such arithmetic" in row["why"]
 
 
-def test_operations_are_judged_before_they_are_timed():
-    forms = {"engine": SimpleNamespace(geglu=broken_geglu, layer_norm=kernels.compiled.layer_norm)}
-    rows = ops.rows(CPU, "fp32", LIMITS, forms, 0.001)
+def test_operations_are_judged_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(ops, "OPS", {name: kernels.OPS[name] for name in ("geglu", "layer_norm", "mask_head")})
+    monkeypatch.setattr(kernels.native, "geglu", broken_geglu)
+    rows = ops.rows(CPU, "fp32", LIMITS, 0.001)
     assert {row["op"] for row in rows} == {"geglu", "layer_norm"}
     for row in rows:
         assert row["status"] == ("failed" if row["op"] == "geglu" else "ok")
         assert "form_s" not in row or row["op"] == "layer_norm"
+    assert any("form_s" in row for row in rows)
+
+
+@pytest.mark.parametrize("op", ("group_norm_silu", "layer_norm", "geglu", "attention"))
+def test_an_operation_is_measured_in_the_form_the_engine_runs(monkeypatch, op):
+    """Every case of it, judged and timed, comes from the extension."""
+    monkeypatch.setattr(ops, "OPS", {op: kernels.OPS[op]})
+    name, calls = op.removesuffix("_silu"), []
+    inner = getattr(_C, name)
+    monkeypatch.setattr(_C, name, lambda *given: calls.append(name) or inner(*given))
+    rows = []
+    for row in ops.op_rows(op, ops.forms_of(op, CPU), CPU, "fp32", LIMITS, 0.0):
+        assert row["form"] == "engine" and row["status"] == "ok" and calls, row
+        rows.append(row)
+        calls.clear()
     assert any("form_s" in row for row in rows)
 
 

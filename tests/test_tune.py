@@ -8,7 +8,7 @@ import torch
 
 from bench.kernels import tune
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import OPS, fused, launch
+from datasetdm_fast.kernels import OPS, fused, launch, layer_norm
 
 CPU = torch.device("cpu")
 SIZES = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -36,9 +36,9 @@ def test_the_way_down_ends_at_the_fastest_that_is_right():
 @pytest.mark.skipif(not launch.IS_INTERPRETED, reason="kernels run in the interpreter where there is no GPU")
 def test_a_kernel_is_tuned_and_a_wrong_one_has_no_time(monkeypatch):
     case = OPS["layer_norm"].cases()[0].inputs
-    monkeypatch.setattr(tune, "model_sizes", lambda op, drawn: [("small", case)])
+    monkeypatch.setattr(layer_norm, "sizes", lambda drawn: [("small", case)])
     monkeypatch.setattr(tune, "WINDOW", 0.0)
-    monkeypatch.setitem(launch.TABLE, "untuned", dict(launch.TABLE["untuned"]))
+    monkeypatch.setattr(layer_norm, "BLOCKS", {"untuned": dict(layer_norm.BLOCKS["untuned"])})
     (judged,) = tune.judged_cases("layer_norm", "fp32", CPU)
     rows = list(tune.op_rows("layer_norm", "fp32", CPU, [judged], time.monotonic() + 1))
     assert [row.get("kernel", row.get("form")) for row in rows] == ["layer_norm", "fused", "plain"]
@@ -59,9 +59,8 @@ def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():
     kernel = {"kernel": "geglu", "bits": 16, "sizes": SIZES, "before_s": 2.0, "after_s": 1.0}
     document = {"machine": {"device": "Some GPU"}, "parts": {"geglu fp16": {"status": "done", "rows": [kernel, *rows]}}}
     said = tune.table_lines(document)
-    assert said[1].strip() == '("geglu", 16): _row(4, 2, BLOCK_S=64),' and said[-1].endswith(
-        "FORMS['Some GPU']: {'geglu': 'fused'}"
-    )
+    assert said[0] == "kernels/geglu.py, DEVICES['Some GPU'] = 'fused', BLOCKS['Some GPU'] ="
+    assert said[1].strip() == '| block_sizes("geglu", 4, 2, bits=(16,), BLOCK_S=64)'
 
 
 def test_the_command_wants_a_gpu_and_one_thing_to_do(monkeypatch):

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.kernels.sizes import model_sizes
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
@@ -83,9 +82,6 @@ class Empty:
     def __call__(self, *shape: int):
         return self.torch.empty(shape, dtype=self.dtype, device="meta")
 
-    def bools(self, *shape: int):
-        return self.torch.empty(shape, dtype=self.torch.bool, device="meta")
-
 
 class Recorder:
     """Stands where a kernel stood and notes each launch."""
@@ -142,7 +138,7 @@ def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
     for names, name, kernel in kernels:
         names[name] = Recorder(kernel, noted)
     try:
-        for case, inputs in model_sizes(op, Empty(dtype)):
+        for case, inputs in OPS[op].sizes(Empty(dtype)):
             noted.clear()
             OPS[op].fused(*inputs)
             for launch in noted:
@@ -154,7 +150,7 @@ def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
             names[name] = kernel
 
 
-def compiled(launch: Launch, target: str) -> tuple[int, int, int]:
+def resources(launch: Launch, target: str) -> tuple[int, int, int]:
     """Registers and bytes of stack of a thread, and bytes of shared memory of a block."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -184,7 +180,7 @@ def rows(ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> I
                         case,
                         dtype,
                         f"sm_{target}",
-                        *compiled(launch, target),
+                        *resources(launch, target),
                     )
 
 
@@ -196,19 +192,17 @@ def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, KernelConfig, "python -m bench kernels", "What every kernel takes of a GPU.")
     if config.audit == config.tune:
         raise Refused("python -m bench kernels: expected one of --audit and --tune", "add one of them")
-    from datasetdm_fast.kernels import OPS, launch
+    from datasetdm_fast.kernels import launch
 
     if launch.triton is None:
         raise Missing("python -m bench kernels: Triton is not installed", "pip install 'datasetdm-fast[triton]'")
     if launch.IS_INTERPRETED:
         raise Refused("python -m bench kernels: TRITON_INTERPRET is set, so nothing would be compiled", "unset it")
-    unknown = [op for op in config.ops if op not in OPS]
-    if unknown:
-        raise Refused(f"python -m bench kernels: --ops names {', '.join(unknown)}", f"there are: {', '.join(OPS)}")
+    ops = kernels_of(config.ops)
     if config.tune:
-        return tune_here(config, config.ops or tuple(OPS), arguments)
+        return tune_here(config, ops, arguments)
     found = []
-    for row in rows(config.ops or tuple(OPS), config.dtypes, config.targets):
+    for row in rows(ops, config.dtypes, config.targets):
         found.append(row)
         if not config.json:
             print(
@@ -216,6 +210,11 @@ def main(arguments: Sequence[str]) -> int:
                 f"{row.spills:5} B stack {row.shared:7} B shared",
                 flush=True,
             )
+    if not found:
+        raise Refused(
+            f"python -m bench kernels: nothing was audited, {', '.join(ops)} launch no kernel at their model sizes",
+            "their `sizes` have to yield inputs",
+        )
     wrong = [row for row in found if not is_sound(row)]
     if config.json:
         print(
@@ -237,9 +236,22 @@ def main(arguments: Sequence[str]) -> int:
         raise GateFailed(
             f"bench kernels: {len(wrong)} of {len(found)} compiled kernels do not fit, worst {place}: "
             f"{worst.spills} bytes of stack, expected none, and {worst.shared} of {limit} bytes of shared memory",
-            "choose smaller blocks or more warps in kernels/launch.py",
+            "choose smaller blocks or more warps in BLOCKS of the kernel's file",
         )
     return 0
+
+
+def kernels_of(asked: Sequence[str]) -> tuple[str, ...]:
+    """The ops that were asked for, else all that have block sizes: one without has no kernel to compile or tune."""
+    from datasetdm_fast.kernels import OPS
+
+    able = tuple(op for op, module in OPS.items() if getattr(module, "BLOCKS", None) and hasattr(module, "sizes"))
+    wrong = [op for op in asked if op not in able]
+    if wrong:
+        without = [op for op in wrong if op in OPS]
+        why = f", and {', '.join(without)} has no kernel with block sizes" if without else ""
+        raise Refused(f"python -m bench kernels: --ops names {', '.join(wrong)}{why}", f"there are: {', '.join(able)}")
+    return tuple(asked) or able
 
 
 def tune_here(config: KernelConfig, ops: Sequence[str], arguments: Sequence[str]) -> int:

@@ -1,5 +1,5 @@
 """The fastest block sizes of every kernel and the fastest form of every operation on one GPU; a size is timed only
-after it agreed with the plain form.
+after it agreed with the reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels.sizes import BATCH, model_sizes
 from bench.machine import machine
 from bench.machine.limits import rate
 from bench.machine.measure import distance
@@ -25,9 +24,8 @@ from bench.report import results
 from bench.report.results import ResultFile, is_settled, rows_of
 from bench.rows.ops import RandomInputs, limit_of, outputs, placed
 from datasetdm_fast.engines.fast import DTYPES
-from datasetdm_fast.kernels import OPS, fused, launch
-from datasetdm_fast.kernels.choice import memory_efficient
-from datasetdm_fast.models.plain import PLAIN
+from datasetdm_fast.kernels import OPS, fused, plain
+from datasetdm_fast.kernels.case import BATCH
 
 GAIN = 0.98  # of the time before; less is noise
 LARGEST_OPTIONS = {"num_warps": 16, "num_stages": 5}
@@ -89,9 +87,9 @@ def run(
 
 
 def judged_cases(op: str, dtype: str, device: torch.device) -> list[Judged]:
-    """The cases of an engine at its sizes; one whose plain form does not fit into memory is left out."""
+    """The cases of an engine at its sizes; one whose reference does not fit into memory is left out."""
     found = []
-    for reason, drawn in model_sizes(op, RandomInputs(device)):
+    for reason, drawn in OPS[op].sizes(RandomInputs(device)):
         inputs = placed(drawn, device, DTYPES[dtype])
         try:
             answer, limit = limit_of(OPS[op].reference, inputs, dtype)
@@ -106,7 +104,8 @@ def op_rows(
 ) -> Iterator[dict[str, Any]]:
     """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
     form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
-    table, kernels = launch.TABLE.setdefault(machine_name(device), {}), kernels_of(op, bits)
+    table = OPS[op].BLOCKS.setdefault(machine_name(device), {})
+    kernels = [(kernel, dict(sizes)) for (kernel, width), sizes in OPS[op].BLOCKS["untuned"].items() if width == bits]
     for place, (kernel, sizes) in enumerate(kernels):
         before, now = total(form, cases, device), time.monotonic()
         best, after = descend(
@@ -118,11 +117,8 @@ def op_rows(
             now + (until - now) / (len(kernels) - place),
         )
         yield {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
-    forms: dict[str, Callable | None] = {"fused": form, "plain": getattr(PLAIN, op, None)} | (
-        {"xformers": memory_efficient} if op == "attention" else {}
-    )
-    for name, one in forms.items():
-        for case in cases if one else ():
+    for name, one in {"fused": form, "plain": getattr(plain, op)}.items():
+        for case in cases:
             yield {
                 "op": op,
                 "form": name,
@@ -134,15 +130,6 @@ def op_rows(
 
 def machine_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "untuned"
-
-
-def kernels_of(op: str, bits: int) -> list[tuple[str, dict[str, int]]]:
-    """The rows of the table that an operation's kernels read."""
-    return [
-        (name, dict(sizes))
-        for (name, width), sizes in launch.TABLE["untuned"].items()
-        if name.split()[0] == op and width == bits
-    ]
 
 
 def total(form: Callable, cases: Sequence[Judged], device: torch.device) -> float:
@@ -186,18 +173,18 @@ def finite(seconds: float) -> float | None:
 
 
 def table_lines(document: dict[str, Any]) -> list[str]:
-    """What goes into kernels/launch.py and engines/operations.py, as Python."""
+    """What goes into BLOCKS and DEVICES of each kernel's file, as Python."""
     rows = [row for part in document["parts"] for row in rows_of(document, part)]
-    device = document["machine"]["device"]
-    lines = [f"kernels/launch.py, TABLE[{device!r}]:"]
-    for row in rows:
-        if "kernel" in row and row["after_s"] is not None:
-            sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.startswith("BLOCK"))
-            lines.append(
-                f'    ("{row["kernel"]}", {row["bits"]}): _row({row["sizes"]["num_warps"]}, {row["sizes"]["num_stages"]}, {sizes}),'
-            )
-    chosen = {op: form for op, form in fastest(rows).items() if form != "plain"}
-    return [*lines, f"engines/operations.py, FORMS[{device!r}]: {chosen}"]
+    device, forms = document["machine"]["device"], fastest(rows)
+    lines = []
+    for op, form in forms.items():
+        lines.append(f"kernels/{op}.py, DEVICES[{device!r}] = {form!r}, BLOCKS[{device!r}] =")
+        for row in rows:
+            if row.get("kernel", "").split()[:1] == [op] and row["after_s"] is not None:
+                sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.startswith("BLOCK"))
+                counts = f"{row['sizes']['num_warps']}, {row['sizes']['num_stages']}"
+                lines.append(f'    | block_sizes("{row["kernel"]}", {counts}, bits=({row["bits"]},), {sizes})')
+    return lines
 
 
 def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.machine import machine
-from datasetdm_fast.errors import GateFailed, Missing
+from datasetdm_fast.errors import Missing
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
@@ -25,38 +25,6 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     """Relative L2 distance."""
     ours, theirs = ours.double(), theirs.double()
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
-
-
-def compare(
-    name: str, naive: Callable[[], list[Tensor]], ours: Callable[[], list[Tensor]], rounds: int, limit: float
-) -> dict[str, Any]:
-    """The row of `name`: error, then naive over ours in median seconds and in peak bytes; GateFailed where the error is
-    above `limit`.
-
-    `cpu_ratio` is the same for the seconds that cores were really at work: on a busy machine it is the steadier one.
-    """
-    calls = {"naive": naive, "ours": ours}
-    with torch.inference_mode():
-        (theirs, naive_bytes), (mine, our_bytes) = map(with_peak, calls.values())
-        error = max(distance(a, b) for a, b in zip(mine, theirs, strict=True))
-        if not error <= limit:
-            raise GateFailed(
-                f"{name}: the two forms differ by {error:.1e}, expected at most {limit:.0e}",
-                "nothing was timed; mend the faster form first",
-            )
-        del theirs, mine
-        taken = interleaved(calls, 0.0, least=rounds)
-    clock = {side: spread(one.seconds) for side, one in taken.items()}
-    cpu = {side: statistics.median(one.cpu_seconds) for side, one in taken.items()}
-    return {
-        "time_ratio": round(clock["naive"]["median"] / clock["ours"]["median"], 2),
-        "memory_ratio": round(naive_bytes / our_bytes, 2),
-        "error": error,
-        "cpu_ratio": round(cpu["naive"] / cpu["ours"], 2),
-        "seconds": {side: [one["least"], one["median"], one["most"]] for side, one in clock.items()},
-        "cpu_seconds": {side: round(value, 4) for side, value in cpu.items()},
-        "peak_mib": {"naive": mib(naive_bytes), "ours": mib(our_bytes)},
-    }
 
 
 @dataclass

@@ -23,7 +23,7 @@ from datasetdm_fast.data import Capture, Request, Sample
 from datasetdm_fast.decoders.checkpoint import Decoder
 from datasetdm_fast.decoders.trunk import with_ops
 from datasetdm_fast.engines.torch import capturing, feature_modules
-from datasetdm_fast.kernels import compiled, rearranged
+from datasetdm_fast.kernels import native, plain
 
 PLACES = ("down", "mid", "up")
 LAST_TIMES = (0, 1)  # timesteps at which upstream keeps features
@@ -220,7 +220,7 @@ def own_decoders(setting: Setting) -> dict[str, Decoder]:
 
 def lean_decoders(setting: Setting) -> dict[str, Decoder]:
     """The decoders folded, with the operations of ours."""
-    ops = compiled if setting.device.type == "cpu" else rearranged
+    ops = native if setting.device.type == "cpu" else plain
     return {task: with_ops(decoder, ops) for task, decoder in setting.reference.decoders.items()}
 
 

@@ -14,7 +14,7 @@ from bench.rows.race import race, ratio
 from bench.setting import Setting
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.fast import FastEngine
-from datasetdm_fast.models.plain import PLAIN
+from datasetdm_fast.kernels import plain
 
 
 def without_maps(setting: Setting, batch: int) -> Upstream:
@@ -33,7 +33,7 @@ def in_batches(setting: Setting, batch: int) -> EnginePeer:
 
 def lean(setting: Setting, batch: int) -> EnginePeer:
     """Our networks with the operations of PyTorch."""
-    engine = FastEngine(setting.model, setting.reference.decoders, device=str(setting.device), ops=PLAIN)
+    engine = FastEngine(setting.model, setting.reference.decoders, device=str(setting.device), ops=plain)
     return EnginePeer(engine, setting, batch)
 
 

@@ -13,7 +13,7 @@ from bench.rows.measurement import BenchRun, Measurement, Rows
 def rows(run: BenchRun) -> Rows:
     engine = PEERS[OURS].build(run.setting, 1).engine
     seconds, dtype = 0.02 if run.setting.quick else 0.1, engine.fingerprint()["dtype"]
-    return ops.rows(run.setting.device, dtype, run.limits, ops.forms_of(engine), seconds)
+    return ops.rows(run.setting.device, dtype, run.limits, seconds)
 
 
 def shown(found: Sequence[Row]) -> list[Row]:

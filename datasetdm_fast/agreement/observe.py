@@ -98,7 +98,7 @@ def level_tensors(engine, capture: Capture | ProjectedCapture) -> dict[str, list
             total = (
                 capture.of(task).sums[place]
                 if is_projected
-                else pyramid.projected(capture.features[place], capture.maps[place], weight, level.side)
+                else pyramid.plain(capture.features[place], capture.maps[place], weight, level.side)
             )
             found[level.name].append(total.float().cpu())
     return found

@@ -11,7 +11,6 @@ from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.decoders.layers import Upscale
 from datasetdm_fast.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.models.layers import pointwise
 from datasetdm_fast.stages import FACTOR
 
@@ -45,6 +44,5 @@ class SimccDecoder(Decoder):
             raise Refused(
                 f"simcc decoder: the capture has {side} cells a side, expected the {self.config.side} it was trained on"
             )
-        low = resize(self.project(capture, "low", side // 4), side // 2)
-        joints = self.mix(capture, "mid", low, side // 2).flatten(2)
+        joints = self.mix(capture, "mid", self.lowest(capture), side // 2).flatten(2)
         return {"x": self.mlp_head_x(joints), "y": self.mlp_head_y(joints)}

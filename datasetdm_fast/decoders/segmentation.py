@@ -50,7 +50,7 @@ class SegmentationDecoder(Decoder):
     def pixels(self, capture: Capture | ProjectedCapture) -> tuple[list[Tensor], Tensor]:
         """Three memory levels [B, C, m_i, m_i] and the mask features [B, D, m, m]."""
         side = capture.side
-        low = resize(self.project(capture, "low", side // 4), side // 2)
+        low = resize(self.lowest(capture), side // 2)
         mid = resize(self.mix(capture, "mid", low, side // 2), side)
         high = self.mix(capture, "high", mid, side)
         highest = self.mix(capture, "highest", high, side)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
@@ -40,24 +39,28 @@ class Decoder(nn.Module):
             if hasattr(self, f"{name}_feature_conv")
         }
 
-    def project(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
-        """The captured level `name` at `width` channels [B, F, side, side]; a ProjectedCapture must be our own part."""
+    def level(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
+        """The captured level `name` [B, F, h, w], not yet resized to `side`; a ProjectedCapture must be our own part."""
         place = LEVELS.index(name)
         if isinstance(capture, ProjectedCapture):
-            return resize(capture.sums[place], side)
+            return capture.sums[place]
         convolution = self.get_submodule(f"{name}_feature_conv.0")
         return self.ops.pyramid(capture.features[place], capture.maps[place], convolution.weight, side)
 
+    def lowest(self, capture: Capture | ProjectedCapture) -> Tensor:
+        """The level `low` at a quarter of the side of the highest."""
+        side = capture.side // 4
+        return resize(self.level(capture, "low", side), side)
+
     def mix(self, capture: Capture | ProjectedCapture, name: str, below: Tensor, side: int) -> Tensor:
-        """The level `name` joined with the levels below it, at its own resolution."""
-        joined = torch.cat([below, self.project(capture, name, side)], 1)
+        """The level `name` joined with the levels below it, both brought to `side`."""
+        joined = self.ops.upsample_concat([below, self.level(capture, name, side)], side)
         return self.get_submodule(f"{name}_feature_mix_conv")(joined)
 
     def climb(self, capture: Capture | ProjectedCapture) -> Tensor:
         """All four levels mixed, at the resolution of the highest."""
         side = capture.side
-        low = resize(self.project(capture, "low", side // 4), side // 2)
-        mid = resize(self.mix(capture, "mid", low, side // 2), side)
+        mid = self.mix(capture, "mid", self.lowest(capture), side // 2)
         return self.mix(capture, "highest", self.mix(capture, "high", mid, side), side)
 
 

@@ -19,12 +19,11 @@ from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import compiled, rearranged
+from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.models.capture import CaptureHook, NoCapture, ProjectedSums, Projection, RawCapture
 from datasetdm_fast.models.layers import packed
-from datasetdm_fast.models.plain import PLAIN
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
@@ -74,7 +73,6 @@ class FastEngine:
         dtype: str = "auto",
         device: str = "auto",
         ops: SimpleNamespace | None = None,
-        decoder_ops: SimpleNamespace | None = None,
         compile: bool = False,
     ):
         self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
@@ -84,11 +82,11 @@ class FastEngine:
             str, int
         ] = {}  # what had to be done differently from what was asked, for the rows of the samples made since
         self.ops = ops or (
-            PLAIN if compile else operations(self.device, self.dtype)
+            plain if compile else operations(self.device, self.dtype)
         )  # a compiler fuses the plain forms itself
-        self.decoder_ops = decoder_ops or (compiled if self.device.type == "cpu" else rearranged)
+        decoder_ops = operations(self.device, torch.float32)
         self.decoders = {
-            task: with_ops(decoder, self.decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()
+            task: with_ops(decoder, decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()
         }
         self._read_weights()
 

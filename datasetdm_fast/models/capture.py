@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture
+from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.models.layers import frozen, tokens
-from datasetdm_fast.models.plain import probabilities
 from datasetdm_fast.stages import LEVELS, Level
 
 Slot = tuple[int, int]  # level, place within it

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels import guided_step
+from datasetdm_fast.kernels.choice import chosen
 from datasetdm_fast.sampling.schedule import Schedule
 
 
@@ -57,11 +57,12 @@ class SamplerState:
         self.schedule, self.latents, self.origin = schedule, latents, latents
         self.ring = latents.new_zeros((schedule.memory, *latents.shape))
         self.numbers, self.places = _walk_numbers(schedule, guidance, latents.device)
+        self.guided_step = chosen("guided_step", latents.device)
 
     def step(self, k: int, output: Tensor) -> Tensor:
         """The latents after call k, whose UNet output for both CFG halves is `output`."""
         latents = self.origin if self.schedule.updates[k].restarts else self.latents
-        self.latents, entry = guided_step.native(output, latents, self.ring, self.numbers[k]).unbind()
+        self.latents, entry = self.guided_step(output, latents, self.ring, self.numbers[k]).unbind()
         if self.places[k] is not None:
             self.ring[self.places[k]].copy_(entry)
         return self.latents

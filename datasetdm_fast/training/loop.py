@@ -23,7 +23,7 @@ from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.decoders.checkpoint import Decoder, DecoderConfig, build_decoder
 from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.kernels import rearranged
+from datasetdm_fast.kernels import plain
 from datasetdm_fast.lessons.cache import Layout
 from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.lessons.views import Views
@@ -79,7 +79,7 @@ class Trainer:
     ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(schedule.seed)
-            self.decoder = build_decoder(config, rearranged).train().to(device)
+            self.decoder = build_decoder(config, plain).train().to(device)
         self.schedule, self.lessons, self.ranks = schedule, lessons, ranks
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         self.words = None if words is None else words.clone().float().to(device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.export.onnx.graph import MICROSOFT, Value
 from datasetdm_fast.export.onnx.operators import BLOCKED
+from datasetdm_fast.kernels import upsample_concat
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, shifted
 from datasetdm_fast.kernels.image_norm import EPS
@@ -94,7 +95,7 @@ def mask_head(queries: Value, features: Value, side: int, is_blocking: bool = Fa
 def depth_head(
     x: Value, weight: Value, bias: Value, last_weight: Value, last_bias: Value, sides: Sequence[int]
 ) -> Value:
-    """See kernels.depth_head.low_resolution: nine products at the resolution of `x`, resized, shifted, added."""
+    """See kernels.depth_head.plain: nine products at the resolution of `x`, resized, shifted, added."""
     side, (hidden, channels) = x.shape[-1], weight.shape[:2]
     matrices = shifted(resize_matrix(side, sides, torch.zeros(())))  # [3, H, h]
     across = x.graph.constant(matrices.permute(0, 2, 1).reshape(3 * side, -1).contiguous())  # [3 w, W]
@@ -161,6 +162,7 @@ PORTABLE = SimpleNamespace(
     masked_attention=masked_attention,
     mask_head=mask_head,
     depth_head=depth_head,
+    upsample_concat=upsample_concat.reference,
 )
 
 

@@ -35,7 +35,7 @@ from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, export
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.weights import DataFile, deferred, digest
 from datasetdm_fast.export.staging import alone, staged
-from datasetdm_fast.kernels import bilinear, depth_head, image_norm
+from datasetdm_fast.kernels import bilinear, depth_head, image_norm, upsample_concat
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.models.capture import NoCapture, Projection, RawCapture, Slot
 from datasetdm_fast.models.text_encoder import TextEncoder
@@ -188,7 +188,7 @@ def exporter() -> str:
     """Version of this package, with a digest of the code that decides what the graphs say."""
     root = Path(stages.__file__).parent
     forms = [
-        Path(module.__file__) for module in (bilinear, depth_head, image_norm)
+        Path(module.__file__) for module in (bilinear, depth_head, image_norm, upsample_concat)
     ]  # of the kernels, those the graphs take over
     rooms = (Path(__file__).parents[1], root / "models", root / "decoders")
     files = [*(path for room in rooms for path in sorted(room.rglob("*.py"))), *forms, Path(stages.__file__)]

@@ -139,7 +139,7 @@ class GraphEngine:
             return {f"sums_{name}": total for name, total in zip(LEVELS, capture.of(task).sums) if total.shape[1]}
         weights = self.decoders[task].projections()
         return {
-            f"sums_{level.name}": pyramid.projected(features, maps, weights[level.name].to(self.device), level.side)
+            f"sums_{level.name}": pyramid.plain(features, maps, weights[level.name].to(self.device), level.side)
             for level, features, maps in zip(self.model.levels, capture.features, capture.maps)
             if level.name in weights
         }

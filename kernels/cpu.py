@@ -1,4 +1,4 @@
-"""Where the operations meet csrc: which tensors its CPU forms take, and how these are described to it."""
+"""Where the operations meet csrc: which tensors its native forms take, and how these are described to it."""
 
 from __future__ import annotations
 
