@@ -202,6 +202,8 @@ def checkout(tmp_path, document):
     (tmp_path / "bench" / "README.md").write_text(
         "".join(f"<!-- bench:{name} -->\n<!-- /bench -->\n" for name in ("cpu", "gpu", "paper"))
     )
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "kernels.md").write_text("<!-- bench:forms -->\n<!-- /bench -->\n")
     return tmp_path
 
 
@@ -212,6 +214,7 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout):
         "before\n<!-- bench:summary -->\n![CPU: peers](bench/charts/cpu-peers.svg)"
     ) and front.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in front and "title of ours" in front and "TF32" not in front
+    assert "| attention_capture | plain | fused | plain |" in files[checkout / "docs" / "kernels.md"]
     whole = files[checkout / "bench" / "README.md"]
     assert "No GPU has been measured yet." in whole and "not here: a CPU has no such arithmetic" in whole
     assert "](charts/cpu-peers.svg)" in whole  # as seen from the page's own folder

@@ -178,7 +178,7 @@ def apart(heights: dict[str, float], least: float = LINE) -> dict[str, float]:
 def roofline(document: dict[str, Any]) -> str:
     """Layers and operations under the measured limits."""
     limits, layers, ops = rows_of(document, "limits")[0], rows_of(document, "layers"), timed_ops(document)
-    note = f"{where(document)}; work counted as the plain form is written"
+    note = f"{where(document)}; work counted as the reference is written"
     drawing = Drawing("Layers and operations under the measured limits", note)
     xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]
     most, slope = max(limits["tflops"].values()), limits["gbps"] / 1e3  # TFLOP/s at one operation a byte

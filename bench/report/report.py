@@ -269,6 +269,13 @@ def claimed(found: Documents, charts: str) -> str:
     return claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS
 
 
+def forms(found: Documents, charts: str) -> str:
+    """Which operation runs as which form on which device, from the kernels' own files."""
+    from datasetdm_fast.kernels import choice
+
+    return markdown(choice.table())
+
+
 SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
@@ -276,4 +283,5 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "paper": paper,
     "gains": gains,
     "claims": claimed,
+    "forms": forms,
 }
