@@ -113,8 +113,11 @@ def test_a_peer_that_loads_is_waited_for_and_so_is_one_that_has_not_come(clock):
 def test_time_in_which_a_process_did_not_look_counts_against_nobody(clock):
     queue, own, other = SqliteQueue(), Owner("own", 0), Owner("other", 1)
     queue.enter(other)
-    queue.beat(other.name)
     monitor = QueueMonitor(queue, USUAL, own)
+    for _ in range(3):
+        clock.now += 1
+        queue.beat(other.name)
+        monitor.look()
     for _ in range(20):  # of its own work between two looks
         monitor.look()
         clock.now += 500
@@ -123,6 +126,19 @@ def test_time_in_which_a_process_did_not_look_counts_against_nobody(clock):
         monitor.look()
         clock.now += 500
     assert queue.owners() == {}
+
+
+@pytest.mark.parametrize("seconds", [100, 1000])
+def test_calls_that_take_minutes_are_waited_for(clock, seconds):
+    queue, other = SqliteQueue(), Owner("other", 1)
+    queue.enter(other)
+    monitor = QueueMonitor(queue, USUAL, Owner("own", 0))
+    for _ in range(3):
+        for _ in range(4 * seconds):
+            clock.now += 0.25
+            monitor.look()
+        queue.beat(other.name)
+    assert list(queue.owners()) == [other]
 
 
 @pytest.fixture

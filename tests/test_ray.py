@@ -253,7 +253,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
         run.run(job.prepare(config(tmp_path / "alone", prompts=str(prompts))))
     line = ("--cluster", "ray", "--ranks", "2", "--prompts", prompts.name, "--store", f"file://{tmp_path}/store")
     process = command(*line, TROUBLED_SECONDS="0.4")
-    wait_for(tmp_path / "store", 2, process)
+    wait_for(tmp_path / "store", 8, process)
     started = psutil.Process(process.pid).children(recursive=True)
     for worker in workers(process):
         worker.suspend()

@@ -30,7 +30,8 @@ USUAL = Patience()
 
 class Silence:
     """How long each process has been silent, on a clock that stands still while the process that looks is itself held
-    up; the time until a first sign, which is spent on loading, makes nobody more patient later.
+    up. The time until a first sign is spent on loading: it may be long, and says nothing of the time between later
+    ones.
     """
 
     def __init__(self, patience: Patience):
@@ -54,7 +55,9 @@ class Silence:
                     self._longest = max(self._longest, self._clock - since)
                 since = self._clock
             self._seen[owner.name] = beats, since
-            allowed = max(self._patience.least, self._patience.times * self._longest) if beats else self._patience.start
+            allowed = self._patience.start
+            if beats and self._longest:  # a first call of a large network takes minutes on a CPU
+                allowed = max(self._patience.least, self._patience.times * self._longest)
             if self._clock - since > allowed:
                 silent[owner] = self._clock - since
         return silent

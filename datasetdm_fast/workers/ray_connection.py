@@ -59,9 +59,8 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     address = address_of(config.cluster)
     if address:
         _knock(config, address)
-    # Read by Ray when it is imported or started: nothing is reported to anybody, and a head that does not answer is not
-    # waited for long.
-    # Nor does what is left of one round start a Ray of its own.
+    # Read by Ray when it is imported or started: nothing is reported to anybody, a head that does not answer is not
+    # waited for long, and what is left of one round does not start a Ray of its own.
     os.environ.update(
         RAY_ENABLE_AUTO_CONNECT="0",
         RAY_USAGE_STATS_ENABLED="0",
@@ -121,12 +120,9 @@ def _not_joined(config: RunConfig, address: str | None, error: BaseException) ->
             f"--cluster {config.cluster}: the cluster wants another token",
             "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.",
         )
-    return Missing(
-        f"--cluster {config.cluster}: {first_line(said[0])}",
-        "Run this on a machine of the cluster, with the Python and the Ray it runs."
-        if address
-        else "See what Ray says in /tmp/ray/session_latest/logs.",
-    )
+    there = "Run this on a machine of the cluster, with the Python and the Ray it runs."
+    remedy = there if address else "See what Ray says in /tmp/ray/session_latest/logs."
+    return Missing(f"--cluster {config.cluster}: {first_line(said[0])}", remedy)
 
 
 @contextmanager

@@ -75,10 +75,10 @@ class RayDriver:
         self._round(setup, pool)
         self.rounds_in_vain = 0 if self.committed > before else self.rounds_in_vain + 1
         if self.wanted and not self.callbacks.is_stopping() and self.rounds_in_vain == MOST_ROUNDS:
+            logs = "See their logs in /tmp/ray/session_latest/logs, then run the same line again"
             raise Missing(
                 f"{self.config.out}: the workers fell silent {MOST_ROUNDS} times in a row without a sample",
-                "See their logs in /tmp/ray/session_latest/logs, then run the same line again: it goes on where it "
-                "stopped.",
+                f"{logs}: it goes on where it stopped.",
             )
 
     def _open(self, setup: RayWorkerSetup, pool: Pool) -> bool:
@@ -96,10 +96,8 @@ class RayDriver:
             raise REFUSALS[name](cause, remedy)
         job, lines, version = content
         if version != __version__:
-            raise Missing(
-                f"--cluster {self.config.cluster}: its machines have datasetdm_fast {version}, this one {__version__}",
-                NOTHING_HERE,
-            )
+            there = f"--cluster {self.config.cluster}: its machines have datasetdm_fast {version}"
+            raise Missing(f"{there}, this one {__version__}", NOTHING_HERE)
         job = replace(job, config=self.config)
         if setup.document is not None:
             job = replace(adopt(job, setup.document), done=count_rows(self.config))
@@ -182,9 +180,8 @@ class RayDriver:
                 name, cause, remedy = refusal
                 raise REFUSALS[name](cause, remedy) from error
             if "No module named 'datasetdm_fast'" in str(error):
-                raise Missing(
-                    f"--cluster {self.config.cluster}: its machines have no datasetdm_fast", NOTHING_HERE
-                ) from error
+                cause = f"--cluster {self.config.cluster}: its machines have no datasetdm_fast"
+                raise Missing(cause, NOTHING_HERE) from error
             raise Missing(
                 f"{self.config.out}: Ray ended the run ({type(error).__name__}: {first_line(str(error))})",
                 "Run the same line again: it goes on where it stopped.",

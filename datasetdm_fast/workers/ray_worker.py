@@ -135,9 +135,6 @@ class RayWorkerSetup:
         if self.on_start:
             self.on_start()
 
-    def job(self) -> Job:
-        return compose(self.config, self.source, self.document)
-
 
 @dataclass(frozen=True)
 class PublishingFolder:
@@ -178,13 +175,14 @@ class RayWorker:
         self.owner = Owner(f"actor {actor}, process {process}", self.queue.admit(device), actor, process)
         self.queue.enter(self.owner)
         with self._refusing():
-            self.job = adopt(setup.job(), setup.document)
+            self.job = adopt(compose(setup.config, setup.source, setup.document), setup.document)
             self.publish = object_store.publisher(setup.config)
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
+        folder = PublishingFolder(self.setup.config.image_format, self.publish, self.setup.present, self.queue)
         try:
             with self._refusing():
-                self.work()
+                Worker(self.job, folder, self.queue, self.owner, self.setup.last).work()
         except (Refused, Missing, GateFailed):
             raise
         except Exception as error:
@@ -192,10 +190,6 @@ class RayWorker:
             # a CUDA context that has failed once never works again: the process ends, and Ray starts another
             os._exit(1)
         return block
-
-    def work(self) -> None:
-        folder = PublishingFolder(self.job.config.image_format, self.publish, self.setup.present, self.queue)
-        Worker(self.job, folder, self.queue, self.owner, self.setup.last).work()
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -213,7 +207,7 @@ def plan(setup: RayWorkerSetup, describe: Callable[[Job], list[str]]) -> tuple:
     """
     setup.begin()
     try:
-        job = setup.job()
+        job = compose(setup.config, setup.source, setup.document)
         return "ready", replace(job, engine=None), describe(job), __version__
     except (Refused, Missing, GateFailed) as stop:
         return "refused", type(stop).__name__, stop.cause, stop.remedy

@@ -184,14 +184,13 @@ class Supervisor:
 
     def _ask_to_stop(self) -> None:
         for rank in self.ranks:
-            if not rank.process or rank.is_told_to_stop:
-                continue
-            rank.is_told_to_stop = True
-            if not rank.is_ready:  # it has nothing to finish
-                rank.process.kill()
-                continue
-            with suppress(OSError):  # it has just ended
-                rank.link.send("stop")
+            if rank.process and not rank.is_told_to_stop:
+                rank.is_told_to_stop = True
+                if not rank.is_ready:  # it has nothing to finish
+                    rank.process.kill()
+                else:
+                    with suppress(OSError):  # it has just ended
+                        rank.link.send("stop")
 
     def __enter__(self) -> Supervisor:
         return self
@@ -200,11 +199,13 @@ class Supervisor:
         end = time.monotonic() + (SECONDS_TO_END if kind is None else 0)
         for rank in self.ranks:
             if rank.process:
-                with suppress(subprocess.TimeoutExpired, *REFUSALS.values()):
+                with suppress(subprocess.TimeoutExpired):
                     rank.process.wait(max(end - time.monotonic(), 0))
-                    self._read(rank)  # a commit may be reported after the queue is over
                 rank.process.kill()
                 rank.process.wait()
+                if kind is None:
+                    with suppress(*REFUSALS.values()):  # a commit may be reported after the queue is over
+                        self._read(rank)
                 rank.link.close()
 
 
