@@ -80,15 +80,6 @@ def is_sound(name: str, form: Callable, device: torch.device, dtype: torch.dtype
     return False
 
 
-def table() -> tuple[list[str], list[list[str]]]:
-    """Which operation runs as which form on which device: the head of a table and its rows."""
-    measured = sorted({device for op in OPS.values() for device in getattr(op, "DEVICES", {})} - set(DEVICES))
-    head = ["operation", *DEVICES.values(), *measured]
-    forms = {op: [form_on(op, device) for device in (*DEVICES, *measured)] for op in OPS}
-    plainly = {op: "plain" if hasattr(module, "plain") else "reference" for op, module in OPS.items()}
-    return head, [[op, *(plainly[op] if form == "plain" else form for form in row)] for op, row in forms.items()]
-
-
 def _on(inputs, device: torch.device, dtype: torch.dtype) -> list | tuple:
     """`inputs` of an op on a device, floating tensors in `dtype`."""
     return type(inputs)(

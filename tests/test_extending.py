@@ -93,6 +93,26 @@ RECIPES = {
             )
         },
     ),
+    "A kernel": Recipe(
+        files=("kernels/quick_gelu.py",),
+        edits={
+            "kernels/__init__.py": (
+                ("        pyramid,\n", "        pyramid,\n        quick_gelu,\n"),
+                (
+                    '        "layer_norm": layer_norm,\n',
+                    '        "layer_norm": layer_norm,\n        "quick_gelu": quick_gelu,\n',
+                ),
+            ),
+            "datasetdm_fast/models/text_encoder.py": (
+                (
+                    "activation = ACTIVATIONS[config.hidden_act]\n",
+                    'activation = ops.quick_gelu if config.hidden_act == "quick_gelu" else F.gelu\n',
+                ),
+            ),
+        },
+        most_files=3,
+        most_edited=1,
+    ),
     "An engine": Recipe(
         files=("datasetdm_fast/engines/halves.py",),
         edits={
@@ -120,7 +140,7 @@ RECIPES = {
 # Runs every command in one process, and says how each ended.
 COMMANDS = """
 import contextlib, io, json, sys
-import datasetdm_fast
+import datasetdm_fast, torch
 from datasetdm_fast import cli, doctor
 ended = {"package": datasetdm_fast.__file__}
 for name, line in json.loads(sys.argv[1]).items():
@@ -128,8 +148,18 @@ for name, line in json.loads(sys.argv[1]).items():
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
         code = cli.main(line)
     ended[name] = [code, said.getvalue(), error.getvalue()]
+with open("other/captions.tsv", "a") as file, contextlib.redirect_stdout(error), contextlib.redirect_stderr(error):
+    file.write("one more line")
+    file.flush()
+    ended["changed"] = cli.main(["audit", "other"]), error.getvalue()
 question = "engine halves"
 ended["doctor"] = doctor.ask({question: doctor.QUESTIONS[question]})[question].values
+from datasetdm_fast.kernels import choice
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.models.text_encoder import TextEncoder
+ops = choice.operations(torch.device("cpu"), torch.float32)
+layers = TextEncoder(load_model("demo").text_encoder, ops).layers
+ended["kernel"] = all(layer.activation is ops.quick_gelu for layer in layers)
 print(json.dumps(ended))
 """
 
@@ -181,7 +211,8 @@ def sections() -> dict[str, str]:
 
 
 def named_files(text: str) -> Iterator[str]:
-    yield from re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/]+\.\w+)`", text)
+    """The files in backticks, tests aside."""
+    yield from re.findall(r"`((?!tests/)\w+/[\w/]+\.py)`", text)
 
 
 def test_the_page_has_these_recipes():
@@ -265,7 +296,20 @@ def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
     found = json.loads(ended.stdout)
     assert found.pop("package") == str(root / "datasetdm_fast" / "__init__.py")
     assert found.pop("doctor")["runs"]
+    assert found.pop("kernel")
+    code, said = found.pop("changed")
+    assert code and "captions.tsv" in said
     assert {name: error for name, (code, _, error) in found.items() if code} == {}
+
+    judged = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "quick_gelu"]
+    ended = subprocess.run(
+        [*judged, str(HERE / "tests" / "test_kernels.py")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout + ended.stderr
 
     page = (tmp_path / "run" / "gallery" / "index.html").read_text(encoding="utf-8")
     assert "Class edges" in page

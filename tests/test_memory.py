@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.report.report import forms_table
 from datasetdm_fast.engines import build_engine, memory
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
@@ -108,7 +109,7 @@ def test_forms_by_device(monkeypatch):
 
 
 def test_the_table_of_forms_has_a_row_for_each_operation():
-    head, rows = choice.table()
+    head, rows = forms_table()
     assert [row[0] for row in rows] == list(OPS) and all(len(row) == len(head) for row in rows)
     assert ["upsample_concat", "reference", "fused", "reference"] in rows
 

@@ -271,9 +271,19 @@ def claimed(found: Documents, charts: str) -> str:
 
 def forms(found: Documents, charts: str) -> str:
     """Which operation runs as which form on which device, from the kernels' own files."""
-    from datasetdm_fast.kernels import choice
+    return markdown(forms_table())
 
-    return markdown(choice.table())
+
+def forms_table() -> Cells:
+    """The same as the head of a table and its rows."""
+    from datasetdm_fast.kernels import OPS
+    from datasetdm_fast.kernels.choice import DEVICES, form_on
+
+    measured = sorted({device for op in OPS.values() for device in getattr(op, "DEVICES", {})} - set(DEVICES))
+    found = {op: [form_on(op, device) for device in (*DEVICES, *measured)] for op in OPS}
+    plainly = {op: "plain" if hasattr(module, "plain") else "reference" for op, module in OPS.items()}
+    rows = [[op, *(plainly[op] if form == "plain" else form for form in row)] for op, row in found.items()]
+    return ["operation", *DEVICES.values(), *measured], rows
 
 
 SECTIONS: dict[str, Callable[[Documents, str], str]] = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.export.onnx.graph import MICROSOFT, Value
 from datasetdm_fast.export.onnx.operators import BLOCKED
-from datasetdm_fast.kernels import upsample_concat
+from datasetdm_fast.kernels import reference
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, shifted
 from datasetdm_fast.kernels.image_norm import EPS
@@ -152,7 +152,7 @@ def exportable(module: nn.Module) -> nn.Module:
     return module
 
 
-PORTABLE = SimpleNamespace(
+OWN = dict(
     group_norm_silu=group_norm_silu,
     layer_norm=layer_norm,
     geglu=geglu,
@@ -162,8 +162,8 @@ PORTABLE = SimpleNamespace(
     masked_attention=masked_attention,
     mask_head=mask_head,
     depth_head=depth_head,
-    upsample_concat=upsample_concat.reference,
 )
+PORTABLE = SimpleNamespace(**{**vars(reference), **OWN})
 
 
 # For ONNX Runtime alone: its own attention, which on no device writes the scores to memory.
