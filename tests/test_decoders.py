@@ -154,8 +154,8 @@ def recorded_inputs():
     return Capture(features, maps), draw(1, 1, 768)[:, 0]
 
 
-# Masked attention looks where mask logits are positive: a cell whose logit is within rounding of zero falls on the one side
-# with AVX-512, where the answers were recorded, and on the other with AVX2, in fp32 and in fp64 alike.
+# Masked attention looks where mask logits are positive: a cell whose logit is within rounding of zero falls on the one
+# side with AVX-512, where the answers were recorded, and on the other with AVX2, in fp32 and in fp64 alike.
 FARTHEST = {"segmentation": 1.5e-4}
 
 

@@ -28,17 +28,19 @@ def page(verdict: Verdict) -> str:
     judged = [row for row in verdict.rows if row.limit[1]]  # weights belong to no sample
     worst = list(dict.fromkeys(row.worst for row in sorted(judged, key=lambda row: -row.p99 / row.limit[1])))[:SHOWN]
     samples = "".join(_sample(verdict, k) for k in worst)
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'"
+    style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'"
     rows = "".join(
-        f"<tr{'' if row.is_passed else ' class=failed'}><td>{html.escape(row.measure)}</td><td>{row.median:.2e}</td><td>{row.p99:.2e}</td>"
-        f"<td>{row.limit[0]:.1e}</td><td>{row.limit[1]:.1e}</td><td>{row.worst}</td></tr>"
+        f"<tr{'' if row.is_passed else ' class=failed'}><td>{html.escape(row.measure)}</td><td>{row.median:.2e}</td>"
+        f"<td>{row.p99:.2e}</td><td>{row.limit[0]:.1e}</td><td>{row.limit[1]:.1e}</td><td>{row.worst}</td></tr>"
         for row in verdict.rows
     )
     facts = html.escape(
         json.dumps({"engine": verdict.engine, "against": verdict.against, **verdict.facts}, ensure_ascii=False)
     )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>Agreement of two engines</title><style>{STYLE}</style></head><body><h1>The engines "
         f"{'agree' if verdict.agrees else 'disagree'}</h1>"
         "<table><tr><th>measure</th><th>median</th><th>p99</th><th>limit of median</th><th>limit of "
@@ -68,7 +70,8 @@ def _sample(verdict: Verdict, place: int) -> str:
                 picture = LABEL_KINDS[task].picture(observed.labels[task][k], observed.images[k])
                 figures.append((f"{task}, {side}", picture_bytes(picture)))
     shown = "".join(
-        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}"><figcaption>{name}</figcaption></figure>'
+        f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        f"<figcaption>{name}</figcaption></figure>"
         for name, data in figures
     )
     return f"<section><h3>Sample {place}: {html.escape(verdict.prompts[place])}</h3>{shown}</section>"

@@ -88,7 +88,7 @@ def teach(
     tasks: Sequence[str] | None = None,  # None = all it can learn
     told: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Student:
-    """A student taught from one labelled set, or from a real and a synthetic one mixed in every batch; tasks None: all."""
+    """A student taught from one labelled set, or from a real and a synthetic one mixed in every batch."""
     tasks = LEARNT_TASKS if tasks is None else tasks
     vocabulary = sets[0].vocabulary
     random = torch.Generator().manual_seed(seed)

@@ -68,7 +68,8 @@ def _policy(template: str) -> str:
     for tag in ("style", "script"):
         (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         digests[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-    return f"default-src 'none'; img-src 'self' file:; style-src {digests['style']}; script-src {digests['script']}; base-uri 'none'; form-action 'none'"
+    sources = f"style-src {digests['style']}; script-src {digests['script']}"
+    return f"default-src 'none'; img-src 'self' file:; {sources}; base-uri 'none'; form-action 'none'"
 
 
 def _embedded(value: Any) -> str:
