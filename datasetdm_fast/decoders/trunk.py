@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         }
 
     def level(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
-        """The captured level `name` [B, F, h, w], not resized to `side` yet; a ProjectedCapture must be its own part."""
+        """The captured level `name` [B, F, h, w], not resized to `side` yet; a ProjectedCapture is its own part."""
         place = LEVELS.index(name)
         if isinstance(capture, ProjectedCapture):
             return capture.sums[place]
