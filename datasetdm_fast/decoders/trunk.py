@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         }
 
     def level(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
-        """The captured level `name` [B, F, h, w], not resized to `side` yet; a ProjectedCapture is its own part."""
+        """The level `name` [B, F, h, w], yet to be resized to `side`; a ProjectedCapture must be this decoder's own."""
         place = LEVELS.index(name)
         if isinstance(capture, ProjectedCapture):
             return capture.sums[place]

@@ -39,7 +39,7 @@ LISTED = 20  # bad images that are named
 
 @dataclass(frozen=True)
 class TrainingSession:
-    """What every task's course is made from."""
+    """What the training of every task is made from."""
 
     config: TrainConfig
     engine: Any
