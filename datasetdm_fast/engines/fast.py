@@ -262,9 +262,11 @@ class FastEngine:
 
     @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        parts = self.lanes.map(
-            self._decoded, [(chunk,) for chunk in latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))]
-        )
+        chunks = latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))
+        if self.device.type == "cuda":  # a thread of its own would work on another stream, which nothing waits for
+            parts = [self._decoded(chunk) for chunk in chunks]
+        else:
+            parts = self.lanes.map(self._decoded, [(chunk,) for chunk in chunks])
         return tuple(torch.cat(part) for part in zip(*parts))
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
