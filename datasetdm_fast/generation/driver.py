@@ -102,6 +102,7 @@ class BatchGenerator:
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         raw = {task: engine.annotate(task, drawn.capture, self.words.asked(task, requests)) for task in recipe.tasks}
         checks = {"latents": is_finite(drawn.latents), "features": capture_is_finite(drawn.capture)}
+        release(drawn.capture)
         drawn.capture = None  # as large as the rest of the batch together, and the image decoder needs room
         images, checks["image"] = engine.decode_and_check(drawn.latents)
         checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
@@ -157,9 +158,22 @@ def all_of(flags: Iterable[Tensor]) -> Tensor:
 
 
 def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
+    return all_of(is_finite(value) for value in tensors_of(capture))
+
+
+def release(capture: Capture | ProjectedCapture) -> None:
+    """Keeps a capture's memory from the sampler's stream until this thread's stream, too, has read it."""
+    import torch
+
+    for value in tensors_of(capture):
+        if value.is_cuda:
+            value.record_stream(torch.cuda.current_stream(value.device))
+
+
+def tensors_of(capture: Capture | ProjectedCapture) -> tuple[Tensor, ...]:
     if isinstance(capture, ProjectedCapture):
-        return all_of(is_finite(total) for total in capture.sums)
-    return all_of(is_finite(value) for level in (*capture.features, *capture.maps) for value in level)
+        return capture.sums
+    return tuple(value for level in (*capture.features, *capture.maps) for value in level)
 
 
 def postprocess(
