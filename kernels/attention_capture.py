@@ -211,29 +211,31 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     (wide, rest), sizes = split(tokens), blocks(BLOCKS, "attention_capture", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
     level = q.new_empty((batch, queries, features), dtype=torch.float32)
-    _attention_capture_kernel[ceil_divide(queries, sizes["BLOCK_S"]), ceil_divide(features, sizes["BLOCK_F"]), batch](
-        q,
-        k,
-        v,
-        weight,
-        out,
-        level,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *weight.stride(),
-        *out.stride(),
-        heads,
-        queries,
-        tokens,
-        width,
-        features,
-        width**-0.5 * LOG2_E,
-        WIDE=wide,
-        REST=rest,
-        PRECISION=PRECISION,
-        **sizes,
-    )
+    grid = ceil_divide(queries, sizes["BLOCK_S"]), ceil_divide(features, sizes["BLOCK_F"]), batch
+    with torch.cuda.device_of(q):  # Triton launches on the current device of the thread
+        _attention_capture_kernel[grid](
+            q,
+            k,
+            v,
+            weight,
+            out,
+            level,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *weight.stride(),
+            *out.stride(),
+            heads,
+            queries,
+            tokens,
+            width,
+            features,
+            width**-0.5 * LOG2_E,
+            WIDE=wide,
+            REST=rest,
+            PRECISION=PRECISION,
+            **sizes,
+        )
     return out, level
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -60,9 +61,10 @@ def fused(x: Tensor) -> Tensor:
     x, channels = x.contiguous(), x.shape[-1] // 2
     rows, sizes = x.numel() // (2 * channels), blocks(BLOCKS, "geglu", x)
     out = x.new_empty((*x.shape[:-1], channels))
-    _geglu_kernel[ceil_divide(rows, sizes["BLOCK_S"]), ceil_divide(channels, sizes["BLOCK_C"])](
-        x, out, rows, channels, **sizes
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
+        _geglu_kernel[ceil_divide(rows, sizes["BLOCK_S"]), ceil_divide(channels, sizes["BLOCK_C"])](
+            x, out, rows, channels, **sizes
+        )
     return out
 
 

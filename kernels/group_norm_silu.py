@@ -164,26 +164,27 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_
     mean, spread = torch.empty((2, batch, chunks, channels), dtype=torch.float32, device=x.device)
     centre, scale = torch.empty((2, batch, channels), dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
-    _group_norm_silu_sums_kernel[grid](x, mean, spread, channels, cells, *strides, **sizes)
-    _group_norm_silu_combine_kernel[groups, batch](
-        mean,
-        spread,
-        weight,
-        centre,
-        scale,
-        channels,
-        cells,
-        chunks,
-        channels // groups,
-        eps,
-        CHUNK=sizes["BLOCK_S"],
-        BLOCK_G=padded(channels // groups, 1),
-        **blocks(BLOCKS, "group_norm_silu combine", x),
-    )
     out_strides = plane_strides("group_norm_silu", out)
-    _group_norm_silu_kernel[grid](
-        x, centre, scale, bias, out, channels, cells, *strides, *out_strides, HAS_SILU=has_silu, **sizes
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
+        _group_norm_silu_sums_kernel[grid](x, mean, spread, channels, cells, *strides, **sizes)
+        _group_norm_silu_combine_kernel[groups, batch](
+            mean,
+            spread,
+            weight,
+            centre,
+            scale,
+            channels,
+            cells,
+            chunks,
+            channels // groups,
+            eps,
+            CHUNK=sizes["BLOCK_S"],
+            BLOCK_G=padded(channels // groups, 1),
+            **blocks(BLOCKS, "group_norm_silu combine", x),
+        )
+        _group_norm_silu_kernel[grid](
+            x, centre, scale, bias, out, channels, cells, *strides, *out_strides, HAS_SILU=has_silu, **sizes
+        )
     return out
 
 

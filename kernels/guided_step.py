@@ -97,9 +97,10 @@ def fused(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) -> 
         return reference(output, latents, history, numbers)
     out, sizes = latents.new_empty((2, *latents.shape)), blocks(BLOCKS, "guided_step", latents)
     parts = output.contiguous(), latents.contiguous(), history.contiguous(), numbers
-    _guided_step_kernel[(ceil_divide(latents.numel(), sizes["BLOCK"]),)](
-        *parts, out, latents.numel(), SLOTS=len(history), **sizes
-    )
+    with torch.cuda.device_of(latents):  # Triton launches on the current device of the thread
+        _guided_step_kernel[(ceil_divide(latents.numel(), sizes["BLOCK"]),)](
+            *parts, out, latents.numel(), SLOTS=len(history), **sizes
+        )
     return out
 
 

@@ -74,9 +74,10 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         raise ValueError(f"layer_norm: rows of {channels} do not fit into registers, at most {WIDEST} do")
     x = x.contiguous()
     rows, sizes, out = x.numel() // channels, blocks(BLOCKS, "layer_norm", x), torch.empty_like(x)
-    _layer_norm_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
-        x, weight, bias, out, rows, channels, eps, BLOCK_C=padded(channels, 1), **sizes
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
+        _layer_norm_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
+            x, weight, bias, out, rows, channels, eps, BLOCK_C=padded(channels, 1), **sizes
+        )
     return out
 
 

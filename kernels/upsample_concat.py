@@ -72,9 +72,10 @@ def fused(levels: Sequence[Tensor], side: int) -> Tensor:
     for level in levels:
         grid = ceil_divide(side * side, sizes["BLOCK_S"]), ceil_divide(level.shape[1], sizes["BLOCK_C"]), len(level)
         count, height, width = level.shape[1:]
-        _upsample_concat_kernel[grid](
-            level, out[..., start:], height, width, side, count, channels, *level.stride(), **sizes
-        )
+        with torch.cuda.device_of(first):  # Triton launches on the current device of the thread
+            _upsample_concat_kernel[grid](
+                level, out[..., start:], height, width, side, count, channels, *level.stride(), **sizes
+            )
         start += count
     return out.permute(0, 3, 1, 2)
 
