@@ -16,7 +16,7 @@ ARCHITECTURES = ("80", "90", "120")
 DATA = [
     "py.typed",
     "*.pyi",
-    *(f"**/*.{suffix}" for suffix in ("json", "safetensors", "txt", "md", "html", "css", "js", "yaml")),
+    *(f"**/*.{suffix}" for suffix in ("json", "csv", "safetensors", "txt", "md", "html", "css", "js", "yaml")),
 ]
 
 

@@ -1,40 +1,109 @@
-"""Which class words a text names."""
+"""Which classes a text names: one pass over its words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
+
+from datasetdm_fast.labels.class_tables import ClassTable, known
 
 IRREGULAR = {
+    "calf": "calves",
     "child": "children",
     "foot": "feet",
     "goose": "geese",
     "knife": "knives",
     "man": "men",
     "mouse": "mice",
+    "ox": "oxen",
     "person": "people",
+    "scarf": "scarves",
     "woman": "women",
 }
+# After these an adjective has its noun still to come; before any other word "orange" is a colour, before these a fruit.
+AFTER_A_NOUN = frozenset(
+    "a an the and or but with without of in on at by near beside behind under over above below between inside into"
+    " onto from to for next is are was were sits sit lies lie stands stand hangs hang rests resting lying sitting"
+    " standing hanging that which who while as against around across along among through".split()
+)
+TOKEN = re.compile(r"[^\W_]+|[^\w\s'’-]")
 
 
-def find_classes(prompt: str, classes: Sequence[str]) -> tuple[str, ...]:
-    """The classes a prompt names as whole words, in the order of `classes`; simple plurals count."""
-    return tuple(word for word in classes if _pattern(word).search(prompt))
+class ClassMatcher:
+    """Finds classes by their names and the words that mean them; of overlapping phrases the longest counts."""
+
+    def __init__(self, classes: Sequence[str], own: ClassTable | None = None):
+        self.classes = tuple(classes)
+        words, other = known(self.classes, own)
+        # first token -> phrases that begin with it -> class index, if it means a class; whether it is an adjective too
+        self._phrases: dict[str, dict[tuple[str, ...], tuple[tuple[int, ...], bool]]] = {}
+        for phrase in other:
+            self._add(phrase)
+        for texts in zip(*([word.words, (word.say,), (word.name,)] for word in words), strict=True):
+            for index in reversed(range(len(texts))):  # where two classes claim a word, the first has it
+                for text in texts[index]:
+                    self._add(text, index)
+        self._longest = {
+            first: sorted({len(phrase) for phrase in phrases}, reverse=True) for first, phrases in self._phrases.items()
+        }
+
+    def _add(self, text: str, *index: int) -> None:
+        tokens = _tokens(text.lstrip("~"))
+        for form in _forms(tokens) if tokens else ():
+            phrases = self._phrases.setdefault(form[0], {})
+            is_adjective = form == tokens and (text.startswith("~") or phrases.get(form, ((), False))[1])
+            phrases[form] = index, is_adjective
+
+    def find(self, text: str) -> tuple[str, ...]:
+        """The classes named, in the order of `classes`."""
+        tokens, at, found = _tokens(text), 0, set()
+        while at < len(tokens):
+            for length in self._longest.get(tokens[at], ()):
+                match = self._phrases[tokens[at]].get(tokens[at : at + length])
+                if match and not (match[1] and _goes_on(tokens, at + length)):
+                    found.update(match[0])
+                    at += length - 1
+                    break
+            at += 1
+        return tuple(self.classes[index] for index in sorted(found))
 
 
-@cache
-def _pattern(word: str) -> re.Pattern[str]:
-    *before, last = word.split()
-    forms = {last, last + "s", last + "es", IRREGULAR.get(last.lower(), last)}
-    if re.search(r"[^aeiou]y$", last):
-        forms.add(last[:-1] + "ies")
-    start = "".join(re.escape(part) + r"[\s_-]+" for part in before)
-    ending = "|".join(re.escape(form) for form in sorted(forms))
-    return re.compile(rf"(?<!\w){start}(?:{ending})(?!\w)", re.IGNORECASE)
+@lru_cache(maxsize=64)
+def matcher(classes: tuple[str, ...], own: ClassTable | None = None) -> ClassMatcher:
+    return ClassMatcher(classes, own)
+
+
+def find_classes(prompt: str, classes: Sequence[str], own: ClassTable | None = None) -> tuple[str, ...]:
+    """The classes a prompt names, in the order of `classes`: by name, plural, or a word that means the class."""
+    return matcher(tuple(classes), own).find(prompt)
 
 
 def always_named(classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]]) -> tuple[str, ...]:
     """Of `classes`, those named by the caption of every picture that shows them; `seen` pairs classes and captions."""
     unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown))}
     return tuple(name for name in classes if name not in unsaid)
+
+
+def _tokens(text: str) -> tuple[str, ...]:
+    """Words in lower case and marks that end a phrase; hyphens and underscores part words, a possessive s goes."""
+    return tuple(TOKEN.findall(re.sub(r"['’]s\b", "", text.lower())))
+
+
+def _goes_on(tokens: tuple[str, ...], at: int) -> bool:
+    """Whether the word before `at` describes the noun after it."""
+    return at < len(tokens) and tokens[at].isalnum() and tokens[at] not in AFTER_A_NOUN
+
+
+def _forms(tokens: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The phrase, its plural, and two words written as one: "wine glass", "wine glasses", "wineglass"."""
+    head = next((k - 1 for k, token in enumerate(tokens) if k and token in ("of", "in")), len(tokens) - 1)
+    noun = tokens[head]
+    nouns = {noun, noun + "s", noun + "es", IRREGULAR.get(noun, noun)}
+    for ending, plural in IRREGULAR.items():  # businesswoman, policeman, grandchild
+        if len(ending) > 2 and noun.endswith(ending):
+            nouns.add(noun.removesuffix(ending) + plural)
+    if re.search(r"[^aeiou]y$", noun):
+        nouns.add(noun[:-1] + "ies")
+    forms = [(*tokens[:head], one, *tokens[head + 1 :]) for one in sorted(nouns)]
+    return forms + [("".join(form),) for form in forms if len(form) == 2]

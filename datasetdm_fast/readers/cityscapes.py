@@ -7,28 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import IGNORED, Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
-CITYSCAPES_CLASSES = (
-    *(
-        "road",
-        "sidewalk",
-        "building",
-        "wall",
-        "fence",
-        "pole",
-        "traffic light",
-        "traffic sign",
-        "vegetation",
-        "terrain",
-        "sky",
-        "person",
-        "rider",
-    ),
-    *("car", "truck", "bus", "train", "motorcycle", "bicycle"),
-)
+CITYSCAPES_CLASSES = table("cityscapes").names
 TRAIN_IDS = dict(
     zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19))
 )  # label id -> train id

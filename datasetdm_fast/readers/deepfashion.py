@@ -7,30 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
-DEEPFASHION_CLASSES = (
-    *(
-        "background",
-        "top",
-        "outer",
-        "skirt",
-        "dress",
-        "pants",
-        "leggings",
-        "headwear",
-        "eyeglass",
-        "neckwear",
-        "belt",
-        "footwear",
-        "bag",
-        "hair",
-        "face",
-    ),
-    *("skin", "ring", "wrist wearing", "socks", "gloves", "necklace", "rompers", "earrings", "tie"),
-)
+DEEPFASHION_CLASSES = table("deepfashion").names
 
 
 class DeepFashion(PictureSource):

@@ -10,29 +10,11 @@ import numpy as np
 
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.truth.framing import UPSTREAM_SIDE
 from datasetdm_fast.truth.labelled import LabelledSource
 
-VOC_CLASSES = (
-    *(
-        "background",
-        "aeroplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-        "diningtable",
-        "dog",
-        "horse",
-        "motorbike",
-    ),
-    *("person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
+VOC_CLASSES = table("voc").names
 
 
 @dataclass(frozen=True)

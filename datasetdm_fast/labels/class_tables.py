@@ -1,0 +1,108 @@
+"""Tables of class words: number, name, what a person says, official colour, and the words that mean a class."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "class_tables"
+TABLES = ("voc", "coco", "cityscapes", "deepfashion", "demo")
+COLUMNS = ["number", "name", "say", "colour", "words"]
+
+
+@dataclass(frozen=True)
+class ClassWord:
+    """One class: `say` is its name in a sentence, `words` are further words that mean it."""
+
+    name: str
+    say: str
+    words: tuple[str, ...] = ()
+    number: int | None = None
+    colour: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """The classes of a data set, and the phrases that hold a class word without meaning the class ("hot dog")."""
+
+    name: str
+    classes: tuple[ClassWord, ...]
+    other: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(word.name for word in self.classes)
+
+
+def parse(text: str, name: str) -> ClassTable:
+    """A table from CSV; a row without a name lists phrases that mean no class. A ValueError says what is wrong."""
+    reader = csv.DictReader(io.StringIO(text))
+    if not {"name"} <= set(reader.fieldnames or ()) <= set(COLUMNS):
+        raise ValueError(f"the first line must name columns out of {', '.join(COLUMNS)}, among them name")
+    classes, other = [], []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num} has another number of cells than the first line")
+        words = tuple(filter(None, (word.strip() for word in row.get("words", "").split("|"))))
+        if class_name := row["name"].strip():
+            number, colour = row.get("number", "").strip(), row.get("colour", "").split()
+            if number and not re.fullmatch(r"\d{1,5}", number):
+                raise ValueError(f"line {reader.line_num}: the number of a class is {number!r}")
+            if colour and not (len(colour) == 3 and all(re.fullmatch(r"\d{1,3}", c) and int(c) < 256 for c in colour)):
+                raise ValueError(f"line {reader.line_num}: a colour is three numbers from 0 to 255, like 128 0 64")
+            red_green_blue = tuple(map(int, colour)) or None
+            said = row.get("say", "").strip() or spoken(class_name)
+            classes.append(ClassWord(class_name, said, words, int(number) if number else None, red_green_blue))
+        else:
+            other += words
+    for column in ("name", "number"):
+        given = [value for word in classes if (value := getattr(word, column)) is not None]
+        if twice := next((value for k, value in enumerate(given) if value in given[:k]), None):
+            raise ValueError(f"the {column} {twice!r} is there twice")
+    return ClassTable(name, tuple(classes), tuple(other))
+
+
+@cache
+def table(name: str) -> ClassTable:
+    """A table of TABLES, by name."""
+    return parse((FOLDER / f"{name}.csv").read_text(encoding="utf-8"), name)
+
+
+def spoken(name: str) -> str:
+    """A class name as a person says it: `aerosol_can` is "aerosol can", `bow_(weapon)` is "bow"."""
+    return " ".join(re.sub(r"\([^)]*\)", " ", name).replace("_", " ").split()) or name
+
+
+@cache
+def known(names: tuple[str, ...], own: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
+    """What is known of each name, from the user's table or the tables that hold most of the names, and the phrases
+    of these tables that mean no class."""
+    keys = [_key(name) for name in names]
+    tables = [({_key(word.name): word for word in one.classes}, one) for one in map(table, TABLES)]
+    tables.sort(key=lambda pair: -sum(key in pair[0] for key in keys))
+    if own is not None:
+        tables.insert(0, ({_key(word.name): word for word in own.classes}, own))
+    found, used = [], []
+    for name, key in zip(names, keys):
+        word, of = next(((words[key], one) for words, one in tables if key in words), (None, None))
+        if word is None:
+            found.append(ClassWord(name, spoken(name)))
+        else:
+            found.append(ClassWord(name, word.say, word.words, word.number, word.colour))
+            used += [of] if of not in used else []
+    return tuple(found), tuple(phrase for one in used for phrase in one.other)
+
+
+def say(name: str, names: Sequence[str] = ()) -> str:
+    """A class as a person says it, for prompts and text encoders; `names` are the classes it stands among."""
+    words, _ = known(tuple(names) or (name,))
+    return next((word.say for word in words if word.name == name), spoken(name))
+
+
+def _key(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").split())
