@@ -17,6 +17,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import TASKS, setting
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.lessons import cache
 from datasetdm_fast.lessons.views import Looks, Views
 from datasetdm_fast.loading import load_model
@@ -48,7 +49,7 @@ def measure(config: EpochConfig) -> dict[str, Any]:
     views = Views(source, range(config.images), config.task, Looks(draws=DRAWS))
     inversion = cache.Inversion(engine.model.defaults.capture)
     is_open = config.task == "open-vocabulary"
-    words = engine.encode_classes(list(source.thing_classes)).float().clone() if is_open else None
+    words = engine.encode_classes(spoken(source.thing_classes)).float().clone() if is_open else None
     width, levels = engine.model.text_encoder.config.hidden_size, engine.model.levels
     found = recipe(config.task, source, levels, width, inversion.timestep, config.images)
     size, calls = found.schedule.batch_size, {}

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.labels.class_tables import spoken
 
 
 def evaluate(
@@ -59,7 +60,7 @@ def measure(
     configs = {task: engine.decoders[task].config for task in tasks}
     meters = {task: METRICS[task].judging(source, config, unseen) for task, config in configs.items()}
     timestep = capture_timestep(configs.values())
-    words = engine.encode_classes(list(source.thing_classes)) if any(c.has_text for c in configs.values()) else None
+    words = engine.encode_classes(spoken(source.thing_classes)) if any(c.has_text for c in configs.values()) else None
     start = 0
     for items in _batches(source, batch_size):
         said = ["" if captions == "none" else item.caption for item in items]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.generation.overlap import LabelStream
+from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class WordTable:
 
     def __init__(self, engine: Engine, words: Sequence[str]):
         self.decoders, self.places = engine.decoders, {word: k for k, word in enumerate(words)}
-        self.embeddings = engine.encode_classes(list(words)) if words else None
+        self.embeddings = engine.encode_classes(spoken(words)) if words else None
 
     def asked(self, task: str, requests: Sequence[Request]) -> Tensor | None:
         """What the decoder of a task reads beside its capture."""

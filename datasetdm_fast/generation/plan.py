@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.prompts import PromptSource, Tokenizer, _shown, count_tokens, fit, token_limit
+from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.scenes.world import sample_scene
 
@@ -69,9 +70,11 @@ def make_plan(
         fit(prompt, tokenizer, f"{source.name} line {line}", words, truncate=truncate) for line, prompt in source.lines
     )
 
+    names = spoken(chosen)
+
     def prompt(index: int) -> str:
         if chosen:
-            return template(chosen[index % len(chosen)], index // len(chosen))
+            return template(names[index % len(chosen)], index // len(chosen))
         return prompts[index % len(prompts)] if prompts else sample_scene(DEMO_SCENES + seed + index).caption
 
     # Batches of equal size leave less padding than full ones and a remainder.
@@ -88,7 +91,7 @@ def template(word: str, turn: int) -> str:
 
 def _check_templates(classes: Sequence[str], tokenizer: Tokenizer) -> None:
     longest = f"{max(OPENINGS, key=len)} an {{}}{max(SURROUNDINGS, key=len)}"
-    for word in classes:
+    for word in spoken(classes):
         count = count_tokens(longest.format(word), tokenizer)
         if count > token_limit(tokenizer):
             raise Refused(

@@ -12,6 +12,7 @@ from pathlib import Path
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.words import find_classes
 
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
@@ -137,7 +138,7 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[tupl
 
 
 def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer) -> None:
-    for word in classes:
+    for word in spoken(classes):
         count = count_tokens(word, tokenizer)
         if count > token_limit(tokenizer):
             raise Refused(

@@ -56,7 +56,7 @@ def parse(text: str, name: str) -> ClassTable:
             if colour and not (len(colour) == 3 and all(re.fullmatch(r"\d{1,3}", c) and int(c) < 256 for c in colour)):
                 raise ValueError(f"line {reader.line_num}: a colour is three numbers from 0 to 255, like 128 0 64")
             red_green_blue = tuple(map(int, colour)) or None
-            said = row.get("say", "").strip() or spoken(class_name)
+            said = row.get("say", "").strip() or _readable(class_name)
             classes.append(ClassWord(class_name, said, words, int(number) if number else None, red_green_blue))
         else:
             other += words
@@ -73,7 +73,7 @@ def table(name: str) -> ClassTable:
     return parse((FOLDER / f"{name}.csv").read_text(encoding="utf-8"), name)
 
 
-def spoken(name: str) -> str:
+def _readable(name: str) -> str:
     """A class name as a person says it: `aerosol_can` is "aerosol can", `bow_(weapon)` is "bow"."""
     return " ".join(re.sub(r"\([^)]*\)", " ", name).replace("_", " ").split()) or name
 
@@ -91,17 +91,16 @@ def known(names: tuple[str, ...], own: ClassTable | None = None) -> tuple[tuple[
     for name, key in zip(names, keys):
         word, of = next(((words[key], one) for words, one in tables if key in words), (None, None))
         if word is None:
-            found.append(ClassWord(name, spoken(name)))
+            found.append(ClassWord(name, _readable(name)))
         else:
             found.append(ClassWord(name, word.say, word.words, word.number, word.colour))
             used += [of] if of not in used else []
     return tuple(found), tuple(phrase for one in used for phrase in one.other)
 
 
-def say(name: str, names: Sequence[str] = ()) -> str:
-    """A class as a person says it, for prompts and text encoders; `names` are the classes it stands among."""
-    words, _ = known(tuple(names) or (name,))
-    return next((word.say for word in words if word.name == name), spoken(name))
+def spoken(names: Sequence[str], own: ClassTable | None = None) -> list[str]:
+    """Class names as a person says them, for prompts and text encoders: "dining table" for diningtable."""
+    return [word.say for word in known(tuple(names), own)[0]]
 
 
 def _key(name: str) -> str:

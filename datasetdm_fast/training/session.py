@@ -17,6 +17,7 @@ from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.words import always_named
 from datasetdm_fast.lessons import cache
 from datasetdm_fast.lessons.augment import AUGMENTATIONS
@@ -154,7 +155,9 @@ def _recipe(session: TrainingSession, task: str, images: int) -> tuple[Any, Any]
         pose_head=config.pose_head,
         reader=config.data.partition(":")[0],
     )
-    words = engine.encode_classes(list(session.source.thing_classes)).float().clone() if found.config.has_text else None
+    words = (
+        engine.encode_classes(spoken(session.source.thing_classes)).float().clone() if found.config.has_text else None
+    )
     found = replace(found, config=replace(found.config, named=_named(session, found.config.classes)))
     changes = {name: getattr(config, name) for name in ("steps", "batch_size", "rate") if getattr(config, name)}
     schedule = replace(
