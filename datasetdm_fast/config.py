@@ -37,6 +37,11 @@ ENGINES = {
         },
         requirement=("datasetdm_fast.engines.exported.providers:require_provider", "provider"),
     ),
+    "openvino": EngineKind(
+        "datasetdm_fast.engines.exported.openvino:OpenVinoEngine",
+        options={"streams": ("--streams: OpenVINO has streams, and the engine is {engine}", "Add --engine openvino.")},
+        requirement=("datasetdm_fast.engines.exported.providers:require_openvino", "streams"),
+    ),
     "trt": EngineKind(
         "datasetdm_fast.engines.exported.trt:TrtEngine",
         options={"engines": None, "trt_flavour": None},
@@ -140,6 +145,13 @@ class EngineSettings:
     provider: str = setting(
         "auto", "execution provider of ONNX Runtime for --engine ort", identity=False, choices=PROVIDERS
     )
+    streams: int = setting(
+        0,
+        "with --engine openvino: parts of a batch that run at once, each on its share of the threads; 0 = as many as "
+        "there are",
+        identity=False,
+        metavar="N",
+    )
     engines: str = setting(
         "", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES"
     )
@@ -183,7 +195,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     FLAGS = (
         "model decoder task classes engine prompts truncate_prompts number per_class seed steps guidance sampler "
         "profile size batch_size image_format out only resume limit dry_run allow_download json quiet threads gpus "
-        "ranks cluster store dtype compile device provider engines trt_flavour"
+        "ranks cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(

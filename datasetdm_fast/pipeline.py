@@ -76,8 +76,8 @@ class Pipeline:
     ) -> Pipeline:
         """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own, or no labels.
 
-        The options are what `generate` takes of an engine: engine, dtype, device, threads, compile, provider, engines
-        and trt_flavour.
+        The options are what `generate` takes of an engine: engine, dtype, device, threads, compile, provider, streams,
+        engines and trt_flavour.
         """
         settings.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder

@@ -102,7 +102,7 @@ def _prepared(config: VerifyConfig):
     from datasetdm_fast.generation.recipe import make_recipe
 
     where = {"engines": config.engines, "trt_flavour": config.trt_flavour}
-    own = {"provider": config.provider, "compile": config.compile, **where}
+    own = {"provider": config.provider, "streams": config.streams, "compile": config.compile, **where}
     check_engine(config.engine, **own)
     decoder = None if config.decoder == "none" else config.decoder
     options = dict(

@@ -579,13 +579,13 @@ def manifest_of(folder: Path):
 def open_in_onnx_runtime(folder: Path, manifest):
     import torch
 
-    from datasetdm_fast.engines.exported import ort
+    from datasetdm_fast.engines.exported import cached, ort
 
-    export, ort.cached = ort.cached, lambda *_, **options: (folder, manifest)  # the cache holds this very export
+    export, cached.cached = cached.cached, lambda *_, **options: (folder, manifest)  # the cache holds this very export
     try:
         engine = ort.OrtEngine(None, device="cpu")
     finally:
-        ort.cached = export
+        cached.cached = export
     return engine.denoise(torch.zeros(1, 4, 8, 8), 1.0, torch.zeros(2, 77, 32))
 
 

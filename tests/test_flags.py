@@ -65,7 +65,10 @@ WRONG = [
         "--task: 'depht' is not one of semantic, instance, depth, pose, open-vocabulary (did you mean depth?)",
     ),
     (["--task", ","], "--task: the list is empty"),
-    (["--engine", "torhc"], "--engine: 'torhc' is not one of auto, torch, fast, ort, trt (did you mean torch?)"),
+    (
+        ["--engine", "torhc"],
+        "--engine: 'torhc' is not one of auto, torch, fast, ort, openvino, trt (did you mean torch?)",
+    ),
     (["--seed", "three"], "--seed: 'three' is not a whole number"),
     (["--steps", "2.5"], "--steps: '2.5' is not a whole number"),
     (["--guidance", "nan"], "--guidance: 'nan' is not a finite number"),

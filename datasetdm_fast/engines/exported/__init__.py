@@ -1,1 +1,1 @@
-"""Engines that run exported stages: ONNX Runtime and TensorRT."""
+"""Engines that run exported stages: ONNX Runtime, OpenVINO and TensorRT."""

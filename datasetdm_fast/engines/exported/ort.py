@@ -13,12 +13,11 @@ from torch import Tensor
 
 from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.engines.device import resolve_device
-from datasetdm_fast.engines.exported.graphs import GraphEngine
+from datasetdm_fast.engines.exported.cached import CachedEngine
 from datasetdm_fast.engines.exported.providers import NAMES, available, require_provider
-from datasetdm_fast.engines.fast import CHUNK_PIXELS, DTYPES
+from datasetdm_fast.engines.fast import DTYPES
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.manifest import Manifest, StageFile
-from datasetdm_fast.export.onnx.to_onnx import RAW, cached
+from datasetdm_fast.export.manifest import StageFile
 from datasetdm_fast.export.staging import say
 from datasetdm_fast.loading.model import Model
 
@@ -26,10 +25,10 @@ NUMPY = {"float32": np.float32, "int64": np.int64, "uint8": np.uint8, "bool": np
 FATAL = 3  # ONNX Runtime's log level that leaves only errors
 
 
-class OrtEngine(GraphEngine):
-    """See GraphEngine; weights are read at construction, and graphs written to the cache where they are not there."""
+class OrtEngine(CachedEngine):
+    """See CachedEngine; for TensorRT the graphs have standard operators only, else ONNX Runtime's attention."""
 
-    name = "ort"
+    name, library = "ort", "ONNX Runtime"
 
     def __init__(
         self,
@@ -42,52 +41,16 @@ class OrtEngine(GraphEngine):
         tell: Callable[[str], None] = say,
     ):
         require_provider(provider)
-        self.model, self.decoders, self.tell = model, dict(decoders or {}), tell
         self.provider, self.device = resolve_provider(provider, device)
-        self.precision = resolve_precision(dtype, self.provider)
-        self.folder, self.manifest = self._export()
-        self._stages: dict[str, OrtStage] = {}
+        self.precision = self.stored = resolve_precision(dtype, self.provider)
+        self.runtime = "any" if self.provider == "tensorrt" else "onnxruntime"
+        super().__init__(model, decoders, tell)
 
-    def _export(self, **which) -> tuple[Path, Manifest]:
-        """The folder of the exported graphs: of standard operators for TensorRT, else with ONNX Runtime's attention."""
+    def _open(self, path: Path, name: str, file: StageFile) -> OrtStage:
+        return OrtStage(open_session(path, self.provider, self.device), file, self.device)
 
-        def told(stage: str) -> None:
-            if stage in ("encode_text", RAW):
-                self.tell(f"writing the graphs of {self.model.name} for ONNX Runtime, once")
-
-        runtime = "any" if self.provider == "tensorrt" else "onnxruntime"
-        return cached(self.model, self.decoders, precision=self.precision, runtime=runtime, told=told, **which)
-
-    def _run(self, name: str, **inputs: Tensor) -> dict[str, Tensor]:
-        if name not in self._stages:
-            folder, manifest = (
-                self._export(raw_capture=True, only=[RAW]) if name == RAW else (self.folder, self.manifest)
-            )
-            file = manifest.stages[name]
-            self._stages[name] = OrtStage(
-                open_session(manifest.graph(folder, name), self.provider, self.device), file, self.device
-            )
-        return self._stages[name](inputs)
-
-    @torch.inference_mode()
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
-        return self._run("encode_text", tokens=self.model.token_ids(prompts))["context"]
-
-    def _call_unet(self, stage: str, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
-        return self._run(stage, latents=latents, timestep=torch.tensor(float(timestep)), context=context)
-
-    def _call_autoencoder(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
-        size = max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
-        parts = [self._run(stage, **{name: part}) for part in values.split(size)]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-    def _channels(self) -> Mapping[str, Mapping[str, tuple[int, int]]]:
-        return self.manifest.channels
-
-    def _call_decoder(
-        self, stage: str, batch: int, sums: Mapping[str, Tensor], words: Tensor | None
-    ) -> dict[str, Tensor]:
-        return self._run(stage, **sums, **({} if words is None else {"text": words}))
+    def _images_at_once(self, batch: int) -> int:
+        return batch
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
@@ -107,7 +70,10 @@ class OrtStage:
     def __init__(self, session: onnxruntime.InferenceSession, file: StageFile, device: torch.device):
         self.session, self.file, self.device = session, file, device
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        return [self._outputs(inputs) for inputs in parts]
+
+    def _outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         binding, sizes, held = self.session.io_binding(), {}, []
         for info in self.file.inputs:
             # A single number may stay on the host.
@@ -122,8 +88,6 @@ class OrtStage:
                 list(value.shape),
                 value.data_ptr(),
             )
-        if "2B" in sizes:
-            assert sizes["2B"] == 2 * sizes["B"], f"context has {sizes['2B']} rows for {sizes['B']} images"
         outputs = {}
         for info in self.file.outputs:
             shape = [sizes["B"] * 2 if size == "2B" else sizes.get(size, size) for size in info.shape]

@@ -1,4 +1,4 @@
-"""Which ONNX Runtime is installed and what it can run on, asked before torch is imported."""
+"""Which ONNX Runtime or OpenVINO is installed and what it can run on, asked before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ def require_provider(provider: str) -> None:
     """Raises Missing where ONNX Runtime or the provider asked for is not there; "auto" needs the CPU's alone."""
     if provider not in PROVIDERS:
         raise Refused(f"provider: {provider!r} is none of {', '.join(PROVIDERS)}")
-    for module in ("onnxruntime", "onnx"):
-        if find_spec(module) is None:
-            raise Missing(
-                f"engine: ort needs the library {module}, which is not installed",
-                'pip install "datasetdm-fast[ort]", or choose another --engine',
-            )
+    _require("ort", "onnxruntime")
     there = available()
     if provider != "auto" and NAMES[provider] not in there:
         import onnxruntime
@@ -30,6 +25,22 @@ def require_provider(provider: str) -> None:
             f"{', '.join(short)}",
             "use one of those, or install onnxruntime-gpu in its place",
         )
+
+
+def require_openvino(streams: int) -> None:
+    """Raises Missing where OpenVINO is not there."""
+    if streams < 0:
+        raise Refused(f"--streams: {streams} is less than 0", "0 chooses their number by the batch.")
+    _require("openvino", "openvino")
+
+
+def _require(engine: str, library: str) -> None:
+    for module in (library, "onnx"):
+        if find_spec(module) is None:
+            raise Missing(
+                f"engine: {engine} needs the library {module}, which is not installed",
+                f'pip install "datasetdm-fast[{engine}]", or choose another --engine',
+            )
 
 
 def available() -> list[str]:

@@ -1,0 +1,154 @@
+"""The openvino engine: agrees with the reference stage by stage, whatever its streams and threads, and says at once
+what is missing.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[openvino]'")
+
+from datasetdm_fast import verify
+from datasetdm_fast.decoders.checkpoint import load_decoders
+from datasetdm_fast.engines import build_engine, check_engine
+from datasetdm_fast.engines.exported.cached import joined, split
+from datasetdm_fast.engines.exported.openvino import OpenVinoEngine, resolve_precision
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.sampling.times import initial_noise
+
+PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATASETDM_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def engine(cache) -> OpenVinoEngine:
+    return build_engine("openvino", load_model("demo"), load_decoders("demo"), device="cpu")
+
+
+def inputs(engine, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(batch)])
+    return latents, torch.cat([engine.encode_text([""] * batch), engine.encode_text(PROMPTS[:batch])])
+
+
+def test_verify_passes_for_every_task(cache, capsys):
+    """Every stage and every label, of a whole batch and of a smaller one, under the limits that ort has."""
+    line = "--engine openvino --against torch --number 3 --batch-size 2 --steps 3 --device cpu --quiet --json"
+    assert verify.main(line.split()) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["agrees"] and document["engine"]["engine"] == "openvino" and document["engine"]["openvino"]
+    assert document["decoders"] == ["depth", "instance", "open-vocabulary", "pose", "semantic"]
+    assert all(row["passed"] for row in document["measures"]) and len(document["measures"]) == 25
+
+
+def test_streams_and_threads_change_no_bit(engine):
+    latents, context = inputs(engine, 3)
+    before, kept = torch.get_num_threads(), engine.streams
+    found = []
+    try:
+        for threads, streams in ((1, 0), (2, 1), (2, 2)):
+            torch.set_num_threads(threads)
+            engine._stages.clear()
+            engine.streams = streams
+            found.append(engine.denoise(latents, 100, context))
+    finally:
+        torch.set_num_threads(before)
+        engine._stages.clear()
+        engine.streams = kept
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_results_are_the_callers_own(engine):
+    latents, context = inputs(engine, 1)
+    first = engine.denoise(latents, 100, context)
+    copy = first.clone()
+    second = engine.denoise(latents, 900, context)
+    assert torch.equal(first, copy) and not torch.equal(first, second)
+    with pytest.raises(AssertionError, match="3 rows for 1 images"):
+        engine.denoise(latents, 100, torch.cat([context, context[:1]]))
+
+
+def test_one_word_an_image_or_several(engine):
+    latents, context = inputs(engine, 2)
+    _, sums = engine.denoise_and_capture(latents, 100, context)
+    words = engine.encode_classes(["ball", "cube"])
+    one = engine.annotate("open-vocabulary", sums, words)
+    both = engine.annotate("open-vocabulary", sums, words.expand(2, -1, -1))
+    assert torch.allclose(one["pred_masks"][1], both["pred_masks"][1, 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch, size, counts", [(1, 1, [1]), (5, 2, [2, 2, 1]), (4, 8, [4])])
+def test_a_batch_is_cut_and_joined(batch, size, counts):
+    """Halves of guidance stay beside their images, and a single number goes to every part."""
+    latents, context = torch.arange(batch), torch.arange(2 * batch)
+    parts = split({"latents": latents, "timestep": torch.tensor(7.0), "context": context}, size)
+    assert [len(part["latents"]) for part in parts] == counts and all(part["timestep"] == 7 for part in parts)
+    for part in parts:
+        assert torch.equal(part["context"], torch.cat([part["latents"], part["latents"] + batch]))
+    whole = joined([{"noise": part["context"], "sums_low": part["latents"]} for part in parts])
+    assert torch.equal(whole["noise"], context) and torch.equal(whole["sums_low"], latents)
+
+
+def test_generate_makes_the_same_bytes_again(cache, tmp_path):
+    from datasetdm_fast.generate import main
+
+    line = "--engine openvino --number 2 --batch-size 2 --steps 3 --prompts ball --task semantic,depth --quiet --out"
+    assert main([*line.split(), str(tmp_path / "run")]) == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["engine"]
+    assert told["engine"] == "openvino" and told["dtype"] == "fp32"
+    paths = [tmp_path / "run" / kind / "00000001.png" for kind in ("images", "semantic", "depth")]
+    before = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+    assert main(["--only", "00000001", "--quiet", "--out", str(tmp_path / "run")]) == 0
+    assert [path.read_bytes() for path in paths] == before
+
+
+@pytest.mark.parametrize("module", ["openvino", "onnx"])
+def test_a_missing_library_is_said_at_once(module, monkeypatch, capsys):
+    from datasetdm_fast.generate import main
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "datasetdm_fast.engines.exported.providers.find_spec", lambda name: None if name == module else found(name)
+    )
+    assert main(["--engine", "openvino"]) == 3
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause == f"engine: openvino needs the library {module}, which is not installed"
+    assert "datasetdm-fast[openvino]" in remedy
+
+
+def test_it_is_asked_for_before_torch_is_imported(tmp_path):
+    code = """
+import sys
+from datasetdm_fast.engines import check_engine
+check_engine("openvino")
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60).returncode == 0
+
+
+def test_what_does_not_fit_is_refused(engine):
+    with pytest.raises(Refused, match="--streams: OpenVINO has streams, and the engine is fast"):
+        check_engine("fast", streams=2)
+    with pytest.raises(Refused, match="--streams: -1 is less than 0"):
+        check_engine("openvino", streams=-1)
+    with pytest.raises(Refused, match="no instructions for bf16"):
+        resolve_precision("bf16", ["FP32", "INT8"])
+    with pytest.raises(Refused, match="fp32 or bf16 here, not in fp16"):
+        resolve_precision("fp16", ["FP32", "FP16"])
+    assert resolve_precision("bf16", ["FP32", "BF16"]) == "bf16" and resolve_precision("auto", []) == "fp32"
+    with pytest.raises((Refused, Missing), match="device: "):
+        build_engine("openvino", engine.model, {}, device="cuda")
