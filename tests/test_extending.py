@@ -52,11 +52,11 @@ RECIPES = {
             "datasetdm_fast/config.py": (('"pose", "open-vocabulary")\n', '"pose", "open-vocabulary", "edges")\n'),),
             "datasetdm_fast/labels/__init__.py": (
                 ("import depth, instance", "import depth, edges, instance"),
-                ('    "pose": pose.KIND,\n', '    "pose": pose.KIND,\n    "edges": edges.KIND,\n'),
+                ('    "pose": pose.PoseKind(),\n', '    "pose": pose.PoseKind(),\n    "edges": edges.EdgesKind(),\n'),
             ),
             "datasetdm_fast/tasks/__init__.py": (
                 ("import depth, instance", "import depth, edges, instance"),
-                ('    "pose": pose.TASK,\n', '    "pose": pose.TASK,\n    "edges": edges.TASK,\n'),
+                ('    "pose": pose.PoseTask(),\n', '    "pose": pose.PoseTask(),\n    "edges": edges.EdgesTask(),\n'),
             ),
             "datasetdm_fast/evaluation/metrics.py": (
                 (
@@ -153,7 +153,7 @@ with open("other/captions.tsv", "a") as file, contextlib.redirect_stdout(error),
     file.flush()
     ended["changed"] = cli.main(["audit", "other"]), error.getvalue()
 question = "engine halves"
-ended["doctor"] = doctor.ask({question: doctor.QUESTIONS[question]})[question].values
+ended["doctor"] = doctor.ask({question: doctor.QUESTIONS[question]})[question]
 from datasetdm_fast.kernels import choice
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.text_encoder import TextEncoder

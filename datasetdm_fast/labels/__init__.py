@@ -1,15 +1,15 @@
-"""How the labels of each task lie in files, look in pictures and are compared: one record a kind, none needs torch."""
+"""How the labels of each task lie in files, look in pictures and are compared: one class a kind, none needs torch."""
 
 from __future__ import annotations
 
 from datasetdm_fast.labels import depth, instance, open_vocabulary, pose, semantic
 
 LABEL_KINDS = {  # task -> kind; a gallery opens with the first of them that its run has
-    "instance": instance.KIND,
-    "semantic": semantic.KIND,
-    "open-vocabulary": open_vocabulary.KIND,
-    "depth": depth.KIND,
-    "pose": pose.KIND,
+    "instance": instance.InstanceKind(),
+    "semantic": semantic.SemanticKind(),
+    "open-vocabulary": open_vocabulary.OpenVocabularyKind(),
+    "depth": depth.DepthKind(),
+    "pose": pose.PoseKind(),
 }
 
 

@@ -11,110 +11,22 @@ from PIL import Image
 
 from datasetdm_fast.data import Instances
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.labels.kind import (
-    CardPart,
-    CocoFile,
-    GalleryLayer,
-    Gates,
-    LabelKind,
-    Pixels,
-    Table,
-    markdown_cell,
-    rounded,
-)
+from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, markdown_cell, rounded
 from datasetdm_fast.labels.pictures import masked, outline
 
 SHOWN_SCORE = 0.4  # instances below it are left out of pictures
 
 
-def encode(label: Instances, _: Mapping[str, Any]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    if not len(label.masks):
-        return {}, []
-    encoded = mask_rle.encode(np.asarray(label.masks, bool))
-    return {}, [
-        {
-            "category_id": int(kind) + 1,
-            "score": rounded(score, 6),
-            "area": int(area),
-            "bbox": [rounded(side) for side in box],
-            "segmentation": dict(rle),
-        }
-        for kind, score, area, box, rle in zip(
-            label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True
-        )
-    ]
-
-
-def decode(_: Pixels, record: Any, table: Table) -> Instances:
-    masks = (
-        np.stack([mask_rle.decode(item["segmentation"]) for item in record])
-        if record
-        else np.zeros((0, *table["size"]), bool)
-    )
-    ids, scores = [item["category_id"] - 1 for item in record], [item["score"] for item in record]
-    return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]))
-
-
-def arrays(label: Instances) -> dict[str, np.ndarray]:
-    return {"masks": label.masks, "labels": label.class_ids + 1, "scores": label.scores}
-
-
-def picture(label: Instances, image: np.ndarray) -> Image.Image:
-    sure = label.scores >= SHOWN_SCORE
-    return masked(image, label.masks[sure], label.class_ids[sure])
-
-
-def check(record: Any, _: Pixels, table: Table, side: int) -> Iterator[str]:
-    for k, item in enumerate(record):
-        rle = item["segmentation"]
-        if rle["size"] != [side, side]:
-            yield f"mask {k} is {rle['size']}, expected {[side, side]}"
-            continue
-        # a ValueError where the runs do not add up to the picture
-        encoded = mask_rle.encode(mask_rle.decode(rle)[None])
-        if encoded.rles[0]["counts"] != rle["counts"]:
-            yield f"mask {k} is not written in the shortest way"
-        if item["area"] != int(encoded.areas[0]) or item["bbox"] != [float(value) for value in encoded.boxes[0]]:
-            yield (
-                f"mask {k} covers {int(encoded.areas[0])} pixels in {encoded.boxes[0].tolist()}, the ledger says "
-                f"{item['area']} in {item['bbox']}"
-            )
-        if not (1 <= item["category_id"] <= len(table["classes"]) and 0 <= item["score"] <= 1):
-            yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
-
-
-def words(record: Any, table: Table, _: float) -> list[str]:
-    return [table["classes"][item["category_id"] - 1] for item in record]
-
-
 def outlines(record: Any, table: Table) -> list[list[Any]]:
     """Class, score and outline of each instance."""
     return [
-        [name, round(item["score"], 3), outline(mask_rle.decode(item["segmentation"]))]
-        for name, item in zip(words(record, table, 0), record)
+        [
+            table["classes"][item["category_id"] - 1],
+            round(item["score"], 3),
+            outline(mask_rle.decode(item["segmentation"])),
+        ]
+        for item in record
     ]
-
-
-def _section(table: Table, counts: Mapping[int, int]) -> Iterator[str]:
-    yield "## Instances\n\n| category | class | instances |\n|---:|---|---:|"
-    for number, name in enumerate(table["classes"], 1):
-        yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0)} |"
-    yield ""
-
-
-def distance(found: Instances, truth: Instances) -> float:
-    """One minus the mean IoU, 1 where their classes differ."""
-    if sorted(found.class_ids) != sorted(truth.class_ids):
-        return 1.0
-    if not len(truth.masks):
-        return 0.0
-    # Instances of one class may change places where their scores are nearly equal, so each looks for the mask most like
-    # its own.
-    ious = [
-        max(_iou(mask, other) for other in found.masks[found.class_ids == kind])
-        for mask, kind in zip(truth.masks, truth.class_ids)
-    ]
-    return 1.0 - float(np.mean(ious))
 
 
 def _iou(first: np.ndarray, second: np.ndarray) -> float:
@@ -122,33 +34,96 @@ def _iou(first: np.ndarray, second: np.ndarray) -> float:
     return float((first & second).sum() / union) if union else 1.0
 
 
-def _table(config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
-    return {"classes": list(config.classes), "size": [size, size]}
+class InstanceKind(LabelKind):
+    """One mask, class and score a thing."""
 
+    attribute = "instances"
+    contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
+    layers = (GalleryLayer("instance", "Instances", "outlines", values=outlines),)
+    gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 0.5))
+    table_form = {"classes": [str], "size": [int]}
+    pixel_bytes = 0.5
+    coco_file = "instances.json"
 
-def _categories(table: Table) -> list[dict[str, Any]]:
-    return [{"id": k, "name": name, "supercategory": ""} for k, name in enumerate(table["classes"], 1)]
+    def encode(self, label: Instances, _: Mapping[str, Any]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+        if not len(label.masks):
+            return {}, []
+        encoded = mask_rle.encode(np.asarray(label.masks, bool))
+        return {}, [
+            {
+                "category_id": int(kind) + 1,
+                "score": rounded(score, 6),
+                "area": int(area),
+                "bbox": [rounded(side) for side in box],
+                "segmentation": dict(rle),
+            }
+            for kind, score, area, box, rle in zip(
+                label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True
+            )
+        ]
 
+    def decode(self, _: Pixels, record: Any, table: Table) -> Instances:
+        masks = (
+            np.stack([mask_rle.decode(item["segmentation"]) for item in record])
+            if record
+            else np.zeros((0, *table["size"]), bool)
+        )
+        ids, scores = [item["category_id"] - 1 for item in record], [item["score"] for item in record]
+        return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]))
 
-KIND = LabelKind(
-    attribute="instances",
-    roles=(),
-    encode=encode,
-    decode=decode,
-    arrays=arrays,
-    picture=picture,
-    table=_table,
-    table_form={"classes": [str], "size": [int]},
-    pixel_bytes=0.5,
-    check=check,
-    card=CardPart(
-        "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores",
-        lambda record: Counter(item["category_id"] for item in record),
-        _section,
-    ),
-    layers=(GalleryLayer("instance", "Instances", "outlines", values=outlines),),
-    distance=distance,
-    gates=Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 0.5)),
-    words=words,
-    coco=CocoFile("instances.json", _categories),
-)
+    def arrays(self, label: Instances) -> dict[str, np.ndarray]:
+        return {"masks": label.masks, "labels": label.class_ids + 1, "scores": label.scores}
+
+    def picture(self, label: Instances, image: np.ndarray) -> Image.Image:
+        sure = label.scores >= SHOWN_SCORE
+        return masked(image, label.masks[sure], label.class_ids[sure])
+
+    def check(self, record: Any, _: Pixels, table: Table, side: int) -> Iterator[str]:
+        for k, item in enumerate(record):
+            rle = item["segmentation"]
+            if rle["size"] != [side, side]:
+                yield f"mask {k} is {rle['size']}, expected {[side, side]}"
+                continue
+            # a ValueError where the runs do not add up to the picture
+            encoded = mask_rle.encode(mask_rle.decode(rle)[None])
+            if encoded.rles[0]["counts"] != rle["counts"]:
+                yield f"mask {k} is not written in the shortest way"
+            if item["area"] != int(encoded.areas[0]) or item["bbox"] != [float(value) for value in encoded.boxes[0]]:
+                yield (
+                    f"mask {k} covers {int(encoded.areas[0])} pixels in {encoded.boxes[0].tolist()}, the ledger says "
+                    f"{item['area']} in {item['bbox']}"
+                )
+            if not (1 <= item["category_id"] <= len(table["classes"]) and 0 <= item["score"] <= 1):
+                yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
+
+    def words(self, record: Any, table: Table, least: float) -> list[str]:
+        return [table["classes"][item["category_id"] - 1] for item in record]
+
+    def count(self, record: Any) -> Counter[int]:
+        return Counter(item["category_id"] for item in record)
+
+    def section(self, table: Table, counts: Mapping[int, int]) -> Iterator[str]:
+        yield "## Instances\n\n| category | class | instances |\n|---:|---|---:|"
+        for number, name in enumerate(table["classes"], 1):
+            yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0)} |"
+        yield ""
+
+    def distance(self, found: Instances, truth: Instances) -> float:
+        """One minus the mean IoU, 1 where their classes differ."""
+        if sorted(found.class_ids) != sorted(truth.class_ids):
+            return 1.0
+        if not len(truth.masks):
+            return 0.0
+        # Instances of one class may change places where their scores are nearly equal, so each looks for the mask most
+        # like its own.
+        ious = [
+            max(_iou(mask, other) for other in found.masks[found.class_ids == kind])
+            for mask, kind in zip(truth.masks, truth.class_ids)
+        ]
+        return 1.0 - float(np.mean(ious))
+
+    def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
+        return {"classes": list(config.classes), "size": [size, size]}
+
+    def categories(self, table: Table) -> list[dict[str, Any]]:
+        return [{"id": k, "name": name, "supercategory": ""} for k, name in enumerate(table["classes"], 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,45 +42,69 @@ class GalleryLayer:
     unit: str = ""  # where the values are a range that the page tells
 
 
-@dataclass(frozen=True)
-class CardPart:
-    """What the data set card says of a kind."""
+class LabelKind(ABC):
+    """How the labels of one task are stored, read back, checked, drawn and compared.
 
-    contents: str
-    count: Callable[[Any], Mapping[Any, int]] = lambda record: {}  # what is added up over all records
-    section: Callable[[Table, Mapping[Any, int]], Iterable[str]] = lambda table, counts: ()  # lines, from the sums
-
-
-@dataclass(frozen=True)
-class CocoFile:
-    """An index file in COCO's form; the records of the kind are its annotations."""
-
-    name: str
-    categories: Callable[[Table], list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class LabelKind:
-    """How the labels of one task are stored, read back, checked, drawn and compared."""
+    `record` is what the ledger holds of a label beside its files, `table` what run.json says of all labels of the task.
+    """
 
     attribute: str  # of a stored sample
-    roles: tuple[str, ...]  # of the files of one label, each ROLE/ID.png
-    encode: Callable[[Any, Mapping[str, Any]], tuple[dict[str, bytes], Any]]  # label, all labels -> files, record
-    decode: Callable[[Pixels, Any, Table], Any]  # pixels, record, table -> label
-    arrays: Callable[[Any], np.ndarray | dict[str, np.ndarray]]  # what a torch data set gives of a label
-    picture: Callable[[Any, np.ndarray], Image.Image]  # label, image -> what a reader of a page sees
-    table: Callable[[Any, int, Sequence[str]], dict[str, Any]]  # decoder's configuration, pixels of a side, words
+    contents: str  # what the data set card says of its files
+    layers: tuple[GalleryLayer, ...]
+    gates: Gates
     table_form: Mapping[str, Any]
     pixel_bytes: float  # of its files for a pixel, worst case seen
-    check: Callable[[Any, Pixels, Table, int], Iterator[str]]  # record, pixels, table, side -> what is wrong
-    card: CardPart
-    layers: tuple[GalleryLayer, ...]
-    distance: Callable[[Any, Any], float]  # of two labels, 0 where both say the same
-    gates: Gates
-    words: Callable[[Any, Table, float], Iterable[str]] = lambda record, table, least: ()  # classes a label shows
-    # class word -> number of the colour its pixels have, from its own table and those of all tasks
-    colours: Callable[[Table, Mapping[str, Table]], dict[str, int]] | None = None
-    coco: CocoFile | None = None
+    roles: tuple[str, ...] = ()  # of the files of one label, each ROLE/ID.png
+    is_map: bool = False  # whether its pixels are class numbers, whose colours the classes have everywhere
+    coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
+
+    @abstractmethod
+    def encode(self, label: Any, labels: Mapping[str, Any]) -> tuple[dict[str, bytes], Any]:
+        """Files by role and the record of a label; `labels` are those of all tasks."""
+
+    @abstractmethod
+    def decode(self, pixels: Pixels, record: Any, table: Table) -> Any:
+        """The label itself."""
+
+    @abstractmethod
+    def arrays(self, label: Any) -> np.ndarray | dict[str, np.ndarray]:
+        """What a torch data set gives of a label."""
+
+    @abstractmethod
+    def picture(self, label: Any, image: np.ndarray) -> Image.Image:
+        """What a reader of a page sees."""
+
+    @abstractmethod
+    def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
+        """The table of a run, from a decoder's configuration, the pixels of a side and the words asked for."""
+
+    @abstractmethod
+    def check(self, record: Any, pixels: Pixels, table: Table, side: int) -> Iterator[str]:
+        """What is wrong with a stored label."""
+
+    @abstractmethod
+    def distance(self, found: Any, truth: Any) -> float:
+        """Of two labels, 0 where both say the same."""
+
+    def count(self, record: Any) -> Mapping[Any, int]:
+        """What the data set card adds up over all records."""
+        return {}
+
+    def section(self, table: Table, counts: Mapping[Any, int]) -> Iterable[str]:
+        """Lines of the card, from these sums."""
+        return ()
+
+    def words(self, record: Any, table: Table, least: float) -> Iterable[str]:
+        """The classes a label shows, on `least` pixels where it is a map."""
+        return ()
+
+    def colours(self, table: Table, tables: Mapping[str, Table]) -> dict[str, int]:
+        """Class word -> number of the colour its pixels have, from its own table and those of all tasks."""
+        return {}
+
+    def categories(self, table: Table) -> list[dict[str, Any]]:
+        """The categories of the index file in COCO's form."""
+        return []
 
 
 def rounded(value: float, digits: int = 3) -> float:

@@ -9,32 +9,10 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Keypoints
-from datasetdm_fast.labels.kind import CardPart, CocoFile, GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
+from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
 from datasetdm_fast.labels.pictures import skeletons
 
 ROUNDING = 0.0015  # of what the ledger rounds to three digits, and of a difference of two such numbers
-
-
-def encode(label: Keypoints, _: Mapping[str, Any]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    people = []
-    for points, visibility, score in zip(label.points, label.visibility, label.scores, strict=True):
-        flat = [
-            value
-            for (x, y, _), v in zip(points, visibility, strict=True)
-            for value in ((rounded(x), rounded(y), int(v)) if v else (0, 0, 0))
-        ]
-        low, sides = _box(points, visibility > 0)
-        people.append(
-            {
-                "keypoints": flat,
-                "keypoint_scores": [rounded(value, 6) for value in points[:, 2]],
-                "num_keypoints": int((visibility > 0).sum()),
-                "score": rounded(score, 6),
-                "bbox": [rounded(value) for value in (*low, *sides)],
-                "area": rounded(sides[0] * sides[1]),
-            }
-        )
-    return {}, people
 
 
 def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,91 +23,100 @@ def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, points[seen, :2].max(0) - low
 
 
-def decode(_: Pixels, record: Any, table: Table) -> Keypoints:
-    joints = tuple(table["joints"])
-    flat = np.array([item["keypoints"] for item in record], np.float32).reshape(-1, len(joints), 3)
-    sure = np.array([item["keypoint_scores"] for item in record], np.float32).reshape(-1, len(joints), 1)
-    points = np.concatenate([flat[..., :2], sure], -1)
-    return Keypoints(
-        points,
-        flat[..., 2].astype(np.int64),
-        np.array([item["score"] for item in record], np.float32),
-        joints,
-        tuple((int(a), int(b)) for a, b in table["limbs"]),
-    )
-
-
-def arrays(label: Keypoints) -> dict[str, np.ndarray]:
-    seen = np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(np.float32)
-    return {"keypoints": seen, "scores": label.scores}
-
-
-def picture(label: Keypoints, image: np.ndarray) -> Image.Image:
-    people = [(points[:, :2], seen > 0) for points, seen in zip(label.points, label.visibility)]
-    return skeletons(image, people, label.limbs)
-
-
-def check(record: Any, _: Pixels, table: Table, side: int) -> Iterator[str]:
-    for k, person in enumerate(record):
-        points = np.array(person["keypoints"], np.float64).reshape(len(table["joints"]), 3)
-        seen = points[:, 2] > 0
-        low, (width, height) = _box(points, seen)
-        box, area = np.array([*low, width, height]), width * height
-        if not (
-            np.isin(points[:, 2], (0, 1, 2)).all()
-            and len(person["keypoint_scores"]) == len(points)
-            and 0 <= person["score"] <= 1
-        ):
-            yield f"person {k} has joints that are no joints"
-        if person["num_keypoints"] != int(seen.sum()):
-            yield f"person {k} has {int(seen.sum())} joints, the ledger says {person['num_keypoints']}"
-        is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (
-            width + height + 1
-        )
-        if not is_near:
-            yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
-
-
 def people(record: Any, _: Table) -> list[list[float]]:
     """The joints of each person that has any."""
     return [[round(value, 1) for value in item["keypoints"]] for item in record if item["num_keypoints"]]
 
 
-def distance(found: Keypoints, truth: Keypoints) -> float:
-    """Mean distance in pixels, infinite where one found a person and the other none."""
-    if found.points.shape != truth.points.shape:
-        return float("inf")
-    apart = np.linalg.norm(found.points[..., :2] - truth.points[..., :2], axis=-1)
-    return float(apart.mean()) if truth.points.size else 0.0
+class PoseKind(LabelKind):
+    """The joints of persons."""
 
+    attribute = "keypoints"
+    contents = "`keypoints.json`: COCO keypoints with visibility and scores"
+    layers = (GalleryLayer("pose", "Pose", "skeletons", values=people),)
+    gates = Gates(exact=(1e-2, 1e-1), free_exact=(5e-2, 0.5), rounded=(0.5, 2.0), free_rounded=(1.0, 8.0))
+    table_form = {"joints": [str], "limbs": [[int]]}
+    pixel_bytes = 0
+    coco_file = "keypoints.json"
 
-def _table(config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
-    return {"joints": list(config.joints), "limbs": [list(limb) for limb in config.limbs]}
+    def encode(self, label: Keypoints, _: Mapping[str, Any]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+        people = []
+        for points, visibility, score in zip(label.points, label.visibility, label.scores, strict=True):
+            flat = [
+                value
+                for (x, y, _), v in zip(points, visibility, strict=True)
+                for value in ((rounded(x), rounded(y), int(v)) if v else (0, 0, 0))
+            ]
+            low, sides = _box(points, visibility > 0)
+            people.append(
+                {
+                    "keypoints": flat,
+                    "keypoint_scores": [rounded(value, 6) for value in points[:, 2]],
+                    "num_keypoints": int((visibility > 0).sum()),
+                    "score": rounded(score, 6),
+                    "bbox": [rounded(value) for value in (*low, *sides)],
+                    "area": rounded(sides[0] * sides[1]),
+                }
+            )
+        return {}, people
 
+    def decode(self, _: Pixels, record: Any, table: Table) -> Keypoints:
+        joints = tuple(table["joints"])
+        flat = np.array([item["keypoints"] for item in record], np.float32).reshape(-1, len(joints), 3)
+        sure = np.array([item["keypoint_scores"] for item in record], np.float32).reshape(-1, len(joints), 1)
+        points = np.concatenate([flat[..., :2], sure], -1)
+        return Keypoints(
+            points,
+            flat[..., 2].astype(np.int64),
+            np.array([item["score"] for item in record], np.float32),
+            joints,
+            tuple((int(a), int(b)) for a, b in table["limbs"]),
+        )
 
-def _categories(table: Table) -> list[dict[str, Any]]:
-    skeleton = [[a + 1, b + 1] for a, b in table["limbs"]]  # COCO counts joints from 1
-    return [{"id": 1, "name": "person", "supercategory": "", "keypoints": table["joints"], "skeleton": skeleton}]
+    def arrays(self, label: Keypoints) -> dict[str, np.ndarray]:
+        seen = np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(np.float32)
+        return {"keypoints": seen, "scores": label.scores}
 
+    def picture(self, label: Keypoints, image: np.ndarray) -> Image.Image:
+        people = [(points[:, :2], seen > 0) for points, seen in zip(label.points, label.visibility)]
+        return skeletons(image, people, label.limbs)
 
-KIND = LabelKind(
-    attribute="keypoints",
-    roles=(),
-    encode=encode,
-    decode=decode,
-    arrays=arrays,
-    picture=picture,
-    table=_table,
-    table_form={"joints": [str], "limbs": [[int]]},
-    pixel_bytes=0,
-    check=check,
-    card=CardPart(
-        "`keypoints.json`: COCO keypoints with visibility and scores",
-        lambda record: {"people": sum(item["num_keypoints"] > 0 for item in record)},
-        lambda table, counts: [f"People with joints: {counts.get('people', 0)}.\n"],
-    ),
-    layers=(GalleryLayer("pose", "Pose", "skeletons", values=people),),
-    distance=distance,
-    gates=Gates(exact=(1e-2, 1e-1), free_exact=(5e-2, 0.5), rounded=(0.5, 2.0), free_rounded=(1.0, 8.0)),
-    coco=CocoFile("keypoints.json", _categories),
-)
+    def check(self, record: Any, _: Pixels, table: Table, side: int) -> Iterator[str]:
+        for k, person in enumerate(record):
+            points = np.array(person["keypoints"], np.float64).reshape(len(table["joints"]), 3)
+            seen = points[:, 2] > 0
+            low, (width, height) = _box(points, seen)
+            box, area = np.array([*low, width, height]), width * height
+            if not (
+                np.isin(points[:, 2], (0, 1, 2)).all()
+                and len(person["keypoint_scores"]) == len(points)
+                and 0 <= person["score"] <= 1
+            ):
+                yield f"person {k} has joints that are no joints"
+            if person["num_keypoints"] != int(seen.sum()):
+                yield f"person {k} has {int(seen.sum())} joints, the ledger says {person['num_keypoints']}"
+            is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (
+                width + height + 1
+            )
+            if not is_near:
+                yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
+
+    def count(self, record: Any) -> dict[str, int]:
+        return {"people": sum(item["num_keypoints"] > 0 for item in record)}
+
+    def section(self, table: Table, counts: Mapping[str, int]) -> list[str]:
+        return [f"People with joints: {counts.get('people', 0)}.\n"]
+
+    def distance(self, found: Keypoints, truth: Keypoints) -> float:
+        """Mean distance in pixels, infinite where one found a person and the other none."""
+        if found.points.shape != truth.points.shape:
+            return float("inf")
+        apart = np.linalg.norm(found.points[..., :2] - truth.points[..., :2], axis=-1)
+        return float(apart.mean()) if truth.points.size else 0.0
+
+    def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
+        return {"joints": list(config.joints), "limbs": [list(limb) for limb in config.limbs]}
+
+    def categories(self, table: Table) -> list[dict[str, Any]]:
+        skeleton = [[a + 1, b + 1] for a, b in table["limbs"]]  # COCO counts joints from 1
+        return [{"id": 1, "name": "person", "supercategory": "", "keypoints": table["joints"], "skeleton": skeleton}]

@@ -32,24 +32,24 @@ class TrainingTarget:
 
 def check_truth(source: LabelledSource, item: Labelled, task: str, spec: str) -> None:
     """Refuses a data set that does not hold what the task is taught by."""
-    teaching = TASKS[task].teaching
-    if all(getattr(item, name) is None for name in teaching.needs):
+    taught = TASKS[task]
+    if all(getattr(item, name) is None for name in taught.needs):
         raise Refused(
-            f"--data {spec}: item {item.id} has no {' and no '.join(teaching.needs)}, which {task} is taught by",
+            f"--data {spec}: item {item.id} has no {' and no '.join(taught.needs)}, which {task} is taught by",
             "choose another --task, or other data",
         )
-    if teaching.names and not getattr(source, teaching.names):
+    if taught.names and not getattr(source, taught.names):
         raise Refused(
-            f"--data {spec}: the data set names no {teaching.names}, which {task} needs",
+            f"--data {spec}: the data set names no {taught.names}, which {task} needs",
             "choose another --task, or other data",
         )
 
 
 def check_shown(source: LabelledSource, task: str, spec: str) -> None:
     """Refuses a data set none of whose images shows what the task is taught by; reads up to the first that does."""
-    teaching = TASKS[task].teaching
-    if not any(teaching.is_shown(source, _arrays(source, item, task)) for item in source):
-        wanted = teaching.wanted.format(farthest=source.max_depth)
+    taught = TASKS[task]
+    if not any(taught.is_shown(source, _arrays(source, item, task)) for item in source):
+        wanted = taught.wanted.format(farthest=source.max_depth)
         raise Refused(
             f"--data {spec}: none of {len(source)} images shows {wanted}", "look at the labels and their numbers"
         )
@@ -74,5 +74,5 @@ def _arrays(source: LabelledSource, item: Labelled, task: str) -> dict[str, np.n
         "depth": np.zeros((1, 1), np.float32),
         "points": np.zeros((joints, 2), np.float32),
         "weights": np.zeros(joints, np.float32),
-        **TASKS[task].teaching.target(source, item),
+        **TASKS[task].target(source, item),
     }

@@ -75,7 +75,7 @@ class Views:
 
     def has(self, quirk: str) -> bool:
         """Whether one of upstream's mistakes is to be made with this task."""
-        return quirk in self.looks.quirks and quirk in TASKS[self.task].teaching.quirks
+        return quirk in self.looks.quirks and quirk in TASKS[self.task].quirks
 
     def target(self, view: int) -> TrainingTarget:
         with self._lock:
@@ -91,7 +91,7 @@ class Views:
 
 def check_quirks(quirks: Sequence[str], source: LabelledSource, tasks: Sequence[str]) -> frozenset[str]:
     """The quirks, refused where the data cannot show them."""
-    is_asked = "Q12" in quirks and any("Q12" in TASKS[task].teaching.quirks for task in tasks)
+    is_asked = "Q12" in quirks and any("Q12" in TASKS[task].quirks for task in tasks)
     if is_asked and len(source.thing_classes) < 2:
         raise Refused(
             f"--quirks Q12: every instance would be of class 1, but the data set names {len(source.thing_classes)}",

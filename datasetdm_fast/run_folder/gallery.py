@@ -118,7 +118,7 @@ def _colours(document: Mapping[str, Any], words: list[str]) -> dict[str, str]:
     """One colour a class word, that of its pixels where a label map shows it."""
     tables, numbers, others = document["labels"], {}, []
     for task, kind in LABEL_KINDS.items():
-        if task in tables and kind.colours:
+        if task in tables and kind.is_map:
             numbers |= kind.colours(tables[task], tables)
         elif task in tables:
             others += tables[task].get("classes", [])

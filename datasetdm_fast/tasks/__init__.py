@@ -1,11 +1,11 @@
-"""One record a task: from a decoder's raw tensors to labels, and how such a decoder is taught."""
+"""One class a task: from a decoder's raw tensors to labels, and how such a decoder is taught."""
 
 from datasetdm_fast.tasks import depth, instance, open_vocabulary, pose, semantic
 
 TASKS = {
-    "semantic": semantic.TASK,
-    "instance": instance.TASK,
-    "depth": depth.TASK,
-    "pose": pose.TASK,
-    "open-vocabulary": open_vocabulary.TASK,
+    "semantic": semantic.SemanticTask(),
+    "instance": instance.InstanceTask(),
+    "depth": depth.DepthTask(),
+    "pose": pose.PoseTask(),
+    "open-vocabulary": open_vocabulary.OpenVocabularyTask(),
 }

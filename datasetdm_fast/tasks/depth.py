@@ -10,10 +10,9 @@ from torch import Tensor
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.tasks.task import Task, Teaching
+from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
-from datasetdm_fast.truth.labelled import LabelledSource
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 
 def upstream_bytes(metres: np.ndarray, max_depth: float) -> np.ndarray:
@@ -21,29 +20,26 @@ def upstream_bytes(metres: np.ndarray, max_depth: float) -> np.ndarray:
     return np.clip(np.rint(metres / max_depth * 256), 0, 255).astype(np.uint8)
 
 
-def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[DepthMap]:
-    """Depth maps in metres at image size."""
-    (metres,) = to_host(resize(raw["depth"].float(), size)[:, 0])
-    return [DepthMap(plane, config.max_depth) for plane in metres]
+class DepthTask(Task):
+    """Metres of every pixel."""
 
+    needs = ("depth",)
+    shown_by = "depth"
+    wanted = "a depth of 0 to {farthest:g} m"
+    small = {"batch_size": 12, "steps": 900, "rate": 2e-3, "dropout": 0.0}
+    quirks = ("Q13",)
 
-def _decoder(source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
-    sizes = {"width": 16, "depth_width": 24, "upscale": 2} if is_small else {}
-    return {"kind": "depth", "max_depth": source.max_depth, **sizes}
+    def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[DepthMap]:
+        """Depth maps in metres at image size."""
+        (metres,) = to_host(resize(raw["depth"].float(), size)[:, 0])
+        return [DepthMap(plane, config.max_depth) for plane in metres]
 
+    def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
+        sizes = {"width": 16, "depth_width": 24, "upscale": 2} if is_small else {}
+        return {"kind": "depth", "max_depth": source.max_depth, **sizes}
 
-TASK = Task(
-    LABEL_KINDS["depth"],
-    postprocess,
-    Teaching(
-        needs=("depth",),
-        wanted="a depth of 0 to {farthest:g} m",
-        truth=lambda source, item: DepthMap(item.depth, source.max_depth),
-        target=lambda source, item: {"depth": item.depth},
-        is_shown=lambda source, target: bool(target["depth"].any()),
-        decoder=_decoder,
-        small={"batch_size": 12, "steps": 900, "rate": 2e-3, "dropout": 0.0},
-        large={},
-        quirks=("Q13",),
-    ),
-)
+    def truth(self, source: LabelledSource, item: Labelled) -> DepthMap:
+        return DepthMap(item.depth, source.max_depth)
+
+    def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
+        return {"depth": item.depth}

@@ -11,9 +11,8 @@ from torch import Tensor
 from datasetdm_fast.data import Instances
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.tasks.semantic import SMALL, scaled_area
-from datasetdm_fast.tasks.task import Task, Teaching
+from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -65,45 +64,35 @@ def not_overlapping(inside: Tensor, is_wanted: Tensor, threshold: float) -> Tens
         kept = again
 
 
-def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Instances]:
-    """Instances from best to worst: score at or above the threshold, no two of them the same thing, none empty or too
-    small.
-    """
-    class_logits, mask_logits = raw["pred_logits"].float(), raw["pred_masks"].float()
-    queries, classes, scores = candidates(class_logits, mask_logits, min(MOST_INSTANCES, mask_logits.shape[1]))
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    queries, classes = queries.gather(1, order), classes.gather(1, order)
-    images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)
-    chosen = mask_logits[images, queries]  # [B, k, m, m]
-    kept = not_overlapping((chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold)
-    masks = (resize(chosen[kept][None], size)[0] if kept.any() else chosen.new_zeros(0, size, size)) > 0
-    is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
-    found = to_host(*(x[is_large] for x in (images[kept], masks, classes[kept], scores[kept])))
-    return [Instances(*(x[found[0] == b] for x in found[1:]), config.classes) for b in range(len(queries))]
+class InstanceTask(Task):
+    """A mask, class and score for every thing."""
 
+    needs, names = ("masks",), "thing_classes"
+    shown_by = "masks"
+    wanted = "a thing"
+    small = {"batch_size": 12, "points": 512, "steps": 1500, "dropout": 0.0}
+    quirks = ("Q12",)
 
-def _truth(source: LabelledSource, item: Labelled) -> Instances:
-    scores = np.ones(len(item.masks), np.float32)
-    return Instances(item.masks, item.mask_classes, scores, source.thing_classes)
+    def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Instances]:
+        """Instances from best to worst: score at the threshold or above, none twice, none empty or too small."""
+        class_logits, mask_logits = raw["pred_logits"].float(), raw["pred_masks"].float()
+        queries, classes, scores = candidates(class_logits, mask_logits, min(MOST_INSTANCES, mask_logits.shape[1]))
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        queries, classes = queries.gather(1, order), classes.gather(1, order)
+        images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)
+        chosen = mask_logits[images, queries]  # [B, k, m, m]
+        kept = not_overlapping((chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold)
+        masks = (resize(chosen[kept][None], size)[0] if kept.any() else chosen.new_zeros(0, size, size)) > 0
+        is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
+        found = to_host(*(x[is_large] for x in (images[kept], masks, classes[kept], scores[kept])))
+        return [Instances(*(x[found[0] == b] for x in found[1:]), config.classes) for b in range(len(queries))]
 
+    def truth(self, source: LabelledSource, item: Labelled) -> Instances:
+        scores = np.ones(len(item.masks), np.float32)
+        return Instances(item.masks, item.mask_classes, scores, source.thing_classes)
 
-def _decoder(source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
-    return {"kind": "segmentation", "classes": source.thing_classes, **(SMALL if is_small else {})}
+    def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
+        return {"kind": "segmentation", "classes": source.thing_classes, **(SMALL if is_small else {})}
 
-
-TASK = Task(
-    LABEL_KINDS["instance"],
-    postprocess,
-    Teaching(
-        needs=("masks",),
-        names="thing_classes",
-        wanted="a thing",
-        truth=_truth,
-        target=lambda source, item: {"classes": item.mask_classes, "masks": item.masks},
-        is_shown=lambda source, target: bool(target["masks"].any()),
-        decoder=_decoder,
-        small={"batch_size": 12, "points": 512, "steps": 1500, "dropout": 0.0},
-        large={},
-        quirks=("Q12",),
-    ),
-)
+    def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
+        return {"classes": item.mask_classes, "masks": item.masks}

@@ -12,10 +12,9 @@ from torch import Tensor
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.tasks.instance import NOTHING, upstream_instances
 from datasetdm_fast.tasks.semantic import SMALL, masks_of, scaled_area
-from datasetdm_fast.tasks.task import Task, Teaching
+from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -40,67 +39,56 @@ def best_query(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tenso
     return scores.gather(2, best)[..., 0], probability.gather(2, best)[..., 0], masks
 
 
-def postprocess(
-    raw: dict[str, Tensor], config: DecoderConfig, size: int, words: Sequence[str] = ()
-) -> list[SemanticMap]:
-    """Label maps over the words asked: 0 = none of them, k + 1 = word k; where two claim a pixel the likelier wins,
-    then the earlier.
+class OpenVocabularyTask(Task):
+    """A map of the words asked of an image."""
 
-    `raw` is what the decoder gives for text [B, K, D] (`pred_logits` [B, K, N, 3], `pred_masks` [B, K, N, m, m]) or for
-    text [B, D] without the K. `words` are the K names, the same for every image; left out, the maps are named by
-    number.
-    """
-    class_logits, mask_logits = raw["pred_logits"].float(), raw["pred_masks"].float()
-    if class_logits.ndim == 3:
-        class_logits, mask_logits = class_logits[:, None], mask_logits[:, None]
-    scores, probability, masks = best_query(class_logits, mask_logits)
-    masks = resize(masks, size)
-    is_there = (scores >= config.score_threshold) & (
-        (masks > 0).sum((2, 3)) >= max(1, scaled_area(config.min_area, size))
-    )
-    likely = masks.sigmoid() * (probability * is_there)[..., None, None]
-    largest, winner = (likely * (masks > 0)).max(1)
-    is_word = largest > 0
-    labels, confidence = to_host(
-        torch.where(is_word, winner + 1, 0).to(torch.uint8), torch.where(is_word, largest, 1 - likely.amax(1))
-    )
-    names = ("none", *(words or (str(k + 1) for k in range(scores.shape[1]))))
-    return [SemanticMap(labels[b], confidence[b], names) for b in range(len(labels))]
+    needs, names = ("masks", "semantic"), "thing_classes"
+    shown_by = "masks"
+    wanted = "a thing"
+    small = {"batch_size": 12, "points": 512, "steps": 900}
+    large = {"dropout": 0.2}
+    quirks = ("Q11",)
 
+    def postprocess(
+        self, raw: dict[str, Tensor], config: DecoderConfig, size: int, words: Sequence[str] = ()
+    ) -> list[SemanticMap]:
+        """Label maps over the words asked: 0 = none, k + 1 = word k; of two the likelier wins, then the first.
 
-def _truth(source: LabelledSource, item: Labelled) -> SemanticMap:
-    words, target = np.zeros(item.image.shape[:2], np.uint8), _target(source, item)
-    for mask, k in zip(target["masks"], target["classes"]):
-        words[mask] = (k + 1) % 256
-    return SemanticMap(words, np.ones(words.shape, np.float32), ("none", *source.thing_classes))
+        `raw` is the answer to text [B, K, D] (`pred_logits` [B, K, N, 3], `pred_masks` [B, K, N, m, m]), or to text
+        [B, D] without the K. `words` are the K names, the same for every image; left out, they are numbers.
+        """
+        class_logits, mask_logits = raw["pred_logits"].float(), raw["pred_masks"].float()
+        if class_logits.ndim == 3:
+            class_logits, mask_logits = class_logits[:, None], mask_logits[:, None]
+        scores, probability, masks = best_query(class_logits, mask_logits)
+        masks = resize(masks, size)
+        is_there = (scores >= config.score_threshold) & (
+            (masks > 0).sum((2, 3)) >= max(1, scaled_area(config.min_area, size))
+        )
+        likely = masks.sigmoid() * (probability * is_there)[..., None, None]
+        largest, winner = (likely * (masks > 0)).max(1)
+        is_word = largest > 0
+        labels, confidence = to_host(
+            torch.where(is_word, winner + 1, 0).to(torch.uint8), torch.where(is_word, largest, 1 - likely.amax(1))
+        )
+        names = ("none", *(words or (str(k + 1) for k in range(scores.shape[1]))))
+        return [SemanticMap(labels[b], confidence[b], names) for b in range(len(labels))]
 
+    def truth(self, source: LabelledSource, item: Labelled) -> SemanticMap:
+        words, target = np.zeros(item.image.shape[:2], np.uint8), self.target(source, item)
+        for mask, k in zip(target["masks"], target["classes"]):
+            words[mask] = (k + 1) % 256
+        return SemanticMap(words, np.ones(words.shape, np.float32), ("none", *source.thing_classes))
 
-def _target(source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
-    """One mask a thing, or where there are no masks one a class that is a thing."""
-    if item.masks is not None:
-        return {"classes": item.mask_classes, "masks": item.masks}
-    things = {source.classes.index(name): k for k, name in enumerate(source.thing_classes) if name in source.classes}
-    return masks_of(item, {number: k for number, k in things.items() if (item.semantic == number).any()})
+    def target(self, source: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
+        """One mask a thing, or where there are no masks one a class that is a thing."""
+        if item.masks is not None:
+            return {"classes": item.mask_classes, "masks": item.masks}
+        things = {
+            source.classes.index(name): k for k, name in enumerate(source.thing_classes) if name in source.classes
+        }
+        return masks_of(item, {number: k for number, k in things.items() if (item.semantic == number).any()})
 
-
-def _decoder(source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
-    sizes = {**SMALL, "queries": 8} if is_small else {"queries": 20}
-    return {"kind": "open-vocabulary", "classes": source.thing_classes, "text_centre": is_small, **sizes}
-
-
-TASK = Task(
-    LABEL_KINDS["open-vocabulary"],
-    postprocess,
-    Teaching(
-        needs=("masks", "semantic"),
-        names="thing_classes",
-        wanted="a thing",
-        truth=_truth,
-        target=_target,
-        is_shown=lambda source, target: bool(target["masks"].any()),
-        decoder=_decoder,
-        small={"batch_size": 12, "points": 512, "steps": 900},
-        large={"dropout": 0.2},
-        quirks=("Q11",),
-    ),
-)
+    def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
+        sizes = {**SMALL, "queries": 8} if is_small else {"queries": 20}
+        return {"kind": "open-vocabulary", "classes": source.thing_classes, "text_centre": is_small, **sizes}

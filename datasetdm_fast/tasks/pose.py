@@ -14,8 +14,7 @@ from torch import Tensor
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.tasks.task import Task, Teaching
+from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -98,61 +97,49 @@ def joints(raw: dict[str, Tensor], size: int) -> Tensor:
     return torch.cat([places, score.clamp(0, 1)[..., None]], -1)
 
 
-def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Keypoints]:
-    """All joints of the person in each image, or no person where no joint is sure.
+class PoseTask(Task):
+    """The joints of the largest person."""
 
-    Visibility is 2 for a joint at or above the score threshold, 1 down to half of it, 0 below; places stand for all of
-    them.
-    """
-    found = joints(raw, size)
-    score = found[..., 2]
-    visibility = (score >= config.score_threshold).int() + (score >= config.score_threshold / 2).int()
-    is_sure = visibility == 2
-    mean = (score * is_sure).sum(1) / is_sure.sum(1).clamp(min=1)
-    persons = is_sure.any(1).int()
-    points, visibility, mean, persons = to_host(found, visibility, mean, persons)
-    who = [slice(b, b + persons[b]) for b in range(len(persons))]
-    return [Keypoints(points[one], visibility[one], mean[one], config.joints, config.limbs) for one in who]
+    needs, names = ("keypoints",), "joints"
+    shown_by = "weights"
+    wanted = "a person with a joint in sight"
+    small = {"steps": 1500, "sigma": 1.5, "dropout": 0.0}
+    large = {"sigma": 2.0}
+    epochs = 400
+    quirks = ("Q14",)
+    is_of_one_person = True
 
+    def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Keypoints]:
+        """All joints of the person in each image, or no person where no joint is sure.
 
-def _truth(source: LabelledSource, item: Labelled) -> Keypoints:
-    seen = item.keypoints[..., 2]
-    return Keypoints(item.keypoints, seen, np.ones(len(seen), np.float32), source.joints, source.limbs)
+        Visibility is 2 for a joint at or above the score threshold, 1 down to half of it, 0 below.
+        """
+        found = joints(raw, size)
+        score = found[..., 2]
+        visibility = (score >= config.score_threshold).int() + (score >= config.score_threshold / 2).int()
+        is_sure = visibility == 2
+        mean = (score * is_sure).sum(1) / is_sure.sum(1).clamp(min=1)
+        persons = is_sure.any(1).int()
+        points, visibility, mean, persons = to_host(found, visibility, mean, persons)
+        who = [slice(b, b + persons[b]) for b in range(len(persons))]
+        return [Keypoints(points[one], visibility[one], mean[one], config.joints, config.limbs) for one in who]
 
+    def truth(self, source: LabelledSource, item: Labelled) -> Keypoints:
+        seen = item.keypoints[..., 2]
+        return Keypoints(item.keypoints, seen, np.ones(len(seen), np.float32), source.joints, source.limbs)
 
-def _target(_: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
-    if not len(item.keypoints):
-        return {}
-    person = int(np.argmax(item.keypoint_areas))  # the decoder answers with one figure: the largest
-    return {"points": item.keypoints[person, :, :2], "weights": item.keypoints[person, :, 2] > 0}
+    def target(self, _: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
+        if not len(item.keypoints):
+            return {}
+        person = int(np.argmax(item.keypoint_areas))  # the decoder answers with one figure: the largest
+        return {"points": item.keypoints[person, :, :2], "weights": item.keypoints[person, :, 2] > 0}
 
-
-def _decoder(source: LabelledSource, is_small: bool, head: str) -> dict[str, Any]:
-    sizes = {"width": 32, "upscale": 0 if head == "simcc" else 2} if is_small else {}
-    return {
-        "kind": head,
-        "joints": source.joints,
-        "limbs": source.limbs,
-        "score_threshold": 0.3 if is_small else 0.2,
-        **sizes,
-    }
-
-
-TASK = Task(
-    LABEL_KINDS["pose"],
-    postprocess,
-    Teaching(
-        needs=("keypoints",),
-        names="joints",
-        wanted="a person with a joint in sight",
-        truth=_truth,
-        target=_target,
-        is_shown=lambda source, target: bool(target["weights"].any()),
-        decoder=_decoder,
-        small={"steps": 1500, "sigma": 1.5, "dropout": 0.0},
-        large={"sigma": 2.0},
-        epochs=400,
-        quirks=("Q14",),
-    ),
-    is_of_one_person=True,
-)
+    def decoder(self, source: LabelledSource, is_small: bool, head: str) -> dict[str, Any]:
+        sizes = {"width": 32, "upscale": 0 if head == "simcc" else 2} if is_small else {}
+        return {
+            "kind": head,
+            "joints": source.joints,
+            "limbs": source.limbs,
+            "score_threshold": 0.3 if is_small else 0.2,
+            **sizes,
+        }

@@ -12,8 +12,7 @@ from torch import Tensor
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.tasks.task import Task, Teaching
+from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource
 
@@ -47,49 +46,36 @@ def upstream_labels(class_logits: Tensor, mask_logits: Tensor, min_area: float =
     return without_small(evidence(class_logits, mask_logits), min_area).argmax(1)
 
 
-def postprocess(raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[SemanticMap]:
-    """Label maps by DatasetDM's rule, with the winning class's share of all evidence as confidence."""
-    found = evidence(raw["pred_logits"].float(), resize(raw["pred_masks"].float(), size))
-    largest, labels = without_small(found, scaled_area(config.min_area, size)).max(1)
-    labels, confidence = to_host(labels.to(torch.uint8), largest / found.sum(1).clamp(min=1e-12))
-    return [SemanticMap(labels[b], confidence[b], config.classes) for b in range(len(labels))]
-
-
 def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
     """One mask for each number of a label map, under the id it stands for."""
     masks = np.array([item.semantic == number for number in ids], bool).reshape(-1, *item.semantic.shape)
     return {"classes": np.array(list(ids.values()), np.int64), "masks": masks}
 
 
-def _truth(source: LabelledSource, item: Labelled) -> SemanticMap:
-    return SemanticMap(item.semantic, np.ones(item.semantic.shape, np.float32), source.classes)
+class SemanticTask(Task):
+    """A class for every pixel."""
 
+    needs, names = ("semantic",), "classes"
+    wanted = f"a class: every pixel is background or {IGNORED}, which is ignored"
+    small = {"batch_size": 12, "points": 512, "steps": 1250, "dropout": 0.6, "weight_decay": 0.2}
+    large = {"dropout": 0.2}
 
-def _target(_: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
-    return masks_of(item, {int(k): int(k) for k in np.unique(item.semantic) if k != IGNORED})
+    def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[SemanticMap]:
+        """Label maps by DatasetDM's rule, with the winning class's share of all evidence as confidence."""
+        found = evidence(raw["pred_logits"].float(), resize(raw["pred_masks"].float(), size))
+        largest, labels = without_small(found, scaled_area(config.min_area, size)).max(1)
+        labels, confidence = to_host(labels.to(torch.uint8), largest / found.sum(1).clamp(min=1e-12))
+        return [SemanticMap(labels[b], confidence[b], config.classes) for b in range(len(labels))]
 
+    def truth(self, source: LabelledSource, item: Labelled) -> SemanticMap:
+        return SemanticMap(item.semantic, np.ones(item.semantic.shape, np.float32), source.classes)
 
-def _is_shown(source: LabelledSource, target: Mapping[str, np.ndarray]) -> bool:
-    has_background = len(source.classes) > 1 and source.classes[0] in ("background", "none")
-    return bool((target["classes"] >= has_background).any())
+    def target(self, _: LabelledSource, item: Labelled) -> dict[str, np.ndarray]:
+        return masks_of(item, {int(k): int(k) for k in np.unique(item.semantic) if k != IGNORED})
 
+    def is_shown(self, source: LabelledSource, target: Mapping[str, np.ndarray]) -> bool:
+        has_background = len(source.classes) > 1 and source.classes[0] in ("background", "none")
+        return bool((target["classes"] >= has_background).any())
 
-def _decoder(source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
-    return {"kind": "segmentation", "classes": source.classes, **(SMALL if is_small else {})}
-
-
-TASK = Task(
-    LABEL_KINDS["semantic"],
-    postprocess,
-    Teaching(
-        needs=("semantic",),
-        names="classes",
-        wanted=f"a class: every pixel is background or {IGNORED}, which is ignored",
-        truth=_truth,
-        target=_target,
-        is_shown=_is_shown,
-        decoder=_decoder,
-        small={"batch_size": 12, "points": 512, "steps": 1250, "dropout": 0.6, "weight_decay": 0.2},
-        large={"dropout": 0.2},
-    ),
-)
+    def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
+        return {"kind": "segmentation", "classes": source.classes, **(SMALL if is_small else {})}

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Annotation
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.training.loop import TrainingViews
 
@@ -26,7 +27,7 @@ def page(
     figures: Mapping[str, object],
 ) -> bytes:
     """One HTML file: image, truth and answer of some held-out images, and the figures; it needs nothing else."""
-    rows, label, truth = [], TASKS[task].label, TASKS[task].teaching.truth
+    rows, label, truth = [], LABEL_KINDS[task], TASKS[task].truth
     for view in range(min(lessons.count, SHOWN)):
         item = lessons.views.item(view)
         cells = "".join(

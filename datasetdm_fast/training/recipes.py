@@ -39,22 +39,21 @@ def recipe(
 ) -> TrainingRecipe:
     """Decoder and schedule for a task; `preset` is default or upstream, `images` are those to learn from."""
     is_small = levels[-1].features[0] < WIDE_UNET
-    teaching = TASKS[task].teaching
     config = DecoderConfig(
         task=task,
         levels=tuple(levels),
         text_width=text_width,
         capture_timestep=timestep or None,
-        **teaching.decoder(source, is_small, pose_head),
+        **TASKS[task].decoder(source, is_small, pose_head),
     )
     if preset == "upstream":
         return TrainingRecipe(config, _upstream(task, images, reader, levels))
-    return TrainingRecipe(config, TrainingSchedule(**(teaching.small if is_small else {**LARGE, **teaching.large})))
+    return TrainingRecipe(config, TrainingSchedule(**(TASKS[task].small if is_small else LARGE | TASKS[task].large)))
 
 
 def _upstream(task: str, images: int, reader: str, levels: Sequence[Level]) -> TrainingSchedule:
     """Upstream's training: Adam at 1e-4, one image a step, a tenth of the rate every 350 or 400 of 5000 epochs."""
-    every = TASKS[task].teaching.epochs or EPOCHS.get(reader, 350)
+    every = TASKS[task].epochs or EPOCHS.get(reader, 350)
     epochs = 800 if reader == "deepfashion-mm" else WHOLE_EPOCHS
     return TrainingSchedule(
         steps=epochs * images,

@@ -11,5 +11,5 @@ from datasetdm_fast.run_folder.indexes import card, coco, samples
 INDEXES = {
     "samples.jsonl": ("", samples.lines),
     "README.md": ("", card.text),
-    **{kind.coco.name: (task, partial(coco.document, task)) for task, kind in LABEL_KINDS.items() if kind.coco},
+    **{kind.coco_file: (task, partial(coco.document, task)) for task, kind in LABEL_KINDS.items() if kind.coco_file},
 }

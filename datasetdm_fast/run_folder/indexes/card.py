@@ -36,7 +36,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",
-        *(f"- {LABEL_KINDS[task].card.contents}" for task in config["task"]),
+        *(f"- {LABEL_KINDS[task].contents}" for task in config["task"]),
         "- `gallery/index.html`: the page to look at them; `run.json`: everything that decided them; "
         "`state/ledger.sqlite`: one row a sample\n",
         *_sections(document, ledger),
@@ -67,9 +67,9 @@ def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     for row in ledger.rows():
         for task, counter in counts.items():
             if task in row.labels:
-                counter.update(kinds[task].card.count(row.labels[task]))
-    for task in sorted(kinds, key=lambda task: kinds[task].colours is None):
-        yield from kinds[task].card.section(document["labels"][task], counts[task])
+                counter.update(kinds[task].count(row.labels[task]))
+    for task in sorted(kinds, key=lambda task: not kinds[task].is_map):
+        yield from kinds[task].section(document["labels"][task], counts[task])
 
 
 def _code(name: str) -> str:

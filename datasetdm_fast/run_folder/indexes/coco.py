@@ -12,7 +12,7 @@ from datasetdm_fast.run_folder.ledger import Ledger, canonical
 def document(task: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """Images, categories from 1 and annotations; a kind of one category leaves its number to us."""
     info = {"description": "made by datasetdm_fast", "version": run["versions"]["datasetdm_fast"]}
-    categories = LABEL_KINDS[task].coco.categories(run["labels"][task])
+    categories = LABEL_KINDS[task].categories(run["labels"][task])
     yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{canonical(categories)},\n"images":['.encode()
     size = run["sampling"]["size"]
     yield from _listed(
