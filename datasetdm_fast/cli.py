@@ -30,28 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
-        print(_usage())
+        print("usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)\n")
+        for command, (_, sentence) in COMMANDS.items():
+            print(f"  {command:{max(map(len, COMMANDS))}}  {sentence}")
+        print("\nCOMMAND --help lists its flags.")
         return 0
     if name == "--version":
         print(f"datasetdm-fast {__version__}")
         return 0
     if name not in COMMANDS:
         said = f"unknown command {name!r}{nearest(name, COMMANDS)}" if name else "no command given"
-        raise Refused(
-            f"datasetdm-fast: {said}", f"commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do"
-        )
+        remedy = f"commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do"
+        raise Refused(f"datasetdm-fast: {said}", remedy)
     return import_module(COMMANDS[name][0]).main(arguments[1:])
-
-
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {sentence}" for name, (_, sentence) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)",
-            "",
-            *lines,
-            "",
-            "COMMAND --help lists its flags.",
-        ]
-    )

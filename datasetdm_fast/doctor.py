@@ -2,8 +2,7 @@
 first image comes out.
 """
 
-# Nothing that may be broken is imported in this process: each question is put to a process of its own, which may fail,
-# crash or hang.
+# Nothing that may be broken is imported in this process: each question is put to another, which may fail or hang.
 from __future__ import annotations
 
 import json
@@ -19,10 +18,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import ENGINES, setting
+from datasetdm_fast.version import __version__
 
 LIBRARIES = (
     "torch diffusers transformers accelerate safetensors tokenizers numpy scipy pillow pycocotools pyyaml tqdm triton "
@@ -35,12 +36,11 @@ ASKED = """
 import json
 for name, code in {questions!r}.items():
     def tell(values, name=name):
-        print({mark!r} + json.dumps({{name: {{"values": values}}}}), flush=True)
+        print({mark!r} + json.dumps({{name: {{"problem": "", **values}}}}), flush=True)
     try:
         exec(code, {{"tell": tell}})
     except BaseException as error:
-        problem = type(error).__name__ + ": " + " ".join(str(error).split())
-        print({mark!r} + json.dumps({{name: {{"problem": problem}}}}), flush=True)
+        tell({{"problem": type(error).__name__ + ": " + " ".join(str(error).split())}})
 """
 
 # The questions one process is asked in turn; another goes on behind the one it crashed or hung at.
@@ -83,9 +83,13 @@ line = ["--number", "1", "--steps", "2", "--task", "semantic,instance,depth,pose
 told = io.StringIO()
 with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
     code = generate.main(line)
-report = audit.audit(Path({out!r})) if code == 0 else None
-findings = [f"{{found.place}}: {{found.what}}" for found in report.findings] if report else []
-tell({{"code": code, "said": told.getvalue(), "findings": findings, "samples": report.done if report else 0}})
+if code:
+    problem = next(iter(told.getvalue().strip().splitlines()), f"ended with code {{code}}")
+else:
+    report = audit.audit(Path({out!r}))
+    problem = "; ".join(f"{{found.place}}: {{found.what}}" for found in report.findings)
+    problem = problem or ("" if report.done == 1 else "no sample came out")
+tell({{"problem": problem}})
 """
 LOCKS = """
 import os
@@ -100,26 +104,15 @@ class DoctorConfig:
     json: bool = setting(False, "everything as one JSON object on stdout")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a process said, or why it said nothing."""
-
-    values: dict[str, Any]
-    problem: str = ""
-
-
-def ask(questions: Mapping[str, str], patience: float = PATIENCE) -> dict[str, Answer]:
-    """What processes of their own told; a crash, a hang or an error becomes a sentence, and does not keep the next
-    question from being answered.
-    """
-    answers: dict[str, Answer] = {}
+def ask(questions: Mapping[str, str], patience: float = PATIENCE) -> dict[str, dict[str, Any]]:
+    """What other processes answered; a crash, a hang or an error becomes the `problem` of that one question."""
+    answers: dict[str, dict[str, Any]] = {}
     while left := {name: code for name, code in questions.items() if name not in answers}:
         told, problem = _run(left, patience)
-        for name in left.keys() & told.keys():
-            answers[name] = Answer(told[name].get("values", {}), _printable(told[name].get("problem", "")))
+        answers |= {name: told[name] for name in left if name in told}
         if silent := next((name for name in left if name not in answers), None):
-            answers[silent] = Answer({}, problem)
-    return answers
+            answers[silent] = {"problem": problem}
+    return {name: {**values, "problem": _printable(values["problem"])} for name, values in answers.items()}
 
 
 def _run(questions: Mapping[str, str], patience: float) -> tuple[dict[str, Any], str]:
@@ -151,31 +144,26 @@ def _printable(text: str) -> str:
 def examine() -> dict[str, Any]:
     """Everything the command tells."""
     answers = ask(QUESTIONS) | ask({"sandbox": LOCKS})
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        problem = ask({"self-test": SELF_TEST.format(out=f"{folder}/run")})["self-test"]["problem"]
+    test = {"passed": not problem, "problem": problem, "seconds": round(time.monotonic() - begin, 1)}
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        memory = 0
+    names = {"python": platform.python_version(), "platform": platform.platform()}
     return {
-        "package": _package(answers["extension"]),
-        "system": _system(),
+        "package": {"version": __version__, "path": str(Path(__file__).parent), "extension": answers["extension"]},
+        "system": {**names, "cores": os.cpu_count() or 0, "memory": memory},
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "gpu": _told(answers["gpu"]),
-        "torch": _told(answers["torch"]),
-        "engines": {name: _engine(answers[f"engine {name}"]) for name in ENGINES},
-        "sandbox": _told(answers["sandbox"]),
+        "gpu": answers["gpu"],
+        "torch": answers["torch"],
+        "engines": {name: _engine(**answers[f"engine {name}"]) for name in ENGINES},
+        "sandbox": answers["sandbox"],
         "caches": _caches(),
         "disk": {place: _free(Path(place)) for place in (os.getcwd(), tempfile.gettempdir(), str(Path.home()))},
-        "self_test": _self_test(),
-    }
-
-
-def _told(answer: Answer) -> dict[str, Any]:
-    return {"problem": answer.problem, **answer.values}
-
-
-def _package(extension: Answer) -> dict[str, Any]:
-    import datasetdm_fast
-
-    return {
-        "version": datasetdm_fast.__version__,
-        "path": str(Path(datasetdm_fast.__file__).parent),
-        "extension": _told(extension),
+        "self_test": test,
     }
 
 
@@ -188,48 +176,30 @@ def _version(name: str) -> str:
         return f"unknown ({type(error).__name__})"
 
 
-def _system() -> dict[str, Any]:
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        memory = 0
-    names = {"python": platform.python_version(), "platform": platform.platform()}
-    return {**names, "cores": os.cpu_count() or 0, "memory": memory}
-
-
-def _engine(answer: Answer) -> dict[str, Any]:
-    if not answer.problem:
-        return answer.values
-    remedy = "Install the library that this names anew."
-    return {"runs": False, "cause": f"it does not load ({answer.problem})", "remedy": remedy}
+def _engine(problem: str, **answer: Any) -> dict[str, Any]:
+    cause, remedy = f"it does not load ({problem})", "Install the library that this names anew."
+    return {"runs": False, "cause": cause, "remedy": remedy} if problem else answer
 
 
 def _caches() -> dict[str, dict[str, Any]]:
     home = Path.home()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    kept = os.environ.get("DATASETDM_CACHE") or caches / "datasetdm_fast"
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or home / ".cache" / "huggingface") / "hub"
     places = {
-        "ours (converted checkpoints, graphs, plans)": Path(kept),
-        "model hub": Path(hub),
-        "triton": Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"),
+        "ours (converted checkpoints, graphs, plans)": os.environ.get("DATASETDM_CACHE") or caches / "datasetdm_fast",
+        "model hub": hub,
+        "triton": os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache",
     }
-    return {name: {"path": str(path), **_size(path)} for name, path in places.items()}
+    return {name: {"path": str(Path(path)), **_size(Path(path))} for name, path in places.items()}
 
 
 def _size(path: Path) -> dict[str, Any]:
     """Bytes and files of a folder; of a very large one, those of its first files."""
-    total = files = 0
-    for folder, _, names in os.walk(path, onerror=lambda error: None):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(folder, name)).st_size
-            except OSError:
-                continue
-            files += 1
-        if files > COUNTED:
-            break
-    return {"bytes": total, "files": files, "is_all": files <= COUNTED}
+    names, sizes = (os.path.join(place, name) for place, _, inside in os.walk(path) for name in inside), []
+    for name in islice(names, COUNTED + 1):
+        with suppress(OSError):
+            sizes.append(os.lstat(name).st_size)
+    return {"bytes": sum(sizes), "files": len(sizes), "is_all": len(sizes) <= COUNTED}
 
 
 def _free(path: Path) -> int:
@@ -239,52 +209,29 @@ def _free(path: Path) -> int:
         return -1
 
 
-def _self_test() -> dict[str, Any]:
-    """One image of the demo model with all its labels, and an audit of it."""
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        answer = ask({"self-test": SELF_TEST.format(out=str(Path(folder) / "run"))})["self-test"]
-    values, seconds = answer.values, round(time.monotonic() - begin, 1)
-    problem = answer.problem
-    if not problem and values["code"]:
-        problem = _printable(next(iter(values["said"].strip().splitlines()), f"ended with code {values['code']}"))
-    problem = problem or "; ".join(values.get("findings", []))
-    if not problem and values.get("samples") != 1:
-        problem = "no sample came out"
-    return {"passed": not problem, "problem": problem, "seconds": seconds}
-
-
-# Telling it -----------------------------------------------------------------------------------------------------------
-
-
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for a person, one subject a line."""
     package, system, torch, gpu, test = (found[name] for name in ("package", "system", "torch", "gpu", "self_test"))
-    extension = package["extension"]
-    built = extension["problem"] or ("built with CUDA" if extension["cuda"] else "built for the CPU")
-    installed = [f"{name} {version}" for name, version in found["libraries"].items() if version]
-    absent = [name for name, version in found["libraries"].items() if not version]
+    extension, lacking = package["extension"], found["sandbox"]["problem"] or "; ".join(found["sandbox"]["lacking"])
     devices = [
-        f"{device['name']} (sm {device['capability']}, {_gigabytes(device['memory'])})"
-        for device in torch.get("devices", [])
+        f"{one['name']} (sm {one['capability']}, {_gigabytes(one['memory'])})" for one in torch.get("devices", ())
     ]
-    lacking = found["sandbox"]["problem"] or "; ".join(found["sandbox"]["lacking"])
     cards = f"CUDA {torch.get('cuda') or 'none'}, GPUs: {', '.join(devices) or 'none'}"
     size = f"{system['cores']} cores, {_gigabytes(system['memory'])}"
     told = [
         ("package", f"datasetdm_fast {package['version']} in {package['path']}"),
-        ("extension", built),
+        ("extension", extension["problem"] or f"built {'with CUDA' if extension['cuda'] else 'for the CPU'}"),
         ("system", f"Python {system['python']}, {system['platform']}, {size}"),
-        ("libraries", ", ".join(installed)),
-        ("not there", ", ".join(absent)),
+        ("libraries", ", ".join(f"{name} {version}" for name, version in found["libraries"].items() if version)),
+        ("not there", ", ".join(name for name, version in found["libraries"].items() if not version)),
         ("driver", gpu["problem"] or gpu["driver"]),
         ("torch", torch["problem"] or f"{torch['version']}, {cards}"),
     ]
     for name, engine in found["engines"].items():
         cause = f"does not run here: {engine['cause']}. {engine['remedy']}"
         told.append((f"--engine {name}", "runs here" if engine["runs"] else cause))
-    sandbox = f"without {lacking}" if lacking else "by a process without network, programs and files"
-    told.append(("pickles", f"read {sandbox}"))
+    guard = f"without {lacking}" if lacking else "by a process without network, programs and files"
+    told.append(("pickles", f"read {guard}"))
     for name, cache in found["caches"].items():
         held = f"{'' if cache['is_all'] else 'at least '}{_gigabytes(cache['bytes'])} in {cache['files']} files"
         told.append(("cache", f"{name}: {held}, {cache['path']}"))
@@ -305,11 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = examine()
         asked = sys.argv[1:] if arguments is None else arguments
         print(json.dumps(found) if "--json" in asked else "\n".join(lines(found)))
-        print(
-            f"datasetdm_fast.command_line.flags does not load: {type(error).__name__}: {_printable(str(error))}",
-            file=sys.stderr,
-        )
-        print("Install the package anew.", file=sys.stderr)
+        cause = f"datasetdm_fast.command_line.flags does not load: {type(error).__name__}: {_printable(str(error))}"
+        print(cause, "Install the package anew.", sep="\n", file=sys.stderr)
         return 3
     return run_command(_command, arguments)
 
@@ -321,10 +265,8 @@ def _command(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, DoctorConfig, "python -m datasetdm_fast.doctor", __doc__)
     found = examine()
     print(json.dumps(found) if config.json else "\n".join(lines(found)))
-    if not found["self_test"]["passed"]:
-        raise Missing(
-            f"the self-test failed: {found['self_test']['problem']}", "Mend what the lines above say, and ask again."
-        )
+    if problem := found["self_test"]["problem"]:
+        raise Missing(f"the self-test failed: {problem}", "Mend what the lines above say, and ask again.")
     return 0
 
 

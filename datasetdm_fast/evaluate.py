@@ -6,41 +6,42 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
+from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.measure import _passes, evaluate, measure
 from datasetdm_fast.evaluation.settings import EvaluateConfig
+from datasetdm_fast.foreign.documents import one_line
 
+ANY_SIZE = 64  # pixels of a side, where no image is read yet
 PROG = "python -m datasetdm_fast.evaluate"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from datasetdm_fast.command_line.ending import run_command
-
+    """The exit code of the command."""
     return run_command(_run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.command_line.flags import parse
-
     config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
     config.check()
     if config.student or config.run:
         return _student(config)
-    if config.curve:
-        return _curve(config)
-    selection = config.selection()
-    from datasetdm_fast.readers import open_data
+    return _curve(config) if config.curve else _decoders(config)
 
-    engine = _opened(config, config.decoder)
-    model, decoders = engine.model, engine.decoders
-    absent = [task for task in config.task if task not in decoders]
-    if absent:
+
+def _decoders(config: EvaluateConfig) -> int:
+    """The decoders of a folder."""
+    selection = config.selection()
+    there = _opened(config, config.data, ANY_SIZE, config.task).tasks  # a bad data set is refused before a model loads
+    engine = _engine(config, config.decoder)
+    decoders = engine.decoders
+    if absent := [task for task in config.task if task not in decoders]:
         raise Refused(
             f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"it has {', '.join(decoders)}"
         )
     # where nothing is asked for, whatever both sides have
-    there = () if config.task else open_data(config.data, model.size).tasks
     tasks = config.task or tuple(task for task in TASKS if task in decoders and task in there)
     if not tasks:
         raise Refused(
@@ -49,9 +50,7 @@ def _run(arguments: Sequence[str]) -> int:
         )
     result, skipped = {}, {}
     for some in _passes(config.data, tasks):
-        source = open_data(
-            config.data, model.size, tasks=some, selection=selection, skip_bad=config.skip_bad, framing=config.framing
-        )
+        source = _opened(config, config.data, engine.model.size, some, selection)
         with _bar(len(source), config.quiet) as bar:
             result |= evaluate(
                 *(engine, source, some, config.captions, config.batch_size, config.seed, _moving(bar)),
@@ -61,12 +60,7 @@ def _run(arguments: Sequence[str]) -> int:
             )
         skipped |= source.skipped
     result = {task: result[task] for task in tasks}
-    if config.json:
-        print(json.dumps(result | ({"skipped": skipped} if config.skip_bad else {})))
-    else:
-        print(table(result, config.level))
-    _tell_skipped(skipped)
-    return 0
+    return _end(config, result, skipped, "" if config.json else table(result, config.level))
 
 
 def _curve(config: EvaluateConfig) -> int:
@@ -75,19 +69,15 @@ def _curve(config: EvaluateConfig) -> int:
 
     counts = curve.parse_counts(config.curve)
     address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
+    there = [_opened(config, data, ANY_SIZE, config.task).tasks for data in (address, config.data)][-1]
     from datasetdm_fast.engines import build_engine
-    from datasetdm_fast.readers import open_data
     from datasetdm_fast.training.session import train_on
 
-    engine, result, skipped = _opened(config), {}, {}
-    model = engine.model
-    task_sets = [(task,) for task in config.task or open_data(config.data, model.size).tasks[:1]]
-    for tasks in task_sets:
-        options = {"tasks": tasks, "skip_bad": config.skip_bad, "framing": config.framing}
-        labelled, judged = (
-            open_data(address, model.size, selection=config.selection(), **options),
-            open_data(config.data, model.size, **options),
-        )
+    engine, result, skipped = _engine(config), {}, {}
+    size = engine.model.size
+    for task in config.task or there[:1]:
+        labelled = _opened(config, address, size, (task,), config.selection())
+        judged = _opened(config, config.data, size, (task,))
         if config.skip_bad:
             labelled = labelled.readable()
         if counts[-1] > len(labelled):
@@ -96,26 +86,23 @@ def _curve(config: EvaluateConfig) -> int:
                 "Ask for fewer.",
             )
 
-        def judge(count: int, repeat: int, task=tasks[0], labelled=labelled, judged=judged):
+        def judge(count: int, repeat: int, task=task, labelled=labelled, judged=judged):
             settings = {"steps": config.steps, "seed": config.seed + repeat, "data": address}
             decoder = train_on(engine, labelled, task, count, captions=config.captions, **settings)
-            taught = build_engine(config.engine, model, {task: decoder}, dtype=config.dtype, device=config.device)
+            taught = build_engine(
+                config.engine, engine.model, {task: decoder}, dtype=config.dtype, device=config.device
+            )
             with _bar(len(judged), config.quiet) as bar:
                 bar.set_description(f"{task}, {count} labels")
                 given = (config.captions, config.batch_size, config.seed, _moving(bar))
                 return measure(taught, judged, (task,), *given)[task]
 
-        found = curve.learning_curve(
-            tasks[0], counts, config.repeats, judge, bootstrap=config.bootstrap, level=config.level, more=config.more
-        )
-        result |= {tasks[0]: found}
+        bounds = {"bootstrap": config.bootstrap, "level": config.level, "more": config.more}
+        result[task] = curve.learning_curve(task, counts, config.repeats, judge, **bounds)
         skipped |= labelled.skipped | judged.skipped
         if not config.json:
-            print(curve.told(tasks[0], found, config.level), flush=True)
-    if config.json:
-        print(json.dumps({"curve": result} | ({"skipped": skipped} if config.skip_bad else {})))
-    _tell_skipped(skipped)
-    return 0
+            print(curve.told(task, result[task], config.level), flush=True)
+    return _end(config, {"curve": result}, skipped)
 
 
 def _student(config: EvaluateConfig) -> int:
@@ -131,16 +118,12 @@ def _student(config: EvaluateConfig) -> int:
     import torch
 
     from datasetdm_fast.evaluation.student_data import SIDE
-    from datasetdm_fast.readers import open_data
     from datasetdm_fast.run_folder.reader import open_run
 
     torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing
-    options = {"skip_bad": config.skip_bad, "framing": config.framing}
     with open_run(config.run) as run:
-        learnt, judged = (
-            open_data(address, SIDE, selection=config.selection(), **options),
-            open_data(config.data, SIDE, **options),
-        )
+        learnt = _opened(config, address, SIDE, selection=config.selection())
+        judged = _opened(config, config.data, SIDE)
         learnt = learnt.readable() if config.skip_bad else learnt
         found = worth.worth(
             *(learnt, judged, run, worth.student_tasks(learnt, judged, run, config.task), config.real),
@@ -148,16 +131,17 @@ def _student(config: EvaluateConfig) -> int:
             steps=config.steps,
             told=lambda line: None if config.quiet else print(line, file=sys.stderr, flush=True),
         )
-    skipped = learnt.skipped | judged.skipped
-    if config.json:
-        print(json.dumps({"student": found} | ({"skipped": skipped} if config.skip_bad else {})))
-    else:
-        print(worth.table(found))
-    _tell_skipped(skipped)
-    return 0
+    return _end(config, {"student": found}, learnt.skipped | judged.skipped, worth.table(found))
 
 
-def _opened(config: EvaluateConfig, decoder: str | None = None):
+def _opened(config: EvaluateConfig, data: str, size: int, tasks: Sequence[str] = (), selection=None):
+    from datasetdm_fast.readers import EVERYTHING, open_data
+
+    options = {"skip_bad": config.skip_bad, "framing": config.framing, "selection": selection or EVERYTHING}
+    return open_data(data, size, tasks=tasks, **options)
+
+
+def _engine(config: EvaluateConfig, decoder: str | None = None):
     """The engine, with every decoder of a folder."""
     from datasetdm_fast.engines.opening import open_engine
 
@@ -176,13 +160,15 @@ def _moving(bar) -> Callable[[int], None]:
     return lambda done: bar.update(done - bar.n)
 
 
-def _tell_skipped(skipped: dict[str, str]) -> None:
-    from datasetdm_fast.foreign.documents import one_line
-
+def _end(config: EvaluateConfig, result: dict, skipped: dict[str, str], text: str = "") -> int:
+    if config.json:
+        print(json.dumps(result | ({"skipped": skipped} if config.skip_bad else {})))
+    elif text:
+        print(text)
     if skipped:
-        print(f"{len(skipped)} images were skipped:", file=sys.stderr)
-        for reason in skipped.values():
-            print(f"  {one_line(reason)}", file=sys.stderr)
+        reasons = (f"  {one_line(reason)}" for reason in skipped.values())
+        print(f"{len(skipped)} images were skipped:", *reasons, sep="\n", file=sys.stderr)
+    return 0
 
 
 def table(result: dict[str, dict], level: float) -> str:
@@ -190,23 +176,17 @@ def table(result: dict[str, dict], level: float) -> str:
     rows = []
     for task, found in result.items():
         bounds = found.get("intervals", {})
-        for name, value in found.items():
-            if isinstance(value, float):
-                rows.append((task, name, value, bounds.get(name)))
+        rows += [(task, name, value, bounds.get(name)) for name, value in found.items() if isinstance(value, float)]
         for each in ("per_class", "per_joint"):
-            rows += [
-                (task, f"  {name}", value, bounds.get(each, {}).get(name))
-                for name, value in found.get(each, {}).items()
-            ]
+            own = bounds.get(each, {})
+            rows += [(task, f"  {name}", value, own.get(name)) for name, value in found.get(each, {}).items()]
     tasks, names = (max(len(str(row[k])) for row in rows) for k in (0, 1))
-    head = f"{'task':{tasks}}  {'figure':{names}}   value" + (
-        f"   {level:.0%} interval" if any(row[3] for row in rows) else ""
-    )
+    title = f"   {level:.0%} interval" if any(row[3] for row in rows) else ""
     lines = [
         f"{task:{tasks}}  {name:{names}}  {value:6.4f}" + (f"   {low[0]:.4f} to {low[1]:.4f}" if low else "")
         for task, name, value, low in rows
     ]
-    return "\n".join([head, *lines])
+    return "\n".join([f"{'task':{tasks}}  {'figure':{names}}   value{title}", *lines])
 
 
 if __name__ == "__main__":

@@ -153,3 +153,10 @@ def test_a_decoder_of_other_classes_or_joints_is_refused(decoders, tmp_path, cap
     folder = decoders(source, ("semantic",))
     code, _, said = run(capsys, "--decoder", folder, "--data", f"cityscapes:{tmp_path / 'streets'}")
     assert code == 2 and "no class in common" in said
+
+
+@pytest.mark.parametrize("flags", ([], ["--curve", "1,2", "--learn-from", "demo:4"]))
+def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.setattr("datasetdm_fast.engines.opening.open_engine", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert main(["--data", f"voc:{tmp_path / 'nowhere'}", *flags]) == 2
+    assert "nowhere" in capsys.readouterr().err
