@@ -1,7 +1,5 @@
 """From a text prompt to an image and its labels: `Pipeline` makes them, `open_run` reads them back."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

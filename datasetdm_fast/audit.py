@@ -2,23 +2,17 @@
 how to repair it.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.run_folder.audit import audit
-
-if TYPE_CHECKING:
-    from datasetdm_fast.run_folder.audit import Report
+from datasetdm_fast.run_folder.audit import Report, audit
 
 PROG = "python -m datasetdm_fast.audit"
 SHOWN = 100  # findings told on a terminal

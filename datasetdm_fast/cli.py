@@ -1,7 +1,5 @@
 """The script `datasetdm-fast`: hands the rest of its line to the command that is named first."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """Settings of the commands: typed dataclasses that are the flags, the YAML file and run.json at once."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any

@@ -3,8 +3,6 @@ first image comes out.
 """
 
 # Nothing that may be broken is imported in this process: each question is put to another, which may fail or hang.
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """The three ways to say no; each carries the cause, the remedy and the exit code of the command that meets it."""
 
-from __future__ import annotations
-
 
 class _Stop(Exception):
     exit_code = 1

@@ -1,7 +1,5 @@
 """python -m datasetdm_fast.generate: images and their labels from prompts; without any flag, the demo run."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -4,8 +4,6 @@ Size letters: B images, C channels, H W pixels, h w latent cells, S tokens in sp
 queries, K classes, J joints. A CFG batch is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B-1}].
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

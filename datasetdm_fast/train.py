@@ -1,7 +1,5 @@
 """python -m datasetdm_fast.train: a decoder per task from about a hundred labelled images; the same command resumes."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -11,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import StepProgress
 from datasetdm_fast.training.settings import TrainConfig
 
@@ -18,74 +19,60 @@ PROG = "python -m datasetdm_fast.train"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from datasetdm_fast.command_line.ending import run_command
-
+    """The exit code of the command."""
     return run_command(_train, arguments)
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.command_line.flags import parse
-
     config, _ = parse(arguments, TrainConfig, PROG, __doc__)
     config.check()
     import torch
 
-    from datasetdm_fast.command_line.interruption import Interruption
     from datasetdm_fast.training import task_run
     from datasetdm_fast.training.processes import joined, leave
-    from datasetdm_fast.training.session import _announce, _planned, _session, _training
+    from datasetdm_fast.training.session import open_session
 
     if config.threads:
         torch.set_num_threads(config.threads)
     ranks, device = joined(config.device)
     config = replace(config, device=device)
+    is_quiet = config.quiet or not ranks.is_first
     try:
-        session = _session(config, ranks)
+        session = open_session(config, ranks)
         folders = {task: Path(config.out) / task for task in config.task}
-        plans = {task: _planned(session, task) for task in config.task}
-        results = {task: task_run.finished(folders[task], settings) for task, (_, settings, _) in plans.items()}
-        _announce(session, plans, results)
+        plans = {task: session.plan(task) for task in config.task}
+        results = {task: task_run.finished(folders[task], plan.settings) for task, plan in plans.items()}
+        session.announce(plans, results)
         if config.dry_run:
             return 0
-        with Interruption(config.quiet or not ranks.is_first) as interruption, ExitStack() as held:
-            for task in config.task:
-                if results[task] is not None:
-                    continue
+        with Interruption(is_quiet) as interruption, ExitStack() as held:
+            for task in [task for task in config.task if results[task] is None]:
                 if ranks.is_first:
                     held.enter_context(task_run.alone(folders[task]))
-                training = _training(session, folders[task], task, plans[task], lambda: interruption.signal is not None)
+                training = session.training(folders[task], plans[task], interruption.is_stopping)
                 if training is not None:
-                    with StepProgress(task, training.schedule.steps, config.quiet or not ranks.is_first) as progress:
-                        results[task] = task_run.run(
-                            training, ranks, progress.on_step, lambda: interruption.signal is not None
-                        )
+                    with StepProgress(task, plans[task].schedule.steps, is_quiet) as progress:
+                        results[task] = task_run.run(training, ranks, progress.on_step, interruption.is_stopping)
                 if results[task] is None:
                     break
         if ranks.is_first:
             _end(config, results)
             if None in results.values():
                 print(f"stopped; go on with: {PROG} {shlex.join(arguments)}".rstrip(), file=sys.stderr)
-        return 0 if interruption.signal is None else 128 + interruption.signal
+        return interruption.exit_code(0)
     finally:
         leave(ranks)
 
 
 def _end(config: TrainConfig, results: dict[str, Any]) -> None:
     print(json.dumps({"path": config.out, "tasks": results}) if config.json else config.out, flush=True)
-    if config.quiet:
-        return
-    for task, result in results.items():
+    for task, result in () if config.quiet else results.items():
         if result is None:
             continue
-        figures = "  ".join(
-            f"{name} {value:.4f}" for name, value in result["held_out"].items() if isinstance(value, float)
-        )
-        judged = (
-            f" on {result['held_out_images']} held-out images: {figures}; look at "
-            f"{config.out}/{task}/training/page.html"
-            if figures
-            else ""
-        )
+        judged = ""
+        if figures := [f"{name} {value:.4f}" for name, value in result["held_out"].items() if isinstance(value, float)]:
+            place = f"{config.out}/{task}/training/page.html"
+            judged = f" on {result['held_out_images']} held-out images: {'  '.join(figures)}; look at {place}"
         print(f"{task}: {result['steps']} steps{judged}", file=sys.stderr)
 
 

@@ -2,17 +2,14 @@
 model and these decoders.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from datasetdm_fast.agreement.page import page
-from datasetdm_fast.agreement.verify import record, verify
+from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import (
     ENGINE_NAMES,
     TASKS,
@@ -23,10 +20,9 @@ from datasetdm_fast.config import (
     SamplingSettings,
     setting,
 )
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused
-
-if TYPE_CHECKING:
-    from datasetdm_fast.agreement.verify import Verdict
+from datasetdm_fast.run_folder.folder import note
 
 PROG = "python -m datasetdm_fast.verify"
 
@@ -57,14 +53,10 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
-    from datasetdm_fast.command_line.ending import run_command
-
     return run_command(_run, arguments)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.command_line.flags import parse
-
     config, _ = parse(arguments, VerifyConfig, PROG, __doc__)
     if config.number < 1 or config.batch_size < 1:
         raise Refused(
@@ -73,6 +65,9 @@ def _run(arguments: Sequence[str]) -> int:
     engine, reference, recipe, requests = _prepared(config)
     from tqdm import tqdm
 
+    from datasetdm_fast.agreement.page import page
+    from datasetdm_fast.agreement.verify import verify
+
     calls = -(-len(requests) // config.batch_size) * 3 * len(recipe.schedule)
     with tqdm(total=calls, unit="call", disable=config.quiet or None, file=sys.stderr) as bar:
         verdict = verify(engine, reference, requests, recipe, config.batch_size, lambda: bar.update(1))
@@ -80,11 +75,9 @@ def _run(arguments: Sequence[str]) -> int:
     if config.json:
         print(json.dumps(verdict.document()))
     if config.html:
-        from datasetdm_fast.disk import storage
-
         storage.publish({Path(config.html): page(verdict).encode()})
     if config.run:
-        record(Path(config.run), verdict)
+        note(Path(config.run), "verified", verdict.document())
     if not verdict.agrees:
         failed = [row.measure for row in verdict.rows if not row.is_passed]
         raise GateFailed(
@@ -134,7 +127,7 @@ def _prepared(config: VerifyConfig):
     return engine, reference, recipe, [plan.request(k) for k in range(config.number)]
 
 
-def table(verdict: Verdict) -> str:
+def table(verdict) -> str:
     """The verdict for a terminal."""
     lines = [f"{'measure':22}{'median':>10}{'p99':>10}{'limits':>20}{'own drift':>20}  worst"]
     for row in verdict.rows:

@@ -133,7 +133,7 @@ def test_a_model_may_be_downloaded_where_a_flag_says_so(flags, decoders, capsys,
     def downloaded(name):
         raise Refused(f"the hub was asked for {name}")
 
-    monkeypatch.setattr("datasetdm_fast.loading._downloaded", downloaded)
+    monkeypatch.setattr("datasetdm_fast.loading.downloaded", downloaded)
     line = ["--model", "someone/model", "--data", "demo:2", "--task", "semantic", *flags]
     code, _, error = run(capsys, "--decoder", decoders(open_data("demo:1", 64), ("semantic",)), *line)
     assert code == 2 and "add --allow-download" in error
@@ -157,6 +157,8 @@ def test_a_decoder_of_other_classes_or_joints_is_refused(decoders, tmp_path, cap
 
 @pytest.mark.parametrize("flags", ([], ["--curve", "1,2", "--learn-from", "demo:4"]))
 def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, flags):
-    monkeypatch.setattr("datasetdm_fast.engines.opening.open_engine", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "datasetdm_fast.engines.opening.open_engine", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     assert main(["--data", f"voc:{tmp_path / 'nowhere'}", *flags]) == 2
     assert "nowhere" in capsys.readouterr().err

@@ -36,7 +36,7 @@ from datasetdm_fast.export.onnx.weights import DataFile, Deferred, value_of
 from datasetdm_fast.kernels import plain, pyramid
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
-from datasetdm_fast.loading.presets import _seeded
+from datasetdm_fast.loading.presets import seeded
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
@@ -105,13 +105,13 @@ def second_generation(tiny):
         use_linear_projection=True,
         layers_per_block=1,
     )
-    unet = _seeded(
+    unet = seeded(
         lambda: UNet2DConditionModel(
             cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config
         ),
         seed=3,
     )
-    return replace(tiny, unet=unet.eval().requires_grad_(False), levels=stages.levels(unet.config, 77, 128))
+    return replace(tiny, unet=unet.eval().requires_grad_(False))
 
 
 def upstream_decoders(model) -> dict:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from datasetdm_fast import stages
 from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.decoders.checkpoint import build_decoder, fold
 from datasetdm_fast.decoders.config import upstream
@@ -17,7 +16,7 @@ from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
-from datasetdm_fast.loading.presets import _seeded
+from datasetdm_fast.loading.presets import seeded
 from datasetdm_fast.models.capture import ProjectedSums, Projection
 from datasetdm_fast.models.layers import Upsample, Weights
 from datasetdm_fast.sampling import make_schedule
@@ -51,7 +50,7 @@ def second_generation(tiny):
         use_linear_projection=True,
         layers_per_block=1,
     )
-    unet = _seeded(
+    unet = seeded(
         lambda: UNet2DConditionModel(
             cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config
         ),
@@ -62,7 +61,6 @@ def second_generation(tiny):
         tiny,
         unet=unet,
         scheduler={**tiny.scheduler, "prediction_type": "v_prediction"},
-        levels=stages.levels(unet.config, 77, 128),
     )
 
 

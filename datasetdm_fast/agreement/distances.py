@@ -1,21 +1,14 @@
 """Distances between tensors, images and labels of two engines."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
 from torch import Tensor
 
+from datasetdm_fast.agreement.observe import Observation
 from datasetdm_fast.labels import LABEL_KINDS
-
-if TYPE_CHECKING:
-    from datasetdm_fast.agreement.observe import Observation
 
 TINY = 1e-30
 
 
-# Distances: one number an image, 0 where both engines say the same ----------------------------------------------------
 def relative(value: Tensor, truth: Tensor) -> np.ndarray:
     """Relative L2 of each image [B]; a value that is no number counts as infinitely far."""
     difference = (value.double() - truth.double()).flatten(1).norm(dim=1) / truth.double().flatten(1).norm(dim=1).clamp(

@@ -1,7 +1,5 @@
 """Limits on those distances, and the verdict."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +8,6 @@ import numpy as np
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.kind import Limit
 
-# Gates ----------------------------------------------------------------------------------------------------------------
 SAME_TEXT: Limit = (1e-5, 4e-5)
 EXACT: dict[str, Limit] = {  # fp32 against fp32
     "text": SAME_TEXT,

@@ -1,17 +1,17 @@
 """The page that shows where two engines differ."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from datasetdm_fast.agreement.observe import Observation
-    from datasetdm_fast.agreement.verify import Verdict
+import numpy as np
+
+from datasetdm_fast.agreement.observe import Observation
+from datasetdm_fast.agreement.verify import Verdict
+from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels.image_files import image_bytes, picture_bytes
 
 SHOWN = 4  # worst samples on the page
 STYLE = (
@@ -51,11 +51,6 @@ def page(verdict: Verdict) -> str:
 
 def _sample(verdict: Verdict, place: int) -> str:
     """One sample, each engine on its own: reference, engine, and where the images differ."""
-    import numpy as np
-
-    from datasetdm_fast.labels import LABEL_KINDS
-    from datasetdm_fast.labels.image_files import image_bytes, picture_bytes
-
     truth, found = _located(verdict.truth, place), _located(verdict.found, place)
     (right, k), (ours, _) = truth, found
     spread = np.clip(np.abs(right.images[k].astype(int) - ours.images[k]) * 16, 0, 255).astype(np.uint8)

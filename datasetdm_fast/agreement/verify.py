@@ -1,19 +1,18 @@
 """Two engines compared on the same samples, and the verdict stored."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from datasetdm_fast.agreement.distances import free_running_distances, teacher_forced_distances
+from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
+from datasetdm_fast.agreement.observe import Observation, Rounded, observe
+from datasetdm_fast.engines.fast import DTYPES, state_distance
+from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.version import __version__
-
-if TYPE_CHECKING:
-    from datasetdm_fast.agreement.gates import GateRow
-    from datasetdm_fast.agreement.observe import Observation
-    from datasetdm_fast.generation.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,6 @@ def verify(
     on_unet_call: Callable[[], None] = lambda: None,
 ) -> Verdict:
     """Every request through both engines, led by the reference and on its own, judged by the precision's gates."""
-    import numpy as np
-
-    from datasetdm_fast.agreement.distances import free_running_distances, teacher_forced_distances
-    from datasetdm_fast.agreement.gates import EXACT, ROUNDED, judge
-    from datasetdm_fast.agreement.observe import Rounded, observe
-    from datasetdm_fast.engines.fast import DTYPES
-
     dtype = engine.fingerprint()["dtype"]
     rounded = (
         Rounded(reference, DTYPES.get(dtype, DTYPES["fp16"])) if dtype != "fp32" and reference.name == "torch" else None
@@ -103,9 +95,6 @@ def verify(
 
 def weights_row(engine, reference) -> GateRow:
     """Whether both hold the same weights, up to how the engine's precision stores them."""
-    from datasetdm_fast.agreement.gates import GateRow
-    from datasetdm_fast.engines.fast import state_distance
-
     pairs = [
         (engine.decoders[task], reference.decoders[task]) for task in engine.decoders if task in reference.decoders
     ]
@@ -126,10 +115,3 @@ def _gather(collected: dict, distances: dict, batch: int) -> None:
     """Adds distances as [calls or 1, images]."""
     for name, values in distances.items():
         collected.setdefault(name, []).append(values.reshape(-1, batch))
-
-
-def record(folder: Path, verdict: Verdict) -> None:
-    """Writes the verdict into the run.json of a run folder."""
-    from datasetdm_fast.run_folder.folder import note
-
-    note(folder, "verified", verdict.document())

@@ -1,7 +1,5 @@
 """How a command ends: exit codes, messages in two lines, a report for our own bugs."""
 
-from __future__ import annotations
-
 import os
 import platform
 import select

@@ -1,7 +1,5 @@
 """Command lines: flags made from a frozen dataclass, a YAML file under them, and the one way a command ends."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

@@ -1,12 +1,10 @@
 """Ctrl-C and SIGTERM, turned into a flag that work looks at between batches."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 
 class Interruption:
@@ -17,10 +15,17 @@ class Interruption:
         self._is_quiet = is_quiet
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
+
+    def is_stopping(self) -> bool:
+        return self.signal is not None
+
+    def exit_code(self, code: int) -> int:
+        """That of a command which would otherwise end with `code`."""
+        return code if self.signal is None else 128 + self.signal
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

@@ -1,15 +1,13 @@
 """Progress on a terminal as a bar, elsewhere as a line every ten seconds."""
 
-from __future__ import annotations
-
 import sys
 import time
-from typing import Self
+from contextlib import AbstractContextManager
 
 SECONDS_PER_LINE = 10.0
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
 
     def __init__(self, total: int, unit: str, title: str, is_quiet: bool):
@@ -37,9 +35,6 @@ class Progress:
             self._bar.write(line, file=sys.stderr)
         elif not self.is_quiet:
             print(line, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar:

@@ -1,7 +1,5 @@
 """Locks between processes, and the folder for files that can be made again."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import stat

@@ -1,7 +1,5 @@
 """Files that appear whole or not at all: written beside their place, synced, renamed; a full disk is refused."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """JSON, YAML, XML and zip files of unknown origin: bounded in size and depth, and of the form that is expected."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -9,14 +7,12 @@ import stat
 import struct
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
+from xml.etree import ElementTree
+from xml.parsers import expat
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-
-if TYPE_CHECKING:
-    import xml.etree.ElementTree as ElementTree
-
 
 LARGEST_CONFIG = 2**20  # bytes of one config.json, run.json or the like
 LARGEST_YAML = 64 * 2**10
@@ -81,7 +77,6 @@ def check_form(value: Any, form: Any, name: str = "") -> None:
             check_form(value.get(key), inner, f"{name}.{key}" if name else key)
 
 
-# JSON, YAML, XML ------------------------------------------------------------------------------------------------------
 def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
     """The value of a JSON file."""
     return parse_json(storage.read(path, most), str(path))
@@ -170,9 +165,6 @@ def read_yaml(path: Path) -> Any:
 
 def read_xml(path: Path) -> ElementTree.Element:
     """The root element of an XML file; a document type, and with it every entity, is refused."""
-    import xml.etree.ElementTree as ElementTree
-    from xml.parsers import expat
-
     builder, parser, depth = ElementTree.TreeBuilder(), expat.ParserCreate(), 0
 
     def refuse(*_: Any) -> NoReturn:

@@ -1,26 +1,21 @@
 """Image files of unknown origin: bounded in bytes and pixels, decoded in full or refused."""
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign.documents import GET_AGAIN, _reason
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 LARGEST_IMAGE_FILE = 64 * 2**20
 MOST_PIXELS = 2**24  # of one image: 4096 x 4096
 
 
-# Images and archives --------------------------------------------------------------------------------------------------
 def read_image(path: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """The decoded image of a whole PNG or JPEG file; its size is checked before a pixel is."""
     return decode_image(storage.read(path, LARGEST_IMAGE_FILE), str(path), most_pixels=most_pixels)
@@ -28,8 +23,6 @@ def read_image(path: Path, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
 
 def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> Image.Image:
     """The same for bytes in memory."""
-    from PIL import Image
-
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
         raise Refused(f"{name}: neither a PNG nor a JPEG file", "Convert it to PNG or JPEG, or get it again.")
     try:

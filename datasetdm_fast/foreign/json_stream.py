@@ -1,7 +1,5 @@
 """A JSON object too large to hold: the elements of its lists one after another, with the places to read them again."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import re

@@ -1,7 +1,5 @@
 """ONNX graphs of unknown origin: operators, domains and files they point to are checked without loading the graph."""
 
-from __future__ import annotations
-
 import mmap
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence

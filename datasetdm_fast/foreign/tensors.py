@@ -1,7 +1,5 @@
 """Safetensors files of unknown origin: the header is checked before a byte of the tensors is read."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run before its first byte: settings checked, networks loaded, plan and recipe made, run folder compared."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.data import Sample, SetAside
@@ -19,7 +20,7 @@ AHEAD = 2  # batches that wait for their labels; each holds its latents and capt
 WRITERS = 2  # threads that encode and write, a batch each
 
 
-class LabelStream:
+class LabelStream(AbstractContextManager):
     """Runs work on its own stream and thread beside the GPU's sampler; on a CPU, whose cores are busy, at once.
 
     Whatever comes out later than it was put in is bounded: two batches wait, a third makes the sampler wait.
@@ -71,15 +72,12 @@ class LabelStream:
             name, result = self._waiting.popleft()
             yield name, result.result()
 
-    def __enter__(self) -> LabelStream:
-        return self
-
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 
-class BackgroundWriter:
+class BackgroundWriter(AbstractContextManager):
     """Encodes and writes batches in threads and commits their rows in order; `committed` hears of every commit.
 
     Leaving the block waits for all of it; after an error nothing more is begun.
@@ -106,9 +104,6 @@ class BackgroundWriter:
             self._folder.ledger.commit(rows)
             self._committed(rows)
             self._is_whole = True
-
-    def __enter__(self) -> BackgroundWriter:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:

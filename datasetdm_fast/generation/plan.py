@@ -1,7 +1,5 @@
 """The plan of a run: which image is made from which words, with which seed, in which batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 

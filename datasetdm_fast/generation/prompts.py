@@ -1,7 +1,5 @@
 """Prompts as a user gives them, read and checked."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

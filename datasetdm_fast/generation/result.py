@@ -1,7 +1,5 @@
 """What a run has to show: samples, quarantined samples, speed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One process makes the missing samples of a run, or one sample again."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -75,23 +73,6 @@ def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:
     there = {*ledger.indices(), *ledger.indices(SET_ASIDE)}
     missing = [index for index in range(number) if index not in there]
     return set(missing[: limit or None])
-
-
-def remake(task: Remake) -> list[str]:
-    """Makes one sample of a run folder again, and returns the files that had to be written anew."""
-    ((_, results),) = driver.generate([task.batch], task.engine, task.recipe)
-    result = results[task.place]
-    if isinstance(result, SetAside):
-        raise GateFailed(
-            f"sample {result.request.id}: {result.reason}; nothing was written",
-            "Try another --dtype in a run of its own.",
-        )
-    with RunFolder(task.folder, task.document) as folder:
-        if task.row.status == SET_ASIDE:
-            folder.add([result], task.row.recipe)
-            folder.rebuild()
-            return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
-        return folder.renew(task.row, result)
 
 
 def probe(engine: Engine, recipe: Recipe, batch_size: int) -> float:
@@ -173,3 +154,20 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
     batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))
     return Remake(folder, stored, row, engine, recipe, batch, place)
+
+
+def remake(task: Remake) -> list[str]:
+    """Makes one sample of a run folder again, and returns the files that had to be written anew."""
+    ((_, results),) = driver.generate([task.batch], task.engine, task.recipe)
+    result = results[task.place]
+    if isinstance(result, SetAside):
+        raise GateFailed(
+            f"sample {result.request.id}: {result.reason}; nothing was written",
+            "Try another --dtype in a run of its own.",
+        )
+    with RunFolder(task.folder, task.document) as folder:
+        if task.row.status == SET_ASIDE:
+            folder.add([result], task.row.recipe)
+            folder.rebuild()
+            return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
+        return folder.renew(task.row, result)

@@ -1,7 +1,5 @@
 """The settings of a run, checked without loading anything."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

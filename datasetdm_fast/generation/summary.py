@@ -1,7 +1,5 @@
 """What a run is about to do, in lines for a person."""
 
-from __future__ import annotations
-
 from datasetdm_fast.command_line.progress import duration
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.generation.job import Job

@@ -1,7 +1,5 @@
 """How the labels of each task lie in files, look in pictures and are compared: one class a kind, none needs torch."""
 
-from __future__ import annotations
-
 from datasetdm_fast.labels import depth, instance, open_vocabulary, pose, semantic
 
 LABEL_KINDS = {  # task -> kind; a gallery opens with the first of them that its run has

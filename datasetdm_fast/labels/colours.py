@@ -1,7 +1,5 @@
 """Class colours: the same number has the same colour in every label file and on every page."""
 
-from __future__ import annotations
-
 import colorsys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Depth maps: a 16-bit PNG of millimetres."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

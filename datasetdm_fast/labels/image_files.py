@@ -1,7 +1,5 @@
 """Images and label maps as the bytes of image files, and back."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from functools import cache

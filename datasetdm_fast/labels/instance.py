@@ -1,7 +1,5 @@
 """Instance masks: COCO annotations with compressed run lengths."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

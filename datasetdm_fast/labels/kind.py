@@ -1,7 +1,5 @@
 """The record of a label kind: all that is known of how its labels lie in files, look in pictures and are compared."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

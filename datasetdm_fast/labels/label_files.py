@@ -1,7 +1,5 @@
 """A sample's image and labels as files and records, and back; the bytes depend on the sample alone."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

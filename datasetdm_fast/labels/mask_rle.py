@@ -1,7 +1,5 @@
 """Boolean masks to COCO run-length strings and back, byte for byte what pycocotools writes."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict

@@ -1,7 +1,5 @@
 """Maps of the words asked for: a palette PNG, 0 = none of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any

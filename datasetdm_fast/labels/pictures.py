@@ -1,7 +1,5 @@
 """Pictures of labels: coloured depth, mask outlines, painted masks and skeletons."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Joints of persons: COCO keypoints with a score each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Maps of classes: a palette PNG of class numbers and a grey one of confidences."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

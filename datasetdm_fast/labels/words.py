@@ -1,7 +1,5 @@
 """Which classes a text names: one pass over its words."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Augmentation of a labelled image and its truth: cropped, rotated, mirrored, relit, drawn from a seed alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ training that looks at the same image in the same way, and an interrupted fillin
 bytes are the SHA-256 of the rest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time
@@ -14,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -47,10 +46,10 @@ class Layout:
     shapes: tuple[tuple[int, int], ...]  # per level: cells, channels
     features: tuple[int, ...]  # channels that are features
 
-    @staticmethod
-    def of(levels: Sequence[Level]) -> Layout:
+    @classmethod
+    def of(cls, levels: Sequence[Level]) -> Self:
         """The layout of the captures of a UNet with these levels."""
-        return Layout(
+        return cls(
             tuple((level.side**2, level.channels) for level in levels),
             tuple(2 * sum(level.features) for level in levels),
         )

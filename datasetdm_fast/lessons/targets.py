@@ -1,7 +1,5 @@
 """What a decoder should have said about a labelled image, as tensors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Views: every image of a data set in several draws, each with its look, its noise and its truth, in a fixed order."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass

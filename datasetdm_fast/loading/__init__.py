@@ -1,32 +1,16 @@
 """A diffusion model from any source, checked: a preset, a diffusers folder, a single file or a model hub."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from datasetdm_fast.config import DEMO_DEFAULTS as DEMO_DEFAULTS
-from datasetdm_fast.config import SD_DEFAULTS as SD_DEFAULTS
-from datasetdm_fast.config import Defaults as Defaults
-from datasetdm_fast.disk import storage as storage
-from datasetdm_fast.errors import Missing as Missing
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import documents as documents
-from datasetdm_fast.foreign import pickles as pickles
-from datasetdm_fast.foreign import tensors as tensors
-from datasetdm_fast.loading.checks import SUPPORTED, _check_size
-from datasetdm_fast.loading.folder import _downloaded, load_folder
-from datasetdm_fast.loading.presets import _load_demo, _load_random_sd14, _load_tiny
+from datasetdm_fast.loading.checks import SUPPORTED, check_size
+from datasetdm_fast.loading.folder import downloaded, load_folder
+from datasetdm_fast.loading.model import Model
+from datasetdm_fast.loading.presets import load_demo, load_random_sd14, load_tiny
 from datasetdm_fast.loading.single_file import load_file
-from datasetdm_fast.stages import FACTOR as FACTOR
-from datasetdm_fast.stages import Level as Level
-from datasetdm_fast.stages import levels as levels
 
-if TYPE_CHECKING:
-    from datasetdm_fast.loading.model import Model
-
+PRESETS = {"demo": load_demo, "tiny": load_tiny, "random-sd14": load_random_sd14}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -44,7 +28,7 @@ def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Mod
 
 def _load(name: str, size: int, allow_download: bool) -> Model:
     if size:
-        _check_size(size)  # before seconds go into reading weights
+        check_size(size)  # before seconds go into reading weights
     path = Path(name)
     if name in PRESETS:
         return PRESETS[name](size)
@@ -61,7 +45,4 @@ def _load(name: str, size: int, allow_download: bool) -> Model:
             f"model: {name!r} is no folder here, and as a name on the model hub it would have to be downloaded",
             "add --allow-download, or give a local folder",
         )
-    return load_folder(_downloaded(name), size=size, name=name)
-
-
-PRESETS: dict[str, Callable[[int], Model]] = {"demo": _load_demo, "tiny": _load_tiny, "random-sd14": _load_random_sd14}
+    return load_folder(downloaded(name), size=size, name=name)

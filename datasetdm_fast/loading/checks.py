@@ -1,7 +1,5 @@
 """What a model's configuration and weights must satisfy before anything is built from them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,62 +22,33 @@ SUPPORTED = (
 DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
-LARGEST_NUMBER, MOST_LAYERS, LARGEST_SIDE, MOST_TIMESTEPS = (
-    2**20,
-    64,
-    512,
-    100_000,
-)  # of a config: any number, layers, latent cells of a side, steps
+# of a config: any number, layers, latent cells of a side, steps
+LARGEST_NUMBER, MOST_LAYERS, LARGEST_SIDE, MOST_TIMESTEPS = 2**20, 64, 512, 100_000
 # What is read of a config. Other settings change no network of this kind, and some name code that a library would fetch
 # and run.
 ARCHITECTURE = {
-    "unet": {*inspect.signature(UNet2DConditionModel.__init__).parameters} - {"self"}
-    | {"_class_name", "_diffusers_version"},
-    "vae": {*inspect.signature(AutoencoderKL.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"},
-    "text_encoder": {
-        *(
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "projection_dim",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ),
-        *(
-            "hidden_act",
-            "layer_norm_eps",
-            "attention_dropout",
-            "initializer_range",
-            "initializer_factor",
-            "pad_token_id",
-            "bos_token_id",
-            "eos_token_id",
-        ),
-        *("architectures", "model_type"),
+    **{
+        part: {*inspect.signature(kind.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"}
+        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
     },
-    "tokenizer": {
-        *(
-            "bos_token",
-            "eos_token",
-            "pad_token",
-            "unk_token",
-            "model_max_length",
-            "added_tokens_decoder",
-            "add_prefix_space",
-            "do_lower_case",
-        ),
-        *("errors", "clean_up_tokenization_spaces", "tokenizer_class"),
-    },
+    "text_encoder": set(
+        "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads hidden_act "
+        "max_position_embeddings layer_norm_eps attention_dropout initializer_range initializer_factor pad_token_id "
+        "bos_token_id eos_token_id architectures model_type".split()
+    ),
+    "tokenizer": set(
+        "bos_token eos_token pad_token unk_token model_max_length added_tokens_decoder add_prefix_space do_lower_case "
+        "errors clean_up_tokenization_spaces tokenizer_class".split()
+    ),
 }
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
     if size <= 0 or size % 64:
         raise Refused(f"size: {size} is not a positive multiple of 64, which the four levels of the model need")
 
 
-def _check_finite(name: str, state: Mapping[str, Tensor]) -> None:
+def check_finite(name: str, state: Mapping[str, Tensor]) -> None:
     for key, value in state.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise Refused(
@@ -88,29 +57,25 @@ def _check_finite(name: str, state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _json(path: Path) -> dict:
+def read_config(path: Path) -> dict:
     return documents.read_object(path, most=LARGEST_VOCABULARY)
 
 
-def _check_bounds(config: Mapping, source: Path) -> None:
+def check_bounds(config: Mapping, source: Path) -> None:
     """Refuse numbers no model of this kind has: modules are built by them before any weight is looked at."""
     for key, value in config.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
+        is_list = isinstance(value, (list, tuple))
+        values = value if is_list else [value]
         most = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
-        is_list = (
-            isinstance(value, (list, tuple))
-            and len(values) <= 16
-            and not any(isinstance(inner, (list, dict)) for inner in values)
-        )
-        is_possible = all(not isinstance(number, (int, float)) or abs(number) <= most for number in values)
-        if not is_possible or isinstance(value, (list, tuple)) and not is_list:
+        is_nested = is_list and (len(values) > 16 or any(isinstance(inner, (list, dict)) for inner in values))
+        if is_nested or any(isinstance(number, (int, float)) and not abs(number) <= most for number in values):
             raise Refused(
                 f"model: {source}: the setting {documents.quoted(key)} is {documents.quoted(value)}, expected "
                 f"numbers of at most {most}"
             )
 
 
-def _check_unet(config: Mapping, source: Path) -> None:
+def check_unet(config: Mapping, source: Path) -> None:
     """Refuse every UNet whose pyramid is not that of SD 1.x and 2.x, by the first setting that differs."""
     channels = config.get("in_channels", 4)
     if channels != 4:
@@ -149,7 +114,7 @@ def _check_unet(config: Mapping, source: Path) -> None:
         )
 
 
-def _check_vae(config: Mapping, source: Path) -> None:
+def check_vae(config: Mapping, source: Path) -> None:
     kind, channels = config.get("_class_name", "AutoencoderKL"), config.get("latent_channels", 4)
     if kind != "AutoencoderKL" or channels != 4:
         raise Refused(
@@ -164,7 +129,7 @@ def _check_vae(config: Mapping, source: Path) -> None:
         )
 
 
-def _check_scheduler(config: Mapping, source: Path) -> None:
+def check_scheduler(config: Mapping, source: Path) -> None:
     forms = {
         "num_train_timesteps": int,
         "steps_offset": int,
@@ -192,7 +157,7 @@ def _check_scheduler(config: Mapping, source: Path) -> None:
         )
 
 
-def _check_readable(file: Path) -> None:
+def check_readable(file: Path) -> None:
     """Refuse a file that is missing, a pointer left by git-lfs, or cut off."""
     if not file.is_file():
         raise Refused(f"model: {file} is listed in its index but missing")
@@ -207,12 +172,12 @@ def _check_readable(file: Path) -> None:
         tensors.check_safetensors(file)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return documents.one_line((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Neither library's warnings nor progress bars within the block; what matters is checked here."""
     before = [(module, module.get_verbosity()) for module in (diffusers.utils.logging, transformers.utils.logging)]
     bars = transformers.utils.logging.is_progress_bar_enabled()

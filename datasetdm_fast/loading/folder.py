@@ -1,7 +1,5 @@
 """Models in the diffusers folder layout."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile
@@ -23,18 +21,18 @@ from datasetdm_fast.loading.checks import (
     LARGEST_SIDE,
     PARTS,
     SUPPORTED,
-    _check_bounds,
-    _check_readable,
-    _check_scheduler,
-    _check_unet,
-    _check_vae,
-    _first_line,
-    _json,
-    _quiet,
+    check_bounds,
+    check_readable,
+    check_scheduler,
+    check_unet,
+    check_vae,
+    first_line,
+    quiet_libraries,
+    read_config,
 )
-from datasetdm_fast.loading.model import Model, _model
-from datasetdm_fast.loading.provenance import _files, digest, folder_licence
-from datasetdm_fast.loading.tokenizer import _tokenizer
+from datasetdm_fast.loading.model import Model, checked
+from datasetdm_fast.loading.provenance import digest, files_of, folder_licence
+from datasetdm_fast.loading.tokenizer import load_tokenizer
 from datasetdm_fast.stages import FACTOR
 
 
@@ -44,12 +42,12 @@ def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaul
         configs = _folder_configs(folder)
         for part in ("unet", "vae", "text_encoder"):
             configs[part] = {key: value for key, value in configs[part].items() if key in ARCHITECTURE[part]}
-            _check_bounds(configs[part], folder / part)
-        _check_scheduler(configs["scheduler"], folder)
-        _check_unet(configs["unet"], folder)
-        _check_vae(configs["vae"], folder)
+            check_bounds(configs[part], folder / part)
+        check_scheduler(configs["scheduler"], folder)
+        check_unet(configs["unet"], folder)
+        check_vae(configs["vae"], folder)
     weights = {part: _weight_files(folder / part) for part in ("text_encoder", "unet", "vae")}
-    tokenizer = _tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     text_encoder = _from_folder(
         CLIPTextModel, folder / "text_encoder", weights["text_encoder"], configs["text_encoder"]
     )
@@ -57,8 +55,8 @@ def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaul
     vae = _from_folder(AutoencoderKL, folder / "vae", weights["vae"], configs["vae"])
     files = {
         **{part: found.files for part, found in weights.items()},
-        "tokenizer": _files(folder / "tokenizer"),
-        "scheduler": _files(folder / "scheduler"),
+        "tokenizer": files_of(folder / "tokenizer"),
+        "scheduler": files_of(folder / "scheduler"),
     }
     side = unet.config.sample_size
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
@@ -67,23 +65,14 @@ def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaul
             f"{LARGEST_SIDE}, {SUPPORTED}"
         )
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
-    digests, licence = {part: digest(files[part]) for part in PARTS}, folder_licence(folder)
-    return _model(
-        name or str(folder),
-        str(folder.resolve()),
-        tokenizer,
-        text_encoder,
-        unet,
-        vae,
-        configs["scheduler"],
-        defaults,
-        size,
-        digests,
-        licence,
+    scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
+    origin = name or str(folder), str(folder.resolve())
+    proof = {part: digest(files[part]) for part in PARTS}, folder_licence(folder)
+    return checked(
+        Model(*origin, tokenizer, text_encoder, unet, vae, scheduler, defaults, size or defaults.size, *proof)
     )
 
 
-# Diffusers folders ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Weights:
     files: list[Path]
@@ -96,7 +85,7 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
     """The configs of the parts of a folder that looks like a supported pipeline."""
     if not any(folder.iterdir()):
         raise Refused(f"model: {folder} is an empty folder, {SUPPORTED}")
-    index = _json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     pipeline = index.get("_class_name", "StableDiffusionPipeline")
     if (folder / "text_encoder_2").exists() or "text_encoder_2" in index or "XL" in pipeline:
         raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders), {SUPPORTED}")
@@ -110,13 +99,14 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
     if not pipeline.startswith("StableDiffusion") or pipeline.startswith("StableDiffusion3"):
         raise Refused(f"model: {folder} holds a {pipeline}, {SUPPORTED}")
     names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-    for part in PARTS:
-        if not (folder / part / names.get(part, "config.json")).is_file():
+    places = {part: folder / part / names.get(part, "config.json") for part in PARTS}
+    for part, place in places.items():
+        if not place.is_file():
             raise Refused(
-                f"model: {folder} has no {part} ({part}/{names.get(part, 'config.json')} is missing), and every part "
-                f"is needed: {', '.join(PARTS)}"
+                f"model: {folder} has no {part} ({part}/{place.name} is missing), and every part is needed: "
+                f"{', '.join(PARTS)}"
             )
-    return {part: _json(folder / part / names.get(part, "config.json")) for part in PARTS}
+    return {part: read_config(place) for part, place in places.items()}
 
 
 @contextmanager
@@ -128,7 +118,7 @@ def _making_sense(source: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise Refused(
-            f"model: {source}: its configs make no sense ({type(error).__name__}: {_first_line(error)})"
+            f"model: {source}: its configs make no sense ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -144,7 +134,7 @@ def _weight_files(part: Path) -> _Weights:
                     files = _shards(index)
                 if files:
                     for file in files:
-                        _check_readable(file)
+                        check_readable(file)
                     return _Weights(files, variant, extension == "safetensors", index)
     raise Refused(
         f"model: {part.parent} has no weights of its {part.name}: {part} holds neither .safetensors nor .bin files"
@@ -154,16 +144,16 @@ def _weight_files(part: Path) -> _Weights:
 def _shards(index: Path) -> list[Path]:
     """The files an index of split weights names, each beside it."""
     try:
-        names = sorted(set(_json(index)["weight_map"].values()))
+        names = sorted(set(read_config(index)["weight_map"].values()))
         return [index.parent / documents.check_inside(name) for name in names]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise Refused(f"model: {index} is no index of weight files ({_first_line(error)})") from error
+        raise Refused(f"model: {index} is no index of weight files ({first_line(error)})") from error
 
 
 def _from_folder(kind: type, folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
     try:
-        with _quiet(), _only_weights(folder, weights, config) as safe:
+        with quiet_libraries(), _only_weights(folder, weights, config) as safe:
             module, info = kind.from_pretrained(
                 safe,
                 torch_dtype=torch.float32,
@@ -176,7 +166,7 @@ def _from_folder(kind: type, folder: Path, weights: _Weights, config: Mapping) -
         raise
     except Exception as error:  # a config that makes no sense lets the libraries raise nearly anything
         raise Refused(
-            f"model: {folder} cannot be loaded, its weights do not fit its config.json ({_first_line(error)})"
+            f"model: {folder} cannot be loaded, its weights do not fit its config.json ({first_line(error)})"
         ) from error
     lacking = sorted(info["missing_keys"])
     if lacking:
@@ -197,7 +187,7 @@ def _only_weights(folder: Path, weights: _Weights, config: Mapping) -> Iterator[
                 (file if weights.is_safe else pickles.safe_copy(file)).resolve()
             )
         if len(weights.files) > 1:
-            table = {name: _safe_name(file) for name, file in _json(weights.index)["weight_map"].items()}
+            table = {name: _safe_name(file) for name, file in read_config(weights.index)["weight_map"].items()}
             safe.joinpath(_safe_name(weights.index.name)).write_text(
                 json.dumps({"metadata": {}, "weight_map": table}), encoding="utf-8"
             )
@@ -208,7 +198,7 @@ def _safe_name(name: str) -> str:
     return re.sub(r"^pytorch_model", "model", name).replace(".bin", ".safetensors")
 
 
-def _downloaded(name: str) -> Path:
+def downloaded(name: str) -> Path:
     """Local snapshot of a hub repository's pipeline files."""
     import huggingface_hub
 
@@ -221,8 +211,7 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        cause, remedy = (
-            f"model: {name} could not be downloaded ({_first_line(error)})",
+        raise Missing(
+            f"model: {name} could not be downloaded ({first_line(error)})",
             "check the name, the connection and your access, or give a local folder",
-        )
-        raise Missing(cause, remedy) from error
+        ) from error

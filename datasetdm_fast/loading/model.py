@@ -1,9 +1,8 @@
 """A loaded diffusion model: its networks, tokenizer, sampler settings and where they came from."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
@@ -11,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.loading.checks import _check_finite, _check_size
+from datasetdm_fast.loading.checks import check_finite, check_size
 from datasetdm_fast.stages import Level, levels
 
 SD_SCHEDULER = {
@@ -42,7 +41,11 @@ class Model:
     size: int  # pixels of a side
     digests: dict[str, str]  # part -> SHA-256 of its files, or the recipe of seeded weights
     licence: str
-    levels: tuple[Level, ...]
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels of its captures, low to highest."""
+        return levels(self.unet.config, self.text_encoder.config.max_position_embeddings, self.size)
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:  # [B, T] int64
         """The padded tokens of each prompt, cut off where the text encoder's positions end."""
@@ -52,37 +55,20 @@ class Model:
         ).input_ids
 
 
-def _model(name, source, tokenizer, text_encoder, unet, vae, scheduler, defaults, size, digests, licence) -> Model:
-    """The last checks of every source: the parts fit, their numbers are finite, the size is possible."""
-    size = size or defaults.size
-    _check_size(size)
-    width, hidden = unet.config.cross_attention_dim, text_encoder.config.hidden_size
+def checked(model: Model) -> Model:
+    """The model once the last checks of every source are passed: its parts fit, their numbers are finite."""
+    check_size(model.size)
+    width, hidden = model.unet.config.cross_attention_dim, model.text_encoder.config.hidden_size
     if width != hidden:
         raise Refused(
-            f"model: {name}: the UNet reads text of width {width}, the text encoder gives {hidden}, so they belong "
-            "to different models"
+            f"model: {model.name}: the UNet reads text of width {width}, the text encoder gives {hidden}, so they "
+            "belong to different models"
         )
-    if len(tokenizer) > text_encoder.config.vocab_size:
+    if len(model.tokenizer) > (known := model.text_encoder.config.vocab_size):
         raise Refused(
-            f"model: {name}: the tokenizer has {len(tokenizer)} entries, the text encoder knows "
-            f"{text_encoder.config.vocab_size}"
+            f"model: {model.name}: the tokenizer has {len(model.tokenizer)} entries, the text encoder knows {known}"
         )
-    for part, module in (("text_encoder", text_encoder), ("unet", unet), ("vae", vae)):
-        module.eval().requires_grad_(False)
-        _check_finite(f"{name}: {part}", module.state_dict())
-    scheduler = {key: value for key, value in scheduler.items() if key != "_diffusers_version"}
-    tokens = text_encoder.config.max_position_embeddings
-    return Model(
-        name,
-        source,
-        tokenizer,
-        text_encoder,
-        unet,
-        vae,
-        scheduler,
-        defaults,
-        size,
-        digests,
-        licence,
-        levels(unet.config, tokens, size),
-    )
+    for part in ("text_encoder", "unet", "vae"):
+        module = getattr(model, part).eval().requires_grad_(False)
+        check_finite(f"{model.name}: {part}", module.state_dict())
+    return model

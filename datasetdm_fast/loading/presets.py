@@ -1,7 +1,5 @@
 """Models that need no download: the demo model, and seeded random weights in two sizes."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Callable
@@ -16,13 +14,12 @@ from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.folder import load_folder
-from datasetdm_fast.loading.model import SD_SCHEDULER, Model, _model
+from datasetdm_fast.loading.model import SD_SCHEDULER, Model, checked
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
 
 
-# Seeded presets -------------------------------------------------------------------------------------------------------
 def _fill(module: nn.Module, seed: int) -> nn.Module:
     """`module` with seeded weights of unit gain, norms near one and small biases, so activations stay of order one."""
     generator = torch.Generator().manual_seed(seed)
@@ -38,17 +35,12 @@ def _fill(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A module built without its own initialisation, which costs seconds and draws from the global generator."""
     with torch.device("meta"):
         module = build()
     assert not list(module.buffers()), "to_empty would lose what a buffer holds"
     return _fill(module.to_empty(device="cpu"), seed)
-
-
-def _seeded_text_encoder(config: CLIPTextConfig, seed: int) -> CLIPTextModel:
-    with torch.random.fork_rng(devices=[]):
-        return _fill(CLIPTextModel(config), seed)
 
 
 def _small_tokenizer() -> CLIPTokenizer:
@@ -59,7 +51,7 @@ def _small_tokenizer() -> CLIPTokenizer:
         return build_tokenizer(Path(folder))
 
 
-def _load_demo(size: int) -> Model:
+def load_demo(size: int) -> Model:
     if not DEMO.is_dir():
         raise Missing(
             f"model: the demo model is not there, {DEMO} does not exist",
@@ -68,7 +60,7 @@ def _load_demo(size: int) -> Model:
     return load_folder(DEMO, size=size, name="demo", defaults=DEMO_DEFAULTS)
 
 
-def _load_tiny(size: int) -> Model:
+def load_tiny(size: int) -> Model:
     """SD 1.x in form, small enough for tests: 28 features and 16 maps, 128 x 128 pixels, seeded random weights."""
     tokenizer = _small_tokenizer()
     text = CLIPTextConfig(
@@ -100,7 +92,7 @@ def _load_tiny(size: int) -> Model:
     return _preset("tiny", tokenizer, text, unet, vae, Defaults(128, 4, SD_DEFAULTS.guidance), size, seed=1)
 
 
-def _load_random_sd14(size: int) -> Model:
+def load_random_sd14(size: int) -> Model:
     """Stable Diffusion 1.4 at full size with seeded random weights: about 4.3 GB in fp32.
 
     The tokenizer is the demo world's, as CLIP's is not shipped; its ids lie within CLIP's 49408.
@@ -136,25 +128,11 @@ def _load_random_sd14(size: int) -> Model:
 def _preset(
     name: str, tokenizer, text: CLIPTextConfig, unet: dict, vae: dict, defaults: Defaults, size: int, seed: int
 ) -> Model:
-    text_encoder = _seeded_text_encoder(text, seed)
-    unet_module = _seeded(
-        lambda: UNet2DConditionModel(
-            down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, layers_per_block=2, **unet
-        ),
-        seed + 1,
-    )
-    vae_module = _seeded(lambda: AutoencoderKL(**vae), seed + 2)
+    with torch.random.fork_rng(devices=[]):
+        text_encoder = _fill(CLIPTextModel(text), seed)
+    blocks = {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS, "layers_per_block": 2}
+    unet_module = seeded(lambda: UNet2DConditionModel(**blocks, **unet), seed + 1)
+    modules = text_encoder, unet_module, seeded(lambda: AutoencoderKL(**vae), seed + 2)
     digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(("text_encoder", "unet", "vae"))}
-    return _model(
-        name,
-        f"preset {name}",
-        tokenizer,
-        text_encoder,
-        unet_module,
-        vae_module,
-        SD_SCHEDULER,
-        defaults,
-        size,
-        digests,
-        SEEDED_LICENCE,
-    )
+    numbers = SD_SCHEDULER, defaults, size or defaults.size
+    return checked(Model(name, f"preset {name}", tokenizer, *modules, *numbers, digests, SEEDED_LICENCE))

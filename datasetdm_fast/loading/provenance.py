@@ -1,7 +1,5 @@
 """Digests and licences of model files."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 UNKNOWN_LICENCE = "unknown: ask the model's owner"
 
 
-def _files(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 

@@ -1,9 +1,7 @@
 """Models in one .safetensors or .ckpt file, in the original Stable Diffusion layout."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -17,10 +15,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import pickles
-from datasetdm_fast.loading.checks import DOWN_BLOCKS, SUPPORTED, UP_BLOCKS, _check_readable, _check_unet, _check_vae
-from datasetdm_fast.loading.model import SD_SCHEDULER, Model, _model
+from datasetdm_fast.loading.checks import DOWN_BLOCKS, SUPPORTED, UP_BLOCKS, check_readable, check_unet, check_vae
+from datasetdm_fast.loading.model import SD_SCHEDULER, Model, checked
 from datasetdm_fast.loading.provenance import UNKNOWN_LICENCE, digest
-from datasetdm_fast.loading.tokenizer import _tokenizer_beside
+from datasetdm_fast.loading.tokenizer import tokenizer_beside
 from datasetdm_fast.stages import FACTOR
 
 
@@ -31,54 +29,33 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Mod
     """
     state, licence = _read_single_file(path)
     _check_layout(state, path)
-    unet_config, vae_config, text_config, is_second = (
-        _unet_config(state, path),
-        _vae_config(state, path),
-        *_text_config(state, path),
+    unet_config, vae_config, (text_config, is_second) = (
+        read(state, path) for read in (_unet_config, _vae_config, _text_config)
     )
-    tokenizer = _tokenizer_beside(path, is_second, allow_download)
-    unet = _filled(
-        lambda: UNet2DConditionModel(**unet_config),
-        single_file_utils.convert_ldm_unet_checkpoint(state, unet_config),
-        f"{path}: unet",
-    )
-    vae = _filled(
-        lambda: AutoencoderKL(**vae_config),
-        single_file_utils.convert_ldm_vae_checkpoint(state, vae_config),
-        f"{path}: vae",
-    )
+    tokenizer = tokenizer_beside(path, is_second, allow_download)
+    convert = single_file_utils.convert_ldm_unet_checkpoint
+    unet = _filled(UNet2DConditionModel(**unet_config), convert(state, unet_config), f"{path}: unet")
+    convert = single_file_utils.convert_ldm_vae_checkpoint
+    vae = _filled(AutoencoderKL(**vae_config), convert(state, vae_config), f"{path}: vae")
     text_encoder = CLIPTextModel(text_config)
-    convert = (
-        single_file_utils.convert_open_clip_checkpoint
-        if is_second
-        else lambda _, state: single_file_utils.convert_ldm_clip_checkpoint(state)
-    )
-    converted = {key.removeprefix("text_model."): value for key, value in convert(text_encoder, state).items()}
-    known = text_encoder.state_dict()
-    text_encoder = _filled(
-        lambda: text_encoder, {key: value for key, value in converted.items() if key in known}, f"{path}: text_encoder"
-    )
+    if is_second:
+        converted = single_file_utils.convert_open_clip_checkpoint(text_encoder, state)
+    else:
+        converted = single_file_utils.convert_ldm_clip_checkpoint(state)
+    converted = {key.removeprefix("text_model."): value for key, value in converted.items()}
+    known = {key: value for key, value in converted.items() if key in text_encoder.state_dict()}
+    text_encoder = _filled(text_encoder, known, f"{path}: text_encoder")
     scheduler = dict(SD_SCHEDULER)
     if is_second and not predicts_noise(unet):
         scheduler["prediction_type"] = "v_prediction"
         unet.register_to_config(sample_size=96)
     defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
-    return _model(
-        str(path),
-        str(path.resolve()),
-        tokenizer,
-        text_encoder,
-        unet,
-        vae,
-        scheduler,
-        defaults,
-        size,
-        {"file": digest([path])},
-        licence,
+    origin, proof = (str(path), str(path.resolve())), ({"file": digest([path])}, licence)
+    return checked(
+        Model(*origin, tokenizer, text_encoder, unet, vae, scheduler, defaults, size or defaults.size, *proof)
     )
 
 
-# Single files ---------------------------------------------------------------------------------------------------------
 UNET, VAE, CLIP, OPEN_CLIP = (
     "model.diffusion_model.",
     "first_stage_model.",
@@ -90,7 +67,7 @@ UNET, VAE, CLIP, OPEN_CLIP = (
 def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of a single-file checkpoint and its licence; a pickle is converted by another process first."""
     if path.suffix == ".safetensors":
-        _check_readable(path)
+        check_readable(path)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             return {key: file.get_tensor(key) for key in file.keys()}, metadata.get(
@@ -98,7 +75,7 @@ def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
             )
     if path.suffix != ".ckpt":
         raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file, {SUPPORTED}")
-    _check_readable(path)
+    check_readable(path)
     return safetensors.torch.load_file(pickles.safe_copy(path)), UNKNOWN_LICENCE
 
 
@@ -155,7 +132,7 @@ def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
         "attention_head_dim": [width // 64 for width in widths] if is_linear else 8,
         "use_linear_projection": is_linear,
     }
-    _check_unet(config, path)
+    check_unet(config, path)
     return config
 
 
@@ -173,35 +150,23 @@ def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict:
         "sample_size": 512,
         "scaling_factor": 0.18215,
     }
-    _check_vae(config, path)
+    check_vae(config, path)
     return config
 
 
 def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfig, bool]:
     """The text encoder's config, read off the shapes, and whether it is SD 2.x's, which stops before the last layer."""
     is_second = any(key.startswith(OPEN_CLIP) for key in state)
-    prefix = (
-        OPEN_CLIP
-        if is_second
-        else CLIP + ("text_model." if any(key.startswith(CLIP + "text_model.") for key in state) else "")
-    )
-    names = (
-        (
-            "token_embedding.weight",
-            "positional_embedding",
-            "transformer.resblocks.0.mlp.c_fc.weight",
-            r"transformer\.resblocks\.(\d+)\.",
-        )
-        if is_second
-        else (
-            "embeddings.token_embedding.weight",
-            "embeddings.position_embedding.weight",
-            "encoder.layers.0.mlp.fc1.weight",
-            r"encoder\.layers\.(\d+)\.",
-        )
-    )
+    if is_second:
+        prefix, blocks = OPEN_CLIP, r"transformer\.resblocks\.(\d+)\."
+        names = ("token_embedding.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
+    else:
+        prefix, blocks = CLIP, r"encoder\.layers\.(\d+)\."
+        prefix += "text_model." if any(key.startswith(f"{CLIP}text_model.") for key in state) else ""
+        names = tuple(f"embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
+        names += ("encoder.layers.0.mlp.fc1.weight",)
     vocabulary, width = _shape(state, prefix + names[0], path)
-    count = _count(state, re.escape(prefix) + names[3])
+    count = _count(state, re.escape(prefix) + blocks)
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -217,9 +182,8 @@ def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfi
     return config, is_second
 
 
-def _filled(build: Callable[[], nn.Module], state: Mapping[str, Tensor], name: str) -> nn.Module:
-    """The built module with converted weights, refused where a tensor is missing, unknown or of another shape."""
-    module = build()
+def _filled(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Module:
+    """The module with converted weights, refused where a tensor is missing, unknown or of another shape."""
     wanted = module.state_dict()
     for key, value in wanted.items():
         if key not in state:

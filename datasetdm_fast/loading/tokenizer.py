@@ -1,7 +1,5 @@
 """Tokenizers, of which only the vocabulary is read."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator
@@ -12,25 +10,25 @@ from transformers import CLIPTokenizer
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading.checks import ARCHITECTURE, LARGEST_VOCABULARY, _first_line, _json, _quiet
+from datasetdm_fast.loading.checks import ARCHITECTURE, LARGEST_VOCABULARY, first_line, quiet_libraries, read_config
 
 BYTES = 256  # entries every byte-level vocabulary starts with
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARY = "openai/clip-vit-large-patch14"  # the tokenizer of every SD 1.x and 2.x model
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
     if not (folder / "tokenizer.json").is_file() and not (
         (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     ):
         raise Refused(f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json")
     try:
-        with _quiet(), _only_vocabulary(folder) as safe:
+        with quiet_libraries(), _only_vocabulary(folder) as safe:
             tokenizer = CLIPTokenizer.from_pretrained(safe, local_files_only=True)
     except (Refused, Missing, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers library panics with an error that is no Exception
-        raise Refused(f"model: {folder} cannot be read as a CLIP tokenizer ({_first_line(error)})") from error
+        raise Refused(f"model: {folder} cannot be read as a CLIP tokenizer ({first_line(error)})") from error
     if len(tokenizer) < BYTES:
         raise Refused(
             f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes every CLIP "
@@ -42,7 +40,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
 @contextmanager
 def _only_vocabulary(folder: Path) -> Iterator[Path]:
     """A folder with the words and marks of a tokenizer, and nothing else of `folder`."""
-    settings = _json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = read_config(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)
         kept = {key: value for key, value in settings.items() if key in ARCHITECTURE["tokenizer"]}
@@ -53,12 +51,12 @@ def _only_vocabulary(folder: Path) -> Iterator[Path]:
         yield safe
 
 
-def _tokenizer_beside(path: Path, is_second: bool, allow_download: bool) -> CLIPTokenizer:
+def tokenizer_beside(path: Path, is_second: bool, allow_download: bool) -> CLIPTokenizer:
     beside = path.parent / "tokenizer"
     if beside.is_dir():
-        return _tokenizer(beside)
+        return load_tokenizer(beside)
     try:
-        with _quiet():
+        with quiet_libraries():
             tokenizer = CLIPTokenizer.from_pretrained(VOCABULARY, local_files_only=not allow_download)
     except (OSError, ValueError):
         tokenizer = ()

@@ -4,8 +4,6 @@ A decoder's first layer is a 1x1 convolution over a level, which commutes with r
 its slice of the weight and added to the level's sum, so that the concatenated level never exists.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Protocol

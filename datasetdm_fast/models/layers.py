@@ -1,9 +1,8 @@
 """Layers of UNet and autoencoder, filled from diffusers state dicts; images are channels-last throughout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ class Weights:
     def __init__(self, state: Mapping[str, Tensor], prefix: str = ""):
         self.state, self.prefix = state, prefix
 
-    def __truediv__(self, name: str | int) -> Weights:
+    def __truediv__(self, name: str | int) -> Self:
         return Weights(self.state, f"{self.prefix}{name}.")
 
     def __contains__(self, name: str) -> bool:

@@ -1,7 +1,5 @@
 """CLIP's text encoder."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch.nn.functional as F

@@ -4,8 +4,6 @@
 first text attention, as both halves of a CFG batch are equal until then. A hook of capture.py reads along.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The autoencoder between images and latents."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Labelled images in, one reader a file; `open_data("coco:PATH[val]", size)` picks by the word before the colon."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

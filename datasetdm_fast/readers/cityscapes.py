@@ -1,7 +1,5 @@
 """cityscapes:PATH[SPLIT]: leftImg8bit and gtFine, 19 classes by train id."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

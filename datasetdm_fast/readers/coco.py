@@ -1,7 +1,5 @@
 """coco:PATH[SPLIT]: COCO's instances and keypoints; annotations are read from their file image by image."""
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections.abc import Sequence

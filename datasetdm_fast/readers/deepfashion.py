@@ -1,7 +1,5 @@
 """deepfashion-mm:PATH: images, segm and captions.json of DeepFashion-MultiModal."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """demo:COUNT@FIRST_SEED: rendered scenes of the demo world with complete truth."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

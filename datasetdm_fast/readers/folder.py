@@ -1,7 +1,5 @@
 """folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both, and classes.txt."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """hf:PATH[SPLIT]: a folder saved by Hugging Face's `datasets`, with an image and a label or depth map in each row."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

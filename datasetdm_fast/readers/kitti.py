@@ -1,7 +1,5 @@
 """kitti:PATH[SPLIT]: KITTI depth with the Eigen lists, metres times 256 in 16-bit PNG."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from datasetdm_fast.truth import framing, reading

@@ -1,7 +1,5 @@
 """lvis:PATH[SPLIT]: LVIS v1 annotations over COCO's images."""
 
-from __future__ import annotations
-
 from pathlib import Path, PurePosixPath
 
 from datasetdm_fast.readers.coco import Annotations, Coco

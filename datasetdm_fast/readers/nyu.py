@@ -1,7 +1,5 @@
 """nyu:PATH[SPLIT]: NYU Depth v2 as the depth benchmarks lay it out, millimetres in 16-bit PNG."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

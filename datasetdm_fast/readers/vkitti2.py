@@ -1,7 +1,5 @@
 """vkitti2:PATH[SCENES]: Virtual KITTI 2, centimetres in 16-bit PNG; SCENES such as Scene01,Scene20, or all of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from datasetdm_fast.errors import Refused

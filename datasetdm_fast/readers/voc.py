@@ -1,7 +1,5 @@
 """voc:PATH[SPLIT]: PASCAL VOC 2012, with SegmentationClassAug where it is there."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import partial
 from pathlib import Path

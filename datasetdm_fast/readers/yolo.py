@@ -1,7 +1,5 @@
 """yolo-seg:PATH[SPLIT]: images/SPLIT and labels/SPLIT, a class and a polygon a line, names in data.yaml."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whether every file of a run folder is what its ledger says, and what is damaged."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import deque

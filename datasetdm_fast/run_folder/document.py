@@ -1,7 +1,5 @@
 """run.json: its form, how it is read and checked, and how two of them differ."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,11 +1,9 @@
 """The run folder: files first, then their rows; everything but the samples' files is rebuilt from the ledger."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ Publish = Callable[
 ]  # files by their path inside the run folder -> what was written
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager):
     """A run folder open for writing, held for this process until `close`.
 
     For a member, another process holds it for all; `journal` is how their ledger is kept.
@@ -119,9 +117,6 @@ class RunFolder:
 
     def close(self) -> None:
         self._closing.close()
-
-    def __enter__(self) -> RunFolder:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,7 +1,5 @@
 """gallery/index.html: one page to look at a run, opened from the disk; it loads nothing but the run's own pictures."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

@@ -1,12 +1,10 @@
 """The commit point: a sample exists when its row is committed here, after its files were published."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-class Ledger:
+class Ledger(AbstractContextManager):
     """The rows of one run folder, in SQLite."""
 
     def __init__(self, path: Path, *, read_only: bool = False, journal: str = sqlite.WRITE_AHEAD):
@@ -149,9 +147,6 @@ class Ledger:
 
     def close(self) -> None:
         self._connection.close()
-
-    def __enter__(self) -> Ledger:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,7 +1,5 @@
 """Where the files of samples go: below the run folder, or with --store to an object store of fsspec's."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ class StoredSample:
         return label_files.decode(task, self.folder, files, self.row.labels[task], self.tables[task])
 
 
-class Run:
+class Run(AbstractContextManager):
     """A finished or growing run folder, read lazily; its length and order are those of the samples it held when it was
     opened.
     """
@@ -138,9 +139,6 @@ class Run:
         if self._ledger is not None:
             self._ledger.close()
             self._ledger = None
-
-    def __enter__(self) -> Run:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,7 +1,5 @@
 """The seal of a finished run: digests of every file that is not a sample's own."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Samplers: each a schedule of linear updates, one file each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib import import_module
 

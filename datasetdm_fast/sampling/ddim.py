@@ -1,7 +1,5 @@
 """The DDIM sampler."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """The DPM-Solver++ sampler of second order."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """A real image back into the network: encode, noise to the capture timestep, one CFG call, capture."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol

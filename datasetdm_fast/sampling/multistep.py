@@ -1,7 +1,5 @@
 """The linear multistep samplers PLMS and PNDM."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

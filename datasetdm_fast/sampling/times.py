@@ -1,7 +1,5 @@
 """Timesteps, noise levels and initial noise."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

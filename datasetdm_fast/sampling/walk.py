@@ -1,7 +1,5 @@
 """Latents on their way through a schedule, with classifier-free guidance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """The byte-pair tokenizer of the demo world's captions, built from its own words."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The demo world: table-top scenes drawn from a seed, with every label a perception model could ask for."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

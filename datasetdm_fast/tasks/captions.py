@@ -1,7 +1,5 @@
 """What the classes that a caption names rule out in a decoder's answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

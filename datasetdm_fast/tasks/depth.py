@@ -1,7 +1,5 @@
 """Metres per pixel."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

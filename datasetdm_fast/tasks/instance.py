@@ -1,7 +1,5 @@
 """One mask per thing, every part and hole of it kept."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which of the words asked of an image stands where."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Places are in pixels, 0 at the outer edge of the first pixel and `size` at that of the last.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One class per pixel, from queries that each carry class probabilities and a mask."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

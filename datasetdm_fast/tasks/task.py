@@ -1,7 +1,5 @@
 """What is known of a task: from a decoder's raw tensors to labels, and how such a decoder is taught."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,13 +1,10 @@
 """From a device to arrays through page-locked memory; only the thread that asked waits, once a call."""
 
-from __future__ import annotations
-
 import threading
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor
 
 ALIGNMENT = 64  # bytes; more than any dtype needs
 LARGEST_PINNED = 2**26  # bytes of page-locked memory a thread keeps; it can never be swapped out
@@ -39,8 +36,6 @@ def _size(group: list[Tensor]) -> int:
 
 
 def _copied(group: list[Tensor]) -> list[np.ndarray]:
-    import torch
-
     buffer, places, begin = _buffer(_size(group)), [], 0
     for value in group:
         end = begin + value.numel() * value.element_size()
@@ -54,8 +49,6 @@ def _copied(group: list[Tensor]) -> list[np.ndarray]:
 
 def _buffer(size: int) -> Tensor:
     """This thread's page-locked bytes, as many as the largest call so far needed."""
-    import torch
-
     if getattr(_own, "bytes", None) is None or len(_own.bytes) < size:
         _own.bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     return _own.bytes

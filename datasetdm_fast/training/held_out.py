@@ -1,7 +1,5 @@
 """The images a decoder is not taught from, and how it scores on them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

@@ -1,9 +1,8 @@
 """Losses and figures of a training: one JSON object a line, and TensorBoard's files where TensorBoard is installed."""
 
-from __future__ import annotations
-
 import json
 import time
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +13,7 @@ MOST_STEPS = 5000  # lines of losses a training writes at most
 LARGEST_LOG = 2**28  # bytes
 
 
-class Log:
+class Log(AbstractContextManager):
     """Appends to the log of a folder, from which whatever was written after step `done` is removed first."""
 
     def __init__(self, folder: Path, done: int, is_writing: bool = True):
@@ -55,9 +54,6 @@ class Log:
             for name, value in values.items():
                 if name not in ("step", "seconds"):
                     self._board.add_scalar(name, value, values["step"])
-
-    def __enter__(self) -> Log:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._file:

@@ -4,8 +4,6 @@ Whatever is random in a step is drawn from the step's number and the place in it
 the number of processes or parts a batch is divided into changes what is drawn.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math
@@ -29,7 +27,7 @@ from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.lessons.views import Views
 from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training.losses import losses
-from datasetdm_fast.training.losses.objective import _answer, _word, loss_of
+from datasetdm_fast.training.losses.objective import answer_of, asked_word, loss_of
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.schedule import TrainingSchedule
 
@@ -153,11 +151,11 @@ class Trainer:
         generators = [generator(schedule.seed, step, place) for place, _ in views]
         hidden = [_hidden(self.lessons.captures.layout, schedule.dropout, source) for source in generators]
         asked = (
-            [_word(target, len(self.words), source) for target, source in zip(targets, generators)]
+            [asked_word(target, len(self.words), source) for target, source in zip(targets, generators)]
             if self.decoder.config.has_text
             else []
         )
-        answers = [_answer(target, asked[b] if asked else None, self.device) for b, target in enumerate(targets)]
+        answers = [answer_of(target, asked[b] if asked else None, self.device) for b, target in enumerate(targets)]
         whole = self._whole(answers)
         powers = [buffer for name, buffer in self.decoder.named_buffers() if name.endswith("u0")]
         statistics = [buffer for name, buffer in self.decoder.named_buffers() if "stored_" in name]

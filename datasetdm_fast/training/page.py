@@ -1,7 +1,5 @@
 """The page of a training: its figures and held-out pictures."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

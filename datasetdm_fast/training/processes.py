@@ -1,7 +1,5 @@
 """Several processes teaching one decoder, as torchrun starts them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

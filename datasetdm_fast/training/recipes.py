@@ -1,7 +1,5 @@
 """How each task is taught: the shape of its decoder and the schedule of its training, ours or upstream's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

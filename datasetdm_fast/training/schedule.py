@@ -1,7 +1,5 @@
 """How long a decoder is taught, and how."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

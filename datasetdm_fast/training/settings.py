@@ -1,7 +1,5 @@
 """The settings of a training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from datasetdm_fast.config import (

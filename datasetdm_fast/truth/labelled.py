@@ -1,10 +1,9 @@
 """A labelled image as its data set stores it, the same at the model's size, and what every data set offers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -113,13 +112,13 @@ class LabelledSource:
         """Item `index` in another scale and crop, drawn by upstream's augmentation rule from the seed alone."""
         return self.guarded(self.load, self.order[index], seed)
 
-    def narrowed(self, indices: Sequence[int]) -> LabelledSource:
+    def narrowed(self, indices: Sequence[int]) -> Self:
         """The same data set with only these items, in this order."""
         fewer = copy.copy(self)
         fewer.order = [self.order[index] for index in indices]
         return fewer
 
-    def readable(self) -> LabelledSource:
+    def readable(self) -> Self:
         """The same data set with only the items that can be read; the others are listed in `skipped`."""
         found = []
         for index, record in enumerate(self.order):

@@ -1,7 +1,5 @@
 """What readers of image files share: a picture is loaded, framed, and the labels that follow from others are made."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,21 +1,16 @@
 """Images, label maps, depth maps and lists of a data set; what is wrong with one is said with its name."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.truth.labelled import IGNORED
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
 MOST_PIXELS = 2**26  # of a camera's picture: 8192 x 8192
@@ -59,8 +54,6 @@ def colour_image(
 
 def _upright(path: Path, image: Image.Image) -> Image.Image | None:
     """The picture as it is to be shown, None where it is stored so."""
-    from PIL import ImageOps
-
     try:
         return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else None
     except Exception as error:  # Pillow's readers raise nearly anything

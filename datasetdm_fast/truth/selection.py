@@ -1,7 +1,5 @@
 """Which images of a data set are chosen, and the classes of PASCAL VOC in their order."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Data sets out, one writer a file; the index files of a run folder, each rebuilt from the ledger alone."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from datasetdm_fast.labels import LABEL_KINDS

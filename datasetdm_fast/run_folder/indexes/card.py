@@ -1,7 +1,5 @@
 """README.md of a run folder: the data set card."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any

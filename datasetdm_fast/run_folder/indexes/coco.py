@@ -1,7 +1,5 @@
 """Records of one task in COCO's form as pycocotools reads it, written line by line to save memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

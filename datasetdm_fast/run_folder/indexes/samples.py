@@ -1,7 +1,5 @@
 """samples.jsonl: one line a sample, with its prompt, seed, files and digests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The losses of the P-Decoders: matched queries, scale-invariant log depth, weighted heatmaps, axis bins."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

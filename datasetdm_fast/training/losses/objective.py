@@ -1,7 +1,5 @@
 """The training objective of one batch for each kind of decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -65,7 +63,7 @@ def _of_layers(
     )
 
 
-def _word(target: TrainingTarget, count: int, source: torch.Generator) -> int:
+def asked_word(target: TrainingTarget, count: int, source: torch.Generator) -> int:
     """A class to ask for."""
     is_there = len(target.classes) and torch.rand((), generator=source) < PRESENT
     return int(
@@ -75,7 +73,7 @@ def _word(target: TrainingTarget, count: int, source: torch.Generator) -> int:
     )
 
 
-def _answer(target: TrainingTarget, word: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def answer_of(target: TrainingTarget, word: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and masks to be found; all things of one word are a single mask under upstream's label 1, or nothing."""
     ids, masks = target.classes, target.masks
     if word is not None:
