@@ -30,10 +30,8 @@ def cache_folder() -> Path:
 @contextmanager
 def locked(path: Path, *, is_shared: bool = False) -> Iterator[None]:
     """Holds the lock file `path` for this process, alone or shared; the system releases it however the process ends."""
-    try:
+    with storage.refusing(path):
         handle = storage.syscall("open", os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise storage.refusal(error, path) from error
     try:
         try:
             storage.syscall(

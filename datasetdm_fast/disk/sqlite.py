@@ -137,14 +137,9 @@ class _Cursor(sqlite3.Cursor):
 
 
 _DISK = (
-    sqlite3.SQLITE_IOERR,
-    sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_NOMEM,
-    sqlite3.SQLITE_PERM,
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
+    *(sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM),
 )
-_OTHERS = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 @contextmanager
@@ -153,24 +148,15 @@ def _refusing(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError):
         raise  # our own mistakes
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, OverflowError, UnicodeError) as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest of it says which call it was
         if code == sqlite3.SQLITE_FULL:
-            raise Missing(
-                f"{path}: the disk is full", "Make room and run the same line again: it goes on where it stopped."
-            ) from error
+            raise storage.refusal(OSError(errno.ENOSPC, ""), path) from error
         if code in _DISK:
-            raise Missing(
-                f"{path}: {error}", "Check the disk, the folder and its permissions, then run the same line again."
-            ) from error
-        if code in _OTHERS:
-            raise Missing(
-                f"{path}: another process holds it ({error})", "Wait for that process and run the same line again."
-            ) from error
-        raise Refused(
-            f"{path}: not a readable ledger ({error})", "Restore the file from a copy, or choose another --out."
-        ) from error
-    except (OverflowError, UnicodeError) as error:
-        raise Refused(
-            f"{path}: not a readable ledger ({error})", "Restore the file from a copy, or choose another --out."
-        ) from error
+            remedy = "Check the disk, the folder and its permissions, then run the same line again."
+            raise Missing(f"{path}: {error}", remedy) from error
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            remedy = "Wait for that process and run the same line again."
+            raise Missing(f"{path}: another process holds it ({error})", remedy) from error
+        remedy = "Restore the file from a copy, or choose another --out."
+        raise Refused(f"{path}: not a readable ledger ({error})", remedy) from error

@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,11 +20,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
 
 
-def _directly(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+def syscall(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """What the call returns; every access to the disk passes here under its name."""
     return call(*arguments)
-
-
-syscall: Callable[..., Any] = _directly
 
 
 @dataclass(frozen=True)
@@ -90,24 +89,16 @@ def _fill(handle: int, chunks: Iterable[bytes]) -> StoredFile:
 
 def move(part: Path, path: Path) -> None:
     """Gives a file that was written beside its place, by whomever, its name for good."""
-    try:
-        handle = syscall("open", os.open, part, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            syscall("fsync", os.fsync, handle)
-        finally:
-            os.close(handle)
+    with refusing(path):
+        _sync(part, os.O_RDONLY)
         syscall("rename", os.replace, part, path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise refusal(error, path) from error
 
 
 def forget(part: Path) -> None:
     """Removes what a failed write left; what even that cannot remove is removed by the next start."""
-    try:
+    with suppress(OSError):
         syscall("unlink", os.unlink, part)
-    except OSError:
-        pass
 
 
 def refusal(error: OSError, path: str | Path) -> Missing:
@@ -121,9 +112,22 @@ def refusal(error: OSError, path: str | Path) -> Missing:
     )
 
 
+@contextmanager
+def refusing(path: str | Path) -> Iterator[None]:
+    """Within the block, an error of the disk becomes a refusal about this path."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(error, path) from error
+
+
 def sync_folder(folder: Path) -> None:
     """A rename is only durable once the folder that holds the name is."""
-    handle = syscall("open", os.open, folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = syscall("open", os.open, path, flags | os.O_CLOEXEC)
     try:
         syscall("fsync", os.fsync, handle)
     finally:
@@ -134,62 +138,52 @@ def make_folder(folder: Path) -> None:
     """The folder and those above it, durable."""
     missing = [folder, *folder.parents]
     missing = missing[: next((k for k, path in enumerate(missing) if path.is_dir()), len(missing))]
-    try:
+    with refusing(folder):
         syscall("mkdir", os.makedirs, folder, 0o755, True)
         for made in reversed(missing):
             sync_folder(made.parent)
-    except OSError as error:
-        raise refusal(error, folder) from error
 
 
 def read(path: Path, most: int) -> bytes:
     """The bytes of a regular file of at most `most` bytes; a device or a pipe would never end, so they are refused."""
-    try:
-        handle = syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise refusal(error, path) from error
-    except ValueError as error:  # a NUL byte
-        raise Refused(f"{str(path)!r}: cannot be read, no file has such a name", "Name a file.") from error
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise Refused(f"{path}: cannot be read, it is not a regular file", "Name a file.")
-        if found.st_size > most:
-            raise Refused(
-                f"{path}: {found.st_size} bytes, at most {most} are read", "Name the right file, or a smaller one."
-            )
-        parts = []
-        while block := syscall("read", os.read, handle, 1 << 20):
-            parts.append(block)
-            most -= len(block)
-            if most < 0:
-                raise Refused(f"{path}: it grows while it is read", "Wait until it is complete.")
-        return b"".join(parts)
-    except OSError as error:
-        raise refusal(error, path) from error
-    finally:
-        os.close(handle)
+    with refusing(path):
+        try:
+            handle = syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except ValueError as error:  # a NUL byte
+            raise Refused(f"{str(path)!r}: cannot be read, no file has such a name", "Name a file.") from error
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise Refused(f"{path}: cannot be read, it is not a regular file", "Name a file.")
+            if found.st_size > most:
+                remedy = "Name the right file, or a smaller one."
+                raise Refused(f"{path}: {found.st_size} bytes, at most {most} are read", remedy)
+            parts = []
+            while block := syscall("read", os.read, handle, 1 << 20):
+                parts.append(block)
+                most -= len(block)
+                if most < 0:
+                    raise Refused(f"{path}: it grows while it is read", "Wait until it is complete.")
+            return b"".join(parts)
+        finally:
+            os.close(handle)
 
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, empty where there is no such file."""
-    try:
-        with syscall("open", open, path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return ""
-    except OSError as error:
-        raise refusal(error, path) from error
+    with refusing(path):
+        try:
+            with syscall("open", open, path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return ""
 
 
 def remove(path: Path) -> None:
     """Deletes a file, where there is one."""
-    if not path.exists():
-        return
-    try:
-        syscall("unlink", os.unlink, path)
-    except OSError as error:
-        raise refusal(error, path) from error
+    if path.exists():
+        with refusing(path):
+            syscall("unlink", os.unlink, path)
 
 
 def is_temporary(path: Path) -> bool:
@@ -216,7 +210,5 @@ def free_bytes(path: Path) -> int:
 
 def is_there(path: Path) -> bool:
     """Whether something of that name exists; a folder that may not be looked into is refused."""
-    try:
+    with refusing(path):
         return path.exists()
-    except OSError as error:
-        raise refusal(error, path) from error

@@ -30,7 +30,7 @@ class JsonStream:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with storage.refusing(path):
             handle = storage.syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 found = os.fstat(handle)
@@ -42,8 +42,6 @@ class JsonStream:
                 self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
             finally:
                 os.close(handle)
-        except OSError as error:
-            raise storage.refusal(error, path) from error
         self.decoder = documents.json_decoder()
 
     def __iter__(self) -> Iterator[Element]:

@@ -12,7 +12,6 @@ from datasetdm_fast.foreign.documents import DEEPEST, GET_AGAIN, LONGEST_NAME, c
 
 LARGEST_ONNX = 2**31 - 1  # bytes of the graph itself, protobuf's own limit
 MOST_NODES = 2_000_000  # messages of one ONNX graph
-# ONNX -----------------------------------------------------------------------------------------------------------------
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 NATIVE = ("EPContext",)  # nodes that make a runtime load compiled code from a file
 
@@ -30,7 +29,7 @@ class _Graph:
 
 def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
     """The data files of an ONNX file, all inside its folder; a graph unfit for onnx or a runtime is refused."""
-    try:
+    with storage.refusing(path):
         size = path.stat().st_size
         if not 0 < size <= LARGEST_ONNX:
             raise Refused(
@@ -38,9 +37,9 @@ def check_onnx(path: Path, *, domains: Sequence[str] = DOMAINS) -> list[Path]:
                 "Keep large tensors in external data.",
             )
         with path.open("rb") as file:
-            graph = _walk(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-    except OSError as error:
-        raise storage.refusal(error, path) from error
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        graph = _walk(data)
     except _Malformed as error:
         raise Refused(f"{path}: not an ONNX file ({error})", GET_AGAIN) from error
     if not graph.opsets:

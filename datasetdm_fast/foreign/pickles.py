@@ -61,12 +61,8 @@ def safe_copy(path: Path) -> Path:
 
 def _check_beginning(path: Path) -> int:
     """Size of a file that begins as a checkpoint does, and whose archive holds plain members of honest size."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            beginning = file.read(4)
-    except OSError as error:
-        raise storage.refusal(error, path) from error
+    with storage.refusing(path), path.open("rb") as file:
+        size, beginning = path.stat().st_size, file.read(4)
     if size > LARGEST_CHECKPOINT:
         raise Refused(f"{path}: {size} bytes, at most {LARGEST_CHECKPOINT} are read", CONVERT)
     if not beginning.startswith(MAGIC):

@@ -17,21 +17,17 @@ ITEM_BYTES = {
 }
 
 
-# safetensors ----------------------------------------------------------------------------------------------------------
 def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of every tensor of a safetensors file whose header, sizes and ranges hold together."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(LARGEST_HEADER, size - 8):
-                raise Refused(
-                    f"{path} is truncated or no safetensors file (a header of {length} bytes in a file of {size})",
-                    GET_AGAIN,
-                )
-            header = parse_json(file.read(length), f"{path}: its header")
-    except OSError as error:
-        raise storage.refusal(error, path) from error
+    with storage.refusing(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(LARGEST_HEADER, size - 8):
+            raise Refused(
+                f"{path} is truncated or no safetensors file (a header of {length} bytes in a file of {size})",
+                GET_AGAIN,
+            )
+        header = parse_json(file.read(length), f"{path}: its header")
     if not isinstance(header, dict) or len(header) > MOST_TENSORS:
         raise Refused(
             f"{path} is truncated or no safetensors file (its header is no table of at most {MOST_TENSORS} tensors)",

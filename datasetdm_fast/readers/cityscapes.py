@@ -33,9 +33,6 @@ class Cityscapes(PictureSource):
         self.tasks = ("semantic", *(("instance",) if has_things else ()), "open-vocabulary")
         super().__init__(size, len(self.images))
 
-    def name(self, record: int) -> str:
-        return str(self.images[record])
-
     def _beside(self, image: Path, kind: str) -> Path:
         return self.truth / image.parent.name / f"{image.name.removesuffix('_leftImg8bit.png')}_gtFine_{kind}.png"
 

@@ -16,7 +16,7 @@ from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
-from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
+from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource, largest
 
 MOST_CORNERS = 100_000  # of all polygons of one thing
 IMAGE_FORM = {"id": int, "height": int, "width": int}
@@ -245,13 +245,9 @@ class Coco(PictureSource):
     def areas(self, record: int) -> dict[str, int]:
         if self.things is None:
             return {"person": 1}
-        found: dict[str, int] = {}
-        for row in self.things.of(self.images[record]):
-            if self.things.crowds[row] or (category := int(self.things.rows["category"][row])) not in self.numbers:
-                continue
-            name = self.thing_classes[self.numbers[category]]
-            found[name] = max(found.get(name, 0), int(self.things.areas[row]))
-        return found
+        rows = [row for row in self.things.of(self.images[record]) if not self.things.crowds[row]]
+        kinds = {row: self.things.categories.get(int(self.things.rows["category"][row])) for row in rows}
+        return largest((kind, int(self.things.areas[row])) for row, kind in kinds.items() if kind)
 
     def is_centred(self, record: int) -> bool:
         """Whether the mean visible joint lies near the middle of the box (the rule of COCO pose training)."""

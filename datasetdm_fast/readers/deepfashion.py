@@ -25,23 +25,18 @@ class DeepFashion(PictureSource):
         if split != "train":
             raise reading.no_split(path, split)
         self.path, self.maps = path, reading.listing(path / "segm", "_segm.png")
+        self.images = [path / "images" / f"{place.name.removesuffix('_segm.png')}.jpg" for place in self.maps]
         captions = path / "captions.json"
         self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else None
         super().__init__(size, len(self.maps))
 
-    def name(self, record: int) -> str:
-        return str(self.path / "images" / f"{self._stem(record)}.jpg")
-
-    def _stem(self, record: int) -> str:
-        return self.maps[record].name.removesuffix("_segm.png")
-
     def picture(self, record: int) -> Picture:
-        path, stem = self.maps[record], self._stem(record)
-        image = reading.colour_image(self.path / "images" / f"{stem}.jpg")
-        labels = reading.label_map(path, image.shape, self.classes)
+        path, stem = self.images[record], self.images[record].stem
+        image = reading.colour_image(path)
+        labels = reading.label_map(self.maps[record], image.shape, self.classes)
         caption = reading.photo_of([self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes)])
         if self.captions is not None:
-            caption = self.captions.get(f"{stem}.jpg", self.captions.get(stem))
+            caption = self.captions.get(path.name, self.captions.get(stem))
             if not isinstance(caption, str):
-                raise reading.bad(self.path / "captions.json", f"no caption for {stem}.jpg")
+                raise reading.bad(self.path / "captions.json", f"no caption for {path.name}")
         return Picture(stem, image, caption, labels)

@@ -8,6 +8,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.scenes import world
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.truth.pictures import largest
 
 
 class DemoWorld(LabelledSource):
@@ -51,13 +52,8 @@ class DemoWorld(LabelledSource):
 
     def areas(self, record: int) -> dict[str, int]:
         view = world.view(self.first + record, self.size)
-        found: dict[str, int] = {}
-        for thing, pixels in zip(
-            view.scene.things, np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:]
-        ):
-            if pixels:
-                found[thing.kind] = max(found.get(thing.kind, 0), int(pixels))
-        return found
+        counts = np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:].tolist()
+        return largest((thing.kind, pixels) for thing, pixels in zip(view.scene.things, counts) if pixels)
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:

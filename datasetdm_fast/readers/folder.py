@@ -3,8 +3,6 @@
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import IGNORED, Picture
@@ -35,18 +33,13 @@ class Folder(PictureSource):
                 raise reading.bad(
                     path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}"
                 )
-            self.thing_classes = tuple(
-                name for k, name in enumerate(self.classes) if k or name not in ("background", "none")
-            )
+            self.thing_classes = reading.without_background(self.classes)
         if has_depth:
             self.max_depth = _metres(path / "max_depth.txt")
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
         captions = path / "captions.json"
         self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else {}
         super().__init__(size, len(self.images))
-
-    def name(self, record: int) -> str:
-        return str(self.images[record])
 
     def picture(self, record: int) -> Picture:
         path, name = self.images[record], self.ids[record]
@@ -61,9 +54,7 @@ class Folder(PictureSource):
         )
         caption = self.captions.get(name)
         if caption is None:
-            caption = reading.photo_of(
-                [name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)]
-            )
+            caption = self.caption(labels)
         if not isinstance(caption, str):
             raise reading.bad(self.path / "captions.json", f"the caption of {name} is no text")
         return Picture(name, image, caption, labels, depth=depth)

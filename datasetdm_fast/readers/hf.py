@@ -40,9 +40,7 @@ class HuggingFace(PictureSource):
                 self.rows = self.rows.cast_column(column, datasets.Image(decode=False))
         if self.columns["label"]:
             self.classes = _classes(path / "id2label.json")
-            self.thing_classes = tuple(
-                name for k, name in enumerate(self.classes) if k or name not in ("background", "none")
-            )
+            self.thing_classes = reading.without_background(self.classes)
         self.max_depth = 10.0 if self.columns["depth"] else 0.0
         self.tasks = (
             *(("semantic", "open-vocabulary") if self.classes else ()),
@@ -71,9 +69,7 @@ class HuggingFace(PictureSource):
             depth = np.where(np.isfinite(metres) & (metres > 0) & (metres <= self.max_depth), metres, 0)
         caption = row[self.columns["caption"]] if self.columns["caption"] else None
         if caption is None:
-            caption = reading.photo_of(
-                [name for k, name in enumerate(self.classes) if name in self.thing_classes and np.any(labels == k)]
-            )
+            caption = self.caption(labels)
         if not isinstance(caption, str):
             raise reading.bad(self.name(record), "its caption is no text")
         return Picture(f"{record:08d}", image, caption, labels, depth=depth)

@@ -19,17 +19,9 @@ class Kitti(PictureSource):
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
         self.list = path / f"kitti_eigen_{'test' if split == 'val' else split}.txt"
-        rows = [line.split() for line in reading.lines(self.list)]
-        for number, row in enumerate(rows, 1):
-            if len(row) < 2:
-                raise reading.bad(self.list, f"line {number} names no image and depth")
-        self.rows = [(row[0], row[1]) for row in rows if row[1] != "None"]
-        if not self.rows:
-            raise reading.bad(self.list, "no line names a depth")
+        self.rows = reading.pairs(self.list)
+        self.images = [path / "input" / said for said, _ in self.rows]
         super().__init__(size, len(self.rows))
-
-    def name(self, record: int) -> str:
-        return str(self.path / "input" / self.rows[record][0])
 
     def picture(self, record: int) -> Picture:
         said, depth = self.rows[record]

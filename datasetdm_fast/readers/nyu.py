@@ -22,13 +22,8 @@ class Nyu(PictureSource):
         split = "test" if split == "val" else split
         self.list = path / f"{split}_list.txt"
         self.folder = reading.first_there(*(path / folder for folder in FOLDERS.get(split, (split,))))
-        rows = [line.split() for line in reading.lines(self.list)]
-        for number, row in enumerate(rows, 1):
-            if len(row) < 2:
-                raise reading.bad(self.list, f"line {number} names no image and depth")
-        self.rows = [(row[0].lstrip("/"), row[1].lstrip("/")) for row in rows if row[1] != "None"]
-        if not self.rows:
-            raise reading.bad(self.list, "no line names a depth")
+        self.rows = [(said.lstrip("/"), depth.lstrip("/")) for said, depth in reading.pairs(self.list)]
+        self.images = [self.folder / said for said, _ in self.rows]
         kinds = path / "nyu_class_list.json"
         self.kinds: tuple[str, ...] = ()
         if kinds.exists():
@@ -37,9 +32,6 @@ class Nyu(PictureSource):
                 raise reading.bad(kinds, "no list of scene names")
             self.kinds = tuple(listed)
         super().__init__(size, len(self.rows))
-
-    def name(self, record: int) -> str:
-        return str(self.folder / self.rows[record][0])
 
     def picture(self, record: int) -> Picture:
         said, depth = self.rows[record]

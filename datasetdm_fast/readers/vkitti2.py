@@ -21,27 +21,24 @@ class VirtualKitti(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path
-        self.images, self.depths = (path / "Image", path / "Depth") if (path / "Image").is_dir() else (path, path)
+        root, self.depths = (path / "Image", path / "Depth") if (path / "Image").is_dir() else (path, path)
         scenes = [] if split == "train" else split.split(",")
-        if absent := [scene for scene in scenes if not (self.images / scene).is_dir()]:
+        if absent := [scene for scene in scenes if not (root / scene).is_dir()]:
             raise Refused(
-                f"{self.images}: no scene {absent[0]!r}", "Name scenes as their folders are called, or none for all."
+                f"{root}: no scene {absent[0]!r}", "Name scenes as their folders are called, or none for all."
             )
-        found = reading.listing(self.images, ".jpg")
-        below = [image.relative_to(self.images) for image in found]
+        below = [image.relative_to(root) for image in reading.listing(root, ".jpg")]
         self.rows = [name for name in below if "rgb" in name.parts and (not scenes or name.parts[0] in scenes)]
         if not self.rows:
             raise Refused(
-                f"{self.images}: no image below a folder rgb", "Give the folder that holds Scene01, Scene02 and so on."
+                f"{root}: no image below a folder rgb", "Give the folder that holds Scene01, Scene02 and so on."
             )
+        self.images = [root / said for said in self.rows]
         super().__init__(size, len(self.rows))
-
-    def name(self, record: int) -> str:
-        return str(self.images / self.rows[record])
 
     def picture(self, record: int) -> Picture:
         said = self.rows[record]
-        image = reading.colour_image(self.images / said)
+        image = reading.colour_image(self.images[record])
         depth = str(said).replace("rgb", "depth").removesuffix(".jpg") + ".png"
         metres = reading.depth_map(self.depths / depth, image.shape, 100, self.max_depth)
         return Picture(str(said.with_suffix("")).replace("/", "_"), image, CAPTION, depth=metres)

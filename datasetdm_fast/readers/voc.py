@@ -39,10 +39,8 @@ class Voc(PictureSource):
         self.maps = reading.first_there(*(path / name for name in maps))
         self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()
         self.tasks = ("semantic", *(("instance",) if self.has_objects else ()), "open-vocabulary")
+        self.images = [path / "JPEGImages" / f"{name}.jpg" for name in self.ids]
         super().__init__(size, len(self.ids))
-
-    def name(self, record: int) -> str:
-        return str(self.path / "JPEGImages" / f"{self.ids[record]}.jpg")
 
     def picture(self, record: int) -> Picture:
         name = self.ids[record]

@@ -31,9 +31,6 @@ class Yolo(PictureSource):
             raise reading.bad(self.labels, f"no label of any of the {len(self.images)} images of {folder}")
         super().__init__(size, len(self.images))
 
-    def name(self, record: int) -> str:
-        return str(self.images[record])
-
     def _label(self, image: Path) -> Path:
         return (self.labels / image.relative_to(self.folder)).with_suffix(".txt")
 

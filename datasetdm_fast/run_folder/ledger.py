@@ -1,7 +1,6 @@
 """The commit point: a sample exists when its row is committed here, after its files were published."""
 
 import json
-import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -110,8 +109,15 @@ class Ledger(AbstractContextManager):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with self._lock, _Transaction(self._connection):
-            yield
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:  # a full disk has already rolled it back
+                    with suppress(Missing):  # what went wrong first is what is told; closing rolls back as well
+                        self._connection.execute("ROLLBACK")
 
     def indices(self, status: str = DONE) -> list[int]:
         return [
@@ -150,23 +156,6 @@ class Ledger(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Transaction:
-    def __init__(self, connection: sqlite3.Connection):
-        self._connection = connection
-
-    def __enter__(self) -> None:
-        self._connection.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        try:
-            if kind is None:
-                self._connection.execute("COMMIT")
-        finally:
-            if self._connection.in_transaction:  # a full disk has already rolled it back
-                with suppress(Missing):  # what went wrong first is what is told; closing rolls back as well
-                    self._connection.execute("ROLLBACK")
 
 
 def _row(found: tuple, path: Path) -> Row:

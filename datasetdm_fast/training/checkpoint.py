@@ -40,7 +40,5 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 def remove(folder: Path) -> None:
     """Deletes the folder's checkpoint, which nothing needs any more."""
-    try:
+    with storage.refusing(folder / NAME):
         storage.syscall("unlink", (folder / NAME).unlink, True)
-    except OSError as error:
-        raise storage.refusal(error, folder / NAME) from error

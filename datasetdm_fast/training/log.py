@@ -24,10 +24,8 @@ class Log(AbstractContextManager):
         lines = storage.read(self.path, LARGEST_LOG).splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= done]
         storage.publish({self.path: b"".join(line + b"\n" for line in kept)})
-        try:
+        with storage.refusing(self.path):
             self._file = storage.syscall("open", open, self.path, "a")
-        except OSError as error:
-            raise storage.refusal(error, self.path) from error
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -45,11 +43,9 @@ class Log(AbstractContextManager):
     def _put(self, values: dict) -> None:
         if self._file is None:
             return
-        try:
+        with storage.refusing(self.path):
             storage.syscall("write", self._file.write, json.dumps(values) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise storage.refusal(error, self.path) from error
         if self._board:
             for name, value in values.items():
                 if name not in ("step", "seconds"):
@@ -57,10 +53,8 @@ class Log(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         if self._file:
-            try:
+            with storage.refusing(self.path):
                 self._file.close()
-            except OSError as error:
-                raise storage.refusal(error, self.path) from error
         if self._board:
             self._board.close()
 

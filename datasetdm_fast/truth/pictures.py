@@ -1,10 +1,12 @@
 """What readers of image files share: a picture is loaded, framed, and the labels that follow from others are made."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from datasetdm_fast.truth import framing
+from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource, Picture
 
 MOST_SEMANTIC = 255  # classes of an 8-bit label map
@@ -14,6 +16,10 @@ class PictureSource(LabelledSource):
     """A data set of pictures at their own sizes."""
 
     rule = framing.Rule()
+    images: Sequence[Path]  # where it is the file that names a record
+
+    def name(self, record: int) -> str:
+        return str(self.images[record])
 
     def picture(self, record: int) -> Picture:
         raise NotImplementedError
@@ -47,14 +53,17 @@ class PictureSource(LabelledSource):
             return replace(item, semantic=labels)
         return item
 
+    def caption(self, labels: np.ndarray | None) -> str:
+        """A caption of the things in a label map, where the data set stores none."""
+        named = enumerate(self.classes)
+        return reading.photo_of([name for k, name in named if name in self.thing_classes and np.any(labels == k)])
+
     def areas(self, record: int) -> dict[str, int]:
         picture = self.picture(record)
         if picture.masks is not None:
-            found: dict[str, int] = {}
-            for make, k in zip(picture.masks, picture.mask_classes):
-                name = self.thing_classes[k]
-                found[name] = max(found.get(name, 0), int(make().sum()))
-            return found
+            return largest(
+                (self.thing_classes[k], int(make().sum())) for make, k in zip(picture.masks, picture.mask_classes)
+            )
         if picture.semantic is None:
             return {}
         counts = np.bincount(picture.semantic.ravel(), minlength=256)
@@ -63,3 +72,11 @@ class PictureSource(LabelledSource):
             for k, name in enumerate(self.classes)
             if counts[k] and (name in self.thing_classes or not self.thing_classes)
         }
+
+
+def largest(areas: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """The largest area of each class."""
+    found: dict[str, int] = {}
+    for name, pixels in areas:
+        found[name] = max(found.get(name, 0), pixels)
+    return found

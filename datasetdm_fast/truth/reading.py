@@ -133,6 +133,18 @@ def lines(path: Path) -> list[str]:
     return found
 
 
+def pairs(path: Path) -> list[tuple[str, str]]:
+    """The image and the depth that each line of a list names; lines without depth are left out."""
+    rows = [line.split() for line in lines(path)]
+    for number, row in enumerate(rows, 1):
+        if len(row) < 2:
+            raise bad(path, f"line {number} names no image and depth")
+    found = [(row[0], row[1]) for row in rows if row[1] != "None"]
+    if not found:
+        raise bad(path, "no line names a depth")
+    return found
+
+
 def inside(root: Path, name: str, listed_in: Path | str) -> Path:
     """The file of that name below a folder, whoever wrote the name."""
     try:
@@ -185,6 +197,11 @@ def class_file(path: Path) -> tuple[str, ...]:
     if len(set(names)) < len(names) or max(map(len, names)) > 200:
         raise bad(path, "its names are not short and different, one a line")
     return tuple(names)
+
+
+def without_background(classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes that are things: all but a first one of that name."""
+    return tuple(name for k, name in enumerate(classes) if k or name not in ("background", "none"))
 
 
 def photo_of(names: Sequence[str]) -> str:
