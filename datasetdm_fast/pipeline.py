@@ -127,7 +127,9 @@ class Pipeline:
         chosen = self.tasks if tasks is None else tuple(tasks)
         settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
         self._check_tasks(chosen)
-        words = _checked_words(classes)
+        if isinstance(classes, str):
+            raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
+        words = prompts.check_classes(classes)
         recipe = make_recipe(
             self.engine, chosen, sampler=sampler, steps=steps, guidance=guidance, profile=profile, classes=words
         )
@@ -208,15 +210,8 @@ def _concatenated(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]
     return torch.cat([*features, *maps], 1)
 
 
-def _checked_words(classes: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(classes, str):
-        raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
-    return prompts.check_classes(classes)
-
-
 def _batches(requests: Iterator[Request], size: int) -> Iterator[Batch]:
     for index in count():
-        members = tuple(islice(requests, size))
-        if not members:
+        if not (members := tuple(islice(requests, size))):
             return
         yield Batch(index, members, size - len(members))

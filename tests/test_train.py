@@ -396,7 +396,7 @@ def test_a_model_may_be_downloaded_where_a_flag_says_so(tmp_path, capsys, monkey
     def downloaded(name):
         raise Refused(f"the hub was asked for {name}")
 
-    monkeypatch.setattr("datasetdm_fast.loading._downloaded", downloaded)
+    monkeypatch.setattr("datasetdm_fast.loading.downloaded", downloaded)
     line = ["--model", "someone/model", "--data", "demo:2", "--out", str(tmp_path)]
     assert train.main(line) == 2 and "add --allow-download" in capsys.readouterr().err
     assert train.main([*line, "--allow-download"]) == 2

@@ -119,7 +119,7 @@ def install(patch=setattr) -> None:
                 on_unet_call()
             yield batch, [drawn(request, recipe.tasks) for request in batch.requests]
 
-    patch(job, "_engine_of", engine_of)
-    patch(job, "_recipe_of", recipe_of)
+    patch(job, "engine_of", engine_of)
+    patch(job, "recipe_of", recipe_of)
     patch(driver, "generate", made)
     patch(generate, "probe", lambda engine, recipe, batch_size: 0.0)

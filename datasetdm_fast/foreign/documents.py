@@ -87,7 +87,7 @@ def parse_json(text: str | bytes, name: str) -> Any:
     try:
         value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{name}: not readable as JSON ({_reason(error)})", GET_AGAIN) from error
+        raise Refused(f"{name}: not readable as JSON ({reason_of(error)})", GET_AGAIN) from error
     if _depth(value) > DEEPEST:
         raise Refused(f"{name}: nested more than {DEEPEST} deep", GET_AGAIN)
     return value
@@ -159,7 +159,7 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
         raise Refused(
-            f"{path} is not valid YAML{place} ({_reason(error)})", "Write one `name: value` per line, UTF-8."
+            f"{path} is not valid YAML{place} ({reason_of(error)})", "Write one `name: value` per line, UTF-8."
         ) from error
 
 
@@ -194,10 +194,10 @@ def read_xml(path: Path) -> ElementTree.Element:
         expat.ExpatError,
         AssertionError,
     ) as error:  # LookupError: an encoding that does not exist
-        raise Refused(f"{path}: not readable as XML ({_reason(error)})", GET_AGAIN) from error
+        raise Refused(f"{path}: not readable as XML ({reason_of(error)})", GET_AGAIN) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     text = getattr(error, "problem", None) or " ".join(str(error).split())
     return (text or type(error).__name__)[:160]
 
@@ -208,7 +208,7 @@ def zip_members(path: Path, *, most_bytes: int) -> list[zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, struct.error) as error:
-        raise Refused(f"{path}: not a readable zip archive ({_reason(error)})", GET_AGAIN) from error
+        raise Refused(f"{path}: not a readable zip archive ({reason_of(error)})", GET_AGAIN) from error
     if len(members) > MOST_MEMBERS:
         raise Refused(f"{path}: {len(members)} members, at most {MOST_MEMBERS} are read", GET_AGAIN)
     seen: set[str] = set()

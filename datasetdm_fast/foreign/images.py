@@ -10,7 +10,7 @@ from PIL import Image
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign.documents import GET_AGAIN, _reason
+from datasetdm_fast.foreign.documents import GET_AGAIN, reason_of
 
 LARGEST_IMAGE_FILE = 64 * 2**20
 MOST_PIXELS = 2**24  # of one image: 4096 x 4096
@@ -40,7 +40,7 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
             raise ValueError("it is an animation")
         image.load()
     except Exception as error:  # Pillow's readers raise nearly anything
-        raise Refused(f"{name}: not a whole image ({_reason(error)})", GET_AGAIN) from error
+        raise Refused(f"{name}: not a whole image ({reason_of(error)})", GET_AGAIN) from error
     return image
 
 

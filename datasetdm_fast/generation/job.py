@@ -25,13 +25,6 @@ from datasetdm_fast.version import __version__
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
 
 
-def label_tables(engine: Engine, recipe: Recipe) -> dict[str, Any]:
-    """Names and ranges a reader of the labels needs."""
-    return {
-        task: LABEL_KINDS[task].table(engine.decoders[task].config, recipe.size, recipe.words) for task in recipe.tasks
-    }
-
-
 def class_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """The words looked for in prompts: those given, else the names the decoders know."""
     known = dict.fromkeys(name for task in tasks for name in engine.decoders[task].config.classes)
@@ -94,9 +87,7 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
         is_fresh = is_indexed(folder, stored, ledger) and not any(
             (folder / f"{LEDGER}{kind}").exists() for kind in ("-wal", "-shm")
         )
-    if not result.is_complete:
-        return None
-    if not is_fresh and not is_alone:
+    if not result.is_complete or not (is_fresh or is_alone):
         return None
     if not is_fresh and not config.dry_run:
         with RunFolder(folder, stored) as opened:
@@ -117,8 +108,8 @@ def prepare(config: RunConfig) -> Job:
 
 def compose(config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any] | None) -> Job:
     """The same for checked settings, without a look at the run folder; `stored` is its description, if any."""
-    engine, decoders = _engine_of(config)
-    recipe = _recipe_of(config, engine, source.classes)
+    engine, decoders = engine_of(config)
+    recipe = recipe_of(config, engine, source.classes)
     words = recipe.words or class_words(engine, config.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free.
     size = config.batch_size or (
@@ -147,12 +138,12 @@ def check_room(job: Job) -> None:
         )
 
 
-def _engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
+def engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
     chosen = {"size": config.size, "allow_download": config.allow_download, **config.engine_choices()}
     return opening.open_engine(config.model, config.decoder, config.task, **chosen)
 
 
-def _recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str]) -> Recipe:
+def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str]) -> Recipe:
     names = ("sampler", "steps", "guidance", "profile")
     return make_recipe(engine, config.task, classes=classes, **{name: getattr(config, name) for name in names})
 
@@ -164,13 +155,20 @@ def _megabytes(count: int) -> str:
 def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
     """The job as the run folder's description has it; other weights or another engine are refused.
 
-    Which of several equal GPUs continues a run folder, and what its memory would hold, changes no byte.
+    Which of several equal GPUs continues a run folder, what its memory would hold and where the weights lie change no
+    byte.
     """
     document = job.document
     if not job.config.batch_size:
         document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
-    parts = ("model", "decoders", "engine", "sampling", "plan", "labels")
-    check_same(job.folder, *({part: _comparable(source, part) for part in parts} for source in (stored, document)))
+    compared = [
+        {
+            part: {name: value for name, value in source[part].items() if name not in ("source", "device", "licence")}
+            for part in ("model", "decoders", "engine", "sampling", "plan", "labels")
+        }
+        for source in (stored, document)
+    ]
+    check_same(job.folder, *compared)
     plan = replace(job.plan, batch_size=stored["plan"]["batch_size"])
     return replace(job, plan=plan, recipe=replace(job.recipe, facts=row_facts(stored)), document=dict(stored))
 
@@ -182,11 +180,6 @@ def count_rows(config: RunConfig) -> int:
         return 0
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         return ledger.count() + ledger.count(SET_ASIDE)
-
-
-def _comparable(document: Mapping[str, Any], part: str) -> Any:
-    # Where the weights lie and which of several equal GPUs is used change no byte.
-    return {name: value for name, value in document[part].items() if name not in ("source", "device", "licence")}
 
 
 def describe(
@@ -213,7 +206,10 @@ def describe(
         },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
-        "labels": label_tables(engine, recipe),
+        "labels": {
+            task: LABEL_KINDS[task].table(engine.decoders[task].config, recipe.size, recipe.words)
+            for task in recipe.tasks
+        },
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation.prompts import PromptSource, Tokenizer, _shown, count_tokens, fit, token_limit
+from datasetdm_fast.generation.prompts import PromptSource, Tokenizer, count_tokens, fit, shown, token_limit
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.scenes.world import sample_scene
@@ -63,7 +63,13 @@ def make_plan(
     chosen = source.classes if source.per_class else ()
     if source.per_class:
         number = source.per_class * len(source.classes)
-        _check_templates(source.classes, tokenizer)
+        longest = f"{max(OPENINGS, key=len)} an {{}}{max(SURROUNDINGS, key=len)}"
+        for word in spoken(source.classes):
+            if (count := count_tokens(longest.format(word), tokenizer)) > (most := token_limit(tokenizer)):
+                raise Refused(
+                    f"--classes: {shown(word)} makes a prompt of {count} tokens, at most {most} fit",
+                    "Use a shorter name for the class.",
+                )
     prompts = tuple(
         fit(prompt, tokenizer, f"{source.name} line {line}", words, truncate=truncate) for line, prompt in source.lines
     )
@@ -85,14 +91,3 @@ def template(word: str, turn: int) -> str:
     opening = OPENINGS[turn % len(OPENINGS)]
     surroundings = SURROUNDINGS[turn // len(OPENINGS) % len(SURROUNDINGS)]
     return f"{opening} {'an' if word[0].lower() in 'aeiou' else 'a'} {word}{surroundings}"
-
-
-def _check_templates(classes: Sequence[str], tokenizer: Tokenizer) -> None:
-    longest = f"{max(OPENINGS, key=len)} an {{}}{max(SURROUNDINGS, key=len)}"
-    for word in spoken(classes):
-        count = count_tokens(longest.format(word), tokenizer)
-        if count > token_limit(tokenizer):
-            raise Refused(
-                f"--classes: {_shown(word)} makes a prompt of {count} tokens, at most {token_limit(tokenizer)} fit",
-                "Use a shorter name for the class.",
-            )

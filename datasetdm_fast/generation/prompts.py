@@ -31,13 +31,7 @@ class PromptSource:
 
     @property
     def digest(self) -> str:
-        text = (
-            "\n".join(prompt for _, prompt in self.lines)
-            if self.lines
-            else "templates"
-            if self.per_class
-            else "demo world"
-        )
+        text = "\n".join(prompt for _, prompt in self.lines) or ("templates" if self.per_class else "demo world")
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -74,10 +68,10 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
                 "--classes: one of the class words is empty", "Separate the words by single commas: --classes ball,cube"
             )
         if _CONTROL.search(word) or not _is_unicode(word):
-            raise Refused(f"--classes: {_shown(word)} holds control characters or invalid UTF-8", "Use plain words.")
+            raise Refused(f"--classes: {shown(word)} holds control characters or invalid UTF-8", "Use plain words.")
         key = " ".join(word.lower().split())
         if key in seen:
-            raise Refused(f"--classes: {_shown(word)} is named twice", "Name each class once.")
+            raise Refused(f"--classes: {shown(word)} is named twice", "Name each class once.")
         seen.add(key)
     return tuple(" ".join(word.split()) for word in classes)
 
@@ -87,7 +81,7 @@ def read_prompts(given: str) -> tuple[str, str]:
     path = _as_path(given)
     if path is None:
         if not _is_unicode(given):
-            raise Refused(f"--prompts: {_shown(given)} is not valid UTF-8", "Write the prompt in UTF-8.")
+            raise Refused(f"--prompts: {shown(given)} is not valid UTF-8", "Write the prompt in UTF-8.")
         return "--prompts", given
     try:
         data = storage.read(path, LARGEST_FILE)
@@ -140,7 +134,7 @@ def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer) -> None:
         count = count_tokens(word, tokenizer)
         if count > token_limit(tokenizer):
             raise Refused(
-                f"--classes: {_shown(word)} has {count} tokens, at most {token_limit(tokenizer)} fit",
+                f"--classes: {shown(word)} has {count} tokens, at most {token_limit(tokenizer)} fit",
                 "Use a shorter name for the class.",
             )
 
@@ -163,7 +157,7 @@ def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = ()
         return prompt
     if not truncate:
         raise Refused(
-            f"{where}: {count} tokens, at most {limit} fit: {_shown(prompt)}", "Shorten it, or pass --truncate-prompts."
+            f"{where}: {count} tokens, at most {limit} fit: {shown(prompt)}", "Shorten it, or pass --truncate-prompts."
         )
     shortest, longest = 0, len(head)
     while shortest < longest:
@@ -179,11 +173,11 @@ def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = ()
     lost = [word for word in find_classes(prompt, words) if word not in find_classes(kept, words)]
     if lost or not kept:
         what = (
-            f"cutting it to {limit} tokens would lose the class word {_shown(lost[0])}"
+            f"cutting it to {limit} tokens would lose the class word {shown(lost[0])}"
             if lost
             else f"nothing of it fits into {limit} tokens"
         )
-        raise Refused(f"{where}: {what}: {_shown(prompt)}", "Name the classes earlier in the prompt.")
+        raise Refused(f"{where}: {what}: {shown(prompt)}", "Name the classes earlier in the prompt.")
     return kept
 
 
@@ -195,6 +189,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """The text for a message: short, and nothing in it can steer a terminal."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

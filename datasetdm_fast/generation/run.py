@@ -12,7 +12,7 @@ from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, prompts
 from datasetdm_fast.generation.driver import word_slots
-from datasetdm_fast.generation.job import Job, _engine_of, _recipe_of
+from datasetdm_fast.generation.job import Job, engine_of, recipe_of
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, result_of
@@ -146,10 +146,10 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
             f"--only {config.only}: no sample of {folder} has this id",
             "Ids are those of samples.jsonl, for example 00000003.",
         )
-    engine, decoders = _engine_of(settings)
+    engine, decoders = engine_of(settings)
     weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
-    recipe = _recipe_of(settings, engine, settings.classes)
+    recipe = recipe_of(settings, engine, settings.classes)
     size, place = row.recipe["batch_size"], row.request.index % row.recipe["batch_size"]
     filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
     batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))

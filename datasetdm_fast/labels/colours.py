@@ -1,7 +1,7 @@
 """Class colours: the same number has the same colour in every label file and on every page."""
 
 import colorsys
-from collections.abc import Sequence
+from functools import cache
 
 COLOURS = (
     *(
@@ -40,7 +40,8 @@ def colour(index: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def palette(numbers: Sequence[int] = ()) -> bytes:
+@cache
+def palette(numbers: tuple[int, ...] = ()) -> bytes:
     """The 256 colours of an index PNG; value k has the colour of class numbers[k], of k itself beyond them."""
     shown = [*numbers, *range(len(numbers), 256)]
     return bytes(value for number in shown for value in colour(number))

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,10 +27,7 @@ def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
     """A palette PNG whose pixel values are the labels [H, W] uint8; label k has the colour of class numbers[k], of k
     itself beyond them.
     """
-    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), _palette(tuple(numbers)))
-
-
-_palette = cache(palette)
+    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), palette(tuple(numbers)))
 
 
 def picture_bytes(picture: Image.Image) -> bytes:

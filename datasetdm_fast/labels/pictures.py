@@ -20,15 +20,11 @@ def depth_picture(millimetres: np.ndarray) -> Image.Image:
     image = Image.fromarray(steps)
     if image.width > DEPTH_SIDE:
         image = image.resize((DEPTH_SIDE, DEPTH_SIDE), Image.Resampling.BOX)
-    image.putpalette(_heat())
-    return image
-
-
-def _heat() -> bytes:
-    anchors = np.array([[int(text[k : k + 2], 16) for k in (0, 2, 4)] for text in HEAT])
+    anchors = np.array([list(bytes.fromhex(text)) for text in HEAT])
     place = np.linspace(0, len(HEAT) - 1, 256)
     channels = [np.interp(place, np.arange(len(HEAT)), anchors[:, k]) for k in range(3)]
-    return np.stack(channels, 1).round().astype(np.uint8).tobytes()
+    image.putpalette(np.stack(channels, 1).round().astype(np.uint8).tobytes())
+    return image
 
 
 def outline(mask: np.ndarray) -> str:

@@ -8,7 +8,7 @@ bytes are the SHA-256 of the rest.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -173,7 +173,9 @@ def stored(
 ) -> StoredCaptures:
     """The captures of all views, missing or damaged ones made now; process `share[0]` of `share[1]` makes its part."""
     layout, draws = Layout.of(engine.model.levels), views.looks.draws
-    identity = _identity(engine, inversion, layout)
+    kept = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
+    common = {"model": engine.model.digests, **kept, **asdict(inversion), "layout": asdict(layout)}
+    identity = json.dumps(common, sort_keys=True, default=str)
     paths = []
     _sweep(folder)
     for image in range(len(views.numbers)):
@@ -183,7 +185,8 @@ def stored(
         paths.append(path)
         if image % share[1] == share[0]:
             if not _is_whole(path, draws * layout.numbers * 2):
-                _write(path, _made(engine, views, items, seeds, inversion, layout, batch_size))
+                content = _made(engine, views, items, seeds, inversion, layout, batch_size).tobytes()
+                storage.publish({path: [content, hashlib.sha256(content).digest()]})
             progress(draws)
     return StoredCaptures(paths, layout, draws, engine.device)
 
@@ -205,27 +208,11 @@ def _made(
     return joined
 
 
-def _identity(engine, inversion: Inversion, layout: Layout) -> str:
-    """What every shard of an engine has in common."""
-    facts = engine.fingerprint()
-    kept: Mapping[str, object] = {name: facts.get(name) for name in ("engine", "dtype")}
-    return json.dumps(
-        {"model": engine.model.digests, **kept, **asdict(inversion), "layout": asdict(layout)},
-        sort_keys=True,
-        default=str,
-    )
-
-
 def _key(identity: str, views: Views, items: Sequence, seeds: Sequence[int]) -> str:
     digest = hashlib.sha256(identity.encode())
     digest.update(json.dumps([views.captions(items), list(seeds), items[0].image.shape]).encode())
     digest.update(views.pixels(items).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(path: Path, rows: np.ndarray) -> None:
-    content = rows.tobytes()
-    storage.publish({path: [content, hashlib.sha256(content).digest()]})
 
 
 def _is_whole(path: Path, size: int) -> bool:

@@ -102,15 +102,15 @@ class Projection(nn.Module):
                     1,
                 )
             )
-            self.features.append(nn.ParameterList(frozen(_halves(next(parts))) for _ in level.features))
+            # features: [2, C, F], a matrix for each CFG half
+            self.features.append(
+                nn.ParameterList(
+                    frozen(next(parts).unflatten(1, (2, -1)).permute(1, 2, 0).contiguous()) for _ in level.features
+                )
+            )
             self.maps.append(
                 nn.ParameterList(frozen(next(parts).T.unflatten(0, (heads, -1)).contiguous()) for heads in level.heads)
             )  # [heads, T, F]
-
-
-def _halves(weight: Tensor) -> Tensor:
-    """A weight [F, 2C] as the matrices [2, C, F] of both CFG halves."""
-    return weight.unflatten(1, (2, -1)).permute(1, 2, 0).contiguous()
 
 
 class ProjectedSums:
@@ -127,9 +127,10 @@ class ProjectedSums:
 
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         if slot is not None and self.projection.widths[slot[0]]:
-            level, place = slot
+            (level, place), total = slot, self.sums[slot[0]]
             for half, weight in zip(tokens(x).chunk(2), self.projection.features[level][place]):
-                _add_product(self.sums[level], half.flatten(0, 1), weight)
+                cells = half.flatten(0, 1)
+                total.addmm_(cells, weight) if total.dtype == cells.dtype else total.add_(cells @ weight)
 
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         level, place = slot
@@ -145,10 +146,3 @@ class ProjectedSums:
         return tuple(
             total.unflatten(0, (self.batch, h, w)).permute(0, 3, 1, 2) for total, (h, w) in zip(self.sums, self.sizes)
         )
-
-
-def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
-    if total.dtype == x.dtype:
-        total.addmm_(x, weight)
-    else:
-        total.add_(x @ weight)

@@ -73,19 +73,23 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
         )
     findings: list[Finding] = []
     document = _document(folder, findings)
+    report = Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
     if document and not any((folder / name).exists() for name in (LEDGER, seal.SEAL)):
-        return Report(str(folder), document["plan"]["number"], 0, 0, 0, 0, findings)  # killed before its first sample
+        return report  # killed before its first sample
+
+    def damaged(error: Exception) -> Report:
+        findings.append(Finding(LEDGER, _told_of(error, folder, LEDGER), _restore(folder)))
+        return report
+
     try:
         ledger = Ledger(folder / LEDGER, read_only=True)
     except (Refused, Missing) as error:
-        findings.append(Finding(LEDGER, _told_of(error, folder, LEDGER), _restore(folder)))
-        return Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
+        return damaged(error)
     with ledger:
         try:
             return _audit(folder, document, ledger, findings, threads or os.cpu_count() or 1, seen)
         except Refused as error:  # a page of the ledger that only reading it shows to be damaged
-            findings.append(Finding(LEDGER, _told_of(error, folder, LEDGER), _restore(folder)))
-            return Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
+            return damaged(error)
 
 
 def _audit(
@@ -98,9 +102,7 @@ def _audit(
 ) -> Report:
     findings += [Finding(LEDGER, f"SQLite finds {line}", _restore(folder)) for line in ledger.damage()]
     noted = _noted(folder, ledger, findings)
-    if document is None:
-        document = noted
-    if document is None:
+    if (document := document or noted) is None:
         return Report(str(folder), 0, ledger.count(), ledger.count(SET_ASIDE), 0, 0, findings)
     findings += [
         Finding(DOCUMENT, f"{line.replace(' asked for', ' in the ledger')}", "Restore run.json from a copy.")
@@ -218,7 +220,6 @@ def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
                 )
 
 
-# One sample -----------------------------------------------------------------------------------------------------------
 def _checked(
     folder: Path, document: Mapping[str, Any], rows: Iterable[Row], is_indexed: bool, threads: int
 ) -> Iterator[tuple[Row, list[Finding], int]]:
@@ -264,7 +265,11 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
             if data is None:
                 raise ValueError("is not there")
             total += len(data)
-            _check_bytes(data, stored)
+            if len(data) != stored.size:
+                raise ValueError(f"has {len(data)} bytes, {stored.size} were written")
+            if (digest := hashlib.sha256(data).hexdigest()) != stored.sha256:
+                said = f"SHA-256 {digest[:12]}, expected {stored.sha256[:12]}"
+                raise ValueError(f"its bytes are not those that were written ({said})")
             arrays[role] = np.array(images.decode_image(data, name))
         except (ValueError, Missing) as error:
             findings.append(Finding(name, _told_of(error, folder, name), _again(folder, id)))
@@ -277,16 +282,6 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
         if role in row.files:
             findings += _check_picture(folder, row, role, arrays.get(role))
     return findings, total
-
-
-def _check_bytes(data: bytes, stored: storage.StoredFile) -> None:
-    if len(data) != stored.size:
-        raise ValueError(f"has {len(data)} bytes, {stored.size} were written")
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != stored.sha256:
-        raise ValueError(
-            f"its bytes are not those that were written (SHA-256 {digest[:12]}, expected {stored.sha256[:12]})"
-        )
 
 
 def _check_picture(folder: Path, row: Row, role: str, pixels: np.ndarray | None) -> Iterator[Finding]:

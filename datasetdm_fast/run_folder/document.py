@@ -118,5 +118,6 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
         )
 
 
-def _pretty(document: Mapping[str, Any]) -> bytes:
+def pretty(document: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON file that a person may read, one spelling for one value."""
     return (json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()

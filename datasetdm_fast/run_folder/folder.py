@@ -13,7 +13,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import gallery, seal
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, _pretty, read_document
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty, read_document
 from datasetdm_fast.run_folder.indexes import INDEXES
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_sealed, unseal
@@ -34,7 +34,7 @@ class RunFolder(AbstractContextManager):
     ):
         self.path = path
         self.document: dict[str, Any] = json.loads(
-            _pretty(document)
+            pretty(document)
         )  # in the order of the file, which is what a later start will read
         self._closing = ExitStack()
         storage.make_folder(path / "state")
@@ -44,9 +44,9 @@ class RunFolder(AbstractContextManager):
             if not is_member:
                 clean(path)
             if not (path / DOCUMENT).exists():
-                storage.publish({path / DOCUMENT: _pretty(document)})
+                storage.publish({path / DOCUMENT: pretty(document)})
             if not (path / SEAL).exists():
-                storage.publish({path / SEAL: _pretty({})})
+                storage.publish({path / SEAL: pretty({})})
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
             described = json.dumps(document, ensure_ascii=False, sort_keys=True)
             if self.ledger.noted("run") != described:
@@ -58,7 +58,7 @@ class RunFolder(AbstractContextManager):
 
     def add(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
         """Makes the results part of the data set, all or none."""
-        self.unseal()
+        unseal(self.path)
         self.ledger.commit(self.write(results, recipe))
 
     def unseal(self) -> None:
@@ -164,6 +164,6 @@ def note(folder: Path, name: str, value: Any) -> None:
     with locks.locked(folder / LOCK):
         was_sealed = is_sealed(folder)
         unseal(folder)
-        storage.publish({folder / DOCUMENT: _pretty(document | {name: value})})
+        storage.publish({folder / DOCUMENT: pretty(document | {name: value})})
         if was_sealed:
             seal.seal(folder, document)

@@ -1,7 +1,8 @@
 """Where the files of samples go: below the run folder, or with --store to an object store of fsspec's."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,46 +73,45 @@ class ObjectStore:
     def _protocols(self) -> tuple[str, ...]:
         return (self.files.protocol,) if isinstance(self.files.protocol, str) else tuple(self.files.protocol)
 
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a store has errors of its own beside those of a disk
+            raise Missing(
+                f"{self.url}: {type(error).__name__}: {error}",
+                "Check the address and the credentials, then run the same line again.",
+            ) from error
+
     def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         """Digests and sizes of the files, once all are there; what the gallery draws brings its picture."""
-        files = {
-            **files,
-            **{
-                f"gallery/{name}": gallery.picture_of(role, content)
-                for name, content in files.items()
-                if (role := name.partition("/")[0]) in gallery.DRAWN
-            },
-        }
-        return self.put(files)
+        drawn = {name: role for name in files if (role := name.partition("/")[0]) in gallery.DRAWN}
+        pictures = {f"gallery/{name}": gallery.picture_of(role, files[name]) for name, role in drawn.items()}
+        return self.put({**files, **pictures})
 
     def put(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         """The same, of files as they are."""
         if "file" in self._protocols:  # where a file is only whole at once if it is renamed
             return into(Path(self.root))(files)
-        try:
+        with self._refusing():
             for folder in sorted({name.rpartition("/")[0] for name in files}):
                 self.files.makedirs(f"{self.root}/{folder}".rstrip("/"), exist_ok=True)
             self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
-            short = next(
-                (name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)),
-                None,
-            )
-        except Exception as error:  # a store has errors of its own beside those of a disk
-            raise self._missing(error) from error
-        if short is not None:
+            short = [name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)]
+        if short:
             raise Missing(
-                f"{self.url}/{short}: not all of it is there", "Run the same line again: it goes on where it stopped."
+                f"{self.url}/{short[0]}: not all of it is there",
+                "Run the same line again: it goes on where it stopped.",
             )
         return {name: StoredFile(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where it is not there."""
-        try:
-            return self.files.cat_file(f"{self.root}/{name}")
-        except FileNotFoundError:
-            return None
-        except Exception as error:
-            raise self._missing(error) from error
+        with self._refusing():
+            try:
+                return self.files.cat_file(f"{self.root}/{name}")
+            except FileNotFoundError:
+                return None
 
     def complete(self, folder: Path) -> None:
         """Uploads the other files of the run folder, the seal last; a store that has this seal is complete."""
@@ -128,17 +128,9 @@ class ObjectStore:
             with path.open("rb") as file:
                 storage.publish({Path(self.root) / name: iter(lambda: file.read(PIECE), b"")})
             return
-        try:
+        with self._refusing():
             self.files.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
             self.files.put_file(str(path), f"{self.root}/{name}")
-        except Exception as error:
-            raise self._missing(error) from error
-
-    def _missing(self, error: Exception) -> Missing:
-        return Missing(
-            f"{self.url}: {type(error).__name__}: {error}",
-            "Check the address and the credentials, then run the same line again.",
-        )
 
     def note(self, folder: Path) -> None:
         """Writes down in the run folder that its samples are here."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder import gallery
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, _pretty
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.run_folder.indexes import INDEXES
 from datasetdm_fast.run_folder.ledger import Ledger
 
@@ -16,9 +16,8 @@ QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the 
 
 def remove_queue(folder: Path) -> None:
     """Removes the work queue of a run that no process works on."""
-    path = folder / QUEUE
-    for old in (path, path.with_name(path.name + "-journal")):
-        storage.remove(old)
+    for name in (QUEUE, f"{QUEUE}-journal"):
+        storage.remove(folder / name)
 
 
 OWN = "this"  # the line of the seal that is about the other lines
@@ -51,14 +50,14 @@ def seal(folder: Path, document: Mapping[str, Any]) -> None:
 
 def sealed(digests: Mapping[str, str]) -> bytes:
     """The seal of these digests, which has one of its own."""
-    return _pretty({**digests, OWN: hashlib.sha256(_pretty(digests)).hexdigest()})
+    return pretty({**digests, OWN: hashlib.sha256(pretty(digests)).hexdigest()})
 
 
 def unseal(folder: Path) -> None:
     """Takes the digests back before the first change, so that a run killed during it is not called damaged."""
     if is_sealed(folder):
-        storage.publish({folder / SEAL: _pretty({})})
+        storage.publish({folder / SEAL: pretty({})})
 
 
 def is_sealed(folder: Path) -> bool:
-    return (folder / SEAL).exists() and (folder / SEAL).stat().st_size > len(_pretty({}))
+    return (folder / SEAL).exists() and (folder / SEAL).stat().st_size > len(pretty({}))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -92,10 +93,9 @@ class Trainer:
         self.average = [parameter.detach().clone() for parameter in self.trained]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == "fp16")
         self.done = 0
+        self._order = lru_cache(2)(self._permutation)
         self._reader = ThreadPoolExecutor(1) if is_ahead else None
         self._next: tuple[int, Future] | None = None
-
-    # What a step is made of -------------------------------------------------------------------------------------------
 
     def views(self, step: int) -> list[tuple[int, int]]:
         """Place in the batch and view of what this process does in a step: all views, in a new order each epoch."""
@@ -106,13 +106,8 @@ class Trainer:
             found.append((place, int(self._order(turn)[position])))
         return found
 
-    def _order(self, turn: int) -> Tensor:
-        if getattr(self, "_turn", None) != turn:
-            self._turn, self._permutation = (
-                turn,
-                torch.randperm(self.lessons.count, generator=generator(self.schedule.seed, "turn", turn)),
-            )
-        return self._permutation
+    def _permutation(self, turn: int) -> Tensor:
+        return torch.randperm(self.lessons.count, generator=generator(self.schedule.seed, "turn", turn))
 
     def _read(self, views: Sequence[tuple[int, int]]) -> tuple[list[tuple[Tensor, ...]], list[TrainingTarget]]:
         parts = [[view for _, view in part] for part in self._parts(views)]
@@ -149,7 +144,9 @@ class Trainer:
         schedule, step = self.schedule, self.done
         views, captures, targets = self._examples_of(step)
         generators = [generator(schedule.seed, step, place) for place, _ in views]
-        hidden = [_hidden(self.lessons.captures.layout, schedule.dropout, source) for source in generators]
+        layout, share = self.lessons.captures.layout, schedule.dropout
+        # which feature channels of all levels each view does not see
+        hidden = [torch.rand(sum(layout.features), generator=source) < share for source in generators if share]
         asked = (
             [asked_word(target, len(self.words), source) for target, source in zip(targets, generators)]
             if self.decoder.config.has_text
@@ -159,26 +156,20 @@ class Trainer:
         whole = self._whole(answers)
         powers = [buffer for name, buffer in self.decoder.named_buffers() if name.endswith("u0")]
         statistics = [buffer for name, buffer in self.decoder.named_buffers() if "stored_" in name]
-        starts, sums = (
-            [buffer.clone() for buffer in (*powers, *statistics)],
-            [torch.zeros_like(buffer) for buffer in statistics],
-        )
+        starts = [buffer.clone() for buffer in (*powers, *statistics)]
+        sums = [torch.zeros_like(buffer) for buffer in statistics]
         self.optimiser.param_groups[0]["lr"] = self.rate(step)
         self.optimiser.zero_grad(set_to_none=True)
         total, begin = torch.zeros((), device=self.device), 0
+        depth = {"auxiliary": schedule.is_deep} if self.decoder.config.has_queries else {}
         for levels in captures:
             part = slice(begin, begin := begin + len(levels[0]))
             for buffer, start in zip((*powers, *statistics), starts):  # every part goes on from the same
                 buffer.copy_(start)
             text = (self.words[[0] * len(asked[part]) if schedule.first_word_only else asked[part]],) if asked else ()
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-                shown = without(
-                    [level.to(self.device) for level in levels],
-                    hidden[part],
-                    schedule.dropout,
-                    self.lessons.captures.layout,
-                )
-                found = self.decoder(projected(self.decoder, shown), *text, **_depth_of(self.decoder, schedule))
+                shown = without([level.to(self.device) for level in levels], hidden[part], share, layout)
+                found = self.decoder(projected(self.decoder, shown), *text, **depth)
             loss = loss_of(self.decoder.config, found, targets[part], answers[part], schedule, generators[part], whole)
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -219,8 +210,6 @@ class Trainer:
         for mean in means:
             mean /= self.ranks.world
         self.ranks.total([total, *means, *(parameter.grad for parameter in self.trained if parameter.grad is not None)])
-
-    # What is kept of it -----------------------------------------------------------------------------------------------
 
     def finished(self) -> Decoder:
         """A decoder with the averaged weights, to be saved or folded; the training can go on."""
@@ -294,10 +283,6 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
-def _depth_of(decoder: Decoder, schedule: TrainingSchedule) -> dict[str, bool]:
-    return {"auxiliary": schedule.is_deep} if decoder.config.has_queries else {}
-
-
 def projected(decoder: Decoder, levels: Sequence[Tensor]) -> ProjectedCapture:
     """What the decoder's first layers make of levels [B, cells, channels]; gradients reach their weights."""
     weights, sums = decoder.projections(), []
@@ -308,12 +293,7 @@ def projected(decoder: Decoder, levels: Sequence[Tensor]) -> ProjectedCapture:
     return ProjectedCapture(tuple(sums), {})
 
 
-def _hidden(layout: Layout, share: float, source: torch.Generator) -> Tensor | None:
-    """Which feature channels of all levels one view does not see."""
-    return torch.rand(sum(layout.features), generator=source) < share if share else None
-
-
-def without(levels: Sequence[Tensor], hidden: Sequence[Tensor | None], share: float, layout: Layout) -> list[Tensor]:
+def without(levels: Sequence[Tensor], hidden: Sequence[Tensor], share: float, layout: Layout) -> list[Tensor]:
     """The levels with each view's hidden channels zeroed and the others raised to make up for it."""
     if not share:
         return list(levels)

@@ -39,9 +39,16 @@ def page(
             f"<figure>{cells}<figcaption>{html.escape(item.id)} &middot; "
             f"{html.escape(item.caption)}</figcaption></figure>"
         )
-    table = "".join(
-        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_plainly(value))}</td></tr>"
+    told = {
+        name: f"{value:.4g}"
+        if isinstance(value, float)
+        else json.dumps(value)
+        if isinstance(value, dict)
+        else str(value)
         for name, value in {**facts, **figures}.items()
+    }
+    table = "".join(
+        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(value)}</td></tr>" for name, value in told.items()
     )
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 "
@@ -54,12 +61,6 @@ def page(
         f"<h1>{task} decoder</h1><table>{table}</table><p>Image, truth and answer, on images it was not taught "
         f"from.</p>{''.join(rows)}</html>\n"
     ).encode()
-
-
-def _plainly(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _address(pixels: np.ndarray | Image.Image) -> str:

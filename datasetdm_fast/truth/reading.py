@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -47,17 +48,13 @@ def colour_image(
     check_sides(path, image.size)
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1"):
         raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
-    if turned and (upright := _upright(path, image)) is not None:
-        image = turned(path, image, upright)
+    if turned:
+        try:
+            upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else None
+        except Exception as error:  # Pillow's readers raise nearly anything
+            raise bad(path, f"its EXIF data cannot be read ({type(error).__name__})") from error
+        image = image if upright is None else turned(path, image, upright)
     return np.asarray(image.convert("RGB"))
-
-
-def _upright(path: Path, image: Image.Image) -> Image.Image | None:
-    """The picture as it is to be shown, None where it is stored so."""
-    try:
-        return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else None
-    except Exception as error:  # Pillow's readers raise nearly anything
-        raise bad(path, f"its EXIF data cannot be read ({type(error).__name__})") from error
 
 
 def as_shown(path: Path, stored: Image.Image, upright: Image.Image) -> Image.Image:
@@ -155,9 +152,12 @@ def inside(root: Path, name: str, listed_in: Path | str) -> Path:
 
 def listing(folder: Path, *endings: str) -> list[Path]:
     """The files of a folder and its sub-folders with one of the endings, sorted by name."""
-    found = []
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
+    found, seen = [], set()
+
+    def refuse(error: OSError) -> NoReturn:
+        raise storage.refusal(error, error.filename) from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link may lead back up
             folders.clear()
             continue
@@ -169,10 +169,6 @@ def listing(folder: Path, *endings: str) -> list[Path]:
             f"{folder}: no file that ends in {' or '.join(endings)}", "Give the folder of the data set itself."
         )
     return sorted(found)
-
-
-def _cannot_list(error: OSError) -> None:
-    raise storage.refusal(error, error.filename) from error
 
 
 def no_split(path: Path, split: str) -> Refused:
@@ -189,14 +185,6 @@ def first_there(*paths: Path) -> Path:
             return path
     others = f", nor {', '.join(map(str, paths[1:]))}" if len(paths) > 1 else ""
     raise Refused(f"{paths[0]}: not there{others}", "Give the data set's own folder, laid out as it was published.")
-
-
-def class_file(path: Path) -> tuple[str, ...]:
-    """Class names, one a line in the order of their numbers."""
-    names = lines(path)
-    if len(set(names)) < len(names) or max(map(len, names)) > 200:
-        raise bad(path, "its names are not short and different, one a line")
-    return tuple(names)
 
 
 def without_background(classes: Sequence[str]) -> tuple[str, ...]:
