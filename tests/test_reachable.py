@@ -32,7 +32,6 @@ MOST_ALLOWED = 10
 # What nothing reaches and why it stays: a pattern of full names -> the reason.
 ALLOWED = {
     f"{PACKAGE}._C.depth_head_vector_bytes": "tests compare every vector width that this CPU has",
-    f"{PACKAGE}.tasks.*.upstream_*": "post-processing as DatasetDM's own checkpoints need it, for the drop-in commands",
     f"{PACKAGE}.decoders.*upstream": "DatasetDM's own checkpoints and their configs, for the drop-in commands",
 }
 

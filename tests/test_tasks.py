@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import upstream_rules
 
 from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.generation import driver
 from datasetdm_fast.labels import LABEL_KINDS, words
-from datasetdm_fast.tasks import TASKS, captions, depth, instance, open_vocabulary, pose, semantic
+from datasetdm_fast.tasks import TASKS, captions, instance, semantic
 
 SIZE = 32
 ON, OFF = 20.0, -20.0  # logits of a sure pixel
@@ -59,9 +60,9 @@ def test_semantic_follows_the_masks():
 def test_semantic_small_classes_vanish_except_class_zero():
     masks = planes((0, 0, 32, 16), (0, 16, 10, 26), (16, 16, 26, 26))  # 512, 100 and 100 pixels
     logits = sure(2, 1, 0)
-    kept = semantic.upstream_labels(logits, masks, min_area=99)[0]
+    kept = upstream_rules.labels(logits, masks, min_area=99)[0]
     assert (kept[0:10, 16:26] == 1).all()
-    dropped = semantic.upstream_labels(logits, masks, min_area=101)[0]
+    dropped = upstream_rules.labels(logits, masks, min_area=101)[0]
     assert set(dropped.unique().tolist()) == {0, 2}
     assert (dropped[16:26, 16:26] == 0).all() and (dropped[:, :16] == 2).all()
 
@@ -69,8 +70,8 @@ def test_semantic_small_classes_vanish_except_class_zero():
 def test_semantic_area_counts_only_values_above_one_half():
     logits = sure(1)
     masks = torch.zeros(1, 1, SIZE, SIZE)  # sigmoid one half exactly: evidence of at most one half everywhere
-    assert (semantic.upstream_labels(logits, masks, min_area=1) == 0).all()
-    assert (semantic.upstream_labels(logits, masks + 0.1, min_area=1) == 1).all()
+    assert (upstream_rules.labels(logits, masks, min_area=1) == 0).all()
+    assert (upstream_rules.labels(logits, masks + 0.1, min_area=1) == 1).all()
 
 
 def test_semantic_area_scales_with_the_image():
@@ -85,9 +86,9 @@ def test_semantic_area_scales_with_the_image():
 
 def test_semantic_ties_go_to_the_lowest_id():
     logits = torch.full((1, 1, 4), 1.0)
-    assert (semantic.upstream_labels(logits, planes((0, 0, 32, 32)), min_area=0) == 0).all()
+    assert (upstream_rules.labels(logits, planes((0, 0, 32, 32)), min_area=0) == 0).all()
     logits[0, 0, 0] = -20
-    assert (semantic.upstream_labels(logits, planes((0, 0, 32, 32)), min_area=0) == 1).all()
+    assert (upstream_rules.labels(logits, planes((0, 0, 32, 32)), min_area=0) == 1).all()
 
 
 def test_semantic_without_any_object():
@@ -103,7 +104,7 @@ def test_upstream_instance_score():
     logits = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]]])
     masks = torch.full((1, 2, 2, 2), -1.0)
     masks[0, 0, 0] = torch.tensor([1.0, 2.0])
-    found, classes, scores = instance.upstream_instances(logits, masks, 4)
+    found, classes, scores = upstream_rules.instances(logits, masks, 4)
     probability = logits.softmax(-1)[0, :, :2]
     inside = (1 / (1 + math.exp(-1)) + 1 / (1 + math.exp(-2))) / (2 + 1e-6)
     by_pair = {
@@ -113,15 +114,15 @@ def test_upstream_instance_score():
     for k in range(2):
         assert by_pair[0, k] == pytest.approx(float(probability[0, k]) * inside, rel=1e-6)
         assert by_pair[1, k] == 0  # an empty mask scores nothing and divides by no zero
-    assert instance.upstream_instances(logits, masks, 1)[1].tolist() == [[1]]
-    assert len(instance.upstream_instances(logits, masks, 100)[2][0]) == 4
+    assert upstream_rules.instances(logits, masks, 1)[1].tolist() == [[1]]
+    assert len(upstream_rules.instances(logits, masks, 100)[2][0]) == 4
 
 
 def test_upstream_instances_kept():
     scores = torch.linspace(0.3, 0.9, 31)[None]
-    kept = instance.upstream_kept(scores)
+    kept = upstream_rules.kept(scores)
     assert kept.sum() == 20 and kept[0, 11:].all()
-    assert instance.upstream_kept(torch.tensor([[0.4, 0.39999, 0.5]])).tolist() == [[True, False, True]]
+    assert upstream_rules.kept(torch.tensor([[0.4, 0.39999, 0.5]])).tolist() == [[True, False, True]]
 
 
 def test_instances_keep_parts_and_holes_and_drop_doubles():
@@ -196,9 +197,9 @@ def test_one_word_without_its_own_axis():
 
 def test_upstream_voc_mask():
     logits = torch.tensor([[[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]])
-    label = open_vocabulary.upstream_mask(logits, planes((0, 0, 10, 10), (0, 0, 32, 32)), 15)
+    label = upstream_rules.mask(logits, planes((0, 0, 10, 10), (0, 0, 32, 32)), 15)
     assert set(label.unique().tolist()) == {0, 15} and (label == 15).sum() == 100
-    assert (open_vocabulary.upstream_mask(logits, planes(None, None), 15) == 0).all()
+    assert (upstream_rules.mask(logits, planes(None, None), 15) == 0).all()
 
 
 # ---- depth
@@ -206,8 +207,8 @@ def test_upstream_voc_mask():
 
 def test_depth_bytes_round_half_to_even_and_saturate():
     values = np.array([0.5, 1.5, 2.5, 255.6, 300.0, 0.0], np.float32)
-    assert depth.upstream_bytes(values * 80 / 256, 80).tolist() == [0, 2, 2, 255, 255, 0]
-    assert depth.upstream_bytes(values, 256).dtype == np.uint8
+    assert upstream_rules.depth_bytes(values * 80 / 256, 80).tolist() == [0, 2, 2, 255, 255, 0]
+    assert upstream_rules.depth_bytes(values, 256).dtype == np.uint8
 
 
 def test_depth_is_metres_at_image_size():
@@ -243,7 +244,7 @@ def test_upstream_keypoints_at_the_border():
         maps[0, j, row, column] = 1
     maps[0, 0, 5, 6], maps[0, 0, 4, 5], maps[0, 0, 6, 5] = 0.5, 0.2, 0.2
     maps[0, 5] = -1
-    found, is_written = pose.upstream_keypoints(maps, 16)
+    found, is_written = upstream_rules.keypoints(maps, 16)
     assert is_written.tolist() == [[True, False, True, False, True, False]]
     assert found[0, 0].tolist() == [5.25, 5.0, 1.0]
     assert found[0, 2].tolist() == [2.0, 5.0, 1.0]
@@ -254,9 +255,9 @@ def test_upstream_keypoints_at_the_border():
 def test_upstream_keypoints_take_the_first_maximum_of_the_resized_map():
     maps = torch.zeros(1, 1, 16, 16)
     maps[0, 0, 4, 4] = maps[0, 0, 4, 9] = 1
-    found, _ = pose.upstream_keypoints(maps, 16)
+    found, _ = upstream_rules.keypoints(maps, 16)
     assert found[0, 0, :2].tolist() == [4.0, 4.0]
-    resized, is_written = pose.upstream_keypoints(bumps((8, 6)), 64)
+    resized, is_written = upstream_rules.keypoints(bumps((8, 6)), 64)
     assert is_written.all() and resized[0, 0, 0] == pytest.approx(8.5 * 4 - 0.5, abs=0.76)
 
 
@@ -292,7 +293,7 @@ def test_no_person():
 def test_simcc_bins():
     bins = torch.arange(64.0)
     x, y = -((bins - 20.4) ** 2)[None, None], -((bins - 63.0) ** 2)[None, None]
-    assert pose.upstream_bins(x, y).tolist() == [[[20, 63]]]
+    assert upstream_rules.bins(x, y).tolist() == [[[20, 63]]]
     (found,) = TASKS["pose"].postprocess({"x": x, "y": y}, upstream("simcc", joints=("head",)), 64)
     assert (
         found.points[0, 0, 0] == pytest.approx(20.4, abs=0.02)

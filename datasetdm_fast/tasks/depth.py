@@ -13,11 +13,6 @@ from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 
-def upstream_bytes(metres: np.ndarray, max_depth: float) -> np.ndarray:
-    """DatasetDM's 8-bit depth: metres / max_depth * 256, rounded half to even, saturated at 255."""
-    return np.clip(np.rint(metres / max_depth * 256), 0, 255).astype(np.uint8)
-
-
 class DepthTask(Task):
     """Metres of every pixel."""
 

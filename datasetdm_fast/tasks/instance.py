@@ -31,22 +31,6 @@ def candidates(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[T
     return queries, flat % classes, best * mean.gather(1, queries)
 
 
-def upstream_instances(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """DatasetDM's masks [B, k, H, W] bool, class ids [B, k] and scores [B, k], from masks already at image size; in no
-    order.
-    """
-    queries, classes, scores = candidates(class_logits, mask_logits, count)
-    images = torch.arange(len(queries), device=queries.device)[:, None]
-    return (mask_logits > 0)[images, queries], classes, scores
-
-
-def upstream_kept(scores: Tensor, best: int = 20, threshold: float = 0.4) -> Tensor:
-    """Which of the scores [B, k] DatasetDM's COCO generator writes: those among the best 20 that reach 0.4."""
-    among = torch.zeros_like(scores, dtype=torch.bool)
-    among.scatter_(1, scores.topk(min(best, scores.shape[1])).indices, True)
-    return among & (scores >= threshold)
-
-
 def not_overlapping(inside: Tensor, is_wanted: Tensor, threshold: float) -> Tensor:
     """Which wanted masks [B, k, S], given best first, overlap no better kept one by more than `threshold` of IoU."""
     pixels = inside.float()

@@ -10,21 +10,13 @@ from torch import Tensor
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.tasks.instance import NOTHING, upstream_instances
+from datasetdm_fast.tasks.instance import NOTHING
 from datasetdm_fast.tasks.semantic import SMALL, masks_of, scaled_area
 from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 OBJECT = 1  # the class logit that says "this query is the word"; logit 0 was never trained
-
-
-def upstream_mask(class_logits: Tensor, mask_logits: Tensor, class_id: int) -> Tensor:
-    """DatasetDM's VOC label map [B, H, W]: `class_id` inside the best-scored of three candidates, 0 elsewhere; masks
-    already at image size.
-    """
-    masks, _, scores = upstream_instances(class_logits, mask_logits, 3)
-    return masks[torch.arange(len(masks), device=masks.device), scores.argmax(1)].long() * class_id
 
 
 def best_query(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
@@ -34,25 +33,6 @@ def neighbours(planes: Tensor, places: Tensor) -> Tensor:
     rows = (places[..., 1, None] + steps).clamp(0, height - 1)
     index = rows[..., :, None] * width + columns[..., None, :]
     return planes.flatten(2).gather(2, index.flatten(2)).unflatten(2, (3, 3))
-
-
-def upstream_keypoints(heatmaps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """DatasetDM's joints [B, J, 3] (column, row, score) and which of them it writes: those not within a pixel of the
-    border, moved a quarter pixel uphill.
-    """
-    planes = resize(heatmaps, size)
-    height, places = peaks(planes)
-    places = places * (height > 0)[..., None]
-    around = neighbours(planes, places)
-    uphill = torch.stack([around[..., 1, 2] - around[..., 1, 0], around[..., 2, 1] - around[..., 0, 1]], -1).sign()
-    is_written = ((places > 1) & (places < size - 1)).all(-1)
-    moved = places + 0.25 * uphill * is_written[..., None]
-    return torch.cat([moved, height[..., None]], -1), is_written
-
-
-def upstream_bins(x: Tensor, y: Tensor) -> Tensor:
-    """DatasetDM's joints [B, J, 2] (column, row) from bin logits [B, J, W] and [B, J, H]."""
-    return torch.stack([logits.softmax(-1).argmax(-1) for logits in (x, y)], -1)
 
 
 def summit(heatmaps: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,11 +39,6 @@ def without_small(found: Tensor, min_area: float) -> Tensor:
     return found.masked_fill(is_small[..., None, None], 0)
 
 
-def upstream_labels(class_logits: Tensor, mask_logits: Tensor, min_area: float = 5000) -> Tensor:
-    """DatasetDM's label map [B, H, W] int64 from masks already at image size; ties go to the lowest id."""
-    return without_small(evidence(class_logits, mask_logits), min_area).argmax(1)
-
-
 def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
     """One mask for each number of a label map, under the id it stands for."""
     masks = np.array([item.semantic == number for number in ids], bool).reshape(-1, *item.semantic.shape)
