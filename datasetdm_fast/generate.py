@@ -59,85 +59,68 @@ def _generate(arguments: Sequence[str]) -> int:
         _say(config, *table(job))
         _show_plan(job)
         return 0
+    interruption = Interruption(config.quiet)
     if peer:
         config = launched.settle_on(config, peer)
-        result, signalled = _run_together(config, partial(launched.run, config, peer), peer.world)
+        result = _run_together(config, partial(launched.run, config, peer), interruption, peer.world)
         if peer.rank:
-            return 128 + signalled if signalled else 0
+            return interruption.exit_code(0)
     elif config.cluster:
-        result, signalled = _run_together(config, partial(ray_driver.run, config))
+        result = _run_together(config, partial(ray_driver.run, config), interruption)
     elif places := devices.places(config):
-        result, signalled = _run_together(config, partial(spawn.run, config, places))
+        result = _run_together(config, partial(spawn.run, config, places), interruption)
     else:
-        result, signalled = _run_here(config)
+        result = _run_here(config, interruption)
     code = _end(config, result)
     if not result.is_complete:
-        print(
-            f"{result.done} of {result.number} samples are there; go on with: {PROG} {shlex.join(arguments)}".rstrip(),
-            file=sys.stderr,
-        )
-    return 128 + signalled if signalled else code
+        remedy = f"go on with: {PROG} {shlex.join(arguments)}".rstrip()
+        print(f"{result.done} of {result.number} samples are there; {remedy}", file=sys.stderr)
+    return interruption.exit_code(code)
 
 
-def _run_here(config: RunConfig) -> tuple[Result, int | None]:
-    """How the run of this process ended, and by which signal if by one."""
+def _run_here(config: RunConfig, interruption: Interruption) -> Result:
+    """How the run of this process ended."""
     job = prepare(config)
     _say(config, *table(job, probe(job.engine, job.recipe, job.plan.batch_size)))
     images = min(job.plan.number - job.done, config.limit or job.plan.number)
     with (
-        Interruption(config.quiet) as interruption,
+        interruption,
         ImageProgress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule)) as progress,
     ):
-        result = run(
+        return run(
             job,
             on_commit=progress.on_commit,
             on_unet_call=progress.on_unet_call,
-            is_stopping=lambda: interruption.signal is not None,
+            is_stopping=interruption.is_stopping,
         )
-    return result, interruption.signal
 
 
 def _run_together(
-    config: RunConfig, start: Callable[[Callbacks], Result], processes: int = 1
-) -> tuple[Result, int | None]:
+    config: RunConfig, start: Callable[[Callbacks], Result], interruption: Interruption, processes: int = 1
+) -> Result:
     """The same of a run of several processes, of which this one counts the images of all, or its share of them."""
     left = count_images(config) - count_rows(config)
-    with (
-        Interruption(config.quiet) as interruption,
-        ImageProgress(-(-min(left, config.limit or left) // processes), config.quiet) as progress,
-    ):
-        result = start(
-            Callbacks(table, progress.print, progress.on_commit, is_stopping=lambda: interruption.signal is not None)
-        )
-    return result, interruption.signal
+    images = -(-min(left, config.limit or left) // processes)
+    with interruption, ImageProgress(images, config.quiet) as progress:
+        return start(Callbacks(table, progress.print, progress.on_commit, is_stopping=interruption.is_stopping))
 
 
 def _make_again(config: RunConfig, given: set[str]) -> int:
     task = prepare_remake(config, given)
-    written = remake(task)
-    _say(
-        config,
-        f"sample {task.row.request.id}: made again, "
-        f"{f'{len(written)} files written' if written else 'every byte as it was'}",
-    )
-    _put(config, {"path": str(task.folder), "id": task.row.request.id, "written": written}, str(task.folder))
+    written, id = remake(task), task.row.request.id
+    _say(config, f"sample {id}: made again, {f'{len(written)} files written' if written else 'every byte as it was'}")
+    _put(config, {"path": str(task.folder), "id": id, "written": written}, str(task.folder))
     return 0
 
 
 def _end(config: RunConfig, result: Result) -> int:
     rate = result.made / result.seconds if result.made else 0.0
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
-    _put(
-        config,
-        {"path": str(result.path), **facts, "complete": result.is_complete, "images_per_second": round(rate, 4)},
-        str(result.path),
-    )
+    facts |= {"complete": result.is_complete, "images_per_second": round(rate, 4)}
+    _put(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
-        _say(
-            config,
-            f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second; look at "
-            f"{result.path}/gallery/index.html",
-        )
+        speed = f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second"
+        _say(config, f"{speed}; look at {result.path}/gallery/index.html")
     result.check()
     return 0
 
@@ -156,21 +139,10 @@ def _show_plan(job: Job) -> None:
         for request in job.plan:
             print(f"{request.id}  seed {request.seed}  {request.prompt!r}")
         return
-    requests = [
-        {"id": request.id, "seed": request.seed, "prompt": request.prompt, "classes": request.classes}
-        for request in job.plan
-    ]
-    print(
-        json.dumps(
-            {
-                "path": str(job.folder),
-                **job.recipe.facts,
-                "batch_size": job.plan.batch_size,
-                "bytes": job.bytes_needed,
-                "requests": requests,
-            }
-        )
-    )
+    facts = {"path": str(job.folder), **job.recipe.facts, "batch_size": job.plan.batch_size, "bytes": job.bytes_needed}
+    names = ("id", "seed", "prompt", "classes")
+    requests = [{name: getattr(request, name) for name in names} for request in job.plan]
+    print(json.dumps({**facts, "requests": requests}))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ class RecomputedCaptures:
         self.layout = Layout.of(engine.model.levels)
 
     def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
+        """Per level [B, cells, channels]."""
         items = [self.views.item(view) for view in views]
         seeds = [self.views.seed(view) for view in views]
         return self.layout.joined(capture(self.engine, self.views, items, seeds, self.inversion))

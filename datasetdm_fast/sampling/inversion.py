@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,8 @@ from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.sampling import times
 
-SAMPLE_SEED = (
-    2**40
-)  # added to an image's seed for the draw from the autoencoder's posterior, so that it is not the noise again
+# added to an image's seed for the draw from the autoencoder's posterior, so that it is not the noise again
+SAMPLE_SEED = 2**40
 
 
 def invert(
@@ -63,15 +62,8 @@ def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: i
     return latents
 
 
-class TrainedAt(Protocol):
-    """What is asked of a decoder's config."""
-
-    task: str
-    capture_timestep: int | None
-
-
-def capture_timestep(configs: Iterable[TrainedAt]) -> int:
-    """The one UNet timestep all decoders were trained at; 0, upstream's, where they do not say."""
+def capture_timestep(configs: Iterable[Any]) -> int:
+    """The one UNet timestep all decoders of these configs were trained at; 0, upstream's, where they do not say."""
     named = {config.task: config.capture_timestep or 0 for config in configs}
     if len(set(named.values())) > 1:
         raise Refused(

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from datasetdm_fast.decoders.checkpoint import Decoder, DecoderConfig, build_dec
 from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.kernels import plain
-from datasetdm_fast.lessons.cache import Layout
+from datasetdm_fast.lessons.cache import Layout, RecomputedCaptures, StoredCaptures
 from datasetdm_fast.lessons.targets import TrainingTarget
 from datasetdm_fast.lessons.views import Views
 from datasetdm_fast.stages import LEVELS
@@ -36,21 +35,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SETTLING = 8  # power iterations that bring a spectral norm to averaged weights
 
 
-class Captures(Protocol):
-    """cache.Stored or cache.Recomputed."""
-
-    layout: Layout
-    is_stored: bool
-
-    def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
-        """Per level [B, cells, channels]."""
-
-
 @dataclass(frozen=True)
 class TrainingViews:
     """What is learnt from: views and their captures, numbered alike."""
 
-    captures: Captures
+    captures: StoredCaptures | RecomputedCaptures
     views: Views
 
     @property

@@ -33,17 +33,8 @@ class Selection:
 
     @property
     def is_everything(self) -> bool:
-        chooses = (
-            self.per_class
-            or self.min_area
-            or self.most
-            or self.classes
-            or self.is_single
-            or self.tail
-            or self.is_shuffled
-            or self.is_centred
-        )
-        return not chooses
+        limits = self.per_class, self.min_area, self.most, self.classes, self.tail
+        return not any((*limits, self.is_single, self.is_shuffled, self.is_centred))
 
 
 EVERYTHING = Selection()
