@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Refused
@@ -26,13 +26,9 @@ class AuditConfig:
     quiet: bool = setting(False, "no progress")
 
 
-# The command ----------------------------------------------------------------------------------------------------------
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """The exit code of the command."""
-    return run_command(_command, arguments)
-
-
-def _command(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, AuditConfig, PROG, __doc__)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")

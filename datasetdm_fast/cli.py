@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 
-from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.version import __version__
@@ -20,17 +20,14 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """The exit code of the command named by the first argument."""
-    return run_command(_dispatch, arguments)
-
-
-def _dispatch(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
         print("usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)\n")
-        for command, (_, sentence) in COMMANDS.items():
-            print(f"  {command:{max(map(len, COMMANDS))}}  {sentence}")
+        for known, (_, sentence) in COMMANDS.items():
+            print(f"  {known:{max(map(len, COMMANDS))}}  {sentence}")
         print("\nCOMMAND --help lists its flags.")
         return 0
     if name == "--version":

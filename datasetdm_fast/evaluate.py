@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
@@ -16,12 +16,9 @@ ANY_SIZE = 64  # pixels of a side, where no image is read yet
 PROG = "python -m datasetdm_fast.evaluate"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """The exit code of the command."""
-    return run_command(_run, arguments)
-
-
-def _run(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
     config.check()
     if config.student or config.run:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, duration
@@ -26,12 +26,9 @@ from datasetdm_fast.workers.worker import Callbacks
 PROG = "python -m datasetdm_fast.generate"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """The exit code of the command."""
-    return run_command(_generate, arguments)
-
-
-def _generate(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, RunConfig, PROG, __doc__)
     for name in ("prompts", "classes"):
         if name in given and not getattr(config, name):

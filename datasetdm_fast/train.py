@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import StepProgress
@@ -18,12 +18,9 @@ from datasetdm_fast.training.settings import TrainConfig
 PROG = "python -m datasetdm_fast.train"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """The exit code of the command."""
-    return run_command(_train, arguments)
-
-
-def _train(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, TrainConfig, PROG, __doc__)
     config.check()
     import torch

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import (
     ENGINE_NAMES,
@@ -51,12 +51,9 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
     json: bool = setting(False, "the verdict as one JSON object on stdout")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
-    return run_command(_run, arguments)
-
-
-def _run(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, VerifyConfig, PROG, __doc__)
     if config.number < 1 or config.batch_size < 1:
         raise Refused(

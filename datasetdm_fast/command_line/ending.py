@@ -9,11 +9,22 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import NoReturn
 
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.version import __version__
+
+
+def command(function: Callable[[Sequence[str]], int]) -> Callable[..., int]:
+    """The function as `main`, which returns the exit code; without arguments it takes those of the command line."""
+
+    @wraps(function)
+    def main(arguments: Sequence[str] | None = None) -> int:
+        return run_command(function, arguments)
+
+    return main
 
 
 def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:

@@ -28,10 +28,7 @@ class Folder(PictureSource):
         if not has_maps and not has_depth:
             raise reading.bad(path, "neither masks nor depth beside images")
         if has_maps:
-            named = reading.first_there(path / "classes.txt", path.parent / "classes.txt")
-            self.classes = tuple(reading.lines(named))
-            if len(set(self.classes)) < len(self.classes) or max(map(len, self.classes)) > 200:
-                raise reading.bad(named, "its names are not short and different, one a line")
+            self.classes = reading.class_file(reading.first_there(path / "classes.txt", path.parent / "classes.txt"))
             if len(self.classes) > IGNORED:
                 raise reading.bad(
                     path / "classes.txt", f"{len(self.classes)} classes, an 8-bit mask can tell {IGNORED}"

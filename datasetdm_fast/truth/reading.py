@@ -187,6 +187,14 @@ def first_there(*paths: Path) -> Path:
     raise Refused(f"{paths[0]}: not there{others}", "Give the data set's own folder, laid out as it was published.")
 
 
+def class_file(path: Path) -> tuple[str, ...]:
+    """Class names, one a line in the order of their numbers."""
+    names = lines(path)
+    if len(set(names)) < len(names) or max(map(len, names)) > 200:
+        raise bad(path, "its names are not short and different, one a line")
+    return tuple(names)
+
+
 def without_background(classes: Sequence[str]) -> tuple[str, ...]:
     """The classes that are things: all but a first one of that name."""
     return tuple(name for k, name in enumerate(classes) if k or name not in ("background", "none"))
