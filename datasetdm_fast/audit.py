@@ -28,7 +28,6 @@ class AuditConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """The exit code of the command."""
     config, _ = parse(arguments, AuditConfig, PROG, __doc__)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")

@@ -117,8 +117,6 @@ class CommandSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model, with which decoders."""
-
     model: str = setting(
         "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
     )
@@ -131,8 +129,6 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How the networks run."""
-
     engine: str = setting("auto", "engine that runs the networks", choices=ENGINE_NAMES)
     dtype: str = setting("auto", "precision of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
@@ -179,8 +175,6 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What is written and said."""
-
     dry_run: bool = setting(False, "show the plan and stop", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "show no progress", identity=False)
@@ -188,8 +182,6 @@ class OutputSettings:
 
 @dataclass(frozen=True)
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
-    """The settings of `generate`."""
-
     FLAGS = (
         "model decoder task classes engine prompts truncate_prompts number per_class seed steps guidance sampler "
         "profile size batch_size image_format out only resume limit dry_run allow_download json quiet threads gpus "

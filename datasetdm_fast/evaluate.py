@@ -18,7 +18,6 @@ PROG = "python -m datasetdm_fast.evaluate"
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """The exit code of the command."""
     config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
     config.check()
     if config.student or config.run:
@@ -27,7 +26,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _decoders(config: EvaluateConfig) -> int:
-    """The decoders of a folder."""
     selection = config.selection()
     there = _opened(config, config.data, ANY_SIZE, config.task).tasks  # a bad data set is refused before a model loads
     engine = _engine(config, config.decoder)
@@ -137,7 +135,6 @@ def _opened(config: EvaluateConfig, data: str, size: int, tasks: Sequence[str] =
 
 
 def _engine(config: EvaluateConfig, decoder: str | None = None):
-    """The engine, with every decoder of a folder."""
     from datasetdm_fast.engines.opening import open_engine
 
     options = {"allow_download": config.allow_download, **config.engine_choices()}

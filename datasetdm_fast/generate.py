@@ -28,7 +28,6 @@ PROG = "python -m datasetdm_fast.generate"
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """The exit code of the command."""
     config, given = parse(arguments, RunConfig, PROG, __doc__)
     for name in ("prompts", "classes"):
         if name in given and not getattr(config, name):
@@ -76,7 +75,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
-    """How the run of this process ended."""
     job = prepare(config)
     _say(config, *table(job, probe(job.engine, job.recipe, job.plan.batch_size)))
     images = min(job.plan.number - job.done, config.limit or job.plan.number)

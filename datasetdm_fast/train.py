@@ -20,7 +20,6 @@ PROG = "python -m datasetdm_fast.train"
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    """The exit code of the command."""
     config, _ = parse(arguments, TrainConfig, PROG, __doc__)
     config.check()
     import torch

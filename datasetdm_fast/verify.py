@@ -125,7 +125,6 @@ def _prepared(config: VerifyConfig):
 
 
 def table(verdict) -> str:
-    """The verdict for a terminal."""
     lines = [f"{'measure':22}{'median':>10}{'p99':>10}{'limits':>20}{'own drift':>20}  worst"]
     for row in verdict.rows:
         limit, floor = (f"{pair[0]:.1e} {pair[1]:.1e}" if pair else "" for pair in (row.limit, row.floor))

@@ -36,8 +36,6 @@ MARGIN = 1.5  # times the drift of the reference against itself at the same prec
 
 @dataclass(frozen=True)
 class GateRow:
-    """One measure over all samples."""
-
     measure: str
     median: float
     p99: float

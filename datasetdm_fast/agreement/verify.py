@@ -32,7 +32,6 @@ class Verdict:
         return all(row.is_passed for row in self.rows)
 
     def document(self) -> dict[str, Any]:
-        """The verdict as JSON holds it."""
         rows = [asdict(row) | {"passed": row.is_passed} for row in self.rows]
         return {"agrees": self.agrees, "engine": self.engine, "against": self.against, **self.facts, "measures": rows}
 

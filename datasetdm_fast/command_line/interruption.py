@@ -24,7 +24,6 @@ class Interruption:
         return self.signal is not None
 
     def exit_code(self, code: int) -> int:
-        """That of a command which would otherwise end with `code`."""
         return code if self.signal is None else 128 + self.signal
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -70,8 +70,6 @@ class ImageProgress(Progress):
 
 
 class StepProgress(Progress):
-    """Progress of the training of one task."""
-
     def __init__(self, task: str, steps: int, is_quiet: bool):
         self._task, self._first_step, self._figure = task, None, ""
         super().__init__(steps, "step", task, is_quiet)

@@ -180,7 +180,6 @@ def sha256_of(path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, where there is one."""
     if path.exists():
         with refusing(path):
             syscall("unlink", os.unlink, path)

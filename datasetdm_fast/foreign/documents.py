@@ -78,7 +78,6 @@ def check_form(value: Any, form: Any, name: str = "") -> None:
 
 
 def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
-    """The value of a JSON file."""
     return parse_json(storage.read(path, most), str(path))
 
 

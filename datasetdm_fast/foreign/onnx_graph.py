@@ -18,8 +18,6 @@ NATIVE = ("EPContext",)  # nodes that make a runtime load compiled code from a f
 
 @dataclass
 class _Graph:
-    """What is gathered while an ONNX file is walked."""
-
     external: list[dict[str, str]] = field(default_factory=list)
     nodes: list[tuple[str, str]] = field(default_factory=list)  # domain, operator
     own: set[str] = field(default_factory=set)  # domains of functions the file itself defines

@@ -71,7 +71,6 @@ class BatchGenerator:
         self.nothing, self.words = engine.encode_text([""]), WordTable(engine, recipe.words)
 
     def make(self, batch: Batch) -> list[Sample | SetAside]:
-        """Sampler loop, capture, tasks and image of one batch."""
         return self.label(batch, self.sample(batch))
 
     def sample(self, batch: Batch) -> SampledBatch:

@@ -11,8 +11,6 @@ from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended."""
-
     path: Path
     number: int  # samples of the plan
     done: int

@@ -23,8 +23,6 @@ def depth_figures(millimetres: np.ndarray) -> dict[str, float]:
 
 
 class DepthKind(LabelKind):
-    """Metres of every pixel, stored as millimetres."""
-
     attribute = "depth"
     contents = "`depth/ID.png`: 16-bit PNG, millimetres"
     roles = ("depth",)

@@ -16,7 +16,6 @@ SHOWN_SCORE = 0.4  # instances below it are left out of pictures
 
 
 def outlines(record: Any, table: Table) -> list[list[Any]]:
-    """Class, score and outline of each instance."""
     return [
         [
             table["classes"][item["category_id"] - 1],
@@ -33,8 +32,6 @@ def _iou(first: np.ndarray, second: np.ndarray) -> float:
 
 
 class InstanceKind(LabelKind):
-    """One mask, class and score a thing."""
-
     attribute = "instances"
     contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
     layers = (GalleryLayer("instance", "Instances", "outlines", values=outlines),)

@@ -19,8 +19,6 @@ def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 
 class OpenVocabularyKind(ClassMap):
-    """Which of the words asked for stands where."""
-
     attribute, title = "open_vocabulary", "Open-vocabulary classes"
     contents = "`open_vocabulary/ID.png`: class numbers of the asked words as palette PNG, 0 = none of them"
     roles = ("open_vocabulary",)

@@ -22,13 +22,10 @@ def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def people(record: Any, _: Table) -> list[list[float]]:
-    """The joints of each person that has any."""
     return [[round(value, 1) for value in item["keypoints"]] for item in record if item["num_keypoints"]]
 
 
 class PoseKind(LabelKind):
-    """The joints of persons."""
-
     attribute = "keypoints"
     contents = "`keypoints.json`: COCO keypoints with visibility and scores"
     layers = (GalleryLayer("pose", "Pose", "skeletons", values=people),)

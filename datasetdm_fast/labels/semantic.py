@@ -16,7 +16,6 @@ IGNORE = 255
 
 
 def count_pixels(labels: np.ndarray) -> dict[str, int]:
-    """Pixels of each number of a label map."""
     counts = _C.count_bytes(np.ascontiguousarray(labels, np.uint8)).tolist()
     return {str(value): count for value, count in enumerate(counts) if count}
 
@@ -71,8 +70,6 @@ class ClassMap(LabelKind):
 
 
 class SemanticKind(ClassMap):
-    """The class of every pixel, and how sure it is."""
-
     attribute, title = "semantic", "Semantic classes"
     contents = "`semantic/ID.png`: class numbers as palette PNG, 255 = ignore; `confidence/ID.png`: 0..255"
     roles = ("semantic", "confidence")

@@ -79,8 +79,6 @@ class Layout:
 
 
 class RecomputedCaptures:
-    """Captures made whenever they are asked for."""
-
     is_stored = False
 
     def __init__(self, engine, views: Views, inversion: Inversion):
@@ -95,8 +93,6 @@ class RecomputedCaptures:
 
 
 class StoredCaptures:
-    """Captures read from shards."""
-
     is_stored = True
 
     def __init__(self, paths: Sequence[Path], layout: Layout, draws: int, device: torch.device | str = "cpu"):
@@ -115,7 +111,6 @@ class StoredCaptures:
 
 
 def capture(engine, views: Views, items: Sequence, seeds: Sequence[int], inversion: Inversion) -> Capture:
-    """The raw captures of some views."""
     return invert(
         engine,
         views.pixels(items),

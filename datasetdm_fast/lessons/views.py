@@ -22,8 +22,6 @@ ITEMS = 128  # labelled images kept in memory
 
 @dataclass(frozen=True)
 class Looks:
-    """How images are shown to the network."""
-
     draws: int = 12  # looks at each image
     augmentation: Augmentation = Augmentation(flip=True)
     captions: str = "true"  # or none
@@ -49,7 +47,6 @@ class Views:
         return look(self.source, number, self.looks.augmentation, draw, self.looks.seed, self._read)
 
     def items(self, image: int) -> list[Labelled]:
-        """All looks at one image."""
         return [self.item(image * self.looks.draws + draw) for draw in range(self.looks.draws)]
 
     def seed(self, view: int) -> int:

@@ -112,7 +112,6 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
-    """The UNet's diffusers config, read off the shapes."""
     blocks = _count(state, rf"{re.escape(UNET)}input_blocks\.(\d+)\.")
     layers = blocks // 4 - 1
     widths = [
@@ -137,7 +136,6 @@ def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict:
 
 
 def _vae_config(state: Mapping[str, Tensor], path: Path) -> dict:
-    """The autoencoder's diffusers config, read off the shapes."""
     count = _count(state, rf"{re.escape(VAE)}encoder\.down\.(\d+)\.")
     config = {
         "block_out_channels": tuple(

@@ -23,8 +23,6 @@ EPS = 1e-6
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention of one head over all cells."""
-
     def __init__(self, weights: Weights, groups: int, ops: SimpleNamespace):
         super().__init__()
         self.ops = ops

@@ -39,8 +39,6 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What an audit saw."""
-
     path: str
     number: int  # samples of the plan
     done: int

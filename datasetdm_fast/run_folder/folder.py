@@ -141,7 +141,6 @@ def write_samples(
 
 
 def into(folder: Path) -> Publish:
-    """Writes files below a folder."""
 
     def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         stored = storage.publish({folder / name: content for name, content in files.items()})

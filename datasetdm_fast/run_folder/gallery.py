@@ -38,7 +38,6 @@ def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samp
 
 
 def picture_of(role: str, content: bytes) -> bytes:
-    """The picture the gallery shows of a file."""
     return picture_bytes(DRAWN[role].picture(read_image(io.BytesIO(content))))
 
 

@@ -47,8 +47,6 @@ def canonical(value: Any) -> str:
 
 
 class Ledger(AbstractContextManager):
-    """The rows of one run folder, in SQLite."""
-
     def __init__(self, path: Path, *, read_only: bool = False, journal: str = sqlite.WRITE_AHEAD):
         self.path, self._journal = path, journal
         self._lock = threading.Lock()  # of the thread that commits, while others ask for what is there

@@ -48,8 +48,6 @@ def stored_at(folder: Path) -> str:
 
 
 class ObjectStore:
-    """A folder of an object store."""
-
     def __init__(self, url: str):
         import fsspec
 
@@ -133,6 +131,5 @@ class ObjectStore:
             self.files.put_file(str(path), f"{self.root}/{name}")
 
     def note(self, folder: Path) -> None:
-        """Writes down in the run folder that its samples are here."""
         if stored_at(folder) != self.url:
             storage.publish({folder / ELSEWHERE: self.url.encode()})

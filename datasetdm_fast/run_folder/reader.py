@@ -48,7 +48,6 @@ class StoredSample:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """How it was made."""
         return self.row.recipe
 
     @property

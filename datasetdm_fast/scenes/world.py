@@ -346,5 +346,4 @@ def render(scene: Scene, size: int = 128) -> View:
 
 
 def view(seed: int, size: int = 128, **choices) -> View:
-    """The rendered scene of one seed."""
     return render(sample_scene(seed, **choices), size)

@@ -14,8 +14,6 @@ from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 
 class DepthTask(Task):
-    """Metres of every pixel."""
-
     needs = ("depth",)
     shown_by = "depth"
     wanted = "a depth of 0 to {farthest:g} m"
@@ -23,7 +21,6 @@ class DepthTask(Task):
     quirks = ("Q13",)
 
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[DepthMap]:
-        """Depth maps in metres at image size."""
         (metres,) = to_host(resize(raw["depth"].float(), size)[:, 0])
         return [DepthMap(plane, config.max_depth) for plane in metres]
 

@@ -47,8 +47,6 @@ def not_overlapping(inside: Tensor, is_wanted: Tensor, threshold: float) -> Tens
 
 
 class InstanceTask(Task):
-    """A mask, class and score for every thing."""
-
     needs, names = ("masks",), "thing_classes"
     shown_by = "masks"
     wanted = "a thing"

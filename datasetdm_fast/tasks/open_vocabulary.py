@@ -30,8 +30,6 @@ def best_query(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tenso
 
 
 class OpenVocabularyTask(Task):
-    """A map of the words asked of an image."""
-
     needs, names = ("masks", "semantic"), "thing_classes"
     shown_by = "masks"
     wanted = "a thing"

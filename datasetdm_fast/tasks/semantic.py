@@ -46,8 +46,6 @@ def masks_of(item: Labelled, ids: Mapping[int, int]) -> dict[str, np.ndarray]:
 
 
 class SemanticTask(Task):
-    """A class for every pixel."""
-
     needs, names = ("semantic",), "classes"
     wanted = f"a class: every pixel is background or {IGNORED}, which is ignored"
     small = {"batch_size": 12, "points": 512, "steps": 1250, "dropout": 0.6, "weight_decay": 0.2}

@@ -43,7 +43,6 @@ def answers(
 
 
 def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> dict:
-    """The task's figures over the views."""
     meter = METRICS[task](lessons.views.source)
     for view, label in enumerate(found):
         meter.add(lessons.views.item(view), label)

@@ -37,7 +37,6 @@ class Log(AbstractContextManager):
             self._put({"step": step, "loss": loss, "rate": rate, "seconds": round(time.monotonic() - self.began, 2)})
 
     def figure(self, step: int, name: str, value: float) -> None:
-        """A figure on the held-out images."""
         self._put({"step": step, f"held_out_{name}": value})
 
     def _put(self, values: dict) -> None:

@@ -185,7 +185,6 @@ class Trainer:
         return value
 
     def _whole(self, answers: Sequence[tuple[Tensor, Tensor]]) -> losses.Totals:
-        """The step's totals over all processes."""
         config = self.decoder.config
         own = losses.totals([len(ids) for ids, _ in answers], config.queries if config.has_queries else 0)
         numbers = torch.tensor(astuple(own), dtype=torch.float32, device=self.device)

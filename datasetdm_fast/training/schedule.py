@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """Steps, optimiser, learning rate and what else decides a fit."""
-
     steps: int = 1500
     batch_size: int = 16
     rate: float = 1e-3

@@ -39,8 +39,6 @@ LISTED = 20  # bad images that are named
 
 @dataclass(frozen=True)
 class TrainingSession:
-    """What the training of every task is made from."""
-
     config: TrainConfig
     engine: Any
     source: LabelledSource
@@ -150,7 +148,6 @@ class TrainingSession:
         return TrainingViews(found, views)
 
     def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any]) -> None:
-        """Says what is about to be done."""
         config, (learnt, held) = self.config, self.parts
         self.say(
             f"images     {len(learnt)} to learn from in {config.draws} looks each, {len(held)} held out, "

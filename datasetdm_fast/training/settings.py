@@ -38,8 +38,6 @@ QUIRKS = {
 
 @dataclass(frozen=True)
 class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
-    """The settings of `train`."""
-
     FLAGS = (
         "select limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
         "allow_download held_out preset quirks pose_head steps batch_size accumulate rate patience checks draws "
@@ -126,7 +124,6 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     json: bool = setting(False, "the results as one JSON object on stdout", identity=False)
 
     def check(self) -> None:
-        """Refuses values no training can have."""
         least = {"steps": 0, "batch_size": 0, "patience": 0, "seed": 0, "size": 0, "threads": 0, "timestep": -1}
         least |= {"draws": 1, "accumulate": 1, "checks": 1, "ddim_steps": 1, "rate": 0, "cache_gb": 0, "save_every": 0}
         for name, bound in least.items():

@@ -37,8 +37,6 @@ LARGEST_STATE = 2**24  # bytes of a JSON file of a training
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What is taught, and how."""
-
     decoder: DecoderConfig
     schedule: TrainingSchedule
     words: Tensor | None  # class embeddings
@@ -47,8 +45,6 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class TaskTraining:
-    """What is taught, from what, into which folder."""
-
     folder: Path
     plan: TaskPlan
     lessons: TrainingViews

@@ -13,8 +13,6 @@ MOST_SEMANTIC = 255  # classes of an 8-bit label map
 
 
 class PictureSource(LabelledSource):
-    """A data set of pictures at their own sizes."""
-
     rule = framing.Rule()
     images: Sequence[Path]  # where it is the file that names a record
 
@@ -75,7 +73,6 @@ class PictureSource(LabelledSource):
 
 
 def largest(areas: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """The largest area of each class."""
     found: dict[str, int] = {}
     for name, pixels in areas:
         found[name] = max(found.get(name, 0), pixels)

@@ -179,7 +179,6 @@ def no_split(path: Path, split: str) -> Refused:
 
 
 def first_there(*paths: Path) -> Path:
-    """The first path that exists."""
     for path in paths:
         if path.exists():
             return path

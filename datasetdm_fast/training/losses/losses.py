@@ -30,7 +30,6 @@ class Totals:
 
 
 def totals(counts: Sequence[int], queries: int) -> Totals:
-    """The totals of images with so many masks each."""
     return Totals(len(counts), sum(counts), sum(min(count, queries) for count in counts), len(counts) * queries)
 
 

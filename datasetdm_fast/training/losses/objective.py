@@ -64,7 +64,6 @@ def _of_layers(
 
 
 def asked_word(target: TrainingTarget, count: int, source: torch.Generator) -> int:
-    """A class to ask for."""
     is_there = len(target.classes) and torch.rand((), generator=source) < PRESENT
     return int(
         target.classes[torch.randint(len(target.classes), (), generator=source)]
