@@ -5,6 +5,7 @@ its slice of the weight and added to the level's sum, so that the concatenated l
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Protocol
 
@@ -78,30 +79,18 @@ class Projection(nn.Module):
 
     def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Projecting]):
         super().__init__()
-        self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(
-            decoders, ()
-        )  # which of the sums are a task's own, per level
+        # which of the sums are a task's own, per level
+        self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(decoders, ())
         self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
         for level in levels:
-            weights = {task: decoder.projections().get(level.name) for task, decoder in decoders.items()}
-            start = 0
-            for task, weight in weights.items():
-                stop = start + (0 if weight is None else len(weight))
+            empty = torch.zeros(0, level.channels)
+            weights = [decoder.projections().get(level.name, empty).flatten(1).cpu() for decoder in decoders.values()]
+            stops = list(accumulate(map(len, weights), initial=0))
+            for task, start, stop in zip(decoders, stops, stops[1:]):
                 self.tasks[task] += (slice(start, stop),)
-                start = stop
-            self.widths.append(start)
-            stacked = torch.cat(
-                [
-                    torch.zeros(0, level.channels),
-                    *(weight.flatten(1).cpu() for weight in weights.values() if weight is not None),
-                ]
-            )
-            parts = iter(
-                stacked.split(
-                    [*(2 * channels for channels in level.features), *(heads * level.tokens for heads in level.heads)],
-                    1,
-                )
-            )
+            self.widths.append(stops[-1])
+            widths = [2 * channels for channels in level.features] + [heads * level.tokens for heads in level.heads]
+            parts = iter(torch.cat([empty, *weights]).split(widths, 1))
             # features: [2, C, F], a matrix for each CFG half
             self.features.append(
                 nn.ParameterList(
@@ -130,7 +119,10 @@ class ProjectedSums:
             (level, place), total = slot, self.sums[slot[0]]
             for half, weight in zip(tokens(x).chunk(2), self.projection.features[level][place]):
                 cells = half.flatten(0, 1)
-                total.addmm_(cells, weight) if total.dtype == cells.dtype else total.add_(cells @ weight)
+                if total.dtype == cells.dtype:
+                    total.addmm_(cells, weight)
+                else:
+                    total.add_(cells @ weight)
 
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         level, place = slot

@@ -123,7 +123,7 @@ def run(
     try:
         started = _StartedTraining(training, trainer, ranks)
         with Log(training.state, trainer.done, is_writing=ranks.is_first) as log:
-            if not started.reach_the_end(log, on_step, is_stopping):
+            if not started.train(log, on_step, is_stopping):
                 return None
         return ranks.said(started.end() if ranks.is_first else None)
     finally:
@@ -152,7 +152,7 @@ class _StartedTraining:
         self.numbers |= numbers["journey"]
         self.best = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
 
-    def reach_the_end(self, log: Log, on_step: Callable, is_stopping: Callable[[], bool]) -> bool:
+    def train(self, log: Log, on_step: Callable, is_stopping: Callable[[], bool]) -> bool:
         """Takes the steps that are left; whether the last was taken."""
         training, trainer, steps = self.training, self.trainer, self.training.plan.schedule.steps
         every = max(steps // training.config.checks, 1)
