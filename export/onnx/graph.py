@@ -58,6 +58,10 @@ class Extent:
 Size = int | Extent
 
 
+def _operator(name: str) -> Callable:
+    return lambda self, *other: getattr(self, name)(*other)
+
+
 class Value:
     """A tensor of the graph being written; a constant one has its `tensor`."""
 
@@ -66,9 +70,8 @@ class Value:
     ):
         self.graph, self.name, self.shape, self.dtype, self.tensor = graph, name, tuple(shape), dtype, tensor
         self.is_spent = False  # overwritten in place: its name no longer says what it holds
-        self.origin: tuple[str, Value, tuple[int, ...]] | None = (
-            None  # of a Reshape or Transpose: its kind, what it was made of, its permutation
-        )
+        # of a Reshape or Transpose: its kind, what it was made of, its permutation
+        self.origin: tuple[str, Value, tuple[int, ...]] | None = None
         self.device = torch.device("cpu")
 
     @property
@@ -94,31 +97,19 @@ class Value:
     def __getitem__(self, index) -> Value:
         return _call("getitem", torch.Tensor.__getitem__, (self, index), {})
 
-    def __add__(self, other):
-        return self.add(other)
-
-    def __sub__(self, other):
-        return self.sub(other)
-
-    def __rsub__(self, other):
+    def __rsub__(self, other) -> Value:
         return self.graph.constant(other, self.dtype).sub(self)
 
-    def __mul__(self, other):
-        return self.mul(other)
+    __add__ = __radd__ = _operator("add")
+    __mul__ = __rmul__ = _operator("mul")
+    __sub__, __truediv__, __lt__ = _operator("sub"), _operator("div"), _operator("lt")
+    __matmul__, __neg__ = _operator("matmul"), _operator("neg")
 
-    def __truediv__(self, other):
-        return self.div(other)
-
-    def __lt__(self, other):
-        return self.lt(other)
-
-    def __matmul__(self, other):
-        return self.matmul(other)
-
-    def __neg__(self):
-        return self.neg()
-
-    __radd__, __rmul__ = __add__, __mul__
+    def emit(self, kind: str, *others: Value | str, shape=None, dtype=None, **attributes) -> Value:
+        """The single output of a new node that reads this value and `others`: like this one but for what is given."""
+        shape = self.shape if shape is None else shape
+        (value,) = self.graph.emit(kind, [self, *others], [shape], dtype or self.dtype, **attributes)
+        return value
 
 
 def _each(found: object) -> Iterator[Value]:
@@ -222,28 +213,14 @@ class Graph:
     def emit(
         self,
         kind: str,
-        inputs: Sequence[Value | str | None],
-        shape: Sequence[Size],
-        dtype: torch.dtype,
-        name: str = "",
-        **attributes,
-    ) -> Value:
-        """The single output of a new node."""
-        return self.emit_several(kind, inputs, [shape], dtype, [name] if name else None, **attributes)[0]
-
-    def emit_several(
-        self,
-        kind: str,
-        inputs: Sequence,
+        inputs: Sequence[Value | str],
         shapes: Sequence[Sequence[Size]],
         dtype: torch.dtype,
-        names=None,
         **attributes,
     ) -> list[Value]:
+        """The outputs of a new node."""
         node = self._unique("/".join([*self.scope[-1:], kind]))
-        names = names or (
-            [node + ".out"] if len(shapes) == 1 else [f"{node}.out{place}" for place in range(len(shapes))]
-        )
+        names = [f"{node}.out{place}" for place in range(len(shapes))] if len(shapes) > 1 else [f"{node}.out"]
         read = [self._read(value) for value in inputs]
         self._nodes.append(
             helper.make_node(kind, read, names, name=node, domain=attributes.pop("domain", None), **attributes)
@@ -255,10 +232,10 @@ class Graph:
         self._names[name] = count + 1
         return f"{name}_{count}" if count else name
 
-    def _read(self, value: Value | str | None) -> str:
+    def _read(self, value: Value | str) -> str:
         """The name a node reads `value` by."""
-        if value is None or isinstance(value, str):
-            return value or ""
+        if isinstance(value, str):
+            return value
         return value.name if value.tensor is None else self.stored(value.tensor, value.dtype, value.name)
 
     def stored(self, tensor: Tensor, dtype: torch.dtype, name: str = "") -> str:
@@ -290,7 +267,11 @@ class Graph:
         if not dynamic:
             return self.integers(list(sizes))
         parts = [self._measured(size) if isinstance(size, Extent) else self.integers([size]) for size in sizes]
-        return self.emit("Concat", parts, [len(sizes)], torch.int64, axis=0).name
+        return self._length("Concat", parts, len(sizes), axis=0)
+
+    def _length(self, kind: str, inputs: Sequence[str], length: int = 1, **attributes: int) -> str:
+        """The name of the one-dimensional int64 tensor that a new node makes."""
+        return self.emit(kind, inputs, [[length]], torch.int64, **attributes)[0].name
 
     def _measured(self, extent: Extent) -> str:
         """The name of a tensor [1] that holds the extent."""
@@ -300,7 +281,7 @@ class Graph:
             )
             total = factors[0]
             for factor in factors[1:]:
-                total = self.emit("Mul", [total, factor], [1], torch.int64).name
+                total = self._length("Mul", [total, factor])
             self._sizes[extent] = total
         return self._sizes[extent]
 
@@ -308,7 +289,7 @@ class Graph:
         single = Extent(1, (letter,))
         if single not in self._sizes:
             name, axis = self.axes[letter]
-            self._sizes[single] = self.emit("Shape", [name], [1], torch.int64, start=axis, end=axis + 1).name
+            self._sizes[single] = self._length("Shape", [name], start=axis, end=axis + 1)
         return self._sizes[single]
 
     # The whole

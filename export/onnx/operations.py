@@ -23,11 +23,8 @@ from datasetdm_fast.models.layers import Upsample
 
 def instance_norm(x: Value, eps: float) -> Value:  # [B, G, S]
     """Zero mean and unit biased variance along S."""
-    groups = x.shape[1]
-    inputs = [x, torch.ones(groups), torch.zeros(groups)]
-    return x.graph.emit(
-        "InstanceNormalization", [x, *(x.graph.constant(one) for one in inputs[1:])], x.shape, x.dtype, epsilon=eps
-    )
+    affine = (x.graph.constant(one) for one in (torch.ones(x.shape[1]), torch.zeros(x.shape[1])))
+    return x.emit("InstanceNormalization", *affine, epsilon=eps)
 
 
 def group_norm_silu(x: Value, weight: Value, bias: Value, groups: int, eps: float, has_silu: bool = True) -> Value:
@@ -80,9 +77,7 @@ def masked_attention(q: Value, k: Value, v: Value, blocked: Value | None = None)
     if blocked is not None:
         closed = blocked.to(torch.float32)
         # A query that blocked every cell sees all: then the smallest of them is 1, and taking it away leaves none.
-        smallest = closed.graph.emit(
-            "ReduceMin", [closed, closed.graph.integers([-1])], (*closed.shape[:-1], 1), closed.dtype, keepdims=1
-        )
+        smallest = closed.emit("ReduceMin", closed.graph.integers([-1]), shape=(*closed.shape[:-1], 1), keepdims=1)
         scores = scores + ((closed - smallest) * BLOCKED).unsqueeze(1)
     return scores.softmax(-1) @ v
 
@@ -105,9 +100,8 @@ def depth_head(
         stop = min(start + CHUNK, hidden)
         part = weight[start:stop]
         taps = part.permute(0, 2, 3, 1).reshape(-1, channels) @ cells  # [B, o 3 3, h w]
-        taps = (
-            taps.unflatten(1, (stop - start, 3, 3)).unflatten(4, (side, side)).permute(0, 1, 4, 2, 3, 5)
-        )  # [B, o, h, l, k, w]: rows l and columns k
+        # [B, o, h, l, k, w]: rows l and columns k
+        taps = taps.unflatten(1, (stop - start, 3, 3)).unflatten(4, (side, side)).permute(0, 1, 4, 2, 3, 5)
         rows = taps.flatten(4) @ across  # [B, o, h, 3, W]
         wide = down @ rows.transpose(2, 3).flatten(2, 3)  # [B, o, H, W]
         wide = nn.functional.relu(wide + bias[start:stop].reshape(-1, 1, 1))
@@ -128,15 +122,9 @@ class Doubled(nn.Module):
 
     def forward(self, x: Value) -> Value:
         batch, _, height, width = x.shape
-        return x.graph.emit(
-            "ConvTranspose",
-            [x, *(Value(x.graph, one.name, one.shape, x.dtype, one.tensor) for one in (self.weight, self.bias))],
-            (batch, self.weight.shape[1], 2 * height, 2 * width),
-            x.dtype,
-            kernel_shape=(4, 4),
-            strides=(2, 2),
-            pads=(1, 1, 1, 1),
-        )
+        inputs = (Value(x.graph, one.name, one.shape, x.dtype, one.tensor) for one in (self.weight, self.bias))
+        shape = (batch, self.weight.shape[1], 2 * height, 2 * width)
+        return x.emit("ConvTranspose", *inputs, shape=shape, kernel_shape=(4, 4), strides=(2, 2), pads=(1, 1, 1, 1))
 
 
 def _woven(first: Tensor, second: Tensor, axis: int) -> Tensor:
@@ -152,28 +140,17 @@ def exportable(module: nn.Module) -> nn.Module:
     return module
 
 
-OWN = dict(
-    group_norm_silu=group_norm_silu,
-    layer_norm=layer_norm,
-    geglu=geglu,
-    attention=attention,
-    attention_maps=attention_maps,
-    image_norm=image_norm,
-    masked_attention=masked_attention,
-    mask_head=mask_head,
-    depth_head=depth_head,
-)
-PORTABLE = SimpleNamespace(**{**vars(reference), **OWN})
+OWN = (group_norm_silu, layer_norm, geglu, attention, attention_maps, image_norm)
+OWN += (masked_attention, mask_head, depth_head)
+PORTABLE = SimpleNamespace(**{**vars(reference), **{form.__name__: form for form in OWN}})
 
 
 # For ONNX Runtime alone: its own attention, which on no device writes the scores to memory.
 def one_node_attention(q: Value, k: Value, v: Value) -> Value:
     """See attention."""
     heads, cells, width = q.shape[1:]
-    joined = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    out = q.graph.emit(
-        "MultiHeadAttention", joined, joined[0].shape, q.dtype, domain=MICROSOFT, num_heads=heads, scale=width**-0.5
-    )
+    first, *others = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+    out = first.emit("MultiHeadAttention", *others, domain=MICROSOFT, num_heads=heads, scale=width**-0.5)
     return out.unflatten(2, (heads, width)).transpose(1, 2)
 
 
@@ -183,6 +160,5 @@ def plain_attention_maps(q: Value, k: Value, v: Value) -> tuple[Value, Value]:
     return maps @ v, maps
 
 
-ONNX_RUNTIME = SimpleNamespace(
-    **{**vars(PORTABLE), "attention": one_node_attention, "attention_maps": plain_attention_maps}
-)
+OWN_OF_ONNX_RUNTIME = {"attention": one_node_attention, "attention_maps": plain_attention_maps}
+ONNX_RUNTIME = SimpleNamespace(**{**vars(PORTABLE), **OWN_OF_ONNX_RUNTIME})

@@ -47,16 +47,8 @@ def _broadcast(*shapes: Sequence[Size]) -> tuple[Size, ...]:
 
 def _elementwise(kind: str, dtype: torch.dtype | None = None):
     def operator(*given) -> Value:
-        values = _operands(*given)
-        first = values[0]
-        return first.graph.emit(kind, values, _broadcast(*(value.shape for value in values)), dtype or first.dtype)
-
-    return operator
-
-
-def _unary(kind: str):
-    def operator(x: Value, inplace: bool = False) -> Value:
-        return x.graph.emit(kind, [x], x.shape, x.dtype)
+        first, *others = values = _operands(*given)
+        return first.emit(kind, *others, shape=_broadcast(*(value.shape for value in values)), dtype=dtype)
 
     return operator
 
@@ -68,13 +60,13 @@ def silu(x: Value, inplace: bool = False) -> Value:
 def gelu(x: Value, approximate: str = "none") -> Value:
     """The exact one, in the form in which runtimes look for it."""
     assert approximate == "none"
-    return x * (x.graph.emit("Erf", [x / math.sqrt(2)], x.shape, x.dtype) + 1.0) * 0.5
+    return x * ((x / math.sqrt(2)).emit("Erf") + 1.0) * 0.5
 
 
 def to(x: Value, dtype: torch.dtype | torch.device, *_, **__) -> Value:
     if not isinstance(dtype, torch.dtype) or dtype == x.dtype:
         return x
-    return x.graph.emit("Cast", [x], x.shape, dtype, to=TYPES[dtype])
+    return x.emit("Cast", dtype=dtype, to=TYPES[dtype])
 
 
 def conv2d(
@@ -85,16 +77,9 @@ def conv2d(
     assert groups == 1 and dilations == (1, 1)
     sides = tuple((side + 2 * pad - k) // step + 1 for side, pad, k, step in zip(x.shape[2:], pads, kernel, strides))
     is_fixed = bias is not None and bias.tensor is not None
-    inputs = [x, _as(weight, x.dtype), *([_as(bias, x.dtype)] if is_fixed else [])]
-    out = x.graph.emit(
-        "Conv",
-        inputs,
-        (x.shape[0], weight.shape[0], *sides),
-        x.dtype,
-        kernel_shape=kernel,
-        strides=strides,
-        pads=(*pads, *pads),
-    )
+    inputs = [_as(value, x.dtype) for value in ((weight, bias) if is_fixed else (weight,))]
+    options = {"kernel_shape": kernel, "strides": strides, "pads": (*pads, *pads)}
+    out = x.emit("Conv", *inputs, shape=(x.shape[0], weight.shape[0], *sides), **options)
     return out if bias is None or is_fixed else out + bias.reshape(1, -1, 1, 1)
 
 
@@ -109,41 +94,24 @@ def matmul(x: Value, y: Value) -> Value:
     x, y = _operands(x, y)
     batch = _broadcast(x.shape[:-2], y.shape[:-2])
     rows = (x.shape[-2],) if x.ndim > 1 else ()
-    return x.graph.emit("MatMul", [x, y], (*batch, *rows, y.shape[-1]), x.dtype)
+    return x.emit("MatMul", y, shape=(*batch, *rows, y.shape[-1]))
 
 
 def layer_norm(x: Value, shape: Sequence[int], weight: Value, bias: Value, eps: float = 1e-5) -> Value:
     """Along the last axis; by ONNX's definition summed in fp32 whatever the type."""
-    return x.graph.emit(
-        "LayerNormalization",
-        [x, _as(weight, x.dtype), _as(bias, x.dtype)],
-        x.shape,
-        x.dtype,
-        axis=-1,
-        epsilon=eps,
-        stash_type=1,
-    )
+    scale, shift = _as(weight, x.dtype), _as(bias, x.dtype)
+    return x.emit("LayerNormalization", scale, shift, axis=-1, epsilon=eps, stash_type=1)
 
 
-def batch_norm(
-    x: Value,
-    mean: Value,
-    variance: Value,
-    weight=None,
-    bias=None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Value:
+def batch_norm(x: Value, mean: Value, variance: Value, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     """By stored statistics, without an affine part."""
     assert weight is None and bias is None and not training
     ones, zeros = x.graph.constant(torch.ones(mean.shape)), x.graph.constant(torch.zeros(mean.shape))
-    return x.graph.emit("BatchNormalization", [x, ones, zeros, mean, variance], x.shape, x.dtype, epsilon=eps)
+    return x.emit("BatchNormalization", ones, zeros, mean, variance, epsilon=eps)
 
 
 def softmax(x: Value, dim: int, dtype: torch.dtype | None = None) -> Value:
-    x = x if dtype is None else x.to(dtype)
-    return x.graph.emit("Softmax", [x], x.shape, x.dtype, axis=dim % x.ndim)
+    return (x if dtype is None else x.to(dtype)).emit("Softmax", axis=dim % x.ndim)
 
 
 def scaled_dot_product_attention(q: Value, k: Value, v: Value, is_causal: bool) -> Value:
@@ -154,37 +122,24 @@ def scaled_dot_product_attention(q: Value, k: Value, v: Value, is_causal: bool) 
 
 
 def embedding(ids: Value, weight: Value, *_, **__) -> Value:
-    return ids.graph.emit("Gather", [weight, ids], (*ids.shape, weight.shape[1]), weight.dtype, axis=0)
+    return weight.emit("Gather", ids, shape=(*ids.shape, weight.shape[1]), axis=0)
 
 
 def interpolate(x: Value, size: tuple[int, int], mode: str, align_corners: bool = False, **_) -> Value:
     """Bilinear with half-pixel centres."""
     assert mode == "bilinear" and not align_corners
-    shape = (*x.shape[:2], *size)
-    options = dict(mode="linear", coordinate_transformation_mode="half_pixel")
-    scales = [new / old for new, old in zip(size, x.shape[2:])]
+    shape, scales = (*x.shape[:2], *size), [new / old for new, old in zip(size, x.shape[2:])]
     if all(float(np.float32(scale)) == scale for scale in scales):
-        return x.graph.emit(
-            "Resize",
-            [x, "", x.graph.stored(torch.tensor([1.0, 1.0, *scales]), torch.float32)],
-            shape,
-            x.dtype,
-            **options,
-        )
-    # A ratio that rounds could also round the size.
-    return x.graph.emit("Resize", [x, "", "", x.graph.shape(shape)], shape, x.dtype, **options)
+        sizes = ["", x.graph.stored(torch.tensor([1.0, 1.0, *scales]), torch.float32)]
+    else:  # a ratio that rounds could also round the size
+        sizes = ["", "", x.graph.shape(shape)]
+    return x.emit("Resize", *sizes, shape=shape, mode="linear", coordinate_transformation_mode="half_pixel")
 
 
 def pixel_shuffle(x: Value, times: int) -> Value:
     batch, channels, height, width = x.shape
-    return x.graph.emit(
-        "DepthToSpace",
-        [x],
-        (batch, channels // times**2, height * times, width * times),
-        x.dtype,
-        blocksize=times,
-        mode="CRD",
-    )
+    shape = (batch, channels // times**2, height * times, width * times)
+    return x.emit("DepthToSpace", shape=shape, blocksize=times, mode="CRD")
 
 
 def pad(x: Value, pads: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
@@ -193,25 +148,22 @@ def pad(x: Value, pads: Sequence[int], mode: str = "constant", value: float | No
     for place in range(len(pads) // 2):
         begins[-1 - place], ends[-1 - place] = pads[2 * place], pads[2 * place + 1]
     shape = [size + first + last if first or last else size for size, first, last in zip(x.shape, begins, ends)]
-    return x.graph.emit("Pad", [x, x.graph.integers([*begins, *ends])], shape, x.dtype)
+    return x.emit("Pad", x.graph.integers([*begins, *ends]), shape=shape)
 
 
 def cat(values: Sequence[Value], dim: int = 0) -> Value:
-    values = _operands(*values)
-    first, axis = values[0], dim % values[0].ndim
-    sizes = [value.shape[axis] for value in values]
+    first, *others = values = _operands(*values)
+    axis, sizes = dim % first.ndim, [value.shape[dim] for value in values]
     total = sizes[0] * len(sizes) if isinstance(sizes[0], Extent) and len(set(sizes)) == 1 else sum(sizes)
-    return first.graph.emit(
-        "Concat", values, (*first.shape[:axis], total, *first.shape[axis + 1 :]), first.dtype, axis=axis
-    )
+    return first.emit("Concat", *others, shape=(*first.shape[:axis], total, *first.shape[axis + 1 :]), axis=axis)
 
 
 def split(x: Value, sizes: Sequence[int], dim: int = 0) -> list[Value]:
     axis = dim % x.ndim
     shapes = [(*x.shape[:axis], size, *x.shape[axis + 1 :]) for size in sizes]
     if isinstance(x.shape[axis], Extent):
-        return x.graph.emit_several("Split", [x], shapes, x.dtype, axis=axis, num_outputs=len(sizes))
-    return x.graph.emit_several("Split", [x, x.graph.integers(sizes)], shapes, x.dtype, axis=axis)
+        return x.graph.emit("Split", [x], shapes, x.dtype, axis=axis, num_outputs=len(sizes))
+    return x.graph.emit("Split", [x, x.graph.integers(sizes)], shapes, x.dtype, axis=axis)
 
 
 def chunk(x: Value, count: int, dim: int = 0) -> list[Value]:
@@ -230,7 +182,7 @@ def permute(x: Value, *axes) -> Value:
         axes = [before[axis] for axis in axes]
     if axes == sorted(axes):
         return x
-    out = x.graph.emit("Transpose", [x], [x.shape[axis] for axis in axes], x.dtype, perm=axes)
+    out = x.emit("Transpose", shape=[x.shape[axis] for axis in axes], perm=axes)
     out.origin = ("Transpose", x, tuple(axes))
     return out
 
@@ -242,27 +194,28 @@ def transpose(x: Value, first: int, second: int) -> Value:
 
 
 def reshape(x: Value, *sizes) -> Value:
-    sizes = list(sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes)
-    if -1 in sizes:
-        place = sizes.index(-1)
-        sizes[place] = _quotient(x.shape, sizes[:place] + sizes[place + 1 :])
+    sizes = _solved(x.shape, sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes)
     if x.origin and x.origin[0] == "Reshape":
         x = x.origin[1]
     if tuple(sizes) == x.shape:
         return x
-    out = x.graph.emit("Reshape", [x, x.graph.shape(sizes, is_reshape=True)], sizes, x.dtype)
+    out = x.emit("Reshape", x.graph.shape(sizes, is_reshape=True), shape=sizes)
     out.origin = ("Reshape", x, ())
     return out
 
 
-def _quotient(whole: Sequence[Size], parts: Sequence[Size]) -> Size:
-    """The size that is left of a shape once `parts` are taken from it."""
+def _solved(whole: Sequence[Size], sizes: Sequence[Size]) -> list[Size]:
+    """The sizes, a -1 among them as what is left of the shape `whole` once the others are taken from it."""
+    if -1 not in sizes:
+        return list(sizes)
+    place = sizes.index(-1)
+    parts = [*sizes[:place], *sizes[place + 1 :]]
     total, taken = math.prod(whole, start=Extent(1, ())), math.prod(parts, start=Extent(1, ()))
     letters = list(total.letters)
     for letter in taken.letters:
         letters.remove(letter)
     left = Extent(total.times, tuple(letters)) // taken.times
-    return left if left.letters else left.times
+    return [*sizes[:place], left if left.letters else left.times, *sizes[place + 1 :]]
 
 
 def flatten(x: Value, start: int = 0, end: int = -1) -> Value:
@@ -271,11 +224,8 @@ def flatten(x: Value, start: int = 0, end: int = -1) -> Value:
 
 
 def unflatten(x: Value, dim: int, sizes: Sequence[Size]) -> Value:
-    dim, sizes = dim % x.ndim, list(sizes)
-    if -1 in sizes:
-        place = sizes.index(-1)
-        sizes[place] = _quotient([x.shape[dim]], sizes[:place] + sizes[place + 1 :])
-    return reshape(x, *x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+    dim %= x.ndim
+    return reshape(x, *x.shape[:dim], *_solved([x.shape[dim]], list(sizes)), *x.shape[dim + 1 :])
 
 
 def expand(x: Value, *sizes) -> Value:
@@ -283,7 +233,7 @@ def expand(x: Value, *sizes) -> Value:
     shape = [old if isinstance(new, int) and new == -1 else new for old, new in zip(padded, sizes)]
     if tuple(shape) == x.shape:
         return x
-    return x.graph.emit("Expand", [x, x.graph.shape(shape)], shape, x.dtype)
+    return x.emit("Expand", x.graph.shape(shape), shape=shape)
 
 
 def repeat_interleave(x: Value, times: Size, dim: int) -> Value:
@@ -312,9 +262,7 @@ def getitem(x: Value, index) -> Value:
         elif one != slice(None):
             start, stop, step = one.indices(x.shape[axis])
             shape = (*x.shape[:axis], len(range(start, stop, step)), *x.shape[axis + 1 :])
-            x = x.graph.emit(
-                "Slice", [x, *(x.graph.integers([number]) for number in (start, stop, axis, step))], shape, x.dtype
-            )
+            x = x.emit("Slice", *(x.graph.integers([number]) for number in (start, stop, axis, step)), shape=shape)
         axis += 1
     return x
 
@@ -322,66 +270,29 @@ def getitem(x: Value, index) -> Value:
 def isfinite(x: Value) -> Value:
     """By a comparison, which is false of NaN on every device; nothing but overflow reaches the largest float."""
     assert x.dtype == torch.float32
-    return x.graph.emit("Abs", [x], x.shape, x.dtype) < LARGEST_FLOAT
+    return x.emit("Abs") < LARGEST_FLOAT
 
 
 def every(x: Value, dim: int) -> Value:
     """Whether all of a row [B, S] are true; runtimes find the smallest of floats, not of truths."""
     assert dim == 1 and x.ndim == 2
-    smallest = x.graph.emit(
-        "ReduceMin", [to(x, torch.float32), x.graph.integers([1])], x.shape[:1], torch.float32, keepdims=0
-    )
+    smallest = to(x, torch.float32).emit("ReduceMin", x.graph.integers([1]), shape=x.shape[:1], keepdims=0)
     return to(smallest, torch.bool)
 
 
 def clamp(x: Value, low: float, high: float) -> Value:
-    return x.graph.emit("Clip", [x, *(x.graph.constant(limit, x.dtype) for limit in (low, high))], x.shape, x.dtype)
+    return x.emit("Clip", *(x.graph.constant(limit, x.dtype) for limit in (low, high)))
 
 
-OPERATORS = {
-    "add": _elementwise("Add"),
-    "add_": _elementwise("Add"),
-    "sub": _elementwise("Sub"),
-    "mul": _elementwise("Mul"),
-    "div": _elementwise("Div"),
-    "lt": _elementwise("Less", torch.bool),
-    "contiguous": lambda x: x,
-    "float": lambda x: to(x, torch.float32),
-    "neg": _unary("Neg"),
-    "exp": _unary("Exp"),
-    "cos": _unary("Cos"),
-    "sin": _unary("Sin"),
-    "relu": _unary("Relu"),
-    "sigmoid": _unary("Sigmoid"),
-    "floor": _unary("Floor"),
-    "silu": silu,
-    "gelu": gelu,
-    "to": to,
-    "conv2d": conv2d,
-    "linear": linear,
-    "matmul": matmul,
-    "layer_norm": layer_norm,
-    "batch_norm": batch_norm,
-    "softmax": softmax,
-    "scaled_dot_product_attention": scaled_dot_product_attention,
-    "embedding": embedding,
-    "interpolate": interpolate,
-    "pixel_shuffle": pixel_shuffle,
-    "pad": pad,
-    "cat": cat,
-    "split": split,
-    "chunk": chunk,
-    "unbind": unbind,
-    "permute": permute,
-    "transpose": transpose,
-    "reshape": reshape,
-    "flatten": flatten,
-    "unflatten": unflatten,
-    "expand": expand,
-    "repeat_interleave": repeat_interleave,
-    "unsqueeze": unsqueeze,
-    "getitem": getitem,
-    "clamp": clamp,
-    "isfinite": isfinite,
-    "all": every,
-}
+def _unary(kind: str):
+    return lambda x, inplace=False: x.emit(kind)
+
+
+OPERATORS = {kind.lower(): _unary(kind) for kind in ("Neg", "Exp", "Cos", "Sin", "Relu", "Sigmoid", "Floor")}
+OPERATORS |= {kind.lower(): _elementwise(kind) for kind in ("Add", "Sub", "Mul", "Div")}
+OPERATORS |= {"add_": OPERATORS["add"], "lt": _elementwise("Less", torch.bool), "all": every}
+OPERATORS |= {"contiguous": lambda x: x, "float": lambda x: to(x, torch.float32)}
+OPERATORS |= {one.__name__: one for one in (silu, gelu, to, conv2d, linear, matmul, layer_norm, batch_norm, softmax)}
+OPERATORS |= {one.__name__: one for one in (scaled_dot_product_attention, embedding, interpolate, pixel_shuffle, pad)}
+OPERATORS |= {one.__name__: one for one in (cat, split, chunk, unbind, permute, transpose, reshape, flatten, unflatten)}
+OPERATORS |= {one.__name__: one for one in (expand, repeat_interleave, unsqueeze, getitem, clamp, isfinite)}
