@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.stages import FACTOR, LEVELS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 PROMPT = "a red ball beside a cube on a table"
 WORD = "ball"
 TIMESTEP = 401.0
 KEPT = 1 << 16  # values of an output that are kept, evenly spaced over it
-FAR = {
-    "fp32": 2e-2,
-    "fp16": 5e-2,
-    "bf16": 0.15,
-    "fp8": 0.25,
-}  # relative L2 beyond which a plan does not say what it was built to say
+# Relative L2 beyond which a plan does not say what it was built to say.
+FAR = {"fp32": 2e-2, "fp16": 5e-2, "bf16": 0.15, "fp8": 0.25}
 
 
 class GoldenEngine(Protocol):
@@ -50,8 +46,6 @@ class Reference:
 
     def __call__(self, stage: str) -> dict[str, np.ndarray]:
         """in.NAME and out.NAME of the stage for one image; of a large output only every n-th value."""
-        import torch
-
         with torch.inference_mode():
             if stage.startswith("annotate_"):
                 inputs, outputs = self._annotate(stage.removeprefix("annotate_"))
@@ -62,43 +56,32 @@ class Reference:
 
     @functools.cached_property
     def _call(self) -> dict[str, Tensor]:
-        import torch
-
-        from datasetdm_fast.sampling.times import initial_noise
-
         side = self._engine.model.size // FACTOR
         context = self._engine.encode_text(["", PROMPT])
-        return {
-            "latents": initial_noise(0, 4, side, side)[None],
-            "timestep": torch.tensor(TIMESTEP),
-            "context": context,
-        }
+        latents = initial_noise(0, 4, side, side)[None]
+        return {"latents": latents, "timestep": torch.tensor(TIMESTEP), "context": context}
+
+    def _called(self, name: str) -> Any:
+        return getattr(self._engine, name)(self._call["latents"], TIMESTEP, self._call["context"])
 
     @functools.cached_property
-    def _captured(self) -> tuple[Tensor, tuple[Tensor, ...], Mapping[str, tuple[slice, ...]]]:
-        noise, capture = self._engine.denoise_and_capture(self._call["latents"], TIMESTEP, self._call["context"])
-        return noise, capture.sums, capture.slices
+    def _captured(self) -> tuple[Tensor, ProjectedCapture]:
+        return self._called("denoise_and_capture")
 
     def _encode_text(self):
         ids = self._engine.model.token_ids([PROMPT])
         return {"tokens": ids}, {"context": self._engine.text_encoder(ids)}
 
     def _denoise(self):
-        return self._call, {
-            "noise": self._captured[0]
-            if self._engine.decoders
-            else self._engine.denoise(self._call["latents"], TIMESTEP, self._call["context"])
-        }
+        return self._call, {"noise": self._captured[0] if self._engine.decoders else self._called("denoise")}
 
     def _denoise_and_capture(self):
-        noise, sums, _ = self._captured
-        return self._call, {
-            "noise": noise,
-            **{f"sums_{name}": total for name, total in zip(LEVELS, sums) if total.shape[1]},
-        }
+        noise, capture = self._captured
+        sums = {f"sums_{name}": total for name, total in zip(LEVELS, capture.sums) if total.shape[1]}
+        return self._call, {"noise": noise, **sums}
 
     def _denoise_and_keep(self):
-        noise, capture = self._engine.denoise_and_capture_raw(self._call["latents"], TIMESTEP, self._call["context"])
+        noise, capture = self._called("denoise_and_capture_raw")
         kept = {
             f"{kind}_{name}_{place}": value
             for kind in ("features", "maps")
@@ -107,12 +90,12 @@ class Reference:
         }
         return self._call, {"noise": noise, **kept}
 
-    def _decode_image(self):
-        return {"latents": self._call["latents"]}, dict(zip(("image", "is_finite"), self._decoded))
-
     @functools.cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
         return self._engine.decode_and_check(self._call["latents"])
+
+    def _decode_image(self):
+        return {"latents": self._call["latents"]}, dict(zip(("image", "is_finite"), self._decoded))
 
     def _encode_image(self):
         image, _ = self._decoded
@@ -120,22 +103,12 @@ class Reference:
         return {"image": image}, {"moments": self._engine.image_encoder(pixels)}
 
     def _annotate(self, task: str):
-        _, sums, slices = self._captured
-        own = {
-            f"sums_{name}": total[:, part]
-            for name, total, part in zip(LEVELS, sums, slices[task])
-            if part.stop > part.start
-        }
-        text = (
-            {"text": self._engine.encode_classes([WORD])[None]} if self._engine.decoders[task].config.has_text else {}
-        )
-        return own | text, self._engine.annotate(task, self._projected, text.get("text"))
-
-    @property
-    def _projected(self):
-        from datasetdm_fast.data import ProjectedCapture
-
-        return ProjectedCapture(*self._captured[1:])
+        _, capture = self._captured
+        levels = zip(LEVELS, capture.sums, capture.slices[task])
+        given = {f"sums_{name}": total[:, part] for name, total, part in levels if part.stop > part.start}
+        if self._engine.decoders[task].config.has_text:
+            given["text"] = self._engine.encode_classes([WORD])[None]
+        return given, self._engine.annotate(task, capture, given.get("text"))
 
 
 def sampled(value: np.ndarray) -> np.ndarray:

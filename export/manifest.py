@@ -57,9 +57,8 @@ class Manifest:
     source: str
     model: Mapping[str, str]  # name and digests of its parts
     tasks: Mapping[str, str]  # task -> kind of its decoder
-    channels: Mapping[
-        str, Mapping[str, tuple[int, int]]
-    ]  # task -> level -> its own channels of that level's sums, first and one past the last
+    # task -> level -> its own channels of that level's sums, first and one past the last
+    channels: Mapping[str, Mapping[str, tuple[int, int]]]
     exporter: str  # version of this package
     format: int = field(default=FORMAT)
 
@@ -82,10 +81,8 @@ class Manifest:
                 )
             stages = {name: _stage(stage) for name, stage in values.pop("stages").items()}
             files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
-            channels = {
-                task: {level: tuple(part) for level, part in levels.items()}
-                for task, levels in values.pop("channels").items()
-            }
+            channels = values.pop("channels").items()
+            channels = {task: {level: tuple(part) for level, part in levels.items()} for task, levels in channels}
             manifest = Manifest(stages=stages, files=files, channels=channels, **values)
         except Refused:
             raise

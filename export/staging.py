@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,15 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def take_lock(handle: int, waits: Callable[[], None]) -> None:
+    """Locks an open file for this process, waiting for whoever has it; `waits` is called once if it must wait."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waits()
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Within the block no other process fills `folder`; others wait, and the lock ends with its process."""
@@ -28,11 +37,7 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that fills {folder}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        take_lock(handle, lambda: say(f"waiting for another process that fills {folder}"))
     except OSError as error:
         if handle is not None:
             os.close(handle)
@@ -61,9 +66,7 @@ def staged(folder: Path, last: str, earlier: Iterable[str] = ()) -> Iterator[Pat
         names = sorted(path.name for path in stage.iterdir())
         for name in names:
             _sync(stage / name)
-        (folder / last).unlink(
-            missing_ok=True
-        )  # between old and new files there is no moment at which it names a mixture
+        (folder / last).unlink(missing_ok=True)  # at no moment between old and new files it names a mixture
         for name in set(earlier).difference(names):
             (folder / name).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name == last):

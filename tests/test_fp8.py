@@ -18,7 +18,8 @@ from datasetdm_fast.export import golden
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.export.onnx import eight_bits
 from datasetdm_fast.export.tensorrt import flavours, sealed, to_tensorrt
-from datasetdm_fast.export_cli import calibration, loaded
+from datasetdm_fast.export_cli import calibration
+from datasetdm_fast.export_cli.settings import ExportConfig
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling import times
 
@@ -215,7 +216,7 @@ def test_without_a_calibrated_folder_the_engine_says_how_to_make_one(demo, tmp_p
 )
 def test_what_it_cannot_be_is_refused(flags, said, tmp_path, capsys, monkeypatch):
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(loaded, "load", lambda config: pytest.fail("the model was read"))
+    monkeypatch.setattr(ExportConfig, "load", lambda config: pytest.fail("the model was read"))
     assert command.main(["--to", "tensorrt-rtx", "--precision", "fp8", "--out", str(tmp_path), *flags]) == 2
     assert capsys.readouterr().err.splitlines()[0].startswith(said)
 

@@ -26,8 +26,8 @@ from datasetdm_fast.export import __main__ as command
 from datasetdm_fast.export.manifest import FileInfo, Manifest
 from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.tensorrt import flavours, plans, sealed, to_tensorrt
-from datasetdm_fast.export_cli import loaded
 from datasetdm_fast.export_cli.plan_commands import row_line
+from datasetdm_fast.export_cli.settings import ExportConfig
 from datasetdm_fast.loading import presets
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -342,7 +342,7 @@ def test_the_builder_tells_of_its_progress(tmp_path, monkeypatch):
 )
 def test_what_cannot_come_out_well_is_refused_before_a_model_is_read(flags, code, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(flavours, "gpu_capabilities", list)
-    monkeypatch.setattr(loaded, "load", lambda config: pytest.fail("the model was read"))
+    monkeypatch.setattr(ExportConfig, "load", lambda config: pytest.fail("the model was read"))
     assert export("--out", str(tmp_path), *flags) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith(said)

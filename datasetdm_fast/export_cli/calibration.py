@@ -13,23 +13,26 @@ import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
+import torch
 
+from datasetdm_fast.agreement import gates, observe
+from datasetdm_fast.agreement.distances import free_running_distances
+from datasetdm_fast.data import Request
+from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import NAME, FileInfo, Manifest
 from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.onnx.eight_bits import GRAPH, WATCHED, layers_read, quantisable, quantised, watching
 from datasetdm_fast.export.staging import alone
-
-if TYPE_CHECKING:
-    import onnxruntime
-
-    from datasetdm_fast.data import Request
-    from datasetdm_fast.decoders.trunk import Decoder
-    from datasetdm_fast.loading.model import Model
+from datasetdm_fast.generation import prompts as texts
+from datasetdm_fast.generation.recipe import make_recipe
+from datasetdm_fast.loading.model import Model
 
 RECORD = "calibration.json"
 BATCH = 4
@@ -49,11 +52,8 @@ def export(
     A folder that was calibrated on these very prompts already is left as it is.
     """
     _check_libraries()
-    wish = {
-        "source": to_onnx.source_digest(model, decoders),
-        "prompts": list(prompts),
-        "steps": steps or model.defaults.steps,
-    }
+    wish = {"source": to_onnx.source_digest(model, decoders), "prompts": list(prompts)}
+    wish["steps"] = steps or model.defaults.steps
     with alone(folder):
         if there := _there(folder, wish):
             return there
@@ -93,9 +93,8 @@ def _there(folder: Path, wish: Mapping[str, Any]) -> tuple[Manifest, list[dict[s
 
 def _rewritten(folder: Path, manifest: Manifest) -> Manifest:
     """The manifest with the eight-bit graph in the place of the one it was made from."""
-    made = {
-        name: FileInfo(storage.sha256_of(folder / name), (folder / name).stat().st_size) for name in (GRAPH, RECORD)
-    }
+    paths = (folder / GRAPH, folder / RECORD)
+    made = {path.name: FileInfo(storage.sha256_of(path), path.stat().st_size) for path in paths}
     call = dataclasses.replace(manifest.stages["denoise"], file=GRAPH)
     return dataclasses.replace(
         manifest, precision="fp8", stages={**manifest.stages, "denoise": call}, files={**manifest.files, **made}
@@ -106,13 +105,6 @@ def _calibrate(
     model: Model, decoders: Mapping[str, Decoder], folder: Path, manifest: Manifest, prompts: Sequence[str], steps: int
 ) -> list[dict[str, Any]]:
     """Writes the eight-bit graph; returns how far its images and labels are from those of the graph before."""
-    import onnx
-
-    from datasetdm_fast.agreement import gates
-    from datasetdm_fast.agreement.distances import free_running_distances
-    from datasetdm_fast.data import Request
-    from datasetdm_fast.generation.recipe import make_recipe
-
     plain = onnx.load(str(manifest.graph(folder, "denoise")), load_external_data=False)
     layers = quantisable(plain)
     if not layers:
@@ -120,7 +112,7 @@ def _calibrate(
     watched = folder / WATCHED
     try:
         onnx.save(watching(plain, layers), str(watched))
-        exact = _Through(model, decoders, _session(watched))
+        exact = _Through(model, decoders, watched)
         recipe = make_recipe(exact.engine, tuple(decoders), steps=steps)
         requests = [Request(k, prompt, k) for k, prompt in enumerate(prompts)]
         truth = _observed(exact, requests, recipe)
@@ -131,14 +123,13 @@ def _calibrate(
     gc.collect()
     storage.publish({folder / GRAPH: quantised(plain, layers, largest, folder).SerializeToString(deterministic=True)})
     onnx.checker.check_model(str(folder / GRAPH))
-    found = _observed(_Through(model, decoders, _session(folder / GRAPH)), requests, recipe)
+    found = _observed(_Through(model, decoders, folder / GRAPH), requests, recipe)
     distances: dict[str, list[np.ndarray]] = {}
     for mine, right in zip(found, truth, strict=True):
         for name, values in free_running_distances(mine, right).items():
             distances.setdefault(name, []).append(values)
-    rows = gates.judge(
-        {name: np.concatenate(parts)[None] for name, parts in distances.items() if name != "text"}, gates.ROUNDED, {}
-    )
+    joined = {name: np.concatenate(parts)[None] for name, parts in distances.items() if name != "text"}
+    rows = gates.judge(joined, gates.ROUNDED, {})
     return [
         {"measure": row.measure.removeprefix("free "), "median": row.median, "p99": row.p99, "of_fp16": list(row.limit)}
         for row in rows
@@ -146,34 +137,24 @@ def _calibrate(
 
 
 def _observed(through: _Through, requests: Sequence[Request], recipe) -> list:
-    from datasetdm_fast.agreement import observe
-
-    return [
-        observe.observe(through, requests[first : first + BATCH], recipe) for first in range(0, len(requests), BATCH)
-    ]
-
-
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    import onnxruntime
-
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    starts = range(0, len(requests), BATCH)
+    return [observe.observe(through, requests[first : first + BATCH], recipe) for first in starts]
 
 
 class _Through:
     """The fast engine in fp32 whose UNet calls without capture go through a session, which may watch activations."""
 
-    def __init__(self, model: Model, decoders: Mapping[str, Decoder], session: onnxruntime.InferenceSession):
-        from datasetdm_fast.engines.fast import FastEngine
+    def __init__(self, model: Model, decoders: Mapping[str, Decoder], graph: Path):
+        import onnxruntime
 
-        self.engine, self.session = FastEngine(model, decoders, dtype="fp32", device="cpu"), session
-        self.largest = np.zeros(len(session.get_outputs()) - 1)  # of each watched activation
+        self.engine = FastEngine(model, decoders, dtype="fp32", device="cpu")
+        self.session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        self.largest = np.zeros(len(self.session.get_outputs()) - 1)  # of each watched activation
 
     def __getattr__(self, name: str):
         return getattr(self.engine, name)
 
     def denoise(self, latents, timestep: float, context):
-        import torch
-
         given = {"latents": latents.numpy(), "timestep": np.array(timestep, np.float32), "context": context.numpy()}
         noise, *seen = self.session.run(None, given)
         self.largest = np.maximum(self.largest, [float(value) for value in seen])
@@ -192,10 +173,6 @@ def table(drift: Sequence[Mapping[str, Any]]) -> str:
 
 def read_prompts(given: str, model: Model) -> tuple[str, ...]:
     """The prompts to calibrate on, each of a length the model takes."""
-    from datasetdm_fast.generation import prompts
-
-    name, text = prompts.read_prompts(given)
-    return tuple(
-        prompts.fit(prompt, model.tokenizer, f"{name} line {line}")
-        for line, prompt in prompts.split_prompts(text, name)
-    )
+    name, text = texts.read_prompts(given)
+    lines = texts.split_prompts(text, name)
+    return tuple(texts.fit(prompt, model.tokenizer, f"{name} line {line}") for line, prompt in lines)

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export_cli.loaded import load, teller
 from datasetdm_fast.export_cli.settings import PROG, ExportConfig
 
 
-def _run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.flags import parse
     from datasetdm_fast.generation.settings import check_size
 
     config, _ = parse(arguments, ExportConfig, PROG, __doc__)
     _check(config)
-    for name in ("list", "prune"):
-        if getattr(config, name):
-            from datasetdm_fast.export_cli import plan_commands
+    if config.list or config.prune:
+        from datasetdm_fast.export_cli import plan_commands
 
-            {"list": plan_commands.list_plans, "prune": plan_commands.prune}[name](config)
-            return 0
+        (plan_commands.list_plans if config.list else plan_commands.prune)(config)
+        return 0
     if not config.out:
         raise Refused("--out: no folder was given", "Add --out ENGINES.")
     if find_spec("onnx") is None:
         raise Missing("export: the library onnx is not installed", 'pip install "datasetdm-fast[ort]"')
     check_size(config.size)
-    TARGETS[config.to](config)
+    if config.to == "onnx":
+        write_graphs(config)
+    else:
+        from datasetdm_fast.export_cli import plan_commands
+
+        plan_commands.build(config)
     return 0
 
 
@@ -46,42 +48,25 @@ def _check(config: ExportConfig) -> None:
         )
     if config.steps < 0:
         raise Refused(f"--steps {config.steps}: expected 0 or more", "Leave it out for what the model was made for.")
-    idle = {
-        name: ("--to onnx writes graphs, which fit every GPU and batch", "--to tensorrt-rtx")
-        for name in OF_PLANS
-        if config.to == "onnx"
-    }
-    idle |= {
-        name: (f"--precision {config.precision} needs no calibration", "--precision fp8")
-        for name in OF_CALIBRATION
-        if config.precision != "fp8"
-    }
+    idle = {}
+    if config.to == "onnx":
+        fits = "--to onnx writes graphs, which fit every GPU and batch"
+        idle |= dict.fromkeys(OF_PLANS, (fits, "--to tensorrt-rtx"))
+    if config.precision != "fp8":
+        idle |= dict.fromkeys(
+            OF_CALIBRATION, (f"--precision {config.precision} needs no calibration", "--precision fp8")
+        )
     for name, (reason, wanted) in idle.items():
         if getattr(config, name) != getattr(ExportConfig(), name):
             raise Refused(f"--{name.replace('_', '-')}: {reason}", f"Drop the flag, or add {wanted}.")
 
 
-def _to_onnx(config: ExportConfig) -> None:
+def write_graphs(config: ExportConfig) -> None:
     if config.precision == "fp8":
         raise Refused("--precision fp8: graphs are written in fp32, fp16 or bf16", "Choose one of these.")
-    model, decoders = load(config)
+    model, decoders = config.load()
     from datasetdm_fast.export.onnx.to_onnx import export
 
-    precision = "fp32" if config.precision == "auto" else config.precision
-    manifest = export(
-        model, decoders, Path(config.out), precision=precision, raw_capture=config.raw_capture, told=teller(config)
-    )
+    options = {"precision": "fp32" if config.precision == "auto" else config.precision}
+    manifest = export(model, decoders, config.out, **options, raw_capture=config.raw_capture, told=config.told)
     print(manifest.to_json() if config.json else config.out, flush=True)
-
-
-def _to_tensorrt(config: ExportConfig) -> None:
-    from datasetdm_fast.export_cli import plan_commands
-
-    plan_commands.build(config)
-
-
-TARGETS: dict[str, Callable[[ExportConfig], None]] = {
-    "onnx": _to_onnx,
-    "tensorrt": _to_tensorrt,
-    "tensorrt-rtx": _to_tensorrt,
-}

@@ -30,49 +30,33 @@ def build(config: ExportConfig) -> None:
         flavour, [flag for flag in ("weight-streaming", "refit") if getattr(config, flag.replace("-", "_"))], gpus
     )
 
+    import torch
+
     from datasetdm_fast.engines.fast import FastEngine
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx.to_onnx import export
     from datasetdm_fast.export_cli import calibration
-    from datasetdm_fast.export_cli.loaded import load, teller
 
-    model, decoders = load(config)
-    folder, precision, drift = Path(config.out), "fp16" if config.precision == "auto" else config.precision, []
+    model, decoders = config.load()
+    folder, precision, drift = Path(config.out), "fp16" if config.precision == "auto" else config.precision, {}
     if precision == "fp8":
-        manifest, drift = calibration.export(
-            model, decoders, folder, calibration.read_prompts(config.prompts, model), config.steps, told=teller(config)
-        )
-        say(calibration.table(drift))
+        prompts = calibration.read_prompts(config.prompts, model)
+        manifest, rows = calibration.export(model, decoders, folder, prompts, config.steps, told=config.told)
+        say(calibration.table(rows))
+        drift = {"drift": rows}
     else:
-        manifest = export(
-            model, decoders, folder, precision=precision, raw_capture=config.raw_capture, told=teller(config)
-        )
-    target = to_tensorrt.Target(flavour, batches, capabilities, flags, "" if flavour.is_portable else _gpu_name())
-    opened, golden, rows = (
-        PlanFolder(folder, say),
-        Reference(lambda: FastEngine(model, decoders, dtype="fp32", device="cpu")),
-        [],
-    )
+        options = {"precision": precision, "raw_capture": config.raw_capture}
+        manifest = export(model, decoders, folder, **options, told=config.told)
+    gpu = "" if flavour.is_portable else torch.cuda.get_device_name()
+    target = to_tensorrt.Target(flavour, batches, capabilities, flags, gpu)
+    golden = Reference(lambda: FastEngine(model, decoders, dtype="fp32", device="cpu"))
+    opened, rows = PlanFolder(folder, say), []
     for stage in manifest.stages:
         plan = to_tensorrt.open_plan(opened, stage, manifest, target, golden, is_quiet=config.quiet)
-        rows.append(
-            {
-                "stage": stage,
-                "file": plan.path.name,
-                "bytes": len(plan.content),
-                "built": plan.is_new,
-                **{name: plan.notes[name] for name in NOTES},
-            }
-        )
-        if not config.quiet:
-            say(row_line(rows[-1]))
-    facts = {
-        "path": str(folder),
-        "flavour": flavour.title,
-        "capabilities": list(capabilities),
-        "plans": rows,
-        **({"drift": drift} if drift else {}),
-    }
+        row = {"stage": stage, "file": plan.path.name, "bytes": len(plan.content), "built": plan.is_new}
+        rows.append(row | {name: plan.notes[name] for name in NOTES})
+        config.told(row_line(rows[-1]))
+    facts = {"path": str(folder), "flavour": flavour.title, "capabilities": list(capabilities), "plans": rows, **drift}
     print(json.dumps(facts) if config.json else folder, flush=True)
 
 
@@ -107,18 +91,10 @@ NOTES = ("layers", "fused_attentions", "seconds")
 
 
 def row_line(row: Mapping[str, Any]) -> str:
-    size, layers = (
-        f"{row['bytes'] / 1e6:9.1f} MB",
-        f"{row['layers']} layers, {row['fused_attentions']} fused attentions",
-    )
+    size = f"{row['bytes'] / 1e6:9.1f} MB"
+    layers = f"{row['layers']} layers, {row['fused_attentions']} fused attentions"
     built = "built in" if row["built"] else "was there, built in"
     return f"{row['stage']:<26}{size}   {layers}, {built} {row['seconds']:.1f} s"
-
-
-def _gpu_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()
 
 
 def list_plans(config: ExportConfig) -> None:
@@ -144,11 +120,9 @@ def list_plans(config: ExportConfig) -> None:
 
 def prune(config: ExportConfig) -> None:
     """Deletes plans of --out or of the cache that would not be used, and the least used beyond --cap-gb."""
-    removed = [
-        one
-        for opened in _folders(config.out)
-        for one in opened.prune(_staleness(opened.folder), int(config.cap_gb * 1e9))
-    ]
+    removed, cap = [], int(config.cap_gb * 1e9)
+    for opened in _folders(config.out):
+        removed += opened.prune(_staleness(opened.folder), cap)
     if config.json:
         print(json.dumps([{"path": str(path), "reason": reason} for path, reason in removed]))
         return
@@ -162,15 +136,10 @@ def _folders(out: str) -> list[PlanFolder]:
         raise Missing(
             f"--out: {out} is not a folder", "Name the folder of the plans, or leave the flag out for the cache."
         )
-    roots = [Path(out)] if out else sorted(path for path in cached_plans().glob("*") if path.is_dir())
-    found = [
-        folder
-        for root in roots
-        for folder in (
-            root,
-            *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")),
-        )
-    ]
+    found = []
+    for root in [Path(out)] if out else sorted(path for path in cached_plans().glob("*") if path.is_dir()):
+        inner = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        found += [root, *sorted(inner)]
     return [PlanFolder(folder) for folder in found if any(folder.glob(f"*{SUFFIX}"))]
 
 
@@ -196,22 +165,13 @@ def _staleness(folder: Path):
 
 
 def _described(entry: Entry) -> dict[str, Any]:
-    facts, notes = entry.facts, entry.notes
+    facts, head = entry.facts, {"path": str(entry.path), "bytes": entry.size}
     if not facts:
-        return {"path": str(entry.path), "bytes": entry.size}
-    return {
-        "path": str(entry.path),
-        "bytes": entry.size,
-        "stage": facts["stage"],
-        "precision": facts["precision"],
-        "batches": _batches(facts["profiles"]),
-        "flavour": f"{flavours.TITLES[facts['flavour']]} {facts['version']}",
-        "cuda": facts["cuda"],
-        "capabilities": facts["capabilities"] or ["portable"],
-        "gpu": facts["gpu"],
-        "flags": facts["flags"],
-        **{name: notes[name] for name in NOTES},
-    }
+        return head
+    about = {"stage": facts["stage"], "precision": facts["precision"], "batches": _batches(facts["profiles"])}
+    about |= {"flavour": f"{flavours.TITLES[facts['flavour']]} {facts['version']}", "cuda": facts["cuda"]}
+    about |= {"capabilities": facts["capabilities"] or ["portable"], "gpu": facts["gpu"], "flags": facts["flags"]}
+    return head | about | {name: entry.notes[name] for name in NOTES}
 
 
 def _batches(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> list[int]:
@@ -220,13 +180,9 @@ def _batches(profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]) -> list[
 
 
 def _line(row: Mapping[str, Any]) -> str:
+    head, fault = f"{row['path']}  {row['bytes'] / 1e6:.1f} MB", row["fault"].removeprefix(f"{row['path']} ")
     if "stage" not in row:
-        return f"{row['path']}  {row['bytes'] / 1e6:.1f} MB  not usable: {_about(row)}"
+        return f"{head}  not usable: {fault}"
     batches, capabilities = ",".join(map(str, row["batches"])), ",".join(row["capabilities"])
     facts = f"{row['stage']} {row['precision']}, batch {batches}, {row['flavour']} for {capabilities}"
-    end = f"  not usable: {_about(row)}" if row["fault"] else f", {row['layers']} layers"
-    return f"{row['path']}  {row['bytes'] / 1e6:.1f} MB  {facts}{end}"
-
-
-def _about(row: Mapping[str, Any]) -> str:
-    return row["fault"].removeprefix(f"{row['path']} ")
+    return f"{head}  {facts}" + (f"  not usable: {fault}" if fault else f", {row['layers']} layers")

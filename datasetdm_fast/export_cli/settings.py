@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from datasetdm_fast.config import FLAVOURS, ModelSettings, OutputSettings, setting
+from datasetdm_fast.export.staging import say
 
 PROG = "python -m datasetdm_fast.export"
 
@@ -46,3 +48,19 @@ class ExportConfig(ModelSettings, OutputSettings):
     prune: bool = setting(False, "delete plans of --out, or of the cache, that are out of date or unusable")
     cap_gb: float = setting(64.0, "gigabytes of plans that --prune keeps, most recently used first", metavar="GB")
     json: bool = setting(False, "the manifest, or what plans there are, on stdout")
+
+    def told(self, line: str) -> None:
+        """Prints a line of progress, unless all is to be quiet."""
+        if not self.quiet:
+            say(line)
+
+    def load(self) -> tuple[Any, dict[str, Any]]:
+        """The model and its decoders."""
+        from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
+        from datasetdm_fast.loading import load_model
+
+        model = load_model(self.model, size=self.size, allow_download=self.allow_download)
+        decoders = {} if self.decoder == "none" else load_decoders(self.decoder)
+        for decoder in decoders.values():
+            check_levels(decoder, model.levels)
+        return model, decoders

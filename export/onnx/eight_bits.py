@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import onnx
-
+import onnx
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 GRAPH = "denoise.fp8.onnx"
 WATCHED = "denoise.watched.onnx"
@@ -25,13 +22,11 @@ OPSET, IR = 21, 10  # the first with eight-bit floats of fp16 scale in every rea
 # Graphs ---------------------------------------------------------------------------------------------------------------
 def quantisable(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The UNet's layers with constant fp16 weights, without the narrow first and last ones, which decide colours."""
-    import onnx
-
     weights = {one.name: one for one in model.graph.initializer}
     found = []
     for node in model.graph.node:
         weight = weights.get(node.input[LAYERS[node.op_type]]) if node.op_type in LAYERS else None
-        if weight is None or weight.data_type != onnx.TensorProto.FLOAT16 or not node.name.startswith("unet."):
+        if weight is None or weight.data_type != TensorProto.FLOAT16 or not node.name.startswith("unet."):
             continue
         if len(weight.dims) >= 2 and min(weight.dims[:2]) >= NARROWEST:
             found.append(node)
@@ -45,20 +40,14 @@ def layers_read(layers: Sequence[onnx.NodeProto]) -> list[str]:
 
 def watching(model: onnx.ModelProto, layers: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
     """The graph with the largest magnitude of each of these activations as an output of its own."""
-    import onnx
-    from onnx import helper
-
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     for place, name in enumerate(layers_read(layers)):
-        watched.graph.node.extend(
-            [
-                helper.make_node("Abs", [name], [f"magnitude.{place}"]),
-                helper.make_node("ReduceMax", [f"magnitude.{place}"], [f"narrow.{place}"], keepdims=0),
-                helper.make_node("Cast", [f"narrow.{place}"], [f"largest.{place}"], to=onnx.TensorProto.FLOAT),
-            ]
-        )
-        watched.graph.output.append(helper.make_tensor_value_info(f"largest.{place}", onnx.TensorProto.FLOAT, []))
+        magnitude, narrow, largest = ([f"{kind}.{place}"] for kind in ("magnitude", "narrow", "largest"))
+        watched.graph.node.append(helper.make_node("Abs", [name], magnitude))
+        watched.graph.node.append(helper.make_node("ReduceMax", magnitude, narrow, keepdims=0))
+        watched.graph.node.append(helper.make_node("Cast", narrow, largest, to=TensorProto.FLOAT))
+        watched.graph.output.append(helper.make_tensor_value_info(f"largest.{place}", TensorProto.FLOAT, []))
     return watched
 
 
@@ -73,9 +62,6 @@ class _Quantising:
     """A copy of a graph on its way to eight bits."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path):
-        import onnx
-        from onnx import helper
-
         self.folder, self.weights = folder, {one.name: one for one in model.graph.initializer}
         self.model = onnx.ModelProto()
         self.model.CopyFrom(model)
@@ -83,16 +69,18 @@ class _Quantising:
         for one in self.model.opset_import:
             one.version = OPSET if one.domain in ("", "ai.onnx") else one.version
         self.graph, self.before = self.model.graph, {}  # what was narrowed -> the nodes that do it
-        self.graph.initializer.append(helper.make_tensor(ZERO, onnx.TensorProto.FLOAT8E4M3FN, [], [0.0]))
+        self.graph.initializer.append(helper.make_tensor(ZERO, TensorProto.FLOAT8E4M3FN, [], [0.0]))
 
     def result(self, layers: Sequence[onnx.NodeProto], largest: Mapping[str, float]) -> onnx.ModelProto:
         chosen = {node.name for node in layers}
         for node in [node for node in self.graph.node if node.name in chosen]:
             source, weight = node.input[0], node.input[LAYERS[node.op_type]]
             if source not in self.before:
-                self.before[source] = self._of_activation(source, largest[source])
+                self._scale(source, largest[source])
+                self.before[source] = [self._node("QuantizeLinear", source, "", ".e4m3"), self._widening(source)]
             if weight not in self.before:
-                self.before[weight] = self._of_weight(weight)
+                self._narrow(weight)
+                self.before[weight] = [self._widening(weight)]
             node.input[0], node.input[LAYERS[node.op_type]] = f"{source}.fp8", f"{weight}.fp8"
         _insert(self.graph, self.before)
         read = {name for node in self.graph.node for name in node.input}
@@ -101,58 +89,31 @@ class _Quantising:
         self.graph.initializer.extend(kept)
         return self.model
 
-    def _of_activation(self, name: str, magnitude: float) -> list[onnx.NodeProto]:
-        from onnx import helper
-
-        narrow = helper.make_node(
-            "QuantizeLinear",
-            [name, self._scale(name, magnitude), ZERO],
-            [f"{name}.e4m3"],
-            name=f"{name}/QuantizeLinear",
-        )
-        return [narrow, self._widening(name)]
-
-    def _of_weight(self, name: str) -> list[onnx.NodeProto]:
-        import onnx
-        from onnx import helper, numpy_helper
-
-        values = self._stored(name)
-        self._scale(name, float(np.abs(values).max()))
-        step = numpy_helper.to_array(self.graph.initializer[-1]).astype(np.float32)
-        self.graph.initializer.append(
-            helper.make_tensor(
-                f"{name}.e4m3", onnx.TensorProto.FLOAT8E4M3FN, values.shape, _e4m3(values / step), raw=True
-            )
-        )
-        return [self._widening(name)]
+    def _node(self, kind: str, name: str, read: str, made: str) -> onnx.NodeProto:
+        return helper.make_node(kind, [name + read, f"{name}.scale", ZERO], [name + made], name=f"{name}/{kind}")
 
     def _widening(self, name: str) -> onnx.NodeProto:
-        from onnx import helper
+        return self._node("DequantizeLinear", name, ".e4m3", ".fp8")
 
-        return helper.make_node(
-            "DequantizeLinear",
-            [f"{name}.e4m3", f"{name}.scale", ZERO],
-            [f"{name}.fp8"],
-            name=f"{name}/DequantizeLinear",
-        )
+    def _narrow(self, name: str) -> None:
+        """Stores a weight in eight bits beside its scale."""
+        values = self._stored(name)
+        steps = _e4m3(values / self._scale(name, float(np.abs(values).max())))
+        narrow = helper.make_tensor(f"{name}.e4m3", TensorProto.FLOAT8E4M3FN, values.shape, steps, raw=True)
+        self.graph.initializer.append(narrow)
 
-    def _scale(self, name: str, magnitude: float) -> str:
-        from onnx import numpy_helper
-
+    def _scale(self, name: str, magnitude: float) -> np.float32:
         value = np.array(max(magnitude / LARGEST_E4M3, LEAST_SCALE), np.float16)
         self.graph.initializer.append(numpy_helper.from_array(value, f"{name}.scale"))
-        return f"{name}.scale"
+        return value.astype(np.float32)
 
     def _stored(self, name: str) -> np.ndarray:
         """A weight in fp32, from the data file where it lies there."""
-        import onnx
-        from onnx import external_data_helper, numpy_helper
-
-        tensor = onnx.TensorProto()
+        tensor = TensorProto()
         tensor.CopyFrom(self.weights[name])
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if tensor.data_location == TensorProto.EXTERNAL:
             external_data_helper.load_external_data_for_tensor(tensor, str(self.folder))
-            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.data_location = TensorProto.DEFAULT
         return numpy_helper.to_array(tensor).astype(np.float32)
 
 

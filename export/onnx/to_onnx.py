@@ -7,9 +7,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import torch
@@ -50,53 +51,24 @@ RAW = "denoise_and_keep"
 OPERATIONS = {"any": PORTABLE, "onnxruntime": ONNX_RUNTIME}
 
 
-def export(
-    model: Model,
-    decoders: Mapping[str, Decoder],
-    out: Path | str,
-    *,
-    precision: str = "fp32",
-    raw_capture: bool = False,
-    only: Sequence[str] | None = None,
-    runtime: str = "any",
-    told: Callable[[str], None] = lambda stage: None,
-) -> Manifest:
+def export(model: Model, decoders: Mapping[str, Decoder], out: Path | str, **options: Any) -> Manifest:
     """The manifest of folder `out`, which then holds every stage, or those of `only`; equal input, equal bytes.
 
-    UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each.
-    `raw_capture` adds the stage that hands out all features and maps. For the `runtime` onnxruntime attention is that
-    library's own operator. A folder that holds this very export already is left as it is; of several processes that
-    export into it at once one does the work. `told` hears the name of each stage before it is written.
+    The options are those of `StageExport`. A folder that holds this very export already is left as it is; of several
+    processes that export into it at once one does the work.
     """
-    _check(decoders, precision, runtime)
-    return _export(
-        model,
-        decoders,
-        Path(out),
-        _Wish(_chosen(decoders, raw_capture, only), precision, runtime, source_digest(model, decoders), model.size),
-        told,
-    )
+    return StageExport(model, decoders, **options).into(Path(out))
 
 
-def cached(
-    model: Model,
-    decoders: Mapping[str, Decoder],
-    *,
-    precision: str = "fp32",
-    raw_capture: bool = False,
-    only: Sequence[str] | None = None,
-    runtime: str = "any",
-    told: Callable[[str], None] = lambda stage: None,
-) -> tuple[Path, Manifest]:
+def cached(model: Model, decoders: Mapping[str, Decoder], **options: Any) -> tuple[Path, Manifest]:
     """The same in a folder of the cache, named by all that decides its files."""
-    _check(decoders, precision, runtime)
-    wish = _Wish(_chosen(decoders, raw_capture, only), precision, runtime, source_digest(model, decoders), model.size)
-    folder = cache_folder() / "onnx" / hashlib.sha256(repr(wish).encode()).hexdigest()[:32]
-    return folder, _export(model, decoders, folder, wish, told)
+    made = StageExport(model, decoders, **options)
+    folder = cache_folder() / "onnx" / hashlib.sha256(repr(made.wish).encode()).hexdigest()[:32]
+    return folder, made.into(folder)
 
 
 @dataclass(frozen=True)
-class _Wish:
+class ExportWish:
     """What decides the files of an export."""
 
     names: tuple[str, ...]
@@ -105,46 +77,15 @@ class _Wish:
     source: str
     size: int
 
-    def is_met_by(self, found: Manifest) -> bool:
-        return _Wish(tuple(found.stages), found.precision, found.runtime, found.source, found.size) == self
 
-
-def _export(
-    model: Model, decoders: Mapping[str, Decoder], out: Path, wish: _Wish, told: Callable[[str], None]
-) -> Manifest:
-    with alone(out):
-        try:
-            there = Manifest.read(out)
-            if wish.is_met_by(there):
-                there.check_files(out)
-                return there
-            earlier = tuple(there.files)
-        except (Refused, Missing):
-            check_replaceable(out)
-            earlier = ()
-        with staged(out, NAME, earlier) as folder:
-            return _Export(model, decoders, wish, told).write(folder)
-
-
-def _chosen(decoders: Mapping[str, Decoder], raw_capture: bool, only: Sequence[str] | None) -> tuple[str, ...]:
-    names = stage_names(decoders, raw_capture)
+def chosen_stages(decoders: Mapping[str, Decoder], raw_capture: bool, only: Sequence[str] | None) -> tuple[str, ...]:
+    """Without decoders there is nothing to capture but the features and maps themselves."""
+    captures = [*(["denoise_and_capture"] if decoders else []), *([RAW] if raw_capture else [])]
+    names = ["encode_text", "denoise", *captures, "decode_image", "encode_image", *map(annotate_name, decoders)]
     for name in only or ():
         if name not in names:
             raise Refused(f"stage: {name!r} is none of {', '.join(names)}")
     return tuple(name for name in names if only is None or name in only)
-
-
-def stage_names(decoders: Mapping[str, Decoder], raw_capture: bool = False) -> list[str]:
-    """Without decoders there is nothing to capture but the features and maps themselves."""
-    captures = [name for name, is_wanted in (("denoise_and_capture", bool(decoders)), (RAW, raw_capture)) if is_wanted]
-    return [
-        "encode_text",
-        "denoise",
-        *captures,
-        "decode_image",
-        "encode_image",
-        *(annotate_name(task) for task in decoders),
-    ]
 
 
 def annotate_name(task: str) -> str:
@@ -167,9 +108,7 @@ def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> Non
 def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
     """SHA-256 of all that decides the graphs: parameters, configurations and this package's own code."""
     parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
-    configs = {
-        name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in parts.items()
-    }
+    configs = {"text_encoder": model.text_encoder.config.to_dict(), "unet": model.unet.config, "vae": model.vae.config}
     # What begins with an underscore says where and how a part was read, not what it computes.
     configs = {
         name: {key: value for key, value in config.items() if not key.startswith("_")}
@@ -187,9 +126,8 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
 def exporter() -> str:
     """Version of this package, with a digest of the code that decides what the graphs say."""
     root = Path(stages.__file__).parent
-    forms = [
-        Path(module.__file__) for module in (bilinear, depth_head, image_norm, upsample_concat)
-    ]  # of the kernels, those the graphs take over
+    # Of the kernels, those the graphs take over.
+    forms = [Path(module.__file__) for module in (bilinear, depth_head, image_norm, upsample_concat)]
     rooms = (Path(__file__).parents[1], root / "models", root / "decoders")
     files = [*(path for room in rooms for path in sorted(room.rglob("*.py"))), *forms, Path(stages.__file__)]
     total = hashlib.sha256()
@@ -219,9 +157,8 @@ class Adding:
             return self.ops.attention(q, k, v)
         output, maps = self.ops.attention_maps(q, k, v)
         maps = maps.chunk(2)[1]
-        planes = self.projection.maps[level][place].flatten(0, 1).transpose(0, 1) @ maps.transpose(2, 3).flatten(
-            1, 2
-        )  # [B, F, S]
+        weight = self.projection.maps[level][place].flatten(0, 1).transpose(0, 1)
+        planes = weight @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
         side = int(planes.shape[2] ** 0.5)
         self._add(level, planes.unflatten(2, (side, side)))
         return output
@@ -240,21 +177,60 @@ class KeepingOnce(RawCapture):
         return output
 
 
-class _Export:
-    """One export: modules and data files are made once and shared by the stages that read them."""
+class StageExport:
+    """One export: modules and data files are made once and shared by the stages that read them.
 
-    def __init__(self, model: Model, decoders: Mapping[str, Decoder], wish: _Wish, told: Callable[[str], None]):
-        self.model, self.decoders, self.wish, self.told = model, decoders, wish, told
-        self.dtype, self.ops = TYPES[wish.precision], OPERATIONS[wish.runtime]
-        self.projection = Projection(model.levels, decoders)
+    UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each.
+    `raw_capture` adds the stage that hands out all features and maps. For the `runtime` onnxruntime attention is that
+    library's own operator. `told` hears the name of each stage before it is written.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        decoders: Mapping[str, Decoder],
+        *,
+        precision: str = "fp32",
+        raw_capture: bool = False,
+        only: Sequence[str] | None = None,
+        runtime: str = "any",
+        told: Callable[[str], None] = lambda stage: None,
+    ):
+        _check(decoders, precision, runtime)
+        names = chosen_stages(decoders, raw_capture, only)
+        self.wish = ExportWish(names, precision, runtime, source_digest(model, decoders), model.size)
+        self.model, self.decoders, self.told = model, decoders, told
+        self.dtype, self.ops = TYPES[precision], OPERATIONS[runtime]
         side = model.size // FACTOR
         self.sizes = {"B": BATCH, "2B": BATCH * 2, "K": WORDS, "h": side, "w": side, "H": model.size, "W": model.size}
         self.sizes |= {"T": model.levels[0].tokens, "D": model.unet.config.cross_attention_dim}
 
+    @cached_property
+    def projection(self) -> Projection:
+        return Projection(self.model.levels, self.decoders)
+
+    def into(self, out: Path) -> Manifest:
+        with alone(out):
+            try:
+                there = Manifest.read(out)
+                found = ExportWish(tuple(there.stages), there.precision, there.runtime, there.source, there.size)
+                if found == self.wish:
+                    there.check_files(out)
+                    return there
+                earlier = tuple(there.files)
+            except (Refused, Missing):
+                check_replaceable(out)
+                earlier = ()
+            with staged(out, NAME, earlier) as folder:
+                return self.write(folder)
+
     def write(self, folder: Path) -> Manifest:
         """The manifest, once every file is in the folder."""
+        groups: dict[str, list[str]] = {}  # by the data file that stages share: all of the UNet's have one
+        for name in self.wish.names:
+            groups.setdefault("unet" if name.startswith("denoise") else name, []).append(name)
         found: dict[str, StageFile] = {}
-        for group, members in self._groups().items():
+        for group, members in groups.items():
             data = DataFile(f"{group}.data")
             parts = self._parts(group)
             for name in members:
@@ -272,13 +248,6 @@ class _Export:
         manifest = self._manifest({name: found[name] for name in self.wish.names}, files)
         (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
-
-    def _groups(self) -> dict[str, list[str]]:
-        """Stages by the data file they share: all of the UNet's have one."""
-        groups: dict[str, list[str]] = {}
-        for name in self.wish.names:
-            groups.setdefault("unet" if name.startswith("denoise") else name, []).append(name)
-        return groups
 
     def _manifest(self, found: Mapping[str, StageFile], files: Mapping[str, FileInfo]) -> Manifest:
         channels = {
@@ -306,12 +275,8 @@ class _Export:
         model = self.model
         if group == "unet":
             unet = deferred(model.unet)
-            return {
-                "times": TimeTable(unet),
-                "texts": TextTable(unet),
-                "unet": exportable(UNet(unet, self.ops)),
-                "projection": self.projection,
-            }
+            tables = {"times": TimeTable(unet), "texts": TextTable(unet)}
+            return tables | {"unet": exportable(UNet(unet, self.ops)), "projection": self.projection}
         if group == "encode_text":
             return {"text_encoder": TextEncoder(deferred(model.text_encoder), self.ops)}
         if group == "decode_image":
@@ -330,28 +295,16 @@ class _Export:
             for key, (axes, dtype) in table.inputs.items()
         }
         outputs = self._outputs(name, modules, inputs)
-        table = Tensors(
-            table.inputs,
-            {key: value for key, value in table.outputs.items() if key in outputs or not key.startswith("sums_")},
-        )
-        assert set(outputs) == set(table.outputs), f"{name} gives {sorted(outputs)}, its table {sorted(table.outputs)}"
-        for key in table.outputs:
+        given = {key: axes for key, axes in table.outputs.items() if key in outputs or not key.startswith("sums_")}
+        assert set(outputs) == set(given), f"{name} gives {sorted(outputs)}, its table {sorted(given)}"
+        for key in given:
             graph.output(key, outputs[key])
-        proto = graph.model(
-            {
-                "datasetdm_fast.stage": name,
-                "datasetdm_fast.source": self.wish.source,
-                "datasetdm_fast.precision": self.wish.precision,
-            }
-        )
+        facts = {"stage": name, "source": self.wish.source, "precision": self.wish.precision}
+        proto = graph.model({f"datasetdm_fast.{key}": value for key, value in facts.items()})
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString(deterministic=True))
         has_data = any(constant.external_data for constant in proto.graph.initializer)
-        return StageFile(
-            f"{name}.onnx",
-            data.name if has_data else "",
-            _told(table.inputs, graph.inputs),
-            _told(table.outputs, graph.outputs),
-        )
+        described = _told(table.inputs, graph.inputs), _told(given, graph.outputs)
+        return StageFile(f"{name}.onnx", data.name if has_data else "", *described)
 
     def _table(self, name: str) -> Tensors:
         if name == RAW:
@@ -387,47 +340,38 @@ class _Export:
     def _unet_outputs(
         self, name: str, modules: Mapping[str, nn.Module], latents: Value, timestep: Value, context: Value
     ) -> dict[str, Value]:
-        hook = {
-            "denoise": lambda: NoCapture(self.ops),
-            "denoise_and_capture": lambda: Adding(self.projection, self.ops),
-            RAW: lambda: KeepingOnce(self.model.levels, self.ops),
-        }[name]()
+        if name == RAW:
+            hook = KeepingOnce(self.model.levels, self.ops)
+        else:
+            hook = NoCapture(self.ops) if name == "denoise" else Adding(self.projection, self.ops)
         biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
         noise = modules["unet"](latents.to(self.dtype), biases, texts, hook).float()
         if name == RAW:
             capture = hook.result()
-            kept = ((kind, getattr(capture, kind)) for kind in ("features", "maps"))
             raw = {
-                f"{kind}_{LEVELS[level]}_{place}": value
-                for kind, values in kept
-                for level, row in enumerate(values)
+                f"{kind}_{level}_{place}": value
+                for kind in ("features", "maps")
+                for level, row in zip(LEVELS, getattr(capture, kind))
                 for place, value in enumerate(row)
             }
             return {"noise": noise, **raw}
-        return {
-            "noise": noise,
-            **({f"sums_{LEVELS[level]}": hook.sums[level] for level in sorted(hook.sums)} if name != "denoise" else {}),
-        }
+        sums = sorted(hook.sums.items()) if name != "denoise" else ()
+        return {"noise": noise, **{f"sums_{LEVELS[level]}": total for level, total in sums}}
 
     def _answers(self, task: str, decoder: nn.Module, inputs: Mapping[str, Value]) -> dict[str, Value]:
         graph = next(iter(inputs.values())).graph
-        unread = {
-            f"sums_{level.name}": Value(graph, "", (BATCH, 0, level.side, level.side), torch.float32)
-            for level in self.model.levels
-        }
-        return decoder(
-            ProjectedCapture(tuple((unread | inputs)[f"sums_{name}"] for name in LEVELS), {}), inputs.get("text")
-        )
+        empty = ((level.name, (BATCH, 0, level.side, level.side)) for level in self.model.levels)
+        sums = {f"sums_{name}": Value(graph, "", shape, torch.float32) for name, shape in empty} | inputs
+        return decoder(ProjectedCapture(tuple(sums[f"sums_{name}"] for name in LEVELS), {}), inputs.get("text"))
 
 
 def _told(table: Mapping[str, tuple[stages.Shape, str]], values: Sequence[Value]) -> tuple[TensorInfo, ...]:
     rows = []
     for (name, (axes, dtype)), value in zip(table.items(), values, strict=True):
         shape = tuple(str(size) if isinstance(size, Extent) else size for size in value.shape)
+        fixed = ((axis, size) for axis, size in zip(axes, shape) if isinstance(axis, int) or isinstance(size, str))
         is_as_told = len(axes) == len(shape) and getattr(torch, dtype) == value.dtype
-        is_as_told &= all(
-            axis == size for axis, size in zip(axes, shape) if isinstance(axis, int) or isinstance(size, str)
-        )
+        is_as_told &= all(axis == size for axis, size in fixed)
         assert is_as_told, f"{name} is {shape} {value.dtype}, its table says {axes} {dtype}"
         rows.append(TensorInfo(name, axes, shape, dtype))
     return tuple(rows)

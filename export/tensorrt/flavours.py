@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -15,10 +16,8 @@ from types import ModuleType
 
 from datasetdm_fast.errors import Missing, Refused
 
-MODULES = {
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt_rtx",
-}  # flavour -> module, the first of them that is installed is taken
+# flavour -> module, the first of them that is installed is taken
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 DATA_CENTRE = {"sm90", "sm100", "sm103"}
 INSTALL = {
@@ -48,11 +47,8 @@ class Flavour:
         """GPUs it builds plans for without having them; none where it builds for the GPU of this machine alone."""
         if self.name != "tensorrt-rtx":
             return ()
-        return tuple(
-            f"sm{found[1]}"
-            for name in self.module.ComputeCapability.__members__
-            if (found := re.fullmatch(r"SM(\d+)", name))
-        )
+        names = (re.fullmatch(r"SM(\d+)", name) for name in self.module.ComputeCapability.__members__)
+        return tuple(f"sm{found[1]}" for found in names if found)
 
     @property
     def is_portable(self) -> bool:
@@ -89,11 +85,9 @@ def _fitting(gpus: Sequence[str]) -> str:
 def _cuda_of(module: str) -> str:
     for cuda in ("13", "12"):
         for suffix in ("", "_bindings"):
-            try:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 importlib.metadata.version(f"{module}_cu{cuda}{suffix}")
-            except importlib.metadata.PackageNotFoundError:
-                continue
-            return cuda
+                return cuda
     return ""
 
 
@@ -101,46 +95,42 @@ def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:120]
 
 
+def _driver_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
 def driver() -> str:
     """What there is of an NVIDIA driver, as a phrase."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    if (library := _driver_library()) is None:
         return "no NVIDIA driver was found (libcuda.so.1)"
     version, count = ctypes.c_int(0), ctypes.c_int(0)
     library.cuDriverGetVersion(ctypes.byref(version))
     code = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
     kernel = Path("/proc/driver/nvidia/version")
-    found = (
-        re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", kernel.read_text(encoding="utf-8", errors="replace"))
-        if kernel.is_file()
-        else None
-    )
-    name = (
-        f"driver {found[1]}, CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-        if found
-        else f"driver for CUDA {version.value // 1000}"
-    )
+    told = kernel.read_text(encoding="utf-8", errors="replace") if kernel.is_file() else ""
+    cuda, found = version.value // 1000, re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", told)
+    name = f"driver {found[1]}, CUDA {cuda}.{version.value % 1000 // 10}" if found else f"driver for CUDA {cuda}"
     return f"{name}, " + (f"which reports error {code}" if code else f"with {count.value} GPUs")
 
 
 def gpu_capabilities() -> list[str]:
     """The capability of each GPU of this machine, asked of the driver: without torch or a CUDA context."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    library, count, found = _driver_library(), ctypes.c_int(0), []
+    if library is None or library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count)):
         return []
-    count = ctypes.c_int(0)
-    if library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    found = []
     for place in range(count.value):
         device, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
-        if library.cuDeviceGet(ctypes.byref(device), place):
-            continue
-        library.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        library.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-        found.append(f"sm{major.value}{minor.value}")
+        if not library.cuDeviceGet(ctypes.byref(device), place):
+            library.cuDeviceGetAttribute(
+                ctypes.byref(major), 75, device
+            )  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+            library.cuDeviceGetAttribute(
+                ctypes.byref(minor), 76, device
+            )  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+            found.append(f"sm{major.value}{minor.value}")
     return found
 
 

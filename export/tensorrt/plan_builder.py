@@ -103,10 +103,8 @@ def build(job: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     config.progress_monitor = _monitor(trt, pipe)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: labels hang on the stages that keep it
-    if hasattr(trt.BuilderFlag, "STRICT_NANS"):
-        config.set_flag(
-            trt.BuilderFlag.STRICT_NANS
-        )  # else 0 * x is 0 even where x is NaN, and samples are set aside by what is NaN in the end
+    if hasattr(trt.BuilderFlag, "STRICT_NANS"):  # else 0 * x is 0 even where x is NaN, which sets samples aside
+        config.set_flag(trt.BuilderFlag.STRICT_NANS)
     for flag in job["flags"]:
         if not hasattr(trt.BuilderFlag, FLAGS[flag]):
             raise Refusal(f"the flag {flag} is not offered")
@@ -133,12 +131,8 @@ def build(job: dict[str, Any], pipe: Pipe) -> dict[str, Any]:
     if timings is not None:
         Path(job["timings"]).write_bytes(config.get_timing_cache().serialize())
     fused = sum(FUSED_ATTENTION in line for line in logger.layers)
-    return {
-        "layers": len(logger.layers),
-        "fused_attentions": fused,
-        "nodes": network.num_layers,
-        "seconds": round(seconds, 2),
-    }
+    counts = {"layers": len(logger.layers), "fused_attentions": fused, "nodes": network.num_layers}
+    return counts | {"seconds": round(seconds, 2)}
 
 
 def _timing_cache(config, path: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,17 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.export.staging import say
+from datasetdm_fast.export.staging import say, take_lock
 from datasetdm_fast.export.tensorrt import sealed
 from datasetdm_fast.export.tensorrt.sealed import Unusable
-
-if TYPE_CHECKING:
-    import numpy as np
 
 FORMAT = 1  # of the facts below; another one makes every plan stale
 SUFFIX = ".plan"
@@ -38,9 +36,8 @@ class PlanOrder:
     stage: str
     source: str  # digest of model and decoders
     graph: str  # digest of the ONNX graph with its weights
-    profiles: tuple[
-        Mapping[str, tuple[tuple[int, ...], ...]], ...
-    ]  # per profile: input -> least, usual and largest shape
+    # per profile: input -> least, usual and largest shape
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
     precision: str
     flavour: str
     version: str
@@ -56,7 +53,11 @@ class PlanOrder:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
+        return key_of(self.facts())
+
+
+def key_of(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class PlanFolder:
         if plan:
             return plan
         storage.make_folder(self.folder)
-        with self._building(order):
+        waits = f"{order.stage}: another process builds this plan, waiting for it"
+        with lock(self.path(order).with_suffix(".lock"), lambda: self.tell(waits)):
             with suppress(FileNotFoundError, Unusable):  # another process may have built it meanwhile
                 return self.read(order)
             self._build(order, build)
@@ -157,9 +159,8 @@ class PlanFolder:
         from safetensors.numpy import save
 
         path = self.path(order)
-        for leftover in self.folder.glob(
-            f".{path.stem}.*.part"
-        ):  # of a process that was killed; nobody else writes this plan now
+        # Of a process that was killed; nobody else writes this plan now.
+        for leftover in self.folder.glob(f".{path.stem}.*.part"):
             leftover.unlink(missing_ok=True)
         part = path.with_name(f".{path.name}.raw.{os.getpid()}.part")
         try:
@@ -170,27 +171,17 @@ class PlanFolder:
         finally:
             part.unlink(missing_ok=True)
 
-    @contextmanager
-    def _building(self, order: PlanOrder) -> Iterator[None]:
-        """Only one process at a time is within the block for one order; the operating system ends a dead one's turn."""
-        path = self.path(order).with_suffix(".lock")
-        with lock(path, lambda: self.tell(f"{order.stage}: another process builds this plan, waiting for it")):
-            yield
-
     def entries(self) -> list[Entry]:
         """Every plan file with what it was built for, seal and content checked."""
         found = []
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            facts: Mapping[str, Any] = {}
-            notes: Mapping[str, Any] = {}
-            fault = ""
+            facts, notes, fault = {}, {}, ""
             try:
                 header, _ = sealed.read(path, self.key)
                 facts, notes = header.facts, header.notes
-                if path.name != f"{facts['stage']}-{_key_of(facts)[:SHOWN_KEY]}{SUFFIX}":
-                    raise Unusable(
-                        f"{path} carries another plan's name: it is {facts['stage']} of graph {facts['graph'][:12]}"
-                    )
+                if path.name != f"{facts['stage']}-{key_of(facts)[:SHOWN_KEY]}{SUFFIX}":
+                    found_there = f"it is {facts['stage']} of graph {facts['graph'][:12]}"
+                    raise Unusable(f"{path} carries another plan's name: {found_there}")
                 self._read_golden(path, header)
             except FileNotFoundError:
                 fault = f"{path} is a link to nothing"
@@ -201,31 +192,21 @@ class PlanFolder:
 
     def prune(self, is_stale: Callable[[Mapping[str, Any]], str], cap: int = CAP) -> list[tuple[Path, str]]:
         """What was deleted and why: unusable and stale plans, stray files, then the least used beyond `cap` bytes."""
-        removed, good = [], []
-        for entry in self.entries():
-            reason = entry.fault or is_stale(entry.facts)
-            if reason:
-                self._remove(entry.path)
-                removed.append((entry.path, reason))
-            else:
-                good.append(entry)
-        good.sort(key=lambda entry: entry.path.stat().st_mtime, reverse=True)
-        total = 0
-        for entry in good:
+        reasons = [(entry, entry.fault or is_stale(entry.facts)) for entry in self.entries()]
+        removed = [(entry.path, reason) for entry, reason in reasons if reason]
+        good, total = [entry for entry, reason in reasons if not reason], 0
+        for entry in sorted(good, key=lambda entry: entry.path.stat().st_mtime, reverse=True):
             total += entry.size
             if total > cap:
-                self._remove(entry.path)
                 removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
+        for path, _ in removed:
+            for one in (path, golden_path(path), path.with_suffix(".lock")):
+                one.unlink(missing_ok=True)
         names = {golden_path(path) for path in self.folder.glob(f"*{SUFFIX}")}
-        for orphan in self.folder.glob(f"*{GOLDEN}"):
-            if orphan not in names:
-                orphan.unlink(missing_ok=True)
-                removed.append((orphan, "belongs to no plan"))
+        for orphan in sorted(set(self.folder.glob(f"*{GOLDEN}")) - names):
+            orphan.unlink(missing_ok=True)
+            removed.append((orphan, "belongs to no plan"))
         return removed
-
-    def _remove(self, path: Path) -> None:
-        for one in (path, golden_path(path), path.with_suffix(".lock")):
-            one.unlink(missing_ok=True)
 
 
 def cached_plans() -> Path:
@@ -237,10 +218,6 @@ def golden_path(plan: Path) -> Path:
     return plan.with_name(plan.name.removesuffix(SUFFIX) + GOLDEN)
 
 
-def _key_of(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 @contextmanager
 def lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     """Holds the lock file for this process, waiting for whoever has it; `waits` is called once if it must wait."""
@@ -250,10 +227,7 @@ def lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
         raise Missing(f"{path}: {error.strerror}", "Check the folder and its permissions.") from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waits()
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            take_lock(handle, waits)
         except OSError as error:
             raise Missing(
                 f"{path}: the file system cannot lock files ({error.strerror})", "Choose a folder on a local disk."

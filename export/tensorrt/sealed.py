@@ -15,7 +15,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +99,14 @@ def _read_key(path: Path) -> bytes:
         state = os.fstat(handle)
         mode = stat.S_IMODE(state.st_mode)
         remedy = f"Delete {path}: a new key is made, and plans sealed with the old one are built anew."
-        if not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid():
-            raise Refused(f"{path}: the key of this machine's plans is not a regular file of this user's", remedy)
-        if mode & 0o077:
-            raise Refused(
-                f"{path}: the key of this machine's plans has the permissions {mode:04o}, expected 0600", remedy
-            )
-        if state.st_size != KEY_BYTES:
-            raise Refused(
-                f"{path}: the key of this machine's plans has {state.st_size} bytes, expected {KEY_BYTES}", remedy
-            )
+        faults = {
+            "is not a regular file of this user's": not stat.S_ISREG(state.st_mode) or state.st_uid != os.geteuid(),
+            f"has the permissions {mode:04o}, expected 0600": mode & 0o077,
+            f"has {state.st_size} bytes, expected {KEY_BYTES}": state.st_size != KEY_BYTES,
+        }
+        for fault, is_there in faults.items():
+            if is_there:
+                raise Refused(f"{path}: the key of this machine's plans {fault}", remedy)
         return os.read(handle, KEY_BYTES)
     finally:
         os.close(handle)
@@ -128,7 +126,7 @@ def write(
             "Build for fewer batch sizes, or a smaller image.",
         )
     header = json.dumps(
-        {"facts": dict(facts), "notes": dict(notes or {}), "size": size, "sha256": digest.hexdigest()}, sort_keys=True
+        asdict(Header(dict(facts), dict(notes or {}), size, digest.hexdigest())), sort_keys=True
     ).encode()
     assert len(header) <= LARGEST_HEADER, "facts too long for a header"
     start = MAGIC + struct.pack("<I", len(header)) + header
@@ -197,13 +195,11 @@ def _read_header(path: Path, file, key: bytes) -> Header:
         raise Unusable(f"{path} is truncated within its header")
     if not hmac.compare_digest(seal, hmac.digest(key, start + text, "sha256")):
         raise Unusable(f"{path} was edited, or sealed with a key that is not {key_path()}")
-    said = json.loads(text)  # sealed, so written by us
-    header = Header(said["facts"], said["notes"], said["size"], said["sha256"])
-    if whole != _START + length + SEAL_BYTES + header.size:
-        raise Unusable(
-            f"{path} is {'truncated' if whole < _START + length + SEAL_BYTES + header.size else 'too long'}: {whole} "
-            "bytes do not fit its header"
-        )
+    header = Header(**json.loads(text))  # sealed, so written by us
+    expected = _START + length + SEAL_BYTES + header.size
+    if whole != expected:
+        fault = "truncated" if whole < expected else "too long"
+        raise Unusable(f"{path} is {fault}: {whole} bytes do not fit its header")
     if header.size > LARGEST_PAYLOAD:
         raise Unusable(f"{path} is larger than a sealed file may be: {header.size} bytes")
     return header
@@ -211,11 +207,8 @@ def _read_header(path: Path, file, key: bytes) -> Header:
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """What differs between two sets of facts, in words; long values are cut."""
-    shown = []
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
-            shown.append(f"{name} {_cut(found.get(name))}, expected {_cut(wanted.get(name))}")
-    return "; ".join(shown)
+    names = (name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name))
+    return "; ".join(f"{name} {_cut(found.get(name))}, expected {_cut(wanted.get(name))}" for name in names)
 
 
 def _cut(value: Any) -> str:

@@ -9,23 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export.manifest import Manifest, StageFile
 from datasetdm_fast.export.tensorrt import sealed
 from datasetdm_fast.export.tensorrt.flavours import MODULES, Flavour
 from datasetdm_fast.export.tensorrt.plan_builder import FLAGS
 from datasetdm_fast.export.tensorrt.plans import PlanFile, PlanFolder, PlanOrder, lock, say
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from datasetdm_fast.export.manifest import Manifest, StageFile
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress where there is no terminal
 TEXTS = 8  # prompts or words the text encoder takes at once
@@ -34,7 +32,7 @@ PIXELS = 8 * 512 * 512  # images the autoencoder takes at once; its full-size ac
 LARGEST_BATCH = 256
 SPACE = 2.5  # bytes of disk a build needs, per byte of the stage's weights: the plan, and its copy being sealed
 
-Golden = Callable[[str], Mapping[str, "np.ndarray"]]
+Golden = Callable[[str], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -50,17 +48,13 @@ class Target:
 
 def check_batches(batches: Sequence[str | int]) -> tuple[int, ...]:
     """Batch sizes in rising order, each once."""
-    found = []
+    example = "For example --batch 1,8,16."
     for batch in batches:
         if not str(batch).isdecimal() or not 1 <= int(batch) <= LARGEST_BATCH:
-            raise Refused(
-                f"--batch {batch}: expected numbers from 1 to {LARGEST_BATCH}, comma-separated",
-                "For example --batch 1,8,16.",
-            )
-        found.append(int(batch))
-    if not found:
-        raise Refused("--batch: names no batch size", "For example --batch 1,8,16.")
-    return tuple(sorted(set(found)))
+            raise Refused(f"--batch {batch}: expected numbers from 1 to {LARGEST_BATCH}, comma-separated", example)
+    if not batches:
+        raise Refused("--batch: names no batch size", example)
+    return tuple(sorted(set(map(int, batches))))
 
 
 def check_flags(flavour: Flavour, flags: Sequence[str], gpus: Sequence[str]) -> tuple[str, ...]:
@@ -100,9 +94,8 @@ def profiles(
 ) -> tuple[dict[str, tuple[tuple[int, ...], ...]], ...]:
     """Least, usual and largest shape of every input whose shape a call decides, per optimisation profile."""
     moving = [one for one in tensors.inputs if any(isinstance(axis, str) for axis in one.shape)]
-    return tuple(
-        {one.name: (resolved(one.shape, batch),) * 3 for one in moving} for batch in sizes(stage, size, batches)
-    )
+    counts = sizes(stage, size, batches)
+    return tuple({one.name: (resolved(one.shape, batch),) * 3 for one in moving} for batch in counts)
 
 
 # Orders and builds ----------------------------------------------------------------------------------------------------
@@ -168,38 +161,25 @@ def _checked_graph(folder: Path, manifest: Manifest, stage: str) -> Path:
     return manifest.graph(folder, stage)
 
 
-class _timings:
+@contextmanager
+def _timings(opened: PlanFolder, target: Target) -> Iterator[Path | None]:
     """Within the block a file with the timings of earlier builds, where the flavour builds by timing; else None."""
-
-    def __init__(self, opened: PlanFolder, target: Target):
-        # TensorRT-RTX times nothing, and would ask for a GPU at the sight of a timing cache.
-        self.stored = (
-            None
-            if target.flavour.is_portable
-            else opened.folder / f"timings-{target.flavour.version}-{'-'.join(target.capabilities)}.sealed"
-        )
-        self.facts = {"kind": "timings", "version": target.flavour.version, "gpu": target.gpu}
-        self.key, self.file = opened.key, None
-
-    def __enter__(self) -> Path | None:
-        if self.stored is None:
-            return None
-        self.file = self.stored.with_name(f".{self.stored.name}.{os.getpid()}.part")
-        content = b""
-        with suppress(FileNotFoundError, sealed.Unusable):
-            _, content = sealed.read(self.stored, self.key, self.facts)
-        self.file.write_bytes(content)
-        return self.file
-
-    def __exit__(self, kind, *_: object) -> None:
-        if self.file is None:
-            return
-        try:
-            if kind is None:
-                with lock(self.stored.with_suffix(".lock"), lambda: None):
-                    sealed.write(self.stored, self.facts, self.file.read_bytes(), self.key)
-        finally:
-            self.file.unlink(missing_ok=True)
+    if target.flavour.is_portable:  # TensorRT-RTX times nothing, and would ask for a GPU at the sight of a timing cache
+        yield None
+        return
+    version = target.flavour.version
+    stored = opened.folder / f"timings-{version}-{'-'.join(target.capabilities)}.sealed"
+    facts = {"kind": "timings", "version": version, "gpu": target.gpu}
+    content, part = b"", stored.with_name(f".{stored.name}.{os.getpid()}.part")
+    with suppress(FileNotFoundError, sealed.Unusable):
+        _, content = sealed.read(stored, opened.key, facts)
+    try:
+        part.write_bytes(content)
+        yield part
+        with lock(stored.with_suffix(".lock"), lambda: None):
+            sealed.write(stored, facts, part.read_bytes(), opened.key)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def run_builder(
@@ -238,9 +218,8 @@ def run_builder(
         child.wait()
     if "result" in answer:
         return answer["result"]
-    reason = answer.get("refused") or (
-        f"its builder ended by {signal.Signals(-code).name}" if code < 0 else f"its builder ended with {code}"
-    )
+    ending = f"by {signal.Signals(-code).name}" if code < 0 else f"with {code}"
+    reason = answer.get("refused") or f"its builder ended {ending}"
     raise Refused(
         f"{order.stage}: {flavour.title} gives no plan: {reason}",
         "The graph stays usable with --engine ort; another --precision may build.",
@@ -256,13 +235,8 @@ class BuildProgress:
         if not is_quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(
-                total=100,
-                unit="%",
-                desc=f"building {stage}",
-                file=sys.stderr,
-                bar_format="{l_bar}{bar}| {elapsed} {postfix}",
-            )
+            shape = "{l_bar}{bar}| {elapsed} {postfix}"
+            self.bar = tqdm(total=100, unit="%", desc=f"building {stage}", file=sys.stderr, bar_format=shape)
 
     def tell(self, share: float, phase: str) -> None:
         now = time.monotonic()
