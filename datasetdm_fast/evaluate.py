@@ -8,7 +8,6 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation.measure import _passes, evaluate, measure
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.foreign.documents import one_line
 
@@ -41,16 +40,15 @@ def _decoders(config: EvaluateConfig) -> int:
             f"--data {config.data}: it has truth for {', '.join(there)}, the decoders say {', '.join(decoders)}",
             "Choose other data or decoders.",
         )
+    from datasetdm_fast.evaluation.measure import figures, measure, passes
+
     result, skipped = {}, {}
-    for some in _passes(config.data, tasks):
+    for some in passes(config.data, tasks):
         source = _opened(config, config.data, engine.model.size, some, selection)
         with _bar(len(source), config.quiet) as bar:
-            result |= evaluate(
-                *(engine, source, some, config.captions, config.batch_size, config.seed, _moving(bar)),
-                unseen=config.unseen,
-                bootstrap=config.bootstrap,
-                level=config.level,
-            )
+            given = (config.captions, config.batch_size, config.seed, _moving(bar))
+            meters = measure(engine, source, some, *given, unseen=config.unseen)
+        result |= {task: figures(meter, config.bootstrap, config.level) for task, meter in meters.items()}
         skipped |= source.skipped
     result = {task: result[task] for task in tasks}
     return _end(config, result, skipped, "" if config.json else table(result, config.level))
@@ -64,6 +62,7 @@ def _curve(config: EvaluateConfig) -> int:
     address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
     there = [_opened(config, data, ANY_SIZE, config.task).tasks for data in (address, config.data)][-1]
     from datasetdm_fast.engines import build_engine
+    from datasetdm_fast.evaluation.measure import measure
     from datasetdm_fast.training.session import train_on
 
     engine, result, skipped = _engine(config), {}, {}

@@ -17,7 +17,7 @@ from datasetdm_fast.decoders.checkpoint import DEMO
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import student_data, worth
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, drawn, shares, teach
-from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE, Trust
+from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE
 from datasetdm_fast.scenes import world
 
 TASKS = ("semantic", "instance", "depth", "pose")
@@ -143,23 +143,23 @@ def test_weights_draw_the_rarer_more_often(lessons):
 
 def test_what_is_not_trusted_is_ignored():
     ball, cone = VOCABULARY.classes.index("ball"), VOCABULARY.classes.index("cone")
-    _, semantic, instance, depth, joints = student_data.of_sample(generated(), VOCABULARY, Trust())
+    _, semantic, instance, depth, joints = student_data.of_sample(generated(), VOCABULARY)
     assert (
         (semantic == ball).sum() > 60 and (instance == 1).sum() > 60 and (depth == 2).all() and not joints[:, 2].any()
     )
     foreign = generated()
     foreign.semantic.labels[100:120, 100:120] = cone
-    _, semantic, *_ = student_data.of_sample(foreign, VOCABULARY, Trust())
+    _, semantic, *_ = student_data.of_sample(foreign, VOCABULARY)
     assert not (semantic == cone).any() and (semantic[26:29, 26:29] == IGNORED).all()
     unsure = generated()
     unsure.semantic.confidence[:] = 0.3
-    assert (student_data.of_sample(unsure, VOCABULARY, Trust(confidence=0.5, least_cells=0))[1] == IGNORED).all()
-    assert student_data.of_sample(generated(("ball", "star")), VOCABULARY, Trust()) is None, (
+    assert (student_data.of_sample(unsure, VOCABULARY, confidence=0.5, least_cells=0)[1] == IGNORED).all()
+    assert student_data.of_sample(generated(("ball", "star")), VOCABULARY) is None, (
         "the star that the prompt names is not there"
     )
     other = Instances(generated().instances.masks, np.array([2]), np.array([0.8], np.float32), VOCABULARY.things)
     _, semantic, instance, *_ = student_data.of_sample(
-        generated(("ball", "cone"), instances=other), VOCABULARY, Trust(least_cells=0)
+        generated(("ball", "cone"), instances=other), VOCABULARY, least_cells=0
     )
     assert not (semantic == ball).any() and not (instance == 1).any(), "one label says ball, the other cone"
 
@@ -169,7 +169,7 @@ def test_joints_come_along():
     points[0, 0, 2] = 0.1
     found = Keypoints(points, np.full((1, 7), 2), np.array([0.9], np.float32), world.JOINTS)
     _, _, _, _, joints = student_data.of_sample(
-        generated(("ball", "person"), keypoints=found), VOCABULARY, Trust(least_cells=0)
+        generated(("ball", "person"), keypoints=found), VOCABULARY, least_cells=0
     )
     assert joints[0, 2] == 0 and (joints[1:] == [CELLS / 2, CELLS / 2, 1]).all()
 
@@ -177,7 +177,7 @@ def test_joints_come_along():
 def test_a_run_of_odd_size_is_refused():
     odd = generated(image=np.zeros((100, 100, 3), np.uint8))
     with pytest.raises(Refused, match="100 pixels of a side do not divide into 64"):
-        student_data.of_sample(odd, VOCABULARY, Trust())
+        student_data.of_sample(odd, VOCABULARY)
 
 
 def test_figures_are_kept_and_found_again(lessons, unseen, tmp_path):

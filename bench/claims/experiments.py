@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 from bench.claims import sets
@@ -33,10 +34,6 @@ Experiment = Callable[[], tuple[Scores, Facts]]  # waits for the students
 def miou_over(found: Figures, names: Sequence[str]) -> float:
     """Mean IoU of some classes in points."""
     return 100 * sum(found["semantic"]["per_class"][name] for name in names) / len(names)
-
-
-def harmonic_mean(first: float, second: float) -> float:
-    return 2 * first * second / (first + second) if first + second else 0.0
 
 
 def points(task: str, figure: str) -> Pick:
@@ -158,7 +155,7 @@ class Experiments:
         """A set made of the first images of an engine's pool, stored for the next run over the same pool."""
 
         def synthetic(run: Run) -> StudentData:
-            return student_data.synthetic(samples(run), self.vocabulary, student_data.Trust())
+            return student_data.synthetic(samples(run), self.vocabulary)
 
         def make() -> StudentData:
             folder = self.folder / ("pool" if engine == "fast" else f"pool-{engine}")
@@ -244,7 +241,7 @@ class Experiments:
 
         def found() -> tuple[Scores, Facts]:
             seen, unseen = (scores(lambda one, n=names: miou_over(one, n)) for names in (sets.SEEN, sets.UNSEEN))
-            means = {name: list(map(harmonic_mean, seen[name], unseen[name])) for name in seen}
+            means = {name: list(map(harmonic_mean, zip(seen[name], unseen[name]))) for name in seen}
             both = {"classes": list(sets.UNSEEN), "seen": seen["both"], "unseen": unseen["both"]}
             return means, self.facts(arms, steps) | both
 
@@ -271,7 +268,6 @@ class Experiments:
         return lambda: (scores(points("semantic", "miou")), {"steps": steps, "images": images})
 
     def steps_of(self, count: int) -> int:
-        """Of a student in the rows with so many real scenes."""
         return self.scale.steps if count == self.scale.real else self.scale.short
 
     def facts(self, arms: dict[str, Sets], steps: int) -> Facts:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from bench.claims.experiments import Experiments
 from bench.claims.rows import CLAIMS
 from bench.report.charts import MARGIN, WIDTH, Drawing
 from bench.report.tables import Row, Table, aligned, markdown, text
 from datasetdm_fast.evaluation import student
 from datasetdm_fast.labels.colours import colour
-
-if TYPE_CHECKING:
-    from bench.claims.experiments import Experiments
 
 KINDS = {"real": "c1", "synthetic": "c5", "both": "c0"}
 NAMES = {"real": "real alone", "synthetic": "synthetic alone", "both": "both"}
@@ -54,9 +52,7 @@ def write(folder: Path, document: Mapping[str, Any], experiments: Experiments) -
     return folder / "index.html"
 
 
-def figure(row: Row, value: float | None) -> str:
-    if value is None:
-        return "–"
+def figure(row: Row, value: float) -> str:
     return f"{value:.3f}" if row["figure"].startswith("REL") else f"{value:.1f}"
 
 
@@ -109,7 +105,6 @@ def terminal(document: Mapping[str, Any]) -> str:
 
 
 def section(document: Mapping[str, Any], charts: str) -> str:
-    """What the front page says."""
     machine = document["machine"]
     made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}"
     facts = f"{made}: {setting_line(document)}. For parity the columns are the oracle's set and that of `fast`."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
-from datasetdm_fast.evaluation.worth import t95
+from datasetdm_fast.evaluation.worth import gain_of
 
 OUTSIDE = 2.0  # sigmas a gain must exceed
 ARMS = ("real", "synthetic", "both")
@@ -60,17 +60,8 @@ CLAIMS = {
 }
 
 
-def mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
-
-
 def spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else math.inf
-
-
-def interval(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a mean over seeds."""
-    return t95(len(values)) * spread(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return stdev(values) if len(values) > 1 else math.inf
 
 
 def enough(claim: Claim, before: float, after: float) -> bool:
@@ -83,15 +74,13 @@ def enough(claim: Claim, before: float, after: float) -> bool:
 def judged(claim: Claim, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Gain, its sigma, its 95 % interval and whether the claim holds, from the figures of every seed.
 
-    Students of one seed begin with the same parameters in every arm, so the gain is taken seed by seed, and sigma is
-    its spread over the seeds: that of one pair of students, not the smaller error of the mean.
+    Sigma is the spread of one pair of students over the seeds, not the smaller error of the mean.
     """
-    gains = [second - first for first, second in zip(before, after, strict=True)]
-    gain, sigma, half = mean(gains), spread(gains), interval(gains)
+    gain, sigma, half = gain_of(before, after)
     if claim.rule == "same":
         holds = abs(gain) <= claim.need * sigma
     else:
-        holds = enough(claim, mean(before), mean(after)) and abs(gain) > OUTSIDE * sigma
+        holds = enough(claim, fmean(before), fmean(after)) and abs(gain) > OUTSIDE * sigma
     return {"gain": gain, "sigma": sigma, "interval": [gain - half, gain + half], "holds": bool(holds)}
 
 
@@ -125,7 +114,7 @@ def reason(claim: Claim, row: Mapping[str, Any]) -> str:
 
 def row_of(claim: Claim, scores: Mapping[str, Sequence[float]], facts: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the result: the mean of each arm, its seeds, and the verdict."""
-    row: dict[str, Any] = {arm: mean(scores[arm]) if arm in scores else None for arm in ARMS}
+    row: dict[str, Any] = {arm: fmean(scores[arm]) if arm in scores else None for arm in ARMS}
     row |= judged(claim, scores["real"], scores["both"])
     row["seeds"] = {arm: list(values) for arm, values in scores.items()}
     row["spread"] = {arm: spread(values) for arm, values in scores.items()}

@@ -72,7 +72,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def described(rows: dict[str, Any], scale, command: Sequence[str], is_quick: bool, seconds: float) -> dict[str, Any]:
-    """The result file."""
     import torch
 
     from bench.machine import machine

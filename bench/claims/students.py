@@ -25,6 +25,7 @@ import torch
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
 from datasetdm_fast.evaluation.student_data import StudentData
+from datasetdm_fast.evaluation.worth import graded
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")
@@ -75,15 +76,6 @@ class Arm:
         return found.hexdigest()[:32]
 
 
-def figures_of(student: Student, test: TestSet, tasks: Sequence[str]) -> Figures:
-    """Every figure of every task over the test images."""
-    meters = {task: METRICS[task](test.source) for task in tasks}
-    for truth, answer in zip(test.items, answers(student, test.images)):
-        for task, meter in meters.items():
-            meter.add(truth, getattr(answer, task))
-    return {task: meter.result() for task, meter in meters.items()}
-
-
 _unpacked = lru_cache(8)(pickle.loads)
 
 
@@ -95,7 +87,7 @@ def train_and_test(arm: Arm, sets: Sequence[bytes], seed: int, test: bytes, path
     begin = time.process_time()
     student = teach(arm.sets, arm.schedule, seed, arm.tasks)
     seconds = time.process_time() - begin
-    figures = figures_of(student, test, arm.tasks)
+    figures = graded(test.source, test.items, answers(student, test.images), arm.tasks)
     torch.save(student.state_dict(), path.with_suffix(".pt"))
     facts = {"arm": arm.name, "seed": seed, "exam": test.name, "steps": arm.schedule.steps}
     facts |= {"images": [len(data) for data in arm.sets], "cpu_seconds": round(seconds, 1), "figures": figures}

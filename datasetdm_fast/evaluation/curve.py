@@ -59,15 +59,14 @@ def forecast(
     last = counts[-1]
     gains = drawn.at(last) - drawn.at(last + more)
     error = float(law.at(last + more)[0])
-    return {
-        "fit": {"floor": float(law.floor[0]), "scale": float(law.scale[0]), "exponent": float(law.exponent[0])},
-        "more": {
-            "labels": last + more,
-            "value": float(error_of(task, np.array(error))),
-            "gain": float(law.at(last)[0]) - error,
-            "interval": [float(bound) for bound in np.quantile(gains, [(1 - level) / 2, (1 + level) / 2])],
-        },
-    }
+    fit = {"floor": float(law.floor[0]), "scale": float(law.scale[0]), "exponent": float(law.exponent[0])}
+    found = {"labels": last + more, "value": float(error_of(task, np.array(error)))}
+    return {"fit": fit, "more": found | {"gain": float(law.at(last)[0]) - error, "interval": bounds(gains, level)}}
+
+
+def bounds(values: np.ndarray, level: float) -> list[float]:
+    """Both ends of the interval that holds a share `level` of the values."""
+    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist()
 
 
 def learning_curve(
@@ -85,29 +84,18 @@ def learning_curve(
     `judge(count, repeat)` is a meter after a decoder taught by that many labels has answered; all meters have seen the
     same images.
     """
-    figure, values, draws, points = METRICS[task].figure, [], [], []
+    figure, draws, points = METRICS[task].figure, [], []
     random = np.random.default_rng(0)
     for count in counts:
         meters = [judge(count, repeat) for repeat in range(repeats)]
         each = [meter.result()[figure] for meter in meters]
         drawn = np.stack([meter.draws(max(bootstrap, 2))[figure] for meter in meters])
         drawn = np.nan_to_num(drawn[random.integers(repeats, size=drawn.shape[1]), np.arange(drawn.shape[1])])
-        bounds = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-        points.append(
-            {
-                "labels": count,
-                "value": float(np.mean(each)),
-                "interval": [float(bound) for bound in bounds],
-                "repeats": each,
-            }
-        )
-        values.append(np.mean(each))
+        row = {"labels": count, "value": float(np.mean(each))}
+        points.append(row | {"interval": bounds(drawn, level), "repeats": each})
         draws.append(drawn)
-    return {
-        "figure": figure,
-        "points": points,
-        **forecast(task, counts, np.array(values), np.stack(draws, 1), more, level),
-    }
+    values = np.array([point["value"] for point in points])
+    return {"figure": figure, "points": points} | forecast(task, counts, values, np.stack(draws, 1), more, level)
 
 
 def parse_counts(words: Sequence[str]) -> list[int]:
@@ -124,15 +112,11 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
     if not learn_from:
         if data.startswith("demo:"):
             learn_from = f"demo:{most}@1000"
-        elif (match := re.fullmatch(r"(.+)\[(.+)\]", data)) and not data.startswith(
-            "vkitti2:"
-        ):  # whose address without brackets is every scene
-            learn_from = match[1]
-    if (
-        not learn_from
-        or learn_from.removesuffix("[train]") == data.removesuffix("[train]")
-        or _share_scenes(learn_from, data)
-    ):
+        elif not data.startswith("vkitti2:"):  # whose address without brackets is every scene
+            match = re.fullmatch(r"(.+)\[(.+)\]", data)
+            learn_from = match[1] if match else ""
+    is_same = learn_from.removesuffix("[train]") == data.removesuffix("[train]")
+    if not learn_from or is_same or _share_scenes(learn_from, data):
         raise Refused(
             f"--data {data} names the images that judge, none are left to learn from",
             "Name others with --learn-from ADDRESS.",

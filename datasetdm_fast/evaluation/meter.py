@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class Meter:
 
     @property
     def count(self) -> int:
-        raise NotImplementedError
+        return len(self.rows)  # what `add` has kept, an entry an image
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Each figure [B] for weights [B, images]; the one named `each` is [B, classes], NaN for classes not shown."""
@@ -66,17 +67,13 @@ class Meter:
         for name, values in self.draws(number, seed).items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # a class that no draw shows
-                low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
-            if name == self.each:
-                bounds[name] = {
-                    key: [float(low[k]), float(high[k])] for k, key in enumerate(self.columns) if np.isfinite(low[k])
-                }
-            else:
-                bounds[name] = [float(np.nan_to_num(low)), float(np.nan_to_num(high))]
+                both = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0).T
+            bounds[name] = self._named(both) if name == self.each else np.nan_to_num(both).tolist()
         return bounds
 
-    def _named(self, values: np.ndarray) -> dict[str, float]:
-        return {name: float(value) for name, value in zip(self.columns, values) if np.isfinite(value)}
+    def _named(self, values: np.ndarray) -> dict[str, Any]:
+        """What there is a figure of, by name."""
+        return {name: value.tolist() for name, value in zip(self.columns, values) if np.isfinite(value).all()}
 
 
 def translation(said: Sequence[str], known: Sequence[str], length: int) -> np.ndarray:
@@ -96,7 +93,7 @@ def check_names(task: str, said: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
+def mean(values: np.ndarray) -> np.ndarray:
     """Mean over the last axis of what is a number."""
     is_there = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):

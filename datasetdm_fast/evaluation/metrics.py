@@ -13,7 +13,7 @@ import numpy as np
 from datasetdm_fast.data import DepthMap, SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation.meter import Meter, _mean, check_names, translation
+from datasetdm_fast.evaluation.meter import Meter, check_names, mean, translation
 from datasetdm_fast.evaluation.ranking import Instance, Pose
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -30,23 +30,15 @@ class _Overlap(Meter):
         self.unseen = np.array([name in unseen for name in self.classes], bool)
         self.is_background = np.array([name in BACKGROUND for name in self.classes], bool)
 
-    @property
-    def count(self) -> int:
-        return len(self.rows)
-
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         both, either, there = np.einsum("bn,nik->ibk", weights, np.stack(self.rows).astype(np.float64))
         with np.errstate(invalid="ignore", divide="ignore"):
             iou = np.where(self.counted(either, there), both / either, np.nan)
-        found = {"miou": _mean(iou), "per_class": iou}
-        if self.unseen.any():
-            seen, unseen = _mean(iou[:, ~self.unseen & ~self.is_background]), _mean(iou[:, self.unseen])
-            with np.errstate(invalid="ignore", divide="ignore"):
-                found |= {
-                    "seen": seen,
-                    "unseen": unseen,
-                    "harmonic": np.where(seen + unseen > 0, 2 * seen * unseen / (seen + unseen), 0),
-                }
+            found = {"miou": mean(iou), "per_class": iou}
+            if self.unseen.any():
+                seen, unseen = mean(iou[:, ~self.unseen & ~self.is_background]), mean(iou[:, self.unseen])
+                harmonic = np.where(seen + unseen > 0, 2 * seen * unseen / (seen + unseen), 0)
+                found |= {"seen": seen, "unseen": unseen, "harmonic": harmonic}
         return found
 
     @property
@@ -80,10 +72,8 @@ class Semantic(_Overlap):
         known, count = truth.semantic != 255, len(self.classes)
         if not known.any():
             return
-        real, guess = (
-            truth.semantic[known].astype(np.int64),
-            translation(found.classes, self.classes, 256)[found.labels[known]],
-        )
+        real = truth.semantic[known].astype(np.int64)
+        guess = translation(found.classes, self.classes, 256)[found.labels[known]]
         both = np.bincount(real[real == guess], minlength=count)
         there, said = np.bincount(real, minlength=count), np.bincount(guess[guess >= 0], minlength=count)
         self.rows.append(np.stack([both, there + said - both, there]))
@@ -123,10 +113,6 @@ class Depth(Meter):
 
     def __init__(self, source: LabelledSource):
         self.rows: list[tuple[float, ...]] = []
-
-    @property
-    def count(self) -> int:
-        return len(self.rows)
 
     def add(self, truth: Labelled, found: DepthMap) -> None:
         known = truth.depth > 0

@@ -6,13 +6,14 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from datasetdm_fast.data import Instances, Keypoints
 from datasetdm_fast.decoders.config import COCO_JOINTS, DecoderConfig
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation.meter import Meter, _mean, check_names, translation
+from datasetdm_fast.evaluation.meter import Meter, check_names, mean, translation
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -31,7 +32,7 @@ class _Ranked(Meter):
         self.classes = tuple(classes)
         self.categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
         self.images, self.truth, self.found = [], [], []
-        self._matched: tuple[int, list[_Ranking]] | None = None
+        self._matched: tuple[int, list[_Ranking]] = (-1, [])  # of how many images
 
     @property
     def count(self) -> int:
@@ -46,9 +47,12 @@ class _Ranked(Meter):
         self.images.append({"id": number, "height": truth.image.shape[0], "width": truth.image.shape[1]})
         return number
 
+    def add_truth(self, image: int, category: int, facts: dict[str, Any]) -> None:
+        self.truth.append({"id": len(self.truth) + 1, "image_id": image, "category_id": category, **facts})
+
     def rankings(self) -> list[_Ranking]:
         """One ranking a class."""
-        if self._matched is None or self._matched[0] != len(self.images):
+        if self._matched[0] != len(self.images):
             self._matched = (len(self.images), _rankings(self))
         return self._matched[1]
 
@@ -82,33 +86,18 @@ class Instance(_Ranked):
                 continue
             encoded = mask_rle.encode(masks)
             for rle, area, box, category in zip(encoded.rles, encoded.areas, encoded.boxes, classes):
-                row = {
-                    "id": len(self.truth) + 1,
-                    "image_id": image,
-                    "category_id": int(category) + 1,
-                    "segmentation": rle,
-                }
-                self.truth.append(row | {"area": float(area), "bbox": [float(x) for x in box], "iscrowd": is_crowd})
+                shape = {"area": float(area), "bbox": [float(x) for x in box], "segmentation": rle}
+                self.add_truth(image, int(category) + 1, shape | {"iscrowd": is_crowd})
         number = translation(found.classes, self.classes, len(found.classes))
         for rle, category, score in zip(mask_rle.encode(found.masks).rles, found.class_ids, found.scores):
             if number[category] >= 0:
-                self.found.append(
-                    {
-                        "image_id": image,
-                        "category_id": int(number[category]) + 1,
-                        "segmentation": rle,
-                        "score": float(score),
-                    }
-                )
+                row = {"image_id": image, "category_id": int(number[category]) + 1}
+                self.found.append(row | {"segmentation": rle, "score": float(score)})
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         precision = self.precision(weights)
-        return {
-            "ap": _mean(precision.mean(2)),
-            "ap50": _mean(precision[..., 0]),
-            "ap75": _mean(precision[..., 5]),
-            "per_class": precision.mean(2),
-        }
+        each = precision.mean(2)
+        return {"ap": mean(each), "ap50": mean(precision[..., 0]), "ap75": mean(precision[..., 5]), "per_class": each}
 
 
 class Pose(_Ranked):
@@ -147,30 +136,12 @@ class Pose(_Ranked):
         for points, box, area in zip(truth.keypoints, truth.keypoint_boxes, truth.keypoint_areas):
             flat = points.copy()
             flat[points[:, 2] == 0] = 0
-            row = {
-                "id": len(self.truth) + 1,
-                "image_id": image,
-                "category_id": 1,
-                "keypoints": flat.astype(float).ravel().tolist(),
-            }
-            self.truth.append(
-                row
-                | {
-                    "num_keypoints": int((points[:, 2] > 0).sum()),
-                    "area": float(area),
-                    "bbox": box.astype(float).tolist(),
-                    "iscrowd": 0,
-                }
-            )
+            shape = {"area": float(area), "bbox": box.astype(float).tolist(), "iscrowd": 0}
+            joints = {"keypoints": flat.astype(float).ravel().tolist(), "num_keypoints": int((points[:, 2] > 0).sum())}
+            self.add_truth(image, 1, shape | joints)
         for points, score in zip(found.points, found.scores):
-            self.found.append(
-                {
-                    "image_id": image,
-                    "category_id": 1,
-                    "keypoints": points.astype(float).ravel().tolist(),
-                    "score": float(score),
-                }
-            )
+            keypoints = points.astype(float).ravel().tolist()
+            self.found.append({"image_id": image, "category_id": 1, "keypoints": keypoints, "score": float(score)})
         counts = np.zeros((2, len(self.joints)))
         if len(truth.keypoints):
             person = int(np.argmax(truth.keypoint_areas))
@@ -248,23 +219,15 @@ def _rankings(meter: _Ranked) -> list[_Ranking]:
         judge.evaluate()
     images, rankings = len(meter.images), []
     for k in range(len(meter.classes)):
-        entries = [
-            (number, entry)
-            for number, entry in enumerate(judge.evalImgs[k * images : (k + 1) * images])
-            if entry is not None
-        ]
+        shown = enumerate(judge.evalImgs[k * images : (k + 1) * images])
+        entries = [(number, entry) for number, entry in shown if entry is not None]
         positives = np.zeros(images)
         for number, entry in entries:
             positives[number] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
-        scores = np.concatenate([np.asarray(entry["dtScores"], float) for _, entry in entries] or [np.zeros(0)])
-        is_right = np.concatenate(
-            [entry["dtMatches"] > 0 for _, entry in entries] or [np.zeros((len(LEVELS), 0), bool)], 1
-        )
-        is_ignored = np.concatenate(
-            [np.asarray(entry["dtIgnore"], bool) for _, entry in entries] or [np.zeros((len(LEVELS), 0), bool)], 1
-        )
-        where = np.concatenate(
-            [np.full(len(entry["dtScores"]), number) for number, entry in entries] or [np.zeros(0, np.int64)]
-        ).astype(np.int64)
-        rankings.append(_Ranking(scores, is_right, is_ignored, where, positives))
+        none = np.zeros((len(LEVELS), 0), bool)
+        scores = np.concatenate([np.zeros(0), *(entry["dtScores"] for _, entry in entries)])
+        is_right = np.concatenate([none, *(entry["dtMatches"] > 0 for _, entry in entries)], 1)
+        is_ignored = np.concatenate([none, *(np.asarray(entry["dtIgnore"], bool) for _, entry in entries)], 1)
+        where = np.repeat([number for number, _ in entries], [len(entry["dtScores"]) for _, entry in entries])
+        rankings.append(_Ranking(scores, is_right, is_ignored, where.astype(np.int64), positives))
     return rankings

@@ -66,16 +66,8 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     json: bool = setting(False, "the figures as one JSON object on stdout")
 
     def check(self) -> None:
-        bounds = {
-            "batch_size": 1,
-            "bootstrap": 0,
-            "threads": 0,
-            "seed": 0,
-            "repeats": 1,
-            "real": 1,
-            "steps": 0,
-            "more": 1,
-        }
+        bounds = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0}
+        bounds |= {"repeats": 1, "real": 1, "steps": 0, "more": 1}
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")

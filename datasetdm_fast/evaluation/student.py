@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,7 @@ from datasetdm_fast.evaluation.student_data import CELL, CELLS, IGNORED, PERSON,
 WIDTHS = {"small": (12, 32, 64, 96), "large": (24, 48, 96, 128)}  # channels at 1/2, 1/4, 1/8 and 1/16
 REACH = 8.0  # cells an offset of 1 stands for
 CENTRE_SIGMA, JOINT_SIGMA = 1.25, 0.75  # cells
-PEAK, NEIGHBOURHOOD, MOST = (
-    0.15,
-    5,
-    20,
-)  # of centres: least height, cells around one that hold no other, how many at most
+PEAK, NEIGHBOURHOOD, MOST = 0.15, 5, 20  # of centres: least height, cells around one without another, most of them
 LEAST_THING, LEAST_PERSON = 6, 12  # pixels
 WEIGHTS = {"semantic": 1.0, "centre": 4.0, "offset": 1.0, "depth": 2.0, "joints": 0.1}
 THING = 4.0  # weight of a thing's pixel beside that of a background's
@@ -51,13 +48,8 @@ class Student(nn.Module):
     def __init__(self, vocabulary: Vocabulary, size: str = "small"):
         super().__init__()
         self.vocabulary = vocabulary
-        self.sizes = {
-            "semantic": len(vocabulary.classes),
-            "centre": 1,
-            "offset": 2,
-            "depth": 1,
-            "joints": len(vocabulary.joints),
-        }
+        self.sizes = {"semantic": len(vocabulary.classes), "centre": 1, "offset": 2, "depth": 1}
+        self.sizes["joints"] = len(vocabulary.joints)
         a, b, c, d = WIDTHS[size]
         self.stem = _layer(3, a, 2)
         self.down = nn.ModuleList(
@@ -100,9 +92,7 @@ def teach(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, course.rate, total_steps=course.steps, pct_start=0.1)
     for step in range(course.steps):
         views = [drawn(some, count, random) for some, count in zip(sets, counts)]
-        view = StudentView(
-            *(torch.cat([getattr(one, name) for one in views]) for name in StudentView.__dataclass_fields__)
-        )
+        view = StudentView(*map(torch.cat, zip(*views)))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
             raw = student(view.images)
         loss = loss_of(raw, view, vocabulary, tasks)
@@ -128,8 +118,7 @@ def shares(course: StudentSchedule, sets: int) -> list[int]:
     return [course.batch_size - synthetic, synthetic]
 
 
-@dataclass(frozen=True)
-class StudentView:
+class StudentView(NamedTuple):
     """A batch as the student sees it."""
 
     images: Tensor  # [B, 3, SIDE, SIDE] fp32, -1..1
@@ -148,9 +137,8 @@ def drawn(lessons: StudentData, count: int, random: torch.Generator) -> StudentV
 
     def moved(planes: Tensor) -> Tensor:
         column, scale = torch.arange(planes.shape[2]), planes.shape[2] // CELLS
-        source = (
-            torch.where(flip[:, None], planes.shape[2] - 1 - column, column) - scale * shift[:, None]
-        )  # of every column
+        mirrored = torch.where(flip[:, None], planes.shape[2] - 1 - column, column)
+        source = mirrored - scale * shift[:, None]  # of every column
         return planes[chosen[:, None, None], column[None, :, None], source.clamp(0, planes.shape[2] - 1)[:, None]]
 
     images = (moved(lessons.images).float() * light).clamp(0, 255) / 127.5 - 1
@@ -161,9 +149,8 @@ def drawn(lessons: StudentData, count: int, random: torch.Generator) -> StudentV
     joints[..., 0] += torch.where(flip, -shift, shift)[:, None]
     joints[..., 2] *= (joints[..., 0] >= 0) & (joints[..., 0] < CELLS)
     images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    return StudentView(
-        images, moved(lessons.semantic).long(), moved(lessons.instance).long(), moved(lessons.depth), joints
-    )
+    labels = moved(lessons.semantic).long(), moved(lessons.instance).long(), moved(lessons.depth)
+    return StudentView(images, *labels, joints)
 
 
 def loss_of(answers: dict[str, Tensor], view: StudentView, vocabulary: Vocabulary, tasks: Sequence[str]) -> Tensor:
@@ -236,20 +223,13 @@ def answers(student: Student, images: Tensor, batch_size: int = 50) -> list[Answ
     found = []
     for some in images.split(batch_size):
         raw = student((some.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
-        fine = {
-            name: F.interpolate(raw[name], scale_factor=float(CELL), mode="bilinear")
-            for name in ("semantic", "offset", "depth")
-        }
-        fine["semantic"], coarse = (
-            fine["semantic"].softmax(1),
-            {"centre": raw["centre"].sigmoid(), "joints": raw["joints"]},
-        )
-        if coarse["joints"].shape[1]:
-            coarse["joints"] = coarse["joints"].flatten(2).softmax(2).unflatten(2, (CELLS, CELLS))
-        found += [
-            _answer({name: value[b].numpy() for name, value in (fine | coarse).items()}, student.vocabulary)
-            for b in range(len(some))
-        ]
+        for name in ("semantic", "offset", "depth"):
+            raw[name] = F.interpolate(raw[name], scale_factor=float(CELL), mode="bilinear")
+        raw |= {"semantic": raw["semantic"].softmax(1), "centre": raw["centre"].sigmoid()}
+        if raw["joints"].shape[1]:
+            raw["joints"] = raw["joints"].flatten(2).softmax(2).unflatten(2, (CELLS, CELLS))
+        images_of = zip(*(value.numpy() for value in raw.values()))
+        found += [_answer(dict(zip(raw, one)), student.vocabulary) for one in images_of]
     return found
 
 
@@ -287,25 +267,17 @@ def _instances(raw: dict[str, np.ndarray], labels: np.ndarray, vocabulary: Vocab
 def _person(raw: dict[str, np.ndarray], labels: np.ndarray, vocabulary: Vocabulary) -> Keypoints:
     """The joints of the one person, where enough pixels are a person's."""
     joints = len(vocabulary.joints)
-    is_person = (
-        labels == vocabulary.classes.index(PERSON)
-        if joints and PERSON in vocabulary.classes
-        else np.zeros(labels.shape, bool)
-    )
+    number = vocabulary.classes.index(PERSON) if joints and PERSON in vocabulary.classes else -1
+    is_person = labels == number
     if is_person.sum() < LEAST_PERSON:
-        return Keypoints(
-            np.zeros((0, joints, 3), np.float32),
-            np.zeros((0, joints), np.int64),
-            np.zeros(0, np.float32),
-            vocabulary.joints,
-        )
+        none = np.zeros((0, joints, 3), np.float32), np.zeros((0, joints), np.int64), np.zeros(0, np.float32)
+        return Keypoints(*none, vocabulary.joints)
     heat, axis = raw["joints"], np.arange(CELLS)
     row, column = np.unravel_index(heat.reshape(joints, -1).argmax(1), heat.shape[1:])
-    close = (
-        heat * (np.abs(axis - row[:, None]) <= NEAR)[:, :, None] * (np.abs(axis - column[:, None]) <= NEAR)[:, None, :]
-    )
+    in_rows, in_columns = (np.abs(axis - peak[:, None]) <= NEAR for peak in (row, column))
+    close = heat * in_rows[:, :, None] * in_columns[:, None, :]
     mass = close.sum((1, 2)) + TOLERANCE
     x, y = (close.sum(1) * (axis + 0.5)).sum(1) / mass * CELL, (close.sum(2) * (axis + 0.5)).sum(1) / mass * CELL
     points = np.stack([x, y, mass], 1)[None].astype(np.float32)
-    score = raw["semantic"][vocabulary.classes.index(PERSON)][is_person].mean() * mass.mean()
+    score = raw["semantic"][number][is_person].mean() * mass.mean()
     return Keypoints(points, np.full((1, joints), 2), np.array([score], np.float32), vocabulary.joints)

@@ -21,6 +21,8 @@ MOST_TIMES = 4.0
 IGNORED = 255
 BACKGROUND = "background"
 PERSON = "person"
+LEAST_CELLS = 4  # of every thing that a prompt names, else the generated image is left out
+LEAST_JOINT_SCORE = 0.3  # of a joint of a generated image, else it is ignored
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,6 @@ class Vocabulary:
         other = {"left": "right", "right": "left"}
         names = ["_".join(other.get(word, word) for word in name.split("_")) for name in self.joints]
         return [self.joints.index(name) if name in self.joints else k for k, name in enumerate(names)]
-
-
-@dataclass(frozen=True)
-class Trust:
-    """Which labels of generated images are learnt from."""
-
-    confidence: float = 0.0  # of a pixel's class; below it the pixel is ignored
-    named_only: bool = True  # things that the prompt does not name are ignored
-    least_cells: int = 4  # of every thing the prompt names, else the image is left out
-    agreement: bool = True  # pixels that two labels call by different names are ignored
-    joint_score: float = 0.3  # below it a joint is ignored
 
 
 @dataclass(frozen=True)
@@ -79,12 +70,8 @@ class StudentData:
 def vocabulary_of(source: LabelledSource) -> Vocabulary:
     """What a data set names; without a class for every pixel, whatever is no thing is background."""
     classes = source.classes if "semantic" in source.tasks else (BACKGROUND, *source.thing_classes)
-    return Vocabulary(
-        tuple(classes),
-        tuple(name for name in source.thing_classes if name in classes),
-        tuple(source.joints),
-        source.max_depth,
-    )
+    things = tuple(name for name in source.thing_classes if name in classes)
+    return Vocabulary(tuple(classes), things, tuple(source.joints), source.max_depth)
 
 
 def real(items: Iterable[Labelled], source: LabelledSource, vocabulary: Vocabulary) -> StudentData:
@@ -93,19 +80,17 @@ def real(items: Iterable[Labelled], source: LabelledSource, vocabulary: Vocabula
 
 
 def _of_truth(item: Labelled, source: LabelledSource, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:
-    shape = item.image.shape[:2]
+    shape, masks = item.image.shape[:2], () if item.masks is None else item.masks
     if item.semantic is not None and "semantic" in source.tasks:
         semantic = item.semantic
     else:
         semantic = np.full(shape, 0 if item.masks is not None else IGNORED, np.uint8)
-        for mask, number in zip(
-            item.masks if item.masks is not None else (), item.mask_classes if item.mask_classes is not None else ()
-        ):
+        for mask, number in zip(masks, () if item.mask_classes is None else item.mask_classes):
             semantic[mask] = vocabulary.classes.index(source.thing_classes[number])
     instance = np.full((CELLS, CELLS), IGNORED if item.masks is None else 0, np.uint8)
-    for k, mask in enumerate(item.masks if item.masks is not None else ()):
+    for k, mask in enumerate(masks):
         instance[covered(mask)] = min(k + 1, IGNORED - 1)
-    for crowd in item.crowds if item.crowds is not None else ():
+    for crowd in () if item.crowds is None else item.crowds:
         instance[covered(crowd)] = IGNORED
         semantic = np.where(crowd & (semantic == 0), IGNORED, semantic)
     depth = np.zeros((CELLS, CELLS), np.float32) if item.depth is None else _depth(item.depth)
@@ -113,19 +98,13 @@ def _of_truth(item: Labelled, source: LabelledSource, vocabulary: Vocabulary) ->
     if item.keypoints is not None and len(item.keypoints):
         joints[:] = item.keypoints[int(np.argmax(item.keypoint_areas))]
         joints[:] = np.concatenate([joints[:, :2] / CELL, joints[:, 2:] > 0], 1)
-    sure = np.ones(semantic.shape, np.float32)
-    return (
-        item.image,
-        voted(SemanticMap(semantic, sure, vocabulary.classes), vocabulary.classes, 0.0),
-        instance,
-        depth,
-        joints,
-    )
+    sure = SemanticMap(semantic, np.ones(semantic.shape, np.float32), vocabulary.classes)
+    return item.image, voted(sure, vocabulary.classes, 0.0), instance, depth, joints
 
 
-def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary, trust: Trust) -> StudentData:
+def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary) -> StudentData:
     """The trusted ones of generated images."""
-    read = [of_sample(sample, vocabulary, trust) for sample in samples]
+    read = [of_sample(sample, vocabulary) for sample in samples]
     rows = [row for row in read if row is not None]
     if not rows:
         raise Refused(
@@ -135,8 +114,14 @@ def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary, trust: Tr
     return replace(_stacked(vocabulary, rows), left_out=len(read) - len(rows))
 
 
-def of_sample(sample: StoredSample, vocabulary: Vocabulary, trust: Trust) -> tuple[np.ndarray, ...] | None:
-    """Image and labels of a generated sample, None where something its prompt names cannot be seen."""
+def of_sample(
+    sample: StoredSample, vocabulary: Vocabulary, *, confidence: float = 0.0, least_cells: int = LEAST_CELLS
+) -> tuple[np.ndarray, ...] | None:
+    """Image and labels of a generated sample, None where something its prompt names cannot be seen.
+
+    Ignored are things that the prompt does not name, pixels that two labels call by different names, and pixels whose
+    class has less than `confidence`.
+    """
     if sample.image.shape[0] % SIDE:
         raise Refused(
             f"sample {sample.id}: {sample.image.shape[0]} pixels of a side do not divide into {SIDE}",
@@ -145,17 +130,17 @@ def of_sample(sample: StoredSample, vocabulary: Vocabulary, trust: Trust) -> tup
     named = [name for name in sample.classes if name in vocabulary.things]
     semantic = np.full((CELLS, CELLS), IGNORED, np.uint8)
     if sample.semantic is not None:
-        semantic = voted(sample.semantic, vocabulary.classes, trust.confidence)
+        semantic = voted(sample.semantic, vocabulary.classes, confidence)
     instance, kinds = np.full((CELLS, CELLS), IGNORED, np.uint8), None
     if sample.instances is not None:
-        instance, kinds = _instance_map(sample.instances, vocabulary, named if trust.named_only else vocabulary.things)
+        instance, kinds = _instance_map(sample.instances, vocabulary, named)
         semantic = semantic if sample.semantic is not None else kinds.copy()
-    if trust.named_only and named:
+    if named:
         foreign = [k for k, name in enumerate(vocabulary.classes) if name in vocabulary.things and name not in named]
         semantic[np.isin(semantic, foreign)] = IGNORED
-    if any((semantic == vocabulary.classes.index(name)).sum() < trust.least_cells for name in named):
+    if any((semantic == vocabulary.classes.index(name)).sum() < least_cells for name in named):
         return None
-    if trust.agreement and kinds is not None and sample.semantic is not None:
+    if kinds is not None and sample.semantic is not None:
         numbers = [vocabulary.classes.index(name) for name in vocabulary.things]
         is_thing, is_found = np.isin(semantic, numbers), (instance > 0) & (instance != IGNORED)
         differs = is_found & is_thing & (kinds != semantic)
@@ -168,7 +153,7 @@ def of_sample(sample: StoredSample, vocabulary: Vocabulary, trust: Trust) -> tup
         order = [keypoints.joints.index(name) if name in keypoints.joints else -1 for name in vocabulary.joints]
         points = keypoints.points[int(keypoints.scores.argmax())][order]
         joints[:, :2] = points[:, :2] * (CELLS / sample.image.shape[0])
-        joints[:, 2] = (points[:, 2] >= trust.joint_score) & (np.array(order) >= 0)
+        joints[:, 2] = (points[:, 2] >= LEAST_JOINT_SCORE) & (np.array(order) >= 0)
     image = np.rint(_blocks(sample.image.astype(np.float32), SIDE).mean((1, 3))).astype(np.uint8)
     return image, semantic, instance, depth, joints
 

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.run_folder.reader import Run
-from datasetdm_fast.truth.labelled import LabelledSource
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
-T95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-)  # Student's t, two-sided, from one degree of freedom on
+# Student's t, two-sided, from one degree of freedom on.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 NORMAL = 1.96
 SEEDS = 3
 
@@ -70,7 +60,7 @@ def worth(
             "Choose --data and --learn-from of one data set.",
         )
     real = student_data.real((learnt[k] for k in range(count)), learnt, vocabulary).balanced()
-    generated = student_data.synthetic(run, vocabulary, student_data.Trust()).balanced()
+    generated = student_data.synthetic(run, vocabulary).balanced()
     told(f"{len(real)} real images, {len(generated)} generated ones ({generated.left_out} left out)")
     items = tuple(judged)
     exam = student_data.real(items, judged, vocabulary).images
@@ -79,42 +69,47 @@ def worth(
     for seed in range(seeds):
         for arm, sets in (("real", (real,)), ("both", (real, generated))):
             student = teach(sets, course, seed, tasks)
-            meters = {task: METRICS[task](judged) for task in tasks}
-            for truth, answer in zip(items, answers(student, exam)):
-                for task, meter in meters.items():
-                    meter.add(truth, getattr(answer, task))
-            for task, meter in meters.items():
-                scores[task][arm].append(meter.result()[METRICS[task].student_figure])
-            told(
-                f"seed {seed}, {arm}: "
-                + ", ".join(f"{task} {METRICS[task].student_figure} {scores[task][arm][-1]:.3f}" for task in tasks)
-            )
+            shown = []
+            for task, figures in graded(judged, items, answers(student, exam), tasks).items():
+                name = METRICS[task].student_figure
+                scores[task][arm].append(figures[name])
+                shown.append(f"{task} {name} {figures[name]:.3f}")
+            told(f"seed {seed}, {arm}: {', '.join(shown)}")
     images = {"real": len(real), "synthetic": len(generated), "left_out": generated.left_out, "judged": len(items)}
-    return {
-        task: compared(task, found["real"], found["both"]) | {"images": images, "steps": course.steps}
-        for task, found in scores.items()
-    }
+    facts = {"images": images, "steps": course.steps}
+    return {task: compared(task, found["real"], found["both"]) | facts for task, found in scores.items()}
+
+
+def graded(
+    source: LabelledSource, items: Iterable[Labelled], answers: Iterable[Any], tasks: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """{task: figures} of a student's answers to the labelled images of a data set."""
+    meters = {task: METRICS[task](source) for task in tasks}
+    for truth, answer in zip(items, answers):
+        for task, meter in meters.items():
+            meter.add(truth, getattr(answer, task))
+    return {task: meter.result() for task, meter in meters.items()}
+
+
+def gain_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """Mean gain, its standard deviation and half of its 95 % interval.
+
+    Students of one seed begin with the same parameters in every arm, so the gain is taken seed by seed.
+    """
+    gains = [second - first for first, second in zip(before, after, strict=True)]
+    if len(gains) < 2:
+        return gains[0], math.inf, math.inf
+    sigma = statistics.stdev(gains)
+    return statistics.fmean(gains), sigma, t95(len(gains)) * sigma / math.sqrt(len(gains))
 
 
 def compared(task: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Means over the seeds, the gain with its 95 % interval, and whether all of the interval is a gain."""
-    gains = [
-        second - first for first, second in zip(before, after, strict=True)
-    ]  # of one seed, so of the same first parameters
-    gain = statistics.fmean(gains)
-    half = t95(len(gains)) * statistics.stdev(gains) / math.sqrt(len(gains))
+    gain, _, half = gain_of(before, after)
     helps = gain + half < 0 if METRICS[task].less_is_better else gain - half > 0
-    means = {
-        "real": statistics.fmean(before),
-        "both": statistics.fmean(after),
-        "gain": gain,
-        "interval": [gain - half, gain + half],
-    }
-    return means | {
-        "figure": METRICS[task].student_figure,
-        "helps": helps,
-        "seeds": {"real": list(before), "both": list(after)},
-    }
+    means = {"real": statistics.fmean(before), "both": statistics.fmean(after), "gain": gain}
+    means |= {"interval": [gain - half, gain + half], "figure": METRICS[task].student_figure, "helps": helps}
+    return means | {"seeds": {"real": list(before), "both": list(after)}}
 
 
 def t95(count: int) -> float:
@@ -132,11 +127,10 @@ def table(found: dict[str, Any]) -> str:
             f"{task:10}  {row['figure']:8}  {row['real']:6.3f}  {row['both']:6.3f}  {row['gain']:+.3f} ({low:+.3f} "
             f"to {high:+.3f}): {verdict}"
         )
-    images = next(iter(found.values()))["images"]
-    seeds = len(next(iter(found.values()))["seeds"]["real"])
-    steps = next(iter(found.values()))["steps"]
+    row = next(iter(found.values()))
+    images, seeds = row["images"], len(row["seeds"]["real"])
     lines.append(
-        f"{images['real']} real and {images['synthetic']} generated images, {seeds} students of each kind, {steps} "
-        f"steps, {images['judged']} unseen images"
+        f"{images['real']} real and {images['synthetic']} generated images, {seeds} students of each kind, "
+        f"{row['steps']} steps, {images['judged']} unseen images"
     )
     return "\n".join(lines)
