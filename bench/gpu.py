@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.options import SuiteConfig, check_numbers, chosen
 from bench.run import SECONDS
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Missing, Refused
 
@@ -34,8 +35,6 @@ class GpuConfig(SuiteConfig):
 
 
 def main(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.command_line.flags import parse
-
     config, _ = parse(arguments, GpuConfig, PROG, __doc__)
     check_numbers(minutes=config.minutes, steps=config.steps, seconds=config.seconds)
     end = time.monotonic() + 60 * config.minutes
@@ -51,7 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     wanted = chosen("parts", config.parts, tuple(parts), tuple(parts))
     if config.left:
         return print_left(config, ["limits", *(name for name in parts if name in wanted and name != "limits")])
-    check_device(config.device)
+    import torch
+
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise Missing("python -m bench gpu: this machine shows no CUDA device", "`python -m bench` measures the CPU")
     session = suite.open_run(
         [*PROG.split(), *arguments],
         model=config.model,
@@ -65,13 +67,6 @@ def main(arguments: Sequence[str]) -> int:
     )
     session.batches.update(results.batches_of(session.file.document))
     return suite.measure_and_show(session, parts, wanted, is_json=config.json, end=end)
-
-
-def check_device(name: str) -> None:
-    import torch
-
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise Missing("python -m bench gpu: this machine shows no CUDA device", "`python -m bench` measures the CPU")
 
 
 def print_left(config: GpuConfig, names: Sequence[str]) -> int:

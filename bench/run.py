@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.options import SuiteConfig, check_numbers, chosen
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 
 PROG = "python -m bench"
@@ -37,8 +38,6 @@ class BenchConfig(SuiteConfig):
 
 
 def main(arguments: Sequence[str]) -> int:
-    from datasetdm_fast.command_line.flags import parse
-
     config, _ = parse(arguments, BenchConfig, PROG, __doc__)
     check_numbers(steps=config.steps, seconds=config.seconds, threads=config.threads)
     import torch

@@ -65,7 +65,6 @@ class Setting:
         return tuple(self.requests[k % len(self.requests)] for k in range(size))
 
     def document(self) -> dict[str, Any]:
-        """As a result file holds it."""
         recipe = self.recipe
         facts = {"model": self.model.name, "trained": self.is_trained, "tasks": list(recipe.tasks), "size": recipe.size}
         facts |= {"quick": self.quick, "calls": len(recipe.schedule), "guidance": recipe.guidance}
@@ -77,7 +76,12 @@ def open_setting(
 ) -> Setting:
     """The model with its decoders: those shipped for the demo, seeded ones for any other."""
     loaded, target = load_model(model, size=size), resolve_device(device)
-    folded, trained = shipped_decoders() if model == "demo" else seeded_decoders(loaded)
+    if model == "demo":
+        shipped = checkpoint.load_decoders("demo")
+        folded = {task: shipped[task] for task in TASKS}
+        trained = {task: checkpoint.load_decoder(DEMO / task, strict=True) for task in TASKS}
+    else:
+        folded, trained = seeded_decoders(loaded)
     for decoder in folded.values():
         checkpoint.check_levels(decoder, loaded.levels)
     reference = build_engine("torch", loaded, folded, device=str(target))
@@ -87,13 +91,6 @@ def open_setting(
     plan = make_plan(source, loaded.tokenizer, number=number, seed=0, batch_size=number, words=words)
     trained = {task: decoder.to(target) for task, decoder in trained.items()}
     return Setting(reference, trained, recipe, tuple(plan), target, quick)
-
-
-def shipped_decoders() -> tuple[dict[str, Decoder], dict[str, Decoder]]:
-    """The demo's decoders by task, folded for inference and as they were trained."""
-    folded = checkpoint.load_decoders("demo")
-    trained = {task: checkpoint.load_decoder(DEMO / task, strict=True) for task in TASKS}
-    return {task: folded[task] for task in TASKS}, trained
 
 
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:

@@ -35,13 +35,9 @@ def open_run(
     """The setting and its result file, before anything is measured."""
     opened = open_setting(model, device, steps=steps, quick=quick)
     described = machine.describe(opened.device)
-    head = {
-        "suite": "gpu" if opened.device.type == "cuda" else "cpu",
-        "date": results.now(),
-        "command": shlex.join(command),
-        "machine": described,
-        "setting": opened.document(),
-    }
+    suite = "gpu" if opened.device.type == "cuda" else "cpu"
+    head = {"suite": suite, "date": results.now(), "command": shlex.join(command)}
+    head |= {"machine": described, "setting": opened.document()}
     path = Path(out) if out else results.default_path(described) if is_stored else None
     if path and not out and not goes_on:
         path = results.unused(path)
@@ -90,12 +86,12 @@ def measure(run: BenchRun, parts: Iterable[Measurement], end: float) -> list[str
 
 def failed(document: dict[str, Any]) -> list[str]:
     """A line for every failed row, and for every part that never ended."""
-    lines = [f"part {name} did not end" for name, part in document["parts"].items() if part["status"] == "broken"]
-    for name, part in document["parts"].items():
-        for row in part.get("rows", []):
-            if row.get("status") == "failed":
-                which = next(str(row[key]) for key in ("peer", "stage", "op", "ranks") if key in row)
-                lines.append(f"{name}, {which}: {row['why']}")
+    parts = document["parts"].items()
+    lines = [f"part {name} did not end" for name, part in parts if part["status"] == "broken"]
+    for name, row in ((name, row) for name, part in parts for row in part.get("rows", [])):
+        if row.get("status") == "failed":
+            which = next(str(row[key]) for key in ("peer", "stage", "op", "ranks") if key in row)
+            lines.append(f"{name}, {which}: {row['why']}")
     return lines
 
 

@@ -178,7 +178,8 @@ def test_an_absent_peer_says_why(run):
 def test_operations_are_judged_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(ops, "OPS", {name: kernels.OPS[name] for name in ("geglu", "layer_norm", "mask_head")})
     monkeypatch.setattr(kernels.native, "geglu", broken_geglu)
-    rows = ops.rows(CPU, "fp32", LIMITS, 0.001)
+    timing = ops.OpTiming(CPU, "fp32", LIMITS, 0.001)
+    rows = [row for op in ops.OPS for row in timing.rows(op)]
     assert {row["op"] for row in rows} == {"geglu", "layer_norm"}
     for row in rows:
         assert row["status"] == ("failed" if row["op"] == "geglu" else "ok")
@@ -194,7 +195,7 @@ def test_an_operation_is_measured_in_the_form_the_engine_runs(monkeypatch, op):
     inner = getattr(_C, name)
     monkeypatch.setattr(_C, name, lambda *given: calls.append(name) or inner(*given))
     rows = []
-    for row in ops.op_rows(op, ops.forms_of(op, CPU), CPU, "fp32", LIMITS, 0.0):
+    for row in ops.OpTiming(CPU, "fp32", LIMITS, 0.0).rows(op):
         assert row["form"] == "engine" and row["status"] == "ok" and calls, row
         rows.append(row)
         calls.clear()

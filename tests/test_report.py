@@ -145,7 +145,7 @@ def test_pages_and_charts_of_this_checkout_are_those_of_the_newest_result_file()
 
 def test_ratios_are_medians_of_pairs(document):
     assert peers.ratios(document) == {"fast_vs_torch": 2.0, "fast_vs_upstream": 4.0}
-    rows = peers.by_name(document)
+    rows = {row["peer"]: row for row in results.rows_of(document, "peers")}
     assert race.ratio(rows["torch"], rows["upstream"]) == 2.0
     assert report.parity(document) == "pass"
 

@@ -8,16 +8,18 @@ instead of run, so what is audited is what an engine would launch: block sizes, 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
 SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "120": 99 * 1024}  # bytes a block may have, by compute capability
@@ -27,27 +29,17 @@ TYPE_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8":
 
 @dataclass(frozen=True)
 class KernelConfig:
-    audit: bool = field(
-        default=False, metadata={"help": "compile the kernels and report registers, spills and shared memory"}
+    audit: bool = setting(False, "compile the kernels and report registers, spills and shared memory")
+    tune: bool = setting(
+        False, "find the fastest block sizes of every kernel on this GPU, and the fastest form of every operation"
     )
-    tune: bool = field(
-        default=False,
-        metadata={
-            "help": "find the fastest block sizes of every kernel on this GPU, and the fastest form of every operation"
-        },
-    )
-    minutes: float = field(
-        default=8.0, metadata={"help": "with --tune: begin nothing that would end later; the same line again goes on"}
-    )
-    out: str = field(
-        default="", metadata={"help": "with --tune: result file (default: bench/results/DATE-tuned-DEVICE-COMMIT.json)"}
-    )
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output instead of a table"})
-    ops: tuple[str, ...] = field(default=(), metadata={"help": "only these ops (default: all)"})
-    dtypes: tuple[str, ...] = field(default=tuple(DTYPES), metadata={"choices": tuple(DTYPES), "help": "storage types"})
-    targets: tuple[str, ...] = field(
-        default=tuple(SHARED_LIMIT),
-        metadata={"choices": tuple(SHARED_LIMIT), "help": "compute capabilities, times ten"},
+    minutes: float = setting(8.0, "with --tune: begin nothing that would end later; the same line again goes on")
+    out: str = setting("", "with --tune: result file (default: bench/results/DATE-tuned-DEVICE-COMMIT.json)")
+    json: bool = setting(False, "one JSON object on standard output instead of a table")
+    ops: tuple[str, ...] = setting((), "only these ops (default: all)")
+    dtypes: tuple[str, ...] = setting(tuple(DTYPES), "storage types", choices=tuple(DTYPES))
+    targets: tuple[str, ...] = setting(
+        tuple(SHARED_LIMIT), "compute capabilities, times ten", choices=tuple(SHARED_LIMIT)
     )
 
 
@@ -69,18 +61,6 @@ class KernelRow(NamedTuple):
     registers: int
     spills: int  # bytes of stack of a thread
     shared: int  # bytes of a block
-
-
-class Empty:
-    """Tensors of one dtype that have a shape and no memory."""
-
-    def __init__(self, dtype: str):
-        import torch
-
-        self.torch, self.dtype = torch, getattr(torch, DTYPES[dtype])
-
-    def __call__(self, *shape: int):
-        return self.torch.empty(shape, dtype=self.dtype, device="meta")
 
 
 class Recorder:
@@ -113,32 +93,23 @@ class Recorder:
                     aligned.append(place)
             else:
                 signature[parameter.name] = "fp32"
-        self.launches.append(
-            Launch(
-                self.kernel,
-                tuple(signature.items()),
-                tuple(constants.items()),
-                tuple(aligned),
-                tuple(sorted(given.items())),
-            )
-        )
+        types, values, options = (tuple(facts.items()) for facts in (signature, constants, dict(sorted(given.items()))))
+        self.launches.append(Launch(self.kernel, types, values, tuple(aligned), options))
 
 
 def launches(op: str, dtype: str) -> Iterator[tuple[str, Launch]]:
     """Every distinct launch that `op` makes at model sizes, with the first case that makes it."""
+    import torch
+
     from datasetdm_fast.kernels import OPS
 
-    noted, seen = [], set()
-    kernels = [
-        (vars(module), name, kernel)
-        for module in OPS.values()
-        for name, kernel in vars(module).items()
-        if name.endswith("_kernel")
-    ]
+    noted, seen, places = [], set(), [vars(module) for module in OPS.values()]
+    kernels = [(place, name, kernel) for place in places for name, kernel in place.items() if name.endswith("_kernel")]
+    empty = functools.partial(torch.empty, dtype=getattr(torch, DTYPES[dtype]), device="meta")
     for names, name, kernel in kernels:
         names[name] = Recorder(kernel, noted)
     try:
-        for case, inputs in OPS[op].sizes(Empty(dtype)):
+        for case, inputs in OPS[op].sizes(lambda *shape: empty(shape)):
             noted.clear()
             OPS[op].fused(*inputs)
             for launch in noted:
@@ -163,9 +134,8 @@ def resources(launch: Launch, target: str) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        said = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     taken = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said))
     return int(taken["REG"]), int(taken["STACK"]) + int(taken["LOCAL"]), made.metadata.shared
 
@@ -174,14 +144,9 @@ def rows(ops: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> I
     for op in ops:
         for dtype in dtypes:
             for case, launch in launches(op, dtype):
+                name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
                 for target in targets:
-                    yield KernelRow(
-                        launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-                        case,
-                        dtype,
-                        f"sm_{target}",
-                        *resources(launch, target),
-                    )
+                    yield KernelRow(name, case, dtype, f"sm_{target}", *resources(launch, target))
 
 
 def is_sound(row: KernelRow) -> bool:
@@ -217,22 +182,12 @@ def main(arguments: Sequence[str]) -> int:
         )
     wrong = [row for row in found if not is_sound(row)]
     if config.json:
-        print(
-            json.dumps(
-                {
-                    "triton": launch.triton.__version__,
-                    "shared_limit": SHARED_LIMIT,
-                    "kernels": [row._asdict() for row in found],
-                },
-                indent=1,
-            )
-        )
+        facts = {"triton": launch.triton.__version__, "shared_limit": SHARED_LIMIT}
+        print(json.dumps(facts | {"kernels": [row._asdict() for row in found]}, indent=1))
     if wrong:
         worst = max(wrong, key=lambda row: (row.spills, row.shared))
-        place, limit = (
-            f"{worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})",
-            SHARED_LIMIT[worst.target.removeprefix("sm_")],
-        )
+        place = f"{worst.kernel} ({worst.case}, {worst.dtype}, {worst.target})"
+        limit = SHARED_LIMIT[worst.target.removeprefix("sm_")]
         raise GateFailed(
             f"bench kernels: {len(wrong)} of {len(found)} compiled kernels do not fit, worst {place}: "
             f"{worst.spills} bytes of stack, expected none, and {worst.shared} of {limit} bytes of shared memory",
@@ -266,13 +221,7 @@ def tune_here(config: KernelConfig, ops: Sequence[str], arguments: Sequence[str]
             "python -m bench kernels --tune: this machine shows no CUDA device",
             "`--audit` compiles for GPUs that are not there",
         )
-    document = tune.run(
-        torch.device("cuda"),
-        ops,
-        config.dtypes,
-        config.minutes,
-        config.out,
-        ["python", "-m", "bench", "kernels", *arguments],
-    )
+    command = " ".join(["python", "-m", "bench", "kernels", *arguments])
+    document = tune.run(torch.device("cuda"), ops, config.dtypes, config.minutes, config.out, command)
     print(json.dumps(document, indent=1) if config.json else "\n".join(tune.table_lines(document)))
     return 0

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from bench.machine import machine
 from bench.machine.limits import rate
 from bench.machine.measure import distance
+from bench.options import say
 from bench.peers.upstream import arithmetic
 from bench.report import results
 from bench.report.results import ResultFile, is_settled, rows_of
@@ -53,17 +53,12 @@ class Judged:
 
 
 def run(
-    device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes: float, out: str, argv: Sequence[str]
+    device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes: float, out: str, command: str
 ) -> dict[str, Any]:
     """The result file after every operation that there was time for, each with its rows."""
     described = machine.describe(device)
-    head = {
-        "suite": "tune",
-        "date": results.now(),
-        "command": " ".join(argv),
-        "machine": described,
-        "setting": {"batch": BATCH},
-    }
+    head = {"suite": "tune", "date": results.now(), "command": command}
+    head |= {"machine": described, "setting": {"batch": BATCH}}
     path = Path(out) if out else results.default_path(described, "tuned-")
     file = ResultFile.open(path, head, goes_on=True)
     file.give_up_broken()
@@ -72,17 +67,14 @@ def run(
     for place, (op, dtype) in enumerate(todo):
         share = (end - time.monotonic()) / (len(todo) - place)
         if share <= 0:
-            print(
-                f"left: {', '.join(' '.join(one) for one in todo[place:])}; the same line again goes on",
-                file=sys.stderr,
-            )
+            say(f"left: {', '.join(' '.join(one) for one in todo[place:])}; the same line again goes on")
             break
         file.begin(f"{op} {dtype}")
         begin = time.perf_counter()
         with arithmetic(has_tf32=False):
             rows = list(op_rows(op, dtype, device, judged_cases(op, dtype, device), time.monotonic() + share))
         file.store(f"{op} {dtype}", rows, time.perf_counter() - begin)
-        print(f"{op} {dtype}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+        say(f"{op} {dtype}: {time.perf_counter() - begin:.0f} s")
     return file.document
 
 
@@ -104,32 +96,18 @@ def op_rows(
 ) -> Iterator[dict[str, Any]]:
     """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
     form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
-    table = OPS[op].BLOCKS.setdefault(machine_name(device), {})
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "untuned"
+    table = OPS[op].BLOCKS.setdefault(name, {})
     kernels = [(kernel, dict(sizes)) for (kernel, width), sizes in OPS[op].BLOCKS["untuned"].items() if width == bits]
     for place, (kernel, sizes) in enumerate(kernels):
         before, now = total(form, cases, device), time.monotonic()
-        best, after = descend(
-            table,
-            (kernel, bits),
-            sizes,
-            lambda: total(form, cases, device),
-            before,
-            now + (until - now) / (len(kernels) - place),
-        )
+        end = now + (until - now) / (len(kernels) - place)
+        best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), before, end)
         yield {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
     for name, one in {"fused": form, "plain": getattr(plain, op)}.items():
         for case in cases:
-            yield {
-                "op": op,
-                "form": name,
-                "dtype": dtype,
-                "case": case.reason,
-                "form_s": finite(case.seconds(one, device)),
-            }
-
-
-def machine_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "untuned"
+            facts = {"op": op, "form": name, "dtype": dtype, "case": case.reason}
+            yield facts | {"form_s": finite(case.seconds(one, device))}
 
 
 def total(form: Callable, cases: Sequence[Judged], device: torch.device) -> float:

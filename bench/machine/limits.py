@@ -15,6 +15,10 @@ from bench.peers.upstream import arithmetic
 from datasetdm_fast.kernels import launch
 from datasetdm_fast.kernels.launch import jit, tl
 
+# Name -> storage, and whether TF32 is allowed.
+TYPES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp16": (torch.float16, False)}
+TYPES |= {"tf32": (torch.float32, True)}
+MEASURED_TYPES = {"cpu": ("fp32", "bf16"), "cuda": tuple(TYPES)}
 WINDOW = 0.01  # seconds; the fastest counts, and short ones meet a moment that nothing disturbs
 PRODUCT_SIDES = {"cpu": (512, 768, 1024), "cuda": (4096, 8192)}  # which of them is fastest depends on the library
 # Images, channels in and out, cells a side; on a CPU faster than any product.
@@ -47,15 +51,9 @@ def measure(device: torch.device, seconds: float = 0.6) -> dict[str, Any]:
     """TFLOP/s of matrix products and 3x3 convolutions, whichever are faster, by type; GB/s of copies (bytes read plus
     bytes written), G/s of exponentials.
     """
-    products = {name: product_rate(device, dtype, tf32, seconds) for name, (dtype, tf32) in types(device).items()}
+    products = {name: product_rate(device, *TYPES[name], seconds) for name in MEASURED_TYPES[device.type]}
     rates = {"tflops": products, "gbps": copy_rate(device, seconds), "gexps": exp_rate(device, seconds)}
     return rates | {"seconds": seconds}
-
-
-def types(device: torch.device) -> dict[str, tuple[torch.dtype, bool]]:
-    """Name -> storage, and whether TF32 is allowed."""
-    wide = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False)}
-    return wide if device.type == "cpu" else {**wide, "fp16": (torch.float16, False), "tf32": (torch.float32, True)}
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, tf32: bool, seconds: float) -> float:

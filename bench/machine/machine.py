@@ -30,39 +30,20 @@ def nvml(device: torch.device) -> Nvml:
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, clocks and versions, as a result file holds them."""
     versions = {"datasetdm_fast": __version__, "python": platform.python_version(), "cuda": torch.version.cuda}
-    common = {"kind": device.type, "commit": commit(), "versions": versions | installed()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    common = {"kind": device.type, "commit": commit(), "versions": versions}
     common |= {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     if device.type == "cpu":
-        clocks = {"cpu_mhz": cpu_clock()}
-        return {"device": cpu_name(), "driver": f"Linux {platform.release()}", "clocks": clocks, **common}
+        told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        model, clocks = re.search(r"model name\s*: (.+)", told), re.findall(r"cpu MHz\s*: ([\d.]+)", told)
+        name = f"{model[1].strip() if model else platform.machine()}, {common['cores']} cores"
+        clock = {"cpu_mhz": round(max(map(float, clocks))) if clocks else None}  # of the fastest core right now
+        return {"device": name, "driver": f"Linux {platform.release()}", "clocks": clock, **common}
     found = torch.cuda.get_device_properties(device)
     facts = {"capability": f"{found.major}.{found.minor}", "memory_gib": round(found.total_memory / 2**30, 1)}
     return {"device": found.name, "driver": nvml(device).driver, "clocks": nvml(device).state(), **facts, **common}
-
-
-def installed() -> dict[str, str]:
-    """Versions of the installed libraries that decide a speed."""
-    found = {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def cpu_name() -> str:
-    name = re.search(r"model name\s*: (.+)", _cpuinfo())
-    return f"{name[1].strip() if name else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def cpu_clock() -> int | None:
-    """MHz of the fastest core right now."""
-    clocks = [float(value) for value in re.findall(r"cpu MHz\s*: ([\d.]+)", _cpuinfo())]
-    return round(max(clocks)) if clocks else None
-
-
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
 
 
 def commit() -> str:

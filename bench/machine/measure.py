@@ -22,7 +22,6 @@ RESET_PEAK = "5"
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative L2 distance."""
     ours, theirs = ours.double(), theirs.double()
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 

@@ -177,7 +177,9 @@ def apart(heights: dict[str, float], least: float = LINE) -> dict[str, float]:
 
 def roofline(document: dict[str, Any]) -> str:
     """Layers and operations under the measured limits."""
-    limits, layers, ops = rows_of(document, "limits")[0], rows_of(document, "layers"), timed_ops(document)
+    limits, layers = rows_of(document, "limits")[0], rows_of(document, "layers")
+    # One row an operation: its largest case in the form that is used, where it multiplies at all.
+    ops = list({row["op"]: row for row in rows_of(document, "ops") if row.get("tflops")}.values())
     note = f"{where(document)}; work counted as the reference is written"
     drawing = Drawing("Layers and operations under the measured limits", note)
     xs, ys = [row["flop_per_byte"] for row in [*layers, *ops]], [row["tflops"] for row in [*layers, *ops]]
@@ -204,12 +206,6 @@ def roofline(document: dict[str, Any]) -> str:
         drawing.dot(axes.right + 12, axes.top + 150 + 20 * place, kind)
         drawing.text(axes.right + 22, axes.top + 154 + 20 * place, words, "dim")
     return drawing.svg(axes.bottom + 56)
-
-
-def timed_ops(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row an operation: its largest case in the form that is used, where it multiplies at all."""
-    found = {row["op"]: row for row in rows_of(document, "ops") if row.get("tflops")}
-    return list(found.values())
 
 
 def ticks(least: float, most: float) -> list[float]:

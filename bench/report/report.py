@@ -17,7 +17,7 @@ from bench.machine.machine import ROOT
 from bench.report.results import SUITES, newest, read, rows_of
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent
 from bench.rows import MEASUREMENTS
-from bench.rows.peers import by_name, ratios
+from bench.rows.peers import ratios
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -137,7 +137,9 @@ def summary(found: Documents, charts: str) -> str:
         if suite in found:
             facts = f"{source(found[suite])}; {setting_line(found[suite])}. A speed-up is the median over pairs of "
             facts += "neighbouring rounds, with the least and the most in brackets."
-            parts += [picture(suite, "peers", charts), facts, markdown(short(found[suite]))]
+            rows = [row for row in rows_of(found[suite], "peers") if row["status"] != "absent"]
+            table = narrowed(MEASUREMENTS["peers"].tables[0], SHORT)
+            parts += [picture(suite, "peers", charts), facts, markdown(table.cells(rows))]
     return "\n\n".join(parts)
 
 
@@ -147,12 +149,6 @@ def source(document: Document) -> str:
     versions = "".join(f", {name} {machine['versions'][name]}" for name in VERSIONS if name in machine["versions"])
     made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}{versions}"
     return f"{made}, commit {machine['commit']}"
-
-
-def short(document: Document) -> Cells:
-    """The peers that could run here, in few columns."""
-    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
-    return narrowed(MEASUREMENTS["peers"].tables[0], SHORT).cells(rows)
 
 
 def narrowed(table: Table, columns: Mapping[str, str]) -> Table:
@@ -237,7 +233,8 @@ def parity(document: Document) -> str:
 def paper(found: Documents, charts: str) -> str:
     """What many GPUs would need, computed from the costs that were measured."""
     cpu = found.get("cpu") or found["gpu"]
-    rate = by_name(found["gpu"])["ours"].get("images_per_second") if "gpu" in found else None
+    raced = {row["peer"]: row for row in rows_of(found["gpu"], "peers")} if "gpu" in found else {"ours": {}}
+    rate = raced["ours"].get("images_per_second")
     scale = {name: [row for row in rows_of(cpu, "scale") if name in row] for name in ("ms", "written", "commit_ms")}
     if not all(scale.values()):
         return "The part `scale` has not been measured yet."
@@ -264,25 +261,17 @@ def paper(found: Documents, charts: str) -> str:
     ) + markdown((PAPER_HEAD, rows))
 
 
-def claimed(found: Documents, charts: str) -> str:
-    """Whether generated images help a student."""
-    return claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS
-
-
-def forms(found: Documents, charts: str) -> str:
-    """Which operation runs as which form on which device, from the kernels' own files."""
-    return markdown(forms_table())
-
-
 def forms_table() -> Cells:
-    """The same as the head of a table and its rows."""
+    """Which operation runs as which form on which device, from the kernels' own files."""
     from datasetdm_fast.kernels import OPS
     from datasetdm_fast.kernels.choice import DEVICES, form_on
 
     measured = sorted({device for op in OPS.values() for device in getattr(op, "DEVICES", {})} - set(DEVICES))
-    found = {op: [form_on(op, device) for device in (*DEVICES, *measured)] for op in OPS}
-    plainly = {op: "plain" if hasattr(module, "plain") else "reference" for op, module in OPS.items()}
-    rows = [[op, *(plainly[op] if form == "plain" else form for form in row)] for op, row in found.items()]
+    rows = []
+    for op, module in OPS.items():
+        plain = "plain" if hasattr(module, "plain") else "reference"
+        forms = [form_on(op, device) for device in (*DEVICES, *measured)]
+        rows.append([op, *(plain if form == "plain" else form for form in forms)])
     return ["operation", *DEVICES.values(), *measured], rows
 
 
@@ -292,6 +281,6 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "gpu": whole("gpu"),
     "paper": paper,
     "gains": gains,
-    "claims": claimed,
-    "forms": forms,
+    "claims": lambda found, charts: claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS,
+    "forms": lambda found, charts: markdown(forms_table()),
 }

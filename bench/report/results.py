@@ -35,7 +35,10 @@ class ResultFile:
         file.
         """
         if path:
-            check_writable(path)
+            with beside(path) as part:
+                if path.is_dir():
+                    raise Refused(f"{path}: is a folder, expected a file", "name a file with --out")
+                part.write_bytes(b"")
         document = read(path) if path and path.exists() else None
         if not (goes_on and document):
             return cls(path, {"format": FORMAT, **head, "parts": {}})
@@ -88,13 +91,6 @@ def beside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    with beside(path) as part:
-        if path.is_dir():
-            raise Refused(f"{path}: is a folder, expected a file", "name a file with --out")
-        part.write_bytes(b"")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from bench.rows import (
     ladder,
     layers,
     limits,
-    operations,
+    ops,
     peers,
     profile,
     quality,
@@ -16,5 +16,5 @@ from bench.rows import (
 
 MEASUREMENTS = {
     module.MEASUREMENT.name: module.MEASUREMENT
-    for module in (limits, peers, stages, operations, layers, batches, chunks, profile, ladder, quality, scale)
+    for module in (limits, peers, stages, ops, layers, batches, chunks, profile, ladder, quality, scale)
 }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bench.machine.measure import release
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
 from bench.report import charts
-from bench.report.tables import WHO, Row, Table, figure, memory
+from bench.report.tables import WHO, Table, figure, memory
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import best_batch
 
@@ -19,18 +17,15 @@ def rows(run: BenchRun) -> Rows:
     """One UNet call by batch size: what the peers that raced were tried at, else diffusers and ours alone."""
     raced = [(row, row["tried"]) for row in run.file.rows("peers") if row["status"] == "ok" and "tried" in row]
     work = HALVES * run.setting.stages["call"]
+    for name in SWEPT if not raced else ():
+        peer = PEERS[name].build(run.setting, 1)
+        raced.append(({"peer": name, "dtype": peer.dtype}, best_batch(peer, run)[1]))
+        release(run.setting.device)
     return [
         {"peer": row["peer"], "dtype": row["dtype"], **one, "tflops": round(work / one["call_s"] / 1e12, 4)}
-        for row, tried in raced or tried_alone(run)
+        for row, tried in raced
         for one in tried
     ]
-
-
-def tried_alone(run: BenchRun) -> Iterator[tuple[Row, Rows]]:
-    for name in SWEPT:
-        peer = PEERS[name].build(run.setting, 1)
-        yield {"peer": name, "dtype": peer.dtype}, best_batch(peer, run)[1]
-        release(run.setting.device)
 
 
 COLUMNS = {**WHO, "ms an image and call": figure("call_s", 1e3), "TFLOP/s": figure("tflops"), "memory": memory()}

@@ -17,11 +17,7 @@ from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.kernels import plain
 
 
-def without_maps(setting: Setting, batch: int) -> Upstream:
-    return Upstream(setting, forms_maps=False)
-
-
-def with_lean_decoders(setting: Setting, batch: int) -> Upstream:
+def lean_upstream(setting: Setting, batch: int) -> Upstream:
     return Upstream(setting, forms_maps=False, has_naive_decoders=False)
 
 
@@ -40,8 +36,10 @@ def lean(setting: Setting, batch: int) -> EnginePeer:
 # Each has every technique of those before it.
 TECHNIQUES = {
     "upstream": PEERS["upstream"]._replace(title="DatasetDM as written"),
-    "maps once": Offer("attention maps formed in one call alone", without_maps, batch=1),
-    "decoders": Offer("decoders project before they resize", with_lean_decoders, batch=1),
+    "maps once": Offer(
+        "attention maps formed in one call alone", lambda setting, batch: Upstream(setting, forms_maps=False), batch=1
+    ),
+    "decoders": Offer("decoders project before they resize", lean_upstream, batch=1),
     "batches": Offer("16 images at a time", in_batches, batch=16),
     "lean": Offer("networks without repeated work", lean, batch=16),
     "ours": PEERS["ours"]._replace(title="operations in one pass each"),

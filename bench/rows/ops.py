@@ -1,9 +1,10 @@
-"""Every operation of kernels/ in the form this machine uses, against the reference that defines it."""
+"""Every operation of kernels/ in the forms that this machine's engine uses, each against its reference."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from bench.machine.limits import nearest_limit, rate
 from bench.machine.measure import distance
 from bench.machine.work import flops
+from bench.peers import OURS, PEERS
 from bench.peers.upstream import arithmetic
+from bench.report.tables import Row, Table, figure, share, text
+from bench.rows.measurement import BenchRun, Measurement, Rows
 from datasetdm_fast.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS
 from datasetdm_fast.kernels.choice import FORM, chosen
@@ -23,55 +27,58 @@ SMALL = 2**24  # bytes of inputs
 ATTENTIONS = ("attention", "masked_attention", "attention_capture")
 
 
-def rows(device: torch.device, dtype: str, limits: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
-    """A row for each operation and case, and on a GPU for each of its kernels; those that differ too much from the
-    reference are failed and not timed.
-    """
-    return [row for op in OPS for row in op_rows(op, forms_of(op, device), device, dtype, limits, seconds)]
+def rows(run: BenchRun) -> Rows:
+    device, dtype = run.setting.device, PEERS[OURS].build(run.setting, 1).engine.fingerprint()["dtype"]
+    timing = OpTiming(device, dtype, run.limits, 0.02 if run.setting.quick else 0.1)
+    return [row for op in OPS for row in timing.rows(op)]
 
 
-def forms_of(op: str, device: torch.device) -> dict[str, Callable]:
-    """What the engine runs on the device, under the name `engine`, and on a GPU the kernel it does not run."""
-    found = {"engine": chosen(op, device)}
-    if device.type == "cuda" and hasattr(FORM["fused"], op):
-        found["fused"] = getattr(FORM["fused"], op)
-    kept, forms = {OPS[op].reference}, {}
-    for name, form in found.items():
-        if form not in kept:
-            kept.add(form)
-            forms[name] = form
-    return forms
+@dataclass(frozen=True)
+class OpTiming:
+    """Where and how operations are timed."""
 
+    device: torch.device
+    dtype: str
+    limits: dict[str, Any]
+    seconds: float  # for each form and case
 
-def op_rows(
-    op: str,
-    forms: dict[str, Callable],
-    device: torch.device,
-    dtype: str,
-    limits: dict[str, Any],
-    seconds: float,
-) -> Iterator[dict[str, Any]]:
-    reference = OPS[op].reference
-    cases = [(reason, placed(inputs, device, DTYPES[dtype])) for reason, inputs in cases_of(op, device)]
-    largest = max(moved(inputs) for _, inputs in cases)
-    for name, form in forms.items():
-        for reason, inputs in cases:
-            try:
-                row = judged(op, reference, form, inputs, dtype)
-            except torch.OutOfMemoryError:
-                row = {"status": "absent", "why": "not enough memory for the reference"}
-            row |= {"op": op, "case": reason, "form": name, "dtype": dtype}
-            if row["status"] == "ok" and (device.type == "cuda" or moved(inputs) == largest):
-                row |= times(op, reference, form, inputs, device, dtype, limits, seconds)
-            yield row
+    def rows(self, op: str) -> Iterator[dict[str, Any]]:
+        """A row for each case, and on a GPU for each kernel of an operation; one that differs too much from the
+        reference is failed and not timed.
+        """
+        cases = [(case.reason, case.inputs) for case in OPS[op].cases()]
+        if self.device.type == "cuda":  # also the sizes of Stable Diffusion 1.x
+            cases += getattr(OPS[op], "sizes", lambda empty: ())(RandomInputs(self.device))
+        cases = [(reason, placed(inputs, self.device, DTYPES[self.dtype])) for reason, inputs in cases]
+        largest = max(moved(inputs) for _, inputs in cases)
+        for name, form in self.forms(op).items():
+            for reason, inputs in cases:
+                try:
+                    row = judged(op, form, inputs, self.dtype)
+                except torch.OutOfMemoryError:
+                    row = {"status": "absent", "why": "not enough memory for the reference"}
+                row |= {"op": op, "case": reason, "form": name, "dtype": self.dtype}
+                if row["status"] == "ok" and (self.device.type == "cuda" or moved(inputs) == largest):
+                    row |= self.times(op, form, inputs)
+                yield row
 
+    def forms(self, op: str) -> dict[str, Callable]:
+        """What the engine runs on the device, under the name `engine`, and on a GPU the kernel it does not run."""
+        usual, reference = chosen(op, self.device), OPS[op].reference
+        fused = getattr(FORM["fused"], op, reference) if self.device.type == "cuda" else reference
+        found = {"engine": usual} if usual is not reference else {}
+        return found | ({"fused": fused} if fused not in (usual, reference) else {})
 
-def cases_of(op: str, device: torch.device) -> Iterator[tuple[str, tuple]]:
-    """The cases it is tested on; on a GPU also the sizes of Stable Diffusion 1.x."""
-    for case in OPS[op].cases():
-        yield case.reason, case.inputs
-    if device.type == "cuda":
-        yield from getattr(OPS[op], "sizes", lambda empty: ())(RandomInputs(device))
+    def times(self, op: str, form: Callable, inputs: tuple) -> dict[str, Any]:
+        reference = OPS[op].reference
+        with torch.inference_mode():
+            made = outputs(form, inputs)
+            work, traffic = flops(lambda: reference(*inputs)), moved(inputs) + moved(tuple(made))
+            calls = (functools.partial(one, *inputs) for one in (reference, form))
+            plain_s, form_s = (1 / rate(call, self.device, self.seconds) for call in calls)
+        exps = inputs[0].shape[:3].numel() * inputs[1].shape[2] if op in ATTENTIONS else 0
+        bound = nearest_limit(work, traffic, exps, form_s, self.limits, self.dtype)
+        return {"plain_s": plain_s, "form_s": form_s, "ratio": round(plain_s / form_s, 3), **bound}
 
 
 class RandomInputs:
@@ -84,12 +91,12 @@ class RandomInputs:
         return torch.randn(shape, device=self.device) * shape[-1] ** -0.5
 
 
-def judged(op: str, reference: Callable, form: Callable, inputs: tuple, dtype: str) -> dict[str, Any]:
+def judged(op: str, form: Callable, inputs: tuple, dtype: str) -> dict[str, Any]:
     """The distance to the reference in fp64, and what it may be, of the form as an engine calls it: where nobody wants
     gradients.
     """
     with arithmetic(has_tf32=False), torch.inference_mode():
-        wide, limit = limit_of(reference, inputs, dtype)
+        wide, limit = limit_of(OPS[op].reference, inputs, dtype)
         try:
             found = outputs(form, inputs)
         except Exception as error:  # of whatever kind: the row is what says it
@@ -102,34 +109,10 @@ def judged(op: str, reference: Callable, form: Callable, inputs: tuple, dtype: s
 
 def limit_of(reference: Callable, inputs: tuple, dtype: str) -> tuple[list[Tensor], float]:
     """The reference's answer in a wider type, and how far from it a form in `dtype` may lie."""
-    exact = (
-        torch.float64 if moved(inputs) < SMALL else torch.float32
-    )  # at model sizes fp64 would take minutes and all of the memory
+    # At model sizes fp64 would take minutes and all of the memory.
+    exact = torch.float64 if moved(inputs) < SMALL else torch.float32
     wide, own = outputs(reference, placed(inputs, None, exact)), outputs(reference, inputs)
     return wide, OWN_DRIFT * max(distance(a, b) for a, b in zip(own, wide, strict=True)) + FLOOR[dtype]
-
-
-def times(
-    op: str,
-    reference: Callable,
-    form: Callable,
-    inputs: tuple,
-    device: torch.device,
-    dtype: str,
-    limits: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    with torch.inference_mode():
-        made = outputs(form, inputs)
-        work, traffic = flops(lambda: reference(*inputs)), moved(inputs) + moved(tuple(made))
-        each = [1 / rate(functools.partial(one, *inputs), device, seconds) for one in (reference, form)]
-    exps = inputs[0].shape[:3].numel() * inputs[1].shape[2] if op in ATTENTIONS else 0
-    return {
-        "plain_s": each[0],
-        "form_s": each[1],
-        "ratio": round(each[0] / each[1], 3),
-        **nearest_limit(work, traffic, exps, each[1], limits, dtype),
-    }
 
 
 def placed(value: Any, device: torch.device | None, dtype: torch.dtype) -> Any:
@@ -151,3 +134,17 @@ def moved(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(moved(one) for one in value) if isinstance(value, (list, tuple)) else 0
+
+
+def shown(found: Sequence[Row]) -> list[Row]:
+    """The rows that were timed, and the failed ones."""
+    return [row for row in found if row["status"] == "failed" or "form_s" in row]
+
+
+COLUMNS = {"operation": text("op"), "form": text("form"), "case": text("case")}
+COLUMNS |= {"reference, ms": figure("plain_s", 1e3), "this form, ms": figure("form_s", 1e3)}
+COLUMNS |= {"speed-up": figure("ratio", unit="×"), "GB/s": figure("gbps"), "TFLOP/s": figure("tflops")}
+COLUMNS |= {"bound by": text("bound"), "share of limit": share("share"), "error": lambda row: f"{row['error']:.0e}"}
+MEASUREMENT = Measurement(
+    "ops", "Operations against their reference", rows, (Table(COLUMNS, shown, reason_at=3),), least_seconds=60
+)

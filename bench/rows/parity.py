@@ -18,7 +18,7 @@ from datasetdm_fast.agreement.distances import (
     teacher_forced_distances,
 )
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
-from datasetdm_fast.agreement.observe import Observation, Rounded, level_tensors, observe
+from datasetdm_fast.agreement.observe import Rounded, level_tensors, observe
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.labels import LABEL_KINDS
 
@@ -76,8 +76,12 @@ class ParityJudge:
     def _free_running(self, peer: Peer, first: Sequence[Sample]) -> dict[str, np.ndarray]:
         count = max(len(self.requests) // peer.batch, 1)
         more = (sample for k in range(1, count) for sample in peer.make(self._part(k, peer.batch)))
-        found = distances_of([*first, *more][: len(self.requests)], self.truth)
-        return found if self.setting.is_trained else {"free image": found["free image"]}
+        made, truth = [*first, *more][: len(self.requests)], self.truth
+        found = {"free image": image_distance(np.stack([sample.image for sample in made]), truth.images[: len(made)])}
+        for task, rights in truth.labels.items() if self.setting.is_trained else ():
+            pairs = zip((sample.annotations[task] for sample in made), rights)
+            found[f"free {task}"] = np.array([LABEL_KINDS[task].distance(label, right) for label, right in pairs])
+        return {name: values[None] for name, values in found.items()}
 
     def _part(self, place: int, batch: int) -> tuple[Request, ...]:
         return tuple(self.requests[k % len(self.requests)] for k in range(place * batch, (place + 1) * batch))
@@ -90,15 +94,6 @@ class ParityJudge:
             found = teacher_forced_distances(forced, self.truth) | free_running_distances(free, self.truth)
             self._floors[dtype] = {name: values.reshape(-1, len(requests)) for name, values in found.items()}
         return self._floors[dtype]
-
-
-def distances_of(made: Sequence[Sample], truth: Observation) -> dict[str, np.ndarray]:
-    """Images and labels of samples against those of the reference, which may be more."""
-    found = {"free image": image_distance(np.stack([sample.image for sample in made]), truth.images[: len(made)])}
-    for task, rights in truth.labels.items():
-        pairs = zip((sample.annotations[task] for sample in made), rights)
-        found[f"free {task}"] = np.array([LABEL_KINDS[task].distance(label, right) for label, right in pairs])
-    return {name: values[None] for name, values in found.items()}
 
 
 def fitted(values: Tensor, batch: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from bench.peers import OURS, PEERS
 from bench.report import charts
 from bench.report.results import rows_of
-from bench.report.tables import Row, Table, figure, memory, share, span, spread_of, text
+from bench.report.tables import Table, figure, memory, share, span, spread_of, text
 from bench.rows.ladder import TECHNIQUES
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import race, ratio
@@ -33,13 +33,10 @@ def rows(run: BenchRun) -> Rows:
     return [row for row in found if row["peer"] in run.peers]
 
 
-def by_name(document: dict[str, Any]) -> dict[str, Row]:
-    return {row["peer"]: row for row in rows_of(document, "peers")}
-
-
 def ratios(document: dict[str, Any]) -> dict[str, float]:
     """The speed-ups that programs read, of the peers that were timed."""
-    found = {name: row for name, row in by_name(document).items() if row.get("status") == "ok" and "ours_over" in row}
+    timed = (row for row in rows_of(document, "peers") if row.get("status") == "ok" and "ours_over" in row)
+    found = {row["peer"]: row for row in timed}
     return {
         name: ratio(found[first], found[second])
         for name, (first, second) in RATIOS.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -46,8 +47,11 @@ def rows(run: BenchRun) -> Rows:
             peer = PEERS[name].build(run.setting, PEERS[name].batch or run.batches.get(name, BATCH))
         except Missing:
             continue
-        found.append({"peer": name, **row_of(named(peer, run.setting), run)})
-        del peer
+        call = functools.partial(named(peer, run.setting).denoise, *run.judge.inputs(0, peer.batch))
+        shares, seconds = split(call, run.setting.device)
+        row = {"peer": name, "dtype": peer.dtype, "batch": peer.batch, "call_s": round(seconds / peer.batch, 6)}
+        found.append(row | {"shares": shares})
+        del peer, call
         release(run.setting.device)
     return found
 
@@ -72,12 +76,6 @@ def recorded(name: str, form: Callable) -> Callable:
     return call
 
 
-def row_of(peer: Peer, run: BenchRun) -> dict[str, Any]:
-    inputs = run.judge.inputs(0, peer.batch)
-    shares, seconds = split(lambda: peer.denoise(*inputs), run.setting.device)
-    return {"dtype": peer.dtype, "batch": peer.batch, "call_s": round(seconds / peer.batch, 6), "shares": shares}
-
-
 def split(call: Callable[[], object], device: torch.device) -> tuple[dict[str, float], float]:
     """The share of each group in one call, and the seconds of the call."""
     call()
@@ -90,7 +88,7 @@ def split(call: Callable[[], object], device: torch.device) -> tuple[dict[str, f
             call()
         wait(device)
         whole = time.perf_counter() - begin
-    busy = threads_of(seen) if is_cpu else kernels_of(seen)
+    busy = threads_of(seen, is_cpu)
     # A thread that only hands out work is none of those that do it.
     workers = [groups for groups in busy if sum(groups.values()) > BUSY * whole]
     filled = max(len(workers) * whole, sum(sum(groups.values()) for groups in workers))
@@ -98,21 +96,14 @@ def split(call: Callable[[], object], device: torch.device) -> tuple[dict[str, f
     return {**shares, IDLE: round(max(1 - sum(shares.values()), 0.0), 4)}, whole / CALLS
 
 
-def threads_of(seen: profile) -> list[dict[str, float]]:
-    """Seconds of each group in each thread of a CPU."""
+def threads_of(seen: profile, is_cpu: bool) -> list[dict[str, float]]:
+    """Seconds of each group in each thread of a CPU, or on a GPU."""
     threads: dict[int, dict[str, float]] = {}
-    for event in seen.events():
-        groups = threads.setdefault(event.thread, dict.fromkeys((*GROUPS, REST), 0.0))
-        groups[group_of(event.name)] += event.self_cpu_time_total / 1e6
+    for event in seen.events() if is_cpu else seen.key_averages():
+        place, name = (event.thread, event.name) if is_cpu else (0, event.key)
+        groups = threads.setdefault(place, dict.fromkeys((*GROUPS, REST), 0.0))
+        groups[group_of(name)] += (event.self_cpu_time_total if is_cpu else event.self_device_time_total) / 1e6
     return list(threads.values())
-
-
-def kernels_of(seen: profile) -> list[dict[str, float]]:
-    """Seconds of each group on a GPU."""
-    groups = dict.fromkeys((*GROUPS, REST), 0.0)
-    for event in seen.key_averages():
-        groups[group_of(event.key)] += event.self_device_time_total / 1e6
-    return [groups]
 
 
 def group_of(name: str) -> str:

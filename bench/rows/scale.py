@@ -90,7 +90,7 @@ def loop_rows(marks: tuple[int, ...]) -> Rows:
     try:
         alone = costs_alone(engine, recipe)
         with memory_folder() as folder:
-            return marked_run(engine, stub_job(engine, recipe, folder / "run", marks[-1]), marks, alone)
+            return marked_run(engine, stub_job(engine, recipe, Path(folder, "run"), marks[-1]), marks, alone)
     finally:
         torch.set_num_threads(threads)
 
@@ -116,10 +116,8 @@ def marked_run(engine: TimedStub, task: job.Job, marks: tuple[int, ...], alone: 
     return found
 
 
-@contextmanager
-def memory_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=IN_MEMORY if os.path.isdir(IN_MEMORY) else None) as folder:
-        yield Path(folder)
+def memory_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(dir=IN_MEMORY if os.path.isdir(IN_MEMORY) else None)
 
 
 def stub_job(engine: StubEngine, recipe: Recipe, folder: Path, number: int) -> job.Job:
@@ -142,7 +140,7 @@ def costs_alone(engine: TimedStub, recipe: Recipe) -> dict[str, float]:
     def write() -> None:
         for first in range(0, MEASURED, BATCH):
             batch = encoded[first : first + BATCH]
-            storage.publish({folder / name: content for files in batch for name, content in files.values()})
+            storage.publish({Path(folder, name): content for files in batch for name, content in files.values()})
 
     with memory_folder() as folder:
         calls = {"post-process": lambda: relabel(engine, batches, recipe), "encode": encode, "write": write}
@@ -162,11 +160,11 @@ def relabel(engine: TimedStub, batches: Sequence[Sequence[Sample]], recipe: Reci
 
 
 @contextmanager
-def scene_run(size: int, number: int, place: Path) -> Iterator[tuple[RunFolder, list[Sample], Recipe]]:
+def scene_run(size: int, number: int, place: str) -> Iterator[tuple[RunFolder, list[Sample], Recipe]]:
     """An open run folder, and rendered scenes in place of generated samples."""
     engine = StubEngine(size=size, tasks=SCENE_TASKS)
     recipe = make_recipe(engine, SCENE_TASKS)
-    task = stub_job(engine, recipe, place / "run", number)
+    task = stub_job(engine, recipe, Path(place, "run"), number)
     with RunFolder(task.folder, task.document) as folder:
         yield folder, [scene(index, size) for index in range(number)], recipe
 
@@ -189,14 +187,11 @@ def disk_row(rounds: int) -> dict[str, Any]:
     """Milliseconds of a commit of one batch, and of making one sample's files durable, on the disk of temporary
     files.
     """
-    with tempfile.TemporaryDirectory() as place, scene_run(SCENES[True][0], BATCH, Path(place)) as run:
+    with tempfile.TemporaryDirectory() as place, scene_run(SCENES[True][0], BATCH, place) as run:
         folder, samples, recipe = run
         folder.unseal()
-        files = {
-            folder.path / name: content
-            for sample in samples
-            for name, content in label_files.encode(sample, "png")[0].values()
-        }
+        encoded = (label_files.encode(sample, "png")[0] for sample in samples)
+        files = {folder.path / name: content for one in encoded for name, content in one.values()}
         written = folder.write(samples, recipe.facts)
         calls = {"commit": lambda: folder.ledger.commit(written), "publish": lambda: storage.publish(files)}
         taken = interleaved(calls, 0.0, least=rounds)
