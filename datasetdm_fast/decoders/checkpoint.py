@@ -112,12 +112,12 @@ def load_decoders(folder: str | Path) -> dict[str, Decoder]:
     folder = DEMO if str(folder) == "demo" else Path(folder)
     found = sorted(path.parent for path in folder.glob("*/config.json"))
     if not found:
-        remedy = (
-            f"give the folder above: {folder.parent}"
-            if (folder / "config.json").exists()
-            else "give a folder with one sub-folder per trained decoder"
+        is_decoder = (folder / "config.json").exists()
+        above, other = (
+            f"give the folder above: {folder.parent}",
+            "give a folder with one sub-folder per trained decoder",
         )
-        raise Missing(f"decoders {folder}: no sub-folder holds a config.json", remedy)
+        raise Missing(f"decoders {folder}: no sub-folder holds a config.json", above if is_decoder else other)
     decoders: dict[str, Decoder] = {}
     for path in found:
         decoder = load_decoder(path)
@@ -135,11 +135,8 @@ def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *
     state = source if is_state else read_state(Path(source))
     state = {name.removeprefix("module."): value for name, value in state.items()}
     unused = UNUSED.get(decoder.config.kind, ())
-    fill(
-        decoder,
-        {name: value for name, value in state.items() if not name.startswith(unused)},
-        "state dict" if is_state else str(source),
-    )
+    read = {name: value for name, value in state.items() if not name.startswith(unused)}
+    fill(decoder, read, "state dict" if is_state else str(source))
     return for_inference(decoder, strict)
 
 
@@ -198,13 +195,9 @@ def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> Non
         for name in sorted(set(ours) & set(state))
         if state[name].shape != ours[name].shape
     ]
-    wrong = [
-        f"{label}: {', '.join(names)}"
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("shape", shapes))
-        if names
-    ]
-    if wrong:
-        count = len(missing) + len(unexpected) + len(shapes)
+    found = {"missing": missing, "unexpected": unexpected, "shape": shapes}
+    if wrong := [f"{label}: {', '.join(names)}" for label, names in found.items() if names]:
+        count = sum(map(len, found.values()))
         raise Refused(
             f"{origin}: {count} tensors do not fit this {decoder.config.kind} decoder; {'; '.join(wrong)}",
             "check that the configuration is the one it was trained with",

@@ -17,35 +17,11 @@ NORMALISATIONS = ("image", "running")
 SD1_LEVELS = levels(
     {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8}, tokens=77, size=512
 )
-COCO_JOINTS = (
-    *(
-        "nose",
-        "left_eye",
-        "right_eye",
-        "left_ear",
-        "right_ear",
-        "left_shoulder",
-        "right_shoulder",
-        "left_elbow",
-        "right_elbow",
-    ),
-    *("left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"),
-)
-COCO_LIMBS = (
-    (15, 13),
-    (13, 11),
-    (16, 14),
-    (14, 12),
-    (11, 12),
-    (5, 11),
-    (6, 12),
-    (5, 6),
-    (5, 7),
-    (6, 8),
-    (7, 9),
-    (8, 10),
-)
-COCO_LIMBS += ((1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
+COCO_JOINTS = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder")
+COCO_JOINTS += ("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip")
+COCO_JOINTS += ("left_knee", "right_knee", "left_ankle", "right_ankle")
+COCO_LIMBS = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9))
+COCO_LIMBS += ((8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 
 
 @dataclass(frozen=True)
@@ -64,12 +40,10 @@ class DecoderConfig:
     feed_forward: int = 2048
     mask_dim: int = 256
     queries: int = 100
-    classes: tuple[
-        str, ...
-    ] = ()  # semantic: every id including a background; instance: things; open vocabulary: words trained on
-    named: tuple[
-        str, ...
-    ] = ()  # of them, those its captions always named: they are looked for only where a prompt names them
+    # semantic: every id including a background; instance: things; open vocabulary: words trained on
+    classes: tuple[str, ...] = ()
+    # of them, those its captions always named: they are looked for only where a prompt names them
+    named: tuple[str, ...] = ()
     text_width: int = 768
     # whether class embeddings are centred and scaled by those trained on; small text encoders hardly tell words apart
     text_centre: bool = False
@@ -80,13 +54,11 @@ class DecoderConfig:
     upscale: int = 0  # 0 = upstream: only bilinear resizes; r = r x r learnt sub-cells per cell of the highest level
     capture_timestep: int | None = None  # UNet timestep it was trained at, None = that of the last sampler call
     normalisation: str = "image"  # image = upstream: statistics of each image; running = the stored ones
-    score_threshold: float = (
-        0.4  # instances and words below it are dropped; joints below it count as hidden, below half of it as absent
-    )
+    # instances and words below it are dropped; joints below it count as hidden, below half of it as absent
+    score_threshold: float = 0.4
     overlap_threshold: float = 0.5  # of two instances with a larger mask IoU the worse is dropped
-    min_area: int = (
-        0  # pixels at 512 x 512, scaled to the image: smaller instances are dropped, classes with less evidence zeroed
-    )
+    # pixels at 512 x 512, scaled to the image: smaller instances are dropped, classes with less evidence zeroed
+    min_area: int = 0
 
     def __post_init__(self):
         for value, name, known in (
@@ -146,18 +118,14 @@ class DecoderConfig:
             _check_bounds(values)
         except ValueError as error:
             raise Refused(f"decoder config: not the JSON of a decoder ({str(error).splitlines()[0]})") from None
-        unknown = sorted(set(values) - {field.name for field in fields(DecoderConfig)})
-        if unknown:
-            raise Refused(
-                f"decoder config: unknown fields {documents.one_line(', '.join(unknown))}; it may come from a newer "
-                "version"
-            )
-        for level in values["levels"]:
-            if unknown := sorted(set(level) - set(LEVEL_FORM)):
-                raise Refused(
-                    f"decoder config: unknown fields {documents.one_line(', '.join(unknown))} of a level; it may "
-                    "come from a newer version"
-                )
+        own = {field.name for field in fields(DecoderConfig)}
+        for given, known, whose in (
+            (values, own, ""),
+            *((level, LEVEL_FORM, " of a level") for level in values["levels"]),
+        ):
+            if unknown := sorted(set(given) - set(known)):
+                names = documents.one_line(", ".join(unknown))
+                raise Refused(f"decoder config: unknown fields {names}{whose}; it may come from a newer version")
         values["levels"] = tuple(
             Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])})
             for level in values["levels"]
@@ -169,34 +137,11 @@ class DecoderConfig:
 
 
 LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "tokens": int}
-FORM = {
-    **dict.fromkeys(
-        (
-            "width",
-            "heads",
-            "layers",
-            "feed_forward",
-            "mask_dim",
-            "queries",
-            "text_width",
-            "depth_width",
-            "upscale",
-            "min_area",
-        ),
-        int,
-    ),
-    **dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float),
-    **{
-        "kind": str,
-        "task": str,
-        "classes": [str],
-        "named": [str],
-        "joints": [str],
-        "limbs": [[int]],
-        "text_centre": bool,
-        "normalisation": str,
-    },
-}
+COUNTS = ("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width")
+FORM = dict.fromkeys((*COUNTS, "upscale", "min_area"), int)
+FORM |= dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float)
+FORM |= dict.fromkeys(("kind", "task", "normalisation"), str) | {"text_centre": bool, "limbs": [[int]]}
+FORM |= dict.fromkeys(("classes", "named", "joints"), [str])
 LEAST_NUMBERS = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1
 LARGEST_NUMBERS = {"layers": 64, "heads": 1024, "upscale": 16, "min_area": 2**30, "max_depth": 1e6}  # others: 65536
 MOST_NAMES = 65536
@@ -205,16 +150,11 @@ MOST_NAMES = 65536
 def _check_bounds(values: Mapping[str, Any]) -> None:
     """A ValueError where a number is one no decoder has: networks are built by them before any weight is looked at."""
     for name, value in values.items():
-        if FORM.get(name) in (int, float) and not LEAST_NUMBERS.get(name, 1) <= value <= LARGEST_NUMBERS.get(
-            name, 65536
-        ):
-            raise ValueError(
-                f"{name} is {value}, expected {LEAST_NUMBERS.get(name, 1)} to {LARGEST_NUMBERS.get(name, 65536)}"
-            )
+        least, largest = LEAST_NUMBERS.get(name, 1), LARGEST_NUMBERS.get(name, 65536)
+        if FORM.get(name) in (int, float) and not least <= value <= largest:
+            raise ValueError(f"{name} is {value}, expected {least} to {largest}")
     timestep = values.get("capture_timestep")
-    if timestep is not None and not (
-        isinstance(timestep, int) and not isinstance(timestep, bool) and 0 <= timestep < 100_000
-    ):
+    if timestep is not None and not (type(timestep) is int and 0 <= timestep < 100_000):
         raise ValueError(f"capture_timestep is {documents.quoted(timestep)}, expected a timestep or null")
     for level in values["levels"]:
         numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])

@@ -44,11 +44,9 @@ class SpectralConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.normalised()
-        return (
-            pointwise(x, weight, self.bias)
-            if self.kernel_size == (1, 1)
-            else F.conv2d(x, weight, self.bias, padding=self.padding)
-        )
+        if self.kernel_size == (1, 1):
+            return pointwise(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
 
     @torch.no_grad()
     def folded(self) -> nn.Conv2d:
@@ -76,9 +74,8 @@ class SegBlock(nn.Module):
         if self.training:
             with torch.no_grad():
                 now = x.float().mean((0, 2, 3))
-                squares = (
-                    (x.float() - now[:, None, None]).square_().sum((0, 2, 3))
-                )  # a third of the time of var over these axes
+                # a third of the time of var over these axes
+                squares = (x.float() - now[:, None, None]).square_().sum((0, 2, 3))
                 mean.lerp_(now, MOMENTUM)
                 variance.lerp_(squares / (x.numel() // x.shape[1] - 1), MOMENTUM)
         elif self.is_running:

@@ -23,11 +23,8 @@ class SegmentationDecoder(Decoder):
 
     def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
         width, layers = config.width, range(config.layers)
-        super().__init__(
-            config,
-            ops,
-            {"mid": (2 * width, width), "high": (2 * width, width), "highest": (2 * width, config.mask_dim)},
-        )
+        mixes = {"mid": (2 * width, width), "high": (2 * width, width), "highest": (2 * width, config.mask_dim)}
+        super().__init__(config, ops, mixes)
         self.upscale = Upscale(config.mask_dim, config.mask_dim, config.upscale) if config.upscale else None
         self.query_feat = nn.Embedding(config.queries, width)
         self.query_embed = nn.Embedding(config.queries, width)
@@ -69,19 +66,13 @@ class SegmentationDecoder(Decoder):
             for x, level in zip(memory, self.level_embed.weight)
         ]
         earlier = []
-        for i, (cross, itself, feed) in enumerate(
-            zip(
-                self.transformer_cross_attention_layers,
-                self.transformer_self_attention_layers,
-                self.transformer_ffn_layers,
-            )
-        ):
+        pairs = zip(self.transformer_cross_attention_layers, self.transformer_self_attention_layers)
+        for i, ((cross, itself), feed) in enumerate(zip(pairs, self.transformer_ffn_layers)):
             tokens, token_position, side = levels[i % len(levels)]
             if auxiliary:
                 earlier.append(self.heads(content, mask_features))
-            blocked = self.ops.mask_head(
-                self.mask_embed(self.decoder_norm(content)), mask_features, side, is_blocking=True
-            )
+            embedded = self.mask_embed(self.decoder_norm(content))
+            blocked = self.ops.mask_head(embedded, mask_features, side, is_blocking=True)
             content = cross(content, position, tokens, token_position, blocked.flatten(2))
             content = feed(itself(content, position))
         last = self.heads(content, mask_features)

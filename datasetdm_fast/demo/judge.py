@@ -28,11 +28,7 @@ from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.scenes import world
 
-LEARN, HELD_OUT, ASKED = (
-    2_000_000,
-    3_000_000,
-    4_000_000,
-)  # first scene seeds: to learn from, to be tested on, to ask for
+LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first scene seeds: to learn from, be tested on, ask for
 ENOUGH = 100  # pixels of 128 x 128 that count as seen
 
 
@@ -43,14 +39,13 @@ class Judge(nn.Module):
         super().__init__()
 
         def block(channels_in: int, channels_out: int) -> nn.Sequential:
-            layers = [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.SiLU()]
-            return nn.Sequential(
-                *layers, nn.Conv2d(channels_out, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.SiLU()
-            )
+            layers = []
+            for given in (channels_in, channels_out):
+                layers += [nn.Conv2d(given, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.SiLU()]
+            return nn.Sequential(*layers)
 
-        self.down = nn.ModuleList(
-            [block(3, width), block(width, 2 * width), block(2 * width, 4 * width), block(4 * width, 4 * width)]
-        )
+        sizes = ((3, width), (width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width))
+        self.down = nn.ModuleList([block(*pair) for pair in sizes])
         self.up = nn.ModuleList([block(8 * width, 2 * width), block(4 * width, width), block(2 * width, width)])
         self.head = nn.Conv2d(width, len(world.CLASSES), 1)
 
@@ -66,9 +61,8 @@ class Judge(nn.Module):
 
 def softened(images: Tensor, generator: torch.Generator) -> Tensor:
     """Renders with random blur and noise, so that softness alone does not fool the judge."""
-    small = F.interpolate(
-        images, scale_factor=float(torch.rand((), generator=generator) * 0.6 + 0.4), mode="bilinear", antialias=True
-    )
+    scale = float(torch.rand((), generator=generator) * 0.6 + 0.4)
+    small = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
     soft = F.interpolate(small, size=images.shape[2:], mode="bilinear")
     return soft + 0.04 * torch.randn(soft.shape, generator=generator)
 
@@ -94,29 +88,24 @@ def train_judge(count: int, steps: int, size: int) -> Judge:
 
 
 @torch.inference_mode()
+def classes_in(judge: Judge, images: np.ndarray) -> Tensor:
+    """[N, H, W] the class of each pixel, as the judge sees images [N, H, W, 3]."""
+    parts = np.array_split(images, max(len(images) // 32, 1))
+    return torch.cat([judge(torch.from_numpy(one).permute(0, 3, 1, 2).float() / 127.5 - 1).argmax(1) for one in parts])
+
+
 def seen(judge: Judge, images: np.ndarray) -> np.ndarray:
     """[N, K] pixels of each class."""
-    found = [
-        judge(torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1).argmax(1)
-        for part in np.array_split(images, max(len(images) // 32, 1))
-    ]
-    return F.one_hot(torch.cat(found), len(world.CLASSES)).sum((1, 2)).numpy()
+    return F.one_hot(classes_in(judge, images), len(world.CLASSES)).sum((1, 2)).numpy()
 
 
-@torch.inference_mode()
 def held_out_miou(judge: Judge, count: int, size: int) -> float:
     confusion = np.zeros((len(world.CLASSES),) * 2)
     for start in range(0, count, 32):
         views = [world.view(HELD_OUT + k, size) for k in range(start, min(start + 32, count))]
-        guess = (
-            judge(torch.from_numpy(np.stack([v.image for v in views])).permute(0, 3, 1, 2).float() / 127.5 - 1)
-            .argmax(1)
-            .numpy()
-        )
-        truth = np.stack([v.semantic for v in views])
-        confusion += np.bincount(truth.ravel() * len(world.CLASSES) + guess.ravel(), minlength=confusion.size).reshape(
-            confusion.shape
-        )
+        guess = classes_in(judge, np.stack([view.image for view in views])).numpy()
+        pairs = np.stack([view.semantic for view in views]).ravel() * len(world.CLASSES) + guess.ravel()
+        confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
     both = np.diag(confusion)
     return float((both / (confusion.sum(0) + confusion.sum(1) - both)).mean())
 
@@ -141,11 +130,8 @@ def draw(
                 schedule, k, state, walk.guide(engine.denoise(state.latents, time_step, context), guidance)
             )
         images.append(engine.decode_image(state.latents).numpy())
-        print(
-            f"drawn {start + len(some)}/{len(captions)} in {time.monotonic() - started:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        seconds = time.monotonic() - started
+        print(f"drawn {start + len(some)}/{len(captions)} in {seconds:.0f} s", file=sys.stderr, flush=True)
     return np.concatenate(images)
 
 
@@ -183,41 +169,23 @@ def main(arguments: list[str] | None = None) -> int:
         judge = train_judge(2000, options.judge_steps, size)
         torch.save(judge.state_dict(), path)
     scenes = [world.sample_scene(ASKED + k, count=1 + k % 2) for k in range(options.number)]
-    images = draw(
-        engine,
-        [scene.caption for scene in scenes],
-        [ASKED + k for k in range(options.number)],
-        options.steps,
-        options.guidance,
-        options.sampler,
-    )
+    captions, seeds = [scene.caption for scene in scenes], [ASKED + k for k in range(options.number)]
+    images = draw(engine, captions, seeds, options.steps, options.guidance, options.sampler)
     counts = seen(judge, images)
-    shuffled = [
-        score(counts, scenes[shift:] + scenes[:shift]) for shift in (2, 38, 134, 222)
-    ]  # even shifts keep the number of objects
+    shifts = (2, 38, 134, 222)  # even ones keep the number of objects
+    shuffled = [score(counts, scenes[shift:] + scenes[:shift]) for shift in shifts]
     per_class = {}
     for k, name in enumerate(world.CLASSES):
-        asked = [
-            counts[i, k] >= ENOUGH
-            for i, scene in enumerate(scenes)
-            if any(thing.kind == name for thing in scene.things)
-        ]
-        if asked:
+        shows = [any(thing.kind == name for thing in scene.things) for scene in scenes]
+        if (asked := counts[shows, k] >= ENOUGH).size:
             per_class[name] = [round(float(np.mean(asked)), 3), len(asked)]
-    result = {
-        "judge_miou": round(held_out_miou(judge, 320, size), 4),
-        "pictures": options.number,
-        "sampler": options.sampler,
-        "steps": options.steps,
-        "guidance": options.guidance,
-        "captions": score(counts, scenes),
-        "shuffled": {name: round(float(np.mean([row[name] for row in shuffled])), 4) for name in shuffled[0]},
-        "per_class": per_class,
-    }
+    result = {"judge_miou": round(held_out_miou(judge, 320, size), 4), "pictures": options.number}
+    result |= {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
+    means = {name: round(float(np.mean([row[name] for row in shuffled])), 4) for name in shuffled[0]}
+    result |= {"captions": score(counts, scenes), "shuffled": means, "per_class": per_class}
     (options.out / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
-    rows = [
-        np.concatenate(list(images[start : start + 12]), 1) for start in range(0, min(len(images) // 12 * 12, 72), 12)
-    ]
+    starts = range(0, min(len(images) // 12 * 12, 72), 12)
+    rows = [np.concatenate(list(images[start : start + 12]), 1) for start in starts]
     Image.fromarray(np.concatenate(rows, 0)).save(options.out / "contact.png")
     print(json.dumps(result))
     return 0

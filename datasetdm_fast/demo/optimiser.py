@@ -64,14 +64,7 @@ class Average:
 
 def matrices(modules: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
     """The weights worth orthogonalising: those of linear layers and convolutions with more than 16 rows and columns."""
-    layers = (
-        layer
-        for module in modules.values()
-        for layer in module.modules()
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
-    )
-    return [
-        layer.weight
-        for layer in layers
-        if layer.weight.requires_grad and min(layer.weight.shape[0], layer.weight[0].numel()) > 16
-    ]
+    kinds, weights = (torch.nn.Linear, torch.nn.Conv2d), []
+    for module in modules.values():
+        weights += [layer.weight for layer in module.modules() if isinstance(layer, kinds)]
+    return [one for one in weights if one.requires_grad and min(one.shape[0], one[0].numel()) > 16]

@@ -31,10 +31,8 @@ def semantic(sample: StoredSample, side: int) -> Image.Image:
 
 def outlined(sample: StoredSample, side: int) -> Image.Image:
     """Instances and joints over the dimmed picture."""
-    scale, sheet = (
-        side / sample.image.shape[0],
-        Image.blend(picture(sample, side), Image.new("RGB", (side, side), (20, 22, 28)), 0.35),
-    )
+    scale = side / sample.image.shape[0]
+    sheet = Image.blend(picture(sample, side), Image.new("RGB", (side, side), (20, 22, 28)), 0.35)
     pen = ImageDraw.Draw(sheet, "RGBA")
     for mask, category in zip(sample.instances.masks, sample.instances.class_ids):
         shade = colour(2 + int(category))

@@ -28,64 +28,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 SIZE, SEED = 128, 20261120
-TRAIN_SEEDS = (
-    10_000_000  # scenes from here on teach the diffusion model; scenes below it are for decoders and evaluation
-)
+TRAIN_SEEDS = 10_000_000  # scenes from here on teach the diffusion model; below are those of decoders and evaluation
+SHIPPED = Path(__file__).parent / "model"
 
 
 def build_models(vocabulary: int) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+    """Fresh networks of the shapes that the shipped model has."""
+    text = CLIPTextConfig.from_pretrained(SHIPPED / "text_encoder")
+    assert text.vocab_size == vocabulary, "the shipped model has another tokenizer"
     torch.manual_seed(SEED)
-    autoencoder = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        sample_size=SIZE,
-        block_out_channels=(16, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=8,
+    autoencoder, unet = (
+        kind.from_config(kind.load_config(SHIPPED / part))
+        for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
     )
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(48, 96, 96, 96),
-        layers_per_block=1,
-        attention_head_dim=3,  # diffusers' name for the number of heads: widths 16, 32, 32, 32
-        cross_attention_dim=64,
-        norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            hidden_act="quick_gelu",
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=vocabulary - 1,
-        )
-    )
-    return autoencoder, unet, text
+    return autoencoder, unet, CLIPTextModel(text)
 
 
-def build_scheduler() -> PNDMScheduler:
-    return PNDMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-        set_alpha_to_one=False,
-        prediction_type="v_prediction",
-    )
+def store(value: object, path: Path) -> None:
+    torch.save(value, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 class DemoTraining:
@@ -135,16 +96,10 @@ class DemoTraining:
             self.save()
 
     def save(self) -> None:
-        state = {
-            "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "average": self.average.values,
-            "count": self.average.count,
-            "step": self.step,
-            "samples": self.samples,
-        }
-        torch.save(state, self.path.with_suffix(".tmp"))
-        self.path.with_suffix(".tmp").replace(self.path)
+        state = {"modules": {name: module.state_dict() for name, module in self.modules.items()}}
+        state |= {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
+        state |= {"average": self.average.values, "count": self.average.count}
+        store(state | {"step": self.step, "samples": self.samples}, self.path)
         self.saved = time.monotonic()
 
 
@@ -152,14 +107,8 @@ class TrainingLog:
     """Means of a few figures, printed and appended to a JSON-lines file every `every` steps."""
 
     def __init__(self, path: Path, stage: str, every: int = 50):
-        self.path, self.stage, self.every, self.sums, self.count, self.start = (
-            path,
-            stage,
-            every,
-            {},
-            0,
-            time.monotonic(),
-        )
+        self.path, self.stage, self.every = path, stage, every
+        self.sums, self.count, self.start = {}, 0, time.monotonic()
 
     def add(self, run: DemoTraining, **figures: float) -> None:
         self.count += 1
@@ -169,14 +118,8 @@ class TrainingLog:
             return
         means = {name: round(total / self.count, 5) for name, total in self.sums.items()}
         seconds = (time.monotonic() - self.start) / self.count
-        row = {
-            "stage": self.stage,
-            "step": run.step,
-            "of": run.total,
-            "samples": run.samples,
-            **means,
-            "seconds_per_step": round(seconds, 4),
-        }
+        row = {"stage": self.stage, "step": run.step, "of": run.total, "samples": run.samples}
+        row |= means | {"seconds_per_step": round(seconds, 4)}
         print(json.dumps(row), file=sys.stderr, flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -185,9 +128,8 @@ class TrainingLog:
 
 def pictures(seeds: range) -> torch.Tensor:
     """[N, 3, H, W] uint8 renders."""
-    return (
-        torch.stack([torch.from_numpy(world.view(seed, SIZE).image) for seed in seeds]).permute(0, 3, 1, 2).contiguous()
-    )
+    images = [torch.from_numpy(world.view(seed, SIZE).image) for seed in seeds]
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
 def scaled(images: torch.Tensor) -> torch.Tensor:
@@ -197,9 +139,7 @@ def scaled(images: torch.Tensor) -> torch.Tensor:
 def edges(images: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of the horizontal and vertical gradients."""
     difference = images - other
-    return (difference[..., 1:] - difference[..., :-1]).abs().mean() + (
-        difference[..., 1:, :] - difference[..., :-1, :]
-    ).abs().mean()
+    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
 def train_autoencoder(
@@ -211,16 +151,13 @@ def train_autoencoder(
     run = DemoTraining(folder / f"{stage}.pt", {"autoencoder": model}, rate, steps, decay=0.995, hold=0.3)
     if run.step >= steps:
         return run.average.swap()
-    log, images = (
-        TrainingLog(folder / "log.jsonl", stage),
-        pictures(range(TRAIN_SEEDS, TRAIN_SEEDS + renders)).to(device),
-    )
+    log = TrainingLog(folder / "log.jsonl", stage)
+    images = pictures(range(TRAIN_SEEDS, TRAIN_SEEDS + renders)).to(device)
     model.train().to(memory_format=torch.channels_last)
     while run.step < steps:
         generator = torch.Generator().manual_seed(SEED + run.step)
-        target = scaled(images[torch.randint(len(images), (batch,), generator=generator)]).contiguous(
-            memory_format=torch.channels_last
-        )
+        chosen = images[torch.randint(len(images), (batch,), generator=generator)]
+        target = scaled(chosen).contiguous(memory_format=torch.channels_last)
         # The first part runs in bf16, which eager convolutions of this size gain from; the last in fp32, for the fine
         # tones.
         with torch.autocast(target.device.type, torch.bfloat16, enabled=run.step < 0.9 * steps):
@@ -243,40 +180,28 @@ def cache_latents(folder: Path, model: AutoencoderKL, count: int, device: str) -
     """Posterior means of `count` renders in fp16 and the factor that gives them unit variance."""
     path = folder / "latents.pt"
     model.eval()
-    done = (
-        torch.load(path, weights_only=True)
-        if path.exists()
-        else torch.empty(0, 4, SIZE // 8, SIZE // 8, dtype=torch.float16)
-    )
+    done = torch.empty(0, 4, SIZE // 8, SIZE // 8, dtype=torch.float16)
+    if path.exists():
+        done = torch.load(path, weights_only=True)
     while len(done) < count:
         parts = []
         for start in range(len(done), min(len(done) + 4096, count), 64):
             images = pictures(range(TRAIN_SEEDS + start, TRAIN_SEEDS + min(start + 64, count))).to(device)
             parts.append(model.encode(scaled(images)).latent_dist.mean.half().cpu())
         done = torch.cat([done, *parts])
-        torch.save(done, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        store(done, path)
         print(json.dumps({"stage": "latents", "done": len(done), "of": count}), file=sys.stderr, flush=True)
     return done, float(1 / done[:4096].float().std())
 
 
 def train_diffusion(
-    folder: Path,
-    unet,
-    text,
-    tokenizer,
-    latents: torch.Tensor,
-    factor: float,
-    steps: int,
-    batch: int,
-    rate: float,
-    device: str,
+    folder: Path, unet, text, tokenizer, latents: torch.Tensor, steps: int, batch: int, rate: float, device: str
 ) -> None:
     run = DemoTraining(folder / "diffusion.pt", {"unet": unet, "text": text}, rate, steps, decay=0.9985, hold=0.35)
     if run.step >= steps:
         return run.average.swap()
     log = TrainingLog(folder / "log.jsonl", "diffusion")
-    alphas = build_scheduler().alphas_cumprod.to(device)
+    alphas = PNDMScheduler.from_pretrained(SHIPPED / "scheduler").alphas_cumprod.to(device)
     scenes = [world.sample_scene(TRAIN_SEEDS + k) for k in range(len(latents))]
     unet.train(), text.train()
     while run.step < steps:
@@ -285,17 +210,12 @@ def train_diffusion(
         rng = np.random.default_rng([SEED, run.step])
         retold = [scenes[k].caption if rng.random() < 0.6 else scenes[k].retold(rng) for k in chosen]
         captions = ["" if rng.random() < 0.1 else caption for caption in retold]
-        tokens = tokenizer(
-            captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids.to(device)
-        clean = (latents[chosen].float() * factor).to(device)
+        options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
+        tokens = tokenizer(captions, **options).input_ids.to(device)
+        clean = latents[chosen].to(device)
         # Stratified timesteps: each batch covers the whole schedule.
-        times = (
-            ((torch.rand(batch, generator=generator) + torch.arange(batch)) * (1000 / batch))
-            .long()
-            .clamp(max=999)
-            .to(device)
-        )
+        places = (torch.rand(batch, generator=generator) + torch.arange(batch)) * (1000 / batch)
+        times = places.long().clamp(max=999).to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         kept, mixed = alphas[times].sqrt()[:, None, None, None], (1 - alphas[times]).sqrt()[:, None, None, None]
         guess = unet(kept * clean + mixed * noise, times, text(tokens).last_hidden_state).sample
@@ -312,16 +232,10 @@ def export(folder: Path, tokenizer_folder: Path, autoencoder, unet, text, factor
 
     autoencoder.register_to_config(scaling_factor=factor)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder.half().to(memory_format=torch.contiguous_format),
-        text_encoder=text.half(),
-        tokenizer=tokenizer,
-        unet=unet.half(),
-        scheduler=build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    vae, scheduler = autoencoder.half().to(memory_format=torch.contiguous_format), SHIPPED / "scheduler"
+    parts = {"vae": vae, "text_encoder": text.half(), "tokenizer": tokenizer, "unet": unet.half()}
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(**parts, scheduler=PNDMScheduler.from_pretrained(scheduler), **absent)
     pipeline.save_pretrained(folder, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).write_bytes((tokenizer_folder / name).read_bytes())
@@ -342,34 +256,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--diffusion-batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the diffusion model")
     parser.add_argument("--polish-steps", type=int, default=600)
-    parser.add_argument(
-        "--until", choices=("autoencoder", "latents", "diffusion", "polish", "export"), default="export"
-    )
+    stages = ("autoencoder", "latents", "diffusion", "polish", "export")
+    parser.add_argument("--until", choices=stages, default="export")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     work = options.out.with_name(options.out.name + ".work")
     tokenizer = build_tokenizer(work / "tokenizer")
     autoencoder, unet, text = (model.to(options.device) for model in build_models(len(tokenizer)))
-    stages = ("autoencoder", "latents", "diffusion", "polish", "export")
     wanted = stages[: stages.index(options.until) + 1]
     seen = (options.autoencoder_batch, options.renders)
     train_autoencoder(work, autoencoder, options.autoencoder_steps, *seen, 2e-3, options.device, polish=False)
     if "latents" in wanted:
         latents, factor = cache_latents(work, autoencoder, options.latents, options.device)
     if "diffusion" in wanted:
-        train_diffusion(
-            work,
-            unet,
-            text,
-            tokenizer,
-            latents,
-            factor,
-            options.diffusion_steps,
-            options.diffusion_batch,
-            options.rate,
-            options.device,
-        )
+        schedule = (options.diffusion_steps, options.diffusion_batch, options.rate)
+        train_diffusion(work, unet, text, tokenizer, latents.float() * factor, *schedule, options.device)
     if "polish" in wanted:
         train_autoencoder(work, autoencoder, options.polish_steps, *seen, 1.5e-3, options.device, polish=True)
     if "export" in wanted:
