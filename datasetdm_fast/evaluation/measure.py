@@ -12,10 +12,10 @@ import torch
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
+from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.sampling.inversion import capture_timestep, invert
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
-from datasetdm_fast.labels.class_tables import spoken
 
 
 def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
@@ -41,12 +41,9 @@ def measure(
     configs = {task: engine.decoders[task].config for task in tasks}
     meters = {task: METRICS[task].judging(source, config, unseen) for task, config in configs.items()}
     timestep = capture_timestep(configs.values())
-    words = engine.encode_classes(list(source.thing_classes)) if any(c.has_text for c in configs.values()) else None
+    words = engine.encode_classes(spoken(source.thing_classes)) if any(c.has_text for c in configs.values()) else None
     start, left = 0, iter(source)
     while items := list(islice(left, batch_size)):
-    words = engine.encode_classes(spoken(source.thing_classes)) if any(c.has_text for c in configs.values()) else None
-    start = 0
-    for items in _batches(source, batch_size):
         said = ["" if captions == "none" else item.caption for item in items]
         pixels = torch.from_numpy(np.stack([item.image for item in items]))
         capture = invert(engine, pixels, said, timestep, range(seed + start, seed + start + len(items)))
