@@ -10,6 +10,7 @@ from datasetdm_fast.version import __version__
 
 # name -> (module with main(arguments) -> exit code, what it does)
 COMMANDS = {
+    "prompts": ("datasetdm_fast.prompts", "write a list of prompts, balanced over classes"),
     "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),

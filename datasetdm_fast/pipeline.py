@@ -14,6 +14,7 @@ from datasetdm_fast.data import Batch, Capture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, job, prompts, settings
+from datasetdm_fast.generation.prompts import check_classes
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.labels import task_of
 from datasetdm_fast.labels.words import find_classes
@@ -129,7 +130,7 @@ class Pipeline:
         self._check_tasks(chosen)
         if isinstance(classes, str):
             raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
-        words = prompts.check_classes(classes)
+        words = check_classes(classes)
         recipe = make_recipe(
             self.engine, chosen, sampler=sampler, steps=steps, guidance=guidance, profile=profile, classes=words
         )

@@ -27,9 +27,9 @@ FOLDERS = (PACKAGE, "kernels", "export", "bench")
 # From the top down: a room imports only rooms of lower rows. A room is a folder of the product, its sub-folders
 # included, or a file that lies flat.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("cli", "generate", "train", "evaluate", "verify", "audit", "doctor", "export_cli", "demo", "bench"),
+    ("cli", "prompts", "generate", "train", "evaluate", "verify", "audit", "doctor", "export_cli", "demo", "bench"),
     ("pipeline", "workers", "agreement"),
-    ("generation", "training"),
+    ("generation", "training", "prompting"),
     ("engines",),
     ("export", "lessons", "evaluation"),
     ("readers", "tasks", "sampling"),
@@ -44,7 +44,7 @@ DOOR = (
     "export_cli",
 )  # `python -m datasetdm_fast.export` hands its line to the command above
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
-MOST = {"rooms": 40, "rows": 10, "arrows": 225}
+MOST = {"rooms": 40, "rows": 10, "arrows": 241}
 
 
 @dataclass(frozen=True)

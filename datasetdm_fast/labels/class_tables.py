@@ -1,7 +1,5 @@
 """Tables of class words: number, name, what a person says, official colour, and the words that mean a class."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
@@ -65,6 +63,25 @@ def parse(text: str, name: str) -> ClassTable:
         if twice := next((value for k, value in enumerate(given) if value in given[:k]), None):
             raise ValueError(f"the {column} {twice!r} is there twice")
     return ClassTable(name, tuple(classes), tuple(other))
+
+
+def of_categories(categories: object, name: str) -> ClassTable:
+    """The table of an annotation file in COCO's or LVIS's form; a ValueError where it is of another form."""
+    classes = []
+    for category in categories if isinstance(categories, list) else ():
+        if not (isinstance(category, dict) and isinstance(category.get("name"), str) and category["name"].strip()):
+            raise ValueError("a category has no name")
+        synonyms = category.get("synonyms", [])
+        if not (isinstance(synonyms, list) and all(isinstance(word, str) for word in synonyms)):
+            raise ValueError(f"the synonyms of {category['name']!r} are no list of words")
+        class_name, number = category["name"].strip(), category.get("id")
+        words = dict.fromkeys(word for word in map(_readable, synonyms) if word != _readable(class_name))
+        classes.append(
+            ClassWord(class_name, _readable(class_name), tuple(words), number if type(number) is int else None)
+        )
+    if not classes:
+        raise ValueError("it has no categories")
+    return ClassTable(name, tuple(classes))
 
 
 @cache

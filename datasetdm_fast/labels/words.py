@@ -93,9 +93,29 @@ def _goes_on(tokens: tuple[str, ...], at: int) -> bool:
     return at < len(tokens) and tokens[at].isalnum() and tokens[at] not in AFTER_A_NOUN
 
 
+def plural(noun: str) -> str:
+    """The plural of a noun phrase: "glasses of wine", "police officers", "men"."""
+    words = noun.split()
+    head = _head(words)
+    last = words[head]
+    ending = next((ending for ending in IRREGULAR if last == ending or len(ending) > 2 and last.endswith(ending)), "")
+    if ending and last != "human":
+        last = last.removesuffix(ending) + IRREGULAR[ending]
+    elif re.search(r"[^aeiou]y$", last):
+        last = last[:-1] + "ies"
+    else:
+        last += "es" if re.search(r"(s|x|z|ch|sh)$", last) else "s"
+    return " ".join([*words[:head], last, *words[head + 1 :]])
+
+
+def _head(words: Sequence[str]) -> int:
+    """The place of the noun that takes the plural."""
+    return next((k - 1 for k, word in enumerate(words) if k and word in ("of", "in")), len(words) - 1)
+
+
 def _forms(tokens: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The phrase, its plural, and two words written as one: "wine glass", "wine glasses", "wineglass"."""
-    head = next((k - 1 for k, token in enumerate(tokens) if k and token in ("of", "in")), len(tokens) - 1)
+    head = _head(tokens)
     noun = tokens[head]
     nouns = {noun, noun + "s", noun + "es", IRREGULAR.get(noun, noun)}
     for ending, plural in IRREGULAR.items():  # businesswoman, policeman, grandchild

@@ -1,0 +1,202 @@
+"""python -m datasetdm_fast.prompts --set voc --per-class 200 --out prompts.jsonl: a list of prompts, balanced over
+classes, from a grammar of our own or from a language model.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import nearest, parse
+from datasetdm_fast.config import setting
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels import class_tables
+from datasetdm_fast.prompting import balance, language_model, vocabulary
+from datasetdm_fast.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, Sentence
+from datasetdm_fast.prompting.measures import measure
+from datasetdm_fast.scenes import world
+from datasetdm_fast.truth.class_file import own_table
+
+PROG = "python -m datasetdm_fast.prompts"
+SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", "demo")
+MOST_PROMPTS = 10_000_000
+LARGEST_COUNTS = 2**24  # bytes
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    set: str = setting("demo", "whose classes the prompts are for", choices=SETS)
+    classes: tuple[str, ...] = setting((), "only these classes of the set, or words of your own", metavar="LIST")
+    class_table: str = setting(
+        "", "classes of your own: a CSV file (name,say,words) or LVIS's annotation file", metavar="FILE"
+    )
+    per_class: int = setting(0, "prompts for each class", metavar="N")
+    target_counts: str = setting("", 'JSON file of how many each class needs: {"cat": 40, ...}', metavar="FILE")
+    balance: str = setting("", "labelled images whose rarer classes are to catch up, such as coco:PATH", metavar="DATA")
+    pairs: float = setting(0.0, "share of the prompts that name two classes, 0 to 1", metavar="SHARE")
+    seed: int = setting(0, "seed of the sentences", metavar="N")
+    out: str = setting("prompts.jsonl", "file to write, one JSON object a line, for generate --prompts", metavar="FILE")
+    llm_url: str = setting("", "ask the language model of an OpenAI-compatible endpoint", metavar="URL")
+    llm_model: str = setting("", "name of the model at that endpoint", metavar="NAME")
+    llm_command: str = setting("", "ask a program that reads a request on stdin and writes its reply", metavar="LINE")
+    llm_requests: int = setting(1000, "at most so many requests to the language model", metavar="N")
+    dry_run: bool = setting(False, "show how many prompts each class gets and stop")
+    json: bool = setting(False, "the measures of the list as one JSON object on stdout")
+    quiet: bool = setting(False, "show no progress")
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    config, given = parse(arguments, PromptsConfig, PROG, __doc__)
+    _check(config)
+    grammar = _grammar(config, "set" in given)
+    counts = _counts(config, grammar.classes)
+    total = sum(counts.values())
+    if config.dry_run:
+        for name, count in counts.items():
+            print(f"{name:24} {count:8,}")
+        return 0
+    reasons: Counter[str] = Counter()
+    if config.llm_url or config.llm_command:
+        sentences, reasons = _asked(config, grammar.classes, counts)
+    else:
+        sentences = balance.sentences(grammar, counts, config.pairs, config.seed)
+    if not sentences:
+        why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+        raise Refused(f"{config.out}: no usable prompt came back: {why}", "Try another model, or leave it out.")
+    text = "".join(json.dumps(_row(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
+    storage.publish({Path(config.out): text.encode()})
+    _tell(config, sentences, total, reasons)
+    return 0
+
+
+def _check(config: PromptsConfig) -> None:
+    ways = [flag for flag in ("per_class", "target_counts", "balance") if getattr(config, flag)]
+    if len(ways) > 1:
+        shown = " and ".join("--" + flag.replace("_", "-") for flag in ways)
+        raise Refused(f"{shown}: each says how many prompts a class gets", "Keep one of them.")
+    for flag, most in (("per_class", MOST_PROMPTS), ("llm_requests", 1_000_000)):
+        if not 0 <= getattr(config, flag) <= most:
+            name = "--" + flag.replace("_", "-")
+            raise Refused(f"{name} {getattr(config, flag)}: expected 0 to {most:,}", "Choose another number.")
+    if not 0 <= config.pairs <= 1:
+        raise Refused(f"--pairs {config.pairs:g}: expected a share from 0 to 1", "For example --pairs 0.3.")
+    if config.llm_url and config.llm_command:
+        raise Refused("--llm-url and --llm-command: two ways to ask a language model", "Keep one of them.")
+    if config.llm_url and not config.llm_model:
+        raise Refused("--llm-url: which model is to be asked is missing", "Add --llm-model NAME.")
+    if not config.llm_url and config.llm_model:
+        raise Refused(f"--llm-model {config.llm_model}: no endpoint to ask", "Add --llm-url https://HOST/v1.")
+    out = Path(config.out)
+    if out.is_dir() or not out.name:
+        raise Refused(f"--out {config.out}: is a folder", "Name a file, for example prompts.jsonl.")
+
+
+def _grammar(config: PromptsConfig, is_set_given: bool) -> Grammar | DemoGrammar | PlaceGrammar:
+    if config.class_table:
+        own = own_table(config.class_table)
+        return Grammar(_chosen(config.classes, own.names), config.seed, own)
+    if config.classes and not is_set_given:
+        return Grammar(config.classes, config.seed)
+    if config.set == "nyu":
+        return PlaceGrammar(_chosen(config.classes, vocabulary.ROOMS), vocabulary.ROOM, config.seed)
+    if config.set == "kitti":
+        return PlaceGrammar(_chosen(config.classes, vocabulary.STREETS), vocabulary.SCENERY, config.seed)
+    if config.set == "demo":
+        return DemoGrammar(_chosen(config.classes, world.THINGS), config.seed)
+    if config.set == "pose":
+        return Grammar(_chosen(config.classes, ("person",)), config.seed)
+    names = tuple(name for name in class_tables.table(config.set).names if name != "background")
+    return Grammar(_chosen(config.classes, names), config.seed)
+
+
+def _chosen(asked: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    for name in asked:
+        if name not in names:
+            raise Refused(
+                f"--classes: {name!r} is not in this set{nearest(name, names)}", f"It has {', '.join(names)}."
+            )
+    return tuple(asked) or tuple(names)
+
+
+def _counts(config: PromptsConfig, classes: Sequence[str]) -> dict[str, int]:
+    if config.target_counts:
+        found = documents.read_object(Path(config.target_counts), most=LARGEST_COUNTS)
+        for name, count in found.items():
+            if name not in classes:
+                raise Refused(
+                    f"{config.target_counts}: {name!r} is no class of this list{nearest(name, classes)}",
+                    f"The classes are {', '.join(classes)}.",
+                )
+            if type(count) is not int or not 0 <= count <= MOST_PROMPTS:
+                raise Refused(f"{config.target_counts}: {name!r} has {count!r}", "Give each class a whole number.")
+        counts = {name: found.get(name, 0) for name in classes}
+    elif config.balance:
+        counts = balance.lacking(_present(config.balance), classes)
+    else:
+        counts = dict.fromkeys(classes, config.per_class or 100)
+    if not 0 < sum(counts.values()) <= MOST_PROMPTS:
+        raise Refused(f"{sum(counts.values()):,} prompts: expected 1 to {MOST_PROMPTS:,}", "Ask for another number.")
+    return counts
+
+
+def _present(address: str) -> dict[str, int]:
+    """In how many labelled images each class is."""
+    from datasetdm_fast.readers import open_data
+
+    source = open_data(address, 64)
+    return dict(Counter(name for record in source.order for name in source.guarded(source.areas, record)))
+
+
+def _asked(
+    config: PromptsConfig, classes: Sequence[str], counts: Mapping[str, int]
+) -> tuple[list[Sentence], Counter[str]]:
+    key = language_model.key_of(os.environ)
+    if config.llm_url:
+        ask = language_model.Endpoint(config.llm_url, config.llm_model, key)
+    else:
+        ask = language_model.Program(config.llm_command)
+    replies = language_model.Replies(
+        Path(f"{config.out}.replies"), ask, config.llm_requests, key if config.llm_url else ""
+    )
+    plan = list(balance.planned(counts, config.pairs, config.seed))
+
+    def on_progress(done: int) -> None:
+        if not config.quiet:
+            print(f"{done}/{len(plan)} prompts, {replies.asked} requests", file=sys.stderr)
+
+    return language_model.written(plan, classes, replies, on_progress)
+
+
+def _row(sentence: Sentence) -> dict[str, object]:
+    return {"prompt": sentence.prompt, "classes": list(sentence.classes), "group": sentence.group}
+
+
+def _tell(config: PromptsConfig, sentences: Sequence[Sentence], total: int, reasons: Mapping[str, int]) -> None:
+    found = measure(sentences)
+    if config.json:
+        print(json.dumps({"out": config.out, **found, "asked_for": total, "left_out": dict(reasons)}))
+        return
+    if config.quiet:
+        print(config.out)
+        return
+    named, repeated = found["classes"], found["near_duplicates"]
+    print(f"prompts    {len(sentences):,}, {repeated:.1%} near duplicates, distinct-2 {found['distinct_2']:.3f}")
+    if named:
+        rarest, commonest = min(named, key=named.get), max(named, key=named.get)
+        print(f"classes    {len(named)}, from {named[rarest]:,} ({rarest}) to {named[commonest]:,} ({commonest})")
+    for first, second, count in found["together"][:3]:
+        print(f"together   {first} and {second}: {count:,}")
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+        print(f"left out   {count:,}: {reason}")
+    print(f"{config.out}; python -m datasetdm_fast.generate --prompts {config.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

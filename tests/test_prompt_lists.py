@@ -1,0 +1,389 @@
+"""python -m datasetdm_fast.prompts: lists of the grammar, and of language models that misbehave."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from datasetdm_fast import prompts
+from datasetdm_fast.labels import class_tables
+from datasetdm_fast.labels.words import find_classes
+from datasetdm_fast.prompting import balance, language_model, measures, vocabulary
+from datasetdm_fast.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar
+
+SECRET = "canary-5b1f0c77"
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+# The grammar ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["voc", "coco", "cityscapes", "deepfashion"])
+def test_a_class_has_500_different_sentences_that_name_it_and_no_other(name):
+    names = [word for word in class_tables.table(name).names if word != "background"]
+    grammar = Grammar(names)
+    for word in names[:: max(len(names) // 10, 1)]:
+        found = [grammar.sentence(word, number) for number in range(520)]
+        assert len({sentence.prompt for sentence in found}) >= 500, word
+        assert all(sentence.classes == (word,) == find_classes(sentence.prompt, names) for sentence in found)
+        assert all(len(sentence.prompt.split()) <= 40 for sentence in found)
+
+
+def test_sentences_about_places_mean_no_class():
+    for places, category in ((vocabulary.ROOMS, vocabulary.ROOM), (vocabulary.STREETS, vocabulary.SCENERY)):
+        grammar = PlaceGrammar(places, category)
+        found = [grammar.sentence(places[0], number).prompt for number in range(520)]
+        assert len(set(found)) >= 500 and all(places[0] in prompt for prompt in found)
+
+
+def test_demo_sentences_use_the_words_its_model_knows():
+    from datasetdm_fast.scenes import tokenizer
+
+    known = set(tokenizer.WORDS)
+    for number in range(200):
+        sentence = DemoGrammar().sentence("cone", number)
+        assert set(sentence.prompt.split()) <= known and "cone" in sentence.classes
+
+
+def test_a_thousand_sentences_of_a_class_hold_few_near_duplicates():
+    names = [word for word in class_tables.table("voc").names if word != "background"]
+    found = balance.sentences(Grammar(names), {"dog": 1000, "tvmonitor": 1000})
+    assert measures.measure(found)["near_duplicates"] <= 0.02
+    assert Counter(sentence.group for sentence in found) == {"dog": 1000, "tvmonitor": 1000}
+
+
+def test_near_duplicates_are_those_of_the_plain_definition():
+    prompts_ = [Grammar(["dog"]).sentence("dog", number).prompt for number in range(60)]
+    prompts_ += [prompt + " today" for prompt in prompts_[:7]] + prompts_[:3]
+    pieces = [measures._pieces(prompt) for prompt in prompts_]
+    plain = [
+        k
+        for k, one in enumerate(pieces)
+        if any(len(one & other) / len(one | other) > measures.NEAR for other in pieces[:k])
+    ]
+    assert measures.near_duplicates(prompts_) == plain and len(plain) >= 6
+
+
+def test_distinct_2_counts_pairs_of_words():
+    assert measures.distinct_2(["a b c", "a b d"]) == 3 / 4
+
+
+# Counts ---------------------------------------------------------------------------------------------------------------
+def test_every_class_comes_up_exactly_as_often_as_planned_with_pairs_too():
+    counts = {"cat": 7, "dog": 31, "car": 0, "bus": 12}
+    for share in (0.0, 0.5, 1.0):
+        plan = list(balance.planned(counts, share, seed=3))
+        assert Counter(name for names in plan for name in names) == {k: v for k, v in counts.items() if v}
+    assert any(len(names) == 2 for names in plan)
+
+
+def test_classes_are_spread_over_the_list():
+    plan = [names[0] for names in balance.planned({"cat": 100, "dog": 10}, 0.0, 0)]
+    assert [Counter(plan[k : k + 55])["dog"] for k in (0, 55)] == [5, 5]
+
+
+def test_balance_asks_for_what_rare_classes_lack():
+    assert balance.lacking({"cat": 10, "dog": 4}, ("cat", "dog", "bus")) == {"cat": 0, "dog": 6, "bus": 10}
+
+
+def test_the_command_balances_a_labelled_data_set(tmp_path):
+    out = tmp_path / "list.jsonl"
+    assert prompts.main(["--set", "demo", "--balance", "demo:20@5", "--out", str(out), "--quiet"]) == 0
+    from datasetdm_fast.readers import open_data
+
+    source = open_data("demo:20@5", 64)
+    present = Counter(name for record in range(20) for name in source.areas(record))
+    most = max(present[name] for name in source.thing_classes)
+    wanted = {name: most - present[name] for name in source.thing_classes}
+    assert Counter(row["group"] for row in rows(out)) == {name: count for name, count in wanted.items() if count}
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+def test_the_same_line_writes_the_same_bytes(tmp_path):
+    for name in "ab":
+        line = ["--set", "voc", "--per-class", "3", "--pairs", "0.3", "--seed", "9", "--quiet"]
+        assert prompts.main([*line, "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    found = rows(tmp_path / "a")
+    assert Counter(name for row in found for name in row["classes"]) == dict.fromkeys(
+        class_tables.table("voc").names[1:], 3
+    )
+
+
+def test_target_counts_and_own_words(tmp_path):
+    counts = tmp_path / "real.json"
+    counts.write_text('{"owl": 2, "fire hydrant": 5}')
+    line = ["--classes", "owl,fire hydrant,kettle", "--target-counts", str(counts), "--out", str(tmp_path / "list")]
+    assert prompts.main([*line, "--quiet"]) == 0
+    assert Counter(row["group"] for row in rows(tmp_path / "list")) == {"owl": 2, "fire hydrant": 5}
+
+
+def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):
+    table = tmp_path / "lvis_v1_val.json"
+    categories = [{"id": 1, "name": "aerosol_can", "synonyms": ["aerosol_can", "spray_can"]}]
+    categories.append({"id": 2, "name": "bow_(weapon)", "synonyms": ["bow_(weapon)"]})
+    table.write_text(json.dumps({"images": [], "categories": categories}))
+    line = ["--class-table", str(table), "--per-class", "20", "--out", str(tmp_path / "list"), "--quiet"]
+    assert prompts.main(line) == 0
+    text = " ".join(row["prompt"] for row in rows(tmp_path / "list"))
+    assert "aerosol can" in text and "spray can" in text and "_" not in text and "weapon" not in text
+    assert {name for row in rows(tmp_path / "list") for name in row["classes"]} == {"aerosol_can", "bow_(weapon)"}
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["--set", "vco"], "did you mean voc?"),
+        (["--classes", "blal", "--set", "demo"], "did you mean ball?"),
+        (["--per-class", "-1"], "--per-class -1: expected 0 to"),
+        (["--pairs", "1.5"], "--pairs 1.5: expected a share"),
+        (["--per-class", "2", "--balance", "demo:3"], "--per-class and --balance: each says"),
+        (["--llm-url", "ftp://x", "--llm-model", "m"], "not the address of an endpoint"),
+        (["--llm-url", "http://u:p@host/v1", "--llm-model", "m"], "holds a name, a password"),
+        (["--llm-url", "https://host/v1"], "which model is to be asked"),
+        (["--llm-command", "'"], "--llm-command"),
+        (["--llm-command", ""], ""),
+        (["--class-table", "nowhere.csv"], "nowhere.csv"),
+        (["--target-counts", "nowhere.json"], "nowhere.json"),
+        (["--out", "."], "is a folder"),
+    ],
+)
+def test_wrong_lines_are_refused_in_a_sentence(line, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = prompts.main([*line, "--quiet"])
+    assert code == (0 if line == ["--llm-command", ""] else code) and told in capsys.readouterr().err
+    if told:
+        assert code in (2, 3) and not os.listdir(tmp_path)
+
+
+def test_a_key_does_not_travel_unencrypted(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    line = ["--llm-url", "http://example.org/v1", "--llm-model", "m", "--out", str(tmp_path / "x")]
+    assert prompts.main(line) == 2 and "unencrypted" in (told := capsys.readouterr().err) and SECRET not in told
+
+
+# Language models ------------------------------------------------------------------------------------------------------
+GOOD = ["a small dog asleep on a wooden porch", "two black dogs run across a wet field"]
+
+
+def reply_of(content):
+    return json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+
+
+def good(handler):
+    handler.answer(reply_of(json.dumps(GOOD)))
+
+
+# name -> what the endpoint does; None where the run ends with exit code 3, else the reason that is counted
+BAD = {
+    "not JSON": (lambda h: h.answer(reply_of("Sure! Here you are.")), "the reply is not JSON"),
+    "half of it": (lambda h: h.answer(reply_of(json.dumps(GOOD)[:40])), "the reply is not JSON"),
+    "a number": (lambda h: h.answer(reply_of("17")), "the reply is not a JSON list"),
+    "an object": (lambda h: h.answer(reply_of('{"a": 1}')), "the reply is not a JSON list"),
+    "two lists": (lambda h: h.answer(reply_of('{"a": [], "b": []}')), "the reply is not a JSON list"),
+    "nested deep": (lambda h: h.answer(reply_of("[" * 5000)), "the reply is not JSON"),
+    "empty list": (lambda h: h.answer(reply_of("[]")), ""),
+    "10 MB": (lambda h: h.answer(reply_of("x" * 10_000_000)), "the reply is longer than 1 MiB"),
+    "numbers": (lambda h: h.answer(reply_of("[1, 2, null]")), "not a text"),
+    "lists": (lambda h: h.answer(reply_of('[["a dog in a park at night"]]')), "not a text"),
+    "wrong language": (lambda h: h.answer(reply_of('["ein kleiner Hund schläft auf der Veranda"]')), "does not name"),
+    "class missing": (lambda h: h.answer(reply_of('["an empty porch in the evening light"]')), "does not name"),
+    "too short": (lambda h: h.answer(reply_of('["a dog"]')), "too short or too long"),
+    "too long": (lambda h: h.answer(reply_of(json.dumps(["dog " * 80]))), "too short or too long"),
+    "a link": (lambda h: h.answer(reply_of('["a dog on a porch, see http://evil"]')), "holds marks"),
+    "markup": (lambda h: h.answer(reply_of('["a dog <script>alert(1)</script> on a porch"]')), "holds marks"),
+    "a NUL": (lambda h: h.answer(reply_of('["a dog on a \\u0000 wooden porch"]')), "holds marks"),
+    "bidi marks": (lambda h: h.answer(reply_of('["a dog on a \\u202e wooden porch"]')), "holds marks"),
+    "line ends": (lambda h: h.answer(reply_of('["a dog on\\na wooden porch"]')), "holds marks"),
+    "no choices": (lambda h: h.answer(b"{}"), "another form than OpenAI's"),
+    "choices of numbers": (lambda h: h.answer(b'{"choices": [1]}'), "another form than OpenAI's"),
+    "content of null": (lambda h: h.answer(reply_of(None)), "another form than OpenAI's"),
+    "bad UTF-8": (lambda h: h.answer(b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'), "another form"),
+    "the key": (lambda h: h.answer(reply_of(json.dumps([f"a dog says {SECRET} on a porch"]))), ""),
+    "401": (lambda h: h.answer(f"wrong key {SECRET}".encode(), 401), None),
+    "404": (lambda h: h.answer(b"", 404), None),
+    "500 for ever": (lambda h: h.answer(b"", 500), None),
+    "429 for ever": (lambda h: h.answer(b"", 429, {"Retry-After": "9999"}), None),
+    "redirect": (lambda h: h.answer(b"", 302, {"Location": "http://127.0.0.1:9/v1"}), None),
+    "slow body": (lambda h: h.drip(), None),
+    "slow headers": (lambda h: h.drip(b"HTTP/1.1 200 OK\r\nX-A: "), None),
+    "hang": (lambda h: h.server.ended.wait(60), None),
+    "cut off": (lambda h: h.cut(), None),
+    "not HTTP": (lambda h: h.wfile.write(b"\x00\x01 what\r\n\r\n"), None),
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.server.seen.append(
+            (self.headers.get("Authorization"), self.rfile.read(int(self.headers["Content-Length"])))
+        )
+        self.server.behave(self)
+
+    def answer(self, body, code=200, headers=()):
+        self.send_response(code)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+        except OSError:
+            pass
+
+    def drip(self, first=b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"):
+        self.wfile.write(first)
+        try:
+            while not self.server.ended.wait(0.05):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+        except OSError:
+            pass
+
+    def cut(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.block_on_close = True, False
+    server.seen, server.ended, server.behave = [], threading.Event(), good
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setattr(language_model, "SECONDS", 0.6)
+    monkeypatch.setattr(language_model, "LONGEST_WAIT", 0.01)
+    yield server
+    server.ended.set()
+    server.shutdown()
+    server.server_close()
+
+
+def line_for(server, out, count=2):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    return [*("--set voc --classes dog --llm-model some --llm-requests 4".split()), "--llm-url", url] + [
+        *("--per-class", str(count), "--out", str(out))
+    ]
+
+
+def test_prompts_of_an_endpoint_are_kept_and_the_same_line_runs_again_offline(endpoint, tmp_path, capsys):
+    out = tmp_path / "list.jsonl"
+    assert prompts.main(line_for(endpoint, out)) == 0
+    first, asked = out.read_bytes(), len(endpoint.seen)
+    assert [row["prompt"] for row in rows(out)] == GOOD and all(row["classes"] == ["dog"] for row in rows(out))
+    assert endpoint.seen[0][0] == f"Bearer {SECRET}" and b"dog" in endpoint.seen[0][1]
+    out.unlink()
+    assert prompts.main(line_for(endpoint, out)) == 0
+    assert out.read_bytes() == first and len(endpoint.seen) == asked
+    assert SECRET not in capsys.readouterr().err
+    assert all(SECRET.encode() not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_reply_half_written_by_a_killed_process_is_asked_for_again(endpoint, tmp_path):
+    out = tmp_path / "list.jsonl"
+    replies = tmp_path / "list.jsonl.replies"
+    assert prompts.main([*line_for(endpoint, out), "--quiet"]) == 0
+    first, whole = out.read_bytes(), replies.read_bytes()
+    replies.write_bytes(whole[:-30])
+    assert prompts.main([*line_for(endpoint, out), "--quiet"]) == 0
+    assert out.read_bytes() == first
+    assert prompts.main([*line_for(endpoint, out), "--quiet"]) in (0, 2)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_endpoint_ends_in_fewer_prompts_or_in_exit_code_3(name, endpoint, tmp_path, capsys):
+    behave, reason = BAD[name]
+    turns = []
+
+    def first_bad_then_good(handler):
+        turns.append(1)
+        behave(handler) if reason is None or len(turns) == 1 else good(handler)
+
+    endpoint.behave, out, start = first_bad_then_good, tmp_path / "list.jsonl", time.monotonic()
+    code = prompts.main(line_for(endpoint, out, count=3))
+    seen = capsys.readouterr()
+    assert time.monotonic() - start < 20
+    assert "Traceback" not in seen.err and SECRET not in seen.err + seen.out
+    assert all(SECRET.encode() not in path.read_bytes() for path in tmp_path.iterdir())
+    if reason is None:
+        assert code == 3 and not out.exists() and "--llm-url http://127.0.0.1" in seen.err
+    else:
+        assert code == 0 and {row["prompt"] for row in rows(out)} >= set(GOOD)
+        assert reason in seen.out
+
+
+def test_a_prompt_that_names_another_class_of_the_list_is_left_out():
+    assert language_model.why_not("a dog and a cat on a porch", ("dog",), ("dog", "cat"), ()) == "names another class"
+    assert language_model.why_not("a dog and a cat on a porch", ("dog", "cat"), ("dog", "cat"), ()) == ""
+    assert language_model.why_not("A dog  on a porch", ("dog",), ("dog",), ["a dog on a porch"]) == "is there twice"
+
+
+def test_the_number_of_requests_is_bounded(endpoint, tmp_path, capsys):
+    assert prompts.main(line_for(endpoint, tmp_path / "list", count=50)) == 0
+    assert len(endpoint.seen) <= 4 and len(rows(tmp_path / "list")) == 2
+
+
+def test_a_program_may_answer_too_and_does_not_see_the_key(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    program = tmp_path / "model.py"
+    program.write_text(
+        "import json, os, sys\nassert 'dog' in sys.stdin.read()\nkey = os.environ.get('OPENAI_API_KEY', 'none')\n"
+        "print('```json\\n' + json.dumps([f'a dog and its {key} on a porch']) + '\\n```')\n"
+    )
+    line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list"), "--quiet"]
+    assert prompts.main([*line, "--llm-command", f"{sys.executable} {program}"]) == 0
+    assert rows(tmp_path / "list")[0]["prompt"] == "a dog and its none on a porch"
+    missing = ["--llm-command", "no-such-program-here", "--out", str(tmp_path / "other")]
+    assert prompts.main([*line, *missing]) == 3 and "cannot be started" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "code, told", [("import sys; sys.exit(1)", "ended with an error"), ("print('x' * 2**21)", "longer")]
+)
+def test_a_program_that_fails_gives_no_prompts(code, told, tmp_path, capsys):
+    line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list")]
+    assert prompts.main([*line, "--llm-command", f'{sys.executable} -c "{code}"']) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "list").exists()
+
+
+def test_a_program_that_hangs_is_ended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(language_model, "SECONDS", 0.5)
+    line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list")]
+    start = time.monotonic()
+    assert prompts.main([*line, "--llm-command", "sleep 100"]) == 2 and time.monotonic() - start < 10
+
+
+def test_killed_and_started_again_the_command_writes_the_same_list(endpoint, tmp_path):
+    """The endpoint answers slowly; the command is killed in between and finds the first replies in its file."""
+    out = tmp_path / "list.jsonl"
+    turns = []
+
+    def slow(handler):
+        turns.append(1)
+        if len(turns) == 2:
+            endpoint.ended.wait(0.4)
+        handler.answer(reply_of(json.dumps([f"a dog number {len(turns)} on a porch at night"])))
+
+    endpoint.behave = slow
+    command = [sys.executable, "-m", "datasetdm_fast.prompts", *line_for(endpoint, out, count=3)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(turns) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert rows(out)[0]["prompt"] == "a dog number 1 on a porch at night" and len(rows(out)) == 3
