@@ -2,14 +2,21 @@
 hand).
 """
 
+import gzip
 import os
 import re
 import shutil
+import stat
 import subprocess
+import tarfile
+import time
+import zipfile
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.sdist import sdist
 
 FOLDERS = {"datasetdm_fast.kernels": "kernels", "datasetdm_fast.export": "export"}
 ARCHITECTURES = ("80", "90", "120")
@@ -18,6 +25,9 @@ DATA = [
     "*.pyi",
     *(f"**/*.{suffix}" for suffix in ("json", "csv", "safetensors", "txt", "md", "html", "css", "js", "yaml")),
 ]
+# Seconds since 1970 of every file in a wheel or sdist; one date for all builds, as not every copy of a commit has git.
+DATE = int(os.environ.get("SOURCE_DATE_EPOCH", 1_577_836_800))  # 2020-01-01
+NO_FOLDERS = f"-ffile-prefix-map={Path.cwd()}=."  # wherever it is compiled, the same machine code and no path in it
 
 
 def packages() -> list[str]:
@@ -79,11 +89,53 @@ class BuildWithCuda(build_ext):
     def compile_cuda(self, nvcc: Path, source: Path) -> str:
         target = Path(self.build_temp).resolve() / f"{source.stem}.cu.o"
         target.parent.mkdir(parents=True, exist_ok=True)
-        options = ["-O3", "-std=c++17", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden", *code_flags(nvcc)]
+        host_options = f"-fPIC,-fvisibility=hidden,{NO_FOLDERS}"
+        options = ["-O3", "-std=c++17", "--threads", "2", "-Xcompiler", host_options, *code_flags(nvcc)]
         command = [str(nvcc), "-c", str(source), "-o", str(target), *options]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
         return str(target)
+
+
+class ReproducibleWheel(bdist_wheel):
+    """bdist_wheel whose bytes depend on sources and compilers alone: of this checkout, dated DATE, with plain modes."""
+
+    def run(self):
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)  # files of earlier builds
+        super().run()
+        path = Path(self.distribution.dist_files[-1][2])
+        with zipfile.ZipFile(path) as archive:
+            contents = [(name, archive.read(name)) for name in archive.namelist()]
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in contents:
+                entry = zipfile.ZipInfo(name, time.gmtime(max(DATE, 315_532_800))[:6])  # zip begins with 1980
+                entry.external_attr = (stat.S_IFREG | (0o755 if name.endswith(".so") else 0o644)) << 16
+                archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+
+
+class ReproducibleSdist(sdist):
+    """sdist with sorted entries, dated DATE, that belong to nobody."""
+
+    formats = ["gztar"]
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        path = f"{base_name}.tar.gz"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with (
+            open(path, "wb") as file,
+            gzip.GzipFile("", "wb", mtime=DATE, fileobj=file) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            archive.add(base_dir, filter=anonymous)  # in the order of the names
+        return path
+
+
+def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """An entry without what differs between two copies of the sources."""
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    entry.mtime, entry.mode = DATE, 0o755 if entry.isdir() else 0o644
+    return entry
 
 
 ParallelCompile(default=0).install()  # as many compilers as cores
@@ -99,10 +151,13 @@ setup(
             sorted(str(source) for source in Path("csrc").glob("*.cpp")),
             depends=sorted(str(source) for pattern in ("*.h", "*.cu") for source in Path("csrc").glob(pattern)),
             cxx_std=17,
-            extra_link_args=["-pthread"],  # older C libraries keep std::thread in a library of its own
-            extra_compile_args=["-O3"],  # some Pythons were built with -O2, which leaves the mask loops scalar
+            # older C libraries keep std::thread in a library of its own; -s leaves out the symbols, among them the random
+            # names of nvcc's temporary files
+            extra_link_args=["-pthread", "-Wl,-s"],
+            # some Pythons were built with -O2, which leaves the mask loops scalar
+            extra_compile_args=["-O3", NO_FOLDERS],
         )
     ],
-    cmdclass={"build_ext": BuildWithCuda},
+    cmdclass={"build_ext": BuildWithCuda, "bdist_wheel": ReproducibleWheel, "sdist": ReproducibleSdist},
     zip_safe=False,
 )

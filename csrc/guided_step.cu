@@ -4,7 +4,8 @@
 #include "device_guard.h"
 #include "guided_value.h"
 
-namespace {
+// Not unnamed: nvcc would call it by the folder it is compiled in, and no two builds would be equal.
+namespace datasetdm::guided_kernel {
 
 constexpr int kThreads = 256;
 
@@ -21,10 +22,11 @@ __global__ void guided_step_kernel(const Output* output, const float* latents, c
     next[size + i] = stepped.entry;
 }
 
-}  // namespace
+}  // namespace datasetdm::guided_kernel
 
 extern "C" int datasetdm_guided_step(const void* output, int kind, const float* latents, const float* history, int64_t slots, const float* numbers, float* next,
                                      int64_t size, void* stream) {
+    using namespace datasetdm::guided_kernel;
     const datasetdm::DeviceGuard guard(latents);
     if (guard.code != cudaSuccess) return guard.code;
     const auto run = [&](const auto* typed) {

@@ -5,9 +5,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from importlib import import_module
-from pathlib import Path
+from importlib.util import find_spec
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -97,29 +100,62 @@ def sources(root):
                 yield f"{installed}/{file.relative_to(root / folder).as_posix()}"
 
 
+def copy_of_the_sources(copy):
+    """A checkout of this commit in another folder."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "requirements.lock", "Makefile"):
+        shutil.copyfile(ROOT / name, copy / name)
+    for name in ("csrc", *MAPPED, "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored, copy_function=shutil.copyfile)
+    return copy
+
+
+def build_wheel(sources, target):
+    """The wheel that pip builds of a folder."""
+    options = ["--no-build-isolation", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
+    environment = {**os.environ, "DATASETDM_CUDA": "0"}
+    result = python("-m", "pip", "wheel", ".", *options, "-w", str(target), cwd=sources, env=environment)
+    assert result.returncode == 0, result.stderr
+    return next(target.glob("*.whl"))
+
+
+def build_sdist(sources):
+    result = python("setup.py", "-q", "sdist", cwd=sources)
+    assert result.returncode == 0, result.stderr
+    return next((sources / "dist").glob("*.tar.gz"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
-    for name in ("csrc", *MAPPED, "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    command = [
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-        "-w",
-        "dist",
-    ]
-    result = python(*command, cwd=copy, env={**os.environ, "DATASETDM_CUDA": "0"})
-    assert result.returncode == 0, result.stderr
-    return next((copy / "dist").glob("*.whl"))
+    copy = copy_of_the_sources(tmp_path_factory.mktemp("source"))
+    return build_wheel(copy, copy / "dist")
+
+
+def test_wheels_and_sdists_of_one_commit_are_equal_bytes(wheel, tmp_path):
+    """The other wheel is built of the sdist, in another folder, with other modes and dates and under another umask."""
+    other = tmp_path / "a folder of another name"
+    other.mkdir()
+    before = os.umask(0o077)
+    try:
+        copy_of_the_sources(other)
+        for file in (other / "datasetdm_fast").rglob("*.py"):
+            os.utime(file, (1e9, 1e9))
+        packed = build_sdist(other)
+        assert packed.read_bytes() == build_sdist(wheel.parents[1]).read_bytes()
+        with tarfile.open(packed) as archive:
+            entries = archive.getmembers()
+            archive.extractall(tmp_path, filter="data")
+        again = build_wheel(tmp_path / packed.name.removesuffix(".tar.gz"), tmp_path / "dist")
+    finally:
+        os.umask(before)
+    assert [entry.name for entry in entries] == sorted((entry.name for entry in entries), key=PurePath)
+    assert {(entry.uid, entry.uname, entry.mtime) for entry in entries} == {(0, "", 1_577_836_800)}
+    assert not any(PurePath(entry.name).parts[1:2] == ("tests",) for entry in entries)
+    assert again.read_bytes() == wheel.read_bytes()
+    assert (
+        str(wheel.parents[1]).encode()
+        not in zipfile.Path(wheel, f"datasetdm_fast/{Path(_C.__file__).name}").read_bytes()
+    )
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
@@ -135,34 +171,48 @@ def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
     assert "datasetdm-fast = datasetdm_fast.cli:main" in entry_points
 
 
-def test_the_installed_wheel_runs(wheel, tmp_path):
-    target = tmp_path / "site"
-    result = python(
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--disable-pip-version-check",
-        "--target",
-        str(target),
-        str(wheel),
-    )
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The interpreter of an environment that has the wheel, and everything else from the one of the tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    interpreter = folder / "bin/python"
+    command = ["-m", "pip", "--python", str(interpreter), "--disable-pip-version-check", "install", "--no-deps"]
+    result = python(*command, "--no-index", str(wheel))
     assert result.returncode == 0, result.stderr
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(target)}}
-    paths = python(
-        "-c",
+    libraries = [path for path in sys.path if path.endswith("-packages")]  # no finder of the checkout is run there
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "libraries.pth").write_text("\n".join(libraries) + "\n")
+    return interpreter
+
+
+def run_installed(interpreter, *arguments, cwd):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(interpreter), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=cwd, env=environment)
+
+
+def test_the_installed_wheel_runs_from_an_empty_folder(installed, tmp_path):
+    code = (
         "import datasetdm_fast, datasetdm_fast.kernels as k, datasetdm_fast.export as e, datasetdm_fast._C as c; "
-        "print(k.__file__, e.__file__, c.__file__)",
-        **options,
+        "print(k.__file__, e.__file__, c.__file__, sep='\\n')"
     )
+    paths = run_installed(installed, "-c", code, cwd=tmp_path)
     assert paths.returncode == 0, paths.stderr
-    assert all(Path(path).is_relative_to(target) for path in paths.stdout.split())
-    assert (
-        python("-m", "datasetdm_fast.generate", "--version", **options).stdout
-        == f"datasetdm-fast {datasetdm_fast.__version__}\n"
-    )
-    script = subprocess.run(
-        [target / "bin/datasetdm-fast", "generate", "--version"], capture_output=True, text=True, **options
-    )
-    assert (script.returncode, script.stdout) == (0, f"datasetdm-fast {datasetdm_fast.__version__}\n"), script.stderr
+    assert all(Path(path).is_relative_to(installed.parents[1]) for path in paths.stdout.splitlines())
+    script = str(installed.with_name("datasetdm-fast"))
+    for name in cli.COMMANDS:
+        shown = subprocess.run([script, name, "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=900)
+        assert (shown.returncode, shown.stdout[:6]) == (0, "usage:"), shown.stderr
+    few = ["--steps", "2", "--quiet"]
+    lines = [
+        ["generate", "--number", "2", *few, "--out", "run"],
+        ["audit", "run"],
+        ["train", "--data", "demo:4", *few, "--out", "decoder"],
+        ["generate", "--number", "1", *few, "--task", "semantic", "--decoder", "decoder", "--out", "own"],
+        *([["export", "--out", "engines", "--quiet"]] if find_spec("onnx") else []),
+    ]
+    for line in lines:
+        result = run_installed(installed, "-m", f"datasetdm_fast.{line[0]}", *line[1:], cwd=tmp_path)
+        assert result.returncode == 0, (line, result.stderr)
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "decoder", "own", "engines"}
