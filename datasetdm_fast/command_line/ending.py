@@ -3,15 +3,13 @@
 import os
 import platform
 import select
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import NoReturn
 
+from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.version import __version__
@@ -29,10 +27,14 @@ def command(function: Callable[[Sequence[str]], int]) -> Callable[..., int]:
 
 def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """The exit code of command(arguments): 0 done, 2, 3, 4 as errors.py says, 130 and 143 for signals, 1 for a bug."""
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _stop_on_sigterm) if is_main_thread else None
+    with SignalWatch(is_last=arguments is None) as watch:
+        code = _ended(command, sys.argv[1:] if arguments is None else arguments, watch)
+    return code
+
+
+def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str], watch: SignalWatch) -> int:
     try:
-        code = command(sys.argv[1:] if arguments is None else arguments) or 0
+        code = command(arguments) or 0
         sys.stdout.flush()  # here, so that a reader that has gone away is met inside this try
         return code
     except (Refused, Missing, GateFailed) as stop:
@@ -41,20 +43,16 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
                 print(documents.one_line(line), file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
+        print(ENDED, file=sys.stderr)
         return 130
     except SystemExit as stop:  # --help, --version, SIGTERM
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BrokenPipeError as error:
         return 141 if _reader_is_gone() else report(error)
     except Exception as error:
+        if watch.signal:  # a library made another error of it, as imports do
+            return 128 + watch.signal
         return report(error)
-    finally:
-        if is_main_thread:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _stop_on_sigterm(*_: object) -> NoReturn:
-    sys.exit(143)
 
 
 def _reader_is_gone() -> bool:

@@ -1,10 +1,19 @@
-"""Ctrl-C and SIGTERM, turned into a flag that work looks at between batches."""
+"""Ctrl-C and SIGTERM: work looks at them between batches, and a call that does not return is ended."""
 
 import os
 import signal
+import sys
 import threading
+import time
+from functools import cache
 from types import FrameType
 from typing import Any, Self
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 1.5  # seconds in which the main thread must hear a signal; only it runs handlers, and only between calls
+TIDYING = 10.0  # seconds from a signal that was heard to the end of the process
+ENDED = "interrupted; run the same line again"
+FINISHING = "\nfinishing this batch; once more ends at once\n"
 
 
 class Interruption:
@@ -12,12 +21,13 @@ class Interruption:
 
     def __init__(self, is_quiet: bool):
         self.signal: int | None = None
-        self._is_quiet = is_quiet
+        self.is_quiet = is_quiet
+        self._is_late = False  # whether the handler of a signal that `hear` was told of is still to run
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
         return self
 
     def is_stopping(self) -> bool:
@@ -26,13 +36,131 @@ class Interruption:
     def exit_code(self, code: int) -> int:
         return code if self.signal is None else 128 + self.signal
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-        if not self._is_quiet:
-            os.write(2, b"\nfinishing this batch; once more ends at once\n")
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_late:
+            self._is_late = False
+        elif self.signal is None:
+            self.hear(number)
+        else:
+            end(number, self.is_quiet)
+
+    def hear(self, number: int, is_handler_late: bool = False) -> None:
+        """Remembers the first signal, and tells the user."""
+        self.signal, self._is_late = number, is_handler_late
+        if not self.is_quiet:
+            os.write(2, FINISHING.encode())
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def end(number: int, is_quiet: bool = False) -> None:
+    """Ends the process at once, as the signal would; what a run folder holds is whole at every moment."""
+    if not is_quiet:
+        os.write(2, f"\n{ENDED}\n".encode())
+    os._exit(128 + number)
+
+
+class SignalWatch:
+    """Within the block a thread sees every SIGINT and SIGTERM arrive, and ends a process that does not react in time.
+
+    Python runs handlers between two of its own instructions in the main thread: a convolution that lasts minutes, or
+    the import of a large library, would keep them waiting.
+    """
+
+    def __init__(self, is_last: bool):
+        self.signal: int | None = None  # the one that ends the command
+        self._is_last = is_last  # whether the process ends with the block
+        self._closed = threading.Event()
+        self._is_heard = self._is_over = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalWatch:
+        is_inner = isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), (SignalWatch, Interruption))
+        if is_inner or threading.current_thread() is not threading.main_thread():
+            return self
+        stays = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else set()
+        self._before = {number: signal.signal(number, self._handle) for number in STOPPING if number not in stays}
+        _silence_children()
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._woken_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_heard:
+            end(number)
+        self._is_heard, self.signal = True, number
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def _watch(self) -> None:
+        told: Any = None  # the block that has had its first signal
+        while arrived := os.read(self._reading, 1):
+            number = arrived[0]
+            owner = getattr(signal.getsignal(number), "__self__", None) if number in STOPPING else None
+            if isinstance(owner, Interruption):
+                if owner is told:
+                    end(number, owner.is_quiet)
+                told = owner
+                self._wait_for_batch(number, owner)
+            elif owner is self:
+                self._wait_for_end(number)
+        os.close(self._reading)
+
+    def _wait_for_batch(self, number: int, owner: Interruption) -> None:
+        if _is_reached(lambda: owner.signal is not None or self._closed.is_set()):
+            return
+        if not _is_on_gpu():  # one operation of a batch that would go on for many minutes
+            end(number, owner.is_quiet)
+        owner.hear(number, is_handler_late=True)
+
+    def _wait_for_end(self, number: int) -> None:
+        begin = time.monotonic()
+        self.signal = number
+        if not _is_reached(lambda: self._is_heard or self._closed.is_set()):
+            end(number)
+        while not self._closed.wait(0.05):
+            seconds = time.monotonic() - begin
+            if seconds > TIDYING or (seconds > PATIENCE and self._is_over and _are_others_at_work()):
+                end(number)
+
+    def __exit__(self, *_: object) -> None:
+        if not self._before:
+            return
+        if self._is_last and self.signal:  # the thread watches what runs at the end of the process, too
+            self._is_over = True
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._woken_before)
+        os.close(self._writing)
+        self._closed.set()
+
+
+def _is_reached(condition) -> bool:
+    """Whether it became true within PATIENCE."""
+    limit = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _is_on_gpu() -> bool:
+    """Whether the main thread may be waiting for a batch that a GPU will finish in seconds."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    return bool(cuda and getattr(cuda, "is_initialized", bool)())
+
+
+def _are_others_at_work() -> bool:
+    """Whether threads that the process waits for at its end are still in a call."""
+    return any(not one.daemon and one is not threading.main_thread() for one in threading.enumerate())
+
+
+@cache
+def _silence_children() -> None:
+    """Signals of forked processes are their own: they inherit the pipe, and the watch would take them for ours."""
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
