@@ -151,8 +151,8 @@ setup(
             sorted(str(source) for source in Path("csrc").glob("*.cpp")),
             depends=sorted(str(source) for pattern in ("*.h", "*.cu") for source in Path("csrc").glob(pattern)),
             cxx_std=17,
-            # older C libraries keep std::thread in a library of its own; -s leaves out the symbols, among them the random
-            # names of nvcc's temporary files
+            # older C libraries keep std::thread in a library of its own; -s leaves out the symbols, some of which are
+            # random names of nvcc's temporary files
             extra_link_args=["-pthread", "-Wl,-s"],
             # some Pythons were built with -O2, which leaves the mask loops scalar
             extra_compile_args=["-O3", NO_FOLDERS],
