@@ -81,9 +81,10 @@ def setting(
     choices: Collection[str] = (),
     metavar: str | None = None,
     positional: bool = False,
+    output: str = "",
 ):
     """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
-    `positional` needs no flag before it.
+    `positional` needs no flag before it; `output` is "file" or "folder" where the setting names what is written.
     """
     return field(
         default=default,
@@ -93,6 +94,7 @@ def setting(
             "choices": tuple(choices),
             "metavar": metavar,
             "positional": positional,
+            "output": output,
         },
     )
 
@@ -147,7 +149,11 @@ class EngineSettings:
         metavar="N",
     )
     engines: str = setting(
-        "", "folder of exported stages and plans for --engine trt; default: a cache", identity=False, metavar="ENGINES"
+        "",
+        "folder of exported stages and plans for --engine trt; default: a cache",
+        identity=False,
+        metavar="ENGINES",
+        output="folder",
     )
     trt_flavour: str = setting(
         "auto", "TensorRT variant to use where both are installed", identity=False, choices=FLAVOURS
@@ -208,7 +214,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
     )
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
-    out: str = setting("runs/demo", "run folder", identity=False, metavar="RUN")
+    out: str = setting("runs/demo", "run folder", identity=False, metavar="RUN", output="folder")
     only: str = setting("", "regenerate this one sample of the run folder", identity=False, metavar="ID")
     resume: str = setting(
         "auto",

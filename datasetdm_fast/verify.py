@@ -22,6 +22,7 @@ from datasetdm_fast.config import (
 )
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.run_folder.document import described
 from datasetdm_fast.run_folder.folder import note
 
 PROG = "python -m datasetdm_fast.verify"
@@ -46,8 +47,8 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
     batch_size: int = setting(4, "images per batch", metavar="N")
     dtype: str = setting("auto", "precision of the engine to check", choices=("auto", "fp32", "fp16", "bf16", "fp8"))
     compile: bool = setting(False, "check the fast engine with torch.compile")
-    html: str = setting("", "write a page with the worst samples side by side", metavar="FILE")
-    run: str = setting("", "run folder in whose run.json the verdict is stored", metavar="RUN")
+    html: str = setting("", "write a page with the worst samples side by side", metavar="FILE", output="file")
+    run: str = setting("", "run folder in whose run.json the verdict is stored", metavar="RUN", output="folder")
     json: bool = setting(False, "the verdict as one JSON object on stdout")
 
 
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused(
             f"--number {config.number}, --batch-size {config.batch_size}: expected 1 or more", "Choose another number."
         )
+    if config.run:
+        described(Path(config.run))  # minutes before the verdict is to be stored there
     engine, reference, recipe, requests = _prepared(config)
     from tqdm import tqdm
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.config import RunConfig, flags_of
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
@@ -49,7 +50,11 @@ def parse(
                 f"{prog}: {_flag(field.name)} is missing",
                 f"add {_flag(field.name)}: {field.metadata.get('help', 'it has no default')}",
             )
-    return cls(**values), set(values)
+    config = cls(**values)
+    for field in flags_of(cls):
+        if (kind := field.metadata.get("output")) and getattr(config, field.name):
+            check_output(_flag(field.name), getattr(config, field.name), kind)
+    return config, set(values)
 
 
 def nearest(word: str, known: Collection[str], before: str = "") -> str:

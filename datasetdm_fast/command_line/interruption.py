@@ -62,6 +62,10 @@ def end(number: int, is_quiet: bool = False) -> None:
     os._exit(128 + number)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; Python would end a process by the signal itself once a KeyboardInterrupt went through an exec or eval."""
+
+
 class SignalWatch:
     """Within the block a thread sees every SIGINT and SIGTERM arrive, and ends a process that does not react in time.
 
@@ -76,7 +80,7 @@ class SignalWatch:
         self._is_heard = self._is_over = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> SignalWatch:
+    def __enter__(self) -> Self:
         is_inner = isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), (SignalWatch, Interruption))
         if is_inner or threading.current_thread() is not threading.main_thread():
             return self
@@ -93,7 +97,7 @@ class SignalWatch:
         if self._is_heard:
             end(number)
         self._is_heard, self.signal = True, number
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        raise Interrupted if number == signal.SIGINT else SystemExit(128 + number)
 
     def _watch(self) -> None:
         told: Any = None  # the block that has had its first signal
@@ -124,7 +128,7 @@ class SignalWatch:
         while not self._closed.wait(0.05):
             seconds = time.monotonic() - begin
             if seconds > TIDYING or (seconds > PATIENCE and self._is_over and _are_others_at_work()):
-                end(number)
+                end(number, is_quiet=self._is_over)
 
     def __exit__(self, *_: object) -> None:
         if not self._before:

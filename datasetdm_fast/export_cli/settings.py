@@ -18,7 +18,7 @@ class ExportConfig(ModelSettings, OutputSettings):
         "size allow_download list prune cap_gb json quiet"
     ).split()
 
-    out: str = setting("", "output folder", metavar="ENGINES")
+    out: str = setting("", "output folder", metavar="ENGINES", output="folder")
     to: str = setting(
         "onnx", "what to write: ONNX graphs, or TensorRT plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx")
     )

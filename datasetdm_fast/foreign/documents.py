@@ -83,6 +83,8 @@ def read_json(path: Path, *, most: int = LARGEST_CONFIG) -> Any:
 
 def parse_json(text: str | bytes, name: str) -> Any:
     """The value of a JSON text that messages call `name`; repeated keys, NaN and deep nesting are refused."""
+    if not text:
+        raise Refused(f"{name}: empty, expected JSON", GET_AGAIN)
     try:
         value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -23,6 +23,7 @@ FORM = {
     "engine": dict,
     "labels": dict,
 }
+RESTORE = "Restore the file from a copy, or choose another --out."
 DECODER_FORM = {"digest": str, "licence": str}
 
 
@@ -50,7 +51,10 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         raise Refused(
             f"--out {documents.quoted(str(folder))}: no possible name of a folder ({error})", "Choose another --out."
         ) from error
-    document = documents.read_object(path)
+    try:
+        document = documents.read_object(path)
+    except Refused as stop:
+        raise Refused(stop.cause, RESTORE) from stop
     if document.get("format") != FORMAT:
         raise Refused(
             f"{path}: format {documents.quoted(document.get('format'))}, this version reads {FORMAT}",
@@ -59,9 +63,15 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     try:
         check_document(document)
     except ValueError as error:
-        raise Refused(
-            f"{path}: not the description of a run ({error})", "Restore the file from a copy, or choose another --out."
-        ) from error
+        raise Refused(f"{path}: not the description of a run ({error})", RESTORE) from error
+    return document
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """run.json of a folder that must be a run folder."""
+    document = read_document(folder)
+    if document is None:
+        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder", "Name the folder of a run.")
     return document
 
 

@@ -13,7 +13,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import gallery, seal
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty, read_document
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, described, pretty
 from datasetdm_fast.run_folder.indexes import INDEXES
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_sealed, unseal
@@ -157,9 +157,7 @@ def clean(folder: Path) -> None:
 
 def note(folder: Path, name: str, value: Any) -> None:
     """Adds what was found out about a run later to its run.json, beside what decides its bytes."""
-    document = read_document(folder)
-    if document is None:
-        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder", "Name the folder of a run.")
+    document = described(folder)
     with locks.locked(folder / LOCK):
         was_sealed = is_sealed(folder)
         unseal(folder)

@@ -54,7 +54,9 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         choices=TASKS,
         metavar="LIST",
     )
-    out: str = setting("decoder", "output folder, with one sub-folder per task", identity=False, metavar="DIR")
+    out: str = setting(
+        "decoder", "output folder, with one sub-folder per task", identity=False, metavar="DIR", output="folder"
+    )
     held_out: float = setting(
         0.1, "share of images held out for evaluation; none of fewer than 10 images", metavar="SHARE"
     )
@@ -111,7 +113,11 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         identity=False,
     )
     cache_dir: str = setting(
-        "", "folder of that cache; default: captures in the package's cache folder", identity=False, metavar="DIR"
+        "",
+        "folder of that cache; default: captures in the package's cache folder",
+        identity=False,
+        metavar="DIR",
+        output="folder",
     )
     cache_gb: float = setting(0.0, "disk space for it, 0 = half of the free space", identity=False, metavar="GB")
     storage: str = setting("fp32", "precision of the saved weights", choices=("fp32", "fp16"))

@@ -1,0 +1,51 @@
+"""Places that flags name for results, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from itertools import chain
+from pathlib import Path
+
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign.documents import quoted
+
+LONGEST_PART = 255 - 32  # bytes of a name between two slashes, less what a file has added while it is written
+LONGEST_PATH = 4096 - 512  # bytes, less those of the files inside
+
+
+def check_output(flag: str, text: str, kind: str) -> None:
+    """Refuses a name that no file or folder could be written under."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        raise Refused(f"{flag} {quoted(text)}: control characters in the name of a {kind}", "Choose another name.")
+    path = Path(text)
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > LONGEST_PART or len(os.fsencode(path.absolute())) > LONGEST_PATH:
+        raise Refused(
+            f"{flag} {quoted(text)}: {longest} bytes between two slashes and {len(os.fsencode(text))} in all, "
+            f"expected at most {LONGEST_PART} and {LONGEST_PATH}",
+            "Choose a shorter name.",
+        )
+    try:
+        _check_place(flag, path, kind)
+    except OSError as error:
+        raise Missing(
+            f"{flag} {text}: {error.strerror}", "Check the folders above it and their permissions."
+        ) from error
+
+
+def _check_place(flag: str, path: Path, kind: str) -> None:
+    """Refuses a place that cannot be made, or holds something else."""
+    for place in chain([path], path.parents):
+        if place.is_symlink() and not place.exists():
+            raise Refused(f"{flag} {path}: {place} is a symbolic link that leads nowhere", "Mend or delete the link.")
+    if path.exists():
+        if path.is_dir() != (kind == "folder") or not (path.is_dir() or path.is_file()):
+            found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither file nor folder"
+            raise Refused(f"{flag} {path}: there is {found} of this name, expected a {kind}", f"Choose another {flag}.")
+        return
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise Refused(f"{flag} {path}: {above} is a file, expected a folder", f"Choose another {flag}.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise Missing(f"{flag} {path}: {above} may not be written to", "Check its permissions, or choose another.")
