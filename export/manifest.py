@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.onnx_graph import check_onnx
 
 NAME = "manifest.json"
@@ -73,7 +74,7 @@ class Manifest:
     def from_json(text: str, origin: str = NAME) -> Manifest:
         """The manifest of a JSON text; refuses what is none, and file names that lead out of its folder."""
         try:
-            values = json.loads(text)
+            values = documents.parse_json(text, origin)
             if values.get("format") != FORMAT:
                 raise Refused(
                     f"{origin}: format {values.get('format')!r}, expected {FORMAT}",

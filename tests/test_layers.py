@@ -34,8 +34,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("export", "lessons", "evaluation"),
     ("readers", "tasks", "sampling"),
     ("decoders", "loading", "truth", "run_folder", "command_line"),
-    ("models", "foreign"),
-    ("labels", "kernels"),
+    ("models", "labels"),
+    ("foreign", "kernels"),
     ("disk", "scenes"),
 )
 FOR_ALL = ("data", "config", "errors", "stages", "version")  # used by every room, and importing none but each other

@@ -71,6 +71,8 @@ def connect_to_read(path: Path) -> Connection:
 
 
 def _opened(path: Path, address: Path | str, *settings: str, **options: Any) -> Connection:
+    if storage.is_there(path) and not path.is_file():  # SQLite would wait for a pipe for ever
+        raise Refused(f"{path}: not a regular file", "Restore the file from a copy, or choose another --out.")
     with _refusing(path):
         connection: Connection = storage.syscall(
             "sqlite OPEN",

@@ -2,8 +2,6 @@
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -35,9 +33,3 @@ def picture_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=9)
     return buffer.getvalue()
-
-
-def read_image(file: Path | BinaryIO) -> np.ndarray:
-    """The pixels of an image file of a run folder, in the type it was written with."""
-    with Image.open(file, formats=("PNG", "JPEG")) as image:
-        return np.array(image)

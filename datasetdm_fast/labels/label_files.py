@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasetdm_fast.data import Annotation, Sample
+from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.labels.image_files import image_bytes, read_image
+from datasetdm_fast.labels.image_files import image_bytes
 
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content
 
@@ -25,4 +28,4 @@ def encode(sample: Sample, image_format: str) -> tuple[Files, dict[str, Any]]:
 def decode(task: str, folder: Path, files: Mapping[str, str], record: Any, table: Mapping[str, Any]) -> Annotation:
     """The label of one task; `files` maps roles to paths inside `folder`, `table` names classes, joints and ranges."""
     kind = LABEL_KINDS[task]
-    return kind.decode({role: read_image(folder / files[role]) for role in kind.roles}, record, table)
+    return kind.decode({role: np.array(images.read_image(folder / files[role])) for role in kind.roles}, record, table)

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import json
 import re
 from collections import Counter
@@ -11,11 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
+from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.image_files import picture_bytes, read_image
+from datasetdm_fast.labels.image_files import picture_bytes
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
@@ -38,7 +40,8 @@ def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samp
 
 
 def picture_of(role: str, content: bytes) -> bytes:
-    return picture_bytes(DRAWN[role].picture(read_image(io.BytesIO(content))))
+    """The picture the gallery shows of a file."""
+    return picture_bytes(DRAWN[role].picture(np.array(images.decode_image(content, role))))
 
 
 def picture_name(role: str, row: Row) -> str:

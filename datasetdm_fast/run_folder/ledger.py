@@ -52,9 +52,24 @@ class Ledger(AbstractContextManager):
         self._lock = threading.Lock()  # of the thread that commits, while others ask for what is there
         if read_only:
             self._connection = sqlite.connect_to_read(path)
-            self._connection.execute("SELECT count(*) FROM samples")
-            return
-        self._connection = sqlite.connect(path, _SCHEMA, journal)
+        else:
+            self._connection = sqlite.connect(path, _SCHEMA, journal)
+        try:
+            self._check_schema()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _check_schema(self) -> None:
+        """Refuses what a stranger may have put beside or in place of the tables: a view can take for ever."""
+        found = self._connection.execute(
+            "SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9"
+        ).fetchall()
+        if sorted(found) != [("table", "notes"), ("table", "samples")]:
+            raise Refused(
+                f"{self.path}: not a ledger, its schema is another",
+                "Restore the file from a copy, or choose another --out.",
+            )
 
     def commit(self, rows: Iterable[Row]) -> None:
         """All rows or none; returns once they would survive a loss of power."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import LABEL_KINDS, label_files, task_of
-from datasetdm_fast.labels.image_files import read_image
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
@@ -52,7 +52,8 @@ class StoredSample:
 
     @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
-        return read_image(self.folder / self.row.files["image"][0])
+        with self._naming_damage():
+            return np.array(images.read_image(self.folder / self.row.files["image"][0]))
 
     def __getattr__(self, name: str) -> Any:
         """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the label, None where the run did not make
@@ -65,7 +66,20 @@ class StoredSample:
         if task not in self.row.labels:
             return None
         files = {role: name for role, (name, _) in self.row.files.items()}
-        return label_files.decode(task, self.folder, files, self.row.labels[task], self.tables[task])
+        with self._naming_damage():
+            return label_files.decode(task, self.folder, files, self.row.labels[task], self.tables[task])
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        """Refuses what has not the form it was written in."""
+        try:
+            yield
+        except (Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+            cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
+            raise Refused(
+                f"{self.folder}: sample {self.id} is damaged ({documents.one_line(cause)})",
+                f"See what is damaged with: python -m datasetdm_fast.audit {self.folder}",
+            ) from error
 
 
 class Run(AbstractContextManager):

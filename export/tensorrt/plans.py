@@ -201,7 +201,8 @@ class PlanFolder:
                 removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
         for path, _ in removed:
             for one in (path, golden_path(path), path.with_suffix(".lock")):
-                one.unlink(missing_ok=True)
+                with storage.refusing(one):
+                    one.unlink(missing_ok=True)
         names = {golden_path(path) for path in self.folder.glob(f"*{SUFFIX}")}
         for orphan in sorted(set(self.folder.glob(f"*{GOLDEN}")) - names):
             orphan.unlink(missing_ok=True)
