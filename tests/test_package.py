@@ -102,7 +102,8 @@ def sources(root):
 
 def copy_of_the_sources(copy):
     """A checkout of this commit in another folder."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "requirements.lock", "Makefile"):
+    files = ("MANIFEST.in", "LICENSE", "README.md", "SECURITY.md", "requirements.lock", "Makefile")
+    for name in ("setup.py", "pyproject.toml", *files):
         shutil.copyfile(ROOT / name, copy / name)
     for name in ("csrc", *MAPPED, "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
