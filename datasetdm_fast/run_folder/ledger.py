@@ -65,9 +65,12 @@ class Ledger(AbstractContextManager):
         found = self._connection.execute(
             "SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9"
         ).fetchall()
-        if sorted(found) != [("table", "notes"), ("table", "samples")]:
+        known = {("table", "samples"), ("table", "notes")}
+        faults = [f"no such table: {name}" for _, name in sorted(known - set(found))]
+        faults += [f"it holds a {kind} {documents.quoted(name)}" for kind, name in found if (kind, name) not in known]
+        if faults:
             raise Refused(
-                f"{self.path}: not a ledger, its schema is another",
+                f"{self.path}: not a readable ledger ({faults[0]})",
                 "Restore the file from a copy, or choose another --out.",
             )
 
