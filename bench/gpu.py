@@ -24,7 +24,10 @@ JUDGED = 2  # images every peer is judged by: another image of the reference cos
 @dataclass(frozen=True)
 class GpuConfig(SuiteConfig):
     out: str = setting(
-        "", "result file to begin or to continue (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE"
+        "",
+        "result file to begin or to continue (default: bench/results/DATE-DEVICE-COMMIT.json)",
+        metavar="FILE",
+        output="file",
     )
     minutes: float = setting(9.0, "begin no part that would end later", metavar="M")
     left: bool = setting(False, "print the names of the parts that are left, and measure nothing")

@@ -34,7 +34,9 @@ class BenchConfig(SuiteConfig):
     steps: int = setting(0, f"sampling steps, {usual(STEPS)}", metavar="N")
     seconds: float = setting(0.0, f"seconds for the rounds of one race, {usual(SECONDS)}", metavar="S")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
-    out: str = setting("", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE")
+    out: str = setting(
+        "", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE", output="file"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
