@@ -16,9 +16,9 @@ from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.workers import heartbeat, launched
-from datasetdm_fast.workers.heartbeat import USUAL, QueueMonitor
+from datasetdm_fast.workers.heartbeat import USUAL, Silence
 from datasetdm_fast.workers.launched import LaunchedProcess
-from datasetdm_fast.workers.queue import DIED, Owner, SqliteQueue
+from datasetdm_fast.workers.queue import DIED, Owner, WorkQueue
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
@@ -69,7 +69,7 @@ def clock(monkeypatch):
     return clock
 
 
-def seconds_until_given_up(clock, queue: SqliteQueue, other: Owner, silence: float, signs: int) -> float:
+def seconds_until_given_up(clock, queue: WorkQueue, other: Owner, silence: float, signs: int) -> float:
     """How long `other`, which loads for `silence` seconds and then gives a sign a second, is waited for after the
     last.
     """
@@ -77,66 +77,69 @@ def seconds_until_given_up(clock, queue: SqliteQueue, other: Owner, silence: flo
     for owner in (own, other):
         queue.enter(owner)
     assert queue.take(other) == 0
-    monitor, begin = QueueMonitor(queue, USUAL, own), clock.now
+    silence_of, begin = Silence(USUAL), clock.now
     while other in queue.owners():
         clock.now += 0.25
         if clock.now - begin >= silence and signs:
             silence, signs, last = silence + 1, signs - 1, clock.now
             queue.beat(other.name)
-        monitor.look()
+        launched.drop_lost(queue, silence_of, own)
     return clock.now - last
 
 
 @pytest.mark.parametrize("silence", [3, 300, 1700])
 def test_a_peer_that_hangs_after_loading_is_given_up_after_the_usual_minute(clock, silence):
-    queue, other = SqliteQueue(), Owner("other", 1)
-    queue.expect([0, 1])
+    queue, other = WorkQueue(), Owner("other", 1)
     queue.fill([0], 1)
     assert 60 <= seconds_until_given_up(clock, queue, other, silence, signs=5) <= 61
-    assert queue.failures(0, DIED) == [1] and queue.slots() == {0} and queue.held(Owner("own", 0)) == []
+    assert (
+        queue.failures(0, DIED) == [1]
+        and list(queue.owners()) == [Owner("own", 0)]
+        and queue.take(Owner("own", 0), is_fresh=False) == 0
+    )
 
 
 def test_a_peer_that_loads_is_waited_for_and_so_is_one_that_has_not_come(clock):
-    queue, own, other = SqliteQueue(), Owner("own", 0), Owner("other", 1)
-    queue.expect([0, 1, 2])
-    monitor = QueueMonitor(queue, USUAL, own)
-    queue.enter(other)
+    queue, own, other, absent = WorkQueue(), Owner("own", 0), Owner("other", 1), Owner("rank 2", 2)
+    silence = Silence(USUAL)
+    for owner in (own, Owner("rank 1", 1), absent, other):
+        queue.enter(owner)
     for _ in range(4 * 1799):
         clock.now += 0.25
-        monitor.look()
-    assert list(queue.owners()) == [other] and queue.slots() == {0, 1, 2}
+        launched.drop_lost(queue, silence, own)
+    assert set(queue.owners()) == {own, absent, other}
     clock.now += 1.5
-    monitor.look()
-    assert queue.owners() == {} and queue.slots() == set()
+    launched.drop_lost(queue, silence, own)
+    assert set(queue.owners()) == {own}
 
 
 def test_time_in_which_a_process_did_not_look_counts_against_nobody(clock):
-    queue, own, other = SqliteQueue(), Owner("own", 0), Owner("other", 1)
+    queue, own, other = WorkQueue(), Owner("own", 0), Owner("other", 1)
     queue.enter(other)
-    monitor = QueueMonitor(queue, USUAL, own)
+    silence = Silence(USUAL)
     for _ in range(3):
         clock.now += 1
         queue.beat(other.name)
-        monitor.look()
+        launched.drop_lost(queue, silence, own)
     for _ in range(20):  # of its own work between two looks
-        monitor.look()
+        launched.drop_lost(queue, silence, own)
         clock.now += 500
     assert list(queue.owners()) == [other]
     for _ in range(20):
-        monitor.look()
+        launched.drop_lost(queue, silence, own)
         clock.now += 500
     assert queue.owners() == {}
 
 
 @pytest.mark.parametrize("seconds", [100, 1000])
 def test_calls_that_take_minutes_are_waited_for(clock, seconds):
-    queue, other = SqliteQueue(), Owner("other", 1)
+    queue, other = WorkQueue(), Owner("other", 1)
     queue.enter(other)
-    monitor = QueueMonitor(queue, USUAL, Owner("own", 0))
+    silence, own = Silence(USUAL), Owner("own", 0)
     for _ in range(3):
         for _ in range(4 * seconds):
             clock.now += 0.25
-            monitor.look()
+            launched.drop_lost(queue, silence, own)
         queue.beat(other.name)
     assert list(queue.owners()) == [other]
 

@@ -208,7 +208,7 @@ from datasetdm_fast.workers import spawn
 if __name__ == "__main__":
     run = spawn.run
     spawn.run = lambda *arguments: run(*arguments[:-1], replace(arguments[-1], on_start=troubled.install))
-    sys.exit(generate.main(sys.argv[1:]))
+    sys.exit(generate.main())
 """
 
 

@@ -12,6 +12,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,19 +29,18 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import driver, job, run
 from datasetdm_fast.run_folder import document, object_store, seal
 from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.folder import RunFolder, into, write_samples
+from datasetdm_fast.run_folder.folder import RunFolder, write_samples
+from datasetdm_fast.run_folder.object_store import PublishingFolder
 from datasetdm_fast.workers import ray_connection
 from datasetdm_fast.workers.devices import pool_of
-from datasetdm_fast.workers.heartbeat import MOST_DEATHS
 from datasetdm_fast.workers.queue import DIED, Owner
 from datasetdm_fast.workers.ray_connection import address_of
-from datasetdm_fast.workers.ray_worker import Coordinator, Failures, PublishingFolder
+from datasetdm_fast.workers.ray_worker import Coordinator
 from datasetdm_fast.workers.worker import Worker
 
 SAMPLES, BATCH = 48, 2  # a worker that is slow to write its first batch has made some more by then
 HERE = Path(__file__).parent
 TOKEN = "0123456789abcdef" * 4
-NONE = Failures()
 
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
@@ -132,17 +133,24 @@ def answers(port: int) -> bool:
 
 
 PROGRAM = """
+import os
+import signal
 import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 import troubled
 from datasetdm_fast import generate
 from datasetdm_fast.workers import heartbeat, ray_driver
 
 if __name__ == "__main__":
     run = ray_driver.run
-    changes = {"on_start": troubled.install, "patience": heartbeat.Patience(start=120, least=3, times=0)}
+    slow = {name: value for name, value in os.environ.items() if name.startswith("TROUBLED")}
+    changes = {"on_start": partial(troubled.install, slow), "patience": heartbeat.Patience(start=120, least=3, times=0)}
     ray_driver.run = lambda config, callbacks: run(config, replace(callbacks, **changes))
-    sys.exit(generate.main(sys.argv[1:]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
+    Path("begun").touch()
+    sys.exit(generate.main())
 """
 
 
@@ -202,7 +210,7 @@ def workers(parent: psutil.Process | subprocess.Popen) -> list[psutil.Process]:
     return [
         process
         for process in psutil.Process(parent.pid).children(recursive=True)
-        if "ray::MapWorker" in " ".join(process.cmdline())
+        if "ray::RayWorker" in " ".join(process.cmdline())
     ]
 
 
@@ -260,7 +268,8 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     out, errors = process.communicate(timeout=180)
     assert (
         process.returncode == 4
-        and "no worker has given a sign of life for" in errors
+        and "rank 0 has given no sign of life for" in errors
+        and "rank 1 has given no sign of life for" in errors
         and f"1 of {SAMPLES} samples were set aside" in errors
     ), errors
     assert tree(tmp_path / "store") == tree(tmp_path / "alone") and audit(tmp_path / "store", threads=1).findings == []
@@ -362,16 +371,16 @@ def test_addresses(text, variable, address, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "nodes", "expected"),
     [
-        ({}, [(8, 0)], (1, 1, 0, 8, 8, 1)),  # a worker a machine where there is no GPU
-        ({"ranks": 2}, [(2, 0)], (2, 2, 0, 1, 1, 1)),
-        ({"ranks": 4}, [(2, 0)], (4, 4, 0, 0.5, 1, 1)),
-        ({"ranks": 3}, [(16, 0), (4, 0)], (3, 3, 0, 4, 4, 2)),  # fits into the smallest machine, and is a power of two
-        ({}, [(4, 0), (96, 8), (96, 8)], (16, 16, 1, 1, 8, 16)),
-        ({"gpus": "all"}, [(8, 1)], (1, 1, 1, 1, 8, 1)),
-        ({"gpus": "800"}, [(4, 0)], (1, 800, 1, 1, 4, 800)),  # which the autoscaler brings
-        ({"gpus": "800"}, [(96, 8)], (8, 800, 1, 1, 8, 800)),
-        ({"gpus": "2"}, [(96, 8)], (2, 2, 1, 1, 8, 2)),
-        ({"device": "cpu", "threads": 3}, [(96, 8)], (1, 1, 0, 3, 3, 1)),
+        ({}, [(8, 0)], (1, 0, 8, 8)),  # a worker a machine where there is no GPU
+        ({"ranks": 2}, [(2, 0)], (2, 0, 1, 1)),
+        ({"ranks": 4}, [(2, 0)], (4, 0, 0.5, 1)),
+        ({"ranks": 3}, [(16, 0), (4, 0)], (3, 0, 4, 4)),  # fits into the smallest machine, and is a power of two
+        ({}, [(4, 0), (96, 8), (96, 8)], (16, 1, 1, 8)),
+        ({"gpus": "all"}, [(8, 1)], (1, 1, 1, 8)),
+        ({"gpus": "800"}, [(4, 0)], (800, 1, 1, 4)),  # which the autoscaler brings
+        ({"gpus": "800"}, [(96, 8)], (800, 1, 1, 8)),
+        ({"gpus": "2"}, [(96, 8)], (2, 1, 1, 8)),
+        ({"device": "cpu", "threads": 3}, [(96, 8)], (1, 0, 3, 3)),
     ],
 )
 def test_workers_for_the_machines_there_are(settings, nodes, expected):
@@ -379,7 +388,7 @@ def test_workers_for_the_machines_there_are(settings, nodes, expected):
         RunConfig(**settings),
         [{"CPU": float(cpus), "GPU": float(gpus)} if gpus else {"CPU": float(cpus)} for cpus, gpus in nodes],
     )
-    assert (found.least, found.most, found.gpus, found.cpus, found.threads, found.places) == expected
+    assert (found.workers, found.gpus, found.cpus, found.threads) == expected
 
 
 @pytest.mark.parametrize(
@@ -402,24 +411,30 @@ def made(monkeypatch, tmp_path):
     return job.prepare(config(tmp_path / "none"))
 
 
-def queue_of(batches: list[int], places: int = 1, failures: Failures = NONE) -> Coordinator:
-    return Coordinator(batches, SAMPLES, places, places, failures)
+def queue_of(batches: list[int], places: int = 1, died: Sequence[int] = ()) -> Coordinator:
+    """A queue of so many places; a process died at the first of them while it made each batch of `died`."""
+    queue = Coordinator()
+    for slot in range(places):
+        queue.enter(Owner(f"rank {slot}", slot))
+    queue.open(batches, SAMPLES, {}, frozenset())
+    for batch in died:
+        queue.execute("INSERT INTO failures VALUES (?, 0, ?)", batch, DIED)
+    return queue
 
 
-def work(made: job.Job, queue: Coordinator, out: Path, device: str = "here", present: set[int] = frozenset()) -> list:
+def work(made: job.Job, queue: Coordinator, out: Path, slot: int = 0, present: set[int] = frozenset()) -> list:
     """The rows of a worker in this process, which ends where it would wait for others."""
     idle = []
-    folder = PublishingFolder("png", into(out), frozenset(present), queue)
-    owner = Owner(f"on {device}", queue.admit(device), device)
+    folder = PublishingFolder(config(out), frozenset(present), partial(queue.report, slot, "rows"))
+    owner = Owner(f"rank {slot}", slot)
     callbacks = {"on_idle": lambda: idle.append(True), "is_stopping": lambda: bool(idle)}
-    Worker(made, folder, queue, owner, SAMPLES, **callbacks).work()
-    assert queue.owners() == {} and queue.held(owner) == []
-    return queue.collect()[0]
+    Worker(made, folder, queue, owner, **callbacks).work()
+    assert owner not in queue.owners()
+    return [row for _, kind, rows in queue.reports() if kind == "rows" for row in rows]
 
 
 def test_what_ended_three_processes_is_set_aside_and_the_rest_is_made(made, tmp_path):
-    found = tuple((batch, 0, DIED) for batch in (1, 1, 3, 3, 3))
-    queue = queue_of([0, 1, 2, 3], failures=Failures(("here",), found))
+    queue = queue_of([0, 1, 2, 3], died=(1, 1, 3, 3, 3))
     rows = work(made, queue, tmp_path / "out", present={1, 3, 5, 7})
     assert [row.request.index for row in rows] == [0, 4, 2, 6]  # what was begun before comes last, alone
     assert [row.reason for row in rows] == ["", "", "", "3 processes ended while they made its batch"]
@@ -430,20 +445,19 @@ def test_what_ended_three_processes_is_set_aside_and_the_rest_is_made(made, tmp_
 @pytest.mark.parametrize(
     ("places", "asked", "kept"),
     [
-        (1, ["here"], [2]),  # nobody else could say anything
-        (2, ["here", "there"], [0, 2]),  # two places agree
-        (2, ["here", "here"], [0, 0]),  # the other place may still come
+        (1, [0], [2]),  # nobody else could say anything
+        (2, [0, 1], [0, 2]),  # two places agree
+        (2, [0, 0], [0, 0]),  # the other place may still come
     ],
 )
 def test_numbers_that_are_not_finite_are_made_again_elsewhere(monkeypatch, tmp_path, places, asked, kept):
     torchless.install(monkeypatch.setattr)
     made, queue = job.prepare(config(tmp_path / "none", prompts="broken", number=2)), queue_of([0], places)
-    found = [work(made, queue, tmp_path / "out", device) for device in asked]
+    found = [work(made, queue, tmp_path / "out", slot) for slot in asked]
     assert all("not finite" in row.reason or "NaN" in row.reason for rows in found for row in rows)
     assert [len(rows) for rows in found] == kept and queue.failures(0, DIED) == []
     if not queue.is_over():
-        queue = queue_of([0], places, queue.all_failures())  # a round later
-        queue.give_up(1)  # no other is to be had
+        queue.leave(Owner("rank 1", 1))  # no other is to be had
         assert len(work(made, queue, tmp_path / "out")) == 2
 
 
@@ -454,34 +468,35 @@ def test_a_place_that_was_at_fault_costs_a_second_attempt_and_nothing_else(monke
         "generate",
         lambda batches, *rest: ((batch, [SetAside(one, "NaN") for one in batch.requests]) for batch in batches),
     )
-    assert work(made, queue, tmp_path / "out", "bad") == []
+    assert work(made, queue, tmp_path / "out", 0) == []
     monkeypatch.setattr(driver, "generate", generate)
-    assert [row.reason for row in work(made, queue, tmp_path / "out", "good")] == [""] * 4
+    assert [row.reason for row in work(made, queue, tmp_path / "out", 1)] == [""] * 4
 
 
 def test_a_worker_that_is_told_to_stop_begins_nothing_more(made, tmp_path):
-    queue = queue_of([0, 1], failures=Failures(("here",), ((1, 0, DIED),)))
+    queue = queue_of([0, 1], died=[1])
     queue.stop()
-    assert work(made, queue, tmp_path / "out") == [] and queue.failures(1, DIED) == [0]
+    assert work(made, queue, tmp_path / "out") == [] and queue.is_over() and not queue.is_complete()
 
 
-def test_a_worker_that_ray_restarts_takes_the_place_of_the_one_before():
+def test_a_worker_that_replaces_another_makes_what_that_had_begun_last():
     queue = queue_of([0, 1])
-    before, after = (Owner(name, queue.admit("here"), "one actor") for name in ("before", "after"))
+    before, after = Owner("before", 0), Owner("after", 0)
     queue.enter(before)
-    assert queue.take(before) == 0
+    assert queue.take(before) == 0 and queue.leave(before, DIED) == 1
     queue.enter(after)
     assert list(queue.owners()) == [after] and queue.failures(0, DIED) == [0] and queue.take(after) == 1
     assert queue.take(after, is_fresh=False) == 0
-    assert queue.collect()[1] == ["batch 0 is begun again, the process that had it has ended"]
+    assert queue.reports() == [[0, "said", "batch 0 is begun again, the process that had it has ended"]]
 
 
-def test_workers_that_only_ever_start_are_refused():
-    queue = queue_of([0])
-    for _ in range(MOST_DEATHS):
-        queue.admit("here")
-    with pytest.raises(RuntimeError, match="6 processes have started, and none has made a batch"):
-        queue.admit("here")
+def test_one_process_at_work_makes_the_plan():
+    queue, first, second = Coordinator(), Owner("first", 0), Owner("second", 1)
+    for owner in (first, second):
+        queue.enter(owner)
+    assert [queue.is_planner(owner) for owner in (first, second, first)] == [True, False, False]
+    queue.leave(first, DIED)
+    assert queue.is_planner(second) and not queue.is_planner(second)
 
 
 def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):

@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torchless
 
@@ -17,7 +19,9 @@ SECONDS = "TROUBLED_SECONDS"  # that a batch takes
 TROUBLE = "TROUBLED_BY"  # dies, hangs or gives NaN at every batch from the second on; or dies at the start
 
 
-def install() -> None:
+def install(environment: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Puts the arithmetic and the trouble in their place; `environment` for workers that something else has started."""
+    os.environ.update(environment)
     if os.environ.get(TROUBLE) == "start":
         os._exit(9)
     torchless.install()

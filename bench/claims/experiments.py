@@ -13,11 +13,11 @@ from typing import Any
 from bench.claims import sets
 from bench.claims.rows import CLAIMS, row_of
 from bench.claims.students import Arm, Figures, StudentStore, TestSet
+from datasetdm_fast.engines.hardware import cores
 from datasetdm_fast.evaluation import student_data
 from datasetdm_fast.evaluation.student import StudentSchedule
 from datasetdm_fast.evaluation.student_data import SIDE, StudentData
 from datasetdm_fast.run_folder.reader import Run
-from datasetdm_fast.workers.devices import cores
 
 TASKS = ("semantic", "instance", "depth", "pose")
 MASKS = ("semantic", "instance")

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from datasetdm_fast.run_folder.indexes import INDEXES
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_sealed, unseal
 
+ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
+SECONDS_BETWEEN_TRIES = 0.2
 Publish = Callable[
     [Mapping[str, bytes]], Mapping[str, StoredFile]
 ]  # files by their path inside the run folder -> what was written
@@ -153,6 +156,28 @@ def clean(folder: Path) -> None:
     """Removes what earlier processes left half-done; nobody else may be at work in the folder."""
     storage.remove_temporaries(folder)
     seal.remove_queue(folder)
+
+
+@contextmanager
+def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
+    """Holds the folder together with other processes; the first of them finds it as the last run left it, cleans it
+    and calls `begin`.
+    """
+    end = time.monotonic() + ENTRY_SECONDS
+    with ExitStack() as held:
+        while True:
+            # refused where others are there already, or one of them is just looking
+            with suppress(Refused), locks.locked(folder / LOCK):
+                clean(folder)
+                begin()
+            try:
+                held.enter_context(locks.locked(folder / LOCK, is_shared=True))
+                break
+            except Refused:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(SECONDS_BETWEEN_TRIES)
+        yield
 
 
 def note(folder: Path, name: str, value: Any) -> None:

@@ -1,28 +1,44 @@
 """Where the files of samples go: below the run folder, or with --store to an object store of fsspec's."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
-from datasetdm_fast.run_folder.folder import Publish, into
+from datasetdm_fast.run_folder.folder import into, write_samples
+from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, index_files
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
 
 
-def publisher(config: RunConfig) -> Publish:
-    """Writes the files of samples where the configuration wants them."""
-    return ObjectStore(config.store).publish if config.store else into(Path(config.out))
+class PublishingFolder:
+    """The run folder of a process that only publishes the files of samples, where the configuration wants them;
+    `commit` gets their rows to whoever has the ledger, which holds those of the samples that are `present`.
+    """
+
+    def __init__(self, config: RunConfig, present: Set[int], commit: Callable[[list[Row]], object]):
+        self._image_format, self._present, self.commit, self.ledger = config.image_format, present, commit, self
+        self._publish = ObjectStore(config.store).publish if config.store else into(Path(config.out))
+
+    def unseal(self) -> None:
+        """Done by whoever has the ledger."""
+
+    def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
+        return write_samples(results, recipe, self._image_format, self._publish)
+
+    def within(self, first: int, stop: int) -> set[int]:
+        return set(range(first, stop)) & self._present
 
 
 def check(config: RunConfig) -> None:

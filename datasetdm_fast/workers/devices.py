@@ -7,23 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.engines.hardware import choose, cores, visible_gpus
 from datasetdm_fast.errors import Missing, Refused
 
 
 @dataclass(frozen=True)
 class Pool:
-    """How many workers there are, at least and at most, and what each of them asks the cluster for."""
+    """The workers of a cluster, and what each of them asks it for."""
 
-    least: int
-    most: int
+    workers: int
     gpus: int
     cpus: float
     threads: int
-    places: int  # devices, or machines without one
-
-    @property
-    def resources(self) -> dict[str, float]:
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 
 
 def pool_of(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
@@ -34,15 +29,13 @@ def pool_of(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> Pool:
     if config.device != "cpu" and (config.gpus or gpus and not config.ranks):
         if config.gpus not in ("", "all") and not (config.gpus.isdecimal() and int(config.gpus)):
             raise Refused(f"--gpus {config.gpus}: a cluster chooses the GPUs itself", "Give their number, or all.")
-        most = int(config.gpus) if config.gpus.isdecimal() else gpus
-        if not most:
+        workers = int(config.gpus) if config.gpus.isdecimal() else gpus
+        if not workers:
             raise Missing(f"--gpus {config.gpus}: the cluster has no GPU now", "Say how many it may bring up: --gpus N")
-        threads = config.threads or _power_of_two(sum(hosts) // max(gpus, 1))
-        return Pool(max(min(gpus, most), 1), most, 1, 1, threads, most)
+        return Pool(workers, 1, 1, config.threads or _power_of_two(sum(hosts) // max(gpus, 1)))
     workers = config.ranks or len(hosts)
     threads = config.threads or _power_of_two(min(sum(hosts) // workers, *hosts))
-    cpus = threads if workers * threads <= sum(hosts) else sum(hosts) / workers
-    return Pool(workers, workers, 0, cpus, threads, min(workers, len(hosts)))
+    return Pool(workers, 0, threads if workers * threads <= sum(hosts) else sum(hosts) / workers, threads)
 
 
 def _power_of_two(cores: int) -> int:
@@ -84,39 +77,3 @@ def share_of_cores(ranks: int) -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     most = min(max(cores() // ranks, 1), int(asked) if asked.isdecimal() and int(asked) else cores())
     return _power_of_two(most)
-
-
-def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def choose(asked: str, visible: Sequence[str]) -> list[str]:
-    """The GPUs that `asked` means, out of those that are visible."""
-    if asked == "all":
-        wanted = list(range(len(visible)))
-    elif asked.isdecimal() and int(asked):
-        wanted = list(range(int(asked)))
-    else:
-        words = [word.strip() for word in asked.split(",") if word.strip()]
-        if asked == "0" or not words or not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
-            raise Refused(
-                f"--gpus {asked}: expected all, a number from 1, or a list of different numbers such as 0,2,5",
-                "A list of one is written 3,",
-            )
-        wanted = [int(word) for word in words]
-    if not visible or max(wanted, default=0) >= len(visible):
-        raise Missing(
-            f"--gpus {asked}: there are {len(visible)} GPUs here",
-            "Ask for fewer, or see CUDA_VISIBLE_DEVICES; --ranks N shares a CPU.",
-        )
-    return [visible[k] for k in wanted]
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return named[:count] if named else [str(k) for k in range(count)]

@@ -1,18 +1,15 @@
-"""Signs of life of the processes of a run, and the one rule of how long each may be silent."""
+"""The one rule of how long a process of a run may give no sign of life."""
 
 from __future__ import annotations
 
+import os
 import socket
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from datasetdm_fast.workers.queue import DIED, Owner, WorkQueue
+from datasetdm_fast.workers.queue import Owner
 
-MOST_DEATHS = 5  # in a row, with nothing committed in between, after which a place stays empty
-BEAT_SECONDS = 1.0  # between two signs of life
 LONGEST_GAP = 2.5  # seconds between two looks at the processes; a longer gap is the fault of the process that looks
 
 
@@ -63,72 +60,12 @@ class Silence:
         return silent
 
 
-class QueueMonitor:
-    """Leaves the batches of processes that have ended or hang to the others; for a run whose processes something else
-    has started.
-    """
-
-    def __init__(self, queue: WorkQueue, patience: Patience, own: Owner | None = None):
-        self._queue, self._patience, self._own = queue, patience, own
-        self._begin, self._silence = time.monotonic(), Silence(patience)
-
-    def look(self) -> tuple[set[Owner], dict[Owner, float]]:
-        """The processes at work, and those taken out of the queue just now with the seconds they were silent."""
-        owners = self._queue.owners()
-        silent = self._silence.too_long(owners)
-        lost = {owner: silent.get(owner, 0.0) for owner in owners if owner in silent or is_over(owner)}
-        lost.pop(self._own, None)
-        left = owners.keys() - lost.keys()
-        for owner in lost:
-            self._queue.leave(owner, DIED)
-        empty = self._queue.slots() - {owner.slot for owner in left}
-        if time.monotonic() - self._begin <= self._patience.start:  # others may still come
-            empty &= {owner.slot for owner in lost}
-        for slot in empty:
-            self._queue.give_up(slot)
-        return set(left), lost
-
-
-def born(process: int) -> str:
-    """When a process began, in the kernel's clock ticks: with its number this names it once and for all. Empty where
-    that cannot be known.
-    """
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
-
-
 def is_over(owner: Owner) -> bool:
     """Whether a process of this machine has ended; of other machines that is not known."""
-    return owner.host == socket.gethostname() and bool(owner.born) and born(owner.process) != owner.born
-
-
-class Heartbeat:
-    """Called where work goes on; a thread turns the calls into signs of life, at once for the first and then at most
-    one in BEAT_SECONDS.
-    """
-
-    def __init__(self, queue: WorkQueue, owner: Owner):
-        self._queue, self._owner = queue, owner
-        self._called, self._ending = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def __call__(self) -> None:
-        self._called.set()
-
-    def _beat(self) -> None:
-        while self._called.wait() and not self._ending.is_set():
-            self._called.clear()
-            self._queue.beat(self._owner.name)
-            self._ending.wait(BEAT_SECONDS)
-
-    def __enter__(self) -> Heartbeat:
-        self._queue.enter(self._owner)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        self._called.set()
-        self._thread.join()
+    try:
+        os.kill(owner.process, 0)
+    except ProcessLookupError:
+        return owner.host == socket.gethostname()
+    except PermissionError:
+        pass
+    return False

@@ -8,27 +8,26 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.engines.hardware import visible_gpus
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.job import prepare
 from datasetdm_fast.generation.result import Result, close, look
 from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.document import LOCK
-from datasetdm_fast.run_folder.folder import clean
-from datasetdm_fast.workers.devices import share_of_cores, visible_gpus
-from datasetdm_fast.workers.heartbeat import QueueMonitor, born
-from datasetdm_fast.workers.queue import Owner, SqliteQueue
+from datasetdm_fast.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, shared
+from datasetdm_fast.workers.devices import share_of_cores
+from datasetdm_fast.workers.heartbeat import Silence, is_over
+from datasetdm_fast.workers.queue import DIED, Owner, WorkQueue
 from datasetdm_fast.workers.worker import Callbacks, Worker, join
-
-ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
-SECONDS_BETWEEN_TRIES = 0.2
 
 
 @dataclass(frozen=True)
@@ -79,51 +78,36 @@ def settle_on(config: RunConfig, peer: LaunchedProcess) -> RunConfig:
 
 def run(config: RunConfig, peer: LaunchedProcess, callbacks: Callbacks) -> Result:
     """This process's share of the run; returns once the whole run is committed, whoever made it."""
-    folder, begin, host, committed = Path(config.out), time.perf_counter(), socket.gethostname(), []
-
-    def count(samples: int) -> None:
-        committed.append(samples)
-        callbacks.on_commit(samples)
-
+    folder, begin, host, process = Path(config.out), time.perf_counter(), socket.gethostname(), os.getpid()
+    owner = Owner(f"rank {peer.rank} on {host}, process {process}", peer.rank, host, process)
     journal = sqlite.IN_PLACE if peer.is_on_several_machines else sqlite.WRITE_AHEAD
     storage.make_folder(folder / "state")
-    with present(folder):
-        job, process = prepare(config), os.getpid()
-        owner = Owner(f"rank {peer.rank} on {host}, process {process}", peer.rank, host, process, born(process))
-        with closing(SqliteQueue(folder / seal.QUEUE)) as queue:
-            queue.expect(range(peer.world))
-            job, opened = join(job, queue, journal)
-            for line in callbacks.describe(job):
-                callbacks.on_message(line)
-            monitor, is_stopping = QueueMonitor(queue, callbacks.patience, owner), callbacks.is_stopping
-            with opened:
-                Worker(job, opened, queue, owner, queue.last, count, monitor.look, is_stopping).work()
+
+    def expect_all() -> None:
+        with closing(WorkQueue(folder / seal.QUEUE)) as queue:  # two who made it at once would each have one
+            for slot in range(peer.world):
+                queue.enter(Owner(f"rank {slot}", slot))
+
+    with shared(folder, expect_all), closing(WorkQueue(folder / seal.QUEUE)) as queue:
+        queue.enter(owner)
+        job, opened = join(prepare(config), queue, journal)
+        for line in callbacks.describe(job):
+            callbacks.on_message(line)
+        watch = partial(drop_lost, queue, Silence(callbacks.patience), owner)
+        with opened:
+            worker = Worker(job, opened, queue, owner, callbacks.on_commit, watch, callbacks.is_stopping)
+            worker.work()
     is_waiting = peer.rank == 0 and not callbacks.is_stopping()
-    return leave(folder, count_images(config), sum(committed), time.perf_counter() - begin, is_waiting=is_waiting)
+    return leave(folder, count_images(config), worker.made, time.perf_counter() - begin, is_waiting=is_waiting)
 
 
-@contextmanager
-def present(folder: Path) -> Iterator[None]:
-    """Holds the folder together with the other peers; the first of them finds it as the last run left it, and cleans
-    it.
-    """
-    end = time.monotonic() + ENTRY_SECONDS
-    with ExitStack() as held:
-        while True:
-            try:
-                with locks.locked(folder / LOCK):
-                    clean(folder)
-                    SqliteQueue(folder / seal.QUEUE).close()  # two that made it at once would each have their own
-            except Refused:
-                pass  # others are there already, or one of them is just looking
-            try:
-                held.enter_context(locks.locked(folder / LOCK, is_shared=True))
-                break
-            except Refused:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(SECONDS_BETWEEN_TRIES)
-        yield
+def drop_lost(queue: WorkQueue, silence: Silence, own: Owner) -> None:
+    """Takes processes that have ended or hang out of the queue, so that their batches go to others."""
+    owners = queue.owners()
+    silent = silence.too_long(owners)
+    for owner in owners:
+        if owner != own and (owner in silent or is_over(owner)):
+            queue.leave(owner, DIED)
 
 
 def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: bool) -> Result:

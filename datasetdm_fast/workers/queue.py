@@ -1,48 +1,46 @@
-"""Which process of a run works on which batch: the protocol of such a queue, and one in SQLite. It is worth nothing
-after the run and therefore never synced.
+"""Which process of a run works on which batch, and what each of them reports, in SQLite. It is worth nothing after the
+run and therefore never synced.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from datasetdm_fast.disk import sqlite
 
 DIED, NOT_FINITE = "died", "not finite"  # reasons of a failure
 _SCHEMA = """
-CREATE TABLE session (last INTEGER NOT NULL);
+CREATE TABLE session (last INTEGER, is_stopping INTEGER NOT NULL);
+INSERT INTO session VALUES (NULL, 0);
 CREATE TABLE queue (
-    place INTEGER PRIMARY KEY, batch INTEGER NOT NULL UNIQUE, owner TEXT, helper TEXT,
+    place INTEGER PRIMARY KEY, batch INTEGER NOT NULL UNIQUE, owner TEXT, helper TEXT, since REAL,
     state TEXT NOT NULL CHECK (state IN ('free', 'taken', 'done'))
 );
 CREATE INDEX unfinished ON queue (state, place) WHERE state != 'done';
 CREATE TABLE failures (batch INTEGER NOT NULL, slot INTEGER NOT NULL, reason TEXT NOT NULL);
 CREATE INDEX failed ON failures (batch);
-CREATE TABLE slots (slot INTEGER PRIMARY KEY);
 CREATE TABLE owners (
-    name TEXT PRIMARY KEY, slot INTEGER NOT NULL, host TEXT NOT NULL, process INTEGER NOT NULL, born TEXT NOT NULL,
-    beats INTEGER NOT NULL
+    name TEXT PRIMARY KEY, slot INTEGER NOT NULL, host TEXT NOT NULL, process INTEGER NOT NULL, beats INTEGER NOT NULL
 );
+CREATE TABLE reports (number INTEGER PRIMARY KEY, report TEXT NOT NULL);
 """
-# A batch may go to a slot that has not failed it, and to any once every slot has.
+# A batch goes to a slot that has not failed it, and to any once every slot with a process has.
 _TAKEABLE = """
 SELECT place, batch FROM queue
-WHERE state = 'free' AND (SELECT count(*) FROM failures f WHERE f.batch = queue.batch) {} 0 AND (
+WHERE state = 'free' AND NOT (SELECT is_stopping FROM session)
+AND (SELECT count(*) FROM failures f WHERE f.batch = queue.batch) {} 0 AND (
     NOT EXISTS (SELECT 1 FROM failures f WHERE f.batch = queue.batch AND f.slot = ?)
-    OR NOT EXISTS (
-        SELECT 1 FROM slots s
-        WHERE NOT EXISTS (SELECT 1 FROM failures f WHERE f.batch = queue.batch AND f.slot = s.slot)
-    )
+    OR NOT EXISTS (SELECT 1 FROM owners WHERE slot NOT IN (SELECT slot FROM failures f WHERE f.batch = queue.batch))
 ) ORDER BY place LIMIT 1
 """
-_HELD = "state = 'taken' AND owner != ? AND helper IS NULL"
-_FREE = "UPDATE queue SET state = 'free', owner = NULL, helper = NULL WHERE state = 'taken' AND "
 
 
 @dataclass(frozen=True)
@@ -53,53 +51,9 @@ class Owner:
     slot: int
     host: str = ""
     process: int = 0
-    born: str = ""  # when the process began, as its host counts
 
 
-class WorkQueue(Protocol):
-    """What a worker, and whoever watches it, asks of the queue of a run."""
-
-    def enter(self, owner: Owner) -> None:
-        """Adds a process, which has given no sign of life yet."""
-
-    def leave(self, owner: Owner, reason: str | None = None) -> int:
-        """Removes a process and frees its batches, each of them failed where there is a reason; how many these were."""
-
-    def owners(self) -> dict[Owner, int]:
-        """The processes at work, with the signs of life each has given."""
-
-    def beat(self, owner: str) -> None:
-        """A sign of life, to be given only where work has gone on."""
-
-    def slots(self) -> set[int]:
-        """The places from which processes come, whether they are there yet or not."""
-
-    def give_up(self, slot: int) -> None:
-        """No process is expected from this place any more."""
-
-    def take(self, owner: Owner, *, is_fresh: bool = True) -> int | None:
-        """The next batch, now this owner's: one that has not failed yet, or else one that has."""
-
-    def held(self, owner: Owner) -> list[tuple[int, str]]:
-        """The batches that one other process makes, with its name, that of the earliest place first."""
-
-    def help(self, batch: int, owner: Owner) -> bool:
-        """Whether the batch of another is now made by this owner too; not where it has a helper already."""
-
-    def finish(self, batch: int) -> bool:
-        """Whether this is the first to report the batch as committed."""
-
-    def give_back(self, batch: int, owner: Owner, reason: str) -> None:
-        """Frees a batch that has failed, first for other slots."""
-
-    def failures(self, batch: int, reason: str) -> list[int]:
-        """The slots where the batch failed for this reason, one entry a failure."""
-
-    def is_over(self) -> bool:
-        """Whether nothing is left to be taken, now or later."""
-
-
-class SqliteQueue:
+class WorkQueue:
     """The queue of a run in a file that its processes share, or in memory; its methods may be called from any
     thread.
     """
@@ -128,90 +82,104 @@ class SqliteQueue:
         with self._lock:
             return self._connection.execute(statement, values).fetchall()
 
-    def execute_many(self, statement: str, values: Sequence[tuple]) -> None:
-        with self._lock:
-            self._connection.executemany(statement, values)
-
-    @property
     def last(self) -> int | None:
         """The last sample that is wanted; None before the queue is filled."""
-        found = self.execute("SELECT last FROM session")
-        return found[0][0] if found else None
+        return self.execute("SELECT last FROM session")[0][0]
 
     def fill(self, batches: Sequence[int], last: int) -> None:
         """Adds the batches, in this order; to be called within `alone`, and once."""
-        self.execute("INSERT INTO session VALUES (?)", last)
-        self.execute_many("INSERT INTO queue (batch, state) VALUES (?, 'free')", [(batch,) for batch in batches])
-
-    def expect(self, slots: Iterable[int]) -> None:
-        """Adds places from which processes will come."""
-        self.execute_many("INSERT OR IGNORE INTO slots VALUES (?)", [(slot,) for slot in slots])
-
-    def slots(self) -> set[int]:
-        return {slot for (slot,) in self.execute("SELECT slot FROM slots")}
-
-    def give_up(self, slot: int) -> None:
-        self.execute("DELETE FROM slots WHERE slot = ?", slot)
+        self.execute("UPDATE session SET last = ?", last)
+        free = "INSERT INTO queue (batch, state) SELECT value, 'free' FROM json_each(?) ORDER BY key"
+        self.execute(free, json.dumps(batches))
 
     def enter(self, owner: Owner) -> None:
-        values = (owner.name, owner.slot, owner.host, owner.process, owner.born)
-        self.execute("INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?, ?, 0)", *values)
+        """Adds a process that has given no sign of life yet, in the place of the one that was to be in its slot."""
+        for (name,) in self.execute("SELECT name FROM owners WHERE slot = ? AND name != ?", owner.slot, owner.name):
+            self.leave(Owner(name, owner.slot), DIED)
+        values = (owner.name, owner.slot, owner.host, owner.process)
+        self.execute("INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?, 0)", *values)
 
     def leave(self, owner: Owner, reason: str | None = None) -> int:
+        """Removes a process and frees its batches, each of them failed where there is a reason; how many these were."""
         with self.alone():
             found = self.execute("SELECT batch FROM queue WHERE state = 'taken' AND owner = ?", owner.name)
-            if reason:
-                failed = [(batch, owner.slot, reason) for (batch,) in found]
-                self.execute_many("INSERT INTO failures VALUES (?, ?, ?)", failed)
-            self.execute(_FREE + "owner = ?", owner.name)
+            for (batch,) in found:
+                self._free(batch, owner, reason)
             self.execute("UPDATE queue SET helper = NULL WHERE helper = ?", owner.name)
             self.execute("DELETE FROM owners WHERE name = ?", owner.name)
             return len(found)
 
+    def _free(self, batch: int, owner: Owner, reason: str | None) -> None:
+        if reason:
+            self.execute("INSERT INTO failures VALUES (?, ?, ?)", batch, owner.slot, reason)
+        free = "state = 'free', owner = NULL, helper = NULL"
+        self.execute(f"UPDATE queue SET {free} WHERE batch = ? AND state = 'taken'", batch)
+
     def owners(self) -> dict[Owner, int]:
-        found = self.execute("SELECT name, slot, host, process, born, beats FROM owners")
+        """The processes at work, with the signs of life each has given."""
+        found = self.execute("SELECT name, slot, host, process, beats FROM owners")
         return {Owner(*owner): beats for *owner, beats in found}
 
     def beat(self, owner: str) -> None:
+        """A sign of life, to be given only where work has gone on."""
         self.execute("UPDATE owners SET beats = beats + 1 WHERE name = ?", owner)
 
     def take(self, owner: Owner, *, is_fresh: bool = True) -> int | None:
+        """The next batch, now this owner's: one that has not failed yet, or else one that has."""
         with self.alone():
-            found = self.execute(_TAKEABLE.format("=" if is_fresh else ">"), owner.slot)
-            if not found:
-                return None
-            ((place, batch),) = found
-            taken = "UPDATE queue SET state = 'taken', owner = ?, helper = NULL WHERE place = ?"
-            self.execute(taken, owner.name, place)
-            return batch
+            for place, batch in self.execute(_TAKEABLE.format("=" if is_fresh else ">"), owner.slot):
+                taken = "UPDATE queue SET state = 'taken', owner = ?, helper = NULL, since = ? WHERE place = ?"
+                self.execute(taken, owner.name, time.time(), place)
+                return batch
 
-    def held(self, owner: Owner) -> list[tuple[int, str]]:
-        return self.execute(f"SELECT batch, owner FROM queue WHERE {_HELD} ORDER BY place", owner.name)
-
-    def help(self, batch: int, owner: Owner) -> bool:
+    def help(self, owner: Owner, seconds: float) -> int | None:
+        """A batch that one other process has been making for longer than this, and this owner now makes too."""
+        late = "state = 'taken' AND owner != ? AND helper IS NULL AND since < ?"
         with self.alone():
-            is_free = (batch,) in self.execute(f"SELECT batch FROM queue WHERE {_HELD}", owner.name)
-            if is_free:
-                self.execute("UPDATE queue SET helper = ? WHERE batch = ?", owner.name, batch)
-            return is_free
+            found = self.execute(f"SELECT place, batch FROM queue WHERE {late}", owner.name, time.time() - seconds)
+            for place, batch in sorted(found)[:1]:
+                self.execute("UPDATE queue SET helper = ? WHERE place = ?", owner.name, place)
+                return batch
 
     def finish(self, batch: int) -> bool:
+        """Whether this is the first to report the batch as committed."""
         with self.alone():
             is_first = bool(self.execute("SELECT 1 FROM queue WHERE batch = ? AND state != 'done'", batch))
             self.execute("UPDATE queue SET state = 'done', owner = NULL, helper = NULL WHERE batch = ?", batch)
             return is_first
 
     def give_back(self, batch: int, owner: Owner, reason: str) -> None:
+        """Frees a batch that has failed, first for other slots."""
         with self.alone():
-            self.execute("INSERT INTO failures VALUES (?, ?, ?)", batch, owner.slot, reason)
-            self.execute(_FREE + "batch = ?", batch)
+            self._free(batch, owner, reason)
 
     def failures(self, batch: int, reason: str) -> list[int]:
+        """The slots where the batch failed for this reason, one entry a failure."""
         found = self.execute("SELECT slot FROM failures WHERE batch = ? AND reason = ?", batch, reason)
         return [slot for (slot,) in found]
 
+    def stop(self) -> None:
+        """Nothing more is to be begun."""
+        self.execute("UPDATE session SET is_stopping = 1")
+
+    def is_complete(self) -> bool:
+        """Whether every batch is committed."""
+        return self.last() is not None and not self.execute("SELECT 1 FROM queue WHERE state != 'done' LIMIT 1")
+
     def is_over(self) -> bool:
-        return self.last is not None and not self.execute("SELECT 1 FROM queue WHERE state != 'done' LIMIT 1")
+        """Whether nothing is left to be taken, now or later."""
+        return self.is_complete() or bool(self.execute("SELECT is_stopping FROM session")[0][0])
+
+    def report(self, slot: int, kind: str, *content: Any) -> None:
+        """Tells whoever started the process of this place; content that JSON can hold."""
+        self.execute("INSERT INTO reports (report) VALUES (?)", json.dumps([slot, kind, *content]))
+
+    def reports(self) -> list[list[Any]]:
+        """Slot, kind and content of everything reported, each once, in the order of its coming; for one process."""
+        found = self.execute("SELECT number, report FROM reports ORDER BY number")
+        if found:
+            self.execute("DELETE FROM reports WHERE number <= ?", found[-1][0])
+        return [json.loads(report) for _, report in found]
 
     def close(self) -> None:
         self._connection.close()

@@ -5,22 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import socket
 import sys
-import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from datasetdm_fast.config import RunConfig
+from datasetdm_fast.engines.hardware import cores
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.workers.devices import cores
-from datasetdm_fast.workers.heartbeat import MOST_DEATHS
 
 PORT = 6379  # of a head node, where none is named
-CLIENT_PORT = 10001  # of Ray's client, which Ray Data does not run through
+CLIENT_PORT = 10001  # of Ray's client, through which no run goes
 CONNECT_SECONDS = 10.0
 HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame; its fourth byte says what it is, and each side begins with one
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS
@@ -33,24 +30,20 @@ def address_of(text: str) -> str | None:
     named = text if text != "ray" else os.environ.get("RAY_ADDRESS", "")
     if named in ("", "local"):
         return None
-    wrong = Refused(
-        f"--cluster {text}: {named!r} is no address of a Ray cluster",
-        "Write ray, or ray://HEAD:PORT with what `ray start --head` printed.",
-    )
-    try:
-        parts = urlsplit(named if text != "ray" or "://" in named else f"ray://{named}")
-        host, port = parts.hostname, PORT if parts.port is None else parts.port
-    except ValueError:
-        raise wrong from None
-    more = parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None
-    if parts.scheme != "ray" or not host or not port or more:
-        raise wrong
+    written = named if text != "ray" or "://" in named else f"ray://{named}"
+    found = re.fullmatch(r"ray://(\[[\da-fA-F:.]+\]|[^\s/?#@:\[\]]+)(?::(\d{1,5}))?/?", written)
+    port = int(found[2] or PORT) if found else 0
+    if not 0 < port < 2**16:
+        raise Refused(
+            f"--cluster {text}: {named!r} is no address of a Ray cluster",
+            "Write ray, or ray://HEAD:PORT with what `ray start --head` printed.",
+        )
     if port == CLIENT_PORT:
         raise Refused(
             f"--cluster {text}: {port} is the port of Ray's client, which is no part of this",
             f"Name the head's own port, {PORT} as a rule.",
         )
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{found[1]}:{port}"
 
 
 @contextmanager
@@ -60,13 +53,8 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
     if address:
         _knock(config, address)
     # Read by Ray when it is imported or started: nothing is reported to anybody, a head that does not answer is not
-    # waited for long, and what is left of one round does not start a Ray of its own.
-    os.environ.update(
-        RAY_ENABLE_AUTO_CONNECT="0",
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_DATA_DISABLE_PROGRESS_BARS="1",
-        RAY_BACKEND_LOG_LEVEL="fatal",
-    )
+    # waited for long, and a call that comes too late does not start a Ray of its own.
+    os.environ.update(RAY_ENABLE_AUTO_CONNECT="0", RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal")
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
     # a Ray of our own would give its workers what every other process leaves over
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -75,54 +63,37 @@ def joined(config: RunConfig) -> Iterator[list[dict[str, float]]]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise Missing(f"--cluster {config.cluster}: {error}", "pip install datasetdm_fast[ray]") from error
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM)
-    own = {
-        "num_cpus": max(cores(), config.ranks),
-        "object_store_memory": STORE_BYTES,
-        "include_dashboard": False,
-        "_node_ip_address": "127.0.0.1",
-    }
+    own = {"num_cpus": max(cores(), config.ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    options = {} if address else {**own, "_node_ip_address": "127.0.0.1"}
     try:
-        with muted():
-            options = {} if address else own
-            ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    except Exception as error:
-        ray.shutdown()
-        raise _not_joined(config, address, error) from error
-    finally:
-        if is_main_thread:
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
-    try:
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        # a call lasts as long as the run; what hangs is found by its silence
-        context.execution_no_progress_timeout_s = -1
-        context.max_consecutive_actor_init_deaths = MOST_DEATHS
+        try:
+            with muted():
+                ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        except Exception as error:
+            raise _not_joined(config, address, error) from error
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
         yield nodes
+    except ray.exceptions.RayError as error:
+        raise Missing(
+            f"{config.out}: Ray ended the run ({type(error).__name__}: {first_line(error)})",
+            "Run the same line again: it goes on where it stopped.",
+        ) from error
     finally:
         ray.shutdown()
 
 
-def _not_joined(config: RunConfig, address: str | None, error: BaseException) -> Missing:
-    said = [str(error)]
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-        said.append(str(error))
-    if "AuthToken" in "".join(said):
+def _not_joined(config: RunConfig, address: str | None, error: Exception) -> Missing:
+    if "AuthToken" in "".join(traceback.format_exception(error)):
         return Missing(
             f"--cluster {config.cluster}: the cluster wants another token",
             "Put what `ray get-auth-token` prints on its head into RAY_AUTH_TOKEN.",
         )
     there = "Run this on a machine of the cluster, with the Python and the Ray it runs."
     remedy = there if address else "See what Ray says in /tmp/ray/session_latest/logs."
-    return Missing(f"--cluster {config.cluster}: {first_line(said[0])}", remedy)
+    return Missing(f"--cluster {config.cluster}: {first_line(error)}", remedy)
 
 
 @contextmanager
@@ -144,21 +115,18 @@ def _knock(config: RunConfig, address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as door:
-            if os.environ.get("RAY_USE_TLS") == "1":
-                return
-            door.sendall(HTTP2_GREETING)
-            if len(answer := door.recv(len(HTTP2_SETTINGS))) > 3 and answer[3:4] == HTTP2_SETTINGS[3:4]:
-                return
-            why = "what answers is no head of a Ray cluster"
+            if os.environ.get("RAY_USE_TLS") != "1":
+                door.sendall(HTTP2_GREETING)
+                if door.recv(len(HTTP2_SETTINGS))[3:4] != HTTP2_SETTINGS[3:4]:
+                    raise OSError("what answers is no head of a Ray cluster")
     except (OSError, UnicodeError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-    raise Missing(
-        f"--cluster {config.cluster}: no head at {address} ({why})",
-        "Start one there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
-    )
+        raise Missing(
+            f"--cluster {config.cluster}: no head at {address} ({getattr(error, 'strerror', None) or error})",
+            "Start one there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
+        ) from error
 
 
-def first_line(said: str) -> str:
+def first_line(error: Exception) -> str:
     """What Ray says, without the colours and the stack it says it in."""
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", said).splitlines() if line.strip()]
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
     return (lines or ["Ray gives no reason"])[0][:300]

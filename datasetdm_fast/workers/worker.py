@@ -17,10 +17,11 @@ from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import Row
-from datasetdm_fast.workers.heartbeat import USUAL, Heartbeat, Patience
-from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, SqliteQueue, WorkQueue
+from datasetdm_fast.workers.heartbeat import USUAL, Patience
+from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 
 MOST_FAILURES = 3  # deaths of processes while they made a batch, after which it is quarantined
+SECONDS_BETWEEN_BEATS = 1.0  # signs of life
 SECONDS_BETWEEN_TRIES = 0.2  # to take a batch where there is none
 LATE_FACTOR = 2.0  # average times of a batch after which that of another process is made a second time
 LEAST_LATE_SECONDS = 5.0
@@ -38,7 +39,7 @@ class Callbacks:
     patience: Patience = USUAL
 
 
-def join(job: Job, queue: SqliteQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
+def join(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
     """The job as the run folder has it and that folder, open for a member; the first process makes the folder and
     fills the queue.
     """
@@ -47,7 +48,7 @@ def join(job: Job, queue: SqliteQueue, journal: str = sqlite.WRITE_AHEAD) -> tup
         if stored is not None:
             job = adopt(job, stored)
         folder = RunFolder(job.folder, job.document, is_member=True, journal=journal)
-        if queue.last is None:
+        if queue.last() is None:
             wanted = run.lacking(folder.ledger, job.plan.number, job.config.limit)
             queue.fill(run.in_order(wanted, job.plan.batch_size), max(wanted, default=-1))
     return job, folder
@@ -66,23 +67,27 @@ class Worker:
         folder: RunFolder,
         queue: WorkQueue,
         owner: Owner,
-        last: int,  # the last sample that is wanted
         on_commit: Callable[[int], None] = lambda count: None,
         on_idle: Callable[[], object] = lambda: None,
         is_stopping: Callable[[], bool] = lambda: False,
     ):
-        self.job, self.folder, self.queue, self.owner, self.last = job, folder, queue, owner, last
+        self.job, self.folder, self.queue, self.owner, self.last = job, folder, queue, owner, queue.last()
         self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
-        self.heartbeat = Heartbeat(queue, owner)
+        self.last_beat, self.made = 0.0, 0
         self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
-        self.seen: dict[tuple[int, str], float] = {}  # since when others have been seen to make a batch
 
     def work(self) -> None:
         """Makes batches until none is left, or until it is to stop, and then leaves the queue."""
-        with self.heartbeat:
-            while not self.is_stopping() and self._turn():
-                pass
-            self.queue.leave(self.owner)
+        self.queue.enter(self.owner)
+        while not self.is_stopping() and self._turn():
+            pass
+        self.queue.leave(self.owner)
+
+    def _beat(self) -> None:
+        """To be called where work goes on; now and then this is a sign of life."""
+        if time.monotonic() - self.last_beat >= SECONDS_BETWEEN_BEATS:
+            self.last_beat = time.monotonic()
+            self.queue.beat(self.owner.name)
 
     def _turn(self) -> bool:
         """Makes what can be taken now, or waits a little; False where nothing will be left to be taken."""
@@ -95,7 +100,7 @@ class Worker:
         elif self.queue.is_over():
             return False
         else:
-            self.heartbeat()
+            self._beat()
             self.on_idle()
             if (batch := self._late()) is not None:
                 self._make([batch])
@@ -119,22 +124,18 @@ class Worker:
             self._put(writer, planned, [SetAside(request, reason) for request in planned.requests])
 
     def _late(self) -> int | None:
-        """A batch another process has been busy with for far too long, which this one may now make as well: whoever is
+        """A batch another process has been busy with for far too long, which this one now makes as well: whoever is
         first commits the same bytes.
         """
-        now = time.monotonic()
-        self.seen = {held: self.seen.get(held, now) for held in self.queue.held(self.owner)}
         if not self.count:
             return None
-        longest = max(LEAST_LATE_SECONDS, LATE_FACTOR * self.seconds / self.count)
-        late = [batch for (batch, _), since in self.seen.items() if now - since > longest]
-        return next((batch for batch in late if self.queue.help(batch, self.owner)), None)
+        return self.queue.help(self.owner, max(LEAST_LATE_SECONDS, LATE_FACTOR * self.seconds / self.count))
 
     def _make(self, batches: Iterable[int]) -> None:
         plan = self.job.plan
         with BackgroundWriter(self.folder, self._committed) as writer:
-            wanted = (plan.batch(k) for k in batches if self._is_wanted(k))
-            for batch, results in driver.generate(wanted, self.job.engine, self.job.recipe, self.heartbeat):
+            planned, engine, recipe = (plan.batch(k) for k in batches), self.job.engine, self.job.recipe
+            for batch, results in driver.generate(planned, engine, recipe, self._beat):
                 self.count += 1
                 if self._is_doubtful(batch.index, results):
                     self.queue.give_back(batch.index, self.owner, NOT_FINITE)
@@ -149,16 +150,10 @@ class Worker:
             self.queue.finish(batch.index)
 
     def _committed(self, rows: list[Row]) -> None:
-        self.heartbeat()
+        self._beat()
         if self.queue.finish(rows[0].request.index // self.job.plan.batch_size):
+            self.made += len(rows)
             self.on_commit(len(rows))
-
-    def _is_wanted(self, batch: int) -> bool:
-        """False for a batch that was committed by a process that ended before it could say so."""
-        if self._missing(batch):
-            return True
-        self.queue.finish(batch)
-        return False
 
     def _missing(self, batch: int) -> set[int]:
         size = self.job.plan.batch_size
@@ -171,5 +166,5 @@ class Worker:
         """
         if not any(isinstance(result, SetAside) for result in results):
             return False
-        others = self.queue.slots() - {self.owner.slot}
+        others = {owner.slot for owner in self.queue.owners()} - {self.owner.slot}
         return bool(others) and not set(self.queue.failures(batch, NOT_FINITE)) - {self.owner.slot}
