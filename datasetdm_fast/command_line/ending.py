@@ -34,6 +34,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
 
 def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str], watch: SignalWatch) -> int:
     try:
+        watch.open()
         code = command(arguments) or 0
         sys.stdout.flush()  # here, so that a reader that has gone away is met inside this try
         return code
@@ -53,6 +54,8 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         if watch.signal:  # a library made another error of it, as imports do
             return 128 + watch.signal
         return report(error)
+    finally:
+        watch.shut()
 
 
 def _reader_is_gone() -> bool:

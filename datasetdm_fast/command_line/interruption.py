@@ -5,9 +5,10 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import cache
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 1.5  # seconds in which the main thread must hear a signal; only it runs handlers, and only between calls
@@ -23,10 +24,13 @@ class Interruption:
         self.signal: int | None = None
         self.is_quiet = is_quiet
         self._is_late = False  # whether the handler of a signal that `hear` was told of is still to run
+        self.screen = 2
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            with suppress(OSError):
+                self.screen = os.dup(2)  # which libraries point elsewhere while they start
             self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
         return self
 
@@ -42,28 +46,36 @@ class Interruption:
         elif self.signal is None:
             self.hear(number)
         else:
-            end(number, self.is_quiet)
+            end(number, self.is_quiet, self.screen)
 
     def hear(self, number: int, is_handler_late: bool = False) -> None:
         """Remembers the first signal, and tells the user."""
         self.signal, self._is_late = number, is_handler_late
         if not self.is_quiet:
-            os.write(2, FINISHING.encode())
+            _tell(FINISHING, self.screen)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        screen, self.screen = self.screen, 2
+        if screen != 2:
+            os.close(screen)
 
 
-def end(number: int, is_quiet: bool = False) -> None:
+def end(number: int, is_quiet: bool = False, screen: int = 2) -> None:
     """Ends the process at once, as the signal would; what a run folder holds is whole at every moment."""
     if not is_quiet:
-        os.write(2, f"\n{ENDED}\n".encode())
+        _tell(f"\n{ENDED}\n", screen)
     os._exit(128 + number)
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C; Python would end a process by the signal itself once a KeyboardInterrupt went through an exec or eval."""
+
+
+def _tell(text: str, screen: int) -> None:
+    with suppress(OSError):  # nobody reads it any more
+        os.write(screen, text.encode())
 
 
 class SignalWatch:
@@ -76,8 +88,9 @@ class SignalWatch:
     def __init__(self, is_last: bool):
         self.signal: int | None = None  # the one that ends the command
         self._is_last = is_last  # whether the process ends with the block
+        self._told: int | None = None  # the last signal that work has finished a batch for
         self._closed = threading.Event()
-        self._is_heard = self._is_over = False
+        self._is_open = self._is_heard = self._is_over = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -97,7 +110,20 @@ class SignalWatch:
         if self._is_heard:
             end(number)
         self._is_heard, self.signal = True, number
-        raise Interrupted if number == signal.SIGINT else SystemExit(128 + number)
+        if self._is_open:
+            self._raise()
+
+    def open(self) -> None:
+        """From here on a signal raises an exception in the main thread; before, and after `shut`, it is only noted."""
+        self._is_open = True
+        if self._is_heard:
+            self._raise()
+
+    def shut(self) -> None:
+        self._is_open = False
+
+    def _raise(self) -> NoReturn:
+        raise Interrupted if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
     def _watch(self) -> None:
         told: Any = None  # the block that has had its first signal
@@ -106,8 +132,8 @@ class SignalWatch:
             owner = getattr(signal.getsignal(number), "__self__", None) if number in STOPPING else None
             if isinstance(owner, Interruption):
                 if owner is told:
-                    end(number, owner.is_quiet)
-                told = owner
+                    end(number, owner.is_quiet, owner.screen)
+                told, self._told = owner, number
                 self._wait_for_batch(number, owner)
             elif owner is self:
                 self._wait_for_end(number)
@@ -117,7 +143,7 @@ class SignalWatch:
         if _is_reached(lambda: owner.signal is not None or self._closed.is_set()):
             return
         if not _is_on_gpu():  # one operation of a batch that would go on for many minutes
-            end(number, owner.is_quiet)
+            end(number, owner.is_quiet, owner.screen)
         owner.hear(number, is_handler_late=True)
 
     def _wait_for_end(self, number: int) -> None:
@@ -135,6 +161,13 @@ class SignalWatch:
             return
         if self._is_last and self.signal:  # the thread watches what runs at the end of the process, too
             self._is_over = True
+            return
+        if self._is_last and self._told:  # the code is known: a signal at the very end would make another one of it
+            for number in self._before:
+                signal.signal(number, signal.SIG_IGN)
+            limit = threading.Timer(TIDYING, os._exit, (128 + self._told,))
+            limit.daemon = True
+            limit.start()
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
