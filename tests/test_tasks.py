@@ -84,6 +84,22 @@ def test_semantic_area_scales_with_the_image():
         assert (label.labels == 1).any() == present
 
 
+def test_semantic_area_is_the_least_that_is_kept():
+    config = upstream("segmentation", classes=CLASSES, min_area=4096)  # of 512 x 512: 16 pixels here
+    for columns, present in ((4, True), (3, False)):
+        masks = planes((4, 0, 32, 32), (0, 0, 4, columns)) * 10  # so sure that every probability is exactly 0 or 1
+        (label,) = semantic.postprocess(raw(sure(0, 1, height=200.0), masks), config, SIZE)
+        assert (label.labels == 1).any() == present
+
+
+def test_semantic_confidence_is_the_share_of_all_evidence():
+    config = upstream("segmentation", classes=CLASSES, min_area=0)
+    logits, masks = sure(0, 1), planes((0, 0, 32, 32), (0, 0, 32, 32))
+    masks[0, 1] = math.log(0.25 / 0.75)  # a quarter
+    (label,) = semantic.postprocess(raw(logits, masks), config, SIZE)
+    assert (label.labels == 0).all() and label.confidence == pytest.approx(1 / 1.25, rel=1e-4)
+
+
 def test_semantic_ties_go_to_the_lowest_id():
     logits = torch.full((1, 1, 4), 1.0)
     assert (upstream_rules.labels(logits, planes((0, 0, 32, 32)), min_area=0) == 0).all()
@@ -161,6 +177,89 @@ def test_small_instances_are_dropped():
     assert found.class_ids.tolist() == [2]
 
 
+def things(logits, masks, **choices):
+    """The one image's instances, with nothing dropped for its score or size unless asked."""
+    choices = {"min_area": 0, "score_threshold": 0.0, **choices}
+    config = upstream("segmentation", task="instance", classes=CLASSES, **choices)
+    (found,) = instance.postprocess(raw(logits, masks), config, SIZE)
+    return found
+
+
+def test_masks_that_overlap_by_exactly_the_threshold_are_two_things():
+    masks = planes((0, 0, 2, 3), (0, 1, 2, 4))  # 4 common pixels of 8
+    assert len(things(sure(1, 1), masks, overlap_threshold=0.5).masks) == 2
+    assert len(things(sure(1, 1), masks, overlap_threshold=0.4999).masks) == 1
+
+
+def test_of_two_equally_sure_doubles_the_earlier_query_is_kept():
+    found = things(sure(2, 1), planes((0, 0, 10, 9), (0, 0, 10, 10)), overlap_threshold=0.5)
+    assert found.class_ids.tolist() == [2] and found.masks.sum() == 90
+
+
+def test_the_surer_double_is_kept_whatever_its_query():
+    logits = torch.cat([sure(1, height=1.0), sure(2, height=3.0)], 1)
+    found = things(logits, planes((0, 0, 10, 10), (0, 0, 10, 10)), overlap_threshold=0.5)
+    assert found.class_ids.tolist() == [2]
+
+
+def ties_reversed(monkeypatch):
+    """Every sort that is not asked to be stable gives equal values in the reverse order, which it may."""
+    stable = torch.Tensor.sort
+
+    def sort(values, dim=-1, descending=False, stable=False):
+        if stable:
+            return sort_stably(values, dim=dim, descending=descending, stable=True)
+        found, order = sort_stably(values.flip(dim), dim=dim, descending=descending, stable=True)
+        return found, values.shape[dim] - 1 - order
+
+    sort_stably = stable
+    monkeypatch.setattr(torch.Tensor, "sort", sort)
+
+
+def test_equally_sure_things_keep_the_order_of_their_queries(monkeypatch):
+    """On any device, so that a run that is resumed on another writes the same files."""
+    ties_reversed(monkeypatch)
+    found = things(sure(2, 0, 1), planes((0, 0, 4, 4), (8, 0, 12, 4), (16, 0, 20, 4)))
+    assert found.class_ids.tolist() == [2, 0, 1]
+
+
+def test_a_thing_of_exactly_the_score_threshold_is_kept():
+    asked = sure(1, height=2.0), planes((0, 0, 4, 4))
+    score = things(*asked).scores[0]
+    assert len(things(*asked, score_threshold=float(score)).scores) == 1
+    assert len(things(*asked, score_threshold=float(np.nextafter(score, np.float32(1)))).scores) == 0
+
+
+def test_the_score_is_the_class_probability_times_the_mean_inside_the_mask():
+    masks = planes((0, 0, 4, 4))
+    masks[0, 0, 0, :4], masks[0, 0, 20, 20] = math.log(0.6 / 0.4), math.log(0.4 / 0.6)  # one pixel is outside
+    found = things(sure(1, height=math.log(6)), masks)
+    assert found.scores == pytest.approx([6 / 9 * (12 + 4 * 0.6) / 16], rel=1e-6) and found.masks.sum() == 16
+
+
+@pytest.mark.parametrize(("columns", "present"), [(3, False), (4, True)])
+def test_a_thing_of_exactly_the_least_area_is_kept(columns, present):
+    found = things(sure(1), planes((0, 0, 4, columns)), min_area=4096)  # of 512 x 512: 16 pixels here
+    assert len(found.masks) == present
+
+
+def test_a_thing_of_one_pixel_is_one_and_an_empty_mask_is_none():
+    found = things(sure(1, 2), planes((31, 31, 32, 32), None))
+    assert found.class_ids.tolist() == [1] and np.argwhere(found.masks[0]).tolist() == [[31, 31]]
+    half = torch.zeros(1, 1, SIZE, SIZE)  # a probability of one half is not inside
+    assert len(things(sure(1), half).masks) == 0
+
+
+def test_every_query_may_be_a_thing_but_no_more_than_a_hundred():
+    masks = torch.full((1, 120, SIZE, SIZE), OFF)
+    for n in range(120):
+        masks[0, n, n // SIZE * 2, n % SIZE] = ON
+    assert len(things(sure(*[1] * 120), masks).masks) == instance.MOST_INSTANCES == 100
+    assert len(things(sure(*[1] * 99), masks[:, :99]).masks) == 99
+    unsure = torch.tensor([[[1.0, 0.9, 0.8, 0.0]]])  # one query is one thing, however many classes it may be
+    assert things(unsure, planes((0, 0, 4, 4)), overlap_threshold=1.0).class_ids.tolist() == [0]
+
+
 # ---- open vocabulary
 
 
@@ -181,6 +280,39 @@ def test_words_are_numbered_in_their_order():
     )  # the surer word keeps what both claim
     assert label.labels[27, 27] == 0 and label.confidence[27, 27] > 0.99
     assert label.confidence[15, 15] == pytest.approx(float(torch.tensor([0.0, 3.0, 0.0]).softmax(-1)[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize(("columns", "present"), [(3, False), (4, True)])
+def test_a_word_of_exactly_the_least_area_is_kept(columns, present):
+    config = upstream("open-vocabulary", min_area=4096, score_threshold=0.0)  # of 512 x 512: 16 pixels here
+    (label,) = open_vocabulary.postprocess(raw(word_logits(20), planes((0, 0, 4, columns))[:, :, None]), config, SIZE)
+    assert (label.labels == 1).sum() == (16 if present else 0)
+
+
+def test_a_word_of_one_pixel_is_found_and_an_empty_mask_is_none():
+    config = upstream("open-vocabulary", min_area=0, score_threshold=0.0)
+    masks = planes((31, 0, 32, 1), None)[:, :, None]
+    (label,) = open_vocabulary.postprocess(raw(word_logits(20, 20), masks), config, SIZE)
+    assert label.labels[31, 0] == 1 and label.labels.sum() == 1
+
+
+def test_a_word_of_exactly_the_score_threshold_is_kept():
+    logits, masks = word_logits(2), planes((0, 0, 8, 8))[:, :, None]
+    (score,) = open_vocabulary.best_query(logits, masks)[0][0].numpy()
+    for threshold, pixels in ((score, 64), (np.nextafter(score, np.float32(1)), 0)):
+        config = upstream("open-vocabulary", min_area=0, score_threshold=float(threshold))
+        (label,) = open_vocabulary.postprocess(raw(logits, masks), config, SIZE)
+        assert label.labels.sum() == pixels
+
+
+def test_the_query_that_answers_a_word_best_is_the_surest_inside_its_mask():
+    logits = torch.tensor([[[[0.0, 1.0, 0.0], [0.0, 2.0, 0.0], [0.0, 1.9, 0.0]]]])  # one word, three queries
+    masks = planes((0, 0, 4, 4), (8, 8, 12, 12), (16, 16, 20, 20))[:, None]
+    masks[0, 0, 1, 8:12, 8:12] = math.log(0.6 / 0.4)  # probable, but nowhere sure where
+    scores, probability, mask = open_vocabulary.best_query(logits, masks)
+    assert mask[0, 0, 17, 17] == ON and mask[0, 0, 9, 9] == OFF
+    expected = math.exp(1.9) / (2 + math.exp(1.9))
+    assert float(probability) == pytest.approx(expected) and float(scores) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_word_asked_twice_goes_to_the_first():
@@ -282,6 +414,74 @@ def test_joints_at_the_border_flat_and_absent():
     assert np.isfinite(found.points).all() and (found.points[..., 2] >= 0).all()
     assert found.visibility.tolist() == [[2, 2, 0, 1]]
     assert found.scores[0] == pytest.approx((1 + 0.5) / 2)
+
+
+def test_a_joint_is_seen_from_the_threshold_and_guessed_from_half_of_it():
+    heights = (0.3, 0.29, 0.15, 0.149, 0.0)
+    config = upstream("heatmap", joints=tuple("abcde"), score_threshold=0.3)
+    maps = torch.tensor(heights).view(1, 5, 1, 1).expand(1, 5, 16, 16)
+    (found,) = pose.postprocess({"heatmaps": maps}, config, 128)
+    assert found.visibility.tolist() == [[2, 1, 1, 0, 0]] and found.scores == pytest.approx([0.3])
+
+
+def test_a_person_scores_the_mean_of_the_joints_that_are_seen():
+    config = upstream("heatmap", joints=tuple("abc"), score_threshold=0.5)
+    maps = torch.tensor([0.9, 0.5, 0.4]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    (found,) = pose.postprocess({"heatmaps": maps}, config, 128)
+    assert found.scores == pytest.approx([0.7]) and found.points[0, :, 2] == pytest.approx([0.9, 0.5, 0.4])
+
+
+def test_scores_stay_within_zero_and_one():
+    config = upstream("heatmap", joints=("a", "b"), score_threshold=0.5)
+    maps = torch.tensor([1.5, -0.5]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
+    (found,) = pose.postprocess({"heatmaps": maps}, config, 128)
+    assert found.points[0, :, 2].tolist() == [1.0, 0.0] and found.visibility.tolist() == [[2, 0]]
+
+
+def test_a_joint_leaves_its_cell_by_half_of_one_at_most():
+    """A narrow ridge across the cells has its fitted top far away."""
+    logarithms = torch.tensor([[-0.1, -1.0, -2.9], [-1.0, 0.0, -0.5], [-2.9, -0.5, -0.1]])
+    maps = torch.full((1, 1, 16, 16), 1e-4)
+    maps[0, 0, 6:9, 3:6] = logarithms.exp()  # the highest cell is column 4, row 7
+    _, places = pose.summit(maps)
+    assert places.tolist() == [[[4.5, 7.5]]]
+    _, mirrored = pose.summit(maps.flip(2, 3))
+    assert mirrored.tolist() == [[[10.5, 7.5]]]
+
+
+@pytest.mark.parametrize(("column", "is_moved"), [(0, False), (1, True), (14, True), (15, False)])
+@pytest.mark.parametrize("is_upright", [False, True])
+def test_a_joint_in_the_outermost_cells_stays_in_their_middle(column, is_moved, is_upright):
+    place = (column + 0.2, 7.2)
+    _, places = pose.summit(bumps(place[::-1] if is_upright else place))
+    found = places[0, 0].tolist()[::-1] if is_upright else places[0, 0].tolist()
+    assert found == pytest.approx(place if is_moved else (column, 7), abs=1e-3)
+
+
+def test_a_joint_between_cells_is_found_along_a_slant():
+    """A slanted hill, whose sides say less about each axis than about both."""
+    axis = torch.arange(16.0)
+    dx, dy = axis - 6.3, (axis - 8.25)[:, None]
+    maps = torch.exp(-(0.3 * dx**2 + 0.2 * dy**2 + 0.15 * dx * dy))[None, None]
+    _, places = pose.summit(maps)
+    assert places[0, 0].tolist() == pytest.approx([6.3, 8.25], abs=1e-3)
+
+
+def test_a_map_too_faint_to_have_a_shape_is_not_fitted():
+    height, places = pose.summit(bumps((5.3, 7.8)) * 1e-6)
+    assert places.tolist() == [[[5.0, 8.0]]] and float(height) <= 1e-6
+
+
+def test_a_joint_of_bins_is_the_mean_near_the_largest_of_them():
+    logits = torch.full((1, 1, 64), -math.inf)
+    logits[0, 0, [20, 23, 24]] = torch.tensor([0.5, 0.3, 0.2]).log()  # three bins away belong to it, four do not
+    mass, places = pose.mean_bin(logits)
+    assert float(mass) == pytest.approx(0.8) and float(places) == pytest.approx((20 * 0.5 + 23 * 0.3) / 0.8)
+    sure_x = torch.full((1, 1, 64), -math.inf)
+    sure_x[0, 0, 3] = 0.0
+    for x, y in ((logits, sure_x), (sure_x, logits)):
+        found = pose.joints({"x": x, "y": y}, 64)
+        assert float(found[0, 0, 2]) == pytest.approx(0.8)  # the less sure of both axes
 
 
 def test_no_person():

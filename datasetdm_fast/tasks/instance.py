@@ -19,12 +19,12 @@ NOTHING = 1e-6  # pixels added to an area before dividing by it
 
 
 def candidates(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, class and score [B, k] of the k most probable pairs of query and class; score = probability times mean
-    mask probability inside the mask.
+    """Query, class and score [B, k] of the k most probable pairs of query and class, of equal ones the earlier first;
+    score = probability times mean mask probability inside the mask.
     """
     probability = class_logits.softmax(-1)[..., :-1]
     classes = probability.shape[-1]
-    best, flat = probability.flatten(1).topk(min(count, probability[0].numel()), sorted=False)
+    best, flat = (values[:, :count] for values in probability.flatten(1).sort(dim=1, descending=True, stable=True))
     queries = flat // classes
     inside = mask_logits > 0
     mean = (mask_logits.sigmoid() * inside).sum((2, 3)) / (inside.sum((2, 3)) + NOTHING)
