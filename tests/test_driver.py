@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,12 +7,13 @@ import torch
 from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast.config import TASKS, RunConfig
-from datasetdm_fast.data import Batch, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.generation import driver, job, run
 from datasetdm_fast.generation.recipe import capture_call, make_recipe
 from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.scenes import world
 
 
@@ -156,6 +158,62 @@ def test_words_are_encoded_once_a_run_and_each_image_is_asked_its_own():
     words = [{1 + world.THINGS.index(word) for word in request.classes} for request in asked]
     assert all(seen <= named for seen, named in zip(numbers, words, strict=True)) and numbers[0] and numbers[2]
     assert found[0].annotations["open-vocabulary"].classes == ("background", *world.THINGS)
+
+
+def test_a_batch_asks_each_image_for_its_own_words_alone():
+    """Images that name fewer words than their neighbours are padded with their own last one."""
+    asked = [
+        Request(0, "a cone", 0, ("cone",)),
+        Request(1, "a ball, a tree and a cube", 1, ("ball", "tree", "cube")),
+        Request(2, "nothing", 2),
+    ]
+    together, alone = (samples(StubEngine(), asked, size, tasks=("open-vocabulary",)) for size in (3, 1))
+    for one, other in zip(together, alone, strict=True):
+        maps = [sample.annotations["open-vocabulary"].labels for sample in (one, other)]
+        assert (maps[0] == maps[1]).all()
+        assert set(np.unique(maps[0])) <= {0, *(1 + world.THINGS.index(word) for word in one.request.classes)}
+    assert together[0].annotations["open-vocabulary"].labels.any()
+    table = driver.WordTable(StubEngine(), ("ball", "cone"))
+    assert [len(table.of(asked[:1] * 2)[0]), len(table.of([asked[2]])[0])] == [1, 1]
+
+
+def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():
+    engine, asked = StubEngine(), requests("a ball", "a tree")
+    for guidance in (1.0, 3.5):
+        recipe = make_recipe(engine, ("depth",), steps=6, guidance=guidance)
+        context = torch.cat([engine.encode_text(["", ""]), engine.encode_text([request.prompt for request in asked])])
+        state = walk.start(torch.stack([times.initial_noise(request.seed, 4, 8, 8) for request in asked]))
+        for call, timestep in enumerate(recipe.schedule.timesteps):
+            output = walk.guide(engine.denoise(state.latents, timestep, context), guidance)
+            state = walk.step(recipe.schedule, call, state, output)
+        calls = iter(recipe.schedule.timesteps)
+        made = driver.BatchGenerator(engine, recipe, partial(next, calls)).sample(Batch(0, tuple(asked), 0))
+        torch.testing.assert_close(made.latents, state.latents, rtol=1e-5, atol=1e-5)
+        assert next(calls, None) is None  # every UNet call was told of, and no other
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (3, 1, 1)])
+def test_one_value_that_is_not_finite_is_enough(place):
+    values = torch.ones(3, 4, 2, 2)
+    values[1][place] = float("nan")
+    assert driver.is_finite(values).tolist() == [True, False, True]
+    sound = torch.ones(3, 4, 2, 2)
+    for features, maps in (
+        (((sound, values),), ((sound,),)),
+        (((sound,), (values,)), ((sound,),)),
+        (((sound,),), ((values, sound),)),
+    ):
+        assert driver.capture_is_finite(Capture(features, maps)).tolist() == [True, False, True]
+    sums = ProjectedCapture((sound, values), {})
+    assert driver.capture_is_finite(sums).tolist() == [True, False, True]
+
+
+def test_the_first_engine_is_asked_again_for_nothing_where_all_is_finite():
+    class Never(StubEngine):
+        def fp32_fallback(self):
+            raise AssertionError("every sample was finite")
+
+    assert all(type(result) is Sample for result in samples(Never(), requests("a ball", "a tree")))
 
 
 def test_renumbered_maps_speak_of_the_words_of_the_run():

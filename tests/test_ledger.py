@@ -16,7 +16,7 @@ from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.document import check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row, canonical
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
 
@@ -56,6 +56,73 @@ def test_a_commit_is_all_or_nothing(tmp_path):
         with pytest.raises(sqlite3.IntegrityError):
             ledger.commit([Row(Request(0, "a", 0), {}), Row(Request(1, "b", 1), {}, status="lost")])
         assert ledger.count() == 0
+
+
+def row(index, **changes):
+    return Row(Request(index, "a ball", index), {}, **changes)
+
+
+def test_a_later_row_takes_the_place_of_an_earlier(tmp_path):
+    """As where a sample that was set aside is made after all."""
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.commit([row(1, status=SET_ASIDE, reason="NaN"), row(0)])
+        assert (ledger.count(), ledger.count(SET_ASIDE), ledger.indices(SET_ASIDE)) == (1, 1, [1])
+        ledger.commit([row(1)])
+        assert (ledger.count(), ledger.count(SET_ASIDE), ledger.indices()) == (2, 0, [0, 1])
+        assert ledger.row(1) == row(1) and [found.request.index for found in ledger.rows()] == [0, 1]
+
+
+def test_a_range_of_the_ledger_begins_with_its_first_and_ends_before_its_last(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.commit([row(2), row(3, status=SET_ASIDE), row(4), row(7)])
+        assert ledger.within(3, 7) == {3, 4} and ledger.within(7, 7) == set() and ledger.within(0, 100) == {2, 3, 4, 7}
+
+
+def test_a_commit_makes_the_index_files_out_of_date_and_nothing_else(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.note("indexed", "a"), ledger.note("other", "b"), ledger.note("other", "c")
+        ledger.commit([row(0)])
+        assert ledger.noted("indexed") is None and ledger.noted("other") == "c" and ledger.damage() == []
+
+
+def test_a_ledger_is_not_settled_while_it_is_read(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.commit([row(k) for k in range(50)])
+        with Ledger(tmp_path / "ledger.sqlite", read_only=True) as reader:
+            reading = reader.rows()
+            next(reading)
+            ledger.commit([row(50)])
+            ledger._connection.execute("PRAGMA busy_timeout=100")  # in place of thirty seconds
+            assert not ledger.settle()
+            assert len(list(reading)) == 49
+        assert ledger.settle() and ledger.count() == 51
+
+
+def test_one_value_has_one_spelling():
+    assert canonical({"b": 1, "a": [1, "é"]}) == canonical({"a": (1, "é"), "b": 1}) == '{"a":[1,"é"],"b":1}'
+    with pytest.raises(ValueError):
+        canonical(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("files", '{"image":{"path":"../../etc/passwd","sha256":"","bytes":1}}'),
+        ("files", '{"image":{"path":"/etc/passwd","sha256":"","bytes":1}}'),
+        ("files", '{"image":{"sha256":"","bytes":1}}'),
+        ("files", "[]"),
+        ("labels", "[]"),
+        ("recipe", "nothing"),
+        ("classes", "7"),
+        ("prompt", b"bytes"),
+    ],
+)
+def test_a_row_of_another_form_is_refused_by_its_number(tmp_path, column, value):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.commit([row(3)])
+        ledger._connection.execute(f"UPDATE samples SET {column} = ?", (value,))
+        with pytest.raises(Refused, match="the row of sample 3 is damaged"):
+            ledger.row(3)
 
 
 def test_ledger_survives_power_loss_settings(tmp_path):
@@ -174,6 +241,38 @@ def test_samples_file_names_every_file_with_its_digest(run_path):
                 storage.sha256_of(run_path / file["path"]) == file["sha256"]
                 and (run_path / file["path"]).stat().st_size == file["bytes"]
             )
+
+
+def test_index_files_hold_the_records_of_their_own_samples(run_path):
+    lines = [json.loads(line) for line in (run_path / "samples.jsonl").read_text().splitlines()]
+    for name, task in (("instances.json", "instance"), ("keypoints.json", "pose")):
+        document = json.loads((run_path / name).read_text())
+        numbers = [item["id"] for item in document["annotations"]]
+        assert numbers == list(range(1, len(numbers) + 1))  # pycocotools takes 0 for no match
+        owners = [item["image_id"] for item in document["annotations"]]
+        assert owners == sorted(owners)
+        assert [line["labels"][task] for line in lines] == [owners.count(k) for k in range(12)]
+        assert all(item["iscrowd"] == 0 and item["category_id"] >= 1 for item in document["annotations"])
+        assert [item["id"] for item in document["images"]] == list(range(12))
+        assert all((run_path / item["file_name"]).is_file() for item in document["images"])
+        assert {(item["width"], item["height"]) for item in document["images"]} == {(64, 64)}
+        assert [category["id"] for category in document["categories"]] == list(
+            range(1, len(document["categories"]) + 1)
+        )
+    with open_run(run_path) as run:
+        made = [len(sample.instances.masks) for sample in run]
+    assert made == [line["labels"]["instance"] for line in lines] and sum(made) > 12
+
+
+def test_the_card_counts_what_is_there(tmp_path):
+    with RunFolder(tmp_path / "run", document(5)) as folder:
+        folder.add([rendered(0), rendered(1), SetAside(Request(2, "a ball", 2), "NaN")], {})
+        folder.rebuild()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card.count("2 of 5 images of 64×64 pixels") == 1 and "not finite: `00000002`." in card
+    made = [len(rendered(k).annotations["instance"].masks) for k in range(2)]
+    counts = [int(line.split("|")[3]) for line in card.split("## Instances")[1].split("\n\n")[1].splitlines()[2:]]
+    assert sum(counts) == sum(made) and "`seed" not in card and card.index("## Semantic") < card.index("## Instances")
 
 
 def test_card_quotes_no_foreign_markup(tmp_path):

@@ -1,0 +1,226 @@
+"""The faults that mutants.py plants: code of a file, what replaces it, and the harm it would do."""
+
+from mutants import Mutant
+
+# file -> the tests that cover it, and (code, what replaces it, the harm)
+_BY_FILE = {
+    "generation/driver.py": (
+        "test_driver.py test_tasks.py",
+        (
+            "call == recipe.capture_call",
+            "call == recipe.capture_call - 1 or call == recipe.capture_call == 0",
+            "labels are read a call too early",
+        ),
+        ("len(label.classes) - 1", "len(label.classes) - 2", "the last word of a prompt is never found"),
+        ("[places[-1]] * (slots", "[0] * (slots", "an image shows words that its neighbour's prompt names"),
+        ("first = first & other", "first = first | other", "an image with a NaN label is kept"),
+        (".flatten(1).all(1)", ".flatten(1).any(1)", "an image with one NaN pixel is kept"),
+        ("if not flags[b]]", "if not flags[0]]", "one broken image sets its whole batch aside"),
+        ("again(*both) if isinstance(both[0], SetAside) else both[0]", "both[1]", "sound images are replaced too"),
+        ("if not config.has_text: raw", "if config.has_text: raw", "classes a prompt does not name are found"),
+        (
+            "times.initial_noise(request.seed, 4, side, side) for request in requests",
+            "times.initial_noise(request.index, 4, side, side) for request in requests",
+            "the seed decides nothing",
+        ),
+        ("recipe.guidance, noise", "1.0, noise", "guidance is not applied"),
+    ),
+    "run_folder/ledger.py": (
+        "test_ledger.py",
+        ("INSERT OR REPLACE INTO samples", "INSERT OR IGNORE INTO samples", "a sample set aside can never be made"),
+        ("if kind is None:", "if True:", "half of a batch is committed"),
+        ('"index" < ?', '"index" <= ?', "the first sample of the next batch is never made"),
+        ("sort_keys=True", "sort_keys=False", "equal runs differ in bytes"),
+        ("allow_nan=False", "allow_nan=True", "files that no JSON reader takes"),
+        ('documents.check_inside(file["path"])', 'file["path"]', "a foreign ledger names files outside its folder"),
+        ('if line != "ok"', 'if line == "ok"', "damage is not found"),
+    ),
+    "run_folder/indexes/coco.py": (
+        "test_ledger.py",
+        ("number = 0", "number = -1", "pycocotools ignores the first annotation"),
+        ('"image_id": row.request.index', '"image_id": number', "annotations of another image"),
+        ('"" if k == 0 else ","', '"" if k <= 1 else ","', "files that no JSON reader takes"),
+    ),
+    "run_folder/indexes/samples.py": (
+        "test_ledger.py",
+        ("len(record) if isinstance(record, list) else record", "record", "every mask stands there twice"),
+    ),
+    "run_folder/indexes/card.py": (
+        "test_ledger.py",
+        ("ledger.count()", "document['plan']['number']", "the card claims samples that are not there"),
+        ('.replace("`", "\'")', "", "a model's name breaks out of its quotes"),
+    ),
+    "sampling/walk.py": (
+        "test_sampling.py test_guided_step.py",
+        ("without + guidance *", "with_text + guidance *", "stronger guidance than asked for"),
+        ("(newest - 1) % slots", "(newest + 1) % slots", "earlier outputs in the wrong order"),
+        (
+            "entries[: schedule.memory] if update.is_kept else state.history",
+            "entries[: schedule.memory]",
+            "PLMS drifts",
+        ),
+        ("self.origin if self.schedule", "self.latents if self.schedule", "the warm-up of PLMS starts twice"),
+    ),
+    "sampling/multistep.py": (
+        "test_sampling.py",
+        ("min(k, 4) if k else 1", "min(k, 3) if k else 1", "a lower order than PLMS has"),
+        ("37 / 24", "-37 / 24", "a wrong coefficient of Adams and Bashforth"),
+        ("values[t - stride] if t >= stride", "values[t - stride] if t > stride", "the last step goes elsewhere"),
+    ),
+    "sampling/ddim.py": (
+        "test_sampling.py",
+        ("if time >= stride", "if time > stride", "the last step goes elsewhere"),
+        ('"set_alpha_to_one", True', '"set_alpha_to_one", False', "another default than that of diffusers"),
+    ),
+    "sampling/dpm_solver.py": (
+        "test_sampling.py",
+        ("0.5 * h /", "h /", "the second order is counted twice"),
+        ("if k == len(times) - 1", "if k == len(times)", "the last step does not end at a clean image"),
+    ),
+    "sampling/times.py": (
+        "test_sampling.py",
+        ("times.max() >= count", "times.max() > count", "a timestep the model was never trained at"),
+        ("np.linspace(0, count - 1, steps).round()", "np.linspace(0, count - 1, steps)", "timesteps off by one"),
+    ),
+    "sampling/__init__.py": (
+        "test_sampling.py",
+        ("steps <= len(alphas)", "steps < len(alphas)", "the largest number of steps is refused"),
+    ),
+    "models/capture.py": (
+        "test_models.py",
+        (
+            "probabilities(q.chunk(2)[1], k.chunk(2)[1])",
+            "probabilities(q.chunk(2)[0], k.chunk(2)[0])",
+            "empty prompt's maps",
+        ),
+        ("self.sums[level].add_(projected.flatten(0, 1))", "pass", "attention maps count for nothing"),
+        ("plain_q, plain_k, plain_v), output", "q, k, v), output", "the halves of guidance are the same"),
+        ("start = stop", "start = 0", "decoders read each other's sums"),
+    ),
+    "tasks/instance.py": (
+        "test_tasks.py",
+        ("iou > threshold", "iou >= threshold", "neighbours that touch the limit are dropped"),
+        (
+            "scores.sort(dim=1, descending=True, stable=True)",
+            "scores.sort(dim=1, descending=True)",
+            "files that differ by device",
+        ),
+        (">= max(1, scaled_area", "> max(1, scaled_area", "things of one pixel vanish"),
+        (
+            "max(1, scaled_area(config.min_area, size))",
+            "scaled_area(config.min_area, size)",
+            "instances without a pixel",
+        ),
+        ("scores >= config.score_threshold", "scores > config.score_threshold", "a thing at the threshold is dropped"),
+        ("areas[:, None] - common", "areas[:, None]", "doubles are kept"),
+    ),
+    "tasks/pose.py": (
+        "test_tasks.py",
+        (
+            "score >= config.score_threshold / 2",
+            "score >= config.score_threshold / 4",
+            "joints that are not there are shown",
+        ),
+        ("step.clamp(-0.5, 0.5)", "step", "joints fly out of their cell"),
+        ("(places > 0) & (places < sides - 1)", "(places > 0) & (places < sides)", "joints at the border are moved"),
+        ("(places + 0.5) *", "places *", "joints half a cell off"),
+        ("torch.minimum(sure_x, sure_y)", "torch.maximum(sure_x, sure_y)", "joints surer than they are"),
+        ("(score * is_sure).sum(1)", "score.sum(1)", "hidden joints raise a person's score"),
+    ),
+    "tasks/semantic.py": (
+        "test_tasks.py",
+        (".sum((2, 3)) < min_area", ".sum((2, 3)) <= min_area", "classes of exactly the least area vanish"),
+        ("is_small[:, 0] = False", "pass", "the background vanishes"),
+    ),
+    "tasks/open_vocabulary.py": (
+        "test_tasks.py",
+        ("winner + 1", "winner", "words are numbered one too low"),
+        ("(probability * is_there)", "probability", "words below the threshold are found"),
+    ),
+    "tasks/captions.py": (
+        "test_tasks.py",
+        ("logits[..., -1:]], -1)", "logits[..., -1:] * 0], -1)", "no query may answer with nothing"),
+    ),
+    "labels/semantic.py": (
+        "test_label_files.py",
+        ("* 255 + 0.5)", "* 255)", "confidences are rounded down"),
+        ("np.fmax(label.confidence, 0)", "np.maximum(label.confidence, 0)", "a NaN becomes any confidence"),
+        ("number >= classes and", "number > classes and", "a class that does not exist passes the audit"),
+    ),
+    "labels/instance.py": (
+        "test_label_files.py",
+        ("int(kind) + 1", "int(kind)", "categories are numbered one too low"),
+        ("rounded(score, 6)", "rounded(score, 3)", "scores that are equal in files only"),
+        ('0 <= item["score"] <= 1', '0 <= item["score"]', "an impossible score passes the audit"),
+    ),
+    "labels/pose.py": (
+        "test_label_files.py",
+        ("(visibility > 0).sum()", "(visibility > 1).sum()", "hidden joints are not counted"),
+        (") if v else (0, 0, 0)", ")", "joints that are not there have a place"),
+    ),
+    "labels/depth.py": (
+        "test_label_files.py",
+        ("np.rint(millimetres, out=millimetres)", "millimetres", "depths are rounded down"),
+    ),
+    "agreement/gates.py": (
+        "test_verify.py",
+        ("self.limit[0] and self.p99", "self.limit[0] or self.p99", "one bad sample of a hundred passes"),
+        ("max(gate, MARGIN * drift)", "MARGIN * drift", "a gate stricter than the reference's own drift"),
+        ("values.max(0).argmax()", "values.max(0).argmin()", "the page shows the best samples"),
+    ),
+    "agreement/distances.py": (
+        "test_verify.py",
+        ('nan_to_num(nan=float("inf"))', "nan_to_num(nan=0.0)", "an engine that gives NaN agrees"),
+    ),
+    "agreement/verify.py": (
+        "test_verify.py",
+        ('EXACT if dtype == "fp32" else ROUNDED', "ROUNDED", "an fp32 engine is judged as fp16"),
+        (
+            "range(0, len(requests), batch_size)",
+            "range(0, len(requests) - 1, batch_size)",
+            "the last sample is not compared",
+        ),
+    ),
+    "foreign/documents.py": (
+        "test_untrusted.py",
+        ('or ".." in parts', "", "files outside the folder are read"),
+        ("if member.filename in seen:", "if False:", "two readers see two archives"),
+        (
+            "stat.S_ISLNK(member.external_attr >> 16)",
+            "stat.S_ISLNK(member.external_attr)",
+            "a link leads out of an archive",
+        ),
+        ("len(value) < len(pairs)", "len(value) > len(pairs)", "two readers see two settings"),
+        ("_depth(value) > DEEPEST", "_depth(value) >= DEEPEST", "a file of exactly the depth is refused"),
+    ),
+    "foreign/images.py": (
+        "test_untrusted.py",
+        ("width * height > most_pixels", "width * height >= most_pixels", "a picture of exactly the size is refused"),
+        ('getattr(image, "n_frames", 1) > 1', 'getattr(image, "n_frames", 1) > 2', "an animation is read as an image"),
+    ),
+    "foreign/tensors.py": (
+        "test_untrusted.py",
+        ("begin != place", "begin > place", "tensors share bytes"),
+        ("place != size - 8 - length", "place > size - 8 - length", "bytes are hidden behind the tensors"),
+    ),
+    "foreign/onnx_graph.py": (
+        "test_untrusted.py",
+        ("found.st_nlink > 1", "found.st_nlink > 2", "a file linked from elsewhere is read"),
+        ("offset + length > found.st_size", "length > found.st_size", "a graph reads beyond its data"),
+        ("if operator in NATIVE", "if (domain, operator) in NATIVE", "a graph loads compiled code"),
+    ),
+    "workers/queue.py": (
+        "test_queue.py",
+        ("AND helper IS NULL", "", "one batch is made by everybody"),
+        ('"=" if is_fresh else ">"', '">" if is_fresh else "="', "failed batches come first"),
+        ("state != 'done'\", batch", "state != 'free'\", batch", "both who made a batch count it"),
+        ("WHERE state = 'taken' AND \"", 'WHERE "', "committed batches are made again"),
+        ("helper = NULL WHERE helper = ?", "helper = NULL WHERE owner = ?", "a batch waits for a helper that has left"),
+    ),
+}
+
+MUTANTS = tuple(
+    Mutant(f"datasetdm_fast/{file}", old, new, harm, tests)
+    for file, (tests, *faults) in _BY_FILE.items()
+    for old, new, harm in faults
+)

@@ -1,0 +1,211 @@
+"""What stands in label files at the edges of their ranges: rounding, saturation, one pixel, nothing at all."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.labels import LABEL_KINDS, kind
+from datasetdm_fast.labels import pose as pose_labels
+
+TABLES = {
+    "semantic": {"classes": ["wall", "ball"]},
+    "instance": {"classes": ["ball", "cone"], "size": [4, 4]},
+    "pose": {"joints": ["head", "neck", "hand"], "limbs": [[0, 1]]},
+    "depth": {"max_depth": 4.0},
+    "open-vocabulary": {"classes": ["background", "ball"]},
+}
+
+
+def encoded(task, label, labels=None):
+    """Pixels by role, and the record."""
+    files, record = LABEL_KINDS[task].encode(label, labels or {})
+    return {role: np.array(Image.open(io.BytesIO(content))) for role, content in files.items()}, record
+
+
+def found_wrong(task, pixels, record, side=4):
+    return list(LABEL_KINDS[task].check(record, pixels, TABLES[task], side))
+
+
+def semantic(labels, confidence=1.0):
+    labels = np.asarray(labels, np.uint8)
+    return SemanticMap(labels, np.broadcast_to(np.float32(confidence), labels.shape), ("wall", "ball"))
+
+
+@pytest.mark.parametrize(
+    ("confidence", "stored"),
+    [(0, 0), (0.0019, 0), (0.00197, 1), (0.498, 127), (0.5, 128), (0.9979, 254), (0.9981, 255), (1, 255)],
+)
+def test_a_confidence_is_rounded_to_the_nearest_of_256_levels(confidence, stored):
+    pixels, record = encoded("semantic", semantic(np.zeros((4, 4)), confidence))
+    assert (pixels["confidence"] == stored).all() and record["mean_confidence"] == round(stored / 255, 4)
+
+
+@pytest.mark.parametrize(("confidence", "stored"), [(-0.5, 0), (1.5, 255), (float("nan"), 0), (float("inf"), 255)])
+def test_a_confidence_outside_its_range_is_the_nearest_inside(confidence, stored):
+    assert (encoded("semantic", semantic(np.zeros((4, 4)), confidence))[0]["confidence"] == stored).all()
+
+
+def test_a_label_map_counts_every_number_it_holds():
+    labels = np.zeros((4, 4))
+    labels[3, 3], labels[0, :2] = 1, 255
+    pixels, record = encoded("semantic", semantic(labels))
+    assert record == {"pixels": {"0": 13, "1": 1, "255": 2}, "mean_confidence": 1.0}
+    assert found_wrong("semantic", pixels, record) == []  # 255 is ignored, and no class
+
+
+def test_a_number_beyond_the_classes_is_found():
+    for task, role in (("semantic", "semantic"), ("open-vocabulary", "open_vocabulary")):
+        for number, count in ((1, 0), (2, 1), (254, 1)):
+            labels = np.zeros((4, 4))
+            labels[0, 0] = number
+            pixels, record = encoded(task, semantic(labels))
+            wrong = found_wrong(task, pixels, record)
+            assert len(wrong) == count and (not count or f"the number {number}, but there are 2 classes" in wrong[0])
+            pixels[role] = 1 - pixels[role].clip(max=1)
+            assert "the ledger says" in found_wrong(task, pixels, record)[0]
+
+
+def test_a_confidence_map_that_was_exchanged_is_found():
+    pixels, record = encoded("semantic", semantic(np.zeros((4, 4)), 0.5))
+    pixels["confidence"] = pixels["confidence"] + 1
+    assert found_wrong("semantic", pixels, record) == ["the mean confidence is 0.5059, the ledger says 0.502"]
+
+
+def test_a_depth_is_stored_to_the_nearest_millimetre_and_saturates():
+    metres = np.array(
+        [[0.0004, 0.0006, 1.2344, 1.2346], [65.5349, 65.5351, 65.536, 1000], [-1, 0, 4, 2.5], [2, 2, 2, 2]]
+    )
+    pixels, record = encoded("depth", DepthMap(metres.astype(np.float32), 4.0))
+    assert pixels["depth"].tolist() == [
+        [0, 1, 1234, 1235],
+        [65535, 65535, 65535, 65535],
+        [0, 0, 4000, 2500],
+        [2000, 2000, 2000, 2000],
+    ]
+    assert record == {"min": 0.0, "mean": round(pixels["depth"].mean() / 1000, 3), "max": 65.535}
+    assert found_wrong("depth", pixels, record) == [] and found_wrong("depth", pixels, record | {"max": 65.534})
+    decoded = LABEL_KINDS["depth"].decode(pixels, record, TABLES["depth"])
+    assert decoded.metres.dtype == np.float32 and decoded.metres[0, 2] == np.float32(1.234) and decoded.max_depth == 4.0
+
+
+def instances(*boxes, scores=None, classes=None):
+    masks = np.zeros((len(boxes), 4, 4), bool)
+    for mask, (top, left, bottom, right) in zip(masks, boxes):
+        mask[top:bottom, left:right] = True
+    scores = np.array([0.5] * len(boxes) if scores is None else scores, np.float32)
+    return Instances(masks, np.array(classes or [0] * len(boxes), np.int64), scores, ("ball", "cone"))
+
+
+def test_an_instance_of_one_pixel_has_a_box_of_one_pixel():
+    _, (item,) = encoded("instance", instances((3, 2, 4, 3), classes=[1]))
+    assert (item["area"], item["bbox"], item["category_id"], item["score"]) == (1, [2.0, 3.0, 1.0, 1.0], 2, 0.5)
+    label = LABEL_KINDS["instance"].decode({}, [item], TABLES["instance"])
+    assert np.argwhere(label.masks[0]).tolist() == [[3, 2]] and label.class_ids.tolist() == [1]
+
+
+def test_an_image_without_instances_has_none_of_its_own_size():
+    _, record = encoded("instance", instances())
+    assert record == [] and LABEL_KINDS["instance"].decode({}, record, TABLES["instance"]).masks.shape == (0, 4, 4)
+
+
+def test_scores_are_stored_with_six_digits_and_coordinates_with_three():
+    _, (item,) = encoded("instance", instances((0, 0, 4, 4), scores=[0.12345678]))
+    assert item["score"] == 0.123457
+    assert kind.rounded(1.23449) == 1.234 and kind.rounded(1.2346) == 1.235 and str(kind.rounded(-0.0001)) == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"area": 3}, "the ledger says 3"),
+        ({"bbox": [0.0, 0.0, 2.0, 1.0]}, "the ledger says 4"),
+        ({"score": 0}, None),
+        ({"score": 1}, None),
+        ({"score": 1.0001}, "the score 1.0001"),
+        ({"score": -0.0001}, "the score -0.0001"),
+        ({"category_id": 0}, "the category 0"),
+        ({"category_id": 2}, None),
+        ({"category_id": 3}, "the category 3"),
+    ],
+)
+def test_a_record_of_an_instance_is_held_to_its_mask(changes, said):
+    _, (item,) = encoded("instance", instances((0, 0, 2, 2)))
+    wrong = found_wrong("instance", {}, [item | changes])
+    assert len(wrong) == bool(said) and all(said in line for line in wrong)
+    assert "mask 1 is [4, 4], expected [5, 5]" in found_wrong("instance", {}, [item, item], side=5)[1]
+
+
+def test_runs_that_could_be_shorter_are_found():
+    _, (item,) = encoded("instance", instances((0, 0, 4, 4)))
+    item["segmentation"] = {"size": [4, 4], "counts": [0, 4, 0, 12]}
+    assert found_wrong("instance", {}, [item]) == ["mask 0 is not written in the shortest way"]
+
+
+def person(*joints, visibility=(2, 2, 2), score=0.5):
+    points = np.array([[*joint, 0.25] for joint in joints], np.float32)[None]
+    return Keypoints(points, np.array([visibility]), np.array([score], np.float32), ("head", "neck", "hand"), ((0, 1),))
+
+
+def test_a_joint_that_is_not_seen_has_no_place_and_no_part_in_the_box():
+    label = person((1.2344, 2.0), (-0.0001, 3.5), (100, 100), visibility=(2, 1, 0), score=0.1234567)
+    _, (item,) = encoded("pose", label)
+    assert item["keypoints"] == [1.234, 2.0, 2, 0.0, 3.5, 1, 0, 0, 0] and item["num_keypoints"] == 2
+    assert item["bbox"] == [0.0, 2.0, 1.235, 1.5] and item["area"] == pytest.approx(1.852, abs=1e-3)
+    assert item["score"] == 0.123457 and item["keypoint_scores"] == [0.25] * 3
+    assert found_wrong("pose", {}, [item]) == []
+    _, (item,) = encoded("pose", person((1, 1), (2, 2), (3, 3), visibility=(0, 0, 0)))
+    assert item["num_keypoints"] == 0 and item["bbox"] == [0, 0, 0, 0] and item["area"] == 0
+    assert pose_labels.people([item], {}) == [] and found_wrong("pose", {}, [item]) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_keypoints": 2}, "joints, the ledger says 2"),
+        ({"bbox": [1.0, 1.0, 2.0, 2.0014]}, None),  # what rounding three digits may do
+        ({"bbox": [1.0, 1.0, 2.0, 2.002]}, "the ledger says [1.0, 1.0, 2.0, 2.002]"),
+        ({"bbox": [1.0, 1.0, 2.0, 1.998]}, "the ledger says [1.0, 1.0, 2.0, 1.998]"),
+        ({"area": 4.0074}, None),
+        ({"area": 4.0076}, "and 4.0076 pixels"),
+        ({"area": 3.9924}, "and 3.9924 pixels"),
+    ],
+)
+def test_a_record_of_a_person_is_held_to_its_joints(changes, said):
+    _, (item,) = encoded("pose", person((1, 1), (3, 2), (2, 3)))
+    wrong = found_wrong("pose", {}, [item | changes])
+    assert len(wrong) == bool(said) and all(said in line for line in wrong)
+
+
+# ---- distances of labels, which verify judges
+
+
+def test_instances_differ_by_what_their_masks_do_not_share():
+    distance = LABEL_KINDS["instance"].distance
+    whole, half = instances((0, 0, 4, 4)), instances((0, 0, 2, 4))
+    assert distance(whole, whole) == 0 and distance(half, whole) == 0.5 and distance(instances(), instances()) == 0
+    assert distance(instances(), whole) == distance(whole, instances()) == 1
+    assert distance(instances((0, 0, 4, 4), classes=[1]), whole) == 1
+    first, second = (0, 0, 2, 4), (2, 0, 4, 4)
+    assert distance(instances(second, first), instances(first, second)) == 0  # two of one class may change places
+    assert distance(instances(first, second), instances(first, first)) == 0
+    assert distance(instances(first, first), instances(first, second)) == 0.5
+
+
+def test_people_differ_by_the_mean_distance_of_their_joints():
+    distance = LABEL_KINDS["pose"].distance
+    here, there = person((1, 1), (2, 2), (3, 3)), person((1, 1), (2, 2), (6, 7))
+    nobody = Keypoints(here.points[:0], here.visibility[:0], here.scores[:0], here.joints, here.limbs)
+    assert distance(here, here) == 0 and distance(there, here) == pytest.approx(5 / 3)
+    assert distance(nobody, here) == distance(here, nobody) == float("inf") and distance(nobody, nobody) == 0
+
+
+def test_maps_differ_by_the_share_of_pixels_and_depths_by_their_relative_error():
+    labels = np.zeros((4, 4))
+    labels[0, 0] = 1
+    assert LABEL_KINDS["semantic"].distance(semantic(labels), semantic(np.zeros((4, 4)))) == 1 / 16
+    near, far = (DepthMap(np.full((4, 4), metres, np.float32), 4.0) for metres in (2, 1))
+    assert LABEL_KINDS["depth"].distance(near, far) == 1 and LABEL_KINDS["depth"].distance(far, near) == 0.5

@@ -1,0 +1,53 @@
+"""The list of planted faults stays true, and their run tells what is noticed from what is not."""
+
+import mutants
+import pytest
+from mutants import BROKEN, HERE, MISSED, NOTICED, Mutant, copied, outcome, planted
+from planted import MUTANTS
+
+MODULES = ("generation/driver", "run_folder/ledger", "run_folder/indexes/", "sampling/", "models/capture", "tasks/")
+MORE = ("labels/", "agreement/", "foreign/", "workers/queue")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}:{mutant.old}"[:100])
+def test_every_fault_can_be_planted(mutant):
+    planted((HERE / mutant.file).read_text(), mutant)
+    assert mutant.harm and all((HERE / "tests" / name).is_file() for name in mutant.tests.split())
+
+
+def test_there_are_faults_in_every_room_that_decides_a_sample():
+    assert len(MUTANTS) >= 60 and len(set(MUTANTS)) == len(MUTANTS)
+    for module in (*MODULES, *MORE):
+        assert any(mutant.file.startswith(f"datasetdm_fast/{module}") for mutant in MUTANTS), module
+
+
+def fault(old, new, tests="test_sums.py"):
+    return Mutant("sums.py", old, new, "a wrong sum", tests)
+
+
+@pytest.mark.parametrize("source", ["x = f(a, b)\n", "x = f(\n    a,  # first\n    b,\n)\n"])
+def test_code_is_found_whatever_its_layout(source):
+    assert planted(source, fault("f(a, b)", "f(b, a)")) == "x = f(b, a)\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"), [("g(a)", "g(b)", "0 times"), ("a", "b", "2 times"), ("f(a", "f((a)", "changes nothing")]
+)
+def test_a_fault_that_is_not_one_is_an_error(old, new, said):
+    with pytest.raises(ValueError, match=said):
+        planted("x = f(a)\ny = a\n", fault(old, new))
+
+
+def test_what_the_tests_say_of_a_fault(tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    (root / "tests").mkdir(parents=True)
+    (root / "sums.py").write_text("def total(a, b):\n    return a + b\n")
+    (root / "tests" / "test_sums.py").write_text("import sums\n\ndef test_total():\n    assert sums.total(2, 2) == 4\n")
+    copy = copied(root, tmp_path / "copy")
+    assert outcome(copy, fault("a + b", "a - b")) == NOTICED
+    assert outcome(copy, fault("a + b", "a * b")) == MISSED
+    assert outcome(copy, fault("def total", "def sum")) == NOTICED
+    assert outcome(copy, fault("def total(a, b)", "raise ValueError\ndef total(a, b)")) == BROKEN
+    monkeypatch.setattr(mutants, "LONGEST", 5)
+    assert outcome(copy, fault("return a + b", "while True: pass")) == mutants.HANGS
+    assert (copy / "sums.py").read_text() == (root / "sums.py").read_text()
