@@ -1,5 +1,5 @@
-"""Settings every test needs before torch is imported, the skip of GPU tests where there is no GPU, and figures at the
-end.
+"""Settings every test needs before torch is imported, the skip of GPU tests where there is no GPU, the failure of tests
+skipped for a reason that is not listed, and figures at the end.
 """
 
 import fcntl
@@ -16,6 +16,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest  # noqa: E402
+import skips  # noqa: E402
 
 from datasetdm_fast import _C  # noqa: E402
 
@@ -53,6 +54,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def fail_unlisted(report):
+    """A skip for a reason that is not listed as a failure; an expected failure is none."""
+    if report.skipped and not hasattr(report, "wasxfail") and not skips.is_listed(reason := report.longrepr[2]):
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid} is skipped for a reason that is not listed in tests/skips.py: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return fail_unlisted((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return fail_unlisted((yield))
 
 
 @pytest.fixture(autouse=True, scope="session")

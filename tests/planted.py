@@ -144,7 +144,11 @@ _BY_FILE = {
     "labels/semantic.py": (
         "test_label_files.py",
         ("* 255 + 0.5)", "* 255)", "confidences are rounded down"),
-        ("np.fmax(label.confidence, 0)", "np.maximum(label.confidence, 0)", "a NaN becomes any confidence"),
+        (
+            "np.minimum(np.fmax(label.confidence, 0), 1)",
+            "np.fmax(label.confidence, 0)",
+            "a high confidence becomes low",
+        ),
         ("number >= classes and", "number > classes and", "a class that does not exist passes the audit"),
     ),
     "labels/instance.py": (

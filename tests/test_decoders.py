@@ -4,7 +4,9 @@ training.
 
 import importlib
 import json
+import math
 import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -194,12 +196,32 @@ def normal_init(module, mean=0.0, std=1.0, bias=0.0):
     torch.nn.init.normal_(module.weight, mean, std)
 
 
+def rearrange(x, pattern, **lengths):
+    """What upstream's decoders ask of einops, which they are compared without: axes split, put in order and joined."""
+    given, wanted = (re.findall(r"\([^)]*\)|\w+", side) for side in pattern.split("->"))
+    for axes, length in zip(given, x.shape, strict=True):
+        names = axes.strip("()").split()
+        known = math.prod(lengths.get(name, 1) for name in names)
+        lengths |= {name: length // known for name in names if name not in lengths}
+    order = [name for axes in given for name in axes.strip("()").split()]
+    after = [name for axes in wanted for name in axes.strip("()").split()]
+    moved = x.reshape([lengths[name] for name in order]).permute([order.index(name) for name in after])
+    return moved.reshape([math.prod(lengths[name] for name in axes.strip("()").split()) for axes in wanted])
+
+
+def test_axes_are_rearranged_as_einops_does():
+    x = torch.arange(120).view(2, 3, 4, 5)
+    joined = rearrange(x, "b c h w -> b (h w) c")
+    assert (joined == x.permute(0, 2, 3, 1).reshape(2, 20, 3)).all()
+    assert (rearrange(joined, "b (h w) c -> b c h w", h=4) == x).all()
+    assert (rearrange(x, "b c h w-> b (c w) h") == x.permute(0, 1, 3, 2).reshape(2, 15, 4)).all()
+
+
 @pytest.fixture
 def upstream_classes(monkeypatch):
     checkout = os.environ.get("DATASETDM_UPSTREAM")
     if not checkout:
         pytest.skip("DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM")
-    pytest.importorskip("einops", reason="upstream's decoders compute with einops, which is not installed")
     outside = (
         "black",
         "mmcv",
@@ -216,6 +238,9 @@ def upstream_classes(monkeypatch):
         module.__path__ = []
         module.__getattr__ = lambda attribute: normal_init if attribute == "normal_init" else Anything()
         monkeypatch.setitem(sys.modules, name, module)
+    einops = types.ModuleType("einops")
+    einops.rearrange, einops.repeat = rearrange, Anything()
+    monkeypatch.setitem(sys.modules, "einops", einops)
     for name in ("model", "model.segment"):  # as bare folders: their __init__ imports more than the decoders need
         package = types.ModuleType(name)
         package.__path__ = [str(Path(checkout, *name.split(".")))]

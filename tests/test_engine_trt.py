@@ -419,6 +419,6 @@ def test_verify_passes_on_this_gpu(tmp_path, monkeypatch):
     try:
         flavours.require_gpu()
     except Missing as missing:
-        pytest.skip(missing.cause)
+        pytest.skip(f"TensorRT cannot run here: {missing.cause}")
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path))
     assert verify.main(["--engine", "trt", "--number", "4", "--steps", "6", "--quiet"]) == 0

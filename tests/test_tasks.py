@@ -550,6 +550,13 @@ def test_classes_a_prompt_does_not_name_are_ruled_out():
     assert captions.held_to(answers, free, prompts) is answers
 
 
+def test_what_is_not_ruled_out_is_answered_as_before():
+    config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"))
+    logits = torch.arange(16.0).view(2, 2, 4)
+    held = captions.held_to(raw(logits, planes(None)), config, ["a ball", "a street"])["pred_logits"]
+    assert held[0].tolist() == [[0, 1, -math.inf, 3], [4, 5, -math.inf, 7]] and (held[1] == logits[1]).all()
+
+
 def test_a_run_holds_its_labels_to_the_prompts():
     config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"), min_area=0)
     requests = [Request(k, prompt, k) for k, prompt in enumerate(("a ball", "a cone"))]

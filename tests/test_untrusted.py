@@ -15,6 +15,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images, onnx_graph
 from datasetdm_fast.foreign.tensors import MOST_TENSORS, check_safetensors
+from datasetdm_fast.labels.image_files import image_bytes
 
 
 @pytest.fixture
@@ -325,3 +326,32 @@ def test_what_the_exporter_writes_is_let_through(tmp_path):
         helper.make_model(graph), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
     )
     assert onnx_graph.check_onnx(tmp_path / "m.onnx") == [tmp_path / "m.data"]
+
+
+def test_limits_are_the_largest_that_is_read(tmp_path):
+    def nested(count):
+        return "[" * count + "]" * count
+
+    assert documents.parse_json(nested(documents.DEEPEST), "it") is not None
+    with pytest.raises(Refused, match="nested more than 32 deep"):
+        documents.parse_json(nested(documents.DEEPEST + 1), "it")
+    (tmp_path / "a.png").write_bytes(image_bytes(np.zeros((3, 5, 3), np.uint8), "png"))
+    assert images.read_image(tmp_path / "a.png", most_pixels=15).size == (5, 3)
+    with pytest.raises(Refused, match="5 x 3 pixels, at most 14 are decoded"):
+        images.read_image(tmp_path / "a.png", most_pixels=14)
+    assert documents.check_inside("a" * documents.LONGEST_NAME)
+    with pytest.raises(ValueError, match="no plain relative path"):
+        documents.check_inside("a" * (documents.LONGEST_NAME + 1))
+    assert documents.one_line("a" * 400) == "a" * 400 and documents.one_line("a" * 401) == "a" * 397 + "..."
+    assert documents.quoted("a" * 78) == repr("a" * 78) and documents.quoted("a" * 79) == "'" + "a" * 76 + "..."
+
+
+def test_data_of_a_graph_that_another_name_reaches_is_refused(tmp_path):
+    """A hard link looks like a file of its own, and is one of anywhere."""
+    (tmp_path / "elsewhere").write_bytes(bytes(8))
+    (tmp_path / "w").hardlink_to(tmp_path / "elsewhere")
+    (tmp_path / "graph.onnx").write_bytes(onnx_model(tensors=external("w")))
+    with pytest.raises(Refused, match="'w' is no file of its own"):
+        onnx_graph.check_onnx(tmp_path / "graph.onnx")
+    (tmp_path / "elsewhere").unlink()
+    assert onnx_graph.check_onnx(tmp_path / "graph.onnx") == [tmp_path / "w"]

@@ -1,0 +1,36 @@
+"""Why a test may be skipped: conftest.py turns a skip for any other reason into a failure."""
+
+# reason, as far as it is the same everywhere -> where it holds
+REASONS = {
+    "no CUDA device": "machines without a GPU; the same tests run where there is one",
+    "the extension was built without CUDA": "the same, where there is no CUDA compiler either",
+    "this machine has a GPU": "what is said where there is no GPU, on machines with one",
+    "a GPU is there": "the same",
+    "a CUDA device is there": "the same",
+    "this ONNX Runtime has the CUDA provider": "the same",
+    "the loopback device is down, and may not be brought up": "sandboxes without any network",
+    "root may look anywhere, and this namespace knows nobody else": "containers with one user",
+    "no compiler with AddressSanitizer": "machines without one",
+    "the fault library is preloaded as Linux does it": "other systems than Linux",
+    "memory is read from /proc": "the same",
+    "the library `datasets` is not installed": "until `make consumers` installs the libraries of our users",
+    "ray is not installed": "platforms without Ray",
+    "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",
+    "could not import 'onnx'": "environments without the extra `ort`",
+    "could not import 'onnxruntime'": "the same",
+    "could not import 'tensorrt_rtx'": "platforms without TensorRT-RTX",
+    "TensorRT-RTX is not installed": "the same",
+    "TensorRT cannot run here": "GPUs that the installed TensorRT does not know",
+    "kernels run in the interpreter where there is no GPU": "block sizes are measured on a GPU only",
+    "DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM": "a comparison with code that is not ours",
+    "the demo model is not trained yet": "checkouts without the demo model",
+    "the long form only": "`make soak` runs it",
+    "a measurement; set DATASETDM_LONG_TESTS=1": "`make soak` leaves it out, as it needs a quiet machine",
+    "takes a minute and 6 GB; set DATASETDM_LONG_TESTS=1": "the same",
+    "two minutes of CPU an image; DATASETDM_LONG_TESTS=1 runs it": "the same",
+}
+
+
+def is_listed(reason: str) -> bool:
+    """Whether a test may be skipped for this reason, as pytest reports it."""
+    return reason.removeprefix("Skipped: ").startswith(tuple(REASONS))
