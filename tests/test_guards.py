@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import sqlite3
 import sys
 import zipfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import proofs
 import pytest
+import torch
 from layouts import LAYOUTS
 from rendered import write_run
 
@@ -56,7 +56,8 @@ def run(command: str, *line: object, ends: int, says: str) -> Ending:
 
 
 def model(path: Path, says: str) -> Ending:
-    return run("generate", "--model", path, "--out", path.parent / "run", "--quiet", ends=BAD, says=says)
+    line = ["--model", path, "--prompts", "a ball", "--out", path.parent / "run", "--quiet"]
+    return run("generate", *line, ends=BAD, says=says)
 
 
 def archive(path: Path, *names: str) -> Path:
@@ -114,8 +115,8 @@ def _(folder: Path) -> Ending:
 
 @case("weights that hold together, of no model we know")
 def _(folder: Path) -> Ending:
-    (folder / "model.ckpt").write_bytes(pickle.dumps({}, protocol=2))
-    return model(folder / "model.ckpt", "model")
+    torch.save({"w": torch.zeros(2)}, folder / "model.ckpt")
+    return model(folder / "model.ckpt", "model: ")
 
 
 def data_set(folder: Path, name: str, spoil: Callable[[Path], None], says: str) -> Ending:
@@ -157,7 +158,7 @@ def _(folder: Path) -> Ending:
 def _(folder: Path) -> Ending:
     def spoil(data: Path) -> None:
         for file in data.rglob("*.json"):
-            file.write_text(file.read_text().replace('"name"', '"näme"')[:-40])
+            file.write_text('{"note": "ü", ' + file.read_text()[1:-40])
 
     return data_set(folder, "coco", spoil, "not readable as JSON")
 
