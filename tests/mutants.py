@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{said:14} {seconds:5.0f} s  {mutant.file.removeprefix('datasetdm_fast/'):28} {old}  ->  {new}", flush=True
         )
         if said in (MISSED, BROKEN):
-            print(f"{'':24}{mutant.harm}; {mutant.tests}", flush=True)
+            print(f"{'':24}{mutant.harm}; {mutant.tests[:90]}", flush=True)
     noticed = counts[NOTICED] + counts[HANGS]
     print(f"{noticed} of {len(mutants)} faults noticed in {time.monotonic() - begun:.0f} s")
     return int(counts[BROKEN] > 0 or noticed < LEAST_NOTICED * len(mutants))

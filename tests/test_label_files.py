@@ -56,6 +56,28 @@ def test_a_label_map_counts_every_number_it_holds():
     assert found_wrong("semantic", pixels, record) == []  # 255 is ignored, and no class
 
 
+def test_a_label_map_is_read_as_it_was_written():
+    labels = np.arange(16).reshape(4, 4) % 2
+    pixels, record = encoded("semantic", semantic(labels, 0.4))
+    label = LABEL_KINDS["semantic"].decode(pixels, record, TABLES["semantic"])
+    assert (label.labels == labels).all() and label.classes == ("wall", "ball")
+    assert label.confidence.dtype == np.float32 and (label.confidence == np.float32(102 / 255)).all()
+
+
+def test_a_map_shows_the_classes_that_fill_enough_of_it():
+    record = {"pixels": {"0": 10, "1": 5, "255": 9}}
+    shown = [list(LABEL_KINDS["semantic"].words(record, TABLES["semantic"], least)) for least in (5, 6, 11)]
+    assert shown == [["wall", "ball"], ["wall"], []]
+
+
+def test_the_card_tells_the_share_of_every_class():
+    card = LABEL_KINDS["semantic"].card
+    lines = "\n".join(card.section(TABLES["semantic"], card.count({"pixels": {"0": 3, "255": 1}}))).splitlines()
+    assert lines[0] == "## Semantic classes" and lines[2].startswith("| number | class |")
+    assert lines[4:6] == ["| 0 | wall | 75.00% |", "| 1 | ball | 0.00% |"]
+    assert list(card.section(TABLES["semantic"], {})) == []
+
+
 def test_a_number_beyond_the_classes_is_found():
     for task, role in (("semantic", "semantic"), ("open-vocabulary", "open_vocabulary")):
         for number, count in ((1, 0), (2, 1), (254, 1)):

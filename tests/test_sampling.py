@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
 
-from datasetdm_fast.config import SAMPLERS
+from datasetdm_fast.config import PROFILES, SAMPLERS
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.errors import Refused
@@ -145,6 +145,23 @@ def test_dpm_solver_is_diffusers_dpm_solver(prediction, steps, spacing):
 def test_spacing_defaults_to_that_of_diffusers():
     assert make_schedule(BETAS, "dpm-solver++", 20).timesteps[0] == 999
     assert make_schedule(BETAS, "ddim", 20).timesteps[0] == 950
+
+
+def test_settings_left_out_are_those_of_diffusers():
+    """A scheduler config may leave out spacing, offset and where the last step goes."""
+    ddim, pndm = DDIMScheduler(**BETAS, clip_sample=False), PNDMScheduler(**BETAS, skip_prk_steps=True)
+    for sampler, theirs, calls in (("ddim", ddim, 20), ("pndm", pndm, 21)):
+        theirs.set_timesteps(20)
+        compare(make_schedule(BETAS, sampler, 20, PROFILES[-1]), theirs, calls)
+
+
+def test_the_range_of_steps_is_the_training_steps():
+    assert make_schedule(BETAS, "ddim", 1000).timesteps == tuple(range(999, -1, -1))
+    assert make_schedule(BETAS, "ddim", 1).timesteps == (0,)
+    assert len(make_schedule(BETAS, "pndm", 2, PROFILES[-1])) == 3
+    with pytest.raises(Refused, match="1000 steps do not fit into 1000 training steps"):
+        make_schedule({**BETAS, "steps_offset": 1}, "ddim", 1000)
+    assert make_schedule({**BETAS, "steps_offset": 1}, "ddim", 500).timesteps[0] == 999
 
 
 def test_noise_is_drawn_per_image_from_its_seed():
