@@ -1,7 +1,7 @@
 # make venv   sets up .venv, once           make demo   16 labelled images and a page to look at them
 # make test   every test                    make lint   what the style asks for
 # make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end
-# make mutants  faults of one line planted into copies of this checkout: a quarter of an hour on two cores, 95 % are to be noticed
+# make mutants  90 planted faults, one at a time: a quarter of an hour on two cores; 95 % have to be noticed
 # Variables: PYTHON=python3.12, TORCH=torch==2.11.0 and PIP_FLAGS=... choose another interpreter, torch and pip options.
 # VENV=/path/of/environment TORCH= adds what is missing to an environment that has its own torch, as GPU machines do.
 PYTHON ?= python3

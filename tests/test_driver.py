@@ -173,8 +173,11 @@ def test_a_batch_asks_each_image_for_its_own_words_alone():
         assert (maps[0] == maps[1]).all()
         assert set(np.unique(maps[0])) <= {0, *(1 + world.THINGS.index(word) for word in one.request.classes)}
     assert together[0].annotations["open-vocabulary"].labels.any()
-    table = driver.WordTable(StubEngine(), ("ball", "cone"))
-    assert [len(table.of(asked[:1] * 2)[0]), len(table.of([asked[2]])[0])] == [1, 1]
+    table = driver.WordTable(StubEngine(), world.THINGS)
+    words = [[world.THINGS.index(word) for word in group] for group in (("cone",) * 3, ("ball", "tree", "cube"))]
+    first, second, third = table.of(asked)
+    assert (first == table.embeddings[words[0]]).all() and (second == table.embeddings[words[1]]).all()
+    assert (third == table.embeddings[[0, 0, 0]]).all() and table.of(asked[2:]).shape[:2] == (1, 1)
 
 
 def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():

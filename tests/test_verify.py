@@ -13,7 +13,7 @@ from datasetdm_fast.agreement.distances import (
     relative,
     teacher_forced_distances,
 )
-from datasetdm_fast.agreement.gates import EXACT, ROUNDED, judge
+from datasetdm_fast.agreement.gates import EXACT, ROUNDED, GateRow, judge
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoders, save_decoder
 from datasetdm_fast.decoders.config import upstream
@@ -81,6 +81,7 @@ def failed(verdict: verify.Verdict) -> set[str]:
 def test_the_fast_engine_agrees(engine, reference):
     verdict = judged(engine, reference)
     assert verdict.agrees, command.table(verdict)
+    assert [len(batch.images) for batch in (*verdict.truth, *verdict.found)] == [2, 1, 2, 1]  # every sample, once
     measures = {row.measure for row in verdict.rows}
     assert measures == {
         "weights",
@@ -207,6 +208,27 @@ def test_what_is_no_number_is_infinitely_far():
 def test_gates_give_way_to_the_references_own_drift():
     (row,) = judge({"call": np.full((4, 2), 0.02)}, ROUNDED, {"call": np.full((4, 2), 0.018)})
     assert row.is_passed and row.limit == pytest.approx((0.027, 0.04))
+
+
+def test_gates_are_never_stricter_than_without_a_drift():
+    (row,) = judge({"call": np.full((4, 2), 0.01)}, ROUNDED, {"call": np.full((4, 2), 1e-9)})
+    assert row.is_passed and row.limit == ROUNDED["call"] == (1e-2, 4e-2)
+
+
+@pytest.mark.parametrize(
+    ("median", "p99", "is_passed"), [(1, 2, True), (0, 0, True), (1.01, 2, False), (1, 2.01, False), (9, 9, False)]
+)
+def test_a_measure_passes_where_both_its_figures_reach_their_limits(median, p99, is_passed):
+    assert GateRow("call", median, p99, (1, 2), None, 0).is_passed == is_passed
+
+
+def test_one_bad_sample_of_a_hundred_is_found_and_named():
+    distances = np.zeros((3, 100))
+    distances[1, 70] = 1.0
+    (row,) = judge({"level low": distances}, EXACT, {})
+    assert (row.worst, row.median, row.p99) == (70, 0, 0)  # a hundredth of a hundredth may be rounding
+    (row,) = judge({"level low": distances[1:2]}, EXACT, {})
+    assert (row.worst, row.median, row.p99, row.is_passed) == (70, 0, 1, False) and row.limit == EXACT["level"]
 
 
 def test_distances_of_labels():
