@@ -13,7 +13,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.generation import driver
 from datasetdm_fast.labels import LABEL_KINDS, words
-from datasetdm_fast.tasks import TASKS, captions, instance, semantic
+from datasetdm_fast.tasks import TASKS, captions, instance, open_vocabulary, pose, semantic
 
 SIZE = 32
 ON, OFF = 20.0, -20.0  # logits of a sure pixel
