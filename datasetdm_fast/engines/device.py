@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from datasetdm_fast.errors import Missing, Refused
 
@@ -23,3 +24,8 @@ def resolve_device(name: str) -> torch.device:
             "use --device cpu or --device auto",
         )
     return device
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A value of the host on `device`; for a GPU the copy is queued behind its work, and the host goes on."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

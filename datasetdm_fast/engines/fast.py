@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engines.cuda_graph import StepGraph
-from datasetdm_fast.engines.device import resolve_device
+from datasetdm_fast.engines.device import resolve_device, to_device
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested
 from datasetdm_fast.errors import Missing, Refused
@@ -139,7 +139,7 @@ class FastEngine:
         ids = self.model.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.text_encoder(ids.to(self.device))
+        return self.text_encoder(to_device(ids, self.device))
 
     @torch.inference_mode()
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
@@ -208,7 +208,7 @@ class FastEngine:
         if (row := self._rows.get(float(timestep))) is None:
             if len(self._rows) >= TIMES:
                 self._rows.clear()
-            row = self.times(torch.tensor(float(timestep), device=self.device)).to(self.dtype)
+            row = self.times(torch.full((), float(timestep), device=self.device)).to(self.dtype)
             self._rows[float(timestep)] = row
         return row
 

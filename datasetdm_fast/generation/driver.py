@@ -77,6 +77,7 @@ class BatchGenerator:
         """The sampler loop, with the capture at one of its calls; on a GPU the host queues it without waiting."""
         import torch
 
+        from datasetdm_fast.engines.device import to_device
         from datasetdm_fast.sampling import times
         from datasetdm_fast.sampling.walk import SamplerState
 
@@ -86,7 +87,7 @@ class BatchGenerator:
         )
         side = recipe.size // FACTOR
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
-        state = SamplerState(recipe.schedule, recipe.guidance, noise.to(engine.device))
+        state = SamplerState(recipe.schedule, recipe.guidance, to_device(noise, engine.device))
 
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call == recipe.capture_call:
