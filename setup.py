@@ -19,7 +19,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.sdist import sdist
 
 FOLDERS = {"datasetdm_fast.kernels": "kernels", "datasetdm_fast.export": "export"}
-ARCHITECTURES = ("80", "90", "120")
+ARCHITECTURES = ("80", "90", "100", "103", "120")
 DATA = [
     "py.typed",
     "*.pyi",

@@ -14,6 +14,7 @@ from datasetdm_fast.errors import Refused
 # name -> (module with main(arguments) -> exit code, what it measures)
 BENCHES = {
     "gpu": ("bench.gpu", "the suite at full size on a GPU, in parts that can be continued"),
+    "rehearse": ("bench.rehearsal.command", "the CUDA path without a GPU: launches, order, lifetimes, and a budget"),
     "report": ("bench.report.report", "tables and charts of the pages from the newest result files"),
     "claims": ("bench.claims.run", "whether generated images help a small student: the papers' tables in small"),
     "epochs": ("bench.rows.epochs", "an epoch of training with stored captures against captures computed anew"),

@@ -95,6 +95,16 @@ def open_setting(
 
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
     """Decoders of upstream's form with seeded weights, as wide against the UNet as upstream's are, folded and not."""
+    trained = upstream_decoders(model)
+    for place in (0, 2):  # as initialised, the depth head gives the same depth everywhere and hides its inputs
+        weight, generator = trained["depth"].last_layer_depth[place].weight, torch.Generator().manual_seed(1)
+        torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
+    folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
+    return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}
+
+
+def upstream_decoders(model: Model) -> dict[str, Decoder]:
+    """Decoders of upstream's form for a model, as they are before any training."""
     width = max(16, 256 * model.unet.config.block_out_channels[0] // 320 // 16 * 16)
     sizes = {"levels": model.levels, "text_width": model.text_encoder.config.hidden_size, "width": width}
     sizes |= {"mask_dim": width, "depth_width": 4 * width, "feed_forward": 8 * width}
@@ -104,8 +114,4 @@ def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder
         for task, (kind, names) in SEEDED.items():
             config = checkpoint.upstream(kind, task=task, min_area=0, **sizes, **names)
             trained[task] = checkpoint.build_decoder(config)
-    for place in (0, 2):  # as initialised, the depth head gives the same depth everywhere and hides its inputs
-        weight, generator = trained["depth"].last_layer_depth[place].weight, torch.Generator().manual_seed(1)
-        torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
-    folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
-    return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}
+    return trained

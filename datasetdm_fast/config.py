@@ -132,7 +132,7 @@ class ModelSettings:
 @dataclass(frozen=True)
 class EngineSettings:
     engine: str = setting("auto", "engine that runs the networks", choices=ENGINE_NAMES)
-    dtype: str = setting("auto", "precision of the fast engines", choices=("auto", "fp32", "fp16", "bf16"))
+    dtype: str = setting("auto", "precision of the fast engines", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     device: str = setting("auto", "cpu, cuda or cuda:N", identity=False, metavar="DEVICE")
     threads: int = setting(0, "CPU threads, 0 = all cores", identity=False, metavar="N")
     compile: bool = setting(
@@ -247,6 +247,6 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     dtype: str = setting(
         "auto",
-        "precision of the fast engines; fp8 only with --engine trt (see export)",
-        choices=("auto", "fp32", "fp16", "bf16", "fp8"),
+        "precision of the fast engines; tf32 is fp32 with TF32 convolutions on a GPU, fp8 only with --engine trt",
+        choices=("auto", "fp32", "tf32", "fp16", "bf16", "fp8"),
     )

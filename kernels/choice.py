@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels import OPS, fused, native, plain, reference
-from datasetdm_fast.kernels.launch import triton
+from datasetdm_fast.kernels.launch import names_of
 
 FORM = {"reference": reference, "plain": plain, "native": native, "fused": fused}
 DEVICES = {
     "cpu": "a CPU",
     "untuned": "a GPU with Triton",
     "without triton": "a GPU without Triton",
-}  # a GPU's own name is another, where an op has a row for it
+}  # where an op has a row for them, the compute capability (sm_90) or the name of a GPU are others
 OF_THE_LOOP = ("guided_step",)  # fp32 whatever the networks are stored as
 BUDGETS = {
     torch.float32: 1e-5,
@@ -31,21 +31,15 @@ BUDGETS = {
 }  # relative L2 of a kernel's probe against fp32
 
 
-def form_on(op: str, device: str) -> str:
-    """The name of the form of `op` on one of DEVICES, or on the GPU of that name."""
+def form_on(op: str, *names: str) -> str:
+    """The name of the form of `op` on one of DEVICES, or on the GPU of these names, the first that has a row."""
     rows = getattr(OPS[op], "DEVICES", {})
-    return rows.get(device if device in rows or device in DEVICES else "untuned", "plain")
+    return next((rows[name] for name in names if name in rows), "plain")
 
 
 def chosen(op: str, device: torch.device) -> Callable:
     """The form of `op` that runs on `device`."""
-    return getattr(FORM[form_on(op, name_of(device))], op)
-
-
-def name_of(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    return "without triton" if triton is None else torch.cuda.get_device_name(device)
+    return getattr(FORM[form_on(op, *names_of(device))], op)
 
 
 def operations(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:

@@ -17,6 +17,7 @@ try:
 except ImportError:  # the plain forms need none
     triton = tl = None
 
+UNTUNED = "untuned"  # the rows for a GPU that nobody measured
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Triton decides at decoration, that is when the kernel files are imported.
@@ -74,8 +75,15 @@ def plane_strides(op: str, x: Tensor) -> tuple[int, int, int]:
 
 
 @cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "untuned"
+def names_of(device: torch.device) -> tuple[str, ...]:
+    """Under which names rows for a device may stand, of which the first that is there counts: what was measured on one
+    GPU serves every other of its compute capability, so that they round alike.
+    """
+    if device.type == "cpu":
+        return ("cpu",)
+    if triton is None:
+        return ("without triton",)
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)), torch.cuda.get_device_name(device), UNTUNED
 
 
 Blocks = dict[tuple[str, int], dict[str, int]]  # (kernel, bits of the storage type) -> block sizes, warps and stages
@@ -90,8 +98,9 @@ def block_sizes(
 
 
 def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor) -> dict[str, int]:
-    """Block sizes, warps and stages of one kernel for the dtype and device of `x`, of a file's BLOCKS: device name ->
-    rows, where a row that was measured stands under the name of the device it was measured on.
+    """Block sizes, warps and stages of one kernel for the dtype and device of `x`, of a file's BLOCKS: a name as in
+    `names_of` -> rows. The interpreter on a CPU takes those of a GPU that nobody measured.
     """
     row = (kernel, 8 * x.element_size())
-    return table.get(_device_name(x.device), {}).get(row) or table["untuned"][row]
+    names = (*names_of(x.device), UNTUNED)
+    return next(table[name][row] for name in names if row in table.get(name, {}))

@@ -31,7 +31,10 @@ FLOORS = {
     torch.bfloat16: 4e-3,
 }  # half a unit of the last place of the answer, a few in fp32
 # The interpreter truncates bf16 where hardware rounds, and its products of bf16 tiles are wrong.
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+# With a GPU every dtype is a test of it, so that `pytest -m gpu` runs the usual fp16, too; the interpreter has no bf16.
+ON_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
+DTYPES = [pytest.param(dtype, marks=ON_GPU) for dtype in (torch.float32, torch.float16)]
+DTYPES.append(pytest.param(torch.bfloat16, marks=pytest.mark.gpu))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [pytest.param(op, case, id=f"{name}-{case.reason}") for name, op in OPS.items() for case in op.cases()]
 KERNELS = [one for one in CASES if hasattr(one.values[0], "fused")]

@@ -102,8 +102,9 @@ def test_forms_by_device(monkeypatch):
     assert on_cpu.geglu is geglu.native and on_cpu.attention_capture is attention_capture.plain
     assert on_cpu.depth_head is depth_head.native
     monkeypatch.setitem(geglu.DEVICES, "Some GPU", "plain")
-    assert choice.form_on("geglu", "Some GPU") == "plain" and choice.form_on("layer_norm", "Some GPU") == "fused"
-    assert choice.form_on("geglu", "without triton") == "plain" == choice.form_on("attention", "Some GPU")
+    names = ("Some GPU", "untuned")
+    assert choice.form_on("geglu", *names) == "plain" and choice.form_on("layer_norm", *names) == "fused"
+    assert choice.form_on("geglu", "without triton") == "plain" == choice.form_on("attention", *names)
     for name, op in OPS.items():
         assert all(hasattr(choice.FORM[form], name) for form in getattr(op, "DEVICES", {}).values())
 

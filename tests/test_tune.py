@@ -2,6 +2,7 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,9 +58,12 @@ def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():
     rows = [form("fused", 1.0), form("plain", 2.0), form("fused", 1.0, "bf16"), form("plain", 2.0, "bf16")]
     assert tune.fastest(rows) == {"geglu": "fused"} and tune.fastest([*rows, form("fused", None)]) == {"geglu": "plain"}
     kernel = {"kernel": "geglu", "bits": 16, "sizes": SIZES, "before_s": 2.0, "after_s": 1.0}
-    document = {"machine": {"device": "Some GPU"}, "parts": {"geglu fp16": {"status": "done", "rows": [kernel, *rows]}}}
+    document = {
+        "machine": {"device": "Some GPU", "capability": "9.0"},
+        "parts": {"geglu fp16": {"status": "done", "rows": [kernel, *rows]}},
+    }
     said = tune.table_lines(document)
-    assert said[0] == "kernels/geglu.py, DEVICES['Some GPU'] = 'fused', BLOCKS['Some GPU'] ="
+    assert said[0] == "kernels/geglu.py, DEVICES['sm_90'] = 'fused', BLOCKS['sm_90'] ="
     assert said[1].strip() == '| block_sizes("geglu", 4, 2, bits=(16,), BLOCK_S=64)'
 
 
@@ -72,3 +76,18 @@ def test_the_command_wants_a_gpu_and_one_thing_to_do(monkeypatch):
     if launch.triton is not None and not torch.cuda.is_available():
         with pytest.raises(Missing, match="no CUDA device"):
             audit.main(["--tune"])
+
+
+def test_a_row_serves_every_gpu_of_its_compute_capability(monkeypatch):
+    """An H200 takes what was measured on an H100; only where its kind has no row its own name and the rest count."""
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    launch.names_of.cache_clear()
+    assert launch.names_of(card) == ("sm_90", "NVIDIA H200", "untuned")
+    rows = {name: {("geglu", 16): {"num_warps": place}} for place, name in enumerate(reversed(launch.names_of(card)))}
+    x = SimpleNamespace(device=card, element_size=lambda: 2)
+    assert launch.blocks(rows, "geglu", x) == {"num_warps": 2}
+    assert launch.blocks({name: rows[name] for name in ("NVIDIA H200", "untuned")}, "geglu", x) == {"num_warps": 1}
+    assert launch.blocks({"sm_90": {}, "untuned": rows["untuned"]}, "geglu", x) == {"num_warps": 0}
+    launch.names_of.cache_clear()

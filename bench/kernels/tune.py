@@ -26,6 +26,7 @@ from bench.rows.ops import RandomInputs, limit_of, outputs, placed
 from datasetdm_fast.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS, fused, plain
 from datasetdm_fast.kernels.case import BATCH
+from datasetdm_fast.kernels.launch import names_of
 
 GAIN = 0.98  # of the time before; less is noise
 LARGEST_OPTIONS = {"num_warps": 16, "num_stages": 5}
@@ -96,8 +97,7 @@ def op_rows(
 ) -> Iterator[dict[str, Any]]:
     """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
     form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "untuned"
-    table = OPS[op].BLOCKS.setdefault(name, {})
+    table = OPS[op].BLOCKS.setdefault(names_of(device)[0] if device.type == "cuda" else "untuned", {})
     kernels = [(kernel, dict(sizes)) for (kernel, width), sizes in OPS[op].BLOCKS["untuned"].items() if width == bits]
     for place, (kernel, sizes) in enumerate(kernels):
         before, now = total(form, cases, device), time.monotonic()
@@ -153,7 +153,8 @@ def finite(seconds: float) -> float | None:
 def table_lines(document: dict[str, Any]) -> list[str]:
     """What goes into BLOCKS and DEVICES of each kernel's file, as Python."""
     rows = [row for part in document["parts"] for row in rows_of(document, part)]
-    device, forms = document["machine"]["device"], fastest(rows)
+    machine, forms = document["machine"], fastest(rows)
+    device = f"sm_{machine['capability'].replace('.', '')}" if "capability" in machine else machine["device"]
     lines = []
     for op, form in forms.items():
         lines.append(f"kernels/{op}.py, DEVICES[{device!r}] = {form!r}, BLOCKS[{device!r}] =")

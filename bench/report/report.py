@@ -270,7 +270,7 @@ def forms_table() -> Cells:
     rows = []
     for op, module in OPS.items():
         plain = "plain" if hasattr(module, "plain") else "reference"
-        forms = [form_on(op, device) for device in (*DEVICES, *measured)]
+        forms = [*(form_on(op, name) for name in DEVICES), *(form_on(op, name, "untuned") for name in measured)]
         rows.append([op, *(plain if form == "plain" else form for form in forms)])
     return ["operation", *DEVICES.values(), *measured], rows
 

@@ -18,7 +18,7 @@ from bench.report import charts
 from bench.report.tables import Table, figure, share, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.setting import Setting
-from datasetdm_fast.engines.fast import DTYPES, resolve_dtype
+from datasetdm_fast.engines.fast import DTYPES, resolve_precision
 from datasetdm_fast.stages import FACTOR
 
 MOST_LAYERS = 12  # that the table shows, those that most of the work is in
@@ -75,9 +75,8 @@ def shapes(setting: Setting) -> Counter[TimedLayer]:
 
 
 def row(layer: TimedLayer, count: int, run: BenchRun, seconds: float) -> dict[str, Any]:
-    device, batch, storage = run.setting.device, run.batch, resolve_dtype("auto", run.setting.device)
-    dtype = next(name for name, value in DTYPES.items() if value == storage)
-    call, moved = prepared(layer, HALVES * batch, device, storage)
+    device, batch, dtype = run.setting.device, run.batch, resolve_precision("auto", run.setting.device)
+    call, moved = prepared(layer, HALVES * batch, device, DTYPES[dtype])
     with torch.inference_mode():
         work, taken = flops(call), 1 / rate(call, device, seconds)
     facts = {"layer": layer.name, "count": count, "dtype": dtype, "batch": batch}

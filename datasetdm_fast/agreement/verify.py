@@ -46,9 +46,8 @@ def verify(
 ) -> Verdict:
     """Every request through both engines, led by the reference and on its own, judged by the precision's gates."""
     dtype = engine.fingerprint()["dtype"]
-    rounded = (
-        Rounded(reference, DTYPES.get(dtype, DTYPES["fp16"])) if dtype != "fp32" and reference.name == "torch" else None
-    )
+    storage = DTYPES.get("fp16" if dtype == "tf32" else dtype, DTYPES["fp16"])  # TF32 keeps as many bits as fp16
+    rounded = Rounded(reference, storage) if dtype != "fp32" and reference.name == "torch" else None
     collected: dict[str, list[np.ndarray]] = {}
     drift: dict[str, list[np.ndarray]] = {}
     truths, founds = [], []

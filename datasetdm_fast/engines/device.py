@@ -29,3 +29,11 @@ def resolve_device(name: str) -> torch.device:
 def to_device(value: Tensor, device: torch.device) -> Tensor:
     """A value of the host on `device`; for a GPU the copy is queued behind its work, and the host goes on."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
+def allow_tf32(device: torch.device, is_allowed: bool) -> None:
+    """Whether convolutions in fp32 round their factors to TF32 on a GPU, as PyTorch by itself lets them; products never
+    do. The setting is the process's and is not put back: another thread of the engine may be in the middle of a call.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = is_allowed, False

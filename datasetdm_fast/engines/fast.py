@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engines.cuda_graph import StepGraph
-from datasetdm_fast.engines.device import resolve_device, to_device
+from datasetdm_fast.engines.device import allow_tf32, resolve_device, to_device
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested
 from datasetdm_fast.errors import Missing, Refused
@@ -28,7 +28,7 @@ from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CHUNK_PIXELS = {
     "cpu": 256 * 256,
     "cuda": 8 * 512 * 512,
@@ -37,10 +37,10 @@ TIMES = 2048  # timesteps whose biases are kept
 WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The storage of the UNet and the autoencoder: as asked, or fp32 on a CPU and fp16 on a GPU."""
+def resolve_precision(name: str, device: torch.device) -> str:
+    """The precision of the UNet and the autoencoder: as asked, or fp32 on a CPU and fp16 on a GPU."""
     if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return "fp16" if device.type == "cuda" else "fp32"
     if name not in DTYPES:
         raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}")
     if name == "fp16" and device.type == "cpu":
@@ -48,7 +48,21 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
             "dtype: fp16 convolutions take a CPU hundreds of times longer than fp32 ones",
             "use --dtype bf16 or --dtype fp32",
         )
-    return DTYPES[name]
+    if name == "tf32" and device.type == "cpu":
+        raise Refused("dtype: a CPU has no TF32", "use --dtype bf16 or --dtype fp32")
+    return name
+
+
+def computed(method: Callable) -> Callable:
+    """A call of the engine: without gradients, and with TF32 only where its precision is another than fp32."""
+
+    @functools.wraps(method)
+    def call(engine: FastEngine, *arguments, **named):
+        allow_tf32(engine.device, engine.precision != "fp32")
+        with torch.inference_mode():
+            return method(engine, *arguments, **named)
+
+    return call
 
 
 def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -59,8 +73,9 @@ def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 class FastEngine:
     """See engines.Engine; the fp32 modules of `model` are read at construction and left as they are.
 
-    Text encoder, timestep table, level sums and decoders are fp32 in every mode: they cost little, and labels hang on
-    them. The UNet and the autoencoder are stored as `dtype`; norms and softmax add up in fp32 inside their operations.
+    Text encoder, timestep table, level sums and decoders are stored in fp32 in every precision: they cost little, and
+    labels hang on them. The UNet and the autoencoder are stored as `dtype`; norms and softmax add up in fp32 inside
+    their operations. On a GPU fp32 is exact; in any other precision convolutions of fp32 round their factors to TF32.
     """
 
     name = "fast"
@@ -76,7 +91,8 @@ class FastEngine:
         compile: bool = False,
     ):
         self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
-        self.dtype = resolve_dtype(dtype, self.device)
+        self.precision = resolve_precision(dtype, self.device)
+        self.dtype = DTYPES[self.precision]
         self.is_compiled, self.widest = compile, 0  # images a GPU takes at once, 0 = as many as it is given
         self.adjustments: dict[
             str, int
@@ -133,7 +149,7 @@ class FastEngine:
         if self._weight_versions() != self._seen:
             self._read_weights()
 
-    @torch.inference_mode()
+    @computed
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         length = min(self.model.tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
         ids = self.model.tokenizer(
@@ -141,15 +157,15 @@ class FastEngine:
         ).input_ids
         return self.text_encoder(to_device(ids, self.device))
 
-    @torch.inference_mode()
+    @computed
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
         return self.encode_text(words).mean(1)
 
-    @torch.inference_mode()
+    @computed
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
         return self._call(self._step, latents, timestep, context)[0]
 
-    @torch.inference_mode()
+    @computed
     def denoise_and_capture(
         self, latents: Tensor, timestep: float, context: Tensor
     ) -> tuple[Tensor, ProjectedCapture | Capture]:
@@ -161,7 +177,7 @@ class FastEngine:
         noise, *sums = self._call(self._captured, latents, timestep, context)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
-    @torch.inference_mode()
+    @computed
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         self._refresh()
@@ -260,7 +276,7 @@ class FastEngine:
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
 
-    @torch.inference_mode()
+    @computed
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         chunks = latents.to(self.device).split(self._chunk(latents.shape[-1] * 8))
         if self.device.type == "cuda":  # a thread of its own would work on another stream, which nothing waits for
@@ -282,7 +298,7 @@ class FastEngine:
     def _wide_image_decoder(self) -> nn.Module:
         return placed(ImageDecoder(self.model.vae, self.ops), self.device, torch.float32)
 
-    @torch.inference_mode()
+    @computed
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
@@ -298,7 +314,7 @@ class FastEngine:
     def _chunk(self, side: int) -> int:
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
 
-    @torch.inference_mode()
+    @computed
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         if task not in self.decoders:
             loaded = ", ".join(self.decoders) or "none"
@@ -316,13 +332,13 @@ class FastEngine:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def fp32_fallback(self) -> FastEngine | None:
-        return None if self.dtype == torch.float32 else self._wide
+        return None if self.precision == "fp32" else self._wide
 
     @functools.cached_property
     def _wide(self) -> FastEngine:
         return FastEngine(self.model, self.decoders, dtype="fp32", device=str(self.device), compile=self.is_compiled)
 
-    @torch.inference_mode()
+    @computed
     def suggested_batch(self) -> int:
         """Images to make together where nobody says: from the free memory of a GPU, from the caches of a CPU."""
         return suggested(self.model.size // 8, self.device, self._bytes_of)
@@ -341,13 +357,12 @@ class FastEngine:
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        dtype = next(name for name, value in DTYPES.items() if value == self.dtype)
         compiled_by = {"compiled": "yes"} if self.is_compiled else {}
         return {
             "engine": self.name,
             "device": str(self.device),
             "device_name": device,
-            "dtype": dtype,
+            "dtype": self.precision,
             "torch": torch.__version__,
             **compiled_by,
         }

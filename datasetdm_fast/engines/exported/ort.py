@@ -151,6 +151,6 @@ def resolve_precision(dtype: str, provider: str) -> str:
         return "fp32" if provider == "cpu" else "fp16"
     if dtype not in DTYPES:
         raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}")
-    if dtype == "bf16":
-        raise Refused("dtype: ONNX Runtime has no bf16 convolutions", "use --dtype fp16 or --dtype fp32")
+    if dtype in ("tf32", "bf16"):
+        raise Refused(f"dtype: ONNX Runtime has no {dtype} convolutions", "use --dtype fp16 or --dtype fp32")
     return dtype

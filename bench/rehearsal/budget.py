@@ -1,0 +1,91 @@
+"""The ratchet: what the calls of SD 1.4 cost a GPU, reckoned, and bench/gpu_budget.json, above which none may rise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.machine.machine import ROOT
+from bench.rehearsal.roofline import STATED, Reckoning, reckon
+from bench.rehearsal.run import open_engine, stage
+from bench.rehearsal.timeline import Timeline
+from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.loading import presets
+
+PATH = ROOT / "bench" / "gpu_budget.json"
+MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
+SLACK = 1.0005  # of rounding
+FIGURES = ("launches", "gigabytes", "tflop", "milliseconds")
+
+
+def reckoned() -> dict[str, Reckoning]:
+    """Every call of the budget, by its name."""
+    timeline, tokenizer = Timeline(), presets._small_tokenizer()
+    with mock.patch.object(presets, "_small_tokenizer", lambda: tokenizer), stage(timeline):
+        engine = open_engine(MODEL, "auto", "cuda")
+        calls = {
+            f"UNet call, {batch} image{'s' * (batch > 1)}": unet_call(engine, batch, "_plain") for batch in BATCHES
+        }
+        calls |= {f"captured call, {USUAL} images": unet_call(engine, USUAL, "_captured")}
+        _, capture = _captured(engine)
+        calls |= {
+            f"label decoders, {USUAL} images": lambda: [engine.annotate(task, capture) for task in engine.decoders]
+        }
+        latents = _latents(engine, USUAL)
+        calls |= {f"autoencoder, {USUAL} images": lambda: engine.decode_and_check(latents)}
+        return {name: reckon(launched(timeline, call)) for name, call in calls.items()}
+
+
+def launched(timeline: Timeline, call: Callable[[], Any]) -> list:
+    begin = len(timeline.launches)
+    with torch.inference_mode():
+        call()
+    return timeline.launches[begin:]
+
+
+def unet_call(engine: FastEngine, batch: int, step: str) -> Callable[[], Any]:
+    """What the graph of one call holds; the tables of timestep and texts are made once, before."""
+    with torch.inference_mode():
+        inputs = engine._latents(_latents(engine, batch)), engine._row(1.0), *engine._tabled(_context(engine, batch))
+    return lambda: getattr(engine, step)(*inputs)
+
+
+def _captured(engine: FastEngine):
+    with torch.inference_mode():
+        return engine.denoise_and_capture(_latents(engine, USUAL), 1.0, _context(engine, USUAL))
+
+
+def _latents(engine: FastEngine, batch: int) -> torch.Tensor:
+    side = engine.model.size // 8
+    return torch.empty(batch, 4, side, side, device=engine.device)
+
+
+def _context(engine: FastEngine, batch: int) -> torch.Tensor:
+    level, width = engine.model.levels[0], engine.model.text_encoder.config.hidden_size
+    return torch.empty(2 * batch, level.tokens, width, device=engine.device)
+
+
+def stored() -> dict[str, Reckoning]:
+    document = json.loads(PATH.read_text(encoding="utf-8"))
+    return {name: Reckoning(**figures) for name, figures in document["calls"].items()}
+
+
+def store(found: dict[str, Reckoning]) -> None:
+    document = {"model": MODEL, "roofline": STATED, "calls": {name: asdict(one) for name, one in found.items()}}
+    PATH.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def risen(found: dict[str, Reckoning], budget: dict[str, Reckoning]) -> list[str]:
+    """A line for every figure above the budget, and for every call that only one of both has."""
+    lines = [f"{name}: only in one of the file and the reckoning" for name in found.keys() ^ budget.keys()]
+    for name in found.keys() & budget.keys():
+        for figure in FIGURES:
+            now, most = getattr(found[name], figure), getattr(budget[name], figure)
+            if now > most * SLACK:
+                lines.append(f"{name}: {now:g} {figure}, the budget is {most:g}")
+    return sorted(lines)

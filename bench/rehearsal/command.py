@@ -1,0 +1,104 @@
+"""python -m bench rehearse: what `generate` would launch on a GPU, in which order, and what is wrong with it; no GPU
+is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from bench.options import check_numbers, say
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+
+PROG = "python -m bench rehearse"
+
+
+@dataclass(frozen=True)
+class RehearsalConfig:
+    model: str = setting("tiny", "the sizes to rehearse at", choices=("tiny", "random-sd14"))
+    batch: int = setting(4, "images per batch", metavar="N")
+    batches: int = setting(2, "batches of the run", metavar="N")
+    dtype: str = setting("auto", "precision of the engine", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
+    device: str = setting("cuda", "cuda or cuda:N of two simulated GPUs", metavar="DEVICE")
+    compile: bool = setting(False, "compile every kernel that was launched for sm_80, sm_90, sm_100 and sm_120")
+    budget: bool = setting(False, "reckon the calls of SD 1.4 and compare them with bench/gpu_budget.json instead")
+    update: bool = setting(False, "with --budget: write what was reckoned into the file")
+    json: bool = setting(False, "one JSON object on standard output")
+
+
+def main(arguments: Sequence[str]) -> int:
+    from datasetdm_fast.command_line.flags import parse
+
+    config, _ = parse(arguments, RehearsalConfig, PROG, __doc__)
+    check_numbers(batch=config.batch - 1, batches=config.batches - 1)
+    from datasetdm_fast.kernels import launch
+
+    if launch.triton is None:
+        raise Missing(f"{PROG}: Triton is not installed", "pip install 'datasetdm-fast[triton]'")
+    if launch.IS_INTERPRETED:
+        raise Refused(f"{PROG}: TRITON_INTERPRET is set, so no kernel would be launched", "unset it")
+    warnings.simplefilter("ignore")
+    return budgeted(config) if config.budget else rehearsed(config)
+
+
+def rehearsed(config: RehearsalConfig) -> int:
+    from bench.rehearsal.run import reason_of, rehearse
+
+    begin = time.monotonic()
+    found = rehearse(config.model, config.batch, batches=config.batches, dtype=config.dtype, device=config.device)
+    if config.json:
+        named = {"findings": found.findings, "waits": found.waits}
+        rows = {name: [asdict(one) | {"count": count} for one, count in part.items()] for name, part in named.items()}
+        facts = {"launches": len(found.launches), "replays": found.replays, "samples": found.samples}
+        print(json.dumps({**rows, **facts, "kernels": len(found.kernels)}, indent=1))
+    else:
+        for one, count in found.waits.items():
+            print(f"allowed: {count} x {one.what}, {one.place.partition(' <')[0]} ({one.thread}): {reason_of(one)}")
+        for one, count in found.findings.items():
+            print(
+                f"{one.rule.upper()}: {count} x {one.what}\n    {one.place} ({one.thread}, {one.phase})\n    {one.code}"
+            )
+    say(
+        f"{config.model}, {config.batches} batches of {config.batch}: {len(found.launches)} operations launched or "
+        f"recorded, {found.replays} replays of {len(found.graphs)} graphs, {len(found.kernels)} compiled forms of "
+        f"kernels, {len(found.findings)} findings, {time.monotonic() - begin:.0f} s"
+    )
+    if config.compile:
+        from bench.rehearsal.compiled import check_compiled
+
+        check_compiled(found.kernels)
+    if found.findings:
+        first = next(iter(found.findings))
+        raise GateFailed(
+            f"bench rehearse: {len(found.findings)} findings, first {first.rule}: {first.what} at {first.place}",
+            "the lines above name each with its place",
+        )
+    return 0
+
+
+def budgeted(config: RehearsalConfig) -> int:
+    from bench.rehearsal import budget
+
+    found = budget.reckoned()
+    if config.update:
+        budget.store(found)
+    lines = budget.risen(found, budget.stored())
+    if config.json:
+        print(json.dumps({"calls": {name: asdict(one) for name, one in found.items()}, "risen": lines}, indent=1))
+    else:
+        for name, one in found.items():
+            print(
+                f"{name:28} {one.launches:5} launches {one.gigabytes:8.2f} GB {one.tflop:8.3f} TFLOP "
+                f"{one.milliseconds:8.2f} ms"
+            )
+    if lines:
+        say("\n".join(lines))
+        raise GateFailed(
+            f"bench rehearse: {len(lines)} figures rose above {budget.PATH.name}, first {lines[0]}",
+            "make it cheaper, or write the new figures with --budget --update and say why in the commit",
+        )
+    return 0

@@ -1,0 +1,305 @@
+"""torch.cuda as a rehearsal has it: streams, events and graphs that only keep order, and thread pools whose work waits
+until somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench.rehearsal.timeline import Clock, HostThread, Launch, StreamId, Timeline
+
+GPUS = 2
+THREADS = 16  # cores of a GPU's machine
+MEMORY = 80 * 2**30
+CARD = "NVIDIA H100 80GB HBM3"
+CAPABILITY = (9, 0)
+
+
+GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # in libc10: a pointer for every type of device
+TYPES, CUDA_TYPE, META_TYPE = 20, 1, 14
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """PyTorch built without CUDA has nobody to ask for the current GPU, and refuses to index a tensor there; meanwhile
+    the one of the meta device answers, which does nothing.
+    """
+    if torch.backends.cuda.is_built():
+        torch._C._ensureCUDADeviceGuardSet()
+        yield
+        return
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * TYPES).in_dll(library, GUARDS)
+    before, guards[CUDA_TYPE] = guards[CUDA_TYPE], guards[META_TYPE]
+    try:
+        yield
+    finally:
+        guards[CUDA_TYPE] = before
+
+
+@contextmanager
+def simulated(timeline: Timeline) -> Iterator[None]:
+    """torch.cuda with GPUS cards whose work is noted in `timeline`; all is as before when the block ends."""
+
+    def keep(value: torch.Tensor, stream: Any) -> None:
+        timeline.keep(value, stream.id)
+
+    own = SimpleNamespace(**_cards(timeline), **_streams(timeline))
+    with ExitStack() as stack:
+        for name, value in vars(own).items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", keep))
+        stack.enter_context(mock.patch.object(torch, "get_num_threads", lambda: THREADS))
+        stack.enter_context(mock.patch.object(torch, "set_num_threads", lambda count: None))
+        stack.enter_context(mock.patch.object(threading.Barrier, "wait", lambda barrier, timeout=None: 0))
+        stack.enter_context(deferred_pools(timeline))
+        stack.enter_context(guarded())
+        yield
+
+
+def _cards(timeline: Timeline) -> dict[str, Any]:
+    class OnDevice:
+        """torch.cuda.device: another current GPU for a while."""
+
+        def __init__(self, device):
+            self.index = _index(device, timeline)
+
+        def __enter__(self):
+            self.before, timeline.thread.device = timeline.thread.device, self.index
+
+        def __exit__(self, *_):
+            timeline.thread.device = self.before
+
+    def device_of(value: torch.Tensor) -> OnDevice:
+        return OnDevice(value.device if value.device.type == "cuda" else None)
+
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: GPUS,
+        "get_device_name": lambda device=None: CARD,
+        "get_device_capability": lambda device=None: CAPABILITY,
+        "current_device": lambda: timeline.thread.device,
+        "set_device": lambda device: setattr(timeline.thread, "device", _index(device, timeline)),
+        "device": OnDevice,
+        "device_of": device_of,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda device=None: (MEMORY, MEMORY),
+    }
+
+
+def _index(device: Any, timeline: Timeline) -> int:
+    index = device if isinstance(device, int) else None if device is None else torch.device(device).index
+    return timeline.thread.device if index is None or index < 0 else index
+
+
+def _streams(timeline: Timeline) -> dict[str, Any]:
+    class Stream:
+        def __init__(self, device=None, *, id: StreamId | None = None, **_):
+            self.id = id or timeline.new_stream(_index(device, timeline))
+            self.device, self.cuda_stream = torch.device("cuda", self.id[0]), self.id[1]
+
+        def wait_stream(self, other: Stream) -> None:
+            timeline.wait(self.id, timeline.reached(other.id))
+
+        def wait_event(self, event: Event) -> None:
+            timeline.wait(self.id, event.clock)
+
+        def record_event(self, event: Event | None = None) -> Event:
+            event = event or Event()
+            event.record(self)
+            return event
+
+        def synchronize(self) -> None:
+            timeline.host_waits(f"stream {self.id}", timeline.reached(self.id))
+
+        def query(self) -> bool:
+            return False
+
+    class Event:
+        def __init__(self, *_, **__):
+            self.clock: Clock = {}
+
+        def record(self, stream: Stream | None = None) -> None:
+            self.clock = timeline.reached((stream or current()).id)
+
+        def wait(self, stream: Stream | None = None) -> None:
+            (stream or current()).wait_event(self)
+
+        def synchronize(self) -> None:
+            timeline.host_waits("an event", self.clock)
+
+        def query(self) -> bool:
+            return False
+
+    class use:  # noqa: N801, the name and the shape of torch.cuda.stream
+        def __init__(self, stream: Stream | None):
+            self.stream = stream
+
+        def __enter__(self):
+            if self.stream is not None:
+                thread, (device, number) = timeline.thread, self.stream.id
+                self.before = thread.device, thread.streams.get(device, 0)
+                thread.device, thread.streams[device] = device, number
+
+        def __exit__(self, *_):
+            if self.stream is not None:
+                timeline.thread.streams[self.stream.id[0]] = self.before[1]
+                timeline.thread.device = self.before[0]
+
+    def current(device=None) -> Stream:
+        return Stream(id=timeline.thread.stream(_index(device, timeline)))
+
+    def synchronize(device=None) -> None:
+        index, clock = _index(device, timeline), {}
+        for stream in [stream for stream in timeline.counts if stream[0] == index]:
+            clock |= timeline.reached(stream)
+        timeline.host_waits("torch.cuda.synchronize()", clock)
+
+    class Graph:
+        def __init__(self, keep_graph: bool = False):
+            self.launches: list[Launch] = []
+            self.stream: StreamId | None = None
+
+        def replay(self) -> None:
+            if not self.launches:
+                timeline.find("empty graph", "a graph that recorded nothing is replayed")
+            stream = timeline.thread.stream(timeline.thread.device)
+            if self.stream is not None and self.stream[0] != stream[0]:
+                timeline.find("wrong GPU", f"a graph of GPU {self.stream[0]} is replayed on GPU {stream[0]}")
+            reads = {number for launch in self.launches for number in launch.reads}
+            writes = {number for launch in self.launches for number in launch.writes}
+            timeline.use(stream, reads, writes, sum(launch.kernels for launch in self.launches))
+            timeline.replays += 1
+
+        def reset(self) -> None:
+            pass
+
+    class Recording:
+        """torch.cuda.graph; left out, its stream is one of the GPU that recorded first, as in PyTorch."""
+
+        shared: Stream | None = None
+
+        def __init__(self, graph: Graph, pool=None, stream: Stream | None = None, capture_error_mode: str = "global"):
+            if stream is None:
+                Recording.shared = Recording.shared or Stream()
+                stream = Recording.shared
+            self.graph, self.stream = graph, use(stream)
+            graph.stream = stream.id
+
+        def __enter__(self):
+            if timeline.capture is not None:
+                timeline.find("capture", "a second graph is recorded while another one is")
+            timeline.host_waits(
+                "the start of a recording", timeline.reached(timeline.thread.stream(self.graph.stream[0]))
+            )
+            self.stream.__enter__()
+            timeline.capture = self.graph
+
+        def __exit__(self, *_):
+            timeline.capture = None
+            self.stream.__exit__()
+            if not self.graph.launches:
+                timeline.find("empty graph", "nothing was recorded")
+
+    return {
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "stream": use,
+        "graph": Recording,
+        "current_stream": current,
+        "default_stream": lambda device=None: Stream(id=(_index(device, timeline), 0)),
+        "synchronize": synchronize,
+        "graph_pool_handle": object,
+        "is_current_stream_capturing": lambda: timeline.capture is not None,
+    }
+
+
+class Deferred(Future):
+    """Work of a pool's thread. It runs as late as possible: where its result is asked for, or at the pool's end."""
+
+    def __init__(self, pool: DeferredPool, work: Callable[[], Any], clock: Clock):
+        super().__init__()
+        self.pool, self.work, self.clock = pool, work, clock
+
+    def done(self) -> bool:
+        return False
+
+    def result(self, timeout: float | None = None) -> Any:
+        self.pool.run_until(self)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self.pool.run_until(self)
+        return super().exception(timeout)
+
+
+class DeferredPool:
+    """The queue and the threads behind one ThreadPoolExecutor."""
+
+    def __init__(self, timeline: Timeline, name: str, workers: int):
+        self.timeline, self.queue = timeline, deque()
+        self.threads = deque(HostThread(f"{name} {place}" if workers > 1 else name) for place in range(workers))
+
+    def run_until(self, last: Deferred) -> None:
+        """Runs the queue in order up to `last`; the thread that asks then knows what its thread knew at its end."""
+        while not Future.done(last) and self.queue:
+            self.run(self.queue.popleft())
+        self.timeline.wait_for(last.clock)
+
+    def run(self, one: Deferred) -> None:
+        thread = self.threads[0]
+        self.threads.rotate(-1)
+        self.timeline.knows(thread, one.clock)
+        work, one.work = one.work, None
+        with self.timeline.on_thread(thread):
+            try:
+                one.set_result(work())
+            except BaseException as error:
+                one.set_exception(error)
+            del work
+        one.clock = dict(thread.clock)
+
+
+@contextmanager
+def deferred_pools(timeline: Timeline) -> Iterator[None]:
+    """Every ThreadPoolExecutor runs its work in this thread, as if in threads of its own."""
+    from datasetdm_fast.generation import overlap
+
+    pools: dict[int, DeferredPool] = {}
+
+    def submit(executor: ThreadPoolExecutor, work: Callable, /, *arguments: Any, **named: Any) -> Deferred:
+        name = executor._thread_name_prefix or "pool"
+        pool = pools.setdefault(id(executor), DeferredPool(timeline, name, executor._max_workers))
+        one = Deferred(pool, lambda: work(*arguments, **named), dict(timeline.thread.clock))
+        pool.queue.append(one)
+        return one
+
+    def shutdown(executor: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        pool = pools.pop(id(executor), None)
+        while pool and pool.queue and not cancel_futures:
+            pool.run(pool.queue.popleft())
+
+    def wait(futures) -> None:
+        for future in futures:
+            if isinstance(future, Deferred):
+                future.exception()
+
+    with (
+        mock.patch.object(ThreadPoolExecutor, "submit", submit),
+        mock.patch.object(ThreadPoolExecutor, "shutdown", shutdown),
+        mock.patch.object(overlap, "wait", wait),
+    ):
+        yield

@@ -1,0 +1,116 @@
+"""Triton's kernels in a rehearsal: each launch is noted, with all that compiling it needs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.kernels.audit import Launch as Compilable
+from bench.kernels.audit import Recorder
+from bench.rehearsal.operations import size
+from bench.rehearsal.timeline import Timeline
+from datasetdm_fast.kernels import OPS
+
+LARGEST_GRID = 65535  # along y and z
+ACTIVATIONS = ("x_ptr", "q_ptr")  # what a network hands to a kernel, by the names in kernels/
+
+# Multiplications and additions of the kernels that multiply matrices, from the arguments of a launch.
+FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "attention_capture": lambda given: (
+        2 * given["q_ptr"].shape[0] * given["heads"] * given["queries"] * given["tokens"]
+        * (2 * given["width"] + given["features"])
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def noted_kernels(timeline: Timeline, storage: Callable[[], torch.dtype | None]) -> Iterator[dict[Compilable, tuple]]:
+    """Every kernel of OPS replaced by a note of its launches: what to compile -> the grid of its first launch."""
+    launches: dict[Compilable, tuple] = {}
+    with ExitStack() as stack:
+        for module in OPS.values():
+            for name, kernel in list(vars(module).items()):
+                if name.endswith("_kernel"):
+                    noted = NotedKernel(kernel, timeline, launches, storage)
+                    stack.enter_context(mock.patch.object(module, name, noted))
+        yield launches
+
+
+class NotedKernel:
+    """Stands where a kernel stood."""
+
+    def __init__(self, kernel, timeline: Timeline, launches: dict[Compilable, tuple], storage):
+        self.kernel, self.timeline, self.launches, self.storage = kernel, timeline, launches, storage
+        self.name = kernel.__name__.strip("_").removesuffix("_kernel")
+
+    def __getitem__(self, grid):
+        return lambda *positional, **named: self.note(tuple(grid), positional, named)
+
+    def note(self, grid: tuple[int, ...], positional: tuple, named: dict[str, Any]) -> None:
+        timeline = self.timeline
+        given = dict(zip((parameter.name for parameter in self.kernel.params), positional)) | named
+        pointers = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        card = timeline.thread.device
+        for name, value in pointers.items():
+            if value.device.type != "cuda":
+                timeline.find("device", f"{self.name}: {name} lies on {value.device}")
+            elif value.device.index != card:
+                timeline.find("wrong GPU", f"{self.name} is launched on GPU {card}, {name} lies on {value.device}")
+        if any(count > LARGEST_GRID for count in grid[1:]):
+            timeline.find("grid", f"{self.name}: {grid}, at most {LARGEST_GRID} along y and z")
+        stored = written(self.kernel.fn)
+        reads = [value for name, value in pointers.items() if name not in stored]
+        writes = [value for name, value in pointers.items() if name in stored]
+        activations = next((pointers[name] for name in ACTIVATIONS if name in pointers), None)
+        if timeline.capture is not None and activations is not None and activations.dtype != self.storage():
+            timeline.find("dtype", f"{self.name} of {activations.dtype}, the recorded network is {self.storage()}")
+        timeline.launch(
+            f"triton {self.name}",
+            card,
+            reads,
+            writes,
+            flops=FLOPS.get(self.name, lambda given: 0)(given),
+            moved=size(reads) + size(writes),
+        )
+        kept: list[Compilable] = []
+        Recorder(self.kernel, kept).note(*positional, **named)
+        self.launches.setdefault(kept[0], grid)
+
+
+@cache
+def written(function: Callable) -> frozenset[str]:
+    """The pointers a kernel stores to, from its source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    made: dict[str, set[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                for name in names(target):
+                    made.setdefault(name, set()).update(names(node.value))
+    stores = [
+        node.args[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "store"
+    ]
+    reached = set().union(*(names(store) for store in stores))
+    while more := set().union(*(made.get(name, set()) for name in reached)) - reached:
+        reached |= more
+    return frozenset(name for name in reached if name.endswith("_ptr"))
+
+
+def names(node: ast.AST) -> set[str]:
+    """Variables of an expression, without what it loads from memory."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+        return set()
+    own = {node.id} if isinstance(node, ast.Name) else set()
+    return own.union(*(names(child) for child in ast.iter_child_nodes(node)))

@@ -1,0 +1,227 @@
+"""Every PyTorch operation of a rehearsal: its launch, what it makes the host wait for, and the answers that depend on
+data, which are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import flop_registry
+
+from bench.rehearsal.timeline import Timeline
+
+ATTENTION = "scaled_dot_product_attention"
+PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", ATTENTION}
+WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"}
+READ_BY_HOST = {"_local_scalar_dense": 1, "is_nonzero": 1, "equal": 1, "nonzero": 2, "masked_select": 2, "_unique2": 3}
+FOUND = 7  # rows that an operation finds whose result depends on data
+
+
+class Operations(TorchDispatchMode):
+    """Lies above a FakeTensorMode. `storage` is the dtype of the networks whose calls are recorded as graphs,
+    `is_exact` whether convolutions in fp32 have to be.
+    """
+
+    def __init__(self, timeline: Timeline):
+        super().__init__()
+        self.timeline, self.storage, self.is_exact = timeline, None, False
+        self.pinned: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, (room, name) = kwargs or {}, func._schema.name.split("::")
+        if room == "prim":  # a question about a tensor
+            return func(*args, **kwargs)
+        composite = torch._C.DispatchKey.CompositeImplicitAutograd
+        if name != ATTENTION and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
+            with self:
+                if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return parts
+        inputs = tensors((args, kwargs))
+        if name == "_pin_memory":
+            return self.pin(torch.empty_like(inputs[0]))
+        if kwargs.pop("pin_memory", False) and name.startswith("empty"):
+            return self.pin(func(*args, **kwargs))
+        if name == "is_pinned":
+            return self.is_pinned(inputs[0])
+        cuda = [value for value in inputs if value.device.type == "cuda"]
+        if inputs and (answer := self.read_by_host(name, inputs, cuda)) is not None:
+            return answer
+        for value in inputs:
+            if isinstance(value, FakeTensor) and value.constant is not None:
+                value.constant = None  # the mode would compute with small known numbers instead of launching
+        result = self.attention(*args) if name == ATTENTION and cuda else func(*args, **kwargs)
+        if name == "convolution" and cuda:
+            result = like_cudnn(result, args)
+        results = tensors(result)
+        is_copy = name in ("_to_copy", "copy_")
+        written = [value for value in results if value.device.type == "cuda" or (is_copy and cuda)]
+        if (cuda or written) and name not in WITHOUT_LAUNCH and not is_view(func, inputs, results):
+            self.launched(name, func, args, kwargs, result, cuda, written)
+        for value in written if name in WITHOUT_LAUNCH else ():
+            self.timeline.number(value, value.device.index)
+        if is_copy:
+            self.copied(name, args, kwargs, inputs, results)
+        return result
+
+    # Launches ---------------------------------------------------------------------------------------------------------
+    def launched(self, name: str, func, args, kwargs, result, cuda: list[Tensor], written: list[Tensor]) -> None:
+        card = (cuda or written)[0].device.index
+        moved, kernels = size(cuda) + size(written), 1
+        if name == "convolution" and args[2] is not None:  # cuDNN's bias is an addition of its own in PyTorch
+            moved, kernels = moved + 2 * size(written), 2
+        self.check_dtypes(name, func, cuda, written)
+        self.timeline.launch(
+            name,
+            card,
+            cuda,
+            written,
+            flops=flops_of(name, func, args, kwargs, result),
+            moved=moved,
+            kernels=kernels,
+        )
+
+    def check_dtypes(self, name: str, func, cuda: list[Tensor], written: list[Tensor]) -> None:
+        dtypes = {value.dtype for value in cuda if value.is_floating_point() and value.dim()}
+        if name in PRODUCTS and len(dtypes) > 1:
+            self.timeline.find("dtype", f"{name} of {' and '.join(sorted(map(str, dtypes)))}")
+        if name == "convolution" and self.is_exact and torch.backends.cudnn.allow_tf32:
+            self.timeline.find("precision", "a convolution of fp32 rounds its factors to TF32")
+        if self.timeline.capture is None or self.storage is None:
+            return
+        if name in PRODUCTS and dtypes - {self.storage}:
+            self.timeline.find("dtype", f"{name} in {dtypes.pop()}, the recorded network is {self.storage}")
+        elif len(dtypes) > 1 and not func._schema.is_mutable:
+            self.timeline.find("dtype", f"{name} joins {' and '.join(sorted(map(str, dtypes)))}")
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *_) -> Tensor:
+        """As CUDA's kernels give it: heads side by side."""
+        shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+        return q.new_empty(shape).transpose(1, 2)
+
+    # The host ---------------------------------------------------------------------------------------------------------
+    def read_by_host(self, name: str, inputs: list[Tensor], cuda: list[Tensor]) -> Any:
+        """What an operation says whose result the host has to know; None for any other."""
+        masks = [value for value in inputs[1:] if value.dtype in (torch.bool, torch.uint8)]
+        is_masked, first = name in ("index", "index_put_") and bool(masks), inputs[0]
+        if name not in READ_BY_HOST and not is_masked:
+            return None
+        if cuda:
+            device, kernels = cuda[0].device.index, READ_BY_HOST.get(name, 3)
+            self.timeline.launch(name, device, cuda, [], moved=size(cuda), kernels=kernels)
+            over = self.timeline.reached(self.timeline.thread.stream(device))
+            self.timeline.host_waits(f"aten.{name} of {list(first.shape)} {first.dtype}", over)
+        if name == "index_put_":
+            return first
+        if is_masked:
+            return first.new_empty((FOUND, *first.shape[masks[0].dim() :]))
+        if name == "nonzero":
+            return torch.empty((FOUND, first.dim()), dtype=torch.int64, device=first.device)
+        if name in ("masked_select", "_unique2"):
+            return first.new_empty(FOUND)
+        return True if first.dtype == torch.bool or name == "equal" else 1.0 if first.is_floating_point() else 1
+
+    def copied(self, name: str, args, kwargs, inputs: list[Tensor], results: list[Tensor]) -> None:
+        """A copy between host and GPU makes the host wait unless it is asked not to and its memory is page-locked."""
+        source, target = (inputs[1], inputs[0]) if name == "copy_" else (inputs[0], results[0])
+        places = source.device.type, target.device.type
+        if sorted(places) != ["cpu", "cuda"]:
+            return
+        is_asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+        host, card = (source, target) if places[0] == "cpu" else (target, source)
+        if is_asynchronous and self.is_pinned(host):
+            return
+        way = "to the GPU" if places[0] == "cpu" else "to the host"
+        stream = self.timeline.thread.stream(card.device.index)
+        kind = "pageable" if not self.is_pinned(host) else "waiting"
+        self.timeline.host_waits(f"{kind} copy {way} of {list(card.shape)} {card.dtype}", self.timeline.reached(stream))
+
+    def pin(self, value: Tensor) -> Tensor:
+        self.pinned.append(StorageWeakRef(value.untyped_storage()))
+        return value
+
+    def is_pinned(self, value: Tensor) -> bool:
+        return any(kept.cdata == value.untyped_storage()._cdata for kept in self.pinned)
+
+
+class Calls(TorchFunctionMode):
+    """Calls that no dispatched operation shows: devices without a number, and arrays of the host."""
+
+    def __init__(self, timeline: Timeline):
+        super().__init__()
+        self.timeline = timeline
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        if func is Tensor.numpy and isinstance(args[0], FakeTensor):
+            return self.array(args[0])
+        if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
+            return args[1].setdefault(id(args[0]), args[0].clone())
+        if func is torch.tensor and kwargs.get("device") is not None:  # made on the host and copied, as PyTorch does
+            device = self.numbered(kwargs.pop("device"))
+            return func(*args, **kwargs).to(device)
+        named = {name: self.numbered(value) for name, value in kwargs.items()}
+        return func(*map(self.numbered, args), **named)
+
+    def numbered(self, value: Any) -> Any:
+        """A GPU by its number: PyTorch without CUDA cannot ask which one is the current."""
+        if isinstance(value, torch.device) and value.type == "cuda" and value.index is None:
+            return torch.device("cuda", self.timeline.thread.device)
+        is_cuda = isinstance(value, str) and value == "cuda"
+        return torch.device("cuda", self.timeline.thread.device) if is_cuda else value
+
+    def array(self, value: Tensor) -> np.ndarray:
+        """Ones for flags and zeros else; what a GPU writes must have been waited for."""
+        if value.device.type != "cpu":
+            raise TypeError(f"can't convert {value.device} tensor to numpy, copy it to host memory first")
+        self.timeline.read_by_host(value)
+        shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        return (np.ones if value.dtype == torch.bool else np.zeros)(shape, dtype=dtype)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+
+
+def size(values: Iterable[Tensor]) -> int:
+    """Bytes."""
+    return sum(value.numel() * value.element_size() for value in values)
+
+
+def is_view(func, inputs: list[Tensor], results: list[Tensor]) -> bool:
+    """Whether nothing is computed: every result lies in the memory of an input that stays as it is."""
+    if func._schema.is_mutable or not inputs:
+        return False
+    held = {value.untyped_storage()._cdata for value in inputs}
+    return all(value.untyped_storage()._cdata in held for value in results)
+
+
+def like_cudnn(result: Tensor, args) -> Tensor:
+    """The result of a convolution channels-last where an operand is, which PyTorch without CUDA does not do."""
+    is_last = any(
+        value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+        for value in args[:2]
+    )
+    return torch.empty_like(result, memory_format=torch.channels_last) if is_last else result
+
+
+def flops_of(name: str, func, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
+    if name == ATTENTION:
+        (batch, heads, queries, width), keys = args[0].shape, args[1].shape[2]
+        return 4 * batch * heads * queries * keys * width
+    count = flop_registry.get(func._overloadpacket)
+    return count(*args, **kwargs, out_val=result) if count else 0
+
+
+def fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,0 +1,68 @@
+"""Launches, bytes, operations and milliseconds of a noted call on a stated GPU: reckoned, not measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.rehearsal.operations import ATTENTION
+from bench.rehearsal.timeline import Launch
+
+# An H100's, as good libraries reach them: bytes a second, operations a second, seconds between two launches of a graph.
+MEMORY = 2.8e12
+CONVOLUTIONS, PRODUCTS, ATTENTIONS = 620e12, 650e12, 480e12
+TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
+LAUNCH = 1.2e-6
+TILE, CORES = 128, 132  # a product is computed in tiles of 128 x 128, 132 at a time
+WIDTHS = (64, 96, 128, 192, 256)  # of heads, as attention kernels pad them
+STATED = (
+    f"memory {MEMORY / 1e12:g} TB/s, convolutions {CONVOLUTIONS / 1e12:g}, products {PRODUCTS / 1e12:g}, attention "
+    f"{ATTENTIONS / 1e12:g} TFLOP/s on padded tiles, in fp32 {TF32_CONVOLUTIONS / 1e12:g} (convolutions, TF32) and "
+    f"{FP32_PRODUCTS / 1e12:g} (products), {LAUNCH * 1e6:g} µs a launch"
+)
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """One call."""
+
+    launches: int
+    gigabytes: float
+    tflop: float
+    milliseconds: float
+
+
+def reckon(launches: Sequence[Launch]) -> Reckoning:
+    return Reckoning(
+        sum(one.kernels for one in launches),
+        round(sum(one.moved for one in launches) / 1e9, 3),
+        round(sum(one.flops for one in launches) / 1e12, 4),
+        round(sum(map(seconds, launches)) * 1e3, 3),
+    )
+
+
+def seconds(one: Launch) -> float:
+    """The slower of its work and its traffic, and its launches."""
+    return max(one.flops / rate(one) if one.flops else 0.0, one.moved / MEMORY) + LAUNCH * one.kernels
+
+
+def rate(one: Launch) -> float:
+    is_wide = one.dtype == "float32"
+    if one.name == "convolution":
+        (batch, _, height, width), (outputs, *_) = one.shapes[:2]
+        return (TF32_CONVOLUTIONS if is_wide else CONVOLUTIONS) * busy(batch * height * width, outputs)
+    if one.name == ATTENTION or one.name == "triton attention_capture":
+        width = one.shapes[0][-1]
+        whole = next((size for size in WIDTHS if size >= width), width)
+        return (FP32_PRODUCTS if is_wide else ATTENTIONS) * width / whole
+    if len(one.shapes) < 2:
+        return FP32_PRODUCTS
+    *_, (*batch, rows, _), (*_, columns) = one.shapes
+    return (FP32_PRODUCTS if is_wide else PRODUCTS) * busy(rows * math.prod(batch), columns)
+
+
+def busy(rows: int, columns: int) -> float:
+    """The share of the cores' time that goes into tiles: the last round of them is rarely full."""
+    tiles = math.ceil(rows / TILE) * math.ceil(columns / TILE)
+    return max(tiles / (math.ceil(tiles / CORES) * CORES), 0.1)

@@ -1,0 +1,269 @@
+"""What is ordered before what on simulated GPUs: streams, host threads and events with vector clocks, the lifetime of
+every storage, and the findings.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from bench.machine.machine import ROOT
+
+DEEPEST = 5  # lines that a finding names
+OURS = ("datasetdm_fast", "kernels", "export")  # folders whose lines a finding names
+LOAD, WAIT = "load", "host wait"  # a phase, in which the host may wait, and a rule
+GRAPH_POOL = -1  # in the place of a stream: memory of graphs, which only they give out
+StreamId = tuple[int, int]  # GPU, number on it; 0 is the default stream
+Clock = dict[StreamId, int]  # stream -> launches of it that are known to be over
+
+
+class Use(NamedTuple):
+    """One operation on a storage: the last of its kind on its stream."""
+
+    stream: StreamId
+    count: int
+    line: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, and where."""
+
+    rule: str
+    what: str
+    place: str  # FILE:LINE of the innermost line of ours, then the lines that called it
+    function: str  # that it is in
+    code: str
+    thread: str
+    phase: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One operation as the GPU would be given it."""
+
+    name: str
+    stream: StreamId
+    thread: str
+    phase: str
+    reads: tuple[int, ...]  # numbers of storages
+    writes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of what it reads
+    dtype: str  # of the result
+    moved: int  # bytes read and written
+    flops: int
+    kernels: int = 1
+
+
+@dataclass
+class HostThread:
+    """A thread of the process: its current GPU and streams, and what it knows to be over."""
+
+    name: str
+    clock: Clock = field(default_factory=dict)
+    device: int = 0
+    streams: dict[int, int] = field(default_factory=dict)
+
+    def stream(self, device: int) -> StreamId:
+        return device, self.streams.get(device, 0)
+
+
+@dataclass
+class Memory:
+    """One storage on a GPU, from its allocation to its release."""
+
+    alive: StorageWeakRef
+    home: StreamId  # whose pool its bytes go back to
+    size: int
+    phase: str
+    reads: list[Use] = field(default_factory=list)
+    writes: list[Use] = field(default_factory=list)
+    kept_for: set[StreamId] = field(default_factory=set)  # record_stream: the allocator waits for these
+
+
+class Timeline:
+    """Everything that was launched so far. Two uses of one storage are ordered only where a wait says so, whatever
+    order the rehearsal itself happened to run them in.
+    """
+
+    def __init__(self):
+        self.thread, self.phase = HostThread("main"), LOAD
+        self.launches: list[Launch] = []
+        self.found: Counter[Finding] = Counter()
+        self.capture: Any = None  # the graph that is being recorded
+        self.counts: Counter[StreamId] = Counter()
+        self.clocks: dict[StreamId, Clock] = {}
+        self.memory: dict[int, Memory] = {}
+        self.replays = 0  # of graphs
+        self._shared: set[int] = set()  # storages of batches that streams other than their own have used
+        self._streams = 0
+
+    # Order ------------------------------------------------------------------------------------------------------------
+    def new_stream(self, device: int) -> StreamId:
+        self._streams += 1
+        return device, self._streams
+
+    def reached(self, stream: StreamId) -> Clock:
+        """What is over once everything queued on a stream so far is."""
+        return {**self.clocks.get(stream, {}), stream: self.counts[stream]}
+
+    def wait(self, stream: StreamId, clock: Clock) -> None:
+        merge(self.clocks.setdefault(stream, {}), clock)
+
+    def host_waits(self, what: str, clock: Clock) -> None:
+        """The host waits until all of `clock` is over."""
+        rule = "wait in a recording" if self.capture is not None else WAIT
+        self.find(rule, what)
+        merge(self.thread.clock, clock)
+
+    def knows(self, thread: HostThread, clock: Clock) -> None:
+        """A thread was started, or given work, by one that knew this to be over."""
+        merge(thread.clock, clock)
+
+    def wait_for(self, clock: Clock) -> None:
+        """This thread has waited for another one, which knew this to be over."""
+        merge(self.thread.clock, clock)
+
+    @contextmanager
+    def on_thread(self, thread: HostThread) -> Iterator[None]:
+        """The work of another host thread."""
+        before, self.thread = self.thread, thread
+        try:
+            yield
+        finally:
+            self.sweep()
+            self.thread = before
+
+    def read_by_host(self, value: Tensor) -> None:
+        """The host reads its own memory, which a GPU may have written."""
+        memory = self.memory.get(value.untyped_storage()._cdata)
+        for use in memory.writes if memory else ():
+            if self.thread.clock.get(use.stream, 0) < use.count:
+                self.find(
+                    "race", f"the host reads {memory.size:,} bytes without waiting for stream {use.stream}, {use.line}"
+                )
+
+    # Launches ---------------------------------------------------------------------------------------------------------
+    def launch(
+        self,
+        name: str,
+        device: int,
+        reads: Iterable[Tensor],
+        writes: Iterable[Tensor],
+        *,
+        flops: int = 0,
+        moved: int = 0,
+        kernels: int = 1,
+    ) -> None:
+        self.sweep()
+        stream, reads, writes = self.thread.stream(device), list(reads), list(writes)
+        if self.capture is not None and self.capture.stream != stream:
+            self.find("wrong GPU", f"{name} runs on stream {stream}, the graph records {self.capture.stream}")
+        used = [self.number(value, device) for value in reads], [self.number(value, device) for value in writes]
+        if self.capture is None:  # what is recorded runs when the graph is replayed
+            self.use(stream, *used, kernels)
+        shapes = tuple(tuple(value.shape) for value in reads)
+        dtype = str((writes or reads)[0].dtype).removeprefix("torch.") if writes or reads else ""
+        named = Launch(
+            name, stream, self.thread.name, self.phase, *map(tuple, used), shapes, dtype, moved, flops, kernels
+        )
+        self.launches.append(named)
+        if self.capture is not None:
+            self.capture.launches.append(named)
+
+    def use(self, stream: StreamId, reads: Iterable[int], writes: Iterable[int], kernels: int = 1) -> None:
+        """One operation that uses these storages, judged against every use before it."""
+        clock = self.clocks.setdefault(stream, {})
+        merge(clock, self.thread.clock)
+        self.counts[stream] += kernels
+        file, line, _ = next(frames_of_ours(sys._getframe(1)), ("nowhere", 0, ""))
+        now = Use(stream, self.counts[stream], f"{file}:{line}")
+        for number in reads:
+            self._ordered("reads", number, stream, self.memory[number].writes)
+            self.memory[number].reads = [now, *(use for use in self.memory[number].reads if use[0] != stream)]
+        for number in writes:
+            self._ordered("writes", number, stream, self.memory[number].writes + self.memory[number].reads)
+            self.memory[number].writes = [now, *(use for use in self.memory[number].writes if use[0] != stream)]
+        for number in (*reads, *writes):
+            memory = self.memory[number]
+            if memory.home not in (stream, (stream[0], GRAPH_POOL)) and memory.phase != LOAD:
+                self._shared.add(number)
+
+    def _ordered(self, verb: str, number: int, stream: StreamId, uses: Iterable[Use]) -> None:
+        for use in uses:
+            if use.stream != stream and self.clocks[stream].get(use.stream, 0) < use.count:
+                size = self.memory[number].size
+                self.find(
+                    "race", f"stream {stream} {verb} {size:,} bytes without waiting for stream {use.stream}, {use.line}"
+                )
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+    def number(self, value: Tensor, device: int) -> int:
+        """The number of a tensor's storage; a new one is at home on the current stream, or in the pool of graphs."""
+        storage = value.untyped_storage()
+        number = storage._cdata  # the weak reference keeps this address from being given to another one
+        if number not in self.memory:
+            home = (device, GRAPH_POOL) if self.capture is not None else self.thread.stream(device)
+            self.memory[number] = Memory(StorageWeakRef(storage), home, storage.nbytes(), self.phase)
+        return number
+
+    def keep(self, value: Tensor, stream: StreamId) -> None:
+        """record_stream: the allocator waits for what this stream was given so far."""
+        self.memory[self.number(value, stream[0])].kept_for.add(stream)
+
+    def sweep(self) -> None:
+        """Judges the storages that were released: their bytes are their home stream's again, at once."""
+        for number in [number for number in self._shared if self.memory[number].alive.expired()]:
+            memory = self.memory[number]
+            known = merge(dict(self.clocks.get(memory.home, {})), self.thread.clock)
+            for use in memory.reads + memory.writes:
+                is_foreign = use.stream != memory.home and use.stream not in memory.kept_for
+                if is_foreign and known.get(use.stream, 0) < use.count:
+                    what = (
+                        f"{memory.size:,} bytes of {memory.phase}, before stream {use.stream} has used them, {use.line}"
+                    )
+                    self.find("freed too early", what)
+                    break
+            self._shared.discard(number)
+
+    # Findings ---------------------------------------------------------------------------------------------------------
+    def raised(self, error: Exception) -> None:
+        """What ended the run, at the line of ours that it came from."""
+        what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        self.find("error", what, [one for frame, line in reversed(frames) for one in ours(frame, line)])
+
+    def find(self, rule: str, what: str, frames: list[tuple[str, int, str]] | None = None) -> None:
+        frames = (list(frames_of_ours(sys._getframe(1))) if frames is None else frames)[:DEEPEST]
+        place = " < ".join(f"{name}:{line}" for name, line, _ in frames)
+        name, line, function = frames[0] if frames else ("", 0, "")
+        code = linecache.getline(str(ROOT / name), line).strip()
+        self.found[Finding(rule, what, place, function, code, self.thread.name, self.phase)] += 1
+
+
+def merge(clock: Clock, other: Clock) -> Clock:
+    for stream, count in other.items():
+        clock[stream] = max(clock.get(stream, 0), count)
+    return clock
+
+
+def frames_of_ours(frame) -> Iterator[tuple[str, int, str]]:
+    """File, line and function of every frame of the product, innermost first."""
+    while frame is not None:
+        yield from ours(frame, frame.f_lineno)
+        frame = frame.f_back
+
+
+def ours(frame, line: int) -> Iterator[tuple[str, int, str]]:
+    name = frame.f_code.co_filename
+    if name.startswith(tuple(f"{ROOT / folder}/" for folder in OURS)):
+        yield name.removeprefix(f"{ROOT}/"), line, frame.f_code.co_name
