@@ -174,7 +174,7 @@ def audit(*flags, program=("-m", "bench")):
 
 
 PAIRS = (
-    [(dtype, "80,90,120") for dtype in ("fp16", "bf16", "fp32")]
+    [(dtype, "80,90,100,120") for dtype in ("fp16", "bf16", "fp32")]
     if IS_LONG
     else [("fp16", "90"), ("bf16", "120"), ("fp32", "80")]
 )

@@ -22,7 +22,12 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
-SHARED_LIMIT = {"80": 163 * 1024, "90": 227 * 1024, "120": 99 * 1024}  # bytes a block may have, by compute capability
+SHARED_LIMIT = {
+    "80": 163 * 1024,
+    "90": 227 * 1024,
+    "100": 227 * 1024,
+    "120": 99 * 1024,
+}  # bytes a block may have, by compute capability
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 TYPE_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "uint8": "u8", "int32": "i32"}
 
@@ -130,6 +135,13 @@ def resources(launch: Launch, target: str) -> tuple[int, int, int]:
     attributes = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
     made = triton.compile(source, target=GPUTarget("cuda", int(target), 32), options=dict(launch.options))
+    return taken(made)
+
+
+def taken(made: Any) -> tuple[int, int, int]:
+    """The same of what Triton compiled."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -7,12 +7,16 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from bench.options import check_numbers, say
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+
+if TYPE_CHECKING:
+    from bench.rehearsal.kernels import NotedLaunch
 
 PROG = "python -m bench rehearse"
 
@@ -68,9 +72,7 @@ def rehearsed(config: RehearsalConfig) -> int:
         f"kernels, {len(found.findings)} findings, {time.monotonic() - begin:.0f} s"
     )
     if config.compile:
-        from bench.rehearsal.compiled import check_compiled
-
-        check_compiled(found.kernels)
+        compiled(found.kernels.values())
     if found.findings:
         first = next(iter(found.findings))
         raise GateFailed(
@@ -102,3 +104,22 @@ def budgeted(config: RehearsalConfig) -> int:
             "make it cheaper, or write the new figures with --budget --update and say why in the commit",
         )
     return 0
+
+
+def compiled(launches: Iterable[NotedLaunch]) -> None:
+    """A line for every kernel and target; what does not fit fails."""
+    from bench.rehearsal.compiled import rows
+
+    wrong = []
+    for row, reason in rows(launches):
+        print(
+            f"{row.kernel:24} sm_{row.target:4} {row.registers:4} registers {row.spills:5} B stack "
+            f"{row.shared:7} B shared  {reason}",
+            flush=True,
+        )
+        wrong += [f"{row.kernel}, sm_{row.target}: {reason}"] if reason else []
+    if wrong:
+        raise GateFailed(
+            f"bench rehearse: {len(wrong)} compiled kernels, first {wrong[0]}",
+            "choose other blocks in BLOCKS of the kernel's file",
+        )

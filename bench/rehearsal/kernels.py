@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -32,10 +32,21 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
 }  # fmt: skip
 
 
+class NotedLaunch(NamedTuple):
+    """A launch as Triton is to compile it, the dtypes of tensors in their places."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    positional: tuple
+    named: dict[str, Any]
+
+
 @contextmanager
-def noted_kernels(timeline: Timeline, storage: Callable[[], torch.dtype | None]) -> Iterator[dict[Compilable, tuple]]:
-    """Every kernel of OPS replaced by a note of its launches: what to compile -> the grid of its first launch."""
-    launches: dict[Compilable, tuple] = {}
+def noted_kernels(
+    timeline: Timeline, storage: Callable[[], torch.dtype | None]
+) -> Iterator[dict[Compilable, NotedLaunch]]:
+    """Every kernel of OPS replaced by a note of its launches: what to compile -> the first such launch."""
+    launches: dict[Compilable, NotedLaunch] = {}
     with ExitStack() as stack:
         for module in OPS.values():
             for name, kernel in list(vars(module).items()):
@@ -48,7 +59,7 @@ def noted_kernels(timeline: Timeline, storage: Callable[[], torch.dtype | None])
 class NotedKernel:
     """Stands where a kernel stood."""
 
-    def __init__(self, kernel, timeline: Timeline, launches: dict[Compilable, tuple], storage):
+    def __init__(self, kernel, timeline: Timeline, launches: dict[Compilable, NotedLaunch], storage):
         self.kernel, self.timeline, self.launches, self.storage = kernel, timeline, launches, storage
         self.name = kernel.__name__.strip("_").removesuffix("_kernel")
 
@@ -83,13 +94,20 @@ class NotedKernel:
         )
         kept: list[Compilable] = []
         Recorder(self.kernel, kept).note(*positional, **named)
-        self.launches.setdefault(kept[0], grid)
+        if kept[0] not in self.launches:
+            types = [value.dtype if isinstance(value, Tensor) else value for value in positional]
+            self.launches[kept[0]] = NotedLaunch(self.kernel, grid, tuple(types), named)
+
+
+@cache
+def source_of(function: Callable) -> str:
+    return textwrap.dedent(inspect.getsource(function))
 
 
 @cache
 def written(function: Callable) -> frozenset[str]:
     """The pointers a kernel stores to, from its source."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree = ast.parse(source_of(function))
     made: dict[str, set[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Assign, ast.AugAssign)):

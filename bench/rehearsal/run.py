@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.rehearsal import cuda
-from bench.rehearsal.kernels import Compilable, noted_kernels
+from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels
 from bench.rehearsal.operations import Calls, Operations, fake_mode
 from bench.rehearsal.timeline import LOAD, WAIT, Finding, Launch, Timeline
 from bench.setting import PROFILE, TASKS, upstream_decoders
@@ -56,7 +56,7 @@ class Rehearsal:
     waits: dict[Finding, int]  # that are allowed
     launches: list[Launch]
     graphs: dict[tuple, list[Launch]]
-    kernels: dict[Compilable, tuple]
+    kernels: dict[Compilable, NotedLaunch]
     replays: int
     samples: int
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from bench.claims import page as claims
 from bench.machine.machine import ROOT
+from bench.report import reckoned
 from bench.report.results import SUITES, newest, read, rows_of
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent
 from bench.rows import MEASUREMENTS
@@ -279,6 +280,7 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
     "gpu": whole("gpu"),
+    "reckoned": lambda found, charts: reckoned.section(),
     "paper": paper,
     "gains": gains,
     "claims": lambda found, charts: claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS,

@@ -1,0 +1,98 @@
+"""The kernels of a rehearsal through Triton's own compiler, for GPUs that are not there: what they take, and a cache of
+machine code that a GPU machine can take along (TRITON_CACHE_DIR).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.kernels.audit import SHARED_LIMIT, taken
+from bench.rehearsal.kernels import NotedLaunch, source_of
+
+TARGETS = ("80", "90", "100", "120")
+WIDE_LOAD = re.compile(
+    r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async[\w.]* [^;]*, 0x10|cp\.async\.bulk"
+)
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma|tcgen05\.mma)")
+
+
+class CompiledRow(NamedTuple):
+    kernel: str
+    target: str
+    registers: int
+    spills: int  # bytes of stack of a thread
+    shared: int  # bytes of a block
+    has_wide_loads: bool  # 16 bytes a thread and instruction
+    has_tensor_cores: bool
+
+    def wrong(self, multiplies: bool) -> str:
+        """What is wrong with it, empty where nothing is."""
+        reasons = [f"{self.spills} bytes of stack"] if self.spills else []
+        if self.shared > SHARED_LIMIT[self.target]:
+            reasons.append(f"{self.shared} of {SHARED_LIMIT[self.target]} bytes of shared memory")
+        if not self.has_wide_loads:
+            reasons.append("no load of 16 bytes")
+        if multiplies and not self.has_tensor_cores:
+            reasons.append("no tensor cores")
+        return ", ".join(reasons)
+
+
+class AbsentGpu:
+    """Triton's driver for a GPU that is not there; each target has a number of its own, by which kernels are kept."""
+
+    def __init__(self, target: str):
+        from triton.backends.compiler import GPUTarget
+
+        self.number, self.target, self.utils, self.launcher_cls = (
+            int(target),
+            GPUTarget("cuda", int(target), 32),
+            None,
+            None,
+        )
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+
+@contextmanager
+def on(target: str) -> Iterator[None]:
+    from triton.runtime import driver
+
+    driver.set_active(AbsentGpu(target))
+    try:
+        yield
+    finally:
+        driver.reset_active()
+
+
+def rows(launches: Iterable[NotedLaunch], targets: Iterable[str] = TARGETS) -> Iterator[tuple[CompiledRow, str]]:
+    """Every launch for every target, and what is wrong with it."""
+    launches = list(launches)
+    for target in targets:
+        with on(target):
+            for launch in launches:
+                made = launch.kernel.warmup(*launch.positional, grid=launch.grid, **launch.named)
+                text, name = made.asm["ptx"], launch.kernel.__name__.strip("_").removesuffix("_kernel")
+                is_wide, is_matrix = bool(WIDE_LOAD.search(text)), bool(TENSOR_CORES.search(text))
+                row = CompiledRow(name, target, *taken(made), is_wide, is_matrix)
+                yield row, row.wrong("tl.dot" in source_of(launch.kernel.fn))
