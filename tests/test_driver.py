@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +12,7 @@ from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sampl
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.generation import driver, job, run
+from datasetdm_fast.generation.overlap import FinishedCalls
 from datasetdm_fast.generation.recipe import capture_call, make_recipe
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.sampling import times, walk
@@ -371,3 +373,30 @@ def test_bad_settings_are_refused_with_nothing_written(engines, tmp_path, change
         job.prepare(settings)
     assert "\n" not in refusal.value.cause and refusal.value.remedy
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpus_calls_are_counted_when_they_are_over(monkeypatch):
+    """The host queues a whole batch of calls before the first of them has ended."""
+    over, heard = threading.Event(), []
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # or the thread that waits would keep a core busy
+
+        def record(self, stream):
+            pass
+
+        def synchronize(self):
+            assert over.wait(10)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    with FinishedCalls(torch.device("cuda", 0), lambda: heard.append(1)) as calls:
+        for _ in range(3):
+            calls.queued()
+        assert heard == []
+        over.set()
+    assert heard == [1, 1, 1]
+    with FinishedCalls(torch.device("cpu"), lambda: heard.append(2)) as calls:
+        calls.queued()
+        assert heard[-1] == 2

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.kernels.audit import SHARED_LIMIT, taken
-from bench.rehearsal.kernels import NotedLaunch, source_of
+from bench.rehearsal.kernels import ACTIVATIONS, NotedLaunch, source_of
 
 TARGETS = ("80", "90", "100", "120")
 WIDE_LOAD = re.compile(
@@ -30,12 +30,12 @@ class CompiledRow(NamedTuple):
     has_wide_loads: bool  # 16 bytes a thread and instruction
     has_tensor_cores: bool
 
-    def wrong(self, multiplies: bool) -> str:
+    def wrong(self, reads_activations: bool, multiplies: bool) -> str:
         """What is wrong with it, empty where nothing is."""
         reasons = [f"{self.spills} bytes of stack"] if self.spills else []
         if self.shared > SHARED_LIMIT[self.target]:
             reasons.append(f"{self.shared} of {SHARED_LIMIT[self.target]} bytes of shared memory")
-        if not self.has_wide_loads:
+        if reads_activations and not self.has_wide_loads:
             reasons.append("no load of 16 bytes")
         if multiplies and not self.has_tensor_cores:
             reasons.append("no tensor cores")
@@ -82,7 +82,7 @@ def on(target: str) -> Iterator[None]:
     try:
         yield
     finally:
-        driver.reset_active()
+        driver.set_active(None)
 
 
 def rows(launches: Iterable[NotedLaunch], targets: Iterable[str] = TARGETS) -> Iterator[tuple[CompiledRow, str]]:
@@ -95,4 +95,5 @@ def rows(launches: Iterable[NotedLaunch], targets: Iterable[str] = TARGETS) -> I
                 text, name = made.asm["ptx"], launch.kernel.__name__.strip("_").removesuffix("_kernel")
                 is_wide, is_matrix = bool(WIDE_LOAD.search(text)), bool(TENSOR_CORES.search(text))
                 row = CompiledRow(name, target, *taken(made), is_wide, is_matrix)
-                yield row, row.wrong("tl.dot" in source_of(launch.kernel.fn))
+                source = source_of(launch.kernel.fn)
+                yield row, row.wrong(any(name in source for name in ACTIVATIONS), "tl.dot" in source)

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from bench.rehearsal.timeline import Clock, HostThread, Launch, StreamId, Timeline
+from bench.rehearsal.timeline import Clock, HostThread, Operation, StreamId, Timeline
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
@@ -167,9 +167,9 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
             clock |= timeline.reached(stream)
         timeline.host_waits("torch.cuda.synchronize()", clock)
 
-    class Graph:
+    class SimulatedGraph:
         def __init__(self, keep_graph: bool = False):
-            self.launches: list[Launch] = []
+            self.launches: list[Operation] = []
             self.stream: StreamId | None = None
 
         def replay(self) -> None:
@@ -191,7 +191,9 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
 
         shared: Stream | None = None
 
-        def __init__(self, graph: Graph, pool=None, stream: Stream | None = None, capture_error_mode: str = "global"):
+        def __init__(
+            self, graph: SimulatedGraph, pool=None, stream: Stream | None = None, capture_error_mode: str = "global"
+        ):
             if stream is None:
                 Recording.shared = Recording.shared or Stream()
                 stream = Recording.shared
@@ -216,7 +218,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
     return {
         "Stream": Stream,
         "Event": Event,
-        "CUDAGraph": Graph,
+        "CUDAGraph": SimulatedGraph,
         "stream": use,
         "graph": Recording,
         "current_stream": current,
@@ -227,7 +229,7 @@ def _streams(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-class Deferred(Future):
+class DeferredFuture(Future):
     """Work of a pool's thread. It runs as late as possible: where its result is asked for, or at the pool's end."""
 
     def __init__(self, pool: DeferredPool, work: Callable[[], Any], clock: Clock):
@@ -253,13 +255,13 @@ class DeferredPool:
         self.timeline, self.queue = timeline, deque()
         self.threads = deque(HostThread(f"{name} {place}" if workers > 1 else name) for place in range(workers))
 
-    def run_until(self, last: Deferred) -> None:
+    def run_until(self, last: DeferredFuture) -> None:
         """Runs the queue in order up to `last`; the thread that asks then knows what its thread knew at its end."""
         while not Future.done(last) and self.queue:
             self.run(self.queue.popleft())
         self.timeline.wait_for(last.clock)
 
-    def run(self, one: Deferred) -> None:
+    def run(self, one: DeferredFuture) -> None:
         thread = self.threads[0]
         self.threads.rotate(-1)
         self.timeline.knows(thread, one.clock)
@@ -280,10 +282,10 @@ def deferred_pools(timeline: Timeline) -> Iterator[None]:
 
     pools: dict[int, DeferredPool] = {}
 
-    def submit(executor: ThreadPoolExecutor, work: Callable, /, *arguments: Any, **named: Any) -> Deferred:
+    def submit(executor: ThreadPoolExecutor, work: Callable, /, *arguments: Any, **named: Any) -> DeferredFuture:
         name = executor._thread_name_prefix or "pool"
         pool = pools.setdefault(id(executor), DeferredPool(timeline, name, executor._max_workers))
-        one = Deferred(pool, lambda: work(*arguments, **named), dict(timeline.thread.clock))
+        one = DeferredFuture(pool, lambda: work(*arguments, **named), dict(timeline.thread.clock))
         pool.queue.append(one)
         return one
 
@@ -294,7 +296,7 @@ def deferred_pools(timeline: Timeline) -> Iterator[None]:
 
     def wait(futures) -> None:
         for future in futures:
-            if isinstance(future, Deferred):
+            if isinstance(future, DeferredFuture):
                 future.exception()
 
     with (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.rehearsal.operations import ATTENTION
-from bench.rehearsal.timeline import Launch
+from bench.rehearsal.timeline import Operation
 
 # An H100's, as good libraries reach them: bytes a second, operations a second, seconds between two launches of a graph.
 MEMORY = 2.8e12
@@ -33,7 +33,7 @@ class Reckoning:
     milliseconds: float
 
 
-def reckon(launches: Sequence[Launch]) -> Reckoning:
+def reckon(launches: Sequence[Operation]) -> Reckoning:
     return Reckoning(
         sum(one.kernels for one in launches),
         round(sum(one.moved for one in launches) / 1e9, 3),
@@ -42,12 +42,12 @@ def reckon(launches: Sequence[Launch]) -> Reckoning:
     )
 
 
-def seconds(one: Launch) -> float:
+def seconds(one: Operation) -> float:
     """The slower of its work and its traffic, and its launches."""
     return max(one.flops / rate(one) if one.flops else 0.0, one.moved / MEMORY) + LAUNCH * one.kernels
 
 
-def rate(one: Launch) -> float:
+def rate(one: Operation) -> float:
     is_wide = one.dtype == "float32"
     if one.name == "convolution":
         (batch, _, height, width), (outputs, *_) = one.shapes[:2]

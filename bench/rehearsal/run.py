@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from bench.rehearsal import cuda
 from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels
 from bench.rehearsal.operations import Calls, Operations, fake_mode
-from bench.rehearsal.timeline import LOAD, WAIT, Finding, Launch, Timeline
+from bench.rehearsal.timeline import LOAD, WAIT, Flaw, Operation, Timeline
 from bench.setting import PROFILE, TASKS, upstream_decoders
 from datasetdm_fast import sampling
 from datasetdm_fast.data import Batch, Request, Sample
@@ -38,6 +38,11 @@ LABELS = "the labels' own thread waits, on its own stream: the sampler goes on"
 WAITS = {
     ("main", "datasetdm_fast/engines/cuda_graph.py", "__init__"): "a call of a new shape is recorded once a run",
     ("main", "datasetdm_fast/sampling/walk.py", "_walk_numbers"): "the numbers of a schedule are copied once a run",
+    (
+        "calls",
+        "datasetdm_fast/generation/overlap.py",
+        "_finished",
+    ): "the thread that counts calls waits for them",
     ("labels", "datasetdm_fast/engines/fast.py", "_decoded"): "an autoencoder that leaves fp16 is run again in fp32",
     ("labels", "datasetdm_fast/tasks/to_host.py", "_copied"): LABELS,
     ("labels", "datasetdm_fast/generation/overlap.py", "_follow"): LABELS,
@@ -52,10 +57,10 @@ WAITS = {
 class Rehearsal:
     """What a run launched, and what is wrong with it."""
 
-    findings: dict[Finding, int]  # with how often each occurred
-    waits: dict[Finding, int]  # that are allowed
-    launches: list[Launch]
-    graphs: dict[tuple, list[Launch]]
+    findings: dict[Flaw, int]  # with how often each occurred
+    waits: dict[Flaw, int]  # that are allowed
+    launches: list[Operation]
+    graphs: dict[tuple, list[Operation]]
     kernels: dict[Compilable, NotedLaunch]
     replays: int
     samples: int
@@ -87,7 +92,7 @@ def rehearse(
     return Rehearsal(findings, waits, timeline.launches, graphs, timeline.kernels, timeline.replays, samples)
 
 
-def reason_of(wait: Finding) -> str | None:
+def reason_of(wait: Flaw) -> str | None:
     """Why the host may wait there."""
     return WAITS.get((wait.thread, wait.place.partition(":")[0], wait.function))
 

@@ -35,7 +35,7 @@ class Use(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Finding:
+class Flaw:
     """One thing that is wrong, and where."""
 
     rule: str
@@ -48,7 +48,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Launch:
+class Operation:
     """One operation as the GPU would be given it."""
 
     name: str
@@ -97,8 +97,8 @@ class Timeline:
 
     def __init__(self):
         self.thread, self.phase = HostThread("main"), LOAD
-        self.launches: list[Launch] = []
-        self.found: Counter[Finding] = Counter()
+        self.launches: list[Operation] = []
+        self.found: Counter[Flaw] = Counter()
         self.capture: Any = None  # the graph that is being recorded
         self.counts: Counter[StreamId] = Counter()
         self.clocks: dict[StreamId, Clock] = {}
@@ -173,7 +173,7 @@ class Timeline:
             self.use(stream, *used, kernels)
         shapes = tuple(tuple(value.shape) for value in reads)
         dtype = str((writes or reads)[0].dtype).removeprefix("torch.") if writes or reads else ""
-        named = Launch(
+        named = Operation(
             name, stream, self.thread.name, self.phase, *map(tuple, used), shapes, dtype, moved, flops, kernels
         )
         self.launches.append(named)
@@ -247,7 +247,7 @@ class Timeline:
         place = " < ".join(f"{name}:{line}" for name, line, _ in frames)
         name, line, function = frames[0] if frames else ("", 0, "")
         code = linecache.getline(str(ROOT / name), line).strip()
-        self.found[Finding(rule, what, place, function, code, self.thread.name, self.phase)] += 1
+        self.found[Flaw(rule, what, place, function, code, self.thread.name, self.phase)] += 1
 
 
 def merge(clock: Clock, other: Clock) -> Clock:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from bench.setting import Setting
 from datasetdm_fast.engines.fast import DTYPES, resolve_precision
 from datasetdm_fast.stages import FACTOR
 
+UNCACHED, MOST_COPIES = 256 * 2**20, 64  # bytes no GPU's cache holds, and inputs that are made for it at most
 MOST_LAYERS = 12  # that the table shows, those that most of the work is in
 
 
@@ -87,18 +89,27 @@ def row(layer: TimedLayer, count: int, run: BenchRun, seconds: float) -> dict[st
 def prepared(
     layer: TimedLayer, rows: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[], Tensor], int]:
-    """The layer on so many inputs, and the bytes it reads and writes."""
+    """The layer with its bias on so many inputs, and the bytes it reads and writes. On a GPU every call has inputs that
+    have left the cache since they were used, as in a network.
+    """
     x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, *layer.given), layer.weight))
+    bias = torch.randn(layer.weight[0], device=device).to(dtype)
     if len(layer.weight) > 2:
         x, weight = (value.contiguous(memory_format=torch.channels_last) for value in (x, weight))
+    count = min(-(-UNCACHED // size_of(x)), MOST_COPIES) if device.type == "cuda" else 1
+    inputs = cycle([x, *(x.clone() for _ in range(count - 1))])
 
     def call() -> Tensor:
         if len(layer.weight) == 2:
-            return F.linear(x, weight)
-        return F.conv2d(x, weight, stride=layer.stride, padding=layer.weight[2] // 2)
+            return F.linear(next(inputs), weight, bias)
+        return F.conv2d(next(inputs), weight, bias, stride=layer.stride, padding=layer.weight[2] // 2)
 
     with torch.inference_mode():
-        return call, sum(value.numel() * value.element_size() for value in (x, weight, call()))
+        return call, sum(map(size_of, (x, weight, bias, call())))
+
+
+def size_of(value: Tensor) -> int:
+    return value.numel() * value.element_size()
 
 
 COLUMNS = {"layer": text("layer"), "count": text("count"), "share of work": share("of_work")}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
-from datasetdm_fast.generation.overlap import LabelStream
+from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.stages import FACTOR
 
@@ -23,14 +23,14 @@ def generate(
     batches: Iterable[Batch], engine: Engine, recipe: Recipe, on_unet_call: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
     """Every batch with its samples, in order; what did not come out finite is made once more in fp32, then set aside.
-    `on_unet_call` hears of every UNet call.
+    `on_unet_call` hears of every UNet call that is over.
     """
-    generator = BatchGenerator(engine, recipe, on_unet_call)
-    with LabelStream(engine.device) as label_stream:
+    with LabelStream(engine.device) as label_stream, FinishedCalls(engine.device, on_unet_call) as calls:
+        generator = BatchGenerator(engine, recipe, calls.queued)
         for batch, results in side_by_side(generator, batches, label_stream):
             if any(isinstance(result, SetAside) for result in results) and (wide := engine.fp32_fallback()) is not None:
                 label_stream.settle()  # what a new engine records on a GPU must not be disturbed
-                second = BatchGenerator(wide, recipe, on_unet_call).make(batch)
+                second = BatchGenerator(wide, recipe, calls.queued).make(batch)
                 results = [
                     again(*both) if isinstance(both[0], SetAside) else both[0]
                     for both in zip(results, second, strict=True)

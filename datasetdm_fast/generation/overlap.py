@@ -77,6 +77,39 @@ class LabelStream(AbstractContextManager):
             self._pool.shutdown(cancel_futures=True)
 
 
+class FinishedCalls:
+    """Passes on each UNet call when it is over: a GPU is given those of a whole batch before its first one ends."""
+
+    def __init__(self, device: torch.device, on_unet_call: Callable[[], None]):
+        self._device, self._on_unet_call = device, on_unet_call
+        self._pool = ThreadPoolExecutor(1, "calls") if device.type == "cuda" else None
+        self._waiting: deque[Future] = deque()
+
+    def queued(self) -> None:
+        """The call that this thread has just queued is waited for by another thread."""
+        if self._pool is None:
+            self._on_unet_call()
+            return
+        import torch
+
+        over = torch.cuda.Event(blocking=True)
+        over.record(torch.cuda.current_stream(self._device))
+        self._waiting.append(self._pool.submit(self._finished, over))
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft().result()
+
+    def _finished(self, over: torch.cuda.Event) -> None:
+        over.synchronize()
+        self._on_unet_call()
+
+    def __enter__(self) -> FinishedCalls:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=kind is not None)
+
+
 class BackgroundWriter(AbstractContextManager):
     """Encodes and writes batches in threads and commits their rows in order; `committed` hears of every commit.
 
