@@ -18,11 +18,6 @@ from datasetdm_fast.kernels import OPS, fused, native, plain, reference
 from datasetdm_fast.kernels.launch import names_of
 
 FORM = {"reference": reference, "plain": plain, "native": native, "fused": fused}
-DEVICES = {
-    "cpu": "a CPU",
-    "untuned": "a GPU with Triton",
-    "without triton": "a GPU without Triton",
-}  # where an op has a row for them, the compute capability (sm_90) or the name of a GPU are others
 OF_THE_LOOP = ("guided_step",)  # fp32 whatever the networks are stored as
 BUDGETS = {
     torch.float32: 1e-5,
@@ -32,7 +27,7 @@ BUDGETS = {
 
 
 def form_on(op: str, *names: str) -> str:
-    """The name of the form of `op` on one of DEVICES, or on the GPU of these names, the first that has a row."""
+    """The name of the form of `op` on the device of these names, the first that has a row; see `names_of`."""
     rows = getattr(OPS[op], "DEVICES", {})
     return next((rows[name] for name in names if name in rows), "plain")
 

@@ -45,6 +45,7 @@ GAINS = {  # the same of the claims
     "asked for": "asked for",
     "holds": "holds",
 }
+DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a GPU without Triton"}
 VERSIONS = ("torch", "diffusers", "onnxruntime")
 NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
 ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
@@ -265,7 +266,7 @@ def paper(found: Documents, charts: str) -> str:
 def forms_table() -> Cells:
     """Which operation runs as which form on which device, from the kernels' own files."""
     from datasetdm_fast.kernels import OPS
-    from datasetdm_fast.kernels.choice import DEVICES, form_on
+    from datasetdm_fast.kernels.choice import form_on
 
     measured = sorted({device for op in OPS.values() for device in getattr(op, "DEVICES", {})} - set(DEVICES))
     rows = []
