@@ -7,6 +7,7 @@
 #include "mask_rle.h"
 #include "network_ops.h"
 #include "png.h"
+#include "winograd.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -26,6 +27,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("layer_norm", &datasetdm::layer_norm_cpu, "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "rows"_a, "channels"_a, "eps"_a, "threads"_a,
           "vector_bytes"_a = 0);
     m.def("geglu", &datasetdm::geglu_cpu, "storage"_a, "x"_a, "out"_a, "rows"_a, "channels"_a, "threads"_a, "vector_bytes"_a = 0);
+    m.def("winograd", &datasetdm::winograd_cpu, "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a,
+          "is_doubled"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("rle_encode", &datasetdm::rle_encode, "masks"_a.noconvert());
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);
     m.def("rle_to_runs", &datasetdm::rle_to_runs, "counts"_a, "height"_a, "width"_a);

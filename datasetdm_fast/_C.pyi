@@ -102,3 +102,18 @@ def layer_norm(
     vector_bytes: int = 0,
 ) -> None: ...
 def geglu(storage: int, x: int, out: int, rows: int, channels: int, threads: int, vector_bytes: int = 0) -> None: ...
+def winograd(
+    x: int,
+    weight: int,
+    bias: int,
+    residual: int,
+    out: int,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    outputs: int,
+    is_doubled: bool,
+    threads: int,
+    vector_bytes: int = 0,
+) -> None: ...

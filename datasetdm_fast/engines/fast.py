@@ -23,7 +23,7 @@ from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.models.capture import CaptureHook, NoCapture, ProjectedSums, Projection, RawCapture
-from datasetdm_fast.models.layers import packed
+from datasetdm_fast.models.packed import packed
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
@@ -111,7 +111,8 @@ class FastEngine:
         for name in NETWORKS:
             setattr(self, name, self._network(name))
         if self.device.type == "cpu" and not self.is_compiled:
-            packed(self.unet)
+            for network in (self.unet, self.image_decoder, self.image_encoder):
+                packed(network)
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None

@@ -46,43 +46,16 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class PackedLinear(nn.Module):
-    """A Linear in oneDNN's weight order: on a CPU about a tenth faster, most where there are few rows."""
-
-    ROWS = 2048  # oneDNN is told how many to expect
-
-    def __init__(self, linear: Linear):
-        super().__init__()
-        self.weight, self.bias, self._seen = linear.weight, linear.bias, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._seen != (
-            version := 0 if self.weight.is_inference() else self.weight._version
-        ):  # never, or changed in place
-            self._packed, self._seen = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), self.ROWS), version
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-
-
-def packed(module: nn.Module) -> nn.Module:
-    """`module` with every Linear packed where this CPU's oneDNN takes its storage."""
-    if not torch.backends.mkldnn.is_available():
-        return module
-    for name, child in module.named_children():
-        if not isinstance(child, Linear):
-            packed(child)
-        elif child.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            setattr(module, name, PackedLinear(child))
-    return module
-
-
 class Convolution(nn.Module):
     def __init__(self, weights: Weights, stride: int = 1, padding: int = 1):
         super().__init__()
         self.stride, self.padding = stride, padding
         self.weight, self.bias = frozen(weights["weight"]), frozen(weights["bias"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+    def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """The convolution with its own bias or another, plus `residual`."""
+        y = F.conv2d(x, self.weight, self.bias if bias is None else bias, self.stride, self.padding)
+        return y if residual is None else y.add_(residual)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -135,8 +108,8 @@ class Resnet(nn.Module):
         )
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        h = F.conv2d(self.norm1(x), self.conv1.weight, self.conv1.bias if bias is None else bias, padding=1)
-        return self.conv2(self.norm2(h)).add_(self.shortcut(x))
+        h = self.conv1(self.norm1(x), bias)
+        return self.conv2(self.norm2(h), residual=self.shortcut(x))
 
 
 class Upsample(nn.Module):
@@ -147,9 +120,9 @@ class Upsample(nn.Module):
 
     def __init__(self, weights: Weights):
         super().__init__()
-        weight = weights["weight"]
+        self.taps = weights["weight"]  # of the 3x3 convolution
         self.weight = frozen(
-            torch.cat([_pairs(row, 3) for row in _pairs(weight, 2).chunk(2)])
+            torch.cat([_pairs(row, 3) for row in _pairs(self.taps, 2).chunk(2)])
         )  # [4 * out, in, 2, 2]: row, column
         self.bias = frozen(weights["bias"].repeat(4))
 

@@ -1,0 +1,111 @@
+#include "winograd.h"
+
+#include <algorithm>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+
+#include "check.h"
+#include "depth_head.h"
+
+namespace datasetdm {
+namespace {
+
+constexpr int64_t kTile = 4;              // results along each side of a tile
+constexpr int64_t kSide = 6;              // cells along each side that they are computed from
+constexpr int64_t kPlaces = kSide * kSide;
+constexpr int64_t kPanel = 16;            // outputs that lie side by side in the weight
+constexpr int64_t kTiles = 48;            // tiles that share one reading of the weight; a multiple of every kRows
+constexpr int64_t kChannels = 256;        // channels of a panel that stay in the first-level cache
+constexpr int64_t kApart = 16;            // floats between places, which would otherwise fall on the same lines of the caches
+
+struct Tile {
+    int64_t image, y, x;
+};
+
+struct Winograd {
+    const float *x, *weight, *bias, *residual;
+    float* out;
+    int64_t height, width, channels, outputs;
+    bool is_doubled;
+
+    int64_t down() const { return (height + kTile - 1) / kTile; }
+    int64_t across() const { return (width + kTile - 1) / kTile; }
+    int64_t panels() const { return (outputs + 2 * kPanel - 1) / (2 * kPanel) * 2; }  // an even number, as the widest vectors take two
+    Tile tile(int64_t index) const {
+        const int64_t row = index / across();
+        return {row / down(), row % down() * kTile, index % across() * kTile};
+    }
+};
+
+// See network_ops.cpp.
+float* scratch(int64_t count) {
+    static thread_local std::unique_ptr<float[]> memory;
+    static thread_local int64_t size = 0;
+    if (count > size) {
+        memory.reset();
+        memory.reset(new float[count]());
+        size = count;
+    }
+    return memory.get();
+}
+
+}  // namespace
+}  // namespace datasetdm
+
+#if defined(__x86_64__)
+#define WITH_INSTRUCTIONS avx512
+#define INSTRUCTIONS __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
+#define VECTOR_BYTES 64
+#include "winograd_rows.h"
+#undef WITH_INSTRUCTIONS
+#undef INSTRUCTIONS
+#undef VECTOR_BYTES
+
+#define WITH_INSTRUCTIONS avx2
+#define INSTRUCTIONS __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
+#include "winograd_rows.h"
+#undef WITH_INSTRUCTIONS
+#undef INSTRUCTIONS
+#undef VECTOR_BYTES
+#endif
+
+#define WITH_INSTRUCTIONS baseline
+#define INSTRUCTIONS
+#define VECTOR_BYTES 16
+#include "winograd_rows.h"
+
+namespace datasetdm {
+
+void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width,
+                  int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes) {
+    require(x && weight && bias && out, "winograd: a pointer is null; pass data_ptr() of a CPU tensor");
+    require(images > 0 && height > 0 && width > 0, "winograd: an empty tensor, ", images, " images of ", height, " x ", width);
+    require(channels > 0 && channels % kPanel == 0 && outputs > 0 && outputs % kPanel == 0, "winograd: ", channels, " channels to ", outputs,
+            ", expected multiples of ", kPanel);
+    require(!is_doubled || (height % 2 == 0 && width % 2 == 0), "winograd: ", height, " x ", width, " cells are no doubled ones");
+    require(threads > 0, "winograd: threads is ", threads, ", expected at least 1");
+    const std::vector<int64_t> found = depth_head_vector_bytes();
+    if (vector_bytes == 0) vector_bytes = found.front();
+    require(std::count(found.begin(), found.end(), vector_bytes), "winograd: this CPU has no vectors of ", vector_bytes, " bytes");
+    const Winograd work{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias),
+                        reinterpret_cast<const float*>(residual), reinterpret_cast<float*>(out), height, width, channels, outputs, is_doubled};
+    const auto convolve = [&](int64_t first, int64_t last) {
+#if defined(__x86_64__)
+        if (vector_bytes == 64) return avx512::convolve(work, first, last);
+        if (vector_bytes == 32) return avx2::convolve(work, first, last);
+#endif
+        baseline::convolve(work, first, last);
+    };
+    pybind11::gil_scoped_release release;
+    const int64_t tiles = images * work.down() * work.across(), shares = std::min(threads, tiles);
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < shares; ++i) others.emplace_back(convolve, tiles * i / shares, tiles * (i + 1) / shares);
+    convolve(0, tiles / shares);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace datasetdm

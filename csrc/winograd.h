@@ -1,0 +1,17 @@
+// 3x3 convolutions of stride 1 by Winograd's minimal filtering F(4x4, 3x3): 36 products for 16 results in place of 144. The points 0, +-1/2
+// and +-3/2 keep its error at three times that of the direct sum; those of the usual +-1 and +-2 would make it seven times.
+#pragma once
+
+#include <cstdint>
+
+namespace datasetdm {
+
+// out [images, height, width, outputs] of the channels-last image x [images, height, width, channels] with a border of zeros; with `is_doubled`
+// x is [images, height / 2, width / 2, channels], every cell of it standing for four. `weight` is [36, P, channels, 16] of P panels of 16
+// outputs, the last of zeros where their number would be odd; `residual`,
+// of the form of `out` or 0, is added. All are fp32; `vector_bytes` 0 takes the widest instructions of this CPU. What one 4x4 tile becomes
+// depends on nothing but the tile, so neither the batch nor `threads` change a bit.
+void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width,
+                  int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes);
+
+}  // namespace datasetdm

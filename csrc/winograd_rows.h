@@ -1,0 +1,138 @@
+// Included once for each instruction set, with WITH_INSTRUCTIONS (a namespace), INSTRUCTIONS (a function attribute) and VECTOR_BYTES defined.
+// Channels run fastest everywhere, so that both transforms are sums of whole vectors.
+
+namespace datasetdm {
+namespace WITH_INSTRUCTIONS {
+
+typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int64_t kLanes = VECTOR_BYTES / 4;
+constexpr int64_t kVectors = VECTOR_BYTES == 16 ? 4 : 2;                       // of columns that a product works on at once
+constexpr int64_t kRows = VECTOR_BYTES == 64 ? 12 : VECTOR_BYTES == 32 ? 6 : 2;  // with kVectors sums each they fill the registers
+
+#define INLINE INSTRUCTIONS __attribute__((always_inline)) inline
+
+INLINE Vector load(const float* from) {
+    Vector answer;
+    __builtin_memcpy(&answer, from, sizeof answer);
+    return answer;
+}
+INLINE void store(float* to, const Vector& value) { __builtin_memcpy(to, &value, sizeof value); }
+
+// Six values of a row or column of a tile to the six that are multiplied.
+INLINE void into_products(const Vector* d, int64_t step, Vector* v) {
+    const Vector even = d[4 * step] - 2.25f * d[2 * step], odd = 0.5f * d[3 * step] - 1.125f * d[step];
+    const Vector far_even = d[4 * step] - 0.25f * d[2 * step], far_odd = 1.5f * d[3 * step] - 0.375f * d[step];
+    v[0] = 0.5625f * d[0] - 2.5f * d[2 * step] + d[4 * step];
+    v[1] = even + odd;
+    v[2] = even - odd;
+    v[3] = far_even + far_odd;
+    v[4] = far_even - far_odd;
+    v[5] = 0.5625f * d[step] - 2.5f * d[3 * step] + d[5 * step];
+}
+
+// Six products to the four results of a row or column.
+INLINE void from_products(const Vector* m, int64_t step, Vector* y) {
+    const Vector sum = m[step] + m[2 * step], difference = m[step] - m[2 * step];
+    const Vector far_sum = m[3 * step] + m[4 * step], far_difference = m[3 * step] - m[4 * step];
+    y[0] = m[0] + sum + far_sum;
+    y[1] = 0.5f * difference + 1.5f * far_difference;
+    y[2] = 0.25f * sum + 2.25f * far_sum;
+    y[3] = 0.125f * difference + 3.375f * far_difference + m[5 * step];
+}
+
+// Channels first .. first + count of one tile, transformed, to target[k * pitch + channel] for each of the 36 places.
+INSTRUCTIONS inline void transform_tile(const Winograd& work, int64_t tile, int64_t first, int64_t count, float* target, int64_t pitch) {
+    const Tile place = work.tile(tile);
+    const int64_t shift = work.is_doubled, height = work.height >> shift, width = work.width >> shift;
+    const float* cells[kPlaces];
+    for (int64_t row = 0; row < kSide; ++row) {
+        for (int64_t column = 0; column < kSide; ++column) {
+            const int64_t y = place.y + row - 1, x = place.x + column - 1;
+            const bool is_inside = y >= 0 && y < work.height && x >= 0 && x < work.width;
+            cells[row * kSide + column] = is_inside ? work.x + ((place.image * height + (y >> shift)) * width + (x >> shift)) * work.channels + first : nullptr;
+        }
+    }
+    for (int64_t c = 0; c < count; c += kLanes) {
+        Vector half[kPlaces], values[kSide], products[kSide];
+        for (int64_t column = 0; column < kSide; ++column) {
+            for (int64_t row = 0; row < kSide; ++row) {
+                const float* cell = cells[row * kSide + column];
+                values[row] = cell ? load(cell + c) : Vector{};
+            }
+            into_products(values, 1, products);
+            for (int64_t row = 0; row < kSide; ++row) half[row * kSide + column] = products[row];
+        }
+        for (int64_t row = 0; row < kSide; ++row) {
+            into_products(half + row * kSide, 1, products);
+            for (int64_t column = 0; column < kSide; ++column) store(target + (row * kSide + column) * pitch + c, products[column]);
+        }
+    }
+}
+
+// The results of one tile from its products m[k * pitch + output], with bias and residual.
+INSTRUCTIONS inline void finish_tile(const Winograd& work, int64_t tile, const float* m, int64_t pitch) {
+    const Tile place = work.tile(tile);
+    const int64_t rows = std::min(kTile, work.height - place.y), columns = std::min(kTile, work.width - place.x);
+    const int64_t corner = ((place.image * work.height + place.y) * work.width + place.x) * work.outputs;
+    for (int64_t c = 0; c < work.outputs; c += kLanes) {
+        Vector half[kTile * kSide], values[kSide], results[kTile];
+        for (int64_t column = 0; column < kSide; ++column) {
+            for (int64_t row = 0; row < kSide; ++row) values[row] = load(m + (row * kSide + column) * pitch + c);
+            from_products(values, 1, results);
+            for (int64_t row = 0; row < kTile; ++row) half[row * kSide + column] = results[row];
+        }
+        const Vector bias = load(work.bias + c);
+        for (int64_t row = 0; row < rows; ++row) {
+            from_products(half + row * kSide, 1, results);
+            for (int64_t column = 0; column < columns; ++column) {
+                const int64_t at = corner + (row * work.width + column) * work.outputs + c;
+                const Vector result = results[column] + bias;
+                store(work.out + at, work.residual ? result + load(work.residual + at) : result);
+            }
+        }
+    }
+}
+
+// kRows rows of `left` times one panel of the weight, added to what the target holds where `is_added`.
+INLINE void multiply_rows(const float* left, int64_t left_pitch, int64_t inner, const float* panels, int64_t panel, float* target, int64_t target_pitch,
+                          bool is_added) {
+    Vector sums[kRows][kVectors];
+    for (int64_t row = 0; row < kRows; ++row)
+        for (int64_t j = 0; j < kVectors; ++j) sums[row][j] = is_added ? load(target + row * target_pitch + j * kLanes) : Vector{};
+    for (int64_t i = 0; i < inner; ++i) {
+        Vector values[kVectors];
+        for (int64_t j = 0; j < kVectors; ++j) values[j] = load(panels + j * kLanes / kPanel * panel + i * kPanel + j * kLanes % kPanel);
+#pragma GCC unroll 12
+        for (int64_t row = 0; row < kRows; ++row)
+            for (int64_t j = 0; j < kVectors; ++j) sums[row][j] += left[row * left_pitch + i] * values[j];
+    }
+    for (int64_t row = 0; row < kRows; ++row)
+        for (int64_t j = 0; j < kVectors; ++j) store(target + row * target_pitch + j * kLanes, sums[row][j]);
+}
+
+// Tiles first .. last.
+INSTRUCTIONS inline void convolve(const Winograd& work, int64_t first, int64_t last) {
+    const int64_t step = std::min(kTiles, (last - first + kRows - 1) / kRows * kRows), inner = std::min(kChannels, work.channels);
+    const int64_t width = (work.outputs + kVectors * kLanes - 1) / (kVectors * kLanes) * kVectors * kLanes;
+    const int64_t left_pitch = step * inner + kApart, pitch = step * width + kApart, panel = work.channels * kPanel;
+    float *left = scratch(kPlaces * (left_pitch + pitch)), *products = left + kPlaces * left_pitch;
+    for (int64_t start = first; start < last; start += step) {
+        const int64_t count = std::min(step, last - start), rows = (count + kRows - 1) / kRows * kRows;
+        for (int64_t channel = 0; channel < work.channels; channel += inner) {
+            const int64_t depth = std::min(inner, work.channels - channel);
+            for (int64_t tile = 0; tile < count; ++tile) transform_tile(work, start + tile, channel, depth, left + tile * depth, left_pitch);
+            for (int64_t place = 0; place < kPlaces; ++place)
+                for (int64_t output = 0; output < width; output += kVectors * kLanes)
+                    for (int64_t row = 0; row < rows; row += kRows)
+                        multiply_rows(left + place * left_pitch + row * depth, depth, depth,
+                                      work.weight + (place * work.panels() + output / kPanel) * panel + channel * kPanel, panel,
+                                      products + place * pitch + row * width + output, width, channel > 0);
+        }
+        for (int64_t tile = 0; tile < count; ++tile) finish_tile(work, start + tile, products + tile * width, pitch);
+    }
+}
+
+#undef INLINE
+
+}  // namespace WITH_INSTRUCTIONS
+}  // namespace datasetdm

@@ -1,0 +1,140 @@
+"""Layers whose weights are laid out once for a CPU: every instruction set and form against the plain convolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast import _C
+from datasetdm_fast.engines.lanes import Lanes
+from datasetdm_fast.kernels import winograd
+from datasetdm_fast.kernels.case import noise
+from datasetdm_fast.models.layers import Convolution, Upsample, Weights
+from datasetdm_fast.models.packed import FEWEST_TILES, PackedConvolution, PackedUpsample, packed
+
+VECTORS = _C.depth_head_vector_bytes()
+
+
+def image(*shape: int) -> Tensor:
+    return noise(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def weights(outputs: int, channels: int, taps: int = 3) -> Weights:
+    weight = noise(outputs, channels, taps, taps) / (taps * channels**0.5)
+    return Weights({"weight": weight, "bias": noise(outputs + 1)[1:]})
+
+
+def distance(value: Tensor, truth: Tensor) -> float:
+    assert value.shape == truth.shape
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+@pytest.mark.parametrize(
+    ("batch", "channels", "outputs", "height", "width", "is_doubled"),
+    [
+        pytest.param(1, 16, 16, 4, 4, False, id="one tile"),
+        pytest.param(3, 48, 48, 5, 7, False, id="ragged borders, an odd number of panels"),
+        pytest.param(2, 272, 32, 9, 4, False, id="more channels than are worked on at once"),
+        pytest.param(9, 16, 32, 11, 12, False, id="more tiles than are worked on at once"),
+        pytest.param(2, 32, 48, 3, 5, True, id="doubled cells"),
+    ],
+)
+@torch.inference_mode()
+def test_every_instruction_set(vector_bytes, batch, channels, outputs, height, width, is_doubled, monkeypatch):
+    """The distance from fp64 stays within four times that of the direct sum, and every element is written."""
+    x, given = image(batch, channels, height, width), weights(outputs, channels)
+    wide = F.interpolate(x, scale_factor=2) if is_doubled else x
+    residual = image(batch, outputs, *wide.shape[-2:])
+    truth = F.conv2d(wide.double(), given["weight"].double(), given["bias"].double(), padding=1)
+    direct = distance(F.conv2d(wide, given["weight"], given["bias"], padding=1), truth)
+    inner, empty = _C.winograd, torch.empty
+    monkeypatch.setattr(_C, "winograd", lambda *arguments: inner(*arguments, vector_bytes))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
+    prepared = winograd.transformed(given["weight"])
+    for added, expected in ((None, truth), (residual, truth + residual)):
+        found = winograd.convolve(x, prepared, given["bias"], added, is_doubled)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert distance(found, expected) <= max(4 * direct, 5e-7)
+
+
+@torch.inference_mode()
+def test_neither_threads_nor_the_batch_change_a_bit(monkeypatch):
+    x, given = image(5, 32, 13, 9), weights(48, 32)
+    prepared = winograd.transformed(given["weight"])
+    alone = torch.cat([winograd.convolve(x[k : k + 1], prepared, given["bias"]) for k in range(5)])
+    for threads in (1, 2, 3, 200):
+        monkeypatch.setattr(winograd, "threads", lambda x, threads=threads: threads)
+        assert torch.equal(winograd.convolve(x, prepared, given["bias"]), alone)
+
+
+def test_what_it_cannot_compute_is_refused():
+    for numbers, cause in (
+        ((1, 4, 4, 8, 16, False, 1), "8 channels to 16, expected multiples of 16"),
+        ((1, 3, 4, 16, 16, True, 1), "3 x 4 cells are no doubled ones"),
+        ((0, 4, 4, 16, 16, False, 1), "an empty tensor"),
+        ((1, 4, 4, 16, 16, False, 0), "threads is 0"),
+        ((1, 4, 4, 16, 16, False, 1, 8), "no vectors of 8 bytes"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            _C.winograd(64, 64, 64, 0, 64, *numbers)
+    with pytest.raises(ValueError, match="a pointer is null"):
+        _C.winograd(64, 0, 64, 0, 64, 1, 4, 4, 16, 16, False, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "side", "stride", "padding", "taps"),
+    [
+        pytest.param(FEWEST_TILES, 32, 4, 1, 1, 3, id="as few tiles as are transformed"),
+        pytest.param(FEWEST_TILES - 1, 32, 4, 1, 1, 3, id="fewer"),
+        pytest.param(2, 4, 16, 1, 1, 3, id="channels that fill no panel"),
+        pytest.param(2, 32, 8, 2, 1, 3, id="stride 2"),
+        pytest.param(2, 32, 8, 1, 0, 1, id="1x1"),
+    ],
+)
+def test_a_packed_convolution_says_what_the_plain_one_says(batch, channels, side, stride, padding, taps):
+    x, plain = image(batch, channels, side, side), Convolution(weights(32, channels, taps), stride, padding)
+    ours, other = PackedConvolution(plain), noise(32)
+    truth = F.conv2d(x.double(), plain.weight.double(), None, stride, padding)
+    with torch.inference_mode():
+        assert distance(ours(x), truth + plain.bias.double()[:, None, None]) <= 2e-6
+        residual = image(*truth.shape)
+        expected = truth + other.double()[:, None, None] + residual
+        assert distance(ours(x, other, residual), expected) <= 2e-6
+    with torch.no_grad():
+        plain.weight.mul_(2)
+    with torch.inference_mode():
+        assert distance(ours(x, torch.zeros(32)), 2 * truth) <= 2e-6
+
+
+@torch.inference_mode()
+def test_a_residual_stays_as_it_is():
+    """It may be an activation that others still read."""
+    ours = PackedConvolution(Convolution(weights(16, 16)))
+    for side in (2, 16):
+        x = image(2, 16, side, side)
+        before = x.clone()
+        ours(x, residual=x)
+        assert torch.equal(x, before)
+
+
+@torch.inference_mode()
+def test_slices_at_once_share_one_packed_weight():
+    x, plain = image(8, 32, 16, 16), Convolution(weights(32, 32))
+    truth, before = PackedConvolution(plain)(x), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for _ in range(5):
+            ours = PackedConvolution(plain)
+            assert torch.equal(torch.cat(Lanes().map(ours, [(part,) for part in x.split(2)])), truth)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("side", [1, 3, 16])
+@torch.inference_mode()
+def test_a_packed_upsample_says_what_the_plain_one_says(side):
+    plain = Upsample(weights(32, 32))
+    (ours,) = packed(torch.nn.Sequential(plain))
+    x = image(2, 32, side, side)
+    assert isinstance(ours, PackedUpsample) and distance(ours(x), plain(x).double()) <= 2e-6
