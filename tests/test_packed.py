@@ -9,8 +9,8 @@ from datasetdm_fast import _C
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.kernels.case import noise
-from datasetdm_fast.models.layers import Convolution, Upsample, Weights
-from datasetdm_fast.models.packed import FEWEST_TILES, PackedConvolution, PackedUpsample, packed
+from datasetdm_fast.models.layers import Convolution, Linear, Upsample, Weights
+from datasetdm_fast.models.packed import FEWEST_TILES, PackedConvolution, PackedUpsample, packed, weights_of
 
 VECTORS = _C.depth_head_vector_bytes()
 
@@ -101,10 +101,20 @@ def test_a_packed_convolution_says_what_the_plain_one_says(batch, channels, side
         residual = image(*truth.shape)
         expected = truth + other.double()[:, None, None] + residual
         assert distance(ours(x, other, residual), expected) <= 2e-6
-    with torch.no_grad():
-        plain.weight.mul_(2)
+
+
+def test_plain_weights_go_and_can_be_read_back():
+    """Only a convolution that may be computed in either form keeps its own."""
+    given = [weights(32, 32), weights(32, 4), weights(48, 64, 1)]
+    layers = [Convolution(given[0]), Convolution(given[1]), Linear(given[2])]
+    network = packed(torch.nn.Sequential(*layers))
     with torch.inference_mode():
-        assert distance(ours(x, torch.zeros(32)), 2 * truth) <= 2e-6
+        for layer, shape in zip(network, ((2, 32, 8, 8), (2, 4, 8, 8), (5, 64))):
+            layer(noise(*shape))
+    assert [layer.weight is None for layer in network] == [False, True, True]
+    held = weights_of(network)
+    for place, one in enumerate(given):
+        assert torch.equal(held[f"{place}.weight"].reshape(one["weight"].shape), one["weight"])
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.models.capture import CaptureHook, NoCapture, ProjectedSums, Projection, RawCapture
-from datasetdm_fast.models.packed import packed
+from datasetdm_fast.models.packed import packed, weights_of
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
@@ -134,7 +134,7 @@ class FastEngine:
         """
         farthest = 0.0
         for name in NETWORKS:
-            held, truth = (module.state_dict() for module in (getattr(self, name), self._network(name)))
+            held, truth = (weights_of(module) for module in (getattr(self, name), self._network(name)))
             farthest = max([farthest, *(state_distance(held[key], value) for key, value in truth.items())])
         return farthest
 
