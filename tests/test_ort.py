@@ -238,11 +238,24 @@ def test_other_weights_have_other_graphs(pair):
         bias[0] -= 1e-3
 
 
-def test_sessions_use_the_threads_of_the_run(pair):
-    pair.ort.encode_text(["a"])
-    options = pair.ort._stages["encode_text"].session.get_session_options()
-    assert options.intra_op_num_threads == torch.get_num_threads()
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+def test_slices_of_a_batch_share_the_threads_of_the_run(pair):
+    latents, context = inputs(pair.torch, 3)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(pair.ort.denoise(latents, 100, context))
+            pair.ort.encode_text(["a"])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    for stage, shares in (("denoise", {1, 2}), ("encode_text", {1, 4})):  # two slices of four threads, or one
+        sessions = pair.ort._stages[stage].sessions
+        assert shares <= set(sessions)
+        for share, session in sessions.items():
+            options = session.get_session_options()
+            assert options.intra_op_num_threads == share
+            assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 # What is not there ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.exported.cached import CachedEngine
 from datasetdm_fast.engines.exported.providers import NAMES, available, require_provider
-from datasetdm_fast.engines.fast import DTYPES
+from datasetdm_fast.engines.fast import DTYPES, slice_of
+from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import StageFile
 from datasetdm_fast.export.staging import say
@@ -47,10 +48,10 @@ class OrtEngine(CachedEngine):
         super().__init__(model, decoders, tell)
 
     def _open(self, path: Path, name: str, file: StageFile) -> OrtStage:
-        return OrtStage(open_session(path, self.provider, self.device), file, self.device)
+        return OrtStage(lambda threads: open_session(path, self.provider, self.device, threads), file, self.device)
 
     def _images_at_once(self, batch: int) -> int:
-        return batch
+        return slice_of(batch) if self.device.type == "cpu" else batch
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
@@ -65,16 +66,27 @@ class OrtEngine(CachedEngine):
 
 
 class OrtStage:
-    """A session that reads its inputs and writes its outputs in the memory of torch tensors."""
+    """A graph whose sessions read their inputs and write their outputs in the memory of torch tensors.
 
-    def __init__(self, session: onnxruntime.InferenceSession, file: StageFile, device: torch.device):
-        self.session, self.file, self.device = session, file, device
+    On a CPU the parts of a batch run at once, each on its share of the threads.
+    """
+
+    def __init__(self, open_with: Callable[[int], onnxruntime.InferenceSession], file: StageFile, device: torch.device):
+        self.open_with, self.file, self.device, self.lanes = open_with, file, device, Lanes()
+        self.sessions: dict[int, onnxruntime.InferenceSession] = {}  # by their number of threads
 
     def __call__(self, parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        return [self._outputs(inputs) for inputs in parts]
+        threads = torch.get_num_threads()
+        share = threads // min(threads, len(parts)) if self.device.type == "cpu" else threads
+        if share not in self.sessions:
+            self.sessions[share] = self.open_with(share)
+        work = [(self.sessions[share], inputs) for inputs in parts]
+        if self.device.type == "cpu":
+            return self.lanes.map(self._outputs, work)
+        return [self._outputs(*one) for one in work]
 
-    def _outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        binding, sizes, held = self.session.io_binding(), {}, []
+    def _outputs(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        binding, sizes, held = session.io_binding(), {}, []
         for info in self.file.inputs:
             # A single number may stay on the host.
             value = inputs[info.name].to(self.device if info.shape else "cpu", getattr(torch, info.dtype)).contiguous()
@@ -97,15 +109,15 @@ class OrtStage:
             )
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime works on a stream of its own
-        self.session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         return outputs
 
 
-def open_session(path: Path, provider: str, device: torch.device) -> onnxruntime.InferenceSession:
+def open_session(path: Path, provider: str, device: torch.device, threads: int) -> onnxruntime.InferenceSession:
     """A session on the provider asked for, and on no other."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry(
         "session.intra_op.allow_spinning", "0"
     )  # spinning threads take the cores of the processes beside them
