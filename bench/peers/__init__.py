@@ -43,11 +43,13 @@ class Offer(NamedTuple):
     draws: bool = False  # whether its images without labels are timed as well
     must_run: bool = False  # an exception in it is a failed row; in others', a row that is not there
     not_on_cpu: str = ""  # why a CPU does not run it
+    not_on_gpu: str = ""  # why a GPU does not
 
 
 TF32 = "upstream in TF32: a CPU has no such arithmetic"
 FP16 = "upstream in fp16: its convolutions take a CPU hundreds of times longer than in fp32"
 TENSORRT = "TensorRT: it runs on NVIDIA GPUs only"
+CPU_ONLY = "OpenVINO: it is a peer on CPUs"
 OURS = "ours"
 PEERS = {
     "upstream": Offer("DatasetDM as written, fp32", upstream.with_dtype("fp32"), batch=1, must_run=True),
@@ -58,7 +60,11 @@ PEERS = {
     "diffusers-1": Offer("diffusers, one image at a time", diffusers.Diffusers, batch=1, draws=True),
     "diffusers": Offer("diffusers at its best batch", diffusers.Diffusers, draws=True),
     "diffusers-compiled": Offer("diffusers, torch.compile", compiled.build, like="diffusers", draws=True),
+    "ort-1": Offer("ONNX Runtime, one image at a time", engine.named("ort"), batch=1),
     "ort": Offer("ONNX Runtime", engine.named("ort")),
+    "openvino-1": Offer("OpenVINO, one image at a time", engine.named("openvino"), batch=1, not_on_gpu=CPU_ONLY),
+    "openvino": Offer("OpenVINO", engine.named("openvino"), draws=True, not_on_gpu=CPU_ONLY),
+    "openvino-bf16": Offer("OpenVINO, bf16", engine.named("openvino", "bf16"), not_on_gpu=CPU_ONLY),
     "tensorrt": Offer("TensorRT", engine.named("trt"), like="diffusers", draws=True, not_on_cpu=TENSORRT),
     "ours-1": Offer("datasetdm_fast, one image at a time", engine.named("fast"), batch=1, must_run=True),
     OURS: Offer("datasetdm_fast", engine.named("fast"), draws=True, must_run=True),

@@ -9,7 +9,7 @@ import torch
 from bench.peers.diffusers import Diffusers
 from bench.setting import Setting
 
-# Of diffusers' guide; a CPU has neither graphs nor Triton, and autotuning its products takes minutes.
+# On a GPU those of diffusers' guide; a CPU has neither graphs nor Triton, and autotuning its products takes minutes.
 OPTIONS = {
     "cuda": {
         "max_autotune": True,
@@ -19,7 +19,7 @@ OPTIONS = {
         "coordinate_descent_check_all_directions": True,
         "epilogue_fusion": False,
     },
-    "cpu": {},
+    "cpu": {"freezing": True},  # weights become constants, laid out once
 }
 
 

@@ -20,6 +20,10 @@ RATIOS = {  # name -> (who is faster, than whom)
     "fast_vs_diffusers_best": ("ours", "diffusers"),
     "fast_vs_diffusers_1": ("ours", "diffusers-1"),
     "fast_vs_diffusers_compiled": ("ours", "diffusers-compiled"),
+    "fast_vs_ort": ("ours", "ort"),
+    "fast_vs_openvino": ("ours", "openvino"),
+    "fast_1_vs_openvino_1": ("ours-1", "openvino-1"),
+    "bf16_vs_openvino_bf16": ("ours-bf16", "openvino-bf16"),
     "bf16_vs_torch": ("ours-bf16", "torch"),
 }
 

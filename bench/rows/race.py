@@ -65,8 +65,8 @@ def race(
 def prepare(run: BenchRun, name: str, offer: Offer) -> tuple[dict[str, Any], Runner | None]:
     """The row of a peer so far, and the peer itself where it may be timed."""
     row: dict[str, Any] = {"peer": name, "title": offer.title}
-    if offer.not_on_cpu and run.setting.device.type == "cpu":
-        return row | {"status": "absent", "why": offer.not_on_cpu}, None
+    if why := offer.not_on_cpu if run.setting.device.type == "cpu" else offer.not_on_gpu:
+        return row | {"status": "absent", "why": why}, None
     known = offer.batch or run.batches.get(offer.like or name, 0)
     try:
         begin = time.perf_counter()
