@@ -13,7 +13,7 @@ import torch
 from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
-from datasetdm_fast.decoders import checkpoint
+from datasetdm_fast.decoders import checkpoint, seeded
 from datasetdm_fast.decoders.checkpoint import DEMO, Decoder, for_inference
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.device import resolve_device
@@ -28,9 +28,6 @@ from datasetdm_fast.loading.presets import SEEDED_LICENCE
 TASKS = ("semantic", "instance", "depth", "pose")  # what `generate` makes unless told otherwise
 # the timesteps of the diffusers that DatasetDM's requirements pin, and of today's: every peer makes the same calls
 PROFILE = "0.14.0"
-COUNTED = {"semantic": 19, "instance": 80}  # classes of upstream's Cityscapes and COCO decoders
-SEEDED = {task: ("segmentation", {"classes": tuple(map(str, range(count)))}) for task, count in COUNTED.items()}
-SEEDED |= {"depth": ("depth", {}), "pose": ("heatmap", {})}
 
 
 @dataclass(frozen=True)
@@ -94,24 +91,7 @@ def open_setting(
 
 
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
-    """Decoders of upstream's form with seeded weights, as wide against the UNet as upstream's are, folded and not."""
-    trained = upstream_decoders(model)
-    for place in (0, 2):  # as initialised, the depth head gives the same depth everywhere and hides its inputs
-        weight, generator = trained["depth"].last_layer_depth[place].weight, torch.Generator().manual_seed(1)
-        torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
+    """Decoders with seeded weights, folded and not."""
+    trained = seeded.seeded_decoders(model.levels, model.text_encoder.config.hidden_size)
     folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
     return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}
-
-
-def upstream_decoders(model: Model) -> dict[str, Decoder]:
-    """Decoders of upstream's form for a model, as they are before any training."""
-    width = max(16, 256 * model.unet.config.block_out_channels[0] // 320 // 16 * 16)
-    sizes = {"levels": model.levels, "text_width": model.text_encoder.config.hidden_size, "width": width}
-    sizes |= {"mask_dim": width, "depth_width": 4 * width, "feed_forward": 8 * width}
-    trained = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for task, (kind, names) in SEEDED.items():
-            config = checkpoint.upstream(kind, task=task, min_area=0, **sizes, **names)
-            trained[task] = checkpoint.build_decoder(config)
-    return trained

@@ -183,3 +183,16 @@ def test_a_complete_run_loads_no_network(engines, tmp_path):
         f"import sys; from datasetdm_fast.generate import main; sys.exit(main({arguments!r}) or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_model_of_seeded_weights_has_seeded_decoders(tmp_path, capsys):
+    """Speed and memory of a size can be looked at without training anything."""
+    line = ("--model", "tiny", "--number", "1", "--steps", "2", "--device", "cpu", "--quiet")
+    assert run(*line, out=tmp_path / "run") == 0
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert set(document["decoders"]) == {"semantic", "instance", "depth", "pose"}
+    assert document["decoders"]["depth"]["digest"] == "seeded: depth"
+    assert document["decoders"]["depth"]["licence"].startswith("none")
+    assert run("--only", "00000000", "--quiet", out=tmp_path / "run") == 0
+    assert run(*line, "--task", "open-vocabulary", out=tmp_path / "none") == 3
+    assert "holds no decoder for it, only for semantic, instance, depth, pose" in capsys.readouterr().err

@@ -18,10 +18,11 @@ from bench.rehearsal import cuda
 from bench.rehearsal.kernels import Compilable, NotedLaunch, noted_kernels
 from bench.rehearsal.operations import Calls, Operations, fake_mode
 from bench.rehearsal.timeline import LOAD, WAIT, Flaw, Operation, Timeline
-from bench.setting import PROFILE, TASKS, upstream_decoders
+from bench.setting import PROFILE, TASKS
 from datasetdm_fast import sampling
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.decoders.checkpoint import for_inference
+from datasetdm_fast.decoders.seeded import untrained_decoders
 from datasetdm_fast.engines import fast
 from datasetdm_fast.generation import driver
 from datasetdm_fast.generation.recipe import make_recipe
@@ -100,7 +101,10 @@ def reason_of(wait: Flaw) -> str | None:
 def open_engine(model: str, dtype: str, device: str) -> fast.FastEngine:
     """The fast engine over a preset, with decoders of upstream's form."""
     loaded = PRESETS[model](0)
-    decoders = {task: for_inference(one, strict=False) for task, one in upstream_decoders(loaded).items()}
+    decoders = {
+        task: for_inference(one, strict=False)
+        for task, one in untrained_decoders(loaded.levels, loaded.text_encoder.config.hidden_size).items()
+    }
     return fast.FastEngine(loaded, decoders, dtype=dtype, device=device)
 
 

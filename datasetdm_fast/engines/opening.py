@@ -12,7 +12,9 @@ from datasetdm_fast.engines import build_engine, check_engine
 from datasetdm_fast.errors import Missing
 
 if TYPE_CHECKING:
+    from datasetdm_fast.decoders.trunk import Decoder
     from datasetdm_fast.engines.engine import Engine
+    from datasetdm_fast.loading.model import Model
 
 
 def open_engine(
@@ -36,11 +38,13 @@ def open_engine(
 
     from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
     from datasetdm_fast.loading import load_model
+    from datasetdm_fast.loading.presets import SEEDED_LICENCE
 
     if threads:
         torch.set_num_threads(threads)
     loaded = load_model(model, size=size, allow_download=allow_download)
-    found = load_decoders(decoder) if decoder else {}
+    is_seeded = decoder == "demo" and loaded.licence == SEEDED_LICENCE  # what was trained for the demo model fits none
+    found = _seeded(loaded) if is_seeded else load_decoders(decoder) if decoder else {}
     tasks = tuple(found) if tasks is None else tasks
     for task in tasks:
         if task not in found:
@@ -51,7 +55,17 @@ def open_engine(
         check_levels(found[task], loaded.levels)
     chosen = {task: found[task] for task in tasks}
     built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options)
+    if is_seeded:
+        return built, {task: {"digest": f"seeded: {task}", "licence": SEEDED_LICENCE} for task in tasks}
     return built, describe_decoders(decoder, tasks) if decoder else {}
+
+
+def _seeded(loaded: Model) -> dict[str, Decoder]:
+    from datasetdm_fast.decoders.checkpoint import for_inference
+    from datasetdm_fast.decoders.seeded import seeded_decoders
+
+    found = seeded_decoders(loaded.levels, loaded.text_encoder.config.hidden_size)
+    return {task: for_inference(decoder, strict=False) for task, decoder in found.items()}
 
 
 def describe_decoders(folder: str, tasks: Sequence[str]) -> dict[str, Any]:
