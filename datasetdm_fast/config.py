@@ -15,6 +15,7 @@ class EngineKind:
     # settings of its own -> cause and remedy of the refusal where they are given to another engine, None = passed over
     options: Mapping[str, tuple[str, str] | None] = field(default_factory=dict)
     requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
+    races: bool = False  # whether --engine auto tries it for a long run on a CPU
 
 
 ENGINES = {
@@ -34,11 +35,13 @@ ENGINES = {
             "provider": ("provider: {value} is one of ONNX Runtime's, and the engine is {engine}", "add --engine ort")
         },
         requirement=("datasetdm_fast.engines.exported.providers:require_provider", "provider"),
+        races=True,
     ),
     "openvino": EngineKind(
         "datasetdm_fast.engines.exported.openvino:OpenVinoEngine",
         options={"streams": ("--streams: OpenVINO has streams, and the engine is {engine}", "Add --engine openvino.")},
         requirement=("datasetdm_fast.engines.exported.providers:require_openvino", "streams"),
+        races=True,
     ),
     "trt": EngineKind(
         "datasetdm_fast.engines.exported.trt:TrtEngine",
@@ -46,7 +49,7 @@ ENGINES = {
         requirement=("datasetdm_fast.export.tensorrt.flavours:require_gpu", "trt_flavour"),
     ),
 }
-ENGINE_NAMES = ("auto", *ENGINES)  # auto is the fast one
+ENGINE_NAMES = ("auto", *ENGINES)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = {  # name -> module that ends with its SAMPLER
@@ -122,7 +125,11 @@ class ModelSettings:
     model: str = setting(
         "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
     )
-    decoder: str = setting("demo", "folder of trained decoders, one sub-folder per task", metavar="DIR")
+    decoder: str = setting(
+        "demo",
+        "folder of trained decoders, one sub-folder per task; a model of seeded weights has seeded ones",
+        metavar="DIR",
+    )
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
     allow_download: bool = setting(
         False, "allow --model to name a repository on the model hub, which is downloaded", identity=False

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
-    job = prepare(config)
+    job = prepare(config, races=True)
     _say(config, *table(job, probe(job.engine, job.recipe, job.plan.batch_size)))
     images = min(job.plan.number - job.done, config.limit or job.plan.number)
     with (

@@ -97,7 +97,7 @@ def drawn(request: Request, tasks) -> Sample | SetAside:
 def install(patch=setattr) -> None:
     """Puts the arithmetic in its place; `patch` is setattr, or a test's monkeypatch.setattr."""
 
-    def engine_of(config):
+    def engine_of(config, stored):
         return Engine(config.task), {task: {"digest": "arithmetic", "licence": "none"} for task in config.task}
 
     def recipe_of(config, engine, classes):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import RunConfig
+from datasetdm_fast.config import ENGINES, RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
@@ -48,6 +48,7 @@ class Job:
     recipe: Recipe
     document: dict[str, Any]  # run.json
     done: int  # samples the run folder already holds
+    race: str = ""  # how --engine auto chose, where it tried several
 
     @property
     def folder(self) -> Path:
@@ -95,20 +96,24 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
     return result
 
 
-def prepare(config: RunConfig) -> Job:
-    """The job of a configuration: everything is loaded and checked, nothing is written."""
+def prepare(config: RunConfig, *, races: bool = False) -> Job:
+    """The job of a configuration: everything is loaded and checked, nothing is written; with `races` `--engine auto`
+    may take another engine than the fast one.
+    """
     check_settings(config)
     stored = read_document(Path(config.out))
-    job = compose(config, prompts.read_source(config), stored)
+    job = compose(config, prompts.read_source(config), stored, races=races)
     if stored is not None:
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
     return job
 
 
-def compose(config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any] | None) -> Job:
+def compose(
+    config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any] | None, *, races: bool = False
+) -> Job:
     """The same for checked settings, without a look at the run folder; `stored` is its description, if any."""
-    engine, decoders = engine_of(config)
+    engine, decoders = engine_of(config, stored)
     recipe = recipe_of(config, engine, source.classes)
     words = recipe.words or class_words(engine, config.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free.
@@ -124,8 +129,14 @@ def compose(config: RunConfig, source: prompts.PromptSource, stored: Mapping[str
         words=words,
         truncate=config.truncate_prompts,
     )
+    race = ""
+    if races and stored is None and config.engine == "auto" and not config.compile:
+        from datasetdm_fast.generation import racing
+
+        images = min(config.limit or plan.number, plan.number)
+        engine, race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
     document = describe(identity(config, source), plan, engine, recipe, decoders)
-    return Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0)
+    return Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, race)
 
 
 def check_room(job: Job) -> None:
@@ -138,8 +149,12 @@ def check_room(job: Job) -> None:
         )
 
 
-def engine_of(config: RunConfig) -> tuple[Engine, dict[str, Any]]:
+def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engine, dict[str, Any]]:
+    """The engine and its decoders; a run folder keeps the engine that `--engine auto` chose for it."""
     chosen = {"size": config.size, "allow_download": config.allow_download, **config.engine_choices()}
+    kept = stored["engine"].get("engine") if stored and config.engine == "auto" else None
+    if kept in ENGINES and ENGINES[kept].races:
+        chosen["engine"] = kept
     return opening.open_engine(config.model, config.decoder, config.task, **chosen)
 
 

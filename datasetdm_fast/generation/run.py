@@ -146,7 +146,7 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
             f"--only {config.only}: no sample of {folder} has this id",
             "Ids are those of samples.jsonl, for example 00000003.",
         )
-    engine, decoders = engine_of(settings)
+    engine, decoders = engine_of(settings, stored)
     weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
     recipe = recipe_of(settings, engine, settings.classes)

@@ -22,6 +22,7 @@ def table(job: Job, call: float = 0.0) -> list[str]:
         "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
         "labels": ", ".join(job.recipe.tasks),
         "engine": f"{name}, {batches} batches of {plan.batch_size}",
+        "race": job.race,
         "time": f"about {duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "",
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": str(job.folder),
