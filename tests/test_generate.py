@@ -187,7 +187,7 @@ def test_a_complete_run_loads_no_network(engines, tmp_path):
 
 def test_a_model_of_seeded_weights_has_seeded_decoders(tmp_path, capsys):
     """Speed and memory of a size can be looked at without training anything."""
-    line = ("--model", "tiny", "--number", "1", "--steps", "2", "--device", "cpu", "--quiet")
+    line = ("--model", "tiny", "--prompts", "a ball", "--number", "1", "--steps", "2", "--device", "cpu", "--quiet")
     assert run(*line, out=tmp_path / "run") == 0
     document = json.loads((tmp_path / "run" / "run.json").read_text())
     assert set(document["decoders"]) == {"semantic", "instance", "depth", "pose"}
