@@ -10,7 +10,14 @@ from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.kernels.case import noise
 from datasetdm_fast.models.layers import Convolution, Linear, Upsample, Weights
-from datasetdm_fast.models.packed import FEWEST_TILES, PackedConvolution, PackedUpsample, packed, weights_of
+from datasetdm_fast.models.packed import (
+    FEWEST_TILES,
+    PackedConvolution,
+    PackedLinear,
+    PackedUpsample,
+    packed,
+    weights_of,
+)
 
 VECTORS = _C.depth_head_vector_bytes()
 
@@ -106,8 +113,11 @@ def test_a_packed_convolution_says_what_the_plain_one_says(batch, channels, side
 def test_plain_weights_go_and_can_be_read_back():
     """Only a convolution that may be computed in either form keeps its own."""
     given = [weights(32, 32), weights(32, 4), weights(48, 64, 1)]
-    layers = [Convolution(given[0]), Convolution(given[1]), Linear(given[2])]
-    network = packed(torch.nn.Sequential(*layers))
+    network = torch.nn.Sequential(
+        PackedConvolution(Convolution(given[0])),
+        PackedConvolution(Convolution(given[1])),
+        PackedLinear(Linear(given[2])),
+    )
     with torch.inference_mode():
         for layer, shape in zip(network, ((2, 32, 8, 8), (2, 4, 8, 8), (5, 64))):
             layer(noise(*shape))
