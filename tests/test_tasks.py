@@ -88,7 +88,7 @@ def test_semantic_area_is_the_least_that_is_kept():
     config = upstream("segmentation", classes=CLASSES, min_area=4096)  # of 512 x 512: 16 pixels here
     for columns, present in ((4, True), (3, False)):
         masks = planes((4, 0, 32, 32), (0, 0, 4, columns)) * 10  # so sure that every probability is exactly 0 or 1
-        (label,) = semantic.postprocess(raw(sure(0, 1, height=200.0), masks), config, SIZE)
+        (label,) = TASKS["semantic"].postprocess(raw(sure(0, 1, height=200.0), masks), config, SIZE)
         assert (label.labels == 1).any() == present
 
 
@@ -96,7 +96,7 @@ def test_semantic_confidence_is_the_share_of_all_evidence():
     config = upstream("segmentation", classes=CLASSES, min_area=0)
     logits, masks = sure(0, 1), planes((0, 0, 32, 32), (0, 0, 32, 32))
     masks[0, 1] = math.log(0.25 / 0.75)  # a quarter
-    (label,) = semantic.postprocess(raw(logits, masks), config, SIZE)
+    (label,) = TASKS["semantic"].postprocess(raw(logits, masks), config, SIZE)
     assert (label.labels == 0).all() and label.confidence == pytest.approx(1 / 1.25, rel=1e-4)
 
 
@@ -181,7 +181,7 @@ def things(logits, masks, **choices):
     """The one image's instances, with nothing dropped for its score or size unless asked."""
     choices = {"min_area": 0, "score_threshold": 0.0, **choices}
     config = upstream("segmentation", task="instance", classes=CLASSES, **choices)
-    (found,) = instance.postprocess(raw(logits, masks), config, SIZE)
+    (found,) = TASKS["instance"].postprocess(raw(logits, masks), config, SIZE)
     return found
 
 
@@ -285,14 +285,16 @@ def test_words_are_numbered_in_their_order():
 @pytest.mark.parametrize(("columns", "present"), [(3, False), (4, True)])
 def test_a_word_of_exactly_the_least_area_is_kept(columns, present):
     config = upstream("open-vocabulary", min_area=4096, score_threshold=0.0)  # of 512 x 512: 16 pixels here
-    (label,) = open_vocabulary.postprocess(raw(word_logits(20), planes((0, 0, 4, columns))[:, :, None]), config, SIZE)
+    (label,) = TASKS["open-vocabulary"].postprocess(
+        raw(word_logits(20), planes((0, 0, 4, columns))[:, :, None]), config, SIZE
+    )
     assert (label.labels == 1).sum() == (16 if present else 0)
 
 
 def test_a_word_of_one_pixel_is_found_and_an_empty_mask_is_none():
     config = upstream("open-vocabulary", min_area=0, score_threshold=0.0)
     masks = planes((31, 0, 32, 1), None)[:, :, None]
-    (label,) = open_vocabulary.postprocess(raw(word_logits(20, 20), masks), config, SIZE)
+    (label,) = TASKS["open-vocabulary"].postprocess(raw(word_logits(20, 20), masks), config, SIZE)
     assert label.labels[31, 0] == 1 and label.labels.sum() == 1
 
 
@@ -301,7 +303,7 @@ def test_a_word_of_exactly_the_score_threshold_is_kept():
     (score,) = open_vocabulary.best_query(logits, masks)[0][0].numpy()
     for threshold, pixels in ((score, 64), (np.nextafter(score, np.float32(1)), 0)):
         config = upstream("open-vocabulary", min_area=0, score_threshold=float(threshold))
-        (label,) = open_vocabulary.postprocess(raw(logits, masks), config, SIZE)
+        (label,) = TASKS["open-vocabulary"].postprocess(raw(logits, masks), config, SIZE)
         assert label.labels.sum() == pixels
 
 
@@ -420,21 +422,21 @@ def test_a_joint_is_seen_from_the_threshold_and_guessed_from_half_of_it():
     heights = (0.3, 0.29, 0.15, 0.149, 0.0)
     config = upstream("heatmap", joints=tuple("abcde"), score_threshold=0.3)
     maps = torch.tensor(heights).view(1, 5, 1, 1).expand(1, 5, 16, 16)
-    (found,) = pose.postprocess({"heatmaps": maps}, config, 128)
+    (found,) = TASKS["pose"].postprocess({"heatmaps": maps}, config, 128)
     assert found.visibility.tolist() == [[2, 1, 1, 0, 0]] and found.scores == pytest.approx([0.3])
 
 
 def test_a_person_scores_the_mean_of_the_joints_that_are_seen():
     config = upstream("heatmap", joints=tuple("abc"), score_threshold=0.5)
     maps = torch.tensor([0.9, 0.5, 0.4]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
-    (found,) = pose.postprocess({"heatmaps": maps}, config, 128)
+    (found,) = TASKS["pose"].postprocess({"heatmaps": maps}, config, 128)
     assert found.scores == pytest.approx([0.7]) and found.points[0, :, 2] == pytest.approx([0.9, 0.5, 0.4])
 
 
 def test_scores_stay_within_zero_and_one():
     config = upstream("heatmap", joints=("a", "b"), score_threshold=0.5)
     maps = torch.tensor([1.5, -0.5]).view(1, 2, 1, 1).expand(1, 2, 16, 16)
-    (found,) = pose.postprocess({"heatmaps": maps}, config, 128)
+    (found,) = TASKS["pose"].postprocess({"heatmaps": maps}, config, 128)
     assert found.points[0, :, 2].tolist() == [1.0, 0.0] and found.visibility.tolist() == [[2, 0]]
 
 
