@@ -196,9 +196,9 @@ class OutputSettings:
 @dataclass(frozen=True)
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "model decoder task classes engine prompts truncate_prompts number per_class seed steps guidance sampler "
-        "profile size batch_size image_format out only resume limit dry_run allow_download json quiet threads gpus "
-        "ranks cluster store dtype compile device provider streams engines trt_flavour"
+        "model decoder task classes engine prompts allow_unnamed truncate_prompts number per_class seed steps "
+        "guidance sampler profile size batch_size image_format out only resume limit dry_run allow_download json "
+        "quiet threads gpus ranks cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(
@@ -209,6 +209,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     classes: tuple[str, ...] = setting(
         (), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST"
+    )
+    allow_unnamed: bool = setting(
+        False, "make images whose prompt names none of the class words; their label maps hold nothing", identity=False
     )
     truncate_prompts: bool = setting(
         False, "cut prompts beyond 77 tokens where no class word is lost, instead of refusing them"

@@ -156,8 +156,8 @@ class Pipeline:
     ) -> Iterator[Request]:
         for index, (prompt, seed) in enumerate(zip(given, seeds)):
             where = f"prompt {index}"
-            ((_, text),) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
-            text = prompts.fit(text, self.engine.model.tokenizer, where, words, truncate=truncate)
+            (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
+            text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate)
             yield Request(index, text, settings.check_seed(seed), find_classes(text, words))
 
     def _samples(self, batches: Iterator[Batch], recipe: Recipe) -> Iterator[Sample]:

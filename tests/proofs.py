@@ -470,7 +470,7 @@ def _() -> str:
         "{{ ''.__class__ }}",
     ):
         name, text = read_prompts(given)
-        assert split_prompts(text, name) == ((1, given),)
+        assert [(prompt.line, prompt.text) for prompt in split_prompts(text, name)] == [(1, given)]
     return "kept as they are"
 
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -180,3 +181,85 @@ def test_digest_follows_the_prompts_and_not_the_file(tmp_path):
     digests = {prompts.read_source(RunConfig(prompts=str(tmp_path / name))).digest for name in ("a.txt", "b.txt")}
     assert len(digests | {prompts.read_source(RunConfig(prompts="a ball")).digest}) == 1
     assert prompts.read_source(RunConfig(prompts="a cube")).digest not in digests
+
+
+def test_json_lines_bring_classes_and_seeds(tmp_path):
+    path = tmp_path / "list.jsonl"
+    lines = [
+        {"prompt": "two of them", "classes": ["ball"], "seed": 70, "group": "ball", "id": "x"},
+        {"prompt": "a red star"},
+        {"prompt": "a scene", "classes": []},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    source = prompts.read_source(RunConfig(prompts=str(path)))
+    assert source.listed == ("ball",) and source.classes == ()
+    plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2, words=("star", "ball"))
+    assert [(request.seed, request.classes) for request in plan] == [(70, ("ball",)), (6, ("star",)), (7, ())]
+    assert plan.has_seeds
+    assert source.digest != prompts.read_source(RunConfig(prompts="two of them")).digest
+
+
+def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
+    (tmp_path / "bird.txt").write_text("something with feathers\nan old owl\n")
+    (tmp_path / "general.txt").write_text("a quiet street\n")
+    (tmp_path / "knife.txt").write_text("")
+    source = prompts.read_source(RunConfig(prompts=str(tmp_path)))
+    assert [(prompt.text, prompt.classes) for prompt in source.lines] == [
+        ("something with feathers", ("bird",)),
+        ("an old owl", ("bird",)),
+        ("a quiet street", ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"prompt": 3}',
+        '{"classes": []}',
+        '{"prompt": "a", "classes": "ball"}',
+        '{"prompt": "a", "classes": [""]}',
+        '{"prompt": "a", "seed": NaN}',
+        '{"prompt": "a", "seed": -1}',
+        '{"prompt": "a", "seed": 1.5}',
+        '{"prompt": "a", "seed": true}',
+        '{"prompt": "a\\u0000b"}',
+        '{"prompt": "a", "prompt": "b"}',
+        '{"prompt": ""}',
+    ],
+)
+def test_bad_json_lines_are_refused_with_their_line(line, tmp_path):
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line)
+    with pytest.raises(Refused, match="line 2|holds no prompt|empty"):
+        prompts.read_source(RunConfig(prompts=str(path)))
+
+
+def test_a_run_can_be_made_again_from_its_samples_and_unnamed_prompts_are_refused(tmp_path, capsys):
+    from datasetdm_fast import generate
+    from datasetdm_fast.run_folder.audit import audit
+
+    line = [
+        "--steps",
+        "2",
+        "--task",
+        "semantic,open-vocabulary",
+        "--classes",
+        "ball,cone",
+        "--quiet",
+        "--batch-size",
+        "2",
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    made = ["--prompts", "a sphere beside a cone", "--number", "2", "--seed", "40", "--out", str(first)]
+    assert generate.main([*line, *made]) == 0
+    again = ["--prompts", str(first / "samples.jsonl"), "--number", "2", "--out", str(second)]
+    assert generate.main([*line, *again]) == 0
+    for name in ("images/00000001.png", "open_vocabulary/00000001.png", "semantic/00000000.png"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert not audit(second).findings
+    capsys.readouterr()
+    third = ["--prompts", "a quiet street", "--number", "1", "--out", str(tmp_path / "third")]
+    assert generate.main([*line, *third]) == 2 and "1 of 1 prompts name none" in capsys.readouterr().err
+    assert generate.main([*line, *third, "--allow-unnamed"]) == 0

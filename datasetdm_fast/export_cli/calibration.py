@@ -175,4 +175,4 @@ def read_prompts(given: str, model: Model) -> tuple[str, ...]:
     """The prompts to calibrate on, each of a length the model takes."""
     name, text = texts.read_prompts(given)
     lines = texts.split_prompts(text, name)
-    return tuple(texts.fit(prompt, model.tokenizer, f"{name} line {line}") for line, prompt in lines)
+    return tuple(texts.fit(prompt.text, model.tokenizer, f"{name} line {prompt.line}") for prompt in lines)

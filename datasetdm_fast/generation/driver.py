@@ -184,7 +184,8 @@ def postprocess(
     from datasetdm_fast.tasks import TASKS, captions
 
     if not config.has_text:  # a decoder of words was asked only for those its prompt names
-        raw = captions.held_to(raw, config, [request.prompt for request in requests])
+        named = [request.classes for request in requests]
+        raw = captions.held_to(raw, config, [request.prompt for request in requests], named=named)
     found = TASKS[task].postprocess(raw, config, recipe.size)
     if not config.has_text:
         return found

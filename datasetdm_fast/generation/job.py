@@ -114,7 +114,7 @@ def compose(
 ) -> Job:
     """The same for checked settings, without a look at the run folder; `stored` is its description, if any."""
     engine, decoders = engine_of(config, stored)
-    recipe = recipe_of(config, engine, source.classes)
+    recipe = recipe_of(config, engine, source.classes or source.listed)
     words = recipe.words or class_words(engine, config.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free.
     size = config.batch_size or (
@@ -129,6 +129,8 @@ def compose(
         words=words,
         truncate=config.truncate_prompts,
     )
+    if recipe.words and not config.allow_unnamed:
+        check_words(source, plan)
     race = ""
     if races and stored is None and config.engine == "auto" and not config.compile:
         from datasetdm_fast.generation import racing
@@ -137,6 +139,19 @@ def compose(
         engine, race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
     document = describe(identity(config, source), plan, engine, recipe, decoders)
     return Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, race)
+
+
+def check_words(source: prompts.PromptSource, plan: Plan) -> None:
+    """Refuses prompts that name no class word: their label maps would say that nothing is there."""
+    requests = [plan.request(index) for index in range(min(len(source.lines), plan.number))]
+    unnamed = [request.prompt for request in requests if not request.classes]
+    if unnamed:
+        raise Refused(
+            f"{source.name}: {len(unnamed)} of {len(requests)} prompts name none of the class words "
+            f"{', '.join(plan.words[:8])}{' ...' if len(plan.words) > 8 else ''}: "
+            + "; ".join(prompts.shown(prompt) for prompt in unnamed[:3]),
+            'Write {"prompt": ..., "classes": [...]} for these, or pass --allow-unnamed: their maps then hold nothing.',
+        )
 
 
 def check_room(job: Job) -> None:
@@ -211,6 +226,7 @@ def describe(
             "batch_size": plan.batch_size,
             "prompts": plan.digest,
             "words": list(plan.words),
+            **({"seeds": "of the prompts"} if plan.has_seeds else {}),
         },
         "sampling": dict(recipe.facts),
         "model": {

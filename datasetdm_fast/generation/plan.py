@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation.prompts import PromptSource, Tokenizer, count_tokens, fit, shown, token_limit
+from datasetdm_fast.generation.prompts import (
+    GivenPrompt,
+    PromptSource,
+    Tokenizer,
+    count_tokens,
+    fit,
+    shown,
+    token_limit,
+)
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.scenes.world import sample_scene
@@ -17,15 +25,16 @@ SURROUNDINGS = ("", " at night", " at sunset", " in fog")
 
 @dataclass(frozen=True)
 class Plan:
-    """Every image of a run, a pure function of the settings: sample k has prompt k in turn and seed run seed + k."""
+    """Every image of a run, a pure function of the settings: sample k has prompt k in turn and seed run seed + k,
+    unless its prompt brings a seed."""
 
-    prompt: Callable[[int], str]
+    prompt: Callable[[int], GivenPrompt]
     words: tuple[str, ...]  # class words looked for in the prompts
     number: int
     seed: int
     batch_size: int
     digest: str  # of the prompts
-    chosen: tuple[str, ...] = ()  # with per-class prompts: the classes, in turn
+    has_seeds: bool = False  # whether prompts bring seeds of their own
 
     def __len__(self) -> int:
         """Batches."""
@@ -33,10 +42,10 @@ class Plan:
 
     def request(self, index: int) -> Request:
         prompt = self.prompt(index)
-        named = find_classes(prompt, self.words)
-        if self.chosen and (own := self.chosen[index % len(self.chosen)]) not in named:
-            named = (*named, own)
-        return Request(index, prompt, self.seed + index, named)
+        named = find_classes(prompt.text, self.words)
+        if prompt.classes is not None:
+            named = tuple(word for word in self.words if word in prompt.classes)
+        return Request(index, prompt.text, self.seed + index if prompt.seed is None else prompt.seed, named)
 
     def batch(self, index: int) -> Batch:
         """The requests index * batch_size and on, filled up to the batch size at the tail."""
@@ -71,19 +80,25 @@ def make_plan(
                     "Use a shorter name for the class.",
                 )
     prompts = tuple(
-        fit(prompt, tokenizer, f"{source.name} line {line}", words, truncate=truncate) for line, prompt in source.lines
+        given._replace(
+            text=fit(given.text, tokenizer, f"{given.file or source.name} line {given.line}", words, truncate=truncate)
+        )
+        for given in source.lines
     )
-
     names = spoken(chosen)
 
-    def prompt(index: int) -> str:
+    def prompt(index: int) -> GivenPrompt:
         if chosen:
-            return template(names[index % len(chosen)], index // len(chosen))
-        return prompts[index % len(prompts)] if prompts else sample_scene(DEMO_SCENES + seed + index).caption
+            text, own = template(names[index % len(chosen)], index // len(chosen)), chosen[index % len(chosen)]
+            return GivenPrompt(0, text, (*find_classes(text, words), own))
+        if prompts:
+            return prompts[index % len(prompts)]
+        return GivenPrompt(0, sample_scene(DEMO_SCENES + seed + index).caption)
 
     # Batches of equal size leave less padding than full ones and a remainder.
     batches = -(-number // batch_size)
-    return Plan(prompt, words, number, seed, -(-number // batches), source.digest, chosen)
+    has_seeds = any(given.seed is not None for given in source.lines)
+    return Plan(prompt, words, number, seed, -(-number // batches), source.digest, has_seeds)
 
 
 def template(word: str, turn: int) -> str:

@@ -1,15 +1,18 @@
 """Prompts as a user gives them, read and checked."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.words import find_classes
 
@@ -20,18 +23,38 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 Tokenizer = Callable[..., object]
 
 
+class GivenPrompt(NamedTuple):
+    """One prompt of a list; a list of JSON lines may also say which classes it names and which seed it has."""
+
+    line: int  # from 1
+    text: str
+    classes: tuple[str, ...] | None = None  # None: those found in the text
+    seed: int | None = None  # None: the run's seed plus the number of the image
+    file: str = ""  # of a folder of lists
+
+
 @dataclass(frozen=True)
 class PromptSource:
     """Prompts as they were given, not yet measured in tokens."""
 
-    lines: tuple[tuple[int, str], ...]  # line number from 1, prompt; empty: the demo world's captions, or templates
+    lines: tuple[GivenPrompt, ...]  # empty: the demo world's captions, or templates
     name: str  # for messages: the file, or --prompts
     classes: tuple[str, ...]
     per_class: int
 
     @property
+    def listed(self) -> tuple[str, ...]:
+        """The classes that the prompts themselves bring, in the order they first come up."""
+        return tuple(dict.fromkeys(name for prompt in self.lines for name in prompt.classes or ()))
+
+    @property
     def digest(self) -> str:
-        text = "\n".join(prompt for _, prompt in self.lines) or ("templates" if self.per_class else "demo world")
+        text = "\n".join(
+            prompt.text
+            if prompt.classes is None and prompt.seed is None
+            else json.dumps([prompt.text, prompt.classes, prompt.seed])
+            for prompt in self.lines
+        ) or ("templates" if self.per_class else "demo world")
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -50,8 +73,8 @@ def read_source(config: RunConfig) -> PromptSource:
             )
         return PromptSource((), "--classes", classes, config.per_class)
     if config.prompts:
-        name, text = read_prompts(config.prompts)
-        return PromptSource(split_prompts(text, name, truncate=config.truncate_prompts), name, classes, 0)
+        lines, name = read_list(config.prompts, truncate=config.truncate_prompts)
+        return PromptSource(lines, name, classes, 0)
     if config.model != "demo":
         raise Refused(
             f"--model {config.model}: no prompts were given, and only the demo model has captions of its own",
@@ -74,6 +97,57 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
             raise Refused(f"--classes: {shown(word)} is named twice", "Name each class once.")
         seen.add(key)
     return tuple(" ".join(word.split()) for word in classes)
+
+
+def read_list(given: str, *, truncate: bool = False) -> tuple[tuple[GivenPrompt, ...], str]:
+    """The prompts of a text, a file or a folder, and the name to call them by."""
+    path = _as_path(given)
+    if path is not None and path.is_dir():
+        return _read_folder(path, truncate), str(path)
+    name, text = read_prompts(given)
+    if path is not None and text.lstrip().startswith("{"):
+        return parse_lines(text, name, truncate=truncate), name
+    return split_prompts(text, name, truncate=truncate), name
+
+
+def _read_folder(folder: Path, truncate: bool) -> tuple[GivenPrompt, ...]:
+    """DatasetDM's layout: a file a class, named after it; general.txt names no class. Empty files are skipped."""
+    found = []
+    for path in sorted(folder.glob("*.txt")):
+        name, text = read_prompts(str(path))
+        classes = () if path.stem == "general" else check_classes([path.stem])
+        for prompt in split_prompts(text, name, truncate=truncate) if text.strip() else ():
+            found.append(prompt._replace(classes=classes, file=name))
+    if not found:
+        raise Refused(f"{folder}: holds no prompt", "It needs files named CLASS.txt with one prompt a line.")
+    return tuple(found)
+
+
+def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenPrompt, ...]:
+    """Prompts from JSON lines such as those of `prompts` or of a run's samples.jsonl; other keys are left alone."""
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name} line {number}"
+        value = documents.parse_json(line, where)
+        try:
+            documents.check_form(value, {"prompt": str})
+            documents.check_form(value.get("classes", []), [str], "classes")
+            seed = value.get("seed")
+            if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+                raise ValueError(f"seed is {documents.quoted(seed)}, expected a whole number from 0 to 2^63 - 1")
+            if value.get("negative"):
+                raise ValueError("a negative prompt is not used by any engine")
+        except ValueError as error:
+            raise Refused(
+                f"{where}: {error}",
+                'Write lines such as {"prompt": "a red ball", "classes": ["ball"], "seed": 7}; only prompt is needed.',
+            ) from error
+        (only,) = split_prompts(value["prompt"].replace("\n", " "), where, truncate=truncate)
+        classes = check_classes(value["classes"]) if "classes" in value else None
+        found.append(GivenPrompt(number, only.text, classes, seed))
+    return tuple(found)
 
 
 def read_prompts(given: str) -> tuple[str, str]:
@@ -109,8 +183,8 @@ def _as_path(given: str) -> Path | None:
     return path if looks_like_file else None
 
 
-def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[tuple[int, str], ...]:
-    """Line numbers and prompts; empty lines are skipped."""
+def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[GivenPrompt, ...]:
+    """One prompt a line; empty lines are skipped."""
     lines = []
     for number, line in enumerate(text.split("\n"), 1):
         if bad := _CONTROL.search(line.rstrip("\r")):
@@ -123,7 +197,7 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[tupl
                 "Shorten it, or pass --truncate-prompts.",
             )
         if prompt:
-            lines.append((number, prompt))
+            lines.append(GivenPrompt(number, prompt))
     if not lines:
         raise Refused(f"{name}: holds no prompt", "Write one prompt a line.")
     return tuple(lines)

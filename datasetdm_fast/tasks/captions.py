@@ -11,10 +11,14 @@ from datasetdm_fast.tasks.open_vocabulary import OBJECT
 
 
 def held_to(
-    raw: dict[str, Tensor], config: DecoderConfig, prompts: Sequence[str], words: Sequence[str] = ()
+    raw: dict[str, Tensor],
+    config: DecoderConfig,
+    prompts: Sequence[str],
+    words: Sequence[str] = (),
+    named: Sequence[Sequence[str]] = (),
 ) -> dict[str, Tensor]:
     """The raw answers with the classes of `config.named` that prompt b does not name ruled out for image b; of `words`,
-    all it does not name.
+    all it does not name. `named` are classes known to be in each image, whatever its prompt says.
 
     A prompt that names none of them says nothing about what is to be seen, and rules nothing out.
     """
@@ -25,8 +29,9 @@ def held_to(
     ruled_out = torch.zeros(len(prompts), len(words) if is_open else len(config.classes), dtype=torch.bool)
     for b, prompt in enumerate(prompts):
         asked = words if is_open else config.named
-        if there := find_classes(prompt, asked):
-            absent = set(asked) - set(there)
+        there = {*find_classes(prompt, asked), *(named[b] if named else ())} & set(asked)
+        if there:
+            absent = set(asked) - there
             ruled_out[b] = torch.tensor([name in absent for name in (words if is_open else config.classes)])
     ruled_out = ruled_out.to(logits.device)
     if is_open:
