@@ -289,7 +289,7 @@ def test_a_full_disk_is_found_before_the_first_byte(engines, tmp_path, monkeypat
 
 
 def test_set_aside_samples_end_the_run_with_a_failed_gate(engines, tmp_path):
-    result = run.run(job.prepare(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)))
+    result = run.run(job.prepare(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4, allow_unnamed=True)))
     assert (result.done, result.set_aside, result.is_complete) == (2, 2, True)
     with pytest.raises(GateFailed, match="2 of 4 samples were set aside"):
         result.check()

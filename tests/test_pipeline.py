@@ -58,6 +58,7 @@ def pipe(decoders):
 def test_the_library_takes_what_generate_takes_of_an_engine(monkeypatch):
     chosen = {
         **{"engine": "trt", "dtype": "fp16", "device": "cuda:1", "threads": 3, "compile": True, "provider": "cpu"},
+        "streams": 2,
         **{"engines": "plans", "trt_flavour": "tensorrt", "size": 128, "allow_download": True},
     }
     assert set(chosen) == {setting.name for setting in fields(EngineSettings)} | {"size", "allow_download"}
