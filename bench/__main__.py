@@ -1,7 +1,5 @@
 """python -m bench [NAME]: the suite on this CPU, or the measurement that is named first."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib import import_module

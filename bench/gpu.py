@@ -2,8 +2,6 @@
 again measures what is left.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

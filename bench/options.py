@@ -1,7 +1,5 @@
 """Flags and checks that the bench's commands share."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -2,8 +2,6 @@
 all give the same results.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

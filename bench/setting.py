@@ -1,7 +1,5 @@
 """What every row of one run shares: model, decoders, prompts, recipe and the reference engine."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass

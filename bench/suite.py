@@ -1,7 +1,5 @@
 """The measurements in their order, each stored as soon as it is done, and what a run of them shows at its end."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

@@ -1,7 +1,5 @@
 """What each exported stage must answer: one image through our own modules in fp32, kept beside a plan."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol

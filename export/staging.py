@@ -1,7 +1,5 @@
 """Folders that are filled by one process while others wait, and hold whole files only."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

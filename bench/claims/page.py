@@ -1,7 +1,5 @@
 """The result for a reader: the table, a chart of every seed, and a page with pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The papers' claims as rows: which students are compared, by which figure, and from which gain on a claim holds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

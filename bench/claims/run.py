@@ -4,8 +4,6 @@ A student is trained on real demo scenes, on generated ones, and on both, for eq
 rendered scenes.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import time

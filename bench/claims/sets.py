@@ -1,7 +1,5 @@
 """The data of the claims: real scenes by seed, labellers trained on them, and images generated from captions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path

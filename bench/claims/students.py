@@ -2,8 +2,6 @@
 decides them.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import inspect

@@ -6,8 +6,6 @@ The kernels' own entry points are called with tensors that have a shape and no m
 instead of run, so what is audited is what an engine would launch: block sizes, strides and alignment included.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -2,8 +2,6 @@
 after it agreed with the reference.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import time

@@ -1,7 +1,5 @@
 """The machine a measurement is taken on."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

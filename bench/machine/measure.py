@@ -1,7 +1,5 @@
 """Time, energy and memory of calls that take turns in one process."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import statistics

@@ -1,7 +1,5 @@
 """What NVIDIA's driver says of a GPU: version, clocks, power and the energy it has used."""
 
-from __future__ import annotations
-
 import ctypes
 from ctypes import byref, c_char_p, c_uint, c_ulonglong, c_void_p, create_string_buffer
 

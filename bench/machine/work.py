@@ -1,7 +1,5 @@
 """Nominal work of one image: the operations of the model as it is written, whoever leaves some of them out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Charts of a result file, drawn as SVG by hand: small files that follow the reader's light or dark scheme."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from html import escape

@@ -2,8 +2,6 @@
 newest result files.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import textwrap

@@ -1,7 +1,5 @@
 """Result rows as tables for a terminal and for Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How speed and memory of one UNet call change with the batch size."""
 
-from __future__ import annotations
-
 from bench.machine.measure import release
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS

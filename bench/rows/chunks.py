@@ -1,7 +1,5 @@
 """How speed and memory of image decoding change with the batch size."""
 
-from __future__ import annotations
-
 import statistics
 
 import torch

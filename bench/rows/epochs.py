@@ -2,8 +2,6 @@
 turn in one process.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import tempfile

@@ -1,7 +1,5 @@
 """From DatasetDM to datasetdm_fast, one technique at a time, each compared and timed with the others."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from bench.peers import PEERS, Offer

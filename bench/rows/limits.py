@@ -1,7 +1,5 @@
 """What the machine can do at most, measured in the same run as everything else."""
 
-from __future__ import annotations
-
 from bench.machine import limits
 from bench.rows.measurement import Measurement
 

@@ -1,7 +1,5 @@
 """The shape of every measurement, and one run of the bench with what its measurements share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Every operation of kernels/ in the forms that this machine's engine uses, each against its reference."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Whether a peer's outputs match the reference engine's, before anything of it is timed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

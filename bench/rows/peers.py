@@ -1,7 +1,5 @@
 """Who makes labelled samples how fast, and the ratios between them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any

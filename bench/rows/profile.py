@@ -1,7 +1,5 @@
 """Where the time of one UNet call goes, kernel by kernel, as the profiler of PyTorch sees it."""
 
-from __future__ import annotations
-
 import functools
 import re
 import time

@@ -2,8 +2,6 @@
 what a second rank adds.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 import subprocess

@@ -1,7 +1,5 @@
 """What every stage of one image costs, as DatasetDM writes it and as we do."""
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The decoder that answers with metres."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 from torch import Tensor, nn

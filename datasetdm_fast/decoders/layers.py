@@ -1,7 +1,5 @@
 """Layers that several decoders share."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

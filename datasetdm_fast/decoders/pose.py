@@ -1,7 +1,5 @@
 """The decoders that answer with the joints of one person."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The decoders that answer with masks: a transformer whose queries read the trunk through their own last masks."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

@@ -1,7 +1,5 @@
 """The transformer decoder of queries over image features."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -3,8 +3,6 @@
 Parameter names are those of DatasetDM's checkpoints, so that these load as they are.
 """
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 

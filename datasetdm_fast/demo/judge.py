@@ -4,8 +4,6 @@ A small segmentation net that has only ever seen renders looks for the captioned
 the right captions and under shuffled ones. Writes judge.json and contact.png.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Muon, and an average of weights over steps."""
 
-from __future__ import annotations
-
 import torch
 
 

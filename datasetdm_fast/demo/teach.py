@@ -4,8 +4,6 @@ It is `python -m datasetdm_fast.train` with the settings of the decoders that sh
 may follow.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Sequence

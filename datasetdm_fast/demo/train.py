@@ -4,8 +4,6 @@ where it stopped.
 Stages: tokenizer, autoencoder, latents, diffusion, polish (the autoencoder's decoder, its encoder frozen), export.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """The learning curve: how true labels become with the number of labelled images, and what more of them would bring."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

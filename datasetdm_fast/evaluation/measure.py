@@ -1,7 +1,5 @@
 """Labels of trained decoders measured against ground truth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any

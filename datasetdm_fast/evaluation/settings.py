@@ -1,7 +1,5 @@
 """The settings of the command evaluate."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from datasetdm_fast.config import TASKS, EngineSettings, ModelSettings, OutputSettings, setting

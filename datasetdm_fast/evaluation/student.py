@@ -4,8 +4,6 @@ One U-Net with dense answers: a class per pixel, centres of things and the way t
 under a minute of one core.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

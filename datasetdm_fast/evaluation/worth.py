@@ -1,7 +1,5 @@
 """What the images of a run are worth: one small student taught with and without them, scored on unseen images."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """The command export: ONNX graphs, then plans."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 

@@ -1,7 +1,5 @@
 """What `export` does with TensorRT plans: builds them, lists them, clears them away."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The settings of the command export."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

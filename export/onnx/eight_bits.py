@@ -1,7 +1,5 @@
 """8-bit forms of exported products and convolutions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

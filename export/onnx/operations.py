@@ -4,8 +4,6 @@ Attention is MatMul, Softmax, MatMul over [B, heads, S, d] with the scale on the
 InstanceNormalization over groups; norms and softmax are computed in fp32 whatever the storage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import SimpleNamespace
 

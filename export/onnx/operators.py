@@ -1,7 +1,5 @@
 """PyTorch operators as ONNX nodes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Every stage of a model and its decoders as ONNX graphs, beside a manifest that says what they are."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The two TensorRTs behind one path: which is installed, what it knows, and what this machine lacks to run it."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

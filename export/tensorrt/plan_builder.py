@@ -1,7 +1,5 @@
 """The process that builds one plan, so that a crash takes only itself: JSON job on stdin, JSON lines out."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

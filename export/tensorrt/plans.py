@@ -1,7 +1,5 @@
 """Built plans on the disk: what each is for, its seal, and one build however many processes ask for it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

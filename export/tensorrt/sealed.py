@@ -4,8 +4,6 @@ Layout: magic, length of the header, header (JSON: facts, notes, size and SHA-25
 of that, payload.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import hmac
