@@ -55,17 +55,11 @@ def main(arguments: Sequence[str]) -> int:
 
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise Missing("python -m bench gpu: this machine shows no CUDA device", "`python -m bench` measures the CPU")
-    session = suite.open_run(
+    command, options = (
         [*PROG.split(), *arguments],
-        model=config.model,
-        device=config.device,
-        steps=config.steps,
-        quick=config.quick,
-        out=config.out,
-        goes_on=True,
-        seconds=config.seconds or SECONDS[config.quick],
-        judged=JUDGED,
+        {"seconds": config.seconds or SECONDS[config.quick], "judged": JUDGED},
     )
+    session = suite.open_run(command, config, config.device, config.steps, goes_on=True, **options)
     session.batches.update(results.batches_of(session.file.document))
     return suite.measure_and_show(session, parts, wanted, is_json=config.json, end=end)
 

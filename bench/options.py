@@ -14,6 +14,8 @@ from datasetdm_fast.errors import Refused
 class SuiteConfig:
     """What the suites of CPU and GPU are told alike."""
 
+    model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
+    out: str = setting("", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE")
     quick: bool = setting(False, "fewer sizes and images, to try the parts out")
     parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     json: bool = setting(False, "ratios, parity and every row as one JSON object on stdout")

@@ -28,13 +28,9 @@ class BenchConfig(SuiteConfig):
     )
     compile: bool = setting(False, "also diffusers under torch.compile, which takes a CPU minutes to compile")
     peers: tuple[str, ...] = setting((), "only these peers, comma-separated (default: all)", metavar="LIST")
-    model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
     steps: int = setting(0, f"sampling steps, {usual(STEPS)}", metavar="N")
     seconds: float = setting(0.0, f"seconds for the rounds of one race, {usual(SECONDS)}", metavar="S")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
-    out: str = setting(
-        "", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE", output="file"
-    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,17 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     names = QUICK_PEERS if quick else tuple(name for name in PEERS if name != COMPILED)
     names = chosen("peers", config.peers, tuple(PEERS), (*names, COMPILED) if config.compile else names)
     parts = chosen("parts", config.parts, tuple(MEASUREMENTS), QUICK_PARTS if quick else tuple(MEASUREMENTS))
-    session = suite.open_run(
-        [*PROG.split(), *arguments],
-        model=config.model,
-        device="cpu",
-        steps=config.steps or STEPS[quick],
-        quick=quick,
-        out=config.out,
-        is_stored=bool(config.out) or not quick,
-        seconds=config.seconds or SECONDS[quick],
-        judged=2 if quick else 4,
-        peers=names,
-        races_ladder="ladder" in parts,
-    )
+    options = {"seconds": config.seconds or SECONDS[quick], "judged": 2 if quick else 4, "peers": names}
+    command, steps, is_stored = [*PROG.split(), *arguments], config.steps or STEPS[quick], bool(config.out) or not quick
+    options |= {"is_stored": is_stored, "races_ladder": "ladder" in parts}
+    session = suite.open_run(command, config, "cpu", steps, **options)
     return suite.measure_and_show(session, MEASUREMENTS, parts, is_json=config.json)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import machine
-from bench.options import say
+from bench.options import SuiteConfig, say
 from bench.report import report, results
 from bench.rows.measurement import BenchRun, Measurement
 from bench.rows.peers import ratios
@@ -20,18 +20,16 @@ from datasetdm_fast.errors import GateFailed
 
 def open_run(
     command: Sequence[str],
-    *,
-    model: str,
+    config: SuiteConfig,
     device: str,
     steps: int,
-    quick: bool,
-    out: str,
+    *,
     goes_on: bool = False,
     is_stored: bool = True,
     **options: Any,
 ) -> BenchRun:
-    """The setting and its result file, before anything is measured."""
-    opened = open_setting(model, device, steps=steps, quick=quick)
+    """The setting and its result file, before anything is measured; the options are fields of `BenchRun`."""
+    opened, out = open_setting(config.model, device, steps=steps, quick=config.quick), config.out
     described = machine.describe(opened.device)
     suite = "gpu" if opened.device.type == "cuda" else "cpu"
     head = {"suite": suite, "date": results.now(), "command": shlex.join(command)}

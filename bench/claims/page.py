@@ -134,12 +134,7 @@ def chart(document: Mapping[str, Any]) -> str:
 
 def page(document: Mapping[str, Any], captions: Mapping[str, str]) -> str:
     head, rows = TABLE.cells(rows_of(document))
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(map(_cell, row[:-1]))}{_verdict(row[-1])}</tr>" for row in rows)
-    facts = "".join(
-        f"<tr>{_cell(CLAIMS[name].title)}{_cell(row['paper'])}{_cell(_images(row))}</tr>"
-        for name, row in document["rows"].items()
-    )
+    claims = [[CLAIMS[name].title, row["paper"], _images(row)] for name, row in document["rows"].items()]
     figures = "".join(
         f'<figure><img src="{name}.png" alt="{escape(words)}"><figcaption>{escape(words)}</figcaption></figure>'
         for name, words in captions.items()
@@ -150,19 +145,19 @@ def page(document: Mapping[str, Any], captions: Mapping[str, str]) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>{TITLE}</title>'
         f"<style>{CSS}</style><h1>{TITLE}</h1><p>{escape(setting_line(document))}.</p>"
-        f'<table class="figures"><tr>{cells}</tr>{body}</table>{chart(document)}'
-        f"<h2>What was compared</h2>"
-        f"<table><tr><th>claim</th><th>in the papers</th><th>here</th></tr>{facts}</table>"
+        f'<table class="figures">{_table(head, rows)}</table>{chart(document)}'
+        f"<h2>What was compared</h2><table>{_table(('claim', 'in the papers', 'here'), claims)}</table>"
         f'<h2>Pictures</h2>{figures}<p class="dim">{escape(made)}; commit {escape(machine["commit"])}</p></html>\n'
     )
 
 
-def _cell(words: str) -> str:
-    return f"<td>{escape(words)}</td>"
-
-
-def _verdict(words: str) -> str:
-    return f'<td class="{"yes" if words == "yes" else "no"}">{escape(words)}</td>'
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of HTML; a cell that says whether a claim holds is coloured."""
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
+    for row in rows:
+        kinds = [{"yes": ' class="yes"', "no": ' class="no"'}.get(cell.partition(":")[0], "") for cell in row]
+        lines.append("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row)))
+    return "".join(f"<tr>{line}</tr>" for line in lines)
 
 
 def _images(row: Row) -> str:

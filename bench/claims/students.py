@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import multiprocessing
-import os
 import pickle
 import signal
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
 from datasetdm_fast.evaluation.student_data import StudentData
@@ -89,9 +89,7 @@ def train_and_test(arm: Arm, sets: Sequence[bytes], seed: int, test: bytes, path
     torch.save(student.state_dict(), path.with_suffix(".pt"))
     facts = {"arm": arm.name, "seed": seed, "exam": test.name, "steps": arm.schedule.steps}
     facts |= {"images": [len(data) for data in arm.sets], "cpu_seconds": round(seconds, 1), "figures": figures}
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(facts), encoding="utf-8")
-    os.replace(part, path)
+    storage.publish({path: json.dumps(facts).encode()})
     return figures, seconds
 
 
