@@ -15,7 +15,9 @@ class SuiteConfig:
     """What the suites of CPU and GPU are told alike."""
 
     model: str = setting("demo", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
-    out: str = setting("", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE")
+    out: str = setting(
+        "", "result file (default: bench/results/DATE-DEVICE-COMMIT.json)", metavar="FILE", output="file"
+    )
     quick: bool = setting(False, "fewer sizes and images, to try the parts out")
     parts: tuple[str, ...] = setting((), "only these parts, comma-separated (default: all)", metavar="LIST")
     json: bool = setting(False, "ratios, parity and every row as one JSON object on stdout")
