@@ -38,6 +38,8 @@ class Schedule:
 class Engine:
     """What the job asks of an engine before the first batch."""
 
+    name = "torchless"
+
     def __init__(self, tasks):
         tokenizer = SimpleNamespace(model_max_length=77)
         self.model = SimpleNamespace(

@@ -14,6 +14,7 @@ from datasetdm_fast.engines import build_engine
 from datasetdm_fast.evaluation.student_data import StudentData, Vocabulary
 from datasetdm_fast.generation.job import count_rows, prepare
 from datasetdm_fast.generation.run import run as generate
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, StoredSample, open_run
@@ -163,7 +164,7 @@ def relabelled(
         labels = {}
         for task, config in configs.items():
             raw = held_to(engine.annotate(task, capture, None), config, prompts)
-            labels[TASKS[task].label.attribute] = TASKS[task].postprocess(raw, config, engine.model.size)
+            labels[LABEL_KINDS[task].attribute] = TASKS[task].postprocess(raw, config, engine.model.size)
         for k, sample in enumerate(samples):
             found = {name: label[k] for name, label in labels.items()}
             found["semantic"] = rename(sample, found["semantic"])

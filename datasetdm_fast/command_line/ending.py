@@ -47,11 +47,14 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         print(ENDED, file=sys.stderr)
         return 130
     except SystemExit as stop:  # --help, --version, SIGTERM
+        if watch.signal:
+            print(ENDED, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BrokenPipeError as error:
         return 141 if _reader_is_gone() else report(error)
     except Exception as error:
         if watch.signal:  # a library made another error of it, as imports do
+            print(ENDED, file=sys.stderr)
             return 128 + watch.signal
         return report(error)
     finally:
