@@ -81,6 +81,8 @@ def names_of(device: torch.device) -> tuple[str, ...]:
     """
     if device.type == "cpu":
         return ("cpu",)
+    if device.type == "meta":  # an audit's tensors, which stand for any GPU that nobody measured
+        return (UNTUNED,)
     if triton is None:
         return ("without triton",)
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device)), torch.cuda.get_device_name(device), UNTUNED

@@ -36,18 +36,26 @@ _BY_FILE = {
         (".flatten(1).all(1)", ".flatten(1).any(1)", "an image with one NaN pixel is kept"),
         ("if not flags[b]]", "if not flags[0]]", "one broken image sets its whole batch aside"),
         ("again(*both) if isinstance(both[0], SetAside) else both[0]", "both[1]", "sound images are replaced too"),
-        ("if not config.has_text: raw", "if config.has_text: raw", "classes a prompt does not name are found"),
+        (
+            "captions.held_to(raw, config, [request.prompt for request in requests], named=named)",
+            "raw",
+            "classes a prompt does not name are found",
+        ),
         (
             "times.initial_noise(request.seed, 4, side, side) for request in requests",
             "times.initial_noise(request.index, 4, side, side) for request in requests",
             "the seed decides nothing",
         ),
-        ("recipe.guidance, noise", "1.0, noise", "guidance is not applied"),
+        (
+            "SamplerState(recipe.schedule, recipe.guidance",
+            "SamplerState(recipe.schedule, 1.0",
+            "guidance is not applied",
+        ),
     ),
     "run_folder/ledger.py": (
         "test_ledger.py",
         ("INSERT OR REPLACE INTO samples", "INSERT OR IGNORE INTO samples", "a sample set aside can never be made"),
-        ("if kind is None:", "if True:", "half of a batch is committed"),
+        ('self._connection.execute("ROLLBACK")', 'self._connection.execute("COMMIT")', "half of a batch is committed"),
         ('"index" < ?', '"index" <= ?', "the first sample of the next batch is never made"),
         ("sort_keys=True", "sort_keys=False", "equal runs differ in bytes"),
         ("allow_nan=False", "allow_nan=True", "files that no JSON reader takes"),
@@ -114,7 +122,11 @@ _BY_FILE = {
         ),
         ("self.sums[level].add_(projected.flatten(0, 1))", "pass", "attention maps count for nothing"),
         ("plain_q, plain_k, plain_v), output", "q, k, v), output", "the halves of guidance are the same"),
-        ("start = stop", "start = 0", "decoders read each other's sums"),
+        (
+            "zip(decoders, stops, stops[1:])",
+            "zip(decoders, [0] * len(stops), stops[1:])",
+            "decoders read each other's sums",
+        ),
     ),
     "tasks/instance.py": (
         "test_tasks.py",
@@ -237,7 +249,7 @@ _BY_FILE = {
         ("AND helper IS NULL", "", "one batch is made by everybody"),
         ('"=" if is_fresh else ">"', '">" if is_fresh else "="', "failed batches come first"),
         ("state != 'done'\", batch", "state != 'free'\", batch", "both who made a batch count it"),
-        ("WHERE state = 'taken' AND \"", 'WHERE "', "committed batches are made again"),
+        ("WHERE batch = ? AND state = 'taken'\"", 'WHERE batch = ?"', "committed batches are made again"),
         ("helper = NULL WHERE helper = ?", "helper = NULL WHERE owner = ?", "a batch waits for a helper that has left"),
     ),
 }

@@ -71,7 +71,7 @@ def test_a_map_shows_the_classes_that_fill_enough_of_it():
 
 
 def test_the_card_tells_the_share_of_every_class():
-    card = LABEL_KINDS["semantic"].card
+    card = LABEL_KINDS["semantic"]
     lines = "\n".join(card.section(TABLES["semantic"], card.count({"pixels": {"0": 3, "255": 1}}))).splitlines()
     assert lines[0] == "## Semantic classes" and lines[2].startswith("| number | class |")
     assert lines[4:6] == ["| 0 | wall | 75.00% |", "| 1 | ball | 0.00% |"]

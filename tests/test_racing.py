@@ -91,7 +91,7 @@ def test_a_run_folder_keeps_the_engine(monkeypatch):
         ("auto", {"engine": {"engine": "torch"}}),
         ("fast", {"engine": {"engine": "openvino"}}),
     ):
-        job._engine_of(RunConfig(engine=engine), stored)
+        job.engine_of(RunConfig(engine=engine), stored)
     assert asked == ["auto", "openvino", "auto", "fast"]
 
 

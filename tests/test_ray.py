@@ -141,6 +141,7 @@ from functools import partial
 from pathlib import Path
 import troubled
 from datasetdm_fast import generate
+from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.workers import heartbeat, ray_driver
 
 if __name__ == "__main__":
@@ -149,9 +150,8 @@ if __name__ == "__main__":
     changes = {"on_start": partial(troubled.install, slow), "patience": heartbeat.Patience(start=120, least=3, times=0)}
     ray_driver.run = lambda config, callbacks: run(config, replace(callbacks, **changes))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
-    command = generate._generate
-    generate._generate = lambda arguments: Path("begun").touch() or command(arguments)
-    sys.exit(generate.main())
+    command = generate.main.__wrapped__
+    sys.exit(run_command(lambda arguments: Path("begun").touch() or command(arguments)))
 """
 
 

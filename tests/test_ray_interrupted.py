@@ -63,7 +63,7 @@ def at_work(folder: Path) -> list[psutil.Process]:
 
 @with_ray
 @pytest.mark.loopback
-@pytest.mark.skipif(not IS_LONG, reason="a part of make soak")
+@pytest.mark.skipif(not IS_LONG, reason="the long form only")
 def test_whoever_interrupts_a_ray_run_gets_130_the_line_that_resumes_it_and_a_whole_folder(
     alone,  # noqa: F811
     head,  # noqa: F811

@@ -14,7 +14,7 @@ from bench.rehearsal.timeline import HostThread, Timeline
 
 ROOT = Path(__file__).parents[1]
 LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
-long_test = pytest.mark.skipif(not LONG, reason="minutes; make soak runs it")
+long_test = pytest.mark.skipif(not LONG, reason="the long form only")
 
 # What is planted -> the rule that finds it, and the file whose line is named.
 EXPECTED = {
@@ -36,6 +36,7 @@ USUAL = ("images decoded by other threads", "a number is read in the loop")  # o
 def ran(*arguments: str, seconds: float = 900) -> subprocess.CompletedProcess:
     """A program of its own: this process has its kernels in Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
 

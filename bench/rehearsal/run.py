@@ -123,7 +123,7 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
         for module, name, value in (
             (nn.Module, "_apply", _replaced),
             (presets, "_fill", lambda module, seed: module),
-            (presets, "_seeded", lambda build, seed: build()),
+            (presets, "seeded", lambda build, seed: build()),
             (sampling, "make_schedule", unobserved(sampling.make_schedule)),
             (sys.modules[to_host.__module__], "_own", threading.local()),
             (choice, "is_sound", lambda name, form, device, dtype: True),
