@@ -12,6 +12,7 @@ from datasetdm_fast.version import __version__
 COMMANDS = {
     "prompts": ("datasetdm_fast.prompts", "write a list of prompts, balanced over classes"),
     "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
+    "splice": ("datasetdm_fast.splice", "put samples of a run side by side, with their labels"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
     "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),

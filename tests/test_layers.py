@@ -27,8 +27,21 @@ FOLDERS = (PACKAGE, "kernels", "export", "bench")
 # From the top down: a room imports only rooms of lower rows. A room is a folder of the product, its sub-folders
 # included, or a file that lies flat.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("cli", "prompts", "generate", "train", "evaluate", "verify", "audit", "doctor", "export_cli", "demo", "bench"),
-    ("pipeline", "workers", "agreement"),
+    (
+        "cli",
+        "prompts",
+        "generate",
+        "splice",
+        "train",
+        "evaluate",
+        "verify",
+        "audit",
+        "doctor",
+        "export_cli",
+        "demo",
+        "bench",
+    ),
+    ("pipeline", "workers", "agreement", "compositions"),
     ("generation", "training", "prompting"),
     ("engines",),
     ("export", "lessons", "evaluation"),
@@ -44,7 +57,8 @@ DOOR = (
     "export_cli",
 )  # `python -m datasetdm_fast.export` hands its line to the command above
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
-MOST = {"rooms": 40, "rows": 10, "arrows": 243}
+# The command splice and its room have 11 arrows: flags, refusals, run folder, labels, files.
+MOST = {"rooms": 42, "rows": 10, "arrows": 254}
 
 
 @dataclass(frozen=True)

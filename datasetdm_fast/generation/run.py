@@ -17,7 +17,7 @@ from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import identity
-from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, read_document
+from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, maker, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.stages import FACTOR
@@ -116,6 +116,11 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     stored = read_document(folder)
     if stored is None or not (folder / LEDGER).exists():
         raise Refused(f"--only {config.only}: {folder} is no run folder", "Name the folder with --out.")
+    if stored.get("command"):
+        raise Refused(
+            f"--only {config.only}: {folder} was not made by generate",
+            f"Make it again with: {maker(stored)} --out {folder} --only {config.only}",
+        )
     settings = replace(
         config,
         **{

@@ -55,7 +55,7 @@ class DepthKind(LabelKind):
     def picture(self, label: DepthMap, _: np.ndarray) -> Image.Image:
         return depth_picture((label.metres * MILLIMETRES).astype(np.int32))
 
-    def check(self, record: Any, pixels: Pixels, table: Table, side: int) -> Iterator[str]:
+    def check(self, record: Any, pixels: Pixels, table: Table, _: tuple[int, int]) -> Iterator[str]:
         figures = depth_figures(pixels["depth"])
         if record != figures:
             yield f"its depth map has {figures}, the ledger says {record}"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from datasetdm_fast.data import Instances
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, markdown_cell, rounded
+from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Placement, Table, markdown_cell, rounded
 from datasetdm_fast.labels.pictures import masked, outline
 
 SHOWN_SCORE = 0.4  # instances below it are left out of pictures
@@ -73,11 +73,11 @@ class InstanceKind(LabelKind):
         sure = label.scores >= SHOWN_SCORE
         return masked(image, label.masks[sure], label.class_ids[sure])
 
-    def check(self, record: Any, _: Pixels, table: Table, side: int) -> Iterator[str]:
+    def check(self, record: Any, _: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
         for k, item in enumerate(record):
             rle = item["segmentation"]
-            if rle["size"] != [side, side]:
-                yield f"mask {k} is {rle['size']}, expected {[side, side]}"
+            if rle["size"] != list(sides):
+                yield f"mask {k} is {rle['size']}, expected {list(sides)}"
                 continue
             # a ValueError where the runs do not add up to the picture
             encoded = mask_rle.encode(mask_rle.decode(rle)[None])
@@ -90,6 +90,18 @@ class InstanceKind(LabelKind):
                 )
             if not (1 <= item["category_id"] <= len(table["classes"]) and 0 <= item["score"] <= 1):
                 yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
+
+    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
+        """An instance in a larger picture; one that a smaller scale leaves no pixel is None."""
+        rle, area, (x, y, width, height) = item["segmentation"], item["area"], item["bbox"]
+        if place.is_scaled:
+            encoded = mask_rle.encode(place.scaled(mask_rle.decode(rle))[None])
+            rle, area, (x, y, width, height) = encoded.rles[0], int(encoded.areas[0]), encoded.boxes[0].tolist()
+            if not area:
+                return None
+        shifted = mask_rle.shifted(rle, place.top, place.left, place.sides)
+        box = [rounded(value) for value in (x + place.left, y + place.top, width, height)]
+        return item | {"segmentation": dict(shifted), "area": area, "bbox": box}
 
     def words(self, record: Any, table: Table, least: float) -> list[str]:
         return [table["classes"][item["category_id"] - 1] for item in record]

@@ -24,6 +24,31 @@ class Gates:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where a picture lies in a larger one: its sides, the corner and sides it has there, and those of the whole."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    rows: int
+    columns: int
+    sides: tuple[int, int]  # height and width of the larger picture
+
+    @property
+    def is_scaled(self) -> bool:
+        return (self.height, self.width) != (self.rows, self.columns)
+
+    def scaled(self, pixels: np.ndarray) -> np.ndarray:
+        """A map [height, width] as [rows, columns] of its own values: the nearest is taken, as none may be mixed."""
+        if not self.is_scaled:
+            return pixels
+        down = (2 * np.arange(self.rows) + 1) * self.height // (2 * self.rows)
+        right = (2 * np.arange(self.columns) + 1) * self.width // (2 * self.columns)
+        return pixels[np.ix_(down, right)]
+
+
+@dataclass(frozen=True)
 class GalleryLayer:
     """What the gallery draws over an image.
 
@@ -77,12 +102,16 @@ class LabelKind(ABC):
         """The table of a run, from a decoder's configuration, the pixels of a side and the words asked for."""
 
     @abstractmethod
-    def check(self, record: Any, pixels: Pixels, table: Table, side: int) -> Iterator[str]:
-        """What is wrong with a stored label."""
+    def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
+        """What is wrong with a stored label of an image of this height and width."""
 
     @abstractmethod
     def distance(self, found: Any, truth: Any) -> float:
         """Of two labels, 0 where both say the same."""
+
+    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
+        """One entry of a record in a larger picture, None where nothing is left of it; not for labels in files."""
+        raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `moved` to be spliced")
 
     def count(self, record: Any) -> Mapping[Any, int]:
         """What the data set card adds up over all records."""

@@ -18,8 +18,10 @@ def depth_picture(millimetres: np.ndarray) -> Image.Image:
     near, far = int(millimetres.min()), int(millimetres.max())
     steps = ((millimetres.astype(np.float32) - near) * (255 / max(far - near, 1)) + 0.5).astype(np.uint8)
     image = Image.fromarray(steps)
-    if image.width > DEPTH_SIDE:
-        image = image.resize((DEPTH_SIDE, DEPTH_SIDE), Image.Resampling.BOX)
+    longest = max(image.size)
+    if longest > DEPTH_SIDE:
+        sides = [max(side * DEPTH_SIDE // longest, 1) for side in image.size]
+        image = image.resize(tuple(sides), Image.Resampling.BOX)
     anchors = np.array([list(bytes.fromhex(text)) for text in HEAT])
     place = np.linspace(0, len(HEAT) - 1, 256)
     channels = [np.interp(place, np.arange(len(HEAT)), anchors[:, k]) for k in range(3)]
@@ -38,16 +40,21 @@ def outline(mask: np.ndarray) -> str:
 
 def borders(mask: np.ndarray) -> list[np.ndarray]:
     """Closed rings [n, 2] of x, y along the pixel edges between inside and outside."""
+    inside = [np.flatnonzero(mask.any(axis)) for axis in (0, 1)]
+    if not len(inside[0]):
+        return []
+    (left, right), (top, bottom) = ((int(each[0]), int(each[-1]) + 1) for each in inside)
+    mask = mask[top:bottom, left:right]  # a thing is often a small part of a picture
     padded = np.pad(mask, 1)
     edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for (down, right), start, end in (
+    for (down, across), start, end in (
         ((-1, 0), (0, 0), (1, 0)),  # outside above: walk right along the top edge
         ((0, 1), (1, 0), (1, 1)),
         ((1, 0), (1, 1), (0, 1)),
         ((0, -1), (0, 1), (0, 0)),
     ):
-        outside = np.roll(padded, (-down, -right), (0, 1))[1:-1, 1:-1]
-        for y, x in np.argwhere(mask & ~outside).tolist():
+        outside = np.roll(padded, (-down, -across), (0, 1))[1:-1, 1:-1]
+        for y, x in (np.argwhere(mask & ~outside) + (top, left)).tolist():
             edges.setdefault((x + start[0], y + start[1]), []).append((x + end[0], y + end[1]))
     rings = []
     while edges:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Keypoints
-from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
+from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Placement, Table, rounded
 from datasetdm_fast.labels.pictures import skeletons
 
 ROUNDING = 0.0015  # of what the ledger rounds to three digits, and of a difference of two such numbers
@@ -76,7 +76,7 @@ class PoseKind(LabelKind):
         people = [(points[:, :2], seen > 0) for points, seen in zip(label.points, label.visibility)]
         return skeletons(image, people, label.limbs)
 
-    def check(self, record: Any, _: Pixels, table: Table, side: int) -> Iterator[str]:
+    def check(self, record: Any, _: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
         for k, person in enumerate(record):
             points = np.array(person["keypoints"], np.float64).reshape(len(table["joints"]), 3)
             seen = points[:, 2] > 0
@@ -95,6 +95,21 @@ class PoseKind(LabelKind):
             )
             if not is_near:
                 yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
+
+    def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any]:
+        """A person in a larger picture; joints are counted from the middle of the first pixel."""
+        points = np.array(item["keypoints"], np.float64).reshape(-1, 3)
+        seen, scale = points[:, 2] > 0, np.array([place.columns / place.width, place.rows / place.height])
+        low = np.array([place.left, place.top])
+        most = low + [place.columns - 1, place.rows - 1]
+        points[seen, :2] = np.clip((points[seen, :2] + 0.5) * scale - 0.5 + low, low, most)
+        corner, sides = _box(points, seen)
+        flat = [value for x, y, v in points.tolist() for value in (rounded(x), rounded(y), int(v))]
+        return item | {
+            "keypoints": flat,
+            "bbox": [rounded(value) for value in (*corner, *sides)],
+            "area": rounded(sides[0] * sides[1]),
+        }
 
     def count(self, record: Any) -> dict[str, int]:
         return {"people": sum(item["num_keypoints"] > 0 for item in record)}

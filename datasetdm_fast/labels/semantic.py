@@ -39,7 +39,7 @@ class ClassMap(LabelKind):
     def picture(self, label: SemanticMap, _: np.ndarray) -> Image.Image:
         return painted(label.labels)
 
-    def check(self, record: Any, pixels: Pixels, table: Table, side: int) -> Iterator[str]:
+    def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
         counts, classes = count_pixels(pixels[self.roles[0]]), len(table["classes"])
         if record["pixels"] != counts:
             yield f"its map has the pixels {counts}, the ledger says {record['pixels']}"
@@ -90,8 +90,8 @@ class SemanticKind(ClassMap):
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         return {"classes": list(config.classes), "ignore": IGNORE}
 
-    def check(self, record: Any, pixels: Pixels, table: Table, side: int) -> Iterator[str]:
-        yield from super().check(record, pixels, table, side)
+    def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
+        yield from super().check(record, pixels, table, sides)
         sure = round(float(pixels["confidence"].mean()) / 255, 4)
         if record["mean_confidence"] != sure:
             yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"

@@ -17,7 +17,16 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.run_folder import gallery, seal
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, check_document, differences, read_document
+from datasetdm_fast.run_folder.document import (
+    DOCUMENT,
+    LEDGER,
+    LOCK,
+    check_document,
+    differences,
+    maker,
+    read_document,
+    sides,
+)
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 
 FOLDERS = (  # whose every file is ours
@@ -163,8 +172,8 @@ def _restore(folder: Path) -> str:
     return f"Restore {LEDGER} from a copy, or make the run anew in another folder: the same line gives the same bytes."
 
 
-def _again(folder: Path, id: str) -> str:
-    return f"Make it again: python -m datasetdm_fast.generate --out {folder} --only {id}"
+def _again(folder: Path, document: Mapping[str, Any], id: str) -> str:
+    return f"Make it again: {maker(document)} --out {folder} --only {id}"
 
 
 def _beyond(folder: Path, index: int, number: int) -> Finding:
@@ -173,7 +182,7 @@ def _beyond(folder: Path, index: int, number: int) -> Finding:
 
 def _check_seal(folder: Path) -> Iterator[Finding]:
     """What differs from the digests that were written down when the run was finished."""
-    remedy = "Run its generate line once more: it is written anew."
+    remedy = "Run the line that made it once more: it is written anew."
     if not (folder / seal.SEAL).exists():
         yield Finding(seal.SEAL, "is not there, so nothing tells whether ledger and index files were changed", remedy)
         return
@@ -271,10 +280,10 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
                 raise ValueError(f"its bytes are not those that were written ({said})")
             arrays[role] = np.array(images.decode_image(data, name))
         except (ValueError, Missing) as error:
-            findings.append(Finding(name, _told_of(error, folder, name), _again(folder, id)))
+            findings.append(Finding(name, _told_of(error, folder, name), _again(folder, document, id)))
     for task in config["task"]:
         findings += [
-            Finding(LEDGER, f"sample {id}, {task}: {what}", _again(folder, id))
+            Finding(LEDGER, f"sample {id}, {task}: {what}", _again(folder, document, id))
             for what in _label(task, row, arrays, document)
         ]
     for role in gallery.DRAWN if is_indexed else ():
@@ -300,20 +309,21 @@ def _check_picture(folder: Path, row: Row, role: str, pixels: np.ndarray | None)
         yield Finding(
             name,
             _told_of(error, folder, name),
-            f"Delete it and {gallery.PAGE}. Run the generate line once more: both are written anew.",
+            f"Delete it and {gallery.PAGE}. Run the line that made the run once more: both are written anew.",
         )
 
 
 def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the labels of one task, where its files could be read."""
-    side, table = document["sampling"]["size"], document["labels"][task]
+    table = document["labels"][task]
     roles = ("image", *LABEL_KINDS[task].roles)
     if any(role not in arrays for role in roles):
         return
-    if any(arrays[role].shape[:2] != (side, side) for role in roles) or arrays["image"].shape != (side, side, 3):
-        yield f"its files are not {side} x {side} pixels"
-        return
     try:
-        yield from LABEL_KINDS[task].check(row.labels[task], arrays, table, side)
+        height, width = sides(document, row.recipe)
+        if any(arrays[role].shape[:2] != (height, width) for role in roles) or arrays["image"].shape[2:] != (3,):
+            yield f"its files are not {width} x {height} pixels"
+            return
+        yield from LABEL_KINDS[task].check(row.labels[task], arrays, table, (height, width))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         yield f"its labels have not the form they were written in ({type(error).__name__}: {str(error)[:100]})"

@@ -13,6 +13,7 @@ from datasetdm_fast.labels import LABEL_KINDS
 
 FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
+COMMANDS = ("generate", "splice")  # that make run folders, and single samples of them again
 FORM = {
     "versions": {"datasetdm_fast": str},
     "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},
@@ -24,6 +25,7 @@ FORM = {
     "labels": dict,
 }
 RESTORE = "Restore the file from a copy, or choose another --out."
+COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
 DECODER_FORM = {"digest": str, "licence": str}
 
 
@@ -81,10 +83,14 @@ def check_document(document: Mapping[str, Any]) -> None:
     tasks, size = document["config"]["task"], document["sampling"]["size"]
     for name, entry in document["decoders"].items():
         documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
+    if "composition" in document:
+        documents.check_form(document["composition"], COMPOSITION_FORM, "composition")
     for task in tasks:
         if task not in LABEL_KINDS:
             raise ValueError(f"config.task names {documents.quoted(task)}, expected {', '.join(TASKS)}")
         documents.check_form(document["labels"].get(task), LABEL_KINDS[task].table_form, f"labels.{task}")
+    if document.get("command", COMMANDS[0]) not in COMMANDS:
+        raise ValueError(f"command is {documents.quoted(document['command'])}, expected {', '.join(COMMANDS)}")
     if document["config"]["image_format"] not in ("png", "jpg"):
         raise ValueError(
             f"config.image_format is {documents.quoted(document['config']['image_format'])}, expected png or jpg"
@@ -95,6 +101,25 @@ def check_document(document: Mapping[str, Any]) -> None:
         or not 0 < document["plan"]["batch_size"] < 2**31
     ):
         raise ValueError("a number in sampling or plan is out of range")
+
+
+def maker(document: Mapping[str, Any]) -> str:
+    """The command line, without its flags, that made a run folder."""
+    return f"python -m datasetdm_fast.{document.get('command', COMMANDS[0])}"
+
+
+def sides(document: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of a sample's image: a row tells them where the images of its run have several sizes."""
+    height, width = recipe.get("sides") or [document["sampling"]["size"]] * 2
+    if not (isinstance(height, int) and isinstance(width, int) and 0 < height * width <= images.MOST_PIXELS):
+        raise ValueError(f"its row tells the sides {documents.quoted([height, width])}")
+    return height, width
+
+
+def described_sides(document: Mapping[str, Any]) -> str:
+    """Width and height of the images of a run, for a reader."""
+    size = document["sampling"]["size"]
+    return document["composition"]["sides"] if "composition" in document else f"{size} × {size} pixels"
 
 
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:

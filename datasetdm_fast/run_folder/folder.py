@@ -74,7 +74,10 @@ class RunFolder(AbstractContextManager):
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Paths of missing or damaged files that are there again; other bytes than the row's are never written."""
-        made, records = label_files.encode(sample, self.document["config"]["image_format"])
+        return self.restore(row, *label_files.encode(sample, self.document["config"]["image_format"]))
+
+    def restore(self, row: Row, made: label_files.Files, records: Mapping[str, Any]) -> list[str]:
+        """The same, from the files and label records of the sample."""
         contents = {name: content for name, content in made.values()}
         expected = {name: stored.sha256 for name, stored in row.files.values()}
         other = sorted(

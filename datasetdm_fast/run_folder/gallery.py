@@ -3,9 +3,13 @@
 import base64
 import hashlib
 import json
+import math
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.image_files import picture_bytes
 from datasetdm_fast.labels.kind import GalleryLayer
+from datasetdm_fast.run_folder.document import described_sides, maker, sides
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
 PAGE = "gallery/index.html"
@@ -31,12 +36,20 @@ BLOCK = 64  # pictures published at once
 
 def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True) -> None:
     """Writes the page and, where the folder has the samples, the pictures that are drawn for it."""
-    for role in (layer.role for layer in _layers(document) if layer.picture and has_samples):
+    roles = [layer.role for layer in _layers(document) if layer.picture and has_samples]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        _draw(folder, ledger, roles, pool)
+    storage.publish({folder / PAGE: page(document, ledger)})
+
+
+def _draw(folder: Path, ledger: Ledger, roles: Iterable[str], pool: ThreadPoolExecutor) -> None:
+    """Draws the pictures that are missing."""
+    for role in roles:
         wanted = (row for row in ledger.rows() if not (folder / picture_name(role, row)).exists())
         while block := list(islice(wanted, BLOCK)):
             files = {picture_name(role, row): (folder / row.files[role][0]).read_bytes() for row in block}
-            storage.publish({folder / name: picture_of(role, content) for name, content in files.items()})
-    storage.publish({folder / PAGE: page(document, ledger)})
+            drawn = pool.map(partial(picture_of, role), files.values())
+            storage.publish(dict(zip((folder / name for name in files), drawn)))
 
 
 def picture_of(role: str, content: bytes) -> bytes:
@@ -83,7 +96,7 @@ def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
     counts = Counter(word for row in ledger.rows() for word in _classes(document, row))
     return {
         "title": f"Labelled images from {document['model']['name']}",
-        "size": sampling["size"],
+        "pixels": described_sides(document),
         "format": config["image_format"],
         "layers": [
             {
@@ -104,8 +117,9 @@ def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
             ["Model", document["model"]["name"]],
             ["Sampler", f"{config['sampler']}, {sampling['steps']} steps, guidance {sampling['guidance']:g}"],
             ["Engine", document["engine"].get("engine", "")],
+            *([["Composition", composition["told"]]] if (composition := document.get("composition")) else []),
         ],
-        "command": "python -m datasetdm_fast.generate --out RUN",
+        "command": f"{maker(document)} --out RUN",
     }
 
 
@@ -129,7 +143,7 @@ def _colours(document: Mapping[str, Any], words: list[str]) -> dict[str, str]:
 
 def _classes(document: Mapping[str, Any], row: Row) -> list[str]:
     """Class words of one sample: those its prompt names and those its labels hold."""
-    words, least = dict.fromkeys(row.request.classes), document["sampling"]["size"] ** 2 / 500
+    words, least = dict.fromkeys(row.request.classes), math.prod(sides(document, row.recipe)) / 500
     for task, kind in LABEL_KINDS.items():
         if task in row.labels:
             words |= dict.fromkeys(kind.words(row.labels[task], document["labels"].get(task, {}), least))
@@ -142,6 +156,7 @@ def _sample(document: Mapping[str, Any], row: Row) -> dict[str, Any]:
         "id": row.request.id,
         "prompt": row.request.prompt,
         "seed": str(row.request.seed),
+        "sides": sides(document, row.recipe),
         "classes": _classes(document, row),
         "values": {
             layer.name: layer.values(row.labels[task], document["labels"][task])

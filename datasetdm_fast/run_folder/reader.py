@@ -15,8 +15,9 @@ import numpy as np
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import LABEL_KINDS, label_files, task_of
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document
-from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides
+from datasetdm_fast.run_folder.kept import read_kept
+from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ class StoredSample:
 
     row: Row
     folder: Path
-    tables: Mapping[str, Any]
+    document: Mapping[str, Any]
 
     @property
     def id(self) -> str:
@@ -67,7 +68,8 @@ class StoredSample:
             return None
         files = {role: name for role, (name, _) in self.row.files.items()}
         with self._naming_damage():
-            return label_files.decode(task, self.folder, files, self.row.labels[task], self.tables[task])
+            table = {**self.document["labels"][task], "size": sides(self.document, self.row.recipe)}
+            return label_files.decode(task, self.folder, files, self.row.labels[task], table)
 
     @contextmanager
     def _naming_damage(self) -> Iterator[None]:
@@ -87,7 +89,7 @@ class Run(AbstractContextManager):
     opened.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, kept: bool = False):
         self.path = Path(path)
         document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
         if document is None:
@@ -100,6 +102,8 @@ class Run(AbstractContextManager):
         self._ledger: Ledger | None = None
         self._owner = os.getpid()
         self._indices = self._rows().indices()
+        if kept and (decided := read_kept(self.path)) is not None:
+            self._indices = sorted(set(self._indices) & set(decided.kept))
 
     def _rows(self) -> Ledger:
         # SQLite connections do not survive a fork or a pickle, so each worker of a data loader opens its own.
@@ -114,6 +118,12 @@ class Run(AbstractContextManager):
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.document["config"]["task"])
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no sample of the plan is missing."""
+        ledger = self._rows()
+        return ledger.count() + ledger.count(SET_ASIDE) >= self.document["plan"]["number"]
+
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -126,7 +136,7 @@ class Run(AbstractContextManager):
         row = self._rows().row(index)
         if row is None:
             raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
-        return StoredSample(row, self.path, self.document["labels"])
+        return StoredSample(row, self.path, self.document)
 
     def _index(self, key: int | str) -> int:
         if isinstance(key, str):
@@ -183,6 +193,6 @@ class TaskDataset:
         return image, {name: torch.from_numpy(value) for name, value in parts.items()}
 
 
-def open_run(path: str | Path) -> Run:
-    """A run folder for reading."""
-    return Run(path)
+def open_run(path: str | Path, *, kept: bool = False) -> Run:
+    """A run folder for reading; with `kept`, without the samples that the last filter left out."""
+    return Run(path, kept=kept)

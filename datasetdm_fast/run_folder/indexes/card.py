@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.run_folder.document import described_sides, maker
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 
 LOADING = """```python
@@ -26,7 +27,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     }
     parts = [
         "# A labelled data set, made from prompts\n",
-        f"{done} of {document['plan']['number']} images of {sampling['size']}×{sampling['size']} pixels with their "
+        f"{done} of {document['plan']['number']} images of {described_sides(document)} with their "
         f"labels ({', '.join(config['task'])}), "
         "all synthetic: a diffusion model drew the images, and decoders read the labels from what it computed on the "
         "way. "
@@ -44,11 +45,12 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
             else []
         ),
         "## How it was made\n",
+        *([f"- {_code(document['composition']['told'])}"] if "composition" in document else []),
         f"- Model: {_code(model['name'])}; engine: {_code(document['engine'].get('engine', ''))}; datasetdm_fast "
         f"{document['versions']['datasetdm_fast']}",
         f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
         f"{sampling['guidance']:g}",
-        f"- Sample k has seed {config['seed']} + k; `python -m datasetdm_fast.generate --out THIS_FOLDER --only ID` "
+        f"- Sample k has seed {config['seed']} + k; `{maker(document)} --out THIS_FOLDER --only ID` "
         "makes it again, byte for byte\n",
         "## Licence chain\n",
         *(f"- {name}: {_code(licence)}" for name, licence in licences.items()),

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasetdm_fast.labels import LABEL_KINDS
-from datasetdm_fast.run_folder.ledger import Ledger, canonical
+from datasetdm_fast.run_folder.document import sides
+from datasetdm_fast.run_folder.ledger import Ledger, Row, canonical
 
 
 def document(task: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
@@ -12,14 +13,15 @@ def document(task: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[byte
     info = {"description": "made by datasetdm_fast", "version": run["versions"]["datasetdm_fast"]}
     categories = LABEL_KINDS[task].categories(run["labels"][task])
     yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{canonical(categories)},\n"images":['.encode()
-    size = run["sampling"]["size"]
-    yield from _listed(
-        {"id": row.request.index, "file_name": row.files["image"][0], "width": size, "height": size}
-        for row in ledger.rows()
-    )
+    yield from _listed(_image(run, row) for row in ledger.rows())
     yield b'],\n"annotations":['
     yield from _listed(_annotations(task, ledger))
     yield b"]}\n"
+
+
+def _image(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    height, width = sides(run, row.recipe)
+    return {"id": row.request.index, "file_name": row.files["image"][0], "width": width, "height": height}
 
 
 def _annotations(task: str, ledger: Ledger) -> Iterator[dict[str, Any]]:

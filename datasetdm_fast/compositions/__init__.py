@@ -1,0 +1,1 @@
+"""New run folders out of finished ones, without a network."""

@@ -1,0 +1,84 @@
+"""A finished run folder whose samples are put into another one: what identifies it, and its samples as pixels."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.run_folder.document import sides
+from datasetdm_fast.run_folder.kept import KEPT
+from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.run_folder.reader import Run
+from datasetdm_fast.run_folder.seal import SEAL, index_files, is_sealed
+
+KEPT_DECODED = 64 * 2**20  # bytes of pixels of samples that are used again soon
+PIXEL_BYTES = 8  # of a sample with every kind of label
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A sample as it is put into others."""
+
+    row: Row
+    pixels: dict[str, np.ndarray]  # role -> pixels of the file
+
+
+class Source:
+    """A finished run folder, read one sample at a time by any thread."""
+
+    def __init__(self, path: Path, *, only_kept: bool = False):
+        self.path = path
+        self.run = Run(path, kept=only_kept)
+        self.kept_digest = storage.sha256_of(path / KEPT) if only_kept else ""
+        if only_kept and not self.kept_digest:
+            raise Refused(
+                f"--kept: nothing of {path} was filtered",
+                f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where EXPRESSION",
+            )
+        self.document: dict[str, Any] = self.run.document
+        if "composition" in self.document:
+            raise Refused(f"{path}: is itself a composition", "Name the run folder that it was made from.")
+        if not self.run.is_complete or not is_sealed(path):
+            raise Refused(f"{path}: the run is not finished", "Run the line that made it once more: it resumes.")
+        if not len(self.run):
+            raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
+        self.side: int = self.document["sampling"]["size"]
+        self.tile = lru_cache(max(KEPT_DECODED // (self.side**2 * PIXEL_BYTES), 1))(self._tile)
+
+    def digests(self) -> dict[str, str]:
+        """Digests of the files that tell every sample of the run with its labels."""
+        sealed = documents.read_object(self.path / SEAL)
+        return {name: sealed[name] for name in index_files(self.document) if name.endswith((".json", ".jsonl"))}
+
+    def _tile(self, place: int) -> Tile:
+        row = self.run[place].row
+        if sides(self.document, row.recipe) != (self.side, self.side):
+            raise self._damaged(f"the row of sample {row.request.id}")
+        roles = ("image", *(role for task in self.run.tasks for role in LABEL_KINDS[task].roles))
+        return Tile(row, {role: self._pixels(row, role) for role in roles})
+
+    def _pixels(self, row: Row, role: str) -> np.ndarray:
+        if role not in row.files:
+            raise self._damaged(f"the row of sample {row.request.id}")
+        name, stored = row.files[role]
+        data = storage.read(self.path / name, images.LARGEST_IMAGE_FILE)
+        pixels = np.asarray(images.decode_image(data, name))
+        if hashlib.sha256(data).hexdigest() != stored.sha256 or pixels.shape[:2] != (self.side, self.side):
+            raise self._damaged(name)
+        return pixels
+
+    def _damaged(self, name: str) -> Refused:
+        return Refused(
+            f"{self.path}: {name} is not what was written",
+            f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
+        )
+
+    def close(self) -> None:
+        self.run.close()

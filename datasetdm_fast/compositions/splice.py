@@ -1,0 +1,261 @@
+"""Spliced samples: several of a run side by side in one picture, with every label where its picture is."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast.compositions.grids import Grid, drawn, parse_grids
+from datasetdm_fast.compositions.source import Source, Tile
+from datasetdm_fast.data import Request
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.foreign.images import MOST_PIXELS
+from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels.image_files import image_bytes
+from datasetdm_fast.labels.kind import Placement
+from datasetdm_fast.labels.label_files import Files
+from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, read_document
+from datasetdm_fast.run_folder.folder import RunFolder, into
+from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.version import __version__
+
+BLOCK = 32  # samples written and committed together, fewer where they are large:
+BLOCK_PIXELS = 2**22  # pixels of all their images
+SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
+CONFIG_FORM = {"grids": [str], "number": int, "seed": int, "resize": bool, "kept": str}
+PARTS = ("sampling", "model", "decoders", "engine", "labels")  # of run.json that are those of the source
+
+
+@dataclass(frozen=True)
+class Splicing:
+    """A run of spliced samples that has been checked and has written nothing yet."""
+
+    source: Source
+    grids: tuple[Grid, ...]
+    number: int
+    seed: int
+    is_resized: bool
+
+    def __post_init__(self) -> None:
+        height, width = max(map(self.sides, self.grids), key=math.prod)
+        if height * width > MOST_PIXELS:
+            raise Refused(
+                f"--grids: {width} x {height} pixels, at most {MOST_PIXELS} are written",
+                "Add --resize, or choose smaller grids.",
+            )
+
+    def sides(self, grid: Grid) -> tuple[int, int]:
+        return grid.sides(self.source.side, self.is_resized)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The content of run.json; model, decoders and their licences are those of the source."""
+        source, grids = self.source.document, [str(grid) for grid in self.grids]
+        how = ", resized to the size of one" if self.is_resized else ""
+        shapes = sorted({self.sides(grid) for grid in self.grids})
+        return {
+            **{part: source[part] for part in PARTS},
+            "format": FORMAT,
+            "command": "splice",
+            "versions": {"datasetdm_fast": __version__},
+            "config": {
+                **{name: source["config"][name] for name in ("task", "image_format", "sampler")},
+                "grids": grids,
+                "number": self.number,
+                "resize": self.is_resized,
+                "seed": self.seed,
+                "kept": self.source.kept_digest,
+            },
+            "plan": {"number": self.number, "batch_size": 1, "words": source["plan"].get("words", [])},
+            "composition": {
+                "told": f"Spliced from the run {self.source.path.resolve().name}, grids {', '.join(grids)}{how}",
+                "sides": " or ".join(f"{width} × {height}" for height, width in shapes) + " pixels",
+                "source": {
+                    "path": str(self.source.path),
+                    "digests": self.source.digests(),
+                    **{part: source[part] for part in ("versions", "config", "plan")},
+                },
+            },
+        }
+
+    def check_room(self, folder: Path) -> None:
+        """Refuses a run that would fill the disk."""
+        pixels = sum(math.prod(self.sides(grid)) for grid in self.grids) / len(self.grids)
+        kinds = [LABEL_KINDS[task] for task in self.source.run.tasks]
+        needed = int(self.number * pixels * (3 + sum(kind.pixel_bytes for kind in kinds))) + SPARE
+        if needed > (free := storage.free_bytes(folder.absolute())):
+            raise Missing(
+                f"{folder}: the run needs at most {needed / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+                "Make room, choose another --out, or make fewer images.",
+            )
+
+    def made(self, index: int) -> tuple[Row, Files]:
+        """The row of a sample, which has no files yet, and the files that are to be written."""
+        grid, seed = self.grids[index % len(self.grids)], self.seed + index
+        tiles = [self.source.tile(place) for place in drawn(seed, grid.cells, len(self.source.run))]
+        placed = list(zip(tiles, grid.placements(self.source.side, self.is_resized), strict=True))
+        requests = [tile.row.request for tile in tiles]
+        known = dict.fromkeys(self.source.document["plan"].get("words", ()))
+        named = {word for request in requests for word in request.classes}
+        request = Request(
+            index,
+            "; ".join(dict.fromkeys(each.prompt for each in requests)),
+            seed,
+            tuple(word for word in known | dict.fromkeys(sorted(named)) if word in named),
+        )
+        sides = self.sides(grid)
+        files, records = self._labels(request.id, placed, sides)
+        form = self.source.document["config"]["image_format"]
+        picture = spread("image", placed, sides)
+        files = {"image": (f"images/{request.id}.{form}", image_bytes(picture, form)), **files}
+        recipe = {"grid": str(grid), "sides": list(sides), "tiles": [each.id for each in requests]}
+        return Row(request, recipe, labels=records), files
+
+    def _labels(
+        self, id: str, placed: Sequence[tuple[Tile, Placement]], sides: tuple[int, int]
+    ) -> tuple[Files, dict[str, Any]]:
+        kinds = {task: LABEL_KINDS[task] for task in sorted(self.source.run.tasks)}
+        maps = {
+            task: kind.decode(
+                {role: spread(role, placed, sides) for role in kind.roles}, None, self.source.document["labels"][task]
+            )
+            for task, kind in kinds.items()
+            if kind.roles
+        }
+        files: Files = {}
+        records: dict[str, Any] = {}
+        for task, kind in kinds.items():
+            if kind.roles:
+                contents, records[task] = kind.encode(maps[task], maps)
+                files |= {role: (f"{role}/{id}.png", content) for role, content in contents.items()}
+            else:
+                moved = (kind.moved(item, place) for tile, place in placed for item in tile.row.labels[task])
+                records[task] = [item for item in moved if item is not None]
+        return files, records
+
+
+def resumed(folder: Path, stored: Mapping[str, Any], source: str = "") -> Splicing:
+    """The splicing that a run folder tells of; `source` is where its samples come from now, if it was moved."""
+    config = stored["config"]
+    try:
+        documents.check_form(config, CONFIG_FORM, "config")
+    except ValueError as error:
+        raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error
+    opened = Source(Path(source or stored["composition"]["source"]["path"]), only_kept=bool(config["kept"]))
+    splicing = Splicing(opened, parse_grids(config["grids"]), config["number"], config["seed"], config["resize"])
+    check_same(folder, *map(_decisive, (stored, splicing.document)))
+    return splicing
+
+
+def spread(role: str, placed: Sequence[tuple[Tile, Placement]], sides: tuple[int, int]) -> np.ndarray:
+    """The pixels of a role over a whole grid."""
+    first = placed[0][0].pixels[role]
+    whole = np.empty((*sides, *first.shape[2:]), first.dtype)
+    for tile, place in placed:
+        pixels = tile.pixels[role]
+        if place.is_scaled and role == "image":
+            shrunk = Image.fromarray(pixels).resize((place.columns, place.rows), Image.Resampling.BICUBIC)
+            pixels = np.asarray(shrunk)
+        whole[place.top : place.top + place.rows, place.left : place.left + place.columns] = (
+            pixels if role == "image" else place.scaled(pixels)
+        )
+    return whole
+
+
+def begin(splicing: Splicing, folder: Path) -> int:
+    """Samples that the run folder holds already; other settings, another source and a full disk are refused."""
+    stored = read_document(folder)
+    if stored is not None:
+        check_same(folder, *map(_decisive, (stored, splicing.document)))
+    splicing.check_room(folder)
+    if not (folder / LEDGER).exists():
+        return 0
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        return ledger.count()
+
+
+def _decisive(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What of run.json decides the bytes of the samples."""
+    return {
+        "config": document["config"],
+        "source": document.get("composition", {}).get("source", {}).get("digests"),
+    }
+
+
+def run(
+    splicing: Splicing,
+    folder: Path,
+    *,
+    limit: int = 0,
+    threads: int = 1,
+    on_commit: Callable[[int], None] = lambda count: None,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> int:
+    """Makes the missing samples, in threads but committed in order, and the index files; how many samples it made."""
+    with RunFolder(folder, read_document(folder) or splicing.document) as opened:
+        there, done = opened.ledger.within(0, splicing.number), 0
+        wanted = islice((index for index in range(splicing.number) if index not in there), limit or None)
+        for rows in in_threads(threads, splicing, wanted, folder, is_stopping):
+            opened.unseal()
+            opened.ledger.commit(rows)
+            done += len(rows)
+            on_commit(len(rows))
+        opened.rebuild()
+    return done
+
+
+def in_threads(
+    threads: int, splicing: Splicing, wanted: Iterator[int], folder: Path, is_stopping: Callable[[], bool]
+) -> Iterator[list[Row]]:
+    """The rows of the wanted samples, a block at a time and in order, once their files are on the disk."""
+    largest = max(math.prod(splicing.sides(grid)) for grid in splicing.grids)
+    size = min(max(BLOCK_PIXELS // largest, 1), BLOCK)
+    waiting = deque[Future[list[Row]]]()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        while True:
+            while len(waiting) <= threads and not is_stopping() and (block := list(islice(wanted, size))):
+                waiting.append(pool.submit(write, splicing, block, folder))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write(splicing: Splicing, block: Sequence[int], folder: Path) -> list[Row]:
+    """The rows of some samples, once their files are on the disk."""
+    made = [splicing.made(index) for index in block]
+    stored = into(folder)({name: content for _, files in made for name, content in files.values()})
+    for row, files in made:
+        row.files.update({role: (name, stored[name]) for role, (name, _) in files.items()})
+    return [row for row, _ in made]
+
+
+def remake(folder: Path, id: str, source: str = "") -> list[str]:
+    """Makes one sample of a run folder again; the files that were missing or damaged."""
+    stored = read_document(folder)
+    if stored is None or stored.get("command") != "splice":
+        raise Refused(f"--only {id}: {folder} was not made by splice", "Name the folder with --out.")
+    splicing = resumed(folder, stored, source)
+    with RunFolder(folder, stored) as opened:
+        index = int(id) if id.isdecimal() and len(id) <= 18 else -1
+        row = opened.ledger.row(index)
+        if row is None:
+            raise Refused(
+                f"--only {id}: no sample of {folder} has this id",
+                "Ids are those of samples.jsonl, for example 00000003.",
+            )
+        again, files = splicing.made(index)
+        written = opened.restore(row, files, again.labels)
+        opened.rebuild()
+    return written

@@ -1,0 +1,41 @@
+"""state/kept.json: which samples of a run a filter keeps, and why it leaves out the others."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents
+
+KEPT = "state/kept.json"
+LARGEST_KEPT = 2**28  # bytes
+FORM = {"where": str, "kept": [str], "left_out": dict}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a filter decided; a sample that was made after it is in neither list."""
+
+    where: str
+    kept: tuple[int, ...]  # indices of samples
+    left_out: dict[int, str]  # index -> reason
+
+
+def read_kept(folder: Path) -> Kept | None:
+    """What the filter of a run folder decided, None where there is none."""
+    path = folder / KEPT
+    if not path.exists():
+        return None
+    value = documents.read_object(path, most=LARGEST_KEPT)
+    try:
+        documents.check_form(value, FORM)
+        documents.check_form(list(value["left_out"].values()), [str])
+        return Kept(
+            value["where"],
+            tuple(map(int, value["kept"])),
+            {int(id): reason for id, reason in value["left_out"].items()},
+        )
+    except ValueError as error:
+        raise Refused(
+            f"{path}: not what a filter decided ({error})",
+            f"Run python -m datasetdm_fast.filter {folder} --undo, then filter again.",
+        ) from error

@@ -1,0 +1,118 @@
+"""python -m datasetdm_fast.splice RUN: samples of a finished run side by side in new pictures, with their labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import Refused
+
+if TYPE_CHECKING:
+    from datasetdm_fast.compositions.splice import Splicing
+
+PROG = "python -m datasetdm_fast.splice"
+MOST = 2**31  # samples of a run
+
+
+@dataclass(frozen=True)
+class SpliceConfig:
+    run: str = setting("", "run folder whose samples are spliced", metavar="RUN", positional=True)
+    grids: tuple[str, ...] = setting(
+        ("2",), "grids, taken in turn: 3 is 3x3, 1x2 one row of two pictures, at most 8x8", metavar="LIST"
+    )
+    number: int = setting(100, "images to make in all", metavar="N")
+    seed: int = setting(0, "seed of image 0; image k has seed + k, which picks its samples", metavar="N")
+    resize: bool = setting(False, "keep the size of one sample; else a grid is as large as its samples together")
+    kept: bool = setting(False, "use only the samples that filter keeps")
+    out: str = setting("runs/spliced", "run folder", metavar="RUN", output="folder")
+    only: str = setting("", "make this one sample of the run folder --out again", metavar="ID")
+    limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N")
+    threads: int = setting(0, "threads, 0 = two a core", metavar="N")
+    json: bool = setting(False, "machine-readable result on stdout")
+    quiet: bool = setting(False, "show no progress")
+
+    def check(self) -> None:
+        """Refuses numbers that cannot be."""
+        for name, least in (("number", 1), ("limit", 0), ("threads", 0)):
+            if not least <= (value := getattr(self, name)) < MOST:
+                raise Refused(f"--{name} {value}: expected a number of {least} or more", "Choose another number.")
+        if not -(2**63) <= self.seed < 2**63 - self.number:
+            raise Refused(f"--seed {self.seed}: seeds have 64 bits", "Choose a smaller number.")
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    config, _ = parse(arguments, SpliceConfig, PROG, __doc__)
+    config.check()
+    if config.only:
+        return _make_again(config)
+    if not config.run:
+        raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are spliced, such as runs/demo.")
+    from datasetdm_fast.compositions.splice import begin, run
+
+    splicing, folder = _opened(config), Path(config.out)
+    there = begin(splicing, folder)
+    threads = config.threads or 2 * len(os.sched_getaffinity(0))  # half of them wait for the disk
+    start = time.perf_counter()
+    left = config.number - there
+    with (
+        Interruption(config.quiet) as interruption,
+        ImageProgress(min(left, config.limit or left), config.quiet) as progress,
+    ):
+        options = {"limit": config.limit, "threads": threads, "on_commit": progress.on_commit}
+        made = run(splicing, folder, is_stopping=interruption.is_stopping, **options)
+    seconds, done = time.perf_counter() - start, there + made
+    rate = round(made / seconds, 4) if made else 0.0
+    facts = {"number": config.number, "done": done, "made": made, "complete": done == config.number}
+    _put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
+    speed = f"{made} images in {duration(seconds)}, {rate:.3g} images per second; look at {folder}/gallery/index.html"
+    _say(config, speed if made else f"{folder}: complete with {done} samples, nothing to do")
+    if done < config.number:
+        again = f"{PROG} {shlex.join(arguments)}"
+        print(f"{done} of {config.number} samples are there; go on with: {again}", file=sys.stderr)
+    return interruption.exit_code(0)
+
+
+def _opened(config: SpliceConfig) -> Splicing:
+    from datasetdm_fast.compositions.grids import parse_grids
+    from datasetdm_fast.compositions.source import Source
+    from datasetdm_fast.compositions.splice import Splicing
+
+    grids = parse_grids(config.grids)
+    source = Source(Path(config.run), only_kept=config.kept)
+    return Splicing(source, grids, config.number, config.seed, config.resize)
+
+
+def _make_again(config: SpliceConfig) -> int:
+    from datasetdm_fast.compositions.splice import remake
+
+    written = remake(Path(config.out), config.only, config.run)
+    told = f"{len(written)} files written" if written else "every byte as it was"
+    _say(config, f"sample {config.only}: made again, {told}")
+    _put(config, {"path": config.out, "id": config.only, "written": written}, config.out)
+    return 0
+
+
+def _put(config: SpliceConfig, facts: dict[str, Any], line: str) -> None:
+    print(json.dumps(facts) if config.json else line, flush=True)
+
+
+def _say(config: SpliceConfig, line: str) -> None:
+    if not config.quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
