@@ -13,6 +13,7 @@ COMMANDS = {
     "prompts": ("datasetdm_fast.prompts", "write a list of prompts, balanced over classes"),
     "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
     "splice": ("datasetdm_fast.splice", "put samples of a run side by side, with their labels"),
+    "filter": ("datasetdm_fast.filter", "score the samples of a run and keep those that pass"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
     "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),

@@ -113,7 +113,7 @@ def _student(config: EvaluateConfig) -> int:
     from datasetdm_fast.run_folder.reader import open_run
 
     torch.set_num_threads(config.threads or 1)  # more gain a net of this size nothing
-    with open_run(config.run) as run:
+    with open_run(config.run, kept=True) as run:
         learnt = _opened(config, address, SIDE, selection=config.selection())
         judged = _opened(config, config.data, SIDE)
         learnt = learnt.readable() if config.skip_bad else learnt

@@ -32,6 +32,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "prompts",
         "generate",
         "splice",
+        "filter",
         "train",
         "evaluate",
         "verify",
@@ -41,7 +42,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "demo",
         "bench",
     ),
-    ("pipeline", "workers", "agreement", "compositions"),
+    ("pipeline", "workers", "agreement", "compositions", "curation"),
     ("generation", "training", "prompting"),
     ("engines",),
     ("export", "lessons", "evaluation"),
@@ -57,8 +58,8 @@ DOOR = (
     "export_cli",
 )  # `python -m datasetdm_fast.export` hands its line to the command above
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
-# The command splice and its room have 11 arrows: flags, refusals, run folder, labels, files.
-MOST = {"rooms": 42, "rows": 10, "arrows": 254}
+# The commands splice and filter, with a room each, have 22 arrows: flags, refusals, run folder, labels, files.
+MOST = {"rooms": 44, "rows": 10, "arrows": 265}
 
 
 @dataclass(frozen=True)

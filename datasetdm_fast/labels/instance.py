@@ -9,7 +9,17 @@ from PIL import Image
 
 from datasetdm_fast.data import Instances
 from datasetdm_fast.labels import mask_rle
-from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Placement, Table, markdown_cell, rounded
+from datasetdm_fast.labels.kind import (
+    GalleryLayer,
+    Gates,
+    LabelKind,
+    Pixels,
+    Placement,
+    Table,
+    markdown_cell,
+    mean_score,
+    rounded,
+)
 from datasetdm_fast.labels.pictures import masked, outline
 
 SHOWN_SCORE = 0.4  # instances below it are left out of pictures
@@ -90,6 +100,9 @@ class InstanceKind(LabelKind):
                 )
             if not (1 <= item["category_id"] <= len(table["classes"]) and 0 <= item["score"] <= 1):
                 yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
+
+    def certainty(self, record: Any) -> float | None:
+        return mean_score(record)
 
     def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
         """An instance in a larger picture; one that a smaller scale leaves no pixel is None."""

@@ -109,6 +109,10 @@ class LabelKind(ABC):
     def distance(self, found: Any, truth: Any) -> float:
         """Of two labels, 0 where both say the same."""
 
+    def certainty(self, record: Any) -> float | None:
+        """Mean confidence told by a record, 0..1; None where it tells none."""
+        return None
+
     def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
         """One entry of a record in a larger picture, None where nothing is left of it; not for labels in files."""
         raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `moved` to be spliced")
@@ -132,6 +136,11 @@ class LabelKind(ABC):
     def categories(self, table: Table) -> list[dict[str, Any]]:
         """The categories of the index file in COCO's form."""
         return []
+
+
+def mean_score(record: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean score of the entries of a record, None where it has none."""
+    return sum(item["score"] for item in record) / len(record) if record else None
 
 
 def rounded(value: float, digits: int = 3) -> float:

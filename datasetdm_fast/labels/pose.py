@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Keypoints
-from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Placement, Table, rounded
+from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Placement, Table, mean_score, rounded
 from datasetdm_fast.labels.pictures import skeletons
 
 ROUNDING = 0.0015  # of what the ledger rounds to three digits, and of a difference of two such numbers
@@ -95,6 +95,9 @@ class PoseKind(LabelKind):
             )
             if not is_near:
                 yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
+
+    def certainty(self, record: Any) -> float | None:
+        return mean_score(record)
 
     def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any]:
         """A person in a larger picture; joints are counted from the middle of the first pixel."""

@@ -95,3 +95,6 @@ class SemanticKind(ClassMap):
         sure = round(float(pixels["confidence"].mean()) / 255, 4)
         if record["mean_confidence"] != sure:
             yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
+
+    def certainty(self, record: Any) -> float:
+        return record["mean_confidence"]

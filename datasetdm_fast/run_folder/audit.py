@@ -27,6 +27,7 @@ from datasetdm_fast.run_folder.document import (
     read_document,
     sides,
 )
+from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 
 FOLDERS = (  # whose every file is ours
@@ -213,7 +214,7 @@ def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
     """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again
     writes over.
     """
-    state = {LEDGER, LOCK, seal.SEAL, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
+    state = {LEDGER, LOCK, seal.SEAL, KEPT, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     if not seal.is_sealed(folder):
         return
     for name in FOLDERS:

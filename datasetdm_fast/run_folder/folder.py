@@ -16,6 +16,7 @@ from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, described, pretty
 from datasetdm_fast.run_folder.indexes import INDEXES
+from datasetdm_fast.run_folder.kept import KEPT, Kept
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_sealed, unseal
 
@@ -181,6 +182,20 @@ def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
                     raise
                 time.sleep(SECONDS_BETWEEN_TRIES)
         yield
+
+
+def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:
+    """Writes down which samples a filter keeps, or that there is no filter any more; nothing else is changed."""
+    with locks.locked(folder / LOCK):
+        was_sealed = is_sealed(folder)
+        unseal(folder)
+        if decided is None:
+            storage.remove(folder / KEPT)
+        else:
+            storage.publish({folder / KEPT: decided.content})
+        gallery.mark(folder, decided)
+        if was_sealed:
+            seal.seal(folder, document)
 
 
 def note(folder: Path, name: str, value: Any) -> None:

@@ -24,6 +24,7 @@ from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.image_files import picture_bytes
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.run_folder.document import described_sides, maker, sides
+from datasetdm_fast.run_folder.kept import Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
 PAGE = "gallery/index.html"
@@ -31,6 +32,7 @@ TEMPLATE = Path(__file__).with_name("gallery.html")
 DRAWN = {  # role of a label's file -> the layer whose picture of it the gallery makes
     layer.role: layer for kind in LABEL_KINDS.values() for layer in kind.layers if layer.picture
 }
+LEFT_OUT = '<script type="application/json" id="left-out">'  # how the line of the page begins that `mark` writes anew
 BLOCK = 64  # pictures published at once
 
 
@@ -39,7 +41,19 @@ def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samp
     roles = [layer.role for layer in _layers(document) if layer.picture and has_samples]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         _draw(folder, ledger, roles, pool)
-    storage.publish({folder / PAGE: page(document, ledger)})
+    storage.publish({folder / PAGE: page(document, ledger, _left_out(read_kept(folder)))})
+
+
+def mark(folder: Path, decided: Kept | None) -> None:
+    """Writes down in the page, where there is one, which samples a filter left out."""
+    if (folder / PAGE).exists():
+        with open(folder / PAGE, "rb") as lines:
+            new = (LEFT_OUT + _embedded(_left_out(decided)) + "</script>\n").encode()
+            storage.publish({folder / PAGE: (new if line.startswith(LEFT_OUT.encode()) else line for line in lines)})
+
+
+def _left_out(decided: Kept | None) -> dict[str, str]:
+    return {f"{index:08d}": reason for index, reason in decided.left_out.items()} if decided else {}
 
 
 def _draw(folder: Path, ledger: Ledger, roles: Iterable[str], pool: ThreadPoolExecutor) -> None:
@@ -62,12 +76,14 @@ def picture_name(role: str, row: Row) -> str:
     return f"gallery/{role}/{row.request.id}.png"
 
 
-def page(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
-    """The page in pieces, one a sample."""
+def page(document: Mapping[str, Any], ledger: Ledger, left_out: Mapping[str, str] | None = None) -> Iterator[bytes]:
+    """The page in pieces, one a sample; `left_out` says why a filter left out some of them."""
     shown = ", ".join(f".show-{layer.name} .layer-{layer.name}" for layer in _layers(document))
     template = TEMPLATE.read_text(encoding="utf-8").replace("{{shown}}", shown or ".layer-none")
-    before, after = template.replace("{{policy}}", _policy(template)).split("{{samples}}")
-    yield before.replace("{{run}}", _embedded(_facts(document, ledger))).encode()
+    start, rest = template.replace("{{policy}}", _policy(template)).split("{{run}}")
+    middle, rest = rest.split("{{left_out}}")
+    before, after = rest.split("{{samples}}")
+    yield (start + _embedded(_facts(document, ledger)) + middle + _embedded(left_out or {}) + before).encode()
     yield b"["
     for k, row in enumerate(ledger.rows()):
         yield ((",\n" if k else "\n") + _embedded(_sample(document, row))).encode()

@@ -1,5 +1,6 @@
 """state/kept.json: which samples of a run a filter keeps, and why it leaves out the others."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from datasetdm_fast.foreign import documents
 
 KEPT = "state/kept.json"
 LARGEST_KEPT = 2**28  # bytes
-FORM = {"where": str, "kept": [str], "left_out": dict}
+KEPT_FORM = {"where": str, "kept": [str], "left_out": dict}
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,16 @@ class Kept:
     kept: tuple[int, ...]  # indices of samples
     left_out: dict[int, str]  # index -> reason
 
+    @property
+    def content(self) -> bytes:
+        """The bytes of the file."""
+        value = {
+            "where": self.where,
+            "kept": [f"{index:08d}" for index in self.kept],
+            "left_out": {f"{index:08d}": reason for index, reason in self.left_out.items()},
+        }
+        return (json.dumps(value, indent=0, ensure_ascii=False) + "\n").encode()
+
 
 def read_kept(folder: Path) -> Kept | None:
     """What the filter of a run folder decided, None where there is none."""
@@ -27,7 +38,7 @@ def read_kept(folder: Path) -> Kept | None:
         return None
     value = documents.read_object(path, most=LARGEST_KEPT)
     try:
-        documents.check_form(value, FORM)
+        documents.check_form(value, KEPT_FORM)
         documents.check_form(list(value["left_out"].values()), [str])
         return Kept(
             value["where"],

@@ -23,6 +23,12 @@ CREATE TABLE IF NOT EXISTS samples (
 );
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+# made when the first score is added
+_SCORES = """
+CREATE TABLE IF NOT EXISTS scores (
+    "index" INTEGER NOT NULL, name TEXT NOT NULL, value, PRIMARY KEY (name, "index")
+) WITHOUT ROWID
+"""
 _FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict}
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels'
 
@@ -65,8 +71,9 @@ class Ledger(AbstractContextManager):
         found = self._connection.execute(
             "SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9"
         ).fetchall()
-        known = {("table", "samples"), ("table", "notes")}
-        faults = [f"no such table: {name}" for _, name in sorted(known - set(found))]
+        needed = {("table", "samples"), ("table", "notes")}
+        known = needed | {("table", "scores")}
+        faults = [f"no such table: {name}" for _, name in sorted(needed - set(found))]
         faults += [f"it holds a {kind} {documents.quoted(name)}" for kind, name in found if (kind, name) not in known]
         if faults:
             raise Refused(
@@ -100,6 +107,24 @@ class Ledger(AbstractContextManager):
                 f"INSERT OR REPLACE INTO samples ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", values
             )
             self._connection.execute("DELETE FROM notes WHERE name = 'indexed'")
+
+    def add_scores(self, scores: Iterable[tuple[int, str, float | int | None]]) -> None:
+        """Scores of samples: index, name and value; one that is there already stays as it is."""
+        with self._writing():
+            self._connection.execute(_SCORES)
+            self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", scores)
+
+    def scores(self, name: str) -> list[tuple[int, float | int | None]]:
+        """Index and value of every sample that was given this score, by index."""
+        if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'scores'").fetchone():
+            return []
+        statement = 'SELECT "index", value FROM scores WHERE name = ? ORDER BY "index"'
+        return self._connection.execute(statement, (name,)).fetchall()
+
+    def class_words(self) -> list[tuple[int, tuple[str, ...]]]:
+        """Index of every sample and the class words of its prompt, by index."""
+        statement = 'SELECT "index", classes FROM samples WHERE status = ? ORDER BY "index"'
+        return [(index, tuple(json.loads(text))) for index, text in self._connection.execute(statement, (DONE,))]
 
     def note(self, name: str, value: str) -> None:
         with self._writing():

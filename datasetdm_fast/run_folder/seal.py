@@ -9,6 +9,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.run_folder.indexes import INDEXES
+from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger
 
 QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the run is finished
@@ -44,7 +45,8 @@ def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> boo
 
 def seal(folder: Path, document: Mapping[str, Any]) -> None:
     """Writes down the digests of run.json, ledger and index files, by which an audit notices changes."""
-    digests = {name: storage.sha256_of(folder / name) for name in (DOCUMENT, LEDGER, LOCK, *index_files(document))}
+    names = [DOCUMENT, LEDGER, LOCK, *index_files(document), *([KEPT] if (folder / KEPT).exists() else [])]
+    digests = {name: storage.sha256_of(folder / name) for name in names}
     storage.publish({folder / SEAL: sealed(digests)})
 
 

@@ -1,0 +1,176 @@
+"""The scores of a run are completed, shown, and used to decide which of its samples are kept."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.curation.clip import Clip
+from datasetdm_fast.curation.scores import HASH, NEAR, SCORES, nearest, scored
+from datasetdm_fast.curation.where import parse_where
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.run_folder.document import LEDGER
+from datasetdm_fast.run_folder.folder import RunFolder, keep
+from datasetdm_fast.run_folder.kept import Kept, read_kept
+from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.reader import Run, StoredSample
+from datasetdm_fast.run_folder.seal import ELSEWHERE
+
+BLOCK = 64  # samples whose scores are committed together
+BINS = 8  # of a histogram
+ABSENT = {  # a score that no sample has -> what to do about it
+    "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
+    "clip": "Add --clip DIR, the folder of a CLIP, and the scores are made.",
+}
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The scores of all samples of a run."""
+
+    indices: list[int]
+    classes: list[tuple[str, ...]]  # words of each prompt
+    values: dict[str, np.ndarray]  # score -> [N] float64, NaN where a sample has none
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Samples whose score is at least `least`, up to the next bin, and what a threshold there leaves."""
+
+    least: float
+    samples: int
+    left: int
+    left_by_class: dict[str, int]
+
+
+def check(path: Path) -> Run:
+    """The run whose samples are to be scored."""
+    run = Run(path)
+    if (path / ELSEWHERE).exists():
+        raise Refused(f"{path}: its samples are in an object store", "Copy them here, then filter the copy.")
+    if not len(run):
+        raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
+    return run
+
+
+def count_missing(run: Run, with_clip: bool) -> int:
+    """Scores that samples lack, all that need no CLIP counted as one."""
+    with Ledger(run.path / LEDGER, read_only=True) as ledger:
+        wanted = ("distance", "clip") if with_clip else ("distance",)
+        return sum(len(set(ledger.indices()) - {index for index, _ in ledger.scores(name)}) for name in wanted)
+
+
+def complete(
+    run: Run, clip: Path | None, threads: int, on_commit: Callable[[int], None], is_stopping: Callable[[], bool]
+) -> None:
+    """Gives every sample the scores that it lacks; what was scored before stays as it is."""
+    model = Clip(clip) if clip else None
+    run.close()  # its ledger is about to change
+    with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
+        folder.unseal()
+        ledger = folder.ledger
+
+        def lacking(name: str) -> Iterator[list[StoredSample]]:
+            there = {index for index, _ in ledger.scores(name)}
+            indices = iter([index for index in ledger.indices() if index not in there])
+            while (block := list(islice(indices, BLOCK))) and not is_stopping():
+                yield [StoredSample(ledger.row(index), run.path, run.document) for index in block]
+
+        if model:
+            for samples in lacking("clip"):
+                found = zip(samples, model.scores(samples), strict=True)
+                ledger.add_scores((sample.row.request.index, "clip", value) for sample, value in found)
+                on_commit(len(samples))
+        for samples in lacking(HASH):
+            found = zip(samples, pool.map(scored, samples), strict=True)
+            ledger.add_scores(
+                (sample.row.request.index, name, _short(value))
+                for sample, values in found
+                for name, value in values.items()
+            )
+            on_commit(len(samples))
+        if not is_stopping():
+            _add_distances(ledger)
+        folder.rebuild()
+
+
+def _short(value: float | int | None) -> float | int | None:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _add_distances(ledger: Ledger) -> None:
+    there = {index for index, _ in ledger.scores("distance")}
+    hashes = ledger.scores(HASH)
+    first = next((k for k, (index, _) in enumerate(hashes) if index not in there), len(hashes))
+    bits = nearest(np.array([value for _, value in hashes], np.int64), first)
+    pairs = zip(hashes[first:], bits.tolist(), strict=True)
+    ledger.add_scores([(index, "distance", distance) for (index, _), distance in pairs])
+
+
+def read_scores(run: Run, names: Sequence[str] = tuple(SCORES)) -> ScoreTable:
+    """These scores of all samples."""
+    with Ledger(run.path / LEDGER, read_only=True) as ledger:
+        indices, classes = (list(column) for column in zip(*ledger.class_words(), strict=True))
+        place = {index: k for k, index in enumerate(indices)}
+        values = {}
+        for name in names:
+            column = np.full(len(indices), np.nan)
+            found = [
+                (place[index], value)
+                for index, value in ledger.scores("distance" if name == "duplicate" else name)
+                if index in place and isinstance(value, (int, float))
+            ]
+            if found:
+                places, told = zip(*found, strict=True)
+                column[list(places)] = told
+            values[name] = np.where(np.isnan(column), column, column <= NEAR) if name == "duplicate" else column
+    return ScoreTable(indices, classes, values)
+
+
+def histogram(table: ScoreTable, name: str) -> list[Bin]:
+    """Samples by a score, and how many of all and of each class a threshold at the begin of each bin leaves."""
+    column = table.values[name]
+    told = column[~np.isnan(column)]
+    if not len(told):
+        return []
+    kinds = np.unique(told)
+    edges = kinds if len(kinds) <= BINS else np.linspace(told.min(), told.max(), BINS + 1)[:-1]
+    bins = []
+    for k, least in enumerate(edges):
+        above = column >= least
+        here = above & ~(column >= edges[k + 1]) if k + 1 < len(edges) else above
+        words = Counter(word for place in np.flatnonzero(above) for word in table.classes[place])
+        bins.append(Bin(float(least), int(here.sum()), int(above.sum()), dict(words)))
+    return bins
+
+
+def undo(run: Run) -> int:
+    """Keeps all samples again; how many had been left out."""
+    decided = read_kept(run.path)
+    if decided is None:
+        raise Refused(f"--undo: nothing of {run.path} was filtered", "Filter it first with --where.")
+    run.close()
+    keep(run.path, run.document, None)
+    return len(decided.left_out)
+
+
+def decide(run: Run, where: str) -> Kept:
+    """Writes down which samples of a run the condition keeps, and why not the others."""
+    condition, names = parse_where(where, tuple(SCORES))
+    table = read_scores(run, names)
+    for name in names:
+        if np.isnan(table.values[name]).all():
+            raise Refused(f"--where: no sample of {run.path} has the score {name}", ABSENT.get(name, "Leave it out."))
+    passes = condition.passes(table.values)
+    decided = Kept(
+        where,
+        tuple(index for index, is_kept in zip(table.indices, passes, strict=True) if is_kept),
+        {table.indices[k]: condition.reason(table.values, k) for k in np.flatnonzero(~passes).tolist()},
+    )
+    run.close()
+    keep(run.path, run.document, decided)
+    return decided

@@ -1,0 +1,125 @@
+"""What a sample is scored by: its labels, its image, and how near it is to a sample before it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels.instance import SHOWN_SCORE
+from datasetdm_fast.run_folder.reader import StoredSample
+
+HASH = "hash"  # a score that nobody can compare with a number
+NEAR = 2  # bits by which the hashes of duplicates differ at most
+BITS = 64
+LEAST_SHARE = 1 / 500  # of the pixels: a class that fills less of a map is not shown
+
+SCORES = {  # name -> what it says
+    "score": "mean confidence of the decoders in their labels, 0 to 1",
+    "agreement": "share of the pixels of things that two kinds of labels call by one name, 0 to 1",
+    "presence": "share of the classes named by the prompt that the labels show, 0 to 1",
+    "sharpness": "variance of the Laplacian of the image's brightness, 0 to 255",
+    "distance": f"bits, of {BITS}, by which the image's hash differs from the nearest of a sample before it",
+    "duplicate": f"1 where that distance is at most {NEAR}, else 0",
+    "clip": "cosine of image and prompt by the CLIP of --clip",
+}
+
+
+@dataclass(frozen=True)
+class NamedMap:
+    """Class names over the pixels of an image; name 0 stands for whatever is no thing."""
+
+    numbers: np.ndarray  # [H, W], place in `names`
+    names: tuple[str, ...]
+
+
+def scored(sample: StoredSample) -> dict[str, float | int | None]:
+    """The scores that labels and image give; None where a sample has nothing to score."""
+    image = Image.fromarray(sample.image)
+    return {
+        "score": certainty(sample),
+        "agreement": agreement([found for task in sample.row.labels if (found := _class_map(sample.label(task)))]),
+        "presence": presence(sample),
+        "sharpness": sharpness(image),
+        HASH: difference_hash(image),
+    }
+
+
+def certainty(sample: StoredSample) -> float | None:
+    """The mean over the kinds of labels that tell how sure their decoder was."""
+    found = [LABEL_KINDS[task].certainty(record) for task, record in sample.row.labels.items()]
+    told = [value for value in found if value is not None]
+    return sum(told) / len(told) if told else None
+
+
+def presence(sample: StoredSample) -> float:
+    """Of the classes a prompt names, the share that is shown by each kind of labels that can name them."""
+    tables, pixels = sample.document["labels"], sample.image.shape[0] * sample.image.shape[1]
+    shown = []
+    for task, record in sample.row.labels.items():
+        words = set(LABEL_KINDS[task].words(record, tables[task], pixels * LEAST_SHARE))
+        shown += [name in words for name in sample.classes if name in tables[task].get("classes", ())]
+    return sum(shown) / len(shown) if shown else 1.0
+
+
+def _class_map(label: Any) -> NamedMap | None:
+    if isinstance(label, SemanticMap):
+        return NamedMap(label.labels, label.classes)
+    if isinstance(label, Instances):
+        numbers = np.zeros(label.masks.shape[1:], np.uint16)
+        sure = [k for k in np.argsort(label.scores, kind="stable") if label.scores[k] >= SHOWN_SCORE]
+        for k in sure:
+            numbers[label.masks[k]] = label.class_ids[k] + 1
+        return NamedMap(numbers, ("", *label.classes))
+    return None
+
+
+def agreement(maps: list[NamedMap]) -> float | None:
+    """Over all pairs of maps, the share of pixels with one name in both among those that either gives a name both know;
+    None where no two maps share a name.
+    """
+    same = named = pairs = 0
+    for first, second in combinations(maps, 2):
+        shared = set(first.names) & set(second.names) - {"", "background"}
+        if not shared:
+            continue
+        pairs += 1
+        order = {name: k for k, name in enumerate(sorted(shared), 1)}
+        a, b = (_renumbered(each, order) for each in (first, second))
+        named += int(np.count_nonzero(a | b))
+        same += int(np.count_nonzero((a == b) & (a > 0)))
+    return (same / named if named else 1.0) if pairs else None
+
+
+def _renumbered(found: NamedMap, order: Mapping[str, int]) -> np.ndarray:
+    numbers = np.zeros(max(int(found.numbers.max()) + 1, len(found.names)), np.uint16)
+    numbers[: len(found.names)] = [order.get(name, 0) for name in found.names]
+    return numbers[found.numbers]
+
+
+def sharpness(image: Image.Image) -> float:
+    grey = np.asarray(image.convert("L"), np.float32)
+    inner = grey[1:-1, 1:-1]
+    return float((grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner).var())
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits, as a signed number: whether each of 8 x 8 cells is darker than its right neighbour."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    bits = np.packbits(grey[:, :-1] < grey[:, 1:])
+    return int(bits.view(">i8")[0])
+
+
+def nearest(hashes: np.ndarray, first: int) -> np.ndarray:
+    """Bits by which each hash [N] int64 from the place `first` on differs from the nearest before it."""
+    found, block = [], 64
+    for start in range(first, len(hashes), block):
+        stop = min(start + block, len(hashes))
+        bits = np.bitwise_count((hashes[start:stop, None] ^ hashes[None, :stop]).view(np.uint64))
+        bits[np.arange(stop)[None] >= np.arange(start, stop)[:, None]] = BITS
+        found.append(bits.min(1))
+    return np.concatenate(found) if found else np.zeros(0, np.uint8)

@@ -1,0 +1,146 @@
+"""python -m datasetdm_fast.filter RUN: score the samples of a run and keep those that pass; nothing is deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import Refused
+
+if TYPE_CHECKING:
+    from datasetdm_fast.curation.filtering import Bin
+    from datasetdm_fast.run_folder.reader import Run
+
+PROG = "python -m datasetdm_fast.filter"
+BAR = 24  # letters of the longest bar of a histogram
+SHOWN = 8  # classes of a histogram
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    where: str = setting(
+        "", "keep the samples for which this holds, such as 'score>=0.6 and duplicate==0'", metavar="CONDITION"
+    )
+    undo: bool = setting(False, "keep all samples again")
+    clip: str = setting("", "folder of a CLIP, which adds the score clip", metavar="DIR")
+    threads: int = setting(0, "samples scored at once, 0 = all cores", metavar="N")
+    json: bool = setting(False, "machine-readable result on stdout")
+    quiet: bool = setting(False, "show no progress")
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    config, given = parse(arguments, FilterConfig, PROG, __doc__)
+    if not config.run:
+        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
+    if config.threads < 0:
+        raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
+    if config.undo and given & {"where", "clip"}:
+        raise Refused("--undo: it takes back what was filtered, without a condition", "Give --where or --undo.")
+    if "where" in given and not config.where.strip():
+        raise Refused("--where: nothing was given after it", "Write a condition, or drop the flag.")
+    from datasetdm_fast.curation import filtering
+    from datasetdm_fast.curation.scores import SCORES
+    from datasetdm_fast.curation.where import parse_where
+
+    if config.undo:
+        return _undo(config)
+    if config.where:
+        parse_where(config.where, tuple(SCORES))  # before hours of scoring
+    run = filtering.check(Path(config.run))
+    if left := filtering.count_missing(run, bool(config.clip)):
+        with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
+            filtering.complete(
+                run,
+                Path(config.clip) if config.clip else None,
+                config.threads or len(os.sched_getaffinity(0)),
+                progress.on_commit,
+                interruption.is_stopping,
+            )
+        if interruption.signal:
+            print("not all samples are scored; the same line goes on", file=sys.stderr)
+            return interruption.exit_code(0)
+    return _keep(config, run) if config.where else _show(config, run)
+
+
+def _undo(config: FilterConfig) -> int:
+    from datasetdm_fast.curation import filtering
+
+    count = filtering.undo(filtering.check(Path(config.run)))
+    _say(config, f"{config.run}: all samples are kept again, {count} had been left out")
+    _put(config, {"path": config.run, "restored": count})
+    return 0
+
+
+def _keep(config: FilterConfig, run: Run) -> int:
+    from datasetdm_fast.curation import filtering
+
+    decided = filtering.decide(run, config.where)
+    total = len(decided.kept) + len(decided.left_out)
+    reasons = f"{config.run}/state/kept.json says why the others are not"
+    _say(config, f"{len(decided.kept)} of {total} samples are kept; {reasons}")
+    table = filtering.read_scores(run, ())
+    kept, every = set(decided.kept), Counter(word for words in table.classes for word in words)
+    left = Counter(
+        word for index, words in zip(table.indices, table.classes, strict=True) if index in kept for word in words
+    )
+    if every and not config.quiet:
+        told = ", ".join(f"{word} {left[word]} of {count}" for word, count in every.most_common())
+        print(f"of each class: {told}", file=sys.stderr)
+    facts = {"path": config.run, "where": decided.where, "kept": len(decided.kept), "left_out": len(decided.left_out)}
+    _put(config, {**facts, "classes": {word: [left[word], count] for word, count in every.items()}})
+    return 0
+
+
+def _show(config: FilterConfig, run: Run) -> int:
+    """Histograms of all scores, and what a threshold at each bin leaves."""
+    from datasetdm_fast.curation import filtering
+    from datasetdm_fast.curation.scores import SCORES
+
+    table = filtering.read_scores(run)
+    bins = {name: filtering.histogram(table, name) for name in SCORES}
+    if config.json:
+        print(json.dumps({name: [asdict(each) for each in found] for name, found in bins.items()}))
+        return 0
+    words = [word for word, _ in Counter(word for each in table.classes for word in each).most_common(SHOWN)]
+    for name, found in bins.items():
+        if found:
+            print(f"{name}: {SCORES[name]}")
+            print("\n".join([*_lines(found, words), ""]))
+    return 0
+
+
+def _lines(bins: Sequence[Bin], words: Sequence[str]) -> Iterator[str]:
+    most = max(each.samples for each in bins)
+    widths = [max(len(word), 5) for word in words]
+    head = " ".join(f"{word:>{width}}" for word, width in zip(words, widths, strict=True))
+    yield f"{'from':>10} {'samples':>8} {'':{BAR}} {'at least':>9} {head}".rstrip()
+    for each in bins:
+        bar = "#" * -(-each.samples * BAR // most)
+        left = (f"{each.left_by_class.get(word, 0):>{width}}" for word, width in zip(words, widths, strict=True))
+        yield f"{each.least:>10.4g} {each.samples:>8} {bar:{BAR}} {each.left:>9} {' '.join(left)}".rstrip()
+
+
+def _put(config: FilterConfig, facts: dict[str, Any]) -> None:
+    print(json.dumps(facts) if config.json else config.run, flush=True)
+
+
+def _say(config: FilterConfig, line: str) -> None:
+    if not config.quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Scores are made once, conditions decide what is kept, and nothing is ever deleted."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rendered import document, rendered, write_run
+from test_ledger import tree
+
+from datasetdm_fast import filter, generate, splice
+from datasetdm_fast.curation import filtering, scores, where
+from datasetdm_fast.data import Request
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.kept import KEPT
+from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.reader import open_run
+
+NUMBER = 10
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("filtered") / "run"
+    write_run(path, NUMBER)
+    return path
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def state(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((path / "state").iterdir())}
+
+
+def test_a_condition_keeps_some_and_deletes_nothing(run, capsys):
+    before = {name: content for name, content in tree(run).items() if not name.startswith("gallery/index")}
+    assert filter.main([str(run), "--where", "presence>=1", "--json", "--quiet"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    table = filtering.read_scores(open_run(run))
+    passing = [index for index, value in zip(table.indices, table.values["presence"]) if value >= 1]
+    assert facts["kept"] == len(passing) and facts["kept"] + facts["left_out"] == NUMBER
+    assert [sample.row.request.index for sample in open_run(run, kept=True)] == passing
+    assert len(open_run(run)) == NUMBER
+    assert {name: content for name, content in tree(run).items() if name in before} == before
+    assert audit(run).findings == []
+
+
+def test_kept_json_says_why(run):
+    assert filter.main([str(run), "--where", "sharpness >= 1e9 or not score < 2", "--quiet"]) == 0
+    decided = json.loads((run / KEPT).read_text())
+    assert decided["kept"] == [] and len(decided["left_out"]) == NUMBER
+    for reason in decided["left_out"].values():
+        assert reason.startswith("sharpness is ") and reason.endswith("expected >= 1e+09; score < 2 holds")
+
+
+def test_undone_and_applied_again_it_is_the_same(run):
+    line = [str(run), "--where", "sharpness > 200 and duplicate == 0", "--quiet"]
+    assert filter.main([str(run), "--quiet"]) == 0
+    scored = tree(run), state(run)
+    assert filter.main(line) == 0
+    kept = tree(run), state(run)
+    assert kept != scored and audit(run).findings == []
+    assert filter.main([str(run), "--undo", "--quiet"]) == 0
+    assert (tree(run), state(run)) == scored and len(open_run(run, kept=True)) == NUMBER
+    assert filter.main(line) == 0 and (tree(run), state(run)) == kept
+
+
+def test_the_gallery_marks_what_is_left_out(run):
+    assert filter.main([str(run), "--where", "sharpness > 200", "--quiet"]) == 0
+    page = (run / "gallery" / "index.html").read_text()
+    left_out = json.loads((run / KEPT).read_text())["left_out"]
+    assert 0 < len(left_out) < NUMBER
+    line = next(line for line in page.splitlines() if 'id="left-out"' in line)
+    assert json.loads(line.partition(">")[2].removesuffix("</script>").replace("\\u003e", ">")) == left_out
+    (run / "gallery" / "index.html").unlink()  # written anew, the page tells the same
+    with RunFolder(run, open_run(run).document) as folder:
+        folder.rebuild()
+    assert (run / "gallery" / "index.html").read_text() == page
+
+
+def test_scores_once_committed_stay(run):
+    assert filter.main([str(run), "--quiet"]) == 0
+    with RunFolder(run, open_run(run).document) as folder:
+        before = folder.ledger.scores("sharpness")
+        folder.ledger.add_scores([(0, "sharpness", -1.0)])
+        assert folder.ledger.scores("sharpness") == before
+        folder.rebuild()
+
+
+def test_a_run_that_grew_gets_the_scores_that_it_lacks(tmp_path):
+    path = tmp_path / "run"
+    with RunFolder(path, document(6)) as folder:
+        folder.add([rendered(k) for k in range(4)], {})
+        folder.rebuild()
+    assert filter.main([str(path), "--where", "score>0", "--quiet"]) == 0
+    with RunFolder(path, document(6)) as folder:
+        folder.add([rendered(k) for k in (4, 5)], {})
+        folder.rebuild()
+    assert len(open_run(path)) == 6 and len(open_run(path, kept=True)) == 4
+    assert filter.main([str(path), "--where", "score>0", "--quiet"]) == 0
+    assert len(open_run(path, kept=True)) == 6 and audit(path).findings == []
+
+
+def test_kill_9_while_scoring(tmp_path):
+    write_run(tmp_path / "a", 400)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    process = subprocess.Popen([sys.executable, "-m", "datasetdm_fast.filter", str(tmp_path / "a"), "--quiet"])
+    while process.poll() is None and not (tmp_path / "a" / "state" / "ledger.sqlite-wal").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = [[str(tmp_path / name), "--where", "sharpness>200", "--quiet"] for name in "ab"]
+    assert [filter.main(line) for line in lines] == [0, 0]
+    assert state(tmp_path / "a") == state(tmp_path / "b") and audit(tmp_path / "a").findings == []
+
+
+def test_duplicates_are_found(tmp_path):
+    path = tmp_path / "run"
+    samples = [rendered(k) for k in (0, 1, 0, 2, 1)]
+    twice = [
+        type(sample)(Request(k, sample.request.prompt, k, sample.request.classes), sample.image, sample.annotations)
+        for k, sample in enumerate(samples)
+    ]
+    with RunFolder(path, document(5)) as folder:
+        folder.add(twice, {})
+        folder.rebuild()
+    assert filter.main([str(path), "--where", "duplicate==0", "--quiet"]) == 0
+    assert [sample.id[-1] for sample in open_run(path, kept=True)] == ["0", "1", "3"]
+
+
+def test_splice_takes_only_what_is_kept(run, tmp_path, capsys):
+    assert filter.main([str(run), "--where", "sharpness>200", "--quiet"]) == 0
+    ids = {sample.id for sample in open_run(run, kept=True)}
+    out = tmp_path / "out"
+    assert splice.main([str(run), "--kept", "--number", "20", "--out", str(out), "--quiet"]) == 0
+    assert {id for sample in open_run(out) for id in sample.meta["tiles"]} <= ids
+    assert filter.main([str(run), "--where", "sharpness>220", "--quiet"]) == 0
+    assert splice.main([str(run), "--kept", "--number", "20", "--out", str(out), "--quiet"]) == 2
+    assert "kept:" in capsys.readouterr().err
+
+
+def test_histograms_count_every_sample_and_class(run, capsys):
+    assert filter.main([str(run), "--json", "--quiet"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert set(shown) == set(scores.SCORES) and shown["clip"] == []
+    for name, bins in shown.items():
+        assert name == "clip" or sum(each["samples"] for each in bins) == NUMBER == bins[0]["left"]
+    words = [word for sample in open_run(run) for word in sample.classes]
+    assert shown["score"][0]["left_by_class"] == {word: words.count(word) for word in words}
+    assert filter.main([str(run), "--quiet"]) == 0
+    assert "score: mean confidence" in capsys.readouterr().out
+
+
+WRONG = [
+    (["--where", "scor>=0.6"], "'scor' is no score (did you mean score?)"),
+    (["--where", "score=0.6"], "'=' at character 6, expected a comparison such as >="),
+    (["--where", "score>=0.6 and"], "it ends where a score is expected"),
+    (["--where", "(score>=0.6"], "it ends where a closing parenthesis is expected"),
+    (["--where", "score>=0.6)"], "')' at character 11, expected the end"),
+    (["--where", "score>=high"], "'high' at character 8, expected a number"),
+    (["--where", "__import__('os')"], "is not understood"),
+    (["--where", "score>=0.6; drop"], "'; drop' is not understood"),
+    (["--where", "(" * 50 + "score>1" + ")" * 50], "nested more than 20 deep"),
+    (["--where", "score>1 or " * 500 + "score>1"], "at most 2000 are read"),
+    (["--where", " "], "nothing was given after it"),
+    (["--where", "score>=1", "--undo"], "--undo: it takes back"),
+    (["--undo"], "nothing of"),
+    (["--clip", "no/such/folder"], "holds no config.json"),
+    (["--threads", "-1"], "--threads -1"),
+]
+
+
+@pytest.mark.parametrize("flags, said", WRONG, ids=lambda value: str(value)[:24])
+def test_bad_input_is_refused_and_nothing_written(flags, said, made, capsys):
+    before = state(made)
+    assert filter.main([str(made), *flags]) == 2
+    assert said in capsys.readouterr().err and state(made) == before
+
+
+def test_a_score_that_no_sample_has_is_refused(run, capsys):
+    assert filter.main([str(run), "--where", "clip>0.2", "--quiet"]) == 2
+    assert "--clip DIR" in capsys.readouterr().err and not (run / KEPT).exists()
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
+    assert filter.main([]) == 2 and "RUN is missing" in capsys.readouterr().err
+    assert filter.main([str(tmp_path / "none")]) == 2 and "not a run folder" in capsys.readouterr().err
+
+
+def test_a_damaged_kept_json_is_refused(run, capsys):
+    (run / KEPT).write_text('{"where": 3}')
+    with pytest.raises(Refused, match="not what a filter decided"):
+        open_run(run, kept=True)
+    assert [each.place for each in audit(run).findings] == []  # no filter has sealed it
+    assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
+    (run / KEPT).write_text("{}")
+    assert [each.place for each in audit(run).findings] == [KEPT]
+
+
+def test_a_hundred_thousand_rows_are_filtered_in_seconds(tmp_path):
+    number, path = 100_000, tmp_path / "run"
+    dice = np.random.default_rng(0)
+    with RunFolder(path, document(number)) as folder:
+        folder.ledger.commit(Row(Request(k, f"a ball {k}", k, ("ball",)), {}) for k in range(number))
+        for name, values in (("score", dice.random(number)), ("distance", dice.integers(0, 64, number))):
+            folder.ledger.add_scores((k, name, value) for k, value in enumerate(values.tolist()))
+    begin = time.process_time()
+    assert filter.main([str(path), "--where", "score>=0.6 and duplicate==0", "--quiet"]) == 0
+    assert time.process_time() - begin < 10
+    assert abs(len(open_run(path, kept=True)) / number - 0.4 * 61 / 64) < 0.01
+
+
+def test_conditions_follow_their_grammar():
+    values = {"score": np.array([0.2, 0.7, np.nan]), "distance": np.array([1.0, 5.0, 9.0])}
+
+    def passing(text):
+        return where.parse_where(text, tuple(values))[0].passes(values).tolist()
+
+    assert passing("score>=0.5") == [False, True, False]
+    assert passing("score != 0.7") == [True, False, False]  # a comparison with a score it lacks does not hold
+    assert passing("not score>=0.5") == [True, False, True]
+    assert passing("score>=0.5 or distance>8") == [False, True, True]
+    assert passing("distance>0 and (score<.5 or distance == 9)") == [True, False, True]
+    assert passing("score < 0.5 or score > 0.5 and distance > 8") == [True, False, False]  # and binds more tightly
+    assert passing("distance > -1e0") == [True] * 3
+
+
+def test_sharpness_and_hash_tell_images_apart():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    assert scores.sharpness(noise) > 100 * scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
+    assert scores.difference_hash(noise) == scores.difference_hash(noise.copy())
+    hashes = np.array([0, 7, 7, -1, 2**62], np.int64)
+    assert scores.nearest(hashes, 0).tolist() == [64, 3, 0, 61, 1]
+    assert scores.nearest(hashes, 3).tolist() == [61, 1]
+
+
+def test_agreement_counts_pixels_with_one_name():
+    first = scores.NamedMap(np.array([[0, 1], [2, 2]]), ("wall", "ball", "cube"))
+    second = scores.NamedMap(np.array([[0, 1], [1, 2]]), ("", "ball", "cube"))
+    assert scores.agreement([first, second]) == pytest.approx(2 / 3)
+    assert scores.agreement([first]) is None
+    assert scores.agreement([first, scores.NamedMap(np.zeros((2, 2), int), ("", "dog"))]) is None
+
+
+def test_clip_scores_come_from_a_local_folder(run, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path / "clip"
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    words = ["<|startoftext|>", "<|endoftext|>", *(chr(k) for k in range(97, 123))]
+    words += [f"{word}</w>" for word in words[2:]]
+    torch.manual_seed(0)
+    CLIPModel(
+        CLIPConfig(
+            text_config={**small, "vocab_size": len(words), "max_position_embeddings": 16, "eos_token_id": 1},
+            vision_config={**small, "image_size": 32, "patch_size": 8},
+            projection_dim=8,
+        )
+    ).save_pretrained(folder)
+    (tmp_path / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(folder)
+    assert filter.main([str(run), "--clip", str(folder), "--where", "clip > -2", "--quiet"]) == 0
+    with Ledger(run / "state" / "ledger.sqlite", read_only=True) as ledger:
+        found = [value for _, value in ledger.scores("clip")]
+    assert len(found) == NUMBER and all(-1 <= value <= 1 for value in found) and len(set(found)) > 1
+    assert len(open_run(run, kept=True)) == NUMBER and audit(run).findings == []
+
+
+def test_filtering_needs_no_torch(made):
+    code = "import sys\nfrom datasetdm_fast import filter\nfilter.main(sys.argv[1:])\nprint('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code, str(made)], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "False"
+
+
+def test_generate_still_finds_its_run_complete(run, monkeypatch):
+    assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
+    before = state(run)
+    with RunFolder(run, open_run(run).document) as folder:
+        folder.rebuild()
+    assert state(run) == before and callable(generate.main)
