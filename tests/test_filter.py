@@ -89,6 +89,13 @@ def test_the_gallery_marks_what_is_left_out(run):
     assert (run / "gallery" / "index.html").read_text() == page
 
 
+def test_the_page_of_an_earlier_version_is_written_anew(run):
+    page = run / "gallery" / "index.html"
+    page.write_text("".join(line for line in page.read_text().splitlines(True) if 'id="left-out"' not in line))
+    assert filter.main([str(run), "--where", "sharpness > 200", "--quiet"]) == 0
+    assert 'id="left-out">{"' in page.read_text() and audit(run).findings == []
+
+
 def test_scores_once_committed_stay(run):
     assert filter.main([str(run), "--quiet"]) == 0
     with RunFolder(run, open_run(run).document) as folder:

@@ -122,10 +122,11 @@ def of_sample(
     Ignored are things that the prompt does not name, pixels that two labels call by different names, and pixels whose
     class has less than `confidence`.
     """
-    if sample.image.shape[0] % SIDE:
+    height, width = sample.image.shape[:2]
+    if height % SIDE or height != width:
         raise Refused(
-            f"sample {sample.id}: {sample.image.shape[0]} pixels of a side do not divide into {SIDE}",
-            f"Generate with --size {SIDE} times a number.",
+            f"sample {sample.id}: {width} x {height} pixels are no square of {SIDE} times a number",
+            f"Generate with --size {SIDE} times a number, or splice with --resize.",
         )
     named = [name for name in sample.classes if name in vocabulary.things]
     semantic = np.full((CELLS, CELLS), IGNORED, np.uint8)

@@ -193,7 +193,7 @@ def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> Non
             storage.remove(folder / KEPT)
         else:
             storage.publish({folder / KEPT: decided.content})
-        gallery.mark(folder, decided)
+        gallery.mark(folder, document, decided)
         if was_sealed:
             seal.seal(folder, document)
 

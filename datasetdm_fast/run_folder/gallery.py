@@ -23,7 +23,7 @@ from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.image_files import picture_bytes
 from datasetdm_fast.labels.kind import GalleryLayer
-from datasetdm_fast.run_folder.document import described_sides, maker, sides
+from datasetdm_fast.run_folder.document import LEDGER, described_sides, maker, sides
 from datasetdm_fast.run_folder.kept import Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
@@ -32,7 +32,7 @@ TEMPLATE = Path(__file__).with_name("gallery.html")
 DRAWN = {  # role of a label's file -> the layer whose picture of it the gallery makes
     layer.role: layer for kind in LABEL_KINDS.values() for layer in kind.layers if layer.picture
 }
-LEFT_OUT = '<script type="application/json" id="left-out">'  # how the line of the page begins that `mark` writes anew
+LEFT_OUT = b'<script type="application/json" id="left-out">'  # how the line of the page begins that `mark` writes anew
 BLOCK = 64  # pictures published at once
 
 
@@ -44,12 +44,18 @@ def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samp
     storage.publish({folder / PAGE: page(document, ledger, _left_out(read_kept(folder)))})
 
 
-def mark(folder: Path, decided: Kept | None) -> None:
-    """Writes down in the page, where there is one, which samples a filter left out."""
-    if (folder / PAGE).exists():
-        with open(folder / PAGE, "rb") as lines:
-            new = (LEFT_OUT + _embedded(_left_out(decided)) + "</script>\n").encode()
-            storage.publish({folder / PAGE: (new if line.startswith(LEFT_OUT.encode()) else line for line in lines)})
+def mark(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:
+    """Writes down in the page, where there is one, which samples a filter left out; the rest of it stays as it is."""
+    if not (folder / PAGE).exists():
+        return
+    with open(folder / PAGE, "rb") as lines:
+        if any(line.startswith(LEFT_OUT) for line in lines):
+            lines.seek(0)
+            new = LEFT_OUT + f"{_embedded(_left_out(decided))}</script>\n".encode()
+            storage.publish({folder / PAGE: (new if line.startswith(LEFT_OUT) else line for line in lines)})
+            return
+    with Ledger(folder / LEDGER, read_only=True) as ledger:  # the page of an earlier version
+        write(folder, document, ledger)
 
 
 def _left_out(decided: Kept | None) -> dict[str, str]:
