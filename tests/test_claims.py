@@ -176,7 +176,7 @@ def test_joints_come_along():
 
 def test_a_run_of_odd_size_is_refused():
     odd = generated(image=np.zeros((100, 100, 3), np.uint8))
-    with pytest.raises(Refused, match="100 pixels of a side do not divide into 64"):
+    with pytest.raises(Refused, match="100 x 100 pixels are no square of 64 times a number"):
         student_data.of_sample(odd, VOCABULARY)
 
 

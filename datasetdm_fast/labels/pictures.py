@@ -1,6 +1,7 @@
 """Pictures of labels: coloured depth, mask outlines, painted masks and skeletons."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -10,6 +11,7 @@ from datasetdm_fast.labels.colours import colour
 DEPTH_SIDE = 256  # pixels of a coloured depth picture
 HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
 OUTLINE_SIDE = 256  # cells an outline is traced on at most
+KEPT_OUTLINES = 4096
 TOLERANCE = 1 / 260  # image widths an outline may be simplified by
 
 
@@ -32,29 +34,37 @@ def depth_picture(millimetres: np.ndarray) -> Image.Image:
 def outline(mask: np.ndarray) -> str:
     """The borders of a mask [H, W] bool, holes included, as the path of an SVG in pixels."""
     step = max(max(mask.shape) // OUTLINE_SIDE, 1)
-    # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
-    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in borders(mask[::step, ::step]))
-    rings = (simplified(ring, TOLERANCE * max(mask.shape)) for ring in middles)
+    tolerance, mask = TOLERANCE * max(mask.shape), mask[::step, ::step]
+    down, across = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    if not len(down):
+        return ""
+    corner = (across[0] * step, down[0] * step)
+    part = mask[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+    rings = (ring + corner for ring in _rings(part.tobytes(), part.shape, step, tolerance))
     return "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in ring) + "Z" for ring in rings if len(ring) > 2)
+
+
+@lru_cache(KEPT_OUTLINES)  # samples that lie in several pictures of a spliced run bring the same things again
+def _rings(content: bytes, shape: tuple[int, int], step: int, tolerance: float) -> list[np.ndarray]:
+    """The simplified borders of a mask without an empty row or column at its sides, from its upper left corner on."""
+    found = borders(np.frombuffer(content, bool).reshape(shape))
+    # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
+    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in found)
+    return [simplified(ring, tolerance) for ring in middles]
 
 
 def borders(mask: np.ndarray) -> list[np.ndarray]:
     """Closed rings [n, 2] of x, y along the pixel edges between inside and outside."""
-    inside = [np.flatnonzero(mask.any(axis)) for axis in (0, 1)]
-    if not len(inside[0]):
-        return []
-    (left, right), (top, bottom) = ((int(each[0]), int(each[-1]) + 1) for each in inside)
-    mask = mask[top:bottom, left:right]  # a thing is often a small part of a picture
     padded = np.pad(mask, 1)
     edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for (down, across), start, end in (
+    for (down, right), start, end in (
         ((-1, 0), (0, 0), (1, 0)),  # outside above: walk right along the top edge
         ((0, 1), (1, 0), (1, 1)),
         ((1, 0), (1, 1), (0, 1)),
         ((0, -1), (0, 1), (0, 0)),
     ):
-        outside = np.roll(padded, (-down, -across), (0, 1))[1:-1, 1:-1]
-        for y, x in (np.argwhere(mask & ~outside) + (top, left)).tolist():
+        outside = np.roll(padded, (-down, -right), (0, 1))[1:-1, 1:-1]
+        for y, x in np.argwhere(mask & ~outside).tolist():
             edges.setdefault((x + start[0], y + start[1]), []).append((x + end[0], y + end[1]))
     rings = []
     while edges:
