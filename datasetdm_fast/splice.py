@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,15 +64,14 @@ def main(arguments: Sequence[str]) -> int:
     splicing, folder = _opened(config), Path(config.out)
     there = begin(splicing, folder)
     threads = config.threads or 2 * len(os.sched_getaffinity(0))  # half of them wait for the disk
-    start = time.perf_counter()
     left = config.number - there
     with (
         Interruption(config.quiet) as interruption,
         ImageProgress(min(left, config.limit or left), config.quiet) as progress,
     ):
         options = {"limit": config.limit, "threads": threads, "on_commit": progress.on_commit}
-        made = run(splicing, folder, is_stopping=interruption.is_stopping, **options)
-    seconds, done = time.perf_counter() - start, there + made
+        made, seconds = run(splicing, folder, is_stopping=interruption.is_stopping, **options)
+    done = there + made
     rate = round(made / seconds, 4) if made else 0.0
     facts = {"number": config.number, "done": done, "made": made, "complete": done == config.number}
     _put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
