@@ -16,6 +16,7 @@ REASONS = {
     "the library `datasets` is not installed": "until `make consumers` installs the libraries of our users",
     "ray is not installed": "platforms without Ray",
     "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",
+    "OpenVINO is not installed": "platforms without OpenVINO",
     "could not import 'onnx'": "environments without the extra `ort`",
     "could not import 'onnxruntime'": "the same",
     "could not import 'tensorrt_rtx'": "platforms without TensorRT-RTX",

@@ -49,6 +49,7 @@ def test_what_is_shown_cannot_steer_a_terminal():
     )
     assert len(documents.one_line("x" * 10_000)) == 400 and len(documents.quoted("x" * 10_000)) == 80
     assert documents.one_line("ein Bällchen 🎈") == "ein Bällchen 🎈"
+    assert documents.reason_of(ValueError("x\n" * 500)) == ("x " * 80)
 
 
 def test_files_that_never_end_are_not_begun(tmp_path):

@@ -20,7 +20,7 @@ def section() -> str:
         [name, f"{one['launches']:,}", number(one["gigabytes"]), number(one["tflop"]), number(one["milliseconds"])]
         for name, one in calls.items()
     ]
-    call, *others = (calls[f"{name}, batch {BATCH}"]["milliseconds"] for name in WHOLE)
+    call, *others = (calls[f"{name}, {BATCH} images"]["milliseconds"] for name in WHOLE)
     image = (CALLS * call + sum(others)) / BATCH
     return (
         "**Reckoned, not measured** (`python -m bench rehearse --budget`): Stable Diffusion 1.4 in fp16 at 512 pixels, "
