@@ -209,7 +209,7 @@ def command(arguments):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (143, "unwound\n", "")
+    assert (process.returncode, out, err) == (143, "unwound\n", "interrupted; run the same line again\n")
 
 
 @pytest.mark.parametrize("flush", [True, False])
