@@ -26,7 +26,7 @@ def encoded(task, label, labels=None):
 
 
 def found_wrong(task, pixels, record, side=4):
-    return list(LABEL_KINDS[task].check(record, pixels, TABLES[task], side))
+    return list(LABEL_KINDS[task].check(record, pixels, TABLES[task], (side, side)))
 
 
 def semantic(labels, confidence=1.0):
