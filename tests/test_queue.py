@@ -4,18 +4,18 @@ from contextlib import closing
 
 import pytest
 
-from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, SqliteQueue
+from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 
-FIRST, OTHER, BESIDE = Owner("first", 0, "here", 7, "noon"), Owner("other", 1), Owner("beside", 1)  # two in place 1
+FIRST, OTHER, BESIDE = Owner("first", 0, "here", 7), Owner("other", 1), Owner("beside", 1)  # two in place 1
+AT_ONCE = -1.0  # seconds: a batch may be helped as soon as it is begun
 
 
 @pytest.fixture
 def queue():
     """Batches 4, 2 and 9 in this order, for two places."""
-    with_batches = SqliteQueue()
+    with_batches = WorkQueue()
     with with_batches.alone():
         with_batches.fill([4, 2, 9], last=99)
-    with_batches.expect([0, 1])
     with_batches.enter(FIRST)
     with_batches.enter(OTHER)
     yield with_batches
@@ -27,15 +27,15 @@ def test_batches_are_taken_in_their_order_and_once(queue):
 
 
 def test_an_empty_queue_is_not_over_before_it_is_filled():
-    queue = SqliteQueue()
-    assert queue.last is None and not queue.is_over() and queue.take(FIRST) is None and queue.slots() == set()
+    queue = WorkQueue()
+    assert queue.last() is None and not queue.is_over() and queue.take(FIRST) is None and queue.owners() == {}
     with queue.alone():
         queue.fill([], last=0)
-    assert queue.last == 0 and queue.is_over()
+    assert queue.last() == 0 and queue.is_over()
 
 
 def test_a_run_is_over_when_its_last_batch_is_committed(queue):
-    assert queue.last == 99
+    assert queue.last() == 99
     for batch in (4, 2, 9):
         assert not queue.is_over()
         queue.take(FIRST)
@@ -45,23 +45,24 @@ def test_a_run_is_over_when_its_last_batch_is_committed(queue):
 
 def test_the_first_of_two_to_commit_a_batch_is_told_so(queue):
     queue.take(FIRST)
-    assert queue.help(4, OTHER)
+    assert queue.help(OTHER, AT_ONCE) == 4
     assert queue.finish(4) and not queue.finish(4)
-    assert queue.held(OTHER) == [] and queue.take(OTHER) == 2
+    assert queue.help(OTHER, AT_ONCE) is None and queue.take(OTHER) == 2
 
 
 def test_only_the_batch_of_another_without_a_helper_is_helped(queue):
-    assert not queue.help(4, OTHER)  # nobody has begun it
+    assert queue.help(OTHER, AT_ONCE) is None  # nobody has begun one
     queue.take(FIRST), queue.take(FIRST), queue.take(OTHER)
-    assert queue.held(OTHER) == [(4, "first"), (2, "first")] and queue.held(FIRST) == [(9, "other")]
-    assert not queue.help(4, FIRST) and queue.help(4, OTHER) and not queue.help(4, BESIDE)
-    assert queue.held(BESIDE) == [(2, "first"), (9, "other")]
+    assert queue.help(OTHER, 60) is None  # begun just now
+    assert queue.help(OTHER, AT_ONCE) == 4
+    assert [queue.help(FIRST, AT_ONCE) for _ in range(2)] == [9, None]
+    assert [queue.help(BESIDE, AT_ONCE) for _ in range(2)] == [2, None]
 
 
 def test_a_helper_that_leaves_makes_room_for_another(queue):
     queue.take(FIRST)
-    queue.help(4, OTHER)
-    assert queue.leave(OTHER) == 0 and queue.help(4, BESIDE)
+    queue.help(OTHER, AT_ONCE)
+    assert queue.leave(OTHER) == 0 and queue.help(BESIDE, AT_ONCE) == 4
 
 
 def test_a_failed_batch_goes_to_a_place_that_has_not_failed_it(queue):
@@ -69,7 +70,8 @@ def test_a_failed_batch_goes_to_a_place_that_has_not_failed_it(queue):
     queue.give_back(4, FIRST, NOT_FINITE)
     assert queue.take(FIRST) == 2  # batches that have not failed come first
     assert queue.take(FIRST, is_fresh=False) is None and queue.take(BESIDE, is_fresh=False) == 4
-    assert queue.take(BESIDE, is_fresh=False) is None and queue.held(FIRST) == [(4, "beside")]
+    assert queue.take(BESIDE, is_fresh=False) is None
+    assert [queue.help(FIRST, AT_ONCE) for _ in range(2)] == [4, None]
 
 
 def test_a_batch_that_failed_everywhere_goes_to_any_place(queue):
@@ -85,8 +87,8 @@ def test_a_place_that_is_given_up_is_not_waited_for(queue):
     queue.take(FIRST)
     queue.give_back(4, FIRST, DIED)
     assert queue.take(FIRST, is_fresh=False) is None
-    queue.give_up(1)
-    assert queue.slots() == {0} and queue.take(FIRST, is_fresh=False) == 4
+    queue.leave(OTHER)
+    assert queue.owners() == {FIRST: 0} and queue.take(FIRST, is_fresh=False) == 4
 
 
 def test_a_fresh_batch_never_failed_before(queue):
@@ -97,9 +99,10 @@ def test_a_fresh_batch_never_failed_before(queue):
 
 def test_a_batch_that_is_given_back_has_no_helper_left(queue):
     queue.take(FIRST)
-    queue.help(4, OTHER)
+    queue.help(OTHER, AT_ONCE)
     queue.give_back(4, FIRST, NOT_FINITE)
-    assert queue.held(OTHER) == [] and queue.take(OTHER, is_fresh=False) == 4 and queue.held(FIRST) == [(4, "other")]
+    assert queue.help(OTHER, AT_ONCE) is None and queue.take(OTHER, is_fresh=False) == 4
+    assert queue.help(FIRST, AT_ONCE) == 4
 
 
 def test_a_committed_batch_is_not_made_again_whatever_its_maker_says_later(queue):
@@ -114,7 +117,7 @@ def test_a_death_frees_the_batches_of_that_process_alone(queue):
     queue.take(FIRST), queue.take(OTHER), queue.take(FIRST)
     assert queue.leave(FIRST, DIED) == 2
     assert queue.failures(4, DIED) == queue.failures(9, DIED) == [0] and queue.failures(2, DIED) == []
-    assert queue.held(FIRST) == [(2, "other")] and queue.owners() == {OTHER: 0}
+    assert [queue.help(FIRST, AT_ONCE) for _ in range(2)] == [2, None] and queue.owners() == {OTHER: 0}
     assert queue.take(OTHER, is_fresh=False) == 4
 
 
@@ -130,9 +133,23 @@ def test_signs_of_life_are_counted_from_the_start_of_a_process(queue):
     assert queue.owners() == {FIRST: 0, OTHER: 1}
 
 
-def test_a_place_is_expected_once(queue):
-    queue.expect([1, 2])
-    assert queue.slots() == {0, 1, 2}
+def test_a_process_takes_the_place_of_the_dead_one_before_it(queue):
+    queue.take(OTHER)
+    queue.enter(BESIDE)
+    assert queue.owners() == {FIRST: 0, BESIDE: 0} and queue.failures(4, DIED) == [1]
+    assert queue.take(FIRST, is_fresh=False) == 4
+
+
+def test_a_stop_begins_nothing_more_and_completes_nothing(queue):
+    queue.take(FIRST)
+    queue.stop()
+    assert queue.take(OTHER) is None and queue.is_over() and not queue.is_complete()
+
+
+def test_reports_come_once_and_in_their_order(queue):
+    queue.report(0, "committed", 4, "a")
+    queue.report(1, "said")
+    assert queue.reports() == [[0, "committed", 4, "a"], [1, "said"]] and queue.reports() == []
 
 
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
@@ -145,7 +162,7 @@ def test_what_is_interrupted_leaves_the_queue_as_it_was(queue, interruption):
 
 def test_processes_share_a_queue_in_a_file(tmp_path):
     path = tmp_path / "leases.sqlite"
-    with closing(SqliteQueue(path)) as queue, closing(SqliteQueue(path)) as same:
+    with closing(WorkQueue(path)) as queue, closing(WorkQueue(path)) as same:
         with queue.alone():
             queue.fill([0, 1], last=1)
-        assert queue.take(FIRST) == 0 and same.held(OTHER) == [(0, "first")] and same.take(OTHER) == 1
+        assert queue.take(FIRST) == 0 and same.help(OTHER, AT_ONCE) == 0 and same.take(OTHER) == 1
