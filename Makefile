@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
+HASHES ?= --require-hashes
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -20,15 +21,15 @@ QUIET_CORES := OMP_WAIT_POLICY=PASSIVE
 .PHONY: venv demo test soak mutants lint clean
 venv: $(BUILT)
 
-# torch comes first and by itself, so that pip takes the build the machine offers; the lock repeats it and cannot exchange it, nor
-# the Triton that a torch built for CUDA brings.
+# torch comes first and by itself, so that pip takes the build the machine offers; nothing of the lock exchanges it, nor the
+# Triton that a torch built for CUDA brings. Every other file has to have one of the lock's digests (HASHES= asks for none).
 $(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) install $(PIP_FLAGS) $(TORCH))
 	theirs=torch; $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && theirs='torch|triton'; \
 	grep -Ev "^($$theirs)==" requirements.lock > $(VENV)/requirements.txt
-	$(PIP) install $(PIP_FLAGS) $(TORCH) -r $(VENV)/requirements.txt
+	$(PIP) install $(PIP_FLAGS) --no-deps $(HASHES) -r $(VENV)/requirements.txt
 	touch $@
 
 $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*)

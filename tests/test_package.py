@@ -1,6 +1,7 @@
 """The package as a user meets it: imports, the wheel's contents, commands that answer at once."""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -98,6 +99,21 @@ def sources(root):
         for file in (root / folder).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".so":
                 yield f"{installed}/{file.relative_to(root / folder).as_posix()}"
+
+
+def test_make_installs_only_files_whose_digests_are_locked(tmp_path):
+    """All but torch, of which each machine brings its own build."""
+    lines = [line.split() for line in (ROOT / "requirements.lock").read_text().splitlines() if line[0] != "#"]
+    free = [name for name, *digests in lines if not digests]
+    assert [name.split("==")[0] for name in free] == ["torch"] and len(lines) > 50
+    assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", digest) for _, *digests in lines for digest in digests)
+    rehearsed = ["make", "--dry-run", "venv", f"VENV={tmp_path / 'new'}"]
+    plain = {
+        name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "TORCH", "PIP_FLAGS", "HASHES")
+    }
+    said = subprocess.run(rehearsed, cwd=ROOT, env=plain, capture_output=True, text=True, check=True).stdout
+    installs = [line for line in said.splitlines() if " install " in line and "torch==" not in line]
+    assert "--no-deps --require-hashes -r" in installs[0] and installs[1].endswith("--no-deps -e ."), said
 
 
 def copy_of_the_sources(copy):
