@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from datasetdm_fast.agreement.observe import Observation
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 
 TINY = 1e-30
 
@@ -62,7 +62,7 @@ def free_running_distances(found: Observation, truth: Observation) -> dict[str, 
 def _label_distances(prefix: str, found: Observation, truth: Observation) -> dict[str, np.ndarray]:
     return {
         f"{prefix}{task}": np.array(
-            [LABEL_KINDS[task].distance(value, right) for value, right in zip(found.labels[task], labels, strict=True)]
+            [kind_of(task).distance(value, right) for value, right in zip(found.labels[task], labels, strict=True)]
         )
         for task, labels in truth.labels.items()
     }

@@ -56,12 +56,17 @@ def judge(
     """
     rows = []
     for name, values in distances.items():
-        limit, floor = gates[name.split()[0] if name.startswith(("level ", "outputs ")) else name], None
+        limit, floor = gates[_gate_of(name)], None
         if name in floors:
             floor = summary(floors[name])
             limit = tuple(max(gate, MARGIN * drift) for gate, drift in zip(limit, floor))
         rows.append(GateRow(name, *summary(values), limit, floor, worst=int(values.max(0).argmax())))
     return rows
+
+
+def _gate_of(measure: str) -> str:
+    """The gate of a measure: one for all levels, one for all raw outputs, one for all labels of a task."""
+    return measure.split()[0] if measure.startswith(("level ", "outputs ")) else measure.partition(":")[0]
 
 
 def summary(values: np.ndarray) -> Limit:

@@ -10,7 +10,7 @@ import numpy as np
 
 from datasetdm_fast.agreement.observe import Observation
 from datasetdm_fast.agreement.verify import Verdict
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.image_files import image_bytes, picture_bytes
 
 SHOWN = 4  # worst samples on the page
@@ -61,8 +61,8 @@ def _sample(verdict: Verdict, place: int) -> str:
     ]
     for task in right.labels:
         for side, observed in (("reference", right), ("engine", ours)):
-            if LABEL_KINDS[task].roles:  # masks and joints have no picture of their own here
-                picture = LABEL_KINDS[task].picture(observed.labels[task][k], observed.images[k])
+            if kind_of(task).roles:  # masks and joints have no picture of their own here
+                picture = kind_of(task).picture(observed.labels[task][k], observed.images[k])
                 figures.append((f"{task}, {side}", picture_bytes(picture)))
     shown = "".join(
         f'<figure><img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'

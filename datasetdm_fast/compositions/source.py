@@ -11,7 +11,7 @@ import numpy as np
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.run_folder.document import sides
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
@@ -61,7 +61,7 @@ class Source:
         row = self.run[place].row
         if sides(self.document, row.recipe) != (self.side, self.side):
             raise self._damaged(f"the row of sample {row.request.id}")
-        roles = ("image", *(role for task in self.run.tasks for role in LABEL_KINDS[task].roles))
+        roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).roles))
         return Tile(row, {role: self._pixels(row, role) for role in roles})
 
     def _pixels(self, row: Row, role: str) -> np.ndarray:

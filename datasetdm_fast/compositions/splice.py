@@ -20,7 +20,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import MOST_PIXELS
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.image_files import image_bytes
 from datasetdm_fast.labels.kind import Placement
 from datasetdm_fast.labels.label_files import Files
@@ -91,7 +91,7 @@ class Splicing:
     def check_room(self, folder: Path) -> None:
         """Refuses a run that would fill the disk."""
         pixels = sum(math.prod(self.sides(grid)) for grid in self.grids) / len(self.grids)
-        kinds = [LABEL_KINDS[task] for task in self.source.run.tasks]
+        kinds = [kind_of(task) for task in self.source.run.tasks]
         needed = int(self.number * pixels * (3 + sum(kind.pixel_bytes for kind in kinds))) + SPARE
         if needed > (free := storage.free_bytes(folder.absolute())):
             raise Missing(
@@ -124,7 +124,7 @@ class Splicing:
     def _labels(
         self, id: str, placed: Sequence[tuple[Tile, Placement]], sides: tuple[int, int]
     ) -> tuple[Files, dict[str, Any]]:
-        kinds = {task: LABEL_KINDS[task] for task in sorted(self.source.run.tasks)}
+        kinds = {task: kind_of(task) for task in sorted(self.source.run.tasks)}
         maps = {
             task: kind.decode(
                 {role: spread(role, placed, sides) for role in kind.roles}, None, self.source.document["labels"][task]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Instances, SemanticMap
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.instance import SHOWN_SCORE
 from datasetdm_fast.run_folder.reader import StoredSample
 
@@ -51,7 +51,7 @@ def scored(sample: StoredSample) -> dict[str, float | int | None]:
 
 def certainty(sample: StoredSample) -> float | None:
     """The mean over the kinds of labels that tell how sure their decoder was."""
-    found = [LABEL_KINDS[task].certainty(record) for task, record in sample.row.labels.items()]
+    found = [kind_of(task).certainty(record) for task, record in sample.row.labels.items()]
     told = [value for value in found if value is not None]
     return sum(told) / len(told) if told else None
 
@@ -61,7 +61,7 @@ def presence(sample: StoredSample) -> float:
     tables, pixels = sample.document["labels"], sample.image.shape[0] * sample.image.shape[1]
     shown = []
     for task, record in sample.row.labels.items():
-        words = set(LABEL_KINDS[task].words(record, tables[task], pixels * LEAST_SHARE))
+        words = set(kind_of(task).words(record, tables[task], pixels * LEAST_SHARE))
         shown += [name in words for name in sample.classes if name in tables[task].get("classes", ())]
     return sum(shown) / len(shown) if shown else 1.0
 

@@ -15,7 +15,7 @@ from datasetdm_fast.generation.plan import Plan, make_plan
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
@@ -58,7 +58,7 @@ class Job:
     def bytes_needed(self) -> int:
         """An upper estimate of what is still to be written."""
         pixels = self.recipe.size**2
-        one = pixels * (3 + sum(LABEL_KINDS[task].pixel_bytes for task in self.recipe.tasks)) + 8192 * (
+        one = pixels * (3 + sum(kind_of(task).pixel_bytes for task in self.recipe.tasks)) + 8192 * (
             2 + len(self.recipe.tasks)
         )
         return int(one * (self.plan.number - self.done)) + SPARE
@@ -238,8 +238,7 @@ def describe(
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
         "labels": {
-            task: LABEL_KINDS[task].table(engine.decoders[task].config, recipe.size, recipe.words)
-            for task in recipe.tasks
+            task: kind_of(task).table(engine.decoders[task].config, recipe.size, recipe.words) for task in recipe.tasks
         },
     }
 

@@ -1,14 +1,33 @@
 """How the labels of each task lie in files, look in pictures and are compared: one class a kind, none needs torch."""
 
-from datasetdm_fast.labels import depth, instance, open_vocabulary, pose, semantic
+from collections.abc import Iterable
+from functools import lru_cache
 
-LABEL_KINDS = {  # task -> kind; a gallery opens with the first of them that its run has
+from datasetdm_fast.labels import depth, instance, open_vocabulary, pose, semantic
+from datasetdm_fast.labels.kind import LabelKind
+from datasetdm_fast.labels.names import LabelName
+
+LABEL_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the first of them that its run has
     "instance": instance.InstanceKind(),
     "semantic": semantic.SemanticKind(),
     "open-vocabulary": open_vocabulary.OpenVocabularyKind(),
     "depth": depth.DepthKind(),
     "pose": pose.PoseKind(),
 }
+
+
+@lru_cache(1024)
+def kind_of(label: str) -> LabelKind:
+    """The kind of a label written as TASK or TASK:DECODER; a ValueError where it is neither."""
+    name = LabelName.parse(label)
+    kind = LABEL_KINDS[name.task]
+    return kind.named(name.decoder) if name.decoder else kind
+
+
+def by_kind(labels: Iterable[str]) -> list[str]:
+    """Labels in the order of LABEL_KINDS, those of one task as they are given."""
+    tasks = list(LABEL_KINDS)
+    return sorted(labels, key=lambda label: tasks.index(LabelName.parse(label).task))
 
 
 def task_of(attribute: str) -> str:

@@ -44,10 +44,10 @@ class DepthKind(LabelKind):
     def encode(self, label: DepthMap, _: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
         millimetres = np.multiply(label.metres, MILLIMETRES, dtype=np.float64)
         millimetres = np.clip(np.rint(millimetres, out=millimetres), 0, 65535, out=millimetres).astype(np.uint16)
-        return {"depth": _C.png_encode_words(millimetres)}, depth_figures(millimetres)
+        return {self.roles[0]: _C.png_encode_words(millimetres)}, depth_figures(millimetres)
 
     def decode(self, pixels: Pixels, _: Any, table: Table) -> DepthMap:
-        return DepthMap((pixels["depth"] / MILLIMETRES).astype(np.float32), float(table["max_depth"]))
+        return DepthMap((pixels[self.roles[0]] / MILLIMETRES).astype(np.float32), float(table["max_depth"]))
 
     def arrays(self, label: DepthMap) -> np.ndarray:
         return label.metres
@@ -56,7 +56,7 @@ class DepthKind(LabelKind):
         return depth_picture((label.metres * MILLIMETRES).astype(np.int32))
 
     def check(self, record: Any, pixels: Pixels, table: Table, _: tuple[int, int]) -> Iterator[str]:
-        figures = depth_figures(pixels["depth"])
+        figures = depth_figures(pixels[self.roles[0]])
         if record != figures:
             yield f"its depth map has {figures}, the ledger says {record}"
 

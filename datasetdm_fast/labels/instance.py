@@ -42,7 +42,7 @@ def _iou(first: np.ndarray, second: np.ndarray) -> float:
 
 
 class InstanceKind(LabelKind):
-    attribute = "instances"
+    attribute, title = "instances", "Instances"
     contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
     layers = (GalleryLayer("instance", "Instances", "outlines", values=outlines),)
     gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 0.5))
@@ -123,7 +123,7 @@ class InstanceKind(LabelKind):
         return Counter(item["category_id"] for item in record)
 
     def section(self, table: Table, counts: Mapping[int, int]) -> Iterator[str]:
-        yield "## Instances\n\n| category | class | instances |\n|---:|---|---:|"
+        yield f"## {self.title}\n\n| category | class | instances |\n|---:|---|---:|"
         for number, name in enumerate(table["classes"], 1):
             yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0)} |"
         yield ""

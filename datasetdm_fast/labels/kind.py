@@ -1,12 +1,15 @@
 """The record of a label kind: all that is known of how its labels lie in files, look in pictures and are compared."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from datasetdm_fast.labels.names import file_stem
 
 Limit = tuple[float, float]  # of the median, of the 99th percentile
 Pixels = Mapping[str, np.ndarray]  # role -> pixels of the file
@@ -77,9 +80,31 @@ class LabelKind(ABC):
     gates: Gates
     table_form: Mapping[str, Any]
     pixel_bytes: float  # of its files for a pixel, worst case seen
+    title: str = ""  # of its section in the data set card
     roles: tuple[str, ...] = ()  # of the files of one label, each ROLE/ID.png
     is_map: bool = False  # whether its pixels are class numbers, whose colours the classes have everywhere
     coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
+
+    def named(self, decoder: str) -> "LabelKind":
+        """This kind for a decoder that `--task` gives by name: files, layers and sections carry that name."""
+        own = copy.copy(self)
+        own.title = f"{self.title}: {decoder}"
+        own.roles = tuple(file_stem(role, decoder) for role in self.roles)
+        own.layers = tuple(
+            replace(
+                layer,
+                name=f"{layer.name}--{decoder}",
+                title=f"{layer.title}: {decoder}",
+                role=layer.role and file_stem(layer.role, decoder),
+            )
+            for layer in self.layers
+        )
+        if self.coco_file:
+            stem, dot, ending = self.coco_file.rpartition(".")
+            own.coco_file = file_stem(stem, decoder) + dot + ending
+        for before, after in zip((*self.roles, self.coco_file), (*own.roles, own.coco_file)):
+            own.contents = own.contents.replace(f"`{before}", f"`{after}") if before else own.contents
+        return own
 
     @abstractmethod
     def encode(self, label: Any, labels: Mapping[str, Any]) -> tuple[dict[str, bytes], Any]:

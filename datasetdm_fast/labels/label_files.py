@@ -8,7 +8,7 @@ import numpy as np
 
 from datasetdm_fast.data import Annotation, Sample
 from datasetdm_fast.foreign import images
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.image_files import image_bytes
 
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content
@@ -20,12 +20,12 @@ def encode(sample: Sample, image_format: str) -> tuple[Files, dict[str, Any]]:
     files: Files = {"image": (f"images/{id}.{image_format}", image_bytes(sample.image, image_format))}
     records = {}
     for task, annotation in sorted(sample.annotations.items()):
-        contents, records[task] = LABEL_KINDS[task].encode(annotation, sample.annotations)
+        contents, records[task] = kind_of(task).encode(annotation, sample.annotations)
         files |= {role: (f"{role}/{id}.png", content) for role, content in contents.items()}
     return files, records
 
 
 def decode(task: str, folder: Path, files: Mapping[str, str], record: Any, table: Mapping[str, Any]) -> Annotation:
     """The label of one task; `files` maps roles to paths inside `folder`, `table` names classes, joints and ranges."""
-    kind = LABEL_KINDS[task]
+    kind = kind_of(task)
     return kind.decode({role: np.array(images.read_image(folder / files[role])) for role in kind.roles}, record, table)

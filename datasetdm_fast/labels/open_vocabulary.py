@@ -26,7 +26,7 @@ class OpenVocabularyKind(ClassMap):
 
     def encode(self, label: SemanticMap, labels: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
         numbers = colour_numbers(labels["semantic"].classes, label.classes) if "semantic" in labels else ()
-        return {"open_vocabulary": index_png(label.labels, numbers)}, {"pixels": count_pixels(label.labels)}
+        return {self.roles[0]: index_png(label.labels, numbers)}, {"pixels": count_pixels(label.labels)}
 
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
         return {"classes": ["background", *words]}

@@ -23,7 +23,6 @@ def count_pixels(labels: np.ndarray) -> dict[str, int]:
 class ClassMap(LabelKind):
     """A map of class numbers, in the first of its roles."""
 
-    title: str  # of its section in the data set card
     is_map = True
     gates = Gates(exact=(1e-4, 1e-3), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"classes": [str]}
@@ -81,18 +80,20 @@ class SemanticKind(ClassMap):
 
     def encode(self, label: SemanticMap, _: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
         sure = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
-        files = {"semantic": index_png(label.labels), "confidence": _C.png_encode(sure)}
-        return files, {"pixels": count_pixels(label.labels), "mean_confidence": round(float(sure.mean()) / 255, 4)}
+        files = (index_png(label.labels), _C.png_encode(sure))
+        record = {"pixels": count_pixels(label.labels), "mean_confidence": round(float(sure.mean()) / 255, 4)}
+        return dict(zip(self.roles, files, strict=True)), record
 
     def decode(self, pixels: Pixels, _: Any, table: Table) -> SemanticMap:
-        return SemanticMap(pixels["semantic"], pixels["confidence"].astype(np.float32) / 255, tuple(table["classes"]))
+        labels, sure = (pixels[role] for role in self.roles)
+        return SemanticMap(labels, sure.astype(np.float32) / 255, tuple(table["classes"]))
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         return {"classes": list(config.classes), "ignore": IGNORE}
 
     def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
         yield from super().check(record, pixels, table, sides)
-        sure = round(float(pixels["confidence"].mean()) / 255, 4)
+        sure = round(float(pixels[self.roles[1]].mean()) / 255, 4)
         if record["mean_confidence"] != sure:
             yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
 

@@ -15,7 +15,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import (
     DOCUMENT,
@@ -29,13 +29,6 @@ from datasetdm_fast.run_folder.document import (
 )
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
-
-FOLDERS = (  # whose every file is ours
-    "images",
-    *(role for task in TASKS for role in LABEL_KINDS[task].roles),
-    *(f"gallery/{role}" for role in gallery.DRAWN),
-    "state",
-)
 
 
 @dataclass(frozen=True)
@@ -127,10 +120,11 @@ def _audit(
     checked = _checked(folder, document, ledger.rows(), is_indexed, threads)
     for k, (row, found, read) in enumerate(checked, 1):
         findings += found
-        known |= {path for path, _ in row.files.values()} | {gallery.picture_name(role, row) for role in gallery.DRAWN}
+        known |= {path for path, _ in row.files.values()}
+        known |= {gallery.picture_name(role, row) for role in row.files if gallery.drawn_layer(role)}
         files, total = files + len(row.files), total + read
         seen(k, done)
-    findings += _check_strangers(folder, known)
+    findings += _check_strangers(folder, _own_folders(document), known)
     return Report(str(folder), number, done, len(aside), files, total, findings)
 
 
@@ -210,14 +204,20 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
             yield Finding(name, what, (f"Delete it. {remedy}" if found else remedy) if is_rebuilt else _restore(folder))
 
 
-def _check_strangers(folder: Path, known: set[str]) -> Iterator[Finding]:
+def _own_folders(document: Mapping[str, Any]) -> list[str]:
+    """The folders whose every file is ours, those of labels that the run did not make among them."""
+    roles = dict.fromkeys(role for label in (*TASKS, *document["config"]["task"]) for role in kind_of(label).roles)
+    return ["images", *roles, *(f"gallery/{role}" for role in roles if gallery.drawn_layer(role)), "state"]
+
+
+def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Iterator[Finding]:
     """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again
     writes over.
     """
     state = {LEDGER, LOCK, seal.SEAL, KEPT, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     if not seal.is_sealed(folder):
         return
-    for name in FOLDERS:
+    for name in own:
         if not (folder / name).is_dir():
             continue
         for path in sorted((folder / name).iterdir()):
@@ -259,7 +259,7 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
             )
         )
     expected = {"image": f"images/{id}.{config['image_format']}"} | {
-        role: f"{role}/{id}.png" for task in config["task"] for role in LABEL_KINDS[task].roles
+        role: f"{role}/{id}.png" for task in config["task"] for role in kind_of(task).roles
     }
     if {role: name for role, (name, _) in row.files.items()} != expected:
         findings.append(
@@ -287,8 +287,8 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
             Finding(LEDGER, f"sample {id}, {task}: {what}", _again(folder, document, id))
             for what in _label(task, row, arrays, document)
         ]
-    for role in gallery.DRAWN if is_indexed else ():
-        if role in row.files:
+    for role in row.files if is_indexed else ():
+        if gallery.drawn_layer(role):
             findings += _check_picture(folder, row, role, arrays.get(role))
     return findings, total
 
@@ -304,7 +304,8 @@ def _check_picture(folder: Path, row: Row, role: str, pixels: np.ndarray | None)
         picture = images.decode_image(data, name)
         if pixels is None and picture.mode != "P":
             raise ValueError(f"is no picture of a {role} map")
-        if pixels is not None and not np.array_equal(np.array(picture), np.array(gallery.DRAWN[role].picture(pixels))):
+        drawn = gallery.drawn_layer(role)
+        if pixels is not None and not np.array_equal(np.array(picture), np.array(drawn.picture(pixels))):
             raise ValueError(f"does not show the {role} map of its sample")
     except (ValueError, Missing) as error:
         yield Finding(
@@ -317,7 +318,7 @@ def _check_picture(folder: Path, row: Row, role: str, pixels: np.ndarray | None)
 def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the labels of one task, where its files could be read."""
     table = document["labels"][task]
-    roles = ("image", *LABEL_KINDS[task].roles)
+    roles = ("image", *kind_of(task).roles)
     if any(role not in arrays for role in roles):
         return
     try:
@@ -325,6 +326,6 @@ def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapp
         if any(arrays[role].shape[:2] != (height, width) for role in roles) or arrays["image"].shape[2:] != (3,):
             yield f"its files are not {width} x {height} pixels"
             return
-        yield from LABEL_KINDS[task].check(row.labels[task], arrays, table, (height, width))
+        yield from kind_of(task).check(row.labels[task], arrays, table, (height, width))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         yield f"its labels have not the form they were written in ({type(error).__name__}: {str(error)[:100]})"

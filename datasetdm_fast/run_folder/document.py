@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 
 FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
@@ -86,9 +85,11 @@ def check_document(document: Mapping[str, Any]) -> None:
     if "composition" in document:
         documents.check_form(document["composition"], COMPOSITION_FORM, "composition")
     for task in tasks:
-        if task not in LABEL_KINDS:
-            raise ValueError(f"config.task names {documents.quoted(task)}, expected {', '.join(TASKS)}")
-        documents.check_form(document["labels"].get(task), LABEL_KINDS[task].table_form, f"labels.{task}")
+        try:
+            kind = kind_of(task)
+        except ValueError as error:
+            raise ValueError(f"config.task: {documents.one_line(str(error))}") from error
+        documents.check_form(document["labels"].get(task), kind.table_form, f"labels.{task}")
     if document.get("command", COMMANDS[0]) not in COMMANDS:
         raise ValueError(f"command is {documents.quoted(document['command'])}, expected {', '.join(COMMANDS)}")
     if document["config"]["image_format"] not in ("png", "jpg"):

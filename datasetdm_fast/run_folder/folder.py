@@ -15,10 +15,10 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, described, pretty
-from datasetdm_fast.run_folder.indexes import INDEXES
+from datasetdm_fast.run_folder.indexes import writers
 from datasetdm_fast.run_folder.kept import KEPT, Kept
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
-from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, index_files, is_sealed, unseal
+from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, is_sealed, unseal
 
 ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
 SECONDS_BETWEEN_TRIES = 0.2
@@ -107,9 +107,8 @@ class RunFolder(AbstractContextManager):
             try:
                 storage.publish(
                     {
-                        self.path / name: INDEXES[name][1](self.document, self.ledger)
-                        for name in INDEXES
-                        if name in index_files(self.document)
+                        self.path / name: chunks(self.document, self.ledger)
+                        for name, chunks in writers(self.document).items()
                     }
                 )
                 gallery.write(self.path, self.document, self.ledger, has_samples=not (self.path / ELSEWHERE).exists())

@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.foreign import images
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import LABEL_KINDS, by_kind, kind_of
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.image_files import picture_bytes
 from datasetdm_fast.labels.kind import GalleryLayer
+from datasetdm_fast.labels.names import by_task, own_stem
 from datasetdm_fast.run_folder.document import LEDGER, described_sides, maker, sides
 from datasetdm_fast.run_folder.kept import Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 
 PAGE = "gallery/index.html"
 TEMPLATE = Path(__file__).with_name("gallery.html")
-DRAWN = {  # role of a label's file -> the layer whose picture of it the gallery makes
+DRAWN = {  # role of a file of a task's own decoder -> the layer whose picture of it the gallery makes
     layer.role: layer for kind in LABEL_KINDS.values() for layer in kind.layers if layer.picture
 }
 LEFT_OUT = b'<script type="application/json" id="left-out">'  # how the line of the page begins that `mark` writes anew
@@ -74,7 +74,12 @@ def _draw(folder: Path, ledger: Ledger, roles: Iterable[str], pool: ThreadPoolEx
 
 def picture_of(role: str, content: bytes) -> bytes:
     """The picture the gallery shows of a file."""
-    return picture_bytes(DRAWN[role].picture(np.array(images.decode_image(content, role))))
+    return picture_bytes(drawn_layer(role).picture(np.array(images.decode_image(content, role))))
+
+
+def drawn_layer(role: str) -> GalleryLayer | None:
+    """The layer whose picture of the files of a role the gallery makes, None where it shows the files themselves."""
+    return DRAWN.get(own_stem(role))
 
 
 def picture_name(role: str, row: Row) -> str:
@@ -131,7 +136,7 @@ def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
             }
             for layer, task in _layers(document).items()
         ],
-        "first": next((kind.layers[0].name for task, kind in LABEL_KINDS.items() if task in config["task"]), ""),
+        "first": next((kind_of(label).layers[0].name for label in by_kind(config["task"])), ""),
         "colours": _colours(document, list(counts)),
         "classes": counts.most_common(),
         "summary": ", ".join(config["task"]),
@@ -146,18 +151,18 @@ def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
 
 
 def _layers(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:
-    """The layers of a run with their tasks, in the order of the tasks."""
-    return {layer: task for task in TASKS if task in document["config"]["task"] for layer in LABEL_KINDS[task].layers}
+    """The layers of a run with their labels, in the order of the tasks."""
+    return {layer: label for label in by_task(document["config"]["task"]) for layer in kind_of(label).layers}
 
 
 def _colours(document: Mapping[str, Any], words: list[str]) -> dict[str, str]:
     """One colour a class word, that of its pixels where a label map shows it."""
     tables, numbers, others = document["labels"], {}, []
-    for task, kind in LABEL_KINDS.items():
-        if task in tables and kind.is_map:
-            numbers |= kind.colours(tables[task], tables)
-        elif task in tables:
-            others += tables[task].get("classes", [])
+    for label in by_kind(document["config"]["task"]):
+        if kind_of(label).is_map:
+            numbers |= kind_of(label).colours(tables[label], tables)
+        else:
+            others += tables[label].get("classes", [])
     for name in [*others, *words]:
         numbers.setdefault(name, len(numbers) + 1)
     return {name: "#{:02x}{:02x}{:02x}".format(*colour(number)) for name, number in numbers.items()}
@@ -166,9 +171,9 @@ def _colours(document: Mapping[str, Any], words: list[str]) -> dict[str, str]:
 def _classes(document: Mapping[str, Any], row: Row) -> list[str]:
     """Class words of one sample: those its prompt names and those its labels hold."""
     words, least = dict.fromkeys(row.request.classes), math.prod(sides(document, row.recipe)) / 500
-    for task, kind in LABEL_KINDS.items():
-        if task in row.labels:
-            words |= dict.fromkeys(kind.words(row.labels[task], document["labels"].get(task, {}), least))
+    for label in by_kind(document["config"]["task"]):
+        if label in row.labels:
+            words |= dict.fromkeys(kind_of(label).words(row.labels[label], document["labels"].get(label, {}), least))
     words.pop("background", None)
     return list(words)
 

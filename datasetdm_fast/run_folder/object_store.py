@@ -99,7 +99,7 @@ class ObjectStore:
 
     def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         """Digests and sizes of the files, once all are there; what the gallery draws brings its picture."""
-        drawn = {name: role for name in files if (role := name.partition("/")[0]) in gallery.DRAWN}
+        drawn = {name: role for name in files if gallery.drawn_layer(role := name.partition("/")[0])}
         pictures = {f"gallery/{name}": gallery.picture_of(role, files[name]) for name, role in drawn.items()}
         return self.put({**files, **pictures})
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.labels import LABEL_KINDS, label_files, task_of
+from datasetdm_fast.labels import kind_of, label_files, task_of
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
@@ -187,7 +187,7 @@ class TaskDataset:
 
         sample = self.run[position]
         image = torch.from_numpy(sample.image).permute(2, 0, 1).float() / 255
-        parts = LABEL_KINDS[self.task].arrays(sample.label(self.task))
+        parts = kind_of(self.task).arrays(sample.label(self.task))
         if isinstance(parts, np.ndarray):
             return image, torch.from_numpy(parts)
         return image, {name: torch.from_numpy(value) for name, value in parts.items()}

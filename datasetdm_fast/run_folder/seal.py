@@ -8,7 +8,7 @@ from typing import Any
 from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
-from datasetdm_fast.run_folder.indexes import INDEXES
+from datasetdm_fast.run_folder.indexes import writers
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger
 
@@ -29,8 +29,7 @@ ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not i
 
 def index_files(document: Mapping[str, Any]) -> list[str]:
     """The files of a run folder that are rebuilt from the ledger, the gallery's pictures aside."""
-    tasks = ("", *document["config"]["task"])
-    return [name for name, (task, _) in INDEXES.items() if task in tasks] + [gallery.PAGE]
+    return [*writers(document), gallery.PAGE]
 
 
 def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:

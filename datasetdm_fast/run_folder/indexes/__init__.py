@@ -1,13 +1,18 @@
 """Data sets out, one writer a file; the index files of a run folder, each rebuilt from the ledger alone."""
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.run_folder.indexes import card, coco, samples
+from datasetdm_fast.run_folder.ledger import Ledger
 
-# name -> (the task it needs, "" = always; chunks of its bytes from run.json and the ledger)
-INDEXES = {
-    "samples.jsonl": ("", samples.lines),
-    "README.md": ("", card.text),
-    **{kind.coco_file: (task, partial(coco.document, task)) for task, kind in LABEL_KINDS.items() if kind.coco_file},
-}
+IndexWriter = Callable[[Mapping[str, Any], Ledger], Iterator[bytes]]  # chunks of a file, from run.json and the ledger
+INDEXES: dict[str, IndexWriter] = {"samples.jsonl": samples.lines, "README.md": card.text}  # of every run
+
+
+def writers(document: Mapping[str, Any]) -> dict[str, IndexWriter]:
+    """The index files of a run by name, those in COCO's form after the others."""
+    kinds = {label: kind_of(label) for label in by_kind(document["config"]["task"])}
+    return INDEXES | {kind.coco_file: partial(coco.document, label) for label, kind in kinds.items() if kind.coco_file}

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.run_folder.document import described_sides, maker
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 
@@ -35,7 +35,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",
-        *(f"- {LABEL_KINDS[task].contents}" for task in config["task"]),
+        *(f"- {kind_of(task).contents}" for task in config["task"]),
         "- `gallery/index.html`: the page to look at them; `run.json`: everything that decided them; "
         "`state/ledger.sqlite`: one row a sample\n",
         *_sections(document, ledger),
@@ -62,7 +62,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
 
 def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     """What the labels hold in all, maps of classes first."""
-    kinds = {task: kind for task, kind in LABEL_KINDS.items() if task in document["labels"]}
+    kinds = {task: kind_of(task) for task in by_kind(document["config"]["task"])}
     counts: dict[str, Counter] = {task: Counter() for task in kinds}
     for row in ledger.rows():
         for task, counter in counts.items():

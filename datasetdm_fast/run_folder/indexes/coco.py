@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.run_folder.document import sides
 from datasetdm_fast.run_folder.ledger import Ledger, Row, canonical
 
@@ -11,7 +11,7 @@ from datasetdm_fast.run_folder.ledger import Ledger, Row, canonical
 def document(task: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """Images, categories from 1 and annotations; a kind of one category leaves its number to us."""
     info = {"description": "made by datasetdm_fast", "version": run["versions"]["datasetdm_fast"]}
-    categories = LABEL_KINDS[task].categories(run["labels"][task])
+    categories = kind_of(task).categories(run["labels"][task])
     yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{canonical(categories)},\n"images":['.encode()
     yield from _listed(_image(run, row) for row in ledger.rows())
     yield b'],\n"annotations":['

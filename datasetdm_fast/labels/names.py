@@ -1,0 +1,54 @@
+"""What a label of a run is called: its task, and the name of its decoder where that is given."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from datasetdm_fast.config import TASKS
+
+DECODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+
+
+@dataclass(frozen=True)
+class LabelName:
+    """A task and the name of its decoder's folder; without the latter, the label of the task's own decoder."""
+
+    task: str
+    decoder: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "LabelName":
+        """The name that flags, run.json and the ledger write as TASK or TASK:DECODER; a ValueError for another text."""
+        task, colon, decoder = text.partition(":")
+        if task not in TASKS:
+            raise ValueError(f"{task!r} is not one of {', '.join(TASKS)}")
+        if colon and not DECODER_NAME.fullmatch(decoder):
+            raise ValueError(f"{decoder!r} is no name of a decoder, expected up to 63 letters, digits, - or _")
+        return cls(task, decoder)
+
+    @classmethod
+    def of_stem(cls, stem: str) -> "LabelName":
+        return cls.parse(stem.replace(".", ":", 1))
+
+    def __str__(self) -> str:
+        return f"{self.task}:{self.decoder}" if self.decoder else self.task
+
+    @property
+    def stem(self) -> str:
+        """The name inside a file's name, where some systems allow no colon."""
+        return file_stem(self.task, self.decoder)
+
+
+def file_stem(stem: str, decoder: str) -> str:
+    """What a file or folder is called that belongs to a label, `stem` being its name for the task's own decoder."""
+    return f"{stem}.{decoder}" if decoder else stem
+
+
+def own_stem(stem: str) -> str:
+    """What the file or folder of the task's own decoder is called."""
+    return stem.partition(".")[0]
+
+
+def by_task(labels: Iterable[str]) -> list[str]:
+    """Labels in the order of their tasks, those of one task as they are given."""
+    return sorted(labels, key=lambda label: TASKS.index(LabelName.parse(label).task))
