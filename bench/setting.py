@@ -12,7 +12,8 @@ from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders import checkpoint, seeded
-from datasetdm_fast.decoders.checkpoint import DEMO, Decoder, for_inference
+from datasetdm_fast.decoders.checkpoint import Decoder, for_inference
+from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.torch import TorchEngine
@@ -77,8 +78,8 @@ def open_setting(
         trained = {task: checkpoint.load_decoder(DEMO / task, strict=True) for task in TASKS}
     else:
         folded, trained = seeded_decoders(loaded)
-    for decoder in folded.values():
-        checkpoint.check_levels(decoder, loaded.levels)
+    for task, decoder in folded.items():
+        checkpoint.check_levels(decoder, loaded.levels, task)
     reference = build_engine("torch", loaded, folded, device=str(target))
     recipe = make_recipe(reference, TASKS, steps=steps, profile=PROFILE)
     source = prompts.read_source(RunConfig(model="demo"))

@@ -85,9 +85,11 @@ def setting(
     metavar: str | None = None,
     positional: bool = False,
     output: str = "",
+    has_names: bool = False,
 ):
     """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
-    `positional` needs no flag before it; `output` is "file" or "folder" where the setting names what is written.
+    `positional` needs no flag before it; `output` is "file" or "folder" where the setting names what is written. With
+    `has_names` a choice may be followed by a colon and a name.
     """
     return field(
         default=default,
@@ -98,6 +100,7 @@ def setting(
             "metavar": metavar,
             "positional": positional,
             "output": output,
+            "has_names": has_names,
         },
     )
 
@@ -127,7 +130,8 @@ class ModelSettings:
     )
     decoder: str = setting(
         "demo",
-        "folder of trained decoders, one sub-folder per task; a model of seeded weights has seeded ones",
+        "folder of trained decoders, one sub-folder each, or several with commas between them; a model of seeded "
+        "weights has seeded ones",
         metavar="DIR",
     )
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")
@@ -196,15 +200,23 @@ class OutputSettings:
 @dataclass(frozen=True)
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "model decoder task classes engine prompts allow_unnamed truncate_prompts number per_class seed steps "
+        "model decoder task combine classes engine prompts allow_unnamed truncate_prompts number per_class seed steps "
         "guidance sampler profile size batch_size image_format out only resume limit dry_run allow_download json "
         "quiet threads gpus ranks cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(
         ("semantic", "instance", "depth", "pose"),
-        "labels to make, comma-separated: " + ", ".join(TASKS),
+        "labels to make, comma-separated: "
+        + ", ".join(TASKS)
+        + "; TASK:NAME takes the decoder in the folder NAME, so that a task may have several",
         choices=TASKS,
+        has_names=True,
+        metavar="LIST",
+    )
+    combine: tuple[str, ...] = setting(
+        (),
+        'labels kept only where another shows a class, comma-separated, each as "semantic within instance:person"',
         metavar="LIST",
     )
     classes: tuple[str, ...] = setting(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Capture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
@@ -17,6 +16,7 @@ from datasetdm_fast.generation import driver, job, prompts, settings
 from datasetdm_fast.generation.prompts import check_classes
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.labels import task_of
+from datasetdm_fast.labels.names import by_task
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.reader import Run, open_run
 from datasetdm_fast.stages import LEVELS
@@ -42,8 +42,11 @@ class Output:
 
     def __getattr__(self, name: str) -> list[Any]:
         """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the labels of every sample."""
-        task = task_of(name)
-        return [sample.annotations[task] for sample in self.samples if task in sample.annotations]
+        return self.labels(task_of(name))
+
+    def labels(self, label: str) -> list[Any]:
+        """The labels TASK or TASK:NAME of every sample."""
+        return [sample.annotations[label] for sample in self.samples if label in sample.annotations]
 
     @property
     def meta(self) -> list[dict[str, Any]]:
@@ -88,7 +91,7 @@ class Pipeline:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The labels its decoders can make."""
-        return tuple(task for task in TASKS if task in self.engine.decoders)
+        return tuple(by_task(self.engine.decoders))
 
     def __call__(
         self,

@@ -22,6 +22,7 @@ from datasetdm_fast.config import (
 )
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.labels.names import by_task
 from datasetdm_fast.run_folder.document import described
 from datasetdm_fast.run_folder.folder import note
 
@@ -41,7 +42,11 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
         "demo", "folder of trained decoders, or none to compare features and maps themselves", metavar="DIR"
     )
     task: tuple[str, ...] = setting(
-        (), "labels to compare, comma-separated; default: every decoder of the folder", choices=TASKS, metavar="LIST"
+        (),
+        "labels to compare, comma-separated, each TASK or TASK:NAME; default: every decoder of the folder",
+        choices=TASKS,
+        metavar="LIST",
+        has_names=True,
     )
     number: int = setting(8, "images to compare", metavar="N")
     batch_size: int = setting(4, "images per batch", metavar="N")
@@ -99,6 +104,8 @@ def _prepared(config: VerifyConfig):
     where = {"engines": config.engines, "trt_flavour": config.trt_flavour}
     own = {"provider": config.provider, "streams": config.streams, "compile": config.compile, **where}
     check_engine(config.engine, **own)
+    if config.task:
+        settings.check_tasks(config.task)
     decoder = None if config.decoder == "none" else config.decoder
     options = dict(
         engine=config.against,
@@ -113,7 +120,7 @@ def _prepared(config: VerifyConfig):
     engine = build_engine(
         config.engine, reference.model, reference.decoders, dtype=config.dtype, device=config.device, **own
     )
-    tasks = tuple(task for task in TASKS if task in reference.decoders)
+    tasks = tuple(by_task(reference.decoders))
     chosen = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "profile", "classes")}
     recipe = make_recipe(reference, tasks, **chosen)
     words = recipe.words or job.class_words(reference, tasks, config.classes)

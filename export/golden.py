@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.export.onnx.to_onnx import label_of
 from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.stages import FACTOR, LEVELS
 
@@ -37,7 +38,7 @@ class Reference:
         """in.NAME and out.NAME of the stage for one image; of a large output only every n-th value."""
         with torch.inference_mode():
             if stage.startswith("annotate_"):
-                inputs, outputs = self._annotate(stage.removeprefix("annotate_"))
+                inputs, outputs = self._annotate(label_of(stage))
             else:
                 inputs, outputs = getattr(self, f"_{stage}")()
         given = {f"in.{name}": value.numpy().copy(order="C") for name, value in inputs.items()}

@@ -56,7 +56,7 @@ class StubEngine:
             digests={"unet": "stub"},
             licence="none",
         )
-        self.decoders = {task: SimpleNamespace(config=configs[task]) for task in tasks}
+        self.decoders = {task: SimpleNamespace(config=configs[task.partition(":")[0]]) for task in tasks}
         self.log = []
 
     def encode_text(self, prompts):
@@ -101,7 +101,8 @@ class StubEngine:
         return torch.cat([small, small[:, :1]], 1)
 
     def annotate(self, task, capture, text=None):
-        cells = capture.features[-1][0]  # [B, 8, h, w]
+        cells, classes = capture.features[-1][0], self.decoders[task].config.classes  # [B, 8, h, w]
+        task = self.decoders[task].config.task
         if task == "depth":
             return {"depth": cells[:, :1].sigmoid() * 4}
         if task == "pose":
@@ -110,8 +111,10 @@ class StubEngine:
         if task == "open-vocabulary":
             masks = cells[:, None, :3] + text.sum(2)[:, :, None, None, None]
             return {"pred_logits": logits[:, None, :3, None].expand(-1, text.shape[1], -1, 3), "pred_masks": masks}
-        classes = len(self.decoders[task].config.classes) + 1
-        return {"pred_logits": logits[:, :5, None] * torch.linspace(-3, 3, classes), "pred_masks": cells[:, :5]}
+        return {
+            "pred_logits": logits[:, :5, None] * torch.linspace(-3, 3, len(classes) + 1),
+            "pred_masks": cells[:, :5],
+        }
 
     def fingerprint(self):
         return {"engine": "stub", "dtype": "fp32", "device": "cpu"}

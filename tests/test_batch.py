@@ -42,7 +42,7 @@ def raw(engine, recipe, chosen):
     context = torch.cat([engine.encode_text([""] * len(chosen)), engine.encode_text([PROMPTS[k] for k in chosen])])
     state = start(torch.stack([initial_noise(SEEDS[k], 4, 16, 16) for k in chosen]))
     for call, timestep in enumerate(recipe.schedule.timesteps):
-        if call == recipe.capture_call:
+        if call == recipe.captured[-1]:
             output, capture = engine.denoise_and_capture(state.latents, timestep, context)
         else:
             output = engine.denoise(state.latents, timestep, context)

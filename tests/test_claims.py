@@ -13,7 +13,7 @@ from bench.claims.rows import CLAIMS, judged, row_of
 from bench.claims.students import Arm, StudentStore, TestSet
 from datasetdm_fast import evaluate
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.decoders.checkpoint import DEMO
+from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import student_data, worth
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, drawn, shares, teach

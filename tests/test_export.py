@@ -395,7 +395,8 @@ def test_what_cannot_be_exported_is_refused(demo, tmp_path):
 
 
 def load_decoders_strictly(task: str) -> dict:
-    from datasetdm_fast.decoders.checkpoint import DEMO, load_decoder
+    from datasetdm_fast.decoders.checkpoint import load_decoder
+    from datasetdm_fast.decoders.folders import DEMO
 
     return {task: load_decoder(DEMO / task, strict=True)}
 

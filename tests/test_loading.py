@@ -131,9 +131,10 @@ def test_half_precision_files_become_fp32(tiny, folder):
 
 
 def test_demo_model_and_decoders_name_their_licence():
+    from datasetdm_fast.decoders.folders import find_decoders
     from datasetdm_fast.engines.opening import describe_decoders
 
-    found = describe_decoders("demo", TASKS)
+    found = describe_decoders(find_decoders("demo"), TASKS)
     assert set(found) == set(TASKS) and {one["licence"] for one in found.values()} == {"apache-2.0"} == {
         load_model("demo").licence
     }

@@ -566,7 +566,7 @@ def test_a_run_holds_its_labels_to_the_prompts():
         name: value.expand(2, *value.shape[1:])
         for name, value in raw(sure(2, 0, height=3.0), planes((0, 0, 32, 16), (0, 16, 32, 32))).items()
     }
-    found = driver.postprocess("semantic", requests, answers, config, SimpleNamespace(size=SIZE))
+    found = driver.postprocess(requests, answers, config, SimpleNamespace(size=SIZE))
     assert 2 not in found[0].labels and (found[1].labels[:, :16] == 2).all()
 
 

@@ -63,7 +63,7 @@ class Diffusers:
         return self._run(requests)
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:
-        captured = CapturedCall(self, self.recipe.capture_call)
+        captured = CapturedCall(self, self.recipe.captured[-1])
         captured.before(0)
         images = self._run(requests, callback_on_step_end=captured.on_step_end)
         with arithmetic(False):

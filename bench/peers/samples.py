@@ -32,7 +32,7 @@ def samples_of(
     """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie,
     by the rules of `generate`.
     """
-    labels = {task: postprocess(task, requests, raw, decoders[task].config, recipe) for task, raw in answers.items()}
+    labels = {task: postprocess(requests, raw, decoders[task].config, recipe) for task, raw in answers.items()}
     return [
         Sample(request, images[b], {task: made[b] for task, made in labels.items()})
         for b, request in enumerate(requests)

@@ -200,7 +200,7 @@ class Upstream:
         latents = noise_of(requests, self.recipe).to(self.device)
         self.scheduler.set_timesteps(self.recipe.facts["steps"])
         for call, timestep in enumerate(self.scheduler.timesteps):
-            predict = self.captured if call == self.recipe.capture_call else self.denoise
+            predict = self.captured if call == self.recipe.captured[-1] else self.denoise
             without, with_text = predict(latents, timestep, context).chunk(2)
             guided = without + self.recipe.guidance * (with_text - without)
             latents = self.scheduler.step(guided, timestep, latents)["prev_sample"]

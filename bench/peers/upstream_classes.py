@@ -225,7 +225,7 @@ def build(setting: Setting, batch: int) -> UpstreamClasses:
     root, recipe, who = os.environ.get("DATASETDM_UPSTREAM"), setting.recipe, "DatasetDM's own classes"
     if not root:
         raise Missing(f"{who}: DATASETDM_UPSTREAM is not set", "set it to a checkout of showlab/DatasetDM")
-    is_last = recipe.schedule.timesteps[recipe.capture_call] in (0, 1)
+    is_last = recipe.schedule.timesteps[recipe.captured[-1]] in (0, 1)
     if recipe.size != SIDE or not is_last or setting.model.unet.config.norm_num_groups != GROUPS:
         limits = f"{SIDE} pixels, the last call and norms of {GROUPS} groups"
         raise Missing(f"{who}: they are made for {limits}", "measure random-sd14")

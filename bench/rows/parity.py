@@ -56,8 +56,8 @@ class ParityJudge:
         prompts = [request.prompt for request in self._part(0, batch)]
         context = torch.cat([peer.encode_text([""] * batch), peer.encode_text(prompts)]).cpu()
         calls = []
-        for call in sorted({0, len(recipe.schedule) // 2, recipe.capture_call}):
-            if call == recipe.capture_call:
+        for call in sorted({0, len(recipe.schedule) // 2, recipe.captured[-1]}):
+            if call == recipe.captured[-1]:
                 output, capture = peer.denoise_and_capture(*self.inputs(call, batch))
             else:
                 output = peer.denoise(*self.inputs(call, batch))

@@ -154,7 +154,7 @@ def relabel(engine: TimedStub, batches: Sequence[Sequence[Sample]], recipe: Reci
     for batch in batches:
         for task in TASKS:
             raw = StubEngine.annotate(engine, task, capture)
-            driver.postprocess(task, [sample.request for sample in batch], raw, engine.decoders[task].config, recipe)
+            driver.postprocess([sample.request for sample in batch], raw, engine.decoders[task].config, recipe)
 
 
 @contextmanager

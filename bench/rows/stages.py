@@ -54,7 +54,7 @@ def stages_of(run: BenchRun, naive: Upstream, ours: EnginePeer, folder: Path) ->
     requests, work = setting.batch(batch), setting.stages
     prompts = [request.prompt for request in requests]
     first, one_first = run.judge.inputs(0, batch), run.judge.inputs(0, 1)
-    captured, one_captured = run.judge.inputs(recipe.capture_call, batch), run.judge.inputs(recipe.capture_call, 1)
+    captured, one_captured = run.judge.inputs(recipe.captured[-1], batch), run.judge.inputs(recipe.captured[-1], 1)
     latents = fitted(run.judge.truth.latents, batch).to(setting.device)
     _, capture = engine.denoise_and_capture(*captured)
     naive.denoise_and_capture(*one_captured)
@@ -113,7 +113,7 @@ def decoder_stage(task: str, naive: Upstream, ours: EnginePeer, capture: Any) ->
 
 def labels(raw: dict[str, dict[str, Tensor]], setting: Setting, batch: int) -> list[list[Annotation]]:
     decoders, requests = setting.reference.decoders, setting.batch(batch)
-    return [postprocess(task, requests, answer, decoders[task].config, setting.recipe) for task, answer in raw.items()]
+    return [postprocess(requests, answer, decoders[task].config, setting.recipe) for task, answer in raw.items()]
 
 
 def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict[str, Any]:

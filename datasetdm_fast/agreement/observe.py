@@ -3,8 +3,9 @@ image.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -51,22 +52,23 @@ def observe(
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
     else:
         context, noise = led.context.to(engine.device, copy=True), led.seen[0]
-    state, seen, outputs = walk.start(noise.to(engine.device)), [], []
+    state, seen, outputs, captures = walk.start(noise.to(engine.device)), [], [], {}
     for call, timestep in enumerate(recipe.schedule.timesteps):
         latents = state.latents if led is None else led.seen[call].to(engine.device)
-        if call == recipe.capture_call:
-            output, capture = engine.denoise_and_capture(latents, timestep, context)
-        else:
+        if call in recipe.captured:
+            output, captures[call] = engine.denoise_and_capture(latents, timestep, context)
+        if call != recipe.captured[-1]:
             output = engine.denoise(latents, timestep, context)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
         state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
         on_unet_call()
     words = WordTable(engine, recipe.words)
-    raw = {task: engine.annotate(task, capture, words.asked(task, requests)) for task in recipe.tasks}
-    labels = {
-        task: postprocess(task, requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()
+    raw = {
+        task: engine.annotate(task, captures[recipe.captures[task]], words.asked(task, requests))
+        for task in recipe.tasks
     }
+    labels = {task: postprocess(requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()}
     answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
@@ -75,17 +77,17 @@ def observe(
         tuple(seen),
         tuple(outputs),
         latents.cpu(),
-        level_tensors(engine, capture),
+        level_tensors(engine, captures.values()),
         answers,
         labels,
         images,
     )
 
 
-def level_tensors(engine, capture: Capture | ProjectedCapture) -> dict[str, list[Tensor]]:
+def level_tensors(engine, captures: Iterable[Capture | ProjectedCapture]) -> dict[str, list[Tensor]]:
     """Per level the projected sums of every decoder, or without decoders the features and maps themselves."""
     found: dict[str, list[Tensor]] = {name: [] for name in LEVELS}
-    for place, level in enumerate(engine.model.levels):
+    for capture, (place, level) in product(captures, enumerate(engine.model.levels)):
         if not engine.decoders:
             found[level.name] += [value.float().cpu() for value in (*capture.features[place], *capture.maps[place])]
         for task, decoder in engine.decoders.items():

@@ -31,7 +31,10 @@ def parse(
     """
     hints = get_type_hints(cls)
     converters = {
-        field.name: _converter(hints[field.name], field.metadata.get("choices", ())) for field in flags_of(cls)
+        field.name: _converter(
+            hints[field.name], field.metadata.get("choices", ()), field.metadata.get("has_names", False)
+        )
+        for field in flags_of(cls)
     }
     parser = _build_parser(cls, hints, converters, prog, description)
     flags, unknown = parser.parse_known_args(_hyphenate(arguments))
@@ -126,12 +129,13 @@ def _refuse_unknown(unknown: list[str], known: list[str], prog: str) -> NoReturn
     raise Refused(f"{prog}: unknown flag {flag}{nearest(flag.lstrip('-'), known, before='--')}", remedy)
 
 
-def _converter(hint: Any, choices: tuple[str, ...]) -> Converter:
+def _converter(hint: Any, choices: tuple[str, ...], has_names: bool = False) -> Converter:
     """Text to a value of the field's type; a refusal is a sentence to which callers add the name."""
 
     def one(text: str) -> str:
-        if choices and text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(choices)}{nearest(text, choices)}")
+        choice = text.partition(":")[0] if has_names else text
+        if choices and choice not in choices:
+            raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(choices)}{nearest(choice, choices)}")
         return text
 
     def listed(text: str) -> tuple[str, ...]:

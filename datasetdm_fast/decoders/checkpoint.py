@@ -10,14 +10,14 @@ from torch import Tensor
 
 from datasetdm_fast.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.decoders.depth import DepthDecoder
+from datasetdm_fast.decoders.folders import find_decoders, read_config
 from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.decoders.pose import HeatmapDecoder, SimccDecoder
 from datasetdm_fast.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
 from datasetdm_fast.decoders.trunk import Decoder, fold
-from datasetdm_fast.disk import storage
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.foreign import documents, pickles, tensors
+from datasetdm_fast.foreign import pickles, tensors
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import Level
 
@@ -46,7 +46,6 @@ UNUSED = {  # parameters upstream creates and saves but never reads
     "simcc": ("high_feature_conv.", "highest_feature_conv.", "high_feature_mix_conv.", "highest_feature_mix_conv."),
 }
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
-DEMO = Path(__file__).parents[1] / "demo" / "decoders"
 
 
 def build_decoder(config: DecoderConfig, ops: SimpleNamespace = reference) -> Decoder:
@@ -95,36 +94,10 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     return for_inference(decoder, strict)
 
 
-def read_config(folder: Path) -> DecoderConfig:
-    """The configuration in a decoder's folder."""
-    try:
-        return DecoderConfig.from_json(storage.read(folder / "config.json", documents.LARGEST_CONFIG).decode())
-    except (Refused, UnicodeDecodeError) as error:
-        raise Refused(
-            f"decoder {folder}: {str(error).splitlines()[0]}", "give a folder written by training or save_decoder"
-        ) from error
-
-
 def load_decoders(folder: str | Path) -> dict[str, Decoder]:
-    """The decoders of a folder's sub-folders by task; `demo` names those shipped with the package."""
-    folder = DEMO if str(folder) == "demo" else Path(folder)
-    found = sorted(path.parent for path in folder.glob("*/config.json"))
-    if not found:
-        is_decoder = (folder / "config.json").exists()
-        above, other = (
-            f"give the folder above: {folder.parent}",
-            "give a folder with one sub-folder per trained decoder",
-        )
-        raise Missing(f"decoders {folder}: no sub-folder holds a config.json", above if is_decoder else other)
-    decoders: dict[str, Decoder] = {}
-    for path in found:
-        decoder = load_decoder(path)
-        if decoder.config.task in decoders:
-            raise Refused(
-                f"decoders {folder}: {path.name} is a second decoder for {decoder.config.task}, expected one a task"
-            )
-        decoders[decoder.config.task] = decoder
-    return decoders
+    """The decoders of a folder, or of several, by the labels they make; see find_decoders."""
+    found = find_decoders(folder)
+    return {label: load_decoder(found[label]) for label in found.labels}
 
 
 def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
@@ -138,20 +111,19 @@ def load_upstream(decoder: Decoder, source: str | Path | Mapping[str, Tensor], *
     return for_inference(decoder, strict)
 
 
-def check_levels(decoder: Decoder, levels: tuple[Level, ...]) -> None:
-    """Refuses a decoder that was trained on another UNet than the one with these levels."""
+def check_levels(decoder: Decoder, levels: tuple[Level, ...], label: str) -> None:
+    """Refuses the decoder of a label that was trained on another UNet than the one with these levels."""
     config = decoder.config
     for ours, theirs in zip(config.levels, levels, strict=True):
         if (ours.features, ours.heads, ours.tokens) != (theirs.features, theirs.heads, theirs.tokens):
             raise Refused(
-                f"{config.task} decoder: trained on a UNet whose level {ours.name} has {ours.channels} channels, but "
+                f"{label} decoder: trained on a UNet whose level {ours.name} has {ours.channels} channels, but "
                 f"the model's has {theirs.channels}",
                 "use the decoder made for this model, or train one on it",
             )
     if config.kind == "simcc" and config.side != levels[-1].side:
         raise Refused(
-            f"{config.task} decoder: trained on images of {8 * config.side} pixels, but the run makes "
-            f"{8 * levels[-1].side}",
+            f"{label} decoder: trained on images of {8 * config.side} pixels, but the run makes {8 * levels[-1].side}",
             f"use --size {8 * config.side}",
         )
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.engines import build_engine, check_engine
-from datasetdm_fast.errors import Missing
+from datasetdm_fast.errors import Missing, Refused
 
 if TYPE_CHECKING:
+    from datasetdm_fast.decoders.folders import DecoderFolders
     from datasetdm_fast.decoders.trunk import Decoder
     from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.loading.model import Model
@@ -30,13 +30,17 @@ def open_engine(
     threads: int = 0,
     **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
-    """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings."""
+    """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings.
+
+    A task stands for its own decoder, TASK:NAME for the one in the folder NAME.
+    """
     check_engine(engine, **options)
     # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
+    from datasetdm_fast.decoders.checkpoint import check_levels, load_decoder
+    from datasetdm_fast.decoders.folders import find_decoders
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.loading.presets import SEEDED_LICENCE
 
@@ -44,20 +48,47 @@ def open_engine(
         torch.set_num_threads(threads)
     loaded = load_model(model, size=size, allow_download=allow_download)
     is_seeded = decoder == "demo" and loaded.licence == SEEDED_LICENCE  # what was trained for the demo model fits none
-    found = _seeded(loaded) if is_seeded else load_decoders(decoder) if decoder else {}
-    tasks = tuple(found) if tasks is None else tasks
-    for task in tasks:
-        if task not in found:
-            raise Missing(
-                f"--task {task}: {decoder} holds no decoder for it, only for {', '.join(found)}",
-                "Name a folder that has one with --decoder, or drop the task.",
-            )
-        check_levels(found[task], loaded.levels)
-    chosen = {task: found[task] for task in tasks}
-    built = build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options)
     if is_seeded:
-        return built, {task: {"digest": f"seeded: {task}", "licence": SEEDED_LICENCE} for task in tasks}
-    return built, describe_decoders(decoder, tasks) if decoder else {}
+        found = _seeded(loaded)
+        labels = check_known(tasks, found, list(found), list(found), f"{loaded.name}, a model of seeded weights,")
+        chosen = {label: found[label] for label in labels}
+        told = {label: {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE} for label in labels}
+    elif decoder:
+        folders = find_decoders(decoder)
+        labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
+        chosen = {label: load_decoder(folders[label]) for label in labels}
+        told = describe_decoders(folders, labels)
+    else:
+        chosen, told = {}, {}
+    for label, one in chosen.items():
+        check_levels(one, loaded.levels, label)
+    return build_engine(engine, loaded, chosen, dtype=dtype, device=device, **options), told
+
+
+def check_known(
+    asked: Sequence[str] | None, found: Container[str], labels: Sequence[str], names: Sequence[str], holder: str
+) -> Sequence[str]:
+    """The labels asked for, or all; one that no decoder makes is refused. `names` are those of all decoders."""
+    for label in asked or ():
+        if label in found:
+            continue
+        task, colon, _ = label.partition(":")
+        others = [name for name in names if name.startswith(f"{task}:")]
+        if colon:
+            raise Refused(
+                f"--task {label}: {holder} holds no decoder of this name{nearest(label, others)}",
+                f"Choose from {', '.join(others or labels)}.",
+            )
+        if others:
+            raise Refused(
+                f"--task {label}: {holder} holds several decoders for it, and none is called {task}",
+                f"Choose from {', '.join(others)}.",
+            )
+        raise Missing(
+            f"--task {label}: {holder} holds no decoder for it, only for {', '.join(labels)}",
+            "Name a folder that has one with --decoder, or drop the task.",
+        )
+    return labels if asked is None else asked
 
 
 def _seeded(loaded: Model) -> dict[str, Decoder]:
@@ -68,17 +99,14 @@ def _seeded(loaded: Model) -> dict[str, Decoder]:
     return {task: for_inference(decoder, strict=False) for task, decoder in found.items()}
 
 
-def describe_decoders(folder: str, tasks: Sequence[str]) -> dict[str, Any]:
-    """Digest and licence of each task's decoder files."""
-    from datasetdm_fast.decoders.checkpoint import DEMO
+def describe_decoders(folders: DecoderFolders, labels: Sequence[str]) -> dict[str, Any]:
+    """Digest and licence of each label's decoder files."""
     from datasetdm_fast.loading.provenance import digest, folder_licence
 
-    root, found = DEMO if folder == "demo" else Path(folder), {}
-    for config in sorted(root.glob("*/config.json")):
-        task = json.loads(config.read_text(encoding="utf-8"))["task"]
-        if task in tasks:
-            found[task] = {
-                "digest": digest([config, config.with_name("model.safetensors")]),
-                "licence": folder_licence(root),
-            }
-    return found
+    return {
+        label: {
+            "digest": digest([folders[label] / "config.json", folders[label] / "model.safetensors"]),
+            "licence": folder_licence(folders[label].parent),
+        }
+        for label in labels
+    }

@@ -59,6 +59,6 @@ class ExportConfig(ModelSettings, OutputSettings):
 
         model = load_model(self.model, size=self.size, allow_download=self.allow_download)
         decoders = {} if self.decoder == "none" else load_decoders(self.decoder)
-        for decoder in decoders.values():
-            check_levels(decoder, model.levels)
+        for label, decoder in decoders.items():
+            check_levels(decoder, model.levels, label)
         return model, decoders

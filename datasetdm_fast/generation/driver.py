@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.stages import FACTOR
@@ -60,7 +61,7 @@ class SampledBatch:
     """A sampled batch, and what its labels will be read from."""
 
     latents: Tensor
-    capture: Capture | ProjectedCapture | None
+    captures: dict[int, Capture | ProjectedCapture]  # by the call they were taken at
 
 
 class BatchGenerator:
@@ -74,7 +75,11 @@ class BatchGenerator:
         return self.label(batch, self.sample(batch))
 
     def sample(self, batch: Batch) -> SampledBatch:
-        """The sampler loop, with the capture at one of its calls; on a GPU the host queues it without waiting."""
+        """The sampler loop, with captures at some of its calls; on a GPU the host queues it without waiting.
+
+        Of several captured calls only the last one's output is taken on, as it alone is that of a run of its decoders:
+        the output of a captured call differs from that of a plain one by rounding.
+        """
         import torch
 
         from datasetdm_fast.engines.device import to_device
@@ -89,22 +94,30 @@ class BatchGenerator:
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
         state = SamplerState(recipe.schedule, recipe.guidance, to_device(noise, engine.device))
 
+        captures = {}
         for call, timestep in enumerate(recipe.schedule.timesteps):
-            if call == recipe.capture_call:
-                output, capture = engine.denoise_and_capture(state.latents, timestep, context)
-            else:
+            if call in recipe.captured:
+                output, captures[call] = engine.denoise_and_capture(state.latents, timestep, context)
+            if call != recipe.captured[-1]:
                 output = engine.denoise(state.latents, timestep, context)
             state.step(call, output)
             self.on_unet_call()
-        return SampledBatch(state.latents, capture)
+        return SampledBatch(state.latents, captures)
 
     def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | SetAside]:
-        """Annotations, image and post-processing; `drawn` loses its capture on the way."""
+        """Annotations, image and post-processing; `drawn` loses its captures on the way."""
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        raw = {task: engine.annotate(task, drawn.capture, self.words.asked(task, requests)) for task in recipe.tasks}
-        checks = {"latents": is_finite(drawn.latents), "features": capture_is_finite(drawn.capture)}
-        release(drawn.capture)
-        drawn.capture = None  # as large as the rest of the batch together, and the image decoder needs room
+        raw = {
+            task: engine.annotate(task, drawn.captures[recipe.captures[task]], self.words.asked(task, requests))
+            for task in recipe.tasks
+        }
+        checks = {
+            "latents": is_finite(drawn.latents),
+            "features": all_of(capture_is_finite(capture) for capture in drawn.captures.values()),
+        }
+        for capture in drawn.captures.values():
+            release(capture)
+        drawn.captures.clear()  # as large as the rest of the batch together, and the image decoder needs room
         images, checks["image"] = engine.decode_and_check(drawn.latents)
         checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
         return collect(batch, images, raw, checks, engine, recipe)
@@ -128,7 +141,7 @@ def collect(
     labels: dict[str, list[Annotation]] = {}
     for task in recipe.tasks:
         outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
-        labels[task] = postprocess(task, batch.requests, outputs, engine.decoders[task].config, recipe)
+        labels[task] = postprocess(batch.requests, outputs, engine.decoders[task].config, recipe)
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
         where = [name for name, flags in zip(checks, passed) if not flags[b]]
@@ -139,7 +152,7 @@ def collect(
                 Sample(
                     request,
                     pixels[b],
-                    {task: labels[task][b] for task in recipe.tasks},
+                    combined({task: labels[task][b] for task in recipe.tasks}, recipe.combinations),
                     {**recipe.facts, **engine.adjustments},
                 )
             )
@@ -178,15 +191,15 @@ def tensors_of(capture: Capture | ProjectedCapture) -> tuple[Tensor, ...]:
 
 
 def postprocess(
-    task: str, requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe
+    requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe
 ) -> list[Annotation]:
-    """The labels of one task, one a request."""
+    """The labels of one decoder, one a request."""
     from datasetdm_fast.tasks import TASKS, captions
 
     if not config.has_text:  # a decoder of words was asked only for those its prompt names
         named = [request.classes for request in requests]
         raw = captions.held_to(raw, config, [request.prompt for request in requests], named=named)
-    found = TASKS[task].postprocess(raw, config, recipe.size)
+    found = TASKS[config.task].postprocess(raw, config, recipe.size)
     if not config.has_text:
         return found
     return [renumber(label, request.classes, recipe.words) for label, request in zip(found, requests, strict=True)]

@@ -11,6 +11,7 @@ from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import prompts
+from datasetdm_fast.generation.combining import check_words, parse_combinations
 from datasetdm_fast.generation.plan import Plan, make_plan
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
@@ -130,7 +131,7 @@ def compose(
         truncate=config.truncate_prompts,
     )
     if recipe.words and not config.allow_unnamed:
-        check_words(source, plan)
+        check_named(source, plan)
     race = ""
     if races and stored is None and config.engine == "auto" and not config.compile:
         from datasetdm_fast.generation import racing
@@ -141,7 +142,7 @@ def compose(
     return Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, race)
 
 
-def check_words(source: prompts.PromptSource, plan: Plan) -> None:
+def check_named(source: prompts.PromptSource, plan: Plan) -> None:
     """Refuses prompts that name no class word: their label maps would say that nothing is there."""
     requests = [plan.request(index) for index in range(min(len(source.lines), plan.number))]
     unnamed = [request.prompt for request in requests if not request.classes]
@@ -175,7 +176,17 @@ def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engi
 
 def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str]) -> Recipe:
     names = ("sampler", "steps", "guidance", "profile")
-    return make_recipe(engine, config.task, classes=classes, **{name: getattr(config, name) for name in names})
+    recipe = make_recipe(engine, config.task, classes=classes, **{name: getattr(config, name) for name in names})
+    combinations = parse_combinations(config.combine, config.task)
+    check_words(combinations, label_tables(engine, recipe))
+    return replace(recipe, combinations=combinations)
+
+
+def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What run.json says of each label: names and ranges."""
+    return {
+        label: kind_of(label).table(engine.decoders[label].config, recipe.size, recipe.words) for label in recipe.tasks
+    }
 
 
 def _megabytes(count: int) -> str:
@@ -237,9 +248,7 @@ def describe(
         },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
-        "labels": {
-            task: kind_of(task).table(engine.decoders[task].config, recipe.size, recipe.words) for task in recipe.tasks
-        },
+        "labels": label_tables(engine, recipe),
     }
 
 

@@ -11,6 +11,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 
 if TYPE_CHECKING:
+    from datasetdm_fast.generation.combining import Combination
     from datasetdm_fast.sampling.schedule import Schedule
 
 
@@ -22,9 +23,15 @@ class Recipe:
     guidance: float
     size: int  # pixels
     tasks: tuple[str, ...]
-    capture_call: int  # the sampler call whose activations the decoders read
+    captures: Mapping[str, int]  # label -> the sampler call whose activations its decoder reads
     words: tuple[str, ...] = ()  # open-vocabulary classes; a label map holds 1 + the position here
+    combinations: tuple[Combination, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """The calls that are captured, in their order; the last of the schedule where no decoder reads one."""
+        return tuple(sorted(set(self.captures.values()))) or (len(self.schedule) - 1,)
 
 
 def make_recipe(
@@ -43,8 +50,8 @@ def make_recipe(
     model = engine.model
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile)
     asked = [task for task in tasks if engine.decoders[task].config.has_text]
-    words = class_words_of(engine, asked[0], classes) if asked else ()
-    call = capture_call(schedule, {task: engine.decoders[task].config.capture_timestep for task in tasks})
+    words = class_words_of(engine, asked, classes) if asked else ()
+    captures = capture_calls(schedule, {task: engine.decoders[task].config.capture_timestep for task in tasks})
     facts = {
         "sampler": sampler,
         "profile": profile,
@@ -52,17 +59,25 @@ def make_recipe(
         "calls": len(schedule),
         "guidance": guidance or model.defaults.guidance,
         "size": model.size,
-        "capture_timestep": schedule.timesteps[call],
+        "capture_timestep": _told(schedule, captures),
     }
-    return Recipe(schedule, facts["guidance"], model.size, tuple(tasks), call, words, facts)
+    return Recipe(schedule, facts["guidance"], model.size, tuple(tasks), captures, words, facts=facts)
 
 
-def class_words_of(engine: Engine, task: str, classes: Sequence[str]) -> tuple[str, ...]:
-    """The words that the decoder of a task is asked for: those given, else those it was taught."""
-    words = tuple(classes) or tuple(engine.decoders[task].config.classes)
+def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, float]:
+    """The timestep that the decoders read, by label where they do not all read the same."""
+    times = {label: schedule.timesteps[call] for label, call in captures.items()}
+    return times if len(set(times.values())) > 1 else next(iter(times.values()), schedule.timesteps[-1])
+
+
+def class_words_of(engine: Engine, labels: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """The words that the decoders of these labels are asked for: those given, else those they were taught."""
+    words = tuple(classes) or tuple(
+        dict.fromkeys(word for label in labels for word in engine.decoders[label].config.classes)
+    )
     if not words:
         raise Refused(
-            f"--task {task}: no class words were given, and its decoder names none", "Add --classes ball,cube."
+            f"--task {labels[0]}: no class words were given, and its decoder names none", "Add --classes ball,cube."
         )
     if len(words) > 254:
         raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")
@@ -70,19 +85,12 @@ def class_words_of(engine: Engine, task: str, classes: Sequence[str]) -> tuple[s
     return words
 
 
-def capture_call(schedule: Schedule, wanted: Mapping[str, int | None]) -> int:
-    """The call every decoder of the run reads: the last, or the one nearest the timestep they were trained at."""
+def capture_calls(schedule: Schedule, wanted: Mapping[str, int | None]) -> dict[str, int]:
+    """The call that the decoder of each label reads: the last, or the one nearest the timestep it was trained at."""
     last = len(schedule) - 1
-    calls = {
-        task: last
+    return {
+        label: last
         if timestep is None
         else min(range(last + 1), key=lambda k: (abs(schedule.timesteps[k] - timestep), -k))
-        for task, timestep in wanted.items()
+        for label, timestep in wanted.items()
     }
-    if len(set(calls.values())) > 1:
-        told = ", ".join(f"{task} at timestep {schedule.timesteps[call]}" for task, call in calls.items())
-        raise Refused(
-            f"--task: the decoders read different sampler calls ({told}), and one run has one capture",
-            "Make one run for each.",
-        )
-    return next(iter(calls.values()), last)

@@ -138,7 +138,7 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
         told = "; ".join(
             line
             for name in sorted(changed)
-            for line in differences(stored["config"][name], identity(config, _NO_PROMPTS)[name], name)
+            for line in differences(stored["config"].get(name), identity(config, _NO_PROMPTS).get(name), name)
         )
         raise Refused(
             f"{folder}: holds a run of another configuration ({told})",

@@ -7,6 +7,8 @@ from typing import Any
 from datasetdm_fast.config import ENGINE_NAMES, PROFILES, SAMPLERS, TASKS, RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
+from datasetdm_fast.generation.combining import parse_combinations
+from datasetdm_fast.labels.names import LabelName
 
 LEAST_SETTINGS = {
     "number": 1,
@@ -19,6 +21,7 @@ LEAST_SETTINGS = {
     "threads": 0,
     "ranks": 0,
 }
+LATER = ("combine",)  # settings that run.json names only where they are used: earlier versions had none of them
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
 
@@ -37,6 +40,7 @@ def check_settings(config: RunConfig) -> None:
                 f"{_flag(name)} {getattr(config, name)}: not one of {', '.join(known)}", "Choose one of these."
             )
     check_tasks(config.task)
+    parse_combinations(config.combine, config.task)
     check_size(config.size)
     check_numbers(**{name: getattr(config, name) for name in LEAST_SETTINGS})
     if config.batch_size > LARGEST_BATCH:
@@ -74,13 +78,16 @@ def check_seed(seed: int) -> int:
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuses what is no list of labels, each TASK or TASK:NAME."""
     if not tasks:
         raise Refused("--task: names no task", f"Choose from {', '.join(TASKS)}.")
     for task in tasks:
-        if task not in TASKS:
-            raise Refused(f"--task {task}: not one of {', '.join(TASKS)}", "Choose from these.")
-    if len(set(tasks)) < len(tasks):
-        raise Refused(f"--task {','.join(tasks)}: a task is named twice", "Name each task once.")
+        try:
+            LabelName.parse(task)
+        except ValueError as error:
+            raise Refused(f"--task {task}: {error}", f"Choose from {', '.join(TASKS)}, or TASK:NAME.") from error
+    if len({task.lower() for task in tasks}) < len(tasks):  # some file systems know no capitals
+        raise Refused(f"--task {','.join(tasks)}: a label is named twice", "Name each label once.")
 
 
 def _flag(name: str) -> str:
@@ -93,5 +100,9 @@ def count_images(config: RunConfig) -> int:
 
 def identity(config: RunConfig, source: prompts.PromptSource) -> dict[str, Any]:
     """The settings that decide the data set's bytes; prompts by their digest, so that the file may move."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in config.identity().items()}
+    values = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in config.identity().items()
+        if value or name not in LATER
+    }
     return values | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}

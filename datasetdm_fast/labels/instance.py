@@ -48,6 +48,7 @@ class InstanceKind(LabelKind):
     gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 0.5))
     table_form = {"classes": [str], "size": [int]}
     pixel_bytes = 0.5
+    can_mask = can_be_masked = True
     coco_file = "instances.json"
 
     def encode(self, label: Instances, _: Mapping[str, Any]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
@@ -115,6 +116,19 @@ class InstanceKind(LabelKind):
         shifted = mask_rle.shifted(rle, place.top, place.left, place.sides)
         box = [rounded(value) for value in (x + place.left, y + place.top, width, height)]
         return item | {"segmentation": dict(shifted), "area": area, "bbox": box}
+
+    def mask_of(self, label: Instances, word: str) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels of the class's instances that pictures show; nothing tells how sure each pixel is."""
+        sides = label.masks.shape[1:]
+        chosen = (label.class_ids == label.classes.index(word)) & (label.scores >= SHOWN_SCORE)
+        inside = label.masks[chosen].any(0) if chosen.any() else np.zeros(sides, bool)
+        return inside, np.ones(sides, np.float32)
+
+    def within(self, label: Instances, inside: np.ndarray, _: np.ndarray) -> Instances:
+        """The instances cut to the mask, without those that it leaves no pixel."""
+        masks = label.masks & inside
+        left = masks.any((1, 2))
+        return Instances(masks[left], label.class_ids[left], label.scores[left], label.classes)
 
     def words(self, record: Any, table: Table, least: float) -> list[str]:
         return [table["classes"][item["category_id"] - 1] for item in record]

@@ -83,6 +83,8 @@ class LabelKind(ABC):
     title: str = ""  # of its section in the data set card
     roles: tuple[str, ...] = ()  # of the files of one label, each ROLE/ID.png
     is_map: bool = False  # whether its pixels are class numbers, whose colours the classes have everywhere
+    can_mask: bool = False  # whether `mask_of` tells where a class is
+    can_be_masked: bool = False  # whether `within` can cut a label to such a mask
     coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
 
     def named(self, decoder: str) -> "LabelKind":
@@ -141,6 +143,14 @@ class LabelKind(ABC):
     def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
         """One entry of a record in a larger picture, None where nothing is left of it; not for labels in files."""
         raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `moved` to be spliced")
+
+    def mask_of(self, label: Any, word: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where a class is [H, W] bool, and how sure that is of each pixel [H, W] float32; where `can_mask`."""
+        raise NotImplementedError(f"{type(self).__name__}: labels that can mask others need a method `mask_of`")
+
+    def within(self, label: Any, inside: np.ndarray, confidence: np.ndarray) -> Any:
+        """What is left of a label inside such a mask; where `can_be_masked`."""
+        raise NotImplementedError(f"{type(self).__name__}: labels that can be masked need a method `within`")
 
     def count(self, record: Any) -> Mapping[Any, int]:
         """What the data set card adds up over all records."""

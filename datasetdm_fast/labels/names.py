@@ -21,9 +21,9 @@ class LabelName:
         """The name that flags, run.json and the ledger write as TASK or TASK:DECODER; a ValueError for another text."""
         task, colon, decoder = text.partition(":")
         if task not in TASKS:
-            raise ValueError(f"{task!r} is not one of {', '.join(TASKS)}")
+            raise ValueError(f"not one of {', '.join(TASKS)}")
         if colon and not DECODER_NAME.fullmatch(decoder):
-            raise ValueError(f"{decoder!r} is no name of a decoder, expected up to 63 letters, digits, - or _")
+            raise ValueError("the name of a decoder has up to 63 letters, digits, - or _")
         return cls(task, decoder)
 
     @classmethod

@@ -26,7 +26,7 @@ def people(record: Any, _: Table) -> list[list[float]]:
 
 
 class PoseKind(LabelKind):
-    attribute = "keypoints"
+    attribute, title = "keypoints", "People with joints"
     contents = "`keypoints.json`: COCO keypoints with visibility and scores"
     layers = (GalleryLayer("pose", "Pose", "skeletons", values=people),)
     gates = Gates(exact=(1e-2, 1e-1), free_exact=(5e-2, 0.5), rounded=(0.5, 2.0), free_rounded=(1.0, 8.0))
@@ -118,7 +118,7 @@ class PoseKind(LabelKind):
         return {"people": sum(item["num_keypoints"] > 0 for item in record)}
 
     def section(self, table: Table, counts: Mapping[str, int]) -> list[str]:
-        return [f"People with joints: {counts.get('people', 0)}.\n"]
+        return [f"{self.title}: {counts.get('people', 0)}.\n"]
 
     def distance(self, found: Keypoints, truth: Keypoints) -> float:
         """Mean distance in pixels, infinite where one found a person and the other none."""

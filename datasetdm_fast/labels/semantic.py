@@ -13,6 +13,7 @@ from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, T
 from datasetdm_fast.labels.pictures import painted
 
 IGNORE = 255
+BACKGROUND = "background"
 
 
 def count_pixels(labels: np.ndarray) -> dict[str, int]:
@@ -23,7 +24,7 @@ def count_pixels(labels: np.ndarray) -> dict[str, int]:
 class ClassMap(LabelKind):
     """A map of class numbers, in the first of its roles."""
 
-    is_map = True
+    is_map = can_mask = can_be_masked = True
     gates = Gates(exact=(1e-4, 1e-3), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"classes": [str]}
     pixel_bytes = 1
@@ -49,6 +50,18 @@ class ClassMap(LabelKind):
     def distance(self, found: SemanticMap, truth: SemanticMap) -> float:
         """Share of pixels that differ."""
         return float((found.labels != truth.labels).mean())
+
+    def mask_of(self, label: SemanticMap, word: str) -> tuple[np.ndarray, np.ndarray]:
+        return label.labels == label.classes.index(word), label.confidence
+
+    def within(self, label: SemanticMap, inside: np.ndarray, confidence: np.ndarray) -> SemanticMap:
+        """Outside, the background where there is such a class, else 255, and the confidence of the mask."""
+        outside = label.classes.index(BACKGROUND) if BACKGROUND in label.classes else IGNORE
+        return SemanticMap(
+            np.where(inside, label.labels, np.uint8(outside)),
+            np.where(inside, label.confidence, confidence),
+            label.classes,
+        )
 
     def count(self, record: Any) -> dict[int, int]:
         return {int(value): count for value, count in record.get("pixels", {}).items()}

@@ -88,8 +88,9 @@ def check_document(document: Mapping[str, Any]) -> None:
         try:
             kind = kind_of(task)
         except ValueError as error:
-            raise ValueError(f"config.task: {documents.one_line(str(error))}") from error
+            raise ValueError(f"config.task names {documents.quoted(task)}: {error}") from error
         documents.check_form(document["labels"].get(task), kind.table_form, f"labels.{task}")
+    documents.check_form(document["config"].get("combine", []), [str], "config.combine")
     if document.get("command", COMMANDS[0]) not in COMMANDS:
         raise ValueError(f"command is {documents.quoted(document['command'])}, expected {', '.join(COMMANDS)}")
     if document["config"]["image_format"] not in ("png", "jpg"):

@@ -35,6 +35,7 @@ from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.weights import DataFile, deferred, digest
 from datasetdm_fast.export.staging import alone, staged
 from datasetdm_fast.kernels import bilinear, depth_head, image_norm, upsample_concat
+from datasetdm_fast.labels.names import LabelName
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.models.capture import NoCapture, Projection, RawCapture, Slot
 from datasetdm_fast.models.text_encoder import TextEncoder
@@ -86,8 +87,14 @@ def chosen_stages(decoders: Mapping[str, Decoder], raw_capture: bool, only: Sequ
     return tuple(name for name in names if only is None or name in only)
 
 
-def annotate_name(task: str) -> str:
-    return f"annotate_{task}"
+def annotate_name(label: str) -> str:
+    """The stage of the decoder of a label."""
+    return f"annotate_{LabelName.parse(label).stem}"
+
+
+def label_of(stage: str) -> str:
+    """The label whose decoder a stage is."""
+    return str(LabelName.of_stem(stage.removeprefix("annotate_")))
 
 
 def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
@@ -281,7 +288,7 @@ class StageExport:
             return {"image_decoder": exportable(ImageDecoder(deferred(model.vae), self.ops))}
         if group == "encode_image":
             return {"image_encoder": ImageEncoder(deferred(model.vae), self.ops)}
-        return {"decoder": _shared_copy(self.decoders[group.removeprefix("annotate_")], self.ops)}
+        return {"decoder": _shared_copy(self.decoders[label_of(group)], self.ops)}
 
     # Graphs
 
@@ -309,14 +316,14 @@ class StageExport:
             return stages.keep(self.model.levels)
         if name in stages.STAGES:
             return stages.STAGES[name]
-        decoder = self.decoders[name.removeprefix("annotate_")]
+        decoder = self.decoders[label_of(name)]
         return stages.annotate(decoder.config.kind, list(decoder.projections()))
 
     def _shape(self, name: str, key: str, axes: stages.Shape) -> list[int | Extent]:
         sizes = dict(self.sizes)
         if key.startswith("sums_"):
-            task, level = name.removeprefix("annotate_"), LEVELS.index(key.removeprefix("sums_"))
-            part = self.projection.tasks[task][level]
+            level = LEVELS.index(key.removeprefix("sums_"))
+            part = self.projection.tasks[label_of(name)][level]
             side = self.model.levels[level].side
             sizes |= {"F": part.stop - part.start, "h": side, "w": side}
         return [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
@@ -333,7 +340,7 @@ class StageExport:
         if name == "encode_image":
             pixels = inputs["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
             return {"moments": modules["image_encoder"](pixels.to(self.dtype)).float()}
-        return self._answers(name.removeprefix("annotate_"), modules["decoder"], inputs)
+        return self._answers(modules["decoder"], inputs)
 
     def _unet_outputs(
         self, name: str, modules: Mapping[str, nn.Module], latents: Value, timestep: Value, context: Value
@@ -356,7 +363,7 @@ class StageExport:
         sums = sorted(hook.sums.items()) if name != "denoise" else ()
         return {"noise": noise, **{f"sums_{LEVELS[level]}": total for level, total in sums}}
 
-    def _answers(self, task: str, decoder: nn.Module, inputs: Mapping[str, Value]) -> dict[str, Value]:
+    def _answers(self, decoder: nn.Module, inputs: Mapping[str, Value]) -> dict[str, Value]:
         graph = next(iter(inputs.values())).graph
         empty = ((level.name, (BATCH, 0, level.side, level.side)) for level in self.model.levels)
         sums = {f"sums_{name}": Value(graph, "", shape, torch.float32) for name, shape in empty} | inputs

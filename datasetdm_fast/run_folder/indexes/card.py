@@ -1,7 +1,7 @@
 """README.md of a run folder: the data set card."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from datasetdm_fast.labels import by_kind, kind_of
@@ -12,7 +12,7 @@ LOADING = """```python
 from datasetdm_fast import open_run
 
 run = open_run("THIS_FOLDER")
-sample = run[0]  # .image .semantic .instances .depth .keypoints .prompt .seed
+sample = run[0]  # {attributes}
 pairs = run.as_dataset("{task}")  # (image, label) tensors for a torch DataLoader
 ```"""
 
@@ -50,14 +50,21 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         f"{document['versions']['datasetdm_fast']}",
         f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
         f"{sampling['guidance']:g}",
+        *(f"- Combined: {_code(text)}" for text in config.get("combine", ())),
         f"- Sample k has seed {config['seed']} + k; `{maker(document)} --out THIS_FOLDER --only ID` "
         "makes it again, byte for byte\n",
         "## Licence chain\n",
         *(f"- {name}: {_code(licence)}" for name, licence in licences.items()),
         "\n## How to load\n",
-        LOADING.format(task=config["task"][0]),
+        LOADING.format(task=config["task"][0], attributes=_attributes(config["task"])),
     ]
     yield ("\n".join(parts) + "\n").encode()
+
+
+def _attributes(labels: Sequence[str]) -> str:
+    """What a sample of these labels offers."""
+    named = [f'.label("{label}")' for label in labels if ":" in label]
+    return " ".join((".image", *(named or (".semantic", ".instances", ".depth", ".keypoints")), ".prompt .seed"))
 
 
 def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:

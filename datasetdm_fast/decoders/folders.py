@@ -1,0 +1,94 @@
+"""Folders of trained decoders, and the labels that those in them make."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels.names import DECODER_NAME, LabelName
+
+DEMO = Path(__file__).parents[1] / "demo" / "decoders"
+FORM = "give a folder with one sub-folder per trained decoder"
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The configuration in a decoder's folder."""
+    try:
+        return DecoderConfig.from_json(storage.read(folder / "config.json", documents.LARGEST_CONFIG).decode())
+    except (Refused, UnicodeDecodeError) as error:
+        raise Refused(
+            f"decoder {folder}: {str(error).splitlines()[0]}", "give a folder written by training or save_decoder"
+        ) from error
+
+
+@dataclass(frozen=True)
+class DecoderFolders:
+    """The decoders of one or several folders; where two folders have a decoder of one name, the first of them counts.
+
+    A task's own decoder is the only one that the first folder with any has for the task, or the one called like it.
+    """
+
+    given: str
+    named: Mapping[LabelName, Path]  # every decoder by its folder's name
+    own: Mapping[str, Path]  # task -> its own decoder
+
+    def __getitem__(self, label: str) -> Path:
+        """The folder of the decoder that makes a label, a KeyError where there is none."""
+        name = LabelName.parse(label)
+        return self.named[name] if name.decoder else self.own[name.task]
+
+    def __contains__(self, label: str) -> bool:
+        name = LabelName.parse(label)
+        return name in self.named if name.decoder else name.task in self.own
+
+    @property
+    def labels(self) -> list[str]:
+        """One label a decoder: its task where it is the task's own, else its name too."""
+        return [name.task if self.own.get(name.task) == path else str(name) for name, path in self.named.items()]
+
+    def names_of(self, task: str) -> list[str]:
+        """The labels that name a decoder of the task."""
+        return [str(name) for name in self.named if name.task == task]
+
+
+def find_decoders(given: str | Path) -> DecoderFolders:
+    """The decoders of a folder, or of several with commas between them; `demo` names those shipped with the package."""
+    named: dict[LabelName, Path] = {}
+    own: dict[str, Path] = {}
+    for folder in _folders(str(given)):
+        found = sorted(path.parent for path in folder.glob("*/config.json"))
+        if not found:
+            is_decoder = (folder / "config.json").exists()
+            raise Missing(
+                f"decoders {folder}: no sub-folder holds a config.json",
+                f"give the folder above: {folder.parent}" if is_decoder else FORM,
+            )
+        here = {LabelName(read_config(path).task, path.name): path for path in found}
+        for name, path in here.items():
+            named.setdefault(name, path)
+        for task in {name.task for name in here} - set(own):
+            if (path := _own(task, here)) is not None:
+                own[task] = path
+        for name, path in here.items():
+            if own.get(name.task) != path and not DECODER_NAME.fullmatch(name.decoder):
+                raise Refused(
+                    f"decoders {folder}: {documents.quoted(name.decoder)} is one of several for {name.task}, and "
+                    "its name is not up to 63 letters, digits, - or _",
+                    "Rename the folder.",
+                )
+    return DecoderFolders(str(given), named, own)
+
+
+def _folders(given: str) -> Iterable[Path]:
+    if given == "demo" or Path(given).is_dir():
+        return [DEMO if given == "demo" else Path(given)]
+    return [DEMO if part == "demo" else Path(part) for part in map(str.strip, given.split(",")) if part]
+
+
+def _own(task: str, here: Mapping[LabelName, Path]) -> Path | None:
+    """The decoder that a task without a name means, None where several have the same claim."""
+    paths = {name.decoder: path for name, path in here.items() if name.task == task}
+    return next(iter(paths.values())) if len(paths) == 1 else paths.get(task)
