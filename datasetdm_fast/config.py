@@ -80,7 +80,7 @@ def setting(
     default,
     help: str,
     *,
-    identity: bool = True,
+    identity: bool | str = True,
     choices: Collection[str] = (),
     metavar: str | None = None,
     positional: bool = False,
@@ -88,8 +88,9 @@ def setting(
     has_names: bool = False,
 ):
     """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
-    `positional` needs no flag before it; `output` is "file" or "folder" where the setting names what is written. With
-    `has_names` a choice may be followed by a colon and a name.
+    With identity="if given" a setting counts only where it is not its default, so that runs made before there was such
+    a setting can be resumed. `positional` needs no flag before it; `output` is "file" or "folder" where the setting
+    names what is written. With `has_names` a choice may be followed by a colon and a name.
     """
     return field(
         default=default,
@@ -120,7 +121,12 @@ class CommandSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the bytes of what is made."""
-        return {flag.name: getattr(self, flag.name) for flag in flags_of(type(self)) if flag.metadata["identity"]}
+        values = {flag: getattr(self, flag.name) for flag in flags_of(type(self)) if flag.metadata["identity"]}
+        return {
+            flag.name: value
+            for flag, value in values.items()
+            if flag.metadata["identity"] is True or value != flag.default
+        }
 
 
 @dataclass(frozen=True)
@@ -200,9 +206,10 @@ class OutputSettings:
 @dataclass(frozen=True)
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "model decoder task combine classes engine prompts allow_unnamed truncate_prompts number per_class seed steps "
-        "guidance sampler profile size batch_size image_format out only resume limit dry_run allow_download json "
-        "quiet threads gpus ranks cluster store dtype compile device provider streams engines trt_flavour"
+        "model decoder task combine classes engine prompts negative_prompt allow_unnamed truncate_prompts number "
+        "per_class seed steps guidance sampler profile size batch_size image_format out only resume limit dry_run "
+        "allow_download json quiet threads gpus ranks cluster store dtype compile device provider streams engines "
+        "trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(
@@ -221,6 +228,13 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     classes: tuple[str, ...] = setting(
         (), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST"
+    )
+    negative_prompt: str = setting(
+        "",
+        "what images are steered away from: the text of the unconditional half, or dataset-diffusion for the one of "
+        "that work",
+        identity="if given",
+        metavar="TEXT",
     )
     allow_unnamed: bool = setting(
         False, "make images whose prompt names none of the class words; their label maps hold nothing", identity=False

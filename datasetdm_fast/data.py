@@ -20,6 +20,7 @@ class Request:
     prompt: str
     seed: int
     classes: tuple[str, ...] = ()  # class words the prompt names, for open-vocabulary labels and per-class balance
+    negative: str = ""  # text of the unconditional half
 
     @property
     def id(self) -> str:

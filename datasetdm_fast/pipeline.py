@@ -56,6 +56,7 @@ class Output:
                 "prompt": sample.request.prompt,
                 "seed": sample.request.seed,
                 "classes": sample.request.classes,
+                "negative_prompt": sample.request.negative,
                 **sample.provenance,
             }
             for sample in self.samples
@@ -123,6 +124,7 @@ class Pipeline:
         profile: str = "0.3.0",
         batch_size: int = 0,
         truncate: bool = False,
+        negative_prompt: str = "",
     ) -> Iterator[Sample]:
         """Samples one by one, in order, a batch in memory at most; prompts may come from an endless generator.
 
@@ -141,7 +143,7 @@ class Pipeline:
         recipe = replace(
             recipe, facts={**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
         )
-        requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate)
+        requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate, negative_prompt)
         return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe)
 
     def _check_tasks(self, tasks: tuple[str, ...]) -> None:
@@ -155,13 +157,17 @@ class Pipeline:
                 )
 
     def _requests(
-        self, given: Iterable[str], seeds: Iterable[int], words: tuple[str, ...], truncate: bool
+        self, given: Iterable[str], seeds: Iterable[int], words: tuple[str, ...], truncate: bool, negative: str
     ) -> Iterator[Request]:
+        where = "negative_prompt"
+        negative = prompts.fit_negative(
+            prompts.check_line(negative, where), self.engine.model.tokenizer, where, truncate=truncate
+        )
         for index, (prompt, seed) in enumerate(zip(given, seeds)):
             where = f"prompt {index}"
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate)
-            yield Request(index, text, settings.check_seed(seed), find_classes(text, words))
+            yield Request(index, text, settings.check_seed(seed), find_classes(text, words), negative)
 
     def _samples(self, batches: Iterator[Batch], recipe: Recipe) -> Iterator[Sample]:
         for _, results in driver.generate(batches, self.engine, recipe):

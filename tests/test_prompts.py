@@ -199,6 +199,25 @@ def test_json_lines_bring_classes_and_seeds(tmp_path):
     assert source.digest != prompts.read_source(RunConfig(prompts="two of them")).digest
 
 
+def test_negative_prompts_are_those_of_the_run_or_of_the_line(tmp_path):
+    path = tmp_path / "list.jsonl"
+    lines = [{"prompt": "a ball"}, {"prompt": "a cone", "negative": "fog"}, {"prompt": "a star", "negative": ""}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    source = prompts.read_source(RunConfig(prompts=str(path), negative_prompt="dataset-diffusion"))
+    plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2)
+    assert [request.negative for request in plan] == [prompts.NEGATIVE_PROMPTS["dataset-diffusion"], "fog", ""]
+    assert len(plan.request(0).negative.split(",")) == 21
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("\n".join(json.dumps({"prompt": line["prompt"]}) for line in lines))
+    assert source.digest != prompts.read_source(RunConfig(prompts=str(plain))).digest
+    for bad, message in ((("x " * 90), "--negative-prompt: 9[0-9] tokens"), ("a\0b", "control characters")):
+        with pytest.raises(Refused, match=message):
+            wrong = prompts.read_source(RunConfig(prompts="a ball", negative_prompt=bad))
+            make_plan(wrong, Tokenizer(), number=1, seed=0, batch_size=1)
+    assert RunConfig().identity() == {**RunConfig().identity(), **RunConfig(negative_prompt="").identity()}
+    assert RunConfig(negative_prompt="fog").identity()["negative_prompt"] == "fog"
+
+
 def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
     (tmp_path / "bird.txt").write_text("something with feathers\nan old owl\n")
     (tmp_path / "general.txt").write_text("a quiet street\n")
@@ -220,6 +239,8 @@ def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
         '{"classes": []}',
         '{"prompt": "a", "classes": "ball"}',
         '{"prompt": "a", "classes": [""]}',
+        '{"prompt": "a", "negative": 3}',
+        '{"prompt": "a", "negative": "b\\u0000"}',
         '{"prompt": "a", "seed": NaN}',
         '{"prompt": "a", "seed": -1}',
         '{"prompt": "a", "seed": 1.5}',
@@ -241,6 +262,8 @@ def test_a_run_can_be_made_again_from_its_samples_and_unnamed_prompts_are_refuse
     from datasetdm_fast.run_folder.audit import audit
 
     line = [
+        "--negative-prompt",
+        "fog",
         "--steps",
         "2",
         "--task",
@@ -259,6 +282,17 @@ def test_a_run_can_be_made_again_from_its_samples_and_unnamed_prompts_are_refuse
     for name in ("images/00000001.png", "open_vocabulary/00000001.png", "semantic/00000000.png"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert not audit(second).findings
+    rows = [json.loads(row) for row in (second / "samples.jsonl").read_text().splitlines()]
+    assert [row["negative"] for row in rows] == ["fog", "fog"]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps({**row, "negative": text}) + "\n" for row, text in zip(rows, ("fog", "night"))))
+    third = tmp_path / "mixed"
+    assert generate.main([*line[2:], "--prompts", str(mixed), "--number", "2", "--out", str(third)]) == 0
+    pictures = [[(run / f"images/0000000{k}.png").read_bytes() for k in (0, 1)] for run in (second, third)]
+    assert pictures[0][0] == pictures[1][0] and pictures[0][1] != pictures[1][1]
+    (third / "images/00000001.png").unlink()
+    assert generate.main(["--out", str(third), "--only", "00000001", "--quiet"]) == 0
+    assert (third / "images/00000001.png").read_bytes() == pictures[1][1]
     capsys.readouterr()
     third = ["--prompts", "a quiet street", "--number", "1", "--out", str(tmp_path / "third")]
     assert generate.main([*line, *third]) == 2 and "1 of 1 prompts name none" in capsys.readouterr().err

@@ -244,12 +244,15 @@ class FastEngine:
 
     def _tabled(self, context: Tensor) -> tuple[Tensor, ...]:
         """Keys and values of every layer; those of the unconditional rows, where all are one text, are kept from one
-        batch of prompts to the next.
+        batch of prompts to the next, and where they are not, each is computed alone: rounded alike in any company.
         """
         batch, text = len(context) // 2, context.to(self.dtype)
         # On a GPU the comparison would make the host wait, for a product that is small there.
-        if self.device.type != "cpu" or not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
+        if self.device.type != "cpu":
             return self.texts(text)
+        if not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
+            rows = [self.texts(row) for row in text[:batch].split(1)]
+            return tuple(torch.cat(parts, 1) for parts in zip(*rows, self.texts(text[batch:])))
         if self._empty is None or not torch.equal(self._empty[0], text[:1]):
             self._empty = (text[:1].clone(), self.texts(text[:1]))
         return tuple(

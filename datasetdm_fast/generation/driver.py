@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.generation.recipe import Recipe
 
+MOST_NEGATIVES = 256  # encoded negative prompts that are kept
+
 
 def generate(
     batches: Iterable[Batch], engine: Engine, recipe: Recipe, on_unet_call: Callable[[], None] = lambda: None
@@ -65,11 +67,12 @@ class SampledBatch:
 
 
 class BatchGenerator:
-    """What one run keeps between batches: the empty prompt and the class words as the engine reads them."""
+    """What one run keeps between batches: negative prompts and class words as the engine reads them."""
 
     def __init__(self, engine: Engine, recipe: Recipe, on_unet_call: Callable[[], None]):
         self.engine, self.recipe, self.on_unet_call = engine, recipe, on_unet_call
-        self.nothing, self.words = engine.encode_text([""]), WordTable(engine, recipe.words)
+        self.words = WordTable(engine, recipe.words)
+        self._negatives: dict[str, Tensor] = {}
 
     def make(self, batch: Batch) -> list[Sample | SetAside]:
         return self.label(batch, self.sample(batch))
@@ -88,7 +91,7 @@ class BatchGenerator:
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         context = torch.cat(
-            [self.nothing.expand(len(requests), -1, -1), engine.encode_text([request.prompt for request in requests])]
+            [self.unconditional(requests), engine.encode_text([request.prompt for request in requests])]
         )
         side = recipe.size // FACTOR
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
@@ -103,6 +106,20 @@ class BatchGenerator:
             state.step(call, output)
             self.on_unet_call()
         return SampledBatch(state.latents, captures)
+
+    def unconditional(self, requests: Sequence[Request]) -> Tensor:
+        """[B, T, D] of the negative prompts, each encoded on its own, so that no batch changes its rounding."""
+        import torch
+
+        wanted = dict.fromkeys(request.negative for request in requests)
+        if len(self._negatives) > MOST_NEGATIVES:
+            self._negatives.clear()
+        for text in wanted:
+            if text not in self._negatives:
+                self._negatives[text] = self.engine.encode_text([text])
+        if len(wanted) == 1:
+            return self._negatives[requests[0].negative].expand(len(requests), -1, -1)
+        return torch.cat([self._negatives[request.negative] for request in requests])
 
     def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | SetAside]:
         """Annotations, image and post-processing; `drawn` loses its captures on the way."""

@@ -11,6 +11,7 @@ from datasetdm_fast.generation.prompts import (
     Tokenizer,
     count_tokens,
     fit,
+    fit_negative,
     shown,
     token_limit,
 )
@@ -35,6 +36,7 @@ class Plan:
     batch_size: int
     digest: str  # of the prompts
     has_seeds: bool = False  # whether prompts bring seeds of their own
+    negative: str = ""  # text of the unconditional half, where a prompt brings none
 
     def __len__(self) -> int:
         """Batches."""
@@ -45,7 +47,9 @@ class Plan:
         named = find_classes(prompt.text, self.words)
         if prompt.classes is not None:
             named = tuple(word for word in self.words if word in prompt.classes)
-        return Request(index, prompt.text, self.seed + index if prompt.seed is None else prompt.seed, named)
+        seed = self.seed + index if prompt.seed is None else prompt.seed
+        negative = self.negative if prompt.negative is None else prompt.negative
+        return Request(index, prompt.text, seed, named, negative)
 
     def batch(self, index: int) -> Batch:
         """The requests index * batch_size and on, filled up to the batch size at the tail."""
@@ -79,12 +83,8 @@ def make_plan(
                     f"--classes: {shown(word)} makes a prompt of {count} tokens, at most {most} fit",
                     "Use a shorter name for the class.",
                 )
-    prompts = tuple(
-        given._replace(
-            text=fit(given.text, tokenizer, f"{given.file or source.name} line {given.line}", words, truncate=truncate)
-        )
-        for given in source.lines
-    )
+    negative = fit_negative(source.negative, tokenizer, "--negative-prompt", truncate=truncate)
+    prompts = tuple(_fitting(given, source.name, tokenizer, words, truncate) for given in source.lines)
     names = spoken(chosen)
 
     def prompt(index: int) -> GivenPrompt:
@@ -98,7 +98,18 @@ def make_plan(
     # Batches of equal size leave less padding than full ones and a remainder.
     batches = -(-number // batch_size)
     has_seeds = any(given.seed is not None for given in source.lines)
-    return Plan(prompt, words, number, seed, -(-number // batches), source.digest, has_seeds)
+    return Plan(prompt, words, number, seed, -(-number // batches), source.digest, has_seeds, negative)
+
+
+def _fitting(given: GivenPrompt, name: str, tokenizer: Tokenizer, words: Sequence[str], truncate: bool) -> GivenPrompt:
+    """The prompt and its negative one where the text encoder takes them whole."""
+    where = f"{given.file or name} line {given.line}"
+    text = fit(given.text, tokenizer, where, words, truncate=truncate)
+    if given.negative is None:
+        return given._replace(text=text)
+    return given._replace(
+        text=text, negative=fit_negative(given.negative, tokenizer, f"{where}: negative", truncate=truncate)
+    )
 
 
 def template(word: str, turn: int) -> str:

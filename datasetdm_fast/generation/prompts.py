@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,12 @@ from datasetdm_fast.labels.words import find_classes
 
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes
+NEGATIVE_PROMPTS = {
+    # Dataset Diffusion's text, letter by letter: two of its commas have no space after them.
+    "dataset-diffusion": "ugly, tiling, poorly drawn hands, poorly drawn feet, poorly drawn face,out of frame, "
+    "extra limbs, disfigured, deformed, body out of frame, bad anatomy,watermark, signature, cut off, low contrast, "
+    "underexposed, overexposed, bad art, beginner, amateur, distorted face"
+}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 Tokenizer = Callable[..., object]
@@ -31,6 +37,7 @@ class GivenPrompt(NamedTuple):
     classes: tuple[str, ...] | None = None  # None: those found in the text
     seed: int | None = None  # None: the run's seed plus the number of the image
     file: str = ""  # of a folder of lists
+    negative: str | None = None  # None: that of the run
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class PromptSource:
     name: str  # for messages: the file, or --prompts
     classes: tuple[str, ...]
     per_class: int
+    negative: str = ""  # what --negative-prompt said
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -51,8 +59,10 @@ class PromptSource:
     def digest(self) -> str:
         text = "\n".join(
             prompt.text
-            if prompt.classes is None and prompt.seed is None
-            else json.dumps([prompt.text, prompt.classes, prompt.seed])
+            if prompt.classes is None and prompt.seed is None and prompt.negative is None
+            else json.dumps(
+                [prompt.text, prompt.classes, prompt.seed, *([] if prompt.negative is None else [prompt.negative])]
+            )
             for prompt in self.lines
         ) or ("templates" if self.per_class else "demo world")
         return hashlib.sha256(text.encode()).hexdigest()
@@ -60,6 +70,10 @@ class PromptSource:
 
 def read_source(config: RunConfig) -> PromptSource:
     """The prompts of a run, checked as far as that needs no tokenizer."""
+    return replace(_read_source(config), negative=check_line(config.negative_prompt, "--negative-prompt"))
+
+
+def _read_source(config: RunConfig) -> PromptSource:
     classes = check_classes(config.classes)
     if config.per_class:
         if not classes:
@@ -133,12 +147,11 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenP
         value = documents.parse_json(line, where)
         try:
             documents.check_form(value, {"prompt": str})
+            documents.check_form(value.get("negative", ""), str, "negative")
             documents.check_form(value.get("classes", []), [str], "classes")
             seed = value.get("seed")
             if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
                 raise ValueError(f"seed is {documents.quoted(seed)}, expected a whole number from 0 to 2^63 - 1")
-            if value.get("negative"):
-                raise ValueError("a negative prompt is not used by any engine")
         except ValueError as error:
             raise Refused(
                 f"{where}: {error}",
@@ -146,7 +159,8 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenP
             ) from error
         (only,) = split_prompts(value["prompt"].replace("\n", " "), where, truncate=truncate)
         classes = check_classes(value["classes"]) if "classes" in value else None
-        found.append(GivenPrompt(number, only.text, classes, seed))
+        negative = check_line(value["negative"], f"{where}: negative") if "negative" in value else None
+        found.append(GivenPrompt(number, only.text, classes, seed, negative=negative))
     return tuple(found)
 
 
@@ -201,6 +215,21 @@ def split_prompts(text: str, name: str, *, truncate: bool = False) -> tuple[Give
     if not lines:
         raise Refused(f"{name}: holds no prompt", "Write one prompt a line.")
     return tuple(lines)
+
+
+def check_line(text: str, where: str) -> str:
+    """A text that is no list of prompts, on one line."""
+    line = " ".join(text.splitlines())
+    if _CONTROL.search(line) or not _is_unicode(line):
+        raise Refused(f"{where}: {shown(line)} holds control characters or invalid UTF-8", "Use plain words.")
+    return line.strip()
+
+
+def fit_negative(given: str, tokenizer: Tokenizer, where: str, *, truncate: bool = False) -> str:
+    """The text of the unconditional half, by its name in NEGATIVE_PROMPTS or as it was given, where it fits; what has a
+    name is cut to what the tokenizer's model takes, as its author does.
+    """
+    return fit(NEGATIVE_PROMPTS.get(given, given), tokenizer, where, truncate=truncate or given in NEGATIVE_PROMPTS)
 
 
 def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer) -> None:

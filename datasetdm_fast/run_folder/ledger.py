@@ -14,6 +14,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 
+NEGATIVE = "negative_prompt"  # where a row's recipe holds it
 DONE, SET_ASIDE = "done", "set-aside"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS samples (
@@ -29,7 +30,7 @@ CREATE TABLE IF NOT EXISTS scores (
     "index" INTEGER NOT NULL, name TEXT NOT NULL, value, PRIMARY KEY (name, "index")
 ) WITHOUT ROWID
 """
-_FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict}
+_FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, NEGATIVE: str}
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels'
 
 
@@ -91,7 +92,7 @@ class Ledger(AbstractContextManager):
                 canonical(row.request.classes),
                 row.status,
                 row.reason,
-                canonical(row.recipe),
+                canonical({**row.recipe, **({NEGATIVE: row.request.negative} if row.request.negative else {})}),
                 canonical(
                     {
                         role: {"path": path, "sha256": stored.sha256, "bytes": stored.size}
@@ -203,15 +204,15 @@ def _row(found: tuple, path: Path) -> Row:
     try:
         index, prompt, seed, classes, status, reason, *texts = found
         recipe, files, labels = (json.loads(text) for text in texts)
-        documents.check_form(
-            {"prompt": prompt, "seed": seed, "reason": reason, "recipe": recipe, "files": files, "labels": labels},
-            _FORM,
-        )
+        negative = recipe.pop(NEGATIVE, "") if isinstance(recipe, dict) else ""
+        parts = {"prompt": prompt, "seed": seed, "reason": reason, "recipe": recipe, "files": files, "labels": labels}
+        documents.check_form({**parts, NEGATIVE: negative}, _FORM)
         stored = {
             role: (documents.check_inside(file["path"]), StoredFile(file["sha256"], file["bytes"]))
             for role, file in files.items()
         }
-        return Row(Request(index, prompt, seed, tuple(json.loads(classes))), recipe, stored, labels, status, reason)
+        request = Request(index, prompt, seed, tuple(json.loads(classes)), negative)
+        return Row(request, recipe, stored, labels, status, reason)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(
             f"{path}: the row of sample {found[0]!r} is damaged ({type(error).__name__}: {error})",

@@ -20,6 +20,7 @@ def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
             "prompt": request.prompt,
             "seed": request.seed,
             "classes": request.classes,
+            **({"negative": request.negative} if request.negative else {}),
             "files": files,
             "labels": labels,
         }
