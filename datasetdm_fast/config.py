@@ -225,6 +225,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         (),
         'labels kept only where another shows a class, comma-separated, each as "semantic within instance:person"',
         metavar="LIST",
+        identity="if given",
     )
     classes: tuple[str, ...] = setting(
         (), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST"

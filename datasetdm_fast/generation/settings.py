@@ -21,7 +21,6 @@ LEAST_SETTINGS = {
     "threads": 0,
     "ranks": 0,
 }
-LATER = ("combine",)  # settings that run.json names only where they are used: earlier versions had none of them
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
 
@@ -100,9 +99,5 @@ def count_images(config: RunConfig) -> int:
 
 def identity(config: RunConfig, source: prompts.PromptSource) -> dict[str, Any]:
     """The settings that decide the data set's bytes; prompts by their digest, so that the file may move."""
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in config.identity().items()
-        if value or name not in LATER
-    }
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in config.identity().items()}
     return values | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}
