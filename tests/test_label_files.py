@@ -1,12 +1,14 @@
 """What stands in label files at the edges of their ranges: rounding, saturation, one pixel, nothing at all."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels import LABEL_KINDS, kind
 from datasetdm_fast.labels import pose as pose_labels
 
@@ -173,15 +175,31 @@ def person(*joints, visibility=(2, 2, 2), score=0.5):
 
 
 def test_a_joint_that_is_not_seen_has_no_place_and_no_part_in_the_box():
-    label = person((1.2344, 2.0), (-0.0001, 3.5), (100, 100), visibility=(2, 1, 0), score=0.1234567)
+    label = person((1.75, 2.5), (0.4999999, 4.0), (100, 100), visibility=(2, 1, 0), score=0.1234567)
     _, (item,) = encoded("pose", label)
-    assert item["keypoints"] == [1.234, 2.0, 2, 0.0, 3.5, 1, 0, 0, 0] and item["num_keypoints"] == 2
-    assert item["bbox"] == [0.0, 2.0, 1.235, 1.5] and item["area"] == pytest.approx(1.852, abs=1e-3)
+    assert item["keypoints"] == [1.25, 2.0, 2, 0.0, 3.5, 1, 0, 0, 0] and item["num_keypoints"] == 2
+    assert item["bbox"] == [0.0, 2.0, 1.25, 1.5] and item["area"] == 1.875
     assert item["score"] == 0.123457 and item["keypoint_scores"] == [0.25] * 3
     assert found_wrong("pose", {}, [item]) == []
     _, (item,) = encoded("pose", person((1, 1), (2, 2), (3, 3), visibility=(0, 0, 0)))
     assert item["num_keypoints"] == 0 and item["bbox"] == [0, 0, 0, 0] and item["area"] == 0
     assert pose_labels.people([item], {}) == [] and found_wrong("pose", {}, [item]) == []
+
+
+def test_files_count_joints_from_the_middle_of_the_first_pixel_as_coco_does():
+    """The middle of pixel (10, 20) is written as 10, 20; runs made before files had an origin are read as they were."""
+    label = person((10.5, 20.5), (0.25, 511.123), (1 / 3, 99.9))
+    _, record = encoded("pose", label)
+    assert record[0]["keypoints"][:2] == [10, 20]
+    table = {"joints": label.joints, "limbs": label.limbs, "origin": "middle of the first pixel"}
+    decoded = LABEL_KINDS["pose"].decode({}, record, table)
+    assert np.abs(decoded.points - label.points).max() < 4e-5 and pose_labels.people(record, table)[0][:2] == [
+        10.5,
+        20.5,
+    ]
+    old = {name: table[name] for name in ("joints", "limbs")}
+    assert LABEL_KINDS["pose"].decode({}, record, old).points[0, 0, :2].tolist() == [10, 20]
+    assert LABEL_KINDS["pose"].table(SimpleNamespace(joints=("head",), limbs=()), 64, ())["origin"] == table["origin"]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +215,7 @@ def test_a_joint_that_is_not_seen_has_no_place_and_no_part_in_the_box():
     ],
 )
 def test_a_record_of_a_person_is_held_to_its_joints(changes, said):
-    _, (item,) = encoded("pose", person((1, 1), (3, 2), (2, 3)))
+    _, (item,) = encoded("pose", person((1.5, 1.5), (3.5, 2.5), (2.5, 3.5)))
     wrong = found_wrong("pose", {}, [item | changes])
     assert len(wrong) == bool(said) and all(said in line for line in wrong)
 
@@ -223,6 +241,36 @@ def test_people_differ_by_the_mean_distance_of_their_joints():
     nobody = Keypoints(here.points[:0], here.visibility[:0], here.scores[:0], here.joints, here.limbs)
     assert distance(here, here) == 0 and distance(there, here) == pytest.approx(5 / 3)
     assert distance(nobody, here) == distance(here, nobody) == float("inf") and distance(nobody, nobody) == 0
+
+
+@pytest.mark.parametrize(
+    ("farthest", "unit", "steps"),
+    [(10, "millimetre", 1000), (65.535, "millimetre", 1000), (65.536, "1/256 metre", 256), (80, "1/256 metre", 256),
+     (255.99, "1/256 metre", 256), (256, "centimetre", 100), (655.35, "centimetre", 100), (1e6, "metre", 1)],
+)  # fmt: skip
+def test_a_depth_map_has_the_finest_unit_in_which_its_farthest_depth_fits(farthest, unit, steps):
+    """run.json, the file itself and the card name it."""
+    stored = LABEL_KINDS["depth"]
+    metres = np.linspace(1, min(farthest, 65535), 64, dtype=np.float32).reshape(8, 8)
+    files, record = stored.encode(DepthMap(metres, farthest), {})
+    picture = Image.open(io.BytesIO(files["depth"]))
+    assert picture.text == {"depth unit": unit} and record["max"] == pytest.approx(
+        min(farthest, 65535), abs=0.6 / steps
+    )
+    table = stored.table(SimpleNamespace(max_depth=farthest), 8, ())
+    assert table == {"max_depth": farthest, "unit": unit}
+    pixels = {"depth": np.array(picture)}
+    assert np.abs(stored.decode(pixels, record, table).metres - metres).max() <= 0.5001 / steps
+    assert list(stored.check(record, pixels, table, (8, 8))) == []
+    assert f"divided by {steps:g}" in "\n".join(stored.section(table, {}))
+
+
+def test_a_depth_map_of_an_unknown_unit_is_refused_and_one_without_has_millimetres():
+    stored, pixels = LABEL_KINDS["depth"], {"depth": np.full((2, 2), 1500, np.uint16)}
+    assert stored.decode(pixels, {}, {"max_depth": 80.0}).metres[0, 0] == 1.5
+    assert stored.rewritten({"max_depth": 80.0, "unit": "millimetre"})["unit"] == "1/256 metre"
+    with pytest.raises(Refused, match="labels.depth.unit is 'furlong'"):
+        stored.decode(pixels, {}, {"max_depth": 80.0, "unit": "furlong"})
 
 
 def test_maps_differ_by_the_share_of_pixels_and_depths_by_their_relative_error():

@@ -146,6 +146,14 @@ def test_labels_stay_where_the_image_is(made):
             assert agree[known].mean() > 0.98
 
 
+def test_a_plain_folder_has_the_unit_of_a_run_folder_where_depths_are_far(tmp_path):
+    for name, pixels in (("images", np.zeros((64, 64, 3), np.uint8)), ("depth", np.full((64, 64), 20479, np.uint16))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "1.png")
+    (tmp_path / "max_depth.txt").write_text("80\n")
+    assert open_data(f"folder:{tmp_path}", SIZE)[0].depth.max() == np.float32(20479 / 256)
+
+
 def test_depths_are_metres_in_every_unit(made):
     for name, rows in (
         ("nyu", slice(0, 72)),

@@ -33,7 +33,7 @@ BLOCK = 32  # samples written and committed together, fewer where they are large
 BLOCK_PIXELS = 2**22  # pixels of all their images
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
 CONFIG_FORM = {"grids": [str], "number": int, "seed": int, "resize": bool, "kept": str}
-PARTS = ("sampling", "model", "decoders", "engine", "labels")  # of run.json that are those of the source
+PARTS = ("sampling", "model", "decoders", "engine")  # of run.json that are those of the source
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Splicing:
         shapes = sorted({self.sides(grid) for grid in self.grids})
         return {
             **{part: source[part] for part in PARTS},
+            "labels": {task: kind_of(task).rewritten(table) for task, table in source["labels"].items()},
             "format": FORMAT,
             "command": "splice",
             "versions": {"datasetdm_fast": __version__},

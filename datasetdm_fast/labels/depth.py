@@ -1,4 +1,4 @@
-"""Depth maps: a 16-bit PNG of millimetres."""
+"""Depth maps: a 16-bit PNG, in millimetres or in a larger unit where the farthest depth would not fit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,23 +8,41 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import DepthMap
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign.documents import quoted
+from datasetdm_fast.labels.image_files import with_text
 from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, rounded
 from datasetdm_fast.labels.pictures import depth_picture
 
 MILLIMETRES = 1000.0
+UNITS = {"millimetre": MILLIMETRES, "1/256 metre": 256.0, "centimetre": 100.0, "metre": 1.0}  # name -> steps of a metre
+LARGEST_STEP = 65535
 
 
-def depth_figures(millimetres: np.ndarray) -> dict[str, float]:
+def unit_of(max_depth: float) -> str:
+    """The finest unit in which 16 bits hold that many metres."""
+    return next((unit for unit, steps in UNITS.items() if max_depth * steps <= LARGEST_STEP), "metre")
+
+
+def depth_figures(pixels: np.ndarray, unit: str) -> dict[str, float]:
     """Nearest, mean and farthest depth of a map, in metres."""
     return {
-        name: rounded(value / MILLIMETRES)
-        for name, value in (("min", millimetres.min()), ("mean", millimetres.mean()), ("max", millimetres.max()))
+        name: rounded(value / UNITS[unit])
+        for name, value in (("min", pixels.min()), ("mean", pixels.mean()), ("max", pixels.max()))
     }
+
+
+def _unit(table: Table) -> str:
+    unit = table.get("unit", "millimetre")
+    if unit not in UNITS:
+        raise Refused(f"run.json: labels.depth.unit is {quoted(unit)}", f"Known units are {', '.join(UNITS)}.")
+    return unit
 
 
 class DepthKind(LabelKind):
     attribute = "depth"
-    contents = "`depth/ID.png`: 16-bit PNG, millimetres"
+    title = "Depth"
+    contents = "`depth/ID.png`: 16-bit PNG, in the unit named below"
     roles = ("depth",)
     layers = (
         GalleryLayer(
@@ -42,12 +60,14 @@ class DepthKind(LabelKind):
     pixel_bytes = 3
 
     def encode(self, label: DepthMap, _: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-        millimetres = np.multiply(label.metres, MILLIMETRES, dtype=np.float64)
-        millimetres = np.clip(np.rint(millimetres, out=millimetres), 0, 65535, out=millimetres).astype(np.uint16)
-        return {self.roles[0]: _C.png_encode_words(millimetres)}, depth_figures(millimetres)
+        unit = unit_of(label.max_depth)
+        pixels = np.multiply(label.metres, UNITS[unit], dtype=np.float64)
+        pixels = np.clip(np.rint(pixels, out=pixels), 0, LARGEST_STEP, out=pixels).astype(np.uint16)
+        file = with_text(_C.png_encode_words(pixels), "depth unit", unit)
+        return {self.roles[0]: file}, depth_figures(pixels, unit)
 
     def decode(self, pixels: Pixels, _: Any, table: Table) -> DepthMap:
-        return DepthMap((pixels[self.roles[0]] / MILLIMETRES).astype(np.float32), float(table["max_depth"]))
+        return DepthMap((pixels[self.roles[0]] / UNITS[_unit(table)]).astype(np.float32), float(table["max_depth"]))
 
     def arrays(self, label: DepthMap) -> np.ndarray:
         return label.metres
@@ -56,7 +76,7 @@ class DepthKind(LabelKind):
         return depth_picture((label.metres * MILLIMETRES).astype(np.int32))
 
     def check(self, record: Any, pixels: Pixels, table: Table, _: tuple[int, int]) -> Iterator[str]:
-        figures = depth_figures(pixels[self.roles[0]])
+        figures = depth_figures(pixels[self.roles[0]], _unit(table))
         if record != figures:
             yield f"its depth map has {figures}, the ledger says {record}"
 
@@ -65,4 +85,12 @@ class DepthKind(LabelKind):
         return float((np.abs(found.metres - truth.metres) / np.maximum(truth.metres, 1e-6)).mean())
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
-        return {"max_depth": config.max_depth, "unit": "millimetre"}
+        return {"max_depth": config.max_depth, "unit": unit_of(config.max_depth)}
+
+    def rewritten(self, table: Table) -> Table:
+        return {**table, "unit": unit_of(table["max_depth"])}
+
+    def section(self, table: Table, counts: Mapping[Any, int]) -> Iterator[str]:
+        unit = _unit(table)
+        yield f"## {self.title}\n"
+        yield f"The unit of a pixel is the {unit}: its value divided by {UNITS[unit]:g} is the distance in metres.\n"

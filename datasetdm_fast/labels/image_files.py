@@ -1,6 +1,8 @@
 """Images and label maps as the bytes of image files, and back."""
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 from datasetdm_fast import _C
 from datasetdm_fast.labels.colours import palette
 
+HEADER_BYTES = 33  # of a PNG: its signature and the chunk of its sides
 JPEG = {"quality": 95, "subsampling": 0, "optimize": False}
 
 
@@ -26,6 +29,13 @@ def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
     itself beyond them.
     """
     return _C.png_encode(np.ascontiguousarray(labels, np.uint8), palette(tuple(numbers)))
+
+
+def with_text(png: bytes, name: str, text: str) -> bytes:
+    """A PNG with a note of Latin letters before its pixels, which image viewers show and readers may ignore."""
+    note = b"tEXt" + name.encode("latin-1") + b"\0" + text.encode("latin-1")
+    chunk = struct.pack(">I", len(note) - 4) + note + struct.pack(">I", zlib.crc32(note))
+    return png[:HEADER_BYTES] + chunk + png[HEADER_BYTES:]
 
 
 def picture_bytes(picture: Image.Image) -> bytes:

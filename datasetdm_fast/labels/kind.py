@@ -152,6 +152,10 @@ class LabelKind(ABC):
         """What is left of a label inside such a mask; where `can_be_masked`."""
         raise NotImplementedError(f"{type(self).__name__}: labels that can be masked need a method `within`")
 
+    def rewritten(self, table: Table) -> Table:
+        """What run.json has to say of labels that are decoded by this table and encoded again."""
+        return table
+
     def count(self, record: Any) -> Mapping[Any, int]:
         """What the data set card adds up over all records."""
         return {}

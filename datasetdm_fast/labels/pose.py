@@ -1,4 +1,7 @@
-"""Joints of persons: COCO keypoints with a score each."""
+"""Joints of persons: COCO keypoints with a score each.
+
+Files count places from the middle of the first pixel, as COCO does, and `Keypoints` from its outer edge.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +13,9 @@ from datasetdm_fast.data import Keypoints
 from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Placement, Table, mean_score, rounded
 from datasetdm_fast.labels.pictures import skeletons
 
-ROUNDING = 0.0015  # of what the ledger rounds to three digits, and of a difference of two such numbers
+MIDDLE = "middle of the first pixel"
+TO_EDGE = 0.5  # pixels from there to its outer edge
+ROUNDING = 0.0015  # of boxes, which the ledger rounds to three digits, and of a difference of two such numbers
 
 
 def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -21,8 +26,16 @@ def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, points[seen, :2].max(0) - low
 
 
-def people(record: Any, _: Table) -> list[list[float]]:
-    return [[round(value, 1) for value in item["keypoints"]] for item in record if item["num_keypoints"]]
+def _to_edge(table: Table) -> float:
+    """What is added to places of a run's files; runs made before files had an origin counted from the edge."""
+    return TO_EDGE if table.get("origin") == MIDDLE else 0.0
+
+
+def people(record: Any, table: Table) -> list[list[float]]:
+    """Places and visibility of each person's joints, in pixels of the picture."""
+    added = np.array([_to_edge(table), _to_edge(table), 0])
+    found = [np.array(item["keypoints"], np.float64).reshape(-1, 3) for item in record if item["num_keypoints"]]
+    return [[round(value, 1) for value in (joints + added).flatten().tolist()] for joints in found]
 
 
 class PoseKind(LabelKind):
@@ -36,11 +49,12 @@ class PoseKind(LabelKind):
 
     def encode(self, label: Keypoints, _: Mapping[str, Any]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
         people = []
-        for points, visibility, score in zip(label.points, label.visibility, label.scores, strict=True):
+        from_middle = label.points.astype(np.float64) - [TO_EDGE, TO_EDGE, 0]
+        for points, visibility, score in zip(from_middle, label.visibility, label.scores, strict=True):
             flat = [
                 value
                 for (x, y, _), v in zip(points, visibility, strict=True)
-                for value in ((rounded(x), rounded(y), int(v)) if v else (0, 0, 0))
+                for value in ((rounded(x, 6), rounded(y, 6), int(v)) if v else (0, 0, 0))
             ]
             low, sides = _box(points, visibility > 0)
             people.append(
@@ -59,7 +73,8 @@ class PoseKind(LabelKind):
         joints = tuple(table["joints"])
         flat = np.array([item["keypoints"] for item in record], np.float32).reshape(-1, len(joints), 3)
         sure = np.array([item["keypoint_scores"] for item in record], np.float32).reshape(-1, len(joints), 1)
-        points = np.concatenate([flat[..., :2], sure], -1)
+        seen = flat[..., 2:] > 0
+        points = np.concatenate([np.where(seen, flat[..., :2] + np.float32(_to_edge(table)), 0), sure], -1)
         return Keypoints(
             points,
             flat[..., 2].astype(np.int64),
@@ -107,7 +122,7 @@ class PoseKind(LabelKind):
         most = low + [place.columns - 1, place.rows - 1]
         points[seen, :2] = np.clip((points[seen, :2] + 0.5) * scale - 0.5 + low, low, most)
         corner, sides = _box(points, seen)
-        flat = [value for x, y, v in points.tolist() for value in (rounded(x), rounded(y), int(v))]
+        flat = [value for x, y, v in points.tolist() for value in (rounded(x, 6), rounded(y, 6), int(v))]
         return item | {
             "keypoints": flat,
             "bbox": [rounded(value) for value in (*corner, *sides)],
@@ -128,7 +143,8 @@ class PoseKind(LabelKind):
         return float(apart.mean()) if truth.points.size else 0.0
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
-        return {"joints": list(config.joints), "limbs": [list(limb) for limb in config.limbs]}
+        limbs = [list(limb) for limb in config.limbs]
+        return {"joints": list(config.joints), "limbs": limbs, "origin": MIDDLE}
 
     def categories(self, table: Table) -> list[dict[str, Any]]:
         skeleton = [[a + 1, b + 1] for a, b in table["limbs"]]  # COCO counts joints from 1

@@ -1,16 +1,19 @@
-"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit, millimetres) or both, and classes.txt."""
+"""folder:PATH[SPLIT]: images with masks/ID.png, depth/ID.png (16-bit) or both, and classes.txt."""
 
 from itertools import pairwise
 from pathlib import Path
 
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels.depth import LARGEST_STEP, UNITS, unit_of
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import IGNORED, Picture
 from datasetdm_fast.truth.pictures import PictureSource
 
 
 class Folder(PictureSource):
-    """images, masks or semantic, depth in PATH or PATH/SPLIT; captions.json and max_depth.txt (metres) may be there."""
+    """images, masks or semantic, depth in PATH or PATH/SPLIT; captions.json may be there, and max_depth.txt with the
+    farthest depth in metres, which decides the unit of depth files as in a run folder.
+    """
 
     rule = framing.RULES["voc"]
 
@@ -36,6 +39,7 @@ class Folder(PictureSource):
             self.thing_classes = reading.without_background(self.classes)
         if has_depth:
             self.max_depth = _metres(path / "max_depth.txt")
+            self.depth_steps = UNITS[unit_of(self.max_depth)]
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
         captions = path / "captions.json"
         self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else {}
@@ -48,7 +52,7 @@ class Folder(PictureSource):
         )
         labels = reading.label_map(self.maps / f"{name}.png", image.shape, self.classes) if self.classes else None
         depth = (
-            reading.depth_map(self.depths / f"{name}.png", image.shape, 1000, self.max_depth)
+            reading.depth_map(self.depths / f"{name}.png", image.shape, self.depth_steps, self.max_depth)
             if self.max_depth
             else None
         )
@@ -68,6 +72,6 @@ def _metres(path: Path) -> float:
         metres = float(reading.lines(path)[0])
     except ValueError:
         metres = 0.0
-    if not 0 < metres <= 65.535:
-        raise reading.bad(path, "no number of metres up to 65.535, what 16 bits of millimetres hold")
+    if not 0 < metres <= LARGEST_STEP:
+        raise reading.bad(path, f"no number of metres up to {LARGEST_STEP}, what 16 bits hold")
     return metres
