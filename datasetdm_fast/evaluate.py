@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.foreign.documents import one_line
+from datasetdm_fast.labels.names import by_task, tasks_of
 
 ANY_SIZE = 64  # pixels of a side, where no image is read yet
 PROG = "python -m datasetdm_fast.evaluate"
@@ -26,7 +26,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _decoders(config: EvaluateConfig) -> int:
     selection = config.selection()
-    there = _opened(config, config.data, ANY_SIZE, config.task).tasks  # a bad data set is refused before a model loads
+    # a bad data set is refused before a model loads
+    there = _opened(config, config.data, ANY_SIZE, tasks_of(config.task)).tasks
     engine = _engine(config, config.decoder)
     decoders = engine.decoders
     if absent := [task for task in config.task if task not in decoders]:
@@ -34,7 +35,7 @@ def _decoders(config: EvaluateConfig) -> int:
             f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"it has {', '.join(decoders)}"
         )
     # where nothing is asked for, whatever both sides have
-    tasks = config.task or tuple(task for task in TASKS if task in decoders and task in there)
+    tasks = config.task or tuple(label for label in by_task(decoders) if decoders[label].config.task in there)
     if not tasks:
         raise Refused(
             f"--data {config.data}: it has truth for {', '.join(there)}, the decoders say {', '.join(decoders)}",
@@ -43,8 +44,8 @@ def _decoders(config: EvaluateConfig) -> int:
     from datasetdm_fast.evaluation.measure import figures, measure, passes
 
     result, skipped = {}, {}
-    for some in passes(config.data, tasks):
-        source = _opened(config, config.data, engine.model.size, some, selection)
+    for some in passes(config.data, {label: decoders[label].config for label in tasks}):
+        source = _opened(config, config.data, engine.model.size, tasks_of(some), selection)
         with _bar(len(source), config.quiet) as bar:
             given = (config.captions, config.batch_size, config.seed, _moving(bar))
             meters = measure(engine, source, some, *given, unseen=config.unseen)

@@ -196,7 +196,7 @@ class Pipeline:
                 "Convert it to RGB and resize it first.",
             )
         if timestep is None:
-            configs = [decoder.config for decoder in self.engine.decoders.values()]
+            configs = {label: decoder.config for label, decoder in self.engine.decoders.items()}
             timestep = capture_timestep(configs) if configs else 0
         if not 0 <= timestep < training:
             raise Refused(

@@ -137,11 +137,12 @@ def _prepared(config: VerifyConfig):
 
 
 def table(verdict) -> str:
-    lines = [f"{'measure':22}{'median':>10}{'p99':>10}{'limits':>20}{'own drift':>20}  worst"]
+    width = max(22, *(len(row.measure) + 2 for row in verdict.rows))
+    lines = [f"{'measure':{width}}{'median':>10}{'p99':>10}{'limits':>20}{'own drift':>20}  worst"]
     for row in verdict.rows:
         limit, floor = (f"{pair[0]:.1e} {pair[1]:.1e}" if pair else "" for pair in (row.limit, row.floor))
         lines.append(
-            f"{row.measure:22}{row.median:10.1e}{row.p99:10.1e}{limit:>20}{floor:>20}  "
+            f"{row.measure:{width}}{row.median:10.1e}{row.p99:10.1e}{limit:>20}{floor:>20}  "
             f"{row.worst:5}{'' if row.is_passed else '  FAILED'}"
         )
     said = "agree" if verdict.agrees else "DISAGREE"

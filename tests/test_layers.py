@@ -59,6 +59,7 @@ DOOR = (
 )  # `python -m datasetdm_fast.export` hands its line to the command above
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
 # The commands splice and filter, with a room each, have 22 arrows: flags, refusals, run folder, labels, files.
+# Labels that carry a decoder's name have 5: decoders, export and two commands read names, engines tell the nearest one.
 MOST = {"rooms": 44, "rows": 10, "arrows": 275}
 
 

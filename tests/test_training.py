@@ -481,9 +481,9 @@ def test_a_share_is_held_out_by_seed_and_none_of_few():
 
 def test_decoders_of_two_timesteps_cannot_share_a_capture(engine, source):
     depth, semantic = (config_of(engine, source, task, t) for task, t in (("depth", 1), ("semantic", 100)))
-    assert capture_timestep([depth]) == 1
+    assert capture_timestep({"depth": depth}) == 1
     with pytest.raises(ValueError, match="depth 1, semantic 100"):
-        capture_timestep([depth, semantic])
+        capture_timestep({"depth": depth, "semantic": semantic})
 
 
 def test_evaluate_prints_every_figure(engine, tmp_path, capsys):

@@ -155,7 +155,7 @@ def relabelled(
     """Generated images labelled by other labellers, which read them as they read real ones."""
     engine = build_engine("fast", load_model("demo"), load_decoders(decoders))
     configs = {task: decoder.config for task, decoder in engine.decoders.items()}
-    timestep = capture_timestep(configs.values())
+    timestep = capture_timestep(configs)
     for start in range(0, len(positions), READ_TOGETHER):
         samples = [run[position] for position in positions[start : start + READ_TOGETHER]]
         prompts = [sample.prompt for sample in samples]

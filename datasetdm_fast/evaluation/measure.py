@@ -1,12 +1,13 @@
 """Labels of trained decoders measured against ground truth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
+from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
@@ -35,10 +36,12 @@ def measure(
     *,
     unseen: Sequence[str] = (),
 ) -> dict[str, Meter]:
-    """{task: meter} of the engine's decoders after every image of the data set, read through the capture path."""
+    """{label: meter} of the engine's decoders of `tasks` after every image of the data set, read through the capture
+    path; the decoders were trained at one timestep, and each task may be given as TASK:NAME.
+    """
     configs = {task: engine.decoders[task].config for task in tasks}
-    meters = {task: METRICS[task].judging(source, config, unseen) for task, config in configs.items()}
-    timestep = capture_timestep(configs.values())
+    meters = {task: METRICS[config.task].judging(source, config, unseen) for task, config in configs.items()}
+    timestep = capture_timestep(configs)
     words = engine.encode_classes(spoken(source.thing_classes)) if any(c.has_text for c in configs.values()) else None
     start, left = 0, iter(source)
     while items := list(islice(left, batch_size)):
@@ -46,12 +49,12 @@ def measure(
         pixels = torch.from_numpy(np.stack([item.image for item in items]))
         capture = invert(engine, pixels, said, timestep, range(seed + start, seed + start + len(items)))
         for task, meter in meters.items():
-            config = METRICS[task].reading(configs[task])
+            config = METRICS[configs[task].task].reading(configs[task])
             raw = engine.annotate(task, capture, words[None].expand(len(items), -1, -1) if config.has_text else None)
             if captions == "true":
                 raw = held_to(raw, config, said, source.thing_classes if config.has_text else ())
             asked = {"words": source.thing_classes} if config.has_text else {}
-            found = TASKS[task].postprocess(raw, config, engine.model.size, **asked)
+            found = TASKS[config.task].postprocess(raw, config, engine.model.size, **asked)
             for item, label in zip(items, found):
                 meter.add(item, label)
         start += len(items)
@@ -59,9 +62,13 @@ def measure(
     return meters
 
 
-def passes(data: str, tasks: Sequence[str]) -> list[tuple[str, ...]]:
-    """The tasks that share their images: a pose decoder sees one person of COCO at a time, the others whole images."""
-    if not data.startswith("coco:"):
-        return [tuple(tasks)]
-    alone = tuple(task for task in tasks if TASKS[task].is_of_one_person)
-    return [some for some in (tuple(task for task in tasks if task not in alone), alone) if some]
+def passes(data: str, configs: Mapping[str, DecoderConfig]) -> list[tuple[str, ...]]:
+    """The labels that share their images and their captures: a pose decoder sees one person of COCO at a time, the
+    others whole images, and each is read at the timestep it was trained at.
+    """
+    found: dict[tuple[bool, int], tuple[str, ...]] = {}
+    for label, config in configs.items():
+        is_alone = data.startswith("coco:") and TASKS[config.task].is_of_one_person
+        place = is_alone, config.capture_timestep or 0
+        found[place] = (*found.get(place, ()), label)
+    return [found[place] for place in sorted(found)]

@@ -20,9 +20,11 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     )
     task: tuple[str, ...] = setting(
         (),
-        "labels to evaluate, comma-separated; default: every decoder for which the data has ground truth",
+        "labels to evaluate, comma-separated, each TASK or TASK:NAME; default: every decoder for which the data has "
+        "ground truth",
         choices=TASKS,
         metavar="LIST",
+        has_names=True,
     )
     unseen: tuple[str, ...] = setting(
         (), "classes not seen in training, comma-separated; default: those the decoder does not name", metavar="LIST"
@@ -69,5 +71,11 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
+        named = [label for label in self.task if ":" in label]
+        if named and (self.curve or self.student or self.run):
+            raise Refused(
+                f"--task {named[0]}: --curve and --student teach networks of their own, which have no names",
+                f"Ask for {named[0].partition(':')[0]}.",
+            )
         if not 0 < self.level < 1:
             raise Refused(f"--level: {self.level:g} is not between 0 and 1")

@@ -49,6 +49,11 @@ def own_stem(stem: str) -> str:
     return stem.partition(".")[0]
 
 
+def tasks_of(labels: Iterable[str]) -> tuple[str, ...]:
+    """The tasks of labels, each once."""
+    return tuple(dict.fromkeys(label.partition(":")[0] for label in labels))
+
+
 def by_task(labels: Iterable[str]) -> list[str]:
     """Labels in the order of their tasks, those of one task as they are given."""
     return sorted(labels, key=lambda label: TASKS.index(LabelName.parse(label).task))

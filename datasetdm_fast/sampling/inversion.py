@@ -1,7 +1,7 @@
 """A real image back into the network: encode, noise to the capture timestep, one CFG call, capture."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,12 +62,14 @@ def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: i
     return latents
 
 
-def capture_timestep(configs: Iterable[Any]) -> int:
-    """The one UNet timestep all decoders of these configs were trained at; 0, upstream's, where they do not say."""
-    named = {config.task: config.capture_timestep or 0 for config in configs}
+def capture_timestep(configs: Mapping[str, Any]) -> int:
+    """The one UNet timestep that the decoders of these configs, by label, were trained at; 0, upstream's, where they do
+    not say.
+    """
+    named = {label: config.capture_timestep or 0 for label, config in configs.items()}
     if len(set(named.values())) > 1:
         raise Refused(
-            f"decoders: trained at different timesteps ({', '.join(f'{task} {t}' for task, t in named.items())}), "
+            f"decoders: trained at different timesteps ({', '.join(f'{label} {t}' for label, t in named.items())}), "
             "one capture cannot serve them",
             "run them apart",
         )
