@@ -86,11 +86,12 @@ def _group_norm_silu_combine_kernel(
     lane = tl.arange(0, BLOCK_G)
     channel = group * width + lane
     is_ours = lane < width
+    first = (image * chunks + tl.arange(0, BLOCK_N))[:, None] * channels + channel[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)
     for start in range(0, chunks, BLOCK_N):
         chunk = start + tl.arange(0, BLOCK_N)
         inside = (chunk < chunks)[:, None] & is_ours[None, :]
-        row = (image * chunks + chunk)[:, None] * channels + channel[None, :]
+        row = first + tl.cast(start, tl.int64) * channels
         count = tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)
         mean = tl.load(mean_ptr + row, mask=inside, other=0.0)
         total += tl.where(inside, mean * count[:, None], 0.0)
@@ -100,7 +101,7 @@ def _group_norm_silu_combine_kernel(
     for start in range(0, chunks, BLOCK_N):
         chunk = start + tl.arange(0, BLOCK_N)
         inside = (chunk < chunks)[:, None] & is_ours[None, :]
-        row = (image * chunks + chunk)[:, None] * channels + channel[None, :]
+        row = first + tl.cast(start, tl.int64) * channels
         count = tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)
         mean = tl.load(mean_ptr + row, mask=inside, other=0.0)
         spread = tl.load(spread_ptr + row, mask=inside, other=0.0)
@@ -158,7 +159,8 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_
         )
     if not is_served("group_norm_silu", x, weight, bias):
         return reference(x, weight, bias, groups, eps, has_silu)
-    cells, sizes = height * width, blocks(BLOCKS, "group_norm_silu", x)
+    cells, sizes = height * width, dict(blocks(BLOCKS, "group_norm_silu", x))
+    sizes["BLOCK_C"] = min(sizes["BLOCK_C"], padded(channels, 1))
     strides, chunks = plane_strides("group_norm_silu", x), ceil_divide(cells, sizes["BLOCK_S"])
     grid = (chunks, ceil_divide(channels, sizes["BLOCK_C"]), batch)
     mean, spread = torch.empty((2, batch, chunks, channels), dtype=torch.float32, device=x.device)
