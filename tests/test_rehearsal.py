@@ -5,15 +5,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench.rehearsal import budget
+from bench.rehearsal import budget, carried
+from bench.rehearsal.compiled import loads_wide
+from bench.rehearsal.kernels import NotedLaunch, Pointer
 from bench.rehearsal.roofline import Reckoning
 from bench.rehearsal.timeline import HostThread, Timeline
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.kernels import launch
 
 ROOT = Path(__file__).parents[1]
 LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
+needs_triton = pytest.mark.skipif(
+    launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'"
+)
 long_test = pytest.mark.skipif(not LONG, reason="the long form only")
 
 # What is planted -> the rule that finds it, and the file whose line is named.
@@ -33,10 +42,10 @@ EXPECTED = {
 USUAL = ("images decoded by other threads", "a number is read in the loop")  # of every `make test`
 
 
-def ran(*arguments: str, seconds: float = 900) -> subprocess.CompletedProcess:
+def ran(*arguments: str, seconds: float = 900, **variables: str) -> subprocess.CompletedProcess:
     """A program of its own: this process has its kernels in Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
 
@@ -68,6 +77,17 @@ def test_a_run_on_a_gpu_is_in_order():
 def test_so_are_runs_of_every_size_card_and_precision(flags):
     found = rehearsed(*flags)
     assert found["findings"] == [] and found["code"] == 0, found["findings"]
+
+
+@long_test
+@needs_triton
+@pytest.mark.parametrize("model", ["tiny", "random-sd14"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_every_kernel_of_a_run_fits_every_gpu(model, dtype):
+    """No spills, loads of 16 bytes, tensor cores where there is a product."""
+    found = ran("-m", "bench", "rehearse", "--compile", "--model", model, "--dtype", dtype, "--batches", "1")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert all(f"sm_{target}" in found.stdout for target in (80, 90, 100, 120))
 
 
 @pytest.mark.parametrize("names", [USUAL, pytest.param(tuple(EXPECTED.keys() - set(USUAL)), marks=long_test)])
@@ -102,11 +122,60 @@ def test_the_budget_may_only_fall():
 
 
 def test_a_figure_that_rose_is_named():
-    before = {"call": Reckoning(655, 37.3, 11.9, 31.4)}
+    def reckoned(name="call", launches=655, ms=31.4, **kernels):
+        return budget.Reckoned({name: Reckoning(launches, 37.3, 11.9, ms)}, kernels)
+
+    before = reckoned(geglu=["fp16"])
     assert budget.risen(before, before) == []
-    after = {"call": Reckoning(656, 37.3, 11.9, 31.3)}
-    assert budget.risen(after, before) == ["call: 656 launches, the budget is 655"]
-    assert budget.risen({"other": before["call"]}, before) == [
+    assert budget.risen(reckoned(launches=656, ms=31.3, geglu=["fp16"]), before) == [
+        "call: 656 launches, the budget is 655"
+    ]
+    assert budget.risen(reckoned("other", geglu=["fp16"]), before) == [
         "call: only in one of the file and the reckoning",
         "other: only in one of the file and the reckoning",
     ]
+    assert budget.risen(reckoned(geglu=["fp16", "fp32"]), before) == [
+        "geglu of fp32: only in one of the file and the reckoning"
+    ]
+
+
+@needs_triton
+def test_compiled_kernels_are_found_in_another_folder(tmp_path):
+    """Triton lists the files of a kernel with their whole paths, so a folder that was moved holds nothing for it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert compiled_in(first) == [False] and compiled_in(first) == [True]
+    carried.sign(first, ["90"], 1)
+    first.rename(second)
+    assert carried.adopt(second) == 1 and compiled_in(second) == [True]
+    note = json.loads((second / carried.NOTE).read_text())
+    (second / carried.NOTE).write_text(json.dumps(note | {"triton": "3.0.0"}))
+    with pytest.raises(Missing, match="compiled with triton 3.0.0, this machine has"):
+        carried.adopt(second)
+    with pytest.raises(Refused, match="holds no compiled kernels"):
+        carried.adopt(tmp_path)
+
+
+COMPILED = """
+from triton import knobs
+from bench.kernels.audit import launches, resources
+hits = []
+knobs.compilation.listener = lambda cache_hit, **others: hits.append(cache_hit)
+resources(next(launches("guided_step", "fp32"))[1], "90")
+print(hits)
+"""
+
+
+def compiled_in(cache: Path) -> list[bool]:
+    """Whether Triton found the kernel of one operation in a folder, after which it is there."""
+    done = ran("-c", COMPILED, TRITON_CACHE_DIR=str(cache))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.lower())
+
+
+def test_wide_loads_are_asked_for_where_a_thread_has_16_bytes_to_load():
+    def noted(channels, block, dtype=torch.float16):
+        given = {"x_ptr": Pointer(dtype, 0), "channels": channels, "BLOCK_S": 64, "BLOCK_C": block, "num_warps": 4}
+        return NotedLaunch(SimpleNamespace(params=[]), (1,), (), given)
+
+    assert loads_wide(noted(320, 64)) and loads_wide(noted(320, 16)) and loads_wide(noted(32, 8, torch.float32))
+    assert not loads_wide(noted(320, 8)) and not loads_wide(noted(8, 64))

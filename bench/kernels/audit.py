@@ -39,8 +39,10 @@ class KernelConfig:
     minutes: float = setting(8.0, "with --tune: begin nothing that would end later; the same line again goes on")
     out: str = setting("", "with --tune: result file (default: bench/results/DATE-tuned-DEVICE-COMMIT.json)")
     json: bool = setting(False, "one JSON object on standard output instead of a table")
-    ops: tuple[str, ...] = setting((), "only these ops (default: all)")
-    dtypes: tuple[str, ...] = setting(tuple(DTYPES), "storage types", choices=tuple(DTYPES))
+    ops: tuple[str, ...] = setting((), "only these ops (default: all; with --tune those that a run launches)")
+    dtypes: tuple[str, ...] = setting(
+        (), "storage types (default: all; with --tune those that a run launches)", choices=tuple(DTYPES)
+    )
     targets: tuple[str, ...] = setting(
         tuple(SHARED_LIMIT), "compute capabilities, times ten", choices=tuple(SHARED_LIMIT)
     )
@@ -175,9 +177,9 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("python -m bench kernels: TRITON_INTERPRET is set, so nothing would be compiled", "unset it")
     ops = kernels_of(config.ops)
     if config.tune:
-        return tune_here(config, ops, arguments)
+        return tune_here(config, arguments)
     found = []
-    for row in rows(ops, config.dtypes, config.targets):
+    for row in rows(ops, config.dtypes or tuple(DTYPES), config.targets):
         found.append(row)
         if not config.json:
             print(
@@ -219,7 +221,7 @@ def kernels_of(asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(asked) or able
 
 
-def tune_here(config: KernelConfig, ops: Sequence[str], arguments: Sequence[str]) -> int:
+def tune_here(config: KernelConfig, arguments: Sequence[str]) -> int:
     import torch
 
     from bench.kernels import tune
@@ -232,6 +234,8 @@ def tune_here(config: KernelConfig, ops: Sequence[str], arguments: Sequence[str]
             "`--audit` compiles for GPUs that are not there",
         )
     command = " ".join(["python", "-m", "bench", "kernels", *arguments])
-    document = tune.run(torch.device("cuda"), ops, config.dtypes, config.minutes, config.out, command)
+    usual = tune.running()
+    ops = {op: config.dtypes or usual.get(op, tuple(DTYPES)) for op in config.ops or usual}
+    document = tune.run(torch.device("cuda"), ops, config.minutes, config.out, command)
     print(json.dumps(document, indent=1) if config.json else "\n".join(tune.table_lines(document)))
     return 0

@@ -3,6 +3,7 @@ after it agreed with the reference.
 """
 
 import functools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from bench.machine.measure import distance
 from bench.options import say
 from bench.peers.upstream import arithmetic
 from bench.report import results
+from bench.report.reckoned import BUDGET
 from bench.report.results import ResultFile, is_settled, rows_of
 from bench.rows.ops import RandomInputs, limit_of, outputs, placed
 from datasetdm_fast.engines.fast import DTYPES
@@ -51,8 +53,14 @@ class Judged:
             return math.inf
 
 
+def running() -> dict[str, tuple[str, ...]]:
+    """The operations whose kernels a run on a GPU launches, each with the precisions it is launched in."""
+    kernels = json.loads(BUDGET.read_text(encoding="utf-8"))["kernels"]
+    return {op: tuple(types) for op, types in kernels.items()}
+
+
 def run(
-    device: torch.device, ops: Sequence[str], dtypes: Sequence[str], minutes: float, out: str, command: str
+    device: torch.device, ops: Mapping[str, Sequence[str]], minutes: float, out: str, command: str
 ) -> dict[str, Any]:
     """The result file after every operation that there was time for, each with its rows."""
     described = machine.describe(device)
@@ -62,7 +70,9 @@ def run(
     file = ResultFile.open(path, head, goes_on=True)
     file.give_up_broken()
     end = time.monotonic() + 60 * minutes
-    todo = [(op, dtype) for op in ops for dtype in dtypes if not is_settled(file.document, f"{op} {dtype}")]
+    todo = [
+        (op, dtype) for op, dtypes in ops.items() for dtype in dtypes if not is_settled(file.document, f"{op} {dtype}")
+    ]
     for place, (op, dtype) in enumerate(todo):
         share = (end - time.monotonic()) / (len(todo) - place)
         if share <= 0:

@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-from bench.machine.machine import ROOT
+from bench.rehearsal.kernels import storages
 from bench.rehearsal.roofline import STATED, Reckoning, reckon
 from bench.rehearsal.run import open_engine, stage
 from bench.rehearsal.timeline import Timeline
+from bench.report.reckoned import BUDGET
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.loading import presets
 
-PATH = ROOT / "bench" / "gpu_budget.json"
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
 SLACK = 1.0005  # of rounding
 FIGURES = ("launches", "gigabytes", "tflop", "milliseconds")
 
 
-def reckoned() -> dict[str, Reckoning]:
-    """Every call of the budget, by its name."""
+class Reckoned(NamedTuple):
+    """What the file holds."""
+
+    calls: dict[str, Reckoning]  # by their names
+    kernels: dict[str, list[str]]  # operation of ours that they launch -> storage types of its activations
+
+
+def reckoned() -> Reckoned:
     timeline, tokenizer = Timeline(), presets._small_tokenizer()
     with mock.patch.object(presets, "_small_tokenizer", lambda: tokenizer), stage(timeline):
         engine = open_engine(MODEL, "auto", "cuda")
@@ -38,7 +44,8 @@ def reckoned() -> dict[str, Reckoning]:
         }
         latents = _latents(engine, USUAL)
         calls |= {f"autoencoder, {USUAL} images": lambda: engine.decode_and_check(latents)}
-        return {name: reckon(launched(timeline, call)) for name, call in calls.items()}
+        found = {name: reckon(launched(timeline, call)) for name, call in calls.items()}
+        return Reckoned(found, storages(timeline.kernels))
 
 
 def launched(timeline: Timeline, call: Callable[[], Any]) -> list:
@@ -70,22 +77,31 @@ def _context(engine: FastEngine, batch: int) -> torch.Tensor:
     return torch.empty(2 * batch, level.tokens, width, device=engine.device)
 
 
-def stored() -> dict[str, Reckoning]:
-    document = json.loads(PATH.read_text(encoding="utf-8"))
-    return {name: Reckoning(**figures) for name, figures in document["calls"].items()}
+def stored() -> Reckoned:
+    document = json.loads(BUDGET.read_text(encoding="utf-8"))
+    calls = {name: Reckoning(**figures) for name, figures in document["calls"].items()}
+    return Reckoned(calls, document["kernels"])
 
 
-def store(found: dict[str, Reckoning]) -> None:
-    document = {"model": MODEL, "roofline": STATED, "calls": {name: asdict(one) for name, one in found.items()}}
-    PATH.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def store(found: Reckoned) -> None:
+    calls = {name: asdict(one) for name, one in found.calls.items()}
+    document = {"model": MODEL, "roofline": STATED, "calls": calls, "kernels": found.kernels}
+    BUDGET.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def risen(found: dict[str, Reckoning], budget: dict[str, Reckoning]) -> list[str]:
-    """A line for every figure above the budget, and for every call that only one of both has."""
-    lines = [f"{name}: only in one of the file and the reckoning" for name in found.keys() ^ budget.keys()]
-    for name in found.keys() & budget.keys():
+def risen(found: Reckoned, budget: Reckoned) -> list[str]:
+    """A line for every figure above the budget, and for every call or kernel that only one of both has."""
+    calls, limits = found.calls, budget.calls
+    kernels, others = (
+        {f"{op} of {one}" for op, types in side.kernels.items() for one in types} for side in (found, budget)
+    )
+    lines = [
+        f"{name}: only in one of the file and the reckoning"
+        for name in (calls.keys() ^ limits.keys()) | (kernels ^ others)
+    ]
+    for name in calls.keys() & limits.keys():
         for figure in FIGURES:
-            now, most = getattr(found[name], figure), getattr(budget[name], figure)
+            now, most = getattr(calls[name], figure), getattr(limits[name], figure)
             if now > most * SLACK:
                 lines.append(f"{name}: {now:g} {figure}, the budget is {most:g}")
     return sorted(lines)

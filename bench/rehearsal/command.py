@@ -5,10 +5,12 @@ is needed.
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.options import check_numbers, say
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from bench.rehearsal.kernels import NotedLaunch
 
 PROG = "python -m bench rehearse"
+TARGETS = ("80", "90", "100", "120")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,14 @@ class RehearsalConfig:
     batches: int = setting(2, "batches of the run", metavar="N")
     dtype: str = setting("auto", "precision of the engine", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     device: str = setting("cuda", "cuda or cuda:N of two simulated GPUs", metavar="DEVICE")
-    compile: bool = setting(False, "compile every kernel that was launched for sm_80, sm_90, sm_100 and sm_120")
+    compile: bool = setting(False, "compile every kernel that was launched, and judge what it takes of a GPU")
+    targets: tuple[str, ...] = setting(
+        TARGETS, "with --compile: compute capabilities, times ten, comma-separated", choices=TARGETS, metavar="LIST"
+    )
+    cache: str = setting(
+        "", "with --compile: folder for the compiled kernels, for another machine", metavar="DIR", output="folder"
+    )
+    adopt: str = setting("", "make the kernels of a folder that came from another machine usable here", metavar="DIR")
     budget: bool = setting(False, "reckon the calls of SD 1.4 and compare them with bench/gpu_budget.json instead")
     update: bool = setting(False, "with --budget: write what was reckoned into the file")
     json: bool = setting(False, "one JSON object on standard output")
@@ -39,6 +49,12 @@ def main(arguments: Sequence[str]) -> int:
 
     config, _ = parse(arguments, RehearsalConfig, PROG, __doc__)
     check_numbers(batch=config.batch - 1, batches=config.batches - 1)
+    if config.cache and not config.compile:
+        raise Refused(
+            f"{PROG}: --cache {config.cache} without --compile, so nothing would be compiled", "add --compile"
+        )
+    if config.cache:
+        os.environ["TRITON_CACHE_DIR"] = config.cache
     from datasetdm_fast.kernels import launch
 
     if launch.triton is None:
@@ -46,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     if launch.IS_INTERPRETED:
         raise Refused(f"{PROG}: TRITON_INTERPRET is set, so no kernel would be launched", "unset it")
     warnings.simplefilter("ignore")
+    if config.adopt:
+        return adopted(Path(config.adopt))
     return budgeted(config) if config.budget else rehearsed(config)
 
 
@@ -72,7 +90,7 @@ def rehearsed(config: RehearsalConfig) -> int:
         f"kernels, {len(found.findings)} findings, {time.monotonic() - begin:.0f} s"
     )
     if config.compile:
-        compiled(found.kernels.values())
+        compiled(found.kernels.values(), config)
     if found.findings:
         first = next(iter(found.findings))
         raise GateFailed(
@@ -90,9 +108,9 @@ def budgeted(config: RehearsalConfig) -> int:
         budget.store(found)
     lines = budget.risen(found, budget.stored())
     if config.json:
-        print(json.dumps({"calls": {name: asdict(one) for name, one in found.items()}, "risen": lines}, indent=1))
+        print(json.dumps({"calls": {name: asdict(one) for name, one in found.calls.items()}, "risen": lines}, indent=1))
     else:
-        for name, one in found.items():
+        for name, one in found.calls.items():
             print(
                 f"{name:28} {one.launches:5} launches {one.gigabytes:8.2f} GB {one.tflop:8.3f} TFLOP "
                 f"{one.milliseconds:8.2f} ms"
@@ -100,24 +118,34 @@ def budgeted(config: RehearsalConfig) -> int:
     if lines:
         say("\n".join(lines))
         raise GateFailed(
-            f"bench rehearse: {len(lines)} figures rose above {budget.PATH.name}, first {lines[0]}",
+            f"bench rehearse: {len(lines)} figures rose above {budget.BUDGET.name}, first {lines[0]}",
             "make it cheaper, or write the new figures with --budget --update and say why in the commit",
         )
     return 0
 
 
-def compiled(launches: Iterable[NotedLaunch]) -> None:
+def adopted(folder: Path) -> int:
+    from bench.rehearsal import carried
+
+    say(f"{folder}: {carried.adopt(folder)} compiled kernels; TRITON_CACHE_DIR={folder} lets a run take them")
+    return 0
+
+
+def compiled(launches: Collection[NotedLaunch], config: RehearsalConfig) -> None:
     """A line for every kernel and target; what does not fit fails."""
+    from bench.rehearsal import carried
     from bench.rehearsal.compiled import rows
 
     wrong = []
-    for row, reason in rows(launches):
+    for row, reason in rows(launches, config.targets):
         print(
             f"{row.kernel:24} sm_{row.target:4} {row.registers:4} registers {row.spills:5} B stack "
             f"{row.shared:7} B shared  {reason}",
             flush=True,
         )
         wrong += [f"{row.kernel}, sm_{row.target}: {reason}"] if reason else []
+    if config.cache:
+        carried.sign(Path(config.cache), config.targets, len(launches))
     if wrong:
         raise GateFailed(
             f"bench rehearse: {len(wrong)} compiled kernels, first {wrong[0]}",

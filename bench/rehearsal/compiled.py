@@ -4,6 +4,7 @@ machine code that a GPU machine can take along (TRITON_CACHE_DIR).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.kernels.audit import SHARED_LIMIT, taken
-from bench.rehearsal.kernels import ACTIVATIONS, NotedLaunch, source_of
+from bench.rehearsal.kernels import ACTIVATIONS, ALIGNED, NotedLaunch, source_of
 
-TARGETS = ("80", "90", "100", "120")
+WARP = 32  # threads
 WIDE_LOAD = re.compile(
     r"ld\.global(\.\w+)*\.v4\.b32|ld\.global(\.\w+)*\.v2\.b64|cp\.async[\w.]* [^;]*, 0x10|cp\.async\.bulk"
 )
@@ -30,12 +31,12 @@ class CompiledRow(NamedTuple):
     has_wide_loads: bool  # 16 bytes a thread and instruction
     has_tensor_cores: bool
 
-    def wrong(self, reads_activations: bool, multiplies: bool) -> str:
+    def wrong(self, loads_wide: bool, multiplies: bool) -> str:
         """What is wrong with it, empty where nothing is."""
         reasons = [f"{self.spills} bytes of stack"] if self.spills else []
         if self.shared > SHARED_LIMIT[self.target]:
             reasons.append(f"{self.shared} of {SHARED_LIMIT[self.target]} bytes of shared memory")
-        if reads_activations and not self.has_wide_loads:
+        if loads_wide and not self.has_wide_loads:
             reasons.append("no load of 16 bytes")
         if multiplies and not self.has_tensor_cores:
             reasons.append("no tensor cores")
@@ -85,15 +86,31 @@ def on(target: str) -> Iterator[None]:
         driver.set_active(None)
 
 
-def rows(launches: Iterable[NotedLaunch], targets: Iterable[str] = TARGETS) -> Iterator[tuple[CompiledRow, str]]:
+def rows(launches: Iterable[NotedLaunch], targets: Iterable[str]) -> Iterator[tuple[CompiledRow, str]]:
     """Every launch for every target, and what is wrong with it."""
     launches = list(launches)
     for target in targets:
         with on(target):
             for launch in launches:
-                made = launch.kernel.warmup(*launch.positional, grid=launch.grid, **launch.named)
+                made = warmed(launch)
                 text, name = made.asm["ptx"], launch.kernel.__name__.strip("_").removesuffix("_kernel")
                 is_wide, is_matrix = bool(WIDE_LOAD.search(text)), bool(TENSOR_CORES.search(text))
                 row = CompiledRow(name, target, *taken(made), is_wide, is_matrix)
-                source = source_of(launch.kernel.fn)
-                yield row, row.wrong(any(name in source for name in ACTIVATIONS), "tl.dot" in source)
+                yield row, row.wrong(loads_wide(launch), "tl.dot" in source_of(launch.kernel.fn))
+
+
+def warmed(launch: NotedLaunch) -> Any:
+    """The launch through Triton's own entry point, which compiles it or takes it from its cache."""
+    return launch.kernel.warmup(*launch.positional, grid=launch.grid, **launch.named)
+
+
+def loads_wide(launch: NotedLaunch) -> bool:
+    """Whether each thread has 16 bytes of neighbouring activations to load: rows of a multiple of 16 elements, and a
+    tile with as many bytes for every thread.
+    """
+    given = launch.given
+    activations = next((given[name] for name in ACTIVATIONS if name in given), None)
+    if activations is None or given.get("channels", 0) % ALIGNED:
+        return False
+    tile = math.prod(value for name, value in given.items() if name.startswith("BLOCK"))
+    return tile * activations.dtype.itemsize >= ALIGNED * WARP * given["num_warps"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 from unittest import mock
@@ -21,6 +22,7 @@ from bench.rehearsal.timeline import Timeline
 from datasetdm_fast.kernels import OPS
 
 LARGEST_GRID = 65535  # along y and z
+ALIGNED = 16  # bytes that one thread loads at most, and elements that Triton asks sizes to be multiples of
 ACTIVATIONS = ("x_ptr", "q_ptr")  # what a network hands to a kernel, by the names in kernels/
 
 # Multiplications and additions of the kernels that multiply matrices, from the arguments of a launch.
@@ -32,13 +34,29 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """What Triton specialises a kernel for of a tensor."""
+
+    dtype: torch.dtype
+    address: int  # modulo 16
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 class NotedLaunch(NamedTuple):
-    """A launch as Triton is to compile it, the dtypes of tensors in their places."""
+    """A launch as Triton is to compile it, pointers in the places of tensors."""
 
     kernel: Any
     grid: tuple[int, ...]
     positional: tuple
     named: dict[str, Any]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Every argument by its name."""
+        return dict(zip((parameter.name for parameter in self.kernel.params), self.positional)) | self.named
 
 
 @contextmanager
@@ -95,8 +113,21 @@ class NotedKernel:
         kept: list[Compilable] = []
         Recorder(self.kernel, kept).note(*positional, **named)
         if kept[0] not in self.launches:
-            types = [value.dtype if isinstance(value, Tensor) else value for value in positional]
-            self.launches[kept[0]] = NotedLaunch(self.kernel, grid, tuple(types), named)
+            stand_ins = [pointer(value) if isinstance(value, Tensor) else value for value in positional]
+            self.launches[kept[0]] = NotedLaunch(self.kernel, grid, tuple(stand_ins), named)
+
+
+def pointer(value: Tensor) -> Pointer:
+    return Pointer(value.dtype, value.storage_offset() * value.element_size() % ALIGNED)
+
+
+def storages(launches: Iterable[Compilable]) -> dict[str, list[str]]:
+    """The operations that were launched, each with the storage types of the activations it was handed."""
+    found: dict[str, set[str]] = {}
+    for one in launches:
+        op, types = one.kernel.fn.__module__.rpartition(".")[2], dict(one.signature)
+        found.setdefault(op, set()).update(types[name].removeprefix("*") for name in ACTIVATIONS if name in types)
+    return {op: sorted(types) for op, types in sorted(found.items()) if types}
 
 
 @cache
