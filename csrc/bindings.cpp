@@ -11,6 +11,7 @@
 
 namespace py = pybind11;
 using namespace py::literals;
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(_C, m) {
     m.attr("built_with_cuda") = datasetdm::built_with_cuda();
@@ -20,14 +21,14 @@ PYBIND11_MODULE(_C, m) {
           "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
     m.def("depth_head_add", &datasetdm::depth_head_add<double>, "products"_a.noconvert(), "bias"_a.noconvert(), "last"_a.noconvert(), "middle"_a,
           "logits"_a.noconvert(), "threads"_a, "vector_bytes"_a = 0);
-    m.def("attention", &datasetdm::attention_cpu, "storage"_a, "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "out_strides"_a,
+    m.def("attention", &datasetdm::attention_cpu, WithoutGil(), "storage"_a, "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "out_strides"_a,
           "images"_a, "heads"_a, "queries"_a, "keys"_a, "width"_a, "scale"_a, "threads"_a, "vector_bytes"_a = 0);
-    m.def("group_norm", &datasetdm::group_norm_cpu, "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "images"_a, "cells"_a, "channels"_a, "groups"_a, "eps"_a,
+    m.def("group_norm", &datasetdm::group_norm_cpu, WithoutGil(), "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "images"_a, "cells"_a, "channels"_a, "groups"_a, "eps"_a,
           "has_silu"_a, "threads"_a, "vector_bytes"_a = 0);
-    m.def("layer_norm", &datasetdm::layer_norm_cpu, "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "rows"_a, "channels"_a, "eps"_a, "threads"_a,
+    m.def("layer_norm", &datasetdm::layer_norm_cpu, WithoutGil(), "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "rows"_a, "channels"_a, "eps"_a, "threads"_a,
           "vector_bytes"_a = 0);
-    m.def("geglu", &datasetdm::geglu_cpu, "storage"_a, "x"_a, "out"_a, "rows"_a, "channels"_a, "threads"_a, "vector_bytes"_a = 0);
-    m.def("winograd", &datasetdm::winograd_cpu, "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a,
+    m.def("geglu", &datasetdm::geglu_cpu, WithoutGil(), "storage"_a, "x"_a, "out"_a, "rows"_a, "channels"_a, "threads"_a, "vector_bytes"_a = 0);
+    m.def("winograd", &datasetdm::winograd_cpu, WithoutGil(), "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a,
           "is_doubled"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("rle_encode", &datasetdm::rle_encode, "masks"_a.noconvert());
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);

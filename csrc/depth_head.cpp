@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <thread>
 
 #include "check.h"
+#include "sharing.h"
 
 namespace py = pybind11;
 
@@ -100,28 +100,8 @@ struct Scratch {
 }  // namespace
 }  // namespace datasetdm
 
-#if defined(__x86_64__)
-#define WITH_INSTRUCTIONS avx512
-#define INSTRUCTIONS __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
-#define VECTOR_BYTES 64
-#include "depth_head_rows.h"
-#undef WITH_INSTRUCTIONS
-#undef INSTRUCTIONS
-#undef VECTOR_BYTES
-
-#define WITH_INSTRUCTIONS avx2
-#define INSTRUCTIONS __attribute__((target("avx2,fma")))
-#define VECTOR_BYTES 32
-#include "depth_head_rows.h"
-#undef WITH_INSTRUCTIONS
-#undef INSTRUCTIONS
-#undef VECTOR_BYTES
-#endif
-
-#define WITH_INSTRUCTIONS baseline
-#define INSTRUCTIONS
-#define VECTOR_BYTES 16
-#include "depth_head_rows.h"
+#define ROWS "depth_head_rows.h"
+#include "each_instruction_set.h"
 
 namespace datasetdm {
 namespace {
@@ -178,16 +158,13 @@ void depth_head_add(const py::array_t<Real, py::array::c_style>& products, const
     const int64_t bands = std::min(threads, full);
     std::vector<Scratch<Real>> scratch;
     for (int64_t band = 0; band < bands; ++band) scratch.emplace_back(head, vector_bytes);
-    const auto work = [&](int64_t band) {
-        for (int64_t image = 0; image < batch; ++image)
-            for (int64_t channel = 0; channel < channels; channel += kChannels)
-                add_rows(head, scratch[band], source + image * side * side * kTaps * channels, channel, full * band / bands, full * (band + 1) / bands,
-                         target + image * full * full);
-    };
-    std::vector<std::thread> others;
-    for (int64_t band = 1; band < bands; ++band) others.emplace_back(work, band);
-    work(0);
-    for (std::thread& other : others) other.join();
+    share(bands, bands, [&](int64_t begin, int64_t end) {
+        for (int64_t band = begin; band < end; ++band)
+            for (int64_t image = 0; image < batch; ++image)
+                for (int64_t channel = 0; channel < channels; channel += kChannels)
+                    add_rows(head, scratch[band], source + image * side * side * kTaps * channels, channel, full * band / bands, full * (band + 1) / bands,
+                             target + image * full * full);
+    });
 }
 
 template void depth_head_add<float>(const py::array_t<float, py::array::c_style>&, const py::array_t<float, py::array::c_style>&,

@@ -1,4 +1,4 @@
-// Included once for each instruction set, with WITH_INSTRUCTIONS (a namespace), INSTRUCTIONS (a function attribute) and VECTOR_BYTES defined.
+// Included by each_instruction_set.h.
 // Channels run fastest everywhere: both resizes then read whole vectors with one weight each, and no lane ever needs its neighbour.
 
 namespace datasetdm {

@@ -4,9 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <thread>
 #include <type_traits>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,6 +13,7 @@
 
 #include "check.h"
 #include "depth_head.h"
+#include "sharing.h"
 
 namespace datasetdm {
 namespace {
@@ -55,53 +55,17 @@ struct Geglu {
     int64_t channels;
 };
 
-// Memory of this thread for `count` numbers, not cleared; valid until the next call. It grows and is kept: fresh pages cost more than the work on them.
 float* scratch(int64_t count) {
-    static thread_local std::unique_ptr<float[]> memory;
-    static thread_local int64_t size = 0;
-    if (count > size) {
-        memory.reset();
-        memory.reset(new float[count]);
-        size = count;
-    }
-    return memory.get();
+    static thread_local KeptFloats kept;
+    return kept.of(count);
 }
 
 }  // namespace
 }  // namespace datasetdm
 
-#if defined(__x86_64__)
-#define WITH_INSTRUCTIONS avx512_dots
-#define INSTRUCTIONS __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,fma")))
-#define VECTOR_BYTES 64
-#define HAS_DOTS
-#include "network_rows.h"
-#undef WITH_INSTRUCTIONS
-#undef INSTRUCTIONS
-#undef VECTOR_BYTES
-#undef HAS_DOTS
-
-#define WITH_INSTRUCTIONS avx512
-#define INSTRUCTIONS __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
-#define VECTOR_BYTES 64
-#include "network_rows.h"
-#undef WITH_INSTRUCTIONS
-#undef INSTRUCTIONS
-#undef VECTOR_BYTES
-
-#define WITH_INSTRUCTIONS avx2
-#define INSTRUCTIONS __attribute__((target("avx2,fma")))
-#define VECTOR_BYTES 32
-#include "network_rows.h"
-#undef WITH_INSTRUCTIONS
-#undef INSTRUCTIONS
-#undef VECTOR_BYTES
-#endif
-
-#define WITH_INSTRUCTIONS baseline
-#define INSTRUCTIONS
-#define VECTOR_BYTES 16
-#include "network_rows.h"
+#define WITH_DOTS
+#define ROWS "network_rows.h"
+#include "each_instruction_set.h"
 
 namespace datasetdm {
 namespace {
@@ -112,16 +76,6 @@ bool has_dots() {
     return found;
 }
 #endif
-
-// Calls work(first, last) on shares of 0 .. count, one for each thread.
-template <typename Work>
-void share(int64_t count, int64_t threads, const Work& work) {
-    threads = std::min(threads, count);
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, count * i / threads, count * (i + 1) / threads);
-    work(0, count / threads);
-    for (std::thread& other : others) other.join();
-}
 
 Strides strides_of(const char* name, const std::vector<int64_t>& given) {
     require(given.size() == 3, name, ": ", given.size(), " strides, expected those of image, head and row");
@@ -150,20 +104,6 @@ void with_storage(const char* name, int64_t storage, int64_t threads, int64_t& v
 
 }  // namespace
 
-#if defined(__x86_64__)
-#define WITH_VECTORS(function, ...)                   \
-    if (vector_bytes == 64 && has_dots())             \
-        avx512_dots::function(__VA_ARGS__);           \
-    else if (vector_bytes == 64)                      \
-        avx512::function(__VA_ARGS__);                \
-    else if (vector_bytes == 32)                      \
-        avx2::function(__VA_ARGS__);                  \
-    else                                              \
-        baseline::function(__VA_ARGS__);
-#else
-#define WITH_VECTORS(function, ...) baseline::function(__VA_ARGS__);
-#endif
-
 void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides, uintptr_t k, std::vector<int64_t> k_strides, uintptr_t v,
                    std::vector<int64_t> v_strides, uintptr_t out, std::vector<int64_t> out_strides, int64_t images, int64_t heads, int64_t queries,
                    int64_t keys, int64_t width, double scale, int64_t threads, int64_t vector_bytes) {
@@ -173,9 +113,8 @@ void attention_cpu(int64_t storage, uintptr_t q, std::vector<int64_t> q_strides,
         using Stored = decltype(kind);
         const Attention<Stored> work{at<const Stored>(q), at<const Stored>(k), at<const Stored>(v), at<Stored>(out), strides_of("q", q_strides),
                                      strides_of("k", k_strides), strides_of("v", v_strides), strides_of("out", out_strides), heads, queries, keys, width, scale};
-        pybind11::gil_scoped_release release;
         share(images * heads, threads, [&](int64_t first, int64_t last) {
-            for (int64_t pair = first; pair < last; ++pair) WITH_VECTORS(attend, work, pair)
+            for (int64_t pair = first; pair < last; ++pair) WITH_VECTORS(vector_bytes, attend, work, pair);
         });
     });
 }
@@ -187,9 +126,8 @@ void group_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bi
     with_storage("group_norm", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
         const GroupNorm<Stored> work{at<const Stored>(x), at<const Stored>(weight), at<const Stored>(bias), at<Stored>(out), cells, channels, groups, eps, has_silu};
-        pybind11::gil_scoped_release release;
         share(images, threads, [&](int64_t first, int64_t last) {
-            for (int64_t image = first; image < last; ++image) WITH_VECTORS(normalise_image, work, image)
+            for (int64_t image = first; image < last; ++image) WITH_VECTORS(vector_bytes, normalise_image, work, image);
         });
     });
 }
@@ -200,8 +138,7 @@ void layer_norm_cpu(int64_t storage, uintptr_t x, uintptr_t weight, uintptr_t bi
     with_storage("layer_norm", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
         const LayerNorm<Stored> work{at<const Stored>(x), at<const Stored>(weight), at<const Stored>(bias), at<Stored>(out), channels, eps};
-        pybind11::gil_scoped_release release;
-        share(rows, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(normalise_rows, work, first, last) });
+        share(rows, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, normalise_rows, work, first, last); });
     });
 }
 
@@ -210,8 +147,7 @@ void geglu_cpu(int64_t storage, uintptr_t x, uintptr_t out, int64_t rows, int64_
     with_storage("geglu", storage, threads, vector_bytes, [&](auto kind) {
         using Stored = decltype(kind);
         const Geglu<Stored> work{at<const Stored>(x), at<Stored>(out), channels};
-        pybind11::gil_scoped_release release;
-        share(rows, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(gate_rows, work, first, last) });
+        share(rows, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, gate_rows, work, first, last); });
     });
 }
 

@@ -7,8 +7,6 @@
 #include <cstdint>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-
 namespace datasetdm {
 
 struct Strides {  // of [images, heads, rows, width]

@@ -1,22 +1,13 @@
-// Included once for each instruction set, with WITH_INSTRUCTIONS (a namespace), INSTRUCTIONS (a function attribute) and VECTOR_BYTES defined.
+// Included by each_instruction_set.h.
 // One thread's share of each operation. Rows are widened to fp32 in scratch memory, so the arithmetic is written once for both storages.
 
 namespace datasetdm {
 namespace WITH_INSTRUCTIONS {
 
-typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
+#include "vectors.h"
 typedef int32_t Integers __attribute__((vector_size(VECTOR_BYTES)));
-constexpr int64_t kLanes = VECTOR_BYTES / 4;
 constexpr int64_t kQueries = VECTOR_BYTES == 64 ? 8 : 4;  // queries that share one load of keys or values: two vectors of sums each fill the registers
 
-#define INLINE INSTRUCTIONS __attribute__((always_inline)) inline
-
-INLINE Vector load(const float* from) {
-    Vector answer;
-    __builtin_memcpy(&answer, from, sizeof answer);
-    return answer;
-}
-INLINE void store(float* to, const Vector& value) { __builtin_memcpy(to, &value, sizeof value); }
 INLINE Vector all(float value) { return value - Vector{}; }
 INLINE Vector larger(const Vector& a, const Vector& b) { return a > b ? a : b; }
 // Halves are folded onto each other: taking the lanes one by one would cost more than the rest of a short row.
@@ -384,8 +375,6 @@ INSTRUCTIONS void gate_rows(const Geglu<Stored>& gated, int64_t first, int64_t l
         narrow(value, gated.out + i * channels, channels);
     }
 }
-
-#undef INLINE
 
 }  // namespace WITH_INSTRUCTIONS
 }  // namespace datasetdm

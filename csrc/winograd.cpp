@@ -1,14 +1,11 @@
 #include "winograd.h"
 
 #include <algorithm>
-#include <memory>
-#include <thread>
 #include <vector>
-
-#include <pybind11/pybind11.h>
 
 #include "check.h"
 #include "depth_head.h"
+#include "sharing.h"
 
 namespace datasetdm {
 namespace {
@@ -40,43 +37,16 @@ struct Winograd {
     }
 };
 
-// See network_ops.cpp.
 float* scratch(int64_t count) {
-    static thread_local std::unique_ptr<float[]> memory;
-    static thread_local int64_t size = 0;
-    if (count > size) {
-        memory.reset();
-        memory.reset(new float[count]());
-        size = count;
-    }
-    return memory.get();
+    static thread_local KeptFloats kept;
+    return kept.of(count);
 }
 
 }  // namespace
 }  // namespace datasetdm
 
-#if defined(__x86_64__)
-#define WITH_INSTRUCTIONS avx512
-#define INSTRUCTIONS __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma")))
-#define VECTOR_BYTES 64
-#include "winograd_rows.h"
-#undef WITH_INSTRUCTIONS
-#undef INSTRUCTIONS
-#undef VECTOR_BYTES
-
-#define WITH_INSTRUCTIONS avx2
-#define INSTRUCTIONS __attribute__((target("avx2,fma")))
-#define VECTOR_BYTES 32
-#include "winograd_rows.h"
-#undef WITH_INSTRUCTIONS
-#undef INSTRUCTIONS
-#undef VECTOR_BYTES
-#endif
-
-#define WITH_INSTRUCTIONS baseline
-#define INSTRUCTIONS
-#define VECTOR_BYTES 16
-#include "winograd_rows.h"
+#define ROWS "winograd_rows.h"
+#include "each_instruction_set.h"
 
 namespace datasetdm {
 
@@ -93,19 +63,8 @@ void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t resid
     require(std::count(found.begin(), found.end(), vector_bytes), "winograd: this CPU has no vectors of ", vector_bytes, " bytes");
     const Winograd work{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias),
                         reinterpret_cast<const float*>(residual), reinterpret_cast<float*>(out), height, width, channels, outputs, is_doubled};
-    const auto convolve = [&](int64_t first, int64_t last) {
-#if defined(__x86_64__)
-        if (vector_bytes == 64) return avx512::convolve(work, first, last);
-        if (vector_bytes == 32) return avx2::convolve(work, first, last);
-#endif
-        baseline::convolve(work, first, last);
-    };
-    pybind11::gil_scoped_release release;
-    const int64_t tiles = images * work.down() * work.across(), shares = std::min(threads, tiles);
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < shares; ++i) others.emplace_back(convolve, tiles * i / shares, tiles * (i + 1) / shares);
-    convolve(0, tiles / shares);
-    for (std::thread& other : others) other.join();
+    const int64_t tiles = images * work.down() * work.across();
+    share(tiles, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, convolve, work, first, last); });
 }
 
 }  // namespace datasetdm

@@ -1,22 +1,12 @@
-// Included once for each instruction set, with WITH_INSTRUCTIONS (a namespace), INSTRUCTIONS (a function attribute) and VECTOR_BYTES defined.
+// Included by each_instruction_set.h.
 // Channels run fastest everywhere, so that both transforms are sums of whole vectors.
 
 namespace datasetdm {
 namespace WITH_INSTRUCTIONS {
 
-typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
-constexpr int64_t kLanes = VECTOR_BYTES / 4;
+#include "vectors.h"
 constexpr int64_t kVectors = VECTOR_BYTES == 16 ? 4 : 2;                       // of columns that a product works on at once
 constexpr int64_t kRows = VECTOR_BYTES == 64 ? 12 : VECTOR_BYTES == 32 ? 6 : 2;  // with kVectors sums each they fill the registers
-
-#define INLINE INSTRUCTIONS __attribute__((always_inline)) inline
-
-INLINE Vector load(const float* from) {
-    Vector answer;
-    __builtin_memcpy(&answer, from, sizeof answer);
-    return answer;
-}
-INLINE void store(float* to, const Vector& value) { __builtin_memcpy(to, &value, sizeof value); }
 
 // Six values of a row or column of a tile to the six that are multiplied.
 INLINE void into_products(const Vector* d, int64_t step, Vector* v) {
@@ -131,8 +121,6 @@ INSTRUCTIONS inline void convolve(const Winograd& work, int64_t first, int64_t l
         for (int64_t tile = 0; tile < count; ++tile) finish_tile(work, start + tile, products + tile * width, pitch);
     }
 }
-
-#undef INLINE
 
 }  // namespace WITH_INSTRUCTIONS
 }  // namespace datasetdm
