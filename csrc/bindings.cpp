@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "blocks.h"
 #include "depth_head.h"
 #include "device.h"
 #include "guided_step.h"
@@ -30,6 +31,30 @@ PYBIND11_MODULE(_C, m) {
     m.def("geglu", &datasetdm::geglu_cpu, WithoutGil(), "storage"_a, "x"_a, "out"_a, "rows"_a, "channels"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("winograd", &datasetdm::winograd_cpu, WithoutGil(), "x"_a, "weight"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a,
           "is_doubled"_a, "threads"_a, "vector_bytes"_a = 0);
+    py::class_<datasetdm::Norm>(m, "Norm")
+        .def(py::init([](uintptr_t weight, uintptr_t bias, int64_t channels, int64_t groups, double eps) {
+                 return datasetdm::Norm{weight, bias, channels, groups, eps};
+             }),
+             "weight"_a, "bias"_a, "channels"_a, "groups"_a, "eps"_a);
+    py::class_<datasetdm::Linear>(m, "Linear")
+        .def(py::init<uintptr_t, uintptr_t, int64_t, int64_t>(), "weight"_a, "bias"_a, "inner"_a, "outputs"_a);
+    py::class_<datasetdm::Convolution>(m, "Convolution")
+        .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>(), "weight"_a, "bias"_a, "transformed"_a, "channels"_a,
+             "outputs"_a, "taps"_a, "stride"_a, "padding"_a)
+        .def("run", &datasetdm::Convolution::run, WithoutGil(), "x"_a, "bias"_a, "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "threads"_a, "vector_bytes"_a = 0);
+    py::class_<datasetdm::Resnet>(m, "Resnet")
+        .def(py::init<const datasetdm::Norm&, const datasetdm::Convolution&, const datasetdm::Norm&, const datasetdm::Convolution&,
+                      std::optional<datasetdm::Convolution>>(),
+             "norm1"_a, "conv1"_a, "norm2"_a, "conv2"_a, "shortcut"_a)
+        .def("run", &datasetdm::Resnet::run, WithoutGil(), "x"_a, "bias"_a, "out"_a, "images"_a, "height"_a, "width"_a, "threads"_a, "vector_bytes"_a = 0);
+    using datasetdm::Linear;
+    using datasetdm::Norm;
+    py::class_<datasetdm::Transformer>(m, "Transformer")
+        .def(py::init<const Norm&, const Norm&, const Norm&, const Norm&, const Linear&, const Linear&, const Linear&, const Linear&, const Linear&, const Linear&,
+                      const Linear&, const Linear&, int64_t>(),
+             "norm"_a, "norm1"_a, "norm2"_a, "norm3"_a, "entry"_a, "self_qkv"_a, "self_out"_a, "text_q"_a, "text_out"_a, "wide"_a, "narrow"_a, "exit"_a, "heads"_a)
+        .def("before", &datasetdm::Transformer::before, WithoutGil(), "x"_a, "hidden"_a, "query"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0)
+        .def("after", &datasetdm::Transformer::after, WithoutGil(), "x"_a, "hidden"_a, "attended"_a, "out"_a, "images"_a, "cells"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("rle_encode", &datasetdm::rle_encode, "masks"_a.noconvert());
     m.def("rle_decode", &datasetdm::rle_decode, "counts"_a, "height"_a, "width"_a);
     m.def("rle_to_runs", &datasetdm::rle_to_runs, "counts"_a, "height"_a, "width"_a);

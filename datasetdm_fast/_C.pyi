@@ -117,3 +117,74 @@ def winograd(
     threads: int,
     vector_bytes: int = 0,
 ) -> None: ...
+
+class Norm:
+    def __init__(self, weight: int, bias: int, channels: int, groups: int, eps: float) -> None: ...
+
+class Linear:
+    def __init__(self, weight: int, bias: int, inner: int, outputs: int) -> None: ...
+
+class Convolution:
+    def __init__(
+        self,
+        weight: int,
+        bias: int,
+        transformed: int,
+        channels: int,
+        outputs: int,
+        taps: int,
+        stride: int,
+        padding: int,
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        bias: int,
+        residual: int,
+        out: int,
+        images: int,
+        height: int,
+        width: int,
+        threads: int,
+        vector_bytes: int = 0,
+    ) -> None: ...
+
+class Resnet:
+    def __init__(
+        self, norm1: Norm, conv1: Convolution, norm2: Norm, conv2: Convolution, shortcut: Convolution | None
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        bias: int,
+        out: int,
+        images: int,
+        height: int,
+        width: int,
+        threads: int,
+        vector_bytes: int = 0,
+    ) -> None: ...
+
+class Transformer:
+    def __init__(
+        self,
+        norm: Norm,
+        norm1: Norm,
+        norm2: Norm,
+        norm3: Norm,
+        entry: Linear,
+        self_qkv: Linear,
+        self_out: Linear,
+        text_q: Linear,
+        text_out: Linear,
+        wide: Linear,
+        narrow: Linear,
+        exit: Linear,
+        heads: int,
+    ) -> None: ...
+    def before(
+        self, x: int, hidden: int, query: int, images: int, cells: int, threads: int, vector_bytes: int = 0
+    ) -> None: ...
+    def after(
+        self, x: int, hidden: int, attended: int, out: int, images: int, cells: int, threads: int, vector_bytes: int = 0
+    ) -> None: ...

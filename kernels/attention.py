@@ -41,7 +41,8 @@ def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         1, 2
     )  # heads side by side, as the layer after it reads them
     places = [part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride()[:3])]
-    _C.attention(STORAGES[q.dtype], *places, batch, heads, queries, k.shape[2], width, width**-0.5, threads(q))
+    keys = k.shape[2]
+    _C.attention(STORAGES[q.dtype], *places, batch, heads, queries, keys, width, width**-0.5, threads(q, 2 * keys))
     return out
 
 

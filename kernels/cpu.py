@@ -7,6 +7,7 @@ from torch import Tensor
 
 STORAGES = {torch.float32: 0, torch.bfloat16: 1}
 SHARED = 2**18  # elements from which a call is worth a second thread
+PRODUCTS = 2**3  # with each element, in the time of one exponential and what else a norm does to it
 
 
 def is_native(*tensors: Tensor) -> bool:
@@ -22,5 +23,6 @@ def is_native(*tensors: Tensor) -> bool:
     return True
 
 
-def threads(x: Tensor) -> int:
-    return torch.get_num_threads() if x.numel() >= SHARED else 1
+def threads(x: Tensor, products: int = PRODUCTS) -> int:
+    """The threads for a call that multiplies each element of `x` this many times, or passes over it once."""
+    return torch.get_num_threads() if x.numel() * products >= SHARED * PRODUCTS else 1

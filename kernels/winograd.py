@@ -20,6 +20,12 @@ TAPS = (
 )
 
 
+def takes(weight: Tensor) -> bool:
+    """Whether `convolve` has a form of this weight."""
+    outputs, channels, *taps = weight.shape
+    return weight.dtype == torch.float32 and taps == [3, 3] and outputs % PANEL == channels % PANEL == 0
+
+
 def transformed(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
     """The weight as `convolve` reads it, computed in fp64."""
     taps = torch.tensor(TAPS, dtype=torch.float64)
@@ -45,5 +51,6 @@ def convolve(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr()
-    _C.winograd(*places, out.data_ptr(), batch, height, width, channels, len(bias), is_doubled, threads(out))
+    sizes = batch, height, width, channels, len(bias)
+    _C.winograd(*places, out.data_ptr(), *sizes, is_doubled, threads(out, 2 * channels))
     return out

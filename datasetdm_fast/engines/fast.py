@@ -22,6 +22,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.loading.model import Model
+from datasetdm_fast.models.blocks import with_blocks
 from datasetdm_fast.models.capture import CaptureHook, NoCapture, ProjectedSums, Projection, RawCapture
 from datasetdm_fast.models.packed import packed, weights_of
 from datasetdm_fast.models.text_encoder import TextEncoder
@@ -111,6 +112,7 @@ class FastEngine:
         for name in NETWORKS:
             setattr(self, name, self._network(name))
         if self.device.type == "cpu" and not self.is_compiled:
+            with_blocks(self.unet)
             for network in (self.unet, self.image_decoder, self.image_encoder):
                 packed(network)
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.kernels import winograd
+from datasetdm_fast.models.blocks import Block
 from datasetdm_fast.models.layers import Convolution, Linear, Upsample
 
 ROWS = 2048  # oneDNN is told how many to expect
@@ -86,6 +87,8 @@ def packed(module: nn.Module) -> nn.Module:
     if not torch.backends.mkldnn.is_available():
         return module
     for name, child in module.named_children():
+        if isinstance(child, Block):
+            continue
         if isinstance(child, Upsample):
             if _is_minimal(child.taps) and child.weight.dtype == torch.float32:
                 setattr(module, name, PackedUpsample(child))
@@ -112,13 +115,7 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_minimal(weight: Tensor) -> bool:
-    outputs, channels, *taps = weight.shape
-    return (
-        weight.dtype == torch.float32
-        and taps == [3, 3]
-        and outputs % winograd.PANEL == channels % winograd.PANEL == 0
-        and outputs * channels <= LARGEST_TRANSFORMED
-    )
+    return winograd.takes(weight) and len(weight) * weight.shape[1] <= LARGEST_TRANSFORMED
 
 
 def _has_tiles(height: int, width: int, images: int) -> bool:

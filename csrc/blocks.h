@@ -1,0 +1,67 @@
+// The blocks of a small network on a CPU in one call each: convolutions, residual blocks and transformers over fp32 weights that were packed
+// once. In such a network the calls between Python, PyTorch and a library take longer than the arithmetic.
+// The blocks read their weights where they lie, and images as channels-last data [images, height, width, channels]. `vector_bytes` 0 takes
+// the widest instructions of this CPU, and how many threads share the images changes no result.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "products.h"
+
+namespace datasetdm {
+
+struct Norm {
+    uintptr_t weight, bias;  // [channels]
+    int64_t channels, groups;
+    double eps;
+};
+
+// A convolution with `taps` along each side as a product over the cells it reads, or by Winograd's minimal filtering.
+struct Convolution {
+    Product product;        // inner = taps * taps * channels, the taps' rows and columns outermost
+    uintptr_t transformed;  // see winograd.h, or 0
+    int64_t channels, taps, stride, padding;
+
+    Convolution(uintptr_t weight, uintptr_t bias, uintptr_t transformed, int64_t channels, int64_t outputs, int64_t taps, int64_t stride, int64_t padding);
+
+    // `images` of height x width cells, with `bias` and, where it is not 0, plus `residual`.
+    void run(uintptr_t x, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) const;
+};
+
+struct Linear {
+    Product product;
+
+    Linear(uintptr_t weight, uintptr_t bias, int64_t inner, int64_t outputs);
+};
+
+// Norm, SiLU and convolution, twice, plus the block's input or what a 1x1 convolution makes of it.
+struct Resnet {
+    Norm norm1, norm2;
+    Convolution conv1, conv2;
+    std::optional<Convolution> shortcut;
+
+    Resnet(const Norm& norm1, const Convolution& conv1, const Norm& norm2, const Convolution& conv2, std::optional<Convolution> shortcut);
+
+    // `bias` of the first convolution.
+    void run(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads, int64_t vector_bytes) const;
+};
+
+// A transformer block before and after its attention over the text.
+struct Transformer {
+    Norm norm, norm1, norm2, norm3;
+    Linear entry, self_qkv, self_out, text_q, text_out, wide, narrow, exit;
+    int64_t heads;
+
+    Transformer(const Norm& norm, const Norm& norm1, const Norm& norm2, const Norm& norm3, const Linear& entry, const Linear& self_qkv,
+                const Linear& self_out, const Linear& text_q, const Linear& text_out, const Linear& wide, const Linear& narrow, const Linear& exit,
+                int64_t heads);
+
+    // From the image x [images, cells, channels]: `hidden` [images, cells, width] after self-attention, and the queries of the text, `query`.
+    void before(uintptr_t x, uintptr_t hidden, uintptr_t query, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes) const;
+
+    // From what the text's attention gave, `attended`: the block's output, x included.
+    void after(uintptr_t x, uintptr_t hidden, uintptr_t attended, uintptr_t out, int64_t images, int64_t cells, int64_t threads, int64_t vector_bytes) const;
+};
+
+}  // namespace datasetdm

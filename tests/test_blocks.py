@@ -1,0 +1,129 @@
+"""Blocks of csrc: every instruction set against the plain module in fp64, whatever the threads."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from datasetdm_fast import _C
+from datasetdm_fast.kernels import plain
+from datasetdm_fast.kernels.case import noise
+from datasetdm_fast.models.blocks import BLOCKS, Packing, with_blocks
+from datasetdm_fast.models.capture import NoCapture
+from datasetdm_fast.models.layers import Convolution, Resnet, Weights
+from datasetdm_fast.models.unet import Transformer, doubled
+
+VECTORS = _C.depth_head_vector_bytes()
+TEXT, HEADS = 7, 3
+
+
+def image(*shape: int) -> Tensor:
+    return noise(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def state(shapes: dict[str, tuple[int, ...]]) -> Weights:
+    """Weights of unit gain and small biases."""
+    found = {}
+    for name, shape in shapes.items():
+        found[f"{name}.weight"] = noise(*shape) / shape[1:].numel() ** 0.5 if len(shape) > 1 else noise(*shape) / 9 + 1
+        found[f"{name}.bias"] = noise(shape[0] + 1)[1:] / 9
+    return Weights({name: value.clone() for name, value in found.items()})
+
+
+def resnet(channels: int, outputs: int) -> Resnet:
+    size = torch.Size
+    shapes = {"norm1": size([channels]), "conv1": size([outputs, channels, 3, 3]), "norm2": size([outputs])}
+    shapes |= {"conv2": size([outputs, outputs, 3, 3])}
+    shapes |= {} if channels == outputs else {"conv_shortcut": size([outputs, channels, 1, 1])}
+    return Resnet(state(shapes), 4, 1e-5, plain)
+
+
+def transformer(channels: int, spread) -> Transformer:
+    size, block = torch.Size, "transformer_blocks.0."
+    square = size([channels, channels])
+    shapes = {"norm": square[:1], "proj_in": square, "proj_out": square}
+    shapes |= {f"{block}norm{k}": square[:1] for k in (1, 2, 3)}
+    shapes |= {f"{block}attn{k}.to_{name}": square for k in (1, 2) for name in ("q", "k", "v", "out.0")}
+    shapes |= {f"{block}ff.net.0.proj": size([8 * channels, channels])}
+    shapes |= {f"{block}ff.net.2": size([channels, 4 * channels])}
+    return Transformer(state(shapes), 4, HEADS, None, (0, 0), plain, spread)
+
+
+def case(kind: str) -> tuple[torch.nn.Module, list]:
+    if kind == "resnet of many tiles":
+        return resnet(32, 48), [image(3, 32, 9, 8), noise(48)]
+    if kind == "resnet of few tiles, channels that fill no panel":
+        return resnet(20, 20), [image(3, 20, 2, 3), noise(20)]
+    if kind == "convolution with stride 2":
+        return Convolution(state({"": torch.Size([36, 32, 3, 3])}) / "", stride=2), [image(2, 32, 7, 6)]
+    if kind == "convolution of few channels":
+        return Convolution(state({"": torch.Size([4, 16, 3, 3])}) / "", stride=1), [image(5, 16, 8, 8)]
+    batch, spread = (2, doubled) if kind == "transformer where the halves part" else (3, lambda x: x)
+    text = tuple(noise(len(spread(torch.zeros(batch))), HEADS, TEXT, 8) for _ in range(2))
+    return transformer(24, spread), [image(batch, 24, 3, 3), text, NoCapture(plain)]
+
+
+CASES = (
+    "resnet of many tiles",
+    "resnet of few tiles, channels that fill no panel",
+    "convolution with stride 2",
+    "convolution of few channels",
+    "transformer",
+    "transformer where the halves part",
+)
+
+
+def widened(given):
+    if isinstance(given, tuple):
+        return tuple(map(widened, given))
+    return given.double() if isinstance(given, Tensor) else given
+
+
+class OfWidth:
+    """A block of csrc whose calls take these vectors and this number of threads."""
+
+    def __init__(self, native, threads: int, vector_bytes: int):
+        self.native, self.last = native, (threads, vector_bytes)
+
+    def __getattr__(self, name: str):
+        return lambda *arguments: getattr(self.native, name)(*arguments[:-1], *self.last)
+
+
+@pytest.mark.parametrize("kind", CASES)
+@torch.inference_mode()
+def test_a_block_says_what_the_plain_module_says(kind, monkeypatch):
+    module, given = case(kind)
+    truth = copy.deepcopy(module).double()(*widened(tuple(given)))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **keywords: empty(*shape, **keywords).fill_(torch.nan))
+    block = BLOCKS[type(module)](module)
+    packing = Packing()
+    native = block.packed(packing)
+    for vector_bytes in VECTORS:
+        found = []
+        for threads in (1, 2, 5):
+            block._packed = OfWidth(native, threads, vector_bytes), packing.kept
+            found.append(block(*given))
+            assert torch.equal(found[0], found[-1])
+        assert float((found[0].double() - truth).norm() / truth.norm()) <= 2e-6
+    assert block.state_dict().keys() == module.state_dict().keys()
+
+
+def test_only_small_blocks_in_fp32_are_replaced():
+    small, large = resnet(16, 16), resnet(256, 256)
+    network = with_blocks(torch.nn.Sequential(small, large, resnet(16, 16).bfloat16()))
+    assert [type(layer) for layer in network] == [BLOCKS[Resnet], Resnet, Resnet]
+
+
+def test_what_does_not_fit_is_refused():
+    norm, wide = _C.Norm(64, 64, 16, 4, 1e-5), _C.Norm(64, 64, 32, 4, 1e-5)
+    convolution = _C.Convolution(64, 64, 0, 16, 16, 3, 1, 1)
+    with pytest.raises(ValueError, match="second norm: 32 channels, expected 16"):
+        _C.Resnet(norm, convolution, wide, convolution, None)
+    with pytest.raises(ValueError, match="a pointer is null"):
+        convolution.run(0, 64, 0, 64, 1, 4, 4, 1)
+    with pytest.raises(ValueError, match="no vectors of 8 bytes"):
+        convolution.run(64, 64, 0, 64, 1, 4, 4, 1, 8)
+    with pytest.raises(ValueError, match="5 taps"):
+        _C.Convolution(64, 64, 0, 16, 16, 5, 1, 2)
