@@ -15,8 +15,9 @@ from datasetdm_fast.command_line.progress import ImageProgress, duration
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.job import Job, count_rows, finished, prepare
+from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
-from datasetdm_fast.generation.run import prepare_remake, probe, remake, run
+from datasetdm_fast.generation.run import prepare_remake, remake, run
 from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder import object_store
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
     job = prepare(config, races=True)
-    _say(config, *table(job, probe(job.engine, job.recipe, job.plan.batch_size)))
+    _say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size)))
     images = min(job.plan.number - job.done, config.limit or job.plan.number)
     with (
         interruption,

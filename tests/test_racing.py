@@ -54,23 +54,32 @@ def test_the_fastest_that_agrees_wins(opened, rivals):
         "absent": Missing("no graphs", ""),
         "bf16": Refused("no", ""),
     }
-    engine, told = racing.fastest(slow, 2, 10**9)
-    assert engine is rivals["openvino"] and told.startswith("openvino of openvino ") and told.endswith(" s a call")
+    race = racing.fastest(slow, 2, 10**9)
+    told = race.told
+    assert (
+        race.engine is rivals["openvino"]
+        and 0 < race.seconds < 0.2
+        and told.startswith("openvino of openvino ")
+        and told.endswith(" s a call")
+    )
     assert [part.split()[0] for part in told.split(" of ")[1].split(", ")] == ["openvino", "ort", "fast"]
 
 
 def test_the_opened_engine_stays_unless_another_is_clearly_faster(opened, rivals, monkeypatch):
     rivals["openvino"] = Rival(opened, "openvino", 0.1)
-    engine, told = racing.fastest(opened, 2, 10**9)
-    assert engine is opened and told.startswith("fast of fast ")
+    race = racing.fastest(opened, 2, 10**9)
+    assert race.engine is opened and race.told.startswith("fast of fast ")
     monkeypatch.setattr(racing, "LEAST_GAIN", 10**9)
     slow = Rival(opened, "fast", 0.2)
-    assert racing.fastest(slow, 2, 10**9)[0] is slow
+    assert racing.fastest(slow, 2, 10**9).engine is slow
 
 
-def test_a_short_run_has_no_race(opened, rivals):
+def test_a_short_run_has_no_race_and_its_calls_are_those_of_the_plan(opened, rivals, monkeypatch):
     rivals["openvino"] = RuntimeError("it was built")
-    assert racing.fastest(opened, 2, 1) == (opened, "")
+    calls, inner = [], opened.denoise
+    monkeypatch.setattr(opened, "denoise", lambda *inputs: calls.append(1) or inner(*inputs))
+    race = racing.fastest(opened, 2, 1)
+    assert (race.engine, race.told) == (opened, "") and race.seconds > 0 and len(calls) <= 2
 
 
 def test_what_is_not_installed_takes_no_part(monkeypatch):
@@ -104,7 +113,7 @@ def test_the_plan_and_run_json_name_the_winner(tmp_path, monkeypatch, capsys):
         chosen.append((batch_size, calls))
         told = engine.fingerprint() | {"engine": "ort"}
         engine.fingerprint = lambda: told
-        return engine, "ort of ort 0.1 s, fast 0.2 s a call"
+        return racing.Race(engine, "ort of ort 0.1 s, fast 0.2 s a call", 0.1)
 
     monkeypatch.setattr(racing, "fastest", fastest)
     line = f"--number 3 --batch-size 2 --steps 2 --task depth --device cpu --out {tmp_path / 'run'}"

@@ -10,7 +10,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.generation import prompts
+from datasetdm_fast.generation import prompts, racing
 from datasetdm_fast.generation.combining import check_words, parse_combinations
 from datasetdm_fast.generation.plan import Plan, make_plan
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
@@ -50,6 +50,7 @@ class Job:
     document: dict[str, Any]  # run.json
     done: int  # samples the run folder already holds
     race: str = ""  # how --engine auto chose, where it tried several
+    call_seconds: float = 0.0  # of a UNet call at the run's batch size, where that was measured
 
     @property
     def folder(self) -> Path:
@@ -132,14 +133,14 @@ def compose(
     )
     if recipe.words and not config.allow_unnamed:
         check_named(source, plan)
-    race = ""
+    race = racing.Race(engine)
     if races and stored is None and config.engine == "auto" and not config.compile:
-        from datasetdm_fast.generation import racing
-
         images = min(config.limit or plan.number, plan.number)
-        engine, race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
+        race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
+        engine = race.engine
     document = describe(identity(config, source), plan, engine, recipe, decoders)
-    return Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, race)
+    facts = row_facts(document)
+    return Job(config, plan, engine, replace(recipe, facts=facts), document, 0, race.told, race.seconds)
 
 
 def check_named(source: prompts.PromptSource, plan: Plan) -> None:

@@ -20,7 +20,6 @@ from datasetdm_fast.generation.settings import identity
 from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, maker, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
-from datasetdm_fast.stages import FACTOR
 
 
 def run(
@@ -73,22 +72,6 @@ def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:
     there = {*ledger.indices(), *ledger.indices(SET_ASIDE)}
     missing = [index for index in range(number) if index not in there]
     return set(missing[: limit or None])
-
-
-def probe(engine: Engine, recipe: Recipe, batch_size: int) -> float:
-    """Seconds of one UNet call at the run's batch size."""
-    import torch
-
-    side, seconds = recipe.size // FACTOR, []
-    latents = torch.zeros(batch_size, 4, side, side, device=engine.device)
-    context = engine.encode_text([""]).expand(2 * batch_size, -1, -1)
-    while (
-        len(seconds) < 2 and sum(seconds) < 2
-    ):  # the first call also warms up, which does not matter where calls are slow
-        begin = time.perf_counter()
-        engine.denoise(latents, recipe.schedule.timesteps[0], context).sum().item()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
 
 
 _NO_PROMPTS = prompts.PromptSource((), "", (), 0)
