@@ -113,9 +113,11 @@ def _end(config: RunConfig, result: Result) -> int:
     rate = result.made / result.seconds if result.made else 0.0
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     facts |= {"complete": result.is_complete, "images_per_second": round(rate, 4)}
+    facts |= {"closing_seconds": round(result.closing_seconds, 3)}
     _put(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
-        speed = f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second"
+        closing = f"{duration(result.closing_seconds)} of it for index files and gallery"
+        speed = f"{result.made} images in {duration(result.seconds)} ({closing}), {rate:.3g} images per second"
         _say(config, f"{speed}; look at {result.path}/gallery/index.html")
     result.check()
     return 0

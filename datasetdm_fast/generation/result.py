@@ -1,5 +1,6 @@
 """What a run has to show: samples, quarantined samples, speed."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ class Result:
     done: int
     made: int  # of these, by this process
     set_aside: int
-    seconds: float
+    seconds: float = 0.0  # of this process's work, its closing included
+    closing_seconds: float = 0.0  # of these, for the index files and the gallery
 
     @property
     def is_complete(self) -> bool:
@@ -32,23 +34,33 @@ class Result:
             )
 
 
-def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, seconds: float = 0.0) -> Result:
-    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), seconds)
+def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, **seconds: float) -> Result:
+    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), **seconds)
 
 
-def close(folder: Path, number: int, made: int, seconds: float) -> Result:
-    """The result of a run whose folder this process holds and nobody works in any more, its index files rebuilt."""
+def closed(folder: RunFolder, number: int, made: int, begin: float) -> Result:
+    """The result of a run that nobody works in any more, its index files rebuilt; `begin` is when it was started, on
+    the clock of `time.perf_counter`.
+    """
+    closing = time.perf_counter()
+    folder.rebuild()
+    end = time.perf_counter()
+    return result_of(folder.path, number, folder.ledger, made, seconds=end - begin, closing_seconds=end - closing)
+
+
+def close(folder: Path, number: int, made: int, begin: float) -> Result:
+    """The same where this process holds the folder and has not opened it yet."""
     document = read_document(folder)
     if document is None:
-        return Result(folder, number, 0, 0, 0, seconds)
+        return Result(folder, number, 0, 0, 0)
     with RunFolder(folder, document, is_member=True) as opened:
-        opened.rebuild()
-        return result_of(folder, number, opened.ledger, made, seconds)
+        return closed(opened, number, made, begin)
 
 
-def look(folder: Path, number: int, made: int, seconds: float) -> Result:
+def look(folder: Path, number: int, made: int, begin: float) -> Result:
     """The result of a run that others may still be busy with."""
+    seconds = time.perf_counter() - begin
     if not (folder / LEDGER).exists():
         return Result(folder, number, 0, 0, 0, seconds)
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return result_of(folder, number, ledger, made, seconds)
+        return result_of(folder, number, ledger, made, seconds=seconds)

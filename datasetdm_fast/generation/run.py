@@ -15,7 +15,7 @@ from datasetdm_fast.generation.driver import word_slots
 from datasetdm_fast.generation.job import Job, engine_of, recipe_of
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.recipe import Recipe
-from datasetdm_fast.generation.result import Result, result_of
+from datasetdm_fast.generation.result import Result, closed
 from datasetdm_fast.generation.settings import identity
 from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, maker, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -44,9 +44,7 @@ def run(
             for batch, results in driver.generate(until(is_stopping, batches), job.engine, job.recipe, on_unet_call):
                 kept = [result for result in results if result.request.index in wanted]
                 writing.put(kept, facts_of(job.recipe, batch))
-        seconds = time.perf_counter() - begin
-        folder.rebuild()
-        return result_of(job.folder, job.plan.number, folder.ledger, new, seconds)
+        return closed(folder, job.plan.number, new, begin)
 
 
 def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:

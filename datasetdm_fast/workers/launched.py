@@ -98,7 +98,7 @@ def run(config: RunConfig, peer: LaunchedProcess, callbacks: Callbacks) -> Resul
             worker = Worker(job, opened, queue, owner, callbacks.on_commit, watch, callbacks.is_stopping)
             worker.work()
     is_waiting = peer.rank == 0 and not callbacks.is_stopping()
-    return leave(folder, count_images(config), worker.made, time.perf_counter() - begin, is_waiting=is_waiting)
+    return leave(folder, count_images(config), worker.made, begin, is_waiting=is_waiting)
 
 
 def drop_lost(queue: WorkQueue, silence: Silence, own: Owner) -> None:
@@ -110,7 +110,7 @@ def drop_lost(queue: WorkQueue, silence: Silence, own: Owner) -> None:
             queue.leave(owner, DIED)
 
 
-def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: bool) -> Result:
+def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: bool) -> Result:
     """The result as this process sees it; the last to leave rebuilds the index files, and one that `is_waiting` leaves
     after the others.
     """
@@ -119,8 +119,8 @@ def leave(folder: Path, number: int, made: int, seconds: float, *, is_waiting: b
         try:
             with locks.locked(folder / LOCK):
                 clean(folder)
-                return close(folder, number, made, seconds)
+                return close(folder, number, made, begin)
         except Refused:
             if not is_waiting or time.monotonic() > end:
-                return look(folder, number, made, seconds)
+                return look(folder, number, made, begin)
             time.sleep(SECONDS_BETWEEN_TRIES)

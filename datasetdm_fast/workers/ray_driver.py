@@ -18,7 +18,7 @@ from datasetdm_fast.errors import REFUSALS, Missing
 from datasetdm_fast.generation import result
 from datasetdm_fast.generation.job import Job, adopt, check_room, count_rows
 from datasetdm_fast.generation.prompts import read_source
-from datasetdm_fast.generation.result import Result, look
+from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import in_order, lacking
 from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.run_folder import object_store
@@ -52,7 +52,7 @@ def _run(config: RunConfig, callbacks: Callbacks) -> Result:
         except tuple(REFUSALS.values()):
             if not callbacks.is_stopping():
                 raise
-        return driver.finish(time.perf_counter() - begin)
+        return driver.finish(begin)
 
 
 @dataclass
@@ -151,16 +151,16 @@ class RayDriver(Supervisor):
         present = frozenset(planned - self.wanted)
         self.queue.open(batches, max(self.wanted, default=-1), self.folder.document, present)
 
-    def finish(self, seconds: float) -> Result:
+    def finish(self, begin: float) -> Result:
         """The result, once the index files are there."""
         folder, number = Path(self.config.out), count_images(self.config)
         if self.folder is None:
-            return look(folder, number, 0, seconds)
+            return result.look(folder, number, 0, begin)
         clean(folder)  # what workers that were killed had half-written
-        self.folder.rebuild()
+        found = result.closed(self.folder, number, self.committed, begin)
         if self.store:
             self.store.complete(folder)
-        return result.result_of(folder, number, self.folder.ledger, self.committed, seconds)
+        return found
 
     def close(self) -> None:
         if self.folder is not None:

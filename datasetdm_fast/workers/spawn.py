@@ -53,9 +53,8 @@ def run(config: RunConfig, places: Sequence[Place], callbacks: Callbacks) -> Res
         with closing(WorkQueue(folder / seal.QUEUE)) as queue:
             supervisor = SpawningSupervisor(config, places, callbacks)
             supervisor.work(queue, len(places))
-        seconds = time.perf_counter() - begin
         clean(folder)
-        return close(folder, count_images(config), supervisor.committed, seconds)
+        return close(folder, count_images(config), supervisor.committed, begin)
 
 
 @contextmanager
