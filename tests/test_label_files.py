@@ -183,7 +183,7 @@ def test_a_joint_that_is_not_seen_has_no_place_and_no_part_in_the_box():
     assert found_wrong("pose", {}, [item]) == []
     _, (item,) = encoded("pose", person((1, 1), (2, 2), (3, 3), visibility=(0, 0, 0)))
     assert item["num_keypoints"] == 0 and item["bbox"] == [0, 0, 0, 0] and item["area"] == 0
-    assert pose_labels.people([item], {}) == [] and found_wrong("pose", {}, [item]) == []
+    assert pose_labels.people([item], {}, None) == [] and found_wrong("pose", {}, [item]) == []
 
 
 def test_files_count_joints_from_the_middle_of_the_first_pixel_as_coco_does():
@@ -193,7 +193,7 @@ def test_files_count_joints_from_the_middle_of_the_first_pixel_as_coco_does():
     assert record[0]["keypoints"][:2] == [10, 20]
     table = {"joints": label.joints, "limbs": label.limbs, "origin": "middle of the first pixel"}
     decoded = LABEL_KINDS["pose"].decode({}, record, table)
-    assert np.abs(decoded.points - label.points).max() < 4e-5 and pose_labels.people(record, table)[0][:2] == [
+    assert np.abs(decoded.points - label.points).max() < 4e-5 and pose_labels.people(record, table, None)[0][:2] == [
         10.5,
         20.5,
     ]

@@ -14,6 +14,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import seal
+from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row, canonical
@@ -451,3 +452,53 @@ def test_a_queue_that_cannot_be_removed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "unlink", broken)
     with pytest.raises(Missing, match="leases.sqlite: Input/output error"):
         seal.remove_queue(tmp_path)
+
+
+EARLIER_SCHEMA = """
+CREATE TABLE samples (
+    "index" INTEGER PRIMARY KEY, prompt TEXT NOT NULL, seed INTEGER NOT NULL, classes TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('done', 'set-aside')), reason TEXT NOT NULL,
+    recipe TEXT NOT NULL, files TEXT NOT NULL, labels TEXT NOT NULL
+);
+CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+LONG_RECIPE = {"batch_size": 4, "model": {f"part {k}": "ab" * 32 for k in range(16)}}
+
+
+def test_a_folder_of_format_1_opens_audits_and_resumes_in_its_form(tmp_path, run_path):
+    path = tmp_path / "run"
+    (path / "state").mkdir(parents=True)
+    with sqlite3.connect(path / "state" / "ledger.sqlite") as connection:
+        connection.executescript(EARLIER_SCHEMA)
+    with RunFolder(path, document(12) | {"format": 1}) as folder:
+        folder.add([rendered(k) for k in range(7)], LONG_RECIPE)
+    for picture in (path / "gallery" / "depth").iterdir():  # earlier versions drew them at the end
+        picture.unlink()
+    with sqlite3.connect(path / "state" / "ledger.sqlite") as connection:
+        recipe, files = connection.execute("SELECT recipe, files FROM samples").fetchone()
+    assert json.loads(recipe) == LONG_RECIPE and set(json.loads(files)["depth"]) == {"path", "sha256", "bytes"}
+    assert len(open_run(path)) == 7 and audit(path).findings == []
+    with RunFolder(path, read_document(path)) as folder:
+        folder.add([rendered(k) for k in range(7, 12)], LONG_RECIPE)
+        folder.rebuild()
+    assert audit(path).findings == [] and open_run(path)[11].meta == LONG_RECIPE
+    changed = {name for name, content in tree(path).items() if content != tree(run_path)[name]}
+    assert changed == {"run.json"} and len(tree(path)) == len(tree(run_path))
+
+
+def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        files = {role: (f"{role}/00000001.png", StoredFile("ab" * 32, 5)) for role in ("depth", "semantic")}
+        files["image"] = ("images/00000001.jpg", StoredFile("cd" * 32, 5))
+        rows = [Row(Request(k, "a ball", k), LONG_RECIPE, files, {}, tracings={"instance": ["M0 0"]}) for k in (1,)]
+        ledger.commit(rows)
+        ledger.commit([row(k) for k in range(2, 50)])
+        ledger.commit([Row(Request(k, "a ball", k), LONG_RECIPE) for k in range(50, 100)])
+        assert ledger.row(50).recipe == ledger.row(1).recipe == LONG_RECIPE and ledger.row(1).files == files
+        assert list(ledger.rows(parts=("tracings",)))[0] == Row(rows[0].request, {}, tracings=rows[0].tracings)
+        (written,) = ledger._connection.execute("SELECT sum(length(recipe)) FROM samples").fetchone()
+        assert written < 100 * 33 and ledger._connection.execute("SELECT count(*) FROM recipes").fetchone() == (1,)
+        ledger._connection.execute("UPDATE recipes SET recipe = '{}'")
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        with pytest.raises(Refused, match="the row of sample 1 is damaged .*no recipe has the digest"):
+            ledger.row(1)

@@ -25,7 +25,7 @@ from datasetdm_fast.labels.image_files import image_bytes
 from datasetdm_fast.labels.kind import Placement
 from datasetdm_fast.labels.label_files import Files
 from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, read_document
-from datasetdm_fast.run_folder.folder import RunFolder, into
+from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.version import __version__
 
@@ -203,7 +203,7 @@ def run(
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[int, float]:
     """Makes the missing samples, in threads but committed in order, then the index files; how many samples it made, and
-    the seconds that these took.
+    the seconds that all of this took.
     """
     start = time.perf_counter()
     with RunFolder(folder, read_document(folder) or splicing.document) as opened:
@@ -214,9 +214,8 @@ def run(
             opened.ledger.commit(rows)
             done += len(rows)
             on_commit(len(rows))
-        seconds = time.perf_counter() - start
         opened.rebuild()
-    return done, seconds
+    return done, time.perf_counter() - start
 
 
 def in_threads(
@@ -240,11 +239,7 @@ def in_threads(
 
 def write(splicing: Splicing, block: Sequence[int], folder: Path) -> list[Row]:
     """The rows of some samples, once their files are on the disk."""
-    made = [splicing.made(index) for index in block]
-    stored = into(folder)({name: content for _, files in made for name, content in files.values()})
-    for row, files in made:
-        row.files.update({role: (name, stored[name]) for role, (name, _) in files.items()})
-    return [row for row, _ in made]
+    return publish_samples([splicing.made(index) for index in block], into(folder))
 
 
 def remake(folder: Path, id: str, source: str = "") -> list[str]:

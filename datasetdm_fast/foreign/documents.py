@@ -6,7 +6,7 @@ import re
 import stat
 import struct
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -20,15 +20,16 @@ LARGEST_XML = 2**20
 MOST_MEMBERS = 20_000  # of one zip archive
 DEEPEST = 32  # nested lists, objects, elements or graphs
 LONGEST_NAME = 1024
+_NOT_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f\\:]")
 GET_AGAIN = "Get the file again and compare its checksum."
 
 
 def check_inside(name: str) -> str:
     """The name where it is a plain relative path that cannot lead out of its folder; else a ValueError."""
-    if not isinstance(name, str) or not name or len(name) > LONGEST_NAME or re.search(r"[\x00-\x1f\x7f\\:]", name):
+    if not isinstance(name, str) or not name or len(name) > LONGEST_NAME or _NOT_IN_A_PATH.search(name):
         raise ValueError(f"{quoted(name)} is no plain relative path")
-    parts = PurePosixPath(name).parts
-    if name.startswith("/") or ".." in parts or not parts:
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or not set(parts) - {"", "."}:
         raise ValueError(f"{quoted(name)} leads out of its folder")
     return name
 

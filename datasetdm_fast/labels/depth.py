@@ -51,7 +51,7 @@ class DepthKind(LabelKind):
             "picture",
             role="depth",
             picture=depth_picture,
-            values=lambda record, table: [record["min"], record["max"]],
+            values=lambda record, table, traced: [record["min"], record["max"]],
             unit="m",
         ),
     )

@@ -25,14 +25,15 @@ from datasetdm_fast.labels.pictures import masked, outline
 SHOWN_SCORE = 0.4  # instances below it are left out of pictures
 
 
-def outlines(record: Any, table: Table) -> list[list[Any]]:
+def outlines(record: Any) -> list[str]:
+    """The outline of every instance, as the path of an SVG."""
+    return [outline(mask_rle.decode(item["segmentation"])) for item in record]
+
+
+def outlined(record: Any, table: Table, paths: list[str]) -> list[list[Any]]:
     return [
-        [
-            table["classes"][item["category_id"] - 1],
-            round(item["score"], 3),
-            outline(mask_rle.decode(item["segmentation"])),
-        ]
-        for item in record
+        [table["classes"][item["category_id"] - 1], round(item["score"], 3), path]
+        for item, path in zip(record, paths, strict=True)
     ]
 
 
@@ -44,7 +45,7 @@ def _iou(first: np.ndarray, second: np.ndarray) -> float:
 class InstanceKind(LabelKind):
     attribute, title = "instances", "Instances"
     contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
-    layers = (GalleryLayer("instance", "Instances", "outlines", values=outlines),)
+    layers = (GalleryLayer("instance", "Instances", "outlines", values=outlined, trace=outlines),)
     gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 0.5))
     table_form = {"classes": [str], "size": [int]}
     pixel_bytes = 0.5

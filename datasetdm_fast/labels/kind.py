@@ -64,7 +64,9 @@ class GalleryLayer:
     drawing: str
     role: str = ""  # of the file that is drawn
     picture: Callable[[np.ndarray], Image.Image] | None = None  # drawn in its place: a palette picture of its pixels
-    values: Callable[[Any, Table], Any] | None = None  # what the page holds of a sample, from record and table
+    # what the page holds of a sample, from record, table and what was traced
+    values: Callable[[Any, Table, Any], Any] | None = None
+    trace: Callable[[Any], Any] | None = None  # made of a record when its sample is written, as it takes long
     unit: str = ""  # where the values are a range that the page tells
 
 

@@ -1,5 +1,6 @@
 """Pictures of labels: coloured depth, mask outlines, painted masks and skeletons."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -41,7 +42,15 @@ def outline(mask: np.ndarray) -> str:
     corner = (across[0] * step, down[0] * step)
     part = mask[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
     rings = (ring + corner for ring in _rings(part.tobytes(), part.shape, step, tolerance))
-    return "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in ring) + "Z" for ring in rings if len(ring) > 2)
+    return "".join(_path(ring) for ring in rings if len(ring) > 2)
+
+
+def _path(ring: np.ndarray) -> str:
+    """A ring as part of an SVG's path: where it begins, then the way from each corner to the next."""
+    first, ways = ring[0], np.diff(ring, axis=0).tolist()
+    numbers = [f"{value:g}" for way in ways for value in way]
+    joined = "".join(number if number[0] == "-" or not k else f" {number}" for k, number in enumerate(numbers))
+    return f"M{first[0]:g} {first[1]:g}l{joined}z"
 
 
 @lru_cache(KEPT_OUTLINES)  # samples that lie in several pictures of a spliced run bring the same things again
@@ -55,17 +64,17 @@ def _rings(content: bytes, shape: tuple[int, int], step: int, tolerance: float) 
 
 def borders(mask: np.ndarray) -> list[np.ndarray]:
     """Closed rings [n, 2] of x, y along the pixel edges between inside and outside."""
-    padded = np.pad(mask, 1)
-    edges: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for (down, right), start, end in (
-        ((-1, 0), (0, 0), (1, 0)),  # outside above: walk right along the top edge
-        ((0, 1), (1, 0), (1, 1)),
-        ((1, 0), (1, 1), (0, 1)),
-        ((0, -1), (0, 1), (0, 0)),
+    around, wide = np.pad(mask, 1), mask.shape[1] + 1
+    edges: dict[int, list[int]] = {}  # corners are numbered row by row, `wide` of them in a row
+    for outside, start, end in (
+        (around[:-2, 1:-1], 0, 1),  # outside above: walk right along the top edge
+        (around[1:-1, 2:], 1, wide + 1),
+        (around[2:, 1:-1], wide + 1, wide),
+        (around[1:-1, :-2], wide, 0),
     ):
-        outside = np.roll(padded, (-down, -right), (0, 1))[1:-1, 1:-1]
-        for y, x in np.argwhere(mask & ~outside).tolist():
-            edges.setdefault((x + start[0], y + start[1]), []).append((x + end[0], y + end[1]))
+        rows, columns = np.nonzero(mask & ~outside)
+        for corner in (rows * wide + columns).tolist():
+            edges.setdefault(corner + start, []).append(corner + end)
     rings = []
     while edges:
         first = place = next(iter(edges))
@@ -78,28 +87,29 @@ def borders(mask: np.ndarray) -> list[np.ndarray]:
             if place == first:
                 break
             ring.append(place)
-        rings.append(np.array(ring, float))
+        corners = np.array(ring)
+        rings.append(np.stack([corners % wide, corners // wide], 1).astype(float))
     return rings
 
 
 def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
     """The ring without points within `tolerance` of the line between their neighbours (Douglas and Peucker)."""
     far = int(np.abs(ring - ring[0]).sum(1).argmax())
-    closed = np.concatenate([ring, ring[:1]])
-    keep = np.zeros(len(closed), bool)
-    keep[[0, far]] = True
-    spans = [(0, far), (far, len(ring))]
+    closed = np.concatenate([ring, ring[:1]]).tolist()  # plain numbers, as most spans are too short for arrays
+    kept, spans = {0, far}, [(0, far), (far, len(ring))]
     while spans:
         a, b = spans.pop()
-        if b - a < 2:
-            continue
-        (x, y), (dx, dy) = closed[a], closed[b] - closed[a]
-        offset = np.abs((closed[a + 1 : b, 0] - x) * dy - (closed[a + 1 : b, 1] - y) * dx) / max(np.hypot(dx, dy), 1e-9)
-        worst = int(offset.argmax())
-        if offset[worst] > tolerance:
-            keep[a + 1 + worst] = True
-            spans += [(a, a + 1 + worst), (a + 1 + worst, b)]
-    return closed[:-1][keep[:-1]]
+        (x, y), (end_x, end_y) = closed[a], closed[b]
+        dx, dy = end_x - x, end_y - y
+        most, worst = tolerance * max(math.hypot(dx, dy), 1e-9), 0
+        for k in range(a + 1, b):
+            offset = abs((closed[k][0] - x) * dy - (closed[k][1] - y) * dx)
+            if offset > most:
+                most, worst = offset, k
+        if worst:
+            kept.add(worst)
+            spans += [(a, worst), (worst, b)]
+    return ring[sorted(kept)]
 
 
 def painted(labels: np.ndarray) -> Image.Image:

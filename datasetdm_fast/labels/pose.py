@@ -31,7 +31,7 @@ def _to_edge(table: Table) -> float:
     return TO_EDGE if table.get("origin") == MIDDLE else 0.0
 
 
-def people(record: Any, table: Table) -> list[list[float]]:
+def people(record: Any, table: Table, traced: Any) -> list[list[float]]:
     """Places and visibility of each person's joints, in pixels of the picture."""
     added = np.array([_to_edge(table), _to_edge(table), 0])
     found = [np.array(item["keypoints"], np.float64).reshape(-1, 3) for item in record if item["num_keypoints"]]

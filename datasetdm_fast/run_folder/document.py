@@ -10,7 +10,8 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of
 
-FORMAT = 1  # of the folder's layout; a reader refuses what it does not know
+FORMAT = 2  # of the folder's layout; a reader refuses what it does not know
+READ_FORMATS = (1, FORMAT)  # in the first, each row of the ledger holds its whole recipe, and no outline
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 COMMANDS = ("generate", "splice")  # that make run folders, and single samples of them again
 FORM = {
@@ -56,9 +57,10 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         document = documents.read_object(path)
     except Refused as stop:
         raise Refused(stop.cause, RESTORE) from stop
-    if document.get("format") != FORMAT:
+    if document.get("format") not in READ_FORMATS:
+        known = " and ".join(map(str, READ_FORMATS))
         raise Refused(
-            f"{path}: format {documents.quoted(document.get('format'))}, this version reads {FORMAT}",
+            f"{path}: format {documents.quoted(document.get('format'))}, this version reads {known}",
             "Read it with the version that wrote it.",
         )
     try:

@@ -112,7 +112,7 @@ class RunFolder(AbstractContextManager):
                     }
                 )
                 gallery.write(self.path, self.document, self.ledger, has_samples=not (self.path / ELSEWHERE).exists())
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise Refused(
                     f"{self.path / LEDGER}: its rows do not fit {DOCUMENT} ({type(error).__name__}: {error})",
                     f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
@@ -132,18 +132,24 @@ def write_samples(
     results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], image_format: str, publish: Publish
 ) -> list[Row]:
     """The rows of the results, once `publish` has taken all of their files."""
-    files, rows = {}, []
+    made: list[tuple[Row, label_files.Files]] = []
     for result in results:
         if isinstance(result, SetAside):
-            rows.append(Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason))
+            made.append((Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason), {}))
             continue
-        made, records = label_files.encode(result, image_format)
-        files[result.request.index] = made
-        rows.append(Row(result.request, {**recipe, **result.provenance}, labels=records))
-    stored = publish({name: content for made in files.values() for name, content in made.values()})
-    for row in rows:
-        row.files.update({role: (name, stored[name]) for role, (name, _) in files.get(row.request.index, {}).items()})
-    return rows
+        files, records = label_files.encode(result, image_format)
+        made.append((Row(result.request, {**recipe, **result.provenance}, labels=records), files))
+    return publish_samples(made, publish)
+
+
+def publish_samples(made: Sequence[tuple[Row, label_files.Files]], publish: Publish) -> list[Row]:
+    """The rows, once `publish` has taken their files and the pictures that the gallery shows of them."""
+    contents = {name: content for _, files in made for name, content in files.values()}
+    stored = publish(contents | {name: content for _, files in made for name, content in gallery.pictures(files)})
+    for row, files in made:
+        row.files.update({role: (name, stored[name]) for role, (name, _) in files.items()})
+        row.tracings.update(gallery.tracings(row.labels))
+    return [row for row, _ in made]
 
 
 def into(folder: Path) -> Publish:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from datasetdm_fast.labels import LABEL_KINDS, by_kind, kind_of
 from datasetdm_fast.labels.colours import colour
 from datasetdm_fast.labels.image_files import picture_bytes
 from datasetdm_fast.labels.kind import GalleryLayer
+from datasetdm_fast.labels.label_files import Files
 from datasetdm_fast.labels.names import by_task, own_stem
 from datasetdm_fast.run_folder.document import LEDGER, described_sides, maker, sides
 from datasetdm_fast.run_folder.kept import Kept, read_kept
@@ -36,11 +37,27 @@ LEFT_OUT = b'<script type="application/json" id="left-out">'  # how the line of 
 BLOCK = 64  # pictures published at once
 
 
+def pictures(files: Files) -> Iterator[tuple[str, bytes]]:
+    """The pictures the gallery shows of a sample's files, each with its path inside the run folder."""
+    for role, (name, content) in files.items():
+        if drawn_layer(role):
+            yield f"gallery/{name}", picture_of(role, content)
+
+
+def tracings(records: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page draws of a sample's labels and would take long to find for all samples at once, by layer."""
+    return {
+        layer.name: layer.trace(records[task])
+        for task in records
+        for layer in kind_of(task).layers
+        if layer.trace and records[task]
+    }
+
+
 def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True) -> None:
-    """Writes the page and, where the folder has the samples, the pictures that are drawn for it."""
-    roles = [layer.role for layer in _layers(document) if layer.picture and has_samples]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        _draw(folder, ledger, roles, pool)
+    """Writes the page and, where the folder has the samples, the pictures for it that are missing."""
+    for role in [layer.role for layer in _layers(document) if layer.picture and has_samples]:
+        _draw(folder, ledger, role)
     storage.publish({folder / PAGE: page(document, ledger, _left_out(read_kept(folder)))})
 
 
@@ -62,14 +79,16 @@ def _left_out(decided: Kept | None) -> dict[str, str]:
     return {f"{index:08d}": reason for index, reason in decided.left_out.items()} if decided else {}
 
 
-def _draw(folder: Path, ledger: Ledger, roles: Iterable[str], pool: ThreadPoolExecutor) -> None:
-    """Draws the pictures that are missing."""
-    for role in roles:
-        wanted = (row for row in ledger.rows() if not (folder / picture_name(role, row)).exists())
-        while block := list(islice(wanted, BLOCK)):
-            files = {picture_name(role, row): (folder / row.files[role][0]).read_bytes() for row in block}
-            drawn = pool.map(partial(picture_of, role), files.values())
-            storage.publish(dict(zip((folder / name for name in files), drawn)))
+def _draw(folder: Path, ledger: Ledger, role: str) -> None:
+    """Draws the pictures of a role that are missing, as in the folder of an earlier version they are."""
+    there = {path.name for path in (folder / "gallery" / role).glob("*.png")}
+    wanted = (index for index in ledger.indices() if f"{index:08d}.png" not in there)
+    while block := list(islice(wanted, BLOCK)):
+        rows = [ledger.row(index) for index in block]
+        contents = {picture_name(role, row): (folder / row.files[role][0]).read_bytes() for row in rows}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            drawn = pool.map(partial(picture_of, role), contents.values())
+            storage.publish(dict(zip((folder / name for name in contents), drawn, strict=True)))
 
 
 def picture_of(role: str, content: bytes) -> bytes:
@@ -96,7 +115,7 @@ def page(document: Mapping[str, Any], ledger: Ledger, left_out: Mapping[str, str
     before, after = rest.split("{{samples}}")
     yield (start + _embedded(_facts(document, ledger)) + middle + _embedded(left_out or {}) + before).encode()
     yield b"["
-    for k, row in enumerate(ledger.rows()):
+    for k, row in enumerate(ledger.rows(parts=("recipe", "labels", "tracings"))):
         yield ((",\n" if k else "\n") + _embedded(_sample(document, row))).encode()
     yield b"]"
     yield after.encode()
@@ -120,7 +139,8 @@ def _embedded(value: Any) -> str:
 
 def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
     config, sampling = document["config"], document["sampling"]
-    counts = Counter(word for row in ledger.rows() for word in _classes(document, row))
+    rows = ledger.rows(parts=("recipe", "labels"))
+    counts = Counter(word for row in rows for word in _classes(document, row))
     return {
         "title": f"Labelled images from {document['model']['name']}",
         "pixels": described_sides(document),
@@ -186,8 +206,15 @@ def _sample(document: Mapping[str, Any], row: Row) -> dict[str, Any]:
         "sides": sides(document, row.recipe),
         "classes": _classes(document, row),
         "values": {
-            layer.name: layer.values(row.labels[task], document["labels"][task])
+            layer.name: layer.values(row.labels[task], document["labels"][task], _traced(layer, row, task))
             for layer, task in _layers(document).items()
             if layer.values and task in row.labels
         },
     }
+
+
+def _traced(layer: GalleryLayer, row: Row, task: str) -> Any:
+    """What was traced when the sample was written; by earlier versions nothing was."""
+    if layer.trace is None or not row.labels[task]:
+        return []
+    return row.tracings[layer.name] if layer.name in row.tracings else layer.trace(row.labels[task])

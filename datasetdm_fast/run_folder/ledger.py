@@ -1,8 +1,9 @@
 """The commit point: a sample exists when its row is committed here, after its files were published."""
 
+import hashlib
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,21 +18,30 @@ from datasetdm_fast.foreign import documents
 NEGATIVE = "negative_prompt"  # where a row's recipe holds it
 DONE, SET_ASIDE = "done", "set-aside"
 _SCHEMA = """
+PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS samples (
     "index" INTEGER PRIMARY KEY, prompt TEXT NOT NULL, seed INTEGER NOT NULL, classes TEXT NOT NULL,
     status TEXT NOT NULL CHECK (status IN ('done', 'set-aside')), reason TEXT NOT NULL,
     recipe TEXT NOT NULL, files TEXT NOT NULL, labels TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS recipes (digest TEXT PRIMARY KEY, recipe TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS tracings ("index" INTEGER PRIMARY KEY, tracings TEXT NOT NULL);
 """
+NEEDED = {("table", "samples"), ("table", "notes")}
+ADDED = {("table", "recipes"), ("table", "tracings")}  # which ledgers of format 1 have not, and do not get
+SHARED_BYTES = 512  # from which on a recipe is stored once, and its rows name it by its digest
+KEPT_RECIPES = 64  # in memory, as they were read
+PARTS = ("recipe", "files", "labels")  # of a row, each parsed only where it is asked for
 # made when the first score is added
 _SCORES = """
 CREATE TABLE IF NOT EXISTS scores (
     "index" INTEGER NOT NULL, name TEXT NOT NULL, value, PRIMARY KEY (name, "index")
 ) WITHOUT ROWID
 """
-_FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, NEGATIVE: str}
+_FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, "tracings": dict}
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels'
+_ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(frozen=True)
@@ -46,17 +56,24 @@ class Row:
     labels: dict[str, Any] = field(default_factory=dict)  # task -> records and figures
     status: str = DONE
     reason: str = ""
+    tracings: dict[str, Any] = field(default_factory=dict)  # layer of the gallery -> what was traced for it
 
 
 def canonical(value: Any) -> str:
     """JSON with one spelling for one value."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _ENCODE(value)
+
+
+def digest_of(recipe: str) -> str:
+    """The name that the rows of a ledger give a recipe: 128 bits of its SHA-256."""
+    return hashlib.sha256(recipe.encode()).hexdigest()[:32]
 
 
 class Ledger(AbstractContextManager):
     def __init__(self, path: Path, *, read_only: bool = False, journal: str = sqlite.WRITE_AHEAD):
         self.path, self._journal = path, journal
         self._lock = threading.Lock()  # of the thread that commits, while others ask for what is there
+        self._recipes: dict[str, dict[str, Any]] = {}  # by digest, as they were read
         if read_only:
             self._connection = sqlite.connect_to_read(path)
         else:
@@ -72,9 +89,9 @@ class Ledger(AbstractContextManager):
         found = self._connection.execute(
             "SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9"
         ).fetchall()
-        needed = {("table", "samples"), ("table", "notes")}
-        known = needed | {("table", "scores")}
-        faults = [f"no such table: {name}" for _, name in sorted(needed - set(found))]
+        self._is_compact = ADDED <= set(found)
+        known = NEEDED | ADDED | {("table", "scores")}
+        faults = [f"no such table: {name}" for _, name in sorted(NEEDED - set(found))]
         faults += [f"it holds a {kind} {documents.quoted(name)}" for kind, name in found if (kind, name) not in known]
         if faults:
             raise Refused(
@@ -84,6 +101,12 @@ class Ledger(AbstractContextManager):
 
     def commit(self, rows: Iterable[Row]) -> None:
         """All rows or none; returns once they would survive a loss of power."""
+        rows = list(rows)
+        recipes = [
+            canonical({**row.recipe, **({NEGATIVE: row.request.negative} if row.request.negative else {})})
+            for row in rows
+        ]
+        shared = {digest_of(recipe): recipe for recipe in recipes if self._shares(recipe)}
         values = [
             (
                 row.request.index,
@@ -92,22 +115,30 @@ class Ledger(AbstractContextManager):
                 canonical(row.request.classes),
                 row.status,
                 row.reason,
-                canonical({**row.recipe, **({NEGATIVE: row.request.negative} if row.request.negative else {})}),
-                canonical(
-                    {
-                        role: {"path": path, "sha256": stored.sha256, "bytes": stored.size}
-                        for role, (path, stored) in row.files.items()
-                    }
-                ),
+                digest_of(recipe) if self._shares(recipe) else recipe,
+                canonical({role: self._written(row.request.id, role, *file) for role, file in row.files.items()}),
                 canonical(row.labels),
             )
-            for row in rows
+            for row, recipe in zip(rows, recipes, strict=True)
         ]
+        tracings = [(row.request.index, canonical(row.tracings)) for row in rows if row.tracings]
         with self._writing():
             self._connection.executemany(
                 f"INSERT OR REPLACE INTO samples ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", values
             )
+            if self._is_compact:
+                self._connection.executemany("INSERT OR IGNORE INTO recipes VALUES (?, ?)", shared.items())
+                self._connection.executemany("INSERT OR REPLACE INTO tracings VALUES (?, ?)", tracings)
             self._connection.execute("DELETE FROM notes WHERE name = 'indexed'")
+
+    def _shares(self, recipe: str) -> bool:
+        return self._is_compact and len(recipe) >= SHARED_BYTES
+
+    def _written(self, id: str, role: str, path: str, stored: StoredFile) -> list[Any] | dict[str, Any]:
+        """What a row holds of a file; its path where that is not the usual one of its role."""
+        if self._is_compact:
+            return [stored.sha256, stored.size, *([path] if path != usual_path(role, id) else [])]
+        return {"path": path, "sha256": stored.sha256, "bytes": stored.size}
 
     def add_scores(self, scores: Iterable[tuple[int, str, float | int | None]]) -> None:
         """Scores of samples: index, name and value; one that is there already stays as it is."""
@@ -184,14 +215,50 @@ class Ledger(AbstractContextManager):
 
     def row(self, index: int) -> Row | None:
         found = self._connection.execute(f'SELECT {_COLUMNS} FROM samples WHERE "index" = ?', (index,)).fetchone()
-        return None if found is None else _row(found, self.path)
+        return None if found is None else self._row(*found)
 
-    def rows(self, status: str = DONE) -> Iterator[Row]:
-        """Rows by index, read as they are asked for."""
+    def rows(self, status: str = DONE, *, parts: Sequence[str] = PARTS) -> Iterator[Row]:
+        """Rows by index, read as they are asked for; of PARTS and `tracings` only these, the others are empty."""
+        columns = ", ".join(name if name not in PARTS or name in parts else "'{}'" for name in _COLUMNS.split(", "))
+        source = "samples"
+        if "tracings" in parts and self._is_compact:
+            columns, source = f"{columns}, tracings", 'samples LEFT JOIN tracings USING ("index")'
         for found in self._connection.execute(
-            f'SELECT {_COLUMNS} FROM samples WHERE status = ? ORDER BY "index"', (status,)
+            f'SELECT {columns} FROM {source} WHERE status = ? ORDER BY "index"', (status,)
         ):
-            yield _row(found, self.path)
+            yield self._row(*found)
+
+    def _row(self, index: int, *values: Any) -> Row:
+        try:
+            prompt, seed, classes, status, reason, recipe, files, labels, *traced = values
+            parts = [self._recipe(recipe), *map(json.loads, (files, labels, *filter(None, traced)))]
+            found = dict(zip(_FORM, (prompt, seed, reason, *parts)))
+            if list(map(type, found.values())) != list(_FORM.values())[: len(found)]:
+                documents.check_form(found, _FORM)
+            recipe = dict(found["recipe"])
+            negative = recipe.pop(NEGATIVE, "")
+            documents.check_form(negative, str, NEGATIVE)
+            request = Request(index, prompt, seed, tuple(json.loads(classes)), negative)
+            stored = {role: _stored(request.id, role, file) for role, file in found["files"].items()}
+            return Row(request, recipe, stored, found["labels"], status, reason, found.get("tracings", {}))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise Refused(
+                f"{self.path}: the row of sample {index!r} is damaged ({type(error).__name__}: {error})",
+                "Restore the file from a copy, or choose another --out.",
+            ) from error
+
+    def _recipe(self, text: str) -> dict[str, Any]:
+        """The recipe that a row holds, or names by its digest."""
+        if text.startswith("{") or not self._is_compact:
+            return json.loads(text)
+        if text not in self._recipes:
+            found = self._connection.execute("SELECT recipe FROM recipes WHERE digest = ?", (text,)).fetchone()
+            if found is None or digest_of(found[0]) != text:
+                raise ValueError(f"no recipe has the digest {documents.quoted(text)}")
+            if len(self._recipes) == KEPT_RECIPES:
+                self._recipes.clear()
+            self._recipes[text] = json.loads(found[0])
+        return self._recipes[text]
 
     def close(self) -> None:
         self._connection.close()
@@ -200,21 +267,13 @@ class Ledger(AbstractContextManager):
         self.close()
 
 
-def _row(found: tuple, path: Path) -> Row:
-    try:
-        index, prompt, seed, classes, status, reason, *texts = found
-        recipe, files, labels = (json.loads(text) for text in texts)
-        negative = recipe.pop(NEGATIVE, "") if isinstance(recipe, dict) else ""
-        parts = {"prompt": prompt, "seed": seed, "reason": reason, "recipe": recipe, "files": files, "labels": labels}
-        documents.check_form({**parts, NEGATIVE: negative}, _FORM)
-        stored = {
-            role: (documents.check_inside(file["path"]), StoredFile(file["sha256"], file["bytes"]))
-            for role, file in files.items()
-        }
-        request = Request(index, prompt, seed, tuple(json.loads(classes)), negative)
-        return Row(request, recipe, stored, labels, status, reason)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Refused(
-            f"{path}: the row of sample {found[0]!r} is damaged ({type(error).__name__}: {error})",
-            "Restore the file from a copy, or choose another --out.",
-        ) from error
+def usual_path(role: str, id: str) -> str:
+    return f"{role}/{id}.png"
+
+
+def _stored(id: str, role: str, file: Any) -> tuple[str, StoredFile]:
+    """Path, and what was written, from what a row holds of a file."""
+    if isinstance(file, list):
+        sha256, size, *path = file
+        return documents.check_inside(*path or [usual_path(role, id)]), StoredFile(sha256, size)
+    return documents.check_inside(file["path"]), StoredFile(file["sha256"], file["bytes"])

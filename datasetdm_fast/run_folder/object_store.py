@@ -12,7 +12,6 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
 from datasetdm_fast.run_folder.folder import into, write_samples
 from datasetdm_fast.run_folder.ledger import Row
@@ -98,13 +97,7 @@ class ObjectStore:
             ) from error
 
     def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        """Digests and sizes of the files, once all are there; what the gallery draws brings its picture."""
-        drawn = {name: role for name in files if gallery.drawn_layer(role := name.partition("/")[0])}
-        pictures = {f"gallery/{name}": gallery.picture_of(role, files[name]) for name, role in drawn.items()}
-        return self.put({**files, **pictures})
-
-    def put(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        """The same, of files as they are."""
+        """Digests and sizes of the files, once all are there."""
         if "file" in self._protocols:  # where a file is only whole at once if it is renamed
             return into(Path(self.root))(files)
         with self._refusing():

@@ -71,7 +71,7 @@ def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     """What the labels hold in all, maps of classes first."""
     kinds = {task: kind_of(task) for task in by_kind(document["config"]["task"])}
     counts: dict[str, Counter] = {task: Counter() for task in kinds}
-    for row in ledger.rows():
+    for row in ledger.rows(parts=("labels",)):
         for task, counter in counts.items():
             if task in row.labels:
                 counter.update(kinds[task].count(row.labels[task]))

@@ -13,7 +13,7 @@ def document(task: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[byte
     info = {"description": "made by datasetdm_fast", "version": run["versions"]["datasetdm_fast"]}
     categories = kind_of(task).categories(run["labels"][task])
     yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{canonical(categories)},\n"images":['.encode()
-    yield from _listed(_image(run, row) for row in ledger.rows())
+    yield from _listed(_image(run, row) for row in ledger.rows(parts=("recipe", "files")))
     yield b'],\n"annotations":['
     yield from _listed(_annotations(task, ledger))
     yield b"]}\n"
@@ -26,7 +26,7 @@ def _image(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
 
 def _annotations(task: str, ledger: Ledger) -> Iterator[dict[str, Any]]:
     number = 0  # pycocotools takes annotation 0 for "no match", so ids start at 1
-    for row in ledger.rows():
+    for row in ledger.rows(parts=("labels",)):
         for record in row.labels[task]:
             number += 1
             yield {"id": number, "image_id": row.request.index, "iscrowd": 0, "category_id": 1, **record}

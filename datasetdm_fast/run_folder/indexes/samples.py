@@ -8,7 +8,7 @@ from datasetdm_fast.run_folder.ledger import Ledger, canonical
 
 def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """The lines of samples.jsonl by id; records that the COCO files hold are given as counts."""
-    for row in ledger.rows():
+    for row in ledger.rows(parts=("files", "labels")):
         files = {
             role: {"path": path, "sha256": stored.sha256, "bytes": stored.size}
             for role, (path, stored) in row.files.items()
