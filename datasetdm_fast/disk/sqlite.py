@@ -133,6 +133,10 @@ class _Cursor(sqlite3.Cursor):
         with _refusing(self.connection.path):
             return super().fetchall()
 
+    def fetchmany(self, size: int) -> list[Any]:
+        with _refusing(self.connection.path):
+            return super().fetchmany(size)
+
     def __next__(self) -> Any:
         with _refusing(self.connection.path):
             return super().__next__()

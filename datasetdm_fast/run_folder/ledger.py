@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS tracings ("index" INTEGER PRIMARY KEY, tracings TEXT 
 NEEDED = {("table", "samples"), ("table", "notes")}
 ADDED = {("table", "recipes"), ("table", "tracings")}  # which ledgers of format 1 have not, and do not get
 SHARED_BYTES = 512  # from which on a recipe is stored once, and its rows name it by its digest
+BLOCK = 32  # rows read at once
 KEPT_RECIPES = 64  # in memory, as they were read
 PARTS = ("recipe", "files", "labels")  # of a row, each parsed only where it is asked for
 # made when the first score is added
@@ -42,6 +43,7 @@ CREATE TABLE IF NOT EXISTS scores (
 _FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, "tracings": dict}
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels'
 _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+_DECODE = json.JSONDecoder().decode
 
 
 @dataclass(frozen=True)
@@ -219,26 +221,26 @@ class Ledger(AbstractContextManager):
 
     def rows(self, status: str = DONE, *, parts: Sequence[str] = PARTS) -> Iterator[Row]:
         """Rows by index, read as they are asked for; of PARTS and `tracings` only these, the others are empty."""
-        columns = ", ".join(name if name not in PARTS or name in parts else "'{}'" for name in _COLUMNS.split(", "))
+        columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in _COLUMNS.split(", "))
         source = "samples"
         if "tracings" in parts and self._is_compact:
             columns, source = f"{columns}, tracings", 'samples LEFT JOIN tracings USING ("index")'
-        for found in self._connection.execute(
-            f'SELECT {columns} FROM {source} WHERE status = ? ORDER BY "index"', (status,)
-        ):
-            yield self._row(*found)
+        found = self._connection.execute(f'SELECT {columns} FROM {source} WHERE status = ? ORDER BY "index"', (status,))
+        while block := found.fetchmany(BLOCK):
+            for values in block:
+                yield self._row(*values)
 
     def _row(self, index: int, *values: Any) -> Row:
         try:
-            prompt, seed, classes, status, reason, recipe, files, labels, *traced = values
-            parts = [self._recipe(recipe), *map(json.loads, (files, labels, *filter(None, traced)))]
+            prompt, seed, classes, status, reason, recipe, *texts = values
+            parts = [self._recipe(recipe), *({} if text is None else _DECODE(text) for text in texts)]
             found = dict(zip(_FORM, (prompt, seed, reason, *parts)))
             if list(map(type, found.values())) != list(_FORM.values())[: len(found)]:
                 documents.check_form(found, _FORM)
             recipe = dict(found["recipe"])
             negative = recipe.pop(NEGATIVE, "")
             documents.check_form(negative, str, NEGATIVE)
-            request = Request(index, prompt, seed, tuple(json.loads(classes)), negative)
+            request = Request(index, prompt, seed, tuple(_DECODE(classes)), negative)
             stored = {role: _stored(request.id, role, file) for role, file in found["files"].items()}
             return Row(request, recipe, stored, found["labels"], status, reason, found.get("tracings", {}))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -247,10 +249,12 @@ class Ledger(AbstractContextManager):
                 "Restore the file from a copy, or choose another --out.",
             ) from error
 
-    def _recipe(self, text: str) -> dict[str, Any]:
+    def _recipe(self, text: str | None) -> dict[str, Any]:
         """The recipe that a row holds, or names by its digest."""
+        if text is None:
+            return {}
         if text.startswith("{") or not self._is_compact:
-            return json.loads(text)
+            return _DECODE(text)
         if text not in self._recipes:
             found = self._connection.execute("SELECT recipe FROM recipes WHERE digest = ?", (text,)).fetchone()
             if found is None or digest_of(found[0]) != text:
