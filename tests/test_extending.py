@@ -86,7 +86,7 @@ RECIPES = {
         edits={
             "datasetdm_fast/run_folder/indexes/__init__.py": (
                 ("import card, coco", "import captions, card, coco"),
-                ('"README.md": card.text}', '"README.md": card.text, "captions.tsv": captions.lines}'),
+                ('    "README.md": card.text,\n', '    "README.md": card.text,\n    "captions.tsv": captions.lines,\n'),
             )
         },
     ),

@@ -9,7 +9,10 @@ from datasetdm_fast.run_folder.indexes import card, coco, samples
 from datasetdm_fast.run_folder.ledger import Ledger
 
 IndexWriter = Callable[[Mapping[str, Any], Ledger], Iterator[bytes]]  # chunks of a file, from run.json and the ledger
-INDEXES: dict[str, IndexWriter] = {"samples.jsonl": samples.lines, "README.md": card.text}  # of every run
+INDEXES: dict[str, IndexWriter] = {  # of every run
+    "samples.jsonl": samples.lines,
+    "README.md": card.text,
+}
 
 
 def writers(document: Mapping[str, Any]) -> dict[str, IndexWriter]:
