@@ -31,7 +31,6 @@ class DecoderFolders:
     A task's own decoder is the only one that the first folder with any has for the task, or the one called like it.
     """
 
-    given: str
     named: Mapping[LabelName, Path]  # every decoder by its folder's name
     own: Mapping[str, Path]  # task -> its own decoder
 
@@ -48,10 +47,6 @@ class DecoderFolders:
     def labels(self) -> list[str]:
         """One label a decoder: its task where it is the task's own, else its name too."""
         return [name.task if self.own.get(name.task) == path else str(name) for name, path in self.named.items()]
-
-    def names_of(self, task: str) -> list[str]:
-        """The labels that name a decoder of the task."""
-        return [str(name) for name in self.named if name.task == task]
 
 
 def find_decoders(given: str | Path) -> DecoderFolders:
@@ -79,7 +74,7 @@ def find_decoders(given: str | Path) -> DecoderFolders:
                     "its name is not up to 63 letters, digits, - or _",
                     "Rename the folder.",
                 )
-    return DecoderFolders(str(given), named, own)
+    return DecoderFolders(named, own)
 
 
 def _folders(given: str) -> Iterable[Path]:

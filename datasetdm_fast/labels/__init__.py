@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from datasetdm_fast.labels import depth, instance, open_vocabulary, pose, semantic
 from datasetdm_fast.labels.kind import LabelKind
-from datasetdm_fast.labels.names import LabelName
+from datasetdm_fast.labels.names import LabelName, ordered
 
 LABEL_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the first of them that its run has
     "instance": instance.InstanceKind(),
@@ -26,8 +26,7 @@ def kind_of(label: str) -> LabelKind:
 
 def by_kind(labels: Iterable[str]) -> list[str]:
     """Labels in the order of LABEL_KINDS, those of one task as they are given."""
-    tasks = list(LABEL_KINDS)
-    return sorted(labels, key=lambda label: tasks.index(LabelName.parse(label).task))
+    return ordered(labels, list(LABEL_KINDS))
 
 
 def task_of(attribute: str) -> str:

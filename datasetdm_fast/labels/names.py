@@ -1,7 +1,7 @@
 """What a label of a run is called: its task, and the name of its decoder where that is given."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from datasetdm_fast.config import TASKS
@@ -51,9 +51,19 @@ def own_stem(stem: str) -> str:
 
 def tasks_of(labels: Iterable[str]) -> tuple[str, ...]:
     """The tasks of labels, each once."""
-    return tuple(dict.fromkeys(label.partition(":")[0] for label in labels))
+    return tuple(dict.fromkeys(map(task_of_label, labels)))
+
+
+def task_of_label(label: str) -> str:
+    """The task of a label that is known to be one."""
+    return label.partition(":")[0]
 
 
 def by_task(labels: Iterable[str]) -> list[str]:
     """Labels in the order of their tasks, those of one task as they are given."""
-    return sorted(labels, key=lambda label: TASKS.index(LabelName.parse(label).task))
+    return ordered(labels, TASKS)
+
+
+def ordered(labels: Iterable[str], tasks: Sequence[str]) -> list[str]:
+    """Labels in the order that `tasks` has, those of one task as they are given."""
+    return sorted(labels, key=lambda label: tasks.index(task_of_label(label)))
