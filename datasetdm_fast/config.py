@@ -207,9 +207,9 @@ class OutputSettings:
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "model decoder task combine classes engine prompts negative_prompt allow_unnamed truncate_prompts number "
-        "per_class seed steps guidance sampler profile size batch_size image_format out only resume limit dry_run "
-        "allow_download json quiet threads gpus ranks cluster store dtype compile device provider streams engines "
-        "trt_flavour"
+        "per_class keep refill ignore seed steps guidance sampler profile size batch_size image_format out only resume "
+        "limit dry_run allow_download json quiet threads gpus ranks cluster store dtype compile device provider streams "
+        "engines trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(
@@ -246,6 +246,24 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     number: int = setting(16, "images to make in all; prompts are repeated in turn", metavar="N")
     per_class: int = setting(
         0, "images per class of --classes, from templates; replaces --number and --prompts", metavar="N"
+    )
+    keep: str = setting(
+        "all",
+        "all: doubtful samples are kept and counted; trusted: they are set aside with their reason, and the run makes "
+        "further ones until it has --number others",
+        choices=("all", "trusted"),
+        identity="if given",
+    )
+    refill: bool = setting(
+        False,
+        "with --keep trusted: set aside the doubtful samples of a run that kept all, and make others in their place",
+        identity=False,
+    )
+    ignore: str = setting(
+        "nothing",
+        "disagreeing: pixels of label maps are 255 where two labels differ or the prompt does not name the thing",
+        choices=("nothing", "disagreeing"),
+        identity="if given",
     )
     batch_size: int = setting(
         0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"

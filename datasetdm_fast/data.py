@@ -116,11 +116,31 @@ Annotation = SemanticMap | Instances | DepthMap | Keypoints
 
 
 @dataclass(frozen=True)
+class Trust:
+    """Whether the labels of a sample fit its prompt and one another; what is doubtful has its reasons."""
+
+    missing: tuple[str, ...] = ()  # classes that the prompt names and a label lacks
+    unnamed: tuple[str, ...] = ()  # things that a label shows and the prompt does not name
+    disagreeing: float = 0.0  # share of the pixels of things that two labels call by different names
+    confidence: float | None = None  # mean over the decoders that tell one
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def is_trusted(self) -> bool:
+        return not self.reasons
+
+
+@dataclass(frozen=True)
 class Sample:
     request: Request
     image: np.ndarray  # [H, W, 3] uint8
     annotations: dict[str, Annotation]  # task -> label
     provenance: dict[str, Any] = field(default_factory=dict)
+    trust: Trust | None = None  # None where nothing has judged its labels
+
+    @property
+    def is_doubtful(self) -> bool:
+        return self.trust is not None and not self.trust.is_trusted
 
 
 @dataclass(frozen=True)

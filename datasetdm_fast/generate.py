@@ -14,7 +14,7 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, duration
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation.job import Job, count_rows, finished, prepare
+from datasetdm_fast.generation.job import Job, count_rows, finished, prepare, refill
 from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import prepare_remake, remake, run
@@ -42,6 +42,13 @@ def main(arguments: Sequence[str]) -> int:
             f"--cluster {config.cluster}: this is one of {peer.world} processes that were started together",
             "Start it once.",
         )
+    if config.refill:
+        if peer:
+            raise Refused(
+                f"--refill: this is one of {peer.world} processes that were started together",
+                "Run the line once with --refill --limit 1, alone; then start them without it.",
+            )
+        refill(config)
     if peer and peer.rank:  # the first of them tells how it ended
         config = replace(config, quiet=True)
     if result := finished(config, is_alone=peer is None):
@@ -112,13 +119,15 @@ def _make_again(config: RunConfig, given: set[str]) -> int:
 def _end(config: RunConfig, result: Result) -> int:
     rate = result.made / result.seconds if result.made else 0.0
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
-    facts |= {"complete": result.is_complete, "images_per_second": round(rate, 4)}
+    facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
     facts |= {"closing_seconds": round(result.closing_seconds, 3)}
     _put(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         closing = f"{duration(result.closing_seconds)} of it for index files and gallery"
         speed = f"{result.made} images in {duration(result.seconds)} ({closing}), {rate:.3g} images per second"
         _say(config, f"{speed}; look at {result.path}/gallery/index.html")
+    if result.doubtful:
+        _say(config, result.told)
     result.check()
     return 0
 

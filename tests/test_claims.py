@@ -12,12 +12,13 @@ from bench.claims import page, rows, sets
 from bench.claims.rows import CLAIMS, judged, row_of
 from bench.claims.students import Arm, StudentStore, TestSet
 from datasetdm_fast import evaluate
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import student_data, worth
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, drawn, shares, teach
 from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE
+from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.scenes import world
 
 TASKS = ("semantic", "instance", "depth", "pose")
@@ -63,7 +64,15 @@ def generated(prompt_classes=("ball",), **changes):
     Sample.semantic = SemanticMap(semantic, sure, VOCABULARY.classes)
     for name, value in changes.items():
         setattr(Sample, name, value)
+    Sample.trust = trust_of(Sample.classes, {"semantic": Sample.semantic, "instance": Sample.instances})
     return Sample()
+
+
+def trusted(*arguments, **changes):
+    """The same, trusted whatever its labels say."""
+    sample = generated(*arguments, **changes)
+    type(sample).trust = Trust()
+    return sample
 
 
 def test_loss_falls_and_every_answer_is_there(lessons, unseen):
@@ -151,16 +160,11 @@ def test_what_is_not_trusted_is_ignored():
     foreign.semantic.labels[100:120, 100:120] = cone
     _, semantic, *_ = student_data.of_sample(foreign, VOCABULARY)
     assert not (semantic == cone).any() and (semantic[26:29, 26:29] == IGNORED).all()
-    unsure = generated()
-    unsure.semantic.confidence[:] = 0.3
-    assert (student_data.of_sample(unsure, VOCABULARY, confidence=0.5, least_cells=0)[1] == IGNORED).all()
     assert student_data.of_sample(generated(("ball", "star")), VOCABULARY) is None, (
         "the star that the prompt names is not there"
     )
     other = Instances(generated().instances.masks, np.array([2]), np.array([0.8], np.float32), VOCABULARY.things)
-    _, semantic, instance, *_ = student_data.of_sample(
-        generated(("ball", "cone"), instances=other), VOCABULARY, least_cells=0
-    )
+    _, semantic, instance, *_ = student_data.of_sample(trusted(("ball", "cone"), instances=other), VOCABULARY)
     assert not (semantic == ball).any() and not (instance == 1).any(), "one label says ball, the other cone"
 
 
@@ -168,9 +172,7 @@ def test_joints_come_along():
     points = np.concatenate([np.full((1, 7, 2), 64.0), np.full((1, 7, 1), 0.9)], 2).astype(np.float32)
     points[0, 0, 2] = 0.1
     found = Keypoints(points, np.full((1, 7), 2), np.array([0.9], np.float32), world.JOINTS)
-    _, _, _, _, joints = student_data.of_sample(
-        generated(("ball", "person"), keypoints=found), VOCABULARY, least_cells=0
-    )
+    _, _, _, _, joints = student_data.of_sample(trusted(("ball", "person"), keypoints=found), VOCABULARY)
     assert joints[0, 2] == 0 and (joints[1:] == [CELLS / 2, CELLS / 2, 1]).all()
 
 
@@ -300,7 +302,7 @@ def test_worth_of_a_run(capsys):
         worth.student_tasks(SOURCE, unseen, run, ("pose",))
     with pytest.raises(Refused, match="--real 13: the data set has 12 images"):
         worth.worth(SOURCE, unseen, run, tasks, 13)
-    with pytest.raises(Refused, match="none of 1 generated images"):
+    with pytest.raises(Refused, match="all of 1 generated images are doubtful"):
         worth.worth(SOURCE, unseen, Generated([generated(("star",))]), tasks, 6)
 
 

@@ -14,6 +14,7 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.generation import driver, job, run
 from datasetdm_fast.generation.overlap import FinishedCalls
 from datasetdm_fast.generation.recipe import capture_calls, make_recipe
+from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.scenes import world
@@ -163,6 +164,20 @@ def test_what_a_narrow_precision_cannot_hold_is_made_once_more_in_fp32(where):
         found[1].annotations["depth"].metres == plain[1].annotations["depth"].metres
     ).all()
     assert found[2].reason.endswith("in fp32 too")
+
+
+def test_every_sample_is_judged_and_may_lose_its_doubtful_pixels(monkeypatch):
+    def emptied(named, labels):
+        label = labels["semantic"]
+        return {**labels, "semantic": replace(label, labels=np.full_like(label.labels, 255))}
+
+    monkeypatch.setattr(driver, "without_doubtful", emptied)
+    asked, tasks = requests("a ball", "a tree", classes=("ball",)), ("semantic", "instance")
+    plain, ignored = (samples(StubEngine(), asked, tasks=tasks, ignore=how) for how in ("nothing", "disagreeing"))
+    for before, after in zip(plain, ignored, strict=True):
+        assert before.trust == after.trust == trust_of(("ball",), before.annotations) and before.is_doubtful
+        assert not (before.annotations["semantic"].labels == 255).any()
+        assert (after.annotations["semantic"].labels == 255).all()
 
 
 def test_words_are_encoded_once_a_run_and_each_image_is_asked_its_own():

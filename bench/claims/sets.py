@@ -8,13 +8,14 @@ import numpy as np
 import torch
 
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.decoders.checkpoint import load_decoders, save_decoder
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.evaluation.student_data import StudentData, Vocabulary
 from datasetdm_fast.generation.job import count_rows, prepare
 from datasetdm_fast.generation.run import run as generate
 from datasetdm_fast.labels import LABEL_KINDS
+from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import Run, StoredSample, open_run
@@ -136,6 +137,11 @@ class RelabelledSample:
     instances: Instances | None = None
     depth: DepthMap | None = None
     keypoints: Keypoints | None = None
+
+    @property
+    def trust(self) -> Trust:
+        found = {"semantic": self.semantic, "instance": self.instances}
+        return trust_of(self.classes, {task: label for task, label in found.items() if label is not None})
 
 
 Pictured = StoredSample | RelabelledSample

@@ -1,16 +1,10 @@
 """What a sample is scored by: its labels, its image, and how near it is to a sample before it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
-
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.labels import kind_of
-from datasetdm_fast.labels.instance import SHOWN_SCORE
+from datasetdm_fast.labels.trust import NamedMap, named_map, pairs
 from datasetdm_fast.run_folder.reader import StoredSample
 
 HASH = "hash"  # a score that nobody can compare with a number
@@ -20,6 +14,7 @@ LEAST_SHARE = 1 / 500  # of the pixels: a class that fills less of a map is not 
 
 SCORES = {  # name -> what it says
     "score": "mean confidence of the decoders in their labels, 0 to 1",
+    "trust": "1 where the labels fit the prompt and one another, 0 where the sample is doubtful",
     "agreement": "share of the pixels of things that two kinds of labels call by one name, 0 to 1",
     "presence": "share of the classes named by the prompt that the labels show, 0 to 1",
     "sharpness": "variance of the Laplacian of the image's brightness, 0 to 255",
@@ -29,20 +24,13 @@ SCORES = {  # name -> what it says
 }
 
 
-@dataclass(frozen=True)
-class NamedMap:
-    """Class names over the pixels of an image; name 0 stands for whatever is no thing."""
-
-    numbers: np.ndarray  # [H, W], place in `names`
-    names: tuple[str, ...]
-
-
 def scored(sample: StoredSample) -> dict[str, float | int | None]:
     """The scores that labels and image give; None where a sample has nothing to score."""
     image = Image.fromarray(sample.image)
     return {
         "score": certainty(sample),
-        "agreement": agreement([found for task in sample.row.labels if (found := _class_map(sample.label(task)))]),
+        "trust": float(sample.trust.is_trusted),
+        "agreement": agreement([found for task in sample.row.labels if (found := named_map(sample.label(task)))]),
         "presence": presence(sample),
         "sharpness": sharpness(image),
         HASH: difference_hash(image),
@@ -66,39 +54,16 @@ def presence(sample: StoredSample) -> float:
     return sum(shown) / len(shown) if shown else 1.0
 
 
-def _class_map(label: Any) -> NamedMap | None:
-    if isinstance(label, SemanticMap):
-        return NamedMap(label.labels, label.classes)
-    if isinstance(label, Instances):
-        numbers = np.zeros(label.masks.shape[1:], np.uint16)
-        sure = [k for k in np.argsort(label.scores, kind="stable") if label.scores[k] >= SHOWN_SCORE]
-        for k in sure:
-            numbers[label.masks[k]] = label.class_ids[k] + 1
-        return NamedMap(numbers, ("", *label.classes))
-    return None
-
-
 def agreement(maps: list[NamedMap]) -> float | None:
     """Over all pairs of maps, the share of pixels with one name in both among those that either gives a name both know;
     None where no two maps share a name.
     """
-    same = named = pairs = 0
-    for first, second in combinations(maps, 2):
-        shared = set(first.names) & set(second.names) - {"", "background"}
-        if not shared:
-            continue
-        pairs += 1
-        order = {name: k for k, name in enumerate(sorted(shared), 1)}
-        a, b = (_renumbered(each, order) for each in (first, second))
-        named += int(np.count_nonzero(a | b))
-        same += int(np.count_nonzero((a == b) & (a > 0)))
-    return (same / named if named else 1.0) if pairs else None
-
-
-def _renumbered(found: NamedMap, order: Mapping[str, int]) -> np.ndarray:
-    numbers = np.zeros(max(int(found.numbers.max()) + 1, len(found.names)), np.uint16)
-    numbers[: len(found.names)] = [order.get(name, 0) for name in found.names]
-    return numbers[found.numbers]
+    same = named = count = 0
+    for first, second in pairs(maps):
+        count += 1
+        named += int(np.count_nonzero(first | second))
+        same += int(np.count_nonzero((first == second) & (first > 0)))
+    return (same / named if named else 1.0) if count else None
 
 
 def sharpness(image: Image.Image) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.labels.trust import without_doubtful
 from datasetdm_fast.run_folder.reader import StoredSample
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -21,7 +22,6 @@ MOST_TIMES = 4.0
 IGNORED = 255
 BACKGROUND = "background"
 PERSON = "person"
-LEAST_CELLS = 4  # of every thing that a prompt names, else the generated image is left out
 LEAST_JOINT_SCORE = 0.3  # of a joint of a generated image, else it is ignored
 
 
@@ -99,7 +99,7 @@ def _of_truth(item: Labelled, source: LabelledSource, vocabulary: Vocabulary) ->
         joints[:] = item.keypoints[int(np.argmax(item.keypoint_areas))]
         joints[:] = np.concatenate([joints[:, :2] / CELL, joints[:, 2:] > 0], 1)
     sure = SemanticMap(semantic, np.ones(semantic.shape, np.float32), vocabulary.classes)
-    return item.image, voted(sure, vocabulary.classes, 0.0), instance, depth, joints
+    return item.image, voted(sure, vocabulary.classes), instance, depth, joints
 
 
 def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary) -> StudentData:
@@ -108,45 +108,36 @@ def synthetic(samples: Iterable[StoredSample], vocabulary: Vocabulary) -> Studen
     rows = [row for row in read if row is not None]
     if not rows:
         raise Refused(
-            f"student: none of {len(read)} generated images shows what its prompt names",
-            "Loosen what is trusted, or look at their gallery.",
+            f"student: all of {len(read)} generated images are doubtful",
+            "Their gallery says why.",
         )
     return replace(_stacked(vocabulary, rows), left_out=len(read) - len(rows))
 
 
-def of_sample(
-    sample: StoredSample, vocabulary: Vocabulary, *, confidence: float = 0.0, least_cells: int = LEAST_CELLS
-) -> tuple[np.ndarray, ...] | None:
-    """Image and labels of a generated sample, None where something its prompt names cannot be seen.
-
-    Ignored are things that the prompt does not name, pixels that two labels call by different names, and pixels whose
-    class has less than `confidence`.
-    """
+def of_sample(sample: StoredSample, vocabulary: Vocabulary) -> tuple[np.ndarray, ...] | None:
+    """Image and labels of a generated sample, None where it is doubtful; doubtful pixels are ignored."""
     height, width = sample.image.shape[:2]
     if height % SIDE or height != width:
         raise Refused(
             f"sample {sample.id}: {width} x {height} pixels are no square of {SIDE} times a number",
             f"Generate with --size {SIDE} times a number, or splice with --resize.",
         )
-    named = [name for name in sample.classes if name in vocabulary.things]
-    semantic = np.full((CELLS, CELLS), IGNORED, np.uint8)
-    if sample.semantic is not None:
-        semantic = voted(sample.semantic, vocabulary.classes, confidence)
-    instance, kinds = np.full((CELLS, CELLS), IGNORED, np.uint8), None
-    if sample.instances is not None:
-        instance, kinds = _instance_map(sample.instances, vocabulary, named)
-        semantic = semantic if sample.semantic is not None else kinds.copy()
-    if named:
-        foreign = [k for k, name in enumerate(vocabulary.classes) if name in vocabulary.things and name not in named]
-        semantic[np.isin(semantic, foreign)] = IGNORED
-    if any((semantic == vocabulary.classes.index(name)).sum() < least_cells for name in named):
+    if not sample.trust.is_trusted:
         return None
-    if kinds is not None and sample.semantic is not None:
+    named = [name for name in sample.classes if name in vocabulary.things]
+    found = {"semantic": sample.semantic, "instance": sample.instances}
+    found = without_doubtful(sample.classes, {task: label for task, label in found.items() if label is not None})
+    semantic = np.full((CELLS, CELLS), IGNORED, np.uint8)
+    if "semantic" in found:
+        semantic = voted(found["semantic"], vocabulary.classes)
+    instance, kinds = np.full((CELLS, CELLS), IGNORED, np.uint8), None
+    if "instance" in found:
+        instance, kinds = _instance_map(found["instance"], vocabulary, named)
+        semantic = semantic if "semantic" in found else kinds.copy()
+    if kinds is not None and "semantic" in found:
         numbers = [vocabulary.classes.index(name) for name in vocabulary.things]
         is_thing, is_found = np.isin(semantic, numbers), (instance > 0) & (instance != IGNORED)
-        differs = is_found & is_thing & (kinds != semantic)
         instance[(is_found & (kinds != semantic)) | (is_thing & ~is_found)] = IGNORED
-        semantic[differs] = IGNORED
     depth = np.zeros((CELLS, CELLS), np.float32) if sample.depth is None else _depth(sample.depth.metres)
     joints = np.zeros((len(vocabulary.joints), 3), np.float32)
     keypoints = sample.keypoints
@@ -176,14 +167,14 @@ def _depth(metres: np.ndarray) -> np.ndarray:
     return (_blocks(metres, CELLS).sum((1, 3)) / np.maximum(known, 1)).astype(np.float32)
 
 
-def voted(found: SemanticMap, classes: Sequence[str], confidence: float) -> np.ndarray:
-    """Label map of cells in the numbers of `classes`, ignored where the mean confidence is below `confidence`."""
+def voted(found: SemanticMap, classes: Sequence[str]) -> np.ndarray:
+    """Label map of cells in the numbers of `classes`, ignored where most of a cell is."""
     numbers = np.full(256, len(classes), np.int64)
     numbers[: len(found.classes)] = [classes.index(name) if name in classes else len(classes) for name in found.classes]
     votes = np.eye(len(classes) + 1, dtype=np.float32)[numbers[found.labels]] * found.confidence[..., None]
     votes = _blocks(votes, CELLS).mean((1, 3))
     best = votes.argmax(2)
-    best[(votes.max(2) < confidence) | (best == len(classes))] = IGNORED
+    best[best == len(classes)] = IGNORED
     return best.astype(np.uint8)
 
 

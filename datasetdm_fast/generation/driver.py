@@ -10,6 +10,7 @@ from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Re
 from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
 from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.trust import trust_of, without_doubtful
 from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
@@ -165,14 +166,10 @@ def collect(
         if where:
             results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
-            results.append(
-                Sample(
-                    request,
-                    pixels[b],
-                    combined({task: labels[task][b] for task in recipe.tasks}, recipe.combinations),
-                    {**recipe.facts, **engine.adjustments},
-                )
-            )
+            found = combined({task: labels[task][b] for task in recipe.tasks}, recipe.combinations)
+            kept = without_doubtful(request.classes, found) if recipe.ignores_doubtful else found
+            facts = {**recipe.facts, **engine.adjustments}
+            results.append(Sample(request, pixels[b], kept, facts, trust_of(request.classes, found)))
     return results
 
 

@@ -17,7 +17,16 @@ from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
 from datasetdm_fast.labels import kind_of
-from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, read_document
+from datasetdm_fast.run_folder.document import (
+    DOCUMENT,
+    FORMAT,
+    LEDGER,
+    check_same,
+    most_samples,
+    pretty,
+    read_document,
+    sets_aside,
+)
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 from datasetdm_fast.run_folder.seal import is_indexed
@@ -57,13 +66,18 @@ class Job:
         return Path(self.config.out)
 
     @property
+    def sets_aside(self) -> bool:
+        """Whether doubtful samples are set aside and replaced."""
+        return sets_aside(self.document["config"])
+
+    @property
     def bytes_needed(self) -> int:
         """An upper estimate of what is still to be written."""
         pixels = self.recipe.size**2
         one = pixels * (3 + sum(kind_of(task).pixel_bytes for task in self.recipe.tasks)) + 8192 * (
             2 + len(self.recipe.tasks)
         )
-        return int(one * (self.plan.number - self.done)) + SPARE
+        return int(one * max(self.plan.number - self.done, 0)) + SPARE
 
 
 def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
@@ -98,6 +112,23 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
     return result
 
 
+def refill(config: RunConfig) -> None:
+    """Sets aside the doubtful samples of a run that kept all; from then on it is one that keeps trusted ones alone."""
+    check_settings(config)
+    stored = read_document(Path(config.out))
+    if stored is None or not (Path(config.out) / LEDGER).exists():
+        return
+    wanted = identity(config, prompts.read_source(config))
+    check_same(Path(config.out), stored, {"config": wanted | {"keep": stored["config"].get("keep")}})
+    if config.dry_run:
+        return
+    document = stored | {"config": wanted}
+    with RunFolder(Path(config.out), document) as folder:
+        if stored != document:
+            storage.publish({folder.path / DOCUMENT: pretty(document)})
+        folder.set_doubtful_aside()
+
+
 def prepare(config: RunConfig, *, races: bool = False) -> Job:
     """The job of a configuration: everything is loaded and checked, nothing is written; with `races` `--engine auto`
     may take another engine than the fast one.
@@ -130,6 +161,7 @@ def compose(
         batch_size=size,
         words=words,
         truncate=config.truncate_prompts,
+        turns=most_samples(config.identity(), 1),
     )
     if recipe.words and not config.allow_unnamed:
         check_named(source, plan)
@@ -176,7 +208,7 @@ def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engi
 
 
 def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str]) -> Recipe:
-    names = ("sampler", "steps", "guidance", "profile")
+    names = ("sampler", "steps", "guidance", "profile", "ignore")
     recipe = make_recipe(engine, config.task, classes=classes, **{name: getattr(config, name) for name in names})
     combinations = parse_combinations(config.combine, config.task)
     check_words(combinations, label_tables(engine, recipe))

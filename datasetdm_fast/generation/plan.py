@@ -35,6 +35,7 @@ class Plan:
     seed: int
     batch_size: int
     digest: str  # of the prompts
+    most: int  # samples that may be made: more than `number` where further ones replace doubtful ones
     has_seeds: bool = False  # whether prompts bring seeds of their own
     negative: str = ""  # text of the unconditional half, where a prompt brings none
 
@@ -54,7 +55,8 @@ class Plan:
     def batch(self, index: int) -> Batch:
         """The requests index * batch_size and on, filled up to the batch size at the tail."""
         first = index * self.batch_size
-        requests = tuple(self.request(k) for k in range(first, min(first + self.batch_size, self.number)))
+        stop = min(first + self.batch_size, self.most)
+        requests = tuple(self.request(k) for k in range(first, stop))
         return Batch(index, requests, self.batch_size - len(requests))
 
     def __iter__(self) -> Iterator[Request]:
@@ -70,8 +72,11 @@ def make_plan(
     batch_size: int,
     words: Sequence[str] = (),
     truncate: bool = False,
+    turns: int = 1,
 ) -> Plan:
-    """The plan of a run; `words` are the class words to look for where --classes names none."""
+    """The plan of a run; `words` are the class words to look for where --classes names none, `turns` how many samples
+    may be made for every one that is asked for.
+    """
     words = source.classes or tuple(words)
     chosen = source.classes if source.per_class else ()
     if source.per_class:
@@ -98,7 +103,12 @@ def make_plan(
     # Batches of equal size leave less padding than full ones and a remainder.
     batches = -(-number // batch_size)
     has_seeds = any(given.seed is not None for given in source.lines)
-    return Plan(prompt, words, number, seed, -(-number // batches), source.digest, has_seeds, negative)
+    if has_seeds and turns > 1:
+        raise Refused(
+            f"{source.name}: prompts with seeds of their own, so that further images would repeat the first ones",
+            "Drop the seeds, or --keep trusted: filter leaves out doubtful samples later.",
+        )
+    return Plan(prompt, words, number, seed, -(-number // batches), source.digest, number * turns, has_seeds, negative)
 
 
 def _fitting(given: GivenPrompt, name: str, tokenizer: Tokenizer, words: Sequence[str], truncate: bool) -> GivenPrompt:

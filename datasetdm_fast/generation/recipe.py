@@ -27,6 +27,7 @@ class Recipe:
     words: tuple[str, ...] = ()  # open-vocabulary classes; a label map holds 1 + the position here
     combinations: tuple[Combination, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
+    ignores_doubtful: bool = False  # whether doubtful pixels of label maps become 255
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -43,6 +44,7 @@ def make_recipe(
     guidance: float = 0.0,
     profile: str = "0.3.0",
     classes: Sequence[str] = (),
+    ignore: str = "nothing",
 ) -> Recipe:
     """The recipe of a run; zeros stand for what the model was made for."""
     from datasetdm_fast.sampling import make_schedule
@@ -61,7 +63,10 @@ def make_recipe(
         "size": model.size,
         "capture_timestep": _told(schedule, captures),
     }
-    return Recipe(schedule, facts["guidance"], model.size, tuple(tasks), captures, words, facts=facts)
+    ignored = ignore == "disagreeing"
+    return Recipe(
+        schedule, facts["guidance"], model.size, tuple(tasks), captures, words, facts=facts, ignores_doubtful=ignored
+    )
 
 
 def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, float]:

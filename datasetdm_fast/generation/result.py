@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.run_folder.document import LEDGER, read_document
+from datasetdm_fast.run_folder.document import ASIDE, LEDGER, most_samples, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
 
@@ -19,13 +19,31 @@ class Result:
     set_aside: int
     seconds: float = 0.0  # of this process's work, its closing included
     closing_seconds: float = 0.0  # of these, for the index files and the gallery
+    doubtful: int = 0  # of those done, or where they are set aside, of those beside them
+    most: int = 0  # samples that the run may make in all
 
     @property
     def is_complete(self) -> bool:
-        return self.done + self.set_aside >= self.number
+        return self.done + self.set_aside >= self.number or self._is_exhausted
+
+    @property
+    def _is_exhausted(self) -> bool:
+        return self.most > self.number and self.done + self.set_aside + self.doubtful >= self.most
+
+    @property
+    def told(self) -> str:
+        """How many samples are doubtful, in words."""
+        if self.most > self.number:
+            return f"{self.done} samples are trusted, {self.doubtful} are doubtful and lie in {self.path}/{ASIDE}"
+        return f"{self.doubtful} of {self.done} samples are doubtful: --keep trusted leaves them out"
 
     def check(self) -> None:
-        """Raises GateFailed where samples were set aside."""
+        """Raises GateFailed where samples were set aside, or too few can be trusted."""
+        if self._is_exhausted and self.done + self.set_aside < self.number:
+            raise GateFailed(
+                f"{self.path}: {self.done} of {self.most} samples are trusted, {self.number} were asked for",
+                "Look at the others in its gallery; other prompts or decoders may help.",
+            )
         if self.set_aside:
             raise GateFailed(
                 f"{self.path}: {self.set_aside} of {self.number} samples were set aside because a number was not "
@@ -35,7 +53,9 @@ class Result:
 
 
 def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, **seconds: float) -> Result:
-    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), **seconds)
+    most = most_samples(read_document(folder)["config"], number)
+    facts = {"doubtful": ledger.count_doubtful(), "most": most, **seconds}
+    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), **facts)
 
 
 def closed(folder: RunFolder, number: int, made: int, begin: float) -> Result:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.data import Batch, SetAside
+from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, prompts
@@ -19,7 +19,7 @@ from datasetdm_fast.generation.result import Result, closed
 from datasetdm_fast.generation.settings import identity
 from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, maker, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
 
 
 def run(
@@ -35,15 +35,18 @@ def run(
     def committed(rows: list[Row]) -> None:
         nonlocal new
         new += len(rows)
-        on_commit(len(rows))
+        on_commit(sum(row.status != DOUBTFUL for row in rows))
 
     with RunFolder(job.folder, job.document) as folder:
-        wanted = lacking(folder.ledger, job.plan.number, job.config.limit)
-        batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
+        quota = Quota(job, folder.ledger)
         with BackgroundWriter(folder, committed) as writing:
-            for batch, results in driver.generate(until(is_stopping, batches), job.engine, job.recipe, on_unet_call):
-                kept = [result for result in results if result.request.index in wanted]
-                writing.put(kept, facts_of(job.recipe, batch))
+            while wanted := quota.lacking():
+                batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
+                made = driver.generate(until(is_stopping, batches), job.engine, job.recipe, on_unet_call)
+                for batch, results in made:
+                    writing.put(quota.taken(results), facts_of(job.recipe, batch))
+                if is_stopping():
+                    break
         return closed(folder, job.plan.number, new, begin)
 
 
@@ -65,11 +68,39 @@ def in_order(wanted: Iterable[int], size: int) -> list[int]:
     return sorted({index // size for index in wanted})
 
 
-def lacking(ledger: Ledger, number: int, limit: int = 0) -> set[int]:
-    """Indices still to be made, the first `limit` of them where it is not 0."""
-    there = {*ledger.indices(), *ledger.indices(SET_ASIDE)}
-    missing = [index for index in range(number) if index not in there]
-    return set(missing[: limit or None])
+class Quota:
+    """Which samples of a run are still to be made.
+
+    Where doubtful ones are set aside, each makes room for one more at the end. So the run ends with the sample that is
+    the last one needed, whatever the order in which they are made.
+    """
+
+    def __init__(self, job: Job, ledger: Ledger, first: int = 0, stop: int | None = None):
+        """Of all samples, or of those from `first` to before `stop`, which alone are then taken."""
+        self._number, self._most = job.plan.number, job.plan.most
+        self._sets_aside = job.sets_aside
+        self._there = ledger.within(first, self._most if stop is None else stop)
+        self._doubtful = ledger.count(DOUBTFUL) if job.sets_aside else 0
+        self._left = job.config.limit or self._most  # samples that this command may make
+
+    def _stop(self) -> int:
+        return min(self._number + self._doubtful, self._most)
+
+    def lacking(self) -> list[int]:
+        """Indices still to be made, as far as is known now."""
+        return [index for index in range(self._stop()) if index not in self._there][: self._left]
+
+    def taken(self, results: Iterable[Sample | SetAside]) -> list[Sample | SetAside]:
+        """The results of a batch that belong to the run, which are there from now on."""
+        found = []
+        for result in results:
+            index = result.request.index
+            if index not in self._there and index < self._stop() and self._left:
+                found.append(result)
+                self._there.add(index)
+                self._left -= 1
+                self._doubtful += self._sets_aside and isinstance(result, Sample) and result.is_doubtful
+        return found
 
 
 _NO_PROMPTS = prompts.PromptSource((), "", (), 0)

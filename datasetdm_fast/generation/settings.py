@@ -9,6 +9,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 from datasetdm_fast.generation.combining import parse_combinations
 from datasetdm_fast.labels.names import LabelName
+from datasetdm_fast.run_folder.document import most_samples
 
 LEAST_SETTINGS = {
     "number": 1,
@@ -33,6 +34,8 @@ def check_settings(config: RunConfig) -> None:
         ("profile", PROFILES),
         ("image_format", ("png", "jpg")),
         ("resume", ("auto", "never")),
+        ("keep", ("all", "trusted")),
+        ("ignore", ("nothing", "disagreeing")),
     ):
         if getattr(config, name) not in known:
             raise Refused(
@@ -46,7 +49,14 @@ def check_settings(config: RunConfig) -> None:
         raise Refused(
             f"--batch-size {config.batch_size}: expected at most {LARGEST_BATCH}", "Choose what fits into memory."
         )
-    check_seed(config.seed + count_images(config) - 1)
+    check_seed(config.seed + most_samples(config.identity(), count_images(config)) - 1)
+    if config.refill and config.keep != "trusted":
+        raise Refused("--refill: it replaces samples that are set aside", "Add --keep trusted, or drop it.")
+    if config.cluster and config.keep == "trusted":
+        raise Refused(
+            f"--keep trusted: no cluster makes such runs, and --cluster is {config.cluster}",
+            "Use --ranks, --gpus or torchrun, or keep all and leave out doubtful samples with filter.",
+        )
 
 
 def check_size(size: int) -> None:

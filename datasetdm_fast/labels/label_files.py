@@ -14,14 +14,14 @@ from datasetdm_fast.labels.image_files import image_bytes
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content
 
 
-def encode(sample: Sample, image_format: str) -> tuple[Files, dict[str, Any]]:
-    """The files of a sample and its records by task."""
+def encode(sample: Sample, image_format: str, folder: str = "") -> tuple[Files, dict[str, Any]]:
+    """The files of a sample, below a `folder/` of the run folder, and its records by task."""
     id = sample.request.id
-    files: Files = {"image": (f"images/{id}.{image_format}", image_bytes(sample.image, image_format))}
+    files: Files = {"image": (f"{folder}images/{id}.{image_format}", image_bytes(sample.image, image_format))}
     records = {}
     for task, annotation in sorted(sample.annotations.items()):
         contents, records[task] = kind_of(task).encode(annotation, sample.annotations)
-        files |= {role: (f"{role}/{id}.png", content) for role, content in contents.items()}
+        files |= {role: (f"{folder}{role}/{id}.png", content) for role, content in contents.items()}
     return files, records
 
 

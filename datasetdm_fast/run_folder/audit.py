@@ -18,17 +18,19 @@ from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import (
+    ASIDE,
     DOCUMENT,
     LEDGER,
     LOCK,
     check_document,
     differences,
     maker,
+    most_samples,
     read_document,
     sides,
 )
 from datasetdm_fast.run_folder.kept import KEPT
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,16 @@ def _audit(
     known: set[str] = set()
     files = total = 0
     done, aside = ledger.count(), ledger.indices(SET_ASIDE)
-    number = document["plan"]["number"]
-    findings += [_beyond(folder, index, number) for index in aside if not 0 <= index < number]
-    checked = _checked(folder, document, ledger.rows(), is_indexed, threads)
+    there = done + ledger.count(DOUBTFUL)
+    number, most = document["plan"]["number"], most_samples(document["config"], document["plan"]["number"])
+    findings += [_beyond(folder, index, most) for index in aside if not 0 <= index < most]
+    checked = _checked(folder, document, ledger.rows(DONE, DOUBTFUL), is_indexed, threads)
     for k, (row, found, read) in enumerate(checked, 1):
         findings += found
         known |= {path for path, _ in row.files.values()}
         known |= {gallery.picture_name(role, row) for role in row.files if gallery.drawn_layer(role)}
         files, total = files + len(row.files), total + read
-        seen(k, done)
+        seen(k, there)
     findings += _check_strangers(folder, _own_folders(document), known)
     return Report(str(folder), number, done, len(aside), files, total, findings)
 
@@ -207,7 +210,8 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
 def _own_folders(document: Mapping[str, Any]) -> list[str]:
     """The folders whose every file is ours, those of labels that the run did not make among them."""
     roles = dict.fromkeys(role for label in (*TASKS, *document["config"]["task"]) for role in kind_of(label).roles)
-    return ["images", *roles, *(f"gallery/{role}" for role in roles if gallery.drawn_layer(role)), "state"]
+    own = [f"{place}{role}" for place in ("", ASIDE) for role in ("images", *roles)]
+    return [*own, *(f"gallery/{role}" for role in roles if gallery.drawn_layer(role)), "state"]
 
 
 def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Iterator[Finding]:
@@ -246,8 +250,9 @@ def _checked(
 def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed: bool) -> tuple[list[Finding], int]:
     """What is wrong with the files and labels of one row, and the bytes read."""
     id, config = row.request.id, document["config"]
-    if not 0 <= row.request.index < document["plan"]["number"]:
-        return [_beyond(folder, row.request.index, document["plan"]["number"])], 0
+    most = most_samples(config, document["plan"]["number"])
+    if not 0 <= row.request.index < most:
+        return [_beyond(folder, row.request.index, most)], 0
     findings, arrays, total = [], {}, 0
     has_plain_seeds = "seeds" not in document["plan"]
     if has_plain_seeds and row.request.seed != config["seed"] + row.request.index:
@@ -258,8 +263,9 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
                 _restore(folder),
             )
         )
-    expected = {"image": f"images/{id}.{config['image_format']}"} | {
-        role: f"{role}/{id}.png" for task in config["task"] for role in kind_of(task).roles
+    place = ASIDE if row.status == DOUBTFUL else ""
+    expected = {"image": f"{place}images/{id}.{config['image_format']}"} | {
+        role: f"{place}{role}/{id}.png" for task in config["task"] for role in kind_of(task).roles
     }
     if {role: name for role, (name, _) in row.files.items()} != expected:
         findings.append(

@@ -13,6 +13,8 @@ from datasetdm_fast.labels import kind_of
 FORMAT = 2  # of the folder's layout; a reader refuses what it does not know
 READ_FORMATS = (1, FORMAT)  # in the first, each row of the ledger holds its whole recipe, and no outline
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
+ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted sets aside
+MOST_TURNS = 10  # samples that such a run makes for every one that is asked for, before it gives up
 COMMANDS = ("generate", "splice")  # that make run folders, and single samples of them again
 FORM = {
     "versions": {"datasetdm_fast": str},
@@ -105,6 +107,16 @@ def check_document(document: Mapping[str, Any]) -> None:
         or not 0 < document["plan"]["batch_size"] < 2**31
     ):
         raise ValueError("a number in sampling or plan is out of range")
+
+
+def sets_aside(config: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings sets doubtful samples aside and makes others in their place."""
+    return config.get("keep") == "trusted"
+
+
+def most_samples(config: Mapping[str, Any], number: int) -> int:
+    """Samples that a run of `number` makes at most."""
+    return number * (MOST_TURNS if sets_aside(config) else 1)
 
 
 def maker(document: Mapping[str, Any]) -> str:

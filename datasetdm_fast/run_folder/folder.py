@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from datasetdm_fast.data import Sample, SetAside
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import gallery, seal
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, described, pretty
+from datasetdm_fast.run_folder.document import ASIDE, DOCUMENT, LEDGER, LOCK, described, pretty, sets_aside
 from datasetdm_fast.run_folder.indexes import writers
 from datasetdm_fast.run_folder.kept import KEPT, Kept
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, is_sealed, unseal
 
 ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
@@ -71,11 +73,12 @@ class RunFolder(AbstractContextManager):
 
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
-        return write_samples(results, recipe, self.document["config"]["image_format"], into(self.path))
+        return write_samples(results, recipe, self.document["config"], into(self.path))
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Paths of missing or damaged files that are there again; other bytes than the row's are never written."""
-        return self.restore(row, *label_files.encode(sample, self.document["config"]["image_format"]))
+        folder = ASIDE if row.status == DOUBTFUL else ""
+        return self.restore(row, *label_files.encode(sample, self.document["config"]["image_format"], folder))
 
     def restore(self, row: Row, made: label_files.Files, records: Mapping[str, Any]) -> list[str]:
         """The same, from the files and label records of the sample."""
@@ -99,6 +102,28 @@ class RunFolder(AbstractContextManager):
         }
         storage.publish({self.path / name: content for name, content in damaged.items()})
         return sorted(damaged)
+
+    def set_doubtful_aside(self) -> None:
+        """Moves the files of doubtful samples to where `--keep trusted` puts them, and what a killed process left."""
+        if any(row.trust is None for row in self.ledger.rows(parts=("trust",))):
+            raise Refused(
+                f"{self.path}: its samples were made by a version that did not judge them",
+                "Make the run anew with --keep trusted.",
+            )
+        unseal(self.path)
+        self.ledger.commit([])  # the index files are out of date
+        for row in list(self.ledger.rows(DONE, DOUBTFUL)):
+            if row.trust is None or row.trust.is_trusted:
+                continue
+            names = {role: name.removeprefix(ASIDE) for role, (name, _) in row.files.items()}
+            if row.status == DONE:
+                contents = {ASIDE + name: storage.read(self.path / name, LARGEST_IMAGE_FILE) for name in names.values()}
+                stored = into(self.path)(contents)
+                files = {role: (ASIDE + name, stored[ASIDE + name]) for role, name in names.items()}
+                reason = "; ".join(row.trust.reasons)
+                self.ledger.commit([replace(row, status=DOUBTFUL, reason=reason, files=files)])
+            for name in names.values():
+                storage.remove(self.path / name)
 
     def rebuild(self) -> None:
         """Writes every index file anew unless the last rebuild saw the same rows, and seals the folder."""
@@ -129,16 +154,20 @@ class RunFolder(AbstractContextManager):
 
 
 def write_samples(
-    results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], image_format: str, publish: Publish
+    results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], config: Mapping[str, Any], publish: Publish
 ) -> list[Row]:
-    """The rows of the results, once `publish` has taken all of their files."""
+    """The rows of the results, once `publish` has taken all of their files; `config` are the settings of the run."""
     made: list[tuple[Row, label_files.Files]] = []
     for result in results:
         if isinstance(result, SetAside):
             made.append((Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason), {}))
             continue
-        files, records = label_files.encode(result, image_format)
-        made.append((Row(result.request, {**recipe, **result.provenance}, labels=records), files))
+        is_aside = sets_aside(config) and result.is_doubtful
+        files, records = label_files.encode(result, config["image_format"], ASIDE if is_aside else "")
+        row = Row(result.request, {**recipe, **result.provenance}, labels=records, trust=result.trust)
+        if is_aside:
+            row = replace(row, status=DOUBTFUL, reason="; ".join(result.trust.reasons))
+        made.append((row, files))
     return publish_samples(made, publish)
 
 

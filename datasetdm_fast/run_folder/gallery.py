@@ -24,9 +24,9 @@ from datasetdm_fast.labels.image_files import picture_bytes
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.label_files import Files
 from datasetdm_fast.labels.names import by_task, own_stem
-from datasetdm_fast.run_folder.document import LEDGER, described_sides, maker, sides
+from datasetdm_fast.run_folder.document import ASIDE, LEDGER, described_sides, maker, sides
 from datasetdm_fast.run_folder.kept import Kept, read_kept
-from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, Ledger, Row
 
 PAGE = "gallery/index.html"
 TEMPLATE = Path(__file__).with_name("gallery.html")
@@ -41,7 +41,7 @@ def pictures(files: Files) -> Iterator[tuple[str, bytes]]:
     """The pictures the gallery shows of a sample's files, each with its path inside the run folder."""
     for role, (name, content) in files.items():
         if drawn_layer(role):
-            yield f"gallery/{name}", picture_of(role, content)
+            yield f"gallery/{name.removeprefix(ASIDE)}", picture_of(role, content)
 
 
 def tracings(records: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def _left_out(decided: Kept | None) -> dict[str, str]:
 def _draw(folder: Path, ledger: Ledger, role: str) -> None:
     """Draws the pictures of a role that are missing, as in the folder of an earlier version they are."""
     there = {path.name for path in (folder / "gallery" / role).glob("*.png")}
-    wanted = (index for index in ledger.indices() if f"{index:08d}.png" not in there)
+    indices = sorted([*ledger.indices(), *ledger.indices(DOUBTFUL)])
+    wanted = (index for index in indices if f"{index:08d}.png" not in there)
     while block := list(islice(wanted, BLOCK)):
         rows = [ledger.row(index) for index in block]
         contents = {picture_name(role, row): (folder / row.files[role][0]).read_bytes() for row in rows}
@@ -115,7 +116,7 @@ def page(document: Mapping[str, Any], ledger: Ledger, left_out: Mapping[str, str
     before, after = rest.split("{{samples}}")
     yield (start + _embedded(_facts(document, ledger)) + middle + _embedded(left_out or {}) + before).encode()
     yield b"["
-    for k, row in enumerate(ledger.rows(parts=("recipe", "labels", "tracings"))):
+    for k, row in enumerate(ledger.rows(DONE, DOUBTFUL, parts=("recipe", "labels", "trust", "tracings"))):
         yield ((",\n" if k else "\n") + _embedded(_sample(document, row))).encode()
     yield b"]"
     yield after.encode()
@@ -150,7 +151,8 @@ def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
                 "name": layer.name,
                 "title": layer.title,
                 "drawing": layer.drawing,
-                "file": (f"{layer.role}/ID.png" if layer.picture else f"../{layer.role}/ID.png") if layer.role else "",
+                "file": layer.role and f"{layer.role}/ID.png",
+                "is_drawn": layer.picture is not None,
                 "unit": layer.unit,
                 "limbs": document["labels"][task].get("limbs", []),
             }
@@ -204,6 +206,8 @@ def _sample(document: Mapping[str, Any], row: Row) -> dict[str, Any]:
         "prompt": row.request.prompt,
         "seed": str(row.request.seed),
         "sides": sides(document, row.recipe),
+        **({"doubts": row.trust.reasons} if row.trust and row.trust.reasons else {}),
+        **({"aside": True} if row.status == DOUBTFUL else {}),
         "classes": _classes(document, row),
         "values": {
             layer.name: layer.values(row.labels[task], document["labels"][task], _traced(layer, row, task))

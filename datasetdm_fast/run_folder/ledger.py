@@ -5,24 +5,24 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.data import Request
+from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 
 NEGATIVE = "negative_prompt"  # where a row's recipe holds it
-DONE, SET_ASIDE = "done", "set-aside"
+DONE, SET_ASIDE, DOUBTFUL = "done", "set-aside", "doubtful"
 _SCHEMA = """
 PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS samples (
     "index" INTEGER PRIMARY KEY, prompt TEXT NOT NULL, seed INTEGER NOT NULL, classes TEXT NOT NULL,
-    status TEXT NOT NULL CHECK (status IN ('done', 'set-aside')), reason TEXT NOT NULL,
-    recipe TEXT NOT NULL, files TEXT NOT NULL, labels TEXT NOT NULL
+    status TEXT NOT NULL CHECK (status IN ('done', 'set-aside', 'doubtful')), reason TEXT NOT NULL,
+    recipe TEXT NOT NULL, files TEXT NOT NULL, labels TEXT NOT NULL, trust TEXT
 );
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS recipes (digest TEXT PRIMARY KEY, recipe TEXT NOT NULL) WITHOUT ROWID;
@@ -33,15 +33,18 @@ ADDED = {("table", "recipes"), ("table", "tracings")}  # which ledgers of format
 SHARED_BYTES = 512  # from which on a recipe is stored once, and its rows name it by its digest
 BLOCK = 32  # rows read at once
 KEPT_RECIPES = 64  # in memory, as they were read
-PARTS = ("recipe", "files", "labels")  # of a row, each parsed only where it is asked for
+PARTS = ("recipe", "files", "labels", "trust")  # of a row, each parsed only where it is asked for
 # made when the first score is added
 _SCORES = """
 CREATE TABLE IF NOT EXISTS scores (
     "index" INTEGER NOT NULL, name TEXT NOT NULL, value, PRIMARY KEY (name, "index")
 ) WITHOUT ROWID
 """
-_FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, "tracings": dict}
-_COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels'
+_FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, "trust": dict}
+_FORM |= {"tracings": dict}
+_TRUST_FORM = {"missing": [str], "unnamed": [str], "disagreeing": float, "reasons": [str]}
+_COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels, trust'
+_IS_DOUBTFUL = "json_array_length(trust, '$.reasons') > 0"
 _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 _DECODE = json.JSONDecoder().decode
 
@@ -58,6 +61,7 @@ class Row:
     labels: dict[str, Any] = field(default_factory=dict)  # task -> records and figures
     status: str = DONE
     reason: str = ""
+    trust: Trust | None = None  # None where nothing has judged its labels
     tracings: dict[str, Any] = field(default_factory=dict)  # layer of the gallery -> what was traced for it
 
 
@@ -92,6 +96,7 @@ class Ledger(AbstractContextManager):
             "SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9"
         ).fetchall()
         self._is_compact = ADDED <= set(found)
+        self._columns = _COLUMNS if self._is_compact else _COLUMNS.removesuffix(", trust")
         known = NEEDED | ADDED | {("table", "scores")}
         faults = [f"no such table: {name}" for _, name in sorted(NEEDED - set(found))]
         faults += [f"it holds a {kind} {documents.quoted(name)}" for kind, name in found if (kind, name) not in known]
@@ -120,13 +125,16 @@ class Ledger(AbstractContextManager):
                 digest_of(recipe) if self._shares(recipe) else recipe,
                 canonical({role: self._written(row.request.id, role, *file) for role, file in row.files.items()}),
                 canonical(row.labels),
+                *([canonical(asdict(row.trust)) if row.trust else None] if self._is_compact else []),
             )
             for row, recipe in zip(rows, recipes, strict=True)
         ]
         tracings = [(row.request.index, canonical(row.tracings)) for row in rows if row.tracings]
         with self._writing():
             self._connection.executemany(
-                f"INSERT OR REPLACE INTO samples ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", values
+                f"INSERT OR REPLACE INTO samples ({self._columns}) "
+                f"VALUES ({','.join('?' * len(self._columns.split(',')))})",
+                values,
             )
             if self._is_compact:
                 self._connection.executemany("INSERT OR IGNORE INTO recipes VALUES (?, ?)", shared.items())
@@ -213,19 +221,31 @@ class Ledger(AbstractContextManager):
             }
 
     def count(self, status: str = DONE) -> int:
-        return self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,)).fetchone()[0]
+        with self._lock:
+            found = self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,))
+            return found.fetchone()[0]
+
+    def count_doubtful(self) -> int:
+        """Samples that are doubtful, whether or not they were set aside."""
+        if not self._is_compact:
+            return 0
+        return self._connection.execute(f"SELECT count(*) FROM samples WHERE {_IS_DOUBTFUL}").fetchone()[0]
 
     def row(self, index: int) -> Row | None:
-        found = self._connection.execute(f'SELECT {_COLUMNS} FROM samples WHERE "index" = ?', (index,)).fetchone()
+        found = self._connection.execute(f'SELECT {self._columns} FROM samples WHERE "index" = ?', (index,)).fetchone()
         return None if found is None else self._row(*found)
 
-    def rows(self, status: str = DONE, *, parts: Sequence[str] = PARTS) -> Iterator[Row]:
-        """Rows by index, read as they are asked for; of PARTS and `tracings` only these, the others are empty."""
-        columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in _COLUMNS.split(", "))
+    def rows(self, *statuses: str, parts: Sequence[str] = PARTS) -> Iterator[Row]:
+        """Rows of these statuses, or of the data set, by index, read as they are asked for; of PARTS and `tracings` only
+        these, the others are empty.
+        """
+        wanted, names = statuses or (DONE,), self._columns.split(", ")
+        columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in names)
         source = "samples"
         if "tracings" in parts and self._is_compact:
             columns, source = f"{columns}, tracings", 'samples LEFT JOIN tracings USING ("index")'
-        found = self._connection.execute(f'SELECT {columns} FROM {source} WHERE status = ? ORDER BY "index"', (status,))
+        where = f"status IN ({', '.join('?' * len(wanted))})"
+        found = self._connection.execute(f'SELECT {columns} FROM {source} WHERE {where} ORDER BY "index"', wanted)
         while block := found.fetchmany(BLOCK):
             for values in block:
                 yield self._row(*values)
@@ -242,7 +262,8 @@ class Ledger(AbstractContextManager):
             documents.check_form(negative, str, NEGATIVE)
             request = Request(index, prompt, seed, tuple(_DECODE(classes)), negative)
             stored = {role: _stored(request.id, role, file) for role, file in found["files"].items()}
-            return Row(request, recipe, stored, found["labels"], status, reason, found.get("tracings", {}))
+            trust, traced = _trust(found.get("trust")), found.get("tracings", {})
+            return Row(request, recipe, stored, found["labels"], status, reason, trust, traced)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise Refused(
                 f"{self.path}: the row of sample {index!r} is damaged ({type(error).__name__}: {error})",
@@ -269,6 +290,14 @@ class Ledger(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _trust(value: Any) -> Trust | None:
+    if not value:
+        return None
+    documents.check_form(value, _TRUST_FORM)
+    documents.check_form(value.get("confidence") or 0.0, float)
+    return Trust(**{name: tuple(part) if isinstance(part, list) else part for name, part in value.items()})
 
 
 def usual_path(role: str, id: str) -> str:

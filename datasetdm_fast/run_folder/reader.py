@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides
+from datasetdm_fast.labels.trust import trust_of
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, most_samples, read_document, sides
 from datasetdm_fast.run_folder.kept import read_kept
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,15 @@ class StoredSample:
     @property
     def meta(self) -> dict[str, Any]:
         return self.row.recipe
+
+    @property
+    def trust(self) -> Trust:
+        """Whether its labels fit its prompt and one another: as it was judged when it was made, else as it is judged
+        now.
+        """
+        if self.row.trust is not None:
+            return self.row.trust
+        return trust_of(self.classes, {task: self.label(task) for task in self.row.labels})
 
     @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
@@ -89,7 +100,7 @@ class Run(AbstractContextManager):
     opened.
     """
 
-    def __init__(self, path: str | Path, *, kept: bool = False):
+    def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
         self.path = Path(path)
         document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
         if document is None:
@@ -101,7 +112,7 @@ class Run(AbstractContextManager):
         self.document: dict[str, Any] = document
         self._ledger: Ledger | None = None
         self._owner = os.getpid()
-        self._indices = self._rows().indices()
+        self._indices = self._rows().indices(DOUBTFUL if doubtful else DONE)
         if kept and (decided := read_kept(self.path)) is not None:
             self._indices = sorted(set(self._indices) & set(decided.kept))
 
@@ -122,7 +133,11 @@ class Run(AbstractContextManager):
     def is_complete(self) -> bool:
         """Whether no sample of the plan is missing."""
         ledger = self._rows()
-        return ledger.count() + ledger.count(SET_ASIDE) >= self.document["plan"]["number"]
+        number = self.document["plan"]["number"]
+        if (there := ledger.count() + ledger.count(SET_ASIDE)) >= number:
+            return True
+        most = most_samples(self.document["config"], number)
+        return most > number and there + ledger.count(DOUBTFUL) >= most
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -193,6 +208,8 @@ class TaskDataset:
         return image, {name: torch.from_numpy(value) for name, value in parts.items()}
 
 
-def open_run(path: str | Path, *, kept: bool = False) -> Run:
-    """A run folder for reading; with `kept`, without the samples that the last filter left out."""
-    return Run(path, kept=kept)
+def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:
+    """A run folder for reading; with `kept`, without the samples that the last filter left out; with `doubtful`, those
+    that `generate --keep trusted` set aside in place of the others.
+    """
+    return Run(path, kept=kept, doubtful=doubtful)

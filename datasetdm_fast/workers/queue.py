@@ -8,7 +8,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,11 +141,17 @@ class WorkQueue:
                 self.execute("UPDATE queue SET helper = ? WHERE place = ?", owner.name, place)
                 return batch
 
-    def finish(self, batch: int) -> bool:
-        """Whether this is the first to report the batch as committed."""
+    def finish(self, batch: int, more: Callable[[], Sequence[int]] = tuple) -> bool:
+        """Whether this is the first to report the batch as committed. Once all are, `more` tells the batches that the
+        run has come to need since, finished ones among them.
+        """
         with self.alone():
             is_first = bool(self.execute("SELECT 1 FROM queue WHERE batch = ? AND state != 'done'", batch))
             self.execute("UPDATE queue SET state = 'done', owner = NULL, helper = NULL WHERE batch = ?", batch)
+            if not self.execute("SELECT 1 FROM queue WHERE state != 'done' LIMIT 1"):
+                for needed in more():
+                    again = "ON CONFLICT (batch) DO UPDATE SET state = 'free'"
+                    self.execute(f"INSERT INTO queue (batch, state) VALUES (?, 'free') {again}", needed)
             return is_first
 
     def give_back(self, batch: int, owner: Owner, reason: str) -> None:

@@ -19,7 +19,7 @@ from datasetdm_fast.generation import result
 from datasetdm_fast.generation.job import Job, adopt, check_room, count_rows
 from datasetdm_fast.generation.prompts import read_source
 from datasetdm_fast.generation.result import Result
-from datasetdm_fast.generation.run import in_order, lacking
+from datasetdm_fast.generation.run import Quota, in_order
 from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.run_folder.document import read_document
@@ -144,7 +144,7 @@ class RayDriver(Supervisor):
         self.folder, size = RunFolder(job.folder, job.document), job.plan.batch_size
         if self.store:
             self.store.note(job.folder)
-        self.wanted = lacking(self.folder.ledger, job.plan.number, self.config.limit)
+        self.wanted = set(Quota(job, self.folder.ledger).lacking())
         self.folder.unseal()
         batches = in_order(self.wanted, size)
         planned = {index for batch in batches for index in range(batch * size, (batch + 1) * size)}

@@ -16,7 +16,7 @@ from datasetdm_fast.generation.job import Job, adopt
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.run_folder.ledger import DOUBTFUL, Row
 from datasetdm_fast.workers.heartbeat import USUAL, Patience
 from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 
@@ -49,7 +49,7 @@ def join(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple
             job = adopt(job, stored)
         folder = RunFolder(job.folder, job.document, is_member=True, journal=journal)
         if queue.last() is None:
-            wanted = run.lacking(folder.ledger, job.plan.number, job.config.limit)
+            wanted = run.Quota(job, folder.ledger).lacking()
             queue.fill(run.in_order(wanted, job.plan.batch_size), max(wanted, default=-1))
     return job, folder
 
@@ -143,22 +143,36 @@ class Worker:
                     self._put(writer, batch, results)
 
     def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | SetAside]) -> None:
-        missing = self._missing(batch.index)
-        if kept := [result for result in results if result.request.index in missing]:
+        if kept := self._wanted(batch.index, results):
             writer.put(kept, run.facts_of(self.job.recipe, batch))
         else:
-            self.queue.finish(batch.index)
+            self._finish(batch.index)
 
     def _committed(self, rows: list[Row]) -> None:
         self._beat()
-        if self.queue.finish(rows[0].request.index // self.job.plan.batch_size):
+        if self._finish(rows[0].request.index // self.job.plan.batch_size):
             self.made += len(rows)
-            self.on_commit(len(rows))
+            self.on_commit(sum(row.status != DOUBTFUL for row in rows))
 
-    def _missing(self, batch: int) -> set[int]:
-        size = self.job.plan.batch_size
-        first, stop = batch * size, min((batch + 1) * size, self.job.plan.number, self.last + 1)
-        return set(range(first, stop)) - self.folder.ledger.within(first, stop)
+    def _finish(self, batch: int) -> bool:
+        return self.queue.finish(batch, self._more) if self._grows else self.queue.finish(batch)
+
+    @property
+    def _grows(self) -> bool:
+        """Whether doubtful samples make room for further ones, as far as this command may make them."""
+        return self.job.sets_aside and not self.job.config.limit
+
+    def _more(self) -> list[int]:
+        return run.in_order(run.Quota(self.job, self.folder.ledger).lacking(), self.job.plan.batch_size)
+
+    def _wanted(self, batch: int, results: list[Sample | SetAside]) -> list[Sample | SetAside]:
+        """The results that the run lacks."""
+        size, ledger = self.job.plan.batch_size, self.folder.ledger
+        first, stop = batch * size, (batch + 1) * size
+        if self._grows:
+            return run.Quota(self.job, ledger, first, stop).taken(results)
+        missing = set(range(first, min(stop, self.last + 1))) - ledger.within(first, stop)
+        return [result for result in results if result.request.index in missing]
 
     def _is_doubtful(self, batch: int, results: list[Sample | SetAside]) -> bool:
         """Whether numbers that are not finite may be the fault of this process's device: then another one is to make

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from datasetdm_fast.labels import by_kind, kind_of
-from datasetdm_fast.run_folder.document import described_sides, maker
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
+from datasetdm_fast.run_folder.document import ASIDE, described_sides, maker, sets_aside
+from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger
 
 LOADING = """```python
 from datasetdm_fast import open_run
@@ -38,6 +39,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         *(f"- {kind_of(task).contents}" for task in config["task"]),
         "- `gallery/index.html`: the page to look at them; `run.json`: everything that decided them; "
         "`state/ledger.sqlite`: one row a sample\n",
+        *_trust(document, ledger),
         *_sections(document, ledger),
         *(
             [f"Set aside because a number was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"]
@@ -65,6 +67,16 @@ def _attributes(labels: Sequence[str]) -> str:
     """What a sample of these labels offers."""
     named = [f'.label("{label}")' for label in labels if ":" in label]
     return " ".join((".image", *(named or (".semantic", ".instances", ".depth", ".keypoints")), ".prompt .seed"))
+
+
+def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
+    """How many samples are doubtful, where that was judged."""
+    if sets_aside(document["config"]):
+        yield f"Samples whose labels do not fit their prompt or one another, set aside in `{ASIDE}`: "
+        yield f"{ledger.count(DOUBTFUL)}.\n"
+    elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
+        yield f"{ledger.count_doubtful()} of the samples are doubtful, as their labels do not fit their prompt or one "
+        yield "another; `trust` in `samples.jsonl` says why.\n"
 
 
 def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:

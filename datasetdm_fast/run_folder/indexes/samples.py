@@ -1,6 +1,7 @@
-"""samples.jsonl: one line a sample, with its prompt, seed, files and digests."""
+"""samples.jsonl: one line a sample, with its prompt, seed, files, digests and trust."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from datasetdm_fast.run_folder.ledger import Ledger, canonical
@@ -8,7 +9,7 @@ from datasetdm_fast.run_folder.ledger import Ledger, canonical
 
 def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """The lines of samples.jsonl by id; records that the COCO files hold are given as counts."""
-    for row in ledger.rows(parts=("files", "labels")):
+    for row in ledger.rows(parts=("files", "labels", "trust")):
         files = {
             role: {"path": path, "sha256": stored.sha256, "bytes": stored.size}
             for role, (path, stored) in row.files.items()
@@ -23,5 +24,6 @@ def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
             **({"negative": request.negative} if request.negative else {}),
             "files": files,
             "labels": labels,
+            **({"trust": asdict(row.trust)} if row.trust else {}),
         }
         yield (canonical(line) + "\n").encode()

@@ -1,0 +1,187 @@
+"""Doubtful samples are recorded, set aside and replaced, and the same samples come out whatever happens on the way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchless
+import troubled
+from test_ledger import tree
+from torchless import DOUBT
+
+from datasetdm_fast import filter, generate
+from datasetdm_fast.config import RunConfig
+from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
+from datasetdm_fast.generation import job
+from datasetdm_fast.generation.summary import table
+from datasetdm_fast.labels.trust import trust_of, without_doubtful
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.workers import spawn
+from datasetdm_fast.workers.devices import Place
+from datasetdm_fast.workers.worker import Callbacks
+
+NUMBER, BATCH = 12, 4
+CLASSES = ("background", "table", "ball", "star", "cube")
+
+
+def scene(semantic, *instances):
+    """Labels of 100 pixels: a row of class numbers, and instances as pairs of class number and columns."""
+    masks = np.zeros((len(instances), 10, 10), bool)
+    for mask, (_, columns) in zip(masks, instances, strict=True):
+        mask[:, columns] = True
+    kinds, scores = np.array([kind for kind, _ in instances], np.int64), np.full(len(instances), 0.8, np.float32)
+    numbers = np.repeat(np.array([semantic], np.uint8), 10, 0)
+    return {
+        "semantic": SemanticMap(numbers, np.full((10, 10), 0.9, np.float32), CLASSES),
+        "instance": Instances(masks, kinds, scores, CLASSES[2:]),
+    }
+
+
+RIGHT = scene([0, 0, 2, 2, 2, 1, 1, 3, 3, 3], (0, slice(2, 5)), (1, slice(7, 10)))
+SWAPPED = scene([0, 0, 2, 2, 2, 1, 1, 3, 3, 3], (1, slice(2, 5)), (0, slice(7, 10)))
+
+
+def test_the_rule():
+    assert trust_of(("ball", "star"), RIGHT) == Trust(confidence=0.85)
+    lacking = trust_of(("ball", "star", "cube"), RIGHT)
+    assert lacking.missing == ("cube",)
+    assert lacking.reasons == ("cube is in the prompt, but not in semantic or instance",)
+    assert trust_of(("ball",), RIGHT).unnamed == ("star",)
+    assert trust_of((), RIGHT).is_trusted, "a prompt that names no thing says nothing about things"
+    found = trust_of(("ball", "star"), SWAPPED)
+    assert found.disagreeing == 1 and found.reasons == ("100% of the pixels of things have two names",)
+
+
+def test_doubtful_pixels():
+    def row(named, labels):
+        return without_doubtful(named, labels)["semantic"].labels[0].tolist()
+
+    assert row(("ball", "star"), RIGHT) == RIGHT["semantic"].labels[0].tolist()
+    assert row(("ball", "star"), SWAPPED) == [0, 0, 255, 255, 255, 1, 1, 255, 255, 255]
+    assert row(("ball",), RIGHT) == [0, 0, 2, 2, 2, 1, 1, 255, 255, 255]
+
+
+@pytest.fixture(autouse=True)
+def arithmetic(monkeypatch):
+    torchless.install(monkeypatch.setattr)
+
+
+def run(out: Path, *arguments: str) -> int:
+    flags = ["--number", str(NUMBER), "--batch-size", str(BATCH), "--out", str(out), "--quiet"]
+    return generate.main([*flags, *arguments])
+
+
+def ids(path: Path, **options: bool) -> list[int]:
+    return [sample.row.request.index for sample in open_run(path, **options)]
+
+
+def is_doubtful(index: int) -> bool:
+    return torchless.drawn(Request(index, "a ball", index), ()).is_doubtful
+
+
+def test_all_samples_are_kept_and_counted(tmp_path, capsys):
+    path, doubtful = tmp_path / "run", [k for k in range(NUMBER) if is_doubtful(k)]
+    assert generate.main(["--number", str(NUMBER), "--out", str(path)]) == 0
+    told = f"{len(doubtful)} of {NUMBER} samples are doubtful: --keep trusted leaves them out"
+    assert told in capsys.readouterr().err and ids(path) == [*range(NUMBER)]
+    assert [sample.row.request.index for sample in open_run(path) if sample.trust == DOUBT] == doubtful
+    lines = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    assert [k for k, line in enumerate(lines) if line["trust"]["reasons"] == [*DOUBT.reasons]] == doubtful
+    assert f"{len(doubtful)} of the samples are doubtful" in (path / "README.md").read_text()
+    assert (path / "gallery" / "index.html").read_text().count('"doubts":') == len(doubtful)
+    assert filter.main([str(path), "--where", "trust == 1", "--quiet"]) == 0
+    assert ids(path, kept=True) == [k for k in range(NUMBER) if k not in doubtful] and audit(path).findings == []
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run that keeps trusted samples alone, made by one process without interruption."""
+    path = tmp_path_factory.mktemp("trust") / "kept"
+    with pytest.MonkeyPatch.context() as patch:
+        torchless.install(patch.setattr)
+        assert run(path, "--keep", "trusted") == 0
+    return path
+
+
+def test_a_run_goes_on_until_enough_are_trusted(kept):
+    wanted = [k for k in range(100) if not is_doubtful(k)][:NUMBER]
+    others = [k for k in range(wanted[-1]) if is_doubtful(k)]
+    assert ids(kept) == wanted and ids(kept, doubtful=True) == others and others
+    assert all(sample.seed == sample.row.request.index for sample in open_run(kept))
+    assert {path.stem for path in (kept / "images").iterdir()} == {f"{k:08d}" for k in wanted}
+    assert {path.stem for path in (kept / "doubtful" / "semantic").iterdir()} == {f"{k:08d}" for k in others}
+    coco = json.loads((kept / "instances.json").read_text())
+    assert [image["id"] for image in coco["images"]] == wanted
+    aside = open_run(kept, doubtful=True)[0]
+    assert aside.image.any() and aside.semantic is not None and aside.row.reason == DOUBT.reasons[0]
+    report = audit(kept)
+    assert report.findings == [] and report.is_complete and report.done == NUMBER
+
+
+def test_stopped_anywhere_and_damaged_it_becomes_the_same(kept, tmp_path, monkeypatch):
+    for name in ("engine_of", "recipe_of"):
+        monkeypatch.setattr(f"datasetdm_fast.generation.run.{name}", getattr(job, name))
+    path, before = tmp_path / "run", tree(kept)
+    for _ in range(9):
+        assert run(path, "--keep", "trusted", "--limit", "3") == 0
+    assert tree(path) == before and open_run(path).is_complete
+    id = open_run(path, doubtful=True)[0].id
+    (path / "doubtful" / "images" / f"{id}.png").unlink()
+    assert audit(path).findings[0].place == f"doubtful/images/{id}.png"
+    assert run(path, "--only", id) == 0 and tree(path) == before
+
+
+def test_any_number_of_ranks_makes_the_same(kept, tmp_path):
+    config = RunConfig(out=str(tmp_path / "run"), number=NUMBER, batch_size=BATCH, keep="trusted", quiet=True)
+    places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]
+    heard: list[int] = []
+    callbacks = Callbacks(table, on_start=troubled.install, on_commit=heard.append)
+    result = spawn.run(config, places, callbacks)
+    assert result.is_complete and sum(heard) == NUMBER and result.made == NUMBER
+    assert tree(tmp_path / "run") == tree(kept)
+
+
+def test_refill_makes_it_of_a_run_that_kept_all(kept, tmp_path, monkeypatch, capsys):
+    path, refilled = tmp_path / "run", ("--keep", "trusted", "--refill")
+    assert run(path) == 0 and run(path, "--keep", "trusted") == 2
+    assert 'keep: null there, "trusted" asked for' in capsys.readouterr().err
+    commit, count = Ledger.commit, iter(range(3))
+
+    def killed(self, rows):
+        if next(count, None) is None:
+            raise SystemExit(137)
+        commit(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit", killed)
+        with pytest.raises(SystemExit):
+            job.refill(RunConfig(out=str(path), number=NUMBER, batch_size=BATCH, keep="trusted", refill=True))
+    assert 0 < len(ids(path, doubtful=True)) < len(ids(kept, doubtful=True))
+    assert run(path, *refilled) == 0 and tree(path) == tree(kept) and audit(path).findings == []
+    assert run(path, *refilled) == 0 and run(path, "--keep", "trusted") == 0 and tree(path) == tree(kept)
+
+
+def test_it_gives_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchless, "Trust", lambda: DOUBT)
+    assert run(tmp_path / "run", "--keep", "trusted") == 4
+    assert f"0 of {10 * NUMBER} samples are trusted, {NUMBER} were asked for" in capsys.readouterr().err
+    assert run(tmp_path / "run", "--keep", "trusted") == 4
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--refill"], "--refill: it replaces samples that are set aside"),
+        (["--keep", "trusted", "--cluster", "ray"], "--keep trusted: no cluster makes such runs"),
+        (["--keep", "trusted", "--prompts", '{"prompt": "a ball", "seed": 3}'], "prompts with seeds of their own"),
+    ],
+)
+def test_what_is_refused(tmp_path, capsys, flags, told):
+    if "--prompts" in flags:
+        (tmp_path / "prompts.jsonl").write_text(flags[-1])
+        flags = [*flags[:-1], str(tmp_path / "prompts.jsonl")]
+    assert run(tmp_path / "run", *flags) == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
