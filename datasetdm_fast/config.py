@@ -207,9 +207,9 @@ class OutputSettings:
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "model decoder task combine classes engine prompts negative_prompt allow_unnamed truncate_prompts number "
-        "per_class keep refill ignore seed steps guidance sampler profile size batch_size image_format out only resume "
-        "limit dry_run allow_download json quiet threads gpus ranks cluster store dtype compile device provider streams "
-        "engines trt_flavour"
+        "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
+        "out only resume limit dry_run allow_download json quiet threads gpus ranks cluster store dtype compile device "
+        "provider streams engines trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(
@@ -258,6 +258,12 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         False,
         "with --keep trusted: set aside the doubtful samples of a run that kept all, and make others in their place",
         identity=False,
+    )
+    ignore_below: float = setting(
+        0.0,
+        "pixels of label maps are 255 where the decoder's confidence is below this, 0 to 1",
+        metavar="SHARE",
+        identity="if given",
     )
     ignore: str = setting(
         "nothing",

@@ -1,6 +1,7 @@
 """Doubtful samples are recorded, set aside and replaced, and the same samples come out whatever happens on the way."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
 from datasetdm_fast.generation import job
 from datasetdm_fast.generation.summary import table
-from datasetdm_fast.labels.trust import trust_of, without_doubtful
+from datasetdm_fast.labels.trust import trust_of, without_doubtful, without_unsure
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.reader import open_run
@@ -62,6 +63,12 @@ def test_doubtful_pixels():
     assert row(("ball", "star"), RIGHT) == RIGHT["semantic"].labels[0].tolist()
     assert row(("ball", "star"), SWAPPED) == [0, 0, 255, 255, 255, 1, 1, 255, 255, 255]
     assert row(("ball",), RIGHT) == [0, 0, 2, 2, 2, 1, 1, 255, 255, 255]
+
+
+def test_unsure_pixels():
+    sure = np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10)
+    found = without_unsure({"semantic": replace(RIGHT["semantic"], confidence=sure)}, 0.5)["semantic"]
+    assert ((found.labels == 255) == (sure < 0.5)).all()
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +181,7 @@ def test_it_gives_up(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, told",
     [
+        (["--ignore-below", "1.5"], "--ignore-below 1.5: expected a number from 0 to 1"),
         (["--refill"], "--refill: it replaces samples that are set aside"),
         (["--keep", "trusted", "--cluster", "ray"], "--keep trusted: no cluster makes such runs"),
         (["--keep", "trusted", "--prompts", '{"prompt": "a ball", "seed": 3}'], "prompts with seeds of their own"),

@@ -116,7 +116,7 @@ def install(patch=setattr) -> None:
             "capture_timestep": 1,
         }
         words = (tuple(classes) or world.THINGS) if "open-vocabulary" in config.task else ()
-        return Recipe(Schedule(), 2.0, SIDE, config.task, 1, words, facts)
+        return Recipe(Schedule(), 2.0, SIDE, config.task, {}, words, facts=facts)
 
     def made(batches, engine, recipe, on_unet_call=lambda: None):
         for batch in batches:

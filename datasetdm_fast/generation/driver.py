@@ -10,7 +10,7 @@ from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Re
 from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
 from datasetdm_fast.labels.class_tables import spoken
-from datasetdm_fast.labels.trust import trust_of, without_doubtful
+from datasetdm_fast.labels.trust import trust_of, without_doubtful, without_unsure
 from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def collect(
         else:
             found = combined({task: labels[task][b] for task in recipe.tasks}, recipe.combinations)
             kept = without_doubtful(request.classes, found) if recipe.ignores_doubtful else found
+            kept = without_unsure(kept, recipe.least_confidence) if recipe.least_confidence else kept
             facts = {**recipe.facts, **engine.adjustments}
             results.append(Sample(request, pixels[b], kept, facts, trust_of(request.classes, found)))
     return results

@@ -208,7 +208,7 @@ def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engi
 
 
 def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str]) -> Recipe:
-    names = ("sampler", "steps", "guidance", "profile", "ignore")
+    names = ("sampler", "steps", "guidance", "profile", "ignore", "ignore_below")
     recipe = make_recipe(engine, config.task, classes=classes, **{name: getattr(config, name) for name in names})
     combinations = parse_combinations(config.combine, config.task)
     check_words(combinations, label_tables(engine, recipe))

@@ -28,6 +28,7 @@ class Recipe:
     combinations: tuple[Combination, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
     ignores_doubtful: bool = False  # whether doubtful pixels of label maps become 255
+    least_confidence: float = 0.0  # pixels of label maps with less become 255
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -45,6 +46,7 @@ def make_recipe(
     profile: str = "0.3.0",
     classes: Sequence[str] = (),
     ignore: str = "nothing",
+    ignore_below: float = 0.0,
 ) -> Recipe:
     """The recipe of a run; zeros stand for what the model was made for."""
     from datasetdm_fast.sampling import make_schedule
@@ -63,10 +65,8 @@ def make_recipe(
         "size": model.size,
         "capture_timestep": _told(schedule, captures),
     }
-    ignored = ignore == "disagreeing"
-    return Recipe(
-        schedule, facts["guidance"], model.size, tuple(tasks), captures, words, facts=facts, ignores_doubtful=ignored
-    )
+    ignored = {"ignores_doubtful": ignore == "disagreeing", "least_confidence": ignore_below}
+    return Recipe(schedule, facts["guidance"], model.size, tuple(tasks), captures, words, facts=facts, **ignored)
 
 
 def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, float]:

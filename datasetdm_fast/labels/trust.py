@@ -106,6 +106,16 @@ def _disagreeing(maps: Mapping[str, NamedMap]) -> float:
     return differing / named if named else 0.0
 
 
+def without_unsure(labels: Mapping[str, Annotation], least: float) -> dict[str, Annotation]:
+    """The labels with IGNORE in their maps of classes where the confidence is below `least`."""
+    return {
+        task: replace(label, labels=np.where(label.confidence < least, IGNORE, label.labels).astype(np.uint8))
+        if isinstance(label, SemanticMap)
+        else label
+        for task, label in labels.items()
+    }
+
+
 def without_doubtful(named: Sequence[str], labels: Mapping[str, Annotation]) -> dict[str, Annotation]:
     """The labels with IGNORE in their maps of classes where two differ, or a thing is not named by the prompt."""
     maps = {task: found for task, label in labels.items() if (found := named_map(label))}
