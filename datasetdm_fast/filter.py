@@ -35,6 +35,7 @@ class FilterConfig:
     )
     undo: bool = setting(False, "keep all samples again")
     clip: str = setting("", "folder of a CLIP, which adds the score clip", metavar="DIR")
+    stability: bool = setting(False, "adds the score stability, with the model and the decoders of the run")
     threads: int = setting(0, "samples scored at once, 0 = all cores", metavar="N")
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.threads < 0:
         raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
-    if config.undo and given & {"where", "clip"}:
+    if config.undo and given & {"where", "clip", "stability"}:
         raise Refused("--undo: it takes back what was filtered, without a condition", "Give --where or --undo.")
     if "where" in given and not config.where.strip():
         raise Refused("--where: nothing was given after it", "Write a condition, or drop the flag.")
@@ -60,11 +61,13 @@ def main(arguments: Sequence[str]) -> int:
     if config.where:
         parse_where(config.where, tuple(SCORES))  # before hours of scoring
     run = filtering.check(Path(config.run))
-    if left := filtering.count_missing(run, bool(config.clip)):
+    extra = [name for name in ("clip", "stability") if getattr(config, name)]
+    if left := filtering.count_missing(run, extra):
+        networks = _networks(config, run)
         with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
             filtering.complete(
                 run,
-                Path(config.clip) if config.clip else None,
+                networks,
                 config.threads or len(os.sched_getaffinity(0)),
                 progress.on_commit,
                 interruption.is_stopping,
@@ -73,6 +76,20 @@ def main(arguments: Sequence[str]) -> int:
             print("not all samples are scored; the same line goes on", file=sys.stderr)
             return interruption.exit_code(0)
     return _keep(config, run) if config.where else _show(config, run)
+
+
+def _networks(config: FilterConfig, run: Run) -> dict[str, Any]:
+    """Score -> what makes it, for the scores that need a network."""
+    found: dict[str, Any] = {}
+    if config.clip:
+        from datasetdm_fast.curation.clip import Clip
+
+        found["clip"] = Clip(Path(config.clip))
+    if config.stability:
+        from datasetdm_fast.curation.stability import Stability
+
+        found["stability"] = Stability(run, config.threads)
+    return found
 
 
 def _undo(config: FilterConfig) -> int:

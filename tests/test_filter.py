@@ -287,6 +287,33 @@ def test_clip_scores_come_from_a_local_folder(run, tmp_path):
     assert len(open_run(run, kept=True)) == NUMBER and audit(run).findings == []
 
 
+def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys):
+    from stub_engine import CONFIGS, StubEngine
+
+    from datasetdm_fast.engines import opening
+
+    digests = {"digest": "stub", "licence": "none"}
+
+    def open_engine(model, decoder, tasks, **choices):
+        return StubEngine(64, CONFIGS, tuple(tasks)), {task: digests for task in tasks}
+
+    monkeypatch.setattr(opening, "open_engine", open_engine)
+    path = tmp_path / "run"
+    assert generate.main(["--number", "3", "--out", str(path), "--quiet"]) == 0
+    assert filter.main([str(path), "--where", "stability >= 0", "--quiet"]) == 2 and not (path / KEPT).exists()
+    assert "Add --stability" in capsys.readouterr().err
+    assert filter.main([str(path), "--stability", "--where", "stability >= 0", "--quiet"]) == 0
+    with Ledger(path / "state" / "ledger.sqlite", read_only=True) as ledger:
+        found = [value for _, value in ledger.scores("stability")]
+    assert len(found) == 3 and all(0 <= value <= 1 for value in found) and audit(path).findings == []
+    assert len(open_run(path, kept=True)) == 3
+    digests = {"digest": "other", "licence": "none"}
+    assert filter.main([str(path), "--stability", "--quiet"]) == 0, "all of them have the score"
+    with RunFolder(path, open_run(path).document) as folder:
+        folder.ledger._connection.execute("DELETE FROM scores WHERE name = 'stability'")
+    assert filter.main([str(path), "--stability", "--quiet"]) == 2
+
+
 def test_filtering_needs_no_torch(made):
     code = "import sys\nfrom datasetdm_fast import filter\nfilter.main(sys.argv[1:])\nprint('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code, str(made)], capture_output=True, text=True, check=True)

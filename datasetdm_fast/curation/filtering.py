@@ -1,7 +1,7 @@
 """The scores of a run are completed, shown, and used to decide which of its samples are kept."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +11,7 @@ import numpy as np
 
 from datasetdm_fast.curation.clip import Clip
 from datasetdm_fast.curation.scores import HASH, NEAR, SCORES, nearest, scored
+from datasetdm_fast.curation.stability import Stability
 from datasetdm_fast.curation.where import parse_where
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.document import LEDGER
@@ -24,6 +25,7 @@ BLOCK = 64  # samples whose scores are committed together
 BINS = 8  # of a histogram
 ABSENT = {  # a score that no sample has -> what to do about it
     "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
+    "stability": "Add --stability, and the scores are made with the model of the run.",
     "clip": "Add --clip DIR, the folder of a CLIP, and the scores are made.",
 }
 
@@ -57,18 +59,23 @@ def check(path: Path) -> Run:
     return run
 
 
-def count_missing(run: Run, with_clip: bool) -> int:
-    """Scores that samples lack, all that need no CLIP counted as one."""
+def count_missing(run: Run, extra: Sequence[str]) -> int:
+    """Scores that samples lack, all that need no network counted as one; `extra` are those that do."""
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        wanted = ("distance", "clip") if with_clip else ("distance",)
+        wanted = ("distance", *extra)
         return sum(len(set(ledger.indices()) - {index for index, _ in ledger.scores(name)}) for name in wanted)
 
 
 def complete(
-    run: Run, clip: Path | None, threads: int, on_commit: Callable[[int], None], is_stopping: Callable[[], bool]
+    run: Run,
+    networks: Mapping[str, Clip | Stability],
+    threads: int,
+    on_commit: Callable[[int], None],
+    is_stopping: Callable[[], bool],
 ) -> None:
-    """Gives every sample the scores that it lacks; what was scored before stays as it is."""
-    model = Clip(clip) if clip else None
+    """Gives every sample the scores that it lacks, those of `networks` among them; what was scored before stays as it
+    is.
+    """
     run.close()  # its ledger is about to change
     with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
         folder.unseal()
@@ -80,10 +87,10 @@ def complete(
             while (block := list(islice(indices, BLOCK))) and not is_stopping():
                 yield [StoredSample(ledger.row(index), run.path, run.document) for index in block]
 
-        if model:
-            for samples in lacking("clip"):
-                found = zip(samples, model.scores(samples), strict=True)
-                ledger.add_scores((sample.row.request.index, "clip", value) for sample, value in found)
+        for name, network in networks.items():
+            for samples in lacking(name):
+                found = zip(samples, network.scores(samples), strict=True)
+                ledger.add_scores((sample.row.request.index, name, value) for sample, value in found)
                 on_commit(len(samples))
         for samples in lacking(HASH):
             found = zip(samples, pool.map(scored, samples), strict=True)

@@ -20,6 +20,7 @@ SCORES = {  # name -> what it says
     "sharpness": "variance of the Laplacian of the image's brightness, 0 to 255",
     "distance": f"bits, of {BITS}, by which the image's hash differs from the nearest of a sample before it",
     "duplicate": f"1 where that distance is at most {NEAR}, else 0",
+    "stability": "share of the pixels of things that the decoders call the same under two other noises, 0 to 1",
     "clip": "cosine of image and prompt by the CLIP of --clip",
 }
 
