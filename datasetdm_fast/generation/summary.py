@@ -16,6 +16,8 @@ def table(job: Job, call: float = 0.0) -> list[str]:
         f"seeds {plan.seed} to {plan.seed + plan.number - 1}",
         f"{facts['steps']} steps in {facts['calls']} calls",
     )
+    if plan.most > plan.number:  # how far they go is found out on the way
+        seeds = f"seeds from {plan.seed} on"
     name = f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}"
     rows = {
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",

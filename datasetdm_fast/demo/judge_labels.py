@@ -1,0 +1,153 @@
+"""python -m datasetdm_fast.demo.judge_labels RUN --judged DIR: how true are the labels of generated pictures?
+
+The segmentation net of demo.judge, which has only ever seen renders, is compared with the labels of a run, for all of
+its samples and for the trusted ones; the same figures on renders are against their truth. Prints a table and JSON.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasetdm_fast.data import Annotation, Trust
+from datasetdm_fast.demo.judge import ENOUGH, Judge, classes_in, train_judge
+from datasetdm_fast.engines.opening import open_engine
+from datasetdm_fast.labels.trust import named_map, trust_of
+from datasetdm_fast.readers.demo import DemoWorld
+from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.sampling.inversion import capture_timestep, invert
+from datasetdm_fast.scenes import world
+from datasetdm_fast.tasks import TASKS
+from datasetdm_fast.tasks.captions import held_to
+
+KINDS = ("semantic", "instance")
+FOUND = 0.5  # IoU of a thing that counts as found
+SAME = 0.25  # IoU below which a thing is called wrong
+RENDERS = 900_000  # first scene seed, as in the model card
+BATCH = 10
+
+
+@dataclass(frozen=True)
+class JudgedPicture:
+    """The labels of a picture beside what is to be seen in it."""
+
+    named: tuple[str, ...]  # things of its caption
+    labels: dict[str, Annotation]
+    seen: np.ndarray  # [H, W] class of each pixel
+    trust: Trust
+
+    def shown(self, name: str) -> np.ndarray:
+        return self.seen == world.CLASSES.index(name)
+
+    def overlaps(self, kind: str) -> dict[str, float]:
+        """IoU of every thing that is labelled or seen on ENOUGH pixels."""
+        found, overlaps = named_map(self.labels[kind]), {}
+        for name in world.THINGS:
+            labelled, shown = found.numbers == found.names.index(name), self.shown(name)
+            if max(labelled.sum(), shown.sum()) >= ENOUGH:
+                overlaps[name] = float((labelled & shown).sum() / (labelled | shown).sum())
+        return overlaps
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether a thing of the caption is not to be seen, or a label contradicts what is."""
+        is_lacking = any(self.shown(name).sum() < ENOUGH for name in self.named)
+        return is_lacking or any(value < SAME for kind in KINDS for value in self.overlaps(kind).values())
+
+
+def figures(pictures: Sequence[JudgedPicture], kind: str) -> dict[str, float]:
+    """Of the things that captions name and pictures show, the share that is found; of the pixels that are labelled as
+    things, the share where that thing is seen, and where another one is.
+    """
+    found, right, swapped, labelled = [], 0, 0, 0
+    things = [world.CLASSES.index(name) for name in world.THINGS]
+    for one in pictures:
+        overlaps, told = one.overlaps(kind), named_map(one.labels[kind])
+        found += [overlaps.get(name, 0) >= FOUND for name in one.named if one.shown(name).sum() >= ENOUGH]
+        numbers = told.told({name: world.CLASSES.index(name) for name in world.THINGS})
+        is_thing = numbers > 0
+        labelled += int(is_thing.sum())
+        right += int((is_thing & (numbers == one.seen)).sum())
+        swapped += int((is_thing & (numbers != one.seen) & np.isin(one.seen, things)).sum())
+    count = max(labelled, 1)
+    return {"found": float(np.mean(found)), "precision": right / count, "swapped": swapped / count}
+
+
+def of_run(path: Path, judge: Judge) -> list[JudgedPicture]:
+    """The samples of a run, as the judge sees them."""
+    pictures = []
+    run = iter(open_run(path))
+    while samples := list(islice(run, BATCH)):
+        seen = classes_in(judge, np.stack([sample.image for sample in samples])).numpy()
+        for sample, classes in zip(samples, seen, strict=True):
+            named = tuple(name for name in sample.classes if name in world.THINGS)
+            labels = {kind: sample.label(kind) for kind in KINDS}
+            pictures.append(JudgedPicture(named, labels, classes, trust_of(sample.classes, labels)))
+    return pictures
+
+
+def of_renders(count: int) -> list[JudgedPicture]:
+    """Renders with the labels that the demo decoders give them, beside their truth."""
+    engine, _ = open_engine("demo", "demo", KINDS)
+    configs = {task: engine.decoders[task].config for task in KINDS}
+    timestep, source, pictures = capture_timestep(configs.values()), DemoWorld(count, RENDERS, engine.model.size), []
+    items = iter(source)
+    while some := list(islice(items, BATCH)):
+        captions, first = [item.caption for item in some], len(pictures)
+        images = torch.from_numpy(np.stack([item.image for item in some]))
+        capture, labels = invert(engine, images, captions, timestep, range(first, first + len(some))), {}
+        for task, config in configs.items():
+            raw = held_to(engine.annotate(task, capture, None), config, captions)
+            labels[task] = TASKS[task].postprocess(raw, config, engine.model.size)
+        for k, item in enumerate(some):
+            named = tuple(name for name in world.THINGS if name in item.caption.split())
+            found: dict[str, Annotation] = {task: labels[task][k] for task in KINDS}
+            pictures.append(JudgedPicture(named, found, item.semantic, trust_of(named, found)))
+    return pictures
+
+
+def table(sets: dict[str, Sequence[JudgedPicture]]) -> Iterable[str]:
+    yield "| pictures | | named things found | pixels of things right | pixels of another thing |"
+    yield "|---|---|---|---|---|"
+    for name, pictures in sets.items():
+        for kind in KINDS:
+            row = figures(pictures, kind)
+            shares = " | ".join(f"{100 * value:.1f} %" for value in row.values())
+            yield f"| {name}, {len(pictures)} | {kind} | {shares} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge_labels", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--judged", type=Path, required=True, help="folder with the judge.pt of demo.judge")
+    parser.add_argument("--renders", type=int, default=500)
+    parser.add_argument("--judge-steps", type=int, default=1200)
+    options = parser.parse_args(arguments)
+    path, judge = options.judged / "judge.pt", Judge().eval()
+    if path.exists():
+        judge.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        judge = train_judge(2000, options.judge_steps, 128)
+        options.judged.mkdir(parents=True, exist_ok=True)
+        torch.save(judge.state_dict(), path)
+    renders, made = of_renders(options.renders), of_run(options.run, judge)
+    sets = {"renders": renders, "trusted renders": [one for one in renders if one.trust.is_trusted]}
+    sets |= {"generated": made, "trusted generated": [one for one in made if one.trust.is_trusted]}
+    print("\n".join(table(sets)), file=sys.stderr)
+    wrong = np.array([one.is_wrong for one in made])
+    doubtful = np.array([not one.trust.is_trusted for one in made])
+    facts = {"pictures": len(made), "wrong": int(wrong.sum()), "doubtful": int(doubtful.sum())}
+    facts |= {"doubtful_of_wrong": float(doubtful[wrong].mean()), "doubtful_of_right": float(doubtful[~wrong].mean())}
+    rows = {name: {kind: figures(pictures, kind) for kind in KINDS} for name, pictures in sets.items()}
+    print(json.dumps({**facts, "sets": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
