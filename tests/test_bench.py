@@ -135,8 +135,9 @@ def test_gpu_parts_are_stored_and_continued(tmp_path, capsys):
 def test_the_generation_loop_alone_is_timed_and_holds_its_memory(monkeypatch):
     monkeypatch.setattr(scale, "MARKS", {True: (16, 48)})
     monkeypatch.setattr(scale, "SCENE_SECONDS", 0.1)
-    *runs, scenes, disk = scale.rows(SimpleNamespace(setting=SimpleNamespace(quick=True)))
-    assert [row["images"] for row in runs] == [16, 48] and "closing_ms" in runs[-1]
+    *runs, scenes, closed, disk = scale.rows(SimpleNamespace(setting=SimpleNamespace(quick=True)))
+    assert [row["images"] for row in runs] == [16, 48]
+    assert closed["closed"] == 64 and closed["closing_core_ms"] > 0 and 500 < closed["ledger_bytes"] < 4000
     assert all(row["ms"]["whole"] >= row["ms"]["own"] >= 0 and row["ms"]["engine"] > 0 for row in runs)
     assert scenes["written"] >= scale.SCENE_COUNT and scenes["images_per_second"] > 0 and scenes["core_ms"] > 0
     assert disk["commit_ms"] > 0 and disk["files"] == 4  # image, semantic, confidence, depth

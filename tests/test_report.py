@@ -117,8 +117,8 @@ DOCUMENT = {
                     "pixels": 64,
                     "resident_mib": 500.0,
                     "ms": {"engine": 0.1, "own": 0.4, "whole": 2.0},
-                    "closing_ms": 0.5,
                 },
+                {"pixels": 128, "closed": 100, "closing_ms": 0.5, "closing_core_ms": 0.4, "ledger_bytes": 1500},
                 {"pixels": 256, "written": 64, "images_per_second": 500.0, "core_ms": 2.0},
                 {"commit_ms": 3.0, "rows": 8, "publish_ms": 1.0, "files": 4},
                 {"ranks": 1, "images": 32, "images_per_second": 2.0},
@@ -220,7 +220,7 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout):
     assert "](charts/cpu-peers.svg)" in whole  # as seen from the page's own folder
     assert "assumed" in whole  # 4.5 images a second of one GPU, where none was measured
     # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
-    assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 3.7 min |" in whole
+    assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 12.0 min |" in whole  # and closed in 0.5 ms each
     assert (checkout / "bench" / "charts" / "cpu-ladder.svg") in files
 
 

@@ -50,6 +50,8 @@ ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
 PAPER_BATCH = 16
+PAPER_CLOSING = "One process then closes the run in {} ms a sample, which the last column includes."
+PAPER_NOT_CLOSED = "Closing the run was not measured with these, and the last column leaves it out."
 PAPER_HEAD = ["GPUs", "images a second", "cores for the loop and files", "files a second"]
 PAPER_HEAD += [f"time of one ledger, batches of {PAPER_BATCH}", "a million images"]
 
@@ -238,6 +240,7 @@ def paper(found: Documents, charts: str) -> str:
     scale = {name: [row for row in rows_of(cpu, "scale") if name in row] for name in ("ms", "written", "commit_ms")}
     if not all(scale.values()):
         return "The part `scale` has not been measured yet."
+    closed = next((row["closing_ms"] for row in rows_of(cpu, "scale") if "closed" in row), None)
     own, disk = scale["ms"][-1]["ms"]["own"], scale["commit_ms"][0]
     scene = min(scale["written"], key=lambda row: abs(row["pixels"] - PAPER_SIDE))
     written = scene["core_ms"] * (PAPER_SIDE / scene["pixels"]) ** 2
@@ -245,7 +248,7 @@ def paper(found: Documents, charts: str) -> str:
     rows = []
     for count in PAPER_GPUS:
         total = each * count
-        hours, busy = 1e6 / total / 3600, total / PAPER_BATCH * disk["commit_ms"] / 1e3
+        hours, busy = (1e6 / total + 1e3 * (closed or 0)) / 3600, total / PAPER_BATCH * disk["commit_ms"] / 1e3
         took = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
         rates = [f"{total:,.1f}", f"{total * (own + written) / 1e3:,.2f}", f"{total * disk['files']:,.0f}"]
         rows.append([f"{count:,}", *rates, percent(busy), took])
@@ -256,7 +259,7 @@ def paper(found: Documents, charts: str) -> str:
         "communicate, so images a second grow with the GPUs as long as there are the cores of the third column, a disk "
         "that takes the files of the fourth, and a ledger that takes the commits: it takes them one after the other, "
         "so the share of its time must stay well below 100 %; where it does not, the prompts are divided among several "
-        "run folders."
+        f"run folders. {PAPER_CLOSING.format(number(closed)) if closed else PAPER_NOT_CLOSED}"
         "\n\n"
     ) + markdown((PAPER_HEAD, rows))
 

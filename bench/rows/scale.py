@@ -1,5 +1,5 @@
-"""What the generation loop itself costs an image, with an engine that costs nothing, how fast samples are written, and
-what a second rank adds.
+"""What the generation loop itself costs an image, with an engine that costs nothing, how fast samples are written and
+a run is closed, and what a second rank adds.
 """
 
 import os
@@ -10,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.plan import make_plan
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.labels import label_files
+from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.scenes import world
 from datasetdm_fast.stages import FACTOR
@@ -42,6 +45,7 @@ BATCH = 8
 SCENES = {True: (128,), False: (128, 512)}  # pixels of the rendered scenes that are written
 SCENE_TASKS = ("semantic", "instance", "depth", "pose")
 SCENE_COUNT, SCENE_SECONDS = 32, 1.0
+CLOSED = {True: 64, False: 4_000}  # samples of the run whose closing is timed
 RANKS = (1, 2)
 RANK_IMAGES, RANK_BATCH, RANK_STEPS = 16, 4, 8  # images for each rank
 MOST_GAIN = 1.15  # a rank adds no more than one alone makes, but for what timing is uncertain by
@@ -70,7 +74,7 @@ class TimedStub(StubEngine):
 def rows(run: BenchRun) -> Rows:
     quick = run.setting.quick
     scenes = [scene_row(size) for size in SCENES[quick]]
-    found = [*loop_rows(MARKS[quick]), *scenes, disk_row(20 if quick else 200)]
+    found = [*loop_rows(MARKS[quick]), *scenes, closing_row(CLOSED[quick]), disk_row(20 if quick else 200)]
     return found if quick else [*found, *rank_rows({ranks: images_per_second(ranks) for ranks in RANKS})]
 
 
@@ -79,7 +83,6 @@ def loop_rows(marks: tuple[int, ...]) -> Rows:
     went into, and the memory held.
 
     Files and rows are written in threads, so an image takes less time than the cores work for it; `wall` is that time.
-    The last row also says what the index files and the gallery, which are made at the end, cost an image.
     """
     engine = TimedStub()
     recipe = make_recipe(engine, TASKS)
@@ -110,7 +113,6 @@ def marked_run(engine: TimedStub, task: job.Job, marks: tuple[int, ...], alone: 
             before = now
 
     generation.run(task, on_commit=on_commit)
-    found[-1]["closing_ms"] = round(1000 * (time.process_time() - before[2]) / marks[-1], 4)
     return found
 
 
@@ -159,12 +161,12 @@ def relabel(engine: TimedStub, batches: Sequence[Sequence[Sample]], recipe: Reci
 
 @contextmanager
 def scene_run(size: int, number: int, place: str) -> Iterator[tuple[RunFolder, list[Sample], Recipe]]:
-    """An open run folder, and rendered scenes in place of generated samples."""
+    """An open run folder, and rendered scenes in place of generated samples, `SCENE_COUNT` of them at most."""
     engine = StubEngine(size=size, tasks=SCENE_TASKS)
     recipe = make_recipe(engine, SCENE_TASKS)
     task = stub_job(engine, recipe, Path(place, "run"), number)
     with RunFolder(task.folder, task.document) as folder:
-        yield folder, [scene(index, size) for index in range(number)], recipe
+        yield folder, [scene(index, size) for index in range(min(number, SCENE_COUNT))], recipe
 
 
 def scene_row(size: int) -> dict[str, Any]:
@@ -179,6 +181,25 @@ def scene_row(size: int) -> dict[str, Any]:
         seconds, cores = time.perf_counter() - begin, time.process_time() - worked
     rates = {"images_per_second": round(written / seconds, 1), "core_ms": round(1e3 * cores / written, 3)}
     return {"pixels": size, "written": written, **rates}
+
+
+def closing_row(number: int) -> dict[str, Any]:
+    """What the end of a run costs a sample with four kinds of labels, instances among them: index files, gallery page
+    and seal; and how large its ledger is.
+    """
+    size = SCENES[True][0]
+    with memory_folder() as place, scene_run(size, number, place) as (folder, samples, recipe):
+        requests = (Request(index, samples[index % len(samples)].request.prompt, index) for index in range(number))
+        renamed = (replace(samples[request.index % len(samples)], request=request) for request in requests)
+        with BackgroundWriter(folder, lambda _: None) as writing:
+            while batch := list(islice(renamed, BATCH)):
+                writing.put(batch, recipe.facts)
+        begin, worked = time.perf_counter(), time.process_time()
+        folder.rebuild()
+        seconds, cores = time.perf_counter() - begin, time.process_time() - worked
+        ledger = (folder.path / LEDGER).stat().st_size
+    costs = {"closing_ms": round(1e3 * seconds / number, 4), "closing_core_ms": round(1e3 * cores / number, 4)}
+    return {"pixels": size, "closed": number, **costs, "ledger_bytes": round(ledger / number)}
 
 
 def disk_row(rounds: int) -> dict[str, Any]:
@@ -260,9 +281,12 @@ def part(name: str) -> Cell:
 
 COSTS = ("engine", "post-process", "encode", "write", "own", "whole", "wall")
 LOOP = {"images made": count("images"), "pixels": text("pixels"), **{f"{name}, ms": part(name) for name in COSTS}}
-LOOP |= {"index and gallery, ms": figure("closing_ms"), "resident": memory("resident_mib")}
+LOOP |= {"resident": memory("resident_mib")}
 WRITING = {"pixels": text("pixels"), "images/s encoded and written": figure("images_per_second")}
 WRITING |= {"core ms an image": figure("core_ms")}
+CLOSING = {"samples": count("closed"), "pixels": text("pixels"), "ms a sample": figure("closing_ms")}
+CLOSING |= {"core ms a sample": figure("closing_core_ms"), "bytes of the ledger a sample": text("ledger_bytes")}
+CLOSING |= {"100,000 samples, s": lambda row: number(100 * row["closing_ms"])}
 DISK = {"commit of a batch, ms": figure("commit_ms"), "rows": text("rows")}
 DISK |= {"one sample's files made durable, ms": figure("publish_ms"), "files": text("files")}
 BY_RANKS = {"ranks": text("ranks"), "images/s": figure("images_per_second"), "speed-up over one": figure("over_one")}
@@ -278,6 +302,7 @@ MEASUREMENT = Measurement(
             with_key("written"),
             title="Encoding and writing rendered scenes with four kinds of labels, files in memory",
         ),
+        Table(CLOSING, with_key("closed"), title="Closing a run: index files and gallery of four kinds of labels"),
         Table(DISK, with_key("commit_ms"), title="Waiting for the disk"),
         Table(BY_RANKS, against_one, title="Ranks of one thread each"),
     ),
