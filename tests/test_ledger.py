@@ -493,11 +493,12 @@ def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):
         rows = [Row(Request(k, "a ball", k), LONG_RECIPE, files, {}, tracings={"instance": ["M0 0"]}) for k in (1,)]
         ledger.commit(rows)
         ledger.commit([row(k) for k in range(2, 50)])
-        ledger.commit([Row(Request(k, "a ball", k), LONG_RECIPE) for k in range(50, 100)])
+        ledger.commit([Row(Request(k, "a ball", k, (), f"no {k % 2}"), LONG_RECIPE) for k in range(50, 100)])
+        assert [row.request.negative for row in ledger.rows(parts=())][-2:] == ["no 0", "no 1"]
         assert ledger.row(50).recipe == ledger.row(1).recipe == LONG_RECIPE and ledger.row(1).files == files
-        assert list(ledger.rows(parts=("tracings",)))[0] == Row(rows[0].request, {}, tracings=rows[0].tracings)
+        assert list(ledger.rows(parts=("tracings",)))[0] == Row(rows[0].request, LONG_RECIPE, tracings=rows[0].tracings)
         (written,) = ledger._connection.execute("SELECT sum(length(recipe)) FROM samples").fetchone()
-        assert written < 100 * 33 and ledger._connection.execute("SELECT count(*) FROM recipes").fetchone() == (1,)
+        assert written < 100 * 80 and ledger._connection.execute("SELECT count(*) FROM recipes").fetchone() == (1,)
         ledger._connection.execute("UPDATE recipes SET recipe = '{}'")
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         with pytest.raises(Refused, match="the row of sample 1 is damaged .*no recipe has the digest"):

@@ -116,7 +116,7 @@ def page(document: Mapping[str, Any], ledger: Ledger, left_out: Mapping[str, str
     before, after = rest.split("{{samples}}")
     yield (start + _embedded(_facts(document, ledger)) + middle + _embedded(left_out or {}) + before).encode()
     yield b"["
-    for k, row in enumerate(ledger.rows(DONE, DOUBTFUL, parts=("recipe", "labels", "trust", "tracings"))):
+    for k, row in enumerate(ledger.rows(DONE, DOUBTFUL, parts=("labels", "trust", "tracings"))):
         yield ((",\n" if k else "\n") + _embedded(_sample(document, row))).encode()
     yield b"]"
     yield after.encode()
@@ -140,7 +140,7 @@ def _embedded(value: Any) -> str:
 
 def _facts(document: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
     config, sampling = document["config"], document["sampling"]
-    rows = ledger.rows(parts=("recipe", "labels"))
+    rows = ledger.rows(parts=("labels",))
     counts = Counter(word for row in rows for word in _classes(document, row))
     return {
         "title": f"Labelled images from {document['model']['name']}",

@@ -16,6 +16,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 
 NEGATIVE = "negative_prompt"  # where a row's recipe holds it
+DIGEST = "recipe"  # where a row holds the digest of a recipe that is stored once
 DONE, SET_ASIDE, DOUBTFUL = "done", "set-aside", "doubtful"
 _SCHEMA = """
 PRAGMA page_size = 16384;
@@ -33,7 +34,7 @@ ADDED = {("table", "recipes"), ("table", "tracings")}  # which ledgers of format
 SHARED_BYTES = 512  # from which on a recipe is stored once, and its rows name it by its digest
 BLOCK = 32  # rows read at once
 KEPT_RECIPES = 64  # in memory, as they were read
-PARTS = ("recipe", "files", "labels", "trust")  # of a row, each parsed only where it is asked for
+PARTS = ("files", "labels", "trust")  # of a row, each parsed only where it is asked for
 # made when the first score is added
 _SCORES = """
 CREATE TABLE IF NOT EXISTS scores (
@@ -109,10 +110,7 @@ class Ledger(AbstractContextManager):
     def commit(self, rows: Iterable[Row]) -> None:
         """All rows or none; returns once they would survive a loss of power."""
         rows = list(rows)
-        recipes = [
-            canonical({**row.recipe, **({NEGATIVE: row.request.negative} if row.request.negative else {})})
-            for row in rows
-        ]
+        recipes = [canonical(row.recipe) for row in rows]
         shared = {digest_of(recipe): recipe for recipe in recipes if self._shares(recipe)}
         values = [
             (
@@ -122,7 +120,7 @@ class Ledger(AbstractContextManager):
                 canonical(row.request.classes),
                 row.status,
                 row.reason,
-                digest_of(recipe) if self._shares(recipe) else recipe,
+                self._recipe_of(row, recipe),
                 canonical({role: self._written(row.request.id, role, *file) for role, file in row.files.items()}),
                 canonical(row.labels),
                 *([canonical(asdict(row.trust)) if row.trust else None] if self._is_compact else []),
@@ -143,6 +141,11 @@ class Ledger(AbstractContextManager):
 
     def _shares(self, recipe: str) -> bool:
         return self._is_compact and len(recipe) >= SHARED_BYTES
+
+    def _recipe_of(self, row: Row, recipe: str) -> str:
+        """What a row holds of its recipe, all of it or its digest, beside what is the sample's own."""
+        own = {NEGATIVE: row.request.negative} if row.request.negative else {}
+        return canonical({**({DIGEST: digest_of(recipe)} if self._shares(recipe) else row.recipe), **own})
 
     def _written(self, id: str, role: str, path: str, stored: StoredFile) -> list[Any] | dict[str, Any]:
         """What a row holds of a file; its path where that is not the usual one of its role."""
@@ -253,11 +256,11 @@ class Ledger(AbstractContextManager):
     def _row(self, index: int, *values: Any) -> Row:
         try:
             prompt, seed, classes, status, reason, recipe, *texts = values
-            parts = [self._recipe(recipe), *({} if text is None else _DECODE(text) for text in texts)]
+            parts = [self._recipe(_DECODE(recipe)), *({} if text is None else _DECODE(text) for text in texts)]
             found = dict(zip(_FORM, (prompt, seed, reason, *parts)))
             if list(map(type, found.values())) != list(_FORM.values())[: len(found)]:
                 documents.check_form(found, _FORM)
-            recipe = dict(found["recipe"])
+            recipe = found["recipe"]
             negative = recipe.pop(NEGATIVE, "")
             documents.check_form(negative, str, NEGATIVE)
             request = Request(index, prompt, seed, tuple(_DECODE(classes)), negative)
@@ -270,20 +273,19 @@ class Ledger(AbstractContextManager):
                 "Restore the file from a copy, or choose another --out.",
             ) from error
 
-    def _recipe(self, text: str | None) -> dict[str, Any]:
-        """The recipe that a row holds, or names by its digest."""
-        if text is None:
-            return {}
-        if text.startswith("{") or not self._is_compact:
-            return _DECODE(text)
-        if text not in self._recipes:
-            found = self._connection.execute("SELECT recipe FROM recipes WHERE digest = ?", (text,)).fetchone()
-            if found is None or digest_of(found[0]) != text:
-                raise ValueError(f"no recipe has the digest {documents.quoted(text)}")
+    def _recipe(self, held: dict[str, Any]) -> dict[str, Any]:
+        """The recipe, from what a row holds of it."""
+        if not self._is_compact or DIGEST not in held:
+            return held
+        digest = held.pop(DIGEST)
+        if digest not in self._recipes:
+            found = self._connection.execute("SELECT recipe FROM recipes WHERE digest = ?", (digest,)).fetchone()
+            if found is None or digest_of(found[0]) != digest:
+                raise ValueError(f"no recipe has the digest {documents.quoted(digest)}")
             if len(self._recipes) == KEPT_RECIPES:
                 self._recipes.clear()
-            self._recipes[text] = json.loads(found[0])
-        return self._recipes[text]
+            self._recipes[digest] = _DECODE(found[0])
+        return {**self._recipes[digest], **held}
 
     def close(self) -> None:
         self._connection.close()

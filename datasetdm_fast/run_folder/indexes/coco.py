@@ -13,7 +13,7 @@ def document(task: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[byte
     info = {"description": "made by datasetdm_fast", "version": run["versions"]["datasetdm_fast"]}
     categories = kind_of(task).categories(run["labels"][task])
     yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{canonical(categories)},\n"images":['.encode()
-    yield from _listed(_image(run, row) for row in ledger.rows(parts=("recipe", "files")))
+    yield from _listed(_image(run, row) for row in ledger.rows(parts=("files",)))
     yield b'],\n"annotations":['
     yield from _listed(_annotations(task, ledger))
     yield b"]}\n"
