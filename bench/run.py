@@ -10,7 +10,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 
 PROG = "python -m bench"
-SECONDS = {True: 8.0, False: 35.0}  # quick or not: for the rounds of one race, of which there are two at least
+SECONDS = {True: 8.0, False: 35.0}  # quick or not: for the rounds of one race, of which there are five at least
 STEPS = {True: 6, False: 10}  # what a CPU has time for at batches of 32
 QUICK_PARTS = ("limits", "peers", "ops")
 COMPILED = "diffusers-compiled"
@@ -23,9 +23,7 @@ def usual(values: dict[bool, float]) -> str:
 
 @dataclass(frozen=True)
 class BenchConfig(SuiteConfig):
-    quick: bool = setting(
-        False, "a minute instead of five: fewer steps, peers and parts; the file is kept only with --out"
-    )
+    quick: bool = setting(False, "fewer steps, peers and parts; the file is kept only with --out")
     compile: bool = setting(False, "also diffusers under torch.compile, which takes a CPU minutes to compile")
     peers: tuple[str, ...] = setting((), "only these peers, comma-separated (default: all)", metavar="LIST")
     steps: int = setting(0, f"sampling steps, {usual(STEPS)}", metavar="N")

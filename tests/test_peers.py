@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from bench import suite
-from bench.machine import limits
+from bench.machine import limits, measure
 from bench.machine.work import TERA, image_flops, stage_flops
 from bench.peers import PEERS, Offer, upstream
 from bench.peers.engine import EnginePeer
 from bench.report.results import ResultFile
-from bench.rows import ladder, ops, parity, profile, quality, race, stages
+from bench.rows import ladder, layers, ops, parity, profile, quality, race, stages
+from bench.rows import limits as limit_rows
 from bench.rows.measurement import BenchRun
 from bench.setting import open_setting
 from datasetdm_fast import _C, kernels
@@ -132,7 +133,9 @@ def test_a_race_gives_rates_and_ratios_that_can_be_computed_again(run, setting):
     offers = {name: PEERS[name]._replace(batch=2) for name in ("torch", "ours")}
     rows = {row["peer"]: row for row in race.race(run, ("torch", "ours"), offers, without_labels=True)}
     ours, theirs = rows["ours"]["seconds_per_image"], rows["torch"]["seconds_per_image"]
-    assert len(ours["rounds"]) >= 2
+    assert len(ours["rounds"]) >= race.LEAST_ROUNDS and set(rows["ours"]["attention"]) == {
+        *("load_average", "cpu_per_wall", "others"),
+    }
     assert rows["ours"]["images_per_second"] == pytest.approx(1 / ours["median"], rel=1e-3)
     assert rows["ours"]["tflops"] == pytest.approx(setting.flops / TERA / ours["median"], rel=1e-2)
     assert rows["torch"]["ours_over"]["rounds"] == pytest.approx(
@@ -239,6 +242,35 @@ def test_the_count_of_stable_diffusion_is_the_published_one():
 def test_limits_are_rates_of_this_machine():
     found = limits.measure(CPU, 0.02)
     assert 1e-3 < found["tflops"]["fp32"] < 100 and 0.1 < found["gbps"] < 10_000 and found["gexps"] > 1e-3
+
+
+def test_a_limit_is_no_lower_than_what_the_models_layers_reach(run, monkeypatch):
+    monkeypatch.setattr(limits, "measure", lambda device, seconds: {"tflops": {"fp32": 1e-6, "bf16": 1e6}})
+    monkeypatch.setattr(layers, "LIMIT_IMAGES", (1,))
+    (found,) = limit_rows.rows(run)
+    assert 1e-3 < found["tflops"]["fp32"] < 100 and found["tflops"]["bf16"] == 1e6
+
+
+@pytest.mark.parametrize(
+    ("rounds", "others", "why"),
+    [
+        ((1.0, 1.05, 1.1), 0.02, None),
+        ((1.0, 1.0, 1.2), 0.02, "spread 20 %"),
+        ((1.0, 1.0, 1.0), 0.3, "others used 30 % of the cores"),
+        ((1.0, 1.0, 1.85), 0.3, "spread 85 % and others used 30 % of the cores"),
+    ],
+)
+def test_a_row_of_differing_rounds_or_of_a_busy_machine_is_marked(rounds, others, why):
+    found = race.steadiness(measure.spread(rounds), measure.Attention(1.0, 1.9, others))
+    assert found.get("unsteady") == why and found["attention"]["others"] == others
+
+
+def test_what_others_use_of_the_machine_is_told_apart_from_ours(monkeypatch):
+    busy = iter([(10.0, 100.0), (13.0, 104.0)])
+    monkeypatch.setattr(measure, "core_seconds", lambda: next(busy))
+    with measure.watched() as attention:
+        pass
+    assert attention.others == pytest.approx(0.75, abs=0.01) and attention.load_average >= 0
 
 
 def test_the_nearest_limit_is_the_one_that_takes_longest():

@@ -236,6 +236,21 @@ def test_the_front_page_shows_every_claim_once_with_its_least_gain():
         assert row[4] == page.change(min(of_claim, key=lambda line: line["gain"]))
 
 
+def test_unsteady_rows_stay_off_the_front_page(document):
+    row = next(row for row in document["parts"]["peers"]["rows"] if row["status"] == "ok" and row["peer"] != "ours")
+    row |= {"unsteady": "spread 20 %", "title": "a peer that swings"}
+    front, whole = report.summary({"cpu": document}, "charts"), report.whole("cpu")({"cpu": document}, "charts")
+    assert "swings" not in front and "1 rows are left out" in front and "UNet calls each |" in front
+    assert "| a peer that swings (unsteady: spread 20 %) |" in whole
+    assert "swings" not in report.drawn(document)["peers"]["peers"]
+
+
+def test_our_own_second_precision_does_not_read_as_a_loss():
+    row = {"peer": "ours-bf16", "dtype": "bf16", "ours_over": times(0.5, 0.4, 0.6)}
+    assert peers.our_speedup(row) == "2× as fast as in fp32"
+    assert peers.our_speedup(row | {"peer": "torch"}).startswith("0.5×") and peers.our_speedup({"peer": "ours"}) == ""
+
+
 def test_prose_is_broken_into_lines_and_nothing_else():
     text = f"{'word ' * 40}\n\n| {'cell ' * 40}|\n![{'picture ' * 40}](a.svg)"
     prose, gap, *others = report.wrapped(text).rsplit("\n", 3)

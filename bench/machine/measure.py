@@ -2,9 +2,11 @@
 
 import ctypes
 import gc
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from torch import Tensor
 from bench.machine import machine
 from datasetdm_fast.errors import Missing
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR, CORES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/stat")
+TICKS = os.sysconf("SC_CLK_TCK")  # a second
 RESET_PEAK = "5"
 
 
@@ -58,6 +61,38 @@ def interleaved(
             if used is not None and now is not None:
                 taken[name].joules.append(now - used)
     return taken
+
+
+@dataclass
+class Attention:
+    """How much of the machine went to this process, and how much to others, while something was timed."""
+
+    load_average: float = 0.0  # of the last minute, before
+    cpu_per_wall: float = 0.0  # cores at work for this process
+    others: float = 0.0  # share of all cores that others used, another machine on the same hardware among them
+
+
+@contextmanager
+def watched() -> Iterator[Attention]:
+    """What went on within the block, once it is over."""
+    found = Attention(round(os.getloadavg()[0], 2))
+    begin, own, (busy, whole) = time.perf_counter(), time.process_time(), core_seconds()
+    yield found
+    seconds, worked = max(time.perf_counter() - begin, 1e-9), time.process_time() - own
+    found.cpu_per_wall = round(worked / seconds, 3)
+    busy, whole = (after - before for after, before in zip(core_seconds(), (busy, whole), strict=True))
+    found.others = round(max(busy - worked, 0.0) / whole, 3) if whole else 0.0
+
+
+def core_seconds() -> tuple[float, float]:
+    """Seconds that all cores have been busy since the machine started, and all of their seconds; zeros where Linux does
+    not tell them.
+    """
+    if not CORES.exists():
+        return 0.0, 0.0
+    ticks = [int(word) for word in CORES.read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]  # waiting for the disk among it
+    return (sum(ticks) - idle) / TICKS, sum(ticks) / TICKS
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ SHORT = {  # columns of the peers that the front page shows, and their headings 
     "method": "method",
     "precision": "precision",
     "batch": "batch",
-    "images/s": "images/s",
+    "images/s": "images/s",  # and with how many calls
     "share of peak": "share of peak matmul throughput",
     "our speed-up": "speed-up of datasetdm_fast in fp32",
 }
@@ -137,11 +137,19 @@ def summary(found: Documents, charts: str) -> str:
     parts = []
     for suite in SUITES:
         if suite in found:
-            facts = f"{source(found[suite])}; {setting_line(found[suite])}. A speed-up is the median over pairs of "
-            facts += "neighbouring rounds, with the least and the most in brackets."
             rows = [row for row in rows_of(found[suite], "peers") if row["status"] != "absent"]
-            table = narrowed(MEASUREMENTS["peers"].tables[0], SHORT)
-            parts += [picture(suite, "peers", charts), facts, markdown(table.cells(rows))]
+            steady = [row for row in rows if "unsteady" not in row]
+            counts = [len(row["seconds_per_image"]["rounds"]) for row in steady if row["status"] == "ok"]
+            facts = f"{source(found[suite])}; {setting_line(found[suite])}. A speed-up is the median over pairs of "
+            facts += f"neighbouring rounds, {min(counts, default=0)} at least, with the least and the most in brackets."
+            if len(steady) < len(rows):
+                facts += (
+                    f" {len(rows) - len(steady)} rows are left out, as the machine was busy or their rounds differ."
+                )
+            calls = found[suite]["setting"]["calls"]
+            headings = SHORT | {"images/s": f"images/s, {calls} UNet calls each"}
+            table = narrowed(MEASUREMENTS["peers"].tables[0], headings)
+            parts += [picture(suite, "peers", charts), facts, markdown(table.cells(steady))]
     return "\n\n".join(parts)
 
 

@@ -5,14 +5,16 @@ reach.
 from collections import Counter
 from collections.abc import Callable
 from itertools import cycle
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.machine.limits import nearest_limit, rate
+from bench.machine.limits import TYPES, nearest_limit, rate
 from bench.machine.work import HALVES, flops
+from bench.peers.upstream import arithmetic
 from bench.report import charts
 from bench.report.tables import Table, figure, share, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
@@ -22,6 +24,7 @@ from datasetdm_fast.stages import FACTOR
 
 UNCACHED, MOST_COPIES = 256 * 2**20, 64  # bytes no GPU's cache holds, and inputs that are made for it at most
 MOST_LAYERS = 12  # that the table shows, those that most of the work is in
+LIMIT_IMAGES = (1, 8)  # at which the largest layers are timed for the limits
 
 
 class TimedLayer(NamedTuple):
@@ -38,6 +41,12 @@ class TimedLayer(NamedTuple):
             return f"linear {inputs} to {outputs}, {self.given[0]} tokens"
         stride = " halved" if self.stride == 2 else ""
         return f"conv {kernel[0]}x{kernel[0]} {inputs} to {outputs}, {self.given[1]} cells{stride}"
+
+    @property
+    def work(self) -> int:
+        """Multiplications for one image."""
+        places = prod(self.given[1:]) // self.stride**2 if len(self.weight) > 2 else self.given[0]
+        return places * prod(self.weight)
 
 
 def rows(run: BenchRun) -> Rows:
@@ -72,6 +81,19 @@ def shapes(setting: Setting) -> Counter[TimedLayer]:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def fastest(setting: Setting, dtype: str, seconds: float) -> float:
+    """Operations a second of the fastest of the largest layers, in one of the types of limits.TYPES."""
+    storage, has_tf32 = TYPES[dtype]
+    rates = []
+    with arithmetic(has_tf32), torch.inference_mode():
+        largest = sorted(shapes(setting), key=lambda layer: layer.work, reverse=True)[:MOST_LAYERS]
+        for layer in largest:
+            for images in LIMIT_IMAGES:
+                call, _ = prepared(layer, HALVES * images, setting.device, storage)
+                rates.append(flops(call) * rate(call, setting.device, seconds / len(largest) / len(LIMIT_IMAGES)))
+    return max(rates)
 
 
 def row(layer: TimedLayer, count: int, run: BenchRun, seconds: float) -> dict[str, Any]:

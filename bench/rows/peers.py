@@ -7,7 +7,7 @@ from typing import Any
 from bench.peers import OURS, PEERS
 from bench.report import charts
 from bench.report.results import rows_of
-from bench.report.tables import Table, figure, memory, share, span, spread_of, text
+from bench.report.tables import Row, Table, figure, memory, number, share, span, spread_of, text
 from bench.rows.ladder import TECHNIQUES
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import race, ratio
@@ -46,12 +46,25 @@ def ratios(document: dict[str, Any]) -> dict[str, float]:
     }
 
 
-COLUMNS = {"method": text("title"), "precision": text("dtype"), "batch": text("batch")}
+def method(row: Row) -> str:
+    return row["title"] + (f" (unsteady: {row['unsteady']})" if "unsteady" in row else "")
+
+
+def our_speedup(row: Row) -> str:
+    """Of ours over a peer; where ours is the peer, in another precision, of that over fp32."""
+    if row["peer"] == OURS or "ours_over" not in row:
+        return "" if row["peer"] == OURS else span(None)
+    if row["peer"].startswith(f"{OURS}-") and row["dtype"] != "fp32":
+        return f"{number(1 / row['ours_over']['median'])}× as fast as in fp32"
+    return span(row["ours_over"], unit="×")
+
+
+COLUMNS = {"method": method, "precision": text("dtype"), "batch": text("batch")}
 COLUMNS |= {"images/s": figure("images_per_second"), "s/image": spread_of("seconds_per_image")}
 COLUMNS |= {"s/image without labels": spread_of("images_alone_s"), "TFLOP/s": figure("tflops")}
 COLUMNS |= {"share of peak": share("share_of_products"), "memory": memory(), "J/image": figure("joules_per_image")}
 COLUMNS |= {"load": figure("load_s", unit=" s", digits=2), "first batch": figure("first_s", unit=" s", digits=2)}
-COLUMNS |= {"our speed-up": lambda row: "" if row["peer"] == OURS else span(row.get("ours_over"), unit="×")}
+COLUMNS |= {"our speed-up": our_speedup}
 MEASUREMENT = Measurement(
     "peers", "Throughput of labelled samples", rows, (Table(COLUMNS, reason_at=3),), {"peers": charts.peers}
 )

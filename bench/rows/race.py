@@ -12,7 +12,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.machine.measure import Rounds, interleaved, is_out_of_memory, meter, mib, peak, release, spread, wait
+from bench.machine.measure import (
+    Attention,
+    Rounds,
+    interleaved,
+    is_out_of_memory,
+    meter,
+    mib,
+    peak,
+    release,
+    spread,
+    wait,
+    watched,
+)
 from bench.peers import OURS, PEERS, Offer, Peer
 from bench.report.tables import Row
 from bench.rows import parity
@@ -24,7 +36,9 @@ from datasetdm_fast.labels import label_files
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
 SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long
-LEAST_ROUNDS = 2
+LEAST_ROUNDS = 5
+MOST_SPREAD = 0.15  # of a row's slowest round over its fastest, as a share of the median, beyond which it is unsteady
+MOST_OTHERS = 0.1  # of all cores that others may use meanwhile
 
 
 @dataclass
@@ -49,11 +63,15 @@ def race(
         whole = {one.name: to_files(one.peer, setting, Path(folder)) for one in runners}
         for one in runners if device.type == "cuda" else ():  # the first batch also tuned, in memory of its own
             one.row["peak_mib"] = mib(peak(device, whole[one.name])[1])
-        add_times(runners, interleaved(whole, run.seconds, meter(device), least=LEAST_ROUNDS), setting, run.limits)
+        with watched() as attention:
+            rounds = interleaved(whole, run.seconds, meter(device), least=LEAST_ROUNDS)
+        add_times(runners, rounds, setting, run.limits)
+        for one in runners:
+            one.row |= steadiness(one.row["seconds_per_image"], attention)
     if without_labels:
         drawn = [one for one in runners if offers[one.name].draws]
         images = {one.name: lambda one=one: one.peer.draw(setting.batch(one.peer.batch)) for one in drawn}
-        taken = interleaved(images, run.seconds / 6, meter(device), least=1)
+        taken = interleaved(images, run.seconds / 6, meter(device), least=LEAST_ROUNDS)
         for one in drawn:
             one.row["images_alone_s"] = spread([value / one.peer.batch for value in taken[one.name].seconds])
     found = [row for row, _ in prepared]
@@ -162,6 +180,15 @@ def add_times(runners: Sequence[Runner], rounds: dict[str, Rounds], setting: Set
         row["joules_per_image"] = round(statistics.median(joules) / one.peer.batch, 2) if joules else None
         if OURS in each:
             row["ours_over"] = spread([theirs / own for theirs, own in zip(each[one.name], each[OURS])])
+
+
+def steadiness(seconds: Row, attention: Attention) -> dict[str, Any]:
+    """What the rounds of a row were like, and why its figures are not to be relied on, if they are not."""
+    width = (seconds["most"] - seconds["least"]) / seconds["median"]
+    why = [f"spread {width:.0%}"] if width > MOST_SPREAD else []
+    why += [f"others used {attention.others:.0%} of the cores"] if attention.others > MOST_OTHERS else []
+    found = {"spread": round(width, 3), "attention": asdict(attention)}
+    return found | ({"unsteady": " and ".join(why).replace("%", " %")} if why else {})
 
 
 def ratio(first: Row, second: Row) -> float:
