@@ -12,6 +12,8 @@ from datasetdm_fast.version import __version__
 COMMANDS = {
     "prompts": ("datasetdm_fast.prompts", "write a list of prompts, balanced over classes"),
     "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
+    "edit": ("datasetdm_fast.edit", "draw a region of samples anew, with its labels"),
+    "vary": ("datasetdm_fast.vary", "move samples to another hour or weather, with their labels"),
     "splice": ("datasetdm_fast.splice", "put samples of a run side by side, with their labels"),
     "filter": ("datasetdm_fast.filter", "score the samples of a run and keep those that pass"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),

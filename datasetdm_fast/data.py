@@ -95,6 +95,7 @@ class Instances:
     class_ids: np.ndarray  # [N] int64, index into classes
     scores: np.ndarray  # [N] float32
     classes: tuple[str, ...]
+    ids: np.ndarray | None = None  # [N] int64, in the run's COCO file; None: numbered there in order
 
 
 @dataclass(frozen=True)

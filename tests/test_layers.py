@@ -31,6 +31,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "cli",
         "prompts",
         "generate",
+        "edit",
+        "vary",
         "splice",
         "filter",
         "train",
@@ -58,9 +60,10 @@ DOOR = (
     "export_cli",
 )  # `python -m datasetdm_fast.export` hands its line to the command above
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
-# The commands splice and filter, with a room each, have 22 arrows: flags, refusals, run folder, labels, files.
+# The commands splice and filter, with a room each, have 22 arrows: flags, refusals, run folder, labels, files; edit and
+# vary, and what compositions need of the network and its prompts, have 7.
 # Labels that carry a decoder's name have 5: decoders, export and two commands read names, engines tell the nearest one.
-MOST = {"rooms": 44, "rows": 10, "arrows": 275}
+MOST = {"rooms": 46, "rows": 10, "arrows": 285}
 
 
 @dataclass(frozen=True)

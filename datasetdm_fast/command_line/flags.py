@@ -39,7 +39,7 @@ def parse(
     parser = _build_parser(cls, hints, converters, prog, description)
     flags, unknown = parser.parse_known_args(_hyphenate(arguments))
     if unknown:
-        _refuse_unknown(unknown, [*(name.replace("_", "-") for name in converters), "config", "version", "help"], prog)
+        _refuse_unknown(unknown, [*(_flag(name)[2:] for name in converters), "config", "version", "help"], prog)
     given = vars(flags)
     path = given.pop("config", None)
     values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | given
@@ -98,7 +98,8 @@ def _build_parser(
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """The flag of a setting; one whose name is a word of Python ends with an underscore, as in `class_`."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def _help(field: dataclasses.Field) -> str:
@@ -188,6 +189,7 @@ def _read_yaml(path: Path, hints: dict[str, Any], converters: dict[str, Converte
     values = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
+        name = f"{name}_" if f"{name}_" in converters else name
         if name not in converters:
             cause = f"--config: {path} has the unknown setting {documents.quoted(key)}{nearest(name, converters)}"
             raise Refused(cause, "settings are the long flags without the leading hyphens")

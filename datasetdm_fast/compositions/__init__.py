@@ -1,1 +1,1 @@
-"""New run folders out of finished ones, without a network."""
+"""New run folders out of the samples of finished ones."""

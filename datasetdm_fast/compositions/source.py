@@ -1,6 +1,7 @@
 """A finished run folder whose samples are put into another one: what identifies it, and its samples as pixels."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,14 @@ class Tile:
     pixels: dict[str, np.ndarray]  # role -> pixels of the file
 
 
+def decisive(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the run.json of a composition decides the bytes of its samples."""
+    return {
+        "config": document["config"],
+        "source": document.get("composition", {}).get("source", {}).get("digests"),
+    }
+
+
 class Source:
     """A finished run folder, read one sample at a time by any thread."""
 
@@ -43,7 +52,7 @@ class Source:
                 f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where EXPRESSION",
             )
         self.document: dict[str, Any] = self.run.document
-        if "composition" in self.document:
+        if self.document.get("command") == "splice":
             raise Refused(f"{path}: is itself a composition", "Name the run folder that it was made from.")
         if not self.run.is_complete or not is_sealed(path):
             raise Refused(f"{path}: the run is not finished", "Run the line that made it once more: it resumes.")
@@ -56,6 +65,19 @@ class Source:
         """Digests of the files that tell every sample of the run with its labels."""
         sealed = documents.read_object(self.path / SEAL)
         return {name: sealed[name] for name in index_files(self.document) if name.endswith((".json", ".jsonl"))}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the run.json of a composition says of its source."""
+        parts = ("versions", "config", "plan", "composition")
+        told = {part: self.document[part] for part in parts if part in self.document}
+        return {"path": str(self.path), "digests": self.digests(), **told}
+
+    def label(self, tile: Tile, task: str) -> Any:
+        """The label of a task, as its files and its row have it."""
+        kind = kind_of(task)
+        table = {**self.document["labels"][task], "size": (self.side, self.side)}
+        return kind.decode({role: tile.pixels[role] for role in kind.roles}, tile.row.labels[task], table)
 
     def _tile(self, place: int) -> Tile:
         row = self.run[place].row

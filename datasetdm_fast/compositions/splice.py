@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.compositions.grids import Grid, drawn, parse_grids
-from datasetdm_fast.compositions.source import Source, Tile
+from datasetdm_fast.compositions.source import Source, Tile, decisive
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
@@ -81,11 +81,7 @@ class Splicing:
             "composition": {
                 "told": f"Spliced from the run {self.source.path.resolve().name}, grids {', '.join(grids)}{how}",
                 "sides": " or ".join(f"{width} × {height}" for height, width in shapes) + " pixels",
-                "source": {
-                    "path": str(self.source.path),
-                    "digests": self.source.digests(),
-                    **{part: source[part] for part in ("versions", "config", "plan")},
-                },
+                "source": self.source.provenance,
             },
         }
 
@@ -154,7 +150,7 @@ def resumed(folder: Path, stored: Mapping[str, Any], source: str = "") -> Splici
         raise Refused(f"{folder}: its run.json is damaged ({error})", "Restore the file from a copy.") from error
     opened = Source(Path(source or stored["composition"]["source"]["path"]), only_kept=bool(config["kept"]))
     splicing = Splicing(opened, parse_grids(config["grids"]), config["number"], config["seed"], config["resize"])
-    check_same(folder, *map(_decisive, (stored, splicing.document)))
+    check_same(folder, *map(decisive, (stored, splicing.document)))
     return splicing
 
 
@@ -177,20 +173,12 @@ def begin(splicing: Splicing, folder: Path) -> int:
     """Samples that the run folder holds already; other settings, another source and a full disk are refused."""
     stored = read_document(folder)
     if stored is not None:
-        check_same(folder, *map(_decisive, (stored, splicing.document)))
+        check_same(folder, *map(decisive, (stored, splicing.document)))
     splicing.check_room(folder)
     if not (folder / LEDGER).exists():
         return 0
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         return ledger.count()
-
-
-def _decisive(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What of run.json decides the bytes of the samples."""
-    return {
-        "config": document["config"],
-        "source": document.get("composition", {}).get("source", {}).get("digests"),
-    }
 
 
 def run(

@@ -11,7 +11,6 @@ from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.trust import trust_of, without_doubtful, without_unsure
-from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,17 +85,14 @@ class BatchGenerator:
         """
         import torch
 
-        from datasetdm_fast.engines.device import to_device
-        from datasetdm_fast.sampling import times
         from datasetdm_fast.sampling.walk import SamplerState
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         context = torch.cat(
             [self.unconditional(requests), engine.encode_text([request.prompt for request in requests])]
         )
-        side = recipe.size // FACTOR
-        noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
-        state = SamplerState(recipe.schedule, recipe.guidance, to_device(noise, engine.device))
+        beginning = recipe.origin.begin(engine, recipe.schedule, requests)
+        state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents)
 
         captures = {}
         for call, timestep in enumerate(recipe.schedule.timesteps):
@@ -104,7 +100,7 @@ class BatchGenerator:
                 output, captures[call] = engine.denoise_and_capture(state.latents, timestep, context)
             if call != recipe.captured[-1]:
                 output = engine.denoise(state.latents, timestep, context)
-            state.step(call, output)
+            state.latents = beginning.after(call, state.step(call, output))
             self.on_unet_call()
         return SampledBatch(state.latents, captures)
 
@@ -167,11 +163,18 @@ def collect(
             results.append(SetAside(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
             found = combined({task: labels[task][b] for task in recipe.tasks}, recipe.combinations)
-            kept = without_doubtful(request.classes, found) if recipe.ignores_doubtful else found
-            kept = without_unsure(kept, recipe.least_confidence) if recipe.least_confidence else kept
-            facts = {**recipe.facts, **engine.adjustments}
-            results.append(Sample(request, pixels[b], kept, facts, trust_of(request.classes, found)))
+            made = Sample(request, pixels[b], found, {**recipe.facts, **engine.adjustments})
+            results.append(judged(recipe.origin.finish(made), recipe))
     return results
+
+
+def judged(sample: Sample, recipe: Recipe) -> Sample:
+    """A sample with what speaks for and against its labels, and 255 where the run ignores pixels."""
+    kept = (
+        without_doubtful(sample.request.classes, sample.annotations) if recipe.ignores_doubtful else sample.annotations
+    )
+    kept = without_unsure(kept, recipe.least_confidence) if recipe.least_confidence else kept
+    return replace(sample, annotations=kept, trust=trust_of(sample.request.classes, sample.annotations))
 
 
 def is_finite(values: Tensor) -> Tensor:

@@ -96,17 +96,24 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
             f"{folder}: the run folder exists, and --resume never asks for a new one",
             "Choose another --out, or drop --resume never.",
         )
+    return settled(folder, stored, count_images(config), is_alone=is_alone, is_dry=config.dry_run)
+
+
+def settled(
+    folder: Path, stored: Mapping[str, Any], number: int, *, is_alone: bool = True, is_dry: bool = False
+) -> Result | None:
+    """The result of a run folder in which none of `number` samples is missing."""
     if not (folder / LEDGER).exists():
         return None
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        result = result_of(folder, count_images(config), ledger)
+        result = result_of(folder, number, ledger)
         # A process that was killed while it closed the ledger leaves SQLite's own files beside it.
         is_fresh = is_indexed(folder, stored, ledger) and not any(
             (folder / f"{LEDGER}{kind}").exists() for kind in ("-wal", "-shm")
         )
     if not result.is_complete or not (is_fresh or is_alone):
         return None
-    if not is_fresh and not config.dry_run:
+    if not is_fresh and not is_dry:
         with RunFolder(folder, stored) as opened:
             opened.rebuild()
     return result
@@ -207,9 +214,10 @@ def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engi
     return opening.open_engine(config.model, config.decoder, config.task, **chosen)
 
 
-def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str]) -> Recipe:
+def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str], strength: float = 1.0) -> Recipe:
     names = ("sampler", "steps", "guidance", "profile", "ignore", "ignore_below")
-    recipe = make_recipe(engine, config.task, classes=classes, **{name: getattr(config, name) for name in names})
+    chosen = {name: getattr(config, name) for name in names}
+    recipe = make_recipe(engine, config.task, classes=classes, strength=strength, **chosen)
     combinations = parse_combinations(config.combine, config.task)
     check_words(combinations, label_tables(engine, recipe))
     return replace(recipe, combinations=combinations)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
+from datasetdm_fast.generation.origin import FROM_NOISE, Origin
 
 if TYPE_CHECKING:
     from datasetdm_fast.generation.combining import Combination
@@ -29,6 +30,7 @@ class Recipe:
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
     ignores_doubtful: bool = False  # whether doubtful pixels of label maps become 255
     least_confidence: float = 0.0  # pixels of label maps with less become 255
+    origin: Origin = FROM_NOISE
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -47,12 +49,15 @@ def make_recipe(
     classes: Sequence[str] = (),
     ignore: str = "nothing",
     ignore_below: float = 0.0,
+    strength: float = 1.0,
 ) -> Recipe:
-    """The recipe of a run; zeros stand for what the model was made for."""
+    """The recipe of a run; zeros stand for what the model was made for. A `strength` below 1 leaves only the last calls
+    of the schedule.
+    """
     from datasetdm_fast.sampling import make_schedule
 
     model = engine.model
-    schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile)
+    schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
     asked = [task for task in tasks if engine.decoders[task].config.has_text]
     words = class_words_of(engine, asked, classes) if asked else ()
     captures = capture_calls(schedule, {task: engine.decoders[task].config.capture_timestep for task in tasks})

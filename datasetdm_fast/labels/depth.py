@@ -1,6 +1,7 @@
 """Depth maps: a 16-bit PNG, in millimetres or in a larger unit where the farthest depth would not fit."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from datasetdm_fast.labels.pictures import depth_picture
 MILLIMETRES = 1000.0
 UNITS = {"millimetre": MILLIMETRES, "1/256 metre": 256.0, "centimetre": 100.0, "metre": 1.0}  # name -> steps of a metre
 LARGEST_STEP = 65535
+SAME_DEPTH = 1.25  # factor up to which two depths are taken for one, that of the usual delta < 1.25
 
 
 def unit_of(max_depth: float) -> str:
@@ -83,6 +85,14 @@ class DepthKind(LabelKind):
     def distance(self, found: DepthMap, truth: DepthMap) -> float:
         """Mean relative error."""
         return float((np.abs(found.metres - truth.metres) / np.maximum(truth.metres, 1e-6)).mean())
+
+    def merged(self, kept: DepthMap, found: DepthMap, region: np.ndarray) -> DepthMap:
+        return replace(kept, metres=np.where(region, found.metres, kept.metres))
+
+    def agreeing(self, first: DepthMap, second: DepthMap) -> DepthMap:
+        """The first map, 0 m where the two differ by more than a factor of 1.25, or where one of them is 0."""
+        low, high = np.minimum(first.metres, second.metres), np.maximum(first.metres, second.metres)
+        return replace(first, metres=np.where(high <= SAME_DEPTH * low, first.metres, 0))
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         return {"max_depth": config.max_depth, "unit": unit_of(config.max_depth)}

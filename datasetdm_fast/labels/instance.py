@@ -10,18 +10,21 @@ from PIL import Image
 from datasetdm_fast.data import Instances
 from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.labels.kind import (
+    SAME,
     GalleryLayer,
     Gates,
     LabelKind,
     Pixels,
     Placement,
     Table,
+    iou,
     markdown_cell,
     mean_score,
     rounded,
 )
 from datasetdm_fast.labels.pictures import masked, outline
 
+LEAST_LEFT = 0.1  # share of an instance that must be left of it where the rest was drawn anew
 SHOWN_SCORE = 0.4  # instances below it are left out of pictures
 
 
@@ -37,9 +40,26 @@ def outlined(record: Any, table: Table, paths: list[str]) -> list[list[Any]]:
     ]
 
 
-def _iou(first: np.ndarray, second: np.ndarray) -> float:
-    union = (first | second).sum()
-    return float((first & second).sum() / union) if union else 1.0
+def _taken(label: Instances, chosen: Sequence[int]) -> Instances:
+    """Some of the instances, in this order."""
+    order = np.array(chosen, np.int64)
+    ids = None if label.ids is None else label.ids[order]
+    return Instances(label.masks[order], label.class_ids[order], label.scores[order], label.classes, ids)
+
+
+def _matches(first: Instances, second: Instances) -> dict[int, int]:
+    """Place of an instance in the first label -> place of the same thing in the second, the most alike pairs first."""
+    pairs = [
+        (iou(mask, other), a, b)
+        for a, mask in enumerate(first.masks)
+        for b, other in enumerate(second.masks)
+        if first.class_ids[a] == second.class_ids[b]
+    ]
+    found: dict[int, int] = {}
+    for like, a, b in sorted(pairs, key=lambda pair: (-pair[0], pair[1:])):
+        if like >= SAME and a not in found and b not in found.values():
+            found[a] = b
+    return found
 
 
 class InstanceKind(LabelKind):
@@ -63,9 +83,10 @@ class InstanceKind(LabelKind):
                 "area": int(area),
                 "bbox": [rounded(side) for side in box],
                 "segmentation": dict(rle),
+                **({} if label.ids is None else {"id": int(label.ids[k])}),
             }
-            for kind, score, area, box, rle in zip(
-                label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True
+            for k, (kind, score, area, box, rle) in enumerate(
+                zip(label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True)
             )
         ]
 
@@ -76,7 +97,9 @@ class InstanceKind(LabelKind):
             else np.zeros((0, *table["size"]), bool)
         )
         ids, scores = [item["category_id"] - 1 for item in record], [item["score"] for item in record]
-        return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]))
+        has_ids = any("id" in item for item in record)
+        numbers = np.array([item["id"] for item in record], np.int64) if has_ids else None
+        return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]), numbers)
 
     def arrays(self, label: Instances) -> dict[str, np.ndarray]:
         return {"masks": label.masks, "labels": label.class_ids + 1, "scores": label.scores}
@@ -114,6 +137,7 @@ class InstanceKind(LabelKind):
             rle, area, (x, y, width, height) = encoded.rles[0], int(encoded.areas[0]), encoded.boxes[0].tolist()
             if not area:
                 return None
+        item = {name: value for name, value in item.items() if name != "id"}  # a thing may lie in several pictures
         shifted = mask_rle.shifted(rle, place.top, place.left, place.sides)
         box = [rounded(value) for value in (x + place.left, y + place.top, width, height)]
         return item | {"segmentation": dict(shifted), "area": area, "bbox": box}
@@ -152,10 +176,48 @@ class InstanceKind(LabelKind):
         # Instances of one class may change places where their scores are nearly equal, so each looks for the mask most
         # like its own.
         ious = [
-            max(_iou(mask, other) for other in found.masks[found.class_ids == kind])
+            max(iou(mask, other) for other in found.masks[found.class_ids == kind])
             for mask, kind in zip(truth.masks, truth.class_ids)
         ]
         return 1.0 - float(np.mean(ious))
+
+    def overlap(self, found: Instances, truth: Instances) -> float:
+        """Mean over the instances of `truth` of the IoU with the one of their class that is most like them."""
+        best = [
+            max([iou(mask, other) for other in found.masks[found.class_ids == kind]], default=0.0)
+            for mask, kind in zip(truth.masks, truth.class_ids)
+        ]
+        return float(np.mean(best)) if best else 1.0
+
+    def merged(self, kept: Instances, found: Instances, region: np.ndarray) -> Instances:
+        """Instances keep their pixels outside of the region, their order and their ids.
+
+        One that was found again goes on inside. One that was not, and of which less than a tenth is left, is dropped.
+        What else was found, at least half of it inside, is added with the id 0.
+        """
+        same = _matches(kept, found)
+        masks, scores, left = kept.masks & ~region, kept.scores.copy(), []
+        for k, whole in enumerate(kept.masks):
+            if (match := same.get(k)) is not None:
+                inside = found.masks[match] & region
+                scores[k] = found.scores[match] if inside.sum() > masks[k].sum() else scores[k]
+                masks[k] |= inside
+            if masks[k].any() and (match is not None or masks[k].sum() >= LEAST_LEFT * whole.sum()):
+                left.append(k)
+        areas = found.masks.sum((1, 2))
+        is_new = 2 * (found.masks & region).sum((1, 2)) >= np.maximum(areas, 1)
+        new = [k for k in range(len(found.masks)) if is_new[k] and k not in same.values()]
+        ids = None if kept.ids is None else np.concatenate([kept.ids[left], np.zeros(len(new), np.int64)])
+        return Instances(
+            np.concatenate([masks[left], found.masks[new] & region]),
+            np.concatenate([kept.class_ids[left], found.class_ids[new]]),
+            np.concatenate([scores[left], found.scores[new]]),
+            kept.classes,
+            ids,
+        )
+
+    def agreeing(self, first: Instances, second: Instances) -> Instances:
+        return _taken(first, sorted(_matches(first, second)))
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         return {"classes": list(config.classes), "size": [size, size]}

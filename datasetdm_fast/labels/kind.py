@@ -11,6 +11,7 @@ from PIL import Image
 
 from datasetdm_fast.labels.names import file_stem
 
+SAME = 0.5  # IoU at which two masks or boxes are taken for one thing
 Limit = tuple[float, float]  # of the median, of the 99th percentile
 Pixels = Mapping[str, np.ndarray]  # role -> pixels of the file
 Table = Mapping[str, Any]  # what run.json says of a task's labels: names and ranges
@@ -138,6 +139,18 @@ class LabelKind(ABC):
     def distance(self, found: Any, truth: Any) -> float:
         """Of two labels, 0 where both say the same."""
 
+    def overlap(self, found: Any, truth: Any) -> float | None:
+        """Mean IoU of what `truth` shows with the same in `found`; None for labels without areas."""
+        return None
+
+    @abstractmethod
+    def merged(self, kept: Any, found: Any, region: np.ndarray) -> Any:
+        """The label `kept` with what was found inside of a region [H, W] bool in place of what it said there."""
+
+    @abstractmethod
+    def agreeing(self, first: Any, second: Any) -> Any:
+        """What two labels of one image both say, as the first of them says it; the rest is left open."""
+
     def certainty(self, record: Any) -> float | None:
         """Mean confidence told by a record, 0..1; None where it tells none."""
         return None
@@ -177,6 +190,12 @@ class LabelKind(ABC):
     def categories(self, table: Table) -> list[dict[str, Any]]:
         """The categories of the index file in COCO's form."""
         return []
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two masks, 1 where both are empty."""
+    union = np.count_nonzero(first | second)
+    return np.count_nonzero(first & second) / union if union else 1.0
 
 
 def mean_score(record: Sequence[Mapping[str, Any]]) -> float | None:

@@ -10,12 +10,23 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Keypoints
-from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Placement, Table, mean_score, rounded
+from datasetdm_fast.labels.kind import (
+    SAME,
+    GalleryLayer,
+    Gates,
+    LabelKind,
+    Pixels,
+    Placement,
+    Table,
+    mean_score,
+    rounded,
+)
 from datasetdm_fast.labels.pictures import skeletons
 
 MIDDLE = "middle of the first pixel"
 TO_EDGE = 0.5  # pixels from there to its outer edge
 ROUNDING = 0.0015  # of boxes, which the ledger rounds to three digits, and of a difference of two such numbers
+SAME_JOINT = 0.1  # distance at which two joints are taken for one, in diagonals of the person's box
 
 
 def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -24,6 +35,45 @@ def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(2), np.zeros(2)
     low = points[seen, :2].min(0)
     return low, points[seen, :2].max(0) - low
+
+
+def _matches(first: Keypoints, second: Keypoints) -> dict[int, int]:
+    """Place of a person in the first label -> place of the same person in the second, by the boxes of their joints."""
+    found: dict[int, int] = {}
+    for a, (points, seen) in enumerate(zip(first.points, first.visibility)):
+        for b, (others, known) in enumerate(zip(second.points, second.visibility)):
+            if b not in found.values() and _box_iou(_box(points, seen > 0), _box(others, known > 0)) >= SAME:
+                found[a] = b
+                break
+    return found
+
+
+def _box_iou(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
+    low, high = np.maximum(first[0], second[0]), np.minimum(first[0] + first[1], second[0] + second[1])
+    common = float(np.prod(np.maximum(high - low, 0)))
+    union = float(np.prod(first[1]) + np.prod(second[1])) - common
+    return common / union if union else 0.0
+
+
+def _inside(points: np.ndarray, visibility: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """Which joints [J] are seen on a pixel of a region."""
+    columns, rows = (
+        np.clip(np.floor(points[:, axis]).astype(int), 0, side - 1) for axis, side in enumerate(region.shape[::-1])
+    )
+    return (visibility > 0) & region[rows, columns]
+
+
+def _people(like: Keypoints, people: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> Keypoints:
+    """The label of these persons, without those of whom no joint is left."""
+    left = [person for person in people if (person[1] > 0).any()]
+    shape = (len(left), len(like.joints))
+    return Keypoints(
+        np.array([points for points, _, _ in left], np.float32).reshape(*shape, 3),
+        np.array([seen for _, seen, _ in left], np.int64).reshape(shape),
+        np.array([score for _, _, score in left], np.float32),
+        like.joints,
+        like.limbs,
+    )
 
 
 def _to_edge(table: Table) -> float:
@@ -141,6 +191,34 @@ class PoseKind(LabelKind):
             return float("inf")
         apart = np.linalg.norm(found.points[..., :2] - truth.points[..., :2], axis=-1)
         return float(apart.mean()) if truth.points.size else 0.0
+
+    def merged(self, kept: Keypoints, found: Keypoints, region: np.ndarray) -> Keypoints:
+        """Persons keep their joints outside of the region; one that was found again has the found joints inside, one
+        that was found there only is added.
+        """
+        same, people = _matches(kept, found), []
+        for k in range(len(kept.points)):
+            points, seen, match = kept.points[k].copy(), kept.visibility[k].copy(), same.get(k)
+            seen[_inside(points, seen, region)] = 0
+            if match is not None:
+                new = _inside(found.points[match], found.visibility[match], region) & (seen == 0)
+                points[new], seen[new] = found.points[match][new], found.visibility[match][new]
+            people.append((points, seen, kept.scores[k]))
+        for k in sorted(set(range(len(found.points))) - set(same.values())):
+            inside = _inside(found.points[k], found.visibility[k], region)
+            if 2 * inside.sum() >= (found.visibility[k] > 0).sum():
+                people.append((found.points[k], np.where(inside, found.visibility[k], 0), found.scores[k]))
+        return _people(kept, people)
+
+    def agreeing(self, first: Keypoints, second: Keypoints) -> Keypoints:
+        """The joints of the first label that the second has nearly there, on the same person."""
+        people = []
+        for k, match in sorted(_matches(first, second).items()):
+            _, sides = _box(first.points[k], first.visibility[k] > 0)
+            apart = np.linalg.norm(first.points[k, :, :2] - second.points[match, :, :2], axis=1)
+            is_same = (apart <= SAME_JOINT * np.linalg.norm(sides)) & (second.visibility[match] > 0)
+            people.append((first.points[k], np.where(is_same, first.visibility[k], 0), first.scores[k]))
+        return _people(first, people)
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         limbs = [list(limb) for limb in config.limbs]

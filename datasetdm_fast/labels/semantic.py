@@ -1,6 +1,7 @@
 """Maps of classes: a palette PNG of class numbers and a grey one of confidences."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from datasetdm_fast import _C
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.labels.image_files import index_png
-from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, markdown_cell
+from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, iou, markdown_cell
 from datasetdm_fast.labels.pictures import painted
 
 IGNORE = 255
@@ -62,6 +63,20 @@ class ClassMap(LabelKind):
             np.where(inside, label.confidence, confidence),
             label.classes,
         )
+
+    def overlap(self, found: SemanticMap, truth: SemanticMap) -> float:
+        """Mean IoU of the classes that `truth` shows, over the pixels that it does not ignore."""
+        shown = [number for number in np.unique(truth.labels) if number != IGNORE]
+        told = truth.labels != IGNORE
+        ious = [iou((found.labels == number) & told, truth.labels == number) for number in shown]
+        return float(np.mean(ious)) if ious else 1.0
+
+    def merged(self, kept: SemanticMap, found: SemanticMap, region: np.ndarray) -> SemanticMap:
+        labels = np.where(region, found.labels, kept.labels)
+        return replace(kept, labels=labels, confidence=np.where(region, found.confidence, kept.confidence))
+
+    def agreeing(self, first: SemanticMap, second: SemanticMap) -> SemanticMap:
+        return replace(first, labels=np.where(first.labels == second.labels, first.labels, IGNORE).astype(np.uint8))
 
     def count(self, record: Any) -> dict[int, int]:
         return {int(value): count for value, count in record.get("pixels", {}).items()}

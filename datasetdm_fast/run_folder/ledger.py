@@ -239,8 +239,8 @@ class Ledger(AbstractContextManager):
         return None if found is None else self._row(*found)
 
     def rows(self, *statuses: str, parts: Sequence[str] = PARTS) -> Iterator[Row]:
-        """Rows of these statuses, or of the data set, by index, read as they are asked for; of PARTS and `tracings` only
-        these, the others are empty.
+        """Rows of these statuses, or of the data set, by index, read as they are asked for; of PARTS and `tracings`
+        only these, the others are empty.
         """
         wanted, names = statuses or (DONE,), self._columns.split(", ")
         columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in names)

@@ -153,13 +153,17 @@ class Run(AbstractContextManager):
             raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
         return StoredSample(row, self.path, self.document)
 
+    def position(self, id: str) -> int:
+        """The position of the sample with an id."""
+        index = int(id) if id.isdecimal() and len(id) <= 18 else -1
+        place = bisect_left(self._indices, index)
+        if self._indices[place : place + 1] != [index]:
+            raise KeyError(f"{self.path}: no sample has the id {id!r}")
+        return place
+
     def _index(self, key: int | str) -> int:
         if isinstance(key, str):
-            index = int(key) if key.isdecimal() and len(key) <= 18 else -1
-            place = bisect_left(self._indices, index)
-            if self._indices[place : place + 1] != [index]:
-                raise KeyError(f"{self.path}: no sample has the id {key!r}")
-            return index
+            return self._indices[self.position(key)]
         try:
             return self._indices[key]
         except IndexError:

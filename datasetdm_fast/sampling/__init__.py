@@ -5,12 +5,16 @@ from importlib import import_module
 
 from datasetdm_fast.config import PROFILES, SAMPLERS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.sampling.schedule import Sampler, Schedule
+from datasetdm_fast.sampling.schedule import Sampler, Schedule, last_calls
 from datasetdm_fast.sampling.times import alphas_cumprod
 
 
-def make_schedule(scheduler: Mapping, sampler: str, steps: int, profile: str = "0.3.0") -> Schedule:
+def make_schedule(
+    scheduler: Mapping, sampler: str, steps: int, profile: str = "0.3.0", strength: float = 1.0
+) -> Schedule:
     """The calls of `sampler` for a diffusers scheduler config; `profile` is the diffusers version of PNDM's timesteps.
+
+    With a `strength` below 1 only that share of the steps is left, the last ones, but at least one.
 
     PNDM repeats its second timestep, so 50 steps are 51 calls; with profile 0.3.0 the last update changes nothing. That
     profile knows neither steps_offset nor set_alpha_to_one, and where the steps do not divide the training steps it
@@ -32,4 +36,6 @@ def make_schedule(scheduler: Mapping, sampler: str, steps: int, profile: str = "
             f"steps: {steps} is not within {chosen.least_steps} .. {len(alphas)}, the range of {sampler} for this model"
         )
     times, updates = chosen.calls(scheduler, alphas, steps, prediction, profile)
-    return Schedule(chosen.memory, prediction, tuple(times), tuple(updates))
+    shift = chosen.shifts.get(profile, 0)
+    whole = Schedule(chosen.memory, prediction, tuple(times), tuple(updates), shift)
+    return whole if strength == 1 else last_calls(whole, max(round(strength * steps), 1), chosen.orders)

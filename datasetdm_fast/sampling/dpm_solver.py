@@ -42,4 +42,4 @@ def dpm_solver(
     return times, updates
 
 
-SAMPLER = Sampler(dpm_solver, memory=1)
+SAMPLER = Sampler(dpm_solver, memory=1, orders=((1.0,),))

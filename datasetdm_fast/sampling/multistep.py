@@ -61,4 +61,4 @@ def _first_profile(alphas: Tensor, steps: int, prediction: str) -> tuple[list[in
     return times, _plms(pairs, prediction)
 
 
-SAMPLER = Sampler(pndm, memory=3, least_steps=2)
+SAMPLER = Sampler(pndm, memory=3, least_steps=2, orders=ADAMS_BASHFORTH, shifts={"0.3.0": 1})

@@ -1,7 +1,8 @@
 """A sampling schedule as data: timesteps and the coefficients of each update."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -25,9 +26,14 @@ class Schedule:
     prediction_type: str
     timesteps: tuple[int, ...]
     updates: tuple[Update, ...]
+    shift: int = 0  # training steps by which the noise of the latents is ahead of the timestep they are called with
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def noise_step(self, call: int) -> int:
+        """The training step whose noise the latents of a call hold."""
+        return self.timesteps[call] + self.shift
 
 
 @dataclass(frozen=True)
@@ -38,3 +44,17 @@ class Sampler:
     calls: Callable[[Mapping, Tensor, int, str, str], tuple[list[int], list[Update]]]
     memory: int  # earlier entries it reads
     least_steps: int = 1
+    orders: tuple[tuple[float, ...], ...] = ()  # weights of one entry, of two, ...: those of its first calls
+    shifts: Mapping[str, int] = field(default_factory=dict)  # profile -> shift of its schedules
+
+
+def last_calls(schedule: Schedule, count: int, orders: Sequence[Sequence[float]]) -> Schedule:
+    """The last `count` calls as a schedule of its own, which begins at first order as it has no earlier entries."""
+    first = max(len(schedule) - count, 0)
+    if first and schedule.updates[first].restarts:  # it repeats a call that is left out
+        first += 1
+    updates = list(schedule.updates[first:])
+    for k, weights in enumerate(orders[: len(updates)] if first else ()):
+        whole = math.fsum(updates[k].weights)
+        updates[k] = replace(updates[k], weights=tuple(whole * weight for weight in weights))
+    return replace(schedule, timesteps=schedule.timesteps[first:], updates=tuple(updates))

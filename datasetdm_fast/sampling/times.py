@@ -41,7 +41,8 @@ def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
 
 def add_noise(scheduler: Mapping, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
     """`latents` as they would be at `timestep` of the forward process."""
-    alpha = float(alphas_cumprod(scheduler)[timestep])
+    alphas = alphas_cumprod(scheduler)
+    alpha = float(alphas[min(timestep, len(alphas) - 1)])
     return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
 
 

@@ -53,8 +53,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
         f"{sampling['guidance']:g}",
         *(f"- Combined: {_code(text)}" for text in config.get("combine", ())),
-        f"- Sample k has seed {config['seed']} + k; `{maker(document)} --out THIS_FOLDER --only ID` "
-        "makes it again, byte for byte\n",
+        f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte\n",
         "## Licence chain\n",
         *(f"- {name}: {_code(licence)}" for name, licence in licences.items()),
         "\n## How to load\n",
@@ -77,6 +76,12 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
         yield f"{ledger.count_doubtful()} of the samples are doubtful, as their labels do not fit their prompt or one "
         yield "another; `trust` in `samples.jsonl` says why.\n"
+
+
+def _seeds(document: Mapping[str, Any]) -> str:
+    if "seeds" in document["plan"]:
+        return "`samples.jsonl` tells the seed of each sample"
+    return f"Sample k has seed {document['config']['seed']} + k"
 
 
 def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:

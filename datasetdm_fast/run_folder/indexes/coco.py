@@ -1,6 +1,6 @@
 """Records of one task in COCO's form as pycocotools reads it, written line by line to save memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from datasetdm_fast.labels import kind_of
@@ -25,11 +25,18 @@ def _image(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
 
 
 def _annotations(task: str, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    for row, ids in numbered(task, ledger.rows(parts=("labels",))):
+        for id, record in zip(ids, row.labels[task], strict=True):
+            yield {"id": id, "image_id": row.request.index, "iscrowd": 0, "category_id": 1, **record}
+
+
+def numbered(task: str, rows: Iterable[Row]) -> Iterator[tuple[Row, list[int]]]:
+    """Every row of a run with the ids of its annotations: those of its records, else numbers in order."""
     number = 0  # pycocotools takes annotation 0 for "no match", so ids start at 1
-    for row in ledger.rows(parts=("labels",)):
-        for record in row.labels[task]:
-            number += 1
-            yield {"id": number, "image_id": row.request.index, "iscrowd": 0, "category_id": 1, **record}
+    for row in rows:
+        records = row.labels[task]
+        yield row, [record.get("id", number + k) for k, record in enumerate(records, 1)]
+        number += len(records)
 
 
 def _listed(items: Iterator[dict]) -> Iterator[bytes]:

@@ -6,6 +6,10 @@ from typing import Any
 
 from datasetdm_fast.run_folder.ledger import Ledger, canonical
 
+# of a row of a run made from another: the id of its source there, what all images of one source have in common (no
+# split of a data set may separate them), the domain it was moved to, and how much of the geometry is left
+OF_SOURCE = ("source", "group", "domain", "consistency")
+
 
 def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """The lines of samples.jsonl by id; records that the COCO files hold are given as counts."""
@@ -26,4 +30,5 @@ def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
             "labels": labels,
             **({"trust": asdict(row.trust)} if row.trust else {}),
         }
+        line |= {name: row.recipe[name] for name in OF_SOURCE if name in row.recipe}
         yield (canonical(line) + "\n").encode()

@@ -1,0 +1,94 @@
+"""What the commands edit and vary do alike: make the missing images, tell how it went, make one sample again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.compositions.settings import RedrawSettings
+from datasetdm_fast.config import flags_of
+from datasetdm_fast.errors import Refused
+
+if TYPE_CHECKING:
+    from datasetdm_fast.compositions.redraw import Redrawing
+    from datasetdm_fast.generation.job import Job
+    from datasetdm_fast.generation.result import Result
+
+
+def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: Sequence[str]) -> int:
+    """The exit code of a command that makes the images of a redrawing; the same line resumes it."""
+    from datasetdm_fast.compositions import redraw
+    from datasetdm_fast.compositions.source import Source
+
+    settings.check()
+    folder = Path(settings.out)
+    redrawing = cls(Source(Path(settings.run), only_kept=settings.kept), settings)
+    if result := redraw.finished(redrawing, folder):
+        _say(settings, f"{folder}: complete with {result.done} samples, nothing to do")
+        return _end(settings, result)
+    job = redraw.prepare(redrawing, folder)
+    _say(settings, redrawing.told)
+    interruption = Interruption(settings.quiet)
+    result = _run(job, interruption)
+    code = _end(settings, result)
+    if not result.is_complete:
+        line = f"{prog} {shlex.join(arguments)}"
+        print(f"{result.done} of {result.number} samples are there; go on with: {line}", file=sys.stderr)
+    return interruption.exit_code(code)
+
+
+def _run(job: Job, interruption: Interruption) -> Result:
+    from datasetdm_fast.generation.run import run
+
+    left = min(job.plan.number - job.done, job.config.limit or job.plan.number)
+    calls = len(job.recipe.schedule)
+    with interruption, ImageProgress(left, job.config.quiet, job.plan.batch_size, calls) as progress:
+        options = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
+        return run(job, is_stopping=interruption.is_stopping, **options)
+
+
+def make_again(cls: type[Redrawing], settings: RedrawSettings, given: Collection[str]) -> int:
+    """The exit code of a command that makes one sample of its run folder again, whose settings may not be `given`."""
+    from datasetdm_fast.compositions.redraw import prepare_remake
+    from datasetdm_fast.generation.run import remake
+
+    told = [flag.name for flag in flags_of(type(settings)) if flag.metadata["identity"] and flag.name in given]
+    if told != ["only"]:
+        flags = ", ".join("--" + name.strip("_").replace("_", "-") for name in told if name != "only")
+        raise Refused(
+            f"--only {settings.only[0]}: makes a sample of {settings.out} again, with the settings of its run.json",
+            f"Drop {flags}.",
+        )
+    task = prepare_remake(cls, settings)
+    written, id = remake(task), task.row.request.id
+    told = f"{len(written)} files written" if written else "every byte as it was"
+    _say(settings, f"sample {id}: made again, {told}")
+    _put(settings, {"path": settings.out, "id": id, "written": written}, settings.out)
+    return 0
+
+
+def _end(settings: RedrawSettings, result: Result) -> int:
+    rate = result.made / result.seconds if result.made else 0.0
+    facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
+    facts |= {"complete": result.is_complete, "images_per_second": round(rate, 4)}
+    _put(settings, {"path": str(result.path), **facts}, str(result.path))
+    if result.made:
+        speed = f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second"
+        _say(settings, f"{speed}; look at {result.path}/gallery/index.html")
+    result.check()
+    return 0
+
+
+def _put(settings: RedrawSettings, facts: dict[str, Any], line: str) -> None:
+    print(json.dumps(facts) if settings.json else line, flush=True)
+
+
+def _say(settings: RedrawSettings, line: str) -> None:
+    if not settings.quiet:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,89 @@
+"""The flags of the commands that put samples through the network again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from datasetdm_fast.config import CommandSettings, EngineSettings, setting
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.generation.settings import LARGEST_BATCH, check_numbers
+
+LABEL_CHOICES = ("source", "predicted", "agreeing")
+OF_EDIT = "run prompt alone class_ instance mask box grow feather strength seed only".split()
+SHARED = (
+    "steps guidance batch_size out limit kept engine dtype device model decoder allow_download threads compile "
+    "provider streams engines trt_flavour json quiet"
+).split()
+
+
+@dataclass(frozen=True)
+class RedrawSettings(EngineSettings, CommandSettings):
+    """What edit and vary share; zeros and empty names stand for what the source was made with."""
+
+    run: str = setting("", "run folder whose samples are taken", identity=False, metavar="RUN", positional=True)
+    only: tuple[str, ...] = setting(
+        (), "take only these samples of RUN; without RUN, make this one sample of --out again", metavar="LIST"
+    )
+    strength: float = setting(1.0, "share of the sampling steps that is made again, 0 to 1", metavar="S")
+    steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N")
+    guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G")
+    batch_size: int = setting(
+        0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
+    )
+    out: str = setting("", "run folder", identity=False, metavar="RUN", output="folder")
+    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
+    kept: bool = setting(False, "use only the samples that filter keeps", identity=False)
+    model: str = setting("", "where the model of RUN lies now, if it was moved", identity=False, metavar="MODEL")
+    decoder: str = setting("", "where the decoders of RUN lie now, if they were moved", identity=False, metavar="DIR")
+    allow_download: bool = setting(False, "allow the model to come from the model hub, if RUN's did", identity=False)
+    json: bool = setting(False, "machine-readable result on stdout", identity=False)
+    quiet: bool = setting(False, "show no progress", identity=False)
+
+    def check(self) -> None:
+        """Refuses numbers that cannot be."""
+        if not 0 <= self.strength <= 1:
+            raise Refused(f"--strength {self.strength:g}: expected a share from 0 to 1", "For example --strength 0.4.")
+        check_numbers(**{name: getattr(self, name) for name in ("steps", "guidance", "batch_size", "limit", "threads")})
+        if self.batch_size > LARGEST_BATCH:
+            raise Refused(
+                f"--batch-size {self.batch_size}: expected at most {LARGEST_BATCH}", "Choose what fits into memory."
+            )
+
+
+@dataclass(frozen=True)
+class VarySettings(RedrawSettings):
+    FLAGS = ["run", "domain", "strength", "labels", "only", *SHARED]
+
+    domain: tuple[str, ...] = setting((), "domains, one image of each sample for each: night,fog", metavar="LIST")
+    strength: float = setting(
+        0.4, "share of the sampling steps that is made again, 0 to 1: more changes more", metavar="S"
+    )
+    labels: str = setting(
+        "source",
+        "labels of the images: the source's, those predicted on the image, or what both agree on",
+        choices=LABEL_CHOICES,
+    )
+    out: str = setting("runs/varied", "run folder", identity=False, metavar="RUN", output="folder")
+
+
+@dataclass(frozen=True)
+class EditSettings(RedrawSettings):
+    FLAGS = [*OF_EDIT, *SHARED]
+
+    prompt: str = setting(
+        "", "what is to be drawn; it takes the place of the class in the sample's own prompt", metavar="TEXT"
+    )
+    alone: bool = setting(False, "the model is told nothing but --prompt, as it is where no class is named")
+    class_: str = setting("", "draw anew what the labels call by this class", metavar="CLASS")
+    instance: int = setting(0, "draw this instance anew: the id of its annotation in instances.json", metavar="ID")
+    mask: str = setting("", "draw anew what is white in this picture of a sample's size", metavar="FILE")
+    box: str = setting("", "draw this box of pixels anew; X1 and Y1 are not part of it", metavar="X0,Y0,X1,Y1")
+    grow: int = setting(0, "pixels by which the region is grown on all sides", metavar="N")
+    feather: int = setting(
+        -1, "pixels inside of the region over which old and new image are mixed, -1 = a 128th of a side", metavar="N"
+    )
+    strength: float = setting(
+        1.0, "share of the sampling steps that is made again, 0 to 1: 1 begins from noise alone", metavar="S"
+    )
+    seed: int = setting(-1, "seed of the noise of image 0; image k has seed + k; -1 = that of its source", metavar="N")
+    out: str = setting("runs/edited", "run folder", identity=False, metavar="RUN", output="folder")

@@ -1,0 +1,31 @@
+"""python -m datasetdm_fast.edit RUN --only ID --class ball --prompt "a red star": regions of samples drawn anew, with
+their labels.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.compositions.command import make, make_again
+from datasetdm_fast.compositions.settings import EditSettings
+from datasetdm_fast.errors import Refused
+
+PROG = "python -m datasetdm_fast.edit"
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    settings, given = parse(arguments, EditSettings, PROG, __doc__)
+    is_remake = settings.only and not given & {"prompt", "class_", "instance", "mask", "box"}
+    if not settings.run and not is_remake:
+        raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are edited, such as runs/demo.")
+    from datasetdm_fast.compositions.edit import Edits
+
+    if is_remake:
+        return make_again(Edits, settings, given)
+    return make(Edits, settings, PROG, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""Edits and variants: what stays is the source's bit by bit, what is new is labelled anew, the same line resumes."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from test_ledger import tree
+
+from datasetdm_fast import edit, generate, splice, vary
+from datasetdm_fast.compositions import domains, regions
+from datasetdm_fast.compositions.edit import replaced
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.engines import opening
+from datasetdm_fast.labels import LABEL_KINDS, mask_rle
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.sampling import make_schedule, times, walk
+
+SIDE = 128
+PROMPTS = ["a red person and an orange ball on a grey table", "a white ball on a pink table", "a green tree"]
+TASKS = "semantic,instance,depth,pose,open-vocabulary"
+EDIT = ["--class", "ball", "--prompt", "a blue cube", "--grow", "4"]
+VARY = ["--domain", "night,fog", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_engine_of_a_kind():
+    """Every command of this file that asks for the same engine gets the one that was opened first."""
+    open_engine, opened = opening.open_engine, {}
+
+    def reopened(*arguments, **options):
+        key = repr((arguments, options))
+        if key not in opened:
+            opened[key] = open_engine(*arguments, **options)
+        return opened[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "open_engine", reopened)
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "run"
+    (path.parent / "prompts.txt").write_text("\n".join(PROMPTS))
+    line = ["--prompts", str(path.parent / "prompts.txt"), "--number", "3", "--seed", "5", "--steps", "12"]
+    assert generate.main([*line, "--task", TASKS, "--out", str(path), "--engine", "fast", "--quiet"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def edited(source) -> Path:
+    out = source.parent / "edited"
+    assert edit.main([str(source), *EDIT, "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def varied(source) -> Path:
+    out = source.parent / "varied"
+    assert vary.main([str(source), *VARY, "--labels", "agreeing", "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def test_outside_of_the_mask_nothing_changes(source, edited):
+    run, new = open_run(source), open_run(edited)
+    assert [sample.meta["source"] for sample in new] == ["00000000", "00000001"]  # the third shows no ball
+    for sample in new:
+        old, told = run[sample.meta["source"]], sample.meta["mask"]
+        mask = mask_rle.decode(told["segmentation"])
+        assert (mask == regions.grown(old.semantic.labels == old.semantic.classes.index("ball"), 4)).all()
+        assert told["sha256"] == hashlib.sha256(mask.astype(np.uint8).tobytes()).hexdigest()
+        for name in ("image", "depth.metres", "semantic.labels", "semantic.confidence", "open_vocabulary.labels"):
+            before, after = old, sample
+            for part in name.split("."):
+                before, after = getattr(before, part), getattr(after, part)
+            assert (before[~mask] == after[~mask]).all(), name
+            assert name.startswith("open") or (before[mask] != after[mask]).any(), name
+        assert "a blue cube" in sample.prompt and "ball" not in sample.prompt
+        assert "cube" in sample.classes and "ball" not in sample.classes
+
+
+def test_instances_keep_their_ids(source, edited):
+    before, after = (COCO(path / "instances.json").dataset["annotations"] for path in (source, edited))
+    ids = [entry["id"] for entry in after]
+    assert len(ids) == len(set(ids))
+    old = {entry["id"]: entry for entry in before}
+    kept = [entry for entry in after if entry["id"] in old]
+    names = open_run(source).document["labels"]["instance"]["classes"]
+    assert [names[entry["category_id"] - 1] for entry in kept] == ["person"]
+    assert kept[0]["segmentation"] == old[kept[0]["id"]]["segmentation"]
+    assert all(id > max(old) for id in ids if id not in old)
+
+
+def test_a_variant_keeps_the_geometry_and_tells_its_source(source, varied):
+    run, new = open_run(source), open_run(varied)
+    assert [(each.meta["source"], each.meta["domain"]) for each in new][:3] == [
+        ("00000000", "night"),
+        ("00000000", "fog"),
+        ("00000001", "night"),
+    ]
+    lines = [json.loads(line) for line in (varied / "samples.jsonl").read_text().splitlines()]
+    for line, sample in zip(lines, new, strict=True):
+        old = run[line["source"]]
+        assert line["group"] == old.row.files["image"][1].sha256[:16] and line["seed"] == old.seed
+        assert line["prompt"] == f"{old.prompt}{domains.DOMAINS[line['domain']]}" and 0.7 < line["consistency"] <= 1
+        assert np.abs(sample.image.astype(int) - old.image).mean() > 3
+        same = sample.semantic.labels == old.semantic.labels
+        assert (sample.semantic.labels[~same] == 255).all() and same.mean() > 0.8
+    dark = [each.image.mean() - run[each.meta["source"]].image.mean() for each in new if each.meta["domain"] == "night"]
+    assert max(dark) < -5
+
+
+def test_source_labels_are_taken_over_and_predicted_ones_are_not(source, tmp_path):
+    old = open_run(source)["00000001"]
+    for labels in ("source", "predicted"):
+        line = [str(source), "--domain", "fog", "--only", "1", "--labels", labels, "--out", str(tmp_path / labels)]
+        assert vary.main([*line, "--engine", "torch", "--strength", "0.6", "--quiet"]) == 0
+        (sample,) = open_run(tmp_path / labels)
+        is_same = {role: stored == old.row.files[role][1] for role, (_, stored) in sample.row.files.items()}
+        assert not is_same.pop("image") and is_same["depth"] == (labels == "source")
+        assert audit(tmp_path / labels).findings == []
+
+
+def test_kill_9_and_the_same_line_give_the_same_bytes(source, varied, tmp_path):
+    out = tmp_path / "out"
+    line = [str(source), *VARY, "--labels", "agreeing", "--out", str(out), "--quiet"]
+    process = subprocess.Popen([sys.executable, "-m", "datasetdm_fast.vary", *line])
+    while process.poll() is None and not (out / "images").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert vary.main(line) == 0 and tree(out) == tree(varied) and audit(out).findings == []
+    assert vary.main(line) == 0  # nothing is left to do
+
+
+def test_an_edit_that_was_stopped_goes_on(source, edited, tmp_path):
+    out = tmp_path / "out"
+    line = [str(source), *EDIT, "--out", str(out), "--quiet"]
+    assert edit.main([*line, "--limit", "1"]) == 0 and len(open_run(out)) == 1
+    (out / "images" / "00000001.png").write_bytes(b"half")
+    assert edit.main(line) == 0 and tree(out) == tree(edited) and audit(out).findings == []
+
+
+@pytest.mark.parametrize("command, name, id", [(edit, "edited", "00000001"), (vary, "varied", "00000003")])
+def test_one_sample_is_made_again(command, name, id, request, tmp_path, capsys):
+    whole = request.getfixturevalue(name)
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    (out / "images" / f"{id}.png").unlink()
+    (finding,) = audit(out).findings
+    module = command.__name__
+    assert finding.remedy == f"Make it again: python -m {module} --out {out} --only {id}"
+    assert command.main(["--out", str(out), "--only", id, "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == [f"images/{id}.png"] and tree(out) == tree(whole)
+    assert command.main(["--out", str(out), "--only", id, "--strength", "0.3"]) == 2
+    assert "Drop --strength" in capsys.readouterr().err
+
+
+def test_the_folder_names_its_source_and_can_be_a_source(source, edited, tmp_path):
+    document = open_run(edited).document
+    assert document["model"] == open_run(source).document["model"]
+    assert document["composition"]["source"]["path"] == str(source) and audit(edited).findings == []
+    assert "Apache-2.0".lower() in (edited / "README.md").read_text().lower()
+    line = [str(edited), "--domain", "fog", "--only", "0", "--out", str(tmp_path / "varied"), "--quiet"]
+    assert vary.main(line) == 0
+    group = open_run(edited)["00000000"].meta["group"]
+    assert open_run(tmp_path / "varied")["00000000"].meta["group"] == group  # all of one picture belong together
+    assert splice.main([str(edited), "--number", "4", "--out", str(tmp_path / "spliced"), "--quiet"]) == 0
+    ids = [entry["id"] for entry in COCO(tmp_path / "spliced" / "instances.json").dataset["annotations"]]
+    assert len(ids) == len(set(ids))
+
+
+def mask_file(path: Path, side: int, value: int) -> str:
+    Image.new("L", (side, side), value).save(path)
+    return str(path)
+
+
+def test_a_mask_from_a_file_a_box_and_an_instance(source, tmp_path):
+    whole = Image.new("L", (SIDE, SIDE))
+    whole.paste(255, (70, 30, 120, 100))
+    whole.save(tmp_path / "mask.png")
+    line = [str(source), "--only", "0", "--prompt", "a red star", "--strength", "0.2", "--quiet", "--out"]
+    assert edit.main([*line, str(tmp_path / "a"), "--mask", str(tmp_path / "mask.png")]) == 0
+    (tmp_path / "mask.png").unlink()
+    assert edit.main([*line, str(tmp_path / "b"), "--box", "70,30,120,100"]) == 0
+    assert (tmp_path / "a/images/00000000.png").read_bytes() == (tmp_path / "b/images/00000000.png").read_bytes()
+    (tmp_path / "a/images/00000000.png").unlink()
+    assert edit.main(["--out", str(tmp_path / "a"), "--only", "00000000", "--quiet"]) == 0
+    entry = COCO(source / "instances.json").dataset["annotations"][0]
+    assert edit.main([*line, str(tmp_path / "c"), "--instance", str(entry["id"])]) == 0
+    assert open_run(tmp_path / "c")[0].meta["mask"]["segmentation"] == entry["segmentation"]
+
+
+WRONG = [
+    (vary, [], "no domain was named"),
+    (vary, ["--domain", "nihgt"], "no known domain (did you mean night?)"),
+    (vary, ["--domain", "snow"], "the model demo has no word for it"),
+    (vary, ["--domain", "fog", "--strength", "1.5"], "--strength 1.5: expected a share from 0 to 1"),
+    (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected a share from 0 to 1"),
+    (vary, ["--domain", "fog", "--only", "7"], "no sample of"),
+    (edit, ["--class", "ball"], "--prompt is missing"),
+    (edit, ["--prompt", "a cube"], "the region that is drawn anew is missing"),
+    (edit, [*EDIT, "--box", "0,0,8,8"], "2 ways to name it, expected one"),
+    (edit, ["--class", "bal", "--prompt", "a cube"], "no label of"),
+    (edit, ["--class", "bal", "--prompt", "a cube"], "(did you mean ball?)"),
+    (edit, ["--class", "ring", "--prompt", "a cube"], "shows it"),
+    (edit, ["--class", "ball", "--prompt", "a cube", "--only", "2"], "sample 00000002 does not show it"),
+    (edit, ["--instance", "999", "--prompt", "a cube"], "no annotation of the samples taken has this id"),
+    (edit, ["--box", "9,9,9,20", "--prompt", "a cube"], "is empty or leaves the samples"),
+    (edit, ["--box", "0,0,8", "--prompt", "a cube"], "expected four whole numbers"),
+    (edit, ["--mask", "EMPTY", "--prompt", "a cube"], "is empty, no pixel is 128 or more"),
+    (edit, ["--mask", "SMALL", "--prompt", "a cube"], "64 x 64 pixels, the samples have 128 x 128"),
+    (edit, ["--claas", "ball"], "did you mean --class?"),
+]
+
+
+@pytest.mark.parametrize("command, flags, said", WRONG, ids=lambda value: str(value)[:20])
+def test_bad_input_is_refused_and_nothing_written(command, flags, said, source, tmp_path, capsys):
+    files = {"EMPTY": mask_file(tmp_path / "e.png", SIDE, 20), "SMALL": mask_file(tmp_path / "s.png", 64, 255)}
+    line = [str(source), *(files.get(flag, flag) for flag in flags), "--out", str(tmp_path / "out")]
+    assert command.main(line) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert said in told[0] and len(told) == 2 and not (tmp_path / "out").exists()
+
+
+def test_labels_that_the_run_lacks_are_told(source, tmp_path, capsys):
+    out = tmp_path / "depth"
+    line = ["--prompts", "a ball", "--number", "1", "--steps", "2", "--task", "depth", "--engine", "fast"]
+    assert generate.main([*line, "--out", str(out), "--quiet"]) == 0
+    assert edit.main([str(out), *EDIT, "--out", str(tmp_path / "out")]) == 2
+    assert "has no labels that name classes, it has depth" in capsys.readouterr().err
+    assert edit.main([str(out), "--instance", "1", "--prompt", "a cube", "--out", str(tmp_path / "out")]) == 2
+    assert "has no instances, it has depth" in capsys.readouterr().err
+    assert edit.main([*EDIT]) == 2 and "RUN is missing" in capsys.readouterr().err
+    assert vary.main([str(source), "--domain", "fog", "--out", str(source)]) == 2
+    assert "holds a run of another configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm-solver++"])
+@pytest.mark.parametrize("profile", ["0.3.0", "0.14.0"])
+def test_the_last_calls_of_a_schedule_take_away_exactly_the_noise_that_was_added(sampler, profile):
+    """With the true noise for the network's answer every sampler ends at the image, wherever it begins."""
+    scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    image, noise = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for strength in (0.0, 0.02, 0.4, 0.97, 0.99, 1.0):
+        schedule = make_schedule(scheduler, sampler, 50, profile, strength)
+        assert len(schedule) <= max(round(50 * strength), 1) + (strength == 1)
+        state = walk.start(times.add_noise(scheduler, image, noise, schedule.noise_step(0)))
+        for k in range(len(schedule)):
+            state = walk.step(schedule, k, state, noise)
+        end = image if sampler != "pndm" else times.add_noise(scheduler, image, noise, schedule.shift)
+        assert (state.latents - end).abs().max() < 1e-6, strength
+
+
+def test_prompts_say_what_is_drawn():
+    assert replaced("a red person and an orange ball in fog", "ball", "a star") == "a red person and a star in fog"
+    assert replaced("a cat and ball", "ball", "a star") == "a cat and a star"
+    assert replaced("a dining table near a dog", "diningtable", "a star") == "a star near a dog"
+    assert replaced("two trees", "ball", "a star") == ""
+    assert domains.moved("a dog at night.", "fog") == "a dog in fog" and domains.moved("a dog", "day") == "a dog"
+
+
+def test_regions_are_grown_by_squares_and_feathered_inside():
+    region = np.zeros((16, 16), bool)
+    region[:5, 5:12] = True
+    assert regions.grown(region, 2).sum() == 7 * 11
+    share = regions.weights(region, 1)
+    assert (share[~region] == 0).all() and share[0, 6] == 1 and share[4, 6] == share[0, 5] == 0.5
+    assert regions.cells(region).tolist() == [[True, True], [False, False]]
+
+
+def test_labels_are_merged_and_agree():
+    region = np.zeros((8, 8), bool)
+    region[:, 4:] = True
+    first, second = np.zeros((2, 1, 8, 8), bool)
+    first[0, :, 2:5], second[0, :, 3:7] = True, True
+    kept = Instances(first, np.array([1]), np.ones(1, np.float32), ("a", "b"), np.array([7]))
+    other = Instances(second, np.array([0]), np.ones(1, np.float32) / 2, ("a", "b"))
+    kind = LABEL_KINDS["instance"]
+    new = kind.merged(kept, other, region)  # another class: the old one keeps its part, the new one is added
+    assert new.ids.tolist() == [7, 0] and new.masks.sum((1, 2)).tolist() == [16, 24]
+    assert len(kind.agreeing(kept, other).masks) == 0 and kind.overlap(other, kept) == 0
+    near = Instances(np.roll(first, 1, 2), np.array([1]), np.ones(1, np.float32), ("a", "b"))
+    again = kind.merged(kept, near, region)  # the same thing goes on inside
+    assert again.ids.tolist() == [7] and again.masks.sum() == 16 + 16 and len(kind.agreeing(kept, near).masks) == 1
+    assert kind.merged(kept, kept, ~np.zeros_like(region)).ids.tolist() == [7]
+    nothing = Instances(first[:0], kept.class_ids[:0], kept.scores[:0], ("a", "b"))
+    assert len(kind.merged(kept, nothing, region | first[0]).masks) == 0
+    metres = DepthMap(np.full((8, 8), 2.0, np.float32), 4.0), DepthMap(np.full((8, 8), 3.0, np.float32), 4.0)
+    assert LABEL_KINDS["depth"].merged(*metres, region).metres.mean() == 2.5
+    assert (LABEL_KINDS["depth"].agreeing(*metres).metres == 0).all()
+    points = np.array([[[1, 1, 0.9], [1, 6, 0.9], [6, 6, 0.9]]], np.float32)
+    person = Keypoints(points, np.full((1, 3), 2), np.ones(1, np.float32), ("x", "y", "z"))
+    moved = Keypoints(points + np.float32([0.2, 0, 0]), np.full((1, 3), 2), np.ones(1, np.float32), ("x", "y", "z"))
+    pose = LABEL_KINDS["pose"]
+    assert pose.merged(person, moved, region).points[0, :, 0].tolist() == pytest.approx([1, 1, 6.2])
+    nobody = Keypoints(points[:0], np.zeros((0, 3), int), np.ones(0, np.float32), ("x", "y", "z"))
+    assert pose.merged(person, nobody, region).visibility.tolist() == [[2, 2, 0]]
+    assert pose.merged(nobody, person, region).points.shape[0] == 0
+    assert pose.agreeing(person, moved).visibility.tolist() == [[2, 2, 2]]
+    assert len(pose.agreeing(person, nobody).points) == 0
+    sure = np.ones((2, 2), np.float32)
+    truth, guess = (SemanticMap(np.uint8([[0, 1], last]), sure, ("a", "b")) for last in ([1, 255], [0, 1]))
+    assert LABEL_KINDS["semantic"].overlap(guess, truth) == 0.5
