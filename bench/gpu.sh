@@ -1,144 +1,205 @@
 #!/usr/bin/env bash
-# Everything worth measuring on a bare GPU machine without network, step by step; a step that is cut leaves what the ones before it stored.
+# The first half hour on a GPU, in three calls of at most nine minutes each, for machines whose commands end after ten:
 #
-#   bench/gpu.sh [--dry-run]
+#   bench/gpu.sh 1 [--dry-run]    build, GPU tests, agreement with the reference, the same run twice, and which form of each operation is fastest
+#   bench/gpu.sh 2 [--dry-run]    datasetdm_fast against diffusers and DatasetDM as written; stages, layers, profile
+#   bench/gpu.sh 3 [--dry-run]    block sizes of the kernels that run, memory checker, hardware counters
 #
-# The machine brings PyTorch, Triton, transformers and nvcc. Variables:
-#   PYTHON=python3        the interpreter that has them
-#   WHEELS=DIR            wheels of what is missing (diffusers, pybind11, tensorrt-rtx, ...); nothing is fetched from anywhere else
-#   VENV=DIR              environment that is made, if it is not there, on top of the machine's packages, which stay as they are (default: .venv-gpu)
-#   OUT=DIR               logs and result files (default: bench/results); steps.txt holds how each step ended
-#   STEPS_OF_SCRIPT="build test verify tune profile bench"    which steps to run; train, which makes the demo model anew, only where it is named
-#   MINUTES=9             of one call of the bench; it is called again until nothing is left, at most ROUNDS=4 times
-#   TUNE_MINUTES=6        for block sizes and forms; what is left is left for the next run
-#   DEVICE=cuda MODEL=random-sd14 STEPS=0 SECONDS_EACH=20 QUICK=0    passed on to the bench; DEVICE=cpu MODEL=tiny STEPS=2 QUICK=1 tries the script out
-#   PARTS=LIST            only these parts of the bench
-#   NAME=FILE             name of the result file inside OUT (default: made of date and commit); a file that is there is gone on with
+# Every step is cut where its call ends; what was stored stays, and the same line again resumes. --dry-run prints the steps and writes nothing.
+# The machine brings PyTorch for CUDA, Triton and nvcc; neither is ever exchanged. Variables:
+#   PYTHON=python3            the interpreter that has them, also one of a virtual environment
+#   VENV=.venv-gpu            environment that is made on top of it
+#   WHEELS=DIR                wheels of libraries that are missing (diffusers, transformers, pycocotools, ...); without it pip asks its index
+#   CACHE=DIR                 Triton kernels compiled elsewhere with `python -m bench rehearse --compile --cache DIR`
+#   OUT=bench/results         where the log of each call and the result files go, at most six in all
+#   ONLY="probe tune"         only these of: environment build tests verify twice probe bench tune memcheck counters
+#   SECONDS_ALL=540           of one call
+#   NAME=DATE-gpu-COMMIT      how the result files begin
+#   PARTS=LIST                parts of `python -m bench gpu` in call 2
+#   DEVICE=cuda MODEL=random-sd14    DEVICE=cpu MODEL=tiny tries the script out
+# Exit codes: 0 done, 2 wrong usage, 3 something is missing, 4 a step failed, 143 interrupted.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python3}
-OUT=${OUT:-bench/results}
-VENV=${VENV:-.venv-gpu}
-MINUTES=${MINUTES:-9}
-TUNE_MINUTES=${TUNE_MINUTES:-6}
-ROUNDS=${ROUNDS:-4}
-DEVICE=${DEVICE:-cuda}
-MODEL=${MODEL:-random-sd14}
-STEPS=${STEPS:-0}
-SECONDS_EACH=${SECONDS_EACH:-20}
-QUICK=${QUICK:-0}
-PARTS=${PARTS:-}
-STEPS_OF_SCRIPT=${STEPS_OF_SCRIPT:-build test verify tune profile bench}
+CALL=""
 IS_DRY=0
-case "${1:-}" in
-  --dry-run) IS_DRY=1 ;;
-  "") ;;
-  *)
-    echo "bench/gpu.sh: $1 is no flag of it, there is --dry-run" >&2
-    exit 2
-    ;;
-esac
-for step in $STEPS_OF_SCRIPT; do
-  case "$step" in
-    build | test | verify | tune | profile | bench | train) ;;
-    *)
-      echo "bench/gpu.sh: STEPS_OF_SCRIPT names $step, there are build, test, verify, tune, profile, bench and train" >&2
-      exit 2
-      ;;
+KINDS="environment build tests verify twice probe bench tune memcheck counters"
+refuse() { # CODE SENTENCE
+  echo "bench/gpu.sh: $2" >&2
+  exit "$1"
+}
+for word in "$@"; do
+  case "$word" in
+    1 | 2 | 3) CALL=$word ;;
+    --dry-run) IS_DRY=1 ;;
+    *) refuse 2 "'$word' is neither a call (1, 2 or 3) nor --dry-run" ;;
   esac
 done
+[ -n "$CALL" ] || refuse 2 "which call? 1, 2 or 3; the head of this file says what each does"
+for word in ${ONLY:-}; do
+  case " $KINDS " in *" $word "*) ;; *) refuse 2 "ONLY names $word, there are $KINDS" ;; esac
+done
+
+PYTHON=$(command -v "${PYTHON:-python3}") || refuse 3 "PYTHON=$PYTHON is no interpreter"
+VENV=${VENV:-.venv-gpu} OUT=${OUT:-bench/results} DEVICE=${DEVICE:-cuda} MODEL=${MODEL:-random-sd14}
+SECONDS_ALL=${SECONDS_ALL:-540} PARTS=${PARTS:-"limits,peers diffusers,peers upstream-tf32,stages,layers,profile,chunks"}
+NAME=${NAME:-$(date -u +%Y-%m-%d)-gpu-$(git rev-parse --short=7 HEAD 2>/dev/null || echo unknown)}
+LOG=$OUT/$NAME-log-$CALL.txt
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONUNBUFFERED=1
-FAILED=""
-CHILD=""
 
-# A signal ends the step at work and then the script; what was stored stays.
-cut() {
-  [ -n "$CHILD" ] && kill -TERM "$CHILD" 2>/dev/null && wait "$CHILD"
-  echo "cut; the logs and result files so far are in $OUT, the same line again goes on" >&2
-  exit 143
-}
-trap cut INT TERM HUP
+# Before anything is written: the machine has what only it can bring.
+if [ "$IS_DRY" = 0 ]; then
+  torch=$("$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.is_available())' 2>/dev/null) ||
+    refuse 3 "$PYTHON cannot import torch; name with PYTHON the interpreter that can"
+  [ "$DEVICE" = cpu ] || [ "${torch##* }" = True ] ||
+    refuse 3 "torch ${torch% *} of $PYTHON sees no GPU; DEVICE=cpu MODEL=tiny tries the script on a CPU, --dry-run shows its steps"
+  mkdir -p "$OUT" && : >>"$LOG" || refuse 3 "OUT=$OUT cannot be written to, choose another folder"
+  WORK=$(mktemp -d)
+  mkdir "$WORK/running"
+fi
 
-# run NAME SECONDS COMMAND...: the command with a limit of time and a log of its own; what it says is shown as it comes.
-run() {
-  local name=$1 limit=$2 code begin=$SECONDS
+wanted() { case " ${ONLY:-$KINDS} " in *" ${1%%-*} "*) return 0 ;; *) return 1 ;; esac; }
+left() { echo $((SECONDS_ALL - SECONDS)); }
+minutes_left() { awk "BEGIN { m = ($(left) - $1) / 60; print m < 0 ? 0 : m }"; } # less so many seconds
+
+# step NAME SECONDS COMMAND...: never past the end of the call; its last lines are shown, all of them are in the log.
+step() {
+  local name=$1 limit=$2 begin=$SECONDS code=9
   shift 2
-  echo "== $name (at most $limit s): $*"
-  [ "$IS_DRY" = 1 ] && return 0
-  timeout --kill-after=15 "$limit" "$@" > >(tee "$OUT/$name.log") 2>&1 &
-  CHILD=$!
-  wait "$CHILD"
+  wanted "$name" || return 0
+  [ "$limit" -gt "$(left)" ] && limit=$(left)
+  if [ "$IS_DRY" = 1 ]; then
+    echo "== $name (at most $limit s): $*"
+    return 0
+  fi
+  if [ "$limit" -lt 5 ]; then
+    echo "== $name: no time is left"
+    echo "$name(no time)" >>"$WORK/failed"
+    return 9
+  fi
+  timeout --kill-after=5 "$limit" "$@" >"$WORK/running/$name" 2>&1 &
+  wait $!
   code=$?
-  CHILD=""
-  echo "$name ended with $code after $((SECONDS - begin)) s" | tee -a "$OUT/steps.txt"
-  [ "$code" = 0 ] || FAILED="$FAILED $name($code)"
+  echo "== $name ended with $code after $((SECONDS - begin)) s, $(left) s left" | tee -a "$WORK/running/$name"
+  tail -n "${SHOWN:-6}" "$WORK/running/$name" | head -n -1 | cut -c1-300
+  kept "$name" "$*"
+  [ "$code" = 0 ] || echo "$name($code)" >>"$WORK/failed"
   return "$code"
 }
 
-wanted() { case " $STEPS_OF_SCRIPT " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+# What a step said goes into the log, in one piece even where steps run side by side.
+kept() { # NAME COMMAND
+  {
+    flock 9
+    { echo "==== $1: $2"; cat "$WORK/running/$1"; } >>"$LOG"
+    rm -f "$WORK/running/$1"
+  } 9>"$WORK/lock"
+}
+
+# Steps that need no timing share the GPU; a signal reaches each of them.
+beside() { # FUNCTION
+  (
+    trap 'kill -TERM $(jobs -p) 2>/dev/null; wait; exit 143' TERM
+    trap - EXIT
+    "$1"
+  ) &
+}
+interrupted() {
+  trap - INT TERM HUP
+  kill -TERM $(jobs -p) 2>/dev/null
+  wait
+  echo "interrupted; the logs and result files so far are in $OUT, the same line again resumes" >&2
+  exit 143
+}
+ended() {
+  for one in "$WORK"/running/*; do
+    [ -e "$one" ] && kept "${one##*/}" "did not end"
+  done
+  rm -rf "$WORK"
+}
+if [ "$IS_DRY" = 0 ]; then
+  trap interrupted INT TERM HUP
+  trap ended EXIT
+fi
+
+step environment 150 "$PYTHON" -m bench.environment libraries "$VENV" ${WHEELS:+"$WHEELS"} ||
+  refuse 3 "the environment $VENV is not complete, $LOG says why"
+step build 240 "$PYTHON" -m bench.environment build "$VENV" || refuse 3 "the extension was not built, $LOG says why"
+[ -x "$VENV/bin/python" ] || [ "$IS_DRY" = 1 ] && PYTHON=$VENV/bin/python
+if [ "$IS_DRY" = 0 ]; then
+  if [ -n "${CACHE:-}" ] && "$PYTHON" -m bench rehearse --adopt "$CACHE"; then
+    TRITON_CACHE_DIR=$(cd "$CACHE" && pwd)
+    export TRITON_CACHE_DIR
+  fi
+  # A machine that checks memory or counts has its tools beside nvcc.
+  export PATH=$PATH:/usr/local/cuda/bin
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu --format=csv 2>/dev/null | tee -a "$LOG"
+fi
+
+verify() { # NAME FLAGS...
+  step "verify-$1" 240 "$PYTHON" -m datasetdm_fast.verify --engine fast --against torch --device "$DEVICE" --quiet "${@:2}"
+}
+precisions() { if [ "$DEVICE" = cpu ]; then echo "${@:2}"; else echo "$1" "${@:2}"; fi; } # a CPU has no fp16
+
+gpu_tests() {
+  local files=() workers=()
+  # Of the other files some need libraries that a GPU machine lacks, and none has a test for it.
+  mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+  step tests 300 "$PYTHON" -m pytest -m gpu -q "${workers[@]}" -p no:cacheprovider "${files[@]}"
+}
+demo_agrees() { for dtype in $(precisions fp16 bf16 fp32); do verify "demo-$dtype" --dtype "$dtype" --number 4; done; }
+full_agrees() {
+  for dtype in $(precisions fp16 bf16); do
+    verify "full-$dtype" --dtype "$dtype" --model "$MODEL" --number 2 --batch-size 2 --steps 3
+  done
+}
+same_twice() {
+  local folder=${WORK:-/tmp} line=("$PYTHON" -m datasetdm_fast.generate --number 48 --batch-size 16 --device "$DEVICE" --quiet)
+  [ "$DEVICE" = cpu ] && line+=(--model tiny --steps 2)
+  for run in one two; do step "twice-$run" 120 "${line[@]}" --out "$folder/$run" || return; done
+  # Indexes and samples; the state holds times, and the description of a run its folder.
+  step twice 30 diff -rq "$folder/one" "$folder/two" --exclude=state --exclude=run.json --exclude='*.html' --exclude=README.md
+}
+
+case $CALL in
+  1)
+    if [ "$IS_DRY" = 1 ]; then
+      gpu_tests && demo_agrees && full_agrees && same_twice
+    else
+      for part in gpu_tests demo_agrees full_agrees same_twice; do beside "$part"; done
+      wait
+    fi
+    minutes=$(minutes_left 20)
+    SHOWN=200 step probe "$(left)" "$PYTHON" -m bench probe --device "$DEVICE" --model "$MODEL" --minutes "$minutes" --out "$OUT/$NAME-probe.json"
+    ;;
+  2)
+    file=(--out "$OUT/$NAME.json" --parts "$PARTS")
+    flags=(--device "$DEVICE" --model "$MODEL" "${file[@]}")
+    if [ "$DEVICE" = cpu ]; then flags+=(--quick --steps 2 --seconds 0.1); else flags+=(--seconds 10); fi
+    for round in 1 2 3; do # a part that takes the process with it is tried twice
+      [ "$(left)" -gt 60 ] || break
+      minutes=$(minutes_left 45)
+      SHOWN=60 step "bench-$round" "$(left)" "$PYTHON" -m bench gpu "${flags[@]}" --minutes "$minutes"
+      [ $? != 2 ] && [ "$IS_DRY" = 0 ] && wanted bench || break
+      [ -n "$("$PYTHON" -m bench gpu --left "${file[@]}")" ] || break
+    done
+    ;;
+  3)
+    if [ "$DEVICE" != cpu ]; then
+      SHOWN=60 step tune 360 "$PYTHON" -m bench kernels --tune --minutes 5 --out "$OUT/$NAME-tuned.json"
+      step memcheck 70 compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider tests/test_guided_step.py tests/test_kernels.py -k "smallest or odd or guided"
+      # Device counters need a right that some machines keep to themselves; then this step fails and says so.
+      SHOWN=60 step counters 90 ncu --clock-control none --launch-count 16 -k "regex:group_norm|layer_norm|geglu|attention|upsample|fprop|xmma" \
+        --metrics dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active,gpu__time_duration.sum \
+        "$PYTHON" -m bench probe --device "$DEVICE" --model "$MODEL" --parts once
+    fi
+    ;;
+esac
 
 if [ "$IS_DRY" = 0 ]; then
-  mkdir -p "$OUT" && : >>"$OUT/steps.txt" || {
-    echo "bench/gpu.sh: OUT=$OUT cannot be written to, choose another folder" >&2
-    exit 3
-  }
+  if [ -s "$WORK/failed" ]; then
+    refuse 4 "failed: $(tr '\n' ' ' <"$WORK/failed")(exit codes in brackets); $LOG has what they said"
+  fi
+  echo "done; $LOG and the result files beside it are what there is to read"
 fi
-
-if wanted build; then
-  [ -x "$VENV/bin/python" ] || run venv 120 "$PYTHON" -m venv --system-site-packages --without-pip "$VENV"
-  install=("$PYTHON" -m pip --python "$VENV/bin/python" --disable-pip-version-check install --quiet --no-index --no-deps)
-  [ -n "${WHEELS:-}" ] && run wheels 300 "${install[@]}" "$WHEELS"/*.whl
-  run build 900 "${install[@]}" --no-build-isolation --editable .
-fi
-[ -x "$VENV/bin/python" ] || [ "$IS_DRY" = 1 ] && PYTHON="$VENV/bin/python"
-if wanted build; then
-  run versions 120 "$PYTHON" -c "from bench.machine.machine import installed; from datasetdm_fast import _C; print(installed(), 'CUDA in the extension:', _C.built_with_cuda)"
-fi
-
-if wanted test; then
-  run test 900 "$PYTHON" -m pytest -m gpu -q
-fi
-
-if wanted verify; then
-  verify=("$PYTHON" -m datasetdm_fast.verify --engine fast --against torch --device "$DEVICE" --quiet)
-  for dtype in fp32 fp16 bf16; do
-    [ "$DEVICE" = cpu ] && [ "$dtype" = fp16 ] && continue
-    run "verify-demo-$dtype" 400 "${verify[@]}" --dtype "$dtype" --number 4 --steps "$STEPS"
-    run "verify-full-$dtype" 400 "${verify[@]}" --dtype "$dtype" --model "$MODEL" --decoder none --number 2 --batch-size 2 --steps 2
-  done
-fi
-
-if wanted tune && [ "$DEVICE" != cpu ]; then
-  run tune $((60 * TUNE_MINUTES + 240)) "$PYTHON" -m bench kernels --tune --dtypes fp16,bf16 --minutes "$TUNE_MINUTES" --out "$OUT/tuned-${NAME:-$(date -u +%Y-%m-%d).json}"
-fi
-
-file="$OUT/${NAME:-$(date -u +%Y-%m-%d)-gpu-$(git rev-parse --short=7 HEAD 2>/dev/null || echo unknown).json}"
-flags=(--device "$DEVICE" --model "$MODEL" --steps "$STEPS" --seconds "$SECONDS_EACH" --minutes "$MINUTES" --out "$file")
-[ "$QUICK" = 1 ] && flags+=(--quick)
-limit=$((60 * ${MINUTES%.*} + 420))
-
-if wanted profile; then
-  run profile "$limit" "$PYTHON" -m bench gpu "${flags[@]}" --parts profile
-fi
-
-if wanted bench; then
-  left=(--out "$file" --left)
-  [ -n "$PARTS" ] && flags+=(--parts "$PARTS") && left+=(--parts "$PARTS")
-  for round in $(seq "$ROUNDS"); do
-    run "bench-$round" "$limit" "$PYTHON" -m bench gpu "${flags[@]}"
-    [ $? = 2 ] && break # a wrong variable does not become right
-    [ "$IS_DRY" = 1 ] && break
-    [ -z "$("$PYTHON" -m bench gpu "${left[@]}")" ] && break
-  done
-fi
-
-if wanted train; then
-  run train 3000 "$PYTHON" -m datasetdm_fast.demo.train --out "$OUT/demo-model" --device "$DEVICE"
-fi
-
-if [ -n "$FAILED" ]; then
-  echo "failed:$FAILED; the logs are in $OUT" >&2
-  exit 4
-fi
-echo "done; the logs and result files are in $OUT"

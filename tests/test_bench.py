@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import venv
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,73 +174,117 @@ def test_help_names_the_numbers_of_the_code(capsys):
         assert f"0 = {values[False]:g}, with --quick {values[True]:g} " in shown
 
 
+def script(call, out, *flags, **variables):
+    """One call of bench/gpu.sh on this CPU: the command, and how it is run."""
+    usual = {"DEVICE": "cpu", "MODEL": "tiny", "PYTHON": sys.executable, "VENV": str(out / "none"), "NAME": "one"}
+    environment = {**os.environ, **usual, "OUT": str(out), **variables}
+    return [str(SCRIPT), str(call), *flags], {"env": environment, "text": True, "stderr": subprocess.PIPE}
+
+
 def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):
-    environment = {**os.environ, "OUT": str(tmp_path / "out"), "VENV": str(tmp_path / "venv"), "WHEELS": "/w"}
-    said = subprocess.run([SCRIPT, "--dry-run"], env=environment, capture_output=True, text=True, check=True).stdout
-    steps = [line.split()[1] for line in said.splitlines() if line.startswith("==")]
-    verified = [f"verify-{kind}-{dtype}" for dtype in ("fp32", "fp16", "bf16") for kind in ("demo", "full")]
-    assert steps == ["venv", "wheels", "build", "versions", "test", *verified, "tune", "profile", "bench-1"]
+    checked = [f"verify-{model}-{dtype}" for model in ("demo", "full") for dtype in ("fp16", "bf16", "fp32")]
+    expected = {
+        1: ["tests", *checked[:-1], "twice-one", "twice-two", "twice", "probe"],
+        2: ["bench-1"],
+        3: ["tune", "memcheck", "counters"],
+    }
+    for call, steps in expected.items():
+        line, options = script(call, tmp_path, "--dry-run", DEVICE="cuda", WHEELS="/w")
+        said = subprocess.run(line, **options, stdout=subprocess.PIPE, check=True).stdout
+        begun = [shown for shown in said.splitlines() if shown.startswith("==")]
+        assert [shown.split()[1] for shown in begun] == ["environment", "build", *steps] and "/w" in begun[0]
+        assert all(int(shown.split("at most ")[1].split()[0]) <= 540 for shown in begun)
+        files = [word for word in said.split() if word.startswith("tests/")]
+        assert call != 1 or {"tests/test_kernels.py", "tests/test_models.py"} <= set(files)
+        assert not any("pycocotools" in Path(SCRIPT.parents[1], file).read_text() for file in files)
     assert not list(tmp_path.iterdir())
-    assert subprocess.run([SCRIPT, "--wet-run"], capture_output=True).returncode == 2
-    assert (
-        subprocess.run(
-            [SCRIPT, "--dry-run"], env={**environment, "STEPS_OF_SCRIPT": "bench knit"}, capture_output=True
-        ).returncode
-        == 2
-    )
+
+
+def test_the_gpu_script_refuses_what_it_cannot_do_and_writes_nothing(tmp_path):
     (tmp_path / "file").write_text("")
-    said = subprocess.run(
-        [SCRIPT], env={**environment, "OUT": str(tmp_path / "file" / "out")}, capture_output=True, text=True
-    )
-    assert said.returncode == 3 and "cannot be written to" in said.stderr
+    none_here = () if torch.cuda.is_available() else (("1", {"DEVICE": "cuda"}, 3, "sees no GPU; DEVICE=cpu"),)
+    for call, variables, code, sentence in (
+        ("", {}, 2, "'' is neither a call"),
+        ("4", {}, 2, "'4' is neither a call (1, 2 or 3) nor --dry-run"),
+        ("1", {"ONLY": "bench knit"}, 2, "ONLY names knit"),
+        ("1", {"PYTHON": "/bin/false"}, 3, "cannot import torch"),
+        ("1", {"OUT": str(tmp_path / "file" / "out")}, 3, "cannot be written to"),
+        *none_here,
+    ):
+        line, options = script(call, tmp_path / "out", **variables)
+        said = subprocess.run(line, **options)
+        assert said.returncode == code and sentence in said.stderr, said.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def script_environment(out, **changes):
-    small = {
-        "DEVICE": "cpu",
-        "MODEL": "tiny",
-        "STEPS": "2",
-        "QUICK": "1",
-        "SECONDS_EACH": "0.1",
-        "PARTS": "layers,chunks",
-        "ROUNDS": "2",
-    }
-    fixed = {
-        "PYTHON": sys.executable,
-        "VENV": str(out / "none"),
-        "OUT": str(out),
-        "NAME": "one.json",
-        "STEPS_OF_SCRIPT": "bench",
-    }
-    return {**os.environ, **fixed, **small, **changes}
+def test_the_gpu_script_completes_an_environment_and_leaves_torch_as_it_is(tmp_path):
+    """A virtual environment made from another one that lacks diffusers, as GPU machines have it."""
+    venv.create(tmp_path / "parent", with_pip=False, symlinks=True)
+    (site,) = tmp_path.glob("parent/lib/python3*/site-packages")
+    for place in (Path(place) for place in sys.path if place.endswith("site-packages")):
+        for path in place.iterdir():
+            if path.suffix != ".pth" and not path.name.startswith(("diffusers", "__editable__")):
+                (site / path.name).exists() or (site / path.name).symlink_to(path)
+    wheel(tmp_path, "diffusers", "0.42.9")
+    wheel(tmp_path, "torch", "99.0")
+    parent = str(tmp_path / "parent" / "bin" / "python")
+    variables = {"PYTHON": parent, "VENV": str(tmp_path / "venv"), "WHEELS": str(tmp_path), "ONLY": "environment"}
+    line, options = script(1, tmp_path / "out", **variables)
+    said = subprocess.run(line, **options, stdout=subprocess.PIPE)
+    assert said.returncode == 0, said.stdout + said.stderr
+    asked = "import diffusers, torch; print(diffusers.__version__, torch.__file__)"
+    answers = [
+        subprocess.run([tmp_path / name / "bin" / "python", "-c", asked], capture_output=True, text=True).stdout.split()
+        for name in ("venv", "parent")
+    ]
+    assert answers == [["0.42.9", str(site / "torch" / "__init__.py")], []]
+
+
+def wheel(folder: Path, name: str, version: str) -> None:
+    """A wheel of a module that knows its version."""
+    about = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/__init__.py", f"__version__ = {version!r}\n")
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
 
 
 def test_the_gpu_script_cut_in_the_middle_keeps_what_it_had_and_goes_on(tmp_path):
     file = tmp_path / "one.json"
-    with subprocess.Popen(
-        [SCRIPT], env=script_environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+    line, options = script(2, tmp_path, ONLY="bench", PARTS="layers,chunks")
+    with subprocess.Popen(line, **options, stdout=subprocess.DEVNULL) as process:
         end = time.monotonic() + 500
         while time.monotonic() < end and not (file.exists() and results.is_settled(results.read(file), "limits")):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "cut; the logs and result files so far are in" in said
+    assert process.returncode == 143 and "interrupted; the logs and result files so far are in" in said
     kept = {name: part for name, part in results.read(file)["parts"].items() if part["status"] == "done"}
-    assert "limits" in kept and "chunks" not in kept and (tmp_path / "bench-1.log").exists()
-    again = subprocess.run([SCRIPT], env=script_environment(tmp_path), capture_output=True, text=True)
+    log = tmp_path / "one-log-2.txt"
+    assert "limits" in kept and "chunks" not in kept and "bench-1: did not end" in log.read_text()
+    again = subprocess.run(line, **options, stdout=subprocess.PIPE)
     assert again.returncode == 0, again.stdout + again.stderr
     parts = results.read(file)["parts"]
     assert all(part["status"] == "done" for part in parts.values()) and list(parts) == ["limits", "layers", "chunks"]
     assert {name: parts[name] for name in kept} == kept  # not measured again
-    assert (tmp_path / "steps.txt").read_text().startswith("bench-1 ended with 0")
+    assert "== bench-1 ended with 0" in log.read_text() and len(list(tmp_path.iterdir())) == 2
 
 
-def test_the_gpu_script_names_what_failed(tmp_path):
-    failed = subprocess.run(
-        [SCRIPT], env=script_environment(tmp_path, PARTS="nonsense", ROUNDS="1"), capture_output=True, text=True
-    )
-    assert failed.returncode == 4 and "failed: bench-1(2)" in failed.stderr
+@pytest.mark.parametrize(
+    ("call", "variables", "said"),
+    [
+        (2, {"ONLY": "bench", "PARTS": "nonsense"}, "bench-1(2)"),
+        (1, {"ONLY": "verify", "SECONDS_ALL": "6"}, "verify-demo-bf16(124)"),
+    ],
+    ids=["a wrong part", "no time"],
+)
+def test_the_gpu_script_names_what_failed_or_took_too_long(tmp_path, call, variables, said):
+    line, options = script(call, tmp_path, **variables)
+    begin = time.monotonic()
+    failed = subprocess.run(line, **options, stdout=subprocess.DEVNULL)
+    assert failed.returncode == 4 and said in failed.stderr, failed.stderr
+    assert call != 1 or time.monotonic() - begin < 60
 
 
 def test_an_interrupt_ends_with_130_and_leaves_the_parts_before(tmp_path):

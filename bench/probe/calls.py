@@ -1,0 +1,131 @@
+"""Whole calls of the fast engine: a batch, the decoders, the autoencoder, and the kernels that take longest."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bench.machine.measure import release, wait
+from bench.probe.forms import timed_choice
+from bench.setting import seeded_decoders
+from datasetdm_fast.engines.fast import CHUNK_PIXELS, FastEngine
+from datasetdm_fast.generation.overlap import LabelStream
+from datasetdm_fast.kernels.case import BATCH
+from datasetdm_fast.loading.model import Model
+
+BATCHES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1,)}
+TIMED_BATCHES = (1, 8, 32)  # also with convolutions chosen by timing
+LONGEST = 45
+TIMESTEP = 500.0
+ROUNDS = 5
+
+Rows = Iterator[dict[str, Any]]
+
+
+def engine_of(model: Model, device: torch.device) -> FastEngine:
+    decoders, _ = seeded_decoders(model)
+    return FastEngine(model, decoders, device=str(device))
+
+
+def given(engine: FastEngine, batch: int) -> tuple[Tensor, Tensor]:
+    """Latents and context of a batch."""
+    side, width = engine.model.size // 8, engine.model.text_encoder.config.hidden_size
+    shapes = (batch, 4, side, side), (2 * batch, engine.model.levels[0].tokens, width)
+    return tuple(torch.randn(shape, device=engine.device) for shape in shapes)
+
+
+def milliseconds(call: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
+    call()
+    wait(device)
+    taken = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        wait(device)
+        taken.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(taken)
+
+
+def batches(engine: FastEngine) -> Rows:
+    """Milliseconds an image of everything a batch is put through, for several batch sizes."""
+    for batch in BATCHES[engine.device.type]:
+        yield {"what": f"batch of {batch}, {engine.precision}, an image", "ms": one_batch(engine, batch)}
+        release(engine.device)
+
+
+def one_batch(engine: FastEngine, batch: int) -> dict[str, float]:
+    device, (latents, context) = engine.device, given(engine, batch)
+
+    def each(call: Callable[[], object], rounds: int = 3) -> float:
+        return round(milliseconds(call, device, rounds) / batch, 3)
+
+    found: dict[str, float] = {}
+    for is_timed in (False, True) if device.type == "cuda" and batch in TIMED_BATCHES else (False,):
+        with timed_choice(is_timed):
+            if device.type == "cuda":
+                engine._forget()  # a recorded call keeps the algorithms it was recorded with
+            suffix, begin = ", timed choice" if is_timed else "", time.perf_counter()
+            engine.denoise(latents, TIMESTEP, context)
+            wait(device)
+            found[f"recording, all images{suffix}"] = round(1e3 * (time.perf_counter() - begin), 1)
+            found[f"call{suffix}"] = each(lambda: engine.denoise(latents, TIMESTEP, context), ROUNDS)
+    _, capture = engine.denoise_and_capture(latents, 1.0, context)
+    found["captured call"] = each(lambda: engine.denoise_and_capture(latents, 1.0, context))
+    for task in engine.decoders:
+        found[f"decoder {task}"] = each(functools.partial(engine.annotate, task, capture))
+    found["autoencoder"] = each(lambda: engine.decode_image(latents))
+    return found
+
+
+def longest(engine: FastEngine) -> Rows:
+    """The kernels of a call that take longest, as the profiler of PyTorch sees them."""
+    latents, context = given(engine, BATCH if engine.device.type == "cuda" else 1)
+    engine.denoise(latents, TIMESTEP, context)
+    is_gpu = engine.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as seen:
+        engine.denoise(latents, TIMESTEP, context)
+        wait(engine.device)
+    found = [
+        {
+            "what": event.key[:110],
+            "count": event.count,
+            "ms": {"call": round((event.self_device_time_total if is_gpu else event.self_cpu_time_total) / 1e3, 4)},
+        }
+        for event in seen.key_averages()
+    ]
+    yield from sorted(found, key=lambda one: -one["ms"]["call"])[:LONGEST]
+
+
+def once(engine: FastEngine) -> Rows:
+    """One call without a graph, for tools that look at each kernel."""
+    latents, context = given(engine, BATCH if engine.device.type == "cuda" else 1)
+    with torch.inference_mode():
+        engine._plain(engine._latents(latents), engine._row(TIMESTEP), *engine._tabled(context))
+    wait(engine.device)
+    yield {"what": "one call without a graph", "ms": {}}
+
+
+def overlap(engine: FastEngine) -> Rows:
+    """Images decoded beside the sampler in several parts, against the same decoded alone; the largest difference in
+    grey levels, which has to be none.
+    """
+    latents, context = given(engine, BATCH if engine.device.type == "cuda" else 2)
+    alone = torch.cat([engine.decode_image(part) for part in latents.split(2)]).cpu()
+    worst, chunk = 0, {engine.device.type: 2 * engine.model.size**2}
+    with LabelStream(engine.device) as stream, mock.patch.dict(CHUNK_PIXELS, chunk):
+        for _ in range(3):
+            stream.put("", lambda: engine.decode_image(latents).cpu())
+            for _ in range(10):  # the sampler goes on meanwhile
+                engine.denoise(latents, TIMESTEP, context)
+            stream.settle()
+            worst = max(worst, *(int((images.int() - alone.int()).abs().max()) for _, images in stream.ready()))
+    row = {"what": "images decoded beside the sampler, grey levels", "ms": {}, "largest_difference": worst}
+    yield row | ({"status": "failed", "why": f"differ by {worst} grey levels, expected none"} if worst else {})
