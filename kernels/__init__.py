@@ -18,16 +18,21 @@ if __name__ == "datasetdm_fast.kernels":
     from types import SimpleNamespace
 
     from datasetdm_fast.kernels import (
+        add_statistics,
         attention,
         attention_capture,
         depth_head,
         geglu,
+        group_norm_parts,
         group_norm_silu,
         guided_step,
         image_norm,
         layer_norm,
+        linear_add,
+        linear_geglu,
         mask_head,
         masked_attention,
+        place_statistics,
         pyramid,
         upsample_concat,
     )
@@ -36,6 +41,11 @@ if __name__ == "datasetdm_fast.kernels":
         "group_norm_silu": group_norm_silu,
         "layer_norm": layer_norm,
         "geglu": geglu,
+        "linear_geglu": linear_geglu,
+        "linear_add": linear_add,
+        "add_statistics": add_statistics,
+        "place_statistics": place_statistics,
+        "group_norm_parts": group_norm_parts,
         "attention": attention,
         "guided_step": guided_step,
         "attention_capture": attention_capture,

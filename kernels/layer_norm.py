@@ -18,15 +18,18 @@ DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("layer_norm", 4, BLOCK_S=2)}
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`x` [..., C] with zero mean and unit variance along C, times `weight` plus `bias`."""
+def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
+    """`x` [..., C], plus `shift` [C] where one is given, with zero mean and unit variance along C, times `weight` plus
+    `bias`.
+    """
+    x = x if shift is None else x + shift
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def native(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def native(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
     """The same on a CPU, from csrc/network_ops.cpp."""
-    if not is_native(x, weight, bias) or weight.shape != x.shape[-1:]:
-        return reference(x, weight, bias, eps)
+    if shift is not None or not is_native(x, weight, bias) or weight.shape != x.shape[-1:]:
+        return reference(x, weight, bias, eps, shift)
     x = x.contiguous()
     out = torch.empty_like(x)
     channels = len(weight)
@@ -40,6 +43,7 @@ def _layer_norm_kernel(
     x_ptr,  # [S, C]
     weight_ptr,  # [C]
     bias_ptr,  # [C]
+    shift_ptr,  # [C], or None
     out_ptr,  # [S, C]
     rows,
     channels,
@@ -53,6 +57,9 @@ def _layer_norm_kernel(
     inside = (row < rows)[:, None] & is_channel[None, :]
     place = row[:, None] * channels + channel[None, :]
     x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        x += tl.load(shift_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        x = tl.where(inside, x, 0.0)
     distance = tl.where(inside, x - (tl.sum(x, 1) / channels)[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(distance * distance, 1) / channels + eps)
     weight = tl.load(weight_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
@@ -61,29 +68,33 @@ def _layer_norm_kernel(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
     """What `reference` says."""
     channels = x.shape[-1]
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(
             f"layer_norm: weight {list(weight.shape)} and bias {list(bias.shape)} do not fit rows of {channels}"
         )
-    if not is_served("layer_norm", x, weight, bias):
-        return reference(x, weight, bias, eps)
+    if shift is not None and shift.shape != (channels,):
+        raise ValueError(f"layer_norm: shift {list(shift.shape)} does not fit rows of {channels}")
+    if not is_served("layer_norm", x, weight, bias, *([] if shift is None else [shift])):
+        return reference(x, weight, bias, eps, shift)
     if channels > WIDEST:
         raise ValueError(f"layer_norm: rows of {channels} do not fit into registers, at most {WIDEST} do")
     x = x.contiguous()
     rows, sizes, out = x.numel() // channels, blocks(BLOCKS, "layer_norm", x), torch.empty_like(x)
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         _layer_norm_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
-            x, weight, bias, out, rows, channels, eps, BLOCK_C=padded(channels, 1), **sizes
+            x, weight, bias, shift, out, rows, channels, eps, BLOCK_C=padded(channels, 1), **sizes
         )
     return out
 
 
 def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
-        yield f"{width} channels", (empty(BATCH, side * side, width), empty(width), empty(width), 1e-5)
+        affine = empty(width), empty(width)
+        yield f"{width} channels", (empty(BATCH, side * side, width), *affine, 1e-5)
+        yield f"{width} channels, shifted", (empty(BATCH, side * side, width), *affine, 1e-5, empty(width))
     yield "text encoder", (empty(BATCH, TOKENS, 768), empty(768), empty(768), 1e-5)
 
 
@@ -94,6 +105,7 @@ def cases() -> list[Case]:
     return [
         Case("smallest row that varies", norm(1, 2), (1, 2)),
         Case("an odd row count of odd width, far from zero", norm(3, 7, 19, offset=30), (3, 7, 19)),
+        Case("a shift, which the layer before left out", (*norm(3, 5, 33), noise(35)[2:]), (3, 5, 33)),
         Case("text encoder", norm(1, 77, 768), (1, 77, 768)),
         Case("SD 1.x widest transformer", norm(2, 5, 1280), (2, 5, 1280)),
     ]

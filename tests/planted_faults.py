@@ -38,12 +38,12 @@ FAULTS = {
         f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "state.step(call, output).sum().item()"
     ),
     "fp32 in the fp16 network": Fault(
-        "datasetdm_fast.models.unet:Middle.forward",
-        "x = self.last(x, next(time))",
-        "x = self.last(x.float(), next(time))",
+        "datasetdm_fast.models.fused:MeasuredTransformer.forward",
+        "h = self.entry(tokens(self.norm(x)))",
+        "h = self.entry(tokens(self.norm(x)).float())",
     ),
     "a tensor of the host": Fault(
-        "datasetdm_fast.models.unet:Up.forward", "skips.pop()], 1)", "skips.pop().cpu()], 1)"
+        "datasetdm_fast.models.fused:MeasuredResnet.forward", "(h, x.image, self.bias)", "(h, x.image.cpu(), self.bias)"
     ),
     "the host reads before the copy is over": Fault(
         "datasetdm_fast.tasks.to_host:_copied", "torch.cuda.current_stream(group[0].device).synchronize()", "pass"

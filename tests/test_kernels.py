@@ -251,11 +251,11 @@ def test_fused_falls_back_only_where_no_kernel_runs(monkeypatch):
     to it.
     """
     monkeypatch.setattr(launch, "IS_INTERPRETED", False)
-    x = torch.randn(3, 8, dtype=torch.float64)
-    assert torch.equal(fused.geglu(x), reference.geglu(x))
+    x, y = torch.randn(2, 1, 3, 2, 4, dtype=torch.float64)
+    assert torch.equal(fused.upsample_concat([x, y], 4), reference.upsample_concat([x, y], 4))
     if launch.triton is not None:
-        with pytest.raises(ValueError, match="geglu: torch.float64 has no kernel"):
-            fused.geglu(x.to("meta"))
+        with pytest.raises(ValueError, match="upsample_concat: torch.float64 has no kernel"):
+            fused.upsample_concat([x.to("meta"), y.to("meta")], 4)
 
 
 REFUSED = {
@@ -263,7 +263,26 @@ REFUSED = {
         torch.ones(1, 320, 2, 2), torch.ones(320), torch.ones(320), 48, 1e-5
     ),
     "layer_norm: weight": lambda: fused.layer_norm(torch.ones(2, 8), torch.ones(7), torch.ones(8), 1e-5),
-    "geglu: rows of 3": lambda: fused.geglu(torch.ones(2, 3)),
+    "layer_norm: shift": lambda: fused.layer_norm(torch.ones(2, 8), *torch.ones(2, 8), 1e-5, torch.ones(7)),
+    "linear_geglu: weight": lambda: fused.linear_geglu(torch.ones(2, 3), torch.ones(5, 3), torch.ones(5)),
+    "linear_add: .* widths are the weight's": lambda: fused.linear_add(
+        [torch.ones(1, 2, 3)], torch.ones(4, 5), None, torch.ones(1, 2, 4)
+    ),
+    "linear_add: .* do not add to a residual": lambda: fused.linear_add(
+        [torch.ones(1, 2, 3)], torch.ones(4, 3), None, torch.ones(1, 3, 4)
+    ),
+    "linear_add: bias": lambda: fused.linear_add(
+        [torch.ones(1, 2, 3)], torch.ones(4, 3), torch.ones(3), torch.ones(1, 2, 4)
+    ),
+    "add_statistics: residual": lambda: fused.add_statistics(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 1), None),
+    "add_statistics: bias": lambda: fused.add_statistics(torch.ones(1, 4, 2, 2), None, torch.ones(3)),
+    "place_statistics: 9 channels": lambda: fused.place_statistics(torch.ones(1, 9, 2, 2), torch.ones(2)),
+    "group_norm_parts: 1 parts of 4 channels with 0 statistics in 3 groups": lambda: fused.group_norm_parts(
+        [torch.ones(1, 4, 2, 2)], [], None, torch.ones(4), torch.ones(4), 3, 1e-5
+    ),
+    "group_norm_parts: .* under weight": lambda: fused.group_norm_parts(
+        [torch.ones(1, 4, 2, 2)], [], None, torch.ones(3), torch.ones(4), 2, 1e-5
+    ),
     "guided_step: output": lambda: fused.guided_step(
         torch.ones(3, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(0, 1, 4, 2, 2), torch.ones(5)
     ),

@@ -7,7 +7,7 @@ from bench.report.report import forms_table
 from datasetdm_fast.engines import build_engine, memory
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu
+from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu, upsample_concat
 from datasetdm_fast.loading import load_model
 
 
@@ -101,9 +101,9 @@ def test_forms_by_device(monkeypatch):
     on_cpu = choice.operations(torch.device("cpu"), torch.float32)
     assert on_cpu.geglu is geglu.native and on_cpu.attention_capture is attention_capture.plain
     assert on_cpu.depth_head is depth_head.native
-    monkeypatch.setitem(geglu.DEVICES, "Some GPU", "plain")
+    monkeypatch.setitem(upsample_concat.DEVICES, "Some GPU", "plain")
     names = ("Some GPU", "untuned")
-    assert choice.form_on("geglu", *names) == "plain" and choice.form_on("layer_norm", *names) == "fused"
+    assert choice.form_on("upsample_concat", *names) == "plain" and choice.form_on("layer_norm", *names) == "fused"
     assert choice.form_on("geglu", "without triton") == "plain" == choice.form_on("attention", *names)
     for name, op in OPS.items():
         assert all(hasattr(choice.FORM[form], name) for form in getattr(op, "DEVICES", {}).values())

@@ -17,8 +17,11 @@ from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.presets import seeded
-from datasetdm_fast.models.capture import ProjectedSums, Projection
+from datasetdm_fast.models import fused
+from datasetdm_fast.models.capture import ProjectedSums, Projection, RawCapture
 from datasetdm_fast.models.layers import Upsample, Weights
+from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.models.vae import ImageDecoder
 from datasetdm_fast.sampling import make_schedule
 from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.sampling.walk import guide, start, step
@@ -304,6 +307,23 @@ def test_summing_is_exact(pair):
                     relative(sums.of(task).sums[place], pyramid.reference(*kept[place], weight.double(), level.side))
                     <= 1e-12
                 )
+
+
+@torch.inference_mode()
+def test_networks_for_a_gpu_are_exact(pair):
+    """Biases as shifts, residuals inside products and skips without concatenation change nothing but rounding; sums
+    of biases are taken once, in fp32."""
+    model, latents = pair.model, torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    row, hooks, found = TimeTable(model.unet)(torch.tensor(500.0)).double(), [], []
+    text = TextTable(model.unet).double()(inputs(pair.fast, 2)[1].double())
+    for kind in (UNet, fused.FusedUNet):
+        hooks.append(RawCapture(model.levels, plain))
+        found.append(kind(model.unet, plain).double()(latents, row, text, hooks[-1]))
+    assert relative(found[1], found[0]) <= 1e-6
+    for ours, plainly in zip(hooks[1].features.values(), hooks[0].features.values(), strict=True):
+        assert relative(ours, plainly) <= 1e-6
+    images = [kind(model.vae, plain).double()(latents) for kind in (ImageDecoder, fused.FusedImageDecoder)]
+    assert relative(images[1], images[0]) <= 1e-6
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------

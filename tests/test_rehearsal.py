@@ -31,8 +31,8 @@ EXPECTED = {
     "sums given back too early": ("freed too early", "generation/driver.py"),
     "the label stream does not wait": ("race", "engines/fast.py"),  # what it should have waited for
     "a number is read in the loop": ("host wait", "generation/driver.py"),
-    "fp32 in the fp16 network": ("error", "models/unet.py"),
-    "a tensor of the host": ("host wait", "models/unet.py"),
+    "fp32 in the fp16 network": ("error", "models/fused.py"),
+    "a tensor of the host": ("host wait", "models/fused.py"),
     "the host reads before the copy is over": ("race", "tasks/to_host.py"),
     "a pageable copy at the start of a batch": ("host wait", "engines/device.py"),
     "a graph recorded with another GPU's stream": ("wrong GPU", "engines/cuda_graph.py"),

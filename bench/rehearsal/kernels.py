@@ -31,6 +31,10 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
         2 * given["q_ptr"].shape[0] * given["heads"] * given["queries"] * given["tokens"]
         * (2 * given["width"] + given["features"])
     ),
+    "linear_add": lambda given: (
+        2 * given["residual_ptr"].shape.numel() * (given["width"] + given["second_width"])
+    ),
+    "linear_geglu": lambda given: 4 * given["rows"] * given["channels"] * given["width"],
 }  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def flops_of(name: str, func, args: tuple, kwargs: Mapping[str, Any], result: An
     if name == ATTENTION:
         (batch, heads, queries, width), keys = args[0].shape, args[1].shape[2]
         return 4 * batch * heads * queries * keys * width
-    count = flop_registry.get(func._overloadpacket)
+    count = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_")))  # in place it is the same work
     return count(*args, **kwargs, out_val=result) if count else 0
 
 

@@ -12,12 +12,14 @@ from bench.rehearsal.timeline import Operation
 # An H100's, as good libraries reach them: bytes a second, operations a second, seconds between two launches of a graph.
 MEMORY = 2.8e12
 CONVOLUTIONS, PRODUCTS, ATTENTIONS = 620e12, 650e12, 480e12
+OWN_PRODUCTS = {"triton linear_add": 500e12, "triton linear_geglu": 500e12}  # Triton's tiles, without TMA
 TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
 LAUNCH = 1.2e-6
 TILE, CORES = 128, 132  # a product is computed in tiles of 128 x 128, 132 at a time
 WIDTHS = (64, 96, 128, 192, 256)  # of heads, as attention kernels pad them
 STATED = (
-    f"memory {MEMORY / 1e12:g} TB/s, convolutions {CONVOLUTIONS / 1e12:g}, products {PRODUCTS / 1e12:g}, attention "
+    f"memory {MEMORY / 1e12:g} TB/s, convolutions {CONVOLUTIONS / 1e12:g}, products {PRODUCTS / 1e12:g} (our own "
+    f"{OWN_PRODUCTS['triton linear_add'] / 1e12:g}), attention "
     f"{ATTENTIONS / 1e12:g} TFLOP/s on padded tiles, in fp32 {TF32_CONVOLUTIONS / 1e12:g} (convolutions, TF32) and "
     f"{FP32_PRODUCTS / 1e12:g} (products), {LAUNCH * 1e6:g} µs a launch"
 )
@@ -56,6 +58,9 @@ def rate(one: Operation) -> float:
         width = one.shapes[0][-1]
         whole = next((size for size in WIDTHS if size >= width), width)
         return (FP32_PRODUCTS if is_wide else ATTENTIONS) * width / whole
+    if one.name in OWN_PRODUCTS:
+        (*batch, _), (columns, _) = one.shapes[:2]
+        return (FP32_PRODUCTS if is_wide else OWN_PRODUCTS[one.name]) * busy(math.prod(batch), columns)
     if len(one.shapes) < 2:
         return FP32_PRODUCTS
     *_, (*batch, rows, _), (*_, columns) = one.shapes

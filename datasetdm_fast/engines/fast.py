@@ -22,6 +22,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.loading.model import Model
+from datasetdm_fast.models import fused
 from datasetdm_fast.models.blocks import with_blocks
 from datasetdm_fast.models.capture import CaptureHook, NoCapture, ProjectedSums, Projection, RawCapture
 from datasetdm_fast.models.packed import packed, weights_of
@@ -101,6 +102,8 @@ class FastEngine:
         self.ops = ops or (
             plain if compile else operations(self.device, self.dtype)
         )  # a compiler fuses the plain forms itself
+        is_fused = self.device.type == "cuda" and not compile
+        self.kinds = (fused.FusedUNet, fused.FusedImageDecoder) if is_fused else (UNet, ImageDecoder)
         decoder_ops = operations(self.device, torch.float32)
         self.decoders = {
             task: with_ops(decoder, decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()
@@ -302,7 +305,7 @@ class FastEngine:
 
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
-        return placed(ImageDecoder(self.model.vae, self.ops), self.device, torch.float32)
+        return placed(self.kinds[1](self.model.vae, self.ops), self.device, torch.float32)
 
     @computed
     def encode_image(
@@ -378,8 +381,8 @@ NETWORKS: dict[str, Callable[[FastEngine], nn.Module]] = {
     "text_encoder": lambda engine: TextEncoder(engine.model.text_encoder, engine.ops),
     "times": lambda engine: TimeTable(engine.model.unet),
     "texts": lambda engine: TextTable(engine.model.unet),
-    "unet": lambda engine: UNet(engine.model.unet, engine.ops),
-    "image_decoder": lambda engine: ImageDecoder(engine.model.vae, engine.ops),
+    "unet": lambda engine: engine.kinds[0](engine.model.unet, engine.ops),
+    "image_decoder": lambda engine: engine.kinds[1](engine.model.vae, engine.ops),
     "image_encoder": lambda engine: ImageEncoder(engine.model.vae, engine.ops),
     "projection": lambda engine: Projection(engine.model.levels, engine.decoders),
 }

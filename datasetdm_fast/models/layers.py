@@ -90,8 +90,10 @@ class LayerNorm(nn.Module):
         self.eps, self.op = eps, ops.layer_norm
         self.weight, self.bias = frozen(weights["weight"]), frozen(weights["bias"])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """The norm of `x`, or of `x` plus `shift` [C]."""
+        shifts = () if shift is None else (shift,)
+        return self.op(x, self.weight, self.bias, self.eps, *shifts)
 
 
 class Resnet(nn.Module):
@@ -107,7 +109,8 @@ class Resnet(nn.Module):
             Convolution(weights / "conv_shortcut", padding=0) if "conv_shortcut.weight" in weights else nn.Identity()
         )
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        x = x if skip is None else torch.cat([x, skip], 1)
         h = self.conv1(self.norm1(x), bias)
         return self.conv2(self.norm2(h), residual=self.shortcut(x))
 
@@ -142,6 +145,26 @@ def _pairs(weight: Tensor, axis: int) -> Tensor:
     """Three taps along `axis` as two, for the first and the second place of a doubled cell, stacked on axis 0."""
     first, middle, last = weight.unbind(axis)
     return torch.cat([torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)])
+
+
+class Layers:
+    """How the layers of a network with these norms are made of its weights."""
+
+    def __init__(self, groups: int, eps: float, ops: SimpleNamespace):
+        self.groups, self.eps, self.ops = groups, eps, ops
+
+    def convolution(self, place: Weights, stride: int = 1) -> nn.Module:
+        """One whose output is normed, or captured."""
+        return Convolution(place, stride)
+
+    def upsample(self, place: Weights) -> nn.Module:
+        return Upsample(place)
+
+    def resnet(self, place: Weights) -> nn.Module:
+        return Resnet(place, self.groups, self.eps, self.ops)
+
+    def norm(self, place: Weights, eps: float | None = None, has_silu: bool = True) -> nn.Module:
+        return GroupNorm(place, self.groups, eps or self.eps, self.ops, has_silu)
 
 
 def tokens(x: Tensor) -> Tensor:

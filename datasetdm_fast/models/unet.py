@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from datasetdm_fast.models.capture import CaptureHook, Slot
 from datasetdm_fast.models.layers import (
     Convolution,
-    GroupNorm,
     LayerNorm,
+    Layers,
     Linear,
-    Resnet,
-    Upsample,
     Weights,
     frozen,
     image,
@@ -121,19 +119,19 @@ class Transformer(nn.Module):
     def __init__(
         self,
         weights: Weights,
-        groups: int,
+        layers: Layers,
         heads: int,
         feature: Slot | None,
         layer: Slot,
-        ops: SimpleNamespace,
         spread=unchanged,
     ):
         super().__init__()
+        ops = layers.ops
         block = weights / "transformer_blocks" / 0
         itself, text = block / "attn1", block / "attn2"
         self.heads, self.feature, self.layer, self.ops = heads, feature, layer, ops
         self.spread = spread  # `doubled` in the first transformer, whose text attention is where the CFG halves part
-        self.norm = GroupNorm(weights / "norm", groups, TRANSFORMER_EPS, ops, has_silu=False)
+        self.norm = layers.norm(weights / "norm", TRANSFORMER_EPS, has_silu=False)
         self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
         self.norm1, self.norm2, self.norm3 = (LayerNorm(block / f"norm{k}", LAYER_EPS, ops) for k in (1, 2, 3))
         self.self_qkv, self.self_out = (
@@ -157,16 +155,17 @@ class Transformer(nn.Module):
         return x
 
 
-class CapturePlan:
+class CapturePlan(Layers):
     """Where the blocks of one UNet lie: depth 0 is the highest level, 3 the lowest."""
+
+    block, doubled = Transformer, staticmethod(doubled)
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         config = module.config
-        self.weights, self.ops = Weights(module.state_dict()), ops
-        self.count, self.groups, self.eps, self.heads = (
+        super().__init__(config.norm_num_groups, config.norm_eps, ops)
+        self.weights, self.count, self.heads = (
+            Weights(module.state_dict()),
             config.layers_per_block,
-            config.norm_num_groups,
-            config.norm_eps,
             heads_per_block(config),
         )
 
@@ -174,12 +173,9 @@ class CapturePlan:
         """Per level: the entry, the down blocks, the middle block or the upsampler, then the up blocks."""
         return DEPTHS - 1 - depth, place
 
-    def resnet(self, place: Weights) -> Resnet:
-        return Resnet(place, self.groups, self.eps, self.ops)
-
     def transformer(self, place: Weights, depth: int, feature: int | None, layer: int, spread=unchanged) -> Transformer:
         slot = None if feature is None else self.feature(depth, feature)
-        return Transformer(place, self.groups, self.heads[depth], slot, (DEPTHS - 1 - depth, layer), self.ops, spread)
+        return self.block(place, self, self.heads[depth], slot, (DEPTHS - 1 - depth, layer), spread)
 
 
 class Down(nn.Module):
@@ -196,7 +192,7 @@ class Down(nn.Module):
                 for i, spread in enumerate(spreads)
             )
             self.shrink, self.entry = (
-                Convolution(weights / "downsamplers" / 0 / "conv", stride=2),
+                plan.convolution(weights / "downsamplers" / 0 / "conv", stride=2),
                 plan.feature(depth + 1, 0),
             )
 
@@ -246,13 +242,16 @@ class Up(nn.Module):
                 plan.transformer(weights / "attentions" / i, depth, 2 + count + i, i) for i in range(count + 1)
             )
         if depth:
-            self.grow, self.grown = Upsample(weights / "upsamplers" / 0 / "conv"), plan.feature(depth - 1, 1 + count)
+            self.grow, self.grown = (
+                plan.upsample(weights / "upsamplers" / 0 / "conv"),
+                plan.feature(depth - 1, 1 + count),
+            )
 
     def forward(
         self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], 1), next(time))
+            x = resnet(x, next(time), skips.pop())
             if self.transformers:
                 x = self.transformers[i](x, next(text), hook)
             else:
@@ -266,21 +265,24 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """UNet output [2B, 4, h, w] for latents [B, 4, h, w], a row of TimeTable, and TextTable of [2B, T, D]."""
 
+    plan = CapturePlan
+
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()
-        plan = CapturePlan(module, ops)
+        plan = self.plan(module, ops)
+        self.doubled = plan.doubled
         self.widths = [len(place["conv1.bias"]) for place in _resnet_places(plan.weights, plan.count)]
-        self.conv_in, self.entry = Convolution(plan.weights / "conv_in"), plan.feature(0, 0)
+        self.conv_in, self.entry = plan.convolution(plan.weights / "conv_in"), plan.feature(0, 0)
         self.down = nn.ModuleList(Down(plan, depth) for depth in range(DEPTHS))
         self.middle = Middle(plan)
         self.up = nn.ModuleList(Up(plan, depth) for depth in reversed(range(DEPTHS)))
-        self.norm_out = GroupNorm(plan.weights / "conv_norm_out", plan.groups, plan.eps, ops)
+        self.norm_out = plan.norm(plan.weights / "conv_norm_out")
         self.conv_out = Convolution(plan.weights / "conv_out")
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
         time, text = iter(biases.split(self.widths)), iter(text)
         x = self.conv_in(latents)
-        skips = [doubled(x)]
+        skips = [self.doubled(x)]
         hook.feature(self.entry, skips[0])
         for block in self.down:
             x = block(x, time, text, skips, hook)

@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 from datasetdm_fast.models.layers import (
     Convolution,
-    GroupNorm,
+    Layers,
     Linear,
     Pointwise,
-    Resnet,
-    Upsample,
     Weights,
     image,
     join_heads,
@@ -23,10 +21,10 @@ EPS = 1e-6
 
 
 class SpatialAttention(nn.Module):
-    def __init__(self, weights: Weights, groups: int, ops: SimpleNamespace):
+    def __init__(self, weights: Weights, layers: Layers):
         super().__init__()
-        self.ops = ops
-        self.norm = GroupNorm(weights / "group_norm", groups, EPS, ops, has_silu=False)
+        self.ops = layers.ops
+        self.norm = layers.norm(weights / "group_norm", has_silu=False)
         self.qkv = Linear(weights / "to_q", weights / "to_k", weights / "to_v")
         self.out = Linear(weights / "to_out" / 0)
 
@@ -43,45 +41,51 @@ class Downsample(Convolution):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
-def _resnets(weights: Weights, groups: int, ops: SimpleNamespace) -> list[Resnet]:
-    found = []
-    while "conv1.weight" in (place := weights / "resnets" / len(found)):
-        found.append(Resnet(place, groups, EPS, ops))
-    return found
+class BlockLayers(Layers):
+    """The same, and the blocks of one half of the autoencoder."""
 
+    block = SpatialAttention
 
-def _middle(weights: Weights, groups: int, ops: SimpleNamespace) -> list[nn.Module]:
-    first, last = _resnets(weights, groups, ops)
-    attention = (
-        [SpatialAttention(weights / "attentions" / 0, groups, ops)] if "attentions.0.to_q.weight" in weights else []
-    )
-    return [first, *attention, last]
+    def __init__(self, module: nn.Module, ops: SimpleNamespace):
+        super().__init__(module.config.norm_num_groups, EPS, ops)
 
+    def resnets(self, weights: Weights) -> list[nn.Module]:
+        found = []
+        while "conv1.weight" in (place := weights / "resnets" / len(found)):
+            found.append(self.resnet(place))
+        return found
 
-def _ending(weights: Weights, groups: int, ops: SimpleNamespace) -> list[nn.Module]:
-    return [GroupNorm(weights / "conv_norm_out", groups, EPS, ops), Convolution(weights / "conv_out")]
+    def middle(self, weights: Weights) -> list[nn.Module]:
+        first, last = self.resnets(weights)
+        attention = [self.block(weights / "attentions" / 0, self)] if "attentions.0.to_q.weight" in weights else []
+        return [first, *attention, last]
+
+    def ending(self, weights: Weights) -> list[nn.Module]:
+        return [self.norm(weights / "conv_norm_out"), Convolution(weights / "conv_out")]
 
 
 class ImageDecoder(nn.Module):
     """Images [B, 3, H, W] about -1 .. 1 from scaled latents [B, 4, h, w]."""
 
+    plan = BlockLayers
+
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()
-        state, config = Weights(module.state_dict()), module.config
-        weights, groups = state / "decoder", config.norm_num_groups
+        state, config, plan = Weights(module.state_dict()), module.config, self.plan(module, ops)
+        weights = state / "decoder"
         self.scale = 1 / config.scaling_factor
         entry = [Pointwise(state / "post_quant_conv")] if "post_quant_conv.weight" in state else []
         blocks: list[nn.Module] = []
         for k in range(len(config.block_out_channels)):
-            blocks += _resnets(weights / "up_blocks" / k, groups, ops)
+            blocks += plan.resnets(weights / "up_blocks" / k)
             place = weights / "up_blocks" / k / "upsamplers" / 0 / "conv"
-            blocks += [Upsample(place)] if "weight" in place else []
+            blocks += [plan.upsample(place)] if "weight" in place else []
         self.layers = nn.Sequential(
             *entry,
-            Convolution(weights / "conv_in"),
-            *_middle(weights / "mid_block", groups, ops),
+            plan.convolution(weights / "conv_in"),
+            *plan.middle(weights / "mid_block"),
             *blocks,
-            *_ending(weights, groups, ops),
+            *plan.ending(weights),
         )
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -93,19 +97,19 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()
-        state, config = Weights(module.state_dict()), module.config
-        weights, groups = state / "encoder", config.norm_num_groups
+        state, config, plan = Weights(module.state_dict()), module.config, BlockLayers(module, ops)
+        weights = state / "encoder"
         blocks: list[nn.Module] = []
         for k in range(len(config.block_out_channels)):
-            blocks += _resnets(weights / "down_blocks" / k, groups, ops)
+            blocks += plan.resnets(weights / "down_blocks" / k)
             place = weights / "down_blocks" / k / "downsamplers" / 0 / "conv"
             blocks += [Downsample(place)] if "weight" in place else []
         exit_ = [Convolution(state / "quant_conv", padding=0)] if "quant_conv.weight" in state else []
         self.layers = nn.Sequential(
             Convolution(weights / "conv_in"),
             *blocks,
-            *_middle(weights / "mid_block", groups, ops),
-            *_ending(weights, groups, ops),
+            *plan.middle(weights / "mid_block"),
+            *plan.ending(weights),
             *exit_,
         )
 

@@ -1,0 +1,189 @@
+"""Products added to a residual, with the statistics of the sum: the end of a transformer, and shortcuts whose input is
+never concatenated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, statistics
+from datasetdm_fast.kernels.case import BATCH, LEVELS, Case, noise
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+
+DEVICES = {"untuned": "fused"}
+BLOCKS = {
+    "untuned": block_sizes("linear_add", 8, 3, bits=(16,), BLOCK_C=128, BLOCK_K=64)
+    | block_sizes("linear_add", 8, 2, bits=(32,), BLOCK_C=64, BLOCK_K=32)
+}
+
+
+def reference(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """`residual` [B, S, N] plus the concatenated `parts` [B, S, K_i] under `weight` [N, sum of K_i] and `bias` [N], and
+    the statistics [2, B, chunks, N] of the sum.
+    """
+    out = F.linear(torch.cat(list(parts), -1), weight, bias) + residual
+    return out, statistics(out.transpose(1, 2)[..., None])
+
+
+@jit
+def _add_product(
+    total,
+    x_ptr,
+    weight_ptr,
+    row,
+    column,
+    is_row,
+    is_column,
+    width,
+    weight_stride,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`total` plus rows [S, K] times columns of [N, K]."""
+    lane = tl.arange(0, BLOCK_K)
+    for start in range(0, width, BLOCK_K):
+        inner = start + lane
+        is_inner = inner < width
+        x = tl.load(x_ptr + row[:, None] * width + inner[None, :], mask=is_row[:, None] & is_inner[None, :], other=0.0)
+        weight = tl.load(
+            weight_ptr + column[None, :] * weight_stride + inner[:, None],
+            mask=is_column[None, :] & is_inner[:, None],
+            other=0.0,
+        )
+        total = tl.dot(x, weight, total, input_precision=PRECISION)
+    return total
+
+
+@jit
+def _linear_add_kernel(
+    x_ptr,  # [B, S, K]
+    weight_ptr,  # [N, K] of rows `weight_stride` apart
+    second_ptr,  # [B, S, L], or None
+    second_weight_ptr,  # [N, L] of rows `weight_stride` apart, or None
+    bias_ptr,  # [N], or None
+    residual_ptr,  # [B, S, N]
+    out_ptr,  # [B, S, N]
+    mean_ptr,  # [B, chunks, N] fp32
+    spread_ptr,  # [B, chunks, N] fp32
+    cells,
+    channels,
+    width,
+    second_width,
+    weight_stride,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Columns run fastest, so that the blocks of one chunk find its rows in the cache.
+    chunk, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    cell = chunk * CHUNK + tl.arange(0, BLOCK_S)
+    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_cell, is_channel, row = cell < cells, channel < channels, image * cells + cell
+    inside = is_cell[:, None] & is_channel[None, :]
+    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    total = _add_product(
+        total, x_ptr, weight_ptr, row, channel, is_cell, is_channel, width, weight_stride, PRECISION, BLOCK_K
+    )
+    if second_ptr is not None:
+        total = _add_product(
+            total,
+            second_ptr,
+            second_weight_ptr,
+            row,
+            channel,
+            is_cell,
+            is_channel,
+            second_width,
+            weight_stride,
+            PRECISION,
+            BLOCK_K,
+        )
+    place = row[:, None] * channels + channel[None, :]
+    total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    stored = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, stored, mask=inside)
+    total = tl.where(inside, stored.to(tl.float32), 0.0)
+    mean = tl.sum(total, 0) / tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)
+    distance = tl.where(inside, total - mean[None, :], 0.0)
+    line = (image * tl.num_programs(1) + chunk) * channels + channel
+    tl.store(mean_ptr + line, mean, mask=is_channel)
+    tl.store(spread_ptr + line, tl.sum(distance * distance, 0), mask=is_channel)
+
+
+def check(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """Refuses what is no one or two inputs [B, S, K] with a weight, a bias and a residual that are theirs."""
+    shapes = f"{' and '.join(str(list(part.shape)) for part in parts)} under weight {list(weight.shape)}"
+    if len(parts) not in (1, 2) or weight.shape[1] != sum(part.shape[2] for part in parts):
+        raise ValueError(f"linear_add: {shapes}, expected one or two inputs whose widths are the weight's")
+    whole = (*parts[0].shape[:2], len(weight))
+    if residual.shape != whole or any(part.shape[:2] != whole[:2] for part in parts):
+        raise ValueError(f"linear_add: {shapes} do not add to a residual {list(residual.shape)}")
+    if bias is not None and bias.shape != whole[2:]:
+        raise ValueError(f"linear_add: bias {list(bias.shape)} does not fit {len(weight)} outputs")
+
+
+def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """What `reference` says, in one pass: neither the concatenation nor the product is written."""
+    check(parts, weight, bias, residual)
+    if not is_served("linear_add", *parts, weight, residual, *([] if bias is None else [bias])):
+        return reference(parts, weight, bias, residual)
+    first, *others = (part.contiguous() for part in parts)
+    weight, residual = weight.contiguous(), residual.contiguous()
+    (batch, cells, width), channels = first.shape, len(weight)
+    out, found = torch.empty_like(residual), empty_statistics(first, channels)
+    sizes = blocks(BLOCKS, "linear_add", first)
+    second = (others[0], weight[:, width:]) if others else (None, None)
+    grid = ceil_divide(channels, sizes["BLOCK_C"]), found.shape[2], batch
+    with torch.cuda.device_of(first):  # Triton launches on the current device of the thread
+        _linear_add_kernel[grid](
+            first,
+            weight[:, :width],
+            *second,
+            bias,
+            residual,
+            out,
+            *found,
+            cells,
+            channels,
+            width,
+            weight.shape[1] - width,
+            weight.shape[1],
+            PRECISION=PRECISION,
+            CHUNK=CHUNK,
+            BLOCK_S=min(CHUNK, padded(cells)),
+            **sizes,
+        )
+    return out, found
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for side, width in (*LEVELS, (8, 1280)):
+        cells = side * side
+        residual = empty(BATCH, cells, width)
+        yield f"{width} channels", ([empty(BATCH, cells, width)], empty(width, width), empty(width), residual)
+        parts = [empty(BATCH, cells, count) for count in (2 * width, width)]
+        yield f"{3 * width} to {width} channels", (parts, empty(width, 3 * width), empty(width), residual)
+
+
+def cases() -> list[Case]:
+    def added(batch, cells, widths, channels, has_bias=True):
+        parts = [noise(batch, cells, width) for width in widths]
+        weight = noise(channels, sum(widths), scale=sum(widths) ** -0.5)
+        shape, chunks = (batch, cells, channels), -(-cells // CHUNK)
+        inputs = parts, weight, noise(channels) if has_bias else None, noise(*shape, 1)[..., 0]
+        return inputs, (shape, (2, batch, chunks, channels))
+
+    return [
+        Case("smallest", *added(1, 1, (1,), 1)),
+        Case("two inputs, ragged in every size", *added(2, 150, (37, 21), 70)),
+        Case("no bias", *added(1, 130, (64,), 33, has_bias=False)),
+        Case("SD 1.x first level, the skip beside what comes from below", *added(1, 144, (640, 320), 320)),
+    ]

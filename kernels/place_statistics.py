@@ -1,0 +1,114 @@
+"""The four places of every doubled cell side by side, with their bias and the statistics of what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, rows, statistics
+from datasetdm_fast.kernels.case import BATCH, Case, noise
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+
+DEVICES = {"untuned": "fused"}
+BLOCKS = {"untuned": block_sizes("place_statistics", 8, BLOCK_C=64)}
+
+
+def reference(places: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The image [B, C, 2h, 2w] whose cell (2y + r, 2x + c) is cell (y + r, x + c) of the channels 2r + c of `places`
+    [B, 4C, h + 1, w + 1], plus `bias` [C]; and its statistics [2, B, chunks, C].
+    """
+    height, width = (side - 1 for side in places.shape[2:])
+    places = places.unflatten(1, (2, 2, -1))
+    out = places.new_empty(len(places), 2 * height, 2 * width, len(bias)).permute(0, 3, 1, 2)
+    for row in (0, 1):
+        for column in (0, 1):
+            cells = places[:, row, column, :, row : row + height, column : column + width]
+            out[:, :, row::2, column::2] = cells + bias[:, None, None]
+    return out, statistics(out)
+
+
+@jit
+def _place_statistics_kernel(
+    x_ptr,  # [B, h + 1, w + 1, 4C]
+    bias_ptr,  # [C]
+    out_ptr,  # [B, 2h, 2w, C]
+    mean_ptr,  # [B, chunks, C] fp32
+    spread_ptr,  # [B, chunks, C] fp32
+    channels,
+    height,  # of `out`
+    width,
+    CHUNK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk, image, cells = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64), height * width
+    cell = chunk * CHUNK + tl.arange(0, BLOCK_S)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = channel < channels
+    inside = (cell < cells)[:, None] & is_channel[None, :]
+    row, column = cell // width, cell % width
+    source = (image * (height // 2 + 1) + row // 2 + row % 2) * (width // 2 + 1) + column // 2 + column % 2
+    place = (source * 4 + 2 * (row % 2) + column % 2)[:, None] * channels + channel[None, :]
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    stored = x.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (image * cells + cell)[:, None] * channels + channel[None, :], stored, mask=inside)
+    x = tl.where(inside, stored.to(tl.float32), 0.0)
+    mean = tl.sum(x, 0) / tl.minimum(cells - chunk * CHUNK, CHUNK).to(tl.float32)
+    distance = tl.where(inside, x - mean[None, :], 0.0)
+    line = (image * tl.num_programs(0) + chunk) * channels + channel
+    tl.store(mean_ptr + line, mean, mask=is_channel)
+    tl.store(spread_ptr + line, tl.sum(distance * distance, 0), mask=is_channel)
+
+
+def fused(places: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """What `reference` says, channels-last, in one pass."""
+    batch, wide, height, width = places.shape
+    if wide != 4 * len(bias):
+        raise ValueError(f"place_statistics: {wide} channels are not four places of {len(bias)}")
+    if not is_served("place_statistics", places, bias):
+        return reference(places, bias)
+    channels, height, width = len(bias), 2 * (height - 1), 2 * (width - 1)
+    out = places.new_empty((batch, height * width, channels))
+    found, sizes = empty_statistics(out, channels), blocks(BLOCKS, "place_statistics", places)
+    grid = found.shape[2], ceil_divide(channels, sizes["BLOCK_C"]), batch
+    with torch.cuda.device_of(places):  # Triton launches on the current device of the thread
+        _place_statistics_kernel[grid](
+            rows(places),
+            bias,
+            out,
+            *found,
+            channels,
+            height,
+            width,
+            CHUNK=CHUNK,
+            BLOCK_S=min(CHUNK, padded(height * width)),
+            **sizes,
+        )
+    return out.unflatten(1, (height, width)).permute(0, 3, 1, 2), found
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for side, width in ((8, 1280), (32, 640)):
+        yield (
+            f"{width} channels of {side} cells",
+            (
+                empty(BATCH, side + 1, side + 1, 4 * width).permute(0, 3, 1, 2),
+                empty(width),
+            ),
+        )
+
+
+def cases() -> list[Case]:
+    def doubled(batch, channels, height, width):
+        inputs = noise(batch, 4 * channels, height + 1, width + 1), noise(channels)
+        shape, chunks = (batch, channels, 2 * height, 2 * width), -(-4 * height * width // CHUNK)
+        return inputs, (shape, (2, batch, chunks, channels))
+
+    return [
+        Case("smallest", *doubled(1, 1, 1, 1)),
+        Case("odd planes of several chunks", *doubled(2, 35, 5, 9)),
+        Case("SD 1.x lowest level", *doubled(1, 640, 8, 8)),
+    ]
