@@ -64,7 +64,7 @@ def interleaved(
 
 
 @dataclass
-class Attention:
+class CpuShare:
     """How much of the machine went to this process, and how much to others, while something was timed."""
 
     load_average: float = 0.0  # of the last minute, before
@@ -73,9 +73,9 @@ class Attention:
 
 
 @contextmanager
-def watched() -> Iterator[Attention]:
+def watched() -> Iterator[CpuShare]:
     """What went on within the block, once it is over."""
-    found = Attention(round(os.getloadavg()[0], 2))
+    found = CpuShare(round(os.getloadavg()[0], 2))
     begin, own, (busy, whole) = time.perf_counter(), time.process_time(), core_seconds()
     yield found
     seconds, worked = max(time.perf_counter() - begin, 1e-9), time.process_time() - own

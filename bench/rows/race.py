@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine.measure import (
-    Attention,
+    CpuShare,
     Rounds,
     interleaved,
     is_out_of_memory,
@@ -182,7 +182,7 @@ def add_times(runners: Sequence[Runner], rounds: dict[str, Rounds], setting: Set
             row["ours_over"] = spread([theirs / own for theirs, own in zip(each[one.name], each[OURS])])
 
 
-def steadiness(seconds: Row, attention: Attention) -> dict[str, Any]:
+def steadiness(seconds: Row, attention: CpuShare) -> dict[str, Any]:
     """What the rounds of a row were like, and why its figures are not to be relied on, if they are not."""
     width = (seconds["most"] - seconds["least"]) / seconds["median"]
     why = [f"spread {width:.0%}"] if width > MOST_SPREAD else []
