@@ -125,7 +125,7 @@ def check(words: list[str]) -> None:
         for line in rest[2:]:
             check(shlex.split(line))
     else:
-        subprocess.run([ROOT / program, "--dry-run"], check=True, capture_output=True)
+        subprocess.run([ROOT / program, *rest, "--dry-run"], check=True, capture_output=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # demo.teach runs train as a program
