@@ -118,6 +118,7 @@ class Pipeline:
         seeds: Iterable[int] | None = None,
         tasks: Sequence[str] | None = None,
         classes: Sequence[str] = (),
+        combine: Sequence[str] = (),
         steps: int = 0,
         guidance: float = 0.0,
         sampler: str = "pndm",
@@ -128,7 +129,8 @@ class Pipeline:
     ) -> Iterator[Sample]:
         """Samples one by one, in order, a batch in memory at most; prompts may come from an endless generator.
 
-        `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for.
+        `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for. `combine`
+        holds masks of labels, each as "LABEL within LABEL:CLASS".
         """
         chosen = self.tasks if tasks is None else tuple(tasks)
         settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
@@ -137,7 +139,14 @@ class Pipeline:
             raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
         words = check_classes(classes)
         recipe = make_recipe(
-            self.engine, chosen, sampler=sampler, steps=steps, guidance=guidance, profile=profile, classes=words
+            self.engine,
+            chosen,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            profile=profile,
+            classes=words,
+            combine=combine,
         )
         words = recipe.words or job.class_words(self.engine, chosen, words)
         recipe = replace(

@@ -21,6 +21,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.combining import Combination, combined, parse_combinations
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.names import LabelName
+from datasetdm_fast.pipeline import Pipeline
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.reader import open_run
 
@@ -197,6 +198,17 @@ def test_outside_the_mask_a_map_is_its_background_or_ignored():
         masked = found["semantic:clothes"]
         assert (masked.labels == np.where(LEFT, 1, outside)).all() and found["open-vocabulary"] is person
         assert (masked.confidence == np.where(LEFT, 0.5, 0.75).astype(np.float32)).all()
+
+
+def test_the_library_takes_names_and_combinations():
+    pipeline = Pipeline(StubEngine(64, CONFIGS, ("semantic", "semantic:other", "instance")))
+    assert pipeline.tasks == ("semantic", "semantic:other", "instance")
+    plain, cut = (pipeline(["a ball"], combine=some) for some in ((), ["other within semantic:ball"]))
+    (label,), (masked,) = plain.labels("semantic:other"), cut.labels("semantic:other")
+    inside = label.labels == label.classes.index("ball")
+    assert (masked.labels == np.where(inside, label.labels, 255)).all() and (
+        cut.semantic[0].labels == label.labels
+    ).all()
 
 
 def test_instances_are_cut_and_mask_others():

@@ -11,9 +11,8 @@ from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import prompts, racing
-from datasetdm_fast.generation.combining import check_words, parse_combinations
 from datasetdm_fast.generation.plan import Plan, make_plan
-from datasetdm_fast.generation.recipe import Recipe, make_recipe
+from datasetdm_fast.generation.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
 from datasetdm_fast.labels import kind_of
@@ -215,19 +214,9 @@ def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engi
 
 
 def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str], strength: float = 1.0) -> Recipe:
-    names = ("sampler", "steps", "guidance", "profile", "ignore", "ignore_below")
+    names = ("sampler", "steps", "guidance", "profile", "combine", "ignore", "ignore_below")
     chosen = {name: getattr(config, name) for name in names}
-    recipe = make_recipe(engine, config.task, classes=classes, strength=strength, **chosen)
-    combinations = parse_combinations(config.combine, config.task)
-    check_words(combinations, label_tables(engine, recipe))
-    return replace(recipe, combinations=combinations)
-
-
-def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What run.json says of each label: names and ranges."""
-    return {
-        label: kind_of(label).table(engine.decoders[label].config, recipe.size, recipe.words) for label in recipe.tasks
-    }
+    return make_recipe(engine, config.task, classes=classes, strength=strength, **chosen)
 
 
 def _megabytes(count: int) -> str:

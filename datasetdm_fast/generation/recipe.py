@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
+from datasetdm_fast.generation.combining import Combination, check_words, parse_combinations
 from datasetdm_fast.generation.origin import FROM_NOISE, Origin
+from datasetdm_fast.labels import kind_of
 
 if TYPE_CHECKING:
-    from datasetdm_fast.generation.combining import Combination
     from datasetdm_fast.sampling.schedule import Schedule
 
 
@@ -47,6 +48,7 @@ def make_recipe(
     guidance: float = 0.0,
     profile: str = "0.3.0",
     classes: Sequence[str] = (),
+    combine: Sequence[str] = (),
     ignore: str = "nothing",
     ignore_below: float = 0.0,
     strength: float = 1.0,
@@ -70,8 +72,27 @@ def make_recipe(
         "size": model.size,
         "capture_timestep": _told(schedule, captures),
     }
-    ignored = {"ignores_doubtful": ignore == "disagreeing", "least_confidence": ignore_below}
-    return Recipe(schedule, facts["guidance"], model.size, tuple(tasks), captures, words, facts=facts, **ignored)
+    recipe = Recipe(
+        schedule,
+        facts["guidance"],
+        model.size,
+        tuple(tasks),
+        captures,
+        words,
+        parse_combinations(combine, tasks),
+        facts,
+        ignores_doubtful=ignore == "disagreeing",
+        least_confidence=ignore_below,
+    )
+    check_words(recipe.combinations, label_tables(engine, recipe))
+    return recipe
+
+
+def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What run.json says of each label: names and ranges."""
+    return {
+        label: kind_of(label).table(engine.decoders[label].config, recipe.size, recipe.words) for label in recipe.tasks
+    }
 
 
 def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, float]:
