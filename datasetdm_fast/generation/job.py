@@ -126,6 +126,12 @@ def refill(config: RunConfig) -> None:
         return
     wanted = identity(config, prompts.read_source(config))
     check_same(Path(config.out), stored, {"config": wanted | {"keep": stored["config"].get("keep")}})
+    with Ledger(Path(config.out) / LEDGER, read_only=True) as ledger:
+        if any(row.trust is None for row in ledger.rows(parts=("trust",))):
+            raise Refused(
+                f"{config.out}: its samples were made by a version that did not judge them",
+                "Make the run anew in another --out with --keep trusted.",
+            )
     if config.dry_run:
         return
     document = stored | {"config": wanted}

@@ -105,11 +105,6 @@ class RunFolder(AbstractContextManager):
 
     def set_doubtful_aside(self) -> None:
         """Moves the files of doubtful samples to where `--keep trusted` puts them, and what a killed process left."""
-        if any(row.trust is None for row in self.ledger.rows(parts=("trust",))):
-            raise Refused(
-                f"{self.path}: its samples were made by a version that did not judge them",
-                "Make the run anew with --keep trusted.",
-            )
         unseal(self.path)
         self.ledger.commit([])  # the index files are out of date
         for row in list(self.ledger.rows(DONE, DOUBTFUL)):
