@@ -149,6 +149,20 @@ class Experiments:
         name = f"{fits}-{count}-{wanted}-{scale.synthetic}-{scale.labeller_steps}-{scale.labeller_draws}"
         return self.from_pool("fast", scale.synthetic, name, samples)
 
+    def varied(self, fits: str, count: int) -> StudentData:
+        """Variants of day images, with the labels that the row's labeller read from the day images."""
+        scale = self.scale
+
+        def synthetic() -> StudentData:
+            day, variants = sets.day_and_variants(self.folder / "domains", scale.varied, self.say)
+            decoders = self.labeller(fits, count, SEMANTIC)()
+            labelled = sets.relabelled(day, range(len(day)), decoders, sets.unchanged)
+            return student_data.synthetic(sets.moved(labelled, variants), self.vocabulary)
+
+        name = f"varied-{fits}-{count}-{scale.varied}-{scale.labeller_steps}-{scale.labeller_draws}"
+        path = self.folder / "sets" / f"{name}.pt"
+        return self.once(name, lambda: sets.stored(path, self.vocabulary, synthetic).balanced())
+
     def from_pool(
         self, engine: str, count: int, name: str, samples: Callable[[Run], Iterator[sets.Pictured]]
     ) -> StudentData:
@@ -253,8 +267,19 @@ class Experiments:
             lambda: self.real(real, "is_day"),
             lambda: self.relabelled("is_day", real, SEMANTIC, wanted="says_elsewhere"),
         )
+        if self.scale.varied:
+            arms["variants"] = lambda: (self.real(real, "is_day"), self.varied("is_day", real))
         scores = self.scores(arms, self.test_set("elsewhere", "is_elsewhere"), SEMANTIC, steps=steps)
-        return lambda: (scores(points("semantic", "miou")), self.facts(arms, steps))
+
+        def found() -> tuple[Scores, Facts]:
+            figures, facts = scores(points("semantic", "miou")), self.facts(arms, steps)
+            if self.scale.varied:
+                images = facts["images"] | {"synthetic": len(arms["variants"]()[1])}
+                other = {"real": figures["real"], "both": figures.pop("variants")}
+                facts["variants"] = row_of(CLAIMS["domain"], other, {"steps": steps, "images": images})
+            return figures, facts
+
+        return found
 
     def _parity(self) -> Experiment:
         """The same prompts and seeds through both engines: here `real` is the reference's set and `both` that of the

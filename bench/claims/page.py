@@ -79,6 +79,8 @@ def rows_of(document: Mapping[str, Any]) -> list[Row]:
         if "cells" not in row:
             real = row["images"].get("real", usual)
             found.append(row | {"title": title if real == usual else f"{title}, {real} real"})
+        if "variants" in row:
+            found.append(row["variants"] | {"title": f"{title}, variants of day images"})
     return found
 
 

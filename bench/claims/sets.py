@@ -1,18 +1,24 @@
 """The data of the claims: real scenes by seed, labellers trained on them, and images generated from captions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from datasetdm_fast.compositions.redraw import finished
+from datasetdm_fast.compositions.redraw import prepare as prepare_redrawing
+from datasetdm_fast.compositions.settings import VarySettings
+from datasetdm_fast.compositions.source import Source
+from datasetdm_fast.compositions.vary import Variants
 from datasetdm_fast.config import DEMO_DEFAULTS, RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.decoders.checkpoint import load_decoders, save_decoder
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.evaluation.student_data import StudentData, Vocabulary
 from datasetdm_fast.generation.job import count_rows, prepare
+from datasetdm_fast.generation.plan import DEMO_SCENES
 from datasetdm_fast.generation.run import run as generate
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.trust import trust_of
@@ -95,6 +101,7 @@ class Scale:
     fewer: tuple[int, ...] = (25, 50)  # real scenes of the instance row; depth and pose have the first of them
     synthetic: int = 1000  # images generated with every label
     parity: int = 96  # images generated a second time by the reference
+    varied: int = 200  # day images of which variants are made in every other domain; 0 = no such arm
     test: int = 1000
     labeller_steps: int = 0  # 0 = as many as `train` takes
     labeller_draws: int = 12
@@ -109,6 +116,7 @@ QUICK = Scale(
     fewer=(25,),
     synthetic=240,
     parity=32,
+    varied=48,
     test=300,
     labeller_steps=120,
     labeller_draws=1,
@@ -124,6 +132,23 @@ def pool(folder: Path, count: int, engine: str, say: Callable[[str], None]) -> R
         say(f"{folder}: generating {count - there} images with engine {engine}")
         generate(prepare(replace(config, limit=count - there)))
     return open_run(folder)
+
+
+def day_and_variants(folder: Path, count: int, say: Callable[[str], None]) -> tuple[Run, Run]:
+    """Images generated from captions of day scenes, and each of them moved to every other domain."""
+    captions = [world.sample_scene(DEMO_SCENES + POOL_SEED + k, domain="day").caption for k in range(count)]
+    day = RunConfig(number=count, seed=POOL_SEED, engine="fast", out=str(folder / "day"), quiet=True, **SAMPLING)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "day.txt").write_text("\n".join(captions))
+    job = prepare(replace(day, prompts=str(folder / "day.txt")))
+    if job.done < count:
+        say(f"{day.out}: generating {count} images by day, and {len(ELSEWHERE)} variants of each")
+        generate(job)
+    settings = VarySettings(domain=ELSEWHERE, engine="fast", batch_size=SAMPLING["batch_size"], threads=1, quiet=True)
+    variants = Variants(Source(folder / "day"), settings)
+    if finished(variants, folder / "varied") is None:
+        generate(prepare_redrawing(variants, folder / "varied"))
+    return open_run(folder / "day"), open_run(folder / "varied")
 
 
 @dataclass(frozen=True)
@@ -175,6 +200,13 @@ def relabelled(
             found = {name: label[k] for name, label in labels.items()}
             found["semantic"] = rename(sample, found["semantic"])
             yield RelabelledSample(sample.id, sample.image, sample.classes, **found)
+
+
+def moved(labelled: Iterable[RelabelledSample], variants: Run) -> Iterator[RelabelledSample]:
+    """Every variant with the labels that its source was given."""
+    found = {sample.id: sample for sample in labelled}
+    for variant in variants:
+        yield replace(found[variant.meta["source"]], id=variant.id, image=variant.image)
 
 
 def unchanged(sample: StoredSample, label: SemanticMap) -> SemanticMap:
