@@ -136,8 +136,10 @@ if [ "$IS_DRY" = 0 ]; then
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu --format=csv 2>/dev/null | tee -a "$LOG"
 fi
 
+FEW=()
+[ "$DEVICE" = cpu ] && FEW=(--steps 2) # a CPU tries the script out
 verify() { # NAME FLAGS...
-  step "verify-$1" 240 "$PYTHON" -m datasetdm_fast.verify --engine fast --against torch --device "$DEVICE" --quiet "${@:2}"
+  step "verify-$1" 240 "$PYTHON" -m datasetdm_fast.verify --engine fast --against torch --device "$DEVICE" --quiet "${FEW[@]}" "${@:2}"
 }
 precisions() { if [ "$DEVICE" = cpu ]; then echo "${@:2}"; else echo "$1" "${@:2}"; fi; } # a CPU has no fp16
 
@@ -155,8 +157,7 @@ full_agrees() {
   done
 }
 same_twice() {
-  local folder=${WORK:-/tmp} line=("$PYTHON" -m datasetdm_fast.generate --number 48 --batch-size 16 --device "$DEVICE" --quiet)
-  [ "$DEVICE" = cpu ] && line+=(--model tiny --steps 2)
+  local folder=${WORK:-/tmp} line=("$PYTHON" -m datasetdm_fast.generate --number 48 --batch-size 16 --device "$DEVICE" --quiet "${FEW[@]}")
   for run in one two; do step "twice-$run" 120 "${line[@]}" --out "$folder/$run" || return; done
   # Indexes and samples; the state holds times, and the description of a run its folder.
   step twice 30 diff -rq "$folder/one" "$folder/two" --exclude=state --exclude=run.json --exclude='*.html' --exclude=README.md
