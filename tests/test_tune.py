@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.kernels import tune
+from bench.kernels import audit, tune
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, fused, launch, layer_norm
 
@@ -67,9 +67,14 @@ def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():
     assert said[1].strip() == '| block_sizes("geglu", 4, 2, bits=(16,), BLOCK_S=64)'
 
 
-def test_the_command_wants_a_gpu_and_one_thing_to_do(monkeypatch):
-    from bench.kernels import audit
+def test_what_is_tuned_by_itself_is_what_a_run_launches():
+    """gpu_budget.json, which a test compares with the launches, names only kernels that can be tuned."""
+    running = tune.running()
+    assert "attention_capture" in running and set(running) <= set(audit.kernels_of(()))
+    assert {one for types in running.values() for one in types} <= set(audit.DTYPES)
 
+
+def test_the_command_wants_a_gpu_and_one_thing_to_do(monkeypatch):
     monkeypatch.setattr(launch, "IS_INTERPRETED", False)
     with pytest.raises(Refused, match="--audit and --tune"):
         audit.main([])
