@@ -91,8 +91,8 @@ class ResnetBlock(Block):
         has_shortcut = isinstance(self.shortcut, Convolution)
         return _C.Resnet(*first, *second, packing.convolution(self.shortcut) if has_shortcut else None)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+    def forward(self, x: Tensor, bias: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = (x if skip is None else torch.cat([x, skip], 1)).contiguous(memory_format=torch.channels_last)
         batch, _, height, width = x.shape
         out = _image(batch, len(self.conv2.bias), height, width)
         places = x.data_ptr(), bias.data_ptr(), out.data_ptr()
