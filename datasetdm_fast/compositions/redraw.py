@@ -195,7 +195,7 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
     size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))
     words = tuple(source["plan"].get("words", ()))
     digest = hashlib.sha256("\n".join(redrawing.prompt(index).text for index in range(number)).encode()).hexdigest()
-    plan = Plan(redrawing.prompt, words, number, 0, size, digest, has_seeds=True)
+    plan = Plan(redrawing.prompt, words, number, 0, size, digest, number, has_seeds=True)
     recipe = replace(recipe, origin=redrawing, facts={**recipe.facts, "strength": settings.strength})
     document = job.describe(redrawing.config, plan, engine, recipe, decoders) | {
         "command": redrawing.command,
