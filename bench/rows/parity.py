@@ -62,7 +62,7 @@ class ParityJudge:
             else:
                 output = peer.denoise(*self.inputs(call, batch))
             calls.append(relative(by_image(output.float().cpu()), by_image(fitted_pair(truth.outputs[call], batch))))
-        found = level_tensors(self.setting.reference, capture)
+        found = level_tensors(self.setting.reference, [capture])
         levels = {
             f"level {name}": np.max([relative(a, fitted(b, batch)) for a, b in zip(found[name], right, strict=True)], 0)
             for name, right in truth.levels.items()
