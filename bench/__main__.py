@@ -13,6 +13,7 @@ from datasetdm_fast.errors import Refused
 BENCHES = {
     "gpu": ("bench.gpu", "the suite at full size on a GPU, in parts that can be continued"),
     "probe": ("bench.probe.command", "on a GPU: which form of each heavy operation is fastest, and whole calls"),
+    "sd14": ("bench.sd14", "the peers at the size of Stable Diffusion 1.4 on this CPU, in parts that can be continued"),
     "rehearse": ("bench.rehearsal.command", "the CUDA path without a GPU: launches, order, lifetimes, and a budget"),
     "report": ("bench.report.report", "tables and charts of the pages from the newest result files"),
     "claims": ("bench.claims.run", "whether generated images help a small student: the papers' tables in small"),

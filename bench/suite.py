@@ -31,7 +31,7 @@ def open_run(
     """The setting and its result file, before anything is measured; the options are fields of `BenchRun`."""
     opened, out = open_setting(config.model, device, steps=steps, quick=config.quick), config.out
     described = machine.describe(opened.device)
-    suite = "gpu" if opened.device.type == "cuda" else "cpu"
+    suite = "gpu" if opened.device.type == "cuda" else results.cpu_suite(config.model)
     head = {"suite": suite, "date": results.now(), "command": shlex.join(command)}
     head |= {"machine": described, "setting": opened.document()}
     path = Path(out) if out else results.default_path(described) if is_stored else None

@@ -135,6 +135,13 @@ def test_gpu_parts_are_stored_and_continued(tmp_path, capsys):
     assert sum(row["of_work"] for row in after["layers"]["rows"]) == pytest.approx(1, abs=0.01)
 
 
+def test_full_size_is_measured_in_parts(tmp_path):
+    out = tmp_path / "sd14.json"
+    assert bench.dispatch(["sd14", "--model", "tiny", "--steps", "2", "--out", str(out), "--parts", "limits"]) == 0
+    document = results.read(out)
+    assert document["suite"] == "cpu-tiny" and list(document["parts"]) == ["limits"]
+
+
 def test_the_generation_loop_alone_is_timed_and_holds_its_memory(monkeypatch):
     monkeypatch.setattr(scale, "MARKS", {True: (16, 48)})
     monkeypatch.setattr(scale, "SCENE_SECONDS", 0.1)

@@ -245,6 +245,13 @@ def test_unsteady_rows_stay_off_the_front_page(document):
     assert "swings" not in report.drawn(document)["peers"]["peers"]
 
 
+def test_results_of_another_model_have_a_table_of_their_own(document):
+    assert results.cpu_suite("demo") == "cpu" and report.FULL_SIZE == "cpu-random-sd14"
+    assert "Not measured yet" in report.full_size({"cpu": document}, "charts")
+    shown = report.full_size({report.FULL_SIZE: document}, "charts")
+    assert "| method | precision | s/image |" in shown and "title of ours" in shown
+
+
 def test_our_own_second_precision_does_not_read_as_a_loss():
     row = {"peer": "ours-bf16", "dtype": "bf16", "ours_over": times(0.5, 0.4, 0.6)}
     assert peers.our_speedup(row) == "2× as fast as in fp32"

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench import sd14
 from bench.claims import page as claims
 from bench.machine.machine import ROOT
 from bench.report import reckoned
-from bench.report.results import SUITES, newest, read, rows_of
+from bench.report.results import SUITES, cpu_suite, newest, read, rows_of
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
@@ -47,6 +48,8 @@ DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a 
 VERSIONS = ("torch", "diffusers", "onnxruntime")
 NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
 ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
+FULL_SIZE = cpu_suite(sd14.MODEL)
+FULL_SIZE_COLUMNS = ("method", "precision", "s/image", "share of peak", "memory", "load", "our speed-up")
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
 PAPER_BATCH = 16
@@ -85,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
-    found = {suite: read(path) for suite in (*SUITES, "claims") if (path := newest(suite, folder))}
+    found = {suite: read(path) for suite in (*SUITES, FULL_SIZE, "claims") if (path := newest(suite, folder))}
     if not any(suite in found for suite in SUITES):
         raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
     files = {
@@ -286,11 +289,22 @@ def forms_table() -> Cells:
     return ["operation", *DEVICES.values(), *measured], rows
 
 
+def full_size(found: Documents, charts: str) -> str:
+    """The peers at the size of Stable Diffusion 1.4 on a CPU, one image at a time."""
+    if FULL_SIZE not in found:
+        return "Not measured yet: `python -m bench sd14`."
+    document = found[FULL_SIZE]
+    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
+    table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in FULL_SIZE_COLUMNS})
+    return f"{source(document)}; {setting_line(document)}.\n\n{markdown(table.cells(rows))}"
+
+
 SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
     "gpu": whole("gpu"),
     "reckoned": lambda found, charts: reckoned.section(),
+    "full-size": full_size,
     "paper": paper,
     "gains": gains,
     "claims": lambda found, charts: claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS,

@@ -127,6 +127,11 @@ def rows_of(document: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
     return list(rows.values()) if len(names) != 1 else parts[names[0]].get("rows", [])
 
 
+def cpu_suite(model: str) -> str:
+    """The suite that results of a model on a CPU belong to: the pages compare those of the demo model."""
+    return "cpu" if model == "demo" else f"cpu-{Path(model).name}"
+
+
 def default_path(machine: Mapping[str, Any], kind: str = "") -> Path:
     device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     return FOLDER / f"{now()[:10]}-{kind}{device}-{machine['commit']}.json"

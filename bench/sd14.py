@@ -1,0 +1,42 @@
+"""python -m bench sd14: labelled samples at the size of Stable Diffusion 1.4 on this CPU, one image at a time, in
+parts: each is stored when it is done, and the same line again measures what is left.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.options import SuiteConfig, check_numbers, chosen
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.config import setting
+
+PROG = "python -m bench sd14"
+MODEL = "random-sd14"
+NAMES = ("diffusers-1", "ort-1", "openvino-1", "openvino-bf16", "ours-bf16")  # each in turn with ours
+STEPS = 3  # a call takes two cores five to thirteen seconds
+
+
+@dataclass(frozen=True)
+class FullSizeConfig(SuiteConfig):
+    model: str = setting(MODEL, "random-sd14, or a smaller one to try the parts out", metavar="MODEL")
+    steps: int = setting(STEPS, "sampling steps", metavar="N")
+    threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
+
+
+def main(arguments: Sequence[str]) -> int:
+    config, _ = parse(arguments, FullSizeConfig, PROG, __doc__)
+    check_numbers(steps=config.steps, threads=config.threads)
+    import torch
+
+    from bench import suite
+    from bench.peers import PEERS
+    from bench.rows import MEASUREMENTS
+    from bench.rows.peers import one_by_one
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    parts = {part.name: part for part in (MEASUREMENTS["limits"], *one_by_one(NAMES))}
+    wanted = chosen("parts", config.parts, tuple(parts), tuple(parts))
+    command, options = [*PROG.split(), *arguments], {"seconds": 0.0, "judged": 1}
+    session = suite.open_run(command, config, "cpu", config.steps or STEPS, goes_on=True, **options)
+    session.batches.update(dict.fromkeys(PEERS, 1))
+    return suite.measure_and_show(session, parts, wanted, is_json=config.json)
