@@ -20,6 +20,7 @@ from datasetdm_fast.generation.origin import Beginning
 from datasetdm_fast.generation.prompts import GivenPrompt
 from datasetdm_fast.labels import kind_of, mask_rle
 from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.labels.words import AFTER_A_NOUN
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ class Edits(Redrawing):
                 labels[task] = numbered(labels[task], self.largest[task] + 1 + index * MOST_NEW)
         facts = {"mask": regions.described(region), "feather": self.feather}
         request = replace(sample.request, classes=self._classes(sample.request, tile, labels))
-        return Sample(request, image, labels, {**sample.provenance, **self.provenance(index), **facts})
+        provenance = {**sample.provenance, **self.provenance(index), **facts}
+        return Sample(request, image, labels, provenance, trust_of(request.classes, labels))
 
     def _classes(self, request: Request, tile: Tile, labels: Mapping[str, Annotation]) -> tuple[str, ...]:
         """The class words of the prompt, and those of the source that the labels still show."""
