@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -290,7 +291,9 @@ def test_clip_scores_come_from_a_local_folder(run, tmp_path):
 def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys):
     from stub_engine import CONFIGS, StubEngine
 
+    from datasetdm_fast.curation.stability import OTHER_NOISE
     from datasetdm_fast.engines import opening
+    from datasetdm_fast.sampling.times import initial_noise
 
     digests = {"digest": "stub", "licence": "none"}
 
@@ -307,6 +310,8 @@ def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys
         found = [value for _, value in ledger.scores("stability")]
     assert len(found) == 3 and all(0 <= value <= 1 for value in found) and audit(path).findings == []
     assert len(open_run(path, kept=True)) == 3
+    noise = [initial_noise(shift, 4, 8, 8) for shift in (0, *OTHER_NOISE)]
+    assert not any((a == b).any() for a, b in combinations(noise, 2))
     digests = {"digest": "other", "licence": "none"}
     assert filter.main([str(path), "--stability", "--quiet"]) == 0, "all of them have the score"
     with RunFolder(path, open_run(path).document) as folder:

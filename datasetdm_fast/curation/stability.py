@@ -12,7 +12,7 @@ from datasetdm_fast.labels.trust import named_map
 from datasetdm_fast.run_folder.document import check_same
 from datasetdm_fast.run_folder.reader import Run, StoredSample
 
-OTHER_NOISE = (2**41, 2**42)  # added to a sample's seed for the two draws
+OTHER_NOISE = (10**9 + 7, 2 * 10**9 + 11)  # added to a sample's seed; a generator reads no more than its last 32 bits
 LARGEST_SEED = 2**63
 BATCH = 8
 
