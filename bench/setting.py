@@ -91,6 +91,6 @@ def open_setting(
 
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
     """Decoders with seeded weights, folded and not."""
-    trained = seeded.seeded_decoders(model.levels, model.text_encoder.config.hidden_size)
+    trained = seeded.seeded_decoders(model.levels, model.networks["text_encoder"].config.hidden_size)
     folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
     return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}

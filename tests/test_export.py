@@ -111,7 +111,7 @@ def second_generation(tiny):
         ),
         seed=3,
     )
-    return replace(tiny, unet=unet.eval().requires_grad_(False))
+    return replace(tiny, networks={**tiny.networks, "unet": unet})
 
 
 def upstream_decoders(model) -> dict:

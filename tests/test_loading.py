@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,29 @@ def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr(presets, "DEMO", tmp_path / "nowhere")
     with pytest.raises(Missing, match="demo.train"):
         load_model("demo")
+
+
+def test_the_fast_engine_reads_networks_that_no_module_holds(tiny, tmp_path):
+    model = load_model("tiny")
+    engine = build_engine("fast", model, device="cpu")
+    assert all(network._module is None for network in model.networks.values())
+    assert engine.weight_distance() == 0
+    source = model.networks["vae"].read()
+    name = "decoder.conv_in.weight"
+    assert torch.equal(source.state_dict()[name], tiny.vae.state_dict()[name]) and name not in source.state_dict()
+    assert model.unet is model.unet and model.networks["unet"].changes == 0
+    model.unet.conv_out.weight.mul_(2)
+    assert model.networks["unet"].changes == 1 and engine.weight_distance() > 0.4
+
+
+def test_an_image_of_the_demo_model_needs_neither_diffusers_nor_a_compiler():
+    """Each would take longer to import than the networks take for the image."""
+    code = (
+        "import sys; from datasetdm_fast.engines.opening import open_engine; open_engine(device='cpu'); "
+        "sys.exit(', '.join({'diffusers', 'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

@@ -59,12 +59,8 @@ def second_generation(tiny):
         ),
         seed=3,
     )
-    unet.eval().requires_grad_(False)
-    return replace(
-        tiny,
-        unet=unet,
-        scheduler={**tiny.scheduler, "prediction_type": "v_prediction"},
-    )
+    scheduler = {**tiny.scheduler, "prediction_type": "v_prediction"}
+    return replace(tiny, networks={**tiny.networks, "unet": unet}, scheduler=scheduler)
 
 
 def decoders_for(model) -> dict:

@@ -28,6 +28,7 @@ from datasetdm_fast.generation import driver
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.kernels import choice, launch
 from datasetdm_fast.loading import PRESETS, presets
+from datasetdm_fast.loading.network import Network
 from datasetdm_fast.sampling import walk
 from datasetdm_fast.tasks.to_host import to_host
 
@@ -103,7 +104,7 @@ def open_engine(model: str, dtype: str, device: str) -> fast.FastEngine:
     loaded = PRESETS[model](0)
     decoders = {
         task: for_inference(one, strict=False)
-        for task, one in untrained_decoders(loaded.levels, loaded.text_encoder.config.hidden_size).items()
+        for task, one in untrained_decoders(loaded.levels, loaded.networks["text_encoder"].config.hidden_size).items()
     }
     return fast.FastEngine(loaded, decoders, dtype=dtype, device=device)
 
@@ -122,8 +123,7 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
     with ExitStack() as stack:
         for module, name, value in (
             (nn.Module, "_apply", _replaced),
-            (presets, "_fill", lambda module, seed: module),
-            (presets, "seeded", lambda build, seed: build()),
+            (presets, "seeded", lambda build, seed: Network.of(build())),
             (sampling, "make_schedule", unobserved(sampling.make_schedule)),
             (sys.modules[to_host.__module__], "_own", threading.local()),
             (choice, "is_sound", lambda name, form, device, dtype: True),

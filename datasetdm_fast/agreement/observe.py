@@ -4,7 +4,7 @@ image.
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -112,7 +112,7 @@ class Rounded(TorchEngine):
     def __init__(self, engine: TorchEngine, dtype: torch.dtype):
         model, self.dtype = engine.model, dtype
         parts = {part: copy.deepcopy(getattr(model, part)).to(dtype) for part in ("unet", "vae")}
-        super().__init__(replace(model, **parts), engine.decoders, device=str(engine.device))
+        super().__init__(model.with_modules(**parts), engine.decoders, device=str(engine.device))
 
     def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
         return super().denoise(latents.to(self.dtype), timestep, context.to(self.dtype)).float()

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from datasetdm_fast.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.decoders.depth import DepthDecoder
@@ -76,6 +77,15 @@ def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") ->
     return folder
 
 
+class Undrawn(TorchFunctionMode):
+    """Leaves parameters without memory as they are: drawing them would import PyTorch's compiler, in seconds."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function in (nn.init.normal_, torch.Tensor.normal_):
+            return arguments[0] if arguments else named["tensor"]
+        return function(*arguments, **(named or {}))
+
+
 def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespace = reference) -> Decoder:
     """The decoder of a folder written by save_decoder, fp32, for inference.
 
@@ -87,7 +97,7 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
             raise Missing(f"decoder {folder}: {name} is not there", "give a folder written by training or save_decoder")
     config = read_config(folder)
     state = read_state(folder / "model.safetensors")
-    with torch.device("meta"):  # before memory is taken for what the configuration asks for
+    with torch.device("meta"), Undrawn():  # before memory is taken for what the configuration asks for
         check_fit(build_decoder(config, ops), state, str(folder))
     decoder = build_decoder(config, ops)
     fill(decoder, state, str(folder))

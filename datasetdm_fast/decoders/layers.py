@@ -24,7 +24,10 @@ class SpectralConv2d(nn.Conv2d):
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int):
         super().__init__(channels_in, channels_out, kernel, padding=kernel // 2)
-        self.register_buffer("u0", F.normalize(torch.randn(1, channels_out), dim=-1))
+        start = torch.empty(1, channels_out)
+        if not start.is_meta:  # see checkpoint.Undrawn
+            start = F.normalize(start.normal_(), dim=-1)
+        self.register_buffer("u0", start)
         self.register_buffer("sv0", torch.ones(1))
 
     def normalised(self) -> Tensor:

@@ -22,6 +22,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.loading.model import Model
+from datasetdm_fast.loading.network import Weighted
 from datasetdm_fast.models import fused
 from datasetdm_fast.models.blocks import with_blocks
 from datasetdm_fast.models.capture import CaptureHook, NoCapture, ProjectedSums, Projection, RawCapture
@@ -36,6 +37,8 @@ CHUNK_PIXELS = {
     "cuda": 8 * 512 * 512,
 }  # images the autoencoder takes at once; its full-size activations dwarf the UNet's
 TIMES = 2048  # timesteps whose biases are kept
+# weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
+COMPUTED = ("time_emb", "upsamplers")
 WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
 
@@ -73,7 +76,8 @@ def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 class FastEngine:
-    """See engines.Engine; the fp32 modules of `model` are read at construction and left as they are.
+    """See engines.Engine; the weights of `model` are read at construction and left as they are; where no module holds
+    them, they are not held twice.
 
     Text encoder, timestep table, level sums and decoders are stored in fp32 in every precision: they cost little, and
     labels hang on them. The UNet and the autoencoder are stored as `dtype`; norms and softmax add up in fp32 inside
@@ -112,12 +116,13 @@ class FastEngine:
 
     def _read_weights(self) -> None:
         self._seen = self._weight_versions()
+        sources = self._sources()
         for name in NETWORKS:
-            setattr(self, name, self._network(name))
+            setattr(self, name, self._network(name, sources))
+        self.__dict__.pop("image_encoder", None)
         if self.device.type == "cpu" and not self.is_compiled:
-            with_blocks(self.unet)
-            for network in (self.unet, self.image_decoder, self.image_encoder):
-                packed(network)
+            packed(with_blocks(self.unet))
+            packed(self.image_decoder)
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
@@ -128,28 +133,49 @@ class FastEngine:
         self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
 
-    def _network(self, name: str) -> nn.Module:
-        """One of NETWORKS, read from the model."""
-        module, is_wide = NETWORKS[name](self), name in ("text_encoder", "times")
+    def _sources(self, *names: str) -> dict[str, Weighted]:
+        """The weights of these networks of the model, or of all; what no module holds is stored as it is multiplied
+        with.
+        """
+
+        networks = {name: self.model.networks[name] for name in names or self.model.networks}
+        if self.device.type != "cpu":  # whose forms of a layer may read a weight twice
+            found = {name: network.read() for name, network in networks.items()}
+            return {name: Weighted(one.config, dict(one.state)) for name, one in found.items()}
+
+        def stored(name: str, value: Tensor) -> Tensor:
+            is_narrow = value.dim() > 1 and not any(part in name for part in COMPUTED)
+            return value.to(self.dtype) if is_narrow else value
+
+        return {name: network.read(*([] if name == "text_encoder" else [stored])) for name, network in networks.items()}
+
+    def _network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
+        """One of NETWORKS or the image encoder, from the weights of the model."""
+        module, is_wide = {**NETWORKS, **AT_NEED}[name](self, sources), name in ("text_encoder", "times")
         return placed(module, self.device, torch.float32 if is_wide else self.dtype)
+
+    @functools.cached_property
+    def image_encoder(self) -> nn.Module:
+        encoder = self._network("image_encoder", self._sources("vae"))
+        return packed(encoder) if self.device.type == "cpu" and not self.is_compiled else encoder
 
     def weight_distance(self) -> float:
         """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or
         something changed it.
         """
-        farthest = 0.0
+        farthest, sources = 0.0, self._sources()
         for name in NETWORKS:
-            held, truth = (weights_of(module) for module in (getattr(self, name), self._network(name)))
+            held, truth = weights_of(getattr(self, name)), weights_of(self._network(name, sources))
             farthest = max([farthest, *(state_distance(held[key], value) for key, value in truth.items())])
         return farthest
 
     def _weight_versions(self) -> tuple[int, ...]:
-        """Counters PyTorch advances when a weight is changed in place."""
-        modules = (self.model.text_encoder, self.model.unet, self.model.vae, *self.decoders.values())
-        return tuple(
-            sum(parameter._version for parameter in module.parameters() if not parameter.is_inference())
-            for module in modules
+        """Counters that advance when a weight is changed in place."""
+        decoders = (
+            sum(parameter._version for parameter in decoder.parameters() if not parameter.is_inference())
+            for decoder in self.decoders.values()
         )
+        return *(network.changes for network in self.model.networks.values()), *decoders
 
     def _refresh(self) -> None:
         if self._weight_versions() != self._seen:
@@ -157,11 +183,7 @@ class FastEngine:
 
     @computed
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
-        length = min(self.model.tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
-        ids = self.model.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return self.text_encoder(to_device(ids, self.device))
+        return self.text_encoder(to_device(self.model.token_ids(prompts), self.device))
 
     @computed
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
@@ -305,7 +327,8 @@ class FastEngine:
 
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
-        return placed(self.kinds[1](self.model.vae, self.ops), self.device, torch.float32)
+        decoder = self.kinds[1](self.model.networks["vae"].read(), self.ops)
+        return placed(decoder, self.device, torch.float32)
 
     @computed
     def encode_image(
@@ -318,7 +341,7 @@ class FastEngine:
                 for part in parts
             ]
         )
-        return drawn(moments.contiguous(), generators) * self.model.vae.config.scaling_factor
+        return drawn(moments.contiguous(), generators) * self.model.networks["vae"].config.scaling_factor
 
     def _chunk(self, side: int) -> int:
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
@@ -377,14 +400,17 @@ class FastEngine:
         }
 
 
-NETWORKS: dict[str, Callable[[FastEngine], nn.Module]] = {
-    "text_encoder": lambda engine: TextEncoder(engine.model.text_encoder, engine.ops),
-    "times": lambda engine: TimeTable(engine.model.unet),
-    "texts": lambda engine: TextTable(engine.model.unet),
-    "unet": lambda engine: engine.kinds[0](engine.model.unet, engine.ops),
-    "image_decoder": lambda engine: engine.kinds[1](engine.model.vae, engine.ops),
-    "image_encoder": lambda engine: ImageEncoder(engine.model.vae, engine.ops),
-    "projection": lambda engine: Projection(engine.model.levels, engine.decoders),
+Building = Callable[[FastEngine, Mapping[str, Weighted]], nn.Module]
+NETWORKS: dict[str, Building] = {
+    "text_encoder": lambda engine, sources: TextEncoder(sources["text_encoder"], engine.ops),
+    "times": lambda engine, sources: TimeTable(sources["unet"]),
+    "texts": lambda engine, sources: TextTable(sources["unet"]),
+    "unet": lambda engine, sources: engine.kinds[0](sources["unet"], engine.ops),
+    "image_decoder": lambda engine, sources: engine.kinds[1](sources["vae"], engine.ops),
+    "projection": lambda engine, sources: Projection(engine.model.levels, engine.decoders),
+}
+AT_NEED: dict[str, Building] = {  # labelled images are made without it
+    "image_encoder": lambda engine, sources: ImageEncoder(sources["vae"], engine.ops)
 }
 
 

@@ -95,7 +95,7 @@ def _seeded(loaded: Model) -> dict[str, Decoder]:
     from datasetdm_fast.decoders.checkpoint import for_inference
     from datasetdm_fast.decoders.seeded import seeded_decoders
 
-    found = seeded_decoders(loaded.levels, loaded.text_encoder.config.hidden_size)
+    found = seeded_decoders(loaded.levels, loaded.networks["text_encoder"].config.hidden_size)
     return {task: for_inference(decoder, strict=False) for task, decoder in found.items()}
 
 

@@ -8,7 +8,6 @@ from datasetdm_fast.loading.checks import SUPPORTED, check_size
 from datasetdm_fast.loading.folder import downloaded, load_folder
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.presets import load_demo, load_random_sd14, load_tiny
-from datasetdm_fast.loading.single_file import load_file
 
 PRESETS = {"demo": load_demo, "tiny": load_tiny, "random-sd14": load_random_sd14}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -35,6 +34,8 @@ def _load(name: str, size: int, allow_download: bool) -> Model:
     if path.is_dir():
         return load_folder(path, size=size)
     if path.is_file():
+        from datasetdm_fast.loading.single_file import load_file  # which needs diffusers
+
         return load_file(path, size=size, allow_download=allow_download)
     if not HUB_NAME.fullmatch(name):
         raise Refused(

@@ -1,13 +1,11 @@
 """What a model's configuration and weights must satisfy before anything is built from them."""
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import diffusers
-import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from datasetdm_fast.errors import Refused
@@ -25,12 +23,8 @@ LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 M
 # of a config: any number, layers, latent cells of a side, steps
 LARGEST_NUMBER, MOST_LAYERS, LARGEST_SIDE, MOST_TIMESTEPS = 2**20, 64, 512, 100_000
 # What is read of a config. Other settings change no network of this kind, and some name code that a library would fetch
-# and run.
-ARCHITECTURE = {
-    **{
-        part: {*inspect.signature(kind.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"}
-        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
-    },
+# and run. Of a UNet and an autoencoder it is what their classes take.
+SETTINGS = {
     "text_encoder": set(
         "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads hidden_act "
         "max_position_embeddings layer_norm_eps attention_dropout initializer_range initializer_factor pad_token_id "
@@ -41,6 +35,16 @@ ARCHITECTURE = {
         "errors clean_up_tokenization_spaces tokenizer_class".split()
     ),
 }
+
+
+def known_settings(part: str) -> set[str]:
+    """The names in a part's config that are read."""
+    if part in SETTINGS:
+        return SETTINGS[part]
+    import diffusers
+
+    kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
+    return {*inspect.signature(kind.__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"}
 
 
 def check_size(size: int) -> None:
@@ -178,16 +182,19 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Neither library's warnings nor progress bars within the block; what matters is checked here."""
-    before = [(module, module.get_verbosity()) for module in (diffusers.utils.logging, transformers.utils.logging)]
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    for module, _ in before:
-        module.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    """No warnings and progress bars of diffusers and transformers within the block; what matters is checked here."""
+    from transformers.utils import logging
+
+    diffusers = sys.modules.get("diffusers")  # what is not there yet says nothing
+    before = [(one, one.get_verbosity()) for one in (logging, *([diffusers.utils.logging] if diffusers else []))]
+    bars = logging.is_progress_bar_enabled()
+    for one, _ in before:
+        one.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        for module, level in before:
-            module.set_verbosity(level)
+        for one, level in before:
+            one.set_verbosity(level)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()

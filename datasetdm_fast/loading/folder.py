@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, pickles
 from datasetdm_fast.loading.checks import (
-    ARCHITECTURE,
     LARGEST_SIDE,
     PARTS,
     SUPPORTED,
@@ -27,38 +24,42 @@ from datasetdm_fast.loading.checks import (
     check_unet,
     check_vae,
     first_line,
+    known_settings,
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.loading.model import Model, checked
+from datasetdm_fast.loading.model import NETWORKS, Model, checked
+from datasetdm_fast.loading.network import ConfigFile, Network, tensors_of
 from datasetdm_fast.loading.provenance import digest, files_of, folder_licence
 from datasetdm_fast.loading.tokenizer import load_tokenizer
 from datasetdm_fast.stages import FACTOR
 
 
-def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaults | None = None) -> Model:
-    """The model in a diffusers folder; every part, its form and each of its tensors is checked."""
+def load_folder(
+    folder: Path, *, size: int = 0, name: str = "", defaults: Defaults | None = None, is_own: bool = False
+) -> Model:
+    """The model in a diffusers folder; every part, its form and each of its tensors is checked.
+
+    A folder of this package (`is_own`) was written by today's diffusers: its networks are read without that library.
+    """
     with _making_sense(folder):
         configs = _folder_configs(folder)
-        for part in ("unet", "vae", "text_encoder"):
-            configs[part] = {key: value for key, value in configs[part].items() if key in ARCHITECTURE[part]}
+        for part in NETWORKS:
+            if not is_own:
+                configs[part] = {key: value for key, value in configs[part].items() if key in known_settings(part)}
             check_bounds(configs[part], folder / part)
         check_scheduler(configs["scheduler"], folder)
         check_unet(configs["unet"], folder)
         check_vae(configs["vae"], folder)
-    weights = {part: _weight_files(folder / part) for part in ("text_encoder", "unet", "vae")}
+    weights = {part: _weight_files(folder / part) for part in NETWORKS}
     tokenizer = load_tokenizer(folder / "tokenizer")
-    text_encoder = _from_folder(
-        CLIPTextModel, folder / "text_encoder", weights["text_encoder"], configs["text_encoder"]
-    )
-    unet = _from_folder(UNet2DConditionModel, folder / "unet", weights["unet"], configs["unet"])
-    vae = _from_folder(AutoencoderKL, folder / "vae", weights["vae"], configs["vae"])
+    networks = {part: _network(folder / part, weights[part], configs[part], is_own) for part in NETWORKS}
     files = {
         **{part: found.files for part, found in weights.items()},
         "tokenizer": files_of(folder / "tokenizer"),
         "scheduler": files_of(folder / "scheduler"),
     }
-    side = unet.config.sample_size
+    side = networks["unet"].config.sample_size
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
         raise Refused(
             f"model: {folder}: the UNet's sample_size is {documents.quoted(side)}, expected a number up to "
@@ -68,9 +69,7 @@ def load_folder(folder: Path, *, size: int = 0, name: str = "", defaults: Defaul
     scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
     origin = name or str(folder), str(folder.resolve())
     proof = {part: digest(files[part]) for part in PARTS}, folder_licence(folder)
-    return checked(
-        Model(*origin, tokenizer, text_encoder, unet, vae, scheduler, defaults, size or defaults.size, *proof)
-    )
+    return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,30 @@ def _shards(index: Path) -> list[Path]:
         raise Refused(f"model: {index} is no index of weight files ({first_line(error)})") from error
 
 
-def _from_folder(kind: type, folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
+def _network(folder: Path, weights: _Weights, config: Mapping, is_own: bool) -> Network:
+    if not is_own:
+        return Network.of(_from_folder(folder, weights, config))
+    return Network(
+        ConfigFile(config),
+        lambda: _from_folder(folder, weights, config),
+        lambda stored: tensors_of(weights.files, stored),
+    )
+
+
+def _class_of(part: str) -> type:
+    import diffusers
+    import transformers
+
+    return {
+        "text_encoder": transformers.CLIPTextModel,
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+    }[part]
+
+
+def _from_folder(folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
+    kind = _class_of(folder.name)
     try:
         with quiet_libraries(), _only_weights(folder, weights, config) as safe:
             module, info = kind.from_pretrained(

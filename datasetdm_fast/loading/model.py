@@ -1,18 +1,25 @@
 """A loaded diffusion model: its networks, tokenizer, sampler settings and where they came from."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from __future__ import annotations
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.loading.checks import check_finite, check_size
+from datasetdm_fast.loading.network import Network
 from datasetdm_fast.stages import Level, levels
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+NETWORKS = ("text_encoder", "unet", "vae")
 SD_SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "num_train_timesteps": 1000,
@@ -33,42 +40,63 @@ class Model:
     name: str
     source: str
     tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    networks: Mapping[str, Network]  # of NETWORKS
     scheduler: dict
     defaults: Defaults
     size: int  # pixels of a side
     digests: dict[str, str]  # part -> SHA-256 of its files, or the recipe of seeded weights
     licence: str
 
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        return self.networks["text_encoder"].module
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.networks["unet"].module
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.networks["vae"].module
+
+    def with_modules(self, **modules: nn.Module) -> Model:
+        """The same model with other networks."""
+        return replace(self, networks={**self.networks, **{name: Network.of(one) for name, one in modules.items()}})
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt, padding included."""
+        return min(self.tokenizer.model_max_length, self.networks["text_encoder"].config.max_position_embeddings)
+
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The levels of its captures, low to highest."""
-        return levels(self.unet.config, self.text_encoder.config.max_position_embeddings, self.size)
+        length = self.networks["text_encoder"].config.max_position_embeddings
+        return levels(self.networks["unet"].config, length, self.size)
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:  # [B, T] int64
         """The padded tokens of each prompt, cut off where the text encoder's positions end."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         return self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            list(prompts), padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
         ).input_ids
 
 
-def checked(model: Model) -> Model:
-    """The model once the last checks of every source are passed: its parts fit, their numbers are finite."""
+def checked(model: Model, *, is_seeded: bool = False) -> Model:
+    """The model once the last checks of every source are passed: its parts fit, their numbers are finite, as those of
+    seeded ones always are.
+    """
     check_size(model.size)
-    width, hidden = model.unet.config.cross_attention_dim, model.text_encoder.config.hidden_size
+    text, unet = model.networks["text_encoder"].config, model.networks["unet"].config
+    width, hidden = unet.cross_attention_dim, text.hidden_size
     if width != hidden:
         raise Refused(
             f"model: {model.name}: the UNet reads text of width {width}, the text encoder gives {hidden}, so they "
             "belong to different models"
         )
-    if len(model.tokenizer) > (known := model.text_encoder.config.vocab_size):
+    if len(model.tokenizer) > (known := text.vocab_size):
         raise Refused(
             f"model: {model.name}: the tokenizer has {len(model.tokenizer)} entries, the text encoder knows {known}"
         )
-    for part in ("text_encoder", "unet", "vae"):
-        module = getattr(model, part).eval().requires_grad_(False)
-        check_finite(f"{model.name}: {part}", module.state_dict())
+    for name in NETWORKS if not is_seeded else ():
+        check_finite(f"{model.name}: {name}", model.networks[name].read().state_dict())
     return model

@@ -1,46 +1,70 @@
 """Models that need no download: the demo model, and seeded random weights in two sizes."""
 
+from __future__ import annotations
+
 import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
 from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.folder import load_folder
 from datasetdm_fast.loading.model import SD_SCHEDULER, Model, checked
+from datasetdm_fast.loading.network import Network, as_filled
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
 
 
-def _fill(module: nn.Module, seed: int) -> nn.Module:
-    """`module` with seeded weights of unit gain, norms near one and small biases, so activations stay of order one."""
-    generator = torch.Generator().manual_seed(seed)
-    state = module.state_dict()
-    with torch.no_grad():
-        for key in sorted(state):
-            value = state[key]
-            value.normal_(generator=generator)
-            if value.dim() >= 2:
-                value.div_(math.sqrt(value[0].numel()))
-            else:
-                value.mul_(0.02).add_(1.0 if "norm" in key and key.endswith("weight") else 0.0)
-    return module
+class Seeded:
+    """Draws seeded weights of unit gain, norms near one and small biases, so activations stay of order one."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        value.normal_(generator=self.generator)
+        if value.dim() >= 2:
+            return value.div_(math.sqrt(value[0].numel()))
+        return value.mul_(0.02).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A module built without its own initialisation, which costs seconds and draws from the global generator."""
+def seeded(build: Callable[[], nn.Module], seed: int) -> Network:
+    """A network of seeded weights, built without its own initialisation, which costs seconds and draws from the global
+    generator.
+    """
+    with torch.device("meta"):
+        empty = build()
+    shapes = {name: value.shape for name, value in empty.state_dict().items()}
+
+    def filled() -> nn.Module:
+        module, draw = build_empty(build), Seeded(seed)
+        state = module.state_dict()
+        for name in sorted(state):
+            draw(name, state[name])
+        return module
+
+    return Network(empty.config, filled, lambda stored: as_filled(shapes, Seeded(seed), stored))
+
+
+def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
+    """A module with memory for its weights, not yet filled, and the buffers it begins with."""
     with torch.device("meta"):
         module = build()
-    assert not list(module.buffers()), "to_empty would lose what a buffer holds"
-    return _fill(module.to_empty(device="cpu"), seed)
+    if list(module.buffers()):  # to_empty would lose what they hold
+        with torch.random.fork_rng(devices=[]):
+            return build()
+    return module.to_empty(device="cpu")
 
 
 def _small_tokenizer() -> CLIPTokenizer:
@@ -57,11 +81,13 @@ def load_demo(size: int) -> Model:
             f"model: the demo model is not there, {DEMO} does not exist",
             f"train it: python -m datasetdm_fast.demo.train --out {DEMO}; or name another with --model",
         )
-    return load_folder(DEMO, size=size, name="demo", defaults=DEMO_DEFAULTS)
+    return load_folder(DEMO, size=size, name="demo", defaults=DEMO_DEFAULTS, is_own=True)
 
 
 def load_tiny(size: int) -> Model:
     """SD 1.x in form, small enough for tests: 28 features and 16 maps, 128 x 128 pixels, seeded random weights."""
+    from transformers import CLIPTextConfig
+
     tokenizer = _small_tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -97,6 +123,8 @@ def load_random_sd14(size: int) -> Model:
 
     The tokenizer is the demo world's, as CLIP's is not shipped; its ids lie within CLIP's 49408.
     """
+    from transformers import CLIPTextConfig
+
     text = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=768,
@@ -128,11 +156,16 @@ def load_random_sd14(size: int) -> Model:
 def _preset(
     name: str, tokenizer, text: CLIPTextConfig, unet: dict, vae: dict, defaults: Defaults, size: int, seed: int
 ) -> Model:
-    with torch.random.fork_rng(devices=[]):
-        text_encoder = _fill(CLIPTextModel(text), seed)
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
     blocks = {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS, "layers_per_block": 2}
-    unet_module = seeded(lambda: UNet2DConditionModel(**blocks, **unet), seed + 1)
-    modules = text_encoder, unet_module, seeded(lambda: AutoencoderKL(**vae), seed + 2)
-    digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(("text_encoder", "unet", "vae"))}
+    networks = {
+        "text_encoder": seeded(lambda: CLIPTextModel(text), seed),
+        "unet": seeded(lambda: UNet2DConditionModel(**blocks, **unet), seed + 1),
+        "vae": seeded(lambda: AutoencoderKL(**vae), seed + 2),
+    }
+    digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(networks)}
     numbers = SD_SCHEDULER, defaults, size or defaults.size
-    return checked(Model(name, f"preset {name}", tokenizer, *modules, *numbers, digests, SEEDED_LICENCE))
+    model = Model(name, f"preset {name}", tokenizer, networks, *numbers, digests, SEEDED_LICENCE)
+    return checked(model, is_seeded=True)

@@ -17,6 +17,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import pickles
 from datasetdm_fast.loading.checks import DOWN_BLOCKS, SUPPORTED, UP_BLOCKS, check_readable, check_unet, check_vae
 from datasetdm_fast.loading.model import SD_SCHEDULER, Model, checked
+from datasetdm_fast.loading.network import Network
 from datasetdm_fast.loading.provenance import UNKNOWN_LICENCE, digest
 from datasetdm_fast.loading.tokenizer import tokenizer_beside
 from datasetdm_fast.stages import FACTOR
@@ -51,9 +52,9 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Mod
         unet.register_to_config(sample_size=96)
     defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     origin, proof = (str(path), str(path.resolve())), ({"file": digest([path])}, licence)
-    return checked(
-        Model(*origin, tokenizer, text_encoder, unet, vae, scheduler, defaults, size or defaults.size, *proof)
-    )
+    modules = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
+    networks = {part: Network.of(module) for part, module in modules.items()}
+    return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
 UNET, VAE, CLIP, OPEN_CLIP = (

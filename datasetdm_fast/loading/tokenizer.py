@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.loading.checks import ARCHITECTURE, LARGEST_VOCABULARY, first_line, quiet_libraries, read_config
+from datasetdm_fast.loading.checks import LARGEST_VOCABULARY, SETTINGS, first_line, quiet_libraries, read_config
 
 BYTES = 256  # entries every byte-level vocabulary starts with
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
@@ -43,7 +43,7 @@ def _only_vocabulary(folder: Path) -> Iterator[Path]:
     settings = read_config(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)
-        kept = {key: value for key, value in settings.items() if key in ARCHITECTURE["tokenizer"]}
+        kept = {key: value for key, value in settings.items() if key in SETTINGS["tokenizer"]}
         safe.joinpath("tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
         for name in VOCABULARY_FILES:
             if (folder / name).is_file():

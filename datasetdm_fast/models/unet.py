@@ -96,7 +96,7 @@ class TextTable(nn.Module):
         heads = heads_per_block(config)
         self.heads = [heads[depth] for _, depth in places]
         self.packed = Linear(*(layer / name for layer in layers for name in ("to_k", "to_v")))
-        self.widths = [2 * len(layer["to_k.weight"]) for layer in layers]
+        self.widths = [2 * config.block_out_channels[depth] for _, depth in places]
 
     def forward(self, text: Tensor) -> tuple[Tensor, ...]:
         parts = self.packed(text).split(self.widths, -1)

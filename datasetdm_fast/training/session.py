@@ -74,7 +74,7 @@ class TrainingSession:
     def recipe(self, task: str, images: int) -> tuple[recipes.TrainingRecipe, Any]:
         """Decoder and schedule of a task, and the class embeddings it is taught with."""
         config, engine = self.config, self.engine
-        width = engine.model.text_encoder.config.hidden_size
+        width = engine.model.networks["text_encoder"].config.hidden_size
         found = recipes.recipe(
             *(task, self.source, engine.model.levels, width, self.timestep, images),
             preset=config.preset,

@@ -1,0 +1,110 @@
+"""One network of a model: a module of diffusers or transformers, or what one is made of as long as nobody needs it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+Stored = Callable[[str, Tensor], Tensor]  # what is to be kept of a tensor, by its name
+
+
+class ConfigFile(dict):
+    """A config.json whose entries are attributes too, as those of diffusers' configs are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class ReadOnce(dict):
+    """Tensors by name; a weight is let go when it is read, so that what is made of it takes its place."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.pop(name) if dict.__getitem__(self, name).dim() > 1 else dict.__getitem__(self, name)
+
+
+class Weighted:
+    """The configuration and the tensors of a network, as those who build one of their own read them."""
+
+    def __init__(self, config: Any, state: Mapping[str, Tensor]):
+        self.config, self.state = config, state
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return self.state
+
+
+class Network:
+    """Its `module` is built when it is first asked for, and then holds the weights; until then each reading begins at
+    their source, and nothing is held.
+    """
+
+    def __init__(self, config: Any, build: Callable[[], nn.Module], read: Callable[[Stored], dict[str, Tensor]]):
+        self.config, self._build, self._read = config, build, read
+        self._module: nn.Module | None = None
+        self._built = 0  # changes of the parameters when they were filled
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Network:
+        """The network of a module that was built."""
+        network = cls(module.config, lambda: module, lambda _: module.state_dict())
+        assert network.module is module
+        return network
+
+    @property
+    def module(self) -> nn.Module:
+        if self._module is None:
+            self._module = self._build().eval().requires_grad_(False)
+            self._built = _versions(self._module)
+        return self._module
+
+    @property
+    def changes(self) -> int:
+        """How often a weight was changed in place since the module was built."""
+        return _versions(self._module) - self._built if self._module is not None else 0
+
+    def read(self, stored: Stored = lambda _, value: value) -> Weighted:
+        """The weights: those of the module, or from their source as `stored` wants each, to be read once."""
+        if self._module is not None:
+            return Weighted(self.config, self._module.state_dict())
+        return Weighted(self.config, ReadOnce(self._read(stored)))
+
+
+def _versions(module: nn.Module) -> int:
+    """A counter that PyTorch advances when a weight is changed in place."""
+    return sum(parameter._version for parameter in module.parameters() if not parameter.is_inference())
+
+
+def tensors_of(files: list[Path], stored: Stored) -> dict[str, Tensor]:
+    """The tensors of safetensors files, those with fractions in fp32."""
+    found = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                value = opened.get_tensor(name)
+                found[name] = apart(stored(name, value.float() if value.is_floating_point() else value))
+    return found
+
+
+def as_filled(
+    shapes: Mapping[str, torch.Size], fill: Callable[[str, Tensor], Tensor], stored: Stored
+) -> dict[str, Tensor]:
+    """Tensors of these shapes, each filled in the order of the names."""
+    return {name: apart(stored(name, fill(name, torch.empty(shapes[name])))) for name in sorted(shapes)}
+
+
+def apart(value: Tensor) -> Tensor:
+    """A copy in memory of its own, which the system has back when the copy goes: what an allocator keeps of freed
+    weights would be as large as half a model.
+    """
+    if value.dim() < 2:
+        return value
+    copy = torch.frombuffer(mmap.mmap(-1, value.numel() * value.element_size()), dtype=value.dtype)
+    return copy.view(value.shape).copy_(value)
