@@ -35,9 +35,10 @@ def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
     """The engine for `calls` UNet calls with `batch_size` images on the CPU of the one that was opened; engines that
     are not installed or do not agree take no part.
     """
-    if opened.name not in ENGINES or opened.device.type != "cpu" or not (names := _others(opened.name)):
+    if opened.name not in ENGINES or opened.device.type != "cpu":
         return Race(opened)
-    if (seconds := probe(opened, batch_size)) * calls < LEAST_RUN:
+    # Importing what the others need takes about a second, so it comes last.
+    if (seconds := probe(opened, batch_size)) * calls < LEAST_RUN or not (names := _others(opened.name)):
         return Race(opened, seconds=seconds)
     import torch
 
