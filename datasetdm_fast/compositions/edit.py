@@ -75,14 +75,15 @@ class Edits(Redrawing):
             return [self._place_of_instance(places)]
         if self.way != "class_":
             return places
-        run, table, word = self.source.run, self.source.document["labels"][self.task], self.settings.class_
-        kind = kind_of(self.task)
-        found = [place for place in places if word in kind.words(run[place].row.labels[self.task], table, 1)]
+        kind, table, word = kind_of(self.task), self.source.document["labels"][self.task], self.settings.class_
+        rows = self.source.run.rows(parts=("labels",))
+        shown = {place: list(kind.words(row.labels[self.task], table, 1)) for place, row in enumerate(rows)}
+        found = [place for place in places if word in shown[place]]
         if self.settings.only and len(found) < len(places):
-            row = run[min(set(places) - set(found))].row
-            shown = ", ".join(kind.words(row.labels[self.task], table, 1)) or "none"
+            other = min(set(places) - set(found))
+            told = ", ".join(dict.fromkeys(shown[other])) or "none"
             raise Refused(
-                f"--class {word}: sample {row.request.id} does not show it, its {self.task} labels show {shown}",
+                f"--class {word}: sample {self.requests[other].id} does not show it, its labels show {told}",
                 "Choose one of these, or another sample.",
             )
         if not found:
@@ -92,7 +93,7 @@ class Edits(Redrawing):
     def _place_of_instance(self, places: Sequence[int]) -> int:
         wanted = self.settings.instance
         for place in places:
-            if wanted in self.ids[self.task][self.source.run[place].row.request.index]:
+            if wanted in self.ids[self.task][self.requests[place].index]:
                 return place
         raise Refused(
             f"--instance {wanted}: no annotation of the samples taken has this id",
@@ -125,7 +126,7 @@ class Edits(Redrawing):
         return self.places[index]
 
     def prompt(self, index: int) -> GivenPrompt:
-        request, settings = self.source.run[self.place(index)].row.request, self.settings
+        request, settings = self.requests[self.place(index)], self.settings
         text, word = settings.prompt, self._word(request.index)
         if word and not settings.alone:
             text = replaced(request.prompt, word, text) or text

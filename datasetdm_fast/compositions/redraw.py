@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
     from datasetdm_fast.sampling.schedule import Schedule
 
-# settings of a run that its compositions keep, beside those of their own
-KEPT = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"]} - {
-    *("prompts", "number", "per_class", "truncate_prompts")
-}
+# settings of a run that its compositions do not have: what its samples were chosen by, and which pixels it ignored
+NOT_KEPT = ("prompts", "number", "per_class", "truncate_prompts", "keep", "ignore", "ignore_below")
+KEPT = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"] and flag.name not in NOT_KEPT}
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class Redrawing(ABC):
 
     def __init__(self, source: Source, settings: RedrawSettings):
         self.source, self.settings = source, settings
+        self.requests = [row.request for row in source.run.rows(parts=())]  # by the position in the source
         self.places = self._places()
         self.digests = source.digests()
 
@@ -107,7 +107,7 @@ class Redrawing(ABC):
         kept = {name: value for name, value in source.items() if name in KEPT}
         own = {"image_format": self.image_format, "kept": self.source.kept_digest}
         if self.settings.only:  # written in one way
-            own["only"] = [self.source.run[place].id for place in self.places]
+            own["only"] = [self.requests[place].id for place in self.places]
         return kept | self.own_settings() | own
 
     def tile(self, index: int) -> Tile:
@@ -115,7 +115,7 @@ class Redrawing(ABC):
 
     def provenance(self, index: int) -> dict[str, Any]:
         """What a row says of the source of its image: the id there, and what all images of one source share."""
-        row = self.source.run[self.place(index)].row
+        row = self.tile(index).row
         return {"source": row.request.id, "group": row.recipe.get("group") or row.files["image"][1].sha256[:16]}
 
     def latents(self, engine: Engine, requests: Sequence[Request]) -> SourceLatents:

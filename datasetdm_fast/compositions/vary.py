@@ -55,7 +55,7 @@ class Variants(Redrawing):
         return self.settings.domain[index % len(self.settings.domain)]
 
     def prompt(self, index: int) -> GivenPrompt:
-        request = self.source.run[self.place(index)].row.request
+        request = self.requests[self.place(index)]
         return GivenPrompt(
             0, moved(request.prompt, self.domain(index)), request.classes, request.seed, negative=request.negative
         )

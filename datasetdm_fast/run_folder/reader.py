@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from datasetdm_fast.labels import kind_of, label_files, task_of
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, most_samples, read_document, sides
 from datasetdm_fast.run_folder.kept import read_kept
-from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, SET_ASIDE, Ledger, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,6 +144,11 @@ class Run(AbstractContextManager):
 
     def __iter__(self) -> Iterator[StoredSample]:
         return (self[k] for k in range(len(self)))
+
+    def rows(self, parts: Sequence[str] = PARTS) -> Iterator[Row]:
+        """The rows of all samples in one pass, with these parts; see Ledger.rows."""
+        wanted = set(self._indices)
+        return (row for row in self._rows().rows(parts=parts) if row.request.index in wanted)
 
     def __getitem__(self, key: int | str) -> StoredSample:
         """The sample at a position, or the one with an id such as "00000003"."""
