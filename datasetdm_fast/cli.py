@@ -12,6 +12,7 @@ from datasetdm_fast.version import __version__
 COMMANDS = {
     "prompts": ("datasetdm_fast.prompts", "write a list of prompts, balanced over classes"),
     "generate": ("datasetdm_fast.generate", "make images and their labels from prompts"),
+    "label": ("datasetdm_fast.label", "make the same labels for pictures that exist"),
     "edit": ("datasetdm_fast.edit", "draw a region of samples anew, with its labels"),
     "vary": ("datasetdm_fast.vary", "move samples to another hour or weather, with their labels"),
     "splice": ("datasetdm_fast.splice", "put samples of a run side by side, with their labels"),

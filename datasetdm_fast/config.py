@@ -5,6 +5,20 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
+ATTENTION = "attention"  # labels that need no decoder
+LABELS = (*TASKS, ATTENTION)
+LABELLERS = ("decoder", ATTENTION)
+PARITIES = {  # name -> settings that a work was made with, where others are not given
+    "dataset-diffusion": {
+        "steps": 100,
+        "guidance": 7.5,
+        "profile": "0.14.0",
+        "negative_prompt": "dataset-diffusion",
+        "exponent": 4,
+        "threshold": 0.6,
+        "uncertainty": 0.5,
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -16,10 +30,11 @@ class EngineKind:
     options: Mapping[str, tuple[str, str] | None] = field(default_factory=dict)
     requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
     races: bool = False  # whether --engine auto tries it for a long run on a CPU
+    averages: bool = False  # whether it has denoise_and_average, from which labels can be read without decoders
 
 
 ENGINES = {
-    "torch": EngineKind("datasetdm_fast.engines.torch:TorchEngine"),
+    "torch": EngineKind("datasetdm_fast.engines.torch:TorchEngine", averages=True),
     "fast": EngineKind(
         "datasetdm_fast.engines.fast:FastEngine",
         options={
@@ -28,6 +43,7 @@ ENGINES = {
                 "Use it with --engine fast.",
             )
         },
+        averages=True,
     ),
     "ort": EngineKind(
         "datasetdm_fast.engines.exported.ort:OrtEngine",
@@ -61,6 +77,20 @@ PROFILES = ("0.3.0", "0.14.0")
 
 
 @dataclass(frozen=True)
+class AttentionDefaults:
+    """The numbers with which labels are read from the attention of a model; those of Dataset Diffusion."""
+
+    exponent: int = 4
+    threshold: float = 0.6
+    uncertainty: float = 0.5
+    self_divisor: int = 2  # cells of a side of the latents for one of the self-attention that is read
+    cross_divisor: int = 4
+    appends: bool = True  # whether the class words are added to the prompt
+    start: str = ""  # of a class prompt, and what stands between its words: as the model's captions have them
+    between: str = " "
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a model was made to be sampled with."""
 
@@ -68,12 +98,21 @@ class Defaults:
     steps: int
     guidance: float
     capture: int = 0  # UNet timestep at which decoders are taught where nobody says
+    attention: AttentionDefaults = AttentionDefaults()
 
 
 # Upstream draws with 50 PLMS steps at guidance 5; the demo model was judged with the figures of its model card.
 SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0)
 # Its features say most at timestep 100: at the last calls a v-prediction is nearly the noise alone.
-DEMO_DEFAULTS = Defaults(size=128, steps=50, guidance=3.0, capture=100)
+DEMO_DEFAULTS = Defaults(
+    size=128,
+    steps=50,
+    guidance=3.0,
+    capture=100,
+    attention=AttentionDefaults(
+        1, 0.45, 0.35, self_divisor=1, cross_divisor=2, appends=False, start="a ", between=" and a "
+    ),
+)
 
 
 def setting(
@@ -206,7 +245,8 @@ class OutputSettings:
 @dataclass(frozen=True)
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "model decoder task combine classes engine prompts negative_prompt allow_unnamed truncate_prompts number "
+        "model decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells parity "
+        "engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
         "out only resume limit dry_run allow_download json quiet threads gpus ranks cluster store dtype compile device "
         "provider streams engines trt_flavour"
@@ -215,9 +255,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     task: tuple[str, ...] = setting(
         ("semantic", "instance", "depth", "pose"),
         "labels to make, comma-separated: "
-        + ", ".join(TASKS)
+        + ", ".join(LABELS)
         + "; TASK:NAME takes the decoder in the folder NAME, so that a task may have several",
-        choices=TASKS,
+        choices=LABELS,
         has_names=True,
         metavar="LIST",
     )
@@ -226,6 +266,56 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         'labels kept only where another shows a class, comma-separated, each as "semantic within instance:person"',
         metavar="LIST",
         identity="if given",
+    )
+    labeller: tuple[str, ...] = setting(
+        (),
+        "what reads the labels, comma-separated: decoder, those of --task; attention, without any decoder, the class "
+        "words of the prompts",
+        identity=False,
+        choices=LABELLERS,
+        metavar="LIST",
+    )
+    ask: str = setting(
+        "named",
+        "class words looked for in a picture: those its prompt names, or all of --classes",
+        identity="if given",
+        choices=("named", "all"),
+    )
+    exponent: int = setting(
+        -1,
+        "with --labeller attention: times a class's map is spread along the self-attention, -1 = what suits the model",
+        identity="if given",
+        metavar="N",
+    )
+    threshold: float = setting(
+        0.0,
+        "with --labeller attention: least value of a class, 0 = what suits the model",
+        identity="if given",
+        metavar="X",
+    )
+    uncertainty: float = setting(
+        0.0,
+        "with --labeller attention: values from here to the threshold are 255, 0 = what suits the model",
+        identity="if given",
+        metavar="X",
+    )
+    self_cells: int = setting(
+        0,
+        "with --labeller attention: cells of a side of the self-attention that is read, 0 = what suits the model",
+        identity="if given",
+        metavar="N",
+    )
+    cross_cells: int = setting(
+        0,
+        "with --labeller attention: cells of a side of the cross-attention that is read, 0 = what suits the model",
+        identity="if given",
+        metavar="N",
+    )
+    parity: str = setting(
+        "",
+        "with --labeller attention: word positions, noise and settings of another work, to compare with it",
+        identity="if given",
+        choices=("", *PARITIES),
     )
     classes: tuple[str, ...] = setting(
         (), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST"
@@ -311,3 +401,28 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "precision of the fast engines; tf32 is fp32 with TF32 convolutions on a GPU, fp8 only with --engine trt",
         choices=("auto", "fp32", "tf32", "fp16", "bf16", "fp8"),
     )
+
+
+@dataclass(frozen=True)
+class LabelConfig(RunConfig):
+    FLAGS = (
+        "images captions model decoder task labeller classes exponent threshold uncertainty self_cells cross_cells "
+        "timesteps engine size seed batch_size image_format out only limit dry_run allow_download json quiet threads "
+        "dtype compile device"
+    ).split()
+
+    images: str = setting("", "folder of PNG and JPEG files", identity=False, metavar="IMAGES", positional=True)
+    captions: str = setting(
+        "",
+        'JSON file {"a.jpg": "a dog on a sofa"}: what the pictures show; without it every word of --classes is looked '
+        "for",
+        identity=False,
+        metavar="FILE",
+    )
+    ask: str = "named"
+    timesteps: tuple[str, ...] = setting(
+        ("100", "200", "300", "400"), "with --labeller attention: noise levels, a UNet call each", metavar="LIST"
+    )
+    seed: int = setting(0, "seed of the noise of picture 0; picture k has seed + k", metavar="N")
+    out: str = setting("runs/labelled", "run folder", identity=False, metavar="RUN", output="folder")
+    only: str = setting("", "label this one picture of the run folder again", identity=False, metavar="ID")

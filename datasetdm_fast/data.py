@@ -21,6 +21,7 @@ class Request:
     seed: int
     classes: tuple[str, ...] = ()  # class words the prompt names, for open-vocabulary labels and per-class balance
     negative: str = ""  # text of the unconditional half
+    class_prompt: str = ""  # of labels from attention; empty: made of the class words
 
     @property
     def id(self) -> str:
@@ -80,6 +81,20 @@ class ProjectedCapture:
     def side(self) -> int:
         """Cells of a side of the highest level."""
         return self.sums[-1].shape[-1]
+
+
+@dataclass(frozen=True)
+class AttentionSums:
+    """Attention probabilities of the conditional half, averaged over the layers of one side and over heads, and summed
+    over the calls so far.
+    """
+
+    cells: Tensor  # [B, S, S] fp32: self-attention, a row for each query
+    tokens: Tensor  # [B, N, T] fp32: N cells over the tokens of the class prompt
+
+    def over(self, calls: int) -> AttentionSums:
+        """The average over so many calls."""
+        return AttentionSums(self.cells / calls, self.tokens / calls)
 
 
 @dataclass(frozen=True)

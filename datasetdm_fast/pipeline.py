@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasetdm_fast.config import ATTENTION, ENGINES, LABELS
 from datasetdm_fast.data import Batch, Capture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, job, prompts, settings
+from datasetdm_fast.generation.class_prompts import check_class_prompt
 from datasetdm_fast.generation.prompts import check_classes
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.labels import task_of
@@ -126,11 +129,14 @@ class Pipeline:
         batch_size: int = 0,
         truncate: bool = False,
         negative_prompt: str = "",
+        ask: str = "named",
+        **attention: Any,
     ) -> Iterator[Sample]:
         """Samples one by one, in order, a batch in memory at most; prompts may come from an endless generator.
 
         `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for. `combine`
-        holds masks of labels, each as "LABEL within LABEL:CLASS".
+        holds masks of labels, each as "LABEL within LABEL:CLASS". With the task "attention" come exponent, threshold,
+        uncertainty, self_cells and cross_cells of the generate command.
         """
         chosen = self.tasks if tasks is None else tuple(tasks)
         settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
@@ -147,19 +153,24 @@ class Pipeline:
             profile=profile,
             classes=words,
             combine=combine,
+            ask=ask,
+            **attention,
         )
         words = recipe.words or job.class_words(self.engine, chosen, words)
         recipe = replace(
             recipe, facts={**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
         )
         requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate, negative_prompt)
+        requests = map(partial(_checked, recipe=recipe, tokenizer=self.engine.model.tokenizer), requests)
         return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe)
 
     def _check_tasks(self, tasks: tuple[str, ...]) -> None:
         if tasks:
-            settings.check_tasks(tasks)
+            settings.check_tasks(tasks, LABELS)
         for task in tasks:
-            if task not in self.engine.decoders:
+            if task == ATTENTION and not ENGINES[self.engine.name].averages:
+                raise Refused(f"tasks: the {self.engine.name} engine has no labels from attention", "Use the fast one.")
+            if task != ATTENTION and task not in self.engine.decoders:
                 raise Refused(
                     f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}",
                     "Name a folder with one: decoder=DIR.",
@@ -217,6 +228,13 @@ class Pipeline:
             self.engine, torch.from_numpy(pixels)[None], [words], timestep, [settings.check_seed(seed)], is_raw=True
         )
         return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
+
+
+def _checked(request: Request, recipe: Recipe, tokenizer: Any) -> Request:
+    """The request, once its class words are known to fit where labels are read from attention."""
+    if recipe.attention is not None:
+        check_class_prompt(request, recipe.asked(request), recipe.attention, tokenizer)
+    return request
 
 
 def _concatenated(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]

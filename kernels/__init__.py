@@ -20,6 +20,7 @@ if __name__ == "datasetdm_fast.kernels":
     from datasetdm_fast.kernels import (
         add_statistics,
         attention,
+        attention_average,
         attention_capture,
         depth_head,
         geglu,
@@ -49,6 +50,7 @@ if __name__ == "datasetdm_fast.kernels":
         "attention": attention,
         "guided_step": guided_step,
         "attention_capture": attention_capture,
+        "attention_average": attention_average,
         "pyramid": pyramid,
         "upsample_concat": upsample_concat,
         "image_norm": image_norm,

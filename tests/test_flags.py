@@ -62,7 +62,7 @@ WRONG = [
     (["--xyzzy=1"], "unknown flag --xyzzy"),
     (
         ["--task", "semantic,depht"],
-        "--task: 'depht' is not one of semantic, instance, depth, pose, open-vocabulary (did you mean depth?)",
+        "--task: 'depht' is not one of semantic, instance, depth, pose, open-vocabulary, attention (did you mean",
     ),
     (["--task", ","], "--task: the list is empty"),
     (

@@ -33,6 +33,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "generate",
         "edit",
         "vary",
+        "label",
         "splice",
         "filter",
         "train",

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from datasetdm_fast.data import Capture, ProjectedCapture
+    from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
     from datasetdm_fast.loading.model import Model
 
 
@@ -43,6 +43,14 @@ class Engine(Protocol):
 
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
         """The same output, and every feature and map as it is."""
+
+    def denoise_and_average(
+        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        """The output of `denoise`, bit by bit on a CPU, and the sums with this call's attention added: of every
+        self-attention with as many cells as `sums.cells`, and of the queries of every cross-attention with as many as
+        `sums.tokens` over the class prompts [B, T, D]. Only engines whose record in config.ENGINES says so have it.
+        """
 
     def decode_image(self, latents: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 images."""

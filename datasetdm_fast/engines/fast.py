@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engines.cuda_graph import StepGraph
 from datasetdm_fast.engines.device import allow_tf32, resolve_device, to_device
@@ -25,7 +25,15 @@ from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.network import Weighted
 from datasetdm_fast.models import fused
 from datasetdm_fast.models.blocks import with_blocks
-from datasetdm_fast.models.capture import CaptureHook, NoCapture, ProjectedSums, Projection, RawCapture
+from datasetdm_fast.models.capture import (
+    CaptureHook,
+    NoCapture,
+    ProjectedSums,
+    Projection,
+    RawCapture,
+    Slot,
+    SummedAttention,
+)
 from datasetdm_fast.models.packed import packed, weights_of
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
@@ -130,6 +138,7 @@ class FastEngine:
             None  # the text of the unconditional rows, its keys and values
         )
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
+        self._classes: tuple[Tensor, int, dict[Slot, Tensor]] | None = None  # class prompts, cells, their keys by layer
         self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
         self._pool = None
 
@@ -213,18 +222,44 @@ class FastEngine:
         noise = self._run(hook, self._latents(latents), self._row(timestep), *self._tabled(context.to(self.device)))
         return noise, hook.result()
 
+    @computed
+    def denoise_and_average(
+        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        own = (sums.cells, sums.tokens, *self._class_keys(class_context, sums.tokens.shape[1]))
+        noise, cells, tokens = self._call(self._summed, latents, timestep, context, own)
+        return noise, AttentionSums(cells, tokens)
+
+    def _class_keys(self, class_context: Tensor, cells: int) -> tuple[Tensor, ...]:
+        """Keys [B, heads, T, d] of the class prompts, of every cross-attention with so many cells."""
+        if self._classes is None or self._classes[0] is not class_context or self._classes[1] != cells:
+            tables = self.texts(class_context.to(self.device, self.dtype))
+            slots = self.unet.text_layers
+            keys = {
+                slot: table[0] for slot, table in zip(slots, tables) if self.model.levels[slot[0]].side ** 2 == cells
+            }
+            self._classes = (class_context, cells, keys)
+        return tuple(self._classes[2].values())
+
     def _call(
-        self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, timestep: float, context: Tensor
+        self,
+        step: Callable[..., tuple[Tensor, ...]],
+        latents: Tensor,
+        timestep: float,
+        context: Tensor,
+        own: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
         """The noise [2B, 4, h, w], and whatever [B, ...] `step` gives besides, from the UNet's own inputs: latents, the
-        timestep's biases, and the keys and values of every text layer.
+        timestep's biases, what else is every image's `own`, and the keys and values of every text layer.
         """
         row, latents = self._row(timestep), self._latents(latents)
         if self.device.type == "cpu":
-            parts = self._in_slices(step, latents, row, context, slice_of(len(latents)))
+            parts = self._in_slices(step, latents, row, context, own, slice_of(len(latents)))
         else:
             size = min(self.widest or len(latents), len(latents))
-            parts, worked = halving(lambda size: self._in_slices(step, latents, row, context, size), size, self._forget)
+            parts, worked = halving(
+                lambda size: self._in_slices(step, latents, row, context, own, size), size, self._forget
+            )
             if worked < size:
                 self.widest, self.adjustments = worked, {"unet_batch": worked}
         noise, *others = zip(*parts)
@@ -232,9 +267,16 @@ class FastEngine:
         return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
 
     def _in_slices(
-        self, step: Callable[..., tuple[Tensor, ...]], latents: Tensor, row: Tensor, context: Tensor, size: int
+        self,
+        step: Callable[..., tuple[Tensor, ...]],
+        latents: Tensor,
+        row: Tensor,
+        context: Tensor,
+        own: tuple[Tensor, ...],
+        size: int,
     ) -> list[tuple[Tensor, ...]]:
-        slices = [(part, row, *table) for part, table in zip(latents.split(size), self._text_layers(context, size))]
+        tables, parts = self._text_layers(context, size), zip(*(value.split(size) for value in (latents, *own)))
+        slices = [(part, row, *others, *table) for (part, *others), table in zip(parts, tables)]
         if self.device.type == "cpu":
             return self.lanes.map(step, slices)
         return [self._graph(one, step)(*one) for one in slices]
@@ -297,8 +339,18 @@ class FastEngine:
         hook = ProjectedSums(self.projection, inputs[0], self.ops)
         return self._run(hook, *inputs), *hook.result()
 
+    def _summed(
+        self, latents: Tensor, row: Tensor, cells: Tensor, tokens: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
+        slots = list(self._classes[2])
+        keys, keys_values = others[: len(slots)], others[len(slots) :]
+        sums = AttentionSums(cells, tokens)
+        hook = SummedAttention(self.model.levels, sums, dict(zip(slots, keys)), self.ops)
+        noise = self._run(hook, latents, row, *keys_values)
+        return noise, hook.cells, hook.tokens
+
     def _graph(self, inputs: Sequence[Tensor], step: Callable[..., tuple[Tensor, ...]]) -> StepGraph:
-        key = (len(inputs[0]), *inputs[0].shape[-2:], "capture" if step == self._captured else "plain")
+        key = (len(inputs[0]), *inputs[0].shape[-2:], step.__name__)
         if key not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[key] = StepGraph(step, inputs, self._pool)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import AttentionSums, Capture
 from datasetdm_fast.engines.device import resolve_device
 from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.errors import Missing, Refused
@@ -40,11 +40,16 @@ def feature_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
     return tuple(levels)
 
 
-def map_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
-    """Per level the cross-attention layers: up blocks first, then down; the middle block alone for low."""
+def transformers_of(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
+    """Per level the transformers: up blocks first, then down; the middle block alone for low."""
     levels = [unet.mid_block.attentions]
     levels += [(*unet.up_blocks[3 - depth].attentions, *unet.down_blocks[depth].attentions) for depth in (2, 1, 0)]
-    return tuple(tuple(block.transformer_blocks[0].attn2 for block in blocks) for blocks in levels)
+    return tuple(tuple(block.transformer_blocks[0] for block in blocks) for blocks in levels)
+
+
+def map_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
+    """Per level the cross-attention layers, in the order of its transformers."""
+    return tuple(tuple(block.attn2 for block in level) for level in transformers_of(unet))
 
 
 class CapturingAttention:
@@ -65,6 +70,36 @@ class CapturingAttention:
         )  # a view would keep both halves alive
         output = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, value)))
         return attn.to_out[1](output) / attn.rescale_output_factor
+
+
+class SummingAttention:
+    """Attention processor that leaves the answer to another, and adds up the probabilities of the conditional queries
+    over `text`, or over their own keys where that is None.
+    """
+
+    def __init__(self, answer, batch: int, text: Tensor | None = None):
+        self.answer, self.batch, self.text = answer, batch, text
+        self.map: Tensor | None = None  # [B, S, T], the mean over heads
+
+    def __call__(self, attn, hidden_states: Tensor, *arguments, **named) -> Tensor:
+        own = hidden_states[-self.batch :]
+        keys = attn.head_to_batch_dim(attn.to_k(own if self.text is None else self.text))
+        found = attn.get_attention_scores(attn.head_to_batch_dim(attn.to_q(own)), keys)
+        self.map = found.unflatten(0, (-1, attn.heads)).mean(1)
+        return self.answer(attn, hidden_states, *arguments, **named)
+
+
+@contextmanager
+def processed(processors: Mapping[nn.Module, object]) -> Iterator[None]:
+    """Within the block the attentions have these processors."""
+    before = {attention: attention.processor for attention in processors}
+    try:
+        for attention, processor in processors.items():
+            attention.set_processor(processor)
+        yield
+    finally:
+        for attention, processor in before.items():
+            attention.set_processor(processor)
 
 
 def _joined(hidden: Tensor) -> Tensor:
@@ -147,6 +182,22 @@ class TorchEngine:
         return noise, captures[0]
 
     denoise_and_capture_raw = denoise_and_capture
+
+    @_oracle
+    def denoise_and_average(
+        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        cells, tokens = {}, {}
+        for level, blocks in zip(self.model.levels, transformers_of(self.model.unet)):
+            for block in blocks:
+                if level.side**2 == sums.cells.shape[1]:
+                    cells[block.attn1] = SummingAttention(block.attn1.processor, len(latents))
+                if level.side**2 == sums.tokens.shape[1]:
+                    tokens[block.attn2] = SummingAttention(block.attn2.processor, len(latents), class_context)
+        with processed({**cells, **tokens}):
+            noise = self.denoise(latents, timestep, context)
+        found = [torch.stack([one.map for one in kind.values()]).mean(0) for kind in (cells, tokens)]
+        return noise, AttentionSums(sums.cells + found[0], sums.tokens + found[1])
 
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]

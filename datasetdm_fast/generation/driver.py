@@ -6,7 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.data import Annotation, Batch, Capture, ProjectedCapture, Request, Sample, SemanticMap, SetAside
+from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.data import (
+    Annotation,
+    AttentionSums,
+    Batch,
+    Capture,
+    ProjectedCapture,
+    Request,
+    Sample,
+    SemanticMap,
+    SetAside,
+)
+from datasetdm_fast.generation.class_prompts import appended, columns
 from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
 from datasetdm_fast.labels.class_tables import spoken
@@ -23,17 +35,23 @@ MOST_NEGATIVES = 256  # encoded negative prompts that are kept
 
 
 def generate(
-    batches: Iterable[Batch], engine: Engine, recipe: Recipe, on_unet_call: Callable[[], None] = lambda: None
+    batches: Iterable[Batch],
+    engine: Engine,
+    recipe: Recipe,
+    on_unet_call: Callable[[], None] = lambda: None,
+    make: Callable[..., BatchGenerator] | None = None,
 ) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
     """Every batch with its samples, in order; what did not come out finite is made once more in fp32, then set aside.
-    `on_unet_call` hears of every UNet call that is over.
+    `on_unet_call` hears of every UNet call that is over; `make` builds what samples a batch, a BatchGenerator where
+    nobody says.
     """
+    make = make or BatchGenerator
     with LabelStream(engine.device) as label_stream, FinishedCalls(engine.device, on_unet_call) as calls:
-        generator = BatchGenerator(engine, recipe, calls.queued)
+        generator = make(engine, recipe, calls.queued)
         for batch, results in side_by_side(generator, batches, label_stream):
             if any(isinstance(result, SetAside) for result in results) and (wide := engine.fp32_fallback()) is not None:
                 label_stream.settle()  # what a new engine records on a GPU must not be disturbed
-                second = BatchGenerator(wide, recipe, calls.queued).make(batch)
+                second = make(wide, recipe, calls.queued).make(batch)
                 results = [
                     again(*both) if isinstance(both[0], SetAside) else both[0]
                     for both in zip(results, second, strict=True)
@@ -64,6 +82,8 @@ class SampledBatch:
 
     latents: Tensor
     captures: dict[int, Capture | ProjectedCapture]  # by the call they were taken at
+    averages: AttentionSums | None = None
+    pixels: Tensor | None = None  # of pictures that need not be decoded
 
 
 class BatchGenerator:
@@ -71,7 +91,7 @@ class BatchGenerator:
 
     def __init__(self, engine: Engine, recipe: Recipe, on_unet_call: Callable[[], None]):
         self.engine, self.recipe, self.on_unet_call = engine, recipe, on_unet_call
-        self.words = WordTable(engine, recipe.words)
+        self.words = WordTable(engine, recipe.words, recipe.asks_all)
         self._negatives: dict[str, Tensor] = {}
 
     def make(self, batch: Batch) -> list[Sample | SetAside]:
@@ -83,14 +103,11 @@ class BatchGenerator:
         Of several captured calls only the last one's output is taken on, as it alone is that of a run of its decoders:
         the output of a captured call differs from that of a plain one by rounding.
         """
-        import torch
-
         from datasetdm_fast.sampling.walk import SamplerState
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        context = torch.cat(
-            [self.unconditional(requests), engine.encode_text([request.prompt for request in requests])]
-        )
+        context, class_context = self.contexts(requests)
+        sums = self.nothing_yet(len(requests))
         beginning = recipe.origin.begin(engine, recipe.schedule, requests)
         state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents)
 
@@ -98,11 +115,35 @@ class BatchGenerator:
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call in recipe.captured:
                 output, captures[call] = engine.denoise_and_capture(state.latents, timestep, context)
-            if call != recipe.captured[-1]:
-                output = engine.denoise(state.latents, timestep, context)
+            if sums is not None:
+                averaged, sums = engine.denoise_and_average(state.latents, timestep, context, class_context, sums)
+            if call not in recipe.captured[-1:]:
+                output = averaged if sums is not None else engine.denoise(state.latents, timestep, context)
             state.latents = beginning.after(call, state.step(call, output))
             self.on_unet_call()
-        return SampledBatch(state.latents, captures)
+        return SampledBatch(state.latents, captures, sums and sums.over(len(recipe.schedule)))
+
+    def contexts(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
+        """[2B, T, D] of the negative prompts and the prompts, and [B, T, D] of the class prompts, if any."""
+        import torch
+
+        texts, settings = [request.prompt for request in requests], self.recipe.attention
+        words = [self.recipe.class_prompt(request) for request in requests]
+        if settings and settings.appends:
+            texts = list(map(appended, texts, words))
+        context = torch.cat([self.unconditional(requests), self.engine.encode_text(texts)])
+        return context, self.engine.encode_text(words) if settings else None
+
+    def nothing_yet(self, batch: int) -> AttentionSums | None:
+        """Sums of attention before the first call, None where no label is read from them."""
+        import torch
+
+        if self.recipe.attention is None:
+            return None
+        cells, queries = self.recipe.attention.self_cells**2, self.recipe.attention.cross_cells**2
+        tokens = self.engine.model.levels[0].tokens
+        shapes = (batch, cells, cells), (batch, queries, tokens)
+        return AttentionSums(*(torch.zeros(shape, device=self.engine.device) for shape in shapes))
 
     def unconditional(self, requests: Sequence[Request]) -> Tensor:
         """[B, T, D] of the negative prompts, each encoded on its own, so that no batch changes its rounding."""
@@ -123,18 +164,22 @@ class BatchGenerator:
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         raw = {
             task: engine.annotate(task, drawn.captures[recipe.captures[task]], self.words.asked(task, requests))
-            for task in recipe.tasks
+            for task in recipe.decoded
         }
-        checks = {
-            "latents": is_finite(drawn.latents),
-            "features": all_of(capture_is_finite(capture) for capture in drawn.captures.values()),
-        }
+        checks = {"latents": is_finite(drawn.latents)}
+        if drawn.captures:
+            checks["features"] = all_of(capture_is_finite(capture) for capture in drawn.captures.values())
         for capture in drawn.captures.values():
-            release(capture)
+            release(tensors_of(capture))
+        if drawn.averages is not None:
+            checks[ATTENTION] = is_finite(drawn.averages.cells) & is_finite(drawn.averages.tokens)
+            release((drawn.averages.cells, drawn.averages.tokens))
         drawn.captures.clear()  # as large as the rest of the batch together, and the image decoder needs room
-        images, checks["image"] = engine.decode_and_check(drawn.latents)
+        images = drawn.pixels
+        if images is None:
+            images, checks["image"] = engine.decode_and_check(drawn.latents)
         checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
-        return collect(batch, images, raw, checks, engine, recipe)
+        return collect(batch, images, raw, checks, engine, recipe, drawn.averages)
 
 
 def collect(
@@ -144,6 +189,7 @@ def collect(
     checks: dict[str, Tensor],
     engine: Engine,
     recipe: Recipe,
+    averages: AttentionSums | None = None,
 ) -> list[Sample | SetAside]:
     """Post-processing: one result per request of the batch, the padding left out."""
     import torch
@@ -153,9 +199,11 @@ def collect(
     count = len(batch.requests)
     passed, pixels = to_host(torch.stack(list(checks.values()))[:, :count], images[:count])
     labels: dict[str, list[Annotation]] = {}
-    for task in recipe.tasks:
+    for task in recipe.decoded:
         outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
         labels[task] = postprocess(batch.requests, outputs, engine.decoders[task].config, recipe)
+    if averages is not None:
+        labels[ATTENTION] = attention_labels(batch.requests, averages, engine, recipe)
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
         where = [name for name, flags in zip(checks, passed) if not flags[b]]
@@ -193,11 +241,11 @@ def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
     return all_of(is_finite(value) for value in tensors_of(capture))
 
 
-def release(capture: Capture | ProjectedCapture) -> None:
-    """Keeps a capture's memory from the sampler's stream until this thread's stream, too, has read it."""
+def release(values: Iterable[Tensor]) -> None:
+    """Keeps the memory of tensors from the sampler's stream until this thread's stream, too, has read them."""
     import torch
 
-    for value in tensors_of(capture):
+    for value in values:
         if value.is_cuda:
             value.record_stream(torch.cuda.current_stream(value.device))
 
@@ -220,33 +268,56 @@ def postprocess(
     found = TASKS[config.task].postprocess(raw, config, recipe.size)
     if not config.has_text:
         return found
-    return [renumber(label, request.classes, recipe.words) for label, request in zip(found, requests, strict=True)]
+    return [
+        renumber(label, recipe.asked(request), recipe.words) for label, request in zip(found, requests, strict=True)
+    ]
+
+
+def attention_labels(
+    requests: Sequence[Request], averages: AttentionSums, engine: Engine, recipe: Recipe
+) -> list[Annotation]:
+    """The labels read from attention, one a request; numbers of an image that is not finite say nothing."""
+    from datasetdm_fast.tasks.attention import class_maps, label_maps
+
+    asked, count = [recipe.asked(request) for request in requests], len(requests)
+    own = AttentionSums(averages.cells[:count].nan_to_num(), averages.tokens[:count].nan_to_num())
+    places = [
+        columns(recipe.class_prompt(request), words, engine.model.tokenizer, by_words=bool(recipe.attention.parity))
+        for request, words in zip(requests, asked)
+    ]
+    maps = class_maps(own, places, recipe.attention.exponent)
+    numbers = [[1 + recipe.words.index(word) for word in words] for words in asked]
+    limits = recipe.attention.threshold, recipe.attention.uncertainty
+    return label_maps(maps, numbers, ("background", *recipe.words), recipe.size, *limits)
 
 
 class WordTable:
     """Class embeddings of a run's words, computed once."""
 
-    def __init__(self, engine: Engine, words: Sequence[str]):
+    def __init__(self, engine: Engine, words: Sequence[str], asks_all: bool = False):
+        self.asks_all = asks_all
         self.decoders, self.places = engine.decoders, {word: k for k, word in enumerate(words)}
-        self.embeddings = engine.encode_classes(spoken(words)) if words else None
+        is_read = any(decoder.config.has_text for decoder in engine.decoders.values())
+        self.embeddings = engine.encode_classes(spoken(words)) if words and is_read else None
 
     def asked(self, task: str, requests: Sequence[Request]) -> Tensor | None:
         """What the decoder of a task reads beside its capture."""
         return self.of(requests) if self.decoders[task].config.has_text else None
 
     def of(self, requests: Sequence[Request]) -> Tensor:
-        """[B, K, D]: the words each request names, its last repeated up to the longest's K; the first where none."""
+        """[B, K, D]: the words asked of each image, its last repeated up to the longest's K; the first where none."""
         import torch
 
-        slots = max(word_slots(requests), 1)
-        named = [[self.places[word] for word in request.classes] or [0] for request in requests]
+        asked = [tuple(self.places) if self.asks_all else request.classes for request in requests]
+        slots = max(word_slots(asked), 1)
+        named = [[self.places[word] for word in words] or [0] for words in asked]
         padded = [[*places, *[places[-1]] * (slots - len(places))] for places in named]
         return self.embeddings[torch.tensor(padded, device=self.embeddings.device)]
 
 
-def word_slots(requests: Sequence[Request]) -> int:
+def word_slots(asked: Sequence[Sequence[str]]) -> int:
     """Words the open-vocabulary decoder is asked for each image of a batch."""
-    return max(len(request.classes) for request in requests)
+    return max(map(len, asked))
 
 
 def renumber(label: SemanticMap, named: tuple[str, ...], words: tuple[str, ...]) -> SemanticMap:

@@ -1,16 +1,18 @@
 """A run before its first byte: settings checked, networks loaded, plan and recipe made, run folder compared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import ENGINES, RunConfig
+from datasetdm_fast.config import ATTENTION, ENGINES, RunConfig
+from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import prompts, racing
+from datasetdm_fast.generation.class_prompts import check_class_prompt
 from datasetdm_fast.generation.plan import Plan, make_plan
 from datasetdm_fast.generation.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
@@ -36,6 +38,7 @@ SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other 
 
 def class_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """The words looked for in prompts: those given, else the names the decoders know."""
+    tasks = [task for task in tasks if task != ATTENTION]
     known = dict.fromkeys(name for task in tasks for name in engine.decoders[task].config.classes)
     if classes and known and not any(engine.decoders[task].config.has_text for task in tasks):
         for word in classes:
@@ -59,6 +62,7 @@ class Job:
     done: int  # samples the run folder already holds
     race: str = ""  # how --engine auto chose, where it tried several
     call_seconds: float = 0.0  # of a UNet call at the run's batch size, where that was measured
+    generator: Callable[..., Any] | None = None  # what samples a batch, see driver.generate
 
     @property
     def folder(self) -> Path:
@@ -175,10 +179,13 @@ def compose(
         truncate=config.truncate_prompts,
         turns=most_samples(config.identity(), 1),
     )
-    if recipe.words and not config.allow_unnamed:
+    if recipe.words and not config.allow_unnamed and not recipe.asks_all:
         check_named(source, plan)
+    if recipe.attention is not None:
+        for request in _different(source, plan):
+            check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer)
     race = racing.Race(engine)
-    if races and stored is None and config.engine == "auto" and not config.compile:
+    if races and stored is None and config.engine == "auto" and not config.compile and recipe.attention is None:
         images = min(config.limit or plan.number, plan.number)
         race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
         engine = race.engine
@@ -187,9 +194,14 @@ def compose(
     return Job(config, plan, engine, replace(recipe, facts=facts), document, 0, race.told, race.seconds)
 
 
+def _different(source: prompts.PromptSource, plan: Plan) -> list[Request]:
+    """The first request of every prompt that was given, or all where the run makes its own."""
+    return [plan.request(index) for index in range(min(len(source.lines) or plan.number, plan.number))]
+
+
 def check_named(source: prompts.PromptSource, plan: Plan) -> None:
     """Refuses prompts that name no class word: their label maps would say that nothing is there."""
-    requests = [plan.request(index) for index in range(min(len(source.lines), plan.number))]
+    requests = _different(source, plan) if source.lines else []
     unnamed = [request.prompt for request in requests if not request.classes]
     if unnamed:
         raise Refused(
@@ -216,11 +228,14 @@ def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engi
     kept = stored["engine"].get("engine") if stored and config.engine == "auto" else None
     if kept in ENGINES and ENGINES[kept].races:
         chosen["engine"] = kept
-    return opening.open_engine(config.model, config.decoder, config.task, **chosen)
+    decoded = tuple(task for task in config.task if task != ATTENTION)
+    return opening.open_engine(config.model, config.decoder if decoded else None, decoded, **chosen)
 
 
 def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str], strength: float = 1.0) -> Recipe:
-    names = ("sampler", "steps", "guidance", "profile", "combine", "ignore", "ignore_below")
+    names = ["sampler", "steps", "guidance", "profile", "combine", "ignore", "ignore_below", "ask"]
+    if ATTENTION in config.task:
+        names += ["exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity"]
     chosen = {name: getattr(config, name) for name in names}
     return make_recipe(engine, config.task, classes=classes, strength=strength, **chosen)
 

@@ -60,4 +60,18 @@ def drawn_noise(requests: Sequence[Request], size: int) -> Tensor:  # [B, 4, h, 
     return torch.stack([initial_noise(request.seed, 4, side, side) for request in requests])
 
 
-FROM_NOISE = FromNoise()
+class FromOneGenerator(FromNoise):
+    """Images from the noise that one generator draws for the whole run, seeded with the run's seed."""
+
+    def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
+        import torch
+
+        from datasetdm_fast.engines.device import to_device
+        from datasetdm_fast.sampling.times import OneGenerator
+
+        side, generator = engine.model.size // FACTOR, OneGenerator()
+        noise = [generator.draw(request.seed - request.index, request.index, side) for request in requests]
+        return Beginning(to_device(torch.stack(noise), engine.device))
+
+
+FROM_NOISE, ONE_GENERATOR = FromNoise(), FromOneGenerator()

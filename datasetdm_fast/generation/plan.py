@@ -50,7 +50,7 @@ class Plan:
             named = tuple(word for word in self.words if word in prompt.classes)
         seed = self.seed + index if prompt.seed is None else prompt.seed
         negative = self.negative if prompt.negative is None else prompt.negative
-        return Request(index, prompt.text, seed, named, negative)
+        return Request(index, prompt.text, seed, named, negative, prompt.class_prompt)
 
     def batch(self, index: int) -> Batch:
         """The requests index * batch_size and on, filled up to the batch size at the tail."""

@@ -38,6 +38,15 @@ class GivenPrompt(NamedTuple):
     seed: int | None = None  # None: the run's seed plus the number of the image
     file: str = ""  # of a folder of lists
     negative: str | None = None  # None: that of the run
+    class_prompt: str = ""  # empty: made of the class words
+
+
+def _identity(prompt: GivenPrompt) -> str:
+    """All that decides the image, in the fewest words: lists that bring no more have the digest they always had."""
+    ways = [[prompt.text], [prompt.classes, prompt.seed], [prompt.negative], [prompt.class_prompt or None]]
+    while len(ways) > 1 and ways[-1] == [None] * len(ways[-1]):
+        ways.pop()
+    return prompt.text if len(ways) == 1 else json.dumps([value for way in ways for value in way])
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,7 @@ class PromptSource:
 
     @property
     def digest(self) -> str:
-        text = "\n".join(
-            prompt.text
-            if prompt.classes is None and prompt.seed is None and prompt.negative is None
-            else json.dumps(
-                [prompt.text, prompt.classes, prompt.seed, *([] if prompt.negative is None else [prompt.negative])]
-            )
-            for prompt in self.lines
-        ) or ("templates" if self.per_class else "demo world")
+        text = "\n".join(map(_identity, self.lines)) or ("templates" if self.per_class else "demo world")
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -147,7 +149,8 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenP
         value = documents.parse_json(line, where)
         try:
             documents.check_form(value, {"prompt": str})
-            documents.check_form(value.get("negative", ""), str, "negative")
+            for key in ("negative", "class_prompt"):
+                documents.check_form(value.get(key, ""), str, key)
             documents.check_form(value.get("classes", []), [str], "classes")
             seed = value.get("seed")
             if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
@@ -160,7 +163,8 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[GivenP
         (only,) = split_prompts(value["prompt"].replace("\n", " "), where, truncate=truncate)
         classes = check_classes(value["classes"]) if "classes" in value else None
         negative = check_line(value["negative"], f"{where}: negative") if "negative" in value else None
-        found.append(GivenPrompt(number, only.text, classes, seed, negative=negative))
+        words = check_line(value.get("class_prompt", ""), f"{where}: class_prompt")
+        found.append(GivenPrompt(number, only.text, classes, seed, negative=negative, class_prompt=words))
     return tuple(found)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.data import Request
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
+from datasetdm_fast.generation.class_prompts import AttentionRecipe, attention_recipe
 from datasetdm_fast.generation.combining import Combination, check_words, parse_combinations
-from datasetdm_fast.generation.origin import FROM_NOISE, Origin
+from datasetdm_fast.generation.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.labels import kind_of
+from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
     from datasetdm_fast.sampling.schedule import Schedule
@@ -32,11 +36,27 @@ class Recipe:
     ignores_doubtful: bool = False  # whether doubtful pixels of label maps become 255
     least_confidence: float = 0.0  # pixels of label maps with less become 255
     origin: Origin = FROM_NOISE
+    attention: AttentionRecipe | None = None  # of labels that need no decoder
+    asks_all: bool = False  # whether all words are looked for in every image
 
     @property
     def captured(self) -> tuple[int, ...]:
-        """The calls that are captured, in their order; the last of the schedule where no decoder reads one."""
-        return tuple(sorted(set(self.captures.values()))) or (len(self.schedule) - 1,)
+        """The calls that are captured, in their order; the last of the schedule where no label is read from any."""
+        last = () if self.attention else (len(self.schedule) - 1,)
+        return tuple(sorted(set(self.captures.values()))) or last
+
+    @property
+    def decoded(self) -> tuple[str, ...]:
+        """The labels that decoders read."""
+        return tuple(task for task in self.tasks if task != ATTENTION)
+
+    def asked(self, request: Request) -> tuple[str, ...]:
+        """The words looked for in an image."""
+        return self.words if self.asks_all else request.classes
+
+    def class_prompt(self, request: Request) -> str:
+        """What its labels are read from, empty where no label is read from attention."""
+        return self.attention.class_prompt(request, self.asked(request)) if self.attention else ""
 
 
 def make_recipe(
@@ -52,17 +72,23 @@ def make_recipe(
     ignore: str = "nothing",
     ignore_below: float = 0.0,
     strength: float = 1.0,
+    ask: str = "named",
+    **attention: Any,
 ) -> Recipe:
     """The recipe of a run; zeros stand for what the model was made for. A `strength` below 1 leaves only the last calls
-    of the schedule.
+    of the schedule. `attention` are settings of class_prompts.
     """
     from datasetdm_fast.sampling import make_schedule
 
     model = engine.model
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
-    asked = [task for task in tasks if engine.decoders[task].config.has_text]
+    decoded = [task for task in tasks if task != ATTENTION]
+    asked = [task for task in tasks if task == ATTENTION or engine.decoders[task].config.has_text]
     words = class_words_of(engine, asked, classes) if asked else ()
-    captures = capture_calls(schedule, {task: engine.decoders[task].config.capture_timestep for task in tasks})
+    captures = capture_calls(schedule, {task: engine.decoders[task].config.capture_timestep for task in decoded})
+    numbers = None
+    if ATTENTION in tasks:
+        numbers = attention_recipe(model.defaults.attention, model.size // FACTOR, **attention)
     facts = {
         "sampler": sampler,
         "profile": profile,
@@ -72,6 +98,8 @@ def make_recipe(
         "size": model.size,
         "capture_timestep": _told(schedule, captures),
     }
+    if numbers is not None:
+        facts["attention"] = asdict(numbers)
     recipe = Recipe(
         schedule,
         facts["guidance"],
@@ -83,6 +111,9 @@ def make_recipe(
         facts,
         ignores_doubtful=ignore == "disagreeing",
         least_confidence=ignore_below,
+        origin=ONE_GENERATOR if numbers and numbers.parity else FROM_NOISE,
+        attention=numbers,
+        asks_all=ask == "all",
     )
     check_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
@@ -90,9 +121,8 @@ def make_recipe(
 
 def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What run.json says of each label: names and ranges."""
-    return {
-        label: kind_of(label).table(engine.decoders[label].config, recipe.size, recipe.words) for label in recipe.tasks
-    }
+    configs = {label: engine.decoders[label].config if label in engine.decoders else None for label in recipe.tasks}
+    return {label: kind_of(label).table(config, recipe.size, recipe.words) for label, config in configs.items()}
 
 
 def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, float]:
@@ -104,11 +134,11 @@ def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, 
 def class_words_of(engine: Engine, labels: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """The words that the decoders of these labels are asked for: those given, else those they were taught."""
     words = tuple(classes) or tuple(
-        dict.fromkeys(word for label in labels for word in engine.decoders[label].config.classes)
+        dict.fromkeys(word for label in labels if label != ATTENTION for word in engine.decoders[label].config.classes)
     )
-    if not words:
+    if not words or not classes and ATTENTION in labels:
         raise Refused(
-            f"--task {labels[0]}: no class words were given, and its decoder names none", "Add --classes ball,cube."
+            f"--task {labels[0]}: no class words were given, and no decoder of it names any", "Add --classes ball,cube."
         )
     if len(words) > 254:
         raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")

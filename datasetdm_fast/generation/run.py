@@ -42,7 +42,8 @@ def run(
         with BackgroundWriter(folder, committed) as writing:
             while wanted := quota.lacking():
                 batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
-                made = driver.generate(until(is_stopping, batches), job.engine, job.recipe, on_unet_call)
+                stopping = until(is_stopping, batches)
+                made = driver.generate(stopping, job.engine, job.recipe, on_unet_call, job.generator)
                 for batch, results in made:
                     writing.put(quota.taken(results), facts_of(job.recipe, batch))
                 if is_stopping():
@@ -52,7 +53,7 @@ def run(
 
 def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:
     """What the rows of a batch say of how it was made."""
-    return {**recipe.facts, "word_slots": word_slots(batch.requests)}
+    return {**recipe.facts, "word_slots": word_slots([recipe.asked(request) for request in batch.requests])}
 
 
 def until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -166,7 +167,7 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     engine, decoders = engine_of(settings, stored)
     weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
-    recipe = recipe_of(settings, engine, settings.classes)
+    recipe = recipe_of(settings, engine, tuple(stored["plan"].get("words", ())) or settings.classes)
     size, place = row.recipe["batch_size"], row.request.index % row.recipe["batch_size"]
     filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
     batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))

@@ -1,10 +1,21 @@
 """The settings of a run, checked without loading anything."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
-from datasetdm_fast.config import ENGINE_NAMES, PROFILES, SAMPLERS, TASKS, RunConfig
+from datasetdm_fast.config import (
+    ATTENTION,
+    ENGINE_NAMES,
+    ENGINES,
+    LABELS,
+    PARITIES,
+    PROFILES,
+    SAMPLERS,
+    TASKS,
+    RunConfig,
+)
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 from datasetdm_fast.generation.combining import parse_combinations
@@ -21,6 +32,11 @@ LEAST_SETTINGS = {
     "limit": 0,
     "threads": 0,
     "ranks": 0,
+    "exponent": -1,
+    "threshold": 0,
+    "uncertainty": 0,
+    "self_cells": 0,
+    "cross_cells": 0,
 }
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
@@ -36,12 +52,15 @@ def check_settings(config: RunConfig) -> None:
         ("resume", ("auto", "never")),
         ("keep", ("all", "trusted")),
         ("ignore", ("nothing", "disagreeing")),
+        ("ask", ("named", "all")),
+        ("parity", ("", *PARITIES)),
     ):
         if getattr(config, name) not in known:
             raise Refused(
                 f"{_flag(name)} {getattr(config, name)}: not one of {', '.join(known)}", "Choose one of these."
             )
-    check_tasks(config.task)
+    check_tasks(config.task, LABELS)
+    check_attention(config)
     parse_combinations(config.combine, config.task)
     check_size(config.size)
     check_numbers(**{name: getattr(config, name) for name in LEAST_SETTINGS})
@@ -88,15 +107,51 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
+def with_labeller(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """The settings with what --labeller and --parity stand for, where `given` does not name it."""
+    if config.labeller and set(config.labeller) == {ATTENTION}:
+        if decoded := [task for task in config.task if "task" in given and task != ATTENTION]:
+            raise Refused(
+                f"--labeller attention: {decoded[0]} is read by a decoder",
+                "Write --labeller decoder,attention for both, or drop --task.",
+            )
+        config = replace(config, task=(ATTENTION,))
+    elif config.labeller:
+        others = tuple(task for task in config.task if task != ATTENTION)
+        config = replace(config, task=(*others, *((ATTENTION,) if ATTENTION in config.labeller else ())))
+    preset = PARITIES.get(config.parity, {})
+    return replace(config, **{name: value for name, value in preset.items() if name not in given})
+
+
+def check_attention(config: RunConfig) -> None:
+    """Refuses an engine without labels from attention, and their settings where there are none."""
+    if ATTENTION not in config.task:
+        for name in ("exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity"):
+            if getattr(config, name) != getattr(RunConfig, name):
+                raise Refused(
+                    f"{_flag(name)}: no label of this run is read from attention", "Add --labeller attention."
+                )
+        return
+    if config.engine in ENGINES and not ENGINES[config.engine].averages:
+        able = [name for name, kind in ENGINES.items() if kind.averages]
+        raise Refused(
+            f"--engine {config.engine}: its graphs do not hand out averages of the attention",
+            f"Use --engine {' or '.join(reversed(able))} with --labeller attention.",
+        )
+    if not config.classes and not config.prompts:
+        raise Refused("--labeller attention: there are no class words to look for", "Name them: --classes ball,cube")
+
+
+def check_tasks(tasks: Sequence[str], known: Sequence[str] = TASKS) -> None:
     """Refuses what is no list of labels, each TASK or TASK:NAME."""
     if not tasks:
-        raise Refused("--task: names no task", f"Choose from {', '.join(TASKS)}.")
+        raise Refused("--task: names no task", f"Choose from {', '.join(known)}.")
     for task in tasks:
         try:
-            LabelName.parse(task)
+            if LabelName.parse(task).task not in known:
+                raise ValueError(f"not one of {', '.join(known)}")
         except ValueError as error:
-            raise Refused(f"--task {task}: {error}", f"Choose from {', '.join(TASKS)}, or TASK:NAME.") from error
+            raise Refused(f"--task {task}: {error}", f"Choose from {', '.join(known)}, or TASK:NAME.") from error
     if len({task.lower() for task in tasks}) < len(tasks):  # some file systems know no capitals
         raise Refused(f"--task {','.join(tasks)}: a label is named twice", "Name each label once.")
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import lru_cache
 
-from datasetdm_fast.labels import depth, instance, open_vocabulary, pose, semantic
+from datasetdm_fast.labels import attention, depth, instance, open_vocabulary, pose, semantic
 from datasetdm_fast.labels.kind import LabelKind
 from datasetdm_fast.labels.names import LabelName, ordered
 
@@ -11,6 +11,7 @@ LABEL_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the 
     "instance": instance.InstanceKind(),
     "semantic": semantic.SemanticKind(),
     "open-vocabulary": open_vocabulary.OpenVocabularyKind(),
+    "attention": attention.AttentionKind(),
     "depth": depth.DepthKind(),
     "pose": pose.PoseKind(),
 }

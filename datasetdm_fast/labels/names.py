@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from datasetdm_fast.config import TASKS
+from datasetdm_fast.config import ATTENTION, LABELS
 
 DECODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
@@ -20,8 +20,10 @@ class LabelName:
     def parse(cls, text: str) -> "LabelName":
         """The name that flags, run.json and the ledger write as TASK or TASK:DECODER; a ValueError for another text."""
         task, colon, decoder = text.partition(":")
-        if task not in TASKS:
-            raise ValueError(f"not one of {', '.join(TASKS)}")
+        if task not in LABELS:
+            raise ValueError(f"not one of {', '.join(LABELS)}")
+        if colon and task == ATTENTION:
+            raise ValueError("labels from attention have no decoder")
         if colon and not DECODER_NAME.fullmatch(decoder):
             raise ValueError("the name of a decoder has up to 63 letters, digits, - or _")
         return cls(task, decoder)
@@ -61,7 +63,7 @@ def task_of_label(label: str) -> str:
 
 def by_task(labels: Iterable[str]) -> list[str]:
     """Labels in the order of their tasks, those of one task as they are given."""
-    return ordered(labels, TASKS)
+    return ordered(labels, LABELS)
 
 
 def ordered(labels: Iterable[str], tasks: Sequence[str]) -> list[str]:

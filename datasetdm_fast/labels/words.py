@@ -55,16 +55,23 @@ class ClassMatcher:
 
     def find(self, text: str) -> tuple[str, ...]:
         """The classes named, in the order of `classes`."""
-        tokens, at, found = _tokens(text), 0, set()
+        return tuple(self.classes[index] for index in sorted(self._found(text)))
+
+    def mentioned(self, text: str) -> tuple[str, ...]:
+        """The same, in the order of the text."""
+        return tuple(self.classes[index] for index in self._found(text))
+
+    def _found(self, text: str) -> dict[int, None]:
+        tokens, at, found = _tokens(text), 0, {}
         while at < len(tokens):
             for length in self._longest.get(tokens[at], ()):
                 match = self._phrases[tokens[at]].get(tokens[at : at + length])
                 if match and not (match[1] and _goes_on(tokens, at + length)):
-                    found.update(match[0])
+                    found.update(dict.fromkeys(match[0]))
                     at += length - 1
                     break
             at += 1
-        return tuple(self.classes[index] for index in sorted(found))
+        return found
 
 
 @lru_cache(maxsize=64)
@@ -75,6 +82,11 @@ def matcher(classes: tuple[str, ...], own: ClassTable | None = None) -> ClassMat
 def find_classes(prompt: str, classes: Sequence[str], own: ClassTable | None = None) -> tuple[str, ...]:
     """The classes a prompt names, in the order of `classes`: by name, plural, or a word that means the class."""
     return matcher(tuple(classes), own).find(prompt)
+
+
+def mentioned(prompt: str, classes: Sequence[str], own: ClassTable | None = None) -> tuple[str, ...]:
+    """The same in the order of the prompt."""
+    return matcher(tuple(classes), own).mentioned(prompt)
 
 
 def always_named(classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]]) -> tuple[str, ...]:

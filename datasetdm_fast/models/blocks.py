@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from datasetdm_fast import _C
 from datasetdm_fast.kernels import products, winograd
 from datasetdm_fast.models.capture import CaptureHook
-from datasetdm_fast.models.layers import Convolution, GroupNorm, LayerNorm, Linear, Resnet, join_heads, split_heads
+from datasetdm_fast.models.layers import (
+    Convolution,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    Resnet,
+    join_heads,
+    split_heads,
+    tokens,
+)
 from datasetdm_fast.models.unet import Transformer, UNet
 
 LARGEST_BLOCK = 1 << 20  # weights; larger ones would be held twice for a gain that is small beside their arithmetic
@@ -118,6 +127,9 @@ class TransformerBlock(Block):
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor], hook: CaptureHook) -> Tensor:
         x, threads = x.contiguous(memory_format=torch.channels_last), torch.get_num_threads()
         batch, _, height, width = x.shape
+        if hook.reads_self(height * width):  # its answer is the block's own
+            qkv = self.self_qkv(self.norm1(self.entry(tokens(self.norm(x)))))
+            hook.attend_self(self.layer, *split_heads(qkv, 3, self.heads))
         h, q = torch.empty((2, batch, height * width, len(self.norm1.weight)))
         self.native().before(x.data_ptr(), h.data_ptr(), q.data_ptr(), batch, height * width, threads)
         x, h, q = self.spread(x), self.spread(h), self.spread(q)

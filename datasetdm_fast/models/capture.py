@@ -1,4 +1,4 @@
-"""Capture hooks: nothing, every feature and map, or only what the decoders make of them.
+"""Capture hooks: nothing, every feature and map, what the decoders make of them, or averages of the attention.
 
 A decoder's first layer is a 1x1 convolution over a level, which commutes with resizing: each tensor is multiplied by
 its slice of the weight and added to the level's sum, so that the concatenated level never exists.
@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import AttentionSums, Capture
 from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.models.layers import frozen, tokens
 from datasetdm_fast.stages import LEVELS, Level
@@ -27,6 +27,14 @@ class CaptureHook(Protocol):
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
 
+    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output of the self-attention of that layer: [2B, heads, S, d], or [B, heads, S, d] before the halves
+        differ.
+        """
+
+    def reads_self(self, cells: int) -> bool:
+        """Whether it wants to hear of self-attention over so many cells, whoever computes its answer."""
+
 
 class NoCapture:
     """Reads nothing: every call but the captured one."""
@@ -40,12 +48,19 @@ class NoCapture:
     def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.ops.attention(q, k, v)
 
+    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.ops.attention(q, k, v)
 
-class RawCapture:
+    def reads_self(self, cells: int) -> bool:
+        return False
+
+
+class RawCapture(NoCapture):
     """Keeps every feature and map as the reference engine does."""
 
     def __init__(self, levels: Sequence[Level], ops: SimpleNamespace):
-        self.levels, self.ops = levels, ops
+        super().__init__(ops)
+        self.levels = levels
         self.features: dict[Slot, Tensor] = {}
         self.maps: dict[Slot, Tensor] = {}
 
@@ -102,11 +117,12 @@ class Projection(nn.Module):
             )  # [heads, T, F]
 
 
-class ProjectedSums:
+class ProjectedSums(NoCapture):
     """Keeps the level sums of a Projection, in fp32 whatever the arithmetic."""
 
     def __init__(self, projection: Projection, latents: Tensor, ops: SimpleNamespace):
-        self.projection, self.ops, self.batch = projection, ops, len(latents)
+        super().__init__(ops)
+        self.projection, self.batch = projection, len(latents)
         height, width = latents.shape[-2:]
         self.sizes = [(height >> depth, width >> depth) for depth in reversed(range(len(LEVELS)))]
         self.sums = [
@@ -138,3 +154,37 @@ class ProjectedSums:
         return tuple(
             total.unflatten(0, (self.batch, h, w)).permute(0, 3, 1, 2) for total, (h, w) in zip(self.sums, self.sizes)
         )
+
+
+class SummedAttention(NoCapture):
+    """Adds the attention probabilities of the conditional half to running sums: those of every self-attention of one
+    side, and at every cross-attention of another those of the same queries over a class prompt, whose values are not
+    used. The answers stay those of NoCapture.
+    """
+
+    def __init__(
+        self, levels: Sequence[Level], sums: AttentionSums, class_keys: Mapping[Slot, Tensor], ops: SimpleNamespace
+    ):
+        super().__init__(ops)
+        self.cells, self.tokens, self.class_keys = sums.cells, sums.tokens, class_keys
+        self.shares = [1 / len(level.heads) for level in levels]  # of a layer in the mean of its level
+
+    def reads_self(self, cells: int) -> bool:
+        return cells == self.cells.shape[1]
+
+    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch = len(self.cells)
+        if q.shape[2] != self.cells.shape[1]:
+            return self.ops.attention(q, k, v)
+        own = (part[-batch:] for part in (q, k, v))
+        answer, self.cells = self.ops.attention_average(*own, self.cells, self.shares[slot[0]])
+        if len(q) == batch:
+            return answer
+        return torch.cat([self.ops.attention(*(part[:-batch] for part in (q, k, v))), answer])
+
+    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] == self.tokens.shape[1]:
+            keys = self.class_keys[slot]
+            own = q[-len(keys) :]
+            _, self.tokens = self.ops.attention_average(own, keys, keys[..., :0], self.tokens, self.shares[slot[0]])
+        return self.ops.attention(q, k, v)

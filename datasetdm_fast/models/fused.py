@@ -124,7 +124,7 @@ class MeasuredTransformer(Transformer):
     def forward(self, x: Measured, text: Tensor, hook: CaptureHook) -> Measured:
         h = self.entry(tokens(self.norm(x)))
         q, k, v = split_heads(self.self_qkv(self.norm1(h)), 3, self.heads)
-        add_linear(h, join_heads(self.ops.attention(q, k, v)), self.self_out)
+        add_linear(h, join_heads(hook.attend_self(self.layer, q, k, v)), self.self_out)
         (q,) = split_heads(self.text_q(self.norm2(h, self.shift2)), 1, self.heads)
         residual, h, q = self.spread(x.image), self.spread(h), self.spread(q)
         k, v = text
@@ -170,7 +170,7 @@ class ImagesOnly:
     """A hook behind a network of Measured."""
 
     def __init__(self, hook: CaptureHook):
-        self.hook, self.attend = hook, hook.attend
+        self.hook, self.attend, self.attend_self = hook, hook.attend, hook.attend_self
 
     def feature(self, slot: Slot | None, x: Measured) -> None:
         self.hook.feature(slot, x.image)

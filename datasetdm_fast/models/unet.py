@@ -144,7 +144,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, text: Tensor, hook: CaptureHook) -> Tensor:
         h = self.entry(tokens(self.norm(x)))
         q, k, v = split_heads(self.self_qkv(self.norm1(h)), 3, self.heads)
-        h = self.self_out(join_heads(self.ops.attention(q, k, v))).add_(h)
+        h = self.self_out(join_heads(hook.attend_self(self.layer, q, k, v))).add_(h)
         (q,) = split_heads(self.text_q(self.norm2(h)), 1, self.heads)
         x, h, q = self.spread(x), self.spread(h), self.spread(q)
         k, v = text
@@ -278,6 +278,8 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(Up(plan, depth) for depth in reversed(range(DEPTHS)))
         self.norm_out = plan.norm(plan.weights / "conv_norm_out")
         self.conv_out = Convolution(plan.weights / "conv_out")
+        # the slots of its text attentions, in the order of TextTable
+        self.text_layers = [module.layer for module in self.modules() if isinstance(module, Transformer)]
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
         time, text = iter(biases.split(self.widths)), iter(text)

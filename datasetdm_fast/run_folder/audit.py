@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.config import TASKS
+from datasetdm_fast.config import LABELS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
@@ -209,7 +209,7 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
 
 def _own_folders(document: Mapping[str, Any]) -> list[str]:
     """The folders whose every file is ours, those of labels that the run did not make among them."""
-    roles = dict.fromkeys(role for label in (*TASKS, *document["config"]["task"]) for role in kind_of(label).roles)
+    roles = dict.fromkeys(role for label in (*LABELS, *document["config"]["task"]) for role in kind_of(label).roles)
     own = [f"{place}{role}" for place in ("", ASIDE) for role in ("images", *roles)]
     return [*own, *(f"gallery/{role}" for role in roles if gallery.drawn_layer(role)), "state"]
 

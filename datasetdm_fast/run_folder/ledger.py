@@ -15,7 +15,10 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 
-NEGATIVE = "negative_prompt"  # where a row's recipe holds it
+TEXTS = {  # where a row's recipe holds texts of its request
+    "negative_prompt": "negative",
+    "class_prompt": "class_prompt",
+}
 DIGEST = "recipe"  # where a row holds the digest of a recipe that is stored once
 DONE, SET_ASIDE, DOUBTFUL = "done", "set-aside", "doubtful"
 _SCHEMA = """
@@ -144,7 +147,7 @@ class Ledger(AbstractContextManager):
 
     def _recipe_of(self, row: Row, recipe: str) -> str:
         """What a row holds of its recipe, all of it or its digest, beside what is the sample's own."""
-        own = {NEGATIVE: row.request.negative} if row.request.negative else {}
+        own = {name: text for name, field in TEXTS.items() if (text := getattr(row.request, field))}
         return canonical({**({DIGEST: digest_of(recipe)} if self._shares(recipe) else row.recipe), **own})
 
     def _written(self, id: str, role: str, path: str, stored: StoredFile) -> list[Any] | dict[str, Any]:
@@ -261,9 +264,9 @@ class Ledger(AbstractContextManager):
             if list(map(type, found.values())) != list(_FORM.values())[: len(found)]:
                 documents.check_form(found, _FORM)
             recipe = found["recipe"]
-            negative = recipe.pop(NEGATIVE, "")
-            documents.check_form(negative, str, NEGATIVE)
-            request = Request(index, prompt, seed, tuple(_DECODE(classes)), negative)
+            own = {field: recipe.pop(name) for name, field in TEXTS.items() if name in recipe}
+            documents.check_form(own, dict.fromkeys(own, str))
+            request = Request(index, prompt, seed, tuple(_DECODE(classes)), **own)
             stored = {role: _stored(request.id, role, file) for role, file in found["files"].items()}
             trust, traced = _trust(found.get("trust")), found.get("tracings", {})
             return Row(request, recipe, stored, found["labels"], status, reason, trust, traced)

@@ -39,6 +39,23 @@ def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
     return torch.randn((channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
 
 
+class OneGenerator:
+    """Noise of image after image from one generator, as a run of diffusers draws it; an earlier one starts it anew."""
+
+    def __init__(self):
+        self.seed, self.next, self.generator = -1, 0, torch.Generator("cpu")
+
+    def draw(self, seed: int, place: int, side: int) -> Tensor:  # [4, side, side] fp32
+        """The noise of the image at `place` of a run with this seed."""
+        if seed != self.seed or place < self.next:
+            self.generator.manual_seed(seed)
+            self.seed, self.next = seed, 0
+        for _ in range(place - self.next + 1):
+            found = torch.randn((4, side, side), generator=self.generator)
+        self.next = place + 1
+        return found
+
+
 def add_noise(scheduler: Mapping, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
     """`latents` as they would be at `timestep` of the forward process."""
     alphas = alphas_cumprod(scheduler)

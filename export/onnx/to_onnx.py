@@ -142,11 +142,12 @@ def exporter() -> str:
 
 
 # What the stages compute ----------------------------------------------------------------------------------------------
-class Adding:
+class Adding(NoCapture):
     """Adds up what the decoders' first layers make of features and maps: level sums [B, F, h, w] fp32."""
 
     def __init__(self, projection: Projection, ops: SimpleNamespace):
-        self.projection, self.ops = projection, ops
+        super().__init__(ops)
+        self.projection = projection
         self.sums: dict[int, Value] = {}
 
     def feature(self, slot: Slot | None, x: Value) -> None:

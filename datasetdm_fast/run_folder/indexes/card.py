@@ -9,6 +9,13 @@ from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.run_folder.document import ASIDE, described_sides, maker, sets_aside
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger
 
+TITLES = ("# A labelled data set, made from prompts\n", "# Pictures and their labels\n")
+ORIGINS = (
+    "all synthetic: a diffusion model drew the images, and the labels were read from what it computed on the way. "
+    "Nothing here was photographed, and the labels are a model's opinion, not ground truth.",
+    "which were read from what a diffusion model computed of each picture: a model's opinion, not ground truth. The "
+    "rights to the pictures are those of their authors.",
+)
 LOADING = """```python
 from datasetdm_fast import open_run
 
@@ -27,12 +34,9 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         **{f"decoder {task}": entry["licence"] for task, entry in document["decoders"].items()},
     }
     parts = [
-        "# A labelled data set, made from prompts\n",
+        TITLES[document.get("command") == "label"],
         f"{done} of {document['plan']['number']} images of {described_sides(document)} with their "
-        f"labels ({', '.join(config['task'])}), "
-        "all synthetic: a diffusion model drew the images, and decoders read the labels from what it computed on the "
-        "way. "
-        "Nothing here was photographed, and the labels are a model's opinion, not ground truth.\n",
+        f"labels ({', '.join(config['task'])}), {ORIGINS[document.get('command') == 'label']}\n",
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",

@@ -26,6 +26,8 @@ def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
             "seed": request.seed,
             "classes": request.classes,
             **({"negative": request.negative} if request.negative else {}),
+            **({"class_prompt": request.class_prompt} if request.class_prompt else {}),
+            **({"picture": row.recipe["picture"]} if "picture" in row.recipe else {}),
             "files": files,
             "labels": labels,
             **({"trust": asdict(row.trust)} if row.trust else {}),

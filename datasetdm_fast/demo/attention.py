@@ -1,0 +1,160 @@
+"""python -m datasetdm_fast.demo.attention --out DIR: how true are the demo model's labels from attention?
+
+A small segmentation net that has only ever seen renders is the judge of pictures of one or two things: IoU of the named
+things, beside that without self-attention and that of class prompts that belong to other pictures. Writes
+attention.json and masks.png.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from datasetdm_fast.data import AttentionSums, Request
+from datasetdm_fast.demo.judge import ASKED, Judge, classes_in, train_judge
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engines.engine import Engine
+from datasetdm_fast.generation.class_prompts import columns
+from datasetdm_fast.generation.recipe import Recipe, make_recipe
+from datasetdm_fast.labels.pictures import painted
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.sampling import times, walk
+from datasetdm_fast.scenes import world
+from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.tasks.attention import UNCERTAIN, class_maps, label_maps
+
+BATCH = 10
+APART = 2  # pictures between one and the one whose class prompt it is given: as many things, of other kinds
+SEEN = 30  # pixels that the judge must see of a thing for it to count
+
+
+@dataclass(frozen=True)
+class Drawn:
+    images: np.ndarray  # [N, H, W, 3] uint8
+    own: list[AttentionSums]  # of each batch, over all calls
+    others: list[AttentionSums]  # with class prompts of other pictures
+
+
+@torch.inference_mode()
+def draw(engine: Engine, recipe: Recipe, requests: Sequence[Request], prompts: Sequence[str]) -> Drawn:
+    """The pictures of the requests and their attention, over their own class prompts and over `prompts`."""
+    images, found = [], ([], [])
+    side, numbers = recipe.size // FACTOR, recipe.attention
+    for first in range(0, len(requests), BATCH):
+        some = requests[first : first + BATCH]
+        texts = [each.prompt for each in some]
+        context = torch.cat([engine.encode_text([""] * len(some)), engine.encode_text(texts)])
+        asked = [list(map(recipe.class_prompt, some)), list(prompts[first : first + BATCH])]
+        class_contexts = [engine.encode_text(each) for each in asked]
+        tokens = class_contexts[0].shape[1]
+        shapes = (len(some), numbers.self_cells**2, numbers.self_cells**2), (len(some), numbers.cross_cells**2, tokens)
+        sums = [AttentionSums(*map(torch.zeros, shapes)) for _ in asked]
+        state = walk.start(torch.stack([times.initial_noise(each.seed, 4, side, side) for each in some]))
+        for call, timestep in enumerate(recipe.schedule.timesteps):
+            for k, class_context in enumerate(class_contexts):
+                output, sums[k] = engine.denoise_and_average(state.latents, timestep, context, class_context, sums[k])
+            state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
+        images.append(engine.decode_image(state.latents).numpy())
+        for kept, one in zip(found, sums):
+            kept.append(one.over(len(recipe.schedule)))
+        print(f"drawn {first + len(some)}/{len(requests)}", file=sys.stderr, flush=True)
+    return Drawn(np.concatenate(images), *found)
+
+
+def labelled(
+    engine: Engine,
+    recipe: Recipe,
+    requests: Sequence[Request],
+    averages: Sequence[AttentionSums],
+    prompts: Sequence[str],
+) -> tuple[np.ndarray, np.ndarray]:
+    """[N, H, W] the labels as a run would write them, and with the uncertain pixels filled in."""
+    numbers, places, maps = recipe.attention, [], []
+    for k, request in enumerate(requests):
+        places.append(columns(prompts[k], request.classes, engine.model.tokenizer, by_words=False))
+    for k, one in enumerate(averages):
+        maps += class_maps(one, places[k * BATCH : (k + 1) * BATCH], numbers.exponent)
+    known = [[world.CLASSES.index(word) for word in each.classes] for each in requests]
+    both = [
+        np.stack([label.labels for label in label_maps(maps, known, world.CLASSES, recipe.size, threshold, lowest)])
+        for threshold, lowest in ((numbers.threshold, numbers.uncertainty), (numbers.uncertainty,) * 2)
+    ]
+    return both[0], both[1]
+
+
+def thing_iou(labels: np.ndarray, truth: np.ndarray, requests: Sequence[Request]) -> float:
+    """Mean over classes of the IoU of named things the judge sees; pixels of 255 are left out."""
+    inside, union = np.zeros(len(world.CLASSES)), np.zeros(len(world.CLASSES))
+    for found, seen, request in zip(labels, truth, requests):
+        is_certain = found != UNCERTAIN
+        for number in map(world.CLASSES.index, request.classes):
+            if (seen == number).sum() >= SEEN:
+                ours, theirs = (found == number) & is_certain, (seen == number) & is_certain
+                inside[number] += (ours & theirs).sum()
+                union[number] += (ours | theirs).sum()
+    return round(float((inside[union > 0] / union[union > 0]).mean()), 4)
+
+
+def judged(path: Path, size: int) -> Judge:
+    """The judge, trained where `path` does not hold it yet."""
+    if not path.exists():
+        torch.save(train_judge(2000, 1200, size).state_dict(), path)
+    judge = Judge().eval()
+    judge.load_state_dict(torch.load(path, weights_only=True))
+    return judge
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.attention", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--number", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    engine = build_engine("fast", load_model("demo"), {})
+    recipe = make_recipe(engine, ("attention",), steps=options.steps, classes=world.THINGS)
+    judge = judged(options.out / "judge.pt", recipe.size)
+    requests = []
+    for k in range(options.number):
+        scene = world.sample_scene(ASKED + k, count=1 + k % 2)
+        named = tuple(word for word in world.THINGS if any(thing.kind == word for thing in scene.things))
+        requests.append(Request(k, scene.caption, ASKED + k, named))
+    prompts = list(map(recipe.class_prompt, requests))
+    strangers = requests[APART:] + requests[:APART]
+    other_prompts = list(map(recipe.class_prompt, strangers))
+    drawn = draw(engine, recipe, requests, other_prompts)
+    truth = classes_in(judge, drawn.images).numpy()
+    labels, filled = labelled(engine, recipe, requests, drawn.own, prompts)
+    alone = replace(recipe, attention=replace(recipe.attention, exponent=0))
+    flat, _ = labelled(engine, alone, requests, drawn.own, prompts)
+    shuffled, _ = labelled(engine, recipe, strangers, drawn.others, other_prompts)
+    result = {
+        "pictures": options.number,
+        "calls": len(recipe.schedule),
+        **recipe.facts["attention"],
+        "iou": thing_iou(labels, truth, requests),
+        "iou_filled": thing_iou(filled, truth, requests),
+        "uncertain": round(float((labels == UNCERTAIN).mean()), 4),
+        "iou_exponent_0": thing_iou(flat, truth, requests),
+        "iou_shuffled": thing_iou(shuffled, truth, requests),
+    }
+    (options.out / "attention.json").write_text(json.dumps(result, indent=2) + "\n")
+    rows = [
+        np.concatenate([image, *(np.array(painted(one).convert("RGB")) for one in both)], 1)
+        for image, *both in zip(drawn.images[:32], truth.astype(np.uint8)[:32], labels[:32])
+    ]
+    columns_of = [np.concatenate(rows[start : start + 8]) for start in range(0, len(rows) // 8 * 8, 8)]
+    if columns_of:
+        Image.fromarray(np.concatenate(columns_of, 1)).save(options.out / "masks.png")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

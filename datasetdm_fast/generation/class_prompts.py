@@ -1,0 +1,132 @@
+"""Labels from attention: their numbers, the class prompt of an image, and which of its tokens stand for which class."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasetdm_fast.config import AttentionDefaults
+from datasetdm_fast.data import Request
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.generation.prompts import Tokenizer, count_tokens, shown, token_limit
+from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.words import mentioned
+from datasetdm_fast.stages import LEVELS
+
+FIRST_WORD_ALONE = ("hot dog", "teddy bear", "hair drier")  # of these Dataset Diffusion reads one word
+
+
+@dataclass(frozen=True)
+class AttentionRecipe:
+    """How labels are read from attention."""
+
+    exponent: int
+    threshold: float
+    uncertainty: float
+    self_cells: int  # cells of a side of the self-attention
+    cross_cells: int
+    appends: bool = False  # whether the class words are added to the prompt
+    parity: str = ""
+    start: str = ""  # of a class prompt
+    between: str = " "  # its words
+
+    def class_prompt(self, request: Request, asked: Sequence[str]) -> str:
+        """The text whose tokens the labels are read from: the words asked of an image, as its prompt names them one
+        after the other, and with `parity` as the classes are listed.
+        """
+        if request.class_prompt or not asked:
+            return request.class_prompt
+        named = asked if self.parity else dict.fromkeys((*mentioned(request.prompt, asked), *asked))
+        return self.start + self.between.join(spoken(tuple(named)))
+
+
+def attention_recipe(
+    defaults: AttentionDefaults,
+    side: int,
+    *,
+    exponent: int = -1,
+    threshold: float = 0.0,
+    uncertainty: float = 0.0,
+    self_cells: int = 0,
+    cross_cells: int = 0,
+    parity: str = "",
+) -> AttentionRecipe:
+    """The numbers asked for, or those of the model, whose latents have `side` cells."""
+    found = AttentionRecipe(
+        defaults.exponent if exponent < 0 else exponent,
+        threshold or defaults.threshold,
+        uncertainty or min(defaults.uncertainty, threshold or 1.0),
+        self_cells or side // defaults.self_divisor,
+        cross_cells or side // defaults.cross_divisor,
+        defaults.appends or bool(parity),
+        parity,
+        "" if parity else defaults.start,
+        " " if parity else defaults.between,
+    )
+    known = [side >> depth for depth in range(len(LEVELS))]
+    for flag, cells in (("--self-cells", found.self_cells), ("--cross-cells", found.cross_cells)):
+        if cells not in known:
+            raise Refused(
+                f"{flag} {cells}: this model has attention over {', '.join(map(str, known))} cells of a side",
+                "Choose one of these; 0 takes what suits the model.",
+            )
+    if found.self_cells > 64:
+        raise Refused(
+            f"--self-cells {found.self_cells}: the averages of its attention would not fit into memory",
+            "Choose 64 or fewer.",
+        )
+    if not found.uncertainty <= found.threshold <= 1:
+        raise Refused(
+            f"--uncertainty {found.uncertainty:g}: expected at most the threshold, "
+            f"{found.threshold:g}, which is at most 1",
+            "Give both, such as --threshold 0.6 --uncertainty 0.5.",
+        )
+    return found
+
+
+def appended(prompt: str, words: str) -> str:
+    """The prompt with the class words after it, unless it has them there."""
+    return prompt if not words or prompt.rstrip().endswith(f"; {words}") else f"{prompt}; {words}"
+
+
+def check_class_prompt(request: Request, asked: Sequence[str], recipe: AttentionRecipe, tokenizer: Tokenizer) -> None:
+    """Refuses what the text encoder does not take whole, and class words that the class prompt lacks."""
+    words = recipe.class_prompt(request, asked)
+    for text in (words, *([appended(request.prompt, words)] if recipe.appends else [])):
+        if (count := count_tokens(text, tokenizer)) > (limit := token_limit(tokenizer)):
+            raise Refused(
+                f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: {shown(text)}",
+                "Shorten it, or ask for fewer classes.",
+            )
+    columns(words, asked, tokenizer, by_words=bool(recipe.parity))
+
+
+def columns(words: str, asked: Sequence[str], tokenizer: Tokenizer, *, by_words: bool) -> list[tuple[int, ...]]:
+    """The places of each class word among the tokens of a class prompt: of all its tokens, or `by_words`, as Dataset
+    Diffusion has it, the place of the word, however many tokens stand before it.
+    """
+    if by_words:
+        parts = words.lower().split()
+    else:
+        parts = tokenizer(words, truncation=False).input_ids[1:-1]
+    found = []
+    for name, said in zip(asked, spoken(asked)):
+        forms = dict.fromkeys((said, name))
+        if by_words:
+            sought = [form.lower().split()[: 1 if said in FIRST_WORD_ALONE else None] for form in forms]
+        else:
+            sought = [tokenizer(form, truncation=False).input_ids[1:-1] for form in forms]
+        place = next(
+            (
+                (at, len(one))
+                for one in sought
+                for at in range(len(parts) - len(one) + 1)
+                if one and parts[at : at + len(one)] == one
+            ),
+            None,
+        )
+        if place is None:
+            raise Refused(
+                f"class prompt {shown(words)}: does not hold the class word {shown(said)}",
+                "Name every class of the prompt in it.",
+            )
+        found.append(tuple(range(1 + place[0], 1 + sum(place))))  # the start mark is the first token
+    return found

@@ -1,0 +1,65 @@
+"""Which class word of a prompt stands where, from the attention of the calls that drew the image: no decoder is needed.
+
+Dataset Diffusion's rule (Nguyen et al. 2023): a class's cross-attention, spread along the self-attention.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.data import AttentionSums, SemanticMap
+from datasetdm_fast.tasks.to_host import to_host
+
+UNCERTAIN = 255
+FLAT = 1e-12  # a map whose values lie no farther apart says nothing
+
+
+def class_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:
+    """Per image the maps [K, s, s] of its classes, 0 to 1; `columns` names the tokens of each class of each image."""
+    side, cross = (round(one.shape[1] ** 0.5) for one in (averages.cells, averages.tokens))
+    found = []
+    for cells, tokens, named in zip(averages.cells, averages.tokens, columns, strict=True):
+        if not named:
+            found.append(cells.new_zeros(0, side, side))
+            continue
+        seen = torch.stack([tokens[:, list(places)].mean(1) for places in named]).unflatten(1, (cross, cross))
+        spread = F.interpolate(seen[None], (side, side), mode="bicubic")[0].flatten(1).T  # [S, K]
+        for _ in range(exponent):
+            spread = cells @ spread
+        found.append(scaled(spread.T).unflatten(1, (side, side)))
+    return found
+
+
+def scaled(maps: Tensor) -> Tensor:
+    """Maps [K, S] moved and stretched to 0 .. 1; one without differences is 0 everywhere."""
+    lowest, highest = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    room = highest - lowest
+    return torch.where(room > FLAT, (maps - lowest) / room.clamp(min=FLAT), 0.0)
+
+
+def label_maps(
+    maps: Sequence[Tensor],
+    numbers: Sequence[Sequence[int]],
+    classes: tuple[str, ...],
+    size: int,
+    threshold: float,
+    uncertainty: float,
+) -> list[SemanticMap]:
+    """A label of each image, `size` pixels a side: of its classes, whose numbers are given, the one of the largest
+    value where that reaches `threshold`, 255 where it reaches `uncertainty` alone, 0 elsewhere.
+    """
+    labels, values = [], []
+    for one, own in zip(maps, numbers, strict=True):
+        if not own:
+            values.append(one.new_zeros(size, size))
+            labels.append(values[-1].to(torch.uint8))
+            continue
+        largest, winner = F.interpolate(one[None], (size, size), mode="bicubic")[0].max(0)
+        named = torch.tensor(list(own), dtype=torch.uint8, device=one.device)[winner]
+        weak = torch.where(largest >= uncertainty, UNCERTAIN, 0).to(torch.uint8)
+        labels.append(torch.where(largest >= threshold, named, weak))
+        values.append(largest.clamp(0, 1))
+    numbered, sure = to_host(torch.stack(labels), torch.stack(values))
+    return [SemanticMap(numbered[b], sure[b], classes) for b in range(len(numbered))]

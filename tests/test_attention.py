@@ -1,0 +1,349 @@
+"""Labels from attention: engines against each other and against the algorithm written plainly, and a run with them."""
+
+import json
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from datasetdm_fast import generate, label
+from datasetdm_fast.config import AttentionDefaults
+from datasetdm_fast.data import AttentionSums, Request
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.generation import class_prompts, driver
+from datasetdm_fast.generation.recipe import make_recipe
+from datasetdm_fast.kernels import choice
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.pipeline import Pipeline
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.sampling import times
+from datasetdm_fast.scenes import world
+from datasetdm_fast.tasks import attention
+
+CLASSES = ("ball", "cube", "cone")
+REQUESTS = [
+    Request(0, "a red ball and a blue cube", 7, ("ball", "cube"), "fog"),
+    Request(1, "a yellow cone", 8, ("cone",), "fog"),
+    Request(2, "a cube", 9, ("cube",), "fog"),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("demo")
+
+
+@pytest.fixture(scope="module")
+def engines(model):
+    return {name: build_engine(name, model, {}) for name in ("torch", "fast")}
+
+
+def recipe(engine, **attention_settings):
+    chosen = {"steps": 2, "classes": CLASSES, "profile": "0.14.0", **attention_settings}
+    return make_recipe(engine, ("attention",), **chosen)
+
+
+def drawn(engine, requests, **settings):
+    """The sampled batch and its labels."""
+    from datasetdm_fast.data import Batch
+
+    made = driver.BatchGenerator(engine, recipe(engine, **settings), lambda: None)
+    batch = Batch(0, tuple(requests))
+    sampled = made.sample(batch)
+    return sampled, made.label(batch, sampled)
+
+
+def plainly(model, requests, settings, calls):
+    """Dataset Diffusion's averages and maps in fp32, every probability formed by hand, an image at a time, with
+    diffusers' own scheduler.
+    """
+    from diffusers import PNDMScheduler
+
+    unet, side = model.unet, model.size // 8
+    scheduler = PNDMScheduler.from_config({**model.scheduler, "steps_offset": 1, "set_alpha_to_one": False})
+    scheduler.set_timesteps(calls - 1)
+
+    def encoded(text):
+        ids = model.tokenizer([text], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        return model.text_encoder(ids.input_ids).last_hidden_state
+
+    found, generator = [], torch.Generator().manual_seed(requests[0].seed)
+    noise = torch.randn(len(requests), 4, side, side, generator=generator)
+    for place, request in enumerate(requests):
+        words = " ".join(request.classes)
+        context = torch.cat([encoded(request.negative), encoded(f"{request.prompt}; {words}")])
+        class_context, latents = encoded(words), noise[place : place + 1]
+        kept = {"cells": [], "tokens": []}
+
+        def read(module, arguments, named, output, *, name, kept=kept, class_context=class_context):
+            own = arguments[0][1:]
+            kind, cells = (("cells", "self_cells"), ("tokens", "cross_cells"))[name.endswith("attn2")]
+            if own.shape[1] == settings[cells] ** 2:
+                q, k = module.to_q(own), module.to_k(class_context if kind == "tokens" else own)
+                q, k = (x.unflatten(-1, (module.heads, -1)).transpose(1, 2)[0] for x in (q, k))
+                kept[kind].append(torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, -1).mean(0))
+
+        hooks = [
+            module.register_forward_hook(
+                lambda *heard, name=name: read(*heard, name=name),
+                with_kwargs=True,
+            )
+            for name, module in unet.named_modules()
+            if name.endswith(("attn1", "attn2"))
+        ]
+        for timestep in scheduler.timesteps:
+            out = unet(torch.cat([latents, latents]), timestep, context).sample
+            out = out[:1] + settings["guidance"] * (out[1:] - out[:1])
+            latents = scheduler.step(out, timestep, latents).prev_sample
+        for hook in hooks:
+            hook.remove()
+        scheduler.set_timesteps(calls - 1)
+        cells, tokens = (torch.stack(kept[kind]).mean(0) for kind in ("cells", "tokens"))
+        assert len(kept["cells"]) == len(kept["tokens"]) == 3 * calls
+        grid = tokens.T.unflatten(1, (settings["cross_cells"],) * 2)[None]
+        seen = F.interpolate(grid, (settings["self_cells"],) * 2, mode="bicubic")[0]
+        spread = torch.matrix_power(cells, settings["exponent"])
+        outs = []
+        for column in range(1, 1 + len(request.classes)):
+            out = spread @ seen[column].reshape(-1)
+            out = out - out.min()
+            outs.append((out / out.max()).reshape(settings["self_cells"], settings["self_cells"]))
+        found.append((cells, tokens, torch.stack(outs)))
+    return found
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["torch", "fast"])
+def test_parity_is_the_plain_algorithm(model, engines, name):
+    settings = {"exponent": 4, "self_cells": 16, "cross_cells": 8, "guidance": 7.5}
+    requests = [Request(k, each.prompt, 7 + k, each.classes, "fog") for k, each in enumerate(REQUESTS[:2])]
+    sampled, results = drawn(
+        engines[name], requests, threshold=0.6, uncertainty=0.5, parity="dataset-diffusion", **settings
+    )
+    places = [[(1 + k,) for k in range(len(request.classes))] for request in requests]
+    maps = attention.class_maps(sampled.averages, places, 4)
+    for b, (cells, tokens, plain) in enumerate(plainly(model, requests, settings, 3)):
+        assert float((sampled.averages.cells[b] - cells).norm() / cells.norm()) <= 1e-3
+        assert float((sampled.averages.tokens[b] - tokens).norm() / tokens.norm()) <= 1e-3
+        assert float((maps[b] - plain).norm() / plain.norm()) <= 1e-3
+        large = F.interpolate(plain[None], (128, 128), mode="bicubic")[0].max(0)
+        numbers = torch.tensor([1 + CLASSES.index(word) for word in requests[b].classes])[large.indices]
+        mask = torch.where(large.values >= 0.6, numbers, torch.where(large.values >= 0.5, 255, 0)).numpy()
+        ordered = F.interpolate(plain[None], (128, 128), mode="bicubic")[0].sort(0).values
+        is_near = (large.values - 0.6).abs().minimum((large.values - 0.5).abs()) < 1e-3
+        if len(ordered) > 1:
+            is_near |= (ordered[-1] - ordered[-2] < 1e-3) & (large.values >= 0.6)
+        assert ((results[b].annotations["attention"].labels == mask) | is_near.numpy()).all()
+        assert is_near.float().mean() < 0.05
+
+
+@torch.inference_mode()
+def test_sums_of_both_engines_agree_and_the_output_is_that_of_denoise(engines):
+    fast, latents = engines["fast"], torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    context = torch.cat([fast.encode_text([""] * 3), fast.encode_text([each.prompt for each in REQUESTS])])
+    class_context = fast.encode_text(["ball cube", "cone", "cube"])
+    found = {}
+    for name, engine in engines.items():
+        sums = AttentionSums(torch.zeros(3, 64, 64), torch.zeros(3, 256, 77))
+        for timestep in (900.0, 100.0):
+            output, sums = engine.denoise_and_average(latents, timestep, context, class_context, sums)
+            assert torch.equal(output, engine.denoise(latents, timestep, context))
+        assert torch.allclose(sums.cells.sum(-1), torch.tensor(2.0)) and torch.allclose(
+            sums.tokens.sum(-1), torch.tensor(2.0)
+        )
+        found[name] = sums
+    for part in ("cells", "tokens"):
+        one, other = (getattr(sums, part) for sums in found.values())
+        assert float((one - other).norm() / one.norm()) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_label_does_not_depend_on_its_batch(engines):
+    together, _ = drawn(engines["fast"], REQUESTS)
+    alone, _ = drawn(engines["fast"], REQUESTS[1:2])
+    for part in ("cells", "tokens"):
+        one, other = getattr(together.averages, part)[1], getattr(alone.averages, part)[0]
+        assert float((one - other).norm() / one.norm()) < 1e-5
+
+
+def test_one_generator_draws_what_one_call_draws():
+    noise = times.OneGenerator()
+    whole = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    for place in (0, 1, 4, 2, 2):
+        assert torch.equal(noise.draw(3, place, 16), whole[place])
+
+
+def test_columns_are_tokens_or_words(model):
+    tokenizer = model.tokenizer
+    long = len(tokenizer("zebra").input_ids) - 2
+    assert long > 1
+    assert class_prompts.columns("zebra ball", ("zebra", "ball"), tokenizer, by_words=False) == [
+        tuple(range(1, 1 + long)),
+        (1 + long,),
+    ]
+    assert class_prompts.columns("zebra ball", ("zebra", "ball"), tokenizer, by_words=True) == [(1,), (2,)]
+    said = class_prompts.columns("dining table hot dog", ("diningtable", "hot dog"), tokenizer, by_words=True)
+    assert said == [(1, 2), (3,)]
+    with pytest.raises(Refused, match="does not hold the class word 'cone'"):
+        class_prompts.columns("ball", ("cone",), tokenizer, by_words=False)
+
+
+def test_flat_maps_say_nothing_and_thresholds_part_three_kinds():
+    sums = AttentionSums(torch.full((2, 4, 4), 0.25), torch.rand(2, 4, 5))
+    flat = attention.class_maps(sums, [[(1,), (2, 3)], []], 2)
+    assert flat[0].shape == (2, 2, 2) and float(flat[0].abs().max()) == 0 and flat[1].shape == (0, 2, 2)
+    ramp = torch.linspace(0, 1, 16).view(1, 4, 4)
+    some, none = attention.label_maps([ramp, ramp[:0]], [(3,), ()], ("background", "a", "b", "c"), 4, 0.6, 0.5)
+    values = ramp[0].numpy()
+    assert (some.labels == np.where(values >= 0.6, 3, np.where(values >= 0.5, 255, 0))).all() and not none.labels.any()
+
+
+def test_numbers_of_a_model_and_those_refused():
+    found = class_prompts.attention_recipe(AttentionDefaults(), 64)
+    assert (found.self_cells, found.cross_cells, found.exponent, found.appends) == (32, 16, 4, True)
+    for wrong, said in (
+        ({"self_cells": 48}, "--self-cells 48"),
+        ({"uncertainty": 0.9}, "--uncertainty 0.9"),
+        ({"threshold": 1.5}, "at most 1"),
+    ):
+        with pytest.raises(Refused, match=said):
+            class_prompts.attention_recipe(AttentionDefaults(), 64, **wrong)
+
+
+def test_a_class_prompt_names_the_words_as_the_prompt_does():
+    words, request = ("ball", "cube", "cone"), Request(0, "a cube beside a sphere", 1, ("ball", "cube"))
+    plain = class_prompts.attention_recipe(AttentionDefaults(), 64)
+    assert plain.class_prompt(request, request.classes) == "cube ball" and plain.class_prompt(request, ()) == ""
+    assert plain.class_prompt(request, words) == "cube ball cone"
+    told = class_prompts.attention_recipe(AttentionDefaults(start="a ", between=" and a "), 64)
+    assert told.class_prompt(request, request.classes) == "a cube and a ball"
+    exact = class_prompts.attention_recipe(AttentionDefaults(start="a "), 64, parity="dataset-diffusion")
+    assert exact.class_prompt(request, request.classes) == "ball cube"
+    given = Request(0, "x", 1, ("ball",), class_prompt="a red ball")
+    assert plain.class_prompt(given, ("ball",)) == "a red ball"
+    assert class_prompts.appended("x; ball", "ball") == "x; ball" and class_prompts.appended("x", "ball") == "x; ball"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "two.jsonl"
+    lines = [{"prompt": each.prompt, "classes": each.classes} for each in REQUESTS[:2]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_labeller_reaches_its_kernel_through_the_table_of_forms(prompts, tmp_path, monkeypatch):
+    calls, form = count(), choice.FORM["native"].attention_average
+    monkeypatch.setattr(
+        choice.FORM["native"], "attention_average", lambda *arguments: (next(calls), form(*arguments))[1]
+    )
+    line = ["--labeller", "attention", "--prompts", str(prompts), "--number", "2", "--steps", "2", "--quiet"]
+    assert generate.main([*line, "--out", str(tmp_path / "run")]) == 0
+    assert next(calls) == 2 * 3 * 3 * 2  # self and cross layers of one side, calls, slices of the batch
+    assert choice.form_on("attention_average", "sm_90", "NVIDIA H100", "untuned") == "fused"
+    run = open_run(tmp_path / "run")
+    assert run.tasks == ("attention",) and set(np.unique(run[0].attention.labels)) <= {0, 1, 2, 255}
+
+
+def test_a_run_of_both_labellers(prompts, tmp_path, capsys):
+    run = tmp_path / "run"
+    line = ["--labeller", "decoder,attention", "--task", "semantic", "--classes", "ball,cube,cone", "--steps", "3"]
+    line += ["--prompts", str(prompts), "--number", "2", "--quiet", "--out", str(run)]
+    assert generate.main([*line, "--limit", "1", "--batch-size", "1"]) == 0
+    assert generate.main([*line, "--batch-size", "1"]) == 0
+    assert not audit(run).findings
+    sample, kept = open_run(run)["00000001"], (run / "attention/00000001.png").read_bytes()
+    assert sample.attention.classes == ("background", "ball", "cube", "cone")
+    record = json.loads((run / "samples.jsonl").read_text().splitlines()[1])["labels"]["attention"]
+    assert (
+        0 <= record["agreement"]["semantic"] <= 1
+        and "agree with those of the semantic decoder" in (run / "README.md").read_text()
+    )
+    assert '"attention"' in (run / "gallery/index.html").read_text()
+    (run / "attention/00000001.png").unlink()
+    assert generate.main(["--out", str(run), "--only", "00000001", "--quiet"]) == 0
+    assert (run / "attention/00000001.png").read_bytes() == kept
+
+
+def test_the_library_gives_these_labels_too(engines):
+    found = Pipeline(engines["fast"])(
+        ["a cone", "two cubes"], tasks=("attention",), classes=CLASSES, steps=2, exponent=0, ask="all"
+    )
+    assert [label.classes for label in found.attention] == [("background", *CLASSES)] * 2
+    with pytest.raises(Refused, match="--threshold|at most 1"):
+        Pipeline(engines["fast"])("a cone", tasks=("attention",), classes=CLASSES, threshold=3)
+    with pytest.raises(Refused, match="no class words"):
+        Pipeline(engines["fast"])("a cone", tasks=("attention",))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--labeller", "attention"], "no class words"),
+        (["--labeller", "attention", "--classes", "ball", "--task", "semantic"], "read by a decoder"),
+        (["--labeller", "attention", "--classes", "ball", "--engine", "ort"], "--engine ort"),
+        (["--exponent", "2"], "--exponent"),
+        (
+            ["--labeller", "attention", "--prompts", "a ball", "--classes", "ball", "--self-cells", "5"],
+            "--self-cells 5",
+        ),
+        (["--labeller", "attention", "--prompts", "a ball", "--classes", "x" * 80], "81|tokens|name none"),
+        (["--labeller", "guess"], "'guess' is not one of"),
+    ],
+)
+def test_wrong_lines_are_refused_in_a_sentence(line, said, tmp_path, capsys):
+    import re
+
+    assert generate.main([*line, "--number", "1", "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    assert re.search(said, capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three renders of other sizes with captions, in a folder."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for name, seed, sides in (("a.png", 11, (128, 128)), ("b.jpg", 12, (200, 150)), ("more/c.png", 13, (130, 170))):
+        Image.fromarray(world.view(seed, 128).image).resize(sides).save(folder / name)
+    captions = {name: world.sample_scene(seed).caption for name, seed in (("a.png", 11), ("b", 12), ("more/c", 13))}
+    (folder / "captions.json").write_text(json.dumps(captions))
+    return folder
+
+
+def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path):
+    run = tmp_path / "run"
+    line = [str(photos), "--labeller", "decoder,attention", "--task", "semantic", "--classes", ",".join(world.THINGS)]
+    line += ["--captions", str(photos / "captions.json"), "--timesteps", "100,400", "--batch-size", "2", "--quiet"]
+    line += ["--out", str(run)]
+    assert label.main([*line, "--limit", "2"]) == 0 and label.main(line) == 0
+    assert not audit(run).findings
+    rows = [json.loads(row) for row in (run / "samples.jsonl").read_text().splitlines()]
+    assert [row["picture"] for row in rows] == ["a.png", "b.jpg", "more/c.png"]
+    assert rows[2]["classes"] == [word for word in world.THINGS if word in world.sample_scene(13).caption]
+    assert np.array_equal(open_run(run)[0].image, world.view(11, 128).image)
+    assert (open_run(run)[0].semantic.labels == world.view(11, 128).semantic).mean() > 0.7
+    kept = (run / "attention/00000002.png").read_bytes()
+    (run / "attention/00000002.png").unlink()
+    assert label.main(["--out", str(run), "--only", "00000002", "--quiet"]) == 0
+    assert (run / "attention/00000002.png").read_bytes() == kept
+    assert label.main([*line, "--seed", "5"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ([], "is no folder"),
+        (["PHOTOS", "--labeller", "attention"], "no class words"),
+        (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
+        (["PHOTOS", "--only", "00000000"], "was not made by label"),
+    ],
+)
+def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):
+    given = [str(photos) if word == "PHOTOS" else word for word in line]
+    assert label.main([*given, "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
