@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
 
+FULL_SIZE_MODEL = "random-sd14"  # Stable Diffusion 1.4 with seeded weights
+
 
 @dataclass(frozen=True)
 class SuiteConfig:

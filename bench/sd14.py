@@ -5,19 +5,18 @@ parts: each is stored when it is done, and the same line again measures what is 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.options import SuiteConfig, check_numbers, chosen
+from bench.options import FULL_SIZE_MODEL, SuiteConfig, check_numbers, chosen
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 
 PROG = "python -m bench sd14"
-MODEL = "random-sd14"
 NAMES = ("diffusers-1", "ort-1", "openvino-1", "openvino-bf16", "ours-bf16")  # each in turn with ours
 STEPS = 3  # a call takes two cores five to thirteen seconds
 
 
 @dataclass(frozen=True)
 class FullSizeConfig(SuiteConfig):
-    model: str = setting(MODEL, "random-sd14, or a smaller one to try the parts out", metavar="MODEL")
+    model: str = setting(FULL_SIZE_MODEL, "random-sd14, or a smaller one to try the parts out", metavar="MODEL")
     steps: int = setting(STEPS, "sampling steps", metavar="N")
     threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
 

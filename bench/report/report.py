@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import sd14
 from bench.claims import page as claims
 from bench.machine.machine import ROOT
+from bench.options import FULL_SIZE_MODEL
 from bench.report import reckoned
 from bench.report.results import SUITES, cpu_suite, newest, read, rows_of
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent
@@ -48,7 +48,7 @@ DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a 
 VERSIONS = ("torch", "diffusers", "onnxruntime")
 NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
 ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
-FULL_SIZE = cpu_suite(sd14.MODEL)
+FULL_SIZE = cpu_suite(FULL_SIZE_MODEL)
 FULL_SIZE_COLUMNS = ("method", "precision", "s/image", "share of peak", "memory", "load", "our speed-up")
 PAPER_SIDE = 512  # pixels of a side
 PAPER_GPUS = (1, 8, 1000)
