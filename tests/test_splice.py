@@ -207,4 +207,4 @@ def test_scaling_takes_the_nearest_pixel():
 def test_every_label_kind_can_be_spliced():
     for kind in LABEL_KINDS.values():
         assert kind.roles or type(kind).moved is not LabelKind.moved
-    assert set(LABEL_KINDS) == set(TASKS)
+    assert set(LABEL_KINDS) == {*TASKS, "attention"}

@@ -118,7 +118,7 @@ def install(patch=setattr) -> None:
         words = (tuple(classes) or world.THINGS) if "open-vocabulary" in config.task else ()
         return Recipe(Schedule(), 2.0, SIDE, config.task, {}, words, facts=facts)
 
-    def made(batches, engine, recipe, on_unet_call=lambda: None):
+    def made(batches, engine, recipe, on_unet_call=lambda: None, make=None):
         for batch in batches:
             for _ in recipe.schedule.timesteps:
                 on_unet_call()
