@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -50,6 +51,12 @@ class Capture:
         tuple[Tensor, ...], ...
     ]  # per level: [B, heads, h*w, T], conditional half, up layers before down layers
 
+    def to(self, dtype: torch.dtype) -> Capture:
+        features, maps = (
+            tuple(tuple(x.to(dtype) for x in level) for level in part) for part in (self.features, self.maps)
+        )
+        return Capture(features, maps)
+
     @property
     def batch(self) -> int:
         return self.features[-1][0].shape[0]
@@ -72,6 +79,9 @@ class ProjectedCapture:
         own = self.slices[task]
         parts = tuple(total[:, part] for total, part in zip(self.sums, own))
         return ProjectedCapture(parts, {task: tuple(slice(0, part.stop - part.start) for part in own)})
+
+    def to(self, dtype: torch.dtype) -> ProjectedCapture:
+        return ProjectedCapture(tuple(total.to(dtype) for total in self.sums), self.slices)
 
     @property
     def batch(self) -> int:

@@ -1,25 +1,125 @@
-"""Batch normalisation of a batch of one, for every image of a batch: statistics per image and channel, no affine."""
+"""Batch normalisation of a batch of one, for every image of a batch, and ReLU: statistics per image and channel, no
+affine.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels.case import Case, noise
+from datasetdm_fast.kernels import add_statistics
+from datasetdm_fast.kernels.add_statistics import CHUNK, rows
+from datasetdm_fast.kernels.case import BATCH, FEATURES, Case, noise
+from datasetdm_fast.kernels.group_norm_parts import MOST_CHUNKS, merged
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 
 EPS = 1e-4
+DEVICES = {"untuned": "fused"}
+BLOCKS = {"untuned": block_sizes("image_norm", 4, BLOCK_S=64, BLOCK_C=64, BLOCK_N=16)}
+SPAN = 256  # cells of a block: reading the statistics again is little beside them
 
 
-def reference(x: Tensor) -> Tensor:
-    """`x` [B, C, H, W] with zero mean and unit biased variance over H, W of each image."""
+def reference(x: Tensor, has_relu: bool = False) -> Tensor:
+    """`x` [B, C, H, W] with zero mean and unit biased variance over H, W of each image; with ReLU where one follows."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = wide - wide.mean((2, 3), keepdim=True)
-    return (centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + EPS)).to(x.dtype)
+    y = (centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + EPS)).to(x.dtype)
+    return F.relu(y) if has_relu else y
+
+
+@jit
+def _image_norm_kernel(
+    x_ptr,  # [B, S, C]
+    mean_ptr,  # [B, chunks, C]
+    spread_ptr,  # [B, chunks, C]
+    out_ptr,  # [B, S, C]
+    channels,
+    cells,
+    chunks,
+    chunk_cells,
+    eps,
+    HAS_RELU: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = channel < channels
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(0, chunks, BLOCK_N):
+        chunk = start + tl.arange(0, BLOCK_N)
+        inside = (chunk < chunks)[:, None] & is_channel[None, :]
+        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
+        count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None]
+        total += tl.load(mean_ptr + place, mask=inside, other=0.0) * count
+    centre = tl.sum(total, 0) / cells
+    total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(0, chunks, BLOCK_N):
+        chunk = start + tl.arange(0, BLOCK_N)
+        inside = (chunk < chunks)[:, None] & is_channel[None, :]
+        place = (image * chunks + chunk)[:, None] * channels + channel[None, :]
+        count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None]
+        distance = tl.load(mean_ptr + place, mask=inside, other=0.0) - centre[None, :]
+        spread = tl.load(spread_ptr + place, mask=inside, other=0.0)
+        total += tl.where(inside, spread + count * distance * distance, 0.0)
+    scale = tl.rsqrt(tl.sum(total, 0) / cells + eps)
+    for step in range(0, SPAN, BLOCK_S):
+        cell = tl.program_id(0).to(tl.int64) * SPAN + step + tl.arange(0, BLOCK_S)
+        inside = (cell < cells)[:, None] & is_channel[None, :]
+        place = (image * cells + cell)[:, None] * channels + channel[None, :]
+        y = (tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) - centre[None, :]) * scale[None, :]
+        if HAS_RELU:
+            y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def fused(x: Tensor, has_relu: bool = False) -> Tensor:
+    """What `reference` says, channels-last, in two passes."""
+    if not is_served("image_norm", x):
+        return reference(x, has_relu)
+    (batch, channels, height, width), given, cells = x.shape, rows(x), x.shape[2] * x.shape[3]
+    found = add_statistics.fused(given.unflatten(1, (height, width)).permute(0, 3, 1, 2), None, None)[1]
+    with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
+        is_merged = found.shape[2] > MOST_CHUNKS
+        found, sizes = merged(found, cells) if is_merged else found, blocks(BLOCKS, "image_norm", x)
+        out, grid = torch.empty_like(given), (ceil_divide(cells, SPAN), ceil_divide(channels, sizes["BLOCK_C"]), batch)
+        _image_norm_kernel[grid](
+            given,
+            *found,
+            out,
+            channels,
+            cells,
+            found.shape[2],
+            cells if is_merged else CHUNK,
+            EPS,
+            HAS_RELU=has_relu,
+            SPAN=SPAN,
+            **sizes,
+        )
+    return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for side, count in ((32, 2), (64, 2), (64, 4)):
+        yield (
+            f"{count * FEATURES} channels at {side} cells",
+            (
+                empty(BATCH, side, side, count * FEATURES).permute(0, 3, 1, 2),
+                True,
+            ),
+        )
 
 
 def cases() -> list[Case]:
     return [
         Case("smallest: a plane that varies", (noise(1, 1, 2, 2),), (1, 1, 2, 2)),
+        Case("several chunks, negative values cut", (noise(2, 35, 13, 21), True), (2, 35, 13, 21)),
+        Case("more chunks than a block reads", (noise(1, 3, 70, 61),), (1, 3, 70, 61)),
         Case("constant planes have no variance to divide by", (torch.full((2, 3, 4, 4), 5.0),), (2, 3, 4, 4)),
         Case("ragged planes, far from zero", (noise(3, 17, 5, 5) + 100,), (3, 17, 5, 5)),
         Case(

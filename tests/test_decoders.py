@@ -27,7 +27,9 @@ from datasetdm_fast.decoders.checkpoint import (
 )
 from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.decoders.layers import SpectralConv2d
+from datasetdm_fast.decoders.trunk import fold, narrowed
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.kernels import plain
 from datasetdm_fast.stages import levels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoders.json").read_text())
@@ -319,6 +321,22 @@ def test_a_batch_equals_its_images(kind, upscale):
         alone = [decoder(image_of(capture, b), None if text is None else text[b : b + 1]) for b in range(3)]
     for name, value in together.items():
         assert distance(value, torch.cat([one[name] for one in alone])) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ("depth", "heatmap", "open-vocabulary"))
+@pytest.mark.parametrize("normalisation", ("image", "running"))
+def test_stored_in_16_bits_the_answers_are_near(kind, normalisation):
+    """As a GPU has them: parameters in fp16, statistics and what centres words in fp32; the decoder itself stays."""
+    config = small(kind, normalisation=normalisation, text_centre=kind == "open-vocabulary")
+    decoder = fold(randomise(build_decoder(config)))
+    narrow, capture = narrowed(decoder, torch.float16, plain), capture_of(DEMO_LEVELS, 2)
+    text = text_for(config, 2)
+    assert {value.dtype for value in narrow.parameters()} == {torch.float16}
+    assert {value.dtype for value in (*narrow.buffers(), *decoder.parameters())} == {torch.float32}
+    with torch.inference_mode():
+        right, found = decoder(capture, text), narrow(capture.to(torch.float16), text)
+    for name, value in right.items():
+        assert found[name].dtype == torch.float16 and distance(found[name].float(), value) <= 2e-2, name
 
 
 def test_words_asked_together_equal_words_asked_alone():

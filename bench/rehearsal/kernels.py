@@ -65,7 +65,7 @@ class NotedLaunch(NamedTuple):
 
 @contextmanager
 def noted_kernels(
-    timeline: Timeline, storage: Callable[[], torch.dtype | None]
+    timeline: Timeline, storage: Callable[[], set[torch.dtype]]
 ) -> Iterator[dict[Compilable, NotedLaunch]]:
     """Every kernel of OPS replaced by a note of its launches: what to compile -> the first such launch."""
     launches: dict[Compilable, NotedLaunch] = {}
@@ -104,7 +104,7 @@ class NotedKernel:
         reads = [value for name, value in pointers.items() if name not in stored]
         writes = [value for name, value in pointers.items() if name in stored]
         activations = next((pointers[name] for name in ACTIVATIONS if name in pointers), None)
-        if timeline.capture is not None and activations is not None and activations.dtype != self.storage():
+        if timeline.capture is not None and activations is not None and activations.dtype not in self.storage():
             timeline.find("dtype", f"{self.name} of {activations.dtype}, the recorded network is {self.storage()}")
         timeline.launch(
             f"triton {self.name}",

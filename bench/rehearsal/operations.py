@@ -21,19 +21,20 @@ from bench.rehearsal.timeline import Timeline
 
 ATTENTION = "scaled_dot_product_attention"
 PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", ATTENTION}
+RESIZES = {"upsample_bilinear2d", "upsample_linear1d"}  # a kernel each; without a GPU PyTorch would take them apart
 WITHOUT_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"}
 READ_BY_HOST = {"_local_scalar_dense": 1, "is_nonzero": 1, "equal": 1, "nonzero": 2, "masked_select": 2, "_unique2": 3}
 FOUND = 7  # rows that an operation finds whose result depends on data
 
 
 class Operations(TorchDispatchMode):
-    """Lies above a FakeTensorMode. `storage` is the dtype of the networks whose calls are recorded as graphs,
+    """Lies above a FakeTensorMode. `storage` holds the dtypes of the networks whose calls are recorded as graphs,
     `is_exact` whether convolutions in fp32 have to be.
     """
 
     def __init__(self, timeline: Timeline):
         super().__init__()
-        self.timeline, self.storage, self.is_exact = timeline, None, False
+        self.timeline, self.storage, self.is_exact = timeline, set(), False
         self.pinned: list[StorageWeakRef] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -41,7 +42,11 @@ class Operations(TorchDispatchMode):
         if room == "prim":  # a question about a tensor
             return func(*args, **kwargs)
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
-        if name != ATTENTION and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
+        if (
+            name != ATTENTION
+            and name not in RESIZES
+            and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)
+        ):
             with self:
                 if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return parts
@@ -58,7 +63,12 @@ class Operations(TorchDispatchMode):
         for value in inputs:
             if isinstance(value, FakeTensor) and value.constant is not None:
                 value.constant = None  # the mode would compute with small known numbers instead of launching
-        result = self.attention(*args) if name == ATTENTION and cuda else func(*args, **kwargs)
+        if name == ATTENTION and cuda:
+            result = self.attention(*args)
+        elif name in RESIZES and cuda:
+            result = self.resized(*args)
+        else:
+            result = func(*args, **kwargs)
         if name == "convolution" and cuda:
             result = like_cudnn(result, args)
         results = tensors(result)
@@ -95,9 +105,9 @@ class Operations(TorchDispatchMode):
             self.timeline.find("dtype", f"{name} of {' and '.join(sorted(map(str, dtypes)))}")
         if name == "convolution" and self.is_exact and torch.backends.cudnn.allow_tf32:
             self.timeline.find("precision", "a convolution of fp32 rounds its factors to TF32")
-        if self.timeline.capture is None or self.storage is None:
+        if self.timeline.capture is None or not self.storage:
             return
-        if name in PRODUCTS and dtypes - {self.storage}:
+        if name in PRODUCTS and dtypes - self.storage:
             self.timeline.find("dtype", f"{name} in {dtypes.pop()}, the recorded network is {self.storage}")
         elif len(dtypes) > 1 and not func._schema.is_mutable:
             self.timeline.find("dtype", f"{name} joins {' and '.join(sorted(map(str, dtypes)))}")
@@ -106,6 +116,11 @@ class Operations(TorchDispatchMode):
         """As CUDA's kernels give it: heads side by side."""
         shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
         return q.new_empty(shape).transpose(1, 2)
+
+    def resized(self, x: Tensor, sides: list[int], *_) -> Tensor:
+        is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        kept = torch.channels_last if is_last else torch.contiguous_format
+        return torch.empty_like(x.new_empty((*x.shape[:2], *sides)), memory_format=kept)
 
     # The host ---------------------------------------------------------------------------------------------------------
     def read_by_host(self, name: str, inputs: list[Tensor], cuda: list[Tensor]) -> Any:

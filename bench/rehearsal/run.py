@@ -39,6 +39,7 @@ LABELS = "the labels' own thread waits, on its own stream: the sampler goes on"
 # Where the host may wait for the GPU, by thread, file and function, and why; any other wait is a finding.
 WAITS = {
     ("main", "datasetdm_fast/engines/cuda_graph.py", "__init__"): "a call of a new shape is recorded once a run",
+    ("labels", "datasetdm_fast/engines/cuda_graph.py", "__init__"): "a decoder's call is recorded once a run",
     ("main", "datasetdm_fast/sampling/walk.py", "_walk_numbers"): "the numbers of a schedule are copied once a run",
     (
         "calls",
@@ -77,7 +78,7 @@ def rehearse(
     with mock.patch.object(presets, "_small_tokenizer", lambda: tokenizer), stage(timeline) as operations:
         try:
             engine = open_engine(model, dtype, device)
-            operations.storage, operations.is_exact = engine.dtype, engine.precision == "fp32"
+            operations.storage, operations.is_exact = {engine.dtype, engine.label_dtype}, engine.precision == "fp32"
             chosen = make_recipe(engine, TASKS, steps=steps, profile=PROFILE)
             chunk = -(-batch // 2) * engine.model.size**2
             with mock.patch.dict(fast.CHUNK_PIXELS, cuda=chunk):

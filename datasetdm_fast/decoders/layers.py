@@ -72,6 +72,7 @@ class SegBlock(nn.Module):
             self.register_buffer(f"stored_var{name}", torch.ones(channels))
 
     def normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """relu(norm(x))."""
         if self.training:
             with torch.no_grad():
                 now = x.float().mean((0, 2, 3))
@@ -80,12 +81,13 @@ class SegBlock(nn.Module):
                 mean.lerp_(now, MOMENTUM)
                 variance.lerp_(squares / (x.numel() // x.shape[1] - 1), MOMENTUM)
         elif self.is_running:
-            return F.batch_norm(x, mean, variance, eps=EPS)
-        return self.ops.image_norm(x)
+            exact = x.to(mean.dtype if x.dtype in (torch.float16, torch.bfloat16) else x.dtype)
+            return F.relu(F.batch_norm(exact, mean, variance, eps=EPS).to(x.dtype))
+        return self.ops.image_norm(x, has_relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.normalise(x, self.stored_mean1, self.stored_var1))
-        h = F.relu(self.normalise(self.conv1(x), self.stored_mean2, self.stored_var2))
+        x = self.normalise(x, self.stored_mean1, self.stored_var1)
+        h = self.normalise(self.conv1(x), self.stored_mean2, self.stored_var2)
         return self.conv2(h) + self.conv_sc(x)
 
 

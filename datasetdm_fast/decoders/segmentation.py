@@ -125,7 +125,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         content, position = super().ask(batch, None)
         if self.config.text_centre:
             text = (text - self.text_mean) * self.text_gain
-        words = text[:, None].expand(-1, content.shape[1], -1)
+        words = text.to(content.dtype)[:, None].expand(-1, content.shape[1], -1)
         return self.query_embed_mlp(torch.cat([content, words], 2)), self.query_feat_mlp(
             torch.cat([position, words], 2)
         )

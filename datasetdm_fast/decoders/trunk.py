@@ -6,6 +6,7 @@ Parameter names are those of DatasetDM's checkpoints, so that these load as they
 import copy
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
@@ -73,6 +74,21 @@ def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
     for module in copied.modules():
         if hasattr(module, "ops"):
             module.ops = ops
+    return copied
+
+
+def is_folded(decoder: Decoder) -> bool:
+    """Whether every image meets the same weights."""
+    return not any(isinstance(module, SpectralConv2d) for module in decoder.modules())
+
+
+def narrowed(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Decoder:
+    """A copy of the folded decoder with parameters in `dtype`, which its inputs must have; statistics and what centres
+    words stay in fp32.
+    """
+    copied = with_ops(decoder, ops).to(dtype)
+    for module, exact in zip(copied.modules(), decoder.modules(), strict=True):
+        module._buffers.update(exact._buffers)
     return copied
 
 

@@ -1,4 +1,4 @@
-"""One UNet call recorded as a CUDA graph."""
+"""One call of a network recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from torch import Tensor
 
 
 class StepGraph:
-    """One UNet call as a CUDA graph over its own input and output buffers, on the GPU that its inputs lie on."""
+    """One call as a CUDA graph over its own input and output buffers, on the GPU that its inputs lie on.
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], pool):
+    Graphs of one `pool` share memory: they are replayed by one thread, one after the other. The first `fresh` inputs
+    are copied at every call, the others where they are another tensor than before.
+    """
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], pool, fresh: int = 1):
+        self.fresh = fresh
         self.inputs = [torch.empty_like(value).copy_(value) for value in inputs]
         self.graph, device = torch.cuda.CUDAGraph(), inputs[0].device
         # A stream of this GPU by name: left out, PyTorch would take the one of the process's first capture.
@@ -22,7 +27,8 @@ class StepGraph:
                 for _ in range(2):  # lets libraries choose their algorithms and allocate before anything is recorded
                     run(*self.inputs)
             torch.cuda.current_stream().wait_stream(recording)
-            with torch.cuda.graph(self.graph, pool=pool, stream=recording):
+            # Other threads may ask for memory meanwhile: only what this one does is judged.
+            with torch.cuda.graph(self.graph, pool=pool, stream=recording, capture_error_mode="thread_local"):
                 self.outputs = run(*self.inputs)
         self.pointers = self._pointers()
         self.held: list[Tensor | None] = [None] * len(self.inputs)
@@ -34,11 +40,10 @@ class StepGraph:
         """The outputs for new inputs, as tensors of the caller's own."""
         assert self._pointers() == self.pointers, "a buffer of a recorded call was moved"
         for place, (buffer, value) in enumerate(zip(self.inputs, values)):
-            if (
-                place == 0 or self.held[place] is not value
-            ):  # all but the latents come from the engine's own tables, which are never written to
+            is_fresh = place < self.fresh  # the others come from the engine's own tables, which are never written to
+            if is_fresh or self.held[place] is not value:
                 buffer.copy_(value)
-                self.held[place] = value if place else None
+                self.held[place] = None if is_fresh else value
         with torch.cuda.device(self.inputs[0].device):
             self.graph.replay()
         return tuple(value.clone() for value in self.outputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
-from datasetdm_fast.decoders.trunk import Decoder, with_ops
+from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
 from datasetdm_fast.engines.cuda_graph import StepGraph
 from datasetdm_fast.engines.device import allow_tf32, resolve_device, to_device
 from datasetdm_fast.engines.lanes import Lanes
@@ -87,9 +87,10 @@ class FastEngine:
     """See engines.Engine; the weights of `model` are read at construction and left as they are; where no module holds
     them, they are not held twice.
 
-    Text encoder, timestep table, level sums and decoders are stored in fp32 in every precision: they cost little, and
-    labels hang on them. The UNet and the autoencoder are stored as `dtype`; norms and softmax add up in fp32 inside
-    their operations. On a GPU fp32 is exact; in any other precision convolutions of fp32 round their factors to TF32.
+    Text encoder, timestep table and level sums are stored in fp32 in every precision: they cost little, and labels hang
+    on them. The UNet and the autoencoder are stored as `dtype`, on a GPU the decoders as fp16 where it is narrow; norms
+    and softmax add up in fp32 inside their operations. On a GPU fp32 is exact; in any other precision convolutions of
+    fp32 round their factors to TF32.
     """
 
     name = "fast"
@@ -128,6 +129,16 @@ class FastEngine:
         for name in NETWORKS:
             setattr(self, name, self._network(name, sources))
         self.__dict__.pop("image_encoder", None)
+        is_wide = self.device.type == "cpu" or self.is_compiled or self.dtype == torch.float32
+        # In bf16, too: labels need its three further bits, and what leaves its range is made again in fp32.
+        self.label_dtype = torch.float32 if is_wide else torch.float16
+        self._stored_decoders = self.decoders
+        if not is_wide:
+            ops = operations(self.device, self.label_dtype)
+            self._stored_decoders = {
+                task: narrowed(one, self.label_dtype, ops) if is_folded(one) else one
+                for task, one in self.decoders.items()
+            }
         if self.device.type == "cpu" and not self.is_compiled:
             packed(with_blocks(self.unet))
             packed(self.image_decoder)
@@ -140,7 +151,10 @@ class FastEngine:
         self._keys_values: list[tuple[Tensor, ...]] = []  # of every slice of the batch
         self._classes: tuple[Tensor, int, dict[Slot, Tensor]] | None = None  # class prompts, cells, their keys by layer
         self._graphs: dict[tuple[int, int, int, str], StepGraph] = {}
-        self._pool = None
+        # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
+        self._label_graphs: dict[tuple, StepGraph] = {}
+        self._pool = self._label_pool = None
+        self._answers: dict[str, list[str]] = {}  # names of what a recorded decoder says
 
     def _sources(self, *names: str) -> dict[str, Weighted]:
         """The weights of these networks of the model, or of all; what no module holds is stored as it is multiplied
@@ -356,6 +370,18 @@ class FastEngine:
             self._graphs[key] = StepGraph(step, inputs, self._pool)
         return self._graphs[key]
 
+    def _labelled(
+        self, name: str, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """run(*inputs) as one replay of a graph on a GPU that compiles nothing itself."""
+        if self.device.type != "cuda" or self.is_compiled:
+            return run(*inputs)
+        key = (name, *(tuple(value.shape) for value in inputs))
+        if key not in self._label_graphs:
+            self._label_pool = self._label_pool or torch.cuda.graph_pool_handle()
+            self._label_graphs[key] = StepGraph(run, inputs, self._label_pool, fresh=len(inputs))
+        return self._label_graphs[key](*inputs)
+
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
 
@@ -369,13 +395,14 @@ class FastEngine:
         return tuple(torch.cat(part) for part in zip(*parts))
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = self.image_decoder(_channels_last(latents, self.dtype)).float()
-        if self.dtype == torch.float16 and not bool(
-            pixels.isfinite().all()
-        ):  # some autoencoders leave the range of fp16
-            pixels = self._wide_image_decoder(_channels_last(latents, torch.float32))
-        images = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
-        return images, pixels.isfinite().flatten(1).all(1)
+        found = self._labelled("image", self._pixels, (_channels_last(latents, self.dtype),))
+        # Some autoencoders leave the range of fp16.
+        if self.dtype != torch.float16 or bool(found[1].all()):
+            return found
+        return as_images(self._wide_image_decoder(_channels_last(latents, torch.float32)))
+
+    def _pixels(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return as_images(self.image_decoder(latents))
 
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
@@ -406,14 +433,32 @@ class FastEngine:
                 f"task: no decoder for {task!r} was loaded, there are {loaded}",
                 "name a folder with that decoder: --decoder DIR",
             )
-        decoder, own = self.decoders[task], capture.of(task) if isinstance(capture, ProjectedCapture) else capture
-        if self.device.type == "cuda" or not isinstance(own, ProjectedCapture):
-            return decoder(own, text)
+        decoder = self._stored_decoders[task]
+        own = capture.of(task) if isinstance(capture, ProjectedCapture) else capture
+        own = own.to(next(decoder.parameters()).dtype)
+        if not isinstance(own, ProjectedCapture) or (self.device.type == "cuda" and not is_folded(decoder)):
+            return {name: value.float() for name, value in decoder(own, text).items()}
+        if self.device.type == "cuda":
+            return self._replayed(task, decoder, own, text)
         size = slice_of(own.batch)
         texts = [None] * own.batch if text is None else text.split(size)
         sums = zip(*(total.split(size) for total in own.sums))
         parts = self.lanes.map(decoder, [(ProjectedCapture(part, own.slices), some) for part, some in zip(sums, texts)])
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _replayed(self, task: str, decoder: Decoder, own: ProjectedCapture, text: Tensor | None) -> dict[str, Tensor]:
+        """The decoder's answers, by one replay of its graph."""
+
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            sums, words = inputs[: len(own.sums)], inputs[len(own.sums) :]
+            found = decoder(ProjectedCapture(sums, {}), *words)
+            names[:] = found
+            return tuple(value.float() for value in found.values())
+
+        names: list[str] = self._answers.setdefault(task, [])
+        inputs = (*own.sums, *([] if text is None else [text]))
+        answers = self._labelled(task, run, inputs)
+        return dict(zip(names, answers, strict=True))
 
     def fp32_fallback(self) -> FastEngine | None:
         return None if self.precision == "fp32" else self._wide
@@ -496,6 +541,13 @@ def _rows_of(table: Tensor, batch: int, start: int, count: int) -> Tensor:
     if batch <= count:
         return table
     return table.unflatten(1, (2, batch))[:, :, start : start + count].flatten(1, 2)
+
+
+def as_images(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [B, H, W, 3] uint8 of pixels [B, 3, H, W] about -1 .. 1, and whether each was finite."""
+    pixels = pixels.float()
+    images = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+    return images, pixels.isfinite().flatten(1).all(1)
 
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:

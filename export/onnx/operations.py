@@ -66,8 +66,9 @@ def attention_maps(q: Value, k: Value, v: Value) -> tuple[Value, Value]:
     return tuple(both.split([width, count], 3))
 
 
-def image_norm(x: Value) -> Value:
-    return instance_norm(x.flatten(2), EPS).reshape(*x.shape)
+def image_norm(x: Value, has_relu: bool = False) -> Value:
+    y = instance_norm(x.flatten(2), EPS).reshape(*x.shape)
+    return nn.functional.relu(y) if has_relu else y
 
 
 def masked_attention(q: Value, k: Value, v: Value, blocked: Value | None = None) -> Value:
