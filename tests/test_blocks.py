@@ -11,7 +11,7 @@ from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.case import noise
 from datasetdm_fast.models.blocks import BLOCKS, Packing, with_blocks
 from datasetdm_fast.models.capture import NoCapture
-from datasetdm_fast.models.layers import Convolution, Resnet, Weights
+from datasetdm_fast.models.layers import Convolution, Layers, Resnet, Weights
 from datasetdm_fast.models.unet import Transformer, doubled
 
 VECTORS = _C.depth_head_vector_bytes()
@@ -47,7 +47,7 @@ def transformer(channels: int, spread) -> Transformer:
     shapes |= {f"{block}attn{k}.to_{name}": square for k in (1, 2) for name in ("q", "k", "v", "out.0")}
     shapes |= {f"{block}ff.net.0.proj": size([8 * channels, channels])}
     shapes |= {f"{block}ff.net.2": size([channels, 4 * channels])}
-    return Transformer(state(shapes), 4, HEADS, None, (0, 0), plain, spread)
+    return Transformer(state(shapes), Layers(4, 1e-5, plain), HEADS, None, (0, 0), spread)
 
 
 def case(kind: str) -> tuple[torch.nn.Module, list]:
