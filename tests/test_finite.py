@@ -73,12 +73,18 @@ def made(request, tmp_path_factory) -> tuple[driver.BatchGenerator, driver.Sampl
     return studio, studio.sample(BATCH)
 
 
+def capture_of(drawn: driver.SampledBatch) -> ProjectedCapture:
+    """The one capture that all decoders read."""
+    (capture,) = drawn.captures.values()
+    return capture
+
+
 def at_latents(drawn: driver.SampledBatch, value: float) -> None:
     drawn.latents[1, 2, 3, 4] = value
 
 
 def at_features(drawn: driver.SampledBatch, value: float) -> None:
-    drawn.capture.sums[2][1, 5, 2, 1] = value
+    capture_of(drawn).sums[2][1, 5, 2, 1] = value
 
 
 def at_image(drawn: driver.SampledBatch, value: float) -> None:
@@ -86,7 +92,7 @@ def at_image(drawn: driver.SampledBatch, value: float) -> None:
 
 
 def at_depth(drawn: driver.SampledBatch, value: float) -> None:
-    for total, part in zip(drawn.capture.sums, drawn.capture.slices["depth"]):
+    for total, part in zip(capture_of(drawn).sums, capture_of(drawn).slices["depth"]):
         total[1, part] = value
 
 
@@ -107,10 +113,9 @@ PLANTS = [
 )
 def test_what_is_no_number_sets_its_own_sample_aside(made, plant, value):
     studio, whole = made
-    drawn = driver.SampledBatch(
-        whole.latents.clone(),
-        ProjectedCapture(tuple(total.clone() for total in whole.capture.sums), whole.capture.slices),
-    )
+    ((call, capture),) = whole.captures.items()
+    own = ProjectedCapture(tuple(total.clone() for total in capture.sums), capture.slices)
+    drawn = driver.SampledBatch(whole.latents.clone(), {call: own})
     plant(drawn, value)
     found = studio.label(BATCH, drawn)
     assert [type(result) for result in found] == [Sample, SetAside, Sample]

@@ -68,8 +68,9 @@ def test_pages_tell_both(run):
     card, page = (run / "README.md").read_text(), (run / "gallery" / "index.html").read_text()
     assert "`semantic.other/ID.png`" in card and "## Instances: other" in card and "decoder pose:other" in card
     facts = json.loads(re.search(r'id="run">(.*?)</script>', page, re.DOTALL)[1])
-    files = {layer["title"]: layer["file"] for layer in facts["layers"]}
-    assert files["Semantic: other"] == "../semantic.other/ID.png" and files["Depth: other"] == "depth.other/ID.png"
+    files = {layer["title"]: (layer["file"], layer["is_drawn"]) for layer in facts["layers"]}
+    assert files["Semantic: other"] == ("semantic.other/ID.png", False)
+    assert files["Depth: other"] == ("depth.other/ID.png", True)
     assert len(facts["layers"]) == 2 * (len(TASKS) + 1) == len({layer["name"] for layer in facts["layers"]})
     assert (run / "gallery" / "depth.other" / "00000000.png").exists()
 
