@@ -318,7 +318,10 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         choices=("", *PARITIES),
     )
     classes: tuple[str, ...] = setting(
-        (), "class words, comma-separated: for open-vocabulary labels and for --per-class", metavar="LIST"
+        (),
+        "class words, comma-separated, or the name of a set (voc, coco, cityscapes, deepfashion, demo): for "
+        "open-vocabulary labels, labels from attention and --per-class",
+        metavar="LIST",
     )
     negative_prompt: str = setting(
         "",

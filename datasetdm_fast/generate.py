@@ -18,7 +18,7 @@ from datasetdm_fast.generation.job import Job, count_rows, finished, prepare, re
 from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import prepare_remake, remake, run
-from datasetdm_fast.generation.settings import count_images, with_labeller
+from datasetdm_fast.generation.settings import count_images, spelled_out
 from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.workers import devices, launched, ray_driver, spawn
@@ -30,7 +30,7 @@ PROG = "python -m datasetdm_fast.generate"
 @command
 def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, RunConfig, PROG, __doc__)
-    config = with_labeller(config, given)
+    config = spelled_out(config, given)
     for name in ("prompts", "classes"):
         if name in given and not getattr(config, name):
             raise Refused(f"--{name}: nothing was given after it", f"Drop the flag, or see {PROG} --help.")

@@ -13,7 +13,7 @@ from datasetdm_fast.command_line.progress import ImageProgress, duration
 from datasetdm_fast.config import LabelConfig
 from datasetdm_fast.generation.inverted import as_stored, prepare, remake
 from datasetdm_fast.generation.run import run
-from datasetdm_fast.generation.settings import check_settings, with_labeller
+from datasetdm_fast.generation.settings import check_settings, spelled_out
 
 PROG = "python -m datasetdm_fast.label"
 
@@ -21,7 +21,7 @@ PROG = "python -m datasetdm_fast.label"
 @command
 def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, LabelConfig, PROG, __doc__)
-    config = as_stored(config) if config.only else with_labeller(config, given)
+    config = as_stored(config) if config.only else spelled_out(config, given)
     check_settings(config)
     job = prepare(config)
     if config.only:

@@ -7,7 +7,7 @@ import pytest
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.generation import prompts
+from datasetdm_fast.generation import prompts, settings
 from datasetdm_fast.generation.plan import make_plan
 from datasetdm_fast.labels import words as class_words
 
@@ -151,6 +151,14 @@ def test_truncation_cuts_before_a_word_that_does_not_fit():
     )
     assert prompts.fit("abcde " * 20, tokenizer, "line", truncate=True) == ("abcde " * 12).strip()
     assert prompts.fit("x" * 100, tokenizer, "line", truncate=True) == "x" * 75
+
+
+def test_the_name_of_a_set_stands_for_its_classes():
+    def words(*classes):
+        return settings.spelled_out(RunConfig(classes=classes), {"classes"}).classes
+
+    assert len(words("voc")) == 20 and words("voc")[0] == "aeroplane" and len(words("coco")) == 80
+    assert words("voc", "ball") == ("voc", "ball") and words("ball") == ("ball",) and words() == ()
 
 
 @pytest.mark.parametrize(

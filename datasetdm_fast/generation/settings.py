@@ -19,7 +19,9 @@ from datasetdm_fast.config import (
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 from datasetdm_fast.generation.combining import parse_combinations
+from datasetdm_fast.labels import class_tables
 from datasetdm_fast.labels.names import LabelName
+from datasetdm_fast.labels.semantic import BACKGROUND
 from datasetdm_fast.run_folder.document import most_samples
 
 LEAST_SETTINGS = {
@@ -107,8 +109,11 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def with_labeller(config: RunConfig, given: Collection[str]) -> RunConfig:
-    """The settings with what --labeller and --parity stand for, where `given` does not name it."""
+def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """The settings with what --classes, --labeller and --parity stand for, where `given` does not name it."""
+    if len(config.classes) == 1 and config.classes[0] in class_tables.TABLES:
+        names = class_tables.table(config.classes[0]).names
+        config = replace(config, classes=tuple(name for name in names if name != BACKGROUND))
     if config.labeller and set(config.labeller) == {ATTENTION}:
         if decoded := [task for task in config.task if "task" in given and task != ATTENTION]:
             raise Refused(
