@@ -34,7 +34,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same on a CPU: csrc/network_ops.cpp where the rows are short, PyTorch's own fused attention elsewhere."""
-    if not is_native(q, k, v) or k.shape[2] > NATIVE_KEYS:
+    if not is_native(q, k, v) or k.shape[2] > NATIVE_KEYS or v.shape[3] != q.shape[3]:
         return plain(q, k, v)
     batch, heads, queries, width = q.shape
     out = q.new_empty(batch, queries, heads, width).transpose(

@@ -23,6 +23,14 @@ _SAMPLING = " ".join(
 
 # file -> the tests that cover it, and (code, what replaces it, the harm)
 _BY_FILE = {
+    "generation/origin.py": (
+        "test_driver.py",
+        (
+            "initial_noise(request.seed, 4, side, side)",
+            "initial_noise(request.index, 4, side, side)",
+            "the seed decides nothing",
+        ),
+    ),
     "generation/driver.py": (
         "test_driver.py test_tasks.py",
         (
@@ -40,11 +48,6 @@ _BY_FILE = {
             "captions.held_to(raw, config, [request.prompt for request in requests], named=named)",
             "raw",
             "classes a prompt does not name are found",
-        ),
-        (
-            "times.initial_noise(request.seed, 4, side, side) for request in requests",
-            "times.initial_noise(request.index, 4, side, side) for request in requests",
-            "the seed decides nothing",
         ),
         (
             "SamplerState(recipe.schedule, recipe.guidance",
@@ -195,7 +198,7 @@ _BY_FILE = {
     ),
     "labels/depth.py": (
         "test_label_files.py",
-        ("np.rint(millimetres, out=millimetres)", "millimetres", "depths are rounded down"),
+        ("np.rint(pixels, out=pixels)", "pixels", "depths are rounded down"),
     ),
     "agreement/gates.py": (
         "test_verify.py",

@@ -51,7 +51,7 @@ RECIPES = {
         edits={
             "datasetdm_fast/config.py": (('"pose", "open-vocabulary")\n', '"pose", "open-vocabulary", "edges")\n'),),
             "datasetdm_fast/labels/__init__.py": (
-                ("import depth, instance", "import depth, edges, instance"),
+                ("import attention, depth, instance", "import attention, depth, edges, instance"),
                 ('    "pose": pose.PoseKind(),\n', '    "pose": pose.PoseKind(),\n    "edges": edges.EdgesKind(),\n'),
             ),
             "datasetdm_fast/tasks/__init__.py": (

@@ -261,7 +261,7 @@ def test_a_limit_is_no_lower_than_what_the_models_layers_reach(run, monkeypatch)
     ],
 )
 def test_a_row_of_differing_rounds_or_of_a_busy_machine_is_marked(rounds, others, why):
-    found = race.steadiness(measure.spread(rounds), measure.Attention(1.0, 1.9, others))
+    found = race.steadiness(measure.spread(rounds), measure.CpuShare(1.0, 1.9, others))
     assert found.get("unsteady") == why and found["attention"]["others"] == others
 
 

@@ -108,6 +108,7 @@ class FastEngine:
         self.model, self.device, self.lanes = model, resolve_device(device), Lanes()
         self.precision = resolve_precision(dtype, self.device)
         self.dtype = DTYPES[self.precision]
+        self._has_usual_ops = ops is None  # others are called one by one
         self.is_compiled, self.widest = compile, 0  # images a GPU takes at once, 0 = as many as it is given
         self.adjustments: dict[
             str, int
@@ -140,7 +141,7 @@ class FastEngine:
                 for task, one in self.decoders.items()
             }
         if self.device.type == "cpu" and not self.is_compiled:
-            packed(with_blocks(self.unet))
+            packed(with_blocks(self.unet) if self._has_usual_ops else self.unet)
             packed(self.image_decoder)
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}

@@ -34,7 +34,6 @@ from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.document import check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.sampling.inversion import capture_timestep
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 
@@ -150,6 +149,8 @@ def as_stored(config: LabelConfig) -> LabelConfig:
 
 def prepare(config: LabelConfig) -> Job:
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
+    from datasetdm_fast.sampling.inversion import capture_timestep
+
     timesteps = _timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
     stored = read_document(Path(config.out))
