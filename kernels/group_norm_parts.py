@@ -123,6 +123,7 @@ def _group_norm_parts_kernel(
     chunks,
     chunk_cells,
     width,  # channels of a group
+    taken,  # channels of the groups of a block, by which Triton knows what lies aligned
     eps,
     HAS_SILU: tl.constexpr,
     GROUPS: tl.constexpr,  # of a block
@@ -133,7 +134,7 @@ def _group_norm_parts_kernel(
     BLOCK_C: tl.constexpr,
 ):
     image, channels = tl.program_id(2).to(tl.int64), first_channels + second_channels
-    first = tl.program_id(1).to(tl.int64) * (GROUPS * width)
+    first = tl.program_id(1).to(tl.int64) * taken
     member = tl.arange(0, BLOCK_W)
     channel = first + (tl.arange(0, GROUPS) * width)[:, None] + member[None, :]
     is_first = ((member < width)[None, :] & (channel < first_channels))[None, :, :]
@@ -165,7 +166,7 @@ def _group_norm_parts_kernel(
 
     # From here on the channels of all groups lie end to end, so that rows are read in whole vectors.
     lane = tl.arange(0, BLOCK_C)
-    channel, is_ours = first + lane, lane < GROUPS * width
+    channel, is_ours = first + lane, lane < taken
     is_member = (lane // width)[:, None] == tl.arange(0, GROUPS)[None, :]
     centre = tl.sum(tl.where(is_member, centre[None, :], 0.0), 1)
     scale = tl.sum(tl.where(is_member, scale[None, :], 0.0), 1)
@@ -195,19 +196,21 @@ def _group_norm_parts_plane_kernel(
     channels,
     cells,
     width,  # channels of a group
+    taken,  # channels of the groups of a block, by which Triton knows what lies aligned
     eps,
     HAS_SILU: tl.constexpr,
     GROUPS: tl.constexpr,  # of a block
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * (GROUPS * width)
+    first = tl.program_id(0) * taken
     cell, lane = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
-    channel, is_ours = first + lane, lane < GROUPS * width
+    channel, is_ours = first + lane, lane < taken
     inside = (cell < cells)[:, None] & is_ours[None, :]
     is_member = (lane // width)[:, None] == tl.arange(0, GROUPS)[None, :]
-    place = (image * cells + cell)[:, None] * channels + channel[None, :]
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    image = tl.program_id(1).to(tl.int64) * cells * channels
+    place = cell[:, None] * channels + channel[None, :]  # inside an image, where 32 bits are enough
+    x = tl.load(x_ptr + image + place, mask=inside, other=0.0).to(tl.float32)
     if shift_ptr is not None:
         x += tl.load(shift_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)[None, :]
         x = tl.where(inside, x, 0.0)
@@ -221,7 +224,7 @@ def _group_norm_parts_plane_kernel(
     y = x * scale[None, :] + tl.load(bias_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)[None, :]
     if HAS_SILU:
         y = y / (1.0 + tl.exp(-y))
-    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + image + place, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def fused(
@@ -261,6 +264,7 @@ def fused(
                 channels,
                 cells,
                 members,
+                together * members,
                 eps,
                 BLOCK_S=padded(cells),
                 **common,
@@ -287,6 +291,7 @@ def fused(
                 found[0].shape[2],
                 cells if is_merged else CHUNK,
                 members,
+                together * members,
                 eps,
                 SPAN=min(SPAN, ceil_divide(cells, sizes["BLOCK_S"]) * sizes["BLOCK_S"]),
                 BLOCK_W=padded(members, 1),
