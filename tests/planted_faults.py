@@ -32,7 +32,7 @@ FAULTS = {
     "images decoded by other threads": Fault(
         f"{FAST}:FastEngine.decode_and_check", 'if self.device.type == "cuda":', 'if self.device.type == "tpu":'
     ),
-    "sums given back too early": Fault(f"{DRIVER}:BatchGenerator.label", "release(drawn.capture)", "pass"),
+    "sums given back too early": Fault(f"{DRIVER}:BatchGenerator.label", "release(tensors_of(capture))", "pass"),
     "the label stream does not wait": Fault(f"{LABELS}:LabelStream._follow", "self._stream.wait_event(queued)", "pass"),
     "a number is read in the loop": Fault(
         f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "state.step(call, output).sum().item()"

@@ -655,8 +655,10 @@ def main() -> None:
         import datasetdm_fast.engines.exported.ort
         import datasetdm_fast.export_cli.calibration  # noqa: F401
     from datasetdm_fast.errors import Missing, Refused
-    from datasetdm_fast.loading import model  # noqa: F401
+    from datasetdm_fast.loading.folder import load_folder
+    from datasetdm_fast.loading.presets import DEMO
 
+    load_folder(DEMO)
     (HERE / "payload.py").write_text(PYTHON)
     (HERE / "inner.pt").write_bytes(inner())
     events: list[str] = []

@@ -28,7 +28,6 @@ REASONS = {
     "the long form only": "`make soak` runs it",
     "a measurement; set DATASETDM_LONG_TESTS=1": "`make soak` leaves it out, as it needs a quiet machine",
     "takes a minute and 6 GB; set DATASETDM_LONG_TESTS=1": "the same",
-    "two minutes of CPU an image; DATASETDM_LONG_TESTS=1 runs it": "the same",
 }
 
 

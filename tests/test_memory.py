@@ -59,13 +59,13 @@ def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
     expected = engine.denoise(latents, 5, context)
     inner, asked = engine._in_slices, []
 
-    def tight(step, latents, row, context, size):
+    def tight(step, latents, row, context, own, size):
         asked.append(size)
         if size > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         engine.device = torch.device("cpu")
         try:
-            return inner(step, latents, row, context, size)
+            return inner(step, latents, row, context, own, size)
         finally:
             engine.device = torch.device("meta")
 

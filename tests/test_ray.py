@@ -517,7 +517,9 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
 
     monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
     bucket = object_store.ObjectStore("memory://bucket/run")
-    rows = write_samples([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {}, "png", bucket.publish)
+    rows = write_samples(
+        [torchless.drawn(made.plan.request(0), made.recipe.tasks)], {}, {"image_format": "png"}, bucket.publish
+    )
     there = fsspec.filesystem("memory")
     for name, stored in rows[0].files.values():
         assert len(there.cat_file(f"/bucket/run/{name}")) == stored.size

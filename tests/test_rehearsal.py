@@ -27,7 +27,7 @@ long_test = pytest.mark.skipif(not LONG, reason="the long form only")
 
 # What is planted -> the rule that finds it, and the file whose line is named.
 EXPECTED = {
-    "images decoded by other threads": ("race", "engines/fast.py"),
+    "images decoded by other threads": ("freed too early", "engines/fast.py"),
     "sums given back too early": ("freed too early", "generation/driver.py"),
     "the label stream does not wait": ("race", "engines/fast.py"),  # what it should have waited for
     "a number is read in the loop": ("host wait", "generation/driver.py"),

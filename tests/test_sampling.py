@@ -22,6 +22,7 @@ from datasetdm_fast.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.stages import LEVELS
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+long_test = pytest.mark.skipif("DATASETDM_LONG_TESTS" not in os.environ, reason="the long form only")
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "sampling.json").read_text())
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -325,22 +326,21 @@ def row_of(state: State, row: int) -> State:
     )
 
 
-def test_upstream_recording_is_reproduced_as_a_batch_of_two_and_alone(engine):
-    """All 51 calls as a batch; alone, each form of the update and the captured call, from the batch's state: a call
-    costs seconds.
+@pytest.mark.parametrize("calls", [5, pytest.param(51, marks=long_test)])
+def test_upstream_recording_is_reproduced_as_a_batch_of_two_and_alone(engine, calls):
+    """As a batch; alone, each form of the update and the captured call, from the batch's state: a call costs seconds.
+    The first five calls hold every form of the update.
     """
     schedule = make_schedule(SD_SCHEDULER, "pndm", 50)
     state = first_state((0, 1))
-    for k in range(len(schedule)):
+    for k in range(calls):
         if k < 5 or k == len(schedule) - 1:
             for image in (0, 1):
                 call(engine, schedule, k, row_of(state, image), (image,))
         state = call(engine, schedule, k, state, (0, 1))
 
 
-@pytest.mark.skipif(
-    "DATASETDM_LONG_TESTS" not in os.environ, reason="two minutes of CPU an image; DATASETDM_LONG_TESTS=1 runs it"
-)
+@long_test  # two minutes of CPU an image
 @pytest.mark.parametrize("image", [0, 1])
 def test_upstream_recording_is_reproduced_alone_from_its_noise(engine, image):
     schedule, state = make_schedule(SD_SCHEDULER, "pndm", 50), first_state((image,))
