@@ -50,6 +50,10 @@ def test_the_rule():
     lacking = trust_of(("ball", "star", "cube"), RIGHT)
     assert lacking.missing == ("cube",)
     assert lacking.reasons == ("cube is in the prompt, but not in semantic or instance",)
+    faint = {**RIGHT, "instance": replace(RIGHT["instance"], scores=np.float32([0.8, 0.31]))}
+    assert trust_of(("ball", "star"), faint).reasons == (
+        "star is in the prompt, but not in instance (its score 0.31 is below 0.4)",
+    )
     assert trust_of(("ball",), RIGHT).unnamed == ("star",)
     assert trust_of((), RIGHT).is_trusted, "a prompt that names no thing says nothing about things"
     found = trust_of(("ball", "star"), SWAPPED)

@@ -65,7 +65,8 @@ def trust_of(named: Sequence[str], labels: Mapping[str, Annotation]) -> Trust:
     for name in named:
         if lacking := [task for task in maps if _lacks(maps[task], shares[task], name)]:
             missing[name] = None
-            reasons.append(f"{name} is in the prompt, but not in {' or '.join(lacking)}")
+            places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in lacking)
+            reasons.append(f"{name} is in the prompt, but not in {places}")
     for name in sorted(_foreign(named, labels)):
         if shown := [task for task, found in shares.items() if found.get(name, 0) >= LEAST_SHARE]:
             unnamed[name] = None
@@ -80,6 +81,15 @@ def trust_of(named: Sequence[str], labels: Mapping[str, Annotation]) -> Trust:
 
 def _lacks(found: NamedMap, shares: Mapping[str, float], name: str) -> bool:
     return name in found.names and shares.get(name, 0) < LEAST_SHARE
+
+
+def _faintly(label: Annotation, name: str) -> str:
+    """Why instances of a class that are there do not count, in words."""
+    if not isinstance(label, Instances):
+        return ""
+    scores = label.scores[label.class_ids == label.classes.index(name)]
+    is_faint = len(scores) > 0 and scores.max() < SHOWN_SCORE
+    return f" (its score {scores.max():.2f} is below {SHOWN_SCORE})" if is_faint else ""
 
 
 def _foreign(named: Sequence[str], labels: Mapping[str, Annotation]) -> set[str]:
