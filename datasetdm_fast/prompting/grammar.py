@@ -11,7 +11,7 @@ from datasetdm_fast.prompting import vocabulary as v
 from datasetdm_fast.scenes import world
 
 TRIES = 200  # sentences drawn until one names the wanted classes and no others
-ENOUGH_KINDS = 0.5  # share of sentences that use the class's own name
+OWN_NAME = 0.5  # share of nouns that are the name of the class, where it has other words
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Grammar:
 
     def _noun_phrase(self, draw: random.Random, word: ClassWord, category: v.Category) -> str:
         kinds = [kind for kind in word.words if not kind.startswith("~") and kind not in v.NO_KIND]
-        noun = word.say if not kinds or draw.random() < ENOUGH_KINDS else draw.choice(kinds)
+        noun = word.say if not kinds or draw.random() < OWN_NAME else draw.choice(kinds)
         look = f"{draw.choice(category.looks)} " if draw.random() < 0.6 else ""
-        if noun in v.WITHOUT_ARTICLE or noun in ("people",):
+        if noun in v.WITHOUT_ARTICLE:
             return f"{look}{noun}"
         if draw.random() < 0.3:
             return f"{draw.choice(v.NUMBERS)} {look}{plural(noun)}"
