@@ -536,6 +536,16 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
     there.rm("/bucket", recursive=True)
 
 
+def test_a_store_on_a_disk_keeps_nothing_of_workers_that_were_killed(made, tmp_path):
+    left = tmp_path / "store" / "depth" / ".00000003.png.12345.part"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    with RunFolder(made.folder, made.document) as folder:
+        folder.rebuild()
+    object_store.ObjectStore(f"file://{tmp_path}/store").complete(made.folder)
+    assert not left.exists() and (tmp_path / "store" / seal.SEAL).is_file()
+
+
 @with_ray
 def test_the_cluster_of_the_readme_is_one_that_ray_accepts():
     import json

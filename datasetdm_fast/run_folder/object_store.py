@@ -123,6 +123,8 @@ class ObjectStore:
     def complete(self, folder: Path) -> None:
         """Uploads the other files of the run folder, the seal last; a store that has this seal is complete."""
         seal = (folder / SEAL).read_bytes()
+        if "file" in self._protocols:  # elsewhere a file is there or not
+            storage.remove_temporaries(Path(self.root))  # what workers that were killed had half-written
         if self.read(SEAL) == seal:
             return
         document: dict[str, Any] = read_document(folder)
