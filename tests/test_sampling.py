@@ -46,12 +46,12 @@ def compare(schedule, scheduler, calls: int, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [50, 4, 2, 30])  # 30 does not divide 1000
-@pytest.mark.parametrize("to_one", [False, True])
-def test_pndm_of_today_is_diffusers_pndm(prediction, steps, to_one):
+@pytest.mark.parametrize(("to_one", "offset"), [(False, 1), (True, 1), (True, 0)])
+def test_pndm_of_today_is_diffusers_pndm(prediction, steps, to_one, offset):
     config = {
         **BETAS,
         "prediction_type": prediction,
-        "steps_offset": 1,
+        "steps_offset": offset,
         "set_alpha_to_one": to_one,
         "skip_prk_steps": True,
     }
