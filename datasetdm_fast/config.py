@@ -30,11 +30,10 @@ class EngineKind:
     options: Mapping[str, tuple[str, str] | None] = field(default_factory=dict)
     requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
     races: bool = False  # whether --engine auto tries it for a long run on a CPU
-    averages: bool = False  # whether it has denoise_and_average, from which labels can be read without decoders
 
 
 ENGINES = {
-    "torch": EngineKind("datasetdm_fast.engines.torch:TorchEngine", averages=True),
+    "torch": EngineKind("datasetdm_fast.engines.torch:TorchEngine"),
     "fast": EngineKind(
         "datasetdm_fast.engines.fast:FastEngine",
         options={
@@ -43,7 +42,6 @@ ENGINES = {
                 "Use it with --engine fast.",
             )
         },
-        averages=True,
     ),
     "ort": EngineKind(
         "datasetdm_fast.engines.exported.ort:OrtEngine",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import ATTENTION, ENGINES, LABELS
+from datasetdm_fast.config import ATTENTION, LABELS
 from datasetdm_fast.data import Batch, Capture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
@@ -168,8 +168,6 @@ class Pipeline:
         if tasks:
             settings.check_tasks(tasks, LABELS)
         for task in tasks:
-            if task == ATTENTION and not ENGINES[self.engine.name].averages:
-                raise Refused(f"tasks: the {self.engine.name} engine has no labels from attention", "Use the fast one.")
             if task != ATTENTION and task not in self.engine.decoders:
                 raise Refused(
                     f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}",

@@ -106,6 +106,15 @@ def keep(pyramid: Sequence[Level]) -> Tensors:
     return Tensors(_CALL, {"noise": _NOISE, **features, **maps})
 
 
+def average(self_side: int, cross_side: int) -> Tensors:
+    """The stage that adds up attention: of self-attention over `self_side` x `self_side` cells, and of cross-attention
+    over `cross_side` x `cross_side` cells with the tokens of a class prompt.
+    """
+    cells, queries = self_side**2, cross_side**2
+    sums = {"cells": (("B", cells, cells), "float32"), "tokens": (("B", queries, "T"), "float32")}
+    return Tensors(_CALL | {"class_context": (("B", "T", "D"), "float32")}, {"noise": _NOISE, **sums})
+
+
 def annotate(kind: str, levels_read: Sequence[str]) -> Tensors:
     """The stage of a decoder of this kind: its channels of these levels' sums and, for words, their embeddings."""
     sums = {f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in levels_read}

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import ProjectedCapture
-from datasetdm_fast.export.onnx.to_onnx import label_of
+from datasetdm_fast.data import AttentionSums, ProjectedCapture
+from datasetdm_fast.export.onnx.to_onnx import averaged_sides, label_of
 from datasetdm_fast.sampling.times import initial_noise
 from datasetdm_fast.stages import FACTOR, LEVELS
 
@@ -39,6 +39,8 @@ class Reference:
         with torch.inference_mode():
             if stage.startswith("annotate_"):
                 inputs, outputs = self._annotate(label_of(stage))
+            elif sides := averaged_sides(stage):
+                inputs, outputs = self._average(*sides)
             else:
                 inputs, outputs = getattr(self, f"_{stage}")()
         given = {f"in.{name}": value.numpy().copy(order="C") for name, value in inputs.items()}
@@ -79,6 +81,15 @@ class Reference:
             for place, value in enumerate(level)
         }
         return self._call, {"noise": noise, **kept}
+
+    def _average(self, self_side: int, cross_side: int):
+        words = self._engine.encode_text([WORD])
+        shapes = (1, self_side**2, self_side**2), (1, cross_side**2, words.shape[1])
+        nothing = AttentionSums(*map(torch.zeros, shapes))
+        noise, sums = self._engine.denoise_and_average(
+            self._call["latents"], TIMESTEP, self._call["context"], words, nothing
+        )
+        return self._call | {"class_context": words}, {"noise": noise, "cells": sums.cells, "tokens": sums.tokens}
 
     @functools.cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:

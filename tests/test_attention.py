@@ -1,6 +1,7 @@
 """Labels from attention: engines against each other and against the algorithm written plainly, and a run with them."""
 
 import json
+from importlib.util import find_spec
 from itertools import count
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from datasetdm_fast import generate, label
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request
+from datasetdm_fast.disk.locks import CACHE_VARIABLE
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import class_prompts, driver
@@ -39,8 +41,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def engines(model):
-    return {name: build_engine(name, model, {}) for name in ("torch", "fast")}
+def engines(model, tmp_path_factory):
+    names = ["torch", "fast", *(name for name in ("ort", "openvino") if is_installed(name))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield {name: build_engine(name, model, {}) for name in names}
+
+
+def is_installed(name):
+    return find_spec({"ort": "onnxruntime"}.get(name, name)) is not None
 
 
 def recipe(engine, **attention_settings):
@@ -118,7 +127,7 @@ def plainly(model, requests, settings, calls):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["torch", "fast"])
+@pytest.mark.parametrize("name", ["torch", "fast", "ort"])
 def test_parity_is_the_plain_algorithm(model, engines, name):
     settings = {"exponent": 4, "self_cells": 16, "cross_cells": 8, "guidance": 7.5}
     requests = [Request(k, each.prompt, 7 + k, each.classes, "fog") for k, each in enumerate(REQUESTS[:2])]
@@ -143,7 +152,7 @@ def test_parity_is_the_plain_algorithm(model, engines, name):
 
 
 @torch.inference_mode()
-def test_sums_of_both_engines_agree_and_the_output_is_that_of_denoise(engines):
+def test_sums_of_all_engines_agree_and_the_output_is_that_of_denoise(engines):
     fast, latents = engines["fast"], torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     context = torch.cat([fast.encode_text([""] * 3), fast.encode_text([each.prompt for each in REQUESTS])])
     class_context = fast.encode_text(["ball cube", "cone", "cube"])
@@ -152,14 +161,17 @@ def test_sums_of_both_engines_agree_and_the_output_is_that_of_denoise(engines):
         sums = AttentionSums(torch.zeros(3, 64, 64), torch.zeros(3, 256, 77))
         for timestep in (900.0, 100.0):
             output, sums = engine.denoise_and_average(latents, timestep, context, class_context, sums)
-            assert torch.equal(output, engine.denoise(latents, timestep, context))
+            apart = output - engine.denoise(latents, timestep, context)
+            # OpenVINO compiles the two calls apart.
+            assert float(apart.norm() / output.norm()) <= (1e-5 if name == "openvino" else 0)
         assert torch.allclose(sums.cells.sum(-1), torch.tensor(2.0)) and torch.allclose(
             sums.tokens.sum(-1), torch.tensor(2.0)
         )
         found[name] = sums
     for part in ("cells", "tokens"):
-        one, other = (getattr(sums, part) for sums in found.values())
-        assert float((one - other).norm() / one.norm()) < 1e-5
+        truth = getattr(found["torch"], part)
+        for sums in found.values():
+            assert float((getattr(sums, part) - truth).norm() / truth.norm()) < 1e-5
 
 
 @torch.inference_mode()
@@ -286,7 +298,6 @@ def test_the_library_gives_these_labels_too(engines):
     [
         (["--labeller", "attention"], "no class words"),
         (["--labeller", "attention", "--classes", "ball", "--task", "semantic"], "read by a decoder"),
-        (["--labeller", "attention", "--classes", "ball", "--engine", "ort"], "--engine ort"),
         (["--exponent", "2"], "--exponent"),
         (
             ["--labeller", "attention", "--prompts", "a ball", "--classes", "ball", "--self-cells", "5"],

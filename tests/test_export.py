@@ -22,6 +22,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from datasetdm_fast import stages
+from datasetdm_fast.data import AttentionSums
 from datasetdm_fast.decoders.checkpoint import build_decoder, fold, load_decoders
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.disk import locks
@@ -31,7 +32,7 @@ from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.onnx.graph import Extent, Graph, traced
 from datasetdm_fast.export.onnx.operators import OPERATORS
-from datasetdm_fast.export.onnx.to_onnx import export
+from datasetdm_fast.export.onnx.to_onnx import average_name, export
 from datasetdm_fast.export.onnx.weights import DataFile, Deferred, value_of
 from datasetdm_fast.kernels import plain, pyramid
 from datasetdm_fast.loading import load_model
@@ -128,7 +129,8 @@ class World:
 
     def __init__(self, model, decoders, folder):
         self.model, self.torch = model, build_engine("torch", model, decoders, device="cpu")
-        self.manifest = export(model, decoders, folder, raw_capture=True)
+        self.sides = model.levels[-1].side, model.levels[-2].side
+        self.manifest = export(model, decoders, folder, raw_capture=True, averages=self.sides)
         self.exported = Exported(folder)
 
 
@@ -189,6 +191,19 @@ def test_every_stage_says_what_diffusers_says(world, batch):
                     capture.features[place], capture.maps[place], weights[level.name], level.side
                 )
                 assert relative(captured[f"sums_{level.name}"][:, slice(*own[level.name])], expected) <= EXACT
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_averages_of_the_attention_are_those_of_diffusers(world, batch):
+    given, words = inputs(world, batch), world.torch.encode_text(["ball", "cube", "a tall tree"][:batch])
+    nothing = AttentionSums(
+        torch.zeros(batch, world.sides[0] ** 2, world.sides[0] ** 2),
+        torch.zeros(batch, world.sides[1] ** 2, words.shape[1]),
+    )
+    noise, sums = world.torch.denoise_and_average(given["latents"], 321, given["context"], words, nothing)
+    found = world.exported(average_name(*world.sides), **given, class_context=words)
+    for name, truth in (("noise", noise), ("cells", sums.cells), ("tokens", sums.tokens)):
+        assert relative(found[name], truth) <= EXACT
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -47,9 +47,9 @@ class Engine(Protocol):
     def denoise_and_average(
         self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        """The output of `denoise`, bit by bit on a CPU, and the sums with this call's attention added: of every
-        self-attention with as many cells as `sums.cells`, and of the queries of every cross-attention with as many as
-        `sums.tokens` over the class prompts [B, T, D]. Only engines whose record in config.ENGINES says so have it.
+        """The output of `denoise`, on a CPU bit by bit but for OpenVINO, and the sums with this call's attention added:
+        of every self-attention with as many cells as `sums.cells`, and of the queries of every cross-attention with as
+        many as `sums.tokens` over the class prompts [B, T, D].
         """
 
     def decode_image(self, latents: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 from datasetdm_fast.config import (
     ATTENTION,
     ENGINE_NAMES,
-    ENGINES,
     LABELS,
     PARITIES,
     PROFILES,
@@ -129,7 +128,7 @@ def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
 
 
 def check_attention(config: RunConfig) -> None:
-    """Refuses an engine without labels from attention, and their settings where there are none."""
+    """Refuses labels from attention without words to look for, and their settings where there are none."""
     if ATTENTION not in config.task:
         for name in ("exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity"):
             if getattr(config, name) != getattr(RunConfig, name):
@@ -137,12 +136,6 @@ def check_attention(config: RunConfig) -> None:
                     f"{_flag(name)}: no label of this run is read from attention", "Add --labeller attention."
                 )
         return
-    if config.engine in ENGINES and not ENGINES[config.engine].averages:
-        able = [name for name, kind in ENGINES.items() if kind.averages]
-        raise Refused(
-            f"--engine {config.engine}: its graphs do not hand out averages of the attention",
-            f"Use --engine {' or '.join(reversed(able))} with --labeller attention.",
-        )
     if not config.classes and not config.prompts:
         raise Refused("--labeller attention: there are no class words to look for", "Name them: --classes ball,cube")
 

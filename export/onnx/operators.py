@@ -278,6 +278,13 @@ def every(x: Value, dim: int) -> Value:
     return to(smallest, torch.bool)
 
 
+def mean(x: Value, dim: int) -> Value:
+    """Along an axis, which goes."""
+    axis = dim % x.ndim
+    shape = x.shape[:axis] + x.shape[axis + 1 :]
+    return x.emit("ReduceMean", x.graph.integers([axis]), shape=shape, keepdims=0)
+
+
 def clamp(x: Value, low: float, high: float) -> Value:
     return x.emit("Clip", *(x.graph.constant(limit, x.dtype) for limit in (low, high)))
 
@@ -293,4 +300,4 @@ OPERATORS |= {"contiguous": lambda x: x, "float": lambda x: to(x, torch.float32)
 OPERATORS |= {one.__name__: one for one in (silu, gelu, to, conv2d, linear, matmul, layer_norm, batch_norm, softmax)}
 OPERATORS |= {one.__name__: one for one in (scaled_dot_product_attention, embedding, interpolate, pixel_shuffle, pad)}
 OPERATORS |= {one.__name__: one for one in (cat, split, chunk, unbind, permute, transpose, reshape, flatten, unflatten)}
-OPERATORS |= {one.__name__: one for one in (expand, repeat_interleave, unsqueeze, getitem, clamp, isfinite)}
+OPERATORS |= {one.__name__: one for one in (expand, repeat_interleave, unsqueeze, getitem, clamp, isfinite, mean)}

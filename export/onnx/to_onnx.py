@@ -30,7 +30,7 @@ from datasetdm_fast.export.manifest import (
     check_replaceable,
 )
 from datasetdm_fast.export.onnx.graph import OPSETS, Extent, Graph, Value, traced
-from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable
+from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable, probabilities
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.weights import DataFile, deferred, digest
 from datasetdm_fast.export.staging import alone, staged
@@ -47,6 +47,7 @@ TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BATCH = Extent(1, ("B",))
 WORDS = Extent(1, ("K",))
 RAW = "denoise_and_keep"
+AVERAGE = "denoise_and_average"  # followed by the sides whose self-attention and cross-attention it averages
 OPERATIONS = {"any": PORTABLE, "onnxruntime": ONNX_RUNTIME}
 
 
@@ -77,14 +78,34 @@ class ExportWish:
     size: int
 
 
-def chosen_stages(decoders: Mapping[str, Decoder], raw_capture: bool, only: Sequence[str] | None) -> tuple[str, ...]:
+def chosen_stages(
+    decoders: Mapping[str, Decoder], raw_capture: bool, averages: tuple[int, int] | None, only: Sequence[str] | None
+) -> tuple[str, ...]:
     """Without decoders there is nothing to capture but the features and maps themselves."""
     captures = [*(["denoise_and_capture"] if decoders else []), *([RAW] if raw_capture else [])]
+    captures += [average_name(*averages)] if averages else []
     names = ["encode_text", "denoise", *captures, "decode_image", "encode_image", *map(annotate_name, decoders)]
     for name in only or ():
         if name not in names:
             raise Refused(f"stage: {name!r} is none of {', '.join(names)}")
     return tuple(name for name in names if only is None or name in only)
+
+
+def average_name(self_side: int, cross_side: int) -> str:
+    """The stage that averages the attention of these sides."""
+    return f"{AVERAGE}_{self_side}_{cross_side}"
+
+
+def averaged_sides(stage: str) -> tuple[int, ...]:
+    """The sides whose attention a stage averages; none of any other stage."""
+    return tuple(map(int, stage.removeprefix(AVERAGE).split("_")[1:])) if stage.startswith(AVERAGE) else ()
+
+
+def exported_apart(stage: str) -> dict[str, Any]:
+    """The options that export a stage few runs need, alone; none for the others."""
+    if stage == RAW:
+        return {"raw_capture": True, "only": [RAW]}
+    return {"averages": averaged_sides(stage), "only": [stage]} if averaged_sides(stage) else {}
 
 
 def annotate_name(label: str) -> str:
@@ -174,6 +195,38 @@ class Adding(NoCapture):
         self.sums[level] = self.sums[level] + planes if level in self.sums else planes
 
 
+class Averaging(NoCapture):
+    """Adds up the attention probabilities of the conditional half, the means of the layers and heads of one side: those
+    of self-attention, and those of the queries of cross-attention over a class prompt.
+    """
+
+    def __init__(self, model: Model, sides: tuple[int, int], class_keys: Mapping[Slot, Value], ops: SimpleNamespace):
+        super().__init__(ops)
+        self.counts = [side**2 for side in sides]
+        self.class_keys = class_keys
+        self.shares = [1 / len(level.heads) for level in model.levels]  # of a layer in the mean of its level
+        self.sums: dict[str, Value] = {}
+
+    def attend_self(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+        if q.shape[2] == self.counts[0]:
+            self._add("cells", slot, _conditional(q), _conditional(k))
+        return self.ops.attention(q, k, v)
+
+    def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+        if q.shape[2] == self.counts[1]:
+            self._add("tokens", slot, _conditional(q), self.class_keys[slot])
+        return self.ops.attention(q, k, v)
+
+    def _add(self, name: str, slot: Slot, q: Value, k: Value) -> None:
+        found = probabilities(q, k, q.shape[-1] ** -0.5).float().mean(1) * self.shares[slot[0]]
+        self.sums[name] = self.sums[name] + found if name in self.sums else found
+
+
+def _conditional(x: Value) -> Value:
+    """The conditional half, which before the halves differ is all there is."""
+    return x if x.shape[0] == BATCH else x.chunk(2)[1]
+
+
 class KeepingOnce(RawCapture):
     """Keeps the maps that the attention itself uses."""
 
@@ -187,7 +240,8 @@ class StageExport:
     """One export: modules and data files are made once and shared by the stages that read them.
 
     UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each.
-    `raw_capture` adds the stage that hands out all features and maps. For the `runtime` onnxruntime attention is that
+    `raw_capture` adds the stage that hands out all features and maps, `averages` the one that averages the attention of
+    these two sides. For the `runtime` onnxruntime attention is that
     library's own operator. `told` hears the name of each stage before it is written.
     """
 
@@ -198,12 +252,13 @@ class StageExport:
         *,
         precision: str = "fp32",
         raw_capture: bool = False,
+        averages: tuple[int, int] | None = None,
         only: Sequence[str] | None = None,
         runtime: str = "any",
         told: Callable[[str], None] = lambda stage: None,
     ):
         _check(decoders, precision, runtime)
-        names = chosen_stages(decoders, raw_capture, only)
+        names = chosen_stages(decoders, raw_capture, averages, only)
         self.wish = ExportWish(names, precision, runtime, source_digest(model, decoders), model.size)
         self.model, self.decoders, self.told = model, decoders, told
         self.dtype, self.ops = TYPES[precision], OPERATIONS[runtime]
@@ -315,6 +370,8 @@ class StageExport:
     def _table(self, name: str) -> Tensors:
         if name == RAW:
             return stages.keep(self.model.levels)
+        if sides := averaged_sides(name):
+            return stages.average(*sides)
         if name in stages.STAGES:
             return stages.STAGES[name]
         decoder = self.decoders[label_of(name)]
@@ -344,10 +401,19 @@ class StageExport:
         return self._answers(modules["decoder"], inputs)
 
     def _unet_outputs(
-        self, name: str, modules: Mapping[str, nn.Module], latents: Value, timestep: Value, context: Value
+        self,
+        name: str,
+        modules: Mapping[str, nn.Module],
+        latents: Value,
+        timestep: Value,
+        context: Value,
+        class_context: Value | None = None,
     ) -> dict[str, Value]:
         if name == RAW:
             hook = KeepingOnce(self.model.levels, self.ops)
+        elif sides := averaged_sides(name):
+            keys = (key for key, _ in modules["texts"](class_context.to(self.dtype)))
+            hook = Averaging(self.model, sides, dict(zip(modules["unet"].text_layers, keys)), self.ops)
         else:
             hook = NoCapture(self.ops) if name == "denoise" else Adding(self.projection, self.ops)
         biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
@@ -361,6 +427,8 @@ class StageExport:
                 for place, value in enumerate(row)
             }
             return {"noise": noise, **raw}
+        if averaged_sides(name):
+            return {"noise": noise, **hook.sums}
         sums = sorted(hook.sums.items()) if name != "denoise" else ()
         return {"noise": noise, **{f"sums_{LEVELS[level]}": total for level, total in sums}}
 

@@ -15,7 +15,7 @@ from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.engines.exported.graphs import GraphEngine
 from datasetdm_fast.engines.fast import CHUNK_PIXELS
 from datasetdm_fast.export.manifest import Manifest, StageFile
-from datasetdm_fast.export.onnx.to_onnx import RAW, cached
+from datasetdm_fast.export.onnx.to_onnx import cached, exported_apart
 from datasetdm_fast.export.staging import say
 from datasetdm_fast.loading.model import Model
 
@@ -50,7 +50,7 @@ class CachedEngine(GraphEngine):
 
     def _export(self, **which) -> tuple[Path, Manifest]:
         def told(stage: str) -> None:
-            if stage in ("encode_text", RAW):
+            if stage == "encode_text" or exported_apart(stage):
                 self.tell(f"writing the graphs of {self.model.name} for {self.library}, once")
 
         return cached(self.model, self.decoders, precision=self.stored, runtime=self.runtime, told=told, **which)
@@ -58,9 +58,8 @@ class CachedEngine(GraphEngine):
     def _run(self, name: str, size: int, **inputs: Tensor) -> dict[str, Tensor]:
         """The stage's outputs, `size` images at once."""
         if name not in self._stages:
-            folder, manifest = (
-                self._export(raw_capture=True, only=[RAW]) if name == RAW else (self.folder, self.manifest)
-            )
+            apart = exported_apart(name)
+            folder, manifest = self._export(**apart) if apart else (self.folder, self.manifest)
             self._stages[name] = self._open(manifest.graph(folder, name), name, manifest.stages[name])
         return joined(self._stages[name](split(inputs, size)))
 
@@ -68,10 +67,13 @@ class CachedEngine(GraphEngine):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         return self._run("encode_text", len(prompts), tokens=self.model.token_ids(prompts))["context"]
 
-    def _call_unet(self, stage: str, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
+    def _call_unet(
+        self, stage: str, latents: Tensor, timestep: float, context: Tensor, **others: Tensor
+    ) -> dict[str, Tensor]:
         assert len(context) == 2 * len(latents), f"context has {len(context)} rows for {len(latents)} images"
         size = self._images_at_once(len(latents))
-        return self._run(stage, size, latents=latents, timestep=torch.tensor(float(timestep)), context=context)
+        moment = torch.tensor(float(timestep))
+        return self._run(stage, size, latents=latents, timestep=moment, context=context, **others)
 
     def _call_autoencoder(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
         return self._run(stage, max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1), **{name: values})

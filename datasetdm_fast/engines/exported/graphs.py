@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.engines.fast import FastEngine, drawn
 from datasetdm_fast.engines.memory import BATCH, suggested
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.onnx.to_onnx import RAW, annotate_name
+from datasetdm_fast.export.onnx.to_onnx import RAW, annotate_name, average_name
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.stages import LEVELS
@@ -31,7 +31,9 @@ class GraphEngine:
     precision: str
     adjustments: Mapping[str, int] = {}
 
-    def _call_unet(self, stage: str, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
+    def _call_unet(
+        self, stage: str, latents: Tensor, timestep: float, context: Tensor, **others: Tensor
+    ) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def _call_autoencoder(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
@@ -90,6 +92,14 @@ class GraphEngine:
             ordered("features", [len(one.features) for one in levels]),
             ordered("maps", [len(one.heads) for one in levels]),
         )
+
+    @torch.inference_mode()
+    def denoise_and_average(
+        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        stage = average_name(*(round(one.shape[1] ** 0.5) for one in (sums.cells, sums.tokens)))
+        found = self._call_unet(stage, latents, timestep, context, class_context=class_context)
+        return found["noise"], AttentionSums(sums.cells + found["cells"], sums.tokens + found["tokens"])
 
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]

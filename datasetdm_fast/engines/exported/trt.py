@@ -18,7 +18,7 @@ from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.golden import Reference
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest
-from datasetdm_fast.export.onnx.to_onnx import RAW, export, source_digest
+from datasetdm_fast.export.onnx.to_onnx import export, exported_apart, source_digest
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.export.tensorrt.plans import PlanFolder, cached_plans, say
 from datasetdm_fast.export.tensorrt.to_tensorrt import WORDS, Target, at_once, open_plan
@@ -64,14 +64,15 @@ class TrtEngine(GraphEngine):
         there = self._read(self.folder)
         if there and stage in there.stages and self._is_ours(there):
             return self.folder, there
-        if stage == RAW:  # few runs need it, so it has a folder of its own
-            folder = self.folder / RAW
+        if apart := exported_apart(stage):  # few runs need it, so it has a folder of its own
+            folder = self.folder / stage
             there = self._read(folder)
             if there and self._is_ours(there, "fp16" if self.precision == "fp8" else self.precision):
                 return folder, there
-            self.tell(f"exporting {RAW} to {folder}")
-            precision = "fp16" if self.precision == "fp8" else self.precision  # parity is what this stage is for
-            return folder, export(self.model, self.decoders, folder, precision=precision, raw_capture=True, only=[RAW])
+            self.tell(f"exporting {stage} to {folder}")
+            # parity is what the one is for, and no calibration saw the other
+            precision = "fp16" if self.precision == "fp8" else self.precision
+            return folder, export(self.model, self.decoders, folder, precision=precision, **apart)
         if self.precision == "fp8" and not (there and there.precision == "fp8"):
             cause = "dtype: fp8 is calibrated on your prompts first, and " + (
                 f"{self.folder} holds {there.precision}" if there else "no folder was given"
@@ -164,10 +165,11 @@ class TrtEngine(GraphEngine):
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
         return self._in_parts("encode_text", "tokens", self.model.token_ids(prompts).to(self.device))["context"]
 
-    def _call_unet(self, stage: str, latents: Tensor, timestep: float, context: Tensor) -> dict[str, Tensor]:
-        return self._call(
-            stage, len(latents), {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context}
-        )
+    def _call_unet(
+        self, stage: str, latents: Tensor, timestep: float, context: Tensor, **others: Tensor
+    ) -> dict[str, Tensor]:
+        inputs = {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context, **others}
+        return self._call(stage, len(latents), inputs)
 
     def _call_autoencoder(self, stage: str, name: str, values: Tensor) -> dict[str, Tensor]:
         return self._in_parts(stage, name, values.to(self.device))
