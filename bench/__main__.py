@@ -17,6 +17,10 @@ BENCHES = {
     "rehearse": ("bench.rehearsal.command", "the CUDA path without a GPU: launches, order, lifetimes, and a budget"),
     "report": ("bench.report.report", "tables and charts of the pages from the newest result files"),
     "claims": ("bench.claims.run", "whether generated images help a small student: the papers' tables in small"),
+    "attention": (
+        "bench.rows.attention",
+        "images with labels from attention, against Dataset Diffusion over diffusers",
+    ),
     "epochs": ("bench.rows.epochs", "an epoch of training with stored captures against captures computed anew"),
     "kernels": ("bench.kernels.audit", "registers, spills, shared memory of kernels (--audit), or tuning (--tune)"),
 }

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from bench.peers.dataset_diffusion import DatasetDiffusion, Numbers
+from bench.rows import attention as bench
 from datasetdm_fast import generate, label
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
 from datasetdm_fast.engines import build_engine
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import class_prompts, driver
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.kernels import choice
@@ -67,88 +69,41 @@ def drawn(engine, requests, **settings):
     return sampled, made.label(batch, sampled)
 
 
-def plainly(model, requests, settings, calls):
-    """Dataset Diffusion's averages and maps in fp32, every probability formed by hand, an image at a time, with
-    diffusers' own scheduler.
-    """
-    from diffusers import PNDMScheduler
-
-    unet, side = model.unet, model.size // 8
-    scheduler = PNDMScheduler.from_config({**model.scheduler, "steps_offset": 1, "set_alpha_to_one": False})
-    scheduler.set_timesteps(calls - 1)
-
-    def encoded(text):
-        ids = model.tokenizer([text], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        return model.text_encoder(ids.input_ids).last_hidden_state
-
-    found, generator = [], torch.Generator().manual_seed(requests[0].seed)
-    noise = torch.randn(len(requests), 4, side, side, generator=generator)
-    for place, request in enumerate(requests):
-        words = " ".join(request.classes)
-        context = torch.cat([encoded(request.negative), encoded(f"{request.prompt}; {words}")])
-        class_context, latents = encoded(words), noise[place : place + 1]
-        kept = {"cells": [], "tokens": []}
-
-        def read(module, arguments, named, output, *, name, kept=kept, class_context=class_context):
-            own = arguments[0][1:]
-            kind, cells = (("cells", "self_cells"), ("tokens", "cross_cells"))[name.endswith("attn2")]
-            if own.shape[1] == settings[cells] ** 2:
-                q, k = module.to_q(own), module.to_k(class_context if kind == "tokens" else own)
-                q, k = (x.unflatten(-1, (module.heads, -1)).transpose(1, 2)[0] for x in (q, k))
-                kept[kind].append(torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, -1).mean(0))
-
-        hooks = [
-            module.register_forward_hook(
-                lambda *heard, name=name: read(*heard, name=name),
-                with_kwargs=True,
-            )
-            for name, module in unet.named_modules()
-            if name.endswith(("attn1", "attn2"))
-        ]
-        for timestep in scheduler.timesteps:
-            out = unet(torch.cat([latents, latents]), timestep, context).sample
-            out = out[:1] + settings["guidance"] * (out[1:] - out[:1])
-            latents = scheduler.step(out, timestep, latents).prev_sample
-        for hook in hooks:
-            hook.remove()
-        scheduler.set_timesteps(calls - 1)
-        cells, tokens = (torch.stack(kept[kind]).mean(0) for kind in ("cells", "tokens"))
-        assert len(kept["cells"]) == len(kept["tokens"]) == 3 * calls
-        grid = tokens.T.unflatten(1, (settings["cross_cells"],) * 2)[None]
-        seen = F.interpolate(grid, (settings["self_cells"],) * 2, mode="bicubic")[0]
-        spread = torch.matrix_power(cells, settings["exponent"])
-        outs = []
-        for column in range(1, 1 + len(request.classes)):
-            out = spread @ seen[column].reshape(-1)
-            out = out - out.min()
-            outs.append((out / out.max()).reshape(settings["self_cells"], settings["self_cells"]))
-        found.append((cells, tokens, torch.stack(outs)))
-    return found
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["torch", "fast", "ort"])
 def test_parity_is_the_plain_algorithm(model, engines, name):
-    settings = {"exponent": 4, "self_cells": 16, "cross_cells": 8, "guidance": 7.5}
+    settings = {
+        "exponent": 4,
+        "self_cells": 16,
+        "cross_cells": 8,
+        "guidance": 7.5,
+        "threshold": 0.6,
+        "uncertainty": 0.5,
+    }
     requests = [Request(k, each.prompt, 7 + k, each.classes, "fog") for k, each in enumerate(REQUESTS[:2])]
-    sampled, results = drawn(
-        engines[name], requests, threshold=0.6, uncertainty=0.5, parity="dataset-diffusion", **settings
-    )
+    sampled, results = drawn(engines[name], requests, parity="dataset-diffusion", **settings)
     places = [[(1 + k,) for k in range(len(request.classes))] for request in requests]
     maps = attention.class_maps(sampled.averages, places, 4)
-    for b, (cells, tokens, plain) in enumerate(plainly(model, requests, settings, 3)):
-        assert float((sampled.averages.cells[b] - cells).norm() / cells.norm()) <= 1e-3
-        assert float((sampled.averages.tokens[b] - tokens).norm() / tokens.norm()) <= 1e-3
-        assert float((maps[b] - plain).norm() / plain.norm()) <= 1e-3
-        large = F.interpolate(plain[None], (128, 128), mode="bicubic")[0].max(0)
-        numbers = torch.tensor([1 + CLASSES.index(word) for word in requests[b].classes])[large.indices]
-        mask = torch.where(large.values >= 0.6, numbers, torch.where(large.values >= 0.5, 255, 0)).numpy()
-        ordered = F.interpolate(plain[None], (128, 128), mode="bicubic")[0].sort(0).values
-        is_near = (large.values - 0.6).abs().minimum((large.values - 0.5).abs()) < 1e-3
+    plain = DatasetDiffusion(model, Numbers(**settings), steps=2)
+    for b, each in enumerate(plain.draw(requests)):
+        assert float((sampled.averages.cells[b] - each.cells).norm() / each.cells.norm()) <= 1e-3
+        assert float((sampled.averages.tokens[b] - each.tokens).norm() / each.tokens.norm()) <= 1e-3
+        assert float((maps[b] - each.maps).norm() / each.maps.norm()) <= 1e-3
+        mask = plain.label(each.maps, requests[b], CLASSES).numpy()
+        ordered = F.interpolate(each.maps[None], (128, 128), mode="bicubic")[0].sort(0).values
+        is_near = (ordered[-1] - 0.6).abs().minimum((ordered[-1] - 0.5).abs()) < 1e-3
         if len(ordered) > 1:
-            is_near |= (ordered[-1] - ordered[-2] < 1e-3) & (large.values >= 0.6)
+            is_near |= (ordered[-1] - ordered[-2] < 1e-3) & (ordered[-1] >= 0.6)
         assert ((results[b].annotations["attention"].labels == mask) | is_near.numpy()).all()
         assert is_near.float().mean() < 0.05
+
+
+def test_the_race_against_dataset_diffusion_begins_with_a_comparison(monkeypatch):
+    found = bench.measure(bench.AttentionBench(images=2, steps=2, rounds=1))
+    assert found["ratio"] > 0 and found["mib_an_image"] == round((64**2 + 16 * 77) * 4 / 2**20, 2)
+    monkeypatch.setattr(bench, "LIMIT", 1e-9)
+    with pytest.raises(GateFailed, match="attention of image 0"):
+        bench.measure(bench.AttentionBench(images=1, steps=2, rounds=1))
 
 
 @torch.inference_mode()
