@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from rendered import document, rendered
 
 from datasetdm_fast.decoders.config import COCO_JOINTS
 from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.scenes import world
 
 SIDE = 96  # pixels before a layout cuts its own rectangle out
@@ -276,6 +279,14 @@ def hf(root: Path) -> None:
     text(root / "id2label.json", json.dumps({str(k): name for k, name in enumerate(world.CLASSES)}))
 
 
+def run(root: Path) -> None:
+    with RunFolder(root, document(COUNT, SIDE)) as opened:
+        samples = [rendered(index, SIDE) for index in (0, 3, 4)]  # with a person each
+        renamed = [replace(sample, request=replace(sample.request, index=k)) for k, sample in enumerate(samples)]
+        opened.add(renamed, {"batch_size": COUNT})
+        opened.rebuild()
+
+
 # name -> (address before the colon, what writes it, the tasks it has truth for)
 LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "voc": ("voc", voc, ("semantic", "instance", "open-vocabulary")),
@@ -288,6 +299,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "vkitti2": ("vkitti2", vkitti2, ("depth",)),
     "deepfashion-mm": ("deepfashion-mm", deepfashion, ("semantic", "open-vocabulary")),
     "yolo-seg": ("yolo-seg", yolo, ("semantic", "instance", "open-vocabulary")),
+    "run": ("run", run, ("semantic", "instance", "open-vocabulary", "depth", "pose")),
     "folder": ("folder", folder, ("semantic", "open-vocabulary", "depth")),
     "hf": ("hf", hf, ("semantic", "open-vocabulary", "depth")),
 }

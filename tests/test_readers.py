@@ -7,16 +7,22 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from layouts import COUNT, LAYOUTS, SIDE, save, things_of, views
 from PIL import Image
+from rendered import document
 
+from datasetdm_fast import filter
+from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.truth import framing
 from datasetdm_fast.truth.labelled import Picture
 
@@ -152,6 +158,28 @@ def test_a_plain_folder_has_the_unit_of_a_run_folder_where_depths_are_far(tmp_pa
         Image.fromarray(pixels).save(tmp_path / name / "1.png")
     (tmp_path / "max_depth.txt").write_text("80\n")
     assert open_data(f"folder:{tmp_path}", SIZE)[0].depth.max() == np.float32(20479 / 256)
+
+
+def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
+    root, address = copied("run")
+    before = [item.id for item in open_data(address, SIZE)]
+    with RunFolder(root, document(COUNT, SIDE)) as folder:
+        folder.ledger.commit(
+            replace(row, trust=Trust(reasons=("it is",)) if row.request.index == 1 else Trust(), recipe={"group": "g"})
+            for row in list(folder.ledger.rows())
+        )
+    assert [item.id for item in open_data(address, SIZE)] == [before[0], before[2]]
+    assert filter.main([str(root), "--where", "trust == 0", "--quiet"]) == 0
+    with pytest.raises(Refused, match="no image has truth"):
+        open_data(address, SIZE)
+    whole = open_data(f"{address}[all]", SIZE)
+    assert [item.id for item in whole] == before and [whole.origins(k) for k in range(COUNT)] == [("g",)] * COUNT
+    with open_run(root) as run, pytest.raises(Refused, match="no split 'val'"):
+        sample, item = run[0], open_data(f"{address}[all]", SIDE)[0]
+        assert (sample.image == item.image).all() and (sample.semantic.labels == item.semantic).all()
+        assert (sample.instances.masks == item.masks).all() and (sample.depth.metres == item.depth).all()
+        assert item.keypoints[..., :2] == pytest.approx(sample.keypoints.points[..., :2], abs=1e-4)
+        open_data(f"{address}[val]", SIZE)
 
 
 def test_depths_are_metres_in_every_unit(made):
@@ -761,6 +789,7 @@ def mutilated(data: bytes, random: np.random.Generator) -> bytes:
     "spec",
     [
         "voc:",
+        "run:/nowhere",
         "coco:/nowhere/at/all",
         "folder:/dev/null",
         "kitti:",

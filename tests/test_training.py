@@ -473,10 +473,25 @@ def test_simcc_learns_too(engine, source, folder):
 
 
 def test_a_share_is_held_out_by_seed_and_none_of_few():
-    learnt, held = split(range(100), 0.1, 0)
+    source = open_data("demo:100@1000", 64)
+    learnt, held = split(source, range(100), 0.1, 0)
     assert len(held) == 10 and sorted(learnt + held) == list(range(100)) and learnt == sorted(learnt)
-    assert split(range(100), 0.1, 0) == (learnt, held) != split(range(100), 0.1, 1)
-    assert split(range(9), 0.1, 0) == (list(range(9)), []) and split(range(100), 0.0, 0)[1] == []
+    assert split(source, range(100), 0.1, 0) == (learnt, held) != split(source, range(100), 0.1, 1)
+    assert split(source, range(9), 0.1, 0) == (list(range(9)), []) and split(source, range(100), 0.0, 0)[1] == []
+
+
+def test_what_was_made_of_one_picture_is_never_held_out_from_it(monkeypatch):
+    source = open_data("demo:100@1000", 64)
+    families = [(f"{k // 4}",) for k in range(100)]  # four of each picture, and two pictures that one splice joins
+    families[40] = ("10", "11")
+    monkeypatch.setattr(source, "origins", families.__getitem__)
+    for seed in range(8):
+        learnt, held = split(source, range(100), 0.1, seed)
+        assert 4 <= len(held) <= 10 and sorted(learnt + held) == list(range(100))
+        groups = [{k // 4 if k // 4 != 11 else 10 for k in part} for part in (learnt, held)]
+        assert not groups[0] & groups[1]
+    families[:] = [("one",)] * 100
+    assert split(source, range(100), 0.1, 0)[1] == []
 
 
 def test_decoders_of_two_timesteps_cannot_share_a_capture(engine, source):

@@ -116,7 +116,7 @@ class Redrawing(ABC):
     def provenance(self, index: int) -> dict[str, Any]:
         """What a row says of the source of its image: the id there, and what all images of one source share."""
         row = self.tile(index).row
-        return {"source": row.request.id, "group": row.recipe.get("group") or row.files["image"][1].sha256[:16]}
+        return {"source": row.request.id, "group": row.group}
 
     def latents(self, engine: Engine, requests: Sequence[Request]) -> SourceLatents:
         import numpy as np

@@ -17,6 +17,7 @@ from datasetdm_fast.readers.hf import HuggingFace
 from datasetdm_fast.readers.kitti import Kitti
 from datasetdm_fast.readers.lvis import Lvis
 from datasetdm_fast.readers.nyu import Nyu
+from datasetdm_fast.readers.run import RunSamples
 from datasetdm_fast.readers.vkitti2 import VirtualKitti
 from datasetdm_fast.readers.voc import Voc
 from datasetdm_fast.readers.yolo import Yolo
@@ -28,6 +29,7 @@ __all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Sele
 
 # kind -> reader(path, split, size, tasks); `demo` alone has no path
 READERS = {
+    "run": RunSamples,
     "voc": Voc,
     "coco": Coco,
     "lvis": Lvis,

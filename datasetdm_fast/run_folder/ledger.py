@@ -68,6 +68,11 @@ class Row:
     trust: Trust | None = None  # None where nothing has judged its labels
     tracings: dict[str, Any] = field(default_factory=dict)  # layer of the gallery -> what was traced for it
 
+    @property
+    def group(self) -> str:
+        """What a sample and everything that is made of its image have in common."""
+        return self.recipe.get("group") or self.files["image"][1].sha256[:16]
+
 
 def canonical(value: Any) -> str:
     """JSON with one spelling for one value."""
@@ -266,7 +271,10 @@ class Ledger(AbstractContextManager):
             recipe = found["recipe"]
             own = {field: recipe.pop(name) for name, field in TEXTS.items() if name in recipe}
             documents.check_form(own, dict.fromkeys(own, str))
-            request = Request(index, prompt, seed, tuple(_DECODE(classes)), **own)
+            words = tuple(_DECODE(classes))
+            if any(type(word) is not str for word in words):
+                documents.check_form(list(words), [str], "classes")
+            request = Request(index, prompt, seed, words, **own)
             stored = {role: _stored(request.id, role, file) for role, file in found["files"].items()}
             trust, traced = _trust(found.get("trust")), found.get("tracings", {})
             return Row(request, recipe, stored, found["labels"], status, reason, trust, traced)

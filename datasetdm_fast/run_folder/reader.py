@@ -60,7 +60,9 @@ class StoredSample:
         """
         if self.row.trust is not None:
             return self.row.trust
-        return trust_of(self.classes, {task: self.label(task) for task in self.row.labels})
+        labels = {task: self.label(task) for task in self.row.labels}
+        with self._naming_damage():
+            return trust_of(self.classes, labels)
 
     @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8

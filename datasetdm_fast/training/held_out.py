@@ -1,6 +1,7 @@
 """The images a decoder is not taught from, and how it scores on them."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,16 +14,43 @@ from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
 from datasetdm_fast.training.loop import TrainingViews, projected
+from datasetdm_fast.truth.labelled import LabelledSource
 
 LEAST_IMAGES = 10  # images below which none is held out
 
 
-def split(numbers: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """The item numbers to learn from, and those held out, both in their order."""
-    count = round(share * len(numbers)) if len(numbers) >= LEAST_IMAGES else 0
-    count = min(max(count, 1), len(numbers) - 1) if share and len(numbers) >= LEAST_IMAGES else 0
-    chosen = set(np.random.default_rng([seed, len(numbers)]).permutation(len(numbers))[:count].tolist())
-    return [n for k, n in enumerate(numbers) if k not in chosen], [n for k, n in enumerate(numbers) if k in chosen]
+def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The item numbers to learn from, and those held out, both in their order; items that were made of one picture are
+    on the same side.
+    """
+    count = len(numbers)
+    wanted = min(max(round(share * count), 1), count - 1) if share and count >= LEAST_IMAGES else 0
+    groups = _groups([source.origins(source.order[number]) for number in numbers])
+    members = defaultdict(list)
+    for place, group in enumerate(groups):
+        members[group].append(place)
+    held: set[int] = set()
+    for place in np.random.default_rng([seed, count]).permutation(count).tolist() if wanted else ():
+        if place not in held and len(held) + len(members[groups[place]]) <= wanted:
+            held.update(members[groups[place]])
+    if wanted and not held and 2 * len(smallest := min(members.values(), key=len)) <= count:
+        held.update(smallest)
+    return [n for k, n in enumerate(numbers) if k not in held], [n for k, n in enumerate(numbers) if k in held]
+
+
+def _groups(origins: Sequence[tuple[str, ...]]) -> list[int]:
+    """The number of the group of each item; items that share an origin are in one group."""
+    parents, first = list(range(len(origins))), {}
+
+    def root(number: int) -> int:
+        while parents[number] != number:
+            parents[number] = number = parents[parents[number]]
+        return number
+
+    for number, names in enumerate(origins):
+        for name in names:
+            parents[root(number)] = root(first.setdefault(name, number))
+    return [root(number) for number in range(len(origins))]
 
 
 def answers(

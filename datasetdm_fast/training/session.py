@@ -53,7 +53,7 @@ class TrainingSession:
     @cached_property
     def parts(self) -> tuple[list[int], list[int]]:
         """The items to learn from, and those held out."""
-        return split(self.numbers, self.config.held_out, self.config.seed)
+        return split(self.source, self.numbers, self.config.held_out, self.config.seed)
 
     @cached_property
     def shown(self) -> list[tuple[list[str], str]]:
@@ -234,7 +234,7 @@ def taught(engine, source: LabelledSource, task: str, count: int, *, held_out: f
     config.check()
     if not 1 <= count <= len(source):
         raise Refused(f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has")
-    learnt, _ = split(range(count), held_out, config.seed)
+    learnt, _ = split(source, range(count), held_out, config.seed)
     session = TrainingSession(config, engine, source, SOLO, tuple(learnt), lambda line: None)
     recipe, words = session.recipe(task, len(learnt))
     return fit(recipe.config, session.views(task, learnt), recipe.schedule, words, device=engine.device)

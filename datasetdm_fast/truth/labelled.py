@@ -89,6 +89,10 @@ class LabelledSource:
         """Whether a person's joints lie around the centre of its box; data without persons have no say."""
         return True
 
+    def origins(self, record: int) -> tuple[str, ...]:
+        """The pictures that a record was made of: two records that share one are never held out from each other."""
+        return ()
+
     def __len__(self) -> int:
         return len(self.order)
 

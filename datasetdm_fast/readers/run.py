@@ -1,0 +1,152 @@
+"""run:RUN[SPLIT]: the samples of a run folder, with the labels that its decoders made taken for truth."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels.instance import SHOWN_SCORE
+from datasetdm_fast.labels.names import task_of_label
+from datasetdm_fast.labels.trust import without_doubtful
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER
+from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.run_folder.reader import Run, StoredSample
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
+
+MAPS = ("semantic", "open-vocabulary", ATTENTION)  # the first that a run has tells the class of every pixel
+SPLITS = ("train", "all")
+
+
+class RunSamples(PictureSource):
+    """What the last filter keeps and nothing calls doubtful, doubtful pixels ignored; with [all], every sample as it is
+    stored. Of several decoders of a task, the first of the run tells the truth; instances whose score is low are
+    neither right nor wrong to find.
+    """
+
+    rule = framing.RULES["coco"]
+
+    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        if split not in SPLITS:
+            raise reading.no_split(path, split)
+        self.path, self.is_all = path, split == "all"
+        self.run = Run(path, kept=not self.is_all)
+        self.labels: dict[str, str] = {}  # task -> the label of the run that tells its truth
+        for label in self.run.tasks:
+            self.labels.setdefault(task_of_label(label), label)
+        self.map = next((self.labels[task] for task in MAPS if task in self.labels), "")
+        self._name_classes(tasks)
+        # position in the run, id, and what the sample has in common with others
+        self.records: list[tuple[int, str, tuple[str, ...]]] = []
+        for position, row in enumerate(self.run.rows(("files", "trust"))):
+            if self.is_all or self._trusted(position, row):
+                self.records.append((position, row.request.id, self._origins(row)))
+        super().__init__(size, len(self.records))
+
+    def _name_classes(self, tasks: tuple[str, ...]) -> None:
+        """What the tables of run.json name, for the tasks that are wanted."""
+        tables = self.run.document["labels"]
+        if self.map:
+            self.classes = tuple(tables[self.map]["classes"])
+            self.thing_classes = reading.without_background(self.classes)
+        if "instance" in self.labels:
+            self.thing_classes = tuple(tables[self.labels["instance"]]["classes"])
+            if not self.map and len(self.thing_classes) < MOST_SEMANTIC:
+                self.classes = ("background", *self.thing_classes)
+        if "depth" in self.labels:
+            self.max_depth = float(tables[self.labels["depth"]]["max_depth"])
+        if "pose" in self.labels:
+            table = tables[self.labels["pose"]]
+            self.joints, self.limbs = tuple(table["joints"]), tuple(map(tuple, table["limbs"]))
+            if any(len(limb) != 2 or not all(0 <= end < len(self.joints) for end in limb) for limb in self.limbs):
+                raise reading.bad(self.path / DOCUMENT, "a limb that joins no two joints")
+        there = {
+            "semantic": bool(self.classes),
+            "instance": "instance" in self.labels,
+            "open-vocabulary": bool(self.thing_classes),
+            "depth": "depth" in self.labels,
+            "pose": "pose" in self.labels,
+        }
+        self.tasks = tuple(task for task, is_there in there.items() if is_there)
+        self.wanted = {task for task in self.tasks if not tasks or task in tasks}
+
+    def _trusted(self, position: int, row: Row) -> bool:
+        # samples that were written before any was judged are judged now, from their labels
+        return (row.trust or self.run[position].trust).is_trusted
+
+    def _origins(self, row: Row) -> tuple[str, ...]:
+        """What a sample has in common with the others that were made of the same picture."""
+        try:
+            origins = [row.group, *row.recipe.get("tiles", [])]
+            documents.check_form(origins, [str], "origins")
+        except (ValueError, TypeError, KeyError) as error:
+            raise reading.bad(self.path / LEDGER, f"the row of sample {row.request.id} is damaged ({error})") from error
+        return tuple(origins)
+
+    def name(self, record: int) -> str:
+        return f"{self.path}: sample {self.records[record][1]}"
+
+    def origins(self, record: int) -> tuple[str, ...]:
+        return self.records[record][2]
+
+    def picture(self, record: int) -> Picture:
+        sample = self.run[self.records[record][0]]
+        fields: dict[str, Any] = {}
+        found = self._class_labels(sample)
+        if not self.is_all:
+            found = without_doubtful(sample.classes, found)
+        image = sample.image
+        for label in found.values():
+            fields |= self._of(label, record, image.shape[:2])
+        if "depth" in self.wanted:
+            fields["depth"] = sample.label(self.labels["depth"]).metres
+            self._check_sides(record, fields["depth"].shape, image.shape[:2])
+        if "pose" in self.wanted:
+            fields |= self._persons(sample, record)
+        return Picture(sample.id, image, sample.prompt, **fields)
+
+    def _class_labels(self, sample: StoredSample) -> dict[str, SemanticMap | Instances]:
+        if not self.wanted & {"semantic", "instance", "open-vocabulary"}:
+            return {}
+        labels = filter(None, (self.map, self.labels.get("instance")))
+        return {label: found for label in labels if (found := sample.label(label)) is not None}
+
+    def _of(self, label: SemanticMap | Instances, record: int, sides: tuple[int, ...]) -> dict[str, Any]:
+        """The fields of a picture that come of a label: the sure instances are masks, the others crowds."""
+        if isinstance(label, SemanticMap):
+            self._check_sides(record, label.labels.shape, sides)
+            reading.check_numbers(self.name(record), label.labels, len(self.classes))
+            return {"semantic": label.labels}
+        if len(label.masks):
+            self._check_sides(record, label.masks.shape[1:], sides)
+        found: dict[str, Any] = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
+        for mask, kind, score in zip(label.masks, label.class_ids.tolist(), label.scores, strict=True):
+            if not 0 <= kind < len(self.thing_classes):
+                raise reading.bad(self.name(record), f"an instance of the unknown category {kind + 1}")
+            which = ("masks", "mask_classes") if score >= SHOWN_SCORE else ("crowds", "crowd_classes")
+            found[which[0]].append(partial(np.array, mask))
+            found[which[1]].append(kind)
+        return found
+
+    def _check_sides(self, record: int, found: tuple[int, ...], sides: tuple[int, ...]) -> None:
+        if found != sides:
+            raise reading.bad(self.name(record), f"labels of {list(found)} pixels on an image of {list(sides)}")
+
+    def _persons(self, sample: StoredSample, record: int) -> dict[str, Any]:
+        label = self.labels["pose"]
+        found, people = sample.label(label), sample.row.labels[label]
+        try:
+            documents.check_form(people, [{"bbox": [float], "area": float}])
+            boxes = np.array([person["bbox"] for person in people], np.float32).reshape(len(people), 4)
+        except ValueError as error:
+            raise reading.bad(self.name(record), f"a person without a box ({error})") from error
+        return {
+            "keypoints": np.concatenate([found.points[..., :2], found.visibility[..., None]], -1).astype(np.float32),
+            "keypoint_boxes": boxes,
+            "keypoint_areas": np.array([max(person["area"], 1) for person in people], np.float32),
+        }
