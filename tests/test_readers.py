@@ -392,6 +392,63 @@ def test_a_selection_that_chooses_nothing_or_names_nothing_is_refused(made):
         open_data("demo:3", SIZE, selection=Selection(classes=("unicorn",)))
 
 
+LISTS = {
+    "one path a line": "./data/PascalVOC12/JPEGImages/2007_000002.jpg\n\n/elsewhere/2007_000000.jpg\n2007_000002\n",
+    "a Python list": "['./data/JPEGImages/2007_000002.jpg', \"JPEGImages/2007_000000.jpg\", '2007_000002.jpg']",
+    "lines of a list cut up by hand": "./data/2007_000002.jpg\n2007_000000.jpg', './data/2007_000002.jpg']",
+    "slashes of Windows": "\ufeffD:\\voc\\JPEGImages\\2007_000002.jpg\r\nd:\\2007_000000.jpg\r\n",
+}
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_exactly_the_images_of_a_list_are_taken(made, tmp_path, what):
+    (tmp_path / "list.txt").write_text(LISTS[what], encoding="utf-8")
+    selection = DataSettings(images=str(tmp_path / "list.txt")).selection()
+    source = open_data(f"voc:{made('voc')}", SIZE, selection=selection)
+    assert [item.id for item in source] == ["2007_000002", "2007_000000"]
+    assert len(open_data(f"voc:{made('voc')}", SIZE, selection=replace(selection, most=1))) == 1
+
+
+def test_images_of_one_name_are_told_by_their_folders(copied):
+    root, address = copied("folder")
+    for day in range(2):
+        for kind in ("images", "masks", "depth"):
+            (root / kind / f"day {day}").mkdir()
+            (root / kind / f"scene {day}.png").rename(root / kind / f"day {day}" / "1.png")
+    source = open_data(address, SIZE, selection=Selection(images=("./data/day 1/1.png", "scene 2")))
+    assert [item.id for item in source] == ["day 1/1", "scene 2"]
+    with pytest.raises(Refused, match="may be 2 images"):
+        open_data(address, SIZE, selection=Selection(images=("1.png",)))
+    with pytest.raises(Refused, match="no image 'night/7.png' and 1 more"):
+        open_data(address, SIZE, selection=Selection(images=("night/7.png", "scene 2.png", "8")))
+
+
+def test_records_without_a_file_are_listed_by_id(made):
+    assert [item.id for item in open_data("demo:9@5", SIZE, selection=Selection(images=("7", "5")))] == ["7", "5"]
+    assert [item.id for item in open_data(f"run:{made('run')}", SIZE, selection=Selection(images=("00000002",)))] == [
+        "00000002"
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "no path"),
+        (b"[]", "no path"),
+        (b"['a.jpg', 3]", "expected text"),
+        (b"['a.jpg'", "no list of paths"),
+        (b"[__import__('os').system('true')]", "no list of paths"),
+        (b"[" * 100_000, "no list of paths"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_what_is_no_list_of_images_is_refused(tmp_path, content, said):
+    (tmp_path / "list").write_bytes(content)
+    with pytest.raises(Refused, match=said) as stop:
+        DataSettings(images=str(tmp_path / "list")).selection()
+    assert stop.value.exit_code == 2 and "\n" not in stop.value.cause
+
+
 # Bad data -------------------------------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,9 @@ from datasetdm_fast.truth.selection import DataSettings
 @dataclass(frozen=True)
 class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
     FLAGS = (
-        "select limit_per_class min_area limit_images only_classes framing skip_bad model allow_download decoder data "
-        "task unseen captions bootstrap level curve learn_from repeats steps more student real run engine dtype device "
-        "batch_size seed threads json quiet"
+        "select images limit_per_class min_area limit_images only_classes framing skip_bad model allow_download "
+        "decoder data task unseen captions bootstrap level curve learn_from repeats steps more student real run engine "
+        "dtype device batch_size seed threads json quiet"
     ).split()
 
     data: str = setting(

@@ -26,6 +26,9 @@ class DemoWorld(LabelledSource):
     def name(self, record: int) -> str:
         return f"demo scene {self.first + record}"
 
+    def path_of(self, record: int) -> str:
+        return str(self.first + record)
+
     def load(self, record: int, seed: int | None) -> Labelled:
         """A scene drawn at the model's size: there is nothing to crop, whatever the seed."""
         view = world.view(self.first + record, self.size)

@@ -91,6 +91,9 @@ class RunSamples(PictureSource):
     def name(self, record: int) -> str:
         return f"{self.path}: sample {self.records[record][1]}"
 
+    def path_of(self, record: int) -> str:
+        return self.records[record][1]
+
     def origins(self, record: int) -> tuple[str, ...]:
         return self.records[record][2]
 

@@ -112,6 +112,8 @@ class TrainingSession:
             "images": len(learnt),
             "left_out": "",
         }
+        if self.config.images:
+            settings["listed"] = storage.sha256_of(Path(self.config.images))[:12]
         for name in ("task", "steps", "batch_size", "rate", "skip_bad"):  # said by the recipe, or by what is left out
             del settings[name]
         if skipped := self.source.skipped:

@@ -39,7 +39,7 @@ QUIRKS = {
 @dataclass(frozen=True)
 class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "select limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
+        "select images limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
         "allow_download held_out preset quirks pose_head steps batch_size accumulate rate patience checks draws "
         "augment captions by_name timestep latent inversion ddim_steps cache cache_dir cache_gb storage engine dtype "
         "device seed save_every threads dry_run json quiet"

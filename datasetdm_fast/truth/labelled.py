@@ -77,6 +77,10 @@ class LabelledSource:
         """How messages call a record: a file."""
         raise NotImplementedError
 
+    def path_of(self, record: int) -> str:
+        """How a list of images calls a record: the path of its file, or its id where it has none."""
+        return self.name(record)
+
     def load(self, record: int, seed: int | None) -> Labelled:
         """A record at the model's size; with a seed, the part of it that upstream's rule draws."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.truth.framing import UPSTREAM_SIDE
+from datasetdm_fast.truth.image_list import listed, read_image_list
 from datasetdm_fast.truth.labelled import LabelledSource
 
 VOC_CLASSES = table("voc").names
@@ -30,10 +32,11 @@ class Selection:
     is_centred: bool = False  # persons whose joints lie around the centre of their box
     min_instance: int = 0  # pixels at 512 x 512: smaller masks are dropped
     seed: int = 42
+    images: tuple[str, ...] = ()  # the paths or ids of the only ones to choose from, in their order
 
     @property
     def is_everything(self) -> bool:
-        limits = self.per_class, self.min_area, self.most, self.classes, self.tail
+        limits = self.per_class, self.min_area, self.most, self.classes, self.tail, self.images
         return not any((*limits, self.is_single, self.is_shuffled, self.is_centred))
 
 
@@ -64,6 +67,11 @@ class DataSettings:
         choices=tuple(PRESETS),
         metavar="NAME",
     )
+    images: str = setting(
+        "",
+        "the only images to take: a file with one path or id a line, or a Python list of them as DatasetDM published",
+        metavar="FILE",
+    )
     limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N")
     min_area: int = setting(0, "smallest area in pixels for a class to count, 0 = as --select says", metavar="N")
     limit_images: int = setting(0, "images in all, 0 = as --select says or all", metavar="N")
@@ -83,6 +91,7 @@ class DataSettings:
             "min_area": self.min_area,
             "most": self.limit_images,
             "classes": self.only_classes,
+            "images": read_image_list(Path(self.images)) if self.images else (),
         }
         return replace(
             PRESETS.get(self.select, EVERYTHING), **{name: value for name, value in changes.items() if value}
@@ -94,6 +103,8 @@ def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
     source.least_mask = max(1.0, selection.min_instance * (source.size / UPSTREAM_SIDE) ** 2)
     if selection.is_everything:
         return source
+    if selection.images:
+        source = source.narrowed(listed(source, selection.images))
     known = source.thing_classes or source.classes
     if unknown := [name for name in (*selection.classes, *selection.tail) if name not in known]:
         raise Refused(
