@@ -279,6 +279,26 @@ def hf(root: Path) -> None:
     text(root / "id2label.json", json.dumps({str(k): name for k, name in enumerate(world.CLASSES)}))
 
 
+def masks(root: Path) -> None:
+    for k, view in enumerate(views()):
+        name = f"{k}#Sports#{k}#Ball#0123"
+        save(root / "DIS-TR" / "im" / f"{name}.jpg", view.image[:80], quality=95)
+        soft = Image.fromarray(np.where(view.instance[:80] > 0, 255, 0).astype(np.uint8)).resize((SIDE, 80))
+        save(root / "DIS-TR" / "gt" / f"{name}.png", np.asarray(soft))
+
+
+def celebamask(root: Path) -> None:
+    for k, view in enumerate(views()):
+        number = k * 1500
+        save(root / "CelebA-HQ-img" / f"{number}.jpg", view.image.repeat(2, 0).repeat(2, 1), quality=95)
+        for part, mask in (("skin", view.semantic > 0), ("l_eye", view.instance > 0), ("hair", view.semantic == 1)):
+            pixels = np.where(mask, 255, 0).astype(np.uint8)
+            path = root / "CelebAMask-HQ-mask-anno" / str(number // 2000) / f"{number:05d}_{part}.png"
+            save(path, pixels if part == "skin" else pixels[..., None].repeat(3, 2))
+    rows = "".join(f"{k * 1500} {162_769 - k} {162_770 - k}.jpg\n" for k in range(COUNT))
+    text(root / "CelebA-HQ-to-CelebA-mapping.txt", f"idx orig_idx orig_file\n{rows}")
+
+
 def run(root: Path) -> None:
     with RunFolder(root, document(COUNT, SIDE)) as opened:
         samples = [rendered(index, SIDE) for index in (0, 3, 4)]  # with a person each
@@ -299,7 +319,12 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "vkitti2": ("vkitti2", vkitti2, ("depth",)),
     "deepfashion-mm": ("deepfashion-mm", deepfashion, ("semantic", "open-vocabulary")),
     "yolo-seg": ("yolo-seg", yolo, ("semantic", "instance", "open-vocabulary")),
+    "mask": ("mask", masks, ("semantic", "open-vocabulary")),
+    "celebamask-hq": ("celebamask-hq", celebamask, ("semantic", "open-vocabulary")),
     "run": ("run", run, ("semantic", "instance", "open-vocabulary", "depth", "pose")),
     "folder": ("folder", folder, ("semantic", "open-vocabulary", "depth")),
     "hf": ("hf", hf, ("semantic", "open-vocabulary", "depth")),
 }
+
+# readers of truth that another reader, too, has: no test teaches a decoder by them
+UNTAUGHT = ("mask", "celebamask-hq")

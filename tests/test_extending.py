@@ -74,8 +74,8 @@ RECIPES = {
         edits={
             "datasetdm_fast/readers/__init__.py": (
                 (
-                    "from datasetdm_fast.readers.vkitti2",
-                    "from datasetdm_fast.readers.pairs import Pairs\nfrom datasetdm_fast.readers.vkitti2",
+                    "from datasetdm_fast.readers.run",
+                    "from datasetdm_fast.readers.pairs import Pairs\nfrom datasetdm_fast.readers.run",
                 ),
                 ('    "hf": HuggingFace,\n', '    "hf": HuggingFace,\n    "pairs": Pairs,\n'),
             )

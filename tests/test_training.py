@@ -12,7 +12,7 @@ from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, sav
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.lessons import cache
-from datasetdm_fast.lessons.augment import AUGMENTATIONS, Augmentation, lit, look, mirrored, mirrored_joints, turned
+from datasetdm_fast.lessons.augment import AUGMENTATIONS, Augmentation, lit, look, mirrored, mirrored_names, turned
 from datasetdm_fast.lessons.cache import Inversion, Layout
 from datasetdm_fast.lessons.targets import target
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
@@ -24,6 +24,7 @@ from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.recipes import recipe
+from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 
@@ -189,7 +190,7 @@ def test_axis_bins_prefer_the_right_bins():
 
 
 def test_left_becomes_right_in_a_mirror(source):
-    order = mirrored_joints(source.joints)
+    order = mirrored_names(source.joints)
     assert [source.joints[k] for k in order] == [
         "head",
         "neck",
@@ -200,14 +201,24 @@ def test_left_becomes_right_in_a_mirror(source):
         "left_foot",
     ]
     item = next(item for item in open_data("demo:40@0", 64) if len(item.keypoints))
-    plain, other = (target(source, one, "pose") for one in (item, mirrored(item, source.joints)))
+    plain, other = (target(source, one, "pose") for one in (item, mirrored(item, source)))
     hand, across = source.joints.index("left_hand"), source.joints.index("right_hand")
     assert other.points[hand].tolist() == pytest.approx(
         [64 - plain.points[across, 0].item(), plain.points[across, 1].item()]
     )
-    again = mirrored(mirrored(item, source.joints), source.joints)
+    again = mirrored(mirrored(item, source), source)
     for name in ("image", "semantic", "masks", "depth", "keypoint_boxes"):
         assert np.allclose(getattr(again, name), getattr(item, name))
+
+
+def test_classes_with_a_side_change_places_in_a_mirror():
+    source = LabelledSource(4, 1)
+    source.classes = ("background", "left eye", "right_ear", "right eye", "bright", "left_ear")
+    source.thing_classes = source.classes[1:]
+    labels = np.array([[0, 1, 2, 255], [3, 4, 5, 0]], np.uint8)
+    item = Labelled("", np.zeros((2, 4, 3), np.uint8), "", labels, labels[None] == 1, np.array([0]))
+    found = mirrored(item, source)
+    assert found.semantic.tolist() == [[255, 5, 3, 0], [0, 2, 4, 1]] and found.mask_classes.tolist() == [2]
 
 
 def test_a_quarter_turn_turns_the_truth_with_the_image(source):

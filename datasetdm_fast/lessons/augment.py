@@ -1,6 +1,7 @@
 """Augmentation of a labelled image and its truth: cropped, rotated, mirrored, relit, drawn from a seed alone."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from PIL import Image
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 IGNORE = 255
+SIDES = re.compile(r"(?<![A-Za-z])(?:left|right)(?![A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,29 @@ def look(
     if generator.random() < how.turned:
         item = turned(item, float(np.clip(generator.normal() * how.rotation, -2 * how.rotation, 2 * how.rotation)))
     if how.flip and draw % 2:
-        item = mirrored(item, source.joints)
+        item = mirrored(item, source)
     return replace(item, image=lit(item.image, how.light, generator)) if how.light else item
 
 
-def mirrored_joints(joints: tuple[str, ...]) -> list[int]:
-    """For each joint the index of the one that takes its name in a mirror image."""
-    swapped = [name.replace("left", "RIGHT").replace("right", "left").replace("RIGHT", "right") for name in joints]
-    return [joints.index(name) for name in swapped]
+def mirrored_names(names: tuple[str, ...]) -> list[int]:
+    """For each joint or class the index of the one that takes its name in a mirror image."""
+    swapped = [SIDES.sub(lambda word: "left" if word[0] == "right" else "right", name) for name in names]
+    return [names.index(name) if name in names else k for k, name in enumerate(swapped)]
 
 
-def mirrored(item: Labelled, joints: tuple[str, ...]) -> Labelled:
-    """Left and right exchanged, in the names of joints too."""
+def mirrored(item: Labelled, source: LabelledSource) -> Labelled:
+    """Left and right exchanged, in the names of joints and classes too."""
     width = item.image.shape[1]
     planes = ("semantic", "masks", "crowds", "depth")
     changes = {name: getattr(item, name)[..., ::-1] for name in planes if getattr(item, name, None) is not None}
+    if item.semantic is not None and (classes := mirrored_names(source.classes)) != list(range(len(classes))):
+        changes["semantic"] = np.array([*classes, *range(len(classes), 256)], np.uint8)[changes["semantic"]]
+    things = np.array(mirrored_names(source.thing_classes), np.int64)
+    for name in ("mask_classes", "crowd_classes"):
+        if (numbers := getattr(item, name)) is not None and len(things):
+            changes[name] = things[numbers]
     if item.keypoints is not None:
-        people = item.keypoints[:, mirrored_joints(joints)] if len(joints) else item.keypoints
+        people = item.keypoints[:, mirrored_names(source.joints)] if source.joints else item.keypoints
         changes["keypoints"] = np.concatenate([width - people[..., :1], people[..., 1:]], -1)
     if item.keypoint_boxes is not None:
         x, y, w, h = np.moveaxis(item.keypoint_boxes, -1, 0)

@@ -9,6 +9,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.readers import demo
+from datasetdm_fast.readers.celebamask import CelebAMask
 from datasetdm_fast.readers.cityscapes import Cityscapes
 from datasetdm_fast.readers.coco import Coco
 from datasetdm_fast.readers.deepfashion import DeepFashion
@@ -16,6 +17,7 @@ from datasetdm_fast.readers.folder import Folder
 from datasetdm_fast.readers.hf import HuggingFace
 from datasetdm_fast.readers.kitti import Kitti
 from datasetdm_fast.readers.lvis import Lvis
+from datasetdm_fast.readers.mask import Masks
 from datasetdm_fast.readers.nyu import Nyu
 from datasetdm_fast.readers.run import RunSamples
 from datasetdm_fast.readers.vkitti2 import VirtualKitti
@@ -38,7 +40,9 @@ READERS = {
     "kitti": Kitti,
     "vkitti2": VirtualKitti,
     "deepfashion-mm": DeepFashion,
+    "celebamask-hq": CelebAMask,
     "yolo-seg": Yolo,
+    "mask": Masks,
     "folder": Folder,
     "hf": HuggingFace,
 }
