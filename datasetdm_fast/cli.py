@@ -17,6 +17,7 @@ COMMANDS = {
     "vary": ("datasetdm_fast.vary", "move samples to another hour or weather, with their labels"),
     "splice": ("datasetdm_fast.splice", "put samples of a run side by side, with their labels"),
     "filter": ("datasetdm_fast.filter", "score the samples of a run and keep those that pass"),
+    "convert": ("datasetdm_fast.convert", "write samples of runs in the layouts that trainers read"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
     "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),

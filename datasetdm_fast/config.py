@@ -72,6 +72,9 @@ SAMPLERS = {  # name -> module that ends with its SAMPLER
     "dpm-solver++": "datasetdm_fast.sampling.dpm_solver",
 }
 PROFILES = ("0.3.0", "0.14.0")
+EXPORT_FORMATS = {  # name -> module that ends with its FORMAT
+    "coco": "datasetdm_fast.exporting.coco",
+}
 
 
 @dataclass(frozen=True)

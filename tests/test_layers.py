@@ -36,6 +36,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "label",
         "splice",
         "filter",
+        "convert",
         "train",
         "evaluate",
         "verify",
@@ -45,7 +46,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "demo",
         "bench",
     ),
-    ("pipeline", "workers", "agreement", "compositions", "curation"),
+    ("pipeline", "workers", "agreement", "compositions", "curation", "exporting"),
     ("generation", "training", "prompting"),
     ("engines",),
     ("export", "lessons", "evaluation"),
@@ -63,8 +64,8 @@ DOOR = (
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
 # The commands splice, filter, edit and vary need flags, refusals, run folder, labels and files; labels that carry a
 # decoder's name and the trust of samples are read by engines, export and commands; the bench's probe times a layer of
-# the models by itself.
-MOST = {"rooms": 48, "rows": 10, "arrows": 305}
+# the models by itself. The command convert and the formats of exports are two rooms.
+MOST = {"rooms": 49, "rows": 10, "arrows": 310}
 
 
 @dataclass(frozen=True)

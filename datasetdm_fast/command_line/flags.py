@@ -40,7 +40,7 @@ def parse(
     flags, unknown = parser.parse_known_args(_hyphenate(arguments))
     if unknown:
         _refuse_unknown(unknown, [*(_flag(name)[2:] for name in converters), "config", "version", "help"], prog)
-    given = vars(flags)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(flags).items()}
     path = given.pop("config", None)
     values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | given
     for field in flags_of(cls):
@@ -91,7 +91,8 @@ def _build_parser(
             options |= {"type": converters[field.name], "metavar": field.metadata.get("metavar") or shown}
         if field.metadata.get("positional"):
             del options["dest"]
-            parser.add_argument(field.name, nargs="?", **options)
+            several = {"nargs": "*", "type": str} if hints[field.name] == tuple[str, ...] else {"nargs": "?"}
+            parser.add_argument(field.name, **options | several)
         else:
             parser.add_argument(_flag(field.name), **options)
     return parser

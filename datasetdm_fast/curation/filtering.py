@@ -167,17 +167,22 @@ def undo(run: Run) -> int:
 
 def decide(run: Run, where: str) -> Kept:
     """Writes down which samples of a run the condition keeps, and why not the others."""
+    decided = passing(run, where)
+    run.close()
+    keep(run.path, run.document, decided)
+    return decided
+
+
+def passing(run: Run, where: str) -> Kept:
+    """Which samples of a run the condition keeps, and why not the others."""
     condition, names = parse_where(where, tuple(SCORES))
     table = read_scores(run, names)
     for name in names:
         if np.isnan(table.values[name]).all():
             raise Refused(f"--where: no sample of {run.path} has the score {name}", ABSENT.get(name, "Leave it out."))
     passes = condition.passes(table.values)
-    decided = Kept(
+    return Kept(
         where,
         tuple(index for index, is_kept in zip(table.indices, passes, strict=True) if is_kept),
         {table.indices[k]: condition.reason(table.values, k) for k in np.flatnonzero(~passes).tolist()},
     )
-    run.close()
-    keep(run.path, run.document, decided)
-    return decided

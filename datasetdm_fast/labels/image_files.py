@@ -12,15 +12,16 @@ from datasetdm_fast import _C
 from datasetdm_fast.labels.colours import palette
 
 HEADER_BYTES = 33  # of a PNG: its signature and the chunk of its sides
-JPEG = {"quality": 95, "subsampling": 0, "optimize": False}
+JPEG = {"subsampling": 0, "optimize": False}
+QUALITY = 95  # of the JPEG files of a run
 
 
-def image_bytes(image: np.ndarray, image_format: str) -> bytes:
+def image_bytes(image: np.ndarray, image_format: str, quality: int = QUALITY) -> bytes:
     """A PNG or JPEG of an image [H, W, 3] uint8, without metadata."""
     if image_format == "png":
         return _C.png_encode(np.ascontiguousarray(image))
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", **JPEG)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, **JPEG)
     return buffer.getvalue()
 
 

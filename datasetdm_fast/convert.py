@@ -1,0 +1,93 @@
+"""python -m datasetdm_fast.convert RUN... --to coco,yolo-seg: samples of run folders in the layouts that trainers
+read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.exporting.settings import ExportSettings
+
+if TYPE_CHECKING:
+    from datasetdm_fast.exporting.conversion import Conversion
+
+PROG = "python -m datasetdm_fast.convert"
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    settings, given = parse(arguments, ExportSettings, PROG, __doc__)
+    settings.check()
+    if not settings.runs:
+        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
+    if not settings.to:
+        raise Refused(f"{PROG}: --to is missing", "Name one or more formats, for example --to coco.")
+    if not settings.out and len(settings.runs) > 1:
+        raise Refused(f"{PROG}: --out is missing", "Name a folder for the export of several runs.")
+    if "quality" in given and settings.image_format == "png":
+        raise Refused("--quality: PNG files have none", "Drop it, or give --image-format jpg.")
+    if "where" in given and not settings.where.strip():
+        raise Refused("--where: nothing was given after it", "Write a condition, or drop the flag.")
+    folder = Path(settings.out) if settings.out else Path(settings.runs[0]) / "exports"
+    conversion = _opened(settings, folder)
+    for source in conversion.sources:
+        if not source.run.is_complete:
+            _say(settings, f"{source.run.path}: not finished, the {len(source.run)} samples it has are converted")
+    with (
+        Interruption(settings.quiet) as interruption,
+        ImageProgress(conversion.samples, settings.quiet) as progress,
+    ):
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        result = conversion.run(threads, progress.on_commit, interruption.is_stopping)
+    conversion.close()
+    if not result.is_complete:
+        print(f"not all samples are converted; go on with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
+        return interruption.exit_code(0)
+    splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
+    told = f"{result.samples} samples ({splits}) as {', '.join(settings.to)}, {result.files} files"
+    _say(settings, f"{folder}: {told}" if result.made else f"{folder}: complete, {told}; nothing to do")
+    facts = {"path": str(folder), "samples": result.samples, "made": result.made, "files": result.files}
+    print(json.dumps({**facts, "splits": conversion.splits}) if settings.json else folder, flush=True)
+    return interruption.exit_code(0)
+
+
+def _opened(settings: ExportSettings, folder: Path) -> Conversion:
+    from datasetdm_fast.exporting.conversion import Conversion, open_source
+
+    sources = []
+    for path in map(Path, settings.runs):
+        chosen = _passing(path, settings.where) if settings.where else None
+        sources.append(open_source(path, settings, chosen))
+    return Conversion(sources, settings, folder)
+
+
+def _passing(path: Path, where: str) -> frozenset[int]:
+    """The samples of a run for which a condition on scores holds."""
+    from datasetdm_fast.curation import filtering
+
+    run = filtering.check(path)
+    if filtering.count_missing(run, ()):
+        raise Refused(
+            f"--where: samples of {path} are not scored", f"Score them with: python -m datasetdm_fast.filter {path}"
+        )
+    return frozenset(filtering.passing(run, where).kept)
+
+
+def _say(settings: ExportSettings, line: str) -> None:
+    if not settings.quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Samples of runs become an export: one pass over them, then the files that they share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.config import EXPORT_FORMATS
+from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.exporting import target
+from datasetdm_fast.exporting.classes import PERSON, Renaming, united
+from datasetdm_fast.exporting.format import Content, Entry, ExportPlan, Format
+from datasetdm_fast.exporting.settings import ExportSettings
+from datasetdm_fast.exporting.view import RunView, SampleView
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels.names import task_of_label
+from datasetdm_fast.run_folder.ledger import Row, canonical
+from datasetdm_fast.run_folder.reader import Run, StoredSample
+from datasetdm_fast.run_folder.seal import ELSEWHERE
+from datasetdm_fast.version import __version__
+
+BLOCK = 32  # samples published and committed together
+PARTS = ("files", "labels")  # of a row that an export needs
+TASKS = {  # of an export -> those of a run that it may be made of, the first that is there
+    "semantic": ("semantic", "attention", "open-vocabulary"),
+    "instance": ("instance",),
+    "depth": ("depth",),
+    "pose": ("pose",),
+}
+TRAIN = "train"  # the split of samples that nobody split
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """A run folder and those of its samples that are wanted."""
+
+    run: Run
+    labels: Mapping[str, str]  # task of the export -> label of the run
+    chosen: frozenset[int] | None  # indices, None = all
+
+    def rows(self) -> Iterator[Row]:
+        for row in self.run.rows(PARTS):
+            if self.chosen is None or row.request.index in self.chosen:
+                yield row
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    samples: int
+    files: int
+    made: int  # samples that this call converted
+    is_complete: bool
+
+
+def open_source(path: Path, settings: ExportSettings, chosen: frozenset[int] | None = None) -> ExportSource:
+    """A run folder for conversion; `chosen` are the indices of samples that a condition lets through."""
+    run = Run(path, kept=settings.kept)
+    if (path / ELSEWHERE).exists():
+        raise Refused(f"{path}: its samples are in an object store", "Copy them here, then convert the copy.")
+    return ExportSource(run, chosen_labels(run, settings.task), chosen)
+
+
+def chosen_labels(run: Run, wanted: Sequence[str]) -> dict[str, str]:
+    """The label of a run for each task of an export, from all of them or those that are wanted."""
+    if absent := [name for name in wanted if name not in run.tasks]:
+        raise Refused(f"--task {absent[0]}: {run.path} has no such labels", f"It has {', '.join(run.tasks)}.")
+    found = {}
+    for task, kinds in TASKS.items():
+        known = [name for kind in kinds for name in wanted or run.tasks if task_of_label(name) == kind]
+        if len(known) > 1 and wanted:
+            raise Refused(f"--task: {known[0]} and {known[1]} are two labels for one place", "Name one of them.")
+        if known:
+            found[task] = known[0]
+    return found
+
+
+class Conversion:
+    """An export that has been checked and has written nothing yet."""
+
+    def __init__(self, sources: Sequence[ExportSource], settings: ExportSettings, folder: Path):
+        self.sources, self.settings, self.folder = sources, settings, folder
+        self.formats: dict[str, Format] = {name: import_module(EXPORT_FORMATS[name]).FORMAT for name in settings.to}
+        first = sources[0]
+        for other in sources[1:]:
+            if apart := set(first.labels) ^ set(other.labels):
+                raise Refused(
+                    f"{other.run.path}: only one of it and {first.run.path} has labels for {', '.join(sorted(apart))}",
+                    "Name the labels that both have with --task.",
+                )
+        self.renamed = Renaming.parse(settings.classes)
+        classes = united([(source.run.document, source.labels) for source in sources], self.renamed)
+        self.views = [RunView.of(each.run.document, each.labels, classes, self.renamed) for each in sources]
+        self._identify()
+        self.plan = ExportPlan(classes, self.splits, frozenset(first.labels), **self._tables(), settings=settings)
+        for name, format in self.formats.items():
+            format.check(name, self.plan)
+        self.is_complete = target.check_target(folder, [source.run.path for source in sources], self.described)
+
+    def _tables(self) -> dict[str, Any]:
+        """Joints, limbs and the farthest depth of all runs."""
+        tables = [
+            {task: source.run.document["labels"][label] for task, label in source.labels.items()}
+            for source in self.sources
+        ]
+        people = [table["pose"] for table in tables if "pose" in table]
+        for source, table in zip(self.sources, people):
+            if table["joints"] != people[0]["joints"]:
+                raise Refused(
+                    f"{source.run.path}: its joints are not those of {self.sources[0].run.path}",
+                    "Convert them apart, or leave pose out with --task.",
+                )
+        person = self.renamed(PERSON)
+        return {
+            "people": (person,) if people and person else (),
+            "joints": tuple(people[0]["joints"]) if people else (),
+            "limbs": tuple((int(a), int(b)) for a, b in people[0]["limbs"]) if people else (),
+            "max_depth": max((float(table["depth"]["max_depth"]) for table in tables if "depth" in table), default=0.0),
+        }
+
+    def _identify(self) -> None:
+        """Counts the samples, and notes what they are."""
+        counts: Counter[str] = Counter()
+        self.runs, self.offsets, offset = [], [], 0
+        for source in self.sources:
+            found, count, last = hashlib.sha256(), 0, -1
+            for row in self._guarded(source, source.rows()):
+                files = {role: stored.sha256 for role, (_, stored) in row.files.items()}
+                found.update(canonical([row.request.index, row.request.prompt, files, row.labels]).encode())
+                counts[self.split_of(source, row)] += 1
+                count, last = count + 1, row.request.index
+            self.runs.append({"name": source.run.path.resolve().name, "samples": count, "sha256": found.hexdigest()})
+            self.offsets.append(offset)
+            offset += last + 1
+        if not counts:
+            raise Refused(f"{self.sources[0].run.path}: no sample to convert", "Name a run folder with samples.")
+        self.splits = {name: counts[name] for name in sorted(counts, key=_split_order)}
+
+    def split_of(self, source: ExportSource, row: Row) -> str:
+        return TRAIN
+
+    @property
+    def samples(self) -> int:
+        return sum(self.splits.values())
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What export.json says."""
+        documents = [source.run.document for source in self.sources]
+        licences = {document["model"]["licence"] for document in documents}
+        licences |= {entry["licence"] for document in documents for entry in document["decoders"].values()}
+        return {
+            "format": target.FORMAT,
+            "versions": {"datasetdm_fast": __version__},
+            "settings": self.settings.described(),
+            "runs": self.runs,
+            "samples": self.samples,
+            "splits": self.splits,
+            "classes": list(self.plan.classes.names),
+            "licences": sorted(licences),
+        }
+
+    def run(
+        self,
+        threads: int,
+        on_commit: Callable[[int], None] = lambda count: None,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> ExportResult:
+        """Converts what is not there yet."""
+        if self.is_complete:
+            target.forget_work(self.folder)
+            return ExportResult(self.samples, sum(1 for _ in target.stated(self.folder)), 0, True)
+        made = 0
+        with target.ExportFolder(self.folder, self.described, is_copied=self.settings.copy) as opened:
+            for rows in self._in_threads(opened, threads, is_stopping):
+                opened.commit(rows)
+                made += len(rows)
+                on_commit(len(rows))
+            if is_stopping():
+                return ExportResult(self.samples, 0, made, False)
+            for name, format in self.formats.items():
+                found = format.shared(self.plan, _Done(self, opened, name))
+                for path, chunks in found.items():
+                    opened.share(f"{name}/{path}", chunks)
+            return ExportResult(self.samples, opened.complete(), made, True)
+
+    def _views(self) -> Iterator[SampleView]:
+        for source, view, offset in zip(self.sources, self.views, self.offsets):
+            for row in self._guarded(source, source.rows()):
+                stored = StoredSample(row, source.run.path, source.run.document)
+                yield SampleView(stored, offset + row.request.index, self.split_of(source, row), view, self.settings)
+
+    def view(self, number: int) -> SampleView:
+        """The sample of a number."""
+        place = max(k for k, offset in enumerate(self.offsets) if offset <= number)
+        source, index = self.sources[place], number - self.offsets[place]
+        stored = source.run[f"{index:08d}"]
+        return SampleView(stored, number, self.split_of(source, stored.row), self.views[place], self.settings)
+
+    def _guarded(self, source: ExportSource, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows; a damaged ledger is a failed check."""
+        try:
+            yield from rows
+        except Refused as error:
+            raise _damaged(source.run.path, error.cause) from error
+
+    def _in_threads(
+        self, opened: target.ExportFolder, threads: int, is_stopping: Callable[[], bool]
+    ) -> Iterator[list[tuple[int, str, dict[str, Entry], dict[str, StoredFile]]]]:
+        """The rows of samples that are missing, in order, once their files are on the disk."""
+        there = opened.numbers()
+        wanted = (view for view in self._views() if view.number not in there)
+        waiting: deque[Future] = deque()
+        pool = ThreadPoolExecutor(threads)
+        try:
+            while True:
+                while len(waiting) <= threads and not is_stopping() and (block := list(islice(wanted, BLOCK))):
+                    waiting.append(pool.submit(self._write, opened, block))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _write(
+        self, opened: target.ExportFolder, block: Sequence[SampleView]
+    ) -> list[tuple[int, str, dict[str, Entry], dict[str, StoredFile]]]:
+        made = [(view, *self._made(view)) for view in block]
+        stored = opened.publish({name: content for _, files, _ in made for name, content in files.items()})
+        return [
+            (view.number, view.split, entries, {name: stored[name] for name in files}) for view, files, entries in made
+        ]
+
+    def _made(self, view: SampleView) -> tuple[dict[str, Content], dict[str, Entry]]:
+        """The files and entries of a sample; a label that cannot be read is a failed check."""
+        files: dict[str, Content] = {}
+        entries: dict[str, Entry] = {}
+        try:
+            for name, format in self.formats.items():
+                found, entries[name] = format.converted(view, self.plan)
+                files |= {f"{name}/{path}": content for path, content in found.items()}
+        except (Refused, Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+            cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
+            said = f"sample {view.stored.id} is damaged ({documents.one_line(cause)})"
+            raise _damaged(view.stored.folder, said) from error
+        return files, entries
+
+    def close(self) -> None:
+        with ExitStack() as closing:
+            for source in self.sources:
+                closing.callback(source.run.close)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """The samples of a conversion for one of its formats."""
+
+    conversion: Conversion
+    opened: target.ExportFolder
+    format: str
+
+    def entries(self, split: str) -> Iterator[Entry]:
+        return self.opened.entries(self.format, split)
+
+    def views(self, split: str, first: int, stop: int) -> Iterator[SampleView]:
+        return map(self.conversion.view, self.opened.numbers_of(split, first, stop))
+
+
+def _split_order(name: str) -> tuple[int, str]:
+    """The usual names in their usual order, others after them."""
+    usual = (TRAIN, "val", "test")
+    return usual.index(name) if name in usual else len(usual), name
+
+
+def _damaged(path: Path, cause: str) -> GateFailed:
+    return GateFailed(
+        cause if str(path) in cause else f"{path}: {cause}",
+        f"See what is damaged with: python -m datasetdm_fast.audit {path}",
+    )

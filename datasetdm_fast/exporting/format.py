@@ -1,0 +1,66 @@
+"""What a format is to the rest: the labels it needs, the files of a sample, and the files that all samples share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.exporting.classes import Classes
+from datasetdm_fast.exporting.settings import ExportSettings
+from datasetdm_fast.exporting.view import Linked, SampleView
+
+Content = bytes | Linked
+Files = dict[str, Content]  # path inside the format's folder, content
+Entry = dict[str, Any]  # what the shared files need of a sample, as JSON
+
+
+class AllSamples(Protocol):
+    """The samples of an export, once the files of each are there."""
+
+    def entries(self, split: str) -> Iterator[Entry]:
+        """What the format needs of the samples of a split, in order."""
+
+    def views(self, split: str, first: int, stop: int) -> Iterator[SampleView]:
+        """Samples of a split by their position in it."""
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What every file of an export follows."""
+
+    classes: Classes
+    splits: Mapping[str, int]  # name -> samples
+    tasks: frozenset[str]
+    people: tuple[str, ...]  # the class of persons with joints, where there are any
+    joints: tuple[str, ...]
+    limbs: tuple[tuple[int, int], ...]
+    max_depth: float
+    settings: ExportSettings
+
+
+class Format(ABC):
+    """A layout that trainers read."""
+
+    needs: tuple[tuple[str, ...], ...] = ()  # tasks of which the run must have all of one group
+
+    has_maps = False  # whether it has label maps of 8 bits
+
+    def check(self, name: str, plan: ExportPlan) -> None:
+        """Refuses what the format, which the user calls by this name, cannot hold."""
+        if self.needs and not any(set(group) <= plan.tasks for group in self.needs):
+            wanted = " or ".join(" and ".join(group) for group in self.needs)
+            raise Refused(
+                f"--to {name}: it needs labels for {wanted}, there are some for {', '.join(sorted(plan.tasks))}",
+                "Choose another format, or make the run with these labels.",
+            )
+        if self.has_maps:
+            plan.classes.check_map(name)
+
+    @abstractmethod
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        """The files of one sample, and what the shared files need of it."""
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        """Files of all samples together, in chunks, by their path inside the format's folder."""
+        return {}

@@ -1,0 +1,207 @@
+"""The folder of an export: what it is of, which samples are done, and digests of all its files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.exporting.view import Linked
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.run_folder.document import check_same, pretty
+
+DOCUMENT = "export.json"  # what the export is of; "complete" once nothing is left to be done
+SUMS = "SHA256SUMS"  # of all other files, as sha256sum -c reads them
+WORK = ".converting"  # which samples are done; gone once the export is complete
+FORM = {"format": int, "complete": bool, "settings": dict, "runs": [dict], "samples": int}
+FORMAT = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS done (number INTEGER PRIMARY KEY, split TEXT NOT NULL, entries TEXT NOT NULL,
+    files TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS shared (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size INTEGER NOT NULL);
+"""
+BLOCK = 256  # rows read at once
+_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """export.json of a folder that must be an export."""
+    path = folder / DOCUMENT
+    found = documents.read_object(path)
+    try:
+        documents.check_form(found, FORM)
+    except ValueError as error:
+        raise Refused(f"{path}: not the description of an export ({error})", "Make the export anew.") from error
+    if found["format"] != FORMAT:
+        raise Refused(
+            f"{path}: format {documents.quoted(found['format'])}, this version reads {FORMAT}",
+            "Read it with the version that wrote it.",
+        )
+    return found
+
+
+def check_target(folder: Path, sources: Sequence[Path], described: Mapping[str, Any]) -> bool:
+    """Whether the export is there already, complete; a folder that may not become this export is refused."""
+    real = folder.resolve()
+    for source in sources:
+        inside = source.resolve()
+        if real == inside or (inside in real.parents and real.relative_to(inside).parts[0] != "exports"):
+            raise Refused(
+                f"--out {folder}: inside of the run folder {source}", f"Choose {source / 'exports'}, or another folder."
+            )
+    try:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise storage.refusal(error, folder) from error
+    # a process killed right at the start leaves no more than its work folder
+    if not any(name != WORK and not storage.is_temporary(Path(name)) for name in names):
+        return False
+    if DOCUMENT not in names:
+        raise Refused(
+            f"--out {folder}: not empty and no export, as it holds no {DOCUMENT}",
+            "Choose another --out; nothing is ever overwritten.",
+        )
+    there = read_export(folder)
+    check_same(folder, there, {name: described[name] for name in ("settings", "runs", "samples")})
+    return there["complete"]
+
+
+class ExportFolder(AbstractContextManager):
+    """The folder of an export open for writing, held for this process until it is closed."""
+
+    def __init__(self, folder: Path, described: Mapping[str, Any], *, is_copied: bool):
+        self.folder, self._described, self._is_copied = folder, described, is_copied
+        storage.make_folder(folder / WORK)
+        with ExitStack() as closing:
+            closing.enter_context(locks.locked(folder / WORK / "lock"))
+            storage.remove_temporaries(folder)
+            if not (folder / DOCUMENT).exists():
+                storage.publish({folder / DOCUMENT: pretty({**described, "complete": False})})
+            self._done = sqlite.connect(folder / WORK / "done.sqlite", _SCHEMA)
+            closing.callback(lambda: self._done.close())
+            self._closing = closing.pop_all()
+
+    def numbers(self) -> set[int]:
+        """The samples whose files are all there."""
+        return {number for (number,) in self._done.execute("SELECT number FROM done")}
+
+    def publish(self, files: Mapping[str, bytes | Linked]) -> dict[str, StoredFile]:
+        """What was written, once all files are on the disk under their names."""
+        linked = {name: content for name, content in files.items() if isinstance(content, Linked)}
+        if not self._is_copied:
+            linked = {name: content for name, content in linked.items() if not self._link(name, content)}
+        read = {name: storage.read(content.path, content.stored.size) for name, content in linked.items()}
+        contents = {name: content for name, content in files.items() if isinstance(content, bytes)} | read
+        stored = storage.publish({self.folder / name: content for name, content in contents.items()})
+        kept = {name: content.stored for name, content in files.items() if isinstance(content, Linked)}
+        return kept | {name: stored[self.folder / name] for name in contents}
+
+    def _link(self, name: str, content: Linked) -> bool:
+        """Whether the file has a second name here now; other disks, and some file systems, cannot give it one."""
+        path = self.folder / name
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        if not path.parent.is_dir():
+            storage.make_folder(path.parent)
+        try:
+            storage.forget(part)
+            storage.syscall("link", os.link, content.path, part)
+            storage.syscall("rename", os.replace, part, path)
+            storage.forget(part)  # a rename onto another name of the same file leaves it
+        except OSError as error:
+            storage.forget(part)
+            if error.errno in _CANNOT_LINK:
+                self._is_copied = True
+                return False
+            raise storage.refusal(error, path) from error
+        return True
+
+    def commit(self, rows: Iterable[tuple[int, str, Mapping[str, Any], Mapping[str, StoredFile]]]) -> None:
+        """Number, split, entries by format and files of samples, all or none."""
+        values = [
+            (
+                number,
+                split,
+                json.dumps(entries, ensure_ascii=False),
+                json.dumps([[name, stored.sha256, stored.size] for name, stored in files.items()]),
+            )
+            for number, split, entries, files in rows
+        ]
+        self._done.execute("BEGIN IMMEDIATE")
+        try:
+            self._done.executemany("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?)", values)
+            self._done.execute("COMMIT")
+        except BaseException:
+            self._done.rollback()
+            raise
+
+    def entries(self, format: str, split: str) -> Iterator[dict[str, Any]]:
+        """What the shared files of a format need of the samples of a split, in order."""
+        path = f'$."{format}"'
+        found = self._done.execute(
+            "SELECT json_extract(entries, ?) FROM done WHERE split = ? ORDER BY number", (path, split)
+        )
+        while block := found.fetchmany(BLOCK):
+            for (text,) in block:
+                yield json.loads(text)
+
+    def numbers_of(self, split: str, first: int, stop: int) -> list[int]:
+        """The numbers of samples of a split, by their position in it."""
+        statement = "SELECT number FROM done WHERE split = ? ORDER BY number LIMIT ? OFFSET ?"
+        return [number for (number,) in self._done.execute(statement, (split, stop - first, first))]
+
+    def share(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Writes a file of all samples, unless it was written before."""
+        if self._done.execute("SELECT 1 FROM shared WHERE name = ?", (name,)).fetchone():
+            return
+        stored = storage.publish({self.folder / name: chunks})[self.folder / name]
+        self._done.execute("INSERT INTO shared VALUES (?, ?, ?)", (name, stored.sha256, stored.size))
+
+    def complete(self) -> int:
+        """Writes digests and description, and takes the work folder away; how many files the export has."""
+        count = 0
+
+        def lines() -> Iterator[bytes]:
+            nonlocal count
+            found = self._done.execute("SELECT files FROM done ORDER BY number")
+            while block := found.fetchmany(BLOCK):
+                for (text,) in block:
+                    for name, sha256, _ in json.loads(text):
+                        count += 1
+                        yield f"{sha256}  {name}\n".encode()
+            for name, sha256 in self._done.execute("SELECT name, sha256 FROM shared ORDER BY name").fetchall():
+                count += 1
+                yield f"{sha256}  {name}\n".encode()
+
+        sums = storage.publish({self.folder / SUMS: lines()})[self.folder / SUMS]
+        storage.publish({self.folder / DOCUMENT: pretty({**self._described, "complete": True, "sums": sums.sha256})})
+        self.close()
+        forget_work(self.folder)
+        return count
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def forget_work(folder: Path) -> None:
+    """Takes away what a complete export needs no more."""
+    with storage.refusing(folder / WORK):
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def stated(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and SHA-256 of every file that an export has beside its description."""
+    with storage.refusing(folder / SUMS), open(folder / SUMS, encoding="utf-8") as lines:
+        for line in lines:
+            digest, _, name = line.rstrip("\n").partition("  ")
+            yield documents.check_inside(name), digest

@@ -1,0 +1,291 @@
+"""convert: an export read back by our own readers is the run, whatever interrupts it; bad input writes nothing."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from planted_names import HOSTILE_NAMES
+from rendered import document, rendered, write_run
+
+from datasetdm_fast import open_run
+from datasetdm_fast.convert import main
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
+from datasetdm_fast.disk import storage
+from datasetdm_fast.readers import open_data
+from datasetdm_fast.run_folder.folder import RunFolder
+
+SIZE = 64
+NUMBER = 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of rendered samples and one of hard cases: a ring, two parts, one thing on another, a joint on the first
+    pixel, and a picture without any label.
+    """
+    path = tmp_path_factory.mktemp("runs") / "run"
+    with RunFolder(path, document(NUMBER + 2, SIZE)) as folder:
+        folder.add([*(rendered(k, SIZE) for k in range(NUMBER)), hard_case(NUMBER), empty(NUMBER + 1)], {})
+        folder.rebuild()
+    return path
+
+
+def hard_case(index: int) -> Sample:
+    like = rendered(index, SIZE)
+    masks = np.zeros((4, SIZE, SIZE), bool)
+    masks[0, 4:30, 4:30] = True
+    masks[0, 10:20, 12:22] = False
+    masks[1, 40:50, 4:9] = masks[1, 40:50, 30:36] = True
+    masks[2, 44:60, 28:60] = True
+    masks[3, 0, 0] = True
+    things = Instances(
+        masks, np.array([0, 1, 2, 0]), np.array([0.9, 0.8, 0.7, 0.6], np.float32), like.annotations["instance"].classes
+    )
+    pose = like.annotations["pose"]
+    points = np.zeros((1, len(pose.joints), 3), np.float32)
+    points[..., :2] = np.linspace(0.5, 40.25, len(pose.joints))[:, None]
+    points[..., 2] = 0.5
+    seen = np.full((1, len(pose.joints)), 2)
+    seen[0, -1] = 0
+    points[0, -1] = 0
+    person = Keypoints(points, seen, np.array([0.9], np.float32), pose.joints, pose.limbs)
+    return Sample(like.request, like.image, {**like.annotations, "instance": things, "pose": person})
+
+
+def empty(index: int) -> Sample:
+    like, shape = rendered(index, SIZE), (SIZE, SIZE)
+    labels = like.annotations
+    return Sample(
+        Request(index, "nothing", index),
+        like.image,
+        {
+            "semantic": SemanticMap(
+                np.full(shape, 255, np.uint8), np.ones(shape, np.float32), labels["semantic"].classes
+            ),
+            "instance": Instances(
+                np.zeros((0, *shape), bool), np.zeros(0, np.int64), np.zeros(0, np.float32), labels["instance"].classes
+            ),
+            "depth": DepthMap(np.zeros(shape, np.float32), labels["depth"].max_depth),
+            "pose": Keypoints(
+                np.zeros((0, len(labels["pose"].joints), 3), np.float32),
+                np.zeros((0, len(labels["pose"].joints)), np.int64),
+                np.zeros(0, np.float32),
+                labels["pose"].joints,
+                labels["pose"].limbs,
+            ),
+            "open-vocabulary": SemanticMap(
+                np.zeros(shape, np.uint8), np.ones(shape, np.float32), labels["open-vocabulary"].classes
+            ),
+        },
+    )
+
+
+def converted(run: Path, out: Path, *flags: str, code: int = 0) -> Path:
+    assert main([str(run), "--out", str(out), "--quiet", *flags]) == code
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [(), ("--polygons",)])
+def test_coco_read_back_is_the_run(run, tmp_path, flags):
+    out = converted(run, tmp_path / "out", "--to", "coco", *flags)
+    source = open_data(f"coco:{out}/coco", SIZE)
+    assert len(source) == NUMBER + 2
+    for item, sample in zip(source, open_run(run), strict=True):
+        assert (item.image == sample.image).all()
+        truth = sample.instances
+        names = [source.thing_classes[k] for k in item.mask_classes]
+        assert names == [truth.classes[k] for k in truth.class_ids]
+        assert (item.masks == truth.masks).all()
+        people = sample.keypoints
+        seen = people.visibility > 0
+        assert (item.keypoints[..., 2] == people.visibility).all()
+        assert np.abs(item.keypoints[..., :2] - people.points[..., :2])[seen].max(initial=0) <= 1e-5
+
+
+def test_pycocotools_reads_coco_and_finds_it_equal_to_itself(run, tmp_path):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    out = converted(run, tmp_path / "out", "--to", "coco") / "coco" / "annotations"
+    for kind in ("instances", "person_keypoints"):
+        truth = COCO(str(out / f"{kind}_train2017.json"))
+        told = [
+            {name: value for name, value in item.items() if name not in ("area", "id")}
+            for item in truth.dataset["annotations"]
+        ]
+        found = truth.loadRes(told)
+        for judge in ("keypoints",) if kind == "person_keypoints" else ("bbox", "segm"):
+            evaluation = COCOeval(truth, found, judge)
+            if judge == "keypoints":
+                evaluation.params.kpt_oks_sigmas = np.full(len(told[0]["keypoints"]) // 3, 0.05)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            assert evaluation.stats[0] == 1.0
+    for item in COCO(str(out / "stuff_train2017.json")).dataset["annotations"]:
+        assert item["area"] > 0
+
+
+def test_panoptic_files_follow_the_rules_of_panopticapi(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "coco") / "coco" / "annotations"
+    told = json.loads((out / "panoptic_train2017.json").read_text())
+    kinds = {category["id"]: category for category in told["categories"]}
+    assert len(told["annotations"]) == len(told["images"]) == NUMBER + 2
+    for item in told["annotations"]:
+        pixels = np.asarray(Image.open(out / "panoptic_train2017" / item["file_name"])).astype(np.int64)
+        numbers = pixels[..., 0] + 256 * pixels[..., 1] + 256**2 * pixels[..., 2]
+        assert set(np.unique(numbers)) - {0} == {segment["id"] for segment in item["segments_info"]}
+        for segment in item["segments_info"]:
+            assert segment["area"] == np.count_nonzero(numbers == segment["id"]) and segment["category_id"] in kinds
+            x, y, width, height = segment["bbox"]
+            inside = numbers == segment["id"]
+            assert inside[y : y + height, x : x + width].sum() == inside.sum()
+            assert inside[y].any() and inside[:, x].any()
+
+
+def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
+    linked = converted(run, tmp_path / "linked", "--to", "coco")
+    copied = converted(run, tmp_path / "copied", "--to", "coco", "--copy")
+    image = "coco/images/train2017/00000003.png"
+    assert (linked / image).samefile(run / "images" / "00000003.png")
+    assert not (copied / image).samefile(run / "images" / "00000003.png")
+    assert contents(linked) == contents(copied)
+
+
+def test_the_sums_are_those_of_every_file(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "coco")
+    lines = dict(line.split("  ")[::-1] for line in (out / "SHA256SUMS").read_text().splitlines())
+    there = {name: hashlib.sha256(content).hexdigest() for name, content in contents(out).items()}
+    assert lines == {name: digest for name, digest in there.items() if name not in ("SHA256SUMS", "export.json")}
+
+
+def kill_after(count: int) -> None:
+    """Lets this process die at a later access to the disk, as by kill -9."""
+    calls, real = iter(range(10**9)), storage.syscall
+
+    def dying(name, call, *arguments):
+        if name in ("rename", "link", "write") and next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(name, call, *arguments)
+
+    storage.syscall = dying
+
+
+def test_a_killed_conversion_ends_with_the_same_bytes(run, tmp_path):
+    flags = ("--to", "coco", "--threads", "2")
+    whole = contents(converted(run, tmp_path / "whole", *flags))
+    for after in (1, 3, 9, 20, 30, 34, 37, 40, 42):
+        out = tmp_path / f"killed-{after}"
+        if not (child := os.fork()):
+            kill_after(after)
+            main([str(run), "--out", str(out), "--quiet", *flags])
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or contents(out) == whole
+        assert contents(converted(run, out, *flags)) == whole
+
+
+def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, tmp_path, capsys):
+    out = converted(run, tmp_path / "out", "--to", "coco")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    converted(run, out, "--to", "coco")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    converted(run, out, "--to", "coco", "--polygons", code=2)
+    assert "settings.polygons" in capsys.readouterr().err
+    (full := tmp_path / "full").mkdir()
+    (full / "mine.txt").write_text("mine")
+    converted(run, full, "--to", "coco", code=2)
+    assert contents(full) == {"mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--to", "nothing"), "is not one of"),
+        (("--classes", "bal=x"), "did you mean ball"),
+        (("--classes", "ball"), "expected OLD=NEW"),
+        (("--task", "semantic:other"), "no such labels"),
+        (("--resize", "3"), "expected 16 to 4096"),
+        (("--least-score", "2"), "expected 0 to 1"),
+        (("--quality", "50"), "expected 75 to 100"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys, flags, said):
+    out = tmp_path / "out"
+    converted(run, out, *(() if "--to" in flags else ("--to", "coco")), *flags, code=2)
+    assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_a_target_inside_of_the_run_is_refused_but_for_its_exports(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for inside in (copy, copy / "images", copy / "images" / "new"):
+        converted(copy, inside, "--to", "coco", code=2)
+        assert "inside of the run folder" in capsys.readouterr().err
+    assert main([str(copy), "--to", "coco", "--quiet"]) == 0 and (copy / "exports" / "coco").is_dir()
+
+
+def test_a_damaged_run_is_a_failed_check_that_names_audit(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "images" / "00000002.png").write_bytes(b"no picture")
+    converted(copy, tmp_path / "out", "--to", "coco", code=4)
+    assert "datasetdm_fast.audit" in capsys.readouterr().err
+
+
+def test_classes_are_renamed_joined_and_left_out(run, tmp_path):
+    flags = ("--to", "coco", "--classes", "ball=thing,cube=thing,wall=")
+    out = converted(run, tmp_path / "out", *flags) / "coco" / "annotations"
+    told = json.loads((out / "instances_train2017.json").read_text())
+    names = {category["id"]: category["name"] for category in told["categories"]}
+    counts = {name: sum(names[item["category_id"]] == name for item in told["annotations"]) for name in names.values()}
+    truth = [sample.instances.classes[k] for sample in open_run(run) for k in sample.instances.class_ids]
+    assert counts["thing"] == truth.count("ball") + truth.count("cube") and "ball" not in counts
+    stuff = json.loads((out / "stuff_train2017.json").read_text())
+    assert "wall" not in {category["name"] for category in stuff["categories"]}
+
+
+def test_several_runs_are_one_export_with_one_class_table(run, tmp_path):
+    write_run(tmp_path / "other", 3, SIZE)
+    out = tmp_path / "out"
+    assert main([str(run), str(tmp_path / "other"), "--to", "coco", "--out", str(out), "--quiet"]) == 0
+    source = open_data(f"coco:{out}/coco", SIZE)
+    both = [*open_run(run), *open_run(tmp_path / "other")]
+    for item, sample in zip(source, both, strict=True):
+        assert (item.image == sample.image).all() and (item.masks == sample.instances.masks).all()
+
+
+def test_hostile_class_names_are_harmless(tmp_path):
+    run = tmp_path / "run"
+    described = document(2, SIZE)
+    names = [*HOSTILE_NAMES, *map(str, range(7))][:7]
+    described["labels"]["instance"]["classes"] = names
+    described["labels"]["semantic"]["classes"] = ["wall", "table", *names]
+    with RunFolder(run, described) as folder:
+        folder.add([rendered(k, SIZE) for k in range(2)], {})
+        folder.rebuild()
+    out = converted(run, tmp_path / "out", "--to", "coco")
+    source = open_data(f"coco:{out}/coco", SIZE)
+    assert set(source.thing_classes) <= {*names, "person"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+
+
+def test_no_conversion_imports_torch(run, tmp_path):
+    code = (
+        "import sys; from datasetdm_fast.convert import main; "
+        f"code = main([{str(run)!r}, '--to', 'coco', '--out', {str(tmp_path / 'out')!r}, '--quiet']); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
