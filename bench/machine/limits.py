@@ -20,7 +20,10 @@ TYPES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp16"
 TYPES |= {"tf32": (torch.float32, True)}
 MEASURED_TYPES = {"cpu": ("fp32", "bf16"), "cuda": tuple(TYPES)}
 WINDOW = 0.01  # seconds; the fastest counts, and short ones meet a moment that nothing disturbs
-PRODUCT_SIDES = {"cpu": (512, 768, 1024), "cuda": (4096, 8192)}  # which of them is fastest depends on the library
+# Which of them is fastest depends on the library; none is tried after one that takes LONG seconds, as bfloat16 does on
+# a CPU without instructions for it.
+PRODUCT_SIDES = {"cpu": (512, 768, 1024), "cuda": (4096, 8192)}
+LONG = 0.1
 # Images, channels in and out, cells a side; on a CPU faster than any product.
 CONVOLUTION = {"cpu": (16, 96, 16), "cuda": (16, 640, 64)}
 COPIED_BYTES = {"cpu": 2**27, "cuda": 2**31}  # far beyond any cache
@@ -57,10 +60,18 @@ def measure(device: torch.device, seconds: float = 0.6) -> dict[str, Any]:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, tf32: bool, seconds: float) -> float:
-    sizes = PRODUCT_SIDES[device.type]
-    calls = [product(side, device, dtype) for side in sizes] + [convolution(*CONVOLUTION[device.type], device, dtype)]
+    sides = PRODUCT_SIDES[device.type]
+    seconds /= 1 + len(sides)
     with arithmetic(tf32):
-        return round(max(rate(call, device, seconds / len(calls)) * work for call, work in calls) / 1e12, 3)
+        call, work = convolution(*CONVOLUTION[device.type], device, dtype)
+        fastest = rate(call, device, seconds) * work
+        for side in sides:
+            call, work = product(side, device, dtype)
+            calls = rate(call, device, seconds)
+            fastest = max(fastest, calls * work)
+            if calls * LONG < 1:
+                break
+        return round(fastest / 1e12, 3)
 
 
 def product(side: int, device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
