@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from bench.claims import page, rows, sets
+from bench.claims import page, rows, sets, tuned
 from bench.claims.rows import CLAIMS, judged, row_of
 from bench.claims.students import Arm, StudentStore, TestSet
 from datasetdm_fast import evaluate
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
 from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation import student_data, worth
-from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, drawn, shares, teach
+from datasetdm_fast.evaluation import student_data, student_views, worth
+from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, shares, teach
 from datasetdm_fast.evaluation.student_data import CELLS, IGNORED, SIDE
+from datasetdm_fast.evaluation.student_views import mild, strong
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.scenes import world
 
@@ -99,7 +100,7 @@ def test_arms_take_equal_steps_and_batches(lessons):
     seen = {}
     for name, found in {"real": (lessons,), "both": (lessons, lessons)}.items():
         counts = shares(SHORT, len(found))
-        views = [drawn(some, count, torch.Generator().manual_seed(0)) for some, count in zip(found, counts)]
+        views = [mild(some, count, torch.Generator().manual_seed(0)) for some, count in zip(found, counts)]
         told = []
         teach(found, replace(SHORT, steps=3), 0, told=lambda step, loss, told=told: told.append(step))
         seen[name] = (len(told), sum(len(view.images) for view in views))
@@ -134,7 +135,7 @@ def test_mirrored_views_keep_labels_on_their_things(lessons):
         (one.semantic[0, before[:, 1].clamp(0, CELLS - 1), before[:, 0].clamp(0, CELLS - 1)] == person).float().mean()
     )
     for seed in range(6):
-        view = drawn(one, 1, torch.Generator().manual_seed(seed))
+        view = mild(one, 1, torch.Generator().manual_seed(seed))
         kept = view.joints[0, :, 2] > 0
         places = view.joints[0, kept, :2].floor().long()
         assert (
@@ -146,7 +147,7 @@ def test_weights_draw_the_rarer_more_often(lessons):
     few = lessons.balanced()
     assert few.weights.min() >= 1 and few.weights.max() <= student_data.MOST_TIMES and len(few) == len(lessons)
     first = replace(lessons, weights=torch.tensor([1.0] + [0.0] * 11))
-    view = drawn(first, 8, torch.Generator().manual_seed(0))
+    view = mild(first, 8, torch.Generator().manual_seed(0))
     assert set(view.depth.unique().tolist()) <= set(lessons.depth[0].unique().tolist())
 
 
@@ -364,6 +365,35 @@ def test_every_row_is_made_and_found_again(tmp_path):
     assert len(kinds) == experiments.store.trained == len(list((tmp_path / "students").glob("*.json")))
     with Experiments(tmp_path, scale, said.append) as experiments:
         assert experiments.rows(tuple(CLAIMS)) == found and experiments.store.trained == 0
+        tuned_rows = tuned.TunedArms(experiments, ("real", "both")).rows()
+        assert experiments.store.trained == 2 * 2 * 3 - 2 * 2  # those of the usual course are there
+    for name, row in tuned_rows.items():
+        for cell in row["arms"].values():
+            best = (min if name == "depth" else max)(cell["validation"], key=cell["validation"].get)
+            assert cell["course"] == best and len(cell["validation"]) == len(tuned.COURSES)
+        assert row["gains"]["both"]["gain"] == pytest.approx(row["arms"]["both"]["mean"] - row["arms"]["real"]["mean"])
+
+
+def test_a_strong_view_moves_labels_and_joints_with_the_image(lessons):
+    """Where an image has the colour of its labels, its views have, too, but for what other colours change."""
+    painted = torch.stack([lessons.semantic * 20] * 3, -1).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    view = student_views.framed(replace(lessons, images=painted), 40, torch.Generator().manual_seed(3))
+    shown = (view.images[:, ::2, ::2, 0] * 255 / 20).round().long()
+    is_known = view.semantic != IGNORED
+    assert 0.5 < is_known.float().mean() < 0.99 and (shown == view.semantic)[is_known].float().mean() > 0.97
+    people = VOCABULARY.classes.index("person")
+    inside = [
+        int(view.semantic[k, int(y), int(x)]) == people
+        for k, joints in enumerate(view.joints)
+        for x, y, is_there in joints.tolist()
+        if is_there
+    ]
+    assert len(inside) > 20 and np.mean(inside) > 0.6
+    strongly = strong(lessons, 16, torch.Generator().manual_seed(3))
+    assert strongly.images.shape == (16, 3, SIDE, SIDE) and 0 < strongly.images.std() < 1
+    assert not torch.equal(
+        strongly.semantic, student_views.framed(lessons, 16, torch.Generator().manual_seed(3)).semantic
+    )
 
 
 def test_the_newest_claims_are_found_beside_other_results(tmp_path):

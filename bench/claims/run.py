@@ -34,6 +34,12 @@ class ClaimsConfig:
         "folder of generated images, students and the page; the same one again resumes (default: runs/claims)",
         metavar="DIR",
     )
+    tuned: bool = setting(
+        False,
+        "instead of the claims: every arm by the best of three courses, chosen on validation scenes, beside arms with "
+        "unlabelled real images and with ten times as many real ones",
+    )
+    arms: tuple[str, ...] = setting((), "only these arms of --tuned, comma-separated (default: all)", metavar="LIST")
     json: bool = setting(False, "the rows as one JSON object on stdout")
 
 
@@ -55,6 +61,10 @@ def main(arguments: Sequence[str]) -> int:
     scale = replace(scale, seeds=config.seeds or scale.seeds)
     folder = Path(config.out or f"runs/claims{'-quick' if config.quick else ''}")
     begin = time.monotonic()
+    if config.arms and not config.tuned:
+        raise Refused("--arms: belongs to --tuned, which is missing", "Add --tuned, or drop --arms.")
+    if config.tuned:
+        return _tuned(config, scale, folder, arguments)
     with Experiments(folder, scale, say) as experiments:
         found = experiments.rows(names)
         document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
@@ -66,6 +76,26 @@ def main(arguments: Sequence[str]) -> int:
     say("\n".join(map(str, paths)))
     facts = {name: document[name] for name in ("machine", "scale", "command", "seconds")}
     print(json.dumps(found | facts) if config.json else page.terminal(document))
+    return 0
+
+
+def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) -> int:
+    from bench.claims import tuned
+    from bench.claims.experiments import Experiments
+    from bench.report import results
+
+    arms, begin = chosen("arms", config.arms, tuple(tuned.ARMS), tuple(tuned.ARMS)), time.monotonic()
+    with Experiments(folder, scale, say) as experiments:
+        found = tuned.TunedArms(experiments, arms).rows()
+    document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
+    document["suite"] = "tuned"
+    paths = [folder / "tuned.json"]
+    if not config.quick and {"real", "both"} <= set(arms):
+        paths.append(results.default_path(document["machine"]).with_suffix(".tuned.json"))
+    for path in paths:
+        results.ResultFile(path, document).save()
+    say("\n".join(map(str, paths)))
+    print(json.dumps(found) if config.json else tuned.section(document))
     return 0
 
 

@@ -184,8 +184,9 @@ def relabelled(
     run: Run, positions: Sequence[int], decoders: Path, rename: Callable[[StoredSample, SemanticMap], SemanticMap]
 ) -> Iterator[RelabelledSample]:
     """Generated images labelled by other labellers, which read them as they read real ones."""
-    engine = build_engine("fast", load_model("demo"), load_decoders(decoders))
-    configs = {task: decoder.config for task, decoder in engine.decoders.items()}
+    loaded = {task: decoder for task, decoder in load_decoders(decoders).items() if not decoder.config.has_text}
+    engine = build_engine("fast", load_model("demo"), loaded)
+    configs = {task: decoder.config for task, decoder in loaded.items()}
     timestep = capture_timestep(configs)
     for start in range(0, len(positions), READ_TOGETHER):
         samples = [run[position] for position in positions[start : start + READ_TOGETHER]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.claims import page as claims
+from bench.claims import tuned
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.report import reckoned
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
 def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
-    found = {suite: read(path) for suite in (*SUITES, FULL_SIZE, "claims") if (path := newest(suite, folder))}
+    found = {suite: read(path) for suite in (*SUITES, FULL_SIZE, "claims", "tuned") if (path := newest(suite, folder))}
     if not any(suite in found for suite in SUITES):
         raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
     files = {
@@ -299,6 +300,13 @@ def full_size(found: Documents, charts: str) -> str:
     return f"{source(document)}; {setting_line(document)}.\n\n{markdown(table.cells(rows))}"
 
 
+def tuned_gains(found: Documents, charts: str) -> str:
+    """What remains of the gains where every arm is taught by the best course found for it."""
+    if "tuned" not in found:
+        return "Not measured yet: `python -m bench claims --tuned`."
+    return tuned.section(found["tuned"])
+
+
 SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
@@ -306,6 +314,7 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "reckoned": lambda found, charts: reckoned.section(),
     "full-size": full_size,
     "paper": paper,
+    "tuned": tuned_gains,
     "gains": gains,
     "claims": lambda found, charts: claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS,
     "forms": lambda found, charts: markdown(forms_table()),

@@ -149,12 +149,12 @@ def now() -> str:
 
 def newest(suite: str, folder: Path = FOLDER) -> Path | None:
     """The file of a suite that was measured last, of those whose peers were; a run of single parts is none for the
-    pages. Claims have no peers.
+    pages. Claims and their tuned arms have no peers.
     """
     documents = [(read(path), path) for path in sorted(folder.glob("*.json"))]
     found = [
         (document["date"], path)
         for document, path in documents
-        if document["suite"] == suite and (suite == "claims" or rows_of(document, "peers"))
+        if document["suite"] == suite and (suite in ("claims", "tuned") or rows_of(document, "peers"))
     ]
     return max(found)[1] if found else None

@@ -6,7 +6,6 @@ under a minute of one core.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.evaluation.student_data import CELL, CELLS, IGNORED, PERSON, StudentData, Vocabulary
+from datasetdm_fast.evaluation.student_views import AUGMENTATIONS, StudentView
 
 WIDTHS = {"small": (12, 32, 64, 96), "large": (24, 48, 96, 128)}  # channels at 1/2, 1/4, 1/8 and 1/16
 REACH = 8.0  # cells an offset of 1 stands for
@@ -23,7 +23,6 @@ PEAK, NEIGHBOURHOOD, MOST = 0.15, 5, 20  # of centres: least height, cells aroun
 LEAST_THING, LEAST_PERSON = 6, 12  # pixels
 WEIGHTS = {"semantic": 1.0, "centre": 4.0, "offset": 1.0, "depth": 2.0, "joints": 0.1}
 THING = 4.0  # weight of a thing's pixel beside that of a background's
-SHIFT = 4  # cells a view is moved sideways at most
 NEAR = 2  # cells each side of a peak that belong to it
 TOLERANCE = 1e-6
 
@@ -38,6 +37,7 @@ class StudentSchedule:
     weight_decay: float = 0.02
     synthetic_share: float = 0.5  # of a batch, where there are both
     size: str = "small"
+    augmentation: str = "mild"
 
 
 class Student(nn.Module):
@@ -89,7 +89,7 @@ def teach(
     optimiser = torch.optim.AdamW(student.parameters(), course.rate, weight_decay=course.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, course.rate, total_steps=course.steps, pct_start=0.1)
     for step in range(course.steps):
-        views = [drawn(some, count, random) for some, count in zip(sets, counts)]
+        views = [AUGMENTATIONS[course.augmentation](some, count, random) for some, count in zip(sets, counts)]
         view = StudentView(*map(torch.cat, zip(*views)))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
             raw = student(view.images)
@@ -114,41 +114,6 @@ def shares(course: StudentSchedule, sets: int) -> list[int]:
         return [course.batch_size]
     synthetic = round(course.batch_size * course.synthetic_share)
     return [course.batch_size - synthetic, synthetic]
-
-
-class StudentView(NamedTuple):
-    """A batch as the student sees it."""
-
-    images: Tensor  # [B, 3, SIDE, SIDE] fp32, -1..1
-    semantic: Tensor  # [B, CELLS, CELLS] int64
-    instance: Tensor  # [B, CELLS, CELLS] int64
-    depth: Tensor  # [B, CELLS, CELLS] fp32
-    joints: Tensor  # [B, J, 3] fp32, in cells
-
-
-def drawn(lessons: StudentData, count: int, random: torch.Generator) -> StudentView:
-    """Images drawn at random, each mirrored or not, moved sideways and in other light."""
-    chosen = torch.multinomial(lessons.weights, count, replacement=True, generator=random)
-    flip = torch.rand(count, generator=random) < 0.5
-    shift = torch.randint(-SHIFT, SHIFT + 1, (count,), generator=random)
-    light = 1 + 0.25 * (2 * torch.rand(count, 1, 1, 3, generator=random) - 1)
-
-    def moved(planes: Tensor) -> Tensor:
-        column, scale = torch.arange(planes.shape[2]), planes.shape[2] // CELLS
-        mirrored = torch.where(flip[:, None], planes.shape[2] - 1 - column, column)
-        source = mirrored - scale * shift[:, None]  # of every column
-        return planes[chosen[:, None, None], column[None, :, None], source.clamp(0, planes.shape[2] - 1)[:, None]]
-
-    images = (moved(lessons.images).float() * light).clamp(0, 255) / 127.5 - 1
-    joints = lessons.joints[chosen].clone()
-    mirrored = joints[:, lessons.vocabulary.mirror]
-    mirrored[..., 0] = CELLS - mirrored[..., 0]
-    joints = torch.where(flip[:, None, None], mirrored, joints)
-    joints[..., 0] += torch.where(flip, -shift, shift)[:, None]
-    joints[..., 2] *= (joints[..., 0] >= 0) & (joints[..., 0] < CELLS)
-    images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    labels = moved(lessons.semantic).long(), moved(lessons.instance).long(), moved(lessons.depth)
-    return StudentView(images, *labels, joints)
 
 
 def loss_of(answers: dict[str, Tensor], view: StudentView, vocabulary: Vocabulary, tasks: Sequence[str]) -> Tensor:
