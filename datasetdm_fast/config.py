@@ -72,8 +72,12 @@ SAMPLERS = {  # name -> module that ends with its SAMPLER
     "dpm-solver++": "datasetdm_fast.sampling.dpm_solver",
 }
 PROFILES = ("0.3.0", "0.14.0")
-EXPORT_FORMATS = {  # name -> module that ends with its FORMAT
-    "coco": "datasetdm_fast.exporting.coco",
+EXPORT_FORMATS = {  # name -> module:format
+    "coco": "datasetdm_fast.exporting.coco:COCO",
+    "voc": "datasetdm_fast.exporting.voc:VOC",
+    "yolo-detect": "datasetdm_fast.exporting.yolo:DETECT",
+    "yolo-seg": "datasetdm_fast.exporting.yolo:SEGMENT",
+    "yolo-pose": "datasetdm_fast.exporting.yolo:POSE",
 }
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -155,6 +156,73 @@ def test_panoptic_files_follow_the_rules_of_panopticapi(run, tmp_path):
             assert inside[y].any() and inside[:, x].any()
 
 
+VOC_NAMES = (
+    "--classes",
+    "wall=,table=diningtable,ball=bottle,cube=chair,cone=boat,ring=bird,star=cat,tree=pottedplant",
+)
+
+
+@pytest.mark.parametrize("border", [0, 5])
+def test_voc_read_back_is_the_run(run, tmp_path, border):
+    flags = ("--to", "voc", "--image-format", "jpg", "--quality", "90", *VOC_NAMES, "--border", str(border))
+    root = converted(run, tmp_path / "out", *flags) / "voc" / "VOCdevkit" / "VOC2012"
+    source = open_data(f"voc:{root}", SIZE)
+    new = dict(pair.split("=") for pair in VOC_NAMES[1].split(","))
+    for item, sample in zip(source, open_run(run), strict=True):
+        truth, things = sample.semantic, sample.instances
+        names = [new.get(name, name) or "background" for name in truth.classes]
+        wanted = np.array([*map(source.classes.index, names), *[255] * (256 - len(names))])[truth.labels]
+        kinds = [source.classes.index(new.get(things.classes[k], things.classes[k])) for k in things.class_ids]
+        for k in np.argsort(things.scores, kind="stable"):
+            wanted[things.masks[k]] = kinds[k]
+        inner = (item.semantic != 255) | (wanted == 255)
+        assert (item.semantic == wanted)[inner].all() and inner.mean() > (0.3 if border else 0.999)
+        if not border:
+            alone = things.masks.sum(0) == 1
+            assert [k + 1 for k in item.mask_classes] == kinds
+            for mask, whole in zip(item.masks, things.masks, strict=True):
+                assert (mask <= whole).all() and (mask == whole)[alone].all()
+
+
+@pytest.mark.parametrize("parts", ["joined", "split"])
+def test_yolo_seg_read_back_is_the_run(run, tmp_path, parts):
+    out = converted(run, tmp_path / "out", "--to", "yolo-seg", "--parts", parts) / "yolo-seg"
+    source = open_data(f"yolo-seg:{out}", SIZE)
+    for item, sample in zip(source, open_run(run), strict=True):
+        masks, truth = item.masks, sample.instances
+        if parts == "split" and len(masks) > len(truth.masks):
+            assert (masks.any(0) == truth.masks.any(0)).all()
+            continue
+        assert (masks == truth.masks).all()
+        assert [source.thing_classes[k] for k in item.mask_classes] == [truth.classes[k] for k in truth.class_ids]
+
+
+def test_boxes_and_joints_of_yolo_are_those_of_the_run(run, tmp_path):
+    import yaml
+
+    out = converted(run, tmp_path / "out", "--to", "yolo-detect,yolo-pose")
+    told = yaml.safe_load((out / "yolo-pose" / "data.yaml").read_text())
+    joints = open_run(run)[0].keypoints.joints
+    assert told["names"] == {0: "person"} and told["kpt_shape"] == [len(joints), 3]
+    assert [joints[k] for k in told["flip_idx"]] == [
+        name.replace("left", "#").replace("right", "left").replace("#", "right") for name in joints
+    ]
+    names = yaml.safe_load((out / "yolo-detect" / "data.yaml").read_text())["names"]
+    for sample in open_run(run):
+        rows = np.array((out / f"yolo-detect/labels/train/{sample.id}.txt").read_text().split(), float).reshape(-1, 5)
+        things = sample.instances
+        assert [names[int(row[0])] for row in rows] == [things.classes[k] for k in things.class_ids]
+        for (_, x, y, width, height), mask in zip(rows * SIZE, things.masks, strict=True):
+            down, across = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = [across[0], down[0], across[-1] + 1, down[-1] + 1]
+            assert np.allclose([x - width / 2, y - height / 2, x + width / 2, y + height / 2], box, atol=1e-6)
+        people = np.array((out / f"yolo-pose/labels/train/{sample.id}.txt").read_text().split(), float)
+        found = people.reshape(-1, 5 + 3 * len(joints))[:, 5:].reshape(-1, len(joints), 3)
+        seen = sample.keypoints.visibility > 0
+        assert (found[..., 2] == sample.keypoints.visibility).all()
+        assert np.abs(found[..., :2] * SIZE - sample.keypoints.points[..., :2])[seen].max(initial=0) < 1e-5
+
+
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
     linked = converted(run, tmp_path / "linked", "--to", "coco")
     copied = converted(run, tmp_path / "copied", "--to", "coco", "--copy")
@@ -276,9 +344,13 @@ def test_hostile_class_names_are_harmless(tmp_path):
     with RunFolder(run, described) as folder:
         folder.add([rendered(k, SIZE) for k in range(2)], {})
         folder.rebuild()
-    out = converted(run, tmp_path / "out", "--to", "coco")
-    source = open_data(f"coco:{out}/coco", SIZE)
-    assert set(source.thing_classes) <= {*names, "person"}
+    out = converted(run, tmp_path / "out", "--to", "coco,voc,yolo-detect,yolo-seg,yolo-pose")
+    for kind in ("coco", "yolo-seg"):
+        assert set(open_data(f"{kind}:{out}/{kind}", SIZE).thing_classes) == {*names, "person"}
+    root = out / "voc" / "VOCdevkit" / "VOC2012"
+    assert len((root / "labelmap.txt").read_text().splitlines()) == 2 + len(names) + len(("wall", "table", "person"))
+    for path in (root / "Annotations").iterdir():
+        assert {item.findtext("name") for item in ElementTree.parse(path).iterfind("object")} <= set(names)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
 

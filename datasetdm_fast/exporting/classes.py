@@ -108,3 +108,8 @@ def lookup(names: Sequence[str], classes: Classes, renamed: Renaming) -> np.ndar
     for value, name in enumerate(names[:IGNORED]):
         table[value] = numbers.get(renamed(name), 0)
     return table
+
+
+def one_line(name: str) -> str:
+    """A class name for a file of lines: without control characters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split()) or "_"

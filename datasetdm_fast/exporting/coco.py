@@ -28,7 +28,7 @@ class CocoFormat(Format):
     needs = (("instance",), ("semantic",), ("pose",))
 
     def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
-        ending, content = sample.picture("png", "jpg")
+        ending, content = sample.picture(self.forms)
         files: Files = {f"images/{sample.split}{YEAR}/{sample.name}.{ending}": content}
         entry: Entry = {"image": image_entry(sample, f"{sample.name}.{ending}")}
         if "instance" in plan.tasks:
@@ -211,4 +211,4 @@ def _panoptic(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[byt
     return document(fields, images=(entry["image"] for entry in samples.entries(split)), annotations=told)
 
 
-FORMAT = CocoFormat()
+COCO = CocoFormat()

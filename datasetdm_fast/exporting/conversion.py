@@ -88,7 +88,7 @@ class Conversion:
 
     def __init__(self, sources: Sequence[ExportSource], settings: ExportSettings, folder: Path):
         self.sources, self.settings, self.folder = sources, settings, folder
-        self.formats: dict[str, Format] = {name: import_module(EXPORT_FORMATS[name]).FORMAT for name in settings.to}
+        self.formats: dict[str, Format] = {name: _format(name) for name in settings.to}
         first = sources[0]
         for other in sources[1:]:
             if apart := set(first.labels) ^ set(other.labels):
@@ -272,6 +272,11 @@ class _Done:
 
     def views(self, split: str, first: int, stop: int) -> Iterator[SampleView]:
         return map(self.conversion.view, self.opened.numbers_of(split, first, stop))
+
+
+def _format(name: str) -> Format:
+    module, _, attribute = EXPORT_FORMATS[name].partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def _split_order(name: str) -> tuple[int, str]:

@@ -44,6 +44,7 @@ class Format(ABC):
 
     needs: tuple[tuple[str, ...], ...] = ()  # tasks of which the run must have all of one group
 
+    forms: tuple[str, ...] = ("png", "jpg")  # of its image files
     has_maps = False  # whether it has label maps of 8 bits
 
     def check(self, name: str, plan: ExportPlan) -> None:
@@ -54,6 +55,8 @@ class Format(ABC):
                 f"--to {name}: it needs labels for {wanted}, there are some for {', '.join(sorted(plan.tasks))}",
                 "Choose another format, or make the run with these labels.",
             )
+        if (form := plan.settings.image_format) not in ("same", *self.forms):
+            raise Refused(f"--image-format {form}: {name} has {' or '.join(self.forms)} files", "Drop the flag.")
         if self.has_maps:
             plan.classes.check_map(name)
 

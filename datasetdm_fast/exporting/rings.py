@@ -1,4 +1,4 @@
-"""Masks as polygons along the edges of their pixels."""
+"""Masks as polygons along the edges of their pixels, and as one closed line each."""
 
 import numpy as np
 
@@ -24,3 +24,31 @@ def is_hole(ring: np.ndarray) -> bool:
     """Whether a ring runs around what is outside."""
     x, y = ring[:, 0], ring[:, 1]
     return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y)) < 0
+
+
+def joined(found: list[np.ndarray]) -> np.ndarray:
+    """One closed line through all rings: each next one is reached, and left, along the same line of no width."""
+    line = found[0]
+    for ring in found[1:]:
+        here = int(np.abs(line - ring[0]).sum(1).argmin())
+        line = np.concatenate([line[: here + 1], ring, ring[:1], line[here:]])
+    return line
+
+
+def parts(found: list[np.ndarray]) -> list[np.ndarray]:
+    """A closed line for each part of a mask, through its own holes."""
+    outer = [ring for ring in found if not is_hole(ring)]
+    held: list[list[np.ndarray]] = [[ring] for ring in outer]
+    for hole in filter(is_hole, found):
+        inside = [k for k, ring in enumerate(outer) if _holds(ring, hole)]
+        # of parts within each other, the one that the hole is cut from is the smallest
+        held[min(inside, key=lambda k: float(np.ptp(outer[k], axis=0).prod()))].append(hole)
+    return [joined(each) for each in held]
+
+
+def _holds(ring: np.ndarray, hole: np.ndarray) -> bool:
+    """Whether the pixel in a hole's upper left corner lies in a ring, by the even-odd rule."""
+    x, y = hole[np.lexsort((hole[:, 0], hole[:, 1]))[0]] + 0.5
+    start, end = ring, np.roll(ring, -1, axis=0)
+    crosses = (start[:, 1] > y) != (end[:, 1] > y)
+    return bool(np.count_nonzero(crosses & (start[:, 0] > x)) % 2)

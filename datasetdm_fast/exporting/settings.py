@@ -6,13 +6,15 @@ from typing import Any
 from datasetdm_fast.config import EXPORT_FORMATS, LABELS, CommandSettings, setting
 from datasetdm_fast.errors import Refused
 
+PARTS = ("joined", "split")
 LEAST_QUALITY, BEST_QUALITY = 75, 100
 
 
 @dataclass(frozen=True)
 class ExportSettings(CommandSettings):
     FLAGS = (
-        "runs to out task classes where kept least_score image_format quality resize polygons copy threads json quiet"
+        "runs to out task classes where kept least_score image_format quality resize polygons parts border copy "
+        "threads json quiet"
     ).split()
 
     runs: tuple[str, ...] = setting(
@@ -49,6 +51,12 @@ class ExportSettings(CommandSettings):
     quality: int = setting(95, f"quality of JPEG files, {LEAST_QUALITY} to {BEST_QUALITY}", metavar="N")
     resize: int = setting(0, "pixels of the longer side of the images, 0 = as they are", metavar="N")
     polygons: bool = setting(False, "coco and lvis: polygons in place of run lengths, where they say the same")
+    parts: str = setting(
+        "joined",
+        "yolo-seg: an instance of several parts is one line, its parts joined by lines of no width, or a line a part",
+        choices=PARTS,
+    )
+    border: int = setting(0, "voc: pixels of the border of 255 around each object, 5 in the original", metavar="N")
     copy: bool = setting(False, "copy files that need no change, instead of linking to them", identity=False)
     threads: int = setting(0, "samples worked on at once, 0 = all cores", metavar="N", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
@@ -58,6 +66,7 @@ class ExportSettings(CommandSettings):
         """Refuses what cannot be."""
         for name, least, most in (
             ("quality", LEAST_QUALITY, BEST_QUALITY),
+            ("border", 0, 64),
             ("threads", 0, 1024),
             ("least_score", 0, 1),
         ):

@@ -1,7 +1,7 @@
 """A sample as an export shows it: chosen labels, classes by the export's numbers, at the size asked for."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,7 +131,7 @@ class SampleView:
             pixels = np.asarray(shrunk)
         return pixels
 
-    def picture(self, *forms: str) -> tuple[str, bytes | Linked]:
+    def picture(self, forms: Sequence[str]) -> tuple[str, bytes | Linked]:
         """The image as a file of one of these forms, png or jpg, and its ending."""
         there = self.stored.row.files["image"][0].rpartition(".")[2]
         wanted = there if self.settings.image_format == "same" else self.settings.image_format
