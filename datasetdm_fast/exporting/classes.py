@@ -9,6 +9,7 @@ import numpy as np
 from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign.documents import quoted
+from datasetdm_fast.labels.names import task_of_label
 
 BACKGROUND, IGNORED, PERSON = "background", 255, "person"
 MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 bits
@@ -74,9 +75,11 @@ class Classes:
             )
 
 
-def class_names(document: Mapping[str, Any], label: str) -> tuple[str, ...]:
-    """The names that a run gives the numbers of a label, the background among them."""
-    return tuple(document["labels"][label].get("classes", ()))
+def class_names(document: Mapping[str, Any], label: str) -> dict[int, str]:
+    """The classes of a label by their numbers in the files of the run, the background among them."""
+    table = document["labels"][label]
+    names, first = table.get("classes", ()), int(task_of_label(label) == "instance")
+    return dict(zip(table.get("numbers") or range(first, first + len(names)), names, strict=True))
 
 
 def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], renamed: Renaming) -> Classes:
@@ -88,7 +91,7 @@ def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], ren
     for document, labels in documents:
         for task, into in (("semantic", maps), ("instance", things)):
             if task in labels:
-                names = class_names(document, labels[task])
+                names = [name for _, name in sorted(class_names(document, labels[task]).items())]
                 known |= dict.fromkeys(names)
                 into |= dict.fromkeys(map(renamed, names))
         if "pose" in labels:
@@ -101,12 +104,13 @@ def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], ren
     return Classes(names, tuple(name for name in names if name in things or name in people))
 
 
-def lookup(names: Sequence[str], classes: Classes, renamed: Renaming) -> np.ndarray:
+def lookup(names: Mapping[int, str], classes: Classes, renamed: Renaming) -> np.ndarray:
     """[256] uint8: the number in the export of each value of a run's label map; classes left out are background."""
     table = np.full(256, IGNORED, np.uint8)
     numbers = classes.numbers
-    for value, name in enumerate(names[:IGNORED]):
-        table[value] = numbers.get(renamed(name), 0)
+    for value, name in names.items():
+        if value < IGNORED:
+            table[value] = numbers.get(renamed(name), 0)
     return table
 
 

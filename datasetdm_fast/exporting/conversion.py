@@ -26,6 +26,7 @@ from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.run_folder.ledger import Row, canonical
 from datasetdm_fast.run_folder.reader import Run, StoredSample
 from datasetdm_fast.run_folder.seal import ELSEWHERE
+from datasetdm_fast.run_folder.split import origins, read_split
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples published and committed together
@@ -46,6 +47,18 @@ class ExportSource:
     run: Run
     labels: Mapping[str, str]  # task of the export -> label of the run
     chosen: frozenset[int] | None  # indices, None = all
+    split: Mapping[int, str] | None  # index -> part of the data set
+
+    def part_of(self, row: Row) -> str:
+        """The part of a sample."""
+        if self.split is None:
+            return TRAIN
+        if (part := self.split.get(row.request.index)) is None:
+            raise Refused(
+                f"{self.run.path}: sample {row.request.id} is in no part of its split",
+                f"Split the run again: python -m datasetdm_fast.split {self.run.path}",
+            )
+        return part
 
     def rows(self) -> Iterator[Row]:
         for row in self.run.rows(PARTS):
@@ -66,7 +79,8 @@ def open_source(path: Path, settings: ExportSettings, chosen: frozenset[int] | N
     run = Run(path, kept=settings.kept)
     if (path / ELSEWHERE).exists():
         raise Refused(f"{path}: its samples are in an object store", "Copy them here, then convert the copy.")
-    return ExportSource(run, chosen_labels(run, settings.task), chosen)
+    split = read_split(path)
+    return ExportSource(run, chosen_labels(run, settings.task), chosen, split and split.names())
 
 
 def chosen_labels(run: Run, wanted: Sequence[str]) -> dict[str, str]:
@@ -129,13 +143,23 @@ class Conversion:
     def _identify(self) -> None:
         """Counts the samples, and notes what they are."""
         counts: Counter[str] = Counter()
+        parts: dict[str, str] = {}  # what samples were made of -> the part it is in
+        is_split = len(self.sources) > 1 and any(source.split for source in self.sources)
         self.runs, self.offsets, offset = [], [], 0
         for source in self.sources:
             found, count, last = hashlib.sha256(), 0, -1
             for row in self._guarded(source, source.rows()):
                 files = {role: stored.sha256 for role, (_, stored) in row.files.items()}
                 found.update(canonical([row.request.index, row.request.prompt, files, row.labels]).encode())
-                counts[self.split_of(source, row)] += 1
+                part = source.part_of(row)
+                counts[part] += 1
+                for name in origins(source.run.document, row) if is_split else ():
+                    if parts.setdefault(name, part) != part:
+                        raise Refused(
+                            f"{source.run.path}: sample {row.request.id} is for {part}, and one made of the same "
+                            f"picture for {parts[name]}",
+                            "Merge the runs, then split what comes of it.",
+                        )
                 count, last = count + 1, row.request.index
             self.runs.append({"name": source.run.path.resolve().name, "samples": count, "sha256": found.hexdigest()})
             self.offsets.append(offset)
@@ -143,9 +167,6 @@ class Conversion:
         if not counts:
             raise Refused(f"{self.sources[0].run.path}: no sample to convert", "Name a run folder with samples.")
         self.splits = {name: counts[name] for name in sorted(counts, key=_split_order)}
-
-    def split_of(self, source: ExportSource, row: Row) -> str:
-        return TRAIN
 
     @property
     def samples(self) -> int:
@@ -196,14 +217,14 @@ class Conversion:
         for source, view, offset in zip(self.sources, self.views, self.offsets):
             for row in self._guarded(source, source.rows()):
                 stored = StoredSample(row, source.run.path, source.run.document)
-                yield SampleView(stored, offset + row.request.index, self.split_of(source, row), view, self.settings)
+                yield SampleView(stored, offset + row.request.index, source.part_of(row), view, self.settings)
 
     def view(self, number: int) -> SampleView:
         """The sample of a number."""
         place = max(k for k, offset in enumerate(self.offsets) if offset <= number)
         source, index = self.sources[place], number - self.offsets[place]
         stored = source.run[f"{index:08d}"]
-        return SampleView(stored, number, self.split_of(source, stored.row), self.views[place], self.settings)
+        return SampleView(stored, number, source.part_of(stored.row), self.views[place], self.settings)
 
     def _guarded(self, source: ExportSource, rows: Iterator[Row]) -> Iterator[Row]:
         """The rows; a damaged ledger is a failed check."""

@@ -45,11 +45,11 @@ class RunView:
     def of(
         cls, document: Mapping[str, Any], labels: Mapping[str, str], classes: Classes, renamed: Renaming
     ) -> "RunView":
-        things = class_names(document, labels["instance"]) if "instance" in labels else ()
-        maps = class_names(document, labels["semantic"]) if "semantic" in labels else ()
+        things = class_names(document, labels["instance"]) if "instance" in labels else {}
+        maps = class_names(document, labels["semantic"]) if "semantic" in labels else {}
         return cls(
             labels,
-            {number: new for number, name in enumerate(things, 1) if (new := renamed(name))},
+            {number: new for number, name in things.items() if (new := renamed(name))},
             lookup(maps, classes, renamed),
             renamed(PERSON),
         )

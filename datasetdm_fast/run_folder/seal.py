@@ -21,6 +21,7 @@ def remove_queue(folder: Path) -> None:
         storage.remove(folder / name)
 
 
+SPLIT = "split.json"  # which part of the data set each sample is in, where that was decided
 OWN = "this"  # the line of the seal that is about the other lines
 # digests of what is no sample's own file; empty from before the first change until everything is in place
 SEAL = "state/seal.json"
@@ -44,7 +45,13 @@ def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> boo
 
 def seal(folder: Path, document: Mapping[str, Any]) -> None:
     """Writes down the digests of run.json, ledger and index files, by which an audit notices changes."""
-    names = [DOCUMENT, LEDGER, LOCK, *index_files(document), *([KEPT] if (folder / KEPT).exists() else [])]
+    names = [
+        DOCUMENT,
+        LEDGER,
+        LOCK,
+        *index_files(document),
+        *(name for name in (KEPT, SPLIT) if (folder / name).exists()),
+    ]
     digests = {name: storage.sha256_of(folder / name) for name in names}
     storage.publish({folder / SEAL: sealed(digests)})
 

@@ -1,0 +1,99 @@
+"""python -m datasetdm_fast.split RUN: which samples are for training, validation and test; convert follows it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import Refused
+
+PROG = "python -m datasetdm_fast.split"
+USUAL = ("train", "val", "test")
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    shares: str = setting("80,10,10", "shares of the samples, in the order of --names", metavar="LIST")
+    names: tuple[str, ...] = setting(USUAL, "names of the parts", metavar="LIST")
+    by_source: bool = setting(True, "never part samples that were made of one picture: variants, edits, splices")
+    seed: int = setting(0, "what the order of the samples is drawn from", metavar="N")
+    undo: bool = setting(False, "take the split back")
+    json: bool = setting(False, "machine-readable result on stdout")
+    quiet: bool = setting(False, "show no progress")
+
+    def parts(self) -> dict[str, float]:
+        """Share by name."""
+        try:
+            shares = [float(share) for share in self.shares.split(",")]
+        except ValueError:
+            shares = []
+        if not shares or not all(math.isfinite(share) and share >= 0 for share in shares) or not sum(shares):
+            raise Refused(f"--shares {self.shares}: expected numbers of 0 or more", "For example 80,10,10.")
+        if len(self.names) < len(shares) or (len(self.names) > len(shares) and self.names != USUAL):
+            raise Refused(
+                f"--names: {len(self.names)} names for {len(shares)} shares", "Name as many parts as there are shares."
+            )
+        if bad := [name for name in self.names if not NAME.fullmatch(name)]:
+            raise Refused(f"--names {bad[0]!r}: expected small letters, digits, - or _", "For example train,val,test.")
+        return {name: share for name, share in zip(self.names, shares) if share}
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    config, given = parse(arguments, SplitConfig, PROG, __doc__)
+    if not config.run:
+        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
+    if config.undo and given & {"shares", "names", "by_source", "seed"}:
+        raise Refused("--undo: it takes the split back, without other flags", "Give --shares or --undo.")
+    parts = config.parts()
+    from datasetdm_fast.run_folder.reader import Run
+    from datasetdm_fast.run_folder.split import Split, dealt, origins, read_split, write_split
+
+    path = Path(config.run)
+    with Run(path) as run:
+        document = run.document
+        if config.undo:
+            if read_split(path) is None:
+                raise Refused(f"--undo: {path} is not split", "Split it first with --shares.")
+            write_split(path, document, None)
+            return _end(config, {}, f"{path}: is split no more")
+        if not len(run):
+            raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
+        indices, keys = [], []
+        for row in run.rows(("files",)):
+            indices.append(row.request.index)
+            keys.append(origins(document, row) if config.by_source else (row.request.id,))
+    found = dealt(keys, parts, config.seed)
+    split = Split(
+        config.seed,
+        config.by_source,
+        {name: tuple(index for index, part in zip(indices, found) if part == name) for name in parts},
+    )
+    write_split(path, document, split)
+    counts = Counter(found)
+    told = ", ".join(f"{name} {counts[name]}" for name in parts)
+    lone = [name for name in parts if not counts[name]]
+    more = f"; none left for {', '.join(lone)}, as too many samples were made of one picture" if lone else ""
+    return _end(config, {name: counts[name] for name in parts}, f"{path}: {told}{more}")
+
+
+def _end(config: SplitConfig, counts: dict[str, int], line: str) -> int:
+    if not config.quiet:
+        print(line, file=sys.stderr, flush=True)
+    print(json.dumps({"path": config.run, "parts": counts}) if config.json else config.run, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""split: samples that were made of one picture stay together, and an export follows the split."""
+
+import json
+
+import numpy as np
+import pytest
+from rendered import document, rendered, write_run
+
+from datasetdm_fast import convert, open_run
+from datasetdm_fast.readers import open_data
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.split import dealt, groups, read_split
+from datasetdm_fast.split import main
+
+NUMBER = 20
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_run(tmp_path / "run", NUMBER, 32)
+    return tmp_path / "run"
+
+
+def test_samples_with_a_picture_in_common_are_one_group():
+    found = groups([("a",), ("b",), ("c", "a"), ("d",), ("b", "d")])
+    assert found[0] == found[2] and found[1] == found[3] == found[4] and found[0] != found[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_are_never_parted_and_shares_are_met(seed):
+    draw = np.random.default_rng(seed)
+    keys = [(f"picture {draw.integers(400)}",) for _ in range(1000)]
+    found = dealt(keys, {"train": 80, "val": 10, "test": 10}, seed)
+    parts = {}
+    for key, part in zip(keys, found):
+        assert parts.setdefault(key, part) == part
+    counts = [found.count(part) for part in ("train", "val", "test")]
+    assert np.abs(np.array(counts) - (800, 100, 100)).max() <= 5
+    assert found == dealt(keys, {"train": 80, "val": 10, "test": 10}, seed) and found != dealt(
+        keys, {"train": 80, "val": 10, "test": 10}, seed + 1
+    )
+
+
+def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, capsys):
+    assert main([str(run), "--shares", "70,20,10", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"] == {"train": 14, "val": 4, "test": 2}
+    assert audit(run).findings == []
+    parts = read_split(run).names()
+    assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    for part, count in (("train", 14), ("val", 4), ("test", 2)):
+        source = open_data(f"coco:{tmp_path}/out/coco[{part}]", 32)
+        names = [int(item.id) for item in source]
+        assert len(names) == count and {parts[index] for index in names} == {part}
+    ids = []
+    for part in ("train", "val", "test"):
+        told = json.loads((tmp_path / f"out/coco/annotations/instances_{part}2017.json").read_text())
+        ids += [item["id"] for item in told["annotations"]]
+    assert len(set(ids)) == len(ids)
+    (run / "split.json").write_text((run / "split.json").read_text().replace("train", "taken"))
+    assert [finding.place for finding in audit(run).findings] == ["split.json"]
+    assert main([str(run), "--undo", "--quiet"]) == 0 and not (run / "split.json").exists()
+    assert audit(run).findings == []
+
+
+def test_variants_of_a_picture_stay_with_it(tmp_path):
+    run = tmp_path / "varied"
+    with RunFolder(run, document(NUMBER, 32)) as folder:
+        for k in range(NUMBER):
+            folder.add([rendered(k, 32)], {"group": f"picture {k // 4}"})
+        folder.rebuild()
+    assert main([str(run), "--shares", "60,40", "--quiet"]) == 0
+    parts = read_split(run).names()
+    assert all(parts[k] == parts[k - k % 4] for k in range(NUMBER)) and set(parts.values()) == {"train", "val"}
+    assert main([str(run), "--shares", "60,40", "--no-by-source", "--quiet"]) == 0
+    parts = read_split(run).names()
+    assert any(parts[k] != parts[k - k % 4] for k in range(NUMBER))
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--shares", "a,b"), "expected numbers"),
+        (("--shares", "0"), "expected numbers"),
+        (("--shares", "50,50", "--names", "a"), "Name as many parts"),
+        (("--shares", "50,50", "--names", "a,B/../c"), "expected small letters"),
+        (("--undo",), "is not split"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys, flags, said):
+    before = sorted(run.iterdir())
+    assert main([str(run), *flags]) == 2
+    assert said in capsys.readouterr().err and sorted(run.iterdir()) == before
+
+
+def test_a_run_that_has_grown_is_to_be_split_again(tmp_path, capsys):
+    run = tmp_path / "run"
+    with RunFolder(run, document(4, 32)) as folder:
+        folder.add([rendered(k, 32) for k in range(2)], {})
+    assert main([str(run), "--quiet"]) == 0
+    with RunFolder(run, open_run(run).document) as folder:
+        folder.add([rendered(k, 32) for k in range(2, 4)], {})
+    assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]) == 2
+    assert "Split the run again" in capsys.readouterr().err and not (tmp_path / "out").exists()
