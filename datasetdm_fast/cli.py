@@ -17,6 +17,7 @@ COMMANDS = {
     "vary": ("datasetdm_fast.vary", "move samples to another hour or weather, with their labels"),
     "splice": ("datasetdm_fast.splice", "put samples of a run side by side, with their labels"),
     "filter": ("datasetdm_fast.filter", "score the samples of a run and keep those that pass"),
+    "merge": ("datasetdm_fast.merge", "make one run of several, every sample once"),
     "split": ("datasetdm_fast.split", "say which samples of a run are for training, validation and test"),
     "convert": ("datasetdm_fast.convert", "write samples of runs in the layouts that trainers read"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),

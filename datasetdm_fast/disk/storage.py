@@ -17,6 +17,7 @@ from datasetdm_fast.errors import Missing, Refused
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
 
 
@@ -85,6 +86,24 @@ def _fill(handle: int, chunks: Iterable[bytes]) -> StoredFile:
                 raise OSError(errno.EIO, "the disk took no byte")
             rest = rest[count:]
     return StoredFile(digest.hexdigest(), size)
+
+
+def link(source: Path, path: Path) -> bool:
+    """Whether a file has this second name now: other disks, and some file systems, cannot give it one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if not path.parent.is_dir():
+        make_folder(path.parent)
+    try:
+        forget(part)
+        syscall("link", os.link, source, part)
+        syscall("rename", os.replace, part, path)
+    except OSError as error:
+        if error.errno in _CANNOT_LINK:
+            return False
+        raise refusal(error, path) from error
+    finally:
+        forget(part)  # a rename onto another name of the same file leaves it
+    return True
 
 
 def move(part: Path, path: Path) -> None:

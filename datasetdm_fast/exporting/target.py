@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -29,7 +27,6 @@ CREATE TABLE IF NOT EXISTS done (number INTEGER PRIMARY KEY, split TEXT NOT NULL
 CREATE TABLE IF NOT EXISTS shared (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size INTEGER NOT NULL);
 """
 BLOCK = 256  # rows read at once
-_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 
 def read_export(folder: Path) -> dict[str, Any]:
@@ -97,31 +94,14 @@ class ExportFolder(AbstractContextManager):
         """What was written, once all files are on the disk under their names."""
         linked = {name: content for name, content in files.items() if isinstance(content, Linked)}
         if not self._is_copied:
-            linked = {name: content for name, content in linked.items() if not self._link(name, content)}
+            linked = {
+                name: content for name, content in linked.items() if not storage.link(content.path, self.folder / name)
+            }
         read = {name: storage.read(content.path, content.stored.size) for name, content in linked.items()}
         contents = {name: content for name, content in files.items() if isinstance(content, bytes)} | read
         stored = storage.publish({self.folder / name: content for name, content in contents.items()})
         kept = {name: content.stored for name, content in files.items() if isinstance(content, Linked)}
         return kept | {name: stored[self.folder / name] for name in contents}
-
-    def _link(self, name: str, content: Linked) -> bool:
-        """Whether the file has a second name here now; other disks, and some file systems, cannot give it one."""
-        path = self.folder / name
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        if not path.parent.is_dir():
-            storage.make_folder(path.parent)
-        try:
-            storage.forget(part)
-            storage.syscall("link", os.link, content.path, part)
-            storage.syscall("rename", os.replace, part, path)
-            storage.forget(part)  # a rename onto another name of the same file leaves it
-        except OSError as error:
-            storage.forget(part)
-            if error.errno in _CANNOT_LINK:
-                self._is_copied = True
-                return False
-            raise storage.refusal(error, path) from error
-        return True
 
     def commit(self, rows: Iterable[tuple[int, str, Mapping[str, Any], Mapping[str, StoredFile]]]) -> None:
         """Number, split, entries by format and files of samples, all or none."""

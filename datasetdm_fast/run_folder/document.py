@@ -15,7 +15,14 @@ READ_FORMATS = (1, FORMAT)  # in the first, each row of the ledger holds its who
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted sets aside
 MOST_TURNS = 10  # samples that such a run makes for every one that is asked for, before it gives up
-COMMANDS = ("generate", "splice", "edit", "vary", "label")  # that make run folders, and single samples of them again
+COMMANDS = (
+    "generate",
+    "splice",
+    "edit",
+    "vary",
+    "label",
+    "merge",
+)  # that make run folders, and single samples of them again
 FORM = {
     "versions": {"datasetdm_fast": str},
     "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},

@@ -1,0 +1,98 @@
+"""merge: every sample once, its files byte for byte, whole for audit, and split by what it was made of."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from rendered import document, rendered, write_run
+
+from datasetdm_fast import open_run
+from datasetdm_fast.merge import main
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.split import groups, origins
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs that have two pictures in common, and one whose samples vary those of the first."""
+    root = tmp_path_factory.mktemp("runs")
+    write_run(root / "first", 6, 32)
+    with RunFolder(root / "second", document(5, 32)) as folder:
+        folder.add([moved(k, k + 4) for k in range(5)], {})
+        folder.rebuild()
+    first = list(open_run(root / "first"))
+    with RunFolder(root / "varied", document(3, 32)) as folder:
+        for k in range(3):
+            folder.add([moved(k, k + 50)], {"source": first[k].id, "group": first[k].row.files["image"][1].sha256[:16]})
+        folder.rebuild()
+    return root
+
+
+def moved(index: int, like: int):
+    """A sample with the picture of another."""
+    sample = rendered(like, 32)
+    return replace(sample, request=replace(sample.request, index=index, seed=index))
+
+
+def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path):
+    out = tmp_path / "all"
+    assert main([*(str(runs / name) for name in ("first", "second", "varied")), "--out", str(out), "--quiet"]) == 0
+    assert audit(out).findings == []
+    found = open_run(out)
+    assert len(found) == 6 + 5 - 2 + 3 and found.is_complete
+    for sample in found:
+        told = sample.meta["merged"]
+        source = open_run(runs / told["run"])[told["id"]]
+        assert source.prompt == sample.prompt and (source.image == sample.image).all()
+        for role, (name, stored) in sample.row.files.items():
+            path, written = source.row.files[role]
+            assert stored == written and (out / name).samefile(runs / told["run"] / path)
+        assert (source.instances.masks == sample.instances.masks).all()
+        assert (source.semantic.labels == sample.semantic.labels).all()
+    together = groups([origins(found.document, sample.row) for sample in found])
+    assert together[:3] == together[-3:] and len(set(together)) == len(found) - 3
+
+
+def test_a_damaged_file_is_taken_over_again(runs, tmp_path):
+    out = tmp_path / "all"
+    lines = [str(runs / "first"), str(runs / "second"), "--out", str(out), "--quiet", "--copy"]
+    assert main(lines) == 0
+    (out / "depth" / "00000003.png").write_bytes(b"no picture")
+    assert len(audit(out).findings) == 1
+    assert main(["--out", str(out), "--only", "00000003", "--quiet"]) == 0 and audit(out).findings == []
+    assert main(lines) == 0
+
+
+def test_tables_that_continue_one_another_are_joined_and_others_refused_by_name(runs, tmp_path, capsys):
+    longer, other = document(2, 32), document(2, 32)
+    longer["labels"]["semantic"]["classes"].append("dog")
+    other["labels"]["semantic"]["classes"][3] = "dog"
+    for name, described in (("longer", longer), ("other", other)):
+        with RunFolder(tmp_path / name, described) as folder:
+            folder.add([moved(k, 80 + k) for k in range(2)], {})
+            folder.rebuild()
+    out = tmp_path / "all"
+    assert main([str(runs / "first"), str(tmp_path / "longer"), "--out", str(out), "--quiet"]) == 0
+    assert open_run(out).document["labels"]["semantic"]["classes"] == longer["labels"]["semantic"]["classes"]
+    assert audit(out).findings == []
+    assert main([str(runs / "first"), str(tmp_path / "other"), "--out", str(tmp_path / "no"), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "semantic.classes has 'dog' where" in said and not (tmp_path / "no").exists()
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
+    out, first = tmp_path / "all", str(runs / "first")
+    for flags, code, said in (
+        ([first], 2, "--out is missing"),
+        ([first, "--out", str(out)], 2, "expected two or more"),
+        ([first, str(tmp_path), "--out", str(out)], 2, "not a run folder"),
+        ([first, str(runs / "second"), "--out", str(runs / "first" / "all")], 2, "inside of the run folder"),
+        ([first, str(runs / "second"), "--kept", "--out", str(out)], 2, "nothing of"),
+    ):
+        assert main([*flags, "--quiet"]) == code
+        assert said in capsys.readouterr().err and not out.exists()
+    shutil.copytree(runs / "first", tmp_path / "damaged")
+    (tmp_path / "damaged" / "images" / "00000001.png").write_bytes(b"no picture")
+    assert main([str(tmp_path / "damaged"), str(runs / "second"), "--out", str(out), "--quiet"]) == 4
+    assert "datasetdm_fast.audit" in capsys.readouterr().err
