@@ -78,6 +78,10 @@ EXPORT_FORMATS = {  # name -> module:format
     "yolo-detect": "datasetdm_fast.exporting.yolo:DETECT",
     "yolo-seg": "datasetdm_fast.exporting.yolo:SEGMENT",
     "yolo-pose": "datasetdm_fast.exporting.yolo:POSE",
+    "cityscapes": "datasetdm_fast.exporting.cityscapes:CITYSCAPES",
+    "nyu": "datasetdm_fast.exporting.depth:NYU",
+    "kitti": "datasetdm_fast.exporting.depth:KITTI",
+    "vkitti2": "datasetdm_fast.exporting.depth:VKITTI2",
 }
 
 

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str]) -> int:
     for source in conversion.sources:
         if not source.run.is_complete:
             _say(settings, f"{source.run.path}: not finished, the {len(source.run)} samples it has are converted")
+    for name, format in conversion.formats.items():
+        if unknown := format.unknown(conversion.plan):
+            _say(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
     with (
         Interruption(settings.quiet) as interruption,
         ImageProgress(conversion.samples, settings.quiet) as progress,

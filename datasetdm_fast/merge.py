@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.merge RUN... --out ALL: one run of several, every sample once, with all that is known of it."""
+"""python -m datasetdm_fast.merge RUN... --out ALL: one run of several, every sample once."""
 
 from __future__ import annotations
 

@@ -223,6 +223,57 @@ def test_boxes_and_joints_of_yolo_are_those_of_the_run(run, tmp_path):
         assert np.abs(found[..., :2] * SIZE - sample.keypoints.points[..., :2])[seen].max(initial=0) < 1e-5
 
 
+@pytest.mark.parametrize("kind, steps", [("nyu", 1000), ("kitti", 256), ("vkitti2", 100)])
+def test_depth_read_back_is_the_run_to_half_a_unit(run, tmp_path, kind, steps):
+    out = converted(run, tmp_path / "out", "--to", kind) / kind
+    source = open_data(f"{kind}:{out}", SIZE)
+    for item, sample in zip(source, open_run(run), strict=True):
+        seen = sample.depth.metres <= source.max_depth
+        assert np.abs(item.depth - sample.depth.metres)[seen].max(initial=0) <= 0.5 / steps + 1e-6
+
+
+def test_far_depth_is_kept_where_16_bits_hold_it_else_unknown(tmp_path):
+    run, described = tmp_path / "run", document(1, SIZE)
+    described["labels"]["depth"] = {"max_depth": 80.0, "unit": "1/256 metre"}
+    ramp = np.linspace(1, 80, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
+    like = rendered(0, SIZE)
+    with RunFolder(run, described) as folder:
+        labels = {**like.annotations, "depth": DepthMap(ramp, 80.0)}
+        folder.add([Sample(like.request, like.image, labels)], {})
+        folder.rebuild()
+    out = converted(run, tmp_path / "out", "--to", "nyu,kitti,vkitti2")
+    for kind, steps in (("kitti", 256), ("vkitti2", 100)):
+        assert np.abs(open_data(f"{kind}:{out}/{kind}", SIZE)[0].depth - ramp).max() <= 0.5 / steps + 1 / 512 + 1e-5
+    (path,) = (out / "nyu").rglob("sync_depth*.png")
+    pixels = np.asarray(Image.open(path)).astype(int)
+    assert (pixels[ramp > 65.54] == 0).all() and (pixels[ramp < 65.53] > 0).all()
+
+
+CITY_NAMES = "wall=road,table=sidewalk,ball=car,cube=truck,cone=bus,ring=train,star=motorcycle,tree=bicycle"
+
+
+def test_cityscapes_read_back_is_the_run(run, tmp_path, capsys):
+    out = converted(run, tmp_path / "out", "--to", "cityscapes", "--classes", CITY_NAMES) / "cityscapes"
+    source = open_data(f"cityscapes:{out}", SIZE)
+    new = dict(pair.split("=") for pair in CITY_NAMES.split(","))
+    for item, sample in zip(source, open_run(run), strict=True):
+        things = sample.instances
+        names = [source.thing_classes[k] for k in item.mask_classes]
+        assert sorted(names) == sorted(new.get(things.classes[k], things.classes[k]) for k in things.class_ids)
+        alone = things.masks.sum(0) == 1
+        for mask, name in zip(item.masks, names, strict=True):
+            assert any(
+                (mask <= whole).all() and (mask == whole)[alone].all()
+                for whole, k in zip(things.masks, things.class_ids)
+                if new.get(things.classes[k], things.classes[k]) == name
+            )
+        outside = ~things.masks.any(0) & (sample.semantic.labels != 255)
+        wanted = np.array([source.classes.index(new.get(name, name)) for name in sample.semantic.classes] + [255] * 247)
+        assert (item.semantic == wanted[sample.semantic.labels])[outside].all()
+    converted(run, tmp_path / "no", "--to", "cityscapes", "--classes", "person=x,wall=y", code=2)
+    assert "none of the classes is one of its own" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
     linked = converted(run, tmp_path / "linked", "--to", "coco")
     copied = converted(run, tmp_path / "copied", "--to", "coco", "--copy")

@@ -1,7 +1,7 @@
 """What a format is to the rest: the labels it needs, the files of a sample, and the files that all samples share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ class Format(ABC):
     needs: tuple[tuple[str, ...], ...] = ()  # tasks of which the run must have all of one group
 
     forms: tuple[str, ...] = ("png", "jpg")  # of its image files
+    known: Collection[str] | None = None  # classes that its consumers know, None = any
     has_maps = False  # whether it has label maps of 8 bits
 
     def check(self, name: str, plan: ExportPlan) -> None:
@@ -57,8 +58,17 @@ class Format(ABC):
             )
         if (form := plan.settings.image_format) not in ("same", *self.forms):
             raise Refused(f"--image-format {form}: {name} has {' or '.join(self.forms)} files", "Drop the flag.")
+        if self.known is not None and not set(plan.classes.names) & set(self.known):
+            raise Refused(
+                f"--to {name}: none of the classes is one of its own ({', '.join(plan.classes.names)})",
+                f"Rename some with --classes OLD=NEW; it knows {', '.join(self.known)}.",
+            )
         if self.has_maps:
             plan.classes.check_map(name)
+
+    def unknown(self, plan: ExportPlan) -> list[str]:
+        """The classes that it cannot show."""
+        return [] if self.known is None else [name for name in plan.classes.names if name not in self.known]
 
     @abstractmethod
     def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:

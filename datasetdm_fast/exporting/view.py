@@ -17,6 +17,7 @@ from datasetdm_fast.exporting.classes import PERSON, Classes, Renaming, class_na
 from datasetdm_fast.exporting.settings import ExportSettings
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of, mask_rle
+from datasetdm_fast.labels.depth import DEFAULT_UNIT, UNITS
 from datasetdm_fast.labels.image_files import image_bytes
 from datasetdm_fast.labels.kind import Placement
 from datasetdm_fast.labels.pose import MIDDLE, TO_EDGE
@@ -153,12 +154,25 @@ class SampleView:
         role = kind_of(self.run.labels["semantic"]).roles[0]
         return self.place.scaled(self.run.numbers[self._pixels(role)])
 
+    @property
+    def depth_role(self) -> str:
+        """The role of the depth file of the run."""
+        return kind_of(self.run.labels["depth"]).roles[0]
+
+    @property
+    def depth_steps(self) -> float:
+        """Steps of a metre in that file."""
+        return UNITS[self._table("depth").get("unit", DEFAULT_UNIT)]
+
     @cached_property
     def depth(self) -> np.ndarray:  # [H, W] float32 metres
         label = self.run.labels["depth"]
-        kind, record = kind_of(label), self.stored.row.labels[label]
-        pixels = {role: self._pixels(role) for role in kind.roles}
-        return self.place.scaled(kind.decode(pixels, record, self.stored.document["labels"][label]).metres)
+        pixels = {role: self._pixels(role) for role in kind_of(label).roles}
+        found = kind_of(label).decode(pixels, self.stored.row.labels[label], self._table("depth"))
+        return self.place.scaled(found.metres)
+
+    def _table(self, task: str) -> Mapping[str, Any]:
+        return self.stored.document["labels"][self.run.labels[task]]
 
     @cached_property
     def things(self) -> tuple[ExportedThing, ...]:
@@ -180,7 +194,7 @@ class SampleView:
     def people(self) -> tuple[ExportedPerson, ...]:
         """Persons of whom a joint is there, in the order of the run."""
         label, found = self.run.labels["pose"], []
-        is_from_middle = self.stored.document["labels"][label].get("origin") == MIDDLE
+        is_from_middle = self._table("pose").get("origin") == MIDDLE
         right, down = self.width / self.place.width, self.height / self.place.height
         for item in self.stored.row.labels[label]:
             if not (self.run.person and item["num_keypoints"] and item["score"] >= self.settings.least_score):

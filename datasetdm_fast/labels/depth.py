@@ -17,6 +17,7 @@ from datasetdm_fast.labels.pictures import depth_picture
 
 MILLIMETRES = 1000.0
 UNITS = {"millimetre": MILLIMETRES, "1/256 metre": 256.0, "centimetre": 100.0, "metre": 1.0}  # name -> steps of a metre
+DEFAULT_UNIT = "millimetre"  # of runs that name none
 LARGEST_STEP = 65535
 SAME_DEPTH = 1.25  # factor up to which two depths are taken for one, that of the usual delta < 1.25
 
@@ -35,7 +36,7 @@ def depth_figures(pixels: np.ndarray, unit: str) -> dict[str, float]:
 
 
 def _unit(table: Table) -> str:
-    unit = table.get("unit", "millimetre")
+    unit = table.get("unit", DEFAULT_UNIT)
     if unit not in UNITS:
         raise Refused(f"run.json: labels.depth.unit is {quoted(unit)}", f"Known units are {', '.join(UNITS)}.")
     return unit

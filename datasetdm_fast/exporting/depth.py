@@ -1,0 +1,86 @@
+"""nyu, kitti and vkitti2: images, depth as 16-bit PNG in the unit of each, and the lists that name both."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from datasetdm_fast import _C
+from datasetdm_fast.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
+from datasetdm_fast.exporting.view import SampleView
+from datasetdm_fast.labels.depth import LARGEST_STEP
+
+SCENE = "synthetic"  # the folder of the pictures, where the originals have one for each place
+SCENES = ("Scene01", "Scene02", "Scene06", "Scene18", "Scene20")  # of Virtual KITTI, one for each split here
+FOCAL = {"nyu": 518.8579, "kitti": 721.5377}  # what the lists say of the originals' cameras, which no trainer reads
+
+
+class DepthFormat(Format):
+    """Depth of which 16 bits hold no number is 0, as what is unknown."""
+
+    needs = (("depth",),)
+    steps: float  # of a metre
+
+    def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        ending, content = sample.picture(self.forms)
+        root, image, depth = self.places(sample.split, sample.name, ending, plan)
+        return {f"{root[0]}{image}": content, f"{root[1]}{depth}": self._depth(sample)}, {
+            "image": image,
+            "depth": depth,
+        }
+
+    @abstractmethod
+    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
+        """The folders of images and depths, and the paths inside of them of one image and its depth."""
+
+    def _depth(self, sample: SampleView) -> Content:
+        if sample.depth_steps == self.steps and not sample.place.is_scaled:
+            return sample.linked(sample.depth_role)
+        pixels = np.rint(sample.depth.astype(np.float64) * self.steps)
+        return _C.png_encode_words(np.where(pixels <= LARGEST_STEP, pixels, 0).astype(np.uint16))
+
+
+def test_split(split: str, plan: ExportPlan) -> str:
+    """What the originals call a split: without one of its own for tests, that is the one to validate on."""
+    return "test" if split == "val" and "test" not in plan.splits else split
+
+
+class NyuFormat(DepthFormat):
+    steps = 1000.0
+
+    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
+        root = "sync" if split == "train" else f"official_splits/{test_split(split, plan)}"
+        return (root, root), f"/{SCENE}/rgb_{name}.{ending}", f"/{SCENE}/sync_depth_{name}.png"
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        lists = {f"{test_split(split, plan)}_list.txt": _lines(samples, split, "nyu") for split in plan.splits}
+        return {**lists, "nyu_class_list.json": [json.dumps([SCENE]).encode()]}
+
+
+class KittiFormat(DepthFormat):
+    steps = 256.0
+
+    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
+        return ("input/", "gt_depth/"), f"{SCENE}/{name}.{ending}", f"{SCENE}/{name}.png"
+
+    def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        return {f"kitti_eigen_{test_split(split, plan)}.txt": _lines(samples, split, "kitti") for split in plan.splits}
+
+
+class VirtualKittiFormat(DepthFormat):
+    steps = 100.0
+    forms = ("jpg",)
+
+    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
+        scenes = dict(zip(plan.splits, (*SCENES, *plan.splits)))
+        frames = f"/{scenes[split]}/clone/frames"
+        image, depth = f"{frames}/rgb/Camera_0/rgb_{name}.jpg", f"{frames}/depth/Camera_0/depth_{name}.png"
+        return ("Image", "Depth"), image, depth
+
+
+def _lines(samples: AllSamples, split: str, kind: str) -> Iterable[bytes]:
+    return (f"{entry['image']} {entry['depth']} {FOCAL[kind]}\n".encode() for entry in samples.entries(split))
+
+
+NYU, KITTI, VKITTI2 = NyuFormat(), KittiFormat(), VirtualKittiFormat()
