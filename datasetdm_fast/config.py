@@ -82,6 +82,9 @@ EXPORT_FORMATS = {  # name -> module:format
     "nyu": "datasetdm_fast.exporting.depth:NYU",
     "kitti": "datasetdm_fast.exporting.depth:KITTI",
     "vkitti2": "datasetdm_fast.exporting.depth:VKITTI2",
+    "hf": "datasetdm_fast.exporting.hf:IMAGEFOLDER",
+    "hf-parquet": "datasetdm_fast.exporting.hf:PARQUET",
+    "wds": "datasetdm_fast.exporting.wds:WDS",
 }
 
 

@@ -1,12 +1,14 @@
 """convert: an export read back by our own readers is the run, whatever interrupts it; bad input writes nothing."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,6 +22,7 @@ from datasetdm_fast import open_run
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
+from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.run_folder.folder import RunFolder
 
@@ -272,6 +275,56 @@ def test_cityscapes_read_back_is_the_run(run, tmp_path, capsys):
         assert (item.semantic == wanted[sample.semantic.labels])[outside].all()
     converted(run, tmp_path / "no", "--to", "cityscapes", "--classes", "person=x,wall=y", code=2)
     assert "none of the classes is one of its own" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def as_run(told, image, semantic, depth, sample) -> None:
+    """Checks what formats tell of a sample against the run."""
+    assert (np.asarray(image) == sample.image).all() and told["prompt"] == sample.prompt
+    shown = np.asarray(semantic)
+    assert (np.where(shown == 255, 255, shown - 1) == sample.semantic.labels).all()
+    assert np.abs(np.asarray(depth) / 1000 - sample.depth.metres).max() < 1e-5
+    truth = sample.instances
+    things = told["objects"]
+    assert [k - 3 for k in things["category"]] == truth.class_ids.tolist()
+    masks = [mask_rle.decode({"size": [SIZE, SIZE], "counts": counts}) for counts in things["rle"]]
+    assert len(masks) == len(truth.masks) and all((a == b).all() for a, b in zip(masks, truth.masks))
+
+
+def test_shards_of_wds_hold_the_run_and_have_the_same_bytes_each_time(run, tmp_path):
+    flags = ("--to", "wds", "--shard", "4")
+    out = converted(run, tmp_path / "out", *flags) / "wds"
+    assert contents(out) == contents(converted(run, tmp_path / "again", *flags) / "wds")
+    samples, found = list(open_run(run)), 0
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as shard:
+            assert all(member.mtime == 0 and member.uid == 0 and not member.uname for member in shard)
+            parts = {member.name: shard.extractfile(member).read() for member in shard}
+        for name in sorted({name.partition(".")[0] for name in parts}):
+            pictures = [Image.open(io.BytesIO(parts[f"{name}.{end}"])) for end in ("png", "semantic.png", "depth.png")]
+            as_run(json.loads(parts[f"{name}.json"]), *pictures, samples[found])
+            found += 1
+    assert found == len(samples)
+
+
+def test_the_image_folder_holds_the_run(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "hf") / "hf" / "train"
+    lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    for line, sample in zip(lines, open_run(run), strict=True):
+        pictures = [Image.open(out / line[name]) for name in ("file_name", "semantic_file_name", "depth_file_name")]
+        as_run(line, *pictures, sample)
+
+
+def test_parquet_holds_the_run_and_its_features(run, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    out = converted(run, tmp_path / "out", "--to", "hf-parquet", "--shard", "6") / "hf-parquet" / "data"
+    files = sorted(out.iterdir())
+    assert [path.name for path in files] == [f"train-{k:05d}-of-00002.parquet" for k in range(2)]
+    tables = [parquet.read_table(path) for path in files]
+    features = json.loads(tables[0].schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["image"] == {"_type": "Image"} and set(features) == set(tables[0].column_names)
+    rows = [row for table in tables for row in table.to_pylist()]
+    for row, sample in zip(rows, open_run(run), strict=True):
+        as_run(row, *(Image.open(io.BytesIO(row[name]["bytes"])) for name in ("image", "semantic", "depth")), sample)
 
 
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):

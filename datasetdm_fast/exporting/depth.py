@@ -4,12 +4,8 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-
-from datasetdm_fast import _C
-from datasetdm_fast.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
+from datasetdm_fast.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.exporting.view import SampleView
-from datasetdm_fast.labels.depth import LARGEST_STEP
 
 SCENE = "synthetic"  # the folder of the pictures, where the originals have one for each place
 SCENES = ("Scene01", "Scene02", "Scene06", "Scene18", "Scene20")  # of Virtual KITTI, one for each split here
@@ -17,7 +13,7 @@ FOCAL = {"nyu": 518.8579, "kitti": 721.5377}  # what the lists say of the origin
 
 
 class DepthFormat(Format):
-    """Depth of which 16 bits hold no number is 0, as what is unknown."""
+    """Images and depths in two places, and what the lists say of each pair."""
 
     needs = (("depth",),)
     steps: float  # of a metre
@@ -25,7 +21,7 @@ class DepthFormat(Format):
     def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, content = sample.picture(self.forms)
         root, image, depth = self.places(sample.split, sample.name, ending, plan)
-        return {f"{root[0]}{image}": content, f"{root[1]}{depth}": self._depth(sample)}, {
+        return {f"{root[0]}{image}": content, f"{root[1]}{depth}": sample.depth_file(self.steps)}, {
             "image": image,
             "depth": depth,
         }
@@ -33,12 +29,6 @@ class DepthFormat(Format):
     @abstractmethod
     def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
         """The folders of images and depths, and the paths inside of them of one image and its depth."""
-
-    def _depth(self, sample: SampleView) -> Content:
-        if sample.depth_steps == self.steps and not sample.place.is_scaled:
-            return sample.linked(sample.depth_role)
-        pixels = np.rint(sample.depth.astype(np.float64) * self.steps)
-        return _C.png_encode_words(np.where(pixels <= LARGEST_STEP, pixels, 0).astype(np.uint16))
 
 
 def test_split(split: str, plan: ExportPlan) -> str:

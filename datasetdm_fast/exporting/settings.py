@@ -13,7 +13,7 @@ LEAST_QUALITY, BEST_QUALITY = 75, 100
 @dataclass(frozen=True)
 class ExportSettings(CommandSettings):
     FLAGS = (
-        "runs to out task classes where kept least_score image_format quality resize polygons parts border copy "
+        "runs to out task classes where kept least_score image_format quality resize polygons parts border shard copy "
         "threads json quiet"
     ).split()
 
@@ -57,6 +57,7 @@ class ExportSettings(CommandSettings):
         choices=PARTS,
     )
     border: int = setting(0, "voc: pixels of the border of 255 around each object, 5 in the original", metavar="N")
+    shard: int = setting(1000, "wds and hf-parquet: samples of a file", metavar="N")
     copy: bool = setting(False, "copy files that need no change, instead of linking to them", identity=False)
     threads: int = setting(0, "samples worked on at once, 0 = all cores", metavar="N", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
@@ -67,6 +68,7 @@ class ExportSettings(CommandSettings):
         for name, least, most in (
             ("quality", LEAST_QUALITY, BEST_QUALITY),
             ("border", 0, 64),
+            ("shard", 1, 2**31),
             ("threads", 0, 1024),
             ("least_score", 0, 1),
         ):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast import _C
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -17,7 +18,7 @@ from datasetdm_fast.exporting.classes import PERSON, Classes, Renaming, class_na
 from datasetdm_fast.exporting.settings import ExportSettings
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of, mask_rle
-from datasetdm_fast.labels.depth import DEFAULT_UNIT, UNITS
+from datasetdm_fast.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.labels.image_files import image_bytes
 from datasetdm_fast.labels.kind import Placement
 from datasetdm_fast.labels.pose import MIDDLE, TO_EDGE
@@ -170,6 +171,13 @@ class SampleView:
         pixels = {role: self._pixels(role) for role in kind_of(label).roles}
         found = kind_of(label).decode(pixels, self.stored.row.labels[label], self._table("depth"))
         return self.place.scaled(found.metres)
+
+    def depth_file(self, steps: float) -> bytes | Linked:
+        """A 16-bit PNG with so many steps to the metre; what it has no number for is 0, as what is unknown."""
+        if self.depth_steps == steps and not self.place.is_scaled:
+            return self.linked(self.depth_role)
+        pixels = np.rint(self.depth.astype(np.float64) * steps)
+        return _C.png_encode_words(np.where(pixels <= LARGEST_STEP, pixels, 0).astype(np.uint16))
 
     def _table(self, task: str) -> Mapping[str, Any]:
         return self.stored.document["labels"][self.run.labels[task]]
