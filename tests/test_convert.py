@@ -102,9 +102,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("flags", [(), ("--polygons",)])
-def test_coco_read_back_is_the_run(run, tmp_path, flags):
-    out = converted(run, tmp_path / "out", "--to", "coco", *flags)
-    source = open_data(f"coco:{out}/coco", SIZE)
+@pytest.mark.parametrize("kind", ["coco", "lvis"])
+def test_coco_and_lvis_read_back_are_the_run(run, tmp_path, kind, flags):
+    out = converted(run, tmp_path / "out", "--to", kind, *flags)
+    source = open_data(f"{kind}:{out}/{kind}", SIZE)
     assert len(source) == NUMBER + 2
     for item, sample in zip(source, open_run(run), strict=True):
         assert (item.image == sample.image).all()
@@ -112,6 +113,8 @@ def test_coco_read_back_is_the_run(run, tmp_path, flags):
         names = [source.thing_classes[k] for k in item.mask_classes]
         assert names == [truth.classes[k] for k in truth.class_ids]
         assert (item.masks == truth.masks).all()
+        if kind == "lvis":
+            continue
         people = sample.keypoints
         seen = people.visibility > 0
         assert (item.keypoints[..., 2] == people.visibility).all()
@@ -325,6 +328,24 @@ def test_parquet_holds_the_run_and_its_features(run, tmp_path):
     rows = [row for table in tables for row in table.to_pylist()]
     for row, sample in zip(rows, open_run(run), strict=True):
         as_run(row, *(Image.open(io.BytesIO(row[name]["bytes"])) for name in ("image", "semantic", "depth")), sample)
+
+
+def test_label_maps_of_ade_and_deepfashion_are_those_of_the_run(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "ade") / "ade"
+    names = [line.split("\t")[-1] for line in (out / "objectInfo150.txt").read_text().splitlines()[1:]]
+    for sample in open_run(run):
+        found = np.asarray(Image.open(out / "annotations" / "training" / f"ADE_train_{sample.id}.png")).astype(int)
+        labels, classes = sample.semantic.labels, sample.semantic.classes
+        assert ((found == 0) == (labels == 255)).all()
+        assert [names[k - 1] for k in np.unique(found) if k] == [classes[k] for k in np.unique(labels) if k != 255]
+        assert (np.where(labels == 255, 0, labels.astype(int) + 1) == found).all()
+    worn = "wall=background,table=top,ball=skirt,cube=dress,cone=headwear,ring=face,star=hair,tree=bag,person=belt"
+    out = converted(run, tmp_path / "worn", "--to", "deepfashion-mm", "--classes", worn) / "deepfashion-mm"
+    source, new = open_data(f"deepfashion-mm:{out}", SIZE), dict(pair.split("=") for pair in worn.split(","))
+    for item, sample in zip(source, open_run(run), strict=True):
+        numbers = [source.classes.index(new[name]) for name in sample.semantic.classes]
+        wanted = np.array([*numbers, *[255] * (256 - len(numbers))])[sample.semantic.labels]
+        assert (item.semantic == wanted).all() and item.caption == sample.prompt
 
 
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
