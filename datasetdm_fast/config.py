@@ -88,6 +88,10 @@ EXPORT_FORMATS = {  # name -> module:format
     "hf": "datasetdm_fast.exporting.hf:IMAGEFOLDER",
     "hf-parquet": "datasetdm_fast.exporting.hf:PARQUET",
     "wds": "datasetdm_fast.exporting.wds:WDS",
+    "mmseg": "datasetdm_fast.exporting.configs:MMSEG",
+    "mask2former": "datasetdm_fast.exporting.configs:MASK2FORMER",
+    "simcc": "datasetdm_fast.exporting.configs:SIMCC",
+    "depthformer": "datasetdm_fast.exporting.configs:DEPTHFORMER",
 }
 
 

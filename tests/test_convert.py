@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from planted_names import HOSTILE_NAMES
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import open_run
+from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
@@ -348,6 +350,21 @@ def test_label_maps_of_ade_and_deepfashion_are_those_of_the_run(run, tmp_path):
         assert (item.semantic == wanted).all() and item.caption == sample.prompt
 
 
+def test_configs_name_what_is_there(run, tmp_path):
+    kinds = ("mmseg", "mask2former", "simcc", "depthformer")
+    out = converted(run, tmp_path / "out", "--to", ",".join(kinds))
+    found = {kind: runpy.run_path(str(out / kind / "dataset.py")) for kind in kinds}
+    names = ("background", *open_run(run)[0].semantic.classes)
+    assert found["mmseg"]["metainfo"]["classes"] == names and found["mmseg"]["num_classes"] == len(names)
+    for folder in found["mmseg"]["datasets"]["train"]["data_prefix"].values():
+        assert len(list((out / "mmseg" / folder).iterdir())) == NUMBER + 2
+    labels = np.asarray(Image.open(out / "mmseg" / "annotations" / "train" / "00000000.png"))
+    assert [names[k] for k in np.unique(labels)] == [names[k + 1] for k in np.unique(open_run(run)[0].semantic.labels)]
+    assert all((out / "mask2former" / path).exists() for path in found["mask2former"]["files"]["train"].values())
+    assert (out / "simcc" / found["simcc"]["datasets"]["train"]["ann_file"]).exists()
+    assert (out / "depthformer" / found["depthformer"]["datasets"]["train"]["split"]).exists()
+
+
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
     linked = converted(run, tmp_path / "linked", "--to", "coco")
     copied = converted(run, tmp_path / "copied", "--to", "coco", "--copy")
@@ -469,13 +486,14 @@ def test_hostile_class_names_are_harmless(tmp_path):
     with RunFolder(run, described) as folder:
         folder.add([rendered(k, SIZE) for k in range(2)], {})
         folder.rebuild()
-    out = converted(run, tmp_path / "out", "--to", "coco,voc,yolo-detect,yolo-seg,yolo-pose")
+    out = converted(run, tmp_path / "out", "--to", ",".join(set(EXPORT_FORMATS) - {"cityscapes", "deepfashion-mm"}))
     for kind in ("coco", "yolo-seg"):
         assert set(open_data(f"{kind}:{out}/{kind}", SIZE).thing_classes) == {*names, "person"}
     root = out / "voc" / "VOCdevkit" / "VOC2012"
     assert len((root / "labelmap.txt").read_text().splitlines()) == 2 + len(names) + len(("wall", "table", "person"))
     for path in (root / "Annotations").iterdir():
         assert {item.findtext("name") for item in ElementTree.parse(path).iterfind("object")} <= set(names)
+    assert set(names) < set(runpy.run_path(str(out / "mmseg" / "dataset.py"))["metainfo"]["classes"])
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
 

@@ -31,7 +31,7 @@ class DepthFormat(Format):
         """The folders of images and depths, and the paths inside of them of one image and its depth."""
 
 
-def test_split(split: str, plan: ExportPlan) -> str:
+def published_split(split: str, plan: ExportPlan) -> str:
     """What the originals call a split: without one of its own for tests, that is the one to validate on."""
     return "test" if split == "val" and "test" not in plan.splits else split
 
@@ -40,11 +40,11 @@ class NyuFormat(DepthFormat):
     steps = 1000.0
 
     def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
-        root = "sync" if split == "train" else f"official_splits/{test_split(split, plan)}"
+        root = "sync" if split == "train" else f"official_splits/{published_split(split, plan)}"
         return (root, root), f"/{SCENE}/rgb_{name}.{ending}", f"/{SCENE}/sync_depth_{name}.png"
 
     def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        lists = {f"{test_split(split, plan)}_list.txt": _lines(samples, split, "nyu") for split in plan.splits}
+        lists = {f"{published_split(split, plan)}_list.txt": _lines(samples, split, "nyu") for split in plan.splits}
         return {**lists, "nyu_class_list.json": [json.dumps([SCENE]).encode()]}
 
 
@@ -55,7 +55,9 @@ class KittiFormat(DepthFormat):
         return ("input/", "gt_depth/"), f"{SCENE}/{name}.{ending}", f"{SCENE}/{name}.png"
 
     def shared(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        return {f"kitti_eigen_{test_split(split, plan)}.txt": _lines(samples, split, "kitti") for split in plan.splits}
+        return {
+            f"kitti_eigen_{published_split(split, plan)}.txt": _lines(samples, split, "kitti") for split in plan.splits
+        }
 
 
 class VirtualKittiFormat(DepthFormat):
