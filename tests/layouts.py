@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -299,6 +301,62 @@ def celebamask(root: Path) -> None:
     text(root / "CelebA-HQ-to-CelebA-mapping.txt", f"idx orig_idx orig_file\n{rows}")
 
 
+def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def labelme(root: Path) -> None:
+    for k, view in enumerate(views()):
+        save(root / f"scene {k}.jpg", view.image[:80], quality=95)
+        shapes: list[dict] = [{"label": "ball", "points": [[1, 1]], "shape_type": "point", "flags": {}}]
+        for number, kind, mask in things_of(view):
+            left, top, right, bottom = bounds(mask[:80])
+            shape = {"label": world.THINGS[kind], "group_id": None if number % 2 else number, "shape_type": "mask"}
+            if number % 3 == 1:
+                corners = [[left, top], [right, top], [right, bottom], [left, bottom]]
+                shape |= {"shape_type": "polygon", "points": corners}
+            elif number % 3 == 2:
+                shape |= {"shape_type": "rectangle", "points": [[right, bottom], [left, top]]}
+            else:
+                buffer = io.BytesIO()
+                Image.fromarray(np.where(mask[top:bottom, left:right], 255, 0).astype(np.uint8)).save(buffer, "PNG")
+                inner = base64.b64encode(buffer.getvalue()).decode()
+                shape |= {"points": [[left, top], [right - 1, bottom - 1]], "mask": inner}
+            shapes.append(shape)
+        document = {"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": f"scene {k}.jpg"}
+        document |= {"imageData": None, "imageHeight": 80, "imageWidth": SIDE}
+        text(root / f"scene {k}.json", json.dumps(document))
+
+
+def cvat(root: Path) -> None:
+    entries = []
+    for k, view in enumerate(views()):
+        save(root / "images" / "day" / f"{k}.png", view.image[:80])
+        rows = ['<tag label="ball" source="manual"></tag>']
+        for number, kind, mask in things_of(view):
+            left, top, right, bottom = bounds(mask[:80])
+            label = f'label="{world.THINGS[kind]}" occluded="0" z_order="{number}"'
+            if number % 2:
+                rows.append(f'<box {label} xtl="{left}" ytl="{top}" xbr="{right}" ybr="{bottom}"></box>')
+            else:
+                inner = mask[top:bottom, left:right].ravel()
+                ends = np.flatnonzero(np.diff(np.concatenate([[False], inner])))
+                runs = np.diff(np.concatenate([[0], ends, [inner.size]]))
+                size = f'left="{left}" top="{top}" width="{right - left}" height="{bottom - top}"'
+                rows.append(f'<mask {label} rle="{", ".join(map(str, runs))}" {size}></mask>')
+        entries.append(f'<image id="{k}" name="day/{k}.png" width="{SIDE}" height="80">' + "".join(rows) + "</image>\n")
+    labels = "".join(f"<label><name>{name}</name><color>#fa3253</color></label>" for name in world.THINGS)
+    meta = f"<meta><task><name>scenes</name><labels>{labels}</labels></task></meta>"
+    text(
+        root / "annotations.xml",
+        f'<?xml version="1.0" encoding="utf-8"?>\n<annotations><version>1.1</version>{meta}\n'
+        + "".join(entries)
+        + "</annotations>\n",
+    )
+
+
 def run(root: Path) -> None:
     with RunFolder(root, document(COUNT, SIDE)) as opened:
         samples = [rendered(index, SIDE) for index in (0, 3, 4)]  # with a person each
@@ -321,10 +379,12 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "yolo-seg": ("yolo-seg", yolo, ("semantic", "instance", "open-vocabulary")),
     "mask": ("mask", masks, ("semantic", "open-vocabulary")),
     "celebamask-hq": ("celebamask-hq", celebamask, ("semantic", "open-vocabulary")),
+    "labelme": ("labelme", labelme, ("semantic", "instance", "open-vocabulary")),
+    "cvat": ("cvat", cvat, ("semantic", "instance", "open-vocabulary")),
     "run": ("run", run, ("semantic", "instance", "open-vocabulary", "depth", "pose")),
     "folder": ("folder", folder, ("semantic", "open-vocabulary", "depth")),
     "hf": ("hf", hf, ("semantic", "open-vocabulary", "depth")),
 }
 
 # readers of truth that another reader, too, has: no test teaches a decoder by them
-UNTAUGHT = ("mask", "celebamask-hq")
+UNTAUGHT = ("mask", "celebamask-hq", "labelme", "cvat")

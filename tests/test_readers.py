@@ -2,6 +2,7 @@
 of bad data by name.
 """
 
+import base64
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.scenes import world
 from datasetdm_fast.truth import framing
 from datasetdm_fast.truth.labelled import Picture
 
@@ -203,6 +205,37 @@ def test_binary_masks_are_read_whatever_their_file_holds(copied):
     save(path, np.random.default_rng(0).integers(0, 255, (80, SIDE, 3), np.uint8))
     with pytest.raises(Refused, match="its pixels have colours"):
         open_data(address, SIZE)[0]
+
+
+@pytest.mark.parametrize("name", ["labelme", "cvat"])
+def test_outlines_of_programs_become_masks(copied, name):
+    root, address = copied(name)
+    source = open_data(address, SIDE)
+    for item, view in zip(source, views()):
+        wide = Image.fromarray(view.image[:80]).crop((8, 0, 88, 80)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(wide).astype(int) - item.image).mean() < 4
+        shown = [world.THINGS[kind] for _, kind, mask in things_of(view) if mask[:80, 8:88].any()]
+        assert sorted(source.thing_classes[k] for k in item.mask_classes) == sorted(shown)
+    if name == "labelme":
+        path = root / "scene 0.json"
+        photo = (root / "scene 0.jpg").read_bytes()
+        (root / "scene 0.jpg").unlink()
+        circle = {"label": "ball", "points": [[40, 40], [40, 50]], "shape_type": "circle", "group_id": 7}
+        parts = [circle, circle | {"points": [[70, 40], [70, 50]]}, circle | {"label": "__ignore__"}]
+        rewrite(path, lambda found: found.update(shapes=parts, imageData=base64.b64encode(photo).decode()))
+    else:
+        parts = (
+            '<ellipse label="ball" cx="40" cy="40" rx="10" ry="10" group_id="7"/><polygon group_id="7" label="ball" '
+            'points="60,40;70,30;80,40;70,50"/><box label="ignore" xtl="30" ytl="35" xbr="50" ybr="45" rotation="90"/>'
+        )
+        path = root / "annotations.xml"
+        path.write_text(
+            re.sub(r'(day/0.png"[^>]*>).*?</image>', lambda found: f"{found[1]}{parts}</image>", path.read_text())
+        )
+    item = open_data(address, 80)[0]
+    areas = {"labelme": (2 * np.pi * 100, np.pi * 100), "cvat": (np.pi * 100 + 200, 200)}[name]
+    assert item.masks.sum() == pytest.approx(areas[0], rel=0.05) and len(item.masks) == 1
+    assert item.crowds.sum() == pytest.approx(areas[1], rel=0.08) and (item.semantic[item.crowds[0]] == 1).any()
 
 
 def test_faces_are_drawn_part_by_part_and_split_as_celeba_is(copied):
@@ -697,6 +730,31 @@ BAD = {
         False,
     ),
     "no label of any image": ("yolo-seg", "labels/train", lambda p: [path.unlink() for path in p.iterdir()], False),
+    "a path that leads out": ("labelme", "scene 1.json", replaced("scene 1.jpg", "../secret.jpg"), True),
+    "a label nobody listed": (
+        "cvat",
+        "annotations.xml",
+        replaced('<tag label="ball"', '<box xtl="1" ytl="1" xbr="5" ybr="5" label="secret"'),
+        False,
+    ),
+    "a mask that is no picture": (
+        "labelme",
+        "scene 1.json",
+        lambda p: rewrite(
+            p,
+            lambda found: found["shapes"].append(
+                found["shapes"][0] | {"points": [[0, 0], [9, 9]], "shape_type": "mask", "mask": "////"}
+            ),
+        ),
+        True,
+    ),
+    "a mask of another picture": (
+        "mask",
+        "DIS-TR/gt/1#Sports#1#Ball#0123.png",
+        lambda p: save(p, np.zeros((9, 9), np.uint8)),
+        True,
+    ),
+    "a face whose parts are not there": ("celebamask-hq", "CelebAMask-HQ-mask-anno/1", shutil.rmtree, False),
     "an empty class list": ("folder", "classes.txt", lambda p: p.write_text("\n"), False),
 }
 
@@ -716,7 +774,7 @@ def test_bad_data_is_named_and_refused_or_skipped(copied, what):
         source = open_data(address, SIZE, skip_bad=True)
         assert len(list(source)) == COUNT - 1 and len(source.skipped) == 1
         [(skipped, reason)] = source.skipped.items()
-        assert reason == cause and (Path(skipped).suffix in (".jpg", ".png", ".webp") or skipped == "image 2")
+        assert reason == cause and (Path(skipped).suffix in (".jpg", ".png", ".webp", ".json") or skipped == "image 2")
         with pytest.raises(Refused):
             source[1]
 

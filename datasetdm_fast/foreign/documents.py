@@ -165,7 +165,7 @@ def read_yaml(path: Path) -> Any:
         ) from error
 
 
-def read_xml(path: Path) -> ElementTree.Element:
+def read_xml(path: Path, *, most: int = LARGEST_XML) -> ElementTree.Element:
     """The root element of an XML file; a document type, and with it every entity, is refused."""
     builder, parser, depth = ElementTree.TreeBuilder(), expat.ParserCreate(), 0
 
@@ -186,7 +186,7 @@ def read_xml(path: Path) -> ElementTree.Element:
 
     parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = start, end, builder.data
     parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = parser.ExternalEntityRefHandler = refuse
-    data = storage.read(path, LARGEST_XML)
+    data = storage.read(path, most)
     try:
         parser.Parse(data, True)
         return builder.close()

@@ -12,10 +12,12 @@ from datasetdm_fast.readers import demo
 from datasetdm_fast.readers.celebamask import CelebAMask
 from datasetdm_fast.readers.cityscapes import Cityscapes
 from datasetdm_fast.readers.coco import Coco
+from datasetdm_fast.readers.cvat import Cvat
 from datasetdm_fast.readers.deepfashion import DeepFashion
 from datasetdm_fast.readers.folder import Folder
 from datasetdm_fast.readers.hf import HuggingFace
 from datasetdm_fast.readers.kitti import Kitti
+from datasetdm_fast.readers.labelme import LabelMe
 from datasetdm_fast.readers.lvis import Lvis
 from datasetdm_fast.readers.mask import Masks
 from datasetdm_fast.readers.nyu import Nyu
@@ -42,6 +44,8 @@ READERS = {
     "deepfashion-mm": DeepFashion,
     "celebamask-hq": CelebAMask,
     "yolo-seg": Yolo,
+    "labelme": LabelMe,
+    "cvat": Cvat,
     "mask": Masks,
     "folder": Folder,
     "hf": HuggingFace,

@@ -17,8 +17,8 @@ from datasetdm_fast.labels import mask_rle
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource, largest
+from datasetdm_fast.truth.shapes import MOST_CORNERS, rasterised
 
-MOST_CORNERS = 100_000  # of all polygons of one thing
 IMAGE_FORM = {"id": int, "height": int, "width": int}
 ANNOTATION_FORM = {"id": int, "image_id": int, "category_id": int}
 
@@ -293,12 +293,3 @@ def _mask_maker(segmentation: Any, shape: tuple[int, int]):
         ):
             raise ValueError("a polygon far outside its image")
     return partial(rasterised, segmentation, shape)
-
-
-def rasterised(polygons: Sequence[Sequence[float]], shape: Sequence[int]) -> np.ndarray:
-    """[H, W] bool inside any of the polygons (x, y, x, y, ...), filled as pycocotools fills them."""
-    from pycocotools import mask as coco_mask
-
-    height, width = shape[:2]
-    drawn = coco_mask.merge(coco_mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width))
-    return mask_rle.decode(drawn)

@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.readers.coco import rasterised
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
+from datasetdm_fast.truth.shapes import rasterised
 
 
 class Yolo(PictureSource):

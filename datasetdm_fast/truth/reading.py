@@ -44,7 +44,13 @@ def colour_image(
 
     Where EXIF says to turn it, `turned` chooses between the picture as stored and as shown.
     """
-    image = images.read_image(path, most_pixels=MOST_PIXELS)
+    return colours(path, images.read_image(path, most_pixels=MOST_PIXELS), turned)
+
+
+def colours(
+    path: Path, image: Image.Image, turned: Callable[[Path, Image.Image, Image.Image], Image.Image] | None = None
+) -> np.ndarray:
+    """The same of a decoded picture, which messages call by its path."""
     check_sides(path, image.size)
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1"):
         raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
