@@ -25,7 +25,7 @@ from datasetdm_fast.version import __version__
 
 LIBRARIES = (
     "torch diffusers transformers accelerate safetensors tokenizers numpy scipy pillow pycocotools pyyaml tqdm triton "
-    "onnx onnxruntime onnxruntime-gpu onnxscript openvino tensorrt tensorrt-rtx ray openai datasets"
+    "onnx onnxruntime onnxruntime-gpu onnxscript openvino tensorrt tensorrt-rtx ray openai pyarrow"
 ).split()
 PATIENCE = 180.0  # seconds for one process
 COUNTED = 200_000  # files of a cache looked at

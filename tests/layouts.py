@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
+from pyarrow import ipc, parquet
 from rendered import document, rendered
 
 from datasetdm_fast.decoders.config import COCO_JOINTS
@@ -251,34 +253,60 @@ def folder(root: Path) -> None:
     text(root / "captions.json", json.dumps({f"scene {k}": view.caption for k, view in enumerate(views())}))
 
 
-def hf(root: Path) -> None:
-    import datasets
+def hf_table() -> pa.Table:
+    """Rows as Hugging Face stores them, with the bytes of pictures inside and what the columns are in the schema."""
+    columns: dict[str, list] = {"image": [], "label": [], "depth": [], "text": []}
+    for view in views():
+        depth = np.round(view.depth[:80] * 1000).astype(np.uint16)
+        for name, pixels, kind in (
+            ("image", view.image[:80], "JPEG"),
+            ("label", view.semantic[:80], "PNG"),
+            ("depth", depth, "PNG"),
+        ):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}))
+            columns[name].append({"bytes": buffer.getvalue(), "path": f"{name}.{kind.lower()}"})
+        columns["text"].append(view.caption)
+    features: dict[str, dict] = {name: {"_type": "Image"} for name in ("image", "label", "depth")}
+    features |= {"text": {"dtype": "string", "_type": "Value"}}
+    return pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
-    def pictures(name: str, suffix: str) -> list[str]:
-        return [str(root.parent / f"hf_files/{name}{k}.{suffix}") for k in range(COUNT)]
 
-    for view, image, label, depth in zip(
-        views(), pictures("image", "jpg"), pictures("label", "png"), pictures("depth", "png")
-    ):
-        save(Path(image), view.image[:80])
-        save(Path(label), view.semantic[:80])
-        save(Path(depth), np.round(view.depth[:80] * 1000).astype(np.uint16))
-    columns = {
-        "image": pictures("image", "jpg"),
-        "label": pictures("label", "png"),
-        "depth": pictures("depth", "png"),
-        "text": [v.caption for v in views()],
-    }
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.Image(),
-            "depth": datasets.Image(),
-            "text": datasets.Value("string"),
-        }
-    )
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns, features=features)}).save_to_disk(str(root))
+def id2label(root: Path) -> None:
     text(root / "id2label.json", json.dumps({str(k): name for k, name in enumerate(world.CLASSES)}))
+
+
+def hf(root: Path) -> None:
+    (root / "train").mkdir(parents=True)
+    table = hf_table()
+    with ipc.new_stream(str(root / "train" / "data-00000-of-00001.arrow"), table.schema) as file:
+        file.write_table(table)
+    text(root / "train" / "state.json", json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    text(root / "dataset_dict.json", json.dumps({"splits": ["train"]}))
+    id2label(root)
+
+
+def hf_parquet(root: Path) -> None:
+    (root / "data").mkdir(parents=True)
+    table = hf_table()
+    for k, rows in enumerate((table.slice(0, 2), table.slice(2))):
+        parquet.write_table(rows, root / "data" / f"train-{k:05d}-of-00002.parquet", row_group_size=1)
+    id2label(root)
+
+
+def hf_imagefolder(root: Path) -> None:
+    folder(root / "train")
+    rows = [
+        {
+            "file_name": f"images/scene {k}.png",
+            "mask_file_name": f"masks/scene {k}.png",
+            "depth_file_name": f"depth/scene {k}.png",
+            "text": view.caption,
+        }
+        for k, view in enumerate(views())
+    ]
+    text(root / "train" / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    (root / "train" / "classes.txt").rename(root / "classes.txt")
 
 
 def masks(root: Path) -> None:
@@ -384,7 +412,9 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "run": ("run", run, ("semantic", "instance", "open-vocabulary", "depth", "pose")),
     "folder": ("folder", folder, ("semantic", "open-vocabulary", "depth")),
     "hf": ("hf", hf, ("semantic", "open-vocabulary", "depth")),
+    "hf-parquet": ("hf", hf_parquet, ("semantic", "open-vocabulary", "depth")),
+    "hf-imagefolder": ("hf", hf_imagefolder, ("semantic", "open-vocabulary", "depth")),
 }
 
 # readers of truth that another reader, too, has: no test teaches a decoder by them
-UNTAUGHT = ("mask", "celebamask-hq", "labelme", "cvat")
+UNTAUGHT = ("hf-parquet", "hf-imagefolder", "mask", "celebamask-hq", "labelme", "cvat")

@@ -13,7 +13,6 @@ REASONS = {
     "no compiler with AddressSanitizer": "machines without one",
     "the fault library is preloaded as Linux does it": "other systems than Linux",
     "memory is read from /proc": "the same",
-    "the library `datasets` is not installed": "until `make consumers` installs the libraries of our users",
     "pyarrow is not installed": "platforms without it",
     "ray is not installed": "platforms without Ray",
     "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",

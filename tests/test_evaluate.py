@@ -1,6 +1,5 @@
 """python -m datasetdm_fast.evaluate on real layouts: figures, intervals, tables, and what it refuses."""
 
-import importlib.util
 import json
 
 import pytest
@@ -55,8 +54,6 @@ def run(capsys, *flags) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("name", ["coco", "voc", "kitti", "folder", "hf"])
 def test_real_layouts_are_evaluated(decoders, tmp_path, capsys, name):
-    if name == "hf" and importlib.util.find_spec("datasets") is None:
-        pytest.skip("the library `datasets` is not installed")
     kind, make, tasks = LAYOUTS[name]
     make(tmp_path / "data")
     address = f"{kind}:{tmp_path / 'data'}[train]"

@@ -3,7 +3,6 @@ of bad data by name.
 """
 
 import base64
-import importlib.util
 import json
 import os
 import re
@@ -15,12 +14,14 @@ import numpy as np
 import pytest
 from layouts import COUNT, LAYOUTS, SIDE, UNTAUGHT, save, things_of, views
 from PIL import Image
+from pyarrow import parquet
 from rendered import document
 
 from datasetdm_fast import filter
 from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign.json_stream import JsonStream
+from datasetdm_fast.labels.image_files import with_text
 from datasetdm_fast.readers import PRESETS, DataSettings, Selection, open_data
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.reader import open_run
@@ -30,7 +31,6 @@ from datasetdm_fast.truth.labelled import Picture
 
 SIZE = 64
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
-HAS_DATASETS = importlib.util.find_spec("datasets") is not None
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +39,6 @@ def made(tmp_path_factory):
     roots: dict[str, Path] = {}
 
     def make(name: str) -> Path:
-        if name == "hf" and not HAS_DATASETS:
-            pytest.skip("the library `datasets` is not installed")
         if name not in roots:
             roots[name] = tmp_path_factory.mktemp(name) / "data"
             LAYOUTS[name][1](roots[name])
@@ -884,11 +882,11 @@ def test_a_bad_image_met_while_selecting_is_skipped_or_refused(copied):
 ROUNDS = 500 if IS_LONG else 20
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "hf"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_mutilated_files_are_read_or_refused_and_nothing_else(copied, name):
     root, address = copied(name)
     random = np.random.default_rng(sum(map(ord, name)))
-    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    paths = sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
     small = [path for path in paths if path.suffix in (".json", ".txt", ".yaml", ".xml")]
     refused = 0
     for _ in range(ROUNDS):
@@ -960,7 +958,7 @@ def test_places_that_are_no_data_set_are_refused(spec):
         open_data(spec, SIZE)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "hf"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_folder_nobody_may_look_into_is_refused(copied, name):
     root, address = copied(name)
     user = os.geteuid()
@@ -983,10 +981,52 @@ def test_a_folder_nobody_may_look_into_is_refused(copied, name):
 def test_a_missing_library_is_said(monkeypatch, tmp_path):
     import sys
 
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(Missing, match="datasets") as stop:
+    (tmp_path / "train-0.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(Missing, match="pyarrow") as stop:
         open_data(f"hf:{tmp_path}", SIZE)
     assert stop.value.exit_code == 3 and "[hf]" in stop.value.remedy
+
+
+def test_classes_units_and_splits_of_hugging_face_folders_are_read_where_they_stand(copied):
+    root, address = copied("hf-imagefolder")
+    shutil.copytree(root / "train", root / "val")
+    for path in (root / "val" / "depth").iterdir():
+        path.write_bytes(with_text(path.read_bytes(), "depth unit", "1/256 metre"))
+    near, far = (open_data(f"{address}[{split}]", SIZE)[0].depth for split in ("train", "val"))
+    assert near.max() < 10 and far[far > 0].min() > 3
+    (root / "metadata.csv").write_text("file_name,label_file_name\nval/images/scene 1.png,val/masks/scene 1.png\n")
+    for split in ("train", "val"):
+        (root / split / "metadata.jsonl").unlink()
+    source = open_data(f"{address}[val]", SIZE, selection=Selection(images=("val/images/scene 1.png",)))
+    assert source.tasks == ("semantic", "open-vocabulary") and len(source) == 1
+    assert (source[0].semantic == open_data(f"folder:{made_of(root)}", SIZE)[1].semantic).all()
+    with pytest.raises(Refused, match="no split 'test'"):
+        open_data(f"{address}[test]", SIZE)
+    (root / "metadata.csv").write_text("file_name,label_file_name\nval/images/scene 1.png,../secret.png\n")
+    with pytest.raises(Refused, match="leads out"):
+        open_data(f"{address}[val]", SIZE)[0]
+
+
+def made_of(root: Path) -> Path:
+    """The plain folder inside of an image folder."""
+    shutil.copy(root / "classes.txt", root / "val" / "classes.txt")
+    return root / "val"
+
+
+def test_class_names_stand_in_the_features_of_a_table(copied):
+    root, address = copied("hf-parquet")
+    names = json.loads((root / "id2label.json").read_text()).values()
+    (root / "id2label.json").unlink()
+    with pytest.raises(Refused, match="id2label.json"):
+        open_data(address, SIZE)
+    feature = {"feature": {"feature": {"names": list(names), "_type": "ClassLabel"}, "_type": "List"}, "_type": "List"}
+    path = min((root / "data").glob("*.parquet"))
+    table = parquet.read_table(path)
+    parquet.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"label": feature}}})}), path
+    )
+    assert open_data(address, SIZE).classes == tuple(names) == world.CLASSES
 
 
 def test_a_damaged_hugging_face_folder_is_refused(copied):

@@ -1,7 +1,6 @@
 """The command that teaches: from every layout, interrupted in every way, in several processes, and on bad input."""
 
 import errno
-import importlib.util
 import json
 import os
 import signal
@@ -113,8 +112,6 @@ def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in UNTAUGHT])
 def test_it_learns_from_every_layout(run, tmp_path, tmp_path_factory, captures, name):
-    if name == "hf" and importlib.util.find_spec("datasets") is None:
-        pytest.skip("the library `datasets` is not installed")
     kind, write, tasks = LAYOUTS[name]
     write(tmp_path / "data")
     assert run("--data", f"{kind}:{tmp_path / 'data'}", "--task", tasks[0], "--steps", "2", "--quiet") == 0

@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.labels.depth import LARGEST_STEP, UNITS, unit_of
+from datasetdm_fast.labels.depth import UNITS, unit_of
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import IGNORED, Picture
 from datasetdm_fast.truth.pictures import PictureSource
@@ -38,7 +38,7 @@ class Folder(PictureSource):
                 )
             self.thing_classes = reading.without_background(self.classes)
         if has_depth:
-            self.max_depth = _metres(path / "max_depth.txt")
+            self.max_depth = reading.farthest_depth(path / "max_depth.txt")
             self.depth_steps = UNITS[unit_of(self.max_depth)]
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
         captions = path / "captions.json"
@@ -62,16 +62,3 @@ class Folder(PictureSource):
         if not isinstance(caption, str):
             raise reading.bad(self.path / "captions.json", f"the caption of {name} is no text")
         return Picture(name, image, caption, labels, depth=depth)
-
-
-def _metres(path: Path) -> float:
-    """The farthest depth that counts; 10 m, as indoors, where the file is not there."""
-    if not path.exists():
-        return 10.0
-    try:
-        metres = float(reading.lines(path)[0])
-    except ValueError:
-        metres = 0.0
-    if not 0 < metres <= LARGEST_STEP:
-        raise reading.bad(path, f"no number of metres up to {LARGEST_STEP}, what 16 bits hold")
-    return metres

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.labels.depth import LARGEST_STEP
 from datasetdm_fast.truth.labelled import IGNORED
 
 LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
@@ -227,3 +228,16 @@ def without_background(classes: Sequence[str]) -> tuple[str, ...]:
 def photo_of(names: Sequence[str]) -> str:
     """Upstream's prompt, for every class there is instead of a random one."""
     return "a photo of " + ", ".join(f"a {name.replace('_', ' ')}" for name in names) if names else "a photo"
+
+
+def farthest_depth(path: Path) -> float:
+    """The farthest depth that counts; 10 m, as indoors, where the file is not there."""
+    if not path.exists():
+        return 10.0
+    try:
+        metres = float(lines(path)[0])
+    except ValueError:
+        metres = 0.0
+    if not 0 < metres <= LARGEST_STEP:
+        raise bad(path, f"no number of metres up to {LARGEST_STEP}, what 16 bits hold")
+    return metres
