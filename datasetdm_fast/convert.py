@@ -78,13 +78,14 @@ def _opened(settings: ExportSettings, folder: Path) -> Conversion:
 def _passing(path: Path, where: str) -> frozenset[int]:
     """The samples of a run for which a condition on scores holds."""
     from datasetdm_fast.curation import filtering
+    from datasetdm_fast.run_folder.score_table import passing
 
     run = filtering.check(path)
     if filtering.count_missing(run, ()):
         raise Refused(
             f"--where: samples of {path} are not scored", f"Score them with: python -m datasetdm_fast.filter {path}"
         )
-    return frozenset(filtering.passing(run, where).kept)
+    return frozenset(passing(path, where).kept)
 
 
 def _say(settings: ExportSettings, line: str) -> None:

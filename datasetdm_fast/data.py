@@ -107,14 +107,18 @@ class AttentionSums:
         return AttentionSums(self.cells / calls, self.tokens / calls)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SemanticMap:
     labels: np.ndarray  # [H, W] uint8, 255 = ignore
     confidence: np.ndarray  # [H, W] float32, 0..1
     classes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        shown = [self.classes[k] for k in np.unique(self.labels) if k < len(self.classes)]
+        return f"<SemanticMap {_sides(self.labels)}: {', '.join(shown)}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Instances:
     masks: np.ndarray  # [N, H, W] bool
     class_ids: np.ndarray  # [N] int64, index into classes
@@ -122,20 +126,31 @@ class Instances:
     classes: tuple[str, ...]
     ids: np.ndarray | None = None  # [N] int64, in the run's COCO file; None: numbered there in order
 
+    def __repr__(self) -> str:
+        shown = [f"{self.classes[k]} {score:.2f}" for k, score in zip(self.class_ids, self.scores)]
+        return f"<Instances {_sides(self.masks)}: {', '.join(shown) or 'none'}>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class DepthMap:
     metres: np.ndarray  # [H, W] float32
     max_depth: float
 
+    def __repr__(self) -> str:
+        return f"<DepthMap {_sides(self.metres)}: {self.metres.min():.2f} to {self.metres.max():.2f} m>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Keypoints:
     points: np.ndarray  # [P, J, 3] float32: x, y in pixels, score 0..1
     visibility: np.ndarray  # [P, J] int: 2 visible, 1 labelled but hidden, 0 absent (COCO)
     scores: np.ndarray  # [P] float32
     joints: tuple[str, ...]
     limbs: tuple[tuple[int, int], ...] = ()
+
+    def __repr__(self) -> str:
+        seen = [f"{int((visible > 0).sum())} of {len(self.joints)} joints" for visible in self.visibility]
+        return f"<Keypoints of {len(self.points)} people: {', '.join(seen) or 'none'}>"
 
 
 Annotation = SemanticMap | Instances | DepthMap | Keypoints
@@ -156,13 +171,17 @@ class Trust:
         return not self.reasons
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     request: Request
     image: np.ndarray  # [H, W, 3] uint8
     annotations: dict[str, Annotation]  # task -> label
     provenance: dict[str, Any] = field(default_factory=dict)
     trust: Trust | None = None  # None where nothing has judged its labels
+
+    def __repr__(self) -> str:
+        labels, request = ", ".join(self.annotations), self.request
+        return f"<Sample {_sides(self.image[..., 0])}: {request.prompt!r}, seed {request.seed}, labels {labels}>"
 
     @property
     def is_doubtful(self) -> bool:
@@ -175,3 +194,7 @@ class SetAside:
 
     request: Request
     reason: str
+
+
+def _sides(plane: np.ndarray) -> str:  # [..., H, W]
+    return " x ".join(map(str, plane.shape[:-3:-1]))

@@ -1,5 +1,7 @@
 """The three ways to say no; each carries the cause, the remedy and the exit code of the command that meets it."""
 
+from collections.abc import Collection
+
 
 class _Stop(Exception):
     exit_code = 1
@@ -30,3 +32,12 @@ class GateFailed(_Stop, RuntimeError):
 REFUSALS = {
     kind.__name__: kind for kind in (Refused, Missing, GateFailed)
 }  # by name, as one process passes them to another
+
+
+def nearest(word: str, known: Collection[str], before: str = "") -> str:
+    """' (did you mean X?)' where a known word starts like this one or is close to it, `before` put before X."""
+    import difflib
+
+    longer = [candidate for candidate in known if word and candidate.startswith(word)]
+    close = longer or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {before}{close[0]}?)" if close else ""

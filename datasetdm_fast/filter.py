@@ -53,8 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     if "where" in given and not config.where.strip():
         raise Refused("--where: nothing was given after it", "Write a condition, or drop the flag.")
     from datasetdm_fast.curation import filtering
-    from datasetdm_fast.curation.scores import SCORES
-    from datasetdm_fast.curation.where import parse_where
+    from datasetdm_fast.run_folder.score_table import SCORES
+    from datasetdm_fast.run_folder.where import parse_where
 
     if config.undo:
         return _undo(config)
@@ -103,12 +103,13 @@ def _undo(config: FilterConfig) -> int:
 
 def _keep(config: FilterConfig, run: Run) -> int:
     from datasetdm_fast.curation import filtering
+    from datasetdm_fast.run_folder.score_table import read_scores
 
     decided = filtering.decide(run, config.where)
     total = len(decided.kept) + len(decided.left_out)
     reasons = f"{config.run}/state/kept.json says why the others are not"
     _say(config, f"{len(decided.kept)} of {total} samples are kept; {reasons}")
-    table = filtering.read_scores(run, ())
+    table = read_scores(run.path, ())
     kept, every = set(decided.kept), Counter(word for words in table.classes for word in words)
     left = Counter(
         word for index, words in zip(table.indices, table.classes, strict=True) if index in kept for word in words
@@ -124,9 +125,9 @@ def _keep(config: FilterConfig, run: Run) -> int:
 def _show(config: FilterConfig, run: Run) -> int:
     """Histograms of all scores, and what a threshold at each bin leaves."""
     from datasetdm_fast.curation import filtering
-    from datasetdm_fast.curation.scores import SCORES
+    from datasetdm_fast.run_folder.score_table import SCORES, read_scores
 
-    table = filtering.read_scores(run)
+    table = read_scores(run.path)
     bins = {name: filtering.histogram(table, name) for name in SCORES}
     if config.json:
         print(json.dumps({name: [asdict(each) for each in found] for name, found in bins.items()}))

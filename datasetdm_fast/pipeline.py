@@ -18,10 +18,11 @@ from datasetdm_fast.generation import driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
 from datasetdm_fast.generation.prompts import check_classes
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
-from datasetdm_fast.labels import task_of
+from datasetdm_fast.labels import kind_of, task_of
 from datasetdm_fast.labels.names import by_task
+from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.run_folder.reader import Run, open_run
+from datasetdm_fast.run_folder.reader import SHOWN, Run, open_run
 from datasetdm_fast.stages import LEVELS
 
 if TYPE_CHECKING:
@@ -33,11 +34,22 @@ if TYPE_CHECKING:
 __all__ = ["Output", "Pipeline", "Run", "open_run"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Output:
     """Samples in the order of their prompts; a task that was not asked for is an empty list."""
 
     samples: list[Sample]
+
+    def __repr__(self) -> str:
+        return f"<Output of {len(self.samples)} samples>" + "".join(f"\n  {sample}" for sample in self.samples)
+
+    def _repr_html_(self) -> str:
+        pictures = []
+        for sample in self.samples[:SHOWN]:
+            pictures.append((sample.image, sample.request.prompt))
+            labels = sample.annotations.items()
+            pictures += [(kind_of(task).picture(label, sample.image), task) for task, label in labels]
+        return preview(pictures, f"{len(self.samples)} samples")
 
     @property
     def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8

@@ -16,14 +16,16 @@ from rendered import document, rendered, write_run
 from test_ledger import tree
 
 from datasetdm_fast import filter, generate, splice
-from datasetdm_fast.curation import filtering, scores, where
+from datasetdm_fast.curation import scores
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.run_folder import where
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.run_folder.score_table import SCORES, read_scores
 
 NUMBER = 10
 
@@ -48,7 +50,7 @@ def test_a_condition_keeps_some_and_deletes_nothing(run, capsys):
     before = {name: content for name, content in tree(run).items() if not name.startswith("gallery/index")}
     assert filter.main([str(run), "--where", "presence>=1", "--json", "--quiet"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    table = filtering.read_scores(open_run(run))
+    table = read_scores(run)
     passing = [index for index, value in zip(table.indices, table.values["presence"]) if value >= 1]
     assert facts["kept"] == len(passing) and facts["kept"] + facts["left_out"] == NUMBER
     assert [sample.row.request.index for sample in open_run(run, kept=True)] == passing
@@ -162,7 +164,7 @@ def test_splice_takes_only_what_is_kept(run, tmp_path, capsys):
 def test_histograms_count_every_sample_and_class(run, capsys):
     assert filter.main([str(run), "--json", "--quiet"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert set(shown) == set(scores.SCORES) and shown.pop("clip") == shown.pop("stability") == []
+    assert set(shown) == set(SCORES) and shown.pop("clip") == shown.pop("stability") == []
     for bins in shown.values():
         assert sum(each["samples"] for each in bins) == NUMBER == bins[0]["left"]
     words = [word for sample in open_run(run) for word in sample.classes]

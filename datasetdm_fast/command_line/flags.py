@@ -2,16 +2,15 @@
 
 import argparse
 import dataclasses
-import difflib
 import math
 import reprlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.config import RunConfig, flags_of
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.version import __version__
 
@@ -58,13 +57,6 @@ def parse(
         if (kind := field.metadata.get("output")) and getattr(config, field.name):
             check_output(_flag(field.name), getattr(config, field.name), kind)
     return config, set(values)
-
-
-def nearest(word: str, known: Collection[str], before: str = "") -> str:
-    """' (did you mean X?)' where a known word starts like this one or is close to it, `before` put before X."""
-    longer = [candidate for candidate in known if word and candidate.startswith(word)]
-    close = longer or difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {before}{close[0]}?)" if close else ""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,33 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.curation.clip import Clip
-from datasetdm_fast.curation.scores import HASH, NEAR, SCORES, nearest, scored
+from datasetdm_fast.curation.scores import nearest, scored
 from datasetdm_fast.curation.stability import Stability
-from datasetdm_fast.curation.where import parse_where
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder, keep
 from datasetdm_fast.run_folder.kept import Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.reader import Run, StoredSample
+from datasetdm_fast.run_folder.score_table import HASH, ScoreTable, passing
 from datasetdm_fast.run_folder.seal import ELSEWHERE
 
 BLOCK = 64  # samples whose scores are committed together
 BINS = 8  # of a histogram
-ABSENT = {  # a score that no sample has -> what to do about it
-    "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
-    "stability": "Add --stability, and the scores are made with the model of the run.",
-    "clip": "Add --clip DIR, the folder of a CLIP, and the scores are made.",
-}
-
-
-@dataclass(frozen=True)
-class ScoreTable:
-    """The scores of all samples of a run."""
-
-    indices: list[int]
-    classes: list[tuple[str, ...]]  # words of each prompt
-    values: dict[str, np.ndarray]  # score -> [N] float64, NaN where a sample has none
 
 
 @dataclass(frozen=True)
@@ -118,26 +104,6 @@ def _add_distances(ledger: Ledger) -> None:
     ledger.add_scores([(index, "distance", distance) for (index, _), distance in pairs])
 
 
-def read_scores(run: Run, names: Sequence[str] = tuple(SCORES)) -> ScoreTable:
-    """These scores of all samples."""
-    with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        indices, classes = (list(column) for column in zip(*ledger.class_words(), strict=True))
-        place = {index: k for k, index in enumerate(indices)}
-        values = {}
-        for name in names:
-            column = np.full(len(indices), np.nan)
-            found = [
-                (place[index], value)
-                for index, value in ledger.scores("distance" if name == "duplicate" else name)
-                if index in place and isinstance(value, (int, float))
-            ]
-            if found:
-                places, told = zip(*found, strict=True)
-                column[list(places)] = told
-            values[name] = np.where(np.isnan(column), column, column <= NEAR) if name == "duplicate" else column
-    return ScoreTable(indices, classes, values)
-
-
 def histogram(table: ScoreTable, name: str) -> list[Bin]:
     """Samples by a score, and how many of all and of each class a threshold at the begin of each bin leaves."""
     column = table.values[name]
@@ -167,22 +133,7 @@ def undo(run: Run) -> int:
 
 def decide(run: Run, where: str) -> Kept:
     """Writes down which samples of a run the condition keeps, and why not the others."""
-    decided = passing(run, where)
+    decided = passing(run.path, where)
     run.close()
     keep(run.path, run.document, decided)
     return decided
-
-
-def passing(run: Run, where: str) -> Kept:
-    """Which samples of a run the condition keeps, and why not the others."""
-    condition, names = parse_where(where, tuple(SCORES))
-    table = read_scores(run, names)
-    for name in names:
-        if np.isnan(table.values[name]).all():
-            raise Refused(f"--where: no sample of {run.path} has the score {name}", ABSENT.get(name, "Leave it out."))
-    passes = condition.passes(table.values)
-    return Kept(
-        where,
-        tuple(index for index, is_kept in zip(table.indices, passes, strict=True) if is_kept),
-        {table.indices[k]: condition.reason(table.values, k) for k in np.flatnonzero(~passes).tolist()},
-    )

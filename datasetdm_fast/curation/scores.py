@@ -6,23 +6,9 @@ from PIL import Image
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.trust import NamedMap, named_map, pairs
 from datasetdm_fast.run_folder.reader import StoredSample
+from datasetdm_fast.run_folder.score_table import BITS, HASH
 
-HASH = "hash"  # a score that nobody can compare with a number
-NEAR = 2  # bits by which the hashes of duplicates differ at most
-BITS = 64
 LEAST_SHARE = 1 / 500  # of the pixels: a class that fills less of a map is not shown
-
-SCORES = {  # name -> what it says
-    "score": "mean confidence of the decoders in their labels, 0 to 1",
-    "trust": "1 where the labels fit the prompt and one another, 0 where the sample is doubtful",
-    "agreement": "share of the pixels of things that two kinds of labels call by one name, 0 to 1",
-    "presence": "share of the classes named by the prompt that the labels show, 0 to 1",
-    "sharpness": "variance of the Laplacian of the image's brightness, 0 to 255",
-    "distance": f"bits, of {BITS}, by which the image's hash differs from the nearest of a sample before it",
-    "duplicate": f"1 where that distance is at most {NEAR}, else 0",
-    "stability": "share of the pixels of things that the decoders call the same under two other noises, 0 to 1",
-    "clip": "cosine of image and prompt by the CLIP of --clip",
-}
 
 
 def scored(sample: StoredSample) -> dict[str, float | int | None]:

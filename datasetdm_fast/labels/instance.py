@@ -40,6 +40,12 @@ def outlined(record: Any, table: Table, paths: list[str]) -> list[list[Any]]:
     ]
 
 
+def _corners(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a mask, all 0 where it is empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
+
+
 def _taken(label: Instances, chosen: Sequence[int]) -> Instances:
     """Some of the instances, in this order."""
     order = np.array(chosen, np.int64)
@@ -102,7 +108,8 @@ class InstanceKind(LabelKind):
         return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]), numbers)
 
     def arrays(self, label: Instances) -> dict[str, np.ndarray]:
-        return {"masks": label.masks, "labels": label.class_ids + 1, "scores": label.scores}
+        boxes = np.array([_corners(mask) for mask in label.masks], np.float32).reshape(-1, 4)
+        return {"masks": label.masks, "boxes": boxes, "labels": label.class_ids + 1, "scores": label.scores}
 
     def picture(self, label: Instances, image: np.ndarray) -> Image.Image:
         sure = label.scores >= SHOWN_SCORE

@@ -1,5 +1,8 @@
 """Pictures of labels: coloured depth, mask outlines, painted masks and skeletons."""
 
+import base64
+import html
+import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,6 +14,7 @@ from datasetdm_fast.labels.colours import colour
 
 DEPTH_SIDE = 256  # pixels of a coloured depth picture
 HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
+PREVIEW_SIDE = 160  # pixels of a picture in a notebook
 OUTLINE_SIDE = 256  # cells an outline is traced on at most
 KEPT_OUTLINES = 4096
 TOLERANCE = 1 / 260  # image widths an outline may be simplified by
@@ -30,6 +34,24 @@ def depth_picture(millimetres: np.ndarray) -> Image.Image:
     channels = [np.interp(place, np.arange(len(HEAT)), anchors[:, k]) for k in range(3)]
     image.putpalette(np.stack(channels, 1).round().astype(np.uint8).tobytes())
     return image
+
+
+def preview(pictures: Sequence[tuple[np.ndarray | Image.Image, str]], title: str = "") -> str:
+    """HTML of small pictures with a line below each, for a notebook; nothing in the lines can open a tag."""
+    cells = []
+    for picture, line in pictures:
+        shown = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+        shown = shown.convert("RGB")
+        shown.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        buffer = io.BytesIO()
+        shown.save(buffer, "JPEG", quality=85)
+        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        text = html.escape(line)
+        cells.append(
+            f'<figure style="display:inline-block;margin:4px;width:{PREVIEW_SIDE}px;vertical-align:top">'
+            f'<img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+        )
+    return f"<div>{html.escape(title)}<br>{''.join(cells)}</div>" if title else f"<div>{''.join(cells)}</div>"
 
 
 def outline(mask: np.ndarray) -> str:

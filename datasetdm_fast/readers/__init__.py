@@ -4,10 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.readers import demo
 from datasetdm_fast.readers.celebamask import CelebAMask
 from datasetdm_fast.readers.cityscapes import Cityscapes

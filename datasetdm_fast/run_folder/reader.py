@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -16,13 +17,19 @@ from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
+from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, most_samples, read_document, sides
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.score_table import passing
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OF_THINGS = "scores"  # what labels of things have, and labels of pixels have not
+SHOWN = 6  # samples in a notebook's view of a run
+Transform = Callable[[Any, Any], Any]  # image and label -> what the data set gives
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,15 @@ class StoredSample:
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
         with self._naming_damage():
             return np.array(images.read_image(self.folder / self.row.files["image"][0]))
+
+    def __repr__(self) -> str:
+        labels = ", ".join(self.row.labels)
+        return f"<StoredSample {self.id} of {self.folder}: {self.prompt!r}, seed {self.seed}, labels {labels}>"
+
+    def _repr_html_(self) -> str:
+        image = self.image
+        labels = [(kind_of(task).picture(self.label(task), image), task) for task in self.row.labels]
+        return preview([(image, f"{self.id}: {self.prompt}"), *labels])
 
     def __getattr__(self, name: str) -> Any:
         """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the label, None where the run did not make
@@ -152,13 +168,64 @@ class Run(AbstractContextManager):
         wanted = set(self._indices)
         return (row for row in self._rows().rows(parts=parts) if row.request.index in wanted)
 
-    def __getitem__(self, key: int | str) -> StoredSample:
-        """The sample at a position, or the one with an id such as "00000003"."""
+    @overload
+    def __getitem__(self, key: slice) -> Run: ...
+
+    @overload
+    def __getitem__(self, key: int | str) -> StoredSample: ...
+
+    def __getitem__(self, key: int | str | slice) -> StoredSample | Run:
+        """The sample at a position, the one with an id such as "00000003", or a run of those in a slice."""
+        if isinstance(key, slice):
+            return self._narrowed(self._indices[key])
         index = self._index(key)
         row = self._rows().row(index)
         if row is None:
             raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
         return StoredSample(row, self.path, self.document)
+
+    def _narrowed(self, indices: Sequence[int]) -> Run:
+        """The same run with only these samples; it has a connection of its own to the ledger."""
+        fewer = copy.copy(self)
+        fewer._ledger, fewer._indices = None, sorted(indices)
+        return fewer
+
+    def where(
+        self,
+        condition: str = "",
+        *,
+        classes: Sequence[str] = (),
+        trusted: bool | None = None,
+        test: Callable[[StoredSample], bool] | None = None,
+    ) -> Run:
+        """The samples that pass: a condition on scores as `filter --where` takes it, a prompt that names one of some
+        classes, labels to be trusted or not, and a test of each sample.
+        """
+        if isinstance(classes, str):
+            raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
+        chosen = self._indices
+        if condition:
+            passes = set(passing(self.path, condition).kept)
+            chosen = [index for index in chosen if index in passes]
+        if classes:
+            wanted = {row.request.index for row in self.rows(()) if set(classes) & set(row.request.classes)}
+            chosen = [index for index in chosen if index in wanted]
+        fewer = self._narrowed(chosen)
+        if trusted is None and test is None:
+            return fewer
+        left = [
+            sample.row.request.index
+            for sample in fewer
+            if trusted in (None, sample.trust.is_trusted) and (test is None or test(sample))
+        ]
+        return self._narrowed(left)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.path}: {len(self)} samples, labels {', '.join(self.tasks)}>"
+
+    def _repr_html_(self) -> str:
+        shown = [self[k] for k in range(min(len(self), SHOWN))]
+        return preview([(sample.image, f"{sample.id}: {sample.prompt}") for sample in shown], repr(self))
 
     def position(self, id: str) -> int:
         """The position of the sample with an id."""
@@ -176,13 +243,17 @@ class Run(AbstractContextManager):
         except IndexError:
             raise IndexError(f"{self.path}: position {key} is outside of {len(self)} samples") from None
 
-    def as_dataset(self, task: str) -> TaskDataset:
-        """The run as a map-style torch data set of (image, label) tensors for one task."""
-        if task not in self.tasks:
-            raise Refused(
-                f"{self.path}: has no labels for {task!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
-            )
-        return TaskDataset(self, task)
+    def as_dataset(self, task: str | Sequence[str], transform: Transform | None = None) -> TaskDataset:
+        """The run as a map-style torch data set: (image, label) for one task, (image, {task: label}) for several.
+
+        `transform` takes both and gives what the data set gives of them.
+        """
+        for one in (task,) if isinstance(task, str) else task:
+            if one not in self.tasks:
+                raise Refused(
+                    f"{self.path}: has no labels for {one!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
+                )
+        return TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
 
     def close(self) -> None:
         if self._ledger is not None:
@@ -195,28 +266,63 @@ class Run(AbstractContextManager):
 
 @dataclass(frozen=True)
 class TaskDataset:
-    """(image, label) pairs as torch tensors; a torch DataLoader takes it as it is.
+    """Pairs of image and label as torch tensors; with `collate`, a torch DataLoader batches every kind of them.
 
     Image [3, H, W] float32, 0..1. Label: semantic and open-vocabulary [H, W] int64; depth [H, W] float32 metres;
-    instance a dict with masks [N, H, W] bool, labels [N] int64 from 1, scores [N]; pose a dict with keypoints [P, J, 3]
-    (x, y, visibility) and scores [P].
+    instance a dict with masks [N, H, W] bool, boxes [N, 4] float32 (left, top, right, bottom), labels [N] int64 from
+    1, scores [N]; pose a dict with keypoints [P, J, 3] (x, y, visibility) and scores [P]. Of several tasks, a dict of
+    their labels.
     """
 
     run: Run
-    task: str
+    task: str | tuple[str, ...]
+    transform: Transform | None = None
 
     def __len__(self) -> int:
         return len(self.run)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor | dict[str, Tensor]]:
+    def __getitem__(self, position: int) -> Any:
         import torch
 
         sample = self.run[position]
         image = torch.from_numpy(sample.image).permute(2, 0, 1).float() / 255
-        parts = kind_of(self.task).arrays(sample.label(self.task))
-        if isinstance(parts, np.ndarray):
-            return image, torch.from_numpy(parts)
-        return image, {name: torch.from_numpy(value) for name, value in parts.items()}
+        labels = {task: _tensors(sample, task) for task in ((self.task,) if isinstance(self.task, str) else self.task)}
+        label = labels[self.task] if isinstance(self.task, str) else labels
+        return (image, label) if self.transform is None else self.transform(image, label)
+
+    @staticmethod
+    def collate(pairs: Sequence[Any]) -> Any:
+        """A batch: what has one shape in all pairs is stacked, what has not, such as the masks of instances, is a list
+        of one a pair; to be given to a DataLoader as `collate_fn`.
+        """
+        return _batched(list(pairs))
+
+
+def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
+    import torch
+
+    label = sample.label(task)
+    if label is None:
+        raise Refused(f"{sample.folder}: sample {sample.id} has no label {task!r}", "Leave it out with Run.where.")
+    parts = kind_of(task).arrays(label)
+    if isinstance(parts, np.ndarray):
+        return torch.from_numpy(parts)
+    return {name: torch.from_numpy(value) for name, value in parts.items()}
+
+
+def _batched(values: list[Any]) -> Any:
+    import torch
+
+    first = values[0]
+    if isinstance(first, dict) and OF_THINGS in first:
+        return values  # each image has its own number of them
+    if isinstance(first, dict):
+        return {name: _batched([value[name] for value in values]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_batched(list(column)) for column in zip(*values, strict=True))
+    if isinstance(first, torch.Tensor) and len({value.shape for value in values}) == 1:
+        return torch.stack(values)
+    return values
 
 
 def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:

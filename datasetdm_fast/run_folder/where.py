@@ -8,8 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from datasetdm_fast.command_line.flags import nearest
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.foreign import documents
 
 LONGEST = 2000  # characters

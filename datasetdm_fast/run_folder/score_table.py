@@ -1,0 +1,78 @@
+"""The scores that samples of a run folder were given, and the samples that a condition on them lets pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.run_folder.document import LEDGER
+from datasetdm_fast.run_folder.kept import Kept
+from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.where import parse_where
+
+HASH = "hash"  # a score that nobody can compare with a number
+NEAR = 2  # bits by which the hashes of duplicates differ at most
+BITS = 64  # of a hash
+SCORES = {  # name -> what it says
+    "score": "mean confidence of the decoders in their labels, 0 to 1",
+    "trust": "1 where the labels fit the prompt and one another, 0 where the sample is doubtful",
+    "agreement": "share of the pixels of things that two kinds of labels call by one name, 0 to 1",
+    "presence": "share of the classes named by the prompt that the labels show, 0 to 1",
+    "sharpness": "variance of the Laplacian of the image's brightness, 0 to 255",
+    "distance": f"bits, of {BITS}, by which the image's hash differs from the nearest of a sample before it",
+    "duplicate": f"1 where that distance is at most {NEAR}, else 0",
+    "stability": "share of the pixels of things that the decoders call the same under two other noises, 0 to 1",
+    "clip": "cosine of image and prompt by the CLIP of --clip",
+}
+ABSENT = {  # a score that no sample has -> what to do about it
+    "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
+    "stability": "Add --stability, and the scores are made with the model of the run.",
+    "clip": "Add --clip DIR, the folder of a CLIP, and the scores are made.",
+}
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The scores of all samples of a run."""
+
+    indices: list[int]
+    classes: list[tuple[str, ...]]  # words of each prompt
+    values: dict[str, np.ndarray]  # score -> [N] float64, NaN where a sample has none
+
+
+def read_scores(folder: Path, names: Sequence[str] = tuple(SCORES)) -> ScoreTable:
+    """These scores of all samples of a run folder."""
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        words = ledger.class_words()
+        indices, classes = [index for index, _ in words], [named for _, named in words]
+        place = {index: k for k, index in enumerate(indices)}
+        values = {}
+        for name in names:
+            column = np.full(len(indices), np.nan)
+            found = [
+                (place[index], value)
+                for index, value in ledger.scores("distance" if name == "duplicate" else name)
+                if index in place and isinstance(value, (int, float))
+            ]
+            if found:
+                places, told = zip(*found, strict=True)
+                column[list(places)] = told
+            values[name] = np.where(np.isnan(column), column, column <= NEAR) if name == "duplicate" else column
+    return ScoreTable(indices, classes, values)
+
+
+def passing(folder: Path, where: str) -> Kept:
+    """Which samples of a run folder the condition keeps, and why not the others."""
+    condition, names = parse_where(where, tuple(SCORES))
+    table = read_scores(folder, names)
+    for name in names:
+        if np.isnan(table.values[name]).all():
+            raise Refused(f"--where: no sample of {folder} has the score {name}", ABSENT.get(name, "Leave it out."))
+    passes = condition.passes(table.values)
+    return Kept(
+        where,
+        tuple(index for index, is_kept in zip(table.indices, passes, strict=True) if is_kept),
+        {table.indices[k]: condition.reason(table.values, k) for k in np.flatnonzero(~passes).tolist()},
+    )
