@@ -305,7 +305,7 @@ def test_an_interrupt_ends_with_130_and_leaves_the_parts_before(tmp_path):
         "--peers",
         "torch,ours",
         "--parts",
-        "layers,peers",
+        "peers",
         "--seconds",
         "60",
         "--out",
