@@ -39,23 +39,34 @@ def test_every_reason_is_on_the_list_and_every_entry_is_a_reason():
     assert all(skips.REASONS.values())
 
 
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("def test_it():\n    pytest.skip('a GPU is there')\n", 0),
-        ("def test_it():\n    pytest.skip('it is red today')\n", 1),
-        ("@pytest.mark.skip(reason='later')\ndef test_it(): pass\n", 1),
-        ("@pytest.fixture\ndef x():\n    pytest.skip('later')\n\ndef test_it(x): pass\n", 1),
-        ("@pytest.mark.xfail(reason='known')\ndef test_it():\n    raise ValueError\n", 0),
-        ("pytest.importorskip('no_such_library')\ndef test_it(): pass\n", 2),
-        ("pytest.skip('a GPU is there', allow_module_level=True)\ndef test_it(): pass\n", 5),
-    ],
+LISTED = (
+    "def test_it():\n    pytest.skip('a GPU is there')\n",
+    "@pytest.mark.xfail(reason='known')\ndef test_it():\n    raise ValueError\n",
 )
-def test_a_skip_for_another_reason_fails_the_run(tmp_path, text, code):
+UNLISTED = (
+    "def test_it():\n    pytest.skip('it is red today')\n",
+    "@pytest.mark.skip(reason='later')\ndef test_it(): pass\n",
+    "@pytest.fixture\ndef x():\n    pytest.skip('later')\n\ndef test_it(x): pass\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("texts", "code", "count"),
+    [
+        (LISTED, 0, "1 skipped, 1 xfailed"),
+        (UNLISTED, 1, "1 failed, 2 errors"),
+        (("pytest.importorskip('no_such_library')\ndef test_it(): pass\n",), 2, "1 error"),
+        (("pytest.skip('a GPU is there', allow_module_level=True)\ndef test_it(): pass\n",), 5, "1 skipped"),
+    ],
+    ids=["listed", "not listed", "no library", "no file"],
+)
+def test_a_skip_for_another_reason_fails_the_run(tmp_path, texts, code, count):
     for name in ("conftest.py", "skips.py"):
         (tmp_path / name).symlink_to(HERE / name)
-    (tmp_path / "test_it.py").write_text("import pytest\n\n" + text)
+    for k, text in enumerate(texts):
+        (tmp_path / f"test_{k}.py").write_text("import pytest\n\n" + text)
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tmp_path]
     ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == code, ended.stdout
-    assert code not in (1, 2) or "is skipped for a reason that is not listed in tests/skips.py" in ended.stdout
+    assert ended.returncode == code and f"{count} in " in ended.stdout.splitlines()[-1], ended.stdout
+    said = "is skipped for a reason that is not listed in tests/skips.py"
+    assert code not in (1, 2) or all(f"test_{k}.py" in ended.stdout and said in ended.stdout for k in range(len(texts)))
