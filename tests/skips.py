@@ -14,6 +14,8 @@ REASONS = {
     "the fault library is preloaded as Linux does it": "other systems than Linux",
     "memory is read from /proc": "the same",
     "pyarrow is not installed": "platforms without it",
+    "Playwright is not installed": "until `make consumers` installs the libraries of our users",
+    "Chromium is not installed": "machines without that browser",
     "ray is not installed": "platforms without Ray",
     "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",
     "OpenVINO is not installed": "platforms without OpenVINO",

@@ -231,7 +231,7 @@ def test_a_run_of_both_labellers(prompts, tmp_path, capsys):
         0 <= record["agreement"]["semantic"] <= 1
         and "agree with those of the semantic decoder" in (run / "README.md").read_text()
     )
-    assert '"attention"' in (run / "gallery/index.html").read_text()
+    assert '"attention"' in (run / "gallery/run.js").read_text()
     (run / "attention/00000001.png").unlink()
     assert generate.main(["--out", str(run), "--only", "00000001", "--quiet"]) == 0
     assert (run / "attention/00000001.png").read_bytes() == kept

@@ -308,7 +308,7 @@ def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
     )
     assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout + ended.stderr
 
-    page = (tmp_path / "run" / "gallery" / "index.html").read_text(encoding="utf-8")
+    page = (tmp_path / "run" / "gallery" / "run.js").read_text(encoding="utf-8")
     assert "Class edges" in page
     assert sorted(path.name for path in (tmp_path / "run" / "edges").iterdir()) == ["00000000.png", "00000001.png"]
     assert 0 <= json.loads(found["evaluate"][1])["edges"]["f1"] <= 1

@@ -1,8 +1,5 @@
-import base64
-import hashlib
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -12,7 +9,12 @@ from rendered import document, write_run
 from datasetdm_fast.data import Request
 from datasetdm_fast.labels import LABEL_KINDS, pictures
 from datasetdm_fast.run_folder import gallery
-from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.gallery import sheets
+from datasetdm_fast.run_folder.gallery.facts import RunFacts, layers_of
+from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.scenes import world
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -26,49 +28,86 @@ HOSTILE = [
 ]
 
 
-class Skeleton(HTMLParser):
-    """Every tag with its attributes, as a browser would see them, and the text of the data blocks."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.data, self._block = [], {}, None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, tuple(attributes)))
-        self._block = dict(attributes).get("id") if tag == "script" else None
-
-    def handle_data(self, text):
-        if self._block:
-            self.data[self._block] = self.data.get(self._block, "") + text
-
-
 def page_of(tmp_path, prompts=None, number=8):
     write_run(tmp_path, number, 32, prompts)
     return (tmp_path / "gallery" / "index.html").read_text(encoding="utf-8")
 
 
+def data(path, kind):
+    """What a script hands to the page."""
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f'receive("{kind}",') and text.endswith(");\n") and text.count("\n") == 1
+    return json.loads(text.removesuffix(");\n").split(",", 2)[2])
+
+
 def test_hostile_prompts_change_no_tag_and_come_back_whole(tmp_path):
-    benign, hostile = Skeleton(page_of(tmp_path / "a", ["a ball"] * 8)), Skeleton(page_of(tmp_path / "b", HOSTILE))
-    assert benign.tags == hostile.tags
-    assert [sample["prompt"] for sample in json.loads(hostile.data["samples"])] == HOSTILE
+    assert page_of(tmp_path / "a", ["a ball"] * 8) == page_of(tmp_path / "b", HOSTILE)
+    assert data(tmp_path / "b" / "gallery" / "pages" / "000000.js", "page")["prompt"] == HOSTILE
+    for path in (tmp_path / "b" / "gallery").rglob("*.js"):
+        if path.name not in gallery.FIXED:
+            assert not set("<>&\u2028\u2029") & set(path.read_text(encoding="utf-8")), path
 
 
-def test_policy_allows_this_page_alone(tmp_path):
+def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
     text = page_of(tmp_path / "run", number=1)
-    policy = dict(
-        next(
-            attributes
-            for tag, attributes in Skeleton(text).tags
-            if tag == "meta" and len(attributes) > 1 and attributes[0][1] == "Content-Security-Policy"
-        )
-    )["content"]
-    assert policy.startswith("default-src 'none'; img-src 'self' file:;") and "unsafe" not in policy
-    for tag in ("style", "script"):
-        content = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
-        assert f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'" in policy
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
-    assert "innerHTML" not in text and not re.search(r"\son\w+=", text) and " style=" not in text
+    policy = re.search(r'Content-Security-Policy" content="(.*?)"', text)[1]
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    sources = {source for part in policy.split("; ") for source in part.split()[1:]}
+    assert sources == {"'none'", "'self'", "file:"}
+    script = "".join((gallery.HERE / name).read_text(encoding="utf-8") for name in gallery.FIXED)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", script) and not re.search(r"<script>|<style>", text)
+    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
+    assert not re.search(r"\son\w+=", text) and " style=" not in text
+
+
+def test_sheets_show_every_image_in_its_place_and_are_drawn_once(tmp_path):
+    write_run(tmp_path, 53, 32)
+    sheet = np.array(Image.open(tmp_path / sheets.sheet_name(1)), np.int16)
+    assert sheet.shape == (sheets.ROWS * sheets.SIDE, sheets.COLUMNS * sheets.SIDE, 3)
+    for k in (50, 52):
+        place = (k - 50) * sheets.SIDE
+        image = np.array(Image.open(tmp_path / f"images/{k:08d}.png"), np.int16)
+        assert np.abs(sheet[:32, place : place + 32] - image).mean() < 12
+    assert not sheet[sheets.SIDE :].any() and not sheet[:, 3 * sheets.SIDE + 8 :].any()
+    before = (tmp_path / sheets.sheet_name(0)).stat().st_mtime_ns
+    (tmp_path / sheets.sheet_name(1)).unlink()
+    with RunFolder(tmp_path, document(53, 32)) as folder:
+        folder.rebuild()
+    assert (tmp_path / sheets.sheet_name(0)).stat().st_mtime_ns == before
+    assert np.array_equal(np.array(Image.open(tmp_path / sheets.sheet_name(1)), np.int16), sheet)
+    assert sheets.thumbnail_sides(512, 256) == (128, 64) and sheets.thumbnail_sides(1, 9000) == (1, 128)
+
+
+def test_page_index_and_sheets_are_audited(tmp_path):
+    write_run(tmp_path, 3, 32)
+    names = ["gallery/pages/000000.js", "gallery/details/000000.js", "gallery/sheets/000000.jpg", "gallery/gallery.js"]
+    for name in names:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-1] + b" ")
+        assert [finding.place for finding in audit(tmp_path).findings] == [name]
+        (tmp_path / name).unlink()
+        assert [finding.place for finding in audit(tmp_path).findings] == [name]
+        with RunFolder(tmp_path, document(3, 32)) as folder:
+            folder.rebuild()
+        assert (tmp_path / name).read_bytes() == content and audit(tmp_path).findings == []
+    (tmp_path / "gallery" / "pages" / "000001.js").write_bytes(b"")
+    assert [finding.place for finding in audit(tmp_path).findings] == ["gallery/pages/000001.js"]
+
+
+def test_classes_are_those_that_labels_show(tmp_path):
+    """The prompts name other classes than the pictures hold."""
+    write_run(tmp_path, 4, 32, ["a ring"] * 4)
+    run, index = data(tmp_path / "gallery/run.js", "run"), data(tmp_path / "gallery/pages/000000.js", "page")
+    ring, views = run["words"].index("ring"), [world.view(k, 32) for k in range(4)]
+    shown = [{thing.kind for thing in view.scene.things} for view in views]
+    assert run["named"][ring] == 4 and run["shown"][ring] == sum("ring" in words for words in shown)
+    for k, words in enumerate(shown):
+        assert {run["words"][number] for number in index["shown"][k]} - {"wall", "table"} == words
+        assert (ring in index["missing"][k]) == ("ring" not in words)
+        assert [run["words"][thing[0]] for thing in index["things"][k]] == [
+            thing.kind for thing in views[k].scene.things
+        ]
+    assert run["missing"] == sum("ring" not in words for words in shown)
 
 
 def test_every_picture_it_names_is_there(tmp_path):
@@ -85,7 +124,8 @@ def test_every_picture_it_names_is_there(tmp_path):
 
 
 def test_every_layer_is_drawn_in_a_way_the_page_knows():
-    (block,) = re.findall(r"const DRAWINGS = \{\n(.*?)\n\};", gallery.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)
+    script = (gallery.HERE / "gallery.js").read_text(encoding="utf-8")
+    (block,) = re.findall(r"const DRAWINGS = \{\n(.*?)\n\};", script, re.DOTALL)
     layers = [layer for kind in LABEL_KINDS.values() for layer in kind.layers]
     assert {layer.drawing for layer in layers} <= set(re.findall(r"^  (\w+):", block, re.MULTILINE))
     assert len({layer.name for layer in layers}) == len(layers)
@@ -94,12 +134,14 @@ def test_every_layer_is_drawn_in_a_way_the_page_knows():
 
 def test_a_run_without_labels_of_a_kind_has_no_layer_of_it():
     values = document(1) | {"config": document(1)["config"] | {"task": ["depth", "semantic"]}}
-    assert [layer.name for layer in gallery._layers(values)] == ["semantic", "confidence", "depth"]
+    assert [layer.name for layer in layers_of(values)] == ["semantic", "confidence", "depth"]
 
 
-def test_seeds_beyond_javascript_numbers_are_kept():
-    row = Row(Request(0, "a ball", 2**63 - 1), {})
-    assert gallery._sample(document(1), row)["seed"] == str(2**63 - 1)
+def test_seeds_beyond_javascript_numbers_are_kept(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        facts = RunFacts(document(1), ledger)
+    rows = [Row(Request(0, "a ball", seed), {}) for seed in (2**63 - 1, 7)]
+    assert facts.index(rows)["seed"] == [str(2**63 - 1), 7]
 
 
 def test_depth_pictures_are_bright_where_near():

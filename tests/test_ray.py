@@ -528,7 +528,7 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
         folder.add([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {})
         folder.rebuild()
     bucket.complete(made.folder)
-    for name in (document.DOCUMENT, document.LEDGER, seal.SEAL, *seal.index_files(made.document)):
+    for name in (document.DOCUMENT, document.LEDGER, seal.SEAL, *seal.rebuilt_files(made.folder, made.document)):
         assert bucket.read(name) == (made.folder / name).read_bytes(), name
     monkeypatch.setattr(type(there), "size", lambda self, path: 1)
     with pytest.raises(Missing, match="not all of it is there"):

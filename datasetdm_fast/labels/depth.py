@@ -95,6 +95,12 @@ class DepthKind(LabelKind):
         low, high = np.minimum(first.metres, second.metres), np.maximum(first.metres, second.metres)
         return replace(first, metres=np.where(high <= SAME_DEPTH * low, first.metres, 0))
 
+    def figures(self, record: Any) -> dict[str, float]:
+        return {"nearest, m": record["min"], "farthest, m": record["max"]}
+
+    def steps(self, table: Table) -> float:
+        return UNITS[_unit(table)]
+
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         return {"max_depth": config.max_depth, "unit": unit_of(config.max_depth)}
 

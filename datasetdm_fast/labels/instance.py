@@ -165,6 +165,16 @@ class InstanceKind(LabelKind):
     def words(self, record: Any, table: Table, least: float) -> list[str]:
         return [table["classes"][item["category_id"] - 1] for item in record]
 
+    def things(
+        self, record: Any, table: Table, sides: tuple[int, int]
+    ) -> Iterator[tuple[str, float, float, float, float]]:
+        height, width = sides
+        for item in record:
+            x, y, wide, high = item["bbox"]
+            middle = ((x + wide / 2) / width, (y + high / 2) / height)
+            word = table["classes"][item["category_id"] - 1]
+            yield word, item["score"], item["area"] / (height * width), *middle
+
     def count(self, record: Any) -> Counter[int]:
         return Counter(item["category_id"] for item in record)
 

@@ -56,8 +56,9 @@ class Placement:
 class GalleryLayer:
     """What the gallery draws over an image.
 
-    `drawing` is one of: map (a picture file with sharp pixels), picture (a smooth one), outlines (`values` are
-    [class word, score, path of an SVG]), skeletons (`values` are x, y, visibility of every joint).
+    `drawing` is one of: map (a picture file with sharp pixels), picture (a smooth one), uncertainty (a grey file, clear
+    where it is white), outlines (`values` are [class word, score, path of an SVG]), skeletons (`values` are x, y,
+    visibility of every joint).
     """
 
     name: str
@@ -154,6 +155,20 @@ class LabelKind(ABC):
     def certainty(self, record: Any) -> float | None:
         """Mean confidence told by a record, 0..1; None where it tells none."""
         return None
+
+    def figures(self, record: Any) -> Mapping[str, float]:
+        """What samples can be sorted by, each under its name."""
+        return {}
+
+    def things(
+        self, record: Any, table: Table, sides: tuple[int, int]
+    ) -> Iterable[tuple[str, float, float, float, float]]:
+        """Class word, score, share of the pixels, and middle (x, y as shares of the sides) of every thing."""
+        return ()
+
+    def steps(self, table: Table) -> float:
+        """What a pixel of its file is divided by to give the layer's unit; 0 where it has none."""
+        return 0.0
 
     def moved(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
         """One entry of a record in a larger picture, None where nothing is left of it; not for labels in files."""

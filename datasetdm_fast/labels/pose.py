@@ -179,6 +179,9 @@ class PoseKind(LabelKind):
             "area": rounded(sides[0] * sides[1]),
         }
 
+    def figures(self, record: Any) -> dict[str, float]:
+        return self.count(record)
+
     def count(self, record: Any) -> dict[str, int]:
         return {"people": sum(item["num_keypoints"] > 0 for item in record)}
 

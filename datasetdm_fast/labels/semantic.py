@@ -102,7 +102,7 @@ class SemanticKind(ClassMap):
     roles = ("semantic", "confidence")
     layers = (
         GalleryLayer("semantic", "Semantic", "map", role="semantic"),
-        GalleryLayer("confidence", "Confidence", "map", role="confidence"),
+        GalleryLayer("confidence", "Uncertainty", "uncertainty", role="confidence"),
     )
     pixel_bytes = 2
 
@@ -127,3 +127,6 @@ class SemanticKind(ClassMap):
 
     def certainty(self, record: Any) -> float:
         return record["mean_confidence"]
+
+    def figures(self, record: Any) -> dict[str, float]:
+        return {"confidence": record["mean_confidence"]}

@@ -127,6 +127,7 @@ def _audit(
         known |= {gallery.picture_name(role, row) for role in row.files if gallery.drawn_layer(role)}
         files, total = files + len(row.files), total + read
         seen(k, there)
+    known |= gallery.expected(ledger)
     findings += _check_strangers(folder, _own_folders(document), known)
     return Report(str(folder), number, done, len(aside), files, total, findings)
 
@@ -211,7 +212,7 @@ def _own_folders(document: Mapping[str, Any]) -> list[str]:
     """The folders whose every file is ours, those of labels that the run did not make among them."""
     roles = dict.fromkeys(role for label in (*LABELS, *document["config"]["task"]) for role in kind_of(label).roles)
     own = [f"{place}{role}" for place in ("", ASIDE) for role in ("images", *roles)]
-    return [*own, *(f"gallery/{role}" for role in roles if gallery.drawn_layer(role)), "state"]
+    return [*own, *gallery.FOLDERS, *(f"gallery/{role}" for role in roles if gallery.drawn_layer(role)), "state"]
 
 
 def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Iterator[Finding]:

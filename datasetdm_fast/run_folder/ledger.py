@@ -174,6 +174,12 @@ class Ledger(AbstractContextManager):
         statement = 'SELECT "index", value FROM scores WHERE name = ? ORDER BY "index"'
         return self._connection.execute(statement, (name,)).fetchall()
 
+    def score_names(self) -> list[str]:
+        """The names of the scores that any sample was given."""
+        if not self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'scores'").fetchone():
+            return []
+        return [name for (name,) in self._connection.execute("SELECT DISTINCT name FROM scores ORDER BY name")]
+
     def class_words(self) -> list[tuple[int, tuple[str, ...]]]:
         """Index of every sample and the class words of its prompt, by index."""
         statement = 'SELECT "index", classes FROM samples WHERE status = ? ORDER BY "index"'

@@ -15,7 +15,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
 from datasetdm_fast.run_folder.folder import into, write_samples
 from datasetdm_fast.run_folder.ledger import Row
-from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, index_files
+from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, rebuilt_files
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
@@ -128,7 +128,7 @@ class ObjectStore:
         if self.read(SEAL) == seal:
             return
         document: dict[str, Any] = read_document(folder)
-        for name in (DOCUMENT, LEDGER, LOCK, *index_files(document), SEAL):
+        for name in (DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), SEAL):
             self._copy(folder / name, name)
 
     def _copy(self, path: Path, name: str) -> None:

@@ -29,13 +29,19 @@ ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not i
 
 
 def index_files(document: Mapping[str, Any]) -> list[str]:
-    """The files of a run folder that are rebuilt from the ledger, the gallery's pictures aside."""
-    return [*writers(document), gallery.PAGE]
+    """The files of a run folder that are rebuilt from the ledger, those of the gallery aside."""
+    return list(writers(document))
+
+
+def rebuilt_files(folder: Path, document: Mapping[str, Any]) -> list[str]:
+    """The same with what is there of the gallery, its pictures of single samples aside."""
+    return [*index_files(document), *gallery.written(folder)]
 
 
 def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
     """Whether every index file is there and shows the rows of the ledger."""
-    return ledger.noted("indexed") is not None and all((folder / name).exists() for name in index_files(document))
+    is_there = ledger.noted("indexed") is not None and all((folder / name).exists() for name in index_files(document))
+    return is_there and not gallery.missing(folder, ledger, has_samples=not (folder / ELSEWHERE).exists())
 
 
 def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
@@ -45,13 +51,8 @@ def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> boo
 
 def seal(folder: Path, document: Mapping[str, Any]) -> None:
     """Writes down the digests of run.json, ledger and index files, by which an audit notices changes."""
-    names = [
-        DOCUMENT,
-        LEDGER,
-        LOCK,
-        *index_files(document),
-        *(name for name in (KEPT, SPLIT) if (folder / name).exists()),
-    ]
+    there = [name for name in (KEPT, SPLIT) if (folder / name).exists()]
+    names = [DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), *there]
     digests = {name: storage.sha256_of(folder / name) for name in names}
     storage.publish({folder / SEAL: sealed(digests)})
 

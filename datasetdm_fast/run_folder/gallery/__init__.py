@@ -1,0 +1,123 @@
+"""gallery/: a page to look at a run, opened from the disk or served; it loads nothing but what lies in the run folder.
+
+index.html, gallery.css and the scripts logic.js and gallery.js are the same for every run. Scripts that hold data say
+what a run has to show: run.js for all samples, pages/ for a thousand each, details/ for as many as a sheet of
+thumbnails has; left-out.js says what a filter decided. A browser loads scripts from a disk, which it does not do with
+JSON files.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.run_folder.document import LEDGER
+from datasetdm_fast.run_folder.gallery import sheets
+from datasetdm_fast.run_folder.gallery.drawn import draw_missing, drawn_layer, picture_name, pictures, tracings
+from datasetdm_fast.run_folder.gallery.facts import RunFacts, layers_of, script
+from datasetdm_fast.run_folder.kept import Kept, read_kept
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, Ledger
+
+__all__ = [
+    "FOLDERS",
+    "PAGE",
+    "drawn_layer",
+    "expected",
+    "mark",
+    "missing",
+    "picture_name",
+    "pictures",
+    "tracings",
+    "write",
+    "written",
+]
+
+PAGE = "gallery/index.html"
+FIXED = ("gallery.css", "logic.js", "gallery.js", "index.html")  # the same for every run, the page itself last
+RUN, LEFT_OUT = "gallery/run.js", "gallery/left-out.js"
+FOLDERS = ("gallery/pages", "gallery/details", "gallery/sheets")
+PAGE_SAMPLES = 1000  # of an index page: those of the indices PAGE_SAMPLES * k to PAGE_SAMPLES * (k + 1) - 1
+HERE = Path(__file__).parent
+
+
+def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True) -> None:
+    """Writes the page and, where the folder has the samples, the pictures for it that are missing."""
+    for role in [layer.role for layer in layers_of(document) if layer.picture and has_samples]:
+        draw_missing(folder, ledger, role)
+    facts, shown, names = RunFacts(document, ledger), {}, set()
+    before = sheets.read_shown(folder)
+    rows = ledger.rows(DONE, DOUBTFUL, parts=("files", "labels", "trust", "tracings"))
+    for number, group in groupby(rows, lambda row: row.request.index // PAGE_SAMPLES):
+        block = list(group)
+        facts.pages.append((number, len(block)))
+        contents = {_page(number): script("page", number, facts.index(block))}
+        for place, few in sheets.grouped(block):
+            contents[_details(place)] = script("details", place, facts.details(few))
+        storage.publish({folder / name: content for name, content in contents.items()})
+        if has_samples:
+            shown |= sheets.draw(folder, block, before)
+        names |= contents.keys()
+    if has_samples:
+        sheets.write_shown(folder, shown)
+    for name in set(_scattered(folder)) - names - {sheets.sheet_name(int(number)) for number in shown}:
+        storage.remove(folder / name)
+    contents = {RUN: script("run", 0, facts.whole(has_sheets=has_samples)), LEFT_OUT: _left_out(read_kept(folder))}
+    contents |= {f"gallery/{name}": (HERE / name).read_bytes() for name in FIXED}
+    storage.publish({folder / name: content for name, content in contents.items()})
+
+
+def mark(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:
+    """Writes down for the page, where there is one, which samples a filter left out."""
+    if not (folder / PAGE).exists():
+        return
+    if (folder / RUN).exists():
+        storage.publish({folder / LEFT_OUT: _left_out(decided)})
+        return
+    with Ledger(folder / LEDGER, read_only=True) as ledger:  # the page of an earlier version
+        write(folder, document, ledger)
+
+
+def missing(folder: Path, ledger: Ledger, *, has_samples: bool = True) -> list[str]:
+    """The files of the page that are not there, though its samples are; pictures of single samples aside."""
+    return sorted(expected(ledger, has_samples=has_samples) - set(written(folder)))
+
+
+def expected(ledger: Ledger, *, has_samples: bool = True) -> set[str]:
+    """The files that the page of these samples has, pictures of single samples aside."""
+    indices = [*ledger.indices(), *ledger.indices(DOUBTFUL)]
+    wanted = {f"gallery/{name}" for name in FIXED} | {RUN, LEFT_OUT}
+    wanted |= {_page(number) for number in {index // PAGE_SAMPLES for index in indices}}
+    groups = {index // sheets.GROUP for index in indices}
+    wanted |= {_details(number) for number in groups}
+    if has_samples:
+        wanted |= {sheets.SHOWN, *(sheets.sheet_name(number) for number in groups)}
+    return wanted
+
+
+def written(folder: Path) -> list[str]:
+    """The files of the page that are there, pictures of single samples aside."""
+    single = [*(f"gallery/{name}" for name in FIXED), RUN, LEFT_OUT, sheets.SHOWN]
+    return sorted([*(name for name in single if (folder / name).exists()), *_scattered(folder)])
+
+
+def _scattered(folder: Path) -> Iterator[str]:
+    """The files of which there are more, the more samples there are."""
+    for place in FOLDERS:
+        if (folder / place).is_dir():
+            for path in (folder / place).iterdir():
+                if not storage.is_temporary(path):
+                    yield f"{place}/{path.name}"
+
+
+def _page(number: int) -> str:
+    return f"gallery/pages/{number:06d}.js"
+
+
+def _details(number: int) -> str:
+    return f"gallery/details/{number:06d}.js"
+
+
+def _left_out(decided: Kept | None) -> bytes:
+    """Index and reason of every sample that a filter left out."""
+    return script("leftOut", 0, list(decided.left_out.items()) if decided else [])

@@ -1,0 +1,658 @@
+"use strict";
+// The page itself. Text only ever enters it as text: prompts are foreign.
+
+const run = received.run, SVG = "http://www.w3.org/2000/svg";
+const BONES = ["#ff5d5d", "#ffb454", "#ffe066", "#7bd88f", "#4cc9f0", "#9d8df1", "#f78fb3"];
+const GAP = 16, WORDS = 92, SMALL = 150; // pixels: between cards, of their text, and the width below which they have none
+const SETTLED = 120; // milliseconds after which a card that is still in view gets its image and labels
+const KEPT_DETAILS = 200; // groups of details in memory
+const LOADED_AT_ONCE = 4;
+const root = document.documentElement, by = id => document.getElementById(id);
+const grid = by("grid"), viewer = by("viewer"), frame = by("frame");
+const leftOut = new Map(received.leftOut), quantities = quantitiesOf(run.figures), marks = new Map();
+let wish = { ...EMPTY }, layersOn = [], samples = [], shown = [], first = 0, opened = null, wanted = "";
+let layout = layoutOf(1000, 232, GAP, WORDS, 0), cards = new Map(), settling = 0, filled = false;
+
+function make(tag, name, text) {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+function button(text, act, name = "chip") {
+  const element = make("button", name, text);
+  element.type = "button";
+  if (act) element.addEventListener("click", act);
+  return element;
+}
+function draw(tag, attributes) {
+  const element = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+}
+function picture(path, name, alt) {
+  const image = make("img", name);
+  image.decoding = "async";
+  image.draggable = false;
+  image.alt = alt;
+  image.src = path;
+  return image;
+}
+function count(number) { return number.toLocaleString("en"); }
+function percent(score) { return `${Math.round(score * 100)} %`; }
+function dotted(tag, name, word) {
+  const element = make(tag, name), dot = make("span", "dot");
+  dot.style.background = run.colours[word];
+  element.append(dot, run.words[word]);
+  return element;
+}
+
+// ---- what a browser remembers
+
+const STORE = "datasetdm gallery";
+function remembered(name) {
+  try { return JSON.parse(localStorage.getItem(`${STORE} ${name}`)); } catch { return null; }
+}
+function remember(name, value) {
+  try { localStorage.setItem(`${STORE} ${name}`, JSON.stringify(value)); } catch { /* a page without a store forgets */ }
+}
+function keepAddress() {
+  const names = run.layers.map(layer => layer.name).filter(name => layersOn.includes(name));
+  const address = addressOf(wish, names, opened ? opened.id : "", run.words);
+  try { history.replaceState(null, "", address); } catch { /* a page that may not change its address */ }
+}
+
+// ---- data that lies in scripts beside the page
+
+const asked = new Set();
+function load(path) {
+  if (asked.has(path)) return Promise.resolve(true);
+  asked.add(path);
+  return new Promise(done => {
+    const script = make("script");
+    script.onload = () => { script.remove(); done(true); };
+    script.onerror = () => { script.remove(); fault(path); done(false); };
+    script.src = path;
+    document.body.append(script);
+  });
+}
+function fault(path) { by("summary").textContent = `${path} could not be read; audit says more`; }
+function named(folder, number) { return `${folder}/${String(number).padStart(6, "0")}.js`; }
+
+async function loadPages() {
+  const parts = new Array(run.pages.length), waiting = run.pages.map((page, k) => [k, page[0]]);
+  let last = 0;
+  const work = async () => {
+    for (let next = waiting.shift(); next; next = waiting.shift()) {
+      const [k, number] = next;
+      if (!(await load(named("pages", number)))) continue;
+      parts[k] = samplesOf(received.pages.get(number), leftOut);
+      received.pages.delete(number);
+      if (performance.now() - last > 400 || !filled) {
+        const end = parts.findIndex(part => !part);
+        samples = parts.slice(0, end < 0 ? parts.length : end).flat();
+        if (samples.length) refresh();
+        last = performance.now();
+      }
+    }
+  };
+  await Promise.all(Array.from({ length: LOADED_AT_ONCE }, work));
+  samples = parts.filter(Boolean).flat();
+  filled = true;
+  refresh();
+}
+
+function detailsOf(sample) {
+  const number = Math.floor(sample.index / run.group);
+  if (!received.details.has(number)) {
+    load(named("details", number));
+    return null;
+  }
+  return received.details.get(number).get(sample.index) ?? {};
+}
+received.on = (kind, number) => {
+  if (kind !== "details") return;
+  for (const old of [...received.details.keys()].slice(0, -KEPT_DETAILS)) {
+    received.details.delete(old);
+    asked.delete(named("details", old));
+  }
+  for (const [place, element] of cards) if (Math.floor(shown[place].index / run.group) === number) overlay(element, shown[place]);
+  if (opened && Math.floor(opened.index / run.group) === number) drawOpened();
+};
+
+// ---- pictures and what is drawn over them
+
+function placeOf(sample) { return sample.aside ? "../doubtful/" : "../"; }
+function imageOf(sample) { return picture(`${placeOf(sample)}images/${sample.id}.${run.format}`, "image", sample.prompt); }
+function file(layer, sample) {
+  return [picture((layer.is_drawn ? "" : placeOf(sample)) + layer.file.replace("ID", sample.id), `layer ${layer.drawing}`, "")];
+}
+function canvas(sample) { return draw("svg", { viewBox: `0 0 ${sample.sides[1]} ${sample.sides[0]}`, class: "layer", "aria-hidden": "true" }); }
+
+const DRAWINGS = {
+  map: file,
+  picture: file,
+  uncertainty: file,
+  outlines: (layer, sample, values) => {
+    const svg = canvas(sample), before = new Map();
+    for (const [word, score, path] of values) {
+      const number = before.get(word) ?? 0, colour = shade(run.colours[run.words.indexOf(word)], number);
+      before.set(word, number + 1);
+      svg.append(draw("path", { class: "halo", d: path }));
+      const shape = draw("path", { class: "shape", d: path, fill: colour, stroke: colour });
+      shape.told = `${word} ${percent(score)}`;
+      svg.append(shape);
+    }
+    return [svg];
+  },
+  skeletons: (layer, sample, values) => {
+    const svg = canvas(sample);
+    for (const joints of values) {
+      const at = k => joints.slice(3 * k, 3 * k + 3);
+      const bones = layer.limbs.map(([a, b]) => [...at(a), ...at(b)]).filter(bone => bone[2] && bone[5]);
+      for (const [x, y, , u, v] of bones) svg.append(draw("line", { class: "bone-halo", x1: x, y1: y, x2: u, y2: v }));
+      bones.forEach(([x, y, , u, v], k) => svg.append(draw("line", { class: "bone", x1: x, y1: y, x2: u, y2: v, stroke: BONES[k % BONES.length] })));
+      for (let k = 0; 3 * k < joints.length; k++) {
+        const [x, y, seen] = at(k);
+        if (seen) svg.append(draw("circle", { class: seen === 1 ? "joint hidden" : "joint", cx: x, cy: y, r: Math.max(...sample.sides) / 95 }));
+      }
+    }
+    return [svg];
+  },
+};
+function drawn(layer, sample) {
+  const isFile = Boolean(layer.file), values = isFile ? null : detailsOf(sample)?.[layer.name];
+  if (!isFile && !values) return [];
+  const elements = DRAWINGS[layer.drawing](layer, sample, values);
+  for (const element of elements) element.dataset.layer = layer.name;
+  return elements;
+}
+function active() { return run.layers.filter(layer => layersOn.includes(layer.name)); }
+function overlay(element, sample) {
+  const box = element.querySelector(".stack");
+  for (const old of box.querySelectorAll(".layer")) old.remove();
+  for (const layer of active()) box.append(...drawn(layer, sample));
+}
+function thumbnail(sample) {
+  const place = thumbnailOf(sample, run.sheet), { side, columns, rows } = run.sheet, element = make("span", "thumbnail");
+  const longest = Math.max(place.width, place.height), share = (value, rest) => (rest ? `${(100 * value) / rest}%` : "0");
+  element.style.width = `${(100 * place.width) / longest}%`;
+  element.style.height = `${(100 * place.height) / longest}%`;
+  element.style.backgroundImage = `url("sheets/${String(place.sheet).padStart(6, "0")}.jpg")`;
+  element.style.backgroundSize = `${(100 * columns * side) / place.width}% ${(100 * rows * side) / place.height}%`;
+  element.style.backgroundPosition = `${share(place.x, columns * side - place.width)} ${share(place.y, rows * side - place.height)}`;
+  return element;
+}
+
+// ---- the grid: only the cards in view are part of the page
+
+function card(place) {
+  const sample = shown[place], element = button(undefined, () => open(place), "card"), box = make("span", "stack"), words = make("span", "words");
+  element.dataset.id = sample.id;
+  element.setAttribute("aria-setsize", shown.length);
+  element.setAttribute("aria-posinset", place + 1);
+  if (run.sheet) box.append(thumbnail(sample));
+  const value = wish.sort === "number" || wish.sort === "seed" ? null : quantities.get(wish.sort)?.(sample);
+  const told = [sample.id, `seed ${sample.seed}`, ...(value == null ? [] : [`${wish.sort} ${short(value)}`])].join(" · ");
+  words.append(make("span", "prompt", sample.prompt), make("span", "told", told));
+  const reason = sample.leftOut ? `Left out: ${sample.leftOut}` : sample.reasons.length ? `Doubtful: ${sample.reasons.join("; ")}` : sample.missing.length ? `Not in the labels: ${sample.missing.map(word => run.words[word]).join(", ")}` : "";
+  if (reason) words.append(make("span", "told doubts", reason));
+  element.append(box, words);
+  element.title = sample.prompt;
+  return element;
+}
+function short(value) { return Number.isInteger(value) ? count(value) : value.toPrecision(3); }
+function position(element, place) {
+  const at = place - first;
+  element.style.width = `${layout.side}px`;
+  element.style.height = `${layout.row - layout.gap}px`;
+  element.style.left = `${(at % layout.columns) * (layout.side + layout.gap)}px`;
+  element.style.top = `${Math.floor(at / layout.columns) * layout.row}px`;
+}
+function draft() {
+  const top = -grid.getBoundingClientRect().top, part = Math.min(shown.length - first, layout.most);
+  const [from, to] = visible(layout, top, top + innerHeight, part);
+  for (const [place, element] of cards) {
+    if ((place < first + from || place >= first + to) && element !== document.activeElement) {
+      element.remove();
+      cards.delete(place);
+    }
+  }
+  let before = null;
+  for (let place = first + from; place < first + to; place++) {
+    let element = cards.get(place);
+    if (!element) {
+      element = card(place);
+      cards.set(place, element);
+      position(element, place);
+      if (before) before.after(element);
+      else grid.prepend(element);
+    }
+    before = element;
+  }
+  clearTimeout(settling);
+  settling = setTimeout(settle, run.sheet ? SETTLED : 0);
+}
+function settle() {
+  const isLarge = !run.sheet || layout.side * devicePixelRatio > 1.25 * run.sheet.side;
+  for (const [place, element] of cards) {
+    if (element.dataset.settled) continue;
+    element.dataset.settled = "yes";
+    if (isLarge) {
+      const image = imageOf(shown[place]), small = element.querySelector(".thumbnail");
+      if (small) small.after(image);
+      else element.querySelector(".stack").prepend(image);
+    }
+    overlay(element, shown[place]);
+  }
+}
+function arrange() {
+  const tile = Number(by("size").value), words = tile < SMALL ? 0 : WORDS;
+  grid.classList.toggle("small", tile < SMALL);
+  layout = layoutOf(grid.clientWidth, Math.min(tile, grid.clientWidth), words ? GAP : 6, words, shown.length);
+  first = Math.min(first, Math.floor(Math.max(shown.length - 1, 0) / layout.most) * layout.most);
+  const part = Math.min(shown.length - first, layout.most);
+  grid.style.height = `${shown.length ? Math.ceil(part / layout.columns) * layout.row : 160}px`;
+  by("parts").hidden = shown.length <= layout.most;
+  by("part").textContent = `Samples ${count(first + 1)} to ${count(first + part)} of ${count(shown.length)}`;
+  by("earlier").setAttribute("aria-disabled", String(first === 0));
+  by("later").setAttribute("aria-disabled", String(first + part >= shown.length));
+  for (const [place, element] of cards) position(element, place);
+  draft();
+}
+function refresh() {
+  const focused = document.activeElement?.dataset?.id;
+  shown = chosen(samples, wish, quantities, marks);
+  cards.clear();
+  grid.replaceChildren();
+  if (!shown.length && filled) grid.append(make("p", "nothing", "No sample matches."));
+  arrange();
+  if (focused) [...cards.values()].find(element => element.dataset.id === focused)?.focus({ preventScroll: true });
+  const total = shown.length === run.samples ? `${count(run.samples)} samples` : `${count(shown.length)} of ${count(run.samples)} samples`;
+  const rest = run.samples < run.planned ? `${count(run.planned)} planned` : "";
+  const loading = filled ? "" : `${percent(samples.length / Math.max(run.samples, 1))} loaded`;
+  by("summary").textContent = [total, rest, run.pixels, run.summary, loading].filter(Boolean).join(" · ");
+  if (opened) tellPlace();
+  if (wanted) {
+    const place = shown.findIndex(sample => sample.id === wanted);
+    if (place >= 0) open(place);
+  }
+}
+function changed() {
+  first = 0;
+  refresh();
+  keepAddress();
+}
+function reveal(place) {
+  if (place < first || place >= first + layout.most) {
+    first = Math.floor(place / layout.most) * layout.most;
+    arrange();
+  }
+  const top = grid.getBoundingClientRect().top + scrollY + Math.floor((place - first) / layout.columns) * layout.row;
+  const bar = getComputedStyle(document.querySelector(".bar")).position === "sticky" ? document.querySelector(".bar").offsetHeight + 8 : 8;
+  if (top - bar < scrollY) scrollTo(0, top - bar);
+  else if (top + layout.row > scrollY + innerHeight) scrollTo(0, top + layout.row - innerHeight);
+  draft();
+  return cards.get(place);
+}
+
+// ---- one sample at a time
+
+let zoom = { x: 0, y: 0, scale: 1 };
+function open(place) {
+  opened = shown[place];
+  wanted = "";
+  by("prompt").textContent = opened.prompt;
+  const ratio = opened.sides[1] / opened.sides[0], box = make("span", "stack");
+  box.style.setProperty("--ratio", ratio);
+  box.style.aspectRatio = String(ratio);
+  box.style.width = `min(100cqw, 100cqh * ${ratio})`;
+  box.append(imageOf(opened));
+  frame.replaceChildren(box);
+  look({ x: 0, y: 0, scale: 1 });
+  drawOpened();
+  tellPlace();
+  by("line").textContent = lineOf(opened);
+  by("pointed").textContent = "";
+  if (!viewer.open) {
+    viewer.showModal();
+    frame.focus({ preventScroll: true });
+  }
+  by("side").scrollTop = 0;
+  viewer.scrollTop = 0;
+  keepAddress();
+}
+function drawOpened() {
+  overlay(frame, opened);
+  tellFacts();
+  const strip = [null, ...run.layers].map(layer => {
+    const figure = make("figure"), box = make("span", "stack");
+    box.append(imageOf(opened), ...(layer ? drawn(layer, opened) : []));
+    figure.append(box, make("figcaption", "", layer ? layer.title : "Image"));
+    return figure;
+  });
+  by("strip").replaceChildren(...strip);
+}
+function tellPlace() {
+  const place = shown.indexOf(opened);
+  by("place").textContent = place < 0 ? `of ${count(shown.length)}` : `${count(place + 1)} of ${count(shown.length)}`;
+  by("previous").setAttribute("aria-disabled", String(place <= 0));
+  by("next").setAttribute("aria-disabled", String(place < 0 || place + 1 >= shown.length));
+}
+function step(way) {
+  const place = shown.indexOf(opened) + way;
+  if (shown.includes(opened) && shown[place]) open(place);
+}
+function lineOf(sample) {
+  const folder = folderOf(location);
+  return `${run.command} --out ${quoted(folder || "RUN")} --only ${sample.id}`;
+}
+function tellFacts() {
+  const facts = [["Sample", opened.id], ["Seed", opened.seed]], details = detailsOf(opened) ?? {}, legend = [];
+  if (opened.leftOut) facts.push(["Left out", opened.leftOut]);
+  if (opened.reasons.length) facts.push(["Doubtful", opened.reasons.join("; ")]);
+  for (const layer of run.layers) {
+    const values = details[layer.name];
+    if (values && layer.drawing === "outlines") facts.push([layer.title, values.map(([word, score]) => `${word} ${percent(score)}`).join(", ") || "none"]);
+    if (values && layer.unit && layersOn.includes(layer.name)) legend.push(scale("near-to-far", `${values[0].toFixed(2)} ${layer.unit}`, `${values[1].toFixed(2)} ${layer.unit}`));
+    if (layer.drawing === "uncertainty" && layersOn.includes(layer.name)) legend.push(scale("sure-to-unsure", "sure", "unsure"));
+  }
+  run.figures.forEach((name, k) => { if (opened.figures[k] != null) facts.push([name, short(opened.figures[k])]); });
+  const words = new Set([...opened.shown, ...opened.named]);
+  for (const word of words) {
+    const things = opened.things.filter(thing => thing[0] === word), line = dotted("span", "", word);
+    const told = [things.length ? `× ${things.length}` : "", things.length ? `${(sum(things.map(thing => thing[2])) / 10).toFixed(1)} % of the picture` : "", opened.missing.includes(word) ? "in the prompt, not in all labels" : opened.shown.includes(word) ? "" : "in the prompt"];
+    line.append(make("small", opened.missing.includes(word) ? "doubts" : "", told.filter(Boolean).join(", ")));
+    legend.push(line);
+  }
+  by("legend").replaceChildren(...legend);
+  by("facts").replaceChildren(...[...facts, ...run.facts].flatMap(([name, value]) => [make("dt", "", name), make("dd", "", value)]));
+}
+function scale(name, low, high) {
+  const element = make("div", "scale");
+  element.append(make("span", "", low), make("span", `ramp ${name}`), make("span", "", high));
+  return element;
+}
+function look({ x, y, scale }) {
+  const box = frame.firstChild, larger = Math.min(Math.max(scale, 1), 40);
+  const most = [(larger - 1) * box.offsetWidth, (larger - 1) * box.offsetHeight];
+  zoom = { scale: larger, x: Math.min(0, Math.max(x, -most[0])), y: Math.min(0, Math.max(y, -most[1])) };
+  box.style.transform = larger === 1 ? "" : `translate(${zoom.x}px, ${zoom.y}px) scale(${larger})`;
+  frame.classList.toggle("near", larger * box.offsetWidth > 2 * (opened?.sides[1] ?? 1));
+}
+function zoomed(factor, clientX, clientY) {
+  const box = frame.firstChild, around = frame.getBoundingClientRect();
+  const left = around.left + box.offsetLeft, top = around.top + box.offsetTop, scale = Math.min(Math.max(zoom.scale * factor, 1), 40);
+  const [x, y] = [(clientX ?? around.left + around.width / 2) - left, (clientY ?? around.top + around.height / 2) - top];
+  look({ scale, x: x - (x - zoom.x) * scale / zoom.scale, y: y - (y - zoom.y) * scale / zoom.scale });
+}
+function point(event) {
+  const box = frame.firstChild?.getBoundingClientRect();
+  if (!box || !opened) return;
+  const x = Math.floor((event.clientX - box.left) / box.width * opened.sides[1]), y = Math.floor((event.clientY - box.top) / box.height * opened.sides[0]);
+  if (x < 0 || y < 0 || x >= opened.sides[1] || y >= opened.sides[0]) { by("pointed").textContent = ""; return; }
+  const things = document.elementsFromPoint(event.clientX, event.clientY).map(element => element.told).filter(Boolean);
+  by("pointed").textContent = [`${x}, ${y}`, ...things].join(" · ");
+}
+
+// ---- bars and keys
+
+function press(element, is) { element.setAttribute("aria-pressed", String(is)); }
+function toggleLayer(name) {
+  layersOn = layersOn.includes(name) ? layersOn.filter(other => other !== name) : [...layersOn, name];
+  showLayers();
+  for (const [place, element] of cards) overlay(element, shown[place]);
+  if (opened) drawOpened();
+  remember("layers", layersOn);
+  keepAddress();
+}
+function showLayers() {
+  for (const place of ["layers", "viewer-layers"]) {
+    [...by(place).children].forEach((element, k) => press(element, layersOn.includes(run.layers[k].name)));
+  }
+}
+function layerButtons(place) {
+  by(place).append(...run.layers.map((layer, k) => {
+    const element = button(layer.title, () => toggleLayer(layer.name));
+    if (k < 9) element.title = `Key ${k + 1}`;
+    return element;
+  }));
+}
+const FLAG_BUTTONS = [
+  ["doubtful", "Doubtful", "Samples whose labels do not fit their prompt or one another", run.doubtful],
+  ["missing", "Named, not labelled", "Samples whose prompt names a class that their labels lack", run.missing],
+  ["aside", "Set aside", "Doubtful samples that lie beside the data set", run.aside],
+  ["left-out", "Left out", "Samples that a filter left out", leftOut.size],
+];
+function filterButtons() {
+  const flag = ([name, title, told, number]) => {
+    const element = button(title, () => {
+      wish.flags = wish.flags.includes(name) ? wish.flags.filter(other => other !== name) : [...wish.flags, name];
+      changed();
+      showFilters();
+    });
+    element.dataset.flag = name;
+    element.title = told;
+    if (number !== undefined) element.append(make("small", "", count(number)));
+    return element;
+  };
+  by("flags").append(...FLAG_BUTTONS.filter(([, , , number]) => number !== 0).map(flag), button("All of these", () => {
+    wish.any = !wish.any;
+    changed();
+    showFilters();
+  }), button("Reset", () => {
+    wish = { ...EMPTY };
+    changed();
+    showFilters();
+  }));
+  by("flags").children[by("flags").children.length - 2].id = "any";
+  const order = run.words.map((word, k) => k).filter(k => run.shown[k]).sort((a, b) => run.shown[b] - run.shown[a] || a - b);
+  by("classes").append(...order.map(word => {
+    const element = dotted("button", "chip", word);
+    element.type = "button";
+    element.dataset.word = word;
+    element.append(make("small", "", count(run.shown[word])));
+    element.addEventListener("click", () => {
+      const [had, ruled] = [wish.has.includes(word), wish.not.includes(word)];
+      wish.has = had ? wish.has.filter(other => other !== word) : ruled ? wish.has : [...wish.has, word];
+      wish.not = had ? [...wish.not, word] : wish.not.filter(other => other !== word);
+      changed();
+      showFilters();
+    });
+    return element;
+  }));
+}
+function showFilters() {
+  for (const element of by("flags").querySelectorAll("[data-flag]")) press(element, wish.flags.includes(element.dataset.flag));
+  for (const element of by("classes").children) {
+    const word = Number(element.dataset.word);
+    element.setAttribute("aria-pressed", wish.has.includes(word) ? "true" : wish.not.includes(word) ? "mixed" : "false");
+    element.setAttribute("aria-label", `${run.words[word]}: ${wish.has.includes(word) ? "asked for" : wish.not.includes(word) ? "ruled out" : "not asked for"}`);
+  }
+  by("any").hidden = wish.has.length < 2;
+  by("any").textContent = wish.any ? "Any of these" : "All of these";
+  by("search").value = wish.search;
+  by("sort").value = quantities.has(wish.sort) ? wish.sort : EMPTY.sort;
+  by("direction").textContent = wish.down ? "↓ falling" : "↑ rising";
+  const limits = wish.ranges.length + wish.has.length + wish.not.length + wish.flags.length;
+  by("filtering").textContent = limits ? `Filters (${limits})` : "Filters";
+  by("ranges").replaceChildren(...wish.ranges.map(rangeRow), button("+ Limit", () => {
+    wish.ranges.push([quantities.has("score") ? "score" : "things", null, null]);
+    showFilters();
+    by("ranges").querySelector("label:last-of-type select")?.focus();
+  }));
+}
+function rangeRow(range, k) {
+  const row = make("label"), select = quantitySelect(range[0]);
+  const limit = (at, told) => {
+    const input = make("input");
+    Object.assign(input, { type: "number", step: "any", placeholder: told, value: range[at] ?? "" });
+    input.setAttribute("aria-label", `${range[0]}, ${told}`);
+    input.addEventListener("change", () => {
+      range[at] = input.value === "" ? null : Number(input.value);
+      changed();
+    });
+    return input;
+  };
+  select.setAttribute("aria-label", "Quantity");
+  select.addEventListener("change", () => {
+    range[0] = select.value;
+    changed();
+  });
+  const gone = button("×", () => {
+    wish.ranges.splice(k, 1);
+    changed();
+    showFilters();
+  });
+  gone.setAttribute("aria-label", "Remove this limit");
+  row.append(select, limit(1, "at least"), limit(2, "at most"), gone);
+  return row;
+}
+function quantitySelect(value) {
+  const select = make("select");
+  for (const name of quantities.keys()) {
+    const option = make("option", "", name);
+    option.value = name;
+    select.append(option);
+  }
+  select.value = value;
+  return select;
+}
+function theme(name) {
+  root.dataset.theme = name;
+  by("theme").textContent = name === "dark" ? "Light" : "Dark";
+}
+function slide(id, act, value) {
+  by(id).value = value ?? by(id).value;
+  act(by(id).value);
+  by(id).addEventListener("input", () => {
+    act(by(id).value);
+    remember(id, by(id).value);
+  });
+}
+function applyAddress() {
+  const found = wishOf(location.hash, run.words);
+  wish = found.wish;
+  if (!quantities.has(wish.sort)) wish = { ...wish, sort: EMPTY.sort };
+  wanted = found.id;
+  const known = run.layers.map(layer => layer.name), before = found.layers ?? remembered("layers")?.filter(name => known.includes(name));
+  layersOn = before?.length || found.layers ? before.filter(name => known.includes(name)) : [run.first].filter(Boolean);
+  showLayers();
+  showFilters();
+}
+function keys(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const isTyping = event.target.matches?.("input:not([type=range]), select, textarea");
+  if (isTyping) return;
+  const isSliding = event.target.matches?.("input[type=range]");
+  if (event.key === "/" && !viewer.open) {
+    event.preventDefault();
+    by("search").focus();
+  }
+  const layer = /^[1-9]$/.test(event.key) ? run.layers[Number(event.key) - 1] : null;
+  if (layer) toggleLayer(layer.name);
+  if (viewer.open) {
+    if (event.key === "ArrowRight" && !isSliding) step(1);
+    if (event.key === "ArrowLeft" && !isSliding) step(-1);
+    if (event.key === "+" || event.key === "=") zoomed(1.5);
+    if (event.key === "-") zoomed(1 / 1.5);
+    if (event.key === "0") look({ x: 0, y: 0, scale: 1 });
+    return;
+  }
+  const place = [...cards].find(([, element]) => element === event.target)?.[0];
+  const ways = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: layout.columns, ArrowUp: -layout.columns, Home: -Infinity, End: Infinity };
+  if (place !== undefined && event.key in ways) {
+    event.preventDefault();
+    reveal(Math.min(Math.max(place + ways[event.key], 0), shown.length - 1))?.focus({ preventScroll: true });
+  }
+}
+
+const names = decodeURIComponent(location.pathname).split("/");
+const title = names.length > 2 ? names[names.length - 3] : "Gallery";
+document.title = `${title} · labelled images`;
+by("title").textContent = title;
+theme(remembered("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+by("theme").addEventListener("click", () => {
+  theme(root.dataset.theme === "dark" ? "light" : "dark");
+  remember("theme", root.dataset.theme);
+});
+layerButtons("layers");
+layerButtons("viewer-layers");
+filterButtons();
+by("sort").append(...quantitySelect("number").children);
+by("sort").addEventListener("change", () => {
+  const name = by("sort").value;
+  wish = { ...wish, sort: name, down: worstIsHigh(name) };
+  changed();
+  showFilters();
+});
+by("direction").addEventListener("click", () => {
+  wish.down = !wish.down;
+  changed();
+  showFilters();
+});
+by("search").addEventListener("input", () => {
+  wish.search = by("search").value;
+  changed();
+});
+by("filtering").addEventListener("click", () => {
+  const isOpen = by("filters").classList.toggle("open");
+  by("filtering").setAttribute("aria-expanded", String(isOpen));
+  remember("filters", isOpen);
+  arrange();
+});
+if (remembered("filters") ?? (innerWidth > 760 && innerHeight > 700)) by("filtering").click();
+by("earlier").addEventListener("click", () => { if (first > 0) reveal(first - layout.most); });
+by("later").addEventListener("click", () => { if (first + layout.most < shown.length) { reveal(first + layout.most); scrollTo(0, 0); } });
+by("previous").addEventListener("click", () => step(-1));
+by("next").addEventListener("click", () => step(1));
+by("close").addEventListener("click", () => viewer.close());
+by("copy").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText(by("line").textContent);
+    by("copy").textContent = "Copied";
+  } catch { getSelection().selectAllChildren(by("line")); }
+  setTimeout(() => { by("copy").textContent = "Copy"; }, 1500);
+});
+viewer.addEventListener("click", event => { if (event.target === viewer) viewer.close(); });
+viewer.addEventListener("close", () => {
+  const place = shown.indexOf(opened);
+  opened = null;
+  keepAddress();
+  (place >= 0 ? reveal(place) : grid)?.focus({ preventScroll: true });
+});
+const pointers = new Map();
+frame.addEventListener("wheel", event => {
+  event.preventDefault();
+  zoomed(Math.exp(-event.deltaY * .0015), event.clientX, event.clientY);
+}, { passive: false });
+frame.addEventListener("pointerdown", event => {
+  pointers.set(event.pointerId, event);
+  frame.setPointerCapture(event.pointerId);
+});
+frame.addEventListener("pointermove", event => {
+  const before = pointers.get(event.pointerId);
+  if (before && pointers.size === 1) look({ ...zoom, x: zoom.x + event.clientX - before.clientX, y: zoom.y + event.clientY - before.clientY });
+  if (before && pointers.size === 2) {
+    const other = [...pointers.values()].find(each => each.pointerId !== event.pointerId);
+    const apart = each => Math.max(Math.hypot(each.clientX - other.clientX, each.clientY - other.clientY), 1);
+    zoomed(apart(event) / apart(before), (event.clientX + other.clientX) / 2, (event.clientY + other.clientY) / 2);
+  }
+  if (before) pointers.set(event.pointerId, event);
+  point(event);
+});
+for (const end of ["pointerup", "pointercancel"]) frame.addEventListener(end, event => pointers.delete(event.pointerId));
+frame.addEventListener("dblclick", event => (zoom.scale > 1 ? look({ x: 0, y: 0, scale: 1 }) : zoomed(3, event.clientX, event.clientY)));
+addEventListener("keydown", keys);
+addEventListener("scroll", () => requestAnimationFrame(draft), { passive: true });
+addEventListener("hashchange", () => {
+  if (viewer.open) viewer.close();
+  applyAddress();
+  first = 0;
+  refresh();
+});
+new ResizeObserver(() => arrange()).observe(grid);
+slide("opacity", value => root.style.setProperty("--overlay", value / 100), remembered("opacity"));
+slide("size", () => arrange(), remembered("size") ?? (innerWidth < 500 ? 160 : 232));
+applyAddress();
+loadPages();

@@ -1,0 +1,168 @@
+"use strict";
+// What the page decides without a look at itself: which samples it shows, in which order, and where they lie.
+
+const received = { run: null, leftOut: [], pages: new Map(), details: new Map(), on: () => {} };
+
+// Every script that holds data calls this; `number` tells which part it is.
+function receive(kind, number, value) {
+  if (kind === "page") received.pages.set(number, value);
+  else if (kind === "details") received.details.set(number, new Map(value));
+  else received[kind] = value;
+  received.on(kind, number);
+}
+
+function idOf(index) { return String(index).padStart(8, "0"); }
+function sum(values) { return values.reduce((total, value) => total + value, 0); }
+
+// Samples of an index page: one object each out of its columns.
+function samplesOf(columns, leftOut) {
+  return columns.index.map((index, k) => ({
+    index, id: idOf(index), prompt: columns.prompt[k], text: columns.prompt[k].toLowerCase(), seed: String(columns.seed[k]),
+    sides: columns.sides[k], named: columns.named[k], shown: columns.shown[k], missing: columns.missing[k],
+    reasons: columns.reasons[k], aside: columns.aside[k] === 1, things: columns.things[k], figures: columns.figures[k],
+    leftOut: leftOut.get(index) ?? "",
+  }));
+}
+
+const HIGH_IS_BAD = new Set(["doubts", "disagreeing", "missing classes"]);
+const UNRANKED = new Set(["number", "seed", "things", "people", "prompt letters", "nearest, m", "farthest, m", "largest thing, %"]);
+
+// What samples are sorted by and limited to: name -> the value of a sample, null where it has none.
+function quantitiesOf(figures) {
+  const found = new Map([["number", sample => sample.index], ["seed", sample => Number(sample.seed)]]);
+  figures.forEach((name, k) => found.set(name, sample => sample.figures[k] ?? null));
+  const extreme = (call, place, scale) => sample => (sample.things.length ? call(...sample.things.map(thing => thing[place])) / scale : null);
+  found.set("doubts", sample => sample.reasons.length);
+  found.set("missing classes", sample => sample.missing.length);
+  found.set("things", sample => sample.things.length);
+  found.set("least sure thing", extreme(Math.min, 1, 100));
+  found.set("largest thing, %", extreme(Math.max, 2, 10));
+  found.set("smallest thing, %", extreme(Math.min, 2, 10));
+  found.set("prompt letters", sample => sample.prompt.length);
+  return found;
+}
+
+const EMPTY = { search: "", has: [], not: [], any: false, flags: [], ranges: [], sort: "number", down: false };
+// Samples that one of these flags chooses; without one, those of the data set that no filter left out.
+const FLAGS = {
+  doubtful: sample => sample.reasons.length > 0,
+  missing: sample => sample.missing.length > 0,
+  aside: sample => sample.aside,
+  "left-out": sample => sample.leftOut !== "",
+  good: (sample, marks) => marks.get(sample.id) === "good",
+  bad: (sample, marks) => marks.get(sample.id) === "bad",
+  unmarked: (sample, marks) => !marks.has(sample.id),
+};
+
+function passes(sample, wish, quantities, marks) {
+  if (sample.leftOut && !wish.flags.includes("left-out")) return false;
+  if (sample.aside && !wish.flags.includes("aside") && !wish.flags.includes("doubtful")) return false;
+  if (!wish.flags.every(flag => FLAGS[flag](sample, marks))) return false;
+  if (wish.has.length && !wish.has[wish.any ? "some" : "every"](word => sample.shown.includes(word))) return false;
+  if (wish.not.some(word => sample.shown.includes(word))) return false;
+  for (const [name, least, most] of wish.ranges) {
+    const value = quantities.get(name)?.(sample) ?? null;
+    if (value === null || (least !== null && value < least) || (most !== null && value > most)) return false;
+  }
+  const text = wish.search.trim().toLowerCase();
+  return !text || sample.text.includes(text) || sample.id.includes(text) || sample.seed === text;
+}
+
+// The samples to show, in their order; those without a value come last, whatever the direction.
+function chosen(samples, wish, quantities, marks) {
+  const found = samples.filter(sample => passes(sample, wish, quantities, marks));
+  const value = quantities.get(wish.sort);
+  if (!value || (wish.sort === "number" && !wish.down)) return found;
+  const sign = wish.down ? -1 : 1;
+  const keyed = found.map(sample => [value(sample), sample]);
+  keyed.sort(([a, first], [b, second]) => {
+    if (a === null || b === null) return (a === null) - (b === null) || first.index - second.index;
+    return sign * (a - b) || first.index - second.index;
+  });
+  return keyed.map(([, sample]) => sample);
+}
+
+// Whether the worst samples come first when this quantity falls.
+function worstIsHigh(name) { return HIGH_IS_BAD.has(name); }
+
+// The part of an address behind #: all that decides what the page shows. Words stand there as they are, not as numbers.
+function addressOf(wish, layers, opened, words) {
+  const parts = new URLSearchParams();
+  if (opened) parts.set("id", opened);
+  parts.set("layer", layers.join(","));
+  if (wish.search) parts.set("search", wish.search);
+  for (const word of wish.has) parts.append("has", words[word]);
+  for (const word of wish.not) parts.append("not", words[word]);
+  if (wish.any) parts.set("any", "1");
+  for (const flag of wish.flags) parts.append("only", flag);
+  for (const [name, least, most] of wish.ranges) parts.append("range", `${least ?? ""}~${most ?? ""}~${name}`);
+  if (wish.sort !== EMPTY.sort || wish.down) parts.set("sort", (wish.down ? "-" : "") + wish.sort);
+  return "#" + parts;
+}
+function wishOf(address, words) {
+  const parts = new URLSearchParams(address.replace(/^#/, ""));
+  const numbers = name => parts.getAll(name).map(word => words.indexOf(word)).filter(number => number >= 0);
+  const sort = parts.get("sort") ?? EMPTY.sort;
+  const limit = text => (text === "" || Number.isNaN(Number(text)) ? null : Number(text));
+  return {
+    wish: {
+      search: parts.get("search") ?? "", has: numbers("has"), not: numbers("not"), any: parts.get("any") === "1",
+      flags: parts.getAll("only").filter(flag => Object.hasOwn(FLAGS, flag)),
+      ranges: parts.getAll("range").map(text => text.split("~")).filter(found => found.length > 2)
+        .map(([least, most, ...name]) => [name.join("~"), limit(least), limit(most)]),
+      sort: sort.replace(/^-/, ""), down: sort.startsWith("-"),
+    },
+    layers: parts.has("layer") ? parts.get("layer").split(",").filter(Boolean) : null,
+    id: parts.get("id") ?? "",
+  };
+}
+
+// Where cards lie: columns of equal width, rows of equal height, so that any card's place is known without the others.
+const LARGEST_HEIGHT = 12e6; // pixels: browsers lose lines of a page that is much higher
+function layoutOf(width, tile, gap, words, count) {
+  const columns = Math.max(1, Math.floor((width + gap) / (tile + gap)));
+  const side = (width - gap * (columns - 1)) / columns;
+  const row = side + words + gap;
+  const most = Math.max(1, Math.floor(LARGEST_HEIGHT / row)) * columns; // cards of one part of the grid
+  return { columns, side, row, gap, most, height: Math.ceil(Math.min(count, most) / columns) * row };
+}
+// First and last + 1 of the cards between two heights of the grid, with some more around them.
+function visible(layout, top, bottom, count) {
+  const first = Math.max(0, Math.floor((top - layout.row) / layout.row));
+  const last = Math.ceil((bottom + layout.row) / layout.row);
+  return [Math.min(first * layout.columns, count), Math.min(Math.max(last, 0) * layout.columns, count)];
+}
+
+// Where a sample's thumbnail lies in its sheet, as the writer of the sheets computes it.
+function thumbnailOf(sample, sheet) {
+  const [height, width] = sample.sides, longest = Math.max(height, width, sheet.side);
+  const count = sheet.columns * sheet.rows, place = sample.index % count;
+  return {
+    sheet: Math.floor(sample.index / count),
+    x: (place % sheet.columns) * sheet.side, y: Math.floor(place / sheet.columns) * sheet.side,
+    width: Math.max(Math.floor(width * sheet.side / longest), 1), height: Math.max(Math.floor(height * sheet.side / longest), 1),
+  };
+}
+
+// A colour of its own for each thing of a class: that of the class, turned and made lighter or darker by turns.
+function shade(colour, k) {
+  if (!k) return colour;
+  const [r, g, b] = [1, 3, 5].map(at => parseInt(colour.slice(at, at + 2), 16) / 255);
+  const most = Math.max(r, g, b), least = Math.min(r, g, b), range = most - least, light = (most + least) / 2;
+  const hue = range === 0 ? 0 : most === r ? ((g - b) / range + 6) % 6 : most === g ? (b - r) / range + 2 : (r - g) / range + 4;
+  const strength = range === 0 ? 0 : range / (1 - Math.abs(2 * light - 1));
+  const step = Math.ceil(k / 2), way = k % 2 ? 1 : -1;
+  const turned = (hue * 60 + way * 16 * step + 720) % 360;
+  const other = Math.min(.88, Math.max(.22, light + way * .17 * ((step - 1) % 2 + 1)));
+  return `hsl(${turned.toFixed(1)} ${(100 * Math.max(strength, .25)).toFixed(1)}% ${(100 * other).toFixed(1)}%)`;
+}
+
+// A word of a shell's command line.
+function quoted(text) { return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`; }
+
+// The folder of a page's address: PATH/gallery/index.html -> PATH, as the file system of the page spells it.
+function folderOf(location) {
+  if (location.protocol !== "file:") return "";
+  const path = decodeURIComponent(location.pathname).replace(/\/gallery\/[^/]*$/, "");
+  return /^\/[A-Za-z]:/.test(path) ? path.slice(1) : path;
+}

@@ -1,0 +1,43 @@
+"""A browser for tests of the gallery's page: Chromium, driven by Playwright."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@contextmanager
+def browser() -> Iterator:
+    """A running browser without a window; the test is skipped where there is none."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip("Playwright is not installed")
+    program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("Chromium is not installed")
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+class Watched:
+    """A page with what went wrong on it, and what it asked for."""
+
+    def __init__(self, running, width: int = 1280, height: int = 800, **options):
+        self.page = running.new_page(viewport={"width": width, "height": height}, **options)
+        self.errors, self.asked = [], []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def open(self, address: str):
+        """The page at an address, once it shows all of its samples."""
+        self.page.goto(address)
+        self.page.wait_for_selector(".card, .nothing")
+        self.page.wait_for_function("filled")
+        return self.page

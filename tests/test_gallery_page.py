@@ -1,0 +1,235 @@
+"""The gallery's page in a browser: opened from the disk, as most people open it."""
+
+import numpy as np
+import pytest
+from browser import Watched, browser
+from PIL import Image
+from rendered import document, rendered, write_run
+
+from datasetdm_fast.run_folder.folder import RunFolder
+
+NUMBER = 300
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def run(chromium, tmp_path_factory):
+    """More samples than any window shows at once, of sixty pictures."""
+    path = tmp_path_factory.mktemp("runs") / "a run"
+    samples = [rendered(k, 48) for k in range(60)]
+    with RunFolder(path, document(NUMBER, 48)) as folder:
+        copies = [
+            type(samples[0])(type(s.request)(k, s.request.prompt, k, s.request.classes), s.image, s.annotations)
+            for k in range(NUMBER)
+            for s in [samples[k % 60]]
+        ]
+        folder.add(copies, {})
+        folder.rebuild()
+    return path
+
+
+def address(path, part=""):
+    return f"{(path / 'gallery' / 'index.html').as_uri()}{part}"
+
+
+def shown(page):
+    return page.evaluate("shown.map(sample => sample.id)")
+
+
+def focused(page):
+    return page.evaluate("document.activeElement.id || document.activeElement.dataset.id")
+
+
+@pytest.mark.parametrize("width, height", [(3840, 2160), (2560, 1440), (1280, 640), (390, 844)])
+def test_every_card_of_any_window_is_drawn(chromium, run, width, height):
+    watched = Watched(chromium, width, height)
+    page = watched.open(address(run))
+    for _ in range(2):
+        boxes = page.evaluate(
+            "[...document.querySelectorAll('.card')].map(card => card.getBoundingClientRect().bottom)"
+        )
+        assert max(boxes) >= height and len(boxes) < 800
+        page.evaluate("scrollTo(0, document.documentElement.scrollHeight / 2)")
+        page.wait_for_timeout(300)
+    page.evaluate("scrollTo(0, document.documentElement.scrollHeight)")
+    page.wait_for_selector(f"[data-id='{NUMBER - 1:08d}']")
+    assert watched.errors == [] and all(url.startswith(run.as_uri()) for url in watched.asked)
+    page.close()
+
+
+@pytest.mark.parametrize("width, height", [(1280, 640), (390, 844), (844, 390)])
+def test_the_opened_picture_and_its_title_are_in_view(chromium, run, width, height):
+    page = Watched(chromium, width, height).open(address(run))
+    page.click("[data-id='00000001']")
+    for selector in ("#frame .stack", "#prompt", "#close"):
+        box = page.locator(selector).bounding_box()
+        assert box["y"] >= 0 and box["x"] >= 0 and box["x"] + box["width"] <= width, selector
+        assert box["y"] + box["height"] <= height, selector
+    page.evaluate("by('side').scrollTop = 1e6")
+    line = page.locator("#line").bounding_box()
+    assert line["y"] + line["height"] <= height
+    page.close()
+
+
+def test_focus_stays_where_it_was(chromium, run):
+    page = Watched(chromium).open(address(run))
+    page.focus("[data-id='00000001']")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.evaluate("viewer.open && opened.id") == "00000002" and focused(page) == "frame"
+    page.focus("#next")
+    for _ in range(3):
+        page.keyboard.press("Enter")
+    assert focused(page) == "next" and page.evaluate("opened.id") == "00000005"
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.activeElement.dataset.id === '00000005'")
+    assert not page.evaluate("viewer.open")
+    page.keyboard.press("End")
+    assert focused(page) == f"{NUMBER - 1:08d}"
+    page.close()
+
+
+def test_layers_by_key_and_inside_the_viewer(chromium, run):
+    page = Watched(chromium).open(address(run))
+    before = page.evaluate("layersOn.join()")
+    page.keyboard.press("Control+1")
+    assert page.evaluate("layersOn.join()") == before == "instance"
+    page.keyboard.press("1")
+    assert page.evaluate("layersOn.join()") == "instance,semantic"
+    page.click("[data-id='00000001']")
+    page.locator("#viewer-layers button", has_text="Depth").click()
+    assert page.evaluate("layersOn.includes('depth')") and page.locator("#frame [data-layer=depth]").count() == 1
+    assert page.locator("#legend .near-to-far").count() == 1 and " m" in page.locator("#legend .scale").inner_text()
+    page.close()
+
+
+def test_two_things_of_a_class_have_two_colours(chromium, run):
+    page = Watched(chromium).open(address(run))
+    colours = page.evaluate("run.colours.map(colour => Array.from({length: 12}, (_, k) => shade(colour, k)))")
+    assert all(len(set(each)) == 12 and each[0].startswith("#") for each in colours)
+    twins = page.evaluate(
+        "samples.find(sample => new Set(sample.things.map(t => t[0])).size < sample.things.length).id"
+    )
+    page.goto(address(run, f"#id={twins}&layer=instance"))
+    page.reload()
+    page.wait_for_selector("#frame .shape")
+    fills = page.evaluate("[...document.querySelectorAll('#frame .shape')].map(shape => shape.getAttribute('fill'))")
+    assert len(set(fills)) == len(fills) > 1
+    page.close()
+
+
+def test_what_is_sure_stays_clear(chromium, run, tmp_path):
+    """The confidence of the rendered labels rises from 0 in the first row to 1 in the last."""
+    page = Watched(chromium).open(address(run, "#id=00000001&layer="))
+    page.wait_for_selector("#frame .image")
+    page.wait_for_timeout(300)
+    box = page.locator("#frame .stack").bounding_box()
+    pictures = []
+    for _ in range(2):
+        page.wait_for_timeout(300)
+        page.locator("#frame").screenshot(path=tmp_path / "picture.png")
+        pictures.append(np.array(Image.open(tmp_path / "picture.png").convert("RGB"), np.int16))
+        page.locator("#viewer-layers button", has_text="Uncertainty").click()
+    changed = np.abs(pictures[1] - pictures[0]).mean(2)
+    left = int(box["x"] - page.locator("#frame").bounding_box()["x"]) + 5
+    top, side = int(box["y"] - page.locator("#frame").bounding_box()["y"]), int(box["width"]) - 10
+    rows = changed[top : top + side, left : left + side].mean(1)
+    assert rows[-8:].mean() < 4 < 30 < rows[:8].mean()
+    page.close()
+
+
+def test_a_reload_and_a_link_show_the_same(chromium, run):
+    page = Watched(chromium).open(address(run))
+    page.evaluate("by('filters').classList.add('open')")
+    ball = page.locator("#classes button", has_text="ball")
+    cone = page.locator("#classes button", has_text="cone")
+    ball.click()
+    cone.click()
+    cone.click()
+    page.select_option("#sort", "score")
+    page.keyboard.press("5")
+    page.fill("#search", "table")
+    page.locator("#theme").click()
+    found, theme = shown(page), page.evaluate("root.dataset.theme")
+    holds = page.evaluate(
+        "samples.filter(s => s.shown.includes(run.words.indexOf('ball'))"
+        " && !s.shown.includes(run.words.indexOf('cone')) && s.text.includes('table')).length"
+    )
+    assert 0 < len(found) == holds < NUMBER
+    scores = page.evaluate("shown.map(quantities.get('score'))")
+    assert scores == sorted(scores)
+    page.reload()
+    page.wait_for_function("filled")
+    assert shown(page) == found and page.evaluate("root.dataset.theme") == theme
+    assert page.evaluate("layersOn.includes('pose')")
+    assert ball.get_attribute("aria-pressed") == "true" and cone.get_attribute("aria-pressed") == "mixed"
+    link = page.url
+    page.close()
+    other = Watched(chromium).open(link + "&id=" + found[2])
+    assert shown(other) == found and other.evaluate("opened.id") == found[2]
+    other.close()
+
+
+def test_limits_and_flags(chromium, run):
+    page = Watched(chromium).open(address(run, "#range=2~3~things&range=~5~smallest thing, %&sort=-things"))
+    things = page.evaluate(
+        "shown.map(sample => [sample.things.length, Math.min(...sample.things.map(t => t[2])) / 10])"
+    )
+    assert things and all(2 <= count <= 3 and least <= 5 for count, least in things)
+    assert [count for count, _ in things] == sorted((count for count, _ in things), reverse=True)
+    page.goto(address(run, "#only=missing"))
+    page.wait_for_timeout(200)
+    assert shown(page) == page.evaluate("samples.filter(s => s.missing.length).map(s => s.id)")
+    page.close()
+
+
+def test_the_page_bears_the_name_of_its_folder_and_its_line_works(chromium, run):
+    page = Watched(chromium).open(address(run, "#id=00000007"))
+    assert page.title().startswith("a run") and page.locator("#title").inner_text() == "a run"
+    assert page.locator("#line").inner_text() == f"python -m datasetdm_fast.generate --out '{run}' --only 00000007"
+    page.close()
+
+
+def test_zoom_and_what_lies_under_the_cursor(chromium, run):
+    page = Watched(chromium).open(address(run, "#id=00000001&layer=instance"))
+    page.wait_for_selector("#frame .shape")
+    x, y = page.evaluate(
+        "[0, 1].map(k => document.querySelector('#frame .shape').getBoundingClientRect()"
+        "[['left', 'top'][k]] + document.querySelector('#frame .shape').getBoundingClientRect()"
+        "[['width', 'height'][k]] / 2)"
+    )
+    page.mouse.move(x, y)
+    word = page.evaluate("run.words[opened.things[0][0]]")
+    assert word in page.locator("#pointed").inner_text()
+    page.mouse.wheel(0, -600)
+    page.wait_for_timeout(100)
+    assert page.evaluate("zoom.scale") > 1.5 and word in page.locator("#pointed").inner_text()
+    page.keyboard.press("0")
+    assert page.evaluate("zoom.scale") == 1
+    page.close()
+
+
+def test_hostile_prompts_leave_the_page_as_it_is(chromium, tmp_path):
+    bad = [
+        "</script><script>document.title='taken'</script>",
+        "<img src=x onerror=document.title='taken'>",
+        "');document.title='taken';('",
+        "\u2028document.title='taken'//",
+        "{{x}} ${document.title='taken'} `",
+        "__proto__",
+    ]
+    write_run(tmp_path, 120, 32, bad * 20)
+    watched = Watched(chromium)
+    page = watched.open(address(tmp_path, "#id=00000001"))
+    assert watched.errors == [] and "taken" not in page.title() and page.evaluate("document.scripts.length") == 4
+    assert page.evaluate("samples.map(sample => sample.prompt)") == bad * 20
+    assert page.locator("#prompt").inner_text() == bad[1] and page.locator("[onerror]").count() == 0
+    page.keyboard.press("Escape")
+    page.fill("#search", "__proto__")
+    assert shown(page) == [f"{k:08d}" for k in range(5, 120, 6)]
+    page.close()
