@@ -7,6 +7,8 @@ from typing import Any
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 ATTENTION = "attention"  # labels that need no decoder
 LABELS = (*TASKS, ATTENTION)
+# what a checkpoint of DatasetDM was trained on
+UPSTREAM_KINDS = ("voc", "cityscapes", "deepfashion", "coco", "lvis", "nyu", "kitti", "vkitti2", "pose", "pose-simcc")
 LABELLERS = ("decoder", ATTENTION)
 PARITIES = {  # name -> settings that a work was made with, where others are not given
     "dataset-diffusion": {
@@ -194,8 +196,8 @@ class ModelSettings:
     )
     decoder: str = setting(
         "demo",
-        "folder of trained decoders, one sub-folder each, or several with commas between them; a model of seeded "
-        "weights has seeded ones",
+        "folder of trained decoders, one sub-folder each, a checkpoint FILE.pth of DatasetDM, or several with commas "
+        "between them; a model of seeded weights has seeded ones",
         metavar="DIR",
     )
     size: int = setting(0, "pixels of a side, a multiple of 64; 0 = what the model was made for", metavar="N")

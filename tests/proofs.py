@@ -138,7 +138,7 @@ def try_pickle(data: bytes, suffix: str = ".ckpt") -> str:
         with safe_open(pickles.safe_copy(path), "np") as copy:
             return f"{len(list(copy.keys()))} tensors"
     pickles._check_beginning(path)
-    return f"{len(pickles.read_tensors(path))} tensors"
+    return f"{len(pickles.read_tensors(path)[0])} tensors"
 
 
 for _name, _data in CALLS.items():

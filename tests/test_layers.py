@@ -44,6 +44,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "verify",
         "audit",
         "doctor",
+        "convert_checkpoint",
         "export_cli",
         "demo",
         "bench",

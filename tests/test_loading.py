@@ -242,7 +242,7 @@ SPOILT = {
     "no vae": (remove("vae"), "no vae"),
     "no text encoder": (remove("text_encoder"), "no text_encoder"),
     "no tokenizer": (remove("tokenizer"), "no tokenizer"),
-    "no scheduler": (remove("scheduler"), "no scheduler"),
+    "no schedule": (remove("scheduler/scheduler_config.json"), "no scheduler"),
     "config without weights": (remove("vae/diffusion_pytorch_model.safetensors"), "no weights of its vae"),
     "weights cut off": (cut, r"diffusion_pytorch_model.safetensors is truncated"),
     "weights are no safetensors": (

@@ -1,6 +1,7 @@
 """P-Decoders by configuration: built, saved, loaded, and filled from DatasetDM's own checkpoints."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,7 @@ UNUSED = {  # parameters upstream creates and saves but never reads
     "segmentation": ("query_feat_mlp.", "query_embed_mlp."),
     "simcc": ("high_feature_conv.", "highest_feature_conv.", "high_feature_mix_conv.", "highest_feature_mix_conv."),
 }
+MOST_LISTED = 8  # tensors that a message names one by one
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -104,9 +106,9 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     return for_inference(decoder, strict)
 
 
-def load_decoders(folder: str | Path) -> dict[str, Decoder]:
-    """The decoders of a folder, or of several, by the labels they make; see find_decoders."""
-    found = find_decoders(folder)
+def load_decoders(given: str | Path | Iterable[Path]) -> dict[str, Decoder]:
+    """The decoders of a folder, or of several, by the labels they make."""
+    found = find_decoders(given)
     return {label: load_decoder(found[label]) for label in found.labels}
 
 
@@ -176,12 +178,19 @@ def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> Non
         if state[name].shape != ours[name].shape
     ]
     found = {"missing": missing, "unexpected": unexpected, "shape": shapes}
-    if wrong := [f"{label}: {', '.join(names)}" for label, names in found.items() if names]:
+    if wrong := [f"{label}: {', '.join(listed(names))}" for label, names in found.items() if names]:
         count = sum(map(len, found.values()))
         raise Refused(
             f"{origin}: {count} tensors do not fit this {decoder.config.kind} decoder; {'; '.join(wrong)}",
             "check that the configuration is the one it was trained with",
         )
+
+
+def listed(names: list[str]) -> list[str]:
+    """Tensors for a message: each, or where they are many the modules they belong to, with how many of each."""
+    if len(names) <= MOST_LISTED:
+        return names
+    return [f"{module} ({count})" for module, count in Counter(name.split(".")[0] for name in names).items()]
 
 
 def check_finite(state: Mapping[str, Tensor], origin: str) -> None:

@@ -14,6 +14,7 @@ from datasetdm_fast.stages import LEVELS, Level, levels
 
 KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
 NORMALISATIONS = ("image", "running")
+CLASS_SOURCES = ("decoder", "prompt")
 SD1_LEVELS = levels(
     {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8}, tokens=77, size=512
 )
@@ -59,12 +60,15 @@ class DecoderConfig:
     overlap_threshold: float = 0.5  # of two instances with a larger mask IoU the worse is dropped
     # pixels at 512 x 512, scaled to the image: smaller instances are dropped, classes with less evidence zeroed
     min_area: int = 0
+    # what gives an instance its class: the decoder, or, where it was taught but one, the prompt of the image
+    instance_class_from: str = "decoder"
 
     def __post_init__(self):
         for value, name, known in (
             (self.kind, "kind", KINDS),
             (self.task, "task", TASKS),
             (self.normalisation, "normalisation", NORMALISATIONS),
+            (self.instance_class_from, "instance_class_from", CLASS_SOURCES),
         ):
             if value not in known:
                 raise Refused(f"decoder config: {name} is {value!r}, expected one of {', '.join(known)}")
@@ -93,6 +97,11 @@ class DecoderConfig:
     @property
     def has_text(self) -> bool:
         return self.kind == "open-vocabulary"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its labels are called by the class words of a run, and not by its own classes."""
+        return self.has_text or self.instance_class_from == "prompt"
 
     @property
     def logits(self) -> int:
@@ -140,7 +149,10 @@ LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "toke
 COUNTS = ("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width")
 FORM = dict.fromkeys((*COUNTS, "upscale", "min_area"), int)
 FORM |= dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), float)
-FORM |= dict.fromkeys(("kind", "task", "normalisation"), str) | {"text_centre": bool, "limbs": [[int]]}
+FORM |= dict.fromkeys(("kind", "task", "normalisation", "instance_class_from"), str) | {
+    "text_centre": bool,
+    "limbs": [[int]],
+}
 FORM |= dict.fromkeys(("classes", "named", "joints"), [str])
 LEAST_NUMBERS = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1
 LARGEST_NUMBERS = {"layers": 64, "heads": 1024, "upscale": 16, "min_area": 2**30, "max_depth": 1e6}  # others: 65536

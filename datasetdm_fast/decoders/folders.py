@@ -11,7 +11,7 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.names import DECODER_NAME, LabelName
 
 DEMO = Path(__file__).parents[1] / "demo" / "decoders"
-FORM = "give a folder with one sub-folder per trained decoder"
+FORM = "give a folder with one sub-folder per trained decoder, or a DatasetDM checkpoint FILE.pth"
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -49,11 +49,11 @@ class DecoderFolders:
         return [name.task if self.own.get(name.task) == path else str(name) for name, path in self.named.items()]
 
 
-def find_decoders(given: str | Path) -> DecoderFolders:
-    """The decoders of a folder, or of several with commas between them; `demo` names those shipped with the package."""
+def find_decoders(given: str | Path | Iterable[Path]) -> DecoderFolders:
+    """The decoders of folders that have a sub-folder for each, named one by one or in one text."""
     named: dict[LabelName, Path] = {}
     own: dict[str, Path] = {}
-    for folder in _folders(str(given)):
+    for folder in parts_of(given) if isinstance(given, (str, Path)) else given:
         found = sorted(path.parent for path in folder.glob("*/config.json"))
         if not found:
             is_decoder = (folder / "config.json").exists()
@@ -77,8 +77,10 @@ def find_decoders(given: str | Path) -> DecoderFolders:
     return DecoderFolders(named, own)
 
 
-def _folders(given: str) -> Iterable[Path]:
-    if given == "demo" or Path(given).is_dir():
+def parts_of(given: str | Path) -> list[Path]:
+    """The paths of one text, with commas between them; `demo` names the decoders shipped with the package."""
+    given = str(given)
+    if given == "demo" or Path(given).exists():
         return [DEMO if given == "demo" else Path(given)]
     return [DEMO if part == "demo" else Path(part) for part in map(str.strip, given.split(",")) if part]
 

@@ -41,6 +41,7 @@ def open_engine(
 
     from datasetdm_fast.decoders.checkpoint import check_levels, load_decoder
     from datasetdm_fast.decoders.folders import find_decoders
+    from datasetdm_fast.decoders.upstream import unpacked
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.loading.presets import SEEDED_LICENCE
 
@@ -54,7 +55,7 @@ def open_engine(
         chosen = {label: found[label] for label in labels}
         told = {label: {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE} for label in labels}
     elif decoder:
-        folders = find_decoders(decoder)
+        folders = find_decoders(unpacked(decoder, loaded.levels))
         labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
         chosen = {label: load_decoder(folders[label]) for label in labels}
         told = describe_decoders(folders, labels)

@@ -55,10 +55,11 @@ class ExportConfig(ModelSettings, OutputSettings):
     def load(self) -> tuple[Any, dict[str, Any]]:
         """The model and its decoders."""
         from datasetdm_fast.decoders.checkpoint import check_levels, load_decoders
+        from datasetdm_fast.decoders.upstream import unpacked
         from datasetdm_fast.loading import load_model
 
         model = load_model(self.model, size=self.size, allow_download=self.allow_download)
-        decoders = {} if self.decoder == "none" else load_decoders(self.decoder)
+        decoders = {} if self.decoder == "none" else load_decoders(unpacked(self.decoder, model.levels))
         for label, decoder in decoders.items():
             check_levels(decoder, model.levels, label)
         return model, decoders

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 LARGEST_CHECKPOINT = 32 * 2**30  # bytes of one checkpoint
 SPARE_MEMORY = 2 * 2**30  # bytes beyond three times the file
 SPARE_SECONDS = 120  # of processor time, beyond one for every 20 MB
+MOST_OTHERS = 32  # names of what is no tensor
+OTHERS = "left out"  # the note of a safe copy that holds them
 MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 TRAINER = (
     "pytorch_lightning.",
@@ -57,6 +59,14 @@ def safe_copy(path: Path) -> Path:
     finally:
         shutil.rmtree(desk, ignore_errors=True)
     return target
+
+
+def left_out(copy: Path) -> list[str]:
+    """The names of what a checkpoint held beside the tensors of its safe copy."""
+    from safetensors import safe_open
+
+    with safe_open(copy, "np") as opened:
+        return json.loads((opened.metadata() or {}).get(OTHERS, "[]"))
 
 
 def _check_beginning(path: Path) -> int:
@@ -139,7 +149,7 @@ def child(source: str, target: str) -> None:
     lacking += confine(Path(target), os.stat(source).st_size)
     try:
         cause = ""
-        _save(read_tensors(Path(source)), Path(target))
+        _save(*read_tensors(Path(source)), Path(target))
     except BaseException as error:  # foreign bytes make the reader raise nearly anything
         cause = _cause(error)
     print(json.dumps({"cause": cause, "lacking": lacking}), flush=True)
@@ -155,8 +165,10 @@ def _cause(error: BaseException) -> str:
     return said[1] if said else re.sub(r"Weights only load failed.*?\n\n+", "", text, flags=re.DOTALL).splitlines()[0]
 
 
-def read_tensors(source: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled checkpoint by name, read by torch's restricted reader; what else it held is left out."""
+def read_tensors(source: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a pickled checkpoint by name, read by torch's restricted reader, and the names of what else it
+    held, which is left out.
+    """
     import torch
 
     is_archive = zipfile.is_zipfile(source)
@@ -167,16 +179,20 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
             raise ValueError(f"it asks for {', '.join(sorted(unknown)[:3])}")
         torch.serialization.add_safe_globals([(type("Left", (), {"__module__": "left"}), name) for name in foreign])
     loaded: Any = torch.load(source, map_location="cpu", weights_only=True, mmap=is_archive)
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, Mapping):
         raise ValueError(f"it holds a {type(loaded).__name__}, expected a state dict of tensors")
+    beside = [name for name in loaded if name != "state_dict"] if "state_dict" in loaded else []
+    loaded = loaded.get("state_dict", loaded)
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"its state_dict is a {type(loaded).__name__}, expected tensors by name")
     tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     if not all(isinstance(name, str) and name != "__metadata__" for name in tensors):
         raise ValueError("the names of its tensors are no texts")
-    return tensors
+    others = [*beside, *(name for name in loaded if name not in tensors)]
+    return tensors, [documents.one_line(str(name)) for name in others[:MOST_OTHERS]]
 
 
-def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], others: list[str], target: Path) -> None:
     from safetensors.torch import save_file
 
     seen: set[int] = set()
@@ -186,7 +202,7 @@ def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
         is_alone = value.is_contiguous() and place not in seen and value.untyped_storage().nbytes() == value.nbytes
         whole[name] = value.detach() if is_alone else value.detach().contiguous().clone()
         seen.add(place)
-    save_file(whole, target)
+    save_file(whole, target, {OTHERS: json.dumps(others)})
 
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38

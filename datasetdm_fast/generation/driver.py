@@ -12,6 +12,7 @@ from datasetdm_fast.data import (
     AttentionSums,
     Batch,
     Capture,
+    Instances,
     ProjectedCapture,
     Request,
     Sample,
@@ -23,6 +24,7 @@ from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.trust import trust_of, without_doubtful, without_unsure
+from datasetdm_fast.labels.words import mentioned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -266,8 +268,10 @@ def postprocess(
         named = [request.classes for request in requests]
         raw = captions.held_to(raw, config, [request.prompt for request in requests], named=named)
     found = TASKS[config.task].postprocess(raw, config, recipe.size)
-    if not config.has_text:
+    if not config.is_open:
         return found
+    if not config.has_text:
+        return [of_prompt(label, request, recipe.words) for label, request in zip(found, requests, strict=True)]
     return [
         renumber(label, recipe.asked(request), recipe.words) for label, request in zip(found, requests, strict=True)
     ]
@@ -318,6 +322,16 @@ class WordTable:
 def word_slots(asked: Sequence[Sequence[str]]) -> int:
     """Words the open-vocabulary decoder is asked for each image of a batch."""
     return max(map(len, asked))
+
+
+def of_prompt(label: Instances, request: Request, words: tuple[str, ...]) -> Instances:
+    """The instances as those of the class that the prompt names first; none where it names no class."""
+    import numpy as np
+
+    named = mentioned(request.prompt, request.classes) or request.classes
+    count = len(label.masks) if named else 0
+    number = words.index(named[0]) if named else 0
+    return Instances(label.masks[:count], np.full(count, number, np.int64), label.scores[:count], words)
 
 
 def renumber(label: SemanticMap, named: tuple[str, ...], words: tuple[str, ...]) -> SemanticMap:

@@ -83,7 +83,7 @@ def make_recipe(
     model = engine.model
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
     decoded = [task for task in tasks if task != ATTENTION]
-    asked = [task for task in tasks if task == ATTENTION or engine.decoders[task].config.has_text]
+    asked = [task for task in tasks if task == ATTENTION or engine.decoders[task].config.is_open]
     words = class_words_of(engine, asked, classes) if asked else ()
     captures = capture_calls(schedule, {task: engine.decoders[task].config.capture_timestep for task in decoded})
     numbers = None
@@ -140,7 +140,7 @@ def class_words_of(engine: Engine, labels: Sequence[str], classes: Sequence[str]
         raise Refused(
             f"--task {labels[0]}: no class words were given, and no decoder of it names any", "Add --classes ball,cube."
         )
-    if len(words) > 254:
+    if len(words) > 254 and any(label == ATTENTION or engine.decoders[label].config.has_text for label in labels):
         raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")
     prompts.check_class_lengths(words, engine.model.tokenizer)
     return words

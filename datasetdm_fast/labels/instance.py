@@ -236,8 +236,8 @@ class InstanceKind(LabelKind):
     def agreeing(self, first: Instances, second: Instances) -> Instances:
         return _taken(first, sorted(_matches(first, second)))
 
-    def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
-        return {"classes": list(config.classes), "size": [size, size]}
+    def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
+        return {"classes": list(words if config.is_open else config.classes), "size": [size, size]}
 
     def categories(self, table: Table) -> list[dict[str, Any]]:
         return [{"id": k, "name": name, "supercategory": ""} for k, name in enumerate(table["classes"], 1)]

@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,11 +30,13 @@ from datasetdm_fast.loading.checks import (
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.loading.model import NETWORKS, Model, checked
+from datasetdm_fast.loading.model import NETWORKS, SD_SCHEDULER, Model, checked
 from datasetdm_fast.loading.network import ConfigFile, Network, tensors_of
 from datasetdm_fast.loading.provenance import digest, files_of, folder_licence
 from datasetdm_fast.loading.tokenizer import load_tokenizer
 from datasetdm_fast.stages import FACTOR
+
+USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
 
 
 def load_folder(
@@ -57,7 +61,7 @@ def load_folder(
     files = {
         **{part: found.files for part, found in weights.items()},
         "tokenizer": files_of(folder / "tokenizer"),
-        "scheduler": files_of(folder / "scheduler"),
+        "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
     }
     side = networks["unet"].config.sample_size
     if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
@@ -68,7 +72,7 @@ def load_folder(
     defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
     scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
     origin = name or str(folder), str(folder.resolve())
-    proof = {part: digest(files[part]) for part in PARTS}, folder_licence(folder)
+    proof = {part: digest(files[part]) if files[part] else USUAL for part in PARTS}, folder_licence(folder)
     return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
@@ -99,13 +103,26 @@ def _folder_configs(folder: Path) -> dict[str, dict]:
         raise Refused(f"model: {folder} holds a {pipeline}, {SUPPORTED}")
     names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     places = {part: folder / part / names.get(part, "config.json") for part in PARTS}
+    has_schedule = (folder / "scheduler").exists()
     for part, place in places.items():
-        if not place.is_file():
+        if not place.is_file() and (part != "scheduler" or has_schedule):
             raise Refused(
                 f"model: {folder} has no {part} ({part}/{place.name} is missing), and every part is needed: "
                 f"{', '.join(PARTS)}"
             )
-    return {part: read_config(place) for part, place in places.items()}
+    read = {part: read_config(place) for part, place in places.items() if part != "scheduler" or has_schedule}
+    return read if has_schedule else read | {"scheduler": _usual_schedule(folder, read["unet"])}
+
+
+def _usual_schedule(folder: Path, unet: Mapping) -> dict[str, Any]:
+    """The schedule of Stable Diffusion 1.x, for a folder that holds networks alone; those of 2.x have several."""
+    if unet.get("use_linear_projection"):
+        raise Refused(
+            f"model: {folder} has no scheduler, and models like Stable Diffusion 2.x were trained with several",
+            "add the folder scheduler of the same model",
+        )
+    print(f"model: {folder} has no scheduler, so the schedule of Stable Diffusion 1.x is taken", file=sys.stderr)
+    return dict(SD_SCHEDULER)
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from datasetdm_fast.loading.tokenizer import tokenizer_beside
 from datasetdm_fast.stages import FACTOR
 
 
-def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Model:
-    """The model in one file of the original latent-diffusion layout.
+def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: bool = False) -> Model:
+    """The model in one file of the original latent-diffusion layout; `ema` takes the averaged weights of its U-Net.
 
     Such a file holds no vocabulary: it is read from a `tokenizer` folder beside the file, or from the local hub cache.
     """
@@ -34,8 +34,10 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Mod
         read(state, path) for read in (_unet_config, _vae_config, _text_config)
     )
     tokenizer = tokenizer_beside(path, is_second, allow_download)
-    convert = single_file_utils.convert_ldm_unet_checkpoint
-    unet = _filled(UNet2DConditionModel(**unet_config), convert(state, unet_config), f"{path}: unet")
+    converted = single_file_utils.convert_ldm_unet_checkpoint(
+        with_averaged(state, path) if ema else state, unet_config, extract_ema=False
+    )
+    unet = _filled(UNet2DConditionModel(**unet_config), converted, f"{path}: unet")
     convert = single_file_utils.convert_ldm_vae_checkpoint
     vae = _filled(AutoencoderKL(**vae_config), convert(state, vae_config), f"{path}: vae")
     text_encoder = CLIPTextModel(text_config)
@@ -57,6 +59,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False) -> Mod
     return checked(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
+EMA = "model_ema."  # before the names of averaged weights, which have no dots
 UNET, VAE, CLIP, OPEN_CLIP = (
     "model.diffusion_model.",
     "first_stage_model.",
@@ -78,6 +81,19 @@ def _read_single_file(path: Path) -> tuple[dict[str, Tensor], str]:
         raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file, {SUPPORTED}")
     check_readable(path)
     return safetensors.torch.load_file(pickles.safe_copy(path)), UNKNOWN_LICENCE
+
+
+def with_averaged(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors with the exponential moving average of each U-Net weight in its place; refused where one has none."""
+    names = {key: EMA + "".join(key.split(".")[1:]) for key in state if key.startswith(UNET)}
+    if absent := [key for key, name in names.items() if name not in state]:
+        has_any = any(key.startswith(EMA) for key in state)
+        raise Refused(
+            f"--ema: {path} has {f'no average of {len(absent)} weights, the first is {absent[0]}' if has_any else 'no'}"
+            f"{'' if has_any else ' averaged weights'}",
+            "Drop --ema, or take the file that holds them (often called full-ema).",
+        )
+    return {**state, **{key: state[name] for key, name in names.items()}}
 
 
 def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:

@@ -1,0 +1,233 @@
+"""DatasetDM's checkpoints through the commands: what each is taken for, the same answers, the same bytes on the way
+back, and what is refused; models in one file as diffusers folders.
+"""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_decoders import (
+    DEMO_LEVELS,
+    FARTHEST,
+    GOLDEN,
+    OUTPUTS,
+    RECORDED,
+    Payload,
+    distance,
+    recorded_inputs,  # noqa: F401 - a fixture
+    seeded_state,
+)
+from test_loading import StableDiffusionPipeline, first_generation, folder, same_weights, saved, tiny, with_vocabulary  # noqa: F401 - fixtures
+
+from datasetdm_fast import convert_checkpoint, generate, kernels
+from datasetdm_fast.config import UPSTREAM_KINDS
+from datasetdm_fast.decoders import upstream as checkpoints
+from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoder, load_upstream, save_decoder
+from datasetdm_fast.decoders.config import upstream
+from datasetdm_fast.decoders.folders import read_config
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.labels.class_tables import table
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.loading.folder import USUAL
+from datasetdm_fast.loading.model import SD_SCHEDULER
+from datasetdm_fast.loading.single_file import EMA, UNET
+from datasetdm_fast.pipeline import open_run
+
+MASKS = dict(width=16, layers=2, feed_forward=24, mask_dim=12, queries=20, text_width=10)
+SMALL = {"segmentation": MASKS, "open-vocabulary": MASKS, "depth": dict(width=16, depth_width=8)}
+GUESSED = {"lvis": "coco", "nyu": "", "kitti": "", "vkitti2": ""}  # what names and shapes say, where not the kind
+long_test = pytest.mark.skipif("DATASETDM_LONG_TESTS" not in os.environ, reason="the long form only")
+
+
+def config_of(kind: str, **changes):
+    network, settings = checkpoints.KINDS[kind]
+    return upstream(network, **{**SMALL.get(network, {"width": 16}), **settings, **changes})
+
+
+def state_of(config, prefix: str = "", seed: int = 4) -> dict[str, torch.Tensor]:
+    """A state dict as upstream's class of this kind has it, with random weights."""
+    shapes = {name: value.shape for name, value in build_decoder(config).state_dict().items()}
+    shapes |= {name: torch.Size(shape) for name, shape in checkpoints._unused_shapes(config).items()}
+    return {f"{prefix}{name}": value for name, value in seeded_state(shapes, seed).items()}
+
+
+def convert(*arguments) -> int:
+    return convert_checkpoint.main([str(word) for word in arguments])
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def test_the_kinds_of_the_flag_are_those_of_the_reader():
+    assert set(UPSTREAM_KINDS) == set(checkpoints.KINDS)
+
+
+@pytest.mark.parametrize("kind", UPSTREAM_KINDS)
+def test_a_kind_is_told_by_names_and_shapes_and_has_upstreams_settings(kind, tmp_path):
+    """Without a pickle: a safetensors file is read as it is."""
+    config = config_of(kind)
+    save_file(state_of(config, "module." if len(kind) % 2 else ""), tmp_path / "w.safetensors")
+    if (guess := GUESSED.get(kind, kind)) != "":
+        assert checkpoints.open_checkpoint(tmp_path / "w.safetensors").kind == guess
+    else:
+        with pytest.raises(Refused, match="nyu, kitti, vkitti2 have the same"):
+            checkpoints.open_checkpoint(tmp_path / "w.safetensors")
+    assert checkpoints.open_checkpoint(tmp_path / "w.safetensors", kind).config == config
+    assert config.min_area == (5000 if config.task == "semantic" else 0)
+    assert (upstream("segmentation").queries, upstream("open-vocabulary").queries) == (100, 20)
+    assert config.instance_class_from == ("prompt" if kind in ("coco", "lvis") else "decoder")
+    assert config.max_depth == (80.0 if kind in ("kitti", "vkitti2") else 10.0)
+    if kind in ("voc", "coco"):
+        assert ("background", *config.classes) == table(kind).names
+
+
+@pytest.mark.parametrize("kind,prefix", [("coco", "module."), ("pose-simcc", "")])
+def test_a_checkpoint_becomes_a_folder_and_comes_back(kind, prefix, tmp_path, capsys):
+    config = config_of(kind)
+    state = state_of(config, prefix)
+    source = tmp_path / f"latest_checkpoint.{'pth' if prefix else 'safetensors'}"
+    (torch.save if prefix else save_file)(state, source)
+    line = (source, "--to", "decoder", "--out", tmp_path / "d" / kind)
+    assert convert(*line) == 0
+    assert f"its tensors are those of a {kind} decoder" in capsys.readouterr().err
+    assert read_config(tmp_path / "d" / kind) == config
+    decoder, reference = load_decoder(tmp_path / "d" / kind), load_upstream(build_decoder(config), state)
+    assert same(decoder.state_dict(), reference.state_dict())
+    before = {path: path.read_bytes() for path in (tmp_path / "d" / kind).iterdir()}
+    assert convert(*line) == 0 and before == {path: path.read_bytes() for path in (tmp_path / "d" / kind).iterdir()}
+    assert convert(tmp_path / "d" / kind, "--to", "pth", "--out", tmp_path / "back.pth") == 0
+    assert same(torch.load(tmp_path / "back.pth"), state)
+    save_file({name: value + 1 for name, value in state.items()}, tmp_path / "other.safetensors")
+    assert convert(tmp_path / "other.safetensors", *line[1:]) == 2 and "another content" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "d" / kind).iterdir()}
+
+
+def test_a_decoder_of_our_own_becomes_a_checkpoint_where_the_architecture_is_upstreams(tmp_path, capsys):
+    decoder = build_decoder(config_of("cityscapes"))
+    save_decoder(decoder, tmp_path / "semantic")
+    assert convert(tmp_path / "semantic", "--to", "pth", "--out", tmp_path / "w.pth") == 0
+    assert torch.load(tmp_path / "w.pth").keys() == state_of(decoder.config).keys()
+    save_decoder(build_decoder(config_of("cityscapes", upscale=2)), tmp_path / "finer")
+    assert convert(tmp_path / "finer", "--to", "pth", "--out", tmp_path / "x.pth") == 2
+    assert "its architecture is not DatasetDM's" in capsys.readouterr().err and not (tmp_path / "x.pth").exists()
+
+
+def broken(state: dict) -> dict[str, tuple[object, str, str]]:
+    """name -> what is saved, --kind, and what the refusal says."""
+    extra = {**state, "extra.weight": torch.ones(2)}
+    wide = {**state, "decoder_norm.weight": torch.ones(3)}
+    return {
+        "wrong kind": (state, "nyu", "unexpected: class_embed (2)"),
+        "extra": (extra, "", "unexpected: extra.weight"),
+        "shape": (wide, "", "decoder_norm.weight [3] for [16]"),
+        "missing": ({k: v for k, v in state.items() if k != "query_embed.weight"}, "", "missing: query_embed.weight"),
+        "NaN": ({**state, "class_embed.bias": torch.full((3,), torch.nan)}, "", "class_embed.bias holds 3 values"),
+        "optimiser": ({"state_dict": state, "optimizer": {"lr": 1}, "epoch": 3}, "", "it holds optimizer, epoch"),
+        "code": ({**state, "payload": Payload()}, "", "which could run code"),
+        "another project": ({"layer1.weight": torch.ones(2)}, "", "no decoder of DatasetDM: 1 tensors, layer1.weight"),
+        "logits": ({**state, "class_embed.weight": torch.ones(7, 16)}, "", "7 class logits"),
+        "other U-Net": (state_of(config_of("voc", levels=DEMO_LEVELS)), "", "levels have "),
+    }
+
+
+def test_what_does_not_fit_is_refused_with_all_of_it(tmp_path, capsys):
+    state = state_of(config_of("voc"))
+    for name, (content, kind, says) in broken(state).items():
+        is_pickle = name in ("optimiser", "code")  # a process reads each of these
+        path = tmp_path / ("w.pth" if is_pickle else "w.safetensors")
+        (torch.save if is_pickle else save_file)(content, path)
+        line = ("--to", "decoder", "--out", tmp_path / "d", *(("--kind", kind) if kind else ()))
+        assert convert(path, *line) == 2, name
+        assert says in capsys.readouterr().err, name
+    for source in ("w.pth", "w.safetensors"):
+        whole = (tmp_path / source).read_bytes()
+        (tmp_path / f"cut{source}").write_bytes(whole[: len(whole) // 2])
+        assert convert(tmp_path / f"cut{source}", "--to", "decoder", "--out", tmp_path / "d") == 2
+        assert re.search("truncated|not a readable zip archive", capsys.readouterr().err)
+    for line in (
+        ("w.pth", "--to", "decoder"),
+        ("w.pth", "--to", "decoder", "--out", tmp_path / "d", "--kind", "vocs"),
+        ("w.pth", "--to", "pth", "--out", tmp_path / "d.pth", "--kind", "voc"),
+        ("w.pth", "--to", "diffusers", "--out", tmp_path / "d"),
+    ):
+        assert convert(*line) == 2
+    assert convert(tmp_path / "none.pth", "--to", "decoder", "--out", tmp_path / "d") == 3
+    assert not (tmp_path / "d").exists() and not (tmp_path / "d.pth").exists()
+
+
+def test_generate_takes_a_checkpoint_and_the_prompt_names_its_instances(tmp_path, capsys):
+    model = load_model("demo")
+    state = state_of(config_of("coco", levels=model.levels, text_width=32))
+    state["class_embed.bias"][3] = 9.0  # sure of a class that no prompt names
+    torch.save(state, tmp_path / "latest_checkpoint.pth")
+    line = ["--decoder", f"coco:{tmp_path / 'latest_checkpoint.pth'}", "--task", "instance", "--steps", "2", "--quiet"]
+    line += ["--classes", "cube,ball", "--engine", "fast", "--number", "3", "--out", str(tmp_path / "run")]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\na cube\na ball and a cube\n")
+    assert generate.main([*line, "--prompts", str(prompts)]) == 0
+    told = capsys.readouterr().err
+    assert "read as a coco decoder" in told and "is what its prompt names" in told
+    run = open_run(tmp_path / "run")
+    found = [{sample.instances.classes[k] for k in sample.instances.class_ids} for sample in run]
+    assert found == [{"ball"}, {"cube"}, {"ball"}]
+    kinds = json.loads((tmp_path / "run/instances.json").read_text())["categories"]
+    assert [kind["name"] for kind in kinds] == ["cube", "ball"]
+    assert generate.main([*line, "--prompts", "a red cone", "--out", str(tmp_path / "other")]) == 2
+    assert "name none of the class words cube, ball" in capsys.readouterr().err
+
+
+@long_test
+@pytest.mark.parametrize("prefix", ("", "module."))
+@pytest.mark.parametrize("kind", ("cityscapes", "voc", "nyu", "pose", "pose-simcc"))
+def test_the_recorded_answers_through_the_command(kind, prefix, recorded_inputs, tmp_path):  # noqa: F811
+    network, settings = checkpoints.KINDS[kind]
+    state = state_of(upstream(network, **settings), prefix, GOLDEN["seed"])
+    torch.save(state, tmp_path / "w.pth")
+    assert convert(tmp_path / "w.pth", "--to", "decoder", "--kind", kind, "--out", tmp_path / kind) == 0
+    assert convert(tmp_path / kind, "--to", "pth", "--out", tmp_path / "back.pth") == 0
+    assert same(torch.load(tmp_path / "back.pth"), state)
+    decoder = load_decoder(tmp_path / kind, ops=kernels.plain if kind == "nyu" else kernels.reference)
+    with torch.inference_mode():
+        answer = decoder(*recorded_inputs)
+    names = OUTPUTS.get(network, ("pred_logits", "pred_masks"))
+    for name, recorded in zip(names, GOLDEN[RECORDED[network]].values(), strict=True):
+        assert distance(answer[name].flatten()[recorded["at"]], recorded["values"]) <= FARTHEST.get(network, 1e-4)
+
+
+# ---- models
+
+
+def test_a_folder_of_networks_alone_takes_the_usual_schedule_and_says_so(folder, capsys):  # noqa: F811
+    for path in sorted((folder / "scheduler").iterdir()):
+        path.unlink()
+    (folder / "scheduler").rmdir()
+    (folder / "model_index.json").unlink()
+    model = load_model(str(folder))
+    assert model.scheduler == SD_SCHEDULER and model.digests["scheduler"] == USUAL
+    assert "has no scheduler, so the schedule of Stable Diffusion 1.x is taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("averaged", (False, True))
+def test_a_file_becomes_a_diffusers_folder(averaged, tiny, first_generation, tmp_path, capsys):  # noqa: F811
+    unet, vae, text, state = first_generation
+    path, names = with_vocabulary(tiny, tmp_path) / "model.safetensors", [key for key in state if key.startswith(UNET)]
+    averages = {EMA + "".join(key.split(".")[1:]): state[key] + 1 for key in names}
+    save_file({**state, **(averages if averaged else {})}, path)
+    line = (path, "--to", "diffusers", "--out", tmp_path / "folder")
+    assert convert(*line, *(("--ema",) if averaged else ())) == 0
+    model = load_model(str(tmp_path / "folder"), size=128)
+    assert same_weights(model.vae, vae) and same_weights(model.text_encoder, text) and model.scheduler == SD_SCHEDULER
+    ours, theirs = model.unet.state_dict(), unet.state_dict()
+    assert all(torch.equal(ours[name], theirs[name] + averaged) for name in theirs)
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "folder").unet.config.attention_head_dim == 8
+    capsys.readouterr()
+    assert convert(*line) == 2 and "it holds model_index.json" in capsys.readouterr().err
+    if not averaged:
+        assert convert(*line[:4], tmp_path / "averaged", "--ema") == 2
+        assert "has no averaged weights" in capsys.readouterr().err and not (tmp_path / "averaged").exists()
