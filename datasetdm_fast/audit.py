@@ -1,18 +1,21 @@
-"""python -m datasetdm_fast.audit RUN: check that a run folder is complete and undamaged, or name each damaged file and
-how to repair it.
+"""python -m datasetdm_fast.audit RUN: check that a run folder or an export is complete and undamaged, or name each
+damaged file and how to repair it.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.exporting.check import audit_export, exports_of
+from datasetdm_fast.exporting.target import DOCUMENT as EXPORT
 from datasetdm_fast.run_folder.audit import Report, audit
+from datasetdm_fast.run_folder.document import DOCUMENT
 
 PROG = "python -m datasetdm_fast.audit"
 SHOWN = 100  # findings told on a terminal
@@ -20,7 +23,7 @@ SHOWN = 100  # findings told on a terminal
 
 @dataclass(frozen=True)
 class AuditConfig:
-    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    run: str = setting("", "run folder, or the folder of an export", metavar="RUN", positional=True)
     threads: int = setting(0, "files checked at once, 0 = all cores", metavar="N")
     json: bool = setting(False, "the report as one JSON object on stdout")
     quiet: bool = setting(False, "no progress")
@@ -58,6 +61,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _told(config: AuditConfig) -> Report:
+    """The report on a run folder with the exports in it, or on an export."""
+    folder = Path(config.run)
+    if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
+        return audit_export(folder)
+    report = _audited(config)
+    for export in exports_of(folder):
+        place = export.relative_to(folder)
+        report.findings.extend(replace(each, place=f"{place}/{each.place}") for each in audit_export(export).findings)
+    return report
+
+
+def _audited(config: AuditConfig) -> Report:
     if config.quiet or not sys.stderr.isatty():
         return audit(Path(config.run), threads=config.threads)
     from tqdm import tqdm

@@ -19,7 +19,7 @@ from PIL import Image
 from planted_names import HOSTILE_NAMES
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import open_run
+from datasetdm_fast import audit, open_run
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
@@ -436,6 +436,23 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys, fla
     out = tmp_path / "out"
     converted(run, out, *(() if "--to" in flags else ("--to", "coco")), *flags, code=2)
     assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_audit_covers_exports(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert main([str(copy), "--to", "yolo-detect,coco", "--quiet"]) == 0
+    assert audit.main([str(copy), "--quiet"]) == audit.main([str(copy / "exports")]) == 0
+    (copy / "exports/yolo-detect/labels/train/00000001.txt").write_text("0 1 1 1 1")
+    (copy / "exports/coco/annotations/instances_train2017.json").unlink()
+    (copy / "exports/strange.txt").write_text("")
+    capsys.readouterr()
+    assert audit.main([str(copy), "--quiet"]) == audit.main([str(copy / "exports")]) == 4
+    told = capsys.readouterr().out
+    for name in ("yolo-detect/labels/train/00000001.txt", "coco/annotations/instances_train2017.json", "strange.txt"):
+        assert f"exports/{name}: " in told and f"\n{name}: " in told
+    (copy / "exports/SHA256SUMS").write_text("")
+    assert audit.main([str(copy / "exports")]) == 4
 
 
 def test_a_target_inside_of_the_run_is_refused_but_for_its_exports(run, tmp_path, capsys):
