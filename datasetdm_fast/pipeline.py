@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import count, islice
+from functools import lru_cache, partial
+from itertools import count, islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import ATTENTION, LABELS
+from datasetdm_fast.config import ATTENTION, LABELS, LabelConfig
 from datasetdm_fast.data import Batch, Capture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
-from datasetdm_fast.generation.prompts import check_classes
+from datasetdm_fast.generation.inverted import generator_of, in_memory, inverting, said
+from datasetdm_fast.generation.prompts import check_classes, check_line
 from datasetdm_fast.generation.recipe import Recipe, make_recipe
 from datasetdm_fast.labels import kind_of, task_of
 from datasetdm_fast.labels.names import by_task
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.run_folder.reader import SHOWN, Run, open_run
+from datasetdm_fast.run_folder.reader import SHOWN, Run, StoredSample, TaskDataset, open_run
 from datasetdm_fast.stages import LEVELS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
     from datasetdm_fast.engines.engine import Engine
 
-__all__ = ["Output", "Pipeline", "Run", "open_run"]
+__all__ = ["Output", "Pipeline", "Run", "Sample", "StoredSample", "TaskDataset", "open_run"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,6 +56,21 @@ class Output:
     @property
     def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8
         return [sample.image for sample in self.samples]
+
+    if TYPE_CHECKING:  # what `__getattr__` gives
+
+        @property
+        def semantic(self) -> list[SemanticMap]: ...
+        @property
+        def instances(self) -> list[Instances]: ...
+        @property
+        def depth(self) -> list[DepthMap]: ...
+        @property
+        def keypoints(self) -> list[Keypoints]: ...
+        @property
+        def open_vocabulary(self) -> list[SemanticMap]: ...
+        @property
+        def attention(self) -> list[SemanticMap]: ...
 
     def __getattr__(self, name: str) -> list[Any]:
         """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the labels of every sample."""
@@ -140,41 +157,83 @@ class Pipeline:
         profile: str = "0.3.0",
         batch_size: int = 0,
         truncate: bool = False,
-        negative_prompt: str = "",
+        negative_prompt: str | Iterable[str] = "",
         ask: str = "named",
+        callback: Callable[[int, Tensor], None] | None = None,
         **attention: Any,
     ) -> Iterator[Sample]:
         """Samples one by one, in order, a batch in memory at most; prompts may come from an endless generator.
 
         `tasks` None makes every label there is a decoder for; zeros stand for what the model was made for. `combine`
-        holds masks of labels, each as "LABEL within LABEL:CLASS". With the task "attention" come exponent, threshold,
+        holds masks of labels, each as "LABEL within LABEL:CLASS". `negative_prompt` is one text for all, or one a
+        prompt. `callback` is called with the number of every step of a batch and its latents [B, 4, h, w], which it
+        must not change, and must copy to keep. With the task "attention" come exponent, threshold,
         uncertainty, self_cells and cross_cells of the generate command.
         """
         chosen = self.tasks if tasks is None else tuple(tasks)
         settings.check_numbers(steps=steps, guidance=guidance, batch_size=batch_size, seed=seed)
         self._check_tasks(chosen)
-        if isinstance(classes, str):
-            raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
-        words = check_classes(classes)
-        recipe = make_recipe(
-            self.engine,
+        recipe, words = self._recipe(
             chosen,
+            classes,
             sampler=sampler,
             steps=steps,
             guidance=guidance,
             profile=profile,
-            classes=words,
             combine=combine,
             ask=ask,
             **attention,
         )
-        words = recipe.words or job.class_words(self.engine, chosen, words)
-        recipe = replace(
-            recipe, facts={**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
-        )
         requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate, negative_prompt)
         requests = map(partial(_checked, recipe=recipe, tokenizer=self.engine.model.tokenizer), requests)
-        return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe)
+        make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
+        return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe, make)
+
+    def label(
+        self,
+        images: np.ndarray | Image | Sequence[np.ndarray | Image],
+        prompts: str | Sequence[str] = "",
+        *,
+        tasks: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
+        timesteps: Sequence[int] = tuple(map(int, LabelConfig.timesteps)),
+        seed: int = 0,
+        batch_size: int = 0,
+        **choices: Any,
+    ) -> Output:
+        """The labels of pictures that exist, as `label` makes them; an image of any size is cut to the square in its
+        middle, and its noise has seed + its place.
+
+        `prompts` say what the images show, one text each; without them every word of `classes` is looked for. Other
+        choices are those of `stream` that concern labels.
+        """
+        given = [images] if isinstance(images, np.ndarray) or hasattr(images, "getbands") else list(images)
+        pictures = in_memory(given)
+        texts = [prompts] * len(given) if isinstance(prompts, str) else list(prompts)
+        if len(texts) != len(given):
+            raise Refused(f"prompts: {len(texts)} were given for {len(given)} images", "Give one prompt an image.")
+        chosen = self.tasks if tasks is None else tuple(tasks)
+        settings.check_numbers(batch_size=batch_size, seed=seed)
+        self._check_tasks(chosen)
+        recipe, words = self._recipe(chosen, classes, **choices)
+        recipe = inverting(recipe, self.engine, timesteps)
+        requests = []
+        for place, text in enumerate(texts):
+            line = said(check_line(text, "prompts"), recipe, words, self.engine, f"prompt {place}")
+            request = Request(place, line.text, settings.check_seed(seed + place), line.classes)
+            requests.append(_checked(request, recipe, self.engine.model.tokenizer))
+        batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(given)), 1))
+        return Output(list(self._samples(batches, recipe, generator_of(recipe, pictures))))
+
+    def _recipe(self, tasks: tuple[str, ...], classes: Sequence[str], **choices: Any) -> tuple[Recipe, tuple[str, ...]]:
+        """The recipe of these labels, and the words they are asked for."""
+        if isinstance(classes, str):
+            raise Refused(f"classes: {classes!r} is one string, expected a sequence of words", f"Write ({classes!r},).")
+        words = check_classes(classes)
+        recipe = make_recipe(self.engine, tasks, classes=words, **choices)
+        words = recipe.words or job.class_words(self.engine, tasks, words)
+        facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
+        return replace(recipe, facts=facts), words
 
     def _check_tasks(self, tasks: tuple[str, ...]) -> None:
         if tasks:
@@ -187,20 +246,32 @@ class Pipeline:
                 )
 
     def _requests(
-        self, given: Iterable[str], seeds: Iterable[int], words: tuple[str, ...], truncate: bool, negative: str
+        self,
+        given: Iterable[str],
+        seeds: Iterable[int],
+        words: tuple[str, ...],
+        truncate: bool,
+        negative: str | Iterable[str],
     ) -> Iterator[Request]:
-        where = "negative_prompt"
-        negative = prompts.fit_negative(
-            prompts.check_line(negative, where), self.engine.model.tokenizer, where, truncate=truncate
-        )
+        where, tokenizer = "negative_prompt", self.engine.model.tokenizer
+
+        @lru_cache(1024)
+        def fitted(text: str) -> str:
+            return prompts.fit_negative(prompts.check_line(text, where), tokenizer, where, truncate=truncate)
+
+        negatives = map(fitted, repeat(negative) if isinstance(negative, str) else negative)
         for index, (prompt, seed) in enumerate(zip(given, seeds)):
+            if (unwanted := next(negatives, None)) is None:
+                raise Refused(f"negative_prompt: there is none for prompt {index}", "Give one, or one a prompt.")
             where = f"prompt {index}"
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate)
-            yield Request(index, text, settings.check_seed(seed), find_classes(text, words), negative)
+            yield Request(index, text, settings.check_seed(seed), find_classes(text, words), unwanted)
 
-    def _samples(self, batches: Iterator[Batch], recipe: Recipe) -> Iterator[Sample]:
-        for _, results in driver.generate(batches, self.engine, recipe):
+    def _samples(
+        self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
+    ) -> Iterator[Sample]:
+        for _, results in driver.generate(batches, self.engine, recipe, make=make):
             for result in results:
                 if isinstance(result, SetAside):
                     raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")

@@ -426,6 +426,36 @@ def test_run_is_a_torch_data_set(run_path):
     assert set(run.tasks) == set(TASKS)
 
 
+def test_a_data_set_gives_several_labels_together_and_batches_things(run_path):
+    import torch
+
+    run = open_run(run_path)
+    pairs = run.as_dataset(("semantic", "depth", "instance"), transform=lambda image, label: (image[:, ::2], label))
+    images, labels = next(iter(torch.utils.data.DataLoader(pairs, batch_size=4, collate_fn=pairs.collate)))
+    assert images.shape == (4, 3, 32, 64) and labels["semantic"].shape == labels["depth"].shape == (4, 64, 64)
+    for sample, found in zip(run, labels["instance"]):
+        assert found["boxes"].shape == (len(sample.instances.masks), 4) and found["boxes"].dtype == torch.float32
+        for mask, (left, top, right, bottom) in zip(sample.instances.masks, found["boxes"].int().tolist()):
+            assert mask[top:bottom, left:right].sum() == mask.sum() and mask[top:bottom, left].any()
+    with pytest.raises(Refused, match="no labels for 'colour'"):
+        run.as_dataset(("semantic", "colour"))
+
+
+def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
+    run = open_run(run_path)
+    assert [sample.id for sample in run[2:5]] == ["00000002", "00000003", "00000004"] and len(run[8:][:2]) == 2
+    assert run[-1].id == run["00000011"].id == "00000011" and repr(run[:2]).endswith(f"{', '.join(run.tasks)}>")
+    balls = run.where(classes=("ball",))
+    assert 0 < len(balls) < len(run) and all("ball" in sample.classes for sample in balls)
+    assert len(run.where(trusted=True)) + len(run.where(trusted=False)) == len(run)
+    assert [sample.id for sample in run.where(test=lambda sample: sample.seed % 2)][:2] == ["00000001", "00000003"]
+    with pytest.raises(Refused, match="no sample .* has the score sharpness"):
+        run.where("sharpness > 3")
+    with pytest.raises(Refused, match="did you mean score"):
+        run.where("scroe > 3")
+    assert "<img" in run[0]._repr_html_() and len(repr(run[0])) < 400
+
+
 def test_a_copy_whose_last_change_the_disk_did_not_take_is_not_used(tmp_path, monkeypatch):
     opened = sqlite._opened
 

@@ -8,9 +8,10 @@ from itertools import count, islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from stub_engine import StubEngine
 
-from datasetdm_fast import Pipeline, generate, open_run
+from datasetdm_fast import Pipeline, generate, label, open_run
 from datasetdm_fast.config import EngineSettings
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
@@ -134,6 +135,55 @@ def test_command_and_library_give_the_same_samples(pipe, decoders, tmp_path):
     assert generate.main(["--only", "00000002", "--out", str(tmp_path / "run"), "--quiet"]) == 0
     (tmp_path / "run" / "images" / "00000002.png").unlink()
     assert generate.main(["--only", "00000002", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+
+
+def test_pictures_that_exist_get_the_labels_of_the_command(pipe, decoders, tmp_path):
+    (tmp_path / "in").mkdir()
+    pictures = [world.view(k, 160).image[:140] for k in range(2)]
+    for k, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "in" / f"{k}.png")
+    line = ["--model", "tiny", "--decoder", str(decoders), "--engine", "torch", "--seed", "3", "--quiet"]
+    line += ["--task", "semantic,depth", "--batch-size", "2", "--out", str(tmp_path / "run")]
+    assert label.main([str(tmp_path / "in"), *line]) == 0
+    out = pipe.label([Image.fromarray(pictures[0]), pictures[1]], tasks=("semantic", "depth"), seed=3)
+    for stored, made in zip(open_run(tmp_path / "run"), out.samples, strict=True):
+        assert (stored.image == made.image).all() and stored.seed == made.request.seed
+        assert (stored.semantic.labels == made.annotations["semantic"].labels).all()
+        assert np.allclose(stored.depth.metres, made.annotations["depth"].metres, atol=5.1e-4)
+    for wrong, message in (
+        ((np.zeros((64, 64), np.uint8),), "image: uint8|image 0"),
+        ((pictures, ["one"]), "1 were given for 2 images"),
+        ((np.zeros((8, 64, 3), np.uint8),), "image 0: uint8 of shape"),
+    ):
+        with pytest.raises(Refused, match=message):
+            pipe.label(*wrong, tasks=("depth",))
+
+
+def test_a_callback_sees_the_latents_of_every_step(pipe):
+    seen = []
+    choices = {"sampler": "ddim", "steps": 3, "tasks": (), "batch_size": 2}
+    pipe(["a ball", "a cube", "a tree"], callback=lambda *step: seen.append(step), **choices)
+    assert [(step, len(latents)) for step, latents in seen] == [(0, 2), (1, 2), (2, 2), (0, 1), (1, 1), (2, 1)]
+    assert not torch.equal(seen[0][1], seen[-1][1][:1])
+
+
+def test_each_sample_may_have_a_negative_prompt_of_its_own(pipe):
+    prompts = ["a red ball"] * 2
+    choices = {"seeds": [1, 1], "steps": 2, "tasks": (), "batch_size": 1}
+    same, other = pipe(prompts, negative_prompt="fog", **choices), pipe(prompts, negative_prompt=["fog", ""], **choices)
+    assert (same.images[0] == other.images[0]).all() and (same.images[1] != other.images[1]).any()
+    assert [entry["negative_prompt"] for entry in other.meta] == ["fog", ""]
+    with pytest.raises(Refused, match="none for prompt 1"):
+        pipe(prompts, negative_prompt=["fog"], **choices)
+
+
+def test_what_is_printed_of_an_output_is_a_line_a_sample(pipe):
+    out = pipe(["a red ball <b>", "two cubes"], steps=2)
+    lines = repr(out).splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) < 200 and "'two cubes', seed 1" in lines[2]
+    assert all(len(repr(label)) < 600 for label in out.samples[0].annotations.values())
+    page = out._repr_html_()
+    assert page.count("<img") == 12 and "a red ball &lt;b&gt;" in page and "<b>" not in page
 
 
 def test_features_are_the_levels_of_the_model(pipe):

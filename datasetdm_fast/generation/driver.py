@@ -91,8 +91,14 @@ class SampledBatch:
 class BatchGenerator:
     """What one run keeps between batches: negative prompts and class words as the engine reads them."""
 
-    def __init__(self, engine: Engine, recipe: Recipe, on_unet_call: Callable[[], None]):
-        self.engine, self.recipe, self.on_unet_call = engine, recipe, on_unet_call
+    def __init__(
+        self,
+        engine: Engine,
+        recipe: Recipe,
+        on_unet_call: Callable[[], None],
+        on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
+    ):
+        self.engine, self.recipe, self.on_unet_call, self.on_step = engine, recipe, on_unet_call, on_step
         self.words = WordTable(engine, recipe.words, recipe.asks_all)
         self._negatives: dict[str, Tensor] = {}
 
@@ -123,6 +129,7 @@ class BatchGenerator:
                 output = averaged if sums is not None else engine.denoise(state.latents, timestep, context)
             state.latents = beginning.after(call, state.step(call, output))
             self.on_unet_call()
+            self.on_step(call, state.latents[: len(batch.requests)])
         return SampledBatch(state.latents, captures, sums and sums.over(len(recipe.schedule)))
 
     def contexts(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:

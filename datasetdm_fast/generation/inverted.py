@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from datasetdm_fast.truth.labelled import Picture
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
     from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.generation.recipe import Recipe
@@ -61,9 +62,7 @@ class Pictures:
 
     def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
         """The largest square in the middle of a picture."""
-        image = reading.colour_image(self.paths[index], lambda path, stored, upright: upright)
-        picture = Picture(self.names[index], image, "")
-        return framing.framed(picture, framing.fitted(*image.shape[:2], size), size).image
+        return square(reading.colour_image(self.paths[index], reading.as_shown), size)
 
     def digest(self) -> str:
         """Of the names and bytes of all pictures and of their captions."""
@@ -71,6 +70,45 @@ class Pictures:
         for name, path in zip(self.names, self.paths):
             whole.update(f"{name}\n{storage.sha256_of(path)}\n{self.captions.get(name, '')}\n".encode())
         return f"sha256:{whole.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class GivenPictures:
+    """Pictures in memory, whose names are their places."""
+
+    images: Sequence[np.ndarray]  # each [H, W, 3] uint8
+
+    @property
+    def names(self) -> list[str]:
+        return [str(place) for place in range(len(self.images))]
+
+    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
+        return square(self.images[index], size)
+
+
+def in_memory(images: Sequence[np.ndarray | Image]) -> GivenPictures:
+    """Images of a caller, checked."""
+    return GivenPictures([_pixels(image, place) for place, image in enumerate(images)])
+
+
+def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
+    """The pixels of an image of a caller, checked."""
+    import numpy as np
+
+    pixels = np.array(image.convert("RGB") if hasattr(image, "convert") else image)
+    is_picture = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    if not is_picture or min(pixels.shape[:2]) < reading.LEAST_SIDE:
+        raise Refused(
+            f"image {place}: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [H, W, 3], sides of "
+            f"at least {reading.LEAST_SIDE}",
+            "Convert it to RGB first.",
+        )
+    return pixels
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
+    """The largest square in the middle of an image [H, W, 3] uint8."""
+    return framing.framed(Picture("", image, ""), framing.fitted(*image.shape[:2], size), size).image
 
 
 def open_pictures(folder: str, captions: str) -> Pictures:
@@ -94,7 +132,7 @@ def open_pictures(folder: str, captions: str) -> Pictures:
 class InvertingGenerator(driver.BatchGenerator):
     """Brings pictures back: noise is added at the decoders' timestep, and at several for the attention."""
 
-    def __init__(self, *arguments: Any, pictures: Pictures, timesteps: Sequence[int], capture: int):
+    def __init__(self, *arguments: Any, pictures: Pictures | GivenPictures, timesteps: Sequence[int], capture: int):
         super().__init__(*arguments)
         self.pictures, self.timesteps, self.capture = pictures, timesteps, capture
 
@@ -149,27 +187,15 @@ def as_stored(config: LabelConfig) -> LabelConfig:
 
 def prepare(config: LabelConfig) -> Job:
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
-    from datasetdm_fast.sampling.inversion import capture_timestep
-
     timesteps = _timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
     stored = read_document(Path(config.out))
     engine, decoders = engine_of(config, stored)
     recipe = recipe_of(config, engine, prompts.check_classes(config.classes))
     words = recipe.words or class_words(engine, recipe.decoded, prompts.check_classes(config.classes))
-    capture = capture_timestep({task: engine.decoders[task].config for task in recipe.decoded}) if recipe.decoded else 0
-    timesteps = timesteps if recipe.attention else ()
-    facts = {
-        **recipe.facts,
-        "sampler": "inversion",
-        "steps": len(timesteps),
-        "calls": len(timesteps) + bool(recipe.decoded),
-        "capture_timestep": capture,
-        "timesteps": list(timesteps),
-    }
-    recipe = replace(recipe, facts=facts)
+    recipe = inverting(recipe, engine, timesteps)
     number, names = len(pictures.paths), pictures.names
-    lines = [_said(pictures.captions.get(name, ""), recipe, words, engine, name) for name in names]
+    lines = [said(pictures.captions.get(name, ""), recipe, words, engine, name) for name in names]
     size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))
     plan = Plan(lines.__getitem__, words, number, config.seed, size, pictures.digest(), number)
     if recipe.attention is not None:
@@ -189,13 +215,43 @@ def prepare(config: LabelConfig) -> Job:
             },
         },
     }
-    generator = partial(InvertingGenerator, pictures=pictures, timesteps=timesteps, capture=capture)
+    generator = generator_of(recipe, pictures)
     job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, generator=generator)
     if stored is not None:
         check_same(job.folder, *({"config": one["config"]} for one in (stored, document)))
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
     return job
+
+
+def inverting(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
+    """A recipe of generate as one of pictures that are brought back: at these timesteps where labels are read from
+    attention, and at the decoders' own.
+    """
+    from datasetdm_fast.sampling.inversion import capture_timestep
+
+    timesteps = list(timesteps) if recipe.attention else []
+    configs = {task: engine.decoders[task].config for task in recipe.decoded}
+    facts = {
+        **recipe.facts,
+        "sampler": "inversion",
+        "steps": len(timesteps),
+        "calls": len(timesteps) + bool(recipe.decoded),
+        "capture_timestep": capture_timestep(configs) if configs else 0,
+        "timesteps": timesteps,
+    }
+    return replace(recipe, facts=facts)
+
+
+def generator_of(recipe: Recipe, pictures: Pictures | GivenPictures) -> Callable[..., InvertingGenerator]:
+    """What brings these pictures back by such a recipe."""
+    facts = recipe.facts
+    return partial(
+        InvertingGenerator,
+        pictures=pictures,
+        timesteps=tuple(facts["timesteps"]),
+        capture=facts["capture_timestep"],
+    )
 
 
 def _timesteps(given: Sequence[str]) -> tuple[int, ...]:
@@ -211,7 +267,7 @@ def _timesteps(given: Sequence[str]) -> tuple[int, ...]:
     return tuple(map(int, given))
 
 
-def _said(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> GivenPrompt:
+def said(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> GivenPrompt:
     """What a picture shows: its caption and the classes that it names, or without one all words that are looked for."""
     if caption:
         return GivenPrompt(0, fit(caption, engine.model.tokenizer, name, words), find_classes(caption, words))

@@ -27,6 +27,8 @@ from datasetdm_fast.run_folder.score_table import passing
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+
 OF_THINGS = "scores"  # what labels of things have, and labels of pixels have not
 SHOWN = 6  # samples in a notebook's view of a run
 Transform = Callable[[Any, Any], Any]  # image and label -> what the data set gives
@@ -84,6 +86,21 @@ class StoredSample:
         image = self.image
         labels = [(kind_of(task).picture(self.label(task), image), task) for task in self.row.labels]
         return preview([(image, f"{self.id}: {self.prompt}"), *labels])
+
+    if TYPE_CHECKING:  # what `__getattr__` gives
+
+        @property
+        def semantic(self) -> SemanticMap | None: ...
+        @property
+        def instances(self) -> Instances | None: ...
+        @property
+        def depth(self) -> DepthMap | None: ...
+        @property
+        def keypoints(self) -> Keypoints | None: ...
+        @property
+        def open_vocabulary(self) -> SemanticMap | None: ...
+        @property
+        def attention(self) -> SemanticMap | None: ...
 
     def __getattr__(self, name: str) -> Any:
         """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the label, None where the run did not make
