@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": ("datasetdm_fast.convert", "write samples of runs in the layouts that trainers read"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
+    "gallery": ("datasetdm_fast.gallery", "show the samples of a run in a browser, of one in progress too"),
     "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),
     "doctor": ("datasetdm_fast.doctor", "say what is installed, which engine can run and why another cannot"),
     "verify": ("datasetdm_fast.verify", "compare the outputs of two engines"),

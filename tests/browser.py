@@ -1,6 +1,7 @@
 """A browser for tests of the gallery's page: Chromium, driven by Playwright."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,5 +40,13 @@ class Watched:
         """The page at an address, once it shows all of its samples."""
         self.page.goto(address)
         self.page.wait_for_selector(".card, .nothing")
-        self.page.wait_for_function("filled")
+        until(self.page, "filled")
         return self.page
+
+
+def until(page, expression: str, seconds: float = 20.0) -> None:
+    """Waits until an expression holds; Playwright's own way needs `eval`, which the page's policy does not allow."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"{expression} does not hold after {seconds:g} s"
+        page.wait_for_timeout(30)

@@ -1,12 +1,15 @@
 """The gallery's page in a browser: opened from the disk, as most people open it."""
 
+import threading
+
 import numpy as np
 import pytest
-from browser import Watched, browser
+from browser import Watched, browser, until
 from PIL import Image
 from rendered import document, rendered, write_run
 
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.gallery import server
 
 NUMBER = 300
 
@@ -87,7 +90,7 @@ def test_focus_stays_where_it_was(chromium, run):
         page.keyboard.press("Enter")
     assert focused(page) == "next" and page.evaluate("opened.id") == "00000005"
     page.keyboard.press("Escape")
-    page.wait_for_function("document.activeElement.dataset.id === '00000005'")
+    until(page, "document.activeElement.dataset.id === '00000005'")
     assert not page.evaluate("viewer.open")
     page.keyboard.press("End")
     assert focused(page) == f"{NUMBER - 1:08d}"
@@ -164,7 +167,7 @@ def test_a_reload_and_a_link_show_the_same(chromium, run):
     scores = page.evaluate("shown.map(quantities.get('score'))")
     assert scores == sorted(scores)
     page.reload()
-    page.wait_for_function("filled")
+    until(page, "filled")
     assert shown(page) == found and page.evaluate("root.dataset.theme") == theme
     assert page.evaluate("layersOn.includes('pose')")
     assert ball.get_attribute("aria-pressed") == "true" and cone.get_attribute("aria-pressed") == "mixed"
@@ -233,3 +236,55 @@ def test_hostile_prompts_leave_the_page_as_it_is(chromium, tmp_path):
     page.fill("#search", "__proto__")
     assert shown(page) == [f"{k:08d}" for k in range(5, 120, 6)]
     page.close()
+
+
+def test_marks_are_kept_and_saved_as_a_list(chromium, run):
+    page = Watched(chromium).open(address(run))
+    page.focus("[data-id='00000003']")
+    page.keyboard.press("b")
+    page.click("[data-id='00000001']")
+    for key in ("b", "ArrowRight", "g", "ArrowRight", "b", "b"):
+        page.keyboard.press(key)
+    page.keyboard.press("Escape")
+    page.reload()
+    until(page, "filled && marks.size === 3")
+    page.evaluate("by('filters').classList.add('open')")
+    with page.expect_download() as saved:
+        page.click("#save-bad")
+    assert saved.value.suggested_filename == "bad.txt" and saved.value.path().read_text() == "00000001\n00000003\n"
+    page.goto(address(run, "#only=bad"))
+    until(page, "shown.length === 2")
+    assert shown(page) == ["00000001", "00000003"] and page.locator(".card .mark.bad").count() == 2
+    page.close()
+
+
+@pytest.mark.loopback
+def test_a_served_page_writes_marks_and_tells_values(chromium, run):
+    with server.opened(run, 18765, print) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        try:
+            watched = Watched(chromium)
+            page = watched.open(serving.address + "#id=00000001&layer=depth")
+            until(page, "served")
+            page.keyboard.press("b")
+            bad = run / "review" / "bad.txt"
+            until(page, "!isSending")
+            assert bad.read_text() == "00000001\n"
+            assert f"--out '{run.resolve()}'" in page.locator("#line").inner_text()
+            box = page.locator("#frame .stack").bounding_box()
+            page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.7)
+            until(page, "PIXELS.size > 2 && [...PIXELS.values()].every(Boolean)")
+            page.mouse.move(box["x"] + box["width"] * 0.4 + 1, box["y"] + box["height"] * 0.7)
+            told = page.locator("#pointed").inner_text()
+            x, y = map(int, told.partition(" · ")[0].split(", "))
+            view = rendered(1, 48).annotations
+            assert f"{view['depth'].metres[y, x]:.2f} m" in told
+            assert f"Semantic: {view['semantic'].classes[view['semantic'].labels[y, x]]}" in told
+            assert watched.errors == [] and all(url.startswith(serving.address[:22]) for url in watched.asked)
+            page.reload()
+            until(page, "filled && marks.get('00000001') === 'bad'")
+            page.close()
+        finally:
+            serving.shutdown()
+            thread.join()

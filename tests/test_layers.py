@@ -42,6 +42,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "train",
         "evaluate",
         "verify",
+        "gallery",
         "audit",
         "doctor",
         "convert_checkpoint",

@@ -122,6 +122,10 @@ class RunFolder(AbstractContextManager):
 
     def rebuild(self) -> None:
         """Writes every index file anew unless the last rebuild saw the same rows, and seals the folder."""
+        with gallery.held(self.path):
+            self._rebuild()
+
+    def _rebuild(self) -> None:
         if not has_indexes(self.path, self.document, self.ledger):
             unseal(self.path)
             try:

@@ -6,12 +6,15 @@ thumbnails has; left-out.js says what a filter decided. A browser loads scripts 
 JSON files.
 """
 
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.disk import storage
+from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.gallery.drawn import draw_missing, drawn_layer, picture_name, pictures, tracings
@@ -39,6 +42,25 @@ RUN, LEFT_OUT = "gallery/run.js", "gallery/left-out.js"
 FOLDERS = ("gallery/pages", "gallery/details", "gallery/sheets")
 PAGE_SAMPLES = 1000  # of an index page: those of the indices PAGE_SAMPLES * k to PAGE_SAMPLES * (k + 1) - 1
 HERE = Path(__file__).parent
+LOCKED = "gallery/lock"  # held by whoever writes the page: the process that finishes a run, or one that looks at it
+PATIENCE, SECONDS_BETWEEN_TRIES = 900.0, 0.1  # seconds that one of them waits for the other
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds the page of a run folder for this process, as nobody else may write it meanwhile."""
+    storage.make_folder(folder / "gallery")
+    end = time.monotonic() + PATIENCE
+    with ExitStack() as lock:
+        while True:
+            try:
+                lock.enter_context(locks.locked(folder / LOCKED))
+                break
+            except Refused:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(SECONDS_BETWEEN_TRIES)
+        yield
 
 
 def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True) -> None:

@@ -184,6 +184,108 @@ function thumbnail(sample) {
   return element;
 }
 
+// ---- review: marks of samples, kept by the browser or, where the page is served, written into the run folder
+
+let served = null; // what the server tells of the run, null where the page was opened from a disk
+const unsent = new Map();
+let isSending = false;
+
+async function findServer() {
+  if (!location.protocol.startsWith("http")) return;
+  try {
+    const answer = await fetch("../review");
+    if (answer.ok && answer.headers.get("Content-Type") === "application/json") served = await answer.json();
+  } catch { /* served by something that only gives out files */ }
+}
+async function startReview() {
+  await findServer();
+  for (const [id, mark] of served ? served.marks : Object.entries(remembered(run.key) ?? {})) marks.set(id, mark);
+  showReview();
+  if (wish.flags.some(flag => ["good", "bad", "unmarked"].includes(flag))) refresh();
+  for (const [place, element] of cards) showMark(element, shown[place]);
+  if (opened) open(shown.indexOf(opened));
+}
+function mark(sample, name) {
+  const now = marks.get(sample.id) === name ? "" : name;
+  if (now) marks.set(sample.id, now);
+  else marks.delete(sample.id);
+  if (served) {
+    unsent.set(sample.id, now);
+    send();
+  } else remember(run.key, Object.fromEntries(marks));
+  showReview();
+  for (const [place, element] of cards) if (shown[place] === sample) showMark(element, sample);
+  if (opened === sample) showOpenedMark();
+}
+async function send() {
+  if (isSending) return;
+  isSending = true;
+  while (unsent.size) {
+    const some = [...unsent].slice(0, 5000);
+    for (const [id] of some) unsent.delete(id);
+    try {
+      const answer = await fetch("../review", { method: "PUT", body: JSON.stringify({ marks: some }), headers: { "Content-Type": "application/json" } });
+      if (!answer.ok) throw new Error(String(answer.status));
+    } catch {
+      for (const [id, name] of some) if (!unsent.has(id)) unsent.set(id, name);
+      by("summary").textContent = `${count(unsent.size)} marks could not be written; the next one tries again`;
+      break;
+    }
+  }
+  isSending = false;
+}
+function showMark(element, sample) {
+  element.querySelector(".mark")?.remove();
+  const name = marks.get(sample.id);
+  if (name) element.prepend(make("span", `mark ${name}`, name));
+}
+function showOpenedMark() {
+  for (const element of viewer.querySelectorAll("[data-mark]")) press(element, marks.get(opened.id) === element.dataset.mark);
+}
+function showReview() {
+  for (const name of ["good", "bad"]) {
+    const number = [...marks.values()].filter(other => other === name).length;
+    by(`save-${name}`).hidden = !number;
+    by(`save-${name}`).textContent = `Save ${name}.txt (${count(number)})`;
+  }
+}
+function save(name) {
+  const link = make("a");
+  link.href = URL.createObjectURL(new Blob([listOf(marks, name)], { type: "text/plain" }));
+  link.download = `${name}.txt`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+function reviewButtons() {
+  for (const name of ["good", "bad"]) {
+    const element = button("", () => save(name));
+    element.id = `save-${name}`;
+    element.title = `The ids of the samples marked ${name}, one a line`;
+    by("review").append(element);
+  }
+  for (const element of viewer.querySelectorAll("[data-mark]")) element.addEventListener("click", () => mark(opened, element.dataset.mark));
+}
+
+// ---- values under the cursor, where the page is served: a browser lets no page read the pixels of files on a disk
+
+const PIXELS = new Map(); // path -> pixels of a file, or that they are on their way
+const KEPT_PIXELS = 40;
+async function pixelsAt(path) {
+  PIXELS.set(path, null);
+  for (const old of [...PIXELS.keys()].slice(0, -KEPT_PIXELS)) PIXELS.delete(old);
+  try { PIXELS.set(path, await pixelsOf(await (await fetch(path)).arrayBuffer())); } catch { PIXELS.set(path, null); }
+}
+function valueAt(layer, sample, x, y) {
+  const path = placeOf(sample) + layer.file.replace("ID", sample.id);
+  if (!PIXELS.has(path)) pixelsAt(path);
+  const pixels = PIXELS.get(path);
+  if (!pixels || x >= pixels.width || y >= pixels.height) return "";
+  const value = pixels.at(x, y);
+  if (layer.drawing === "map") return `${layer.title}: ${run.words[layer.classes[value]] ?? (value === 255 ? "ignored" : value)}`;
+  if (layer.drawing === "uncertainty") return `sure by ${percent(value / 255)}`;
+  return layer.steps ? `${(value / layer.steps).toFixed(2)} ${layer.unit}` : "";
+}
+
 // ---- the grid: only the cards in view are part of the page
 
 function card(place) {
@@ -199,6 +301,7 @@ function card(place) {
   if (reason) words.append(make("span", "told doubts", reason));
   element.append(box, words);
   element.title = sample.prompt;
+  showMark(element, sample);
   return element;
 }
 function short(value) { return Number.isInteger(value) ? count(value) : value.toPrecision(3); }
@@ -311,6 +414,7 @@ function open(place) {
   frame.replaceChildren(box);
   look({ x: 0, y: 0, scale: 1 });
   drawOpened();
+  showOpenedMark();
   tellPlace();
   by("line").textContent = lineOf(opened);
   by("pointed").textContent = "";
@@ -344,7 +448,7 @@ function step(way) {
   if (shown.includes(opened) && shown[place]) open(place);
 }
 function lineOf(sample) {
-  const folder = folderOf(location);
+  const folder = served ? served.path : folderOf(location);
   return `${run.command} --out ${quoted(folder || "RUN")} --only ${sample.id}`;
 }
 function tellFacts() {
@@ -392,7 +496,8 @@ function point(event) {
   const x = Math.floor((event.clientX - box.left) / box.width * opened.sides[1]), y = Math.floor((event.clientY - box.top) / box.height * opened.sides[0]);
   if (x < 0 || y < 0 || x >= opened.sides[1] || y >= opened.sides[0]) { by("pointed").textContent = ""; return; }
   const things = document.elementsFromPoint(event.clientX, event.clientY).map(element => element.told).filter(Boolean);
-  by("pointed").textContent = [`${x}, ${y}`, ...things].join(" · ");
+  const values = served ? run.layers.filter(layer => layer.file).map(layer => valueAt(layer, opened, x, y)) : [];
+  by("pointed").textContent = [`${x}, ${y}`, ...things, ...values.filter(Boolean)].join(" · ");
 }
 
 // ---- bars and keys
@@ -423,6 +528,9 @@ const FLAG_BUTTONS = [
   ["missing", "Named, not labelled", "Samples whose prompt names a class that their labels lack", run.missing],
   ["aside", "Set aside", "Doubtful samples that lie beside the data set", run.aside],
   ["left-out", "Left out", "Samples that a filter left out", leftOut.size],
+  ["good", "Marked good", "Samples that you marked with key g"],
+  ["bad", "Marked bad", "Samples that you marked with key b"],
+  ["unmarked", "Unmarked", "Samples that you have not marked"],
 ];
 function filterButtons() {
   const flag = ([name, title, told, number]) => {
@@ -551,6 +659,9 @@ function keys(event) {
   }
   const layer = /^[1-9]$/.test(event.key) ? run.layers[Number(event.key) - 1] : null;
   if (layer) toggleLayer(layer.name);
+  const place = [...cards].find(([, element]) => element === event.target)?.[0];
+  const marked = viewer.open ? opened : shown[place], name = { g: "good", b: "bad", u: marks.get(marked?.id) }[event.key];
+  if (marked && name) mark(marked, name);
   if (viewer.open) {
     if (event.key === "ArrowRight" && !isSliding) step(1);
     if (event.key === "ArrowLeft" && !isSliding) step(-1);
@@ -559,7 +670,6 @@ function keys(event) {
     if (event.key === "0") look({ x: 0, y: 0, scale: 1 });
     return;
   }
-  const place = [...cards].find(([, element]) => element === event.target)?.[0];
   const ways = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: layout.columns, ArrowUp: -layout.columns, Home: -Infinity, End: Infinity };
   if (place !== undefined && event.key in ways) {
     event.preventDefault();
@@ -579,6 +689,7 @@ by("theme").addEventListener("click", () => {
 layerButtons("layers");
 layerButtons("viewer-layers");
 filterButtons();
+reviewButtons();
 by("sort").append(...quantitySelect("number").children);
 by("sort").addEventListener("change", () => {
   const name = by("sort").value;
@@ -655,4 +766,5 @@ new ResizeObserver(() => arrange()).observe(grid);
 slide("opacity", value => root.style.setProperty("--overlay", value / 100), remembered("opacity"));
 slide("size", () => arrange(), remembered("size") ?? (innerWidth < 500 ? 160 : 232));
 applyAddress();
+startReview();
 loadPages();

@@ -166,3 +166,37 @@ function folderOf(location) {
   const path = decodeURIComponent(location.pathname).replace(/\/gallery\/[^/]*$/, "");
   return /^\/[A-Za-z]:/.test(path) ? path.slice(1) : path;
 }
+
+// Ids of the samples that bear a mark, one a line: what a list of samples for other commands looks like.
+function listOf(marks, mark) { return [...marks].filter(([, other]) => other === mark).map(([id]) => `${id}\n`).sort().join(""); }
+
+// The pixels of a PNG file of one channel, 8 or 16 bits: browsers draw them, but do not tell values beyond 8 bits.
+async function pixelsOf(buffer) {
+  const view = new DataView(buffer), parts = [], names = new TextDecoder("latin1");
+  let place = 8, width = 0, height = 0, size = 0;
+  while (place < buffer.byteLength) {
+    const length = view.getUint32(place), kind = names.decode(new Uint8Array(buffer, place + 4, 4));
+    if (kind === "IHDR") {
+      [width, height] = [view.getUint32(place + 8), view.getUint32(place + 12)];
+      const [bits, colour] = [view.getUint8(place + 16), view.getUint8(place + 17)];
+      if (![8, 16].includes(bits) || ![0, 3].includes(colour) || view.getUint8(place + 20)) return null;
+      size = bits / 8;
+    }
+    if (kind === "IDAT") parts.push(new Uint8Array(buffer, place + 8, length));
+    place += 12 + length;
+  }
+  const raw = await new Response(new Blob(parts).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
+  const bytes = new Uint8Array(raw), wide = width * size, lines = new Uint8Array(wide * height);
+  for (let y = 0; y < height; y++) {
+    const filter = bytes[y * (wide + 1)];
+    for (let x = 0; x < wide; x++) {
+      const left = x >= size ? lines[y * wide + x - size] : 0, up = y ? lines[(y - 1) * wide + x] : 0;
+      const corner = x >= size && y ? lines[(y - 1) * wide + x - size] : 0;
+      const away = [Math.abs(up - corner), Math.abs(left - corner), Math.abs(left + up - 2 * corner)];
+      const nearest = away[0] <= away[1] && away[0] <= away[2] ? left : away[1] <= away[2] ? up : corner;
+      lines[y * wide + x] = bytes[y * (wide + 1) + 1 + x] + [0, left, up, (left + up) >> 1, nearest][filter];
+    }
+  }
+  const at = (x, y) => (size === 1 ? lines[y * width + x] : 256 * lines[y * wide + 2 * x] + lines[y * wide + 2 * x + 1]);
+  return { width, height, at };
+}

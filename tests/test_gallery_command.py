@@ -1,0 +1,181 @@
+"""The command gallery and its server: what is given out, to whom, and what a page of a run in progress holds."""
+
+import http.client
+import json
+import socket
+import threading
+
+import pytest
+from rendered import document, rendered, write_run
+
+from datasetdm_fast import gallery as command
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.gallery import PAGE, review, server
+
+pytestmark = pytest.mark.loopback
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "a run"
+    write_run(path, 3, 32)
+    (path.parent / "secret.png").write_bytes(b"secret")
+    (path / "images" / "link.png").symlink_to(path.parent / "secret.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def ask(run):
+    """Status, headers and body of an answer of a server of the run."""
+    with server.opened(run, 18800, print) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+
+        def ask(path, method="GET", body=None, **headers):
+            connection = http.client.HTTPConnection("127.0.0.1", serving.server_port, timeout=20)
+            host = {"Host": f"127.0.0.1:{serving.server_port}"}
+            connection.request(method, path, body, {**host, **{k.replace("_", "-"): v for k, v in headers.items()}})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+        ask.port = serving.server_port
+        yield ask
+        serving.shutdown()
+        thread.join()
+
+
+HOME = "/a%20run/"
+
+
+def test_files_are_given_out_whole_in_part_and_not_twice(run, ask):
+    content = (run / "images" / "00000001.png").read_bytes()
+    path = f"{HOME}images/00000001.png"
+    status, headers, body = ask(path)
+    assert (status, body, headers["Content-Type"]) == (200, content, "image/png")
+    assert ask(path, "HEAD")[0] == 200 and ask(path, "HEAD")[2] == b""
+    assert ask(path, If_None_Match=headers["ETag"])[0] == 304
+    for asked, (first, stop) in {"bytes=2-5": (2, 6), "bytes=7-": (7, None), "bytes=-4": (-4, None)}.items():
+        status, headers, body = ask(path, Range=asked)
+        assert (status, body) == (206, content[first:stop]) and headers["Content-Range"].endswith(f"/{len(content)}")
+    assert ask(path, Range=f"bytes={len(content)}-")[0] == 416 and ask(path, Range="lines=1-2")[2] == content
+
+
+def test_the_page_may_run_nothing_but_its_own_scripts(ask):
+    status, headers, body = ask(f"{HOME}gallery/index.html")
+    policy = headers["Content-Security-Policy"]
+    assert status == 200 and b"<script src=" in body and "script-src 'self';" in policy and "unsafe" not in policy
+    assert "default-src 'none'" in policy and headers["X-Content-Type-Options"] == "nosniff"
+    assert ask("/")[0] == 302 and ask("/")[1]["Location"] == f"{HOME}gallery/index.html"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("gallery/", "images", "images/", "state/ledger.sqlite", "run.json", "samples.jsonl", "review/bad.txt"),
+        *(
+            "images/../state/seal.json",
+            "images/%2e%2e/%2e%2e/secret.png",
+            "images/..%2f..%2fsecret.png",
+            "images//a.png",
+        ),
+        *("images/link.png", "images/00000001.png%00", "images/none.png", "images/.hidden.png", "../secret.png", "etc"),
+        "images/..%5c..%5csecret.png",
+    ],
+)
+def test_nothing_else_is_given_out(ask, path):
+    assert ask(HOME + path)[0] == 404 and ask("/" + path)[0] == 404
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "127.0.0.1:1", "", "localhost.evil.example:80"])
+def test_other_names_of_this_machine_are_refused(ask, host):
+    for method in ("GET", "HEAD", "PUT"):
+        status, _, body = ask(f"{HOME}gallery/index.html", method, Host=host)
+        assert status in (400, 403) and b"<" not in body
+    assert ask(f"{HOME}gallery/run.js", Host=f"localhost:{ask.port}")[0] == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE", "OPTIONS", "PATCH", "TRACE"])
+def test_other_methods_are_refused(ask, method):
+    status, headers, body = ask(f"{HOME}gallery/index.html", method)
+    assert (status, headers["Allow"], body) == (405, "GET, HEAD, PUT", b"")
+
+
+def test_marks_come_from_the_page_alone(run, ask):
+    own, body = f"http://127.0.0.1:{ask.port}", json.dumps({"marks": [["00000001", "bad"], ["00000002", "good"]]})
+    for origin in ("http://evil.example", "null", "", f"https://127.0.0.1:{ask.port}"):
+        assert ask(f"{HOME}review", "PUT", body, Origin=origin)[0] == 403
+    assert ask(f"{HOME}review", "PUT", body)[0] == 403 and not (run / "review").exists()
+    for wrong in ("", "[]", "{}", '{"marks": [["../x", "bad"]]}', '{"marks": [["00000001", "worse"]]}', '{"marks": 1}'):
+        assert ask(f"{HOME}review", "PUT", wrong, Origin=own)[0] == 400
+    assert ask(f"{HOME}images/00000001.png", "PUT", body, Origin=own)[0] == 404
+    assert ask(f"{HOME}review", "PUT", "x" * (server.LARGEST_REQUEST + 1), Origin=own)[0] == 413
+    assert ask(f"{HOME}review", "PUT", body, Origin=own)[0] == 204
+    assert ask(f"{HOME}review", "PUT", '{"marks": [["00000000", "bad"], ["00000002", ""]]}', Origin=own)[0] == 204
+    assert (run / "review" / "bad.txt").read_text() == "00000000\n00000001\n"
+    assert (run / "review" / "good.txt").read_text() == "" and review.read(run)["00000001"] == "bad"
+    told = json.loads(ask(f"{HOME}review")[2])
+    assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]]}
+
+
+def test_a_taken_port_is_said_and_the_next_one_serves(run, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = []
+        with server.opened(run, port, said.append) as serving:
+            assert serving.server_port > port and said == [f"port {port} is taken, so it is {serving.server_port}"]
+            assert serving.server_address[0] == "127.0.0.1" and f":{serving.server_port}/a%20run/" in serving.address
+
+
+def test_a_run_in_progress_has_a_page_and_is_not_disturbed(tmp_path, capsys):
+    path = tmp_path / "run"
+    with RunFolder(path, document(6, 32)) as folder:
+        folder.add([rendered(k, 32) for k in range(4)], {})
+        assert command.main([str(path)]) == 0
+        told = capsys.readouterr()
+        assert told.out == f"{path / PAGE}\n" and "4 of 6 samples" in told.err
+        assert not (path / "samples.jsonl").exists() and '"planned":6' in (path / "gallery/run.js").read_text()
+        folder.add([rendered(k, 32) for k in range(4, 6)], {})
+        folder.rebuild()
+    write_run(tmp_path / "other", 6, 32)
+    assert {p: (tmp_path / "other" / p).read_bytes() for p in names(tmp_path / "other")} == {
+        p: (path / p).read_bytes() for p in names(path)
+    }
+    before = {p: (path / p).stat().st_mtime_ns for p in names(path)}
+    assert command.main([str(path), "--quiet"]) == 0 and audit(path).findings == []
+    assert {p: (path / p).stat().st_mtime_ns for p in names(path)} == before
+
+
+def test_a_stopped_run_is_shown_with_what_it_has(tmp_path, capsys):
+    path = tmp_path / "run"
+    with RunFolder(path, document(6, 32)) as folder:
+        folder.add([rendered(k, 32) for k in range(4)], {})
+    assert command.main([str(path)]) == 0 and (path / PAGE).exists() and audit(path).findings == []
+    assert "4 of 6 samples" in capsys.readouterr().err
+
+
+def names(path):
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and "state" not in p.parts)
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ([], "RUN is missing"),
+        (["nowhere"], "nowhere: holds no run.json"),
+        (["nowhere", "--port", "0"], "--port 0"),
+        (["empty"], "empty: no sample is committed yet"),
+        (["away"], "away: its samples are in an object store"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, line, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "away"):
+        (tmp_path / name / "state").mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text(json.dumps(document(1, 32)))
+    (tmp_path / "away" / "state" / "store").write_text("s3://bucket")
+    assert command.main(line) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and said in lines[0]
