@@ -269,8 +269,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "model decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells parity "
         "engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
-        "out only resume limit dry_run allow_download json quiet threads gpus ranks cluster store dtype compile device "
-        "provider streams engines trt_flavour"
+        "out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus ranks cluster store "
+        "dtype compile device provider streams engines trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(
@@ -398,6 +398,16 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         choices=("auto", "never"),
     )
     limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N")
+    verify: int = setting(
+        0,
+        "before the run, compare the first N samples with those of the reference engine; where they do not agree, "
+        "nothing is written",
+        identity=False,
+        metavar="N",
+    )
+    verify_anyway: bool = setting(
+        False, "with --verify: go on where they do not agree, and have that written down", identity=False
+    )
     threads: int = setting(
         0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N"
     )

@@ -13,7 +13,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, duration
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.job import Job, count_rows, finished, prepare, refill
 from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
@@ -21,6 +21,8 @@ from datasetdm_fast.generation.run import prepare_remake, remake, run
 from datasetdm_fast.generation.settings import count_images, spelled_out
 from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder import object_store
+from datasetdm_fast.run_folder.document import read_document
+from datasetdm_fast.run_folder.folder import RunFolder, note
 from datasetdm_fast.workers import devices, launched, ray_driver, spawn
 from datasetdm_fast.workers.worker import Callbacks
 
@@ -65,6 +67,14 @@ def main(arguments: Sequence[str]) -> int:
         _show_plan(job)
         return 0
     interruption = Interruption(config.quiet)
+    places = () if peer or config.cluster else devices.places(config)
+    if config.verify and (peer or config.cluster):
+        raise Refused(
+            f"--verify {config.verify}: several machines or processes that were started together make this run",
+            "Run the line once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
+        )
+    if config.verify and places:
+        _begin_verified(config)
     if peer:
         config = launched.settle_on(config, peer)
         result = _run_together(config, partial(launched.run, config, peer), interruption, peer.world)
@@ -72,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
             return interruption.exit_code(0)
     elif config.cluster:
         result = _run_together(config, partial(ray_driver.run, config), interruption)
-    elif places := devices.places(config):
+    elif places:
         result = _run_together(config, partial(spawn.run, config, places), interruption)
     else:
         result = _run_here(config, interruption)
@@ -86,6 +96,8 @@ def main(arguments: Sequence[str]) -> int:
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
     job = prepare(config, races=True)
     _say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size)))
+    if config.verify:
+        job = _verified(config, job)
     images = min(job.plan.number - job.done, config.limit or job.plan.number)
     with (
         interruption,
@@ -97,6 +109,41 @@ def _run_here(config: RunConfig, interruption: Interruption) -> Result:
             on_unet_call=progress.on_unet_call,
             is_stopping=interruption.is_stopping,
         )
+
+
+def _begin_verified(config: RunConfig) -> None:
+    """The same before several processes make the run: the folder they find tells that it was done."""
+    job = _verified(config, prepare(config))
+    with RunFolder(job.folder, job.document):
+        pass
+
+
+def _verified(config: RunConfig, job: Job) -> Job:
+    """The job with the verdict on its engine, an earlier one where that still holds."""
+    from tqdm import tqdm
+
+    from datasetdm_fast.agreement import before
+
+    stored, number = read_document(job.folder), min(config.verify, job.plan.number)
+    if stored is not None and before.holds(stored.get("verified"), job.engine, number):
+        _say(config, f"verified   {stored['verified']['number']} samples agreed before, with this engine and device")
+        return job
+    calls = before.calls_of(job, number)
+    with tqdm(total=calls, desc="verify", unit="call", disable=config.quiet or None, file=sys.stderr) as bar:
+        verdict = before.compared(job, number, lambda: bar.update(1))
+    failed = [row.measure for row in verdict.rows if not row.is_passed]
+    if failed and not config.verify_anyway:
+        raise GateFailed(
+            f"--verify {number}: {job.engine.name} does not say what {before.REFERENCE} says in {', '.join(failed)}; "
+            "nothing was written",
+            "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
+        )
+    told = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"
+    _say(config, f"verified   {job.engine.name} {told} with {before.REFERENCE} on {number} samples")
+    facts = before.kept(verdict, job.engine)
+    if stored is not None:
+        note(job.folder, "verified", facts)
+    return replace(job, document=job.document | {"verified": facts})
 
 
 def _run_together(

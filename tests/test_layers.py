@@ -68,8 +68,7 @@ DOOR = (
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
 # The commands splice, filter, edit and vary need flags, refusals, run folder, labels and files; labels that carry a
 # decoder's name and the trust of samples are read by engines, export and commands; the bench's probe times a layer of
-# the models by itself. The commands merge, split and convert, and the
-# formats of exports, are rooms of their own.
+# the models by itself; checkpoints of other projects are read and written, and generate compares engines before a run.
 MOST = {"rooms": 60, "rows": 10, "arrows": 420}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from datasetdm_fast import generate
 from datasetdm_fast import verify as command
 from datasetdm_fast.agreement import observe, verify
 from datasetdm_fast.agreement.distances import (
@@ -22,6 +23,7 @@ from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.loading import load_model
+from datasetdm_fast.pipeline import open_run
 
 SMALL = dict(
     width=12,
@@ -342,3 +344,37 @@ def test_an_observation_led_by_itself_changes_nothing(reference):
     again = observe.observe(reference, requests, recipe, truth)
     distances = teacher_forced_distances(again, truth) | free_running_distances(again, truth)
     assert all((values == 0).all() for values in distances.values())
+
+
+def run(folder, *line) -> int:
+    few = "--engine fast --model tiny --steps 2 --number 2 --batch-size 1 --task semantic --verify 1".split()
+    return generate.main([*few, "--prompts", "a ball", "--out", str(folder), *line])
+
+
+def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys, monkeypatch):
+    """Where they do not agree nothing is written; the verdict holds until device, versions or engine change."""
+    assert run(tmp_path / "run", "--limit", "1") == 0
+    verdict = json.loads((tmp_path / "run" / "run.json").read_text())["verified"]
+    assert verdict["agrees"] and verdict["number"] == 1 and verdict["setting"]["torch"] == torch.__version__
+    assert "agrees in all" in capsys.readouterr().err
+    wrong = FastEngine.denoise_and_capture
+    monkeypatch.setattr(
+        FastEngine,
+        "denoise_and_capture",
+        lambda engine, *given: (lambda output, capture: (output * 1.01, capture))(*wrong(engine, *given)),
+    )
+    assert run(tmp_path / "run", "--quiet") == 0  # the same setting: not compared again
+    assert "agrees with `torch` on 1 of its samples" in (tmp_path / "run" / "README.md").read_text()
+    assert run(tmp_path / "other") == 4
+    assert "does not say what torch says in call" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert run(tmp_path / "other", "--verify-anyway", "--quiet") == 0
+    card, found = (tmp_path / "other" / "README.md").read_text(), open_run(tmp_path / "other").document["verified"]
+    assert (
+        "does NOT agree with `torch`: `call" in card and not found["agrees"] and len(open_run(tmp_path / "other")) == 2
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr("datasetdm_fast.agreement.before.__version__", "another")
+    assert run(tmp_path / "run") == 0 and "nothing to do" in capsys.readouterr().err
+    assert run(tmp_path / "third", "--engine", "torch") == 2
+    assert generate.main(["--verify-anyway", "--out", str(tmp_path / "third")]) == 2
+    assert not (tmp_path / "third").exists()

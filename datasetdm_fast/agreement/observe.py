@@ -46,7 +46,7 @@ def observe(
     """
     if led is None:
         context = torch.cat(
-            [engine.encode_text([""] * len(requests)), engine.encode_text([request.prompt for request in requests])]
+            [engine.encode_text([getattr(request, name) for request in requests]) for name in ("negative", "prompt")]
         )
         side = recipe.size // FACTOR
         noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])

@@ -99,7 +99,7 @@ def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_
     if not path.is_file():
         raise Missing(f"decoder weights {path}: no such file", "Check the path.")
     copy = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
-    if others := pickles.left_out(copy) if copy != path else []:
+    if others := _left_out(copy):
         raise Refused(f"{path}: it holds {', '.join(others)}, which are no tensors of a decoder", ALONE)
     prefix, shapes = _shapes(copy)
     if not shapes:
@@ -108,6 +108,13 @@ def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_
     config = config_of(chosen, shapes, levels)
     _check(config, shapes, path, chosen)
     return Checkpoint(path, copy, chosen, not kind, config, prefix)
+
+
+def _left_out(copy: Path) -> list[str]:
+    """The names of what a checkpoint held beside the tensors of its safe copy."""
+    tensors.check_safetensors(copy)
+    with safe_open(copy, "pt") as opened:
+        return json.loads((opened.metadata() or {}).get(pickles.OTHERS, "[]"))
 
 
 def _shapes(copy: Path) -> tuple[str, Shapes]:

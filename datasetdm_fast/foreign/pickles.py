@@ -61,14 +61,6 @@ def safe_copy(path: Path) -> Path:
     return target
 
 
-def left_out(copy: Path) -> list[str]:
-    """The names of what a checkpoint held beside the tensors of its safe copy."""
-    from safetensors import safe_open
-
-    with safe_open(copy, "np") as opened:
-        return json.loads((opened.metadata() or {}).get(OTHERS, "[]"))
-
-
 def _check_beginning(path: Path) -> int:
     """Size of a file that begins as a checkpoint does, and whose archive holds plain members of honest size."""
     with storage.refusing(path), path.open("rb") as file:

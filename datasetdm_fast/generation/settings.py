@@ -31,6 +31,7 @@ LEAST_SETTINGS = {
     "guidance": 0,
     "batch_size": 0,
     "limit": 0,
+    "verify": 0,
     "threads": 0,
     "ranks": 0,
     "exponent": -1,
@@ -74,6 +75,8 @@ def check_settings(config: RunConfig) -> None:
         raise Refused(f"--ignore-below {config.ignore_below}: expected a number from 0 to 1", "Choose another number.")
     if config.refill and config.keep != "trusted":
         raise Refused("--refill: it replaces samples that are set aside", "Add --keep trusted, or drop it.")
+    if config.verify_anyway and not config.verify:
+        raise Refused("--verify-anyway: nothing is compared", "Add --verify N, or drop it.")
     if config.cluster and config.keep == "trusted":
         raise Refused(
             f"--keep trusted: no cluster makes such runs, and --cluster is {config.cluster}",

@@ -57,6 +57,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
         f"{sampling['guidance']:g}",
         *(f"- Combined: {_code(text)}" for text in config.get("combine", ())),
+        *_verified(document.get("verified")),
         f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte\n",
         "## Licence chain\n",
         *(f"- {name}: {_code(licence)}" for name, licence in licences.items()),
@@ -80,6 +81,19 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
         yield f"{ledger.count_doubtful()} of the samples are doubtful, as their labels do not fit their prompt or one "
         yield "another; `trust` in `samples.jsonl` says why.\n"
+
+
+def _verified(verdict: Any) -> Iterator[str]:
+    """What a comparison with the reference engine found, where there was one."""
+    if not verdict:
+        return
+    engine, reference = verdict["engine"], _code(verdict["against"]["engine"])
+    name = _code(f"{engine['engine']} {engine['dtype']} on {engine['device_name']}")
+    if verdict["agrees"]:
+        yield f"- {name} agrees with {reference} on {verdict['number']} of its samples"
+    else:
+        failed = _code(", ".join(row["measure"] for row in verdict["measures"] if not row["passed"]))
+        yield f"- {name} does NOT agree with {reference}: {failed} is beyond its limit"
 
 
 def _seeds(document: Mapping[str, Any]) -> str:

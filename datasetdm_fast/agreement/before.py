@@ -1,0 +1,70 @@
+"""Samples of a run go through the chosen engine and the reference before the run begins."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.agreement.verify import Verdict, verify
+from datasetdm_fast.engines import build_engine
+from datasetdm_fast.engines.engine import Engine
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.export.tensorrt import flavours
+from datasetdm_fast.generation.job import Job
+from datasetdm_fast.generation.origin import FROM_NOISE
+from datasetdm_fast.loading.provenance import digest
+from datasetdm_fast.version import __version__
+
+REFERENCE = "torch"
+
+
+def setting_of(engine: Engine) -> dict[str, str]:
+    """What a verdict holds for: device, driver, versions and, of an engine that has them, its plan files."""
+    told = {name: value for name, value in engine.fingerprint().items() if name != "device"}
+    told |= {"python": platform.python_version(), "datasetdm_fast": __version__}
+    if engine.device.type == "cuda":
+        told["driver"] = flavours.driver()
+    folder = getattr(engine, "folder", None)
+    if isinstance(folder, Path) and folder.is_dir():
+        told["plans"] = digest(sorted(path for path in folder.rglob("*") if path.is_file()))
+    return told
+
+
+def holds(verdict: Any, engine: Engine, number: int) -> bool:
+    """Whether a stored verdict is one of this engine here, over as many samples."""
+    return (
+        isinstance(verdict, Mapping)
+        and verdict.get("agrees") is True
+        and isinstance(verdict.get("number"), int)
+        and verdict["number"] >= number
+        and verdict.get("setting") == setting_of(engine)
+    )
+
+
+def calls_of(job: Job, number: int) -> int:
+    """U-Net calls of the comparison, as on_unet_call hears of them."""
+    size = min(job.plan.batch_size, number)
+    return -(-number // size) * 3 * len(_recipe(job).schedule)
+
+
+def compared(job: Job, number: int, on_unet_call: Callable[[], None] = lambda: None) -> Verdict:
+    """The first samples of the plan through the job's engine and the reference; labels from attention are left out."""
+    engine = job.engine
+    if engine.name == REFERENCE:
+        raise Refused(f"--verify {number}: the engine is {REFERENCE}, the reference itself", "Drop --verify.")
+    reference = build_engine(REFERENCE, engine.model, engine.decoders, device=str(engine.device))
+    requests = [job.plan.request(index) for index in range(number)]
+    return verify(engine, reference, requests, _recipe(job), min(job.plan.batch_size, number), on_unet_call)
+
+
+def _recipe(job: Job) -> Any:
+    """The recipe of the run, every sample from its own noise and with the labels of decoders alone."""
+    return replace(job.recipe, tasks=job.recipe.decoded, attention=None, origin=FROM_NOISE)
+
+
+def kept(verdict: Verdict, engine: Engine) -> dict[str, Any]:
+    """What run.json keeps of a verdict."""
+    return verdict.document() | {"setting": setting_of(engine)}
