@@ -115,8 +115,11 @@ def average(self_side: int, cross_side: int) -> Tensors:
     return Tensors(_CALL | {"class_context": (("B", "T", "D"), "float32")}, {"noise": _NOISE, **sums})
 
 
-def annotate(kind: str, levels_read: Sequence[str]) -> Tensors:
-    """The stage of a decoder of this kind: its channels of these levels' sums and, for words, their embeddings."""
+def annotate(kind: str, levels_read: Sequence[str], tells_words: bool = False) -> Tensors:
+    """The stage of a decoder of this kind: its channels of these levels' sums and, for words, their embeddings; one
+    that tells the words of a prompt apart also answers with the attention to each token.
+    """
     sums = {f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in levels_read}
     text = {"text": (("B", "K", "D"), "float32")} if kind == "open-vocabulary" else {}
-    return Tensors({**sums, **text}, {name: (shape, "float32") for name, shape in ANSWERS[kind].items()})
+    answers = ANSWERS[kind] | ({"token_attention": ("B", "T", "h", "w")} if tells_words else {})
+    return Tensors({**sums, **text}, {name: (shape, "float32") for name, shape in answers.items()})

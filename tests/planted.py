@@ -45,7 +45,7 @@ _BY_FILE = {
         ("if not flags[b]]", "if not flags[0]]", "one broken image sets its whole batch aside"),
         ("again(*both) if isinstance(both[0], SetAside) else both[0]", "both[1]", "sound images are replaced too"),
         (
-            "captions.held_to(raw, config, [request.prompt for request in requests], named=named)",
+            "captions.held_to(raw, config, prompts, named=named, tokenizer=tokenizer)",
             "raw",
             "classes a prompt does not name are found",
         ),

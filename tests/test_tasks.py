@@ -556,7 +556,10 @@ def test_what_is_not_ruled_out_is_answered_as_before():
     config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"))
     logits = torch.arange(16.0).view(2, 2, 4)
     held = captions.held_to(raw(logits, planes(None)), config, ["a ball", "a street"])["pred_logits"]
-    assert held[0].tolist() == [[0, 1, -math.inf, 3], [4, 5, -math.inf, 7]] and (held[1] == logits[1]).all()
+    before, after = logits[0].softmax(-1), held[0].softmax(-1)
+    assert (after[:, 2] == 0).all() and (held[1] == logits[1]).all()
+    torch.testing.assert_close(after[:, 1], before[:, 1] + before[:, 2])  # not given to "no object"
+    torch.testing.assert_close(after[:, [0, 3]], before[:, [0, 3]])
 
 
 def test_a_run_holds_its_labels_to_the_prompts():

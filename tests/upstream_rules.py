@@ -19,7 +19,7 @@ def instances(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[Te
     """DatasetDM's masks [B, k, H, W] bool, class ids [B, k] and scores [B, k], from masks already at image size; in no
     order.
     """
-    queries, classes, scores = candidates(class_logits, mask_logits, count)
+    queries, classes, scores = candidates(class_logits.softmax(-1)[..., :-1], mask_logits, count)
     images = torch.arange(len(queries), device=queries.device)[:, None]
     return (mask_logits > 0)[images, queries], classes, scores
 

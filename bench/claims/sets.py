@@ -195,7 +195,7 @@ def relabelled(
         capture = invert(engine, images, prompts, timestep, [sample.seed for sample in samples])
         labels = {}
         for task, config in configs.items():
-            raw = held_to(engine.annotate(task, capture, None), config, prompts)
+            raw = held_to(engine.annotate(task, capture, None), config, prompts, tokenizer=engine.model.tokenizer)
             labels[LABEL_KINDS[task].attribute] = TASKS[task].postprocess(raw, config, engine.model.size)
         for k, sample in enumerate(samples):
             found = {name: label[k] for name, label in labels.items()}

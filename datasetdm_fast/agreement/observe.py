@@ -68,7 +68,10 @@ def observe(
         task: engine.annotate(task, captures[recipe.captures[task]], words.asked(task, requests))
         for task in recipe.tasks
     }
-    labels = {task: postprocess(requests, answer, engine.decoders[task].config, recipe) for task, answer in raw.items()}
+    labels = {
+        task: postprocess(requests, answer, engine.decoders[task].config, recipe, engine.model.tokenizer)
+        for task, answer in raw.items()
+    }
     answers = {task: {name: value.float().cpu() for name, value in answer.items()} for task, answer in raw.items()}
     latents = state.latents if led is None else led.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()

@@ -69,6 +69,7 @@ class Stability:
             capture = invert(self.engine, images, prompts, timestep, seeds)
             for label, config in self.configs.items():
                 if (config.capture_timestep or 0) == timestep:
-                    raw = held_to(self.engine.annotate(label, capture, None), config, prompts, named=named)
+                    raw, tokenizer = self.engine.annotate(label, capture, None), self.engine.model.tokenizer
+                    raw = held_to(raw, config, prompts, named=named, tokenizer=tokenizer)
                     labels[label] = TASKS[config.task].postprocess(raw, config, self.engine.model.size)
         return labels

@@ -45,6 +45,9 @@ class DecoderConfig:
     classes: tuple[str, ...] = ()
     # of them, those its captions always named: they are looked for only where a prompt names them
     named: tuple[str, ...] = ()
+    # share of each cross-attention head, low to highest, in telling where the words of a prompt are; empty: things are
+    # named by the class logits alone
+    word_heads: tuple[float, ...] = ()
     text_width: int = 768
     # whether class embeddings are centred and scaled by those trained on; small text encoders hardly tell words apart
     text_centre: bool = False
@@ -84,6 +87,14 @@ class DecoderConfig:
 
         if stray := sorted(set(self.named) - set(self.classes)):
             raise Refused(f"decoder config: named holds {documents.quoted(stray[0])}, which is none of its classes")
+        heads = sum(sum(level.heads) for level in self.levels)
+        if self.word_heads and (self.kind != "segmentation" or len(self.word_heads) != heads):
+            raise Refused(
+                f"decoder config: {len(self.word_heads)} word_heads of a {self.kind} decoder, expected none, or for "
+                f"segmentation one for each of {heads} heads"
+            )
+        if self.word_heads and not (min(self.word_heads) >= 0 < max(self.word_heads)):
+            raise Refused("decoder config: word_heads must not be negative, nor all of them 0")
         if self.task == "semantic" and len(self.classes) > 255:
             raise Refused(
                 f"decoder config: {len(self.classes)} semantic classes, expected at most 255, the range of an 8-bit "
@@ -113,6 +124,15 @@ class DecoderConfig:
         """Cells of a side of the highest level, where the decoder was trained."""
         return self.levels[-1].side
 
+    def word_levels(self) -> dict[str, tuple[tuple[float, ...], ...]]:
+        """The levels whose heads tell where words are, by name, with the shares of the heads of each of their maps."""
+        left, found = list(self.word_heads), {}
+        for level in self.levels if self.word_heads else ():
+            shares = tuple(tuple(left.pop(0) for _ in range(count)) for count in level.heads)
+            if any(map(any, shares)):
+                found[level.name] = shares
+        return found
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
@@ -139,7 +159,7 @@ class DecoderConfig:
             Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])})
             for level in values["levels"]
         )
-        for name in ("classes", "named", "joints"):
+        for name in ("classes", "named", "word_heads", "joints"):
             values[name] = tuple(values.get(name, ()))
         values["limbs"] = tuple(tuple(limb) for limb in values.get("limbs", ()))
         return DecoderConfig(**values)
@@ -152,6 +172,7 @@ FORM |= dict.fromkeys(("max_depth", "score_threshold", "overlap_threshold"), flo
 FORM |= dict.fromkeys(("kind", "task", "normalisation", "instance_class_from"), str) | {
     "text_centre": bool,
     "limbs": [[int]],
+    "word_heads": [float],
 }
 FORM |= dict.fromkeys(("classes", "named", "joints"), [str])
 LEAST_NUMBERS = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1

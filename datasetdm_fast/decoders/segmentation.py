@@ -17,7 +17,9 @@ MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of 
 
 
 class SegmentationDecoder(Decoder):
-    """Class logits `pred_logits` [B, N, K + 1] and mask logits `pred_masks` [B, N, m, m] of N queries."""
+    """Class logits `pred_logits` [B, N, K + 1] and mask logits `pred_masks` [B, N, m, m] of N queries, and where words
+    are told apart `token_attention` [B, T, h, w].
+    """
 
     def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
         width, layers = config.width, range(config.layers)
@@ -40,7 +42,8 @@ class SegmentationDecoder(Decoder):
         """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
         memory, mask_features = self.pixels(capture)
         content, position = self.ask(mask_features.shape[0], text)
-        return self.answer(content, position, memory, mask_features, auxiliary)
+        found = self.answer(content, position, memory, mask_features, auxiliary)
+        return {**found, "token_attention": self.token_attention(capture)} if self.config.word_heads else found
 
     def pixels(self, capture: Capture | ProjectedCapture) -> tuple[list[Tensor], Tensor]:
         """Three memory levels [B, C, m_i, m_i] and the mask features [B, D, m, m]."""

@@ -4,6 +4,7 @@ Parameter names are those of DatasetDM's checkpoints, so that these load as they
 """
 
 import copy
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.decoders.layers import SegBlock, SpectralConv2d
+from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.stages import LEVELS
+from datasetdm_fast.stages import LEVELS, Level
 
 
 class Decoder(nn.Module):
@@ -31,20 +33,47 @@ class Decoder(nn.Module):
             self.add_module(f"{name}_feature_mix_conv", SegBlock(channels_in, channels_out, ops, config.normalisation))
 
     def projections(self) -> dict[str, Tensor]:
-        """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads."""
-        return {
-            name: self.get_submodule(f"{name}_feature_conv.0").weight
+        """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads; where words are
+        told apart, T further rows give the attention of each token.
+        """
+        found = {
+            name: [self.get_submodule(f"{name}_feature_conv.0").weight]
             for name in LEVELS
             if hasattr(self, f"{name}_feature_conv")
+        }
+        for level in self.config.levels:
+            if shares := self.config.word_levels().get(level.name):
+                some = next(self.parameters())
+                found.setdefault(level.name, []).append(token_rows(level, shares).to(some.device, some.dtype))
+        return {
+            name: torch.cat(found[name]) if len(found[name]) > 1 else found[name][0] for name in LEVELS if name in found
         }
 
     def level(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
         """The level `name` [B, F, h, w], yet to be resized to `side`; a ProjectedCapture must be this decoder's own."""
         place = LEVELS.index(name)
-        if isinstance(capture, ProjectedCapture):
-            return capture.sums[place]
         convolution = self.get_submodule(f"{name}_feature_conv.0")
+        if isinstance(capture, ProjectedCapture):
+            total = capture.sums[place]
+            return total[:, : convolution.out_channels] if name in self.config.word_levels() else total
         return self.ops.pyramid(capture.features[place], capture.maps[place], convolution.weight, side)
+
+    def token_attention(self, capture: Capture | ProjectedCapture) -> Tensor:
+        """[B, T, h, w] the attention of each cell of the highest level to each token, by the heads that tell words."""
+        total = None
+        for name, shares in self.config.word_levels().items():
+            place = LEVELS.index(name)
+            if isinstance(capture, ProjectedCapture):
+                own = capture.sums[place][:, -self.config.levels[place].tokens :]
+            else:
+                own = sum(
+                    share * pyramid.planes(one[:, head : head + 1])
+                    for one, part in zip(capture.maps[place], shares, strict=True)
+                    for head, share in enumerate(part)
+                )
+            own = resize(own, capture.side)
+            total = own if total is None else total + own
+        return total
 
     def lowest(self, capture: Capture | ProjectedCapture) -> Tensor:
         """The level `low` at a quarter of the side of the highest."""
@@ -61,6 +90,13 @@ class Decoder(nn.Module):
         side = capture.side
         mid = self.mix(capture, "mid", self.lowest(capture), side // 2)
         return self.mix(capture, "highest", self.mix(capture, "high", mid, side), side)
+
+
+def token_rows(level: Level, shares: Sequence[Sequence[float]]) -> Tensor:
+    """[T, channels, 1, 1]: of a level's features nothing, and of its maps the attention to each token, by heads."""
+    heads = torch.tensor([share for part in shares for share in part])
+    maps = heads[None, :, None] * torch.eye(level.tokens)[:, None]  # [T, heads, T]
+    return torch.cat([torch.zeros(level.tokens, 2 * sum(level.features)), maps.flatten(1)], 1)[..., None, None]
 
 
 def wide_mixes(width: int) -> dict[str, tuple[int, int]]:

@@ -103,7 +103,8 @@ def of_renders(count: int) -> list[JudgedPicture]:
         images = torch.from_numpy(np.stack([item.image for item in some]))
         capture, labels = invert(engine, images, captions, timestep, range(first, first + len(some))), {}
         for task, config in configs.items():
-            raw = held_to(engine.annotate(task, capture, None), config, captions)
+            raw = engine.annotate(task, capture, None)
+            raw = held_to(raw, config, captions, tokenizer=engine.model.tokenizer)
             labels[task] = TASKS[task].postprocess(raw, config, engine.model.size)
         for k, item in enumerate(some):
             named = tuple(name for name in world.THINGS if name in item.caption.split())

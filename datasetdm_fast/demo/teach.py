@@ -1,12 +1,14 @@
 """python -m datasetdm_fast.demo.teach --out DIR: the five demo decoders from 100 rendered, labelled scenes.
 
 It is `python -m datasetdm_fast.train` with the settings of the decoders that ship with the package; any of its flags
-may follow.
+may follow. `--words DIR` teaches none, and only learns from the same scenes which heads of the cross-attention tell
+the words of a caption apart, for the decoders in DIR.
 """
 
 import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from datasetdm_fast.config import TASKS
 
@@ -19,8 +21,31 @@ SETTINGS = {
 }
 
 
+def learn_words(folder: Path) -> None:
+    """Writes the heads that tell words into the configurations of a folder's decoders that have classes and masks."""
+    from datasetdm_fast.decoders.folders import find_decoders, read_config
+    from datasetdm_fast.disk import storage
+    from datasetdm_fast.training.processes import SOLO
+    from datasetdm_fast.training.session import open_session
+    from datasetdm_fast.training.settings import TrainConfig
+    from datasetdm_fast.training.word_heads import learnt
+
+    found = find_decoders(folder)
+    configs = {path: read_config(path) for path in map(found.__getitem__, found.labels)}
+    configs = {path: config for path, config in configs.items() if config.kind == "segmentation" and config.named}
+    config = TrainConfig(model=SETTINGS["--model"], data=SETTINGS["--data"], held_out=0, quiet=True)
+    session = open_session(config, SOLO)
+    for path, own in configs.items():
+        heads = learnt(session.views(own.task, session.numbers, 1), own, session.engine.model.tokenizer)
+        storage.publish({path / "config.json": heads.given_to(own).to_json().encode()})
+        print(f"{path}: {heads.right:.1%} of {heads.masks} masks named rightly", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
+    if len(given) == 2 and given[0] == "--words":
+        learn_words(Path(given[1]))
+        return 0
     sys.argv[1:] = [*(word for pair in SETTINGS.items() for word in pair), *given]
     try:
         runpy.run_module("datasetdm_fast.train", run_name="__main__", alter_sys=True)

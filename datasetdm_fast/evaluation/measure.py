@@ -52,7 +52,8 @@ def measure(
             config = METRICS[configs[task].task].reading(configs[task])
             raw = engine.annotate(task, capture, words[None].expand(len(items), -1, -1) if config.has_text else None)
             if captions == "true":
-                raw = held_to(raw, config, said, source.thing_classes if config.has_text else ())
+                asked = source.thing_classes if config.has_text else ()
+                raw = held_to(raw, config, said, asked, tokenizer=engine.model.tokenizer)
             asked = {"words": source.thing_classes} if config.has_text else {}
             found = TASKS[config.task].postprocess(raw, config, engine.model.size, **asked)
             for item, label in zip(items, found):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from datasetdm_fast.decoders.config import DecoderConfig
     from datasetdm_fast.engines.engine import Engine
+    from datasetdm_fast.generation.prompts import Tokenizer
     from datasetdm_fast.generation.recipe import Recipe
 
 MOST_NEGATIVES = 256  # encoded negative prompts that are kept
@@ -210,7 +211,9 @@ def collect(
     labels: dict[str, list[Annotation]] = {}
     for task in recipe.decoded:
         outputs = {name: value[:count].nan_to_num() for name, value in raw[task].items()}
-        labels[task] = postprocess(batch.requests, outputs, engine.decoders[task].config, recipe)
+        labels[task] = postprocess(
+            batch.requests, outputs, engine.decoders[task].config, recipe, engine.model.tokenizer
+        )
     if averages is not None:
         labels[ATTENTION] = attention_labels(batch.requests, averages, engine, recipe)
     results: list[Sample | SetAside] = []
@@ -266,14 +269,19 @@ def tensors_of(capture: Capture | ProjectedCapture) -> tuple[Tensor, ...]:
 
 
 def postprocess(
-    requests: Sequence[Request], raw: dict[str, Tensor], config: DecoderConfig, recipe: Recipe
+    requests: Sequence[Request],
+    raw: dict[str, Tensor],
+    config: DecoderConfig,
+    recipe: Recipe,
+    tokenizer: Tokenizer | None = None,
 ) -> list[Annotation]:
-    """The labels of one decoder, one a request."""
+    """The labels of one decoder, one a request; the tokenizer is for answers with the attention to tokens."""
     from datasetdm_fast.tasks import TASKS, captions
 
     if not config.has_text:  # a decoder of words was asked only for those its prompt names
         named = [request.classes for request in requests]
-        raw = captions.held_to(raw, config, [request.prompt for request in requests], named=named)
+        prompts = [request.prompt for request in requests]
+        raw = captions.held_to(raw, config, prompts, named=named, tokenizer=tokenizer)
     found = TASKS[config.task].postprocess(raw, config, recipe.size)
     if not config.is_open:
         return found

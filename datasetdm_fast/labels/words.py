@@ -1,7 +1,7 @@
 """Which classes a text names: one pass over its words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from datasetdm_fast.labels.class_tables import ClassTable, known
@@ -61,13 +61,19 @@ class ClassMatcher:
         """The same, in the order of the text."""
         return tuple(self.classes[index] for index in self._found(text))
 
-    def _found(self, text: str) -> dict[int, None]:
-        tokens, at, found = _tokens(text), 0, {}
+    def spans(self, text: str) -> dict[str, list[tuple[int, int]]]:
+        """The same with where in the text, in lower case, the phrases begin and end that name a class."""
+        return {self.classes[index]: spans for index, spans in self._found(text).items()}
+
+    def _found(self, text: str) -> dict[int, list[tuple[int, int]]]:
+        marks = _marks(text)
+        tokens, at, found = tuple(mark.group() for mark in marks), 0, {}
         while at < len(tokens):
             for length in self._longest.get(tokens[at], ()):
                 match = self._phrases[tokens[at]].get(tokens[at : at + length])
                 if match and not (match[1] and _goes_on(tokens, at + length)):
-                    found.update(dict.fromkeys(match[0]))
+                    for index in match[0]:
+                        found.setdefault(index, []).append((marks[at].start(), marks[at + length - 1].end()))
                     at += length - 1
                     break
             at += 1
@@ -95,9 +101,28 @@ def always_named(classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str
     return tuple(name for name in classes if name not in unsaid)
 
 
+def token_places(
+    prompt: str, classes: Sequence[str], count: Callable[[str], int], limit: int
+) -> dict[str, tuple[int, ...]]:
+    """Of the classes that a prompt names, the places among its tokens of the words that name them; `count` tells the
+    tokens of a text without marks, and places from `limit` on are left out.
+    """
+    text, found = prompt.lower(), {}
+    for name, spans in matcher(tuple(classes)).spans(prompt).items():
+        ranges = ((count(text[:begin]), count(text[:end])) for begin, end in spans)
+        # the start mark is the first token
+        found[name] = tuple(k + 1 for begin, end in ranges for k in range(begin, end) if k + 1 < limit)
+    return {name: places for name, places in found.items() if places}
+
+
 def _tokens(text: str) -> tuple[str, ...]:
     """Words in lower case and marks that end a phrase; hyphens and underscores part words, a possessive s goes."""
-    return tuple(TOKEN.findall(re.sub(r"['’]s\b", "", text.lower())))
+    return tuple(mark.group() for mark in _marks(text))
+
+
+def _marks(text: str) -> list[re.Match[str]]:
+    """The same where they stand in the text in lower case."""
+    return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", text.lower())))
 
 
 def _goes_on(tokens: tuple[str, ...], at: int) -> bool:

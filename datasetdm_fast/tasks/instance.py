@@ -9,6 +9,7 @@ from torch import Tensor
 from datasetdm_fast.data import Instances
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.tasks.named_words import shared_by_words
 from datasetdm_fast.tasks.semantic import SMALL, scaled_area
 from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
@@ -18,11 +19,10 @@ MOST_INSTANCES = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it
 
 
-def candidates(class_logits: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, class and score [B, k] of the k most probable pairs of query and class, of equal ones the earlier first;
-    score = probability times mean mask probability inside the mask.
+def candidates(probability: Tensor, mask_logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, class and score [B, k] of the k most probable pairs of query and class, of equal ones the earlier first,
+    by probabilities [B, N, K]; score = probability times mean mask probability inside the mask.
     """
-    probability = class_logits.softmax(-1)[..., :-1]
     classes = probability.shape[-1]
     best, flat = (values[:, :count] for values in probability.flatten(1).sort(dim=1, descending=True, stable=True))
     queries = flat // classes
@@ -46,6 +46,12 @@ def not_overlapping(inside: Tensor, is_wanted: Tensor, threshold: float) -> Tens
         kept = again
 
 
+def inside_masks(values: Tensor, mask_logits: Tensor) -> Tensor:
+    """[B, K, N] the mean of values [B, K, h, w] inside the masks of N queries."""
+    masks = mask_logits.sigmoid().flatten(2)
+    return resize(values, mask_logits.shape[-1]).flatten(2) @ masks.mT / (masks.sum(2)[:, None] + NOTHING)
+
+
 class InstanceTask(Task):
     needs, names = ("masks",), "thing_classes"
     shown_by = "masks"
@@ -55,8 +61,11 @@ class InstanceTask(Task):
 
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Instances]:
         """Instances from best to worst: score at the threshold or above, none twice, none empty or too small."""
-        class_logits, mask_logits = raw["pred_logits"].float(), raw["pred_masks"].float()
-        queries, classes, scores = candidates(class_logits, mask_logits, min(MOST_INSTANCES, mask_logits.shape[1]))
+        probability, mask_logits = raw["pred_logits"].float().softmax(-1)[..., :-1], raw["pred_masks"].float()
+        if "word_attention" in raw:
+            inside = inside_masks(raw["word_attention"], mask_logits)
+            probability = shared_by_words(probability.mT, inside, config).mT
+        queries, classes, scores = candidates(probability, mask_logits, min(MOST_INSTANCES, mask_logits.shape[1]))
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         queries, classes = queries.gather(1, order), classes.gather(1, order)
         images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)

@@ -10,6 +10,7 @@ from torch import Tensor
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.tasks.named_words import shared_by_words
 from datasetdm_fast.tasks.task import Task
 from datasetdm_fast.tasks.to_host import to_host
 from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource
@@ -54,6 +55,8 @@ class SemanticTask(Task):
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[SemanticMap]:
         """Label maps by DatasetDM's rule, with the winning class's share of all evidence as confidence."""
         found = evidence(raw["pred_logits"].float(), resize(raw["pred_masks"].float(), size))
+        if "word_attention" in raw:
+            found = shared_by_words(found, resize(raw["word_attention"], size), config)
         largest, labels = without_small(found, scaled_area(config.min_area, size)).max(1)
         labels, confidence = to_host(labels.to(torch.uint8), largest / found.sum(1).clamp(min=1e-12))
         return [SemanticMap(labels[b], confidence[b], config.classes) for b in range(len(labels))]

@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -54,7 +54,13 @@ def _groups(origins: Sequence[tuple[str, ...]]) -> list[int]:
 
 
 def answers(
-    decoder: Decoder, lessons: TrainingViews, words: Tensor | None, size: int, device: torch.device, batch_size: int = 8
+    decoder: Decoder,
+    lessons: TrainingViews,
+    words: Tensor | None,
+    size: int,
+    device: torch.device,
+    tokenizer: Callable[..., object],
+    batch_size: int = 8,
 ) -> list[Annotation]:
     """What a decoder in training says about each view, as it would once loaded."""
     ready = fold(copy.deepcopy(decoder)).to(device)
@@ -65,7 +71,8 @@ def answers(
             views = range(start, min(start + batch_size, lessons.count))
             text = None if words is None else words.to(device)[None].expand(len(views), -1, -1)
             raw = ready(projected(ready, [level.to(device) for level in lessons.captures.batch(views)]), text)
-            raw = held_to(raw, config, lessons.views.captions([lessons.views.item(view) for view in views]), asked)
+            prompts = lessons.views.captions([lessons.views.item(view) for view in views])
+            raw = held_to(raw, config, prompts, asked, tokenizer=tokenizer)
             found += TASKS[config.task].postprocess(raw, config, size, **({"words": asked} if asked else {}))
     return found
 

@@ -25,7 +25,7 @@ from datasetdm_fast.lessons.targets import check_shown, check_truth
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
-from datasetdm_fast.training import recipes
+from datasetdm_fast.training import recipes, word_heads
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import TrainingViews, fit
 from datasetdm_fast.training.processes import SOLO, Ranks
@@ -185,7 +185,8 @@ class TrainingSession:
             judged = self.views(task, held, 1, choice, progress) if held else None
         except _Stopped:
             return None
-        return TaskTraining(folder, plan, lessons, judged, self.config, self.engine.model.size, self.engine.device)
+        model, device = self.engine.model, self.engine.device
+        return TaskTraining(folder, plan, lessons, judged, self.config, model.size, device, model.tokenizer)
 
     def _as_begun(self, folder: Path) -> cache.CachePlan:
         """The plan with captures kept or not as when the training began, as half precision decides bits."""
@@ -239,7 +240,11 @@ def taught(engine, source: LabelledSource, task: str, count: int, *, held_out: f
     learnt, _ = split(source, range(count), held_out, config.seed)
     session = TrainingSession(config, engine, source, SOLO, tuple(learnt), lambda line: None)
     recipe, words = session.recipe(task, len(learnt))
-    return fit(recipe.config, session.views(task, learnt), recipe.schedule, words, device=engine.device)
+    views = session.views(task, learnt)
+    decoder = fit(recipe.config, views, recipe.schedule, words, device=engine.device)
+    if config.by_word == "auto":
+        decoder.config = word_heads.learnt(views, recipe.config, engine.model.tokenizer).given_to(recipe.config)
+    return decoder
 
 
 def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:

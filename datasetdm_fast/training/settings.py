@@ -41,8 +41,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     FLAGS = (
         "select images limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
         "allow_download held_out preset quirks pose_head steps batch_size accumulate rate patience checks draws "
-        "augment captions by_name timestep latent inversion ddim_steps cache cache_dir cache_gb storage engine dtype "
-        "device seed save_every threads dry_run json quiet"
+        "augment captions by_name by_word timestep latent inversion ddim_steps cache cache_dir cache_gb storage engine "
+        "dtype device seed save_every threads dry_run json quiet"
     ).split()
 
     data: str = setting(
@@ -95,6 +95,12 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "
         "for demo scenes",
         choices=("auto", "yes", "no"),
+    )
+    by_word: str = setting(
+        "auto",
+        "tell things apart by the attention to the words that name them, beside the decoder's own answer; auto: with "
+        "--by-name, where at least 20 masks of training images show that the attention can",
+        choices=("auto", "no"),
     )
     timestep: int = setting(
         -1, "U-Net timestep at which captures are taken, -1 = the model's default; DatasetDM uses 0", metavar="T"

@@ -24,12 +24,13 @@ from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.training import checkpoint, held_out, page
+from datasetdm_fast.training import checkpoint, held_out, page, word_heads
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.loop import Trainer, TrainingViews
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.schedule import TrainingSchedule
 from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.word_heads import WordHeads
 
 LOCK = ".lock"
 LARGEST_STATE = 2**24  # bytes of a JSON file of a training
@@ -52,6 +53,7 @@ class TaskTraining:
     config: TrainConfig
     size: int  # pixels of a side
     device: torch.device
+    tokenizer: Callable[..., object]
 
     @property
     def task(self) -> str:
@@ -138,6 +140,9 @@ class _StartedTraining:
         self.best: dict[str, Tensor] = {}
         self.numbers: dict[str, Any] = {"figure": None, "step": 0, "worse": 0, "has_ended": False, "last": None}
         self.saved = time.monotonic()
+        self.heads = WordHeads()
+        if ranks.is_first and training.config.by_word == "auto":
+            self.heads = word_heads.learnt(training.lessons, training.plan.decoder, training.tokenizer)
         if (found := checkpoint.read(training.state)) is None:
             return
         tensors, numbers = found
@@ -183,13 +188,14 @@ class _StartedTraining:
     def _held_out(self, decoder: Decoder) -> tuple[list[Annotation], dict]:
         """What a decoder says about the held-out images, and its figures."""
         training = self.training
-        found = held_out.answers(decoder, training.held, self.trainer.words, training.size, training.device)
+        given = (self.trainer.words, training.size, training.device, training.tokenizer)
+        found = held_out.answers(decoder, training.held, *given)
         return found, held_out.score(training.task, training.held, found)
 
     def look(self) -> float:
         """The held-out figure now; the weights are kept where it is the best so far."""
         task, numbers, patience = self.training.task, self.numbers, self.training.config.patience
-        decoder, figure = self.trainer.finished(), None
+        decoder, figure = self._decoder(), None
         if self.ranks.is_first:
             figure = self._held_out(decoder)[1][METRICS[task].held_out_figure]
         figure = float(self.ranks.said(figure))
@@ -200,6 +206,12 @@ class _StartedTraining:
             numbers["worse"] += 1
             numbers["has_ended"] = 0 < patience <= numbers["worse"]
         return figure
+
+    def _decoder(self) -> Decoder:
+        """The decoder as it would be stored now."""
+        decoder = self.trainer.finished()
+        decoder.config = self.heads.given_to(decoder.config)
+        return decoder
 
     def save(self) -> None:
         if self.ranks.is_first:
@@ -213,7 +225,7 @@ class _StartedTraining:
         training, done, best = self.training, self.trainer.done, self.numbers["step"]
         images, held = training.lessons.images, training.held
         self.save()
-        decoder = self.trainer.finished()
+        decoder = self._decoder()
         if self.best:
             decoder.load_state_dict(self.best)
         save_decoder(decoder, training.folder, storage=training.config.storage)
@@ -229,6 +241,7 @@ class _StartedTraining:
             "steps": done,
             "weights_of_step": best or done,
             "loss": self.numbers["last"],
+            "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},
             "held_out": figures,
         }
         storage.publish({**files, training.state / "result.json": (json.dumps(result, indent=2) + "\n").encode()})

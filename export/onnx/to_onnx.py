@@ -375,7 +375,8 @@ class StageExport:
         if name in stages.STAGES:
             return stages.STAGES[name]
         decoder = self.decoders[label_of(name)]
-        return stages.annotate(decoder.config.kind, list(decoder.projections()))
+        config = decoder.config
+        return stages.annotate(config.kind, list(decoder.projections()), bool(config.word_heads))
 
     def _shape(self, name: str, key: str, axes: stages.Shape) -> list[int | Extent]:
         sizes = dict(self.sizes)

@@ -1,0 +1,155 @@
+"""Things named by the attention to the words of a caption, together with what a decoder says."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from stub_engine import Tokenizer
+
+from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.decoders.checkpoint import build_decoder
+from datasetdm_fast.decoders.config import DecoderConfig
+from datasetdm_fast.decoders.folders import DEMO, read_config
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.labels.words import token_places
+from datasetdm_fast.models.capture import Projection
+from datasetdm_fast.tasks import TASKS, captions
+from datasetdm_fast.training import word_heads
+
+CLASSES = ("wall", "ball", "cone")
+SIDE = 16  # cells of the highest level of the demo model
+HALF = SIDE // 2
+
+
+@pytest.fixture(scope="module")
+def config():
+    own = read_config(DEMO / "semantic")
+    return replace(own, classes=CLASSES, named=CLASSES[1:], min_area=0)
+
+
+def answers(batch=1):
+    """A ball that the decoder sees on both halves of an image, and the wall; "cone" attends to the right half."""
+    logits = torch.tensor([[0.0, 4.0, 3.0, -4.0], [6.0, 0.0, 0.0, -4.0]])
+    masks = torch.full((2, SIDE, SIDE), -8.0)
+    masks[0, 4:12], masks[1, :4], masks[1, 12:] = 8.0, 8.0, 8.0
+    attention = torch.full((77, SIDE, SIDE), 0.01)
+    attention[3, :, :HALF], attention[6, :, HALF:] = 0.2, 0.2  # "a red ball and a cone": the start mark is token 0
+    raw = {"pred_logits": logits, "pred_masks": masks, "token_attention": attention}
+    return {name: value[None].repeat(batch, *[1] * value.ndim) for name, value in raw.items()}
+
+
+def read(config, prompts, raw=None, task="semantic"):
+    raw = raw or answers(len(prompts))
+    held = captions.held_to(raw, config, prompts, tokenizer=Tokenizer())
+    return TASKS[task].postprocess(held, replace(config, score_threshold=0.1), SIDE)
+
+
+def test_the_word_that_attends_names_what_the_decoder_sees(config):
+    together = read(config, ["a red ball and a cone", "a red ball", "a red thing", "a sphere near it beside a cone"])
+    words, one, none, _ = (label.labels for label in together)
+    assert (words[5, :HALF] == 1).all() and (words[5, HALF:] == 2).all() and (words[0] == 0).all()
+    assert (one[5] == 1).all() and (none[5] == 1).all()  # a single name or none: as the decoder says
+    alone = read(config, ["a red ball and a cone"])[0]
+    assert (alone.labels == words).all() and (alone.confidence == together[0].confidence).all()
+
+
+def test_instances_are_named_inside_their_masks(config):
+    raw = answers()
+    raw["pred_masks"][:, 0, :, :HALF] = -8.0
+    (found,) = read(config, ["a red ball and a cone"], raw, "instance")
+    assert sorted(found.class_ids) == [0, 2]
+    (mask,) = found.masks[found.class_ids == 2]
+    assert mask[5, HALF:].all() and not mask[5, :HALF].any()
+
+
+def test_answers_without_attention_are_read_as_before(config):
+    raw = {name: value for name, value in answers().items() if name != "token_attention"}
+    (found,) = read(config, ["a red ball and a cone"], raw)
+    assert (found.labels[5] == 1).all()
+
+
+def test_tokens_of_words_are_found_by_what_stands_before_them():
+    def count(text):
+        return len(text.split())
+
+    places = token_places("Two CONES and a cat's ball, balls", ("ball", "cone", "star"), count, 77)
+    assert places == {"cone": (2,), "ball": (6, 7)}
+    assert token_places("a cone by a ball", ("ball", "cone"), count, 5) == {"cone": (2,)}
+
+
+def test_heads_that_tell_words_are_a_part_of_the_projection(config):
+    told = replace(config, word_heads=read_config(DEMO / "semantic").word_heads)
+    assert told.word_heads and DecoderConfig.from_json(told.to_json()) == told
+    decoder = build_decoder(told).eval()
+    maps = [[torch.rand(2, heads, one.side**2, 77) for heads in one.heads] for one in told.levels]
+    features = [[torch.rand(2, 2 * width, one.side, one.side) for width in one.features] for one in told.levels]
+    raw = SimpleNamespace(features=features, maps=maps, batch=2, side=SIDE)
+    sums = []
+    for level, own in zip(told.levels, zip(features, maps)):
+        weight = Projection(told.levels, {"semantic": decoder})
+        place = told.levels.index(level)
+        total = sum(
+            torch.einsum("bchw,cf->bfhw", half, matrix[k])
+            for feature, matrix in zip(own[0], weight.features[place])
+            for k, half in enumerate(feature.chunk(2, 1))
+        )
+        cells = sum(torch.einsum("bhst,htf->bfs", one, part) for one, part in zip(own[1], weight.maps[place]))
+        sums.append(total + cells.unflatten(2, (level.side, level.side)))
+    with torch.inference_mode():
+        expected, found = decoder.token_attention(raw), decoder(ProjectedCapture(tuple(sums), {}))
+    torch.testing.assert_close(found["token_attention"], expected)
+    assert expected.shape == (2, 77, SIDE, SIDE)
+    with torch.inference_mode():
+        plain = build_decoder(replace(told, word_heads=()))
+        plain.load_state_dict(decoder.state_dict())
+        own = ProjectedCapture(tuple(total[:, : told.width] for total in sums), {})
+        torch.testing.assert_close(plain.eval()(own)["pred_masks"], found["pred_masks"])
+
+
+@pytest.mark.parametrize("heads", [[1.0], [0.0] * 30, [-1.0] + [1.0] * 29])
+def test_heads_that_do_not_fit_are_refused(config, heads):
+    with pytest.raises(Refused, match="word_heads"):
+        DecoderConfig.from_json(json.dumps(json.loads(config.to_json()) | {"word_heads": heads}))
+
+
+class Lessons:
+    """Images of two things, whose words attend in head 13 alone."""
+
+    def __init__(self, config, is_told=True):
+        self.config, self.is_told = config, is_told
+        self.captures = SimpleNamespace(batch=self.batch, layout=SimpleNamespace(features=(0,) * 4))
+        self.views = SimpleNamespace(
+            looks=SimpleNamespace(draws=1), item=lambda view: view, captions=self.captions, target=self.target
+        )
+        self.count = 15
+
+    def captions(self, views):
+        return ["a ball beside a cone" if view % 2 else "a cone beside a ball" for view in views]
+
+    def batch(self, views):
+        levels = []
+        for level in self.config.levels:
+            generator = torch.Generator().manual_seed(views[0])
+            maps = torch.rand(level.side**2, sum(level.heads), 77, generator=generator) * 0.1
+            if level.name == "high" and self.is_told:
+                rows = maps[:, 1].unflatten(0, (level.side, level.side))
+                rows[:, : level.side // 2, 2] += 1  # the first word is on the left
+                rows[:, level.side // 2 :, 5] += 1
+            levels.append(maps.flatten(1)[None])
+        return levels
+
+    def target(self, view):
+        masks = torch.zeros(2, 32, 32, dtype=torch.bool)
+        masks[0, :, :16], masks[1, :, 16:] = True, True
+        return SimpleNamespace(classes=torch.tensor([1, 2] if view % 2 else [2, 1]), masks=masks)
+
+
+def test_a_training_learns_which_head_tells_words(config):
+    heads = word_heads.learnt(Lessons(config), config, Tokenizer())
+    assert heads.right == 1 and heads.masks == 30 and max(heads.shares) == heads.shares[13] > 0.5
+    assert heads.given_to(config).word_heads == heads.shares and not any(heads.shares[:12])
+    nothing = word_heads.learnt(Lessons(config, is_told=False), config, Tokenizer())
+    assert nothing.shares == () and nothing.given_to(config) is config
+    assert word_heads.learnt(Lessons(config), replace(config, named=()), Tokenizer()) == word_heads.WordHeads()
