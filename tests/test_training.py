@@ -12,7 +12,6 @@ from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, sav
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.lessons import cache
-from datasetdm_fast.lessons.augment import AUGMENTATIONS, Augmentation, lit, look, mirrored, mirrored_names, turned
 from datasetdm_fast.lessons.cache import Inversion, Layout
 from datasetdm_fast.lessons.targets import target
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
@@ -24,6 +23,7 @@ from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.recipes import recipe
+from datasetdm_fast.truth.augment import AUGMENTATIONS, Augmentation, lit, look, mirrored, mirrored_names, turned
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")

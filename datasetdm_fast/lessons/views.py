@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.lessons.augment import Augmentation, look
 from datasetdm_fast.lessons.targets import TrainingTarget, target
 from datasetdm_fast.tasks import TASKS
+from datasetdm_fast.truth.augment import Augmentation, look
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TARGET_BYTES = 2**29  # of truth kept in memory; what is beyond is made again when it is needed

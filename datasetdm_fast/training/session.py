@@ -19,7 +19,6 @@ from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.labels.words import always_named
 from datasetdm_fast.lessons import cache
-from datasetdm_fast.lessons.augment import AUGMENTATIONS
 from datasetdm_fast.lessons.cache import Inversion
 from datasetdm_fast.lessons.targets import check_shown, check_truth
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
@@ -31,6 +30,7 @@ from datasetdm_fast.training.loop import TrainingViews, fit
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.task_run import TaskPlan, TaskTraining
+from datasetdm_fast.truth.augment import AUGMENTATIONS
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress

@@ -24,7 +24,8 @@ from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.training import checkpoint, held_out, page, word_heads
+from datasetdm_fast.foreign import checkpoint
+from datasetdm_fast.training import held_out, page, word_heads
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.loop import Trainer, TrainingViews
 from datasetdm_fast.training.processes import SOLO, Ranks

@@ -1,1 +1,1 @@
-"""A labelled image at any size: selected, decoded, framed."""
+"""A labelled image at any size: selected, decoded, framed, augmented."""

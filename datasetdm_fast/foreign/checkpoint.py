@@ -1,4 +1,4 @@
-"""The state of a training in one file, written whole or not at all."""
+"""The state of a training in one file, written whole or not at all, and checked before a training goes on from it."""
 
 import json
 from pathlib import Path
