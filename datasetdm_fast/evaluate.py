@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.networks import BUILT_IN, MULTIPLE, open_network
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.foreign.documents import one_line
 from datasetdm_fast.labels.names import by_task, tasks_of
@@ -19,8 +21,8 @@ PROG = "python -m datasetdm_fast.evaluate"
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
     config.check()
-    if config.student or config.run:
-        return _student(config)
+    if config.student:
+        return _student(config) if config.student == BUILT_IN else _network(config)
     return _curve(config) if config.curve else _decoders(config)
 
 
@@ -99,12 +101,7 @@ def _curve(config: EvaluateConfig) -> int:
 
 
 def _student(config: EvaluateConfig) -> int:
-    """The same student taught by real images alone and with those of a run."""
-    if not (config.student and config.run):
-        raise Refused(
-            f"--student and --run belong together, {'--run' if config.student else '--student'} is missing",
-            "Add --student --run RUN.",
-        )
+    """The built-in student taught by real images alone and with those of a run."""
     from datasetdm_fast.evaluation import curve, worth
 
     address = curve.to_learn_from(config.data, config.learn_from, config.real)
@@ -125,6 +122,84 @@ def _student(config: EvaluateConfig) -> int:
             told=lambda line: None if config.quiet else print(line, file=sys.stderr, flush=True),
         )
     return _end(config, {"student": found}, learnt.skipped | judged.skipped, worth.table(found))
+
+
+def _network(config: EvaluateConfig) -> int:
+    """Student networks of transformers taught by real images, by those of a run or by both."""
+    from datasetdm_fast.evaluation import arms, curve
+    from datasetdm_fast.evaluation.course import Course
+    from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
+    from datasetdm_fast.evaluation.networks.weights import check_folder, size_of
+    from datasetdm_fast.evaluation.worth import SEEDS
+    from datasetdm_fast.run_folder.document import read_document
+
+    network = open_network(config.student)
+    task, tasks = network.task, (network.task,)
+    if other := [name for name in config.task if name != task]:
+        raise Refused(f"--task {other[0]}: {config.student} learns {task}", "Leave --task out, or name another.")
+    if config.tta and network.mirror is None:
+        raise Refused(f"--tta: the answers of {config.student} have no mean", "Leave it out.")
+    if config.self_train and task != "semantic":
+        raise Refused(f"--self-train: {config.student} learns {task}, no label map", "Leave it out.")
+    names = ("synthetic",) if config.only_synthetic else ("both",) if config.both else ("real", "both")
+    has_real = any("real" in arms.ARMS[name] for name in names)
+    address = curve.to_learn_from(config.data, config.learn_from, config.real) if has_real else ""
+    size = "" if config.weights else size_of(network, config.student_size)
+    if config.weights:
+        check_folder(network, Path(config.weights))
+    document = read_document(Path(config.run)) or {"sampling": {"size": ANY_SIZE}}
+    side = config.size or -(-document["sampling"]["size"] // MULTIPLE) * MULTIPLE
+    try:
+        run = _opened(config, f"run:{config.run}", side, tasks)
+    except Refused as stop:
+        raise Refused(stop.cause.replace("--data run:", "--run "), stop.remedy) from stop
+    judged = _opened(config, config.data, side, tasks)
+    learnt = _opened(config, address, side, tasks, config.selection()) if has_real else None
+    if config.skip_bad:
+        run, judged, learnt = (source and source.readable() for source in (run, judged, learnt))
+    if learnt is not None and (config.real > len(learnt) or learnt.classes != judged.classes):
+        raise Refused(
+            f"--real {config.real}: {address} has {len(learnt)} images of {len(learnt.classes)} classes, the data "
+            f"{len(judged.classes)} classes",
+            "Ask for fewer, or choose --data and --learn-from of one data set.",
+        )
+    vocabulary = shared_vocabulary(judged, run)
+    sets = {} if learnt is None else {"real": Examples(learnt, vocabulary, task, count=config.real)}
+    import torch
+
+    from datasetdm_fast.engines.device import resolve_device
+    from datasetdm_fast.evaluation.student import has_bf16
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    is_short = config.dtype == "bf16" or (config.dtype == "auto" and (device.type == "cuda" or has_bf16()))
+    given = {"steps": config.steps} if config.steps else {}
+    experiment = arms.Experiment(
+        *(config.student, network, vocabulary),
+        sets | {"run": Examples(run, vocabulary, task, is_generated=True)},
+        Examples(judged, vocabulary, task),
+        Course(batch_size=config.batch_size, is_fine=bool(config.weights), **given),
+        Path(config.out),
+        size,
+        config.weights,
+        seeds=config.repeats if config.repeats > 1 else SEEDS,
+        is_averaged=config.tta,
+        trains_itself=config.self_train,
+        device=device,
+        dtype=torch.bfloat16 if is_short else torch.float32,
+    )
+    with _bar(0, config.quiet) as bar:
+
+        def moved(name: str, step: int, loss: float) -> None:
+            bar.total, bar.n = experiment.course.steps, step
+            bar.set_description(f"{name}, loss {loss:.3f}")
+
+        found = arms.compare(
+            experiment, names, lambda line: None if config.quiet else bar.write(line, file=sys.stderr), moved
+        )
+    skipped = {**run.skipped, **judged.skipped, **({} if learnt is None else learnt.skipped)}
+    return _end(config, {"student": found}, skipped, arms.table(found))
 
 
 def _opened(config: EvaluateConfig, data: str, size: int, tasks: Sequence[str] = (), selection=None):

@@ -311,7 +311,7 @@ def test_what_helps_is_outside_its_interval(capsys):
     row = worth.compared("depth", [0.1, 0.11, 0.12], [0.05, 0.051, 0.052])
     assert row["helps"] and row["gain"] < 0 and row["interval"][1] < 0
     assert not worth.compared("semantic", [0.5, 0.6, 0.7], [0.48, 0.65, 0.73])["helps"]
-    assert evaluate.main(["--student"]) == 2 and "--run is missing" in capsys.readouterr().err
+    assert evaluate.main(["--student", "small"]) == 2 and "--run is missing" in capsys.readouterr().err
 
 
 def test_commands_refuse_what_proves_nothing(capsys):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from datasetdm_fast.config import TASKS, EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.networks import BUILT_IN, MULTIPLE, NETWORKS, STUDENTS
 from datasetdm_fast.truth.selection import DataSettings
 
 
@@ -11,8 +12,9 @@ from datasetdm_fast.truth.selection import DataSettings
 class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
     FLAGS = (
         "select images limit_per_class min_area limit_images only_classes framing skip_bad model allow_download "
-        "decoder data task unseen captions bootstrap level curve learn_from repeats steps more student real run engine "
-        "dtype device batch_size seed threads json quiet"
+        "decoder data task unseen captions bootstrap level curve learn_from repeats steps more student student_size "
+        "weights only_synthetic both self_train tta real run size out engine dtype device batch_size seed threads json "
+        "quiet"
     ).split()
 
     data: str = setting(
@@ -54,13 +56,40 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     )
     steps: int = setting(0, "steps of each training of --curve or --student, 0 = as usual", metavar="N")
     more: int = setting(50, "additional labels whose gain is forecast, beyond the last number of --curve", metavar="N")
-    student: bool = setting(
-        False,
-        "whether a run's images help: train a small network on real images alone and together with those of --run, "
-        "evaluate both on --data",
+    student: str = setting(
+        "",
+        "whether a run's images help: train this network on real images alone and together with those of --run, "
+        "evaluate both on --data; small is built in, the others are those of transformers, without any download",
+        choices=STUDENTS,
     )
+    student_size: str = setting(
+        "", "size of a --student of transformers, such as tiny or b0; default: its usual one", metavar="NAME"
+    )
+    weights: str = setting(
+        "",
+        "local folder of transformers whose weights a --student begins with; default: none, from random ones",
+        metavar="DIR",
+    )
+    only_synthetic: bool = setting(False, "train the --student on the images of --run alone")
+    both: bool = setting(False, "train the --student only on real images together with those of --run")
+    self_train: bool = setting(
+        False, "train a second --student on the labels that the first gives the images of --run; ignored pixels stay so"
+    )
+    tta: bool = setting(False, "a --student's answer is the mean over six scales and their mirror images")
     real: int = setting(100, "real images for the student, the first of --learn-from", metavar="N")
     run: str = setting("", "run folder whose images --student adds", metavar="RUN")
+    size: int = setting(
+        0,
+        "pixels of a side that a --student of transformers learns from and is scored at, a multiple of 32; 0 = those "
+        "of the images of --run",
+        metavar="N",
+    )
+    out: str = setting(
+        "runs/students",
+        "folder of students of transformers, their checkpoints and figures; the same line resumes",
+        metavar="OUT",
+        output="folder",
+    )
     batch_size: int = setting(10, "images per batch", metavar="N")
     seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N")
     json: bool = setting(False, "the figures as one JSON object on stdout")
@@ -77,5 +106,30 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
                 f"--task {named[0]}: --curve and --student teach networks of their own, which have no names",
                 f"Ask for {named[0].partition(':')[0]}.",
             )
+        self._check_student()
         if not 0 < self.level < 1:
             raise Refused(f"--level: {self.level:g} is not between 0 and 1")
+
+    def _check_student(self) -> None:
+        """Refuses flags of a student that is not there, or is not one of transformers."""
+        if bool(self.student) != bool(self.run):
+            raise Refused(
+                f"--student and --run belong together, {'--run' if self.student else '--student'} is missing",
+                f"Add --student NAME --run RUN; students: {', '.join(STUDENTS)}.",
+            )
+        own = ("student_size", "weights", "only_synthetic", "both", "self_train", "tta", "size")
+        given = [name for name in own if getattr(self, name)]
+        if given and self.student in ("", BUILT_IN):
+            raise Refused(
+                f"--{given[0].replace('_', '-')}: for students of transformers, "
+                f"{'no --student is named' if not self.student else f'--student {self.student} is built in'}",
+                f"Name one of {', '.join(NETWORKS)}.",
+            )
+        if self.student_size and self.weights:
+            raise Refused("--student-size: the folder of --weights decides it", "Leave one of the two out.")
+        if self.only_synthetic and self.both:
+            raise Refused("--only-synthetic and --both: one of the two", "Leave both out to compare real with both.")
+        if self.student in NETWORKS and self.batch_size < 2:
+            raise Refused(f"--batch-size: {self.batch_size} is not at least 2, which a --student needs")
+        if self.size % MULTIPLE or self.size < 0:
+            raise Refused(f"--size: {self.size} is not a multiple of {MULTIPLE}")

@@ -1,0 +1,24 @@
+"""Networks of the library transformers as students, one a file; nothing is imported before a student is chosen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasetdm_fast.evaluation.networks.network import StudentNetwork
+
+BUILT_IN = "small"  # the net of evaluation/student.py
+NETWORKS = {  # name -> module that ends with its NETWORK
+    "segformer": "datasetdm_fast.evaluation.networks.segformer",
+    "deeplabv3plus": "datasetdm_fast.evaluation.networks.deeplabv3plus",
+    "mask2former": "datasetdm_fast.evaluation.networks.mask2former",
+    "glpn": "datasetdm_fast.evaluation.networks.glpn",
+    "vitpose": "datasetdm_fast.evaluation.networks.vitpose",
+}
+STUDENTS = (BUILT_IN, *NETWORKS)
+MULTIPLE = 32  # pixels that the sides of their images are a number of times
+
+
+def open_network(name: str) -> StudentNetwork:
+    return import_module(NETWORKS[name]).NETWORK

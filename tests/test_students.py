@@ -1,0 +1,254 @@
+"""Student networks of transformers: each learns its task, a killed course ends in the same weights, arms are compared,
+and what cannot be taught is refused before anything is written.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rendered import write_run
+from safetensors.torch import load_file, save_file
+
+from datasetdm_fast import evaluate
+from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.evaluation import answering, arms, course, student_data
+from datasetdm_fast.evaluation.course import Course, NetworkTraining, taught
+from datasetdm_fast.evaluation.examples import Examples, shared_vocabulary
+from datasetdm_fast.evaluation.networks import NETWORKS, STUDENTS, open_network
+from datasetdm_fast.evaluation.networks.weights import build
+from datasetdm_fast.readers import open_data
+from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource
+
+SIDE = 64
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("students") / "run"
+    write_run(path, 4, SIDE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return open_data("demo:4@1000", SIDE)
+
+
+def training(name: str, scenes: LabelledSource, steps: int = 3, size: int = 4, seed: int = 0) -> NetworkTraining:
+    network, vocabulary = open_network(name), student_data.vocabulary_of(scenes)
+    some = Examples(scenes, vocabulary, network.task)
+    parts = (vocabulary, [some], Course(steps=steps, batch_size=size, warmup=0.0), seed, CPU, torch.float32)
+    return NetworkTraining(network, build(network, vocabulary, "tiny", SIDE, seed), *parts)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_learns_its_task(scenes, name, tmp_path):
+    one = training(name, scenes, steps=8)
+    views = one._views(0)
+    one._views = lambda step: views  # the same images at every step
+    losses = []
+    model = taught(one, tmp_path, lambda step, loss: losses.append(loss))
+    assert len(losses) == 8 and np.mean(losses[-2:]) < losses[0]
+    found = answering.scored(one.network, model, one.sets[0], one.vocabulary, 2)
+    assert found and all(np.isfinite(value) for value in found.values() if isinstance(value, float))
+
+
+def test_a_killed_course_ends_in_the_same_weights(scenes, tmp_path, monkeypatch):
+    whole = taught(training("segformer", scenes), tmp_path / "whole", lambda step, loss: None).state_dict()
+
+    def killed(step, loss):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        taught(training("segformer", scenes), tmp_path / "cut", killed, between=0.0)
+    seen = []
+    again = taught(training("segformer", scenes), tmp_path / "cut", lambda step, loss: seen.append(step)).state_dict()
+    assert seen == [2, 3] and all(torch.equal(whole[name], again[name]) for name in whole)
+    other = taught(training("segformer", scenes, seed=1), tmp_path / "other", lambda step, loss: None).state_dict()
+    assert not all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_warm_up_and_polynomial_decay():
+    factors = [Course(steps=100).factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] and factors[99] < 0.02
+    assert all(later < earlier for earlier, later in zip(factors[9:], factors[10:]))
+
+
+class Maps(LabelledSource):
+    """One image whose label map is given, of a run that is labelled from attention."""
+
+    tasks = ("semantic", "open-vocabulary")
+
+    def __init__(self, labels: np.ndarray, classes: tuple[str, ...]):
+        super().__init__(len(labels), 1)
+        self.labels, self.classes, self.thing_classes = labels.astype(np.uint8), classes, classes[1:]
+
+    def load(self, record, seed):
+        return Labelled("0", np.zeros((*self.labels.shape, 3), np.uint8), "", semantic=self.labels)
+
+
+def test_things_and_a_background_are_what_both_sides_name(scenes):
+    labels = np.full((SIDE, SIDE), 2)
+    labels[0], labels[1], labels[2] = 0, IGNORED, 1
+    generated = Maps(labels, ("background", "giraffe", "ball"))
+    vocabulary = shared_vocabulary(scenes, generated)
+    assert vocabulary.classes == ("background", *scenes.thing_classes)
+    own = Examples(generated, vocabulary, "semantic", is_generated=True)[0].semantic
+    assert (own[0] == 0).all() and (own[1] == IGNORED).all() and (own[2] == IGNORED).all()
+    assert (own[3:] == vocabulary.classes.index("ball")).all()
+    real, before = Examples(scenes, vocabulary, "semantic")[0].semantic, scenes[0].semantic
+    for number, name in enumerate(scenes.classes):
+        wanted = vocabulary.classes.index(name) if name in scenes.thing_classes else 0
+        assert (real[before == number] == wanted).all(), name
+    assert shared_vocabulary(scenes, scenes).classes == scenes.classes
+
+
+def test_a_view_ignores_what_lies_outside_and_pixels_that_were_ignored():
+    labels = np.full((SIDE, SIDE), 1)
+    labels[:, : SIDE // 2] = IGNORED
+    source = Maps(labels, ("background", "ball"))
+    some = Examples(source, shared_vocabulary(source), "semantic")
+    views = [some.view(0, (0.5, 0.5), np.random.default_rng(k)).semantic for k in range(8)]
+    assert all((view == 1).sum() == SIDE * SIDE // 8 and (view == IGNORED).mean() == 7 / 8 for view in views)
+    assert len({view.tobytes() for view in views}) > 4
+
+
+def test_ignored_pixels_cost_nothing_and_stay_ignored(scenes, tmp_path):
+    network, vocabulary = open_network("segformer"), student_data.vocabulary_of(scenes)
+    model = build(network, vocabulary, "tiny", SIDE, 0).eval()
+    images = torch.zeros(1, 3, SIDE, SIDE)
+    labels = np.full((SIDE, SIDE), IGNORED, np.uint8)
+    assert network.loss(model, images, [Labelled("0", labels, "", semantic=labels)], vocabulary).item() == 0
+    labels[:8] = 3
+    item = Labelled("0", np.zeros((SIDE, SIDE, 3), np.uint8), "", semantic=labels)
+    other = Examples(scenes, vocabulary, "semantic")
+    parts = (network, vocabulary, {"run": other}, other, Course(steps=1), tmp_path, "tiny")
+    student = arms._Student(arms.Experiment("segformer", *parts), "synthetic", 0, [other], lambda *told: None)
+    student._model = model
+    again = student.relabelled(other)._again(item).semantic
+    assert (again[8:] == IGNORED).all() and (again[:8] != IGNORED).all()
+
+
+def test_the_mean_over_scales_is_that_of_each_scale_and_its_mirror(scenes):
+    network, vocabulary = open_network("segformer"), student_data.vocabulary_of(scenes)
+    model, items = build(network, vocabulary, "tiny", SIDE, 0).eval(), [scenes[0]]
+    turned = [Labelled("0", scenes[0].image[:, ::-1], "")]
+    first = answering.answered(network, model, items, vocabulary, True)[0]
+    second = answering.answered(network, model, turned, vocabulary, True)[0]
+    assert isinstance(first, SemanticMap) and first.labels.shape == (SIDE, SIDE)
+    assert np.allclose(first.confidence, second.confidence[:, ::-1], atol=1e-4), "both see the same views"
+
+
+LINE = ["--data", "demo:2@900000", "--learn-from", "demo:4@1000", "--real", "4", "--steps", "2", "--batch-size", "2"]
+LINE += ["--student-size", "tiny", "--repeats", "2", "--threads", "1", "--quiet"]
+
+
+def test_arms_are_compared_and_found_again(run, tmp_path, capsys, monkeypatch):
+    line = [*LINE, "--student", "segformer", "--run", str(run), "--out", str(tmp_path / "out"), "--self-train"]
+    assert evaluate.main(line) == 0
+    shown = capsys.readouterr().out
+    assert "both over real: " in shown and "both-self over both: " in shown and "at 64 x 64 pixels" in shown
+    weights = {path: path.read_bytes() for path in (tmp_path / "out").rglob("model.safetensors")}
+    assert sorted(path.parent.name for path in weights) == [
+        f"{arm}-{seed}" for arm in ("both", "both-self", "real") for seed in (0, 1)
+    ]
+    monkeypatch.setattr(course.NetworkTraining, "step", None)  # nothing is taught again
+    assert evaluate.main([*line, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["student"]["semantic"]
+    assert set(row["arms"]) == {"real", "both", "both-self"} and row["images"] == {"real": 4, "run": 4, "judged": 2}
+    for arm in row["arms"].values():
+        assert len(arm["seeds"]) == 2 and arm["interval"][0] <= arm["value"] <= arm["interval"][1]
+        assert 0 <= arm["things"]["value"] <= 1
+    assert evaluate.main([*line, "--steps", "3"]) == 2 and "other settings (steps)" in capsys.readouterr().err
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out" / "real-0")
+    assert evaluate.main(line) == 0
+    assert all(path.read_bytes() == content for path, content in weights.items()), "the same line, the same bytes"
+
+
+def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
+    line = [*(word for word in LINE if word not in ("--student-size", "tiny")), "--run", str(run), "--only-synthetic"]
+    vocabulary = student_data.vocabulary_of(open_data("demo:1@1", SIDE))
+    network = open_network("segformer")
+    model = build(network, vocabulary, "tiny", SIDE, 5)
+    folder = tmp_path / "weights"
+    model.save_pretrained(folder)
+    begun = build(network, student_data.Vocabulary(("a", "b"), (), (), 0.0), "", SIDE, 0, str(folder)).state_dict()
+    stored = model.state_dict()
+    for name, value in begun.items():
+        assert torch.equal(value, stored[name]) or "classifier" in name, name
+    assert begun["decode_head.classifier.weight"].shape[0] == 2
+    given = ["--student", "segformer", "--weights", str(folder), "--out", str(tmp_path / "out")]
+    assert evaluate.main([*line, *given]) == 0
+    assert (tmp_path / "out" / "synthetic-0" / "config.json").exists()
+    capsys.readouterr()
+
+    def refused(name: str, said: str) -> None:
+        words = ["--student", name, "--weights", str(folder), "--out", str(tmp_path / "none")]
+        assert evaluate.main([*line, *words]) == 3
+        error = capsys.readouterr().err
+        assert said in error and "Traceback" not in error and not (tmp_path / "none").exists(), error
+
+    refused("glpn", "its config.json is of 'segformer', expected 'glpn'")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if "block" not in name}, folder / "model.safetensors")
+    refused("segformer", "tensors of the body are not there or of another size")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-9])
+    refused("segformer", "truncated")
+    (folder / "model.safetensors").unlink()
+    refused("segformer", "no model.safetensors")
+    (folder / "config.json").write_text("[]")
+    refused("segformer", "expected an object")
+    shutil.rmtree(folder)
+    refused("segformer", "config.json")
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--student", "segfromer"], "did you mean segformer"),
+        (["--student", "segformer", "--student-size", "b00"], "did you mean b0"),
+        (["--student", "segformer", "--task", "depth"], "--task depth: segformer learns semantic"),
+        (["--student", "small", "--tta"], "--tta: for students of transformers, --student small is built in"),
+        (["--student", "mask2former", "--tta"], "the answers of mask2former have no mean"),
+        (["--student", "glpn", "--self-train"], "--self-train: glpn learns depth"),
+        (["--student", "segformer", "--only-synthetic", "--both"], "--only-synthetic and --both: one of the two"),
+        (["--student", "segformer", "--size", "100"], "--size: 100 is not a multiple of 32"),
+        (["--student", "segformer", "--batch-size", "1"], "--batch-size: 1 is not at least 2"),
+        (["--student", "segformer", "--real", "9"], "--real 9: "),
+    ],
+)
+def test_what_cannot_be_taught_is_refused(run, tmp_path, capsys, more, said):
+    from datasetdm_fast.command_line.ending import run_command
+
+    line = [*(word for word in LINE if word not in ("--student-size", "tiny")), "--run", str(run)]
+    code = run_command(evaluate.main, [*line, "--out", str(tmp_path / "none"), *more])
+    error = capsys.readouterr().err
+    assert code == 2 and said in error and "Traceback" not in error and not (tmp_path / "none").exists(), error
+
+
+def test_a_run_without_the_task_is_refused(run, tmp_path, capsys):
+    poor = tmp_path / "poor"
+    shutil.copytree(run, poor)
+    document = json.loads((poor / "run.json").read_text())
+    document["config"]["task"] = ["semantic"]
+    (poor / "run.json").write_text(json.dumps(document))
+    line = [*LINE, "--student", "glpn", "--run", str(poor), "--out", str(tmp_path / "none")]
+    assert evaluate.main(line) == 2
+    error = capsys.readouterr().err
+    assert f"--run {poor}: no truth for depth" in error and not (tmp_path / "none").exists()
+
+
+def test_no_library_is_imported_before_a_student_is_chosen():
+    import subprocess
+    import sys
+
+    code = "import sys, datasetdm_fast.evaluation.settings as s; assert not {'torch', 'transformers'} & {*sys.modules}"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert STUDENTS == ("small", *NETWORKS)
