@@ -217,9 +217,9 @@ SOME = [
 @pytest.mark.parametrize("name", SOME)
 def test_no_student_learns_from_them(whole, tmp_path, capsys, name):
     run = spoilt(whole, tmp_path, name)
-    line = ["--student", "small", "--run", str(run), "--data", "demo:2@900000", "--real", "2", "--steps", "1", "--quiet"]
+    line = ["--student", "small", "--run", str(run), "--data", "demo:2@900000", "--real", "2", "--steps", "1"]
     with in_time():
-        code = evaluate.main([*line, "--task", "semantic"])
+        code = evaluate.main([*line, "--quiet", "--task", "semantic"])
     check_end(code, capsys.readouterr().err)
 
 
