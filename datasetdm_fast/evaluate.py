@@ -239,7 +239,7 @@ def _end(config: EvaluateConfig, result: dict, skipped: dict[str, str], text: st
 
 
 def table(result: dict[str, dict], level: float) -> str:
-    """Task, figure, value and interval, then the same for each class."""
+    """Task, figure, value and interval, then the same for each class, and the figures by the number of things."""
     rows = []
     for task, found in result.items():
         bounds = found.get("intervals", {})
@@ -247,6 +247,9 @@ def table(result: dict[str, dict], level: float) -> str:
         for each in ("per_class", "per_joint"):
             own = bounds.get(each, {})
             rows += [(task, f"  {name}", value, own.get(name)) for name, value in found.get(each, {}).items()]
+        for count, own in found.get("by_things", {}).items():
+            shown = f"of {count} thing{'s' * (count != '1')}, {own['images']} images"
+            rows += [(task, f"  {name} {shown}", value, None) for name, value in own.items() if name != "images"]
     tasks, names = (max(len(str(row[k])) for row in rows) for k in (0, 1))
     title = f"   {level:.0%} interval" if any(row[3] for row in rows) else ""
     lines = [

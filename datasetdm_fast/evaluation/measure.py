@@ -18,11 +18,14 @@ from datasetdm_fast.tasks.captions import held_to
 
 
 def figures(meter: Meter, bootstrap: int, level: float) -> dict[str, Any]:
-    """A meter's result {metric: value} and, with `bootstrap` draws, `intervals` of [low, high] with the same keys."""
+    """A meter's result {metric: value}, some of it `by_things` {number of things: {metric: value}}, and, with
+    `bootstrap` draws, `intervals` of [low, high] with the same keys.
+    """
     if not meter.count:
         raise Refused("evaluate: no image has the truth to compare with", "Choose other data.")
     drawn = {"images": meter.count, "intervals": meter.intervals(bootstrap, level)} if bootstrap else {}
-    return meter.result() | drawn
+    things = {"by_things": counted} if len(counted := meter.by_things()) > 1 else {}
+    return meter.result() | things | drawn
 
 
 def measure(
@@ -57,7 +60,9 @@ def measure(
             asked = {"words": source.thing_classes} if config.has_text else {}
             found = TASKS[config.task].postprocess(raw, config, engine.model.size, **asked)
             for item, label in zip(items, found):
+                before = meter.count
                 meter.add(item, label)
+                meter.things += [0 if item.masks is None else len(item.masks)] * (meter.count - before)
         start += len(items)
         progress(start)
     return meters

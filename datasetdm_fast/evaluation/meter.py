@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ class Meter:
     held_out_figure = ""  # by which a training keeps its best weights
     student_figure = ""  # by which students are compared
     less_is_better = False
+    shown_by_things: tuple[str, ...] = ()  # figures that are told by the number of things in an image, too
+
+    @cached_property
+    def things(self) -> list[int]:
+        """How many things each image shows that `add` has kept; whoever adds an image says so here."""
+        return []
 
     @classmethod
     def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Meter:
@@ -52,6 +59,16 @@ class Meter:
         found = {name: values[0] for name, values in self.figures(np.ones((1, self.count))).items()}
         single = {name: float(np.nan_to_num(value)) for name, value in found.items() if name != self.each}
         return single | ({self.each: self._named(found[self.each])} if self.each in found else {})
+
+    def by_things(self) -> dict[str, dict[str, float]]:
+        """The figures of `shown_by_things` over the images with 1, 2, 3 ... things, and how many images these are."""
+        found = {}
+        for count in sorted(set(self.things) - {0}) if self.shown_by_things else ():
+            chosen = np.array(self.things) == count
+            figures = self.figures(chosen[None].astype(np.float64))
+            values = {name: float(np.nan_to_num(figures[name][0])) for name in self.shown_by_things}
+            found[str(count)] = {"images": int(chosen.sum()), **values}
+        return found
 
     def draws(self, number: int, seed: int = 0) -> dict[str, np.ndarray]:
         """The figures [number] of as many bootstrap draws: images with replacement, as many as there are."""

@@ -24,6 +24,7 @@ class _Overlap(Meter):
     """Intersection over union by class over all images; with `unseen` classes also the harmonic mean."""
 
     figure = held_out_figure = student_figure = "miou"
+    shown_by_things = ("miou",)
 
     def __init__(self, classes: Sequence[str], unseen: Collection[str] = ()):
         self.classes, self.rows = tuple(classes), []  # [3, K] int64 an image: both, either, truth

@@ -66,6 +66,7 @@ class Instance(_Ranked):
 
     figure = student_figure = "ap"
     held_out_figure = "ap50"
+    shown_by_things = ("ap", "ap50")
 
     @classmethod
     def judging(cls, source: LabelledSource, config: DecoderConfig, unseen: Sequence[str] = ()) -> Instance:
