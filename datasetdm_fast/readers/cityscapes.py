@@ -24,6 +24,7 @@ class Cityscapes(PictureSource):
     classes = CITYSCAPES_CLASSES
     thing_classes = CITYSCAPES_CLASSES[FIRST_THING:]
     rule = framing.RULES["cityscapes"]
+    captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path, folder = path, path / "leftImg8bit" / split

@@ -140,6 +140,7 @@ class Coco(PictureSource):
             ids = sorted(things.categories)
             self.numbers = {category: k for k, category in enumerate(ids)}
             self.thing_classes = tuple(things.categories[category] for category in ids)
+            self.captions_name_all = True
             self.classes = ("background", *self.thing_classes) if len(ids) < MOST_SEMANTIC else ()
             self.tasks = (*(("semantic",) if self.classes else ()), "instance", "open-vocabulary")
         if persons:

@@ -28,6 +28,7 @@ class DeepFashion(PictureSource):
         self.images = [path / "images" / f"{place.name.removesuffix('_segm.png')}.jpg" for place in self.maps]
         captions = path / "captions.json"
         self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else None
+        self.captions_name_all = self.captions is None
         super().__init__(size, len(self.maps))
 
     def picture(self, record: int) -> Picture:

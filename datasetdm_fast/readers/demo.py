@@ -18,6 +18,7 @@ class DemoWorld(LabelledSource):
     limbs = world.LIMBS
     max_depth = world.MAX_DEPTH
     tasks = TASKS
+    captions_name_all = True
 
     def __init__(self, count: int, first: int, size: int):
         self.first = first

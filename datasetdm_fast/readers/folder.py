@@ -43,6 +43,7 @@ class Folder(PictureSource):
         self.tasks = (*(("semantic", "open-vocabulary") if has_maps else ()), *(("depth",) if has_depth else ()))
         captions = path / "captions.json"
         self.captions = documents.read_object(captions, most=reading.LARGEST_LIST) if captions.exists() else {}
+        self.captions_name_all = not self.captions
         super().__init__(size, len(self.images))
 
     def picture(self, record: int) -> Picture:

@@ -47,6 +47,7 @@ class HuggingFace(PictureSource):
             *(("semantic", "open-vocabulary") if self.classes else ()),
             *(("depth",) if self.max_depth else ()),
         )
+        self.captions_name_all = self.columns["caption"] is None
         super().__init__(size, len(self.rows))
 
     def _classes(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ class Voc(PictureSource):
     classes = VOC_CLASSES
     thing_classes = VOC_CLASSES[1:]
     rule = framing.RULES["voc"]
+    captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path, self.objects = path, path / "SegmentationObject"

@@ -15,6 +15,7 @@ class Yolo(PictureSource):
     """An image without a label file shows nothing, as YOLO has it."""
 
     rule = framing.RULES["coco"]
+    captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path = path

@@ -17,7 +17,7 @@ from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.class_tables import spoken
-from datasetdm_fast.labels.words import always_named
+from datasetdm_fast.labels.words import always_named, find_classes
 from datasetdm_fast.lessons import cache
 from datasetdm_fast.lessons.cache import Inversion
 from datasetdm_fast.lessons.targets import check_shown, check_truth
@@ -32,6 +32,7 @@ from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.task_run import TaskPlan, TaskTraining
 from datasetdm_fast.truth.augment import AUGMENTATIONS
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
+from datasetdm_fast.truth.reading import photo_of
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
 LISTED = 20  # bad images that are named
@@ -98,9 +99,13 @@ class TrainingSession:
     def _named(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes of a decoder that are looked for only where a prompt names them."""
         config = self.config
-        is_wanted = config.by_name == "yes" or (config.by_name == "auto" and config.data.startswith("demo:"))
+        is_wanted = config.by_name == "yes" or (config.by_name == "auto" and self.source.captions_name_all)
         things = [name for name in classes if name in self.source.thing_classes]
-        return always_named(things, self.shown) if is_wanted and config.captions == "true" and things else ()
+        if not (is_wanted and config.captions == "true" and things):
+            return ()
+        if self.source.captions_name_all:
+            return tuple(name for name in things if name in find_classes(photo_of([name]), things))
+        return always_named(things, self.shown)
 
     def plan(self, task: str) -> TaskPlan:
         """What is taught, with everything that decides the weights."""

@@ -93,7 +93,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     by_name: str = setting(
         "auto",
         "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "
-        "for demo scenes",
+        "for demo scenes, and where the captions are made of the labels",
         choices=("auto", "yes", "no"),
     )
     by_word: str = setting(

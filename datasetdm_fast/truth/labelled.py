@@ -64,6 +64,7 @@ class LabelledSource:
     limbs: tuple[tuple[int, int], ...] = ()
     max_depth: float = 0.0
     tasks: tuple[str, ...] = ()  # those it has truth for
+    captions_name_all: bool = False  # whether captions are made of the labels, or name every thing by their making
     framing: str = "fit"
     skip_bad: bool = False
     least_mask: float = 1.0  # pixels at the model's size: smaller masks are dropped
