@@ -61,14 +61,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end(config: TrainConfig, results: dict[str, Any]) -> None:
+    from datasetdm_fast.training.held_out import cautions
+
     print(json.dumps({"path": config.out, "tasks": results}) if config.json else config.out, flush=True)
     for task, result in () if config.quiet else results.items():
         if result is None:
             continue
         judged = ""
-        if figures := [f"{name} {value:.4f}" for name, value in result["held_out"].items() if isinstance(value, float)]:
-            place = f"{config.out}/{task}/training/page.html"
-            judged = f" on {result['held_out_images']} held-out images: {'  '.join(figures)}; look at {place}"
+        bounds = result.get("held_out_intervals", {})
+        figures = [
+            f"{name} {value:.4f}" + (f" ({bounds[name][0]:.4f} to {bounds[name][1]:.4f})" if name in bounds else "")
+            for name, value in result["held_out"].items()
+            if isinstance(value, float)
+        ]
+        if figures:
+            count, place = result["held_out_images"], f"{config.out}/{task}/training/page.html"
+            notes = "".join(f"; {one}" for one in cautions(count, result.get("step_chosen_on_held_out", False)))
+            judged = f" on {count} held-out images: {'  '.join(figures)}{notes}; look at {place}"
         print(f"{task}: {result['steps']} steps{judged}", file=sys.stderr)
 
 

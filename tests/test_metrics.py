@@ -9,6 +9,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.training import held_out
 
 SIZE = 64
 
@@ -272,3 +273,31 @@ def test_bad_demo_specifications_are_refused(spec):
 def test_an_unknown_reader_is_refused_with_the_known_ones():
     with pytest.raises(Refused, match="(?s)no reader is called 'dem'.*did you mean demo"):
         open_data("dem:5", SIZE)
+
+
+def test_figures_are_told_by_the_number_of_things(source):
+    meter = METRICS["semantic"](source)
+    for k in range(12):
+        item = source[k]
+        flat = np.zeros_like(item.semantic)
+        told = item.semantic if len(item.masks) == 1 else flat
+        meter.add(item, SemanticMap(told, np.ones(told.shape, np.float32), source.classes))
+        meter.things.append(len(item.masks))
+    found = meter.by_things()
+    assert found["1"]["miou"] == 1 and all(own["miou"] < 0.5 for count, own in found.items() if count != "1")
+    assert sum(own["images"] for own in found.values()) == 12 and len(found) > 1
+    assert METRICS["depth"](source).by_things() == {}
+
+
+def test_intervals_of_few_held_out_images_are_wide():
+    random, held = np.random.default_rng(0), {4: 0, 40: 0}
+    for count in held:
+        for _ in range(60):
+            meter = METRICS["depth"](None)
+            meter.rows = [(float(value), 0.0, 0.0, 0.0, 0.0) for value in random.normal(1.0, 0.2, count)]
+            low, high = held_out.intervals(meter)["absrel"]
+            held[count] += low <= 1.0 <= high
+    assert held[4] >= 50 and held[40] >= 54  # of 60, where plain percentiles hold 44 and 56 or fewer
+    meter.rows = meter.rows[:1]
+    assert held_out.intervals(meter) == {}
+    assert held_out.cautions(30, has_chosen=False) == [] and len(held_out.cautions(29, has_chosen=True)) == 2

@@ -61,12 +61,16 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
         "images     11 to learn from in 2 looks each, 1 held out",
         "captures   features and maps kept in",
         "depth decoder, 6 steps of 4 views",
+        "the step of the weights was chosen on the same images",
+        "1 images are too few for a figure to rely on",
     ):
         assert line in err
+    assert result["depth"]["step_chosen_on_held_out"] and not result["depth"]["held_out_intervals"]
     assert set(load_decoders(tmp_path / "decoder")) == {"depth", "pose"}
     state = tmp_path / "decoder" / "depth" / "training"
     page = (state / "page.html").read_text()
     assert page.count('<img src="data:image/png;base64,') == 3 and "absrel" in page and 'src="http' not in page
+    assert "chosen on the same images" in page
     lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "held_out_absrel" in line] == [2, 4, 6] and not (

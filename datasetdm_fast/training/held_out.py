@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, fold
+from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
@@ -17,6 +19,8 @@ from datasetdm_fast.training.loop import TrainingViews, projected
 from datasetdm_fast.truth.labelled import LabelledSource
 
 LEAST_IMAGES = 10  # images below which none is held out
+DRAWS = 2000  # bootstrap resamples
+ENOUGH_IMAGES = 30  # held-out images below which a figure is told with a warning
 
 
 def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -77,11 +81,36 @@ def answers(
     return found
 
 
-def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> dict:
+def score(task: str, lessons: TrainingViews, found: Sequence[Annotation]) -> Meter:
+    """The meter of a task after all views."""
     meter = METRICS[task](lessons.views.source)
     for view, label in enumerate(found):
         meter.add(lessons.views.item(view), label)
-    return meter.result()
+    return meter
+
+
+def intervals(meter: Meter, level: float = 0.95) -> dict:
+    """[low, high] of every figure by bootstrap percentiles, expanded for few images (Hesterberg 2015, 5.2); none of a
+    single image.
+    """
+    count = meter.count
+    if count < 2:
+        return {}
+    wide = 2 * stats.norm.cdf(np.sqrt(count / (count - 1)) * stats.t.ppf((1 + level) / 2, count - 1)) - 1
+    return meter.intervals(DRAWS, float(wide))
+
+
+def cautions(images: int, has_chosen: bool) -> list[str]:
+    """What to know of figures on so many held-out images; `has_chosen` where these chose the step of the weights."""
+    found = []
+    if has_chosen:
+        found.append("the step of the weights was chosen on the same images, so that other images will score lower")
+    if images < ENOUGH_IMAGES:
+        found.append(
+            f"{images} images are too few for a figure to rely on: raise --held-out to {ENOUGH_IMAGES} images or more, "
+            "or evaluate on other data"
+        )
+    return found
 
 
 def is_better(task: str, value: float, best: float | None) -> bool:

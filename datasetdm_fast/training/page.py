@@ -23,8 +23,12 @@ def page(
     found: Sequence[Annotation],
     facts: Mapping[str, object],
     figures: Mapping[str, object],
+    intervals: Mapping[str, object],
+    cautions: Sequence[str] = (),
 ) -> bytes:
-    """One HTML file: image, truth and answer of some held-out images, and the figures; it needs nothing else."""
+    """One HTML file: image, truth and answer of some held-out images, and the figures with their intervals of 95 % and
+    what to know of them; it needs nothing else.
+    """
     rows, label, truth = [], LABEL_KINDS[task], TASKS[task].truth
     for view in range(min(lessons.count, SHOWN)):
         item = lessons.views.item(view)
@@ -40,7 +44,7 @@ def page(
             f"{html.escape(item.caption)}</figcaption></figure>"
         )
     told = {
-        name: f"{value:.4g}"
+        name: f"{value:.4g}{_between(intervals.get(name))}"
         if isinstance(value, float)
         else json.dumps(value)
         if isinstance(value, dict)
@@ -50,6 +54,7 @@ def page(
     table = "".join(
         f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(value)}</td></tr>" for name, value in told.items()
     )
+    notes = "".join(f"<p><b>Note:</b> {html.escape(one)}.</p>" for one in cautions)
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 "
         "1rem;background:#fff;color:#222}"
@@ -58,9 +63,13 @@ def page(
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{task} decoder</title><style>{style}</style>'
-        f"<h1>{task} decoder</h1><table>{table}</table><p>Image, truth and answer, on images it was not taught "
+        f"<h1>{task} decoder</h1><table>{table}</table>{notes}<p>Image, truth and answer, on images it was not taught "
         f"from.</p>{''.join(rows)}</html>\n"
     ).encode()
+
+
+def _between(bounds: object) -> str:
+    return f" ({bounds[0]:.4g} to {bounds[1]:.4g})" if isinstance(bounds, list) else ""
 
 
 def _address(pixels: np.ndarray | Image.Image) -> str:

@@ -23,6 +23,7 @@ from datasetdm_fast.decoders.checkpoint import Decoder, save_decoder
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.foreign import checkpoint
 from datasetdm_fast.training import held_out, page, word_heads
@@ -139,7 +140,14 @@ class _StartedTraining:
     def __init__(self, training: TaskTraining, trainer: Trainer, ranks: Ranks):
         self.training, self.trainer, self.ranks = training, trainer, ranks
         self.best: dict[str, Tensor] = {}
-        self.numbers: dict[str, Any] = {"figure": None, "step": 0, "worse": 0, "has_ended": False, "last": None}
+        self.numbers: dict[str, Any] = {
+            "figure": None,
+            "step": 0,
+            "worse": 0,
+            "has_ended": False,
+            "last": None,
+            "looks": 0,
+        }
         self.saved = time.monotonic()
         self.heads = WordHeads()
         if ranks.is_first and training.config.by_word == "auto":
@@ -186,8 +194,8 @@ class _StartedTraining:
         self.ranks.total([flag])
         return bool(flag.item())
 
-    def _held_out(self, decoder: Decoder) -> tuple[list[Annotation], dict]:
-        """What a decoder says about the held-out images, and its figures."""
+    def _held_out(self, decoder: Decoder) -> tuple[list[Annotation], Meter]:
+        """What a decoder says about the held-out images, and its figures on them."""
         training = self.training
         given = (self.trainer.words, training.size, training.device, training.tokenizer)
         found = held_out.answers(decoder, training.held, *given)
@@ -198,7 +206,8 @@ class _StartedTraining:
         task, numbers, patience = self.training.task, self.numbers, self.training.config.patience
         decoder, figure = self._decoder(), None
         if self.ranks.is_first:
-            figure = self._held_out(decoder)[1][METRICS[task].held_out_figure]
+            figure = self._held_out(decoder)[1].result()[METRICS[task].held_out_figure]
+            numbers["looks"] += 1
         figure = float(self.ranks.said(figure))
         if held_out.is_better(task, figure, numbers["figure"]):
             self.best = {name: value.detach().cpu().clone() for name, value in decoder.state_dict().items()}
@@ -230,11 +239,16 @@ class _StartedTraining:
         if self.best:
             decoder.load_state_dict(self.best)
         save_decoder(decoder, training.folder, storage=training.config.storage)
-        figures, files = {}, {}
+        figures, intervals, files, has_chosen = {}, {}, {}, self.numbers["looks"] > 1
         if held:
-            found, figures = self._held_out(decoder)
-            facts = {"images learnt from": images, "steps": done, "weights of step": best}
-            files[training.state / "page.html"] = page.page(training.task, held, found, facts, figures)
+            found, meter = self._held_out(decoder)
+            figures, intervals = meter.result(), held_out.intervals(meter)
+            facts = {"images learnt from": images, "images held out": held.images, "steps": done}
+            facts |= {"weights of step": best}
+            cautions = held_out.cautions(held.images, has_chosen)
+            files[training.state / "page.html"] = page.page(
+                training.task, held, found, facts, figures, intervals, cautions
+            )
         result = {
             "task": training.task,
             "images": images,
@@ -244,6 +258,8 @@ class _StartedTraining:
             "loss": self.numbers["last"],
             "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},
             "held_out": figures,
+            "held_out_intervals": intervals,
+            "step_chosen_on_held_out": bool(held) and has_chosen,
         }
         storage.publish({**files, training.state / "result.json": (json.dumps(result, indent=2) + "\n").encode()})
         checkpoint.remove(training.state)
