@@ -25,6 +25,7 @@ class Diffusers:
 
     def __init__(self, setting: Setting, batch: int):
         self.recipe, self.device, self.batch = setting.recipe, setting.device, batch
+        self.tokenizer = setting.model.tokenizer
         self.dtype = "fp32" if setting.device.type == "cpu" else "fp16"
         self.rounds_text = self.dtype != "fp32"
         self.storage = torch.float32 if self.dtype == "fp32" else torch.float16
@@ -68,7 +69,7 @@ class Diffusers:
         images = self._run(requests, callback_on_step_end=captured.on_step_end)
         with arithmetic(False):
             answers = {task: decoder(captured.capture) for task, decoder in self.decoders.items()}
-        return samples_of(requests, images, answers, self.decoders, self.recipe)
+        return samples_of(requests, images, answers, self.decoders, self.recipe, self.tokenizer)
 
 
 class CapturedCall:

@@ -11,6 +11,7 @@ from torch import Tensor
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.decoders.checkpoint import Decoder
 from datasetdm_fast.generation.driver import postprocess
+from datasetdm_fast.generation.prompts import Tokenizer
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.sampling import times
 from datasetdm_fast.stages import FACTOR
@@ -28,11 +29,14 @@ def samples_of(
     answers: Mapping[str, dict[str, Tensor]],
     decoders: Mapping[str, Decoder],
     recipe: Recipe,
+    tokenizer: Tokenizer | None = None,
 ) -> list[Sample]:
     """Images [B, H, W, 3] uint8 and raw answers of the decoders as samples; the labels are made where the answers lie,
     by the rules of `generate`.
     """
-    labels = {task: postprocess(requests, raw, decoders[task].config, recipe) for task, raw in answers.items()}
+    labels = {
+        task: postprocess(requests, raw, decoders[task].config, recipe, tokenizer) for task, raw in answers.items()
+    }
     return [
         Sample(request, images[b], {task: made[b] for task, made in labels.items()})
         for b, request in enumerate(requests)

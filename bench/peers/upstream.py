@@ -191,7 +191,7 @@ class Upstream:
         on_host = {task: {name: value.cpu() for name, value in answer.items()} for task, answer in answers.items()}
         self.store.clear()
         self.features.clear()
-        return samples_of(requests, image, on_host, self.decoders, self.recipe)
+        return samples_of(requests, image, on_host, self.decoders, self.recipe, self.setting.model.tokenizer)
 
     def _sampled(self, requests: Sequence[Request]) -> Tensor:
         (request,) = requests

@@ -179,7 +179,8 @@ class UpstreamClasses:
         with arithmetic(False):
             answers = {task: self._answer(decoder, request) for task, decoder in self.decoders.items()}
         on_host = {task: {name: value.cpu() for name, value in answer.items()} for task, answer in answers.items()}
-        return samples_of(requests, image, on_host, self.setting.reference.decoders, self.recipe)
+        decoders, tokenizer = self.setting.reference.decoders, self.setting.model.tokenizer
+        return samples_of(requests, image, on_host, decoders, self.recipe, tokenizer)
 
     def _answer(self, decoder: nn.Module, request: Request) -> dict[str, Tensor]:
         if self.setting.model.levels != SD1_LEVELS:

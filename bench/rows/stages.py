@@ -113,7 +113,8 @@ def decoder_stage(task: str, naive: Upstream, ours: EnginePeer, capture: Any) ->
 
 def labels(raw: dict[str, dict[str, Tensor]], setting: Setting, batch: int) -> list[list[Annotation]]:
     decoders, requests = setting.reference.decoders, setting.batch(batch)
-    return [postprocess(requests, answer, decoders[task].config, setting.recipe) for task, answer in raw.items()]
+    given = setting.recipe, setting.model.tokenizer
+    return [postprocess(requests, answer, decoders[task].config, *given) for task, answer in raw.items()]
 
 
 def timed(stage: Stage, run: BenchRun, seconds: float, ours: EnginePeer) -> dict[str, Any]:
