@@ -288,3 +288,17 @@ def test_a_served_page_writes_marks_and_tells_values(chromium, run):
         finally:
             serving.shutdown()
             thread.join()
+
+
+def test_statistics_are_those_of_the_samples_shown(chromium, run):
+    page = Watched(chromium).open(address(run, "#search=ball"))
+    page.click("#counting")
+    found = page.evaluate("statisticsOf(shown, run.figures)")
+    things = page.evaluate("shown.flatMap(sample => sample.things)")
+    assert sum(each["things"] for each in found["classes"]) == len(things) == sum(found["cells"])
+    assert sum(number for _, number in found["areas"]) == len(things)
+    assert sum(number for _, number in found["lengths"]) == len(shown(page)) < NUMBER
+    assert found["repeated"] == len(shown(page)) - len(set(page.evaluate("shown.map(sample => sample.text)")))
+    told = page.locator("#statistics").inner_text()
+    assert f"Statistics of {len(shown(page))} of {NUMBER} samples" in told and "Near duplicates are known once" in told
+    page.close()

@@ -500,6 +500,64 @@ function point(event) {
   by("pointed").textContent = [`${x}, ${y}`, ...things, ...values.filter(Boolean)].join(" · ");
 }
 
+// ---- statistics of the samples that are shown
+
+function bars(title, rows) {
+  const box = make("section"), list = make("div", "bars"), most = Math.max(...rows.map(([, value]) => value), 1);
+  for (const [name, value] of rows) {
+    const bar = make("i");
+    bar.style.width = `${(100 * value) / most}%`;
+    list.append(name instanceof Node ? name : make("span", "", String(name)), bar, make("span", "", count(value)));
+  }
+  box.append(make("h3", "", title), rows.length ? list : make("p", "", "none"));
+  return box;
+}
+function centres(cells) {
+  const box = make("section"), most = Math.max(...cells, 1), svg = draw("svg", { viewBox: `0 0 ${CELLS} ${CELLS}`, class: "cells", role: "img", "aria-label": "Where the middles of things lie" });
+  cells.forEach((number, k) => {
+    if (!number) return;
+    const cell = draw("rect", { x: k % CELLS, y: Math.floor(k / CELLS), width: 1, height: 1, fill: "var(--accent)", "fill-opacity": Math.sqrt(number / most) });
+    cell.append(draw("title", {}));
+    cell.firstChild.textContent = count(number);
+    svg.append(cell);
+  });
+  box.append(make("h3", "", "Middles of things in the picture"), svg);
+  return box;
+}
+function together(found) {
+  const box = make("section", "wide"), table = make("table"), head = make("tr");
+  head.append(make("th"), ...found.related.map(word => make("th", "", run.words[word])));
+  table.append(head, ...found.related.map((word, row) => {
+    const line = make("tr"), whole = found.pairs[row][row] || 1;
+    line.append(make("th", "", run.words[word]), ...found.pairs[row].map((number, column) => {
+      const cell = make("td", "", row === column ? count(number) : percent(number / whole));
+      cell.style.background = `color-mix(in srgb, var(--accent) ${row === column ? 0 : Math.round((60 * number) / whole)}%, transparent)`;
+      return cell;
+    }));
+    return line;
+  }));
+  box.append(make("h3", "", "Of the samples that show the class of a row, the share that shows that of a column too"), table);
+  return box;
+}
+function showStatistics() {
+  const found = statisticsOf(shown, run.figures), charts = [];
+  const classes = found.classes.slice(0, 60);
+  charts.push(bars("Samples that show a class", classes.map(each => [dotted("span", "", each.word), each.samples])));
+  charts.push(bars("Samples whose prompt names it", classes.filter(each => each.named).map(each => [dotted("span", "", each.word), each.named])));
+  if (found.areas.length) {
+    charts.push(bars("Things of a class", classes.filter(each => each.things).map(each => [dotted("span", "", each.word), each.things])));
+    charts.push(bars("Sizes of things: % of the picture, from", found.areas), bars("Things of a sample", found.things), centres(found.cells));
+  }
+  if (found.nearest.length) charts.push(bars("Nearest depth of a sample: m, from", found.nearest), bars("Farthest depth of a sample: m, from", found.farthest));
+  charts.push(bars("Words of a prompt, from", found.lengths));
+  const repeats = make("section"), near = found.duplicates === null ? "Near duplicates are known once `filter` has scored the run." : `${count(found.duplicates)} pictures are nearly those of a sample before them.`;
+  repeats.append(make("h3", "", "Repetitions"), make("p", "", `${count(found.repeated)} prompts repeat an earlier one. ${near}`));
+  charts.push(repeats, together(found));
+  by("counted").textContent = `Statistics of ${count(shown.length)} of ${count(run.samples)} samples`;
+  by("charts").replaceChildren(...charts);
+  by("statistics").showModal();
+}
+
 // ---- bars and keys
 
 function press(element, is) { element.setAttribute("aria-pressed", String(is)); }
@@ -651,7 +709,7 @@ function applyAddress() {
 function keys(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const isTyping = event.target.matches?.("input:not([type=range]), select, textarea");
-  if (isTyping) return;
+  if (isTyping || by("statistics").open) return;
   const isSliding = event.target.matches?.("input[type=range]");
   if (event.key === "/" && !viewer.open) {
     event.preventDefault();
@@ -713,6 +771,8 @@ by("filtering").addEventListener("click", () => {
   arrange();
 });
 if (remembered("filters") ?? (innerWidth > 760 && innerHeight > 700)) by("filtering").click();
+by("counting").addEventListener("click", showStatistics);
+by("uncount").addEventListener("click", () => by("statistics").close());
 by("earlier").addEventListener("click", () => { if (first > 0) reveal(first - layout.most); });
 by("later").addEventListener("click", () => { if (first + layout.most < shown.length) { reveal(first + layout.most); scrollTo(0, 0); } });
 by("previous").addEventListener("click", () => step(-1));

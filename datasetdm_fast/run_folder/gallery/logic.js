@@ -167,6 +167,66 @@ function folderOf(location) {
   return /^\/[A-Za-z]:/.test(path) ? path.slice(1) : path;
 }
 
+// Counts of values between steps: [begin of the step, count], from the first that has any to the last.
+function histogramOf(values, steps) {
+  const counts = steps.map(() => 0);
+  for (const value of values) {
+    let place = 0;
+    while (place + 1 < steps.length && value >= steps[place + 1]) place++;
+    counts[place]++;
+  }
+  const first = counts.findIndex(Boolean), last = counts.findLastIndex(Boolean);
+  return first < 0 ? [] : counts.map((count, k) => [steps[k], count]).slice(first, last + 1);
+}
+// As many equal, round steps as there are at most, none smaller than `narrowest`, from the least value to the largest.
+function stepsOf(values, most, narrowest = 0) {
+  let least = Infinity, largest = -Infinity;
+  for (const value of values) [least, largest] = [Math.min(least, value), Math.max(largest, value)];
+  if (least > largest) return [0];
+  const rough = Math.max((largest - least) / most || 1, narrowest), power = 10 ** Math.floor(Math.log10(rough));
+  const width = [1, 2, 5, 10].map(times => times * power).find(step => step >= rough * .999);
+  const first = Math.floor(least / width), last = Math.floor(largest / width);
+  return Array.from({ length: last - first + 1 }, (_, k) => Number(((first + k) * width).toPrecision(9)));
+}
+
+const AREAS = [0, .1, .2, .5, 1, 2, 5, 10, 20, 50]; // per cent of a picture
+const CELLS = 24, RELATED = 12; // of a side of the map of centres, classes in the table of pairs
+const NEAR_DUPLICATE = 2; // bits by which the pictures of near duplicates differ at most
+// What the statistics tell of some samples; `figures` are the names of their figures.
+function statisticsOf(samples, figures) {
+  const classes = new Map(), pairs = new Map(), cells = new Array(CELLS * CELLS).fill(0), prompts = new Map();
+  const about = word => {
+    if (!classes.has(word)) classes.set(word, { word, samples: 0, named: 0, things: 0, area: 0 });
+    return classes.get(word);
+  };
+  const areas = [], things = [], lengths = [];
+  for (const sample of samples) {
+    for (const word of sample.shown) about(word).samples++;
+    for (const word of sample.named) about(word).named++;
+    for (const [word, , area, x, y] of sample.things) {
+      const found = about(word), cell = share => Math.min(Math.max(Math.floor(share * CELLS / 1000), 0), CELLS - 1);
+      found.things++;
+      found.area += area / 10;
+      areas.push(area / 10);
+      cells[cell(y) * CELLS + cell(x)]++;
+    }
+    for (const a of sample.shown) for (const b of sample.shown) pairs.set(`${a} ${b}`, (pairs.get(`${a} ${b}`) ?? 0) + 1);
+    things.push(sample.things.length);
+    lengths.push(sample.prompt.split(/\s+/).filter(Boolean).length);
+    prompts.set(sample.text, (prompts.get(sample.text) ?? 0) + 1);
+  }
+  const order = [...classes.values()].sort((a, b) => b.samples - a.samples || a.word - b.word);
+  const related = order.slice(0, RELATED).map(found => found.word);
+  const column = name => samples.map(sample => sample.figures[figures.indexOf(name)]).filter(value => value != null);
+  const distances = column("distance"), depths = [...column("nearest, m"), ...column("farthest, m")];
+  return {
+    classes: order, related, pairs: related.map(a => related.map(b => pairs.get(`${a} ${b}`) ?? 0)), cells,
+    areas: histogramOf(areas, AREAS), things: histogramOf(things, stepsOf(things, 16, 1)), lengths: histogramOf(lengths, stepsOf(lengths, 16, 1)),
+    nearest: histogramOf(column("nearest, m"), stepsOf(depths, 20)), farthest: histogramOf(column("farthest, m"), stepsOf(depths, 20)),
+    repeated: samples.length - prompts.size, duplicates: distances.length ? distances.filter(bits => bits <= NEAR_DUPLICATE).length : null,
+  };
+}
+
 // Ids of the samples that bear a mark, one a line: what a list of samples for other commands looks like.
 function listOf(marks, mark) { return [...marks].filter(([, other]) => other === mark).map(([id]) => `${id}\n`).sort().join(""); }
 
