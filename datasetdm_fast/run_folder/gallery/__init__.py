@@ -96,7 +96,7 @@ def mark(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> Non
     if (folder / RUN).exists():
         storage.publish({folder / LEFT_OUT: _left_out(decided)})
         return
-    with Ledger(folder / LEDGER, read_only=True) as ledger:  # the page of an earlier version
+    with held(folder), Ledger(folder / LEDGER, read_only=True) as ledger:  # the page of an earlier version
         write(folder, document, ledger)
 
 
@@ -108,7 +108,7 @@ def missing(folder: Path, ledger: Ledger, *, has_samples: bool = True) -> list[s
 def expected(ledger: Ledger, *, has_samples: bool = True) -> set[str]:
     """The files that the page of these samples has, pictures of single samples aside."""
     indices = [*ledger.indices(), *ledger.indices(DOUBTFUL)]
-    wanted = {f"gallery/{name}" for name in FIXED} | {RUN, LEFT_OUT}
+    wanted = {f"gallery/{name}" for name in FIXED} | {RUN, LEFT_OUT, LOCKED}
     wanted |= {_page(number) for number in {index // PAGE_SAMPLES for index in indices}}
     groups = {index // sheets.GROUP for index in indices}
     wanted |= {_details(number) for number in groups}
@@ -119,7 +119,7 @@ def expected(ledger: Ledger, *, has_samples: bool = True) -> set[str]:
 
 def written(folder: Path) -> list[str]:
     """The files of the page that are there, pictures of single samples aside."""
-    single = [*(f"gallery/{name}" for name in FIXED), RUN, LEFT_OUT, sheets.SHOWN]
+    single = [*(f"gallery/{name}" for name in FIXED), RUN, LEFT_OUT, LOCKED, sheets.SHOWN]
     return sorted([*(name for name in single if (folder / name).exists()), *_scattered(folder)])
 
 
