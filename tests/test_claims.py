@@ -340,7 +340,7 @@ def test_every_row_is_made_and_found_again(tmp_path):
         synthetic=8,
         parity=4,
         varied=0,
-        test=16,
+        test=60,
         labeller_steps=1,
         labeller_draws=1,
         sizes=("small",),
