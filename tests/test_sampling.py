@@ -326,23 +326,23 @@ def row_of(state: State, row: int) -> State:
     )
 
 
-def alone(k: int, calls: int) -> tuple[int, ...]:
-    """The images that call k is made for alone, too."""
-    if calls == 5:
-        return {0: (0,), 4: (1,)}.get(k, ())
-    return (0, 1) if k < 5 or k == calls - 1 else ()
+def test_the_first_five_calls_of_upstream_are_reproduced(engine):
+    """They hold every form of the update: the first is made as a batch of two, the others for one image of it alone."""
+    schedule = make_schedule(SD_SCHEDULER, "pndm", 50)
+    state = row_of(call(engine, schedule, 0, first_state((0, 1)), (0, 1)), 1)
+    for k in range(1, 5):
+        state = call(engine, schedule, k, state, (1,))
 
 
-@pytest.mark.parametrize("calls", [5, pytest.param(51, marks=long_test)])
-def test_upstream_recording_is_reproduced_as_a_batch_of_two_and_alone(engine, calls):
-    """As a batch; alone, from the batch's state, the first and the last of the first five calls, which hold every form
-    of the update, or in the long form each of them and the captured call: a call costs seconds.
-    """
+@long_test
+def test_upstream_recording_is_reproduced_as_a_batch_of_two_and_alone(engine):
+    """As a batch; alone, each form of the update and the captured call, from its state: a call takes seconds."""
     schedule = make_schedule(SD_SCHEDULER, "pndm", 50)
     state = first_state((0, 1))
-    for k in range(calls):
-        for image in alone(k, calls):
-            call(engine, schedule, k, row_of(state, image), (image,))
+    for k in range(len(schedule)):
+        if k < 5 or k == len(schedule) - 1:
+            for image in (0, 1):
+                call(engine, schedule, k, row_of(state, image), (image,))
         state = call(engine, schedule, k, state, (0, 1))
 
 

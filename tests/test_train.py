@@ -296,7 +296,7 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
 
 @pytest.mark.loopback
 def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
-    arguments = ["--data", "demo:10@1000", "--task", "depth,semantic", "--steps", "6", "--checks", "2"]
+    arguments = ["--data", "demo:10@1000", "--task", "depth,semantic", "--steps", "4", "--checks", "2"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
