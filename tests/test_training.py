@@ -17,8 +17,8 @@ from datasetdm_fast.lessons.targets import target
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
-from datasetdm_fast.sampling.inversion import capture_timestep, invert
-from datasetdm_fast.sampling.times import alphas_cumprod
+from datasetdm_fast.sampling.inversion import capture_timestep, invert, posterior_generator
+from datasetdm_fast.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
@@ -309,6 +309,15 @@ def test_another_inversion_has_other_shards(engine, source, folder, change):
     plain, other = (cache.stored(engine, views, how, folder) for how in (Inversion(1), replace(Inversion(1), **change)))
     assert plain.paths != other.paths
     assert not torch.equal(plain.batch([0])[3], other.batch([0])[3])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**40 + 7])
+def test_the_draw_from_the_posterior_is_not_the_noise_again(seed):
+    """torch reads 32 bits of a seed, so a number above them would change nothing."""
+    noise, again = initial_noise(seed, 4, 8, 8), torch.randn(4, 8, 8, generator=posterior_generator(seed))
+    assert abs(float((noise * again).mean())) < 0.25
+    assert torch.equal(again, torch.randn(4, 8, 8, generator=posterior_generator(seed)))
+    assert not torch.equal(again, torch.randn(4, 8, 8, generator=posterior_generator(seed + 2**32)))
 
 
 def test_whether_captures_are_kept_follows_the_room(engine, tmp_path):

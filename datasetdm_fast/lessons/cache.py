@@ -22,7 +22,7 @@ from datasetdm_fast.data import Capture
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.lessons.views import Views
-from datasetdm_fast.sampling.inversion import invert
+from datasetdm_fast.sampling.inversion import POSTERIOR, invert
 from datasetdm_fast.stages import Level
 
 DIGEST = 32  # bytes
@@ -37,6 +37,10 @@ class Inversion:
     timestep: int = 0
     latent: str = "mean"  # or sample, of the autoencoder's posterior
     ddim_steps: int = 0  # 0 = drawn noise
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.latent == "sample"
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def capture(engine, views: Views, items: Sequence, seeds: Sequence[int], inversi
         inversion.timestep,
         seeds,
         is_raw=True,
-        is_sampled=inversion.latent == "sample",
+        is_sampled=inversion.is_sampled,
         ddim_steps=inversion.ddim_steps,
     )
 
@@ -171,6 +175,7 @@ def stored(
     layout, draws = Layout.of(engine.model.levels), views.looks.draws
     kept = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
     common = {"model": engine.model.digests, **kept, **asdict(inversion), "layout": asdict(layout)}
+    common |= {"draw": POSTERIOR} if inversion.is_sampled else {}
     identity = json.dumps(common, sort_keys=True, default=str)
     paths = []
     _sweep(folder)

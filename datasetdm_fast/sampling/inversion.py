@@ -1,5 +1,6 @@
 """A real image back into the network: encode, noise to the capture timestep, one CFG call, capture."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +13,7 @@ from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.sampling import times
 
-# added to an image's seed for the draw from the autoencoder's posterior, so that it is not the noise again
-SAMPLE_SEED = 2**40
+POSTERIOR = "posterior"  # the name of the stream of draws from it
 
 
 def invert(
@@ -33,7 +33,7 @@ def invert(
     `is_sampled` draws the latents from the autoencoder's posterior instead of taking its mean. `ddim_steps` walks to
     the timestep with the noise that the UNet itself predicts, in that many calls, instead of adding drawn noise.
     """
-    generators = [torch.Generator().manual_seed(seed + SAMPLE_SEED) for seed in seeds] if is_sampled else None
+    generators = [posterior_generator(seed) for seed in seeds] if is_sampled else None
     clean = engine.encode_image(images, generators)
     context = torch.cat([engine.encode_text([""] * len(captions)), engine.encode_text(list(captions))])
     if ddim_steps:
@@ -43,6 +43,15 @@ def invert(
         latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
     call = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
     return call(latents, timestep, context)[1]
+
+
+def posterior_generator(seed: int) -> torch.Generator:
+    """The generator of an image's draw from the autoencoder's posterior, whose numbers are not those of its noise.
+
+    torch's generator on the CPU reads the lowest 32 bits of a seed alone, so what is added to it must lie there.
+    """
+    digest = hashlib.sha256(f"{POSTERIOR} {seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def ddim_latents(engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
