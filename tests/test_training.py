@@ -256,7 +256,7 @@ def test_another_light_changes_the_image_alone_and_by_its_seed(source):
 @pytest.mark.parametrize("name", [name for name, how in AUGMENTATIONS.items() if how.is_drawn])
 def test_upstreams_crops_are_drawn_by_the_data_set(source, name):
     class Drawn:
-        joints, asked = source.joints, []
+        joints, classes, thing_classes, asked = source.joints, source.classes, source.thing_classes, []
 
         def drawn(self, number, seed):
             self.asked.append((number, seed))

@@ -24,7 +24,7 @@ from datasetdm_fast.labels.words import find_classes
 
 
 @dataclass(frozen=True)
-class Course:
+class TunedCourse:
     augmentation: str
     times: int  # the usual number of steps
 
@@ -32,7 +32,7 @@ class Course:
         return f"{self.augmentation}, {self.times * steps:,}"
 
 
-COURSES = (Course("mild", 1), Course("strong", 1), Course("strong", 3))
+COURSES = (TunedCourse("mild", 1), TunedCourse("strong", 1), TunedCourse("strong", 3))
 UNLABELLED = 500_000  # first seed of the real scenes whose labels nobody uses
 ARMS = {
     "real": "real",
@@ -89,7 +89,7 @@ class TunedArms:
 
     def __init__(self, experiments: Experiments, arms: Sequence[str]):
         self.experiments, self.names = experiments, arms
-        self._validated: dict[tuple[str, Course, int], Figures] = {}
+        self._validated: dict[tuple[str, TunedCourse, int], Figures] = {}
 
     def rows(self) -> dict[str, Row]:
         """A row of every question, once every student has been trained."""
@@ -100,7 +100,7 @@ class TunedArms:
         return {name: self._row(question) for name, question in QUESTIONS.items()}
 
     @cached_property
-    def _students(self) -> dict[tuple[str, Course], Arm]:
+    def _students(self) -> dict[tuple[str, TunedCourse], Arm]:
         steps = self.experiments.scale.steps
         return {
             (name, course): self.experiments.arm(
@@ -140,7 +140,7 @@ class TunedArms:
         path = e.folder / "sets" / f"unlabelled-{count}.pt"
         return e.once("unlabelled", lambda: sets.stored(path, e.vocabulary, synthetic).balanced())
 
-    def _validation(self, name: str, course: Course, seed: int) -> Figures:
+    def _validation(self, name: str, course: TunedCourse, seed: int) -> Figures:
         """What a trained student scores on the scenes that choose."""
         key = name, course, seed
         if key not in self._validated:
