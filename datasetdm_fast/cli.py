@@ -26,7 +26,6 @@ COMMANDS = {
     "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),
     "doctor": ("datasetdm_fast.doctor", "say what is installed, which engine can run and why another cannot"),
     "verify": ("datasetdm_fast.verify", "compare the outputs of two engines"),
-    "convert_checkpoint": ("datasetdm_fast.convert_checkpoint", "read and write checkpoints of other projects"),
     "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs or TensorRT plans"),
 }
 

@@ -1,5 +1,6 @@
-"""python -m datasetdm_fast.convert RUN... --to coco,yolo-seg: samples of run folders in the layouts that trainers
-read.
+"""python -m datasetdm_fast.convert RUN... --to coco,yolo-seg: samples of run folders in the layouts that trainers read.
+
+With --to decoder, pth or diffusers it converts checkpoints: `convert FILE --to decoder --help` shows these flags.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.exporting import checkpoints
 from datasetdm_fast.exporting.settings import ExportSettings
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ PROG = "python -m datasetdm_fast.convert"
 
 @command
 def main(arguments: Sequence[str]) -> int:
+    if checkpoints.is_meant(arguments):
+        return checkpoints.run(arguments)
     settings, given = parse(arguments, ExportSettings, PROG, __doc__)
     settings.check()
     if not settings.runs:

@@ -22,7 +22,8 @@ from test_decoders import (
 )
 from test_loading import StableDiffusionPipeline, first_generation, folder, same_weights, saved, tiny, with_vocabulary  # noqa: F401 - fixtures
 
-from datasetdm_fast import convert_checkpoint, generate, kernels
+from datasetdm_fast import convert as command
+from datasetdm_fast import generate, kernels
 from datasetdm_fast.config import UPSTREAM_KINDS
 from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_decoder, load_upstream, save_decoder
@@ -55,7 +56,7 @@ def state_of(config, prefix: str = "", seed: int = 4) -> dict[str, torch.Tensor]
 
 
 def convert(*arguments) -> int:
-    return convert_checkpoint.main([str(word) for word in arguments])
+    return command.main([str(word) for word in arguments])
 
 
 def same(first: dict, second: dict) -> bool:

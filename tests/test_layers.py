@@ -45,7 +45,6 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "gallery",
         "audit",
         "doctor",
-        "convert_checkpoint",
         "export_cli",
         "demo",
         "bench",

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.convert_checkpoint FILE: checkpoints of other projects become what this package reads, and
+"""python -m datasetdm_fast.convert FILE --to decoder: checkpoints of other projects become what this package reads, and
 decoders become checkpoints of DatasetDM.
 """
 
@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.config import UPSTREAM_KINDS, setting
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 
-PROG = "python -m datasetdm_fast.convert_checkpoint"
+PROG = "python -m datasetdm_fast.convert"
 TARGETS = ("decoder", "pth", "diffusers")
 
 
@@ -65,8 +64,14 @@ class CheckpointConfig:
         check_output("--out", self.out, "file" if self.to == "pth" else "folder")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
+def is_meant(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for what checkpoints become."""
+    values = [after for flag, after in zip(arguments, arguments[1:]) if flag == "--to"]
+    values += [one.removeprefix("--to=") for one in arguments if one.startswith("--to=")]
+    return any(value in TARGETS for value in values)
+
+
+def run(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, CheckpointConfig, PROG, __doc__)
     facts = convert(config)
     if not config.quiet:
@@ -123,7 +128,3 @@ def _publish(files: Mapping[Path, bytes], place: Path) -> None:
         if storage.is_there(path) and storage.read(path, 2**40) != content:
             raise Refused(f"--out {place}: {path} is there, with another content", "Choose another --out.")
     storage.publish(files)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
