@@ -6,6 +6,8 @@ import numpy as np
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
+from datasetdm_fast.labels.numbering import numbered
+from datasetdm_fast.labels.pose import MIDDLE
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.document import FORMAT
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -62,13 +64,19 @@ def document(number: int, size: int = 64, **config) -> dict:
         "model": {"name": "rendered", "source": "", "licence": "Apache-2.0", "digests": {}},
         "decoders": {task: {"digest": "", "licence": "Apache-2.0"} for task in TASKS},
         "engine": {"engine": "renderer"},
-        "labels": {
-            "semantic": {"classes": list(world.CLASSES), "ignore": 255},
-            "instance": {"classes": list(world.THINGS), "size": [size, size]},
-            "depth": {"max_depth": world.MAX_DEPTH, "unit": "millimetre"},
-            "pose": {"joints": list(world.JOINTS), "limbs": [list(limb) for limb in world.LIMBS]},
-            "open-vocabulary": {"classes": ["background", *world.THINGS]},
-        },
+        **numbered(
+            {
+                "semantic": {"classes": list(world.CLASSES), "ignore": 255},
+                "instance": {"classes": list(world.THINGS), "size": [size, size]},
+                "depth": {"max_depth": world.MAX_DEPTH, "unit": "millimetre"},
+                "pose": {
+                    "joints": list(world.JOINTS),
+                    "limbs": [list(limb) for limb in world.LIMBS],
+                    "origin": MIDDLE,
+                },
+                "open-vocabulary": {"classes": ["background", *world.THINGS]},
+            }
+        ),
     }
 
 

@@ -25,6 +25,7 @@ from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
 from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.labels.numbering import numbered
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.run_folder.folder import RunFolder
 
@@ -500,6 +501,7 @@ def test_hostile_class_names_are_harmless(tmp_path):
     names = [*HOSTILE_NAMES, *map(str, range(7))][:7]
     described["labels"]["instance"]["classes"] = names
     described["labels"]["semantic"]["classes"] = ["wall", "table", *names]
+    described |= numbered(described["labels"])
     with RunFolder(run, described) as folder:
         folder.add([rendered(k, SIZE) for k in range(2)], {})
         folder.rebuild()

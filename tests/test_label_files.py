@@ -15,15 +15,15 @@ from datasetdm_fast.labels import pose as pose_labels
 TABLES = {
     "semantic": {"classes": ["wall", "ball"]},
     "instance": {"classes": ["ball", "cone"], "size": [4, 4]},
-    "pose": {"joints": ["head", "neck", "hand"], "limbs": [[0, 1]]},
-    "depth": {"max_depth": 4.0},
+    "pose": {"joints": ["head", "neck", "hand"], "limbs": [[0, 1]], "origin": pose_labels.MIDDLE},
+    "depth": {"max_depth": 4.0, "unit": "millimetre"},
     "open-vocabulary": {"classes": ["background", "ball"]},
 }
 
 
 def encoded(task, label, labels=None):
     """Pixels by role, and the record."""
-    files, record = LABEL_KINDS[task].encode(label, labels or {})
+    files, record = LABEL_KINDS[task].encode(label, labels or {}, TABLES[task])
     return {role: np.array(Image.open(io.BytesIO(content))) for role, content in files.items()}, record
 
 
@@ -87,7 +87,9 @@ def test_a_number_beyond_the_classes_is_found():
             labels[0, 0] = number
             pixels, record = encoded(task, semantic(labels))
             wrong = found_wrong(task, pixels, record)
-            assert len(wrong) == count and (not count or f"the number {number}, but there are 2 classes" in wrong[0])
+            assert len(wrong) == count and (
+                not count or f"the number {number}, which none of its 2 classes" in wrong[0]
+            )
             pixels[role] = 1 - pixels[role].clip(max=1)
             assert "the ledger says" in found_wrong(task, pixels, record)[0]
 
@@ -252,7 +254,7 @@ def test_a_depth_map_has_the_finest_unit_in_which_its_farthest_depth_fits(farthe
     """run.json, the file itself and the card name it."""
     stored = LABEL_KINDS["depth"]
     metres = np.linspace(1, min(farthest, 65535), 64, dtype=np.float32).reshape(8, 8)
-    files, record = stored.encode(DepthMap(metres, farthest), {})
+    files, record = stored.encode(DepthMap(metres, farthest), {}, {"unit": unit})
     picture = Image.open(io.BytesIO(files["depth"]))
     assert picture.text == {"depth unit": unit} and record["max"] == pytest.approx(
         min(farthest, 65535), abs=0.6 / steps

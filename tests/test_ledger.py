@@ -13,6 +13,7 @@ from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.labels import label_files
+from datasetdm_fast.labels.numbering import check_numbers, laid_out, numbered
 from datasetdm_fast.run_folder import seal
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import check_same, read_document
@@ -20,6 +21,8 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger, Row, canonical
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.scenes import world
+
+MAPS = ("semantic", "open_vocabulary")
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +189,7 @@ def test_files_hold_what_was_made(run_path):
 
 def test_one_word_has_one_colour_in_all_label_maps(run_path):
     maps = [Image.open(run_path / folder / "00000003.png") for folder in ("semantic", "open_vocabulary")]
-    cube = [
-        image.getpalette()[3 * number : 3 * number + 3]
-        for image, number in zip(maps, (world.CLASSES.index("cube"), 1 + world.THINGS.index("cube")), strict=True)
-    ]
+    cube = [image.getpalette()[3 * world.CLASSES.index("cube") : 3 * world.CLASSES.index("cube") + 3] for image in maps]
     assert cube[0] == cube[1]
 
 
@@ -219,7 +219,7 @@ def test_pycocotools_reads_keypoints(run_path):
     from pycocotools.cocoeval import COCOeval
 
     truth = coco.COCO(str(run_path / "keypoints.json"))
-    (person,) = truth.loadCats([1])
+    (person,) = truth.loadCats([world.CLASSES.index("person")])
     assert person["keypoints"] == list(world.JOINTS) and min(map(min, person["skeleton"])) == 1
     people = truth.loadAnns(truth.getAnnIds())
     found = truth.loadRes(
@@ -249,7 +249,8 @@ def test_index_files_hold_the_records_of_their_own_samples(run_path):
     for name, task in (("instances.json", "instance"), ("keypoints.json", "pose")):
         document = json.loads((run_path / name).read_text())
         numbers = [item["id"] for item in document["annotations"]]
-        assert numbers == list(range(1, len(numbers) + 1))  # pycocotools takes 0 for no match
+        first = 1 + sum(line["labels"]["instance"] for line in lines) * (task == "pose")
+        assert numbers == list(range(first, first + len(numbers)))  # from 1, as pycocotools takes 0 for no match
         owners = [item["image_id"] for item in document["annotations"]]
         assert owners == sorted(owners)
         assert [line["labels"][task] for line in lines] == [owners.count(k) for k in range(12)]
@@ -257,12 +258,89 @@ def test_index_files_hold_the_records_of_their_own_samples(run_path):
         assert [item["id"] for item in document["images"]] == list(range(12))
         assert all((run_path / item["file_name"]).is_file() for item in document["images"])
         assert {(item["width"], item["height"]) for item in document["images"]} == {(64, 64)}
-        assert [category["id"] for category in document["categories"]] == list(
-            range(1, len(document["categories"]) + 1)
-        )
+        assert [category["name"] for category in document["categories"]] == [
+            world.CLASSES[category["id"]] for category in document["categories"]
+        ]
     with open_run(run_path) as run:
         made = [len(sample.instances.masks) for sample in run]
     assert made == [line["labels"]["instance"] for line in lines] and sum(made) > 12
+
+
+def test_one_class_has_one_number_in_every_file(run_path):
+    """run.json tells it, the maps hold it, and the two COCO files have it, so that they can be merged."""
+    classes = read_document(run_path)["classes"]
+    assert classes == [*world.CLASSES, "background"] and open_run(run_path).classes == tuple(classes)
+    nothing = classes.index("background")  # which the semantic classes of the demo world lack
+    instances, people = (json.loads((run_path / name).read_text()) for name in ("instances.json", "keypoints.json"))
+    for category in (*instances["categories"], *people["categories"]):
+        assert classes[category["id"]] == category["name"]
+    ids = [item["id"] for item in (*instances["annotations"], *people["annotations"])]
+    assert len(set(ids)) == len(ids) > len(instances["annotations"])
+    with open_run(run_path) as run:
+        for sample in run:
+            maps = {role: np.array(Image.open(run_path / role / f"{sample.id}.png")) for role in MAPS}
+            shown = maps["open_vocabulary"] != nothing
+            assert (maps["open_vocabulary"][shown] == maps["semantic"][shown]).all()
+            for item, mask in zip(sample.row.labels["instance"], sample.instances.masks, strict=True):
+                assert (maps["semantic"][mask] == item["category_id"]).all()
+            words = sample.open_vocabulary
+            assert words.classes == ("background", *world.THINGS)  # the label itself knows its own classes alone
+            assert (np.array(words.classes)[words.labels] == np.array(classes)[maps["open_vocabulary"]]).all()
+        ints = {task: run.as_dataset(task)[3][1] for task in ("semantic", "instance", "open-vocabulary")}
+    assert set(ints["instance"]["labels"].tolist()) <= set(np.unique(ints["semantic"]).tolist())
+    assert (ints["open-vocabulary"] == ints["semantic"])[ints["open-vocabulary"] != nothing].all()
+
+
+def test_class_numbers_begin_with_what_is_no_thing_and_fit_label_maps():
+    streets = {"semantic": {"classes": ["road", "car"]}, "instance": {"classes": ["car", "rider"], "size": [4, 4]}}
+    found = numbered(streets)
+    assert found["classes"] == ["road", "car", "rider"]  # those of the semantic decoder as it was taught them
+    assert found["labels"]["instance"]["numbers"] == [1, 2]
+    things = {"semantic": {"classes": ["car", "background"]}, "instance": streets["instance"], "pose": {"joints": []}}
+    found = numbered(things)
+    assert found["classes"] == ["background", "car", "rider", "person"] and found["labels"]["pose"]["category"] == 3
+    assert found["labels"]["semantic"]["numbers"] == [1, 0]
+    many = [f"thing {k}" for k in range(300)]
+    assert numbered({"instance": {"classes": many}})["labels"]["instance"]["numbers"] == list(range(1, 301))
+    with pytest.raises(Refused, match="show 301 classes in all, an 8-bit map holds 255"):
+        numbered({"open-vocabulary": {"classes": ["background", *many]}})
+    for classes, said in (
+        (["background", "car", "rider"], "classes lacks 'person'"),
+        (["background", "rider", "car", "person"], "labels.instance numbers its classes otherwise"),
+        (["background", "car", "car", "rider", "person"], "names a class twice"),
+        ("background", "expected a list"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_numbers(classes, {label: found["labels"][label] for label in ("instance", "pose")})
+
+
+def test_a_run_folder_of_format_2_is_read_audited_and_goes_on_as_it_was_begun(tmp_path):
+    """Its labels number their classes each on its own, and joints count from the edge of the first pixel."""
+    old = document(3)
+    del old["classes"]
+    old["format"], old["labels"] = 2, laid_out(old["labels"], dict.fromkeys(old["labels"], {}))
+    assert old["labels"]["pose"].keys() == {"joints", "limbs"} and old["labels"]["depth"].keys() == {"max_depth"}
+    for number in (2, 3):  # opened twice, as where a run goes on
+        with RunFolder(tmp_path / "run", old) as folder:
+            folder.add([rendered(number - 1)] if number == 3 else [rendered(0), rendered(1)], {"batch_size": 4})
+            folder.rebuild()
+    assert read_document(tmp_path / "run")["format"] == 2 and audit(tmp_path / "run").findings == []
+    assert laid_out(document(3)["labels"], old["labels"]) == old["labels"]
+    with open_run(tmp_path / "run") as run:
+        for k, sample in enumerate(run):
+            made = rendered(k).annotations
+            assert (sample.open_vocabulary.labels == made["open-vocabulary"].labels).all()
+            stored = np.array(Image.open(tmp_path / "run" / "open_vocabulary" / f"{sample.id}.png"))
+            assert (stored == made["open-vocabulary"].labels).all()
+            assert (sample.instances.class_ids == made["instance"].class_ids).all()
+            assert [item["category_id"] - 1 for item in sample.row.labels["instance"]] == list(
+                made["instance"].class_ids
+            )
+            seen = made["pose"].visibility > 0
+            assert np.allclose(sample.keypoints.points[seen], made["pose"].points[seen], atol=1e-4)
+    people = json.loads((tmp_path / "run" / "keypoints.json").read_text())
+    assert [category["id"] for category in people["categories"]] == [1]
+    assert [item["id"] for item in people["annotations"]] == list(range(1, 1 + len(people["annotations"])))
 
 
 def test_the_card_counts_what_is_there(tmp_path):
@@ -279,6 +357,7 @@ def test_the_card_counts_what_is_there(tmp_path):
 def test_card_quotes_no_foreign_markup(tmp_path):
     hostile = document(1) | {"model": {"name": "`x`\n# <script>", "source": "", "licence": "[a](b)`", "digests": {}}}
     hostile["labels"]["semantic"]["classes"][2] = "<img src=x> | [a](javascript:b)"
+    hostile |= numbered(hostile["labels"])
     with RunFolder(tmp_path / "run", hostile) as folder:
         folder.add([rendered(0)], {})
         folder.rebuild()
@@ -395,7 +474,9 @@ def test_index_files_are_rebuilt_from_the_ledger(tmp_path):
 def test_jpeg_and_other_tasks_only(tmp_path):
     sample = rendered(0)
     files, records = label_files.encode(
-        sample.__class__(sample.request, sample.image, {"depth": sample.annotations["depth"]}), "jpg"
+        sample.__class__(sample.request, sample.image, {"depth": sample.annotations["depth"]}),
+        "jpg",
+        document(1)["labels"],
     )
     assert (
         sorted(files) == ["depth", "image"]

@@ -66,8 +66,14 @@ def test_a_damaged_file_is_taken_over_again(runs, tmp_path):
 
 def test_tables_that_continue_one_another_are_joined_and_others_refused_by_name(runs, tmp_path, capsys):
     longer, other = document(2, 32), document(2, 32)
-    longer["labels"]["semantic"]["classes"].append("dog")
-    other["labels"]["semantic"]["classes"][3] = "dog"
+    longer["labels"]["semantic"]["numbers"].append(len(longer["classes"]))
+    for classes in (longer["labels"]["semantic"]["classes"], longer["classes"]):
+        classes.append("dog")
+    for classes in (other["labels"]["semantic"]["classes"], other["classes"]):
+        classes[3] = "dog"
+    for label in ("instance", "open-vocabulary"):
+        of_label = other["labels"][label]["classes"]
+        of_label[of_label.index(world.CLASSES[3])] = "dog"
     for name, described in (("longer", longer), ("other", other)):
         with RunFolder(tmp_path / name, described) as folder:
             folder.add([moved(k, 80 + k) for k in range(2)], {})

@@ -426,7 +426,7 @@ def queue_of(batches: list[int], places: int = 1, died: Sequence[int] = ()) -> C
 def work(made: job.Job, queue: Coordinator, out: Path, slot: int = 0, present: set[int] = frozenset()) -> list:
     """The rows of a worker in this process, which ends where it would wait for others."""
     idle = []
-    folder = PublishingFolder(config(out), frozenset(present), partial(queue.report, slot, "rows"))
+    folder = PublishingFolder(config(out), made.document, frozenset(present), partial(queue.report, slot, "rows"))
     owner = Owner(f"rank {slot}", slot)
     callbacks = {"on_idle": lambda: idle.append(True), "is_stopping": lambda: bool(idle)}
     Worker(made, folder, queue, owner, **callbacks).work()
@@ -517,9 +517,7 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
 
     monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
     bucket = object_store.ObjectStore("memory://bucket/run")
-    rows = write_samples(
-        [torchless.drawn(made.plan.request(0), made.recipe.tasks)], {}, {"image_format": "png"}, bucket.publish
-    )
+    rows = write_samples([torchless.drawn(made.plan.request(0), made.recipe.tasks)], {}, made.document, bucket.publish)
     there = fsspec.filesystem("memory")
     for name, stored in rows[0].files.values():
         assert len(there.cat_file(f"/bucket/run/{name}")) == stored.size

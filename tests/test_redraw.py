@@ -96,8 +96,8 @@ def test_instances_keep_their_ids(source, edited):
     assert len(ids) == len(set(ids))
     old = {entry["id"]: entry for entry in before}
     kept = [entry for entry in after if entry["id"] in old]
-    names = open_run(source).document["labels"]["instance"]["classes"]
-    assert [names[entry["category_id"] - 1] for entry in kept] == ["person"]
+    names = open_run(source).classes
+    assert [names[entry["category_id"]] for entry in kept] == ["person"]
     assert kept[0]["segmentation"] == old[kept[0]["id"]]["segmentation"]
     assert all(id > max(old) for id in ids if id not in old)
 

@@ -32,7 +32,9 @@ from bench.rows.measurement import BenchRun, Rows
 from bench.setting import Setting
 from datasetdm_fast.data import Sample
 from datasetdm_fast.errors import GateFailed, Missing
+from datasetdm_fast.generation.recipe import label_tables
 from datasetdm_fast.labels import label_files
+from datasetdm_fast.labels.kind import Table
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
 SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long
@@ -153,13 +155,14 @@ def best_batch(peer: Peer, run: BenchRun) -> tuple[int, Rows]:
 
 def to_files(peer: Peer, setting: Setting, folder: Path) -> Callable[[], None]:
     """One batch from prompts to files."""
-    return lambda: write(peer.make(setting.batch(peer.batch)), folder)
+    tables = label_tables(setting.reference, setting.recipe)
+    return lambda: write(peer.make(setting.batch(peer.batch)), tables, folder)
 
 
-def write(samples: Iterable[Sample], folder: Path) -> None:
+def write(samples: Iterable[Sample], tables: Mapping[str, Table], folder: Path) -> None:
     """Every file of the samples, without waiting for the disk."""
     for sample in samples:
-        files, _ = label_files.encode(sample, "png")
+        files, _ = label_files.encode(sample, "png", tables)
         for name, content in files.values():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from datasetdm_fast.generation import driver, job, prompts, settings
 from datasetdm_fast.generation import run as generation
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.plan import make_plan
-from datasetdm_fast.generation.recipe import Recipe, make_recipe
+from datasetdm_fast.generation.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -133,9 +133,10 @@ def costs_alone(engine: TimedStub, recipe: Recipe) -> dict[str, float]:
     plan = stub_job(engine, recipe, Path("none"), MEASURED).plan
     batches = [made for _, made in driver.generate((plan.batch(k) for k in range(len(plan))), engine, recipe)]
     encoded: list[dict[str, Any]] = []
+    tables = label_tables(engine, recipe)
 
     def encode() -> None:
-        encoded.extend(label_files.encode(sample, "png")[0] for made in batches for sample in made)
+        encoded.extend(label_files.encode(sample, "png", tables)[0] for made in batches for sample in made)
 
     def write() -> None:
         for first in range(0, MEASURED, BATCH):
@@ -209,7 +210,7 @@ def disk_row(rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place, scene_run(SCENES[True][0], BATCH, place) as run:
         folder, samples, recipe = run
         folder.unseal()
-        encoded = (label_files.encode(sample, "png")[0] for sample in samples)
+        encoded = (label_files.encode(sample, "png", folder.document["labels"])[0] for sample in samples)
         files = {folder.path / name: content for one in encoded for name, content in one.values()}
         written = folder.write(samples, recipe.facts)
         calls = {"commit": lambda: folder.ledger.commit(written), "publish": lambda: storage.publish(files)}

@@ -139,7 +139,7 @@ class Edits(Redrawing):
             return self.settings.class_
         record = self.source.run[f"{source:08d}"].row.labels[self.task]
         item = record[self.ids[self.task][source].index(self.settings.instance)]
-        return self.source.document["labels"][self.task]["classes"][item["category_id"] - 1]
+        return kind_of(self.task).names(self.source.document["labels"][self.task])[item["category_id"]]
 
     def region_of(self, tile: Tile) -> np.ndarray:  # [H, W] bool
         """What is drawn anew of a sample."""

@@ -74,6 +74,7 @@ class Merging:
                         "Give convert both runs instead, it makes one export of them.",
                     )
         self.labels = {task: self._table(task) for task in first["config"]["task"]}
+        self.classes = max((part.run.document.get("classes", []) for part in parts), key=len)
         self.places, self.duplicates = self._places()
 
     def _table(self, task: str) -> dict[str, Any]:
@@ -137,6 +138,7 @@ class Merging:
             if all(run["engine"] == first["engine"] for run in runs)
             else {"engine": "several"},
             "labels": self.labels,
+            **({"classes": self.classes} if self.classes else {}),
             "composition": {
                 "told": f"Merged from the runs {', '.join(names)}",
                 "sides": " or ".join(f"{size} × {size}" for size in sorted(sizes)) + " pixels",

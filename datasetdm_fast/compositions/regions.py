@@ -101,7 +101,7 @@ def class_task(source: Source, word: str) -> str:
 def annotation_ids(source: Source, label: str) -> dict[int, list[int]]:
     """The ids in its file of COCO's form of every sample's instances, by the index of the sample."""
     with Ledger(source.path / LEDGER, read_only=True) as ledger:
-        return {row.request.index: ids for row, ids in numbered(label, ledger.rows(parts=("labels",)))}
+        return {row.request.index: ids for row, ids in numbered(label, source.document, ledger)}
 
 
 def grown(region: np.ndarray, pixels: int) -> np.ndarray:

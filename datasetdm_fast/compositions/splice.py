@@ -58,6 +58,11 @@ class Splicing:
         return grid.sides(self.source.side, self.is_resized)
 
     @property
+    def tables(self) -> dict[str, Mapping[str, Any]]:
+        """What run.json says of the labels."""
+        return {task: kind_of(task).rewritten(table) for task, table in self.source.document["labels"].items()}
+
+    @property
     def document(self) -> dict[str, Any]:
         """The content of run.json; model, decoders and their licences are those of the source."""
         source, grids = self.source.document, [str(grid) for grid in self.grids]
@@ -65,7 +70,8 @@ class Splicing:
         shapes = sorted({self.sides(grid) for grid in self.grids})
         return {
             **{part: source[part] for part in PARTS},
-            "labels": {task: kind_of(task).rewritten(table) for task, table in source["labels"].items()},
+            "labels": self.tables,
+            **({"classes": source["classes"]} if "classes" in source else {}),
             "format": FORMAT,
             "command": "splice",
             "versions": {"datasetdm_fast": __version__},
@@ -133,7 +139,7 @@ class Splicing:
         records: dict[str, Any] = {}
         for task, kind in kinds.items():
             if kind.roles:
-                contents, records[task] = kind.encode(maps[task], maps)
+                contents, records[task] = kind.encode(maps[task], maps, self.tables[task])
                 files |= {role: (f"{role}/{id}.png", content) for role, content in contents.items()}
             else:
                 moved = (kind.moved(item, place) for tile, place in placed for item in tile.row.labels[task])

@@ -18,6 +18,7 @@ from datasetdm_fast.generation.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
 from datasetdm_fast.labels import kind_of
+from datasetdm_fast.labels.numbering import laid_out, numbered
 from datasetdm_fast.run_folder.document import (
     DOCUMENT,
     FORMAT,
@@ -250,7 +251,7 @@ def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
     Which of several equal GPUs continues a run folder, what its memory would hold and where the weights lie change no
     byte.
     """
-    document = job.document
+    document = job.document | {"labels": laid_out(job.document["labels"], stored["labels"])}
     if not job.config.batch_size:
         document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
     compared = [
@@ -299,7 +300,7 @@ def describe(
         },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
-        "labels": label_tables(engine, recipe),
+        **numbered(label_tables(engine, recipe)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Maps of class words read from attention: a palette PNG, 0 = none of them, 255 = uncertain."""
+"""Maps of class words read from attention: a palette PNG, "background" = none of them, 255 = uncertain."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -24,12 +24,14 @@ def agreement(label: SemanticMap, other: SemanticMap) -> float | None:
 
 class AttentionKind(OpenVocabularyKind):
     attribute, title = "attention", "Classes read from attention"
-    contents = "`attention/ID.png`: class numbers of the asked words as palette PNG, 0 = none of them, 255 = uncertain"
+    contents = "`attention/ID.png`: class numbers of the asked words as palette PNG, background = none, 255 = uncertain"
     roles = ("attention",)
     layers = (GalleryLayer("attention", "Attention", "map", role="attention"),)
 
-    def encode(self, label: SemanticMap, labels: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-        files, record = super().encode(label, labels)
+    def encode(
+        self, label: SemanticMap, labels: Mapping[str, Any], table: Table
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        files, record = super().encode(label, labels, table)
         found = {task: agreement(label, labels[task]) for task in OTHERS if task in labels}
         told = {task: share for task, share in found.items() if share is not None}
         return files, {**record, **({"agreement": told} if told else {})}

@@ -60,10 +60,11 @@ class DepthKind(LabelKind):
     )
     gates = Gates(exact=(1e-4, 4e-4), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"max_depth": float}
+    layout = ("unit",)
     pixel_bytes = 3
 
-    def encode(self, label: DepthMap, _: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-        unit = unit_of(label.max_depth)
+    def encode(self, label: DepthMap, _: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:
+        unit = _unit(table)
         pixels = np.multiply(label.metres, UNITS[unit], dtype=np.float64)
         pixels = np.clip(np.rint(pixels, out=pixels), 0, LARGEST_STEP, out=pixels).astype(np.uint16)
         file = with_text(_C.png_encode_words(pixels), "depth unit", unit)
@@ -72,7 +73,7 @@ class DepthKind(LabelKind):
     def decode(self, pixels: Pixels, _: Any, table: Table) -> DepthMap:
         return DepthMap((pixels[self.roles[0]] / UNITS[_unit(table)]).astype(np.float32), float(table["max_depth"]))
 
-    def arrays(self, label: DepthMap) -> np.ndarray:
+    def arrays(self, label: DepthMap, _: Table) -> np.ndarray:
         return label.metres
 
     def picture(self, label: DepthMap, _: np.ndarray) -> Image.Image:

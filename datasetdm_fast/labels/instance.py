@@ -34,9 +34,9 @@ def outlines(record: Any) -> list[str]:
 
 
 def outlined(record: Any, table: Table, paths: list[str]) -> list[list[Any]]:
+    names = InstanceKind().names(table)
     return [
-        [table["classes"][item["category_id"] - 1], round(item["score"], 3), path]
-        for item, path in zip(record, paths, strict=True)
+        [names[item["category_id"]], round(item["score"], 3), path] for item, path in zip(record, paths, strict=True)
     ]
 
 
@@ -74,17 +74,21 @@ class InstanceKind(LabelKind):
     layers = (GalleryLayer("instance", "Instances", "outlines", values=outlined, trace=outlines),)
     gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(5e-2, 0.2), free_rounded=(0.1, 0.5))
     table_form = {"classes": [str], "size": [int]}
+    layout = ("numbers",)
+    first_number = 1
     pixel_bytes = 0.5
     can_mask = can_be_masked = True
     coco_file = "instances.json"
 
-    def encode(self, label: Instances, _: Mapping[str, Any]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    def encode(
+        self, label: Instances, _: Mapping[str, Any], table: Table
+    ) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
         if not len(label.masks):
             return {}, []
-        encoded = mask_rle.encode(np.asarray(label.masks, bool))
+        encoded, numbers = mask_rle.encode(np.asarray(label.masks, bool)), self.numbers(table)
         return {}, [
             {
-                "category_id": int(kind) + 1,
+                "category_id": numbers[kind],
                 "score": rounded(score, 6),
                 "area": int(area),
                 "bbox": [rounded(side) for side in box],
@@ -102,20 +106,23 @@ class InstanceKind(LabelKind):
             if record
             else np.zeros((0, *table["size"]), bool)
         )
-        ids, scores = [item["category_id"] - 1 for item in record], [item["score"] for item in record]
+        numbers = self.numbers(table)
+        ids, scores = [numbers.index(item["category_id"]) for item in record], [item["score"] for item in record]
         has_ids = any("id" in item for item in record)
-        numbers = np.array([item["id"] for item in record], np.int64) if has_ids else None
-        return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]), numbers)
+        given = np.array([item["id"] for item in record], np.int64) if has_ids else None
+        return Instances(masks, np.array(ids, np.int64), np.array(scores, np.float32), tuple(table["classes"]), given)
 
-    def arrays(self, label: Instances) -> dict[str, np.ndarray]:
+    def arrays(self, label: Instances, table: Table) -> dict[str, np.ndarray]:
         boxes = np.array([_corners(mask) for mask in label.masks], np.float32).reshape(-1, 4)
-        return {"masks": label.masks, "boxes": boxes, "labels": label.class_ids + 1, "scores": label.scores}
+        categories = np.array(self.numbers(table), np.int64)[label.class_ids]
+        return {"masks": label.masks, "boxes": boxes, "labels": categories, "scores": label.scores}
 
     def picture(self, label: Instances, image: np.ndarray) -> Image.Image:
         sure = label.scores >= SHOWN_SCORE
         return masked(image, label.masks[sure], label.class_ids[sure])
 
     def check(self, record: Any, _: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
+        numbers = self.numbers(table)
         for k, item in enumerate(record):
             rle = item["segmentation"]
             if rle["size"] != list(sides):
@@ -130,7 +137,7 @@ class InstanceKind(LabelKind):
                     f"mask {k} covers {int(encoded.areas[0])} pixels in {encoded.boxes[0].tolist()}, the ledger says "
                     f"{item['area']} in {item['bbox']}"
                 )
-            if not (1 <= item["category_id"] <= len(table["classes"]) and 0 <= item["score"] <= 1):
+            if not (item["category_id"] in numbers and 0 <= item["score"] <= 1):
                 yield f"mask {k} has the category {item['category_id']} and the score {item['score']}"
 
     def certainty(self, record: Any) -> float | None:
@@ -163,16 +170,17 @@ class InstanceKind(LabelKind):
         return Instances(masks[left], label.class_ids[left], label.scores[left], label.classes)
 
     def words(self, record: Any, table: Table, least: float) -> list[str]:
-        return [table["classes"][item["category_id"] - 1] for item in record]
+        names = self.names(table)
+        return [names[item["category_id"]] for item in record]
 
     def things(
         self, record: Any, table: Table, sides: tuple[int, int]
     ) -> Iterator[tuple[str, float, float, float, float]]:
-        height, width = sides
+        (height, width), names = sides, self.names(table)
         for item in record:
             x, y, wide, high = item["bbox"]
             middle = ((x + wide / 2) / width, (y + high / 2) / height)
-            word = table["classes"][item["category_id"] - 1]
+            word = names[item["category_id"]]
             yield word, item["score"], item["area"] / (height * width), *middle
 
     def count(self, record: Any) -> Counter[int]:
@@ -180,7 +188,7 @@ class InstanceKind(LabelKind):
 
     def section(self, table: Table, counts: Mapping[int, int]) -> Iterator[str]:
         yield f"## {self.title}\n\n| category | class | instances |\n|---:|---|---:|"
-        for number, name in enumerate(table["classes"], 1):
+        for number, name in sorted(self.names(table).items()):
             yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0)} |"
         yield ""
 
@@ -240,4 +248,5 @@ class InstanceKind(LabelKind):
         return {"classes": list(words if config.is_open else config.classes), "size": [size, size]}
 
     def categories(self, table: Table) -> list[dict[str, Any]]:
-        return [{"id": k, "name": name, "supercategory": ""} for k, name in enumerate(table["classes"], 1)]
+        names = sorted(self.names(table).items())
+        return [{"id": number, "name": name, "supercategory": ""} for number, name in names]

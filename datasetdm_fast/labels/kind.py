@@ -90,6 +90,8 @@ class LabelKind(ABC):
     can_mask: bool = False  # whether `mask_of` tells where a class is
     can_be_masked: bool = False  # whether `within` can cut a label to such a mask
     coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
+    layout: tuple[str, ...] = ()  # what of the table says how files are written; earlier versions wrote some otherwise
+    first_number = 0  # of the classes of a run that was made before all its labels had one table
 
     def named(self, decoder: str) -> "LabelKind":
         """This kind for a decoder that `--task` gives by name: files, layers and sections carry that name."""
@@ -113,16 +115,16 @@ class LabelKind(ABC):
         return own
 
     @abstractmethod
-    def encode(self, label: Any, labels: Mapping[str, Any]) -> tuple[dict[str, bytes], Any]:
-        """Files by role and the record of a label; `labels` are those of all tasks."""
+    def encode(self, label: Any, labels: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], Any]:
+        """Files by role and the record of a label, as its table says; `labels` are those of all tasks."""
 
     @abstractmethod
     def decode(self, pixels: Pixels, record: Any, table: Table) -> Any:
         """The label itself."""
 
     @abstractmethod
-    def arrays(self, label: Any) -> np.ndarray | dict[str, np.ndarray]:
-        """What a torch data set gives of a label."""
+    def arrays(self, label: Any, table: Table) -> np.ndarray | dict[str, np.ndarray]:
+        """What a torch data set gives of a label; classes have the numbers that they have in files."""
 
     @abstractmethod
     def picture(self, label: Any, image: np.ndarray) -> Image.Image:
@@ -181,6 +183,18 @@ class LabelKind(ABC):
     def within(self, label: Any, inside: np.ndarray, confidence: np.ndarray) -> Any:
         """What is left of a label inside such a mask; where `can_be_masked`."""
         raise NotImplementedError(f"{type(self).__name__}: labels that can be masked need a method `within`")
+
+    def numbers(self, table: Table) -> list[int]:
+        """The number that each class of its table has in files."""
+        return table.get("numbers") or [self.first_number + k for k in range(len(table.get("classes", ())))]
+
+    def names(self, table: Table) -> dict[int, str]:
+        """The classes of its table by their numbers in files."""
+        return dict(zip(self.numbers(table), table.get("classes", ()), strict=True))
+
+    def numbered(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
+        """The table with the number that its classes have in all labels of the run."""
+        return {**table, "numbers": [order[name] for name in table["classes"]]} if "classes" in table else dict(table)
 
     def rewritten(self, table: Table) -> Table:
         """What run.json has to say of labels that are decoded by this table and encoded again."""

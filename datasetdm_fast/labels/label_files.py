@@ -10,17 +10,22 @@ from datasetdm_fast.data import Annotation, Sample
 from datasetdm_fast.foreign import images
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.image_files import image_bytes
+from datasetdm_fast.labels.kind import Table
 
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content
 
 
-def encode(sample: Sample, image_format: str, folder: str = "") -> tuple[Files, dict[str, Any]]:
-    """The files of a sample, below a `folder/` of the run folder, and its records by task."""
+def encode(
+    sample: Sample, image_format: str, tables: Mapping[str, Table], folder: str = ""
+) -> tuple[Files, dict[str, Any]]:
+    """The files of a sample, below a `folder/` of the run folder, and its records by task; `tables` are those of
+    run.json.
+    """
     id = sample.request.id
     files: Files = {"image": (f"{folder}images/{id}.{image_format}", image_bytes(sample.image, image_format))}
     records = {}
     for task, annotation in sorted(sample.annotations.items()):
-        contents, records[task] = kind_of(task).encode(annotation, sample.annotations)
+        contents, records[task] = kind_of(task).encode(annotation, sample.annotations, tables[task])
         files |= {role: (f"{folder}{role}/{id}.png", content) for role, content in contents.items()}
     return files, records
 

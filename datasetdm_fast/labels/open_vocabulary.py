@@ -1,4 +1,4 @@
-"""Maps of the words asked for: a palette PNG, 0 = none of them."""
+"""Maps of the words asked for: a palette PNG, "background" = none of them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -11,8 +11,8 @@ from datasetdm_fast.labels.semantic import ClassMap, count_pixels
 
 
 def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """The class number whose colour each asked word takes: its own in the semantic maps, so that one word has one
-    colour in a run.
+    """The class number whose colour each asked word takes in a run whose labels have no table in common: its own in the
+    semantic maps.
     """
     free = count(len(known))
     return [0] + [known.index(word) if word in known else next(free) for word in asked[1:]]
@@ -20,19 +20,23 @@ def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 class OpenVocabularyKind(ClassMap):
     attribute, title = "open_vocabulary", "Open-vocabulary classes"
-    contents = "`open_vocabulary/ID.png`: class numbers of the asked words as palette PNG, 0 = none of them"
+    contents = "`open_vocabulary/ID.png`: class numbers of the asked words as palette PNG, background = none of them"
     roles = ("open_vocabulary",)
     layers = (GalleryLayer("open-vocabulary", "Open vocabulary", "map", role="open_vocabulary"),)
 
-    def encode(self, label: SemanticMap, labels: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-        numbers = colour_numbers(labels["semantic"].classes, label.classes) if "semantic" in labels else ()
-        return {self.roles[0]: index_png(label.labels, numbers)}, {"pixels": count_pixels(label.labels)}
+    def encode(
+        self, label: SemanticMap, labels: Mapping[str, Any], table: Table
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        has_others = "semantic" in labels and "numbers" not in table
+        colours = colour_numbers(labels["semantic"].classes, label.classes) if has_others else ()
+        numbers = self.stored(label.labels, table)
+        return {self.roles[0]: index_png(numbers, colours)}, {"pixels": count_pixels(numbers)}
 
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
         return {"classes": ["background", *words]}
 
     def colours(self, table: Table, tables: Mapping[str, Table]) -> dict[str, int]:
         asked, known = table["classes"], tables.get("semantic", {}).get("classes", [])
-        if not known:
+        if not known or "numbers" in table:
             return super().colours(table, tables)
         return dict(zip(asked[1:], colour_numbers(known, asked)[1:], strict=True))

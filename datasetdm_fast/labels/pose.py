@@ -23,6 +23,7 @@ from datasetdm_fast.labels.kind import (
 )
 from datasetdm_fast.labels.pictures import skeletons
 
+PERSON = "person"  # the class of every figure
 MIDDLE = "middle of the first pixel"
 TO_EDGE = 0.5  # pixels from there to its outer edge
 ROUNDING = 0.0015  # of boxes, which the ledger rounds to three digits, and of a difference of two such numbers
@@ -94,12 +95,15 @@ class PoseKind(LabelKind):
     layers = (GalleryLayer("pose", "Pose", "skeletons", values=people),)
     gates = Gates(exact=(1e-2, 1e-1), free_exact=(5e-2, 0.5), rounded=(0.5, 2.0), free_rounded=(1.0, 8.0))
     table_form = {"joints": [str], "limbs": [[int]]}
+    layout = ("category", "origin")
     pixel_bytes = 0
     coco_file = "keypoints.json"
 
-    def encode(self, label: Keypoints, _: Mapping[str, Any]) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    def encode(
+        self, label: Keypoints, _: Mapping[str, Any], table: Table
+    ) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
         people = []
-        from_middle = label.points.astype(np.float64) - [TO_EDGE, TO_EDGE, 0]
+        from_middle = label.points.astype(np.float64) - [_to_edge(table), _to_edge(table), 0]
         for points, visibility, score in zip(from_middle, label.visibility, label.scores, strict=True):
             flat = [
                 value
@@ -133,7 +137,7 @@ class PoseKind(LabelKind):
             tuple((int(a), int(b)) for a, b in table["limbs"]),
         )
 
-    def arrays(self, label: Keypoints) -> dict[str, np.ndarray]:
+    def arrays(self, label: Keypoints, _: Table) -> dict[str, np.ndarray]:
         seen = np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(np.float32)
         return {"keypoints": seen, "scores": label.scores}
 
@@ -227,6 +231,10 @@ class PoseKind(LabelKind):
         limbs = [list(limb) for limb in config.limbs]
         return {"joints": list(config.joints), "limbs": limbs, "origin": MIDDLE}
 
+    def numbered(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
+        return {**table, "category": order[PERSON]}
+
     def categories(self, table: Table) -> list[dict[str, Any]]:
         skeleton = [[a + 1, b + 1] for a, b in table["limbs"]]  # COCO counts joints from 1
-        return [{"id": 1, "name": "person", "supercategory": "", "keypoints": table["joints"], "skeleton": skeleton}]
+        number = table.get("category", 1)
+        return [{"id": number, "name": PERSON, "supercategory": "", "keypoints": table["joints"], "skeleton": skeleton}]

@@ -28,25 +28,39 @@ class ClassMap(LabelKind):
     is_map = can_mask = can_be_masked = True
     gates = Gates(exact=(1e-4, 1e-3), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"classes": [str]}
+    layout = ("numbers",)
     pixel_bytes = 1
 
+    def stored(self, labels: np.ndarray, table: Table) -> np.ndarray:
+        """The numbers in files [H, W] uint8 of places in `classes`."""
+        own = np.arange(256, dtype=np.uint8)
+        own[: len(table["classes"])] = self.numbers(table)
+        return own[labels]
+
+    def places(self, pixels: np.ndarray, table: Table) -> np.ndarray:
+        """Places in `classes` [H, W] uint8 of the numbers in a file; what is no number of a class is ignored."""
+        numbers = self.numbers(table)
+        place = np.full(256, IGNORE, np.uint8)
+        place[numbers] = range(len(numbers))
+        return place[pixels]
+
     def decode(self, pixels: Pixels, _: Any, table: Table) -> SemanticMap:
-        labels = pixels[self.roles[0]]
+        labels = self.places(pixels[self.roles[0]], table)
         return SemanticMap(labels, np.ones(labels.shape, np.float32), tuple(table["classes"]))
 
-    def arrays(self, label: SemanticMap) -> np.ndarray:
-        return label.labels.astype(np.int64)
+    def arrays(self, label: SemanticMap, table: Table) -> np.ndarray:
+        return self.stored(label.labels, table).astype(np.int64)
 
     def picture(self, label: SemanticMap, _: np.ndarray) -> Image.Image:
         return painted(label.labels)
 
     def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
-        counts, classes = count_pixels(pixels[self.roles[0]]), len(table["classes"])
+        counts, known = count_pixels(pixels[self.roles[0]]), self.names(table)
         if record["pixels"] != counts:
             yield f"its map has the pixels {counts}, the ledger says {record['pixels']}"
-        strange = [number for number in map(int, counts) if number >= classes and number != IGNORE]
+        strange = [number for number in map(int, counts) if number not in known and number != IGNORE]
         if strange:
-            yield f"its map holds the number {strange[0]}, but there are {classes} classes"
+            yield f"its map holds the number {strange[0]}, which none of its {len(known)} classes has"
 
     def distance(self, found: SemanticMap, truth: SemanticMap) -> float:
         """Share of pixels that differ."""
@@ -84,16 +98,16 @@ class ClassMap(LabelKind):
     def section(self, table: Table, counts: Mapping[int, int]) -> Iterator[str]:
         if total := sum(counts.values()):
             yield f"## {self.title}\n\n| number | class | share of pixels |\n|---:|---|---:|"
-            for number, name in enumerate(table["classes"]):
+            for number, name in sorted(self.names(table).items()):
                 yield f"| {number} | {markdown_cell(name)} | {counts.get(number, 0) / total:.2%} |"
             yield ""
 
     def words(self, record: Any, table: Table, least: float) -> list[str]:
-        names = table.get("classes", [])
-        return [names[k] for k, count in self.count(record).items() if k < len(names) and count >= least]
+        names = self.names(table)
+        return [names[number] for number, count in self.count(record).items() if number in names and count >= least]
 
     def colours(self, table: Table, _: Mapping[str, Table]) -> dict[str, int]:
-        return {name: number for number, name in enumerate(table["classes"])}
+        return {name: number for number, name in self.names(table).items()}
 
 
 class SemanticKind(ClassMap):
@@ -106,15 +120,16 @@ class SemanticKind(ClassMap):
     )
     pixel_bytes = 2
 
-    def encode(self, label: SemanticMap, _: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    def encode(self, label: SemanticMap, _: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:
         sure = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
-        files = (index_png(label.labels), _C.png_encode(sure))
-        record = {"pixels": count_pixels(label.labels), "mean_confidence": round(float(sure.mean()) / 255, 4)}
+        numbers = self.stored(label.labels, table)
+        files = (index_png(numbers), _C.png_encode(sure))
+        record = {"pixels": count_pixels(numbers), "mean_confidence": round(float(sure.mean()) / 255, 4)}
         return dict(zip(self.roles, files, strict=True)), record
 
     def decode(self, pixels: Pixels, _: Any, table: Table) -> SemanticMap:
         labels, sure = (pixels[role] for role in self.roles)
-        return SemanticMap(labels, sure.astype(np.float32) / 255, tuple(table["classes"]))
+        return SemanticMap(self.places(labels, table), sure.astype(np.float32) / 255, tuple(table["classes"]))
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         return {"classes": list(config.classes), "ignore": IGNORE}

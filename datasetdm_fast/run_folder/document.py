@@ -9,9 +9,12 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of
+from datasetdm_fast.labels.numbering import check_numbers
 
-FORMAT = 2  # of the folder's layout; a reader refuses what it does not know
-READ_FORMATS = (1, FORMAT)  # in the first, each row of the ledger holds its whole recipe, and no outline
+FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
+# In the first each row of the ledger holds its whole recipe, and no outline; before the third every label numbers its
+# classes on its own.
+READ_FORMATS = (1, 2, FORMAT)
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted sets aside
 MOST_TURNS = 10  # samples that such a run makes for every one that is asked for, before it gives up
@@ -67,7 +70,7 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     except Refused as stop:
         raise Refused(stop.cause, RESTORE) from stop
     if document.get("format") not in READ_FORMATS:
-        known = " and ".join(map(str, READ_FORMATS))
+        known = ", ".join(map(str, READ_FORMATS))
         raise Refused(
             f"{path}: format {documents.quoted(document.get('format'))}, this version reads {known}",
             "Read it with the version that wrote it.",
@@ -101,6 +104,7 @@ def check_document(document: Mapping[str, Any]) -> None:
         except ValueError as error:
             raise ValueError(f"config.task names {documents.quoted(task)}: {error}") from error
         documents.check_form(document["labels"].get(task), kind.table_form, f"labels.{task}")
+    check_numbers(document.get("classes"), {task: document["labels"][task] for task in tasks})
     documents.check_form(document["config"].get("combine", []), [str], "config.combine")
     if document.get("command", COMMANDS[0]) not in COMMANDS:
         raise ValueError(f"command is {documents.quoted(document['command'])}, expected {', '.join(COMMANDS)}")

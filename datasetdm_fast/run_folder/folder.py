@@ -73,12 +73,13 @@ class RunFolder(AbstractContextManager):
 
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
-        return write_samples(results, recipe, self.document["config"], into(self.path))
+        return write_samples(results, recipe, self.document, into(self.path))
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Paths of missing or damaged files that are there again; other bytes than the row's are never written."""
         folder = ASIDE if row.status == DOUBTFUL else ""
-        return self.restore(row, *label_files.encode(sample, self.document["config"]["image_format"], folder))
+        made = label_files.encode(sample, self.document["config"]["image_format"], self.document["labels"], folder)
+        return self.restore(row, *made)
 
     def restore(self, row: Row, made: label_files.Files, records: Mapping[str, Any]) -> list[str]:
         """The same, from the files and label records of the sample."""
@@ -153,16 +154,18 @@ class RunFolder(AbstractContextManager):
 
 
 def write_samples(
-    results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], config: Mapping[str, Any], publish: Publish
+    results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], document: Mapping[str, Any], publish: Publish
 ) -> list[Row]:
-    """The rows of the results, once `publish` has taken all of their files; `config` are the settings of the run."""
+    """The rows of the results, once `publish` has taken all of their files; `document` is the content of run.json."""
+    config = document["config"]
     made: list[tuple[Row, label_files.Files]] = []
     for result in results:
         if isinstance(result, SetAside):
             made.append((Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason), {}))
             continue
         is_aside = sets_aside(config) and result.is_doubtful
-        files, records = label_files.encode(result, config["image_format"], ASIDE if is_aside else "")
+        place = ASIDE if is_aside else ""
+        files, records = label_files.encode(result, config["image_format"], document["labels"], place)
         row = Row(result.request, {**recipe, **result.provenance}, labels=records, trust=result.trust)
         if is_aside:
             row = replace(row, status=DOUBTFUL, reason="; ".join(result.trust.reasons))

@@ -242,6 +242,14 @@ class Ledger(AbstractContextManager):
             found = self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,))
             return found.fetchone()[0]
 
+    def last_record(self, label: str) -> int:
+        """The largest id of the records of a label of the data set, or how many there are where that is more."""
+        statement = (
+            "SELECT max(count(*), coalesce(max(json_extract(record.value, '$.id')), 0)) "
+            "FROM samples, json_each(samples.labels, ?) AS record WHERE status = ?"
+        )
+        return self._connection.execute(statement, (f'$."{label}"', DONE)).fetchone()[0]
+
     def count_doubtful(self) -> int:
         """Samples that are doubtful, whether or not they were set aside."""
         if not self._is_compact:

@@ -26,15 +26,21 @@ class PublishingFolder:
     `commit` gets their rows to whoever has the ledger, which holds those of the samples that are `present`.
     """
 
-    def __init__(self, config: RunConfig, present: Set[int], commit: Callable[[list[Row]], object]):
-        self._config, self._present, self.commit, self.ledger = config.identity(), present, commit, self
+    def __init__(
+        self,
+        config: RunConfig,
+        document: Mapping[str, Any],
+        present: Set[int],
+        commit: Callable[[list[Row]], object],
+    ):
+        self._document, self._present, self.commit, self.ledger = document, present, commit, self
         self._publish = ObjectStore(config.store).publish if config.store else into(Path(config.out))
 
     def unseal(self) -> None:
         """Done by whoever has the ledger."""
 
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
-        return write_samples(results, recipe, self._config, self._publish)
+        return write_samples(results, recipe, self._document, self._publish)
 
     def within(self, first: int, stop: int) -> set[int]:
         return set(range(first, stop)) & self._present

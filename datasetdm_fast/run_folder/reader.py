@@ -165,6 +165,13 @@ class Run(AbstractContextManager):
         return tuple(self.document["config"]["task"])
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of all labels, each at the place of its number; empty in runs made before labels shared one
+        table.
+        """
+        return tuple(self.document.get("classes", ()))
+
+    @property
     def is_complete(self) -> bool:
         """Whether no sample of the plan is missing."""
         ledger = self._rows()
@@ -286,9 +293,9 @@ class TaskDataset:
     """Pairs of image and label as torch tensors; with `collate`, a torch DataLoader batches every kind of them.
 
     Image [3, H, W] float32, 0..1. Label: semantic and open-vocabulary [H, W] int64; depth [H, W] float32 metres;
-    instance a dict with masks [N, H, W] bool, boxes [N, 4] float32 (left, top, right, bottom), labels [N] int64 from
-    1, scores [N]; pose a dict with keypoints [P, J, 3] (x, y, visibility) and scores [P]. Of several tasks, a dict of
-    their labels.
+    instance a dict with masks [N, H, W] bool, boxes [N, 4] float32 (left, top, right, bottom), labels [N] int64, scores
+    [N]; pose a dict with keypoints [P, J, 3] (x, y, visibility) and scores [P]. Classes have the numbers of
+    `Run.classes`. Of several tasks, a dict of their labels.
     """
 
     run: Run
@@ -321,7 +328,7 @@ def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
     label = sample.label(task)
     if label is None:
         raise Refused(f"{sample.folder}: sample {sample.id} has no label {task!r}", "Leave it out with Run.where.")
-    parts = kind_of(task).arrays(label)
+    parts = kind_of(task).arrays(label, sample.document["labels"][task])
     if isinstance(parts, np.ndarray):
         return torch.from_numpy(parts)
     return {name: torch.from_numpy(value) for name, value in parts.items()}

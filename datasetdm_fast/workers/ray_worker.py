@@ -114,5 +114,5 @@ class RayWorker:
                 return
             queue.report(owner.slot, "ready", [])
             document, present = session
-            folder = PublishingFolder(setup.config, present, partial(queue.report, owner.slot, "rows"))
+            folder = PublishingFolder(setup.config, document, present, partial(queue.report, owner.slot, "rows"))
             Worker(adopt(job, document), folder, queue, owner).work()

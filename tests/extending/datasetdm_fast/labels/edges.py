@@ -9,7 +9,7 @@ import numpy as np
 
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.labels.image_files import index_png
-from datasetdm_fast.labels.kind import GalleryLayer
+from datasetdm_fast.labels.kind import GalleryLayer, Table
 from datasetdm_fast.labels.semantic import ClassMap, count_pixels
 
 CLASSES = ("background", "edge")
@@ -27,12 +27,13 @@ class EdgesKind(ClassMap):
     """Where one class ends and another begins."""
 
     attribute, title = "edges", "Edges"
-    contents = "`edges/ID.png`: 1 where another class begins to the right or below"
+    contents = "`edges/ID.png`: an edge where another class begins to the right or below"
     roles = ("edges",)
     layers = (GalleryLayer("edges", "Class edges", "map", role="edges"),)
 
-    def encode(self, label: SemanticMap, _: Mapping[str, Any]) -> tuple[dict[str, bytes], dict[str, Any]]:
-        return {"edges": index_png(label.labels)}, {"pixels": count_pixels(label.labels)}
+    def encode(self, label: SemanticMap, _: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:
+        numbers = self.stored(label.labels, table)
+        return {"edges": index_png(numbers)}, {"pixels": count_pixels(numbers)}
 
     def table(self, config: Any, _: int, __: Sequence[str]) -> dict[str, Any]:
         return {"classes": list(config.classes)}
