@@ -44,7 +44,7 @@ def rendered(index: int, size: int = 64, prompt: str | None = None) -> Sample:
                 world.JOINTS,
                 world.LIMBS,
             ),
-            "open-vocabulary": SemanticMap(things, np.ones((size, size), np.float32), words),
+            "open-vocabulary": SemanticMap(things, np.linspace(1, 0, size * size).reshape(size, size), words),
         },
     )
 
@@ -74,7 +74,7 @@ def document(number: int, size: int = 64, **config) -> dict:
                     "limbs": [list(limb) for limb in world.LIMBS],
                     "origin": MIDDLE,
                 },
-                "open-vocabulary": {"classes": ["background", *world.THINGS]},
+                "open-vocabulary": {"classes": ["background", *world.THINGS], "has_confidence": True},
             }
         ),
     }

@@ -66,6 +66,23 @@ def test_a_label_map_is_read_as_it_was_written():
     assert label.confidence.dtype == np.float32 and (label.confidence == np.float32(102 / 255)).all()
 
 
+def test_maps_of_words_keep_their_confidence_and_those_of_earlier_versions_have_none():
+    label = semantic(np.arange(16).reshape(4, 4) % 2, 0.4)
+    for task, role in (("open-vocabulary", "open_vocabulary"), ("attention", "attention")):
+        stored, table = LABEL_KINDS[task], LABEL_KINDS[task].table(None, 4, ("ball",))
+        files, record = stored.encode(label, {}, table)
+        pixels = {name: np.array(Image.open(io.BytesIO(content))) for name, content in files.items()}
+        assert list(files) == [role, f"{role}_confidence"] and record["mean_confidence"] == 0.4
+        assert (stored.decode(pixels, record, table).confidence == np.float32(102 / 255)).all()
+        assert list(stored.check(record, pixels, table, (4, 4))) == [] and stored.certainty(record) == 0.4
+        pixels[f"{role}_confidence"] += 1
+        assert "the mean confidence is 0.4039" in list(stored.check(record, pixels, table, (4, 4)))[0]
+        files, record = stored.encode(label, {}, {"classes": table["classes"]})
+        assert list(files) == [role] and record.keys() == {"pixels"} and stored.certainty(record) is None
+        read = stored.decode({role: pixels[role]}, record, {"classes": table["classes"]})
+        assert (read.confidence == 1).all() and (read.labels == label.labels).all()
+
+
 def test_a_map_shows_the_classes_that_fill_enough_of_it():
     record = {"pixels": {"0": 10, "1": 5, "255": 9}}
     shown = [list(LABEL_KINDS["semantic"].words(record, TABLES["semantic"], least)) for least in (5, 6, 11)]

@@ -288,6 +288,7 @@ def test_one_class_has_one_number_in_every_file(run_path):
             assert (np.array(words.classes)[words.labels] == np.array(classes)[maps["open_vocabulary"]]).all()
         ints = {task: run.as_dataset(task)[3][1] for task in ("semantic", "instance", "open-vocabulary")}
     assert set(ints["instance"]["labels"].tolist()) <= set(np.unique(ints["semantic"]).tolist())
+    assert words.confidence.min() == 0 and words.confidence.max() == 1
     assert (ints["open-vocabulary"] == ints["semantic"])[ints["open-vocabulary"] != nothing].all()
 
 

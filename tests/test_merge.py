@@ -11,6 +11,7 @@ from datasetdm_fast.merge import main
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.split import groups, origins
+from datasetdm_fast.scenes import world
 
 
 @pytest.fixture(scope="module")

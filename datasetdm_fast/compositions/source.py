@@ -77,13 +77,14 @@ class Source:
         """The label of a task, as its files and its row have it."""
         kind = kind_of(task)
         table = {**self.document["labels"][task], "size": (self.side, self.side)}
-        return kind.decode({role: tile.pixels[role] for role in kind.roles}, tile.row.labels[task], table)
+        return kind.decode({role: tile.pixels[role] for role in kind.files(table)}, tile.row.labels[task], table)
 
     def _tile(self, place: int) -> Tile:
         row = self.run[place].row
         if sides(self.document, row.recipe) != (self.side, self.side):
             raise self._damaged(f"the row of sample {row.request.id}")
-        roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).roles))
+        tables = self.document["labels"]
+        roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).files(tables[task])))
         return Tile(row, {role: self._pixels(row, role) for role in roles})
 
     def _pixels(self, row: Row, role: str) -> np.ndarray:

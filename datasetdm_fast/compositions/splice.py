@@ -127,10 +127,10 @@ class Splicing:
     def _labels(
         self, id: str, placed: Sequence[tuple[Tile, Placement]], sides: tuple[int, int]
     ) -> tuple[Files, dict[str, Any]]:
-        kinds = {task: kind_of(task) for task in sorted(self.source.run.tasks)}
+        kinds, tables = {task: kind_of(task) for task in sorted(self.source.run.tasks)}, self.source.document["labels"]
         maps = {
             task: kind.decode(
-                {role: spread(role, placed, sides) for role in kind.roles}, None, self.source.document["labels"][task]
+                {role: spread(role, placed, sides) for role in kind.files(tables[task])}, None, tables[task]
             )
             for task, kind in kinds.items()
             if kind.roles

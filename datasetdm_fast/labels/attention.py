@@ -24,14 +24,20 @@ def agreement(label: SemanticMap, other: SemanticMap) -> float | None:
 
 class AttentionKind(OpenVocabularyKind):
     attribute, title = "attention", "Classes read from attention"
-    contents = "`attention/ID.png`: class numbers of the asked words as palette PNG, background = none, 255 = uncertain"
-    roles = ("attention",)
-    layers = (GalleryLayer("attention", "Attention", "map", role="attention"),)
+    contents = (
+        "`attention/ID.png`: class numbers of the asked words as palette PNG, background = none, 255 = uncertain; "
+        "`attention_confidence/ID.png`: 0..255"
+    )
+    roles = ("attention", "attention_confidence")
+    layers = (
+        GalleryLayer("attention", "Attention", "map", role="attention"),
+        GalleryLayer("attention-confidence", "Uncertainty of attention", "uncertainty", role="attention_confidence"),
+    )
 
     def encode(
-        self, label: SemanticMap, labels: Mapping[str, Any], table: Table
+        self, label: SemanticMap, labels: Mapping[str, Any], table: Table, colours: Sequence[int] = ()
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
-        files, record = super().encode(label, labels, table)
+        files, record = super().encode(label, labels, table, colours)
         found = {task: agreement(label, labels[task]) for task in OTHERS if task in labels}
         told = {task: share for task, share in found.items() if share is not None}
         return files, {**record, **({"agreement": told} if told else {})}

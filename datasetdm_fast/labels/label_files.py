@@ -33,4 +33,6 @@ def encode(
 def decode(task: str, folder: Path, files: Mapping[str, str], record: Any, table: Mapping[str, Any]) -> Annotation:
     """The label of one task; `files` maps roles to paths inside `folder`, `table` names classes, joints and ranges."""
     kind = kind_of(task)
-    return kind.decode({role: np.array(images.read_image(folder / files[role])) for role in kind.roles}, record, table)
+    return kind.decode(
+        {role: np.array(images.read_image(folder / files[role])) for role in kind.files(table)}, record, table
+    )

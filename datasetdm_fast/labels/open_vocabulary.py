@@ -5,9 +5,8 @@ from itertools import count
 from typing import Any
 
 from datasetdm_fast.data import SemanticMap
-from datasetdm_fast.labels.image_files import index_png
 from datasetdm_fast.labels.kind import GalleryLayer, Table
-from datasetdm_fast.labels.semantic import ClassMap, count_pixels
+from datasetdm_fast.labels.semantic import ClassMap
 
 
 def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
@@ -20,20 +19,29 @@ def colour_numbers(known: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 class OpenVocabularyKind(ClassMap):
     attribute, title = "open_vocabulary", "Open-vocabulary classes"
-    contents = "`open_vocabulary/ID.png`: class numbers of the asked words as palette PNG, background = none of them"
-    roles = ("open_vocabulary",)
-    layers = (GalleryLayer("open-vocabulary", "Open vocabulary", "map", role="open_vocabulary"),)
+    contents = (
+        "`open_vocabulary/ID.png`: class numbers of the asked words as palette PNG, background = none of them; "
+        "`open_vocabulary_confidence/ID.png`: 0..255"
+    )
+    roles = ("open_vocabulary", "open_vocabulary_confidence")
+    layers = (
+        GalleryLayer("open-vocabulary", "Open vocabulary", "map", role="open_vocabulary"),
+        GalleryLayer("word-confidence", "Uncertainty of words", "uncertainty", role="open_vocabulary_confidence"),
+    )
+    layout = ("numbers", "has_confidence")
+
+    def files(self, table: Table) -> tuple[str, ...]:
+        return self.roles if table.get("has_confidence") else self.roles[:1]
 
     def encode(
-        self, label: SemanticMap, labels: Mapping[str, Any], table: Table
+        self, label: SemanticMap, labels: Mapping[str, Any], table: Table, colours: Sequence[int] = ()
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
-        has_others = "semantic" in labels and "numbers" not in table
-        colours = colour_numbers(labels["semantic"].classes, label.classes) if has_others else ()
-        numbers = self.stored(label.labels, table)
-        return {self.roles[0]: index_png(numbers, colours)}, {"pixels": count_pixels(numbers)}
+        if "semantic" in labels and "numbers" not in table:
+            colours = colour_numbers(labels["semantic"].classes, label.classes)
+        return super().encode(label, labels, table, colours)
 
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
-        return {"classes": ["background", *words]}
+        return {"classes": ["background", *words], "has_confidence": True}
 
     def colours(self, table: Table, tables: Mapping[str, Table]) -> dict[str, int]:
         asked, known = table["classes"], tables.get("semantic", {}).get("classes", [])

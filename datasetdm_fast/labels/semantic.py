@@ -22,14 +22,19 @@ def count_pixels(labels: np.ndarray) -> dict[str, int]:
     return {str(value): count for value, count in enumerate(counts) if count}
 
 
+def mean_confidence(sure: np.ndarray) -> float:
+    """Of a confidence file [H, W] uint8, 0..1."""
+    return round(float(sure.mean()) / 255, 4)
+
+
 class ClassMap(LabelKind):
-    """A map of class numbers, in the first of its roles."""
+    """A map of class numbers in the first of its roles, and in the second, where there is one, its confidence."""
 
     is_map = can_mask = can_be_masked = True
     gates = Gates(exact=(1e-4, 1e-3), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"classes": [str]}
     layout = ("numbers",)
-    pixel_bytes = 1
+    pixel_bytes = 2
 
     def stored(self, labels: np.ndarray, table: Table) -> np.ndarray:
         """The numbers in files [H, W] uint8 of places in `classes`."""
@@ -44,9 +49,22 @@ class ClassMap(LabelKind):
         place[numbers] = range(len(numbers))
         return place[pixels]
 
+    def encode(
+        self, label: SemanticMap, _: Mapping[str, Any], table: Table, colours: Sequence[int] = ()
+    ) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """The map, whose number k has the colour of class colours[k] where these are given, and its confidence."""
+        numbers, files = self.stored(label.labels, table), self.files(table)
+        contents = {files[0]: index_png(numbers, colours)}
+        record: dict[str, Any] = {"pixels": count_pixels(numbers)}
+        for role in files[1:]:
+            sure = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
+            contents[role], record["mean_confidence"] = _C.png_encode(sure), mean_confidence(sure)
+        return contents, record
+
     def decode(self, pixels: Pixels, _: Any, table: Table) -> SemanticMap:
         labels = self.places(pixels[self.roles[0]], table)
-        return SemanticMap(labels, np.ones(labels.shape, np.float32), tuple(table["classes"]))
+        sure = [pixels[role].astype(np.float32) / 255 for role in self.files(table)[1:]]
+        return SemanticMap(labels, *(sure or [np.ones(labels.shape, np.float32)]), tuple(table["classes"]))
 
     def arrays(self, label: SemanticMap, table: Table) -> np.ndarray:
         return self.stored(label.labels, table).astype(np.int64)
@@ -61,6 +79,12 @@ class ClassMap(LabelKind):
         strange = [number for number in map(int, counts) if number not in known and number != IGNORE]
         if strange:
             yield f"its map holds the number {strange[0]}, which none of its {len(known)} classes has"
+        for role in self.files(table)[1:]:
+            if record["mean_confidence"] != (sure := mean_confidence(pixels[role])):
+                yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
+
+    def certainty(self, record: Any) -> float | None:
+        return record.get("mean_confidence")
 
     def distance(self, found: SemanticMap, truth: SemanticMap) -> float:
         """Share of pixels that differ."""
@@ -118,30 +142,9 @@ class SemanticKind(ClassMap):
         GalleryLayer("semantic", "Semantic", "map", role="semantic"),
         GalleryLayer("confidence", "Uncertainty", "uncertainty", role="confidence"),
     )
-    pixel_bytes = 2
-
-    def encode(self, label: SemanticMap, _: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:
-        sure = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
-        numbers = self.stored(label.labels, table)
-        files = (index_png(numbers), _C.png_encode(sure))
-        record = {"pixels": count_pixels(numbers), "mean_confidence": round(float(sure.mean()) / 255, 4)}
-        return dict(zip(self.roles, files, strict=True)), record
-
-    def decode(self, pixels: Pixels, _: Any, table: Table) -> SemanticMap:
-        labels, sure = (pixels[role] for role in self.roles)
-        return SemanticMap(self.places(labels, table), sure.astype(np.float32) / 255, tuple(table["classes"]))
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         return {"classes": list(config.classes), "ignore": IGNORE}
-
-    def check(self, record: Any, pixels: Pixels, table: Table, sides: tuple[int, int]) -> Iterator[str]:
-        yield from super().check(record, pixels, table, sides)
-        sure = round(float(pixels[self.roles[1]].mean()) / 255, 4)
-        if record["mean_confidence"] != sure:
-            yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
-
-    def certainty(self, record: Any) -> float:
-        return record["mean_confidence"]
 
     def figures(self, record: Any) -> dict[str, float]:
         return {"confidence": record["mean_confidence"]}

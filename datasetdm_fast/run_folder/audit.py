@@ -266,7 +266,9 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row, is_indexed
         )
     place = ASIDE if row.status == DOUBTFUL else ""
     expected = {"image": f"{place}images/{id}.{config['image_format']}"} | {
-        role: f"{place}{role}/{id}.png" for task in config["task"] for role in kind_of(task).roles
+        role: f"{place}{role}/{id}.png"
+        for task in config["task"]
+        for role in kind_of(task).files(document["labels"][task])
     }
     if {role: name for role, (name, _) in row.files.items()} != expected:
         findings.append(
@@ -325,7 +327,7 @@ def _check_picture(folder: Path, row: Row, role: str, pixels: np.ndarray | None)
 def _label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the labels of one task, where its files could be read."""
     table = document["labels"][task]
-    roles = ("image", *kind_of(task).roles)
+    roles = ("image", *kind_of(task).files(table))
     if any(role not in arrays for role in roles):
         return
     try:

@@ -134,7 +134,9 @@ class RunFacts:
                 "file": layer.role and f"{layer.role}/ID.png",
                 "is_drawn": layer.picture is not None,
                 "unit": layer.unit,
-                "classes": [self.number(word) for word in document["labels"][task].get("classes", ())],
+                "classes": {
+                    number: self.number(word) for number, word in kind_of(task).names(document["labels"][task]).items()
+                },
                 "steps": kind_of(task).steps(document["labels"][task]),
                 "limbs": document["labels"][task].get("limbs", []),
             }
@@ -186,4 +188,10 @@ class RunFacts:
 
 def layers_of(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:
     """The layers of a run with their labels, in the order of the tasks."""
-    return {layer: label for label in by_task(document["config"]["task"]) for layer in kind_of(label).layers}
+    files = {label: kind_of(label).files(document["labels"][label]) for label in by_task(document["config"]["task"])}
+    return {
+        layer: label
+        for label, roles in files.items()
+        for layer in kind_of(label).layers
+        if not layer.role or layer.role in roles
+    }
