@@ -7,7 +7,7 @@ import numpy as np
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.labels.numbering import numbered
-from datasetdm_fast.labels.pose import MIDDLE
+from datasetdm_fast.labels.pose import MIDDLE, WIDENED
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.document import FORMAT
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -73,6 +73,8 @@ def document(number: int, size: int = 64, **config) -> dict:
                     "joints": list(world.JOINTS),
                     "limbs": [list(limb) for limb in world.LIMBS],
                     "origin": MIDDLE,
+                    "size": [size, size],
+                    "widened": WIDENED,
                 },
                 "open-vocabulary": {"classes": ["background", *world.THINGS], "has_confidence": True},
             }

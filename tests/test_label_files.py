@@ -205,6 +205,61 @@ def test_a_joint_that_is_not_seen_has_no_place_and_no_part_in_the_box():
     assert pose_labels.people([item], {}, None) == [] and found_wrong("pose", {}, [item]) == []
 
 
+PEOPLE = {**TABLES["pose"], "size": [40, 60], "widened": 0.125}
+
+
+def extent(label, labels=None, table=PEOPLE):
+    """Box, area and where they are from of every person, of which an audit finds nothing wrong."""
+    _, record = LABEL_KINDS["pose"].encode(label, labels or {}, table)
+    assert list(LABEL_KINDS["pose"].check(record, {}, table, tuple(table["size"]))) == []
+    return [(item["bbox"], item["area"], item["box_from"]) for item in record]
+
+
+def test_a_person_without_an_instance_has_the_box_of_its_joints_widened_and_cut_to_the_picture():
+    """By an eighth of its longer side, by two pixels at least; never empty, also where one joint alone is seen."""
+    inside = person((20, 10), (36, 20), (28, 12))
+    assert extent(inside) == [([18.0, 8.0, 20.0, 14.0], 280.0, "joints")]
+    assert extent(person((1, 1), (57, 39), (9, 9))) == [([0.0, 0.0, 60.0, 40.0], 2400.0, "joints")]
+    assert extent(person((60, 40), (0, 0), (0, 0), visibility=(1, 0, 0))) == [([58.0, 38.0, 2.0, 2.0], 4.0, "joints")]
+    assert extent(person((70, -3), (0, 0), (0, 0), visibility=(2, 0, 0)))[0][1] > 0  # a joint outside the picture
+    assert extent(person((1, 1), (2, 2), (3, 3), visibility=(0, 0, 0))) == []  # nothing tells where it is
+    _, (item,) = LABEL_KINDS["pose"].encode(inside, {}, PEOPLE)
+    for changes in ({"bbox": [18.0, 8.0, 20.0, 14.002]}, {"area": 0}, {"box_from": "instance", "area": 0}):
+        assert len(list(LABEL_KINDS["pose"].check([item | changes], {}, PEOPLE, (40, 60)))) == 1, changes
+
+
+def test_a_person_has_the_box_and_area_of_the_instance_that_most_of_its_joints_lie_on():
+    def figures(*boxes, names=("cone", "person"), kinds=None, scores=None):
+        masks = np.zeros((len(boxes), 40, 60), bool)
+        for mask, (top, left, bottom, right) in zip(masks, boxes):
+            mask[top:bottom, left:right] = True
+        kinds = np.array(kinds or [1] * len(boxes))
+        return {"instance": Instances(masks, kinds, np.array(scores or [0.9] * len(boxes)), names)}
+
+    one = person((20.5, 10.5), (36.5, 20.5), (28.5, 12.5))
+    from_joints, whole = extent(one), (2, 18, 30, 40)  # with its head
+    found = [([18.0, 2.0, 22.0, 28.0], 616, "instance")]
+    assert extent(one, figures(whole)) == found == extent(one, figures((2, 30, 30, 40), whole))  # all joints, not some
+    assert extent(one, figures(whole, names=("cone", "woman"))) == found
+    assert extent(one, figures((25, 0, 40, 60))) == from_joints  # none of the joints
+    assert extent(one, figures((2, 30, 30, 40))) == from_joints  # a third of them
+    assert extent(one, figures(whole, kinds=[0])) == from_joints  # a cone
+    assert extent(one, figures(whole, scores=[0.3])) == from_joints  # too unsure to be shown
+    two = Keypoints(*(np.concatenate([part, part]) for part in (one.points, one.visibility, one.scores)), one.joints)
+    assert [kind for *_, kind in extent(two, figures(whole))] == ["instance", "joints"]  # no mask is taken twice
+    assert [kind for *_, kind in extent(two, figures(whole, (0, 0, 40, 60)))] == ["instance", "instance"]
+
+
+def test_a_person_in_a_larger_picture_takes_its_box_along():
+    place = kind.Placement(40, 60, 10, 20, 20, 30, (80, 90))  # at half the size
+    for labels, area in (({}, None), ({"instance": Instances(np.ones((1, 40, 60), bool), [0], [1], ("person",))}, 600)):
+        _, (item,) = LABEL_KINDS["pose"].encode(person((20, 10), (36, 20), (28, 12)), labels, PEOPLE)
+        moved = LABEL_KINDS["pose"].moved(item, place)
+        assert list(LABEL_KINDS["pose"].check([moved], {}, PEOPLE, (80, 90))) == []
+        assert moved["bbox"] == ([20.0, 10.0, 30.0, 20.0] if area else [28.0, 13.0, 12.0, 9.0])
+        assert moved["area"] == (area or 108.0) and moved["box_from"] == item["box_from"]
+
+
 def test_files_count_joints_from_the_middle_of_the_first_pixel_as_coco_does():
     """The middle of pixel (10, 20) is written as 10, 20; runs made before files had an origin are read as they were."""
     label = person((10.5, 20.5), (0.25, 511.123), (1 / 3, 99.9))

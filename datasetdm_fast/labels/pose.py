@@ -4,12 +4,15 @@ Files count places from the middle of the first pixel, as COCO does, and `Keypoi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.data import Keypoints
+from datasetdm_fast.data import Instances, Keypoints
+from datasetdm_fast.labels import class_tables, mask_rle
+from datasetdm_fast.labels.instance import SHOWN_SCORE
 from datasetdm_fast.labels.kind import (
     SAME,
     GalleryLayer,
@@ -27,6 +30,9 @@ PERSON = "person"  # the class of every figure
 MIDDLE = "middle of the first pixel"
 TO_EDGE = 0.5  # pixels from there to its outer edge
 ROUNDING = 0.0015  # of boxes, which the ledger rounds to three digits, and of a difference of two such numbers
+WIDENED = 0.125  # of its longer side: by so much the box of a person's joints is moved out at every side,
+LEAST_WIDENED = 2.0  # and by so many pixels at least, so that it is never empty
+MOST_JOINTS = 0.5  # share of a person's joints that must lie on an instance for it to be that person's
 SAME_JOINT = 0.1  # distance at which two joints are taken for one, in diagonals of the person's box
 
 
@@ -36,6 +42,46 @@ def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(2), np.zeros(2)
     low = points[seen, :2].min(0)
     return low, points[seen, :2].max(0) - low
+
+
+def _widened(points: np.ndarray, seen: np.ndarray, sides: Sequence[int], share: float) -> list[float]:
+    """The box [x, y, width, height] around the joints of a person, counted from the edge of the first pixel, widened by
+    a share and cut to a picture of this height and width.
+    """
+    most = np.array(sides[::-1], np.float64)
+    low, extent = _box(np.clip(points[:, :2], 0, most), seen)
+    margin = max(share * extent.max(), LEAST_WIDENED)
+    corner = np.clip(low - margin, 0, most)
+    return [*corner.tolist(), *(np.clip(low + extent + margin, 0, most) - corner).tolist()]
+
+
+def _masks_of(label: Keypoints, labels: Mapping[str, Any]) -> dict[int, np.ndarray]:
+    """Place of a person -> the mask of the instance on which most of the seen joints lie, none taken twice."""
+    found = [label for label in labels.values() if isinstance(label, Instances)]
+    words = persons()
+    masks = [
+        mask
+        for one in found
+        for mask, kind, score in zip(one.masks, one.class_ids, one.scores, strict=True)
+        if one.classes[kind].lower() in words and score >= SHOWN_SCORE
+    ]
+    shares = []
+    for person, (points, visibility) in enumerate(zip(label.points, label.visibility, strict=True)):
+        for k, mask in enumerate(masks if (visibility > 0).any() else ()):
+            share = _inside(points, visibility, mask).sum() / (visibility > 0).sum()
+            shares += [(-share, person, k)] if share >= MOST_JOINTS else []
+    own: dict[int, int] = {}
+    for _, person, k in sorted(shares):
+        if person not in own and k not in own.values():
+            own[person] = k
+    return {person: masks[k] for person, k in own.items()}
+
+
+@cache
+def persons() -> frozenset[str]:
+    """The class names that mean a person."""
+    known = next(word for word in class_tables.table("coco").classes if word.name == PERSON)
+    return frozenset((PERSON, *known.words))
 
 
 def _matches(first: Keypoints, second: Keypoints) -> dict[int, int]:
@@ -91,37 +137,62 @@ def people(record: Any, table: Table, traced: Any) -> list[list[float]]:
 
 class PoseKind(LabelKind):
     attribute, title = "keypoints", "People with joints"
-    contents = "`keypoints.json`: COCO keypoints with visibility and scores"
+    contents = (
+        "`keypoints.json`: COCO keypoints with visibility and scores; `box_from` tells whether box and area are "
+        "those of the person's instance mask or of its joints, widened"
+    )
     layers = (GalleryLayer("pose", "Pose", "skeletons", values=people),)
     gates = Gates(exact=(1e-2, 1e-1), free_exact=(5e-2, 0.5), rounded=(0.5, 2.0), free_rounded=(1.0, 8.0))
     table_form = {"joints": [str], "limbs": [[int]]}
-    layout = ("category", "origin")
+    layout = ("category", "origin", "size", "widened")
     pixel_bytes = 0
     coco_file = "keypoints.json"
 
     def encode(
-        self, label: Keypoints, _: Mapping[str, Any], table: Table
+        self, label: Keypoints, labels: Mapping[str, Any], table: Table
     ) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
         people = []
         from_middle = label.points.astype(np.float64) - [_to_edge(table), _to_edge(table), 0]
-        for points, visibility, score in zip(from_middle, label.visibility, label.scores, strict=True):
+        masks = _masks_of(label, labels) if "widened" in table else {}
+        for k, (points, visibility, score) in enumerate(zip(from_middle, label.visibility, label.scores, strict=True)):
+            if "widened" in table and not visibility.any():  # nothing tells where that person is
+                continue
             flat = [
                 value
                 for (x, y, _), v in zip(points, visibility, strict=True)
                 for value in ((rounded(x, 6), rounded(y, 6), int(v)) if v else (0, 0, 0))
             ]
-            low, sides = _box(points, visibility > 0)
             people.append(
                 {
                     "keypoints": flat,
                     "keypoint_scores": [rounded(value, 6) for value in points[:, 2]],
                     "num_keypoints": int((visibility > 0).sum()),
                     "score": rounded(score, 6),
-                    "bbox": [rounded(value) for value in (*low, *sides)],
-                    "area": rounded(sides[0] * sides[1]),
+                    **self._extent(points + [_to_edge(table), _to_edge(table), 0], visibility > 0, table, masks.get(k)),
                 }
             )
         return {}, people
+
+    def _extent(
+        self, points: np.ndarray, seen: np.ndarray, table: Table, mask: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        """Box and area of a person and what they were taken from: the mask of the instance, or else the joints, whose
+        places are counted from the edge of the first pixel.
+        """
+        if "widened" not in table:  # runs made before persons had more than the box of their joints
+            low, sides = _box(points - [_to_edge(table), _to_edge(table), 0], seen)
+            return {"bbox": [rounded(value) for value in (*low, *sides)], "area": rounded(sides[0] * sides[1])}
+        if mask is not None:
+            encoded = mask_rle.encode(mask[None])
+            box, area = encoded.boxes[0].tolist(), int(encoded.areas[0])
+        else:
+            box = _widened(points, seen, table["size"], table["widened"])
+            area = rounded(box[2] * box[3])
+        return {
+            "bbox": [rounded(value) for value in box],
+            "area": area,
+            "box_from": "joints" if mask is None else "instance",
+        }
 
     def decode(self, _: Pixels, record: Any, table: Table) -> Keypoints:
         joints = tuple(table["joints"])
@@ -149,8 +220,6 @@ class PoseKind(LabelKind):
         for k, person in enumerate(record):
             points = np.array(person["keypoints"], np.float64).reshape(len(table["joints"]), 3)
             seen = points[:, 2] > 0
-            low, (width, height) = _box(points, seen)
-            box, area = np.array([*low, width, height]), width * height
             if not (
                 np.isin(points[:, 2], (0, 1, 2)).all()
                 and len(person["keypoint_scores"]) == len(points)
@@ -159,11 +228,24 @@ class PoseKind(LabelKind):
                 yield f"person {k} has joints that are no joints"
             if person["num_keypoints"] != int(seen.sum()):
                 yield f"person {k} has {int(seen.sum())} joints, the ledger says {person['num_keypoints']}"
+            if person.get("box_from") == "instance":
+                yield from self._check_box(k, person, sides)
+                continue
+            from_edge = points + [_to_edge(table), _to_edge(table), 0]
+            extent = self._extent(from_edge, seen, {**table, "size": sides})
+            box, area = np.array(extent["bbox"]), extent["area"]
             is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (
-                width + height + 1
+                box[2] + box[3] + 1
             )
-            if not is_near:
+            if not is_near or person.get("box_from") != extent.get("box_from"):
                 yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
+
+    def _check_box(self, k: int, person: Mapping[str, Any], sides: tuple[int, int]) -> Iterator[str]:
+        """What is wrong with a box taken from an instance, of which the record of a person does not hold the mask."""
+        x, y, width, height = person["bbox"]
+        is_inside = min(x, y) >= 0 and x + width <= sides[1] + ROUNDING and y + height <= sides[0] + ROUNDING
+        if not is_inside or not 0 < person["area"] <= width * height + ROUNDING * (width + height + 1):
+            yield f"person {k} cannot fill {person['area']} pixels in {person['bbox']}"
 
     def certainty(self, record: Any) -> float | None:
         return mean_score(record)
@@ -175,13 +257,22 @@ class PoseKind(LabelKind):
         low = np.array([place.left, place.top])
         most = low + [place.columns - 1, place.rows - 1]
         points[seen, :2] = np.clip((points[seen, :2] + 0.5) * scale - 0.5 + low, low, most)
-        corner, sides = _box(points, seen)
         flat = [value for x, y, v in points.tolist() for value in (rounded(x, 6), rounded(y, 6), int(v))]
-        return item | {
-            "keypoints": flat,
-            "bbox": [rounded(value) for value in (*corner, *sides)],
-            "area": rounded(sides[0] * sides[1]),
-        }
+        return item | {"keypoints": flat, **self._moved_extent(item, points, seen, place, scale)}
+
+    def _moved_extent(
+        self, item: Mapping[str, Any], points: np.ndarray, seen: np.ndarray, place: Placement, scale: np.ndarray
+    ) -> dict[str, Any]:
+        if item.get("box_from") != "instance":
+            table = {"origin": MIDDLE, "size": place.sides, "widened": WIDENED} if "box_from" in item else {}
+            return self._extent(points + ([TO_EDGE, TO_EDGE, 0] if table else [0, 0, 0]), seen, table)
+        x, y, width, height = item["bbox"]
+        corner = np.array([x, y]) * scale + [place.left, place.top]
+        box = [rounded(value) for value in (*corner, *(np.array([width, height]) * scale))]
+        return {"bbox": box, "area": rounded(item["area"] * scale.prod())}
+
+    def rewritten(self, table: Table) -> Table:
+        return {**table, "widened": WIDENED} if "widened" in table else table
 
     def figures(self, record: Any) -> dict[str, float]:
         return self.count(record)
@@ -229,7 +320,8 @@ class PoseKind(LabelKind):
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         limbs = [list(limb) for limb in config.limbs]
-        return {"joints": list(config.joints), "limbs": limbs, "origin": MIDDLE}
+        sides = {"size": [size, size], "widened": WIDENED}
+        return {"joints": list(config.joints), "limbs": limbs, "origin": MIDDLE, **sides}
 
     def numbered(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
         return {**table, "category": order[PERSON]}
