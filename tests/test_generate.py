@@ -9,7 +9,10 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import generate
 from datasetdm_fast.config import TASKS
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.reader import open_run
 
 
@@ -67,6 +70,69 @@ def test_the_same_line_again_has_nothing_to_do(engines, tmp_path, capsys):
     for _ in range(2):
         assert run("--number", "3", out=tmp_path / "run") == 0
     assert len(engines) == 1 and "complete with 3 samples, nothing to do" in capsys.readouterr().err
+
+
+def files_of(path):
+    """Every file of a run folder but its state, with its bytes; card and page tell which command made them."""
+    found = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    return {name: data for name, data in found.items() if not name.startswith("state/")}
+
+
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        (["--number", "3"], ["--number", "7"]),
+        (["--classes", "ball,cube", "--per-class", "2"], ["--classes", "ball,cube", "--per-class", "3"]),
+        (["--prompts", "a ball\na cube", "--number", "2"], ["--prompts", "a ball\na cube\na cone", "--number", "7"]),
+    ],
+    ids=["number", "per class", "prompts"],
+)
+def test_a_finished_run_grows_into_the_one_that_was_larger_from_the_start(engines, tmp_path, capsys, first, more):
+    usual = ["--batch-size", "2", "--quiet"]
+    assert run(*first, *usual, out=tmp_path / "run") == 0
+    assert run(*more, *usual, "--dry-run", out=tmp_path / "run") == 0
+    assert audit(tmp_path / "run").is_complete and audit(tmp_path / "run").findings == []
+    assert run(*more, *usual, "--limit", "1", out=tmp_path / "run") == 0
+    assert not audit(tmp_path / "run").is_complete and audit(tmp_path / "run").findings == []
+    assert run(*more, *usual, out=tmp_path / "run") == 0
+    assert run(*more, *usual, out=tmp_path / "large") == 0
+    grown, large = files_of(tmp_path / "run"), files_of(tmp_path / "large")
+    assert grown == large and audit(tmp_path / "run").is_complete and audit(tmp_path / "run").findings == []
+    assert run(*first, *usual, out=tmp_path / "run") == 2  # it does not shrink
+    assert "number:" in capsys.readouterr().err and files_of(tmp_path / "run") == grown
+
+
+def test_a_run_does_not_grow_where_an_image_would_become_another_one(engines, tmp_path, capsys):
+    line = ["--prompts", "a ball\na cube", "--number", "3", "--quiet"]
+    assert run(*line, out=tmp_path / "run") == 0
+    before = files_of(tmp_path / "run")
+    for prompts, index in (("a cone\na cube", 0), ("a ball\na cube\na cone", 2)):  # the third image was a ball again
+        assert run("--prompts", prompts, "--number", "9", "--quiet", out=tmp_path / "run") == 2
+        err = capsys.readouterr().err
+        assert f"image {index:08d} would be another one (" in err and "a cone" in err and "Append prompts" in err
+    for other in (["--seed", "4"], ["--steps", "9"], ["--resume", "never"]):
+        assert run("--prompts", "a ball\na cube", "--number", "9", "--quiet", *other, out=tmp_path / "run") == 2
+    assert run("--prompts", "a ball\na cone", "--number", "3", "--quiet", out=tmp_path / "run") == 2
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_run_that_was_killed_while_it_began_to_grow_grows_with_the_same_line(engines, tmp_path, monkeypatch):
+    """The ledger tells of more images, run.json does not yet."""
+    line = ["--batch-size", "2", "--quiet"]
+    assert run("--number", "3", *line, out=tmp_path / "run") == 0
+
+    def killed(files):
+        if tmp_path / "run" / "run.json" in files:
+            raise KeyboardInterrupt
+        return publish(files)
+
+    publish = storage.publish
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish", killed)
+        run("--number", "5", *line, out=tmp_path / "run")
+    assert read_document(tmp_path / "run")["plan"]["number"] == 3 and audit(tmp_path / "run").findings == []
+    assert run("--number", "5", *line, out=tmp_path / "run") == 0 == run("--number", "5", *line, out=tmp_path / "large")
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "large") and audit(tmp_path / "run").findings == []
 
 
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):
@@ -140,8 +206,8 @@ def test_bad_input_is_one_sentence_one_remedy_and_nothing_written(engines, tmp_p
 def test_other_configurations_exit_with_two(engines, tmp_path, capsys):
     assert run("--number", "2", out=tmp_path / "run") == 0
     capsys.readouterr()
-    assert run("--number", "3", "--seed", "4", out=tmp_path / "run") == 2
-    assert "number: 2 there, 3 asked for; seed: 0 there, 4 asked for" in capsys.readouterr().err
+    assert run("--number", "1", "--seed", "4", out=tmp_path / "run") == 2
+    assert "number: 2 there, 1 asked for; seed: 0 there, 4 asked for" in capsys.readouterr().err
 
 
 def test_samples_set_aside_exit_with_four(engines, tmp_path, capsys):

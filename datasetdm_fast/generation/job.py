@@ -1,7 +1,7 @@
 """A run before its first byte: settings checked, networks loaded, plan and recipe made, run folder compared."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,19 @@ from datasetdm_fast.generation.settings import check_settings, count_images, ide
 from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.numbering import laid_out, numbered
 from datasetdm_fast.run_folder.document import (
-    DOCUMENT,
     FORMAT,
+    GROWING,
     LEDGER,
+    check_config,
     check_same,
+    differences,
+    grows,
     most_samples,
-    pretty,
     read_document,
     sets_aside,
 )
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
 from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
 
@@ -94,7 +96,7 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
     stored = read_document(folder)
     if stored is None:
         return None
-    check_same(folder, stored, {"config": identity(config, source)})
+    check_config(folder, stored, identity(config, source))
     if config.resume == "never":
         raise Refused(
             f"{folder}: the run folder exists, and --resume never asks for a new one",
@@ -130,7 +132,8 @@ def refill(config: RunConfig) -> None:
     if stored is None or not (Path(config.out) / LEDGER).exists():
         return
     wanted = identity(config, prompts.read_source(config))
-    check_same(Path(config.out), stored, {"config": wanted | {"keep": stored["config"].get("keep")}})
+    check_config(Path(config.out), stored, wanted | {"keep": stored["config"].get("keep")})
+    wanted |= {name: stored["config"][name] for name in GROWING if name in stored["config"]}  # it grows afterwards
     with Ledger(Path(config.out) / LEDGER, read_only=True) as ledger:
         if any(row.trust is None for row in ledger.rows(parts=("trust",))):
             raise Refused(
@@ -141,8 +144,6 @@ def refill(config: RunConfig) -> None:
         return
     document = stored | {"config": wanted}
     with RunFolder(Path(config.out), document) as folder:
-        if stored != document:
-            storage.publish({folder.path / DOCUMENT: pretty(document)})
         folder.set_doubtful_aside()
 
 
@@ -246,14 +247,22 @@ def _megabytes(count: int) -> str:
 
 
 def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
-    """The job as the run folder's description has it; other weights or another engine are refused.
+    """The job as the run folder's description has it, which tells of more images where the run is to grow; other
+    weights or another engine are refused.
 
     Which of several equal GPUs continues a run folder, what its memory would hold and where the weights lie change no
     byte.
     """
     document = job.document | {"labels": laid_out(job.document["labels"], stored["labels"])}
-    if not job.config.batch_size:
-        document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
+    if grows(stored["config"], document["config"]):
+        check_rows(job)
+        stored = {
+            **stored,
+            "config": stored["config"] | {name: document["config"][name] for name in GROWING},
+            "plan": stored["plan"] | {name: document["plan"][name] for name in ("number", "prompts")},
+        }
+    # Of the same settings; how many images are in a batch of theirs also depends on the number and on free memory.
+    document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
     compared = [
         {
             part: {name: value for name, value in source[part].items() if name not in ("source", "device", "licence")}
@@ -264,6 +273,23 @@ def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
     check_same(job.folder, *compared)
     plan = replace(job.plan, batch_size=stored["plan"]["batch_size"])
     return replace(job, plan=plan, recipe=replace(job.recipe, facts=row_facts(stored)), document=dict(stored))
+
+
+def check_rows(job: Job) -> None:
+    """Refuses a plan in which an image that the run folder holds would be another one."""
+    if not (job.folder / LEDGER).exists():
+        return
+    with Ledger(job.folder / LEDGER, read_only=True) as ledger:
+        for row in ledger.rows(DONE, SET_ASIDE, DOUBTFUL, parts=()):
+            planned = job.plan.request(row.request.index)
+            if planned != row.request:
+                found = differences(asdict(row.request), asdict(planned))
+                raise Refused(
+                    f"{job.folder}: with these settings image {row.request.id} would be another one "
+                    f"({'; '.join(found)})",
+                    "Append prompts at the end of the list, which must have been at least as long as the run, or "
+                    "choose another --out.",
+                )
 
 
 def count_rows(config: RunConfig) -> int:

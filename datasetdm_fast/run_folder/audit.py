@@ -20,6 +20,7 @@ from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import (
     ASIDE,
     DOCUMENT,
+    GROWING,
     LEDGER,
     LOCK,
     check_document,
@@ -31,6 +32,10 @@ from datasetdm_fast.run_folder.document import (
 )
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
+
+# What of run.json a process that was killed while a run began to grow has told to the ledger alone; the same line again
+# writes it there.
+BEGUN_ANEW = {"config.keep", "plan.number", "plan.prompts", *(f"config.{name}" for name in GROWING)}
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ def _audit(
         Finding(DOCUMENT, f"{line.replace(' asked for', ' in the ledger')}", "Restore run.json from a copy.")
         for part in noted or {}
         for line in differences(document.get(part), noted[part], part)
+        if seal.is_sealed(folder) or line.partition(":")[0] not in BEGUN_ANEW
     ]
     is_indexed = ledger.noted("indexed") is not None
     findings += _check_seal(folder)

@@ -36,6 +36,7 @@ FORM = {
     "engine": dict,
     "labels": dict,
 }
+GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
 RESTORE = "Restore the file from a copy, or choose another --out."
 COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
 DECODER_FORM = {"digest": str, "licence": str}
@@ -178,6 +179,18 @@ def check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
             f"{folder}: holds a run of another configuration ({'; '.join(found)})",
             "Choose another --out, or give the flags it was started with.",
         )
+
+
+def grows(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the settings `wanted` ask for more images than a run of the settings `stored` was to have."""
+    number = stored.get("number")
+    return isinstance(number, int) and wanted.get("number", 0) > number
+
+
+def check_config(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses settings that are not those of a run folder; only GROWING ones may differ, where it is to grow."""
+    changed = {name: wanted[name] for name in GROWING if name in wanted} if grows(stored["config"], wanted) else {}
+    check_same(folder, {"config": stored["config"] | changed}, {"config": wanted})
 
 
 def pretty(document: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,16 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels import label_files
 from datasetdm_fast.run_folder import gallery, seal
-from datasetdm_fast.run_folder.document import ASIDE, DOCUMENT, LEDGER, LOCK, described, pretty, sets_aside
+from datasetdm_fast.run_folder.document import (
+    ASIDE,
+    DOCUMENT,
+    LEDGER,
+    LOCK,
+    described,
+    pretty,
+    read_document,
+    sets_aside,
+)
 from datasetdm_fast.run_folder.indexes import writers
 from datasetdm_fast.run_folder.kept import KEPT, Kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
@@ -54,10 +63,13 @@ class RunFolder(AbstractContextManager):
             if not (path / SEAL).exists():
                 storage.publish({path / SEAL: pretty({})})
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
-            described = json.dumps(document, ensure_ascii=False, sort_keys=True)
-            if self.ledger.noted("run") != described:
+            content = json.dumps(document, ensure_ascii=False, sort_keys=True)
+            if self.ledger.noted("run") != content:
                 unseal(path)
-                self.ledger.note("run", described)
+                self.ledger.note("run", content)
+            if read_document(path) != self.document:  # the run grows, or keeps trusted samples alone from now on
+                unseal(path)
+                storage.publish({path / DOCUMENT: pretty(document)})
         except BaseException:
             self._closing.close()
             raise
