@@ -20,6 +20,8 @@ COMMANDS = {
     "merge": ("datasetdm_fast.merge", "make one run of several, every sample once"),
     "split": ("datasetdm_fast.split", "say which samples of a run are for training, validation and test"),
     "convert": ("datasetdm_fast.convert", "write samples of runs in the layouts that trainers read"),
+    "drop": ("datasetdm_fast.drop", "take samples out of a run folder"),
+    "restore": ("datasetdm_fast.restore", "bring dropped samples back"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
     "gallery": ("datasetdm_fast.gallery", "show the samples of a run in a browser, of one in progress too"),

@@ -370,7 +370,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     refill: bool = setting(
         False,
-        "with --keep trusted: set aside the doubtful samples of a run that kept all, and make others in their place",
+        "make others in the place of samples that were dropped; with --keep trusted also in the place of the doubtful "
+        "samples of a run that kept all, which are set aside",
         identity=False,
     )
     ignore_below: float = setting(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.ending import command
@@ -14,7 +15,7 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, duration
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.generation.job import Job, count_rows, finished, prepare, refill
+from datasetdm_fast.generation.job import Job, count_rows, finished, further, prepare, refill
 from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import prepare_remake, remake, run
@@ -150,7 +151,8 @@ def _run_together(
     config: RunConfig, start: Callable[[Callbacks], Result], interruption: Interruption, processes: int = 1
 ) -> Result:
     """The same of a run of several processes, of which this one counts the images of all, or its share of them."""
-    left = count_images(config) - count_rows(config)
+    stored = read_document(Path(config.out))
+    left = count_images(config) + (further(stored) if stored else 0) - count_rows(config)
     images = -(-min(left, config.limit or left) // processes)
     with interruption, ImageProgress(images, config.quiet) as progress:
         return start(Callbacks(table, progress.print, progress.on_commit, is_stopping=interruption.is_stopping))

@@ -7,7 +7,7 @@ import sys
 import pytest
 from stub_engine import StubEngine
 
-from datasetdm_fast import generate
+from datasetdm_fast import drop, generate, restore
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
@@ -133,6 +133,31 @@ def test_a_run_that_was_killed_while_it_began_to_grow_grows_with_the_same_line(e
     assert read_document(tmp_path / "run")["plan"]["number"] == 3 and audit(tmp_path / "run").findings == []
     assert run("--number", "5", *line, out=tmp_path / "run") == 0 == run("--number", "5", *line, out=tmp_path / "large")
     assert files_of(tmp_path / "run") == files_of(tmp_path / "large") and audit(tmp_path / "run").findings == []
+
+
+def test_others_take_the_place_of_dropped_samples_where_that_is_asked_for(engines, tmp_path, capsys):
+    line = ["--number", "4", "--batch-size", "2", "--quiet"]
+    assert run(*line, out=tmp_path / "run") == 0 and run(*line, "--refill", out=tmp_path / "run") == 2
+    assert "no sample of" in capsys.readouterr().err
+    assert drop.main([str(tmp_path / "run"), "1", "3", "--quiet"]) == 0
+    assert run(*line, out=tmp_path / "run") == 0  # the same line again makes none of them again
+    assert [sample.id for sample in open_run(tmp_path / "run")] == ["00000000", "00000002"]
+    for more in (["--dry-run"], ["--limit", "1"], []):
+        assert run(*line, "--refill", *more, out=tmp_path / "run") == 0
+        assert audit(tmp_path / "run").findings == []
+    filled = [f"{k:08d}" for k in (0, 2, 4, 5)]
+    assert [sample.id for sample in open_run(tmp_path / "run")] == filled
+    for again in ([], ["--refill"]):  # nothing is missing any more
+        assert run(*line, *again, out=tmp_path / "run") == 0
+        assert [sample.id for sample in open_run(tmp_path / "run")] == filled and audit(tmp_path / "run").is_complete
+    assert restore.main([str(tmp_path / "run"), "--all", "--quiet"]) == 0
+    assert run("--number", "6", "--batch-size", "2", "--quiet", out=tmp_path / "large") == 0
+    grown, large = (dict(files_of(tmp_path / name)) for name in ("run", "large"))
+    told = {"run.json", "README.md"}  # of how many images were asked for
+    assert all(grown[name] == large[name] for name in (grown.keys() | large.keys()) - told)
+    assert run("--number", "7", "--batch-size", "2", "--quiet", out=tmp_path / "run") == 0  # with the two beyond four
+    assert len(open_run(tmp_path / "run")) == 9 and audit(tmp_path / "run").findings == []
+    assert run("--number", "2", "--refill", out=tmp_path / "none") == 2 and not (tmp_path / "none").exists()
 
 
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):

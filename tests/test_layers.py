@@ -38,6 +38,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "filter",
         "merge",
         "split",
+        "drop",
+        "restore",
         "convert",
         "train",
         "evaluate",

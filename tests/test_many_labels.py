@@ -25,7 +25,7 @@ from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.reader import open_run
 
 LABELS = (*TASKS, *(f"{task}:other" for task in TASKS))
-OWN_FILES = ("semantic", "confidence", "depth", "open_vocabulary")
+OWN_FILES = ("semantic", "confidence", "depth", "open_vocabulary", "open_vocabulary_confidence")
 
 
 def open_stub(model="demo", decoder="demo", tasks=None, **choices):
@@ -50,14 +50,16 @@ def test_every_kind_of_label_is_stored_beside_that_of_the_tasks_own_decoder(run)
         for path in (run / own).iterdir():
             assert (run / f"{own}.other" / path.name).read_bytes() == path.read_bytes()
     for own in ("instances", "keypoints"):
-        assert (run / f"{own}.other.json").read_bytes() == (run / f"{own}.json").read_bytes()
-        COCO(run / f"{own}.other.json")
+        of_own, of_other = (COCO(run / f"{own}{name}.json").dataset for name in ("", ".other"))
+        ids = [{item.pop("id") for item in found["annotations"]} for found in (of_own, of_other)]
+        assert of_own == of_other and not ids[0] & ids[1]
     whole = open_run(run)
     assert set(whole.tasks) == set(LABELS)
     for sample in whole:
         assert set(sample.row.labels) == set(LABELS)
         for task in TASKS:
-            pair = (kind_of(label).arrays(sample.label(label)) for label in (task, f"{task}:other"))
+            tables = whole.document["labels"]
+            pair = (kind_of(label).arrays(sample.label(label), tables[label]) for label in (task, f"{task}:other"))
             np.testing.assert_equal(*pair)
     image, label = whole.as_dataset("depth:other")[0]
     assert image.shape == (3, 64, 64) and label.shape == (64, 64)
@@ -70,7 +72,7 @@ def test_pages_tell_both(run):
     files = {layer["title"]: (layer["file"], layer["is_drawn"]) for layer in facts["layers"]}
     assert files["Semantic: other"] == ("semantic.other/ID.png", False)
     assert files["Depth: other"] == ("depth.other/ID.png", True)
-    assert len(facts["layers"]) == 2 * (len(TASKS) + 1) == len({layer["name"] for layer in facts["layers"]})
+    assert len(facts["layers"]) == 2 * (len(TASKS) + 2) == len({layer["name"] for layer in facts["layers"]})
     assert (run / "gallery" / "depth.other" / "00000000.png").exists()
 
 

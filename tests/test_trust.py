@@ -186,7 +186,7 @@ def test_it_gives_up(tmp_path, monkeypatch, capsys):
     "flags, told",
     [
         (["--ignore-below", "1.5"], "--ignore-below 1.5: expected a number from 0 to 1"),
-        (["--refill"], "--refill: it replaces samples that are set aside"),
+        (["--refill"], "holds no samples yet"),
         (["--keep", "trusted", "--cluster", "ray"], "--keep trusted: no cluster makes such runs"),
         (["--keep", "trusted", "--prompts", '{"prompt": "a ball", "seed": 3}'], "prompts with seeds of their own"),
     ],

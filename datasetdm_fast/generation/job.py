@@ -102,7 +102,8 @@ def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
             f"{folder}: the run folder exists, and --resume never asks for a new one",
             "Choose another --out, or drop --resume never.",
         )
-    return settled(folder, stored, count_images(config), is_alone=is_alone, is_dry=config.dry_run)
+    number = count_images(config) + further(stored)
+    return settled(folder, stored, number, is_alone=is_alone, is_dry=config.dry_run)
 
 
 def settled(
@@ -126,25 +127,43 @@ def settled(
 
 
 def refill(config: RunConfig) -> None:
-    """Sets aside the doubtful samples of a run that kept all; from then on it is one that keeps trusted ones alone."""
+    """Plans others in the place of the samples that were dropped, and sets aside the doubtful samples of a run that
+    kept all, which from then on is one that keeps trusted ones alone.
+    """
     check_settings(config)
     stored = read_document(Path(config.out))
     if stored is None or not (Path(config.out) / LEDGER).exists():
+        if config.keep != "trusted":
+            raise Refused(f"--refill: {config.out} holds no samples yet", "Drop the flag.")
         return
     wanted = identity(config, prompts.read_source(config))
     check_config(Path(config.out), stored, wanted | {"keep": stored["config"].get("keep")})
     wanted |= {name: stored["config"][name] for name in GROWING if name in stored["config"]}  # it grows afterwards
     with Ledger(Path(config.out) / LEDGER, read_only=True) as ledger:
-        if any(row.trust is None for row in ledger.rows(parts=("trust",))):
+        dropped = ledger.count_dropped()
+        if not dropped and config.keep != "trusted":
+            raise Refused(
+                f"--refill: no sample of {config.out} was dropped, and doubtful ones are kept",
+                "Drop some with python -m datasetdm_fast.drop, or add --keep trusted.",
+            )
+        if dropped and "seeds" in stored["plan"]:
+            raise Refused(
+                f"--refill: the prompts of {config.out} have seeds of their own, so that further images would repeat "
+                "the first ones",
+                "Append prompts at the end of their list, with a larger --number.",
+            )
+        if config.keep == "trusted" and any(row.trust is None for row in ledger.rows(parts=("trust",))):
             raise Refused(
                 f"{config.out}: its samples were made by a version that did not judge them",
                 "Make the run anew in another --out with --keep trusted.",
             )
     if config.dry_run:
         return
-    document = stored | {"config": wanted}
+    number = max(stored["plan"]["number"], stored["config"]["number"] + dropped)
+    document = stored | {"config": wanted, "plan": stored["plan"] | {"number": number}}
     with RunFolder(Path(config.out), document) as folder:
-        folder.set_doubtful_aside()
+        if sets_aside(wanted):
+            folder.set_doubtful_aside()
 
 
 def prepare(config: RunConfig, *, races: bool = False) -> Job:
@@ -253,6 +272,13 @@ def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
     Which of several equal GPUs continues a run folder, what its memory would hold and where the weights lie change no
     byte.
     """
+    if more := further(stored):
+        config, number = job.document["config"], job.plan.number + more
+        job = replace(
+            job,
+            plan=replace(job.plan, number=number, most=most_samples(config, number)),
+            document=job.document | {"plan": job.document["plan"] | {"number": number}},
+        )
     document = job.document | {"labels": laid_out(job.document["labels"], stored["labels"])}
     if grows(stored["config"], document["config"]):
         check_rows(job)
@@ -273,6 +299,12 @@ def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
     check_same(job.folder, *compared)
     plan = replace(job.plan, batch_size=stored["plan"]["batch_size"])
     return replace(job, plan=plan, recipe=replace(job.recipe, facts=row_facts(stored)), document=dict(stored))
+
+
+def further(stored: Mapping[str, Any]) -> int:
+    """Samples that a run makes beyond those asked for, in the place of dropped ones."""
+    number = stored["plan"]["number"]
+    return number - stored["config"].get("number", number)
 
 
 def check_rows(job: Job) -> None:
@@ -298,7 +330,7 @@ def count_rows(config: RunConfig) -> int:
     if not (folder / LEDGER).exists():
         return 0
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return ledger.count() + ledger.count(SET_ASIDE)
+        return ledger.count() + ledger.count(SET_ASIDE) + ledger.count_dropped()
 
 
 def describe(

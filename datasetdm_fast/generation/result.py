@@ -21,14 +21,19 @@ class Result:
     closing_seconds: float = 0.0  # of these, for the index files and the gallery
     doubtful: int = 0  # of those done, or where they are set aside, of those beside them
     most: int = 0  # samples that the run may make in all
+    dropped: int = 0  # samples that were made and then dropped
 
     @property
     def is_complete(self) -> bool:
-        return self.done + self.set_aside >= self.number or self._is_exhausted
+        return self._there >= self.number or self._is_exhausted
+
+    @property
+    def _there(self) -> int:
+        return self.done + self.set_aside + self.dropped
 
     @property
     def _is_exhausted(self) -> bool:
-        return self.most > self.number and self.done + self.set_aside + self.doubtful >= self.most
+        return self.most > self.number and self._there + self.doubtful >= self.most
 
     @property
     def told(self) -> str:
@@ -39,7 +44,7 @@ class Result:
 
     def check(self) -> None:
         """Raises GateFailed where samples were set aside, or too few can be trusted."""
-        if self._is_exhausted and self.done + self.set_aside < self.number:
+        if self._is_exhausted and self._there < self.number:
             raise GateFailed(
                 f"{self.path}: {self.done} of {self.most} samples are trusted, {self.number} were asked for",
                 "Look at the others in its gallery; other prompts or decoders may help.",
@@ -53,8 +58,10 @@ class Result:
 
 
 def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, **seconds: float) -> Result:
-    most = most_samples(read_document(folder)["config"], number)
-    facts = {"doubtful": ledger.count_doubtful(), "most": most, **seconds}
+    document = read_document(folder)
+    number = max(number, document["plan"]["number"])  # more where others take the place of dropped ones
+    most = most_samples(document["config"], number)
+    facts = {"doubtful": ledger.count_doubtful(), "most": most, "dropped": ledger.count_dropped(), **seconds}
     return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), **facts)
 
 

@@ -73,8 +73,6 @@ def check_settings(config: RunConfig) -> None:
     check_seed(config.seed + most_samples(config.identity(), count_images(config)) - 1)
     if not 0 <= config.ignore_below <= 1:
         raise Refused(f"--ignore-below {config.ignore_below}: expected a number from 0 to 1", "Choose another number.")
-    if config.refill and config.keep != "trusted":
-        raise Refused("--refill: it replaces samples that are set aside", "Add --keep trusted, or drop it.")
     if config.verify_anyway and not config.verify:
         raise Refused("--verify-anyway: nothing is compared", "Add --verify N, or drop it.")
     if config.cluster and config.keep == "trusted":

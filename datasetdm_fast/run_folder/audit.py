@@ -20,6 +20,7 @@ from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import (
     ASIDE,
     DOCUMENT,
+    DROPPED,
     GROWING,
     LEDGER,
     LOCK,
@@ -56,10 +57,11 @@ class Report:
     files: int
     bytes: int
     findings: list[Finding]
+    dropped: int = 0
 
     @property
     def is_complete(self) -> bool:
-        return self.done + self.set_aside >= self.number
+        return self.done + self.set_aside + self.dropped >= self.number
 
 
 def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = lambda done, number: None) -> Report:
@@ -135,7 +137,7 @@ def _audit(
         seen(k, there)
     known |= gallery.expected(ledger)
     findings += _check_strangers(folder, _own_folders(document), known)
-    return Report(str(folder), number, done, len(aside), files, total, findings)
+    return Report(str(folder), number, done, len(aside), files, total, findings, ledger.count_dropped())
 
 
 def _document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
@@ -226,6 +228,7 @@ def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Itera
     writes over.
     """
     state = {LEDGER, LOCK, seal.SEAL, KEPT, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
+    state.add(DROPPED.rstrip("/"))
     if not seal.is_sealed(folder):
         return
     for name in own:
@@ -233,7 +236,8 @@ def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Itera
             continue
         for path in sorted((folder / name).iterdir()):
             inside = path.relative_to(folder).as_posix()
-            if inside not in known and inside not in state:
+            # a process that is killed leaves a half-written file, which the next one removes
+            if inside not in known and inside not in state and not storage.is_temporary(path):
                 yield Finding(
                     inside, "no sample of the ledger has this file", "Delete it, or move it out of the run folder."
                 )

@@ -16,6 +16,7 @@ FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 # classes on its own.
 READ_FORMATS = (1, 2, FORMAT)
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
+DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
 ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted sets aside
 MOST_TURNS = 10  # samples that such a run makes for every one that is asked for, before it gives up
 COMMANDS = (

@@ -19,6 +19,7 @@ from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import (
     ASIDE,
     DOCUMENT,
+    DROPPED,
     LEDGER,
     LOCK,
     described,
@@ -67,9 +68,10 @@ class RunFolder(AbstractContextManager):
             if self.ledger.noted("run") != content:
                 unseal(path)
                 self.ledger.note("run", content)
-            if read_document(path) != self.document:  # the run grows, or keeps trusted samples alone from now on
+            there = read_document(path) or self.document
+            if any(there[part] != self.document[part] for part in ("config", "plan")):  # the run is to grow
                 unseal(path)
-                storage.publish({path / DOCUMENT: pretty(document)})
+                storage.publish({path / DOCUMENT: pretty({**there, **document})})
         except BaseException:
             self._closing.close()
             raise
@@ -133,6 +135,48 @@ class RunFolder(AbstractContextManager):
             for name in names.values():
                 storage.remove(self.path / name)
 
+    def drop(self, indices: Sequence[int]) -> None:
+        """Takes samples out of the data set: first their files are copied to where those of dropped samples lie, then
+        their rows are moved, then the files that are in the data set no more are removed.
+        """
+        self._move(indices, [self.ledger.row(index) for index in indices], self.ledger.drop, "", DROPPED)
+
+    def bring_back(self, rows: Sequence[Row]) -> None:
+        """Brings dropped samples back in the same way."""
+        self._move([row.request.index for row in rows], rows, self.ledger.restore, DROPPED, "")
+
+    def _move(
+        self,
+        indices: Sequence[int],
+        rows: Sequence[Row],
+        commit: Callable[[Sequence[int]], None],
+        source: str,
+        target: str,
+    ) -> None:
+        unseal(self.path)
+        names = [name for row in rows for name, _ in row.files.values() if (self.path / (source + name)).exists()]
+        into(self.path)(
+            {target + name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in names}
+        )
+        commit(indices)
+        for name in names:
+            storage.remove(self.path / (source + name))
+
+    def _remove_leftovers(self) -> None:
+        """Removes files of dropped samples that a killed process left in the data set, and the other way round."""
+        rows = self.ledger.dropped()
+        for name in (
+            name
+            for row in rows
+            for role, (path, _) in row.files.items()
+            for name in (path, gallery.picture_name(role, row))
+        ):
+            storage.remove(self.path / name)
+        known = {self.path / (DROPPED + name) for row in rows for name, _ in row.files.values()}
+        for path in (self.path / DROPPED).rglob("*"):
+            if path.is_file() and path not in known:
+                storage.remove(path)
+
     def rebuild(self) -> None:
         """Writes every index file anew unless the last rebuild saw the same rows, and seals the folder."""
         with gallery.held(self.path):
@@ -141,6 +185,7 @@ class RunFolder(AbstractContextManager):
     def _rebuild(self) -> None:
         if not has_indexes(self.path, self.document, self.ledger):
             unseal(self.path)
+            self._remove_leftovers()
             try:
                 storage.publish(
                     {

@@ -44,6 +44,14 @@ CREATE TABLE IF NOT EXISTS scores (
     "index" INTEGER NOT NULL, name TEXT NOT NULL, value, PRIMARY KEY (name, "index")
 ) WITHOUT ROWID
 """
+# made when the first sample is dropped: its row leaves the table of samples for this one, and comes back unchanged
+_DROPPED = """
+CREATE TABLE IF NOT EXISTS dropped (
+    "index" INTEGER PRIMARY KEY, prompt TEXT NOT NULL, seed INTEGER NOT NULL, classes TEXT NOT NULL,
+    status TEXT NOT NULL, reason TEXT NOT NULL, recipe TEXT NOT NULL, files TEXT NOT NULL, labels TEXT NOT NULL,
+    trust TEXT
+)
+"""
 _FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, "trust": dict}
 _FORM |= {"tracings": dict}
 _TRUST_FORM = {"missing": [str], "unnamed": [str], "disagreeing": float, "reasons": [str]}
@@ -106,7 +114,7 @@ class Ledger(AbstractContextManager):
         ).fetchall()
         self._is_compact = ADDED <= set(found)
         self._columns = _COLUMNS if self._is_compact else _COLUMNS.removesuffix(", trust")
-        known = NEEDED | ADDED | {("table", "scores")}
+        known = NEEDED | ADDED | {("table", "scores"), ("table", "dropped")}
         faults = [f"no such table: {name}" for _, name in sorted(NEEDED - set(found))]
         faults += [f"it holds a {kind} {documents.quoted(name)}" for kind, name in found if (kind, name) not in known]
         if faults:
@@ -180,6 +188,40 @@ class Ledger(AbstractContextManager):
             return []
         return [name for (name,) in self._connection.execute("SELECT DISTINCT name FROM scores ORDER BY name")]
 
+    def drop(self, indices: Iterable[int]) -> None:
+        """Takes samples of the data set out of it; their rows are kept."""
+        self._move(indices, "samples", "dropped", _DROPPED)
+
+    def restore(self, indices: Iterable[int]) -> None:
+        """Brings dropped samples back into the data set."""
+        self._move(indices, "dropped", "samples", "")
+
+    def _move(self, indices: Iterable[int], source: str, target: str, schema: str) -> None:
+        moved = [(index,) for index in indices]
+        with self._writing():
+            if schema:
+                self._connection.execute(schema)
+            self._connection.executemany(
+                f'INSERT INTO {target} ({self._columns}) SELECT {self._columns} FROM {source} WHERE "index" = ?', moved
+            )
+            self._connection.executemany(f'DELETE FROM {source} WHERE "index" = ?', moved)
+            self._connection.execute("DELETE FROM notes WHERE name = 'indexed'")
+
+    def dropped(self) -> list[Row]:
+        """The rows of the samples that were dropped, by index."""
+        if not self._has_dropped():
+            return []
+        with self._lock:
+            found = self._connection.execute(f'SELECT {self._columns} FROM dropped ORDER BY "index"').fetchall()
+        return [self._row(*values) for values in found]
+
+    def count_dropped(self) -> int:
+        with self._lock:
+            return self._connection.execute("SELECT count(*) FROM dropped").fetchone()[0] if self._has_dropped() else 0
+
+    def _has_dropped(self) -> bool:
+        return bool(self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'dropped'").fetchone())
+
     def class_words(self) -> list[tuple[int, tuple[str, ...]]]:
         """Index of every sample and the class words of its prompt, by index."""
         statement = 'SELECT "index", classes FROM samples WHERE status = ? ORDER BY "index"'
@@ -232,8 +274,9 @@ class Ledger(AbstractContextManager):
         with self._lock:
             return {
                 index
+                for table in ("samples", *(["dropped"] if self._has_dropped() else []))
                 for (index,) in self._connection.execute(
-                    'SELECT "index" FROM samples WHERE "index" >= ? AND "index" < ?', (first, stop)
+                    f'SELECT "index" FROM {table} WHERE "index" >= ? AND "index" < ?', (first, stop)
                 )
             }
 

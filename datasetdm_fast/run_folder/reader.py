@@ -176,7 +176,7 @@ class Run(AbstractContextManager):
         """Whether no sample of the plan is missing."""
         ledger = self._rows()
         number = self.document["plan"]["number"]
-        if (there := ledger.count() + ledger.count(SET_ASIDE)) >= number:
+        if (there := ledger.count() + ledger.count(SET_ASIDE) + ledger.count_dropped()) >= number:
             return True
         most = most_samples(self.document["config"], number)
         return most > number and there + ledger.count(DOUBTFUL) >= most

@@ -50,6 +50,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
             if aside
             else []
         ),
+        *([f"Samples that were looked at and dropped: {dropped}.\n"] if (dropped := ledger.count_dropped()) else []),
         "## How it was made\n",
         *([f"- {_code(document['composition']['told'])}"] if "composition" in document else []),
         f"- Model: {_code(model['name'])}; engine: {_code(document['engine'].get('engine', ''))}; datasetdm_fast "

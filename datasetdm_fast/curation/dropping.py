@@ -1,0 +1,113 @@
+"""Samples are dropped from a run folder and brought back: rows and files are moved, and no number changes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.run_folder.document import DROPPED, LEDGER
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.reader import Run
+from datasetdm_fast.run_folder.score_table import SCORES
+from datasetdm_fast.run_folder.seal import ELSEWHERE
+from datasetdm_fast.run_folder.where import parse_where
+
+BLOCK = 64  # samples moved together
+LARGEST_LIST = 64 * 2**20  # bytes
+
+
+def open_folder(path: Path) -> Run:
+    """The run whose samples are to be dropped or brought back."""
+    run = Run(path)
+    if (path / ELSEWHERE).exists():
+        raise Refused(f"{path}: its samples are in an object store", "Copy them here, then name the copy.")
+    return run
+
+
+def read_ids(given: Sequence[str], file: str) -> list[int]:
+    """Indices from ids, and from a file with one id a line."""
+    ids = [(id, "ID") for id in given]
+    if file:
+        text = storage.read(Path(file), LARGEST_LIST).decode(errors="replace")
+        ids += [(line.strip(), f"{file} line {k}") for k, line in enumerate(text.splitlines(), 1) if line.strip()]
+        if not ids:
+            raise Refused(f"--file {file}: holds no id", "Write one id a line, such as 00000003.")
+    for id, where in ids:
+        if not (id.isascii() and id.isdecimal() and len(id) <= 18):
+            raise Refused(
+                f"{where}: {documents.quoted(id)} is no id of a sample",
+                "Ids are those of samples.jsonl, for example 00000003.",
+            )
+    return sorted({int(id) for id, _ in ids})
+
+
+def matching(run: Run, where: str) -> list[int]:
+    """The indices of the samples for which a condition on their scores holds."""
+    parse_where(where, tuple(SCORES))
+    with Ledger(run.path / LEDGER, read_only=True) as ledger:
+        if not ledger.score_names():
+            raise Refused(
+                f"--where: the samples of {run.path} have no scores yet",
+                f"Score them first: python -m datasetdm_fast.filter {run.path}",
+            )
+    return [row.request.index for row in run.where(where).rows(())]
+
+
+def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
+    """Takes the wanted samples out of the data set, as far as they are in it; their indices."""
+    there = {int(row.request.id) for row in run.rows(())}
+    with Ledger(run.path / LEDGER, read_only=True) as ledger:
+        dropped = {row.request.index for row in ledger.dropped()}
+    _check_known(run.path, wanted, there | dropped)
+    chosen = [index for index in wanted if index in there]
+    run.close()
+    if not is_dry:
+        with RunFolder(run.path, run.document) as folder:
+            _in_blocks(chosen, folder.drop)
+            folder.rebuild()
+    return chosen
+
+
+def restore(run: Run, wanted: Sequence[int] | None) -> list[int]:
+    """Brings the wanted samples back into the data set, or all that were dropped; their indices."""
+    there = {row.request.index for row in run.rows(())}
+    run.close()
+    with Ledger(run.path / LEDGER, read_only=True) as ledger:
+        dropped = {row.request.index: row for row in ledger.dropped()}
+    chosen = sorted(dropped) if wanted is None else [index for index in wanted if index in dropped]
+    _check_known(run.path, wanted or (), there | dropped.keys())
+    for index in chosen:
+        _check_files(run.path, dropped[index])
+    with RunFolder(run.path, run.document) as folder:
+        _in_blocks([dropped[index] for index in chosen], folder.bring_back)
+        folder.rebuild()
+    return chosen
+
+
+def _in_blocks(items: Iterable[Any], move: Callable[[Sequence[Any]], None]) -> None:
+    rest = iter(items)
+    while block := list(islice(rest, BLOCK)):
+        move(block)
+
+
+def _check_known(path: Path, wanted: Iterable[int], known: set[int]) -> None:
+    for index in wanted:
+        if index not in known:
+            raise Refused(
+                f"{path}: no sample has the id {index:08d}", "Ids are those of samples.jsonl, for example 00000003."
+            )
+
+
+def _check_files(path: Path, row: Row) -> None:
+    """Refuses to bring a sample back whose files are not those that were written."""
+    for name, stored in row.files.values():
+        places = [path / (DROPPED + name), path / name]  # a killed process may have brought it back already
+        if stored.sha256 not in map(storage.sha256_of, places):
+            raise GateFailed(
+                f"{path}: {DROPPED}{name} is not what was written; nothing was brought back",
+                f"Restore the file from a copy, or leave {row.request.id} dropped.",
+            )

@@ -1,0 +1,58 @@
+"""python -m datasetdm_fast.drop RUN ID...: take samples out of a run folder; restore brings them back."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import Refused
+
+PROG = "python -m datasetdm_fast.drop"
+
+
+@dataclass(frozen=True)
+class DropConfig:
+    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
+    file: str = setting("", "file with one id a line", metavar="FILE")
+    where: str = setting(
+        "", "drop the samples for which this holds, such as 'score<0.4 or duplicate==1'", metavar="CONDITION"
+    )
+    dry_run: bool = setting(False, "say which samples would be dropped, and drop none")
+    json: bool = setting(False, "machine-readable result on stdout")
+    quiet: bool = setting(False, "show no message")
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    config, given = parse(arguments, DropConfig, PROG, __doc__)
+    if not config.run:
+        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
+    for name in ("file", "where"):
+        if name in given and not getattr(config, name).strip():
+            raise Refused(f"--{name}: nothing was given after it", "Write it out, or drop the flag.")
+    if not (config.ids or config.file or config.where):
+        raise Refused(f"{PROG}: names no sample", "Give ids, --file FILE or --where CONDITION.")
+    from datasetdm_fast.curation import dropping
+
+    run = dropping.open_folder(Path(config.run))
+    wanted = set(dropping.read_ids(config.ids, config.file))
+    wanted |= set(dropping.matching(run, config.where)) if config.where else set()
+    before = len(run)
+    chosen = dropping.drop(run, sorted(wanted), is_dry=config.dry_run)
+    ids = [f"{index:08d}" for index in chosen]
+    if not config.quiet:
+        told = f"{len(ids)} of {before} samples {'would be' if config.dry_run else 'are'} dropped"
+        again = f"; {len(wanted) - len(ids)} were dropped before" if len(wanted) > len(ids) else ""
+        print(f"{config.run}: {told}{again}", file=sys.stderr)
+    facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}
+    print(json.dumps(facts) if config.json else "\n".join(ids) if config.dry_run else config.run, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

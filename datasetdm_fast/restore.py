@@ -1,0 +1,48 @@
+"""python -m datasetdm_fast.restore RUN ID...: bring samples back that were dropped from a run folder."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import Refused
+
+PROG = "python -m datasetdm_fast.restore"
+
+
+@dataclass(frozen=True)
+class RestoreConfig:
+    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
+    file: str = setting("", "file with one id a line", metavar="FILE")
+    all: bool = setting(False, "bring all back that were dropped")
+    json: bool = setting(False, "machine-readable result on stdout")
+    quiet: bool = setting(False, "show no message")
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    config, given = parse(arguments, RestoreConfig, PROG, __doc__)
+    if not config.run:
+        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
+    if "file" in given and not config.file.strip():
+        raise Refused("--file: nothing was given after it", "Write it out, or drop the flag.")
+    if bool(config.ids or config.file) == config.all:
+        raise Refused(f"{PROG}: expected either ids or --all", "Give ids, --file FILE or --all.")
+    from datasetdm_fast.curation import dropping
+
+    run = dropping.open_folder(Path(config.run))
+    wanted = None if config.all else dropping.read_ids(config.ids, config.file)
+    ids = [f"{index:08d}" for index in dropping.restore(run, wanted)]
+    if not config.quiet:
+        print(f"{config.run}: {len(ids)} samples are back", file=sys.stderr)
+    print(json.dumps({"path": config.run, "restored": ids}) if config.json else config.run, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+import json
+import os
+import shutil
+
+import pytest
+from rendered import write_run
+
+from datasetdm_fast import drop, filter, restore
+from datasetdm_fast.disk import storage
+from datasetdm_fast.run_folder.audit import audit
+from datasetdm_fast.run_folder.reader import open_run
+from datasetdm_fast.run_folder.score_table import read_scores
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("drop") / "whole"
+    write_run(path, 6)
+    return path
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def tree(path):
+    """Every file of a run folder with its bytes; two ledgers of the same rows differ in what SQLite counts."""
+    skipped = ("state/ledger.sqlite", "state/seal.json")
+    files = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    return {name: data for name, data in files.items() if name not in skipped}
+
+
+def ids(path):
+    with open_run(path) as found:
+        return [sample.id for sample in found]
+
+
+def is_whole(path):
+    found = audit(path)
+    return found.findings == [] and found.is_complete
+
+
+def test_a_dropped_sample_leaves_every_index_and_comes_back_unchanged(run, whole, capsys):
+    assert drop.main([str(run), "00000001", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "path": str(run),
+        "dropped": ["00000001", "00000004"],
+        "left": 4,
+    }
+    left = ["00000000", "00000002", "00000003", "00000005"]
+    assert ids(run) == left and is_whole(run)
+    assert [json.loads(line)["id"] for line in (run / "samples.jsonl").read_text().splitlines()] == left
+    for name in ("instances.json", "keypoints.json"):
+        content = json.loads((run / name).read_text())
+        assert [image["id"] for image in content["images"]] == [0, 2, 3, 5]
+        assert not {1, 4} & {item["image_id"] for item in content["annotations"]}
+    assert "00000001" not in (run / "gallery" / "index.html").read_text()
+    assert "looked at and dropped: 2" in (run / "README.md").read_text()
+    outside = [file for file in run.rglob("*00000001*") if "dropped" not in file.parts]
+    kept = {file.relative_to(run / "state" / "dropped") for file in run.rglob("*00000001*")}
+    assert outside == [] and {file.parts[0] for file in kept} > {"images", "semantic", "depth"}
+    assert drop.main([str(run), "1"]) == 0 and "0 of 4 samples are dropped; 1 were dropped before" in (
+        capsys.readouterr().err
+    )
+    assert restore.main([str(run), "00000004", "--quiet"]) == 0 and is_whole(run) and len(ids(run)) == 5
+    assert restore.main([str(run), "--all", "--quiet"]) == 0 and is_whole(run)
+    assert tree(run) == tree(whole) and restore.main([str(run), "--all", "--quiet"]) == 0
+
+
+def test_samples_are_named_by_a_file_or_a_condition(run, tmp_path, capsys):
+    (tmp_path / "ids.txt").write_text("00000003\n\n  00000000 \n")
+    assert drop.main([str(run), "--file", str(tmp_path / "ids.txt"), "--quiet"]) == 0
+    assert ids(run) == ["00000001", "00000002", "00000004", "00000005"]
+    assert drop.main([str(run), "--where", "score<2"]) == 2 and "Score them first" in capsys.readouterr().err
+    assert filter.main([str(run), "--quiet"]) == 0
+    scores = [filter_score(run, id) for id in ids(run)]
+    assert drop.main([str(run), "--where", f"sharpness<={min(scores)}", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == ids(run)[scores.index(min(scores))] and len(ids(run)) == 4
+    assert drop.main([str(run), "--where", f"sharpness<={min(scores)}", "--quiet"]) == 0
+    assert len(ids(run)) == 3 and is_whole(run)
+    assert restore.main([str(run), "--file", str(tmp_path / "ids.txt"), "--quiet"]) == 0 and len(ids(run)) == 5
+
+
+def filter_score(path, id):
+    table = read_scores(path, ("sharpness",))
+    return float(table.values["sharpness"][table.indices.index(int(id))])
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "said"),
+    [
+        (drop, [], "names no sample"),
+        (drop, ["7"], "no sample has the id 00000007"),
+        (drop, ["-1"], "-1"),
+        (drop, ["one"], "'one' is no id of a sample"),
+        (drop, ["--file", "none.txt"], "none.txt"),
+        (drop, ["--where", "beauty>1"], "beauty"),
+        (drop, ["--where", " "], "--where: nothing was given after it"),
+        (restore, [], "expected either ids or --all"),
+        (restore, ["1", "--all"], "expected either ids or --all"),
+        (restore, ["9"], "no sample has the id 00000009"),
+    ],
+)
+def test_what_names_no_sample_is_refused_and_nothing_changes(run, whole, capsys, command, line, said):
+    code = command.main([str(run), *line])
+    assert code == (3 if "none.txt" in said else 2)
+    assert said in capsys.readouterr().err.splitlines()[0] and tree(run) == tree(whole)
+    assert command.main([str(run.parent), "1"]) == 2 and "run folder" in capsys.readouterr().err
+
+
+def test_a_sample_whose_file_was_damaged_stays_dropped(run, capsys):
+    assert drop.main([str(run), "2", "--quiet"]) == 0
+    (run / "state/dropped/depth/00000002.png").write_bytes(b"")
+    assert restore.main([str(run), "2"]) == 4
+    assert "state/dropped/depth/00000002.png is not what was written" in capsys.readouterr().err
+    assert len(ids(run)) == 5 and is_whole(run)
+
+
+@pytest.mark.parametrize("command", [drop, restore])
+def test_a_killed_process_is_made_good_by_the_same_line(run, tmp_path, command):
+    """At every fifteenth access to the disk, and at the last."""
+    first, line = tmp_path / "first", ["1", "4", "--quiet"]
+    if command is restore:
+        assert drop.main([str(run), *line]) == 0
+    shutil.copytree(run, first)
+    calls = killed_at(command, [str(run), *line], None)
+    after = tree(run)
+    for place in (*range(0, calls, 15), calls - 1):
+        shutil.rmtree(run)
+        shutil.copytree(first, run)
+        killed_at(command, [str(run), *line], place)
+        assert audit(run).findings == [], place
+        assert command.main([str(run), *line]) == 0
+        assert tree(run) == after and is_whole(run), place
+
+
+def killed_at(command, line, place):
+    """Runs a command in a process that ends without a word before its access `place` to the disk; how many it made."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        usual, count = storage.syscall, 0
+
+        def counted(name, call, *arguments):
+            nonlocal count
+            if count == place:
+                os._exit(9)
+            count += 1
+            return usual(name, call, *arguments)
+
+        storage.syscall = counted
+        code = command.main(line)
+        os.write(writer, str(count).encode())
+        os._exit(code)
+    os.close(writer)
+    _, status = os.waitpid(child, 0)
+    told = os.read(reader, 20)
+    os.close(reader)
+    assert os.waitstatus_to_exitcode(status) == (0 if place is None else 9)
+    return int(told or 0)
