@@ -275,7 +275,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
 
     task: tuple[str, ...] = setting(
         ("semantic", "instance", "depth", "pose"),
-        "labels to make, comma-separated: "
+        "labels to make, comma-separated, by default all that the decoders of --decoder make: "
         + ", ".join(LABELS)
         + "; TASK:NAME takes the decoder in the folder NAME, so that a task may have several",
         choices=LABELS,
@@ -390,7 +390,13 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
     )
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
-    out: str = setting("runs/demo", "run folder", identity=False, metavar="RUN", output="folder")
+    out: str = setting(
+        "runs/demo",
+        "run folder; where it is not given and settings are, a folder in runs/ that is named after them",
+        identity=False,
+        metavar="RUN",
+        output="folder",
+    )
     only: str = setting("", "regenerate this one sample of the run folder", identity=False, metavar="ID")
     resume: str = setting(
         "auto",

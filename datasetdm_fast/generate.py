@@ -15,6 +15,7 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, duration
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.generation.defaults import with_folder, with_labels
 from datasetdm_fast.generation.job import Job, count_rows, finished, further, prepare, refill
 from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
@@ -33,7 +34,7 @@ PROG = "python -m datasetdm_fast.generate"
 @command
 def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, RunConfig, PROG, __doc__)
-    config = spelled_out(config, given)
+    config = with_folder(spelled_out(with_labels(config, given), given), given)
     for name in ("prompts", "classes"):
         if name in given and not getattr(config, name):
             raise Refused(f"--{name}: nothing was given after it", f"Drop the flag, or see {PROG} --help.")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import pytest
 from stub_engine import StubEngine
 
 from datasetdm_fast import drop, generate, restore
-from datasetdm_fast.config import TASKS
+from datasetdm_fast.config import TASKS, RunConfig
+from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
+from datasetdm_fast.generation.defaults import with_labels
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.reader import open_run
@@ -46,6 +49,46 @@ def test_without_flags_it_makes_the_demo_run(engines, tmp_path, monkeypatch, cap
     ):
         assert line in err
     assert len(open_run("runs/demo")) == 16 and (tmp_path / "runs/demo/gallery/index.html").exists()
+
+
+def test_settings_without_out_have_a_run_folder_of_their_own(engines, tmp_path, monkeypatch, capsys):
+    """After the demo run any other line works as it stands, and the same line, or a longer one, finds its folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("a ball\na cube\n")
+    few = ["--number", "2", "--quiet"]
+
+    def folder(*line):
+        assert run(*line) == 0
+        return capsys.readouterr().out.strip()
+
+    assert folder(*few) == "runs/demo" == folder("--number", "3", "--quiet")  # which grows
+    places = [
+        folder(*few, *line)
+        for line in (
+            ["--prompts", "A red ball: beside a cube"],
+            ["--prompts", "list.txt"],
+            ["--prompts", "list.txt", "--seed", "4"],
+            ["--steps", "9"],
+            ["--classes", "ball,cube", "--task", "semantic"],
+        )
+    ]
+    names = ["a-red-ball-beside-a-cube", "list", "list", "steps", "ball-cube"]
+    assert [place[:-7] for place in places] == [f"runs/{name}" for name in names] and len(set(places)) == 5
+    with open("list.txt", "a") as file:
+        file.write("a cone\n")
+    assert folder("--number", "3", "--quiet", "--prompts", "list.txt") == places[1]  # the list became longer
+    assert len(open_run(places[1])) == 3 and len(open_run("runs/demo")) == 3
+    assert folder(*few, "--prompts", "🎈").startswith("runs/run-")
+    assert folder(*few, "--steps", "9", "--out", "own") == "own"
+
+
+def test_labels_are_those_that_the_decoders_make_where_no_task_is_given(tmp_path):
+    for name, task in (("depth", "depth"), ("semantic", "semantic"), ("streets", "semantic")):
+        (tmp_path / "decoders" / name).mkdir(parents=True)
+        shutil.copy(DEMO / task / "config.json", tmp_path / "decoders" / name)
+    config = RunConfig(decoder=str(tmp_path / "decoders"))
+    assert with_labels(config, {"decoder"}).task == ("semantic", "semantic:streets", "depth")
+    assert with_labels(config, {"task"}).task == RunConfig.task == with_labels(RunConfig(), set()).task
 
 
 def test_json_is_one_object_and_quiet_is_quiet(engines, tmp_path, capsys):
