@@ -269,8 +269,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "model decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells parity "
         "engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
-        "out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus ranks cluster store "
-        "dtype compile device provider streams engines trt_flavour"
+        "palette out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus ranks "
+        "cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(
@@ -390,6 +390,12 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         0, "images per batch (changes results by rounding only); 0 = as many as fit into memory", metavar="N"
     )
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
+    palette: str = setting(
+        "ours",
+        "colours of the label maps: ours, or those of a data set that has all of their classes",
+        choices=("ours", "voc", "cityscapes", "coco"),
+        identity="if given",
+    )
     out: str = setting(
         "runs/demo",
         "run folder; where it is not given and settings are, a folder in runs/ that is named after them",

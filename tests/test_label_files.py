@@ -11,6 +11,8 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels import LABEL_KINDS, kind
 from datasetdm_fast.labels import pose as pose_labels
+from datasetdm_fast.labels.colours import colour
+from datasetdm_fast.labels.numbering import coloured
 
 TABLES = {
     "semantic": {"classes": ["wall", "ball"]},
@@ -81,6 +83,20 @@ def test_maps_of_words_keep_their_confidence_and_those_of_earlier_versions_have_
         assert list(files) == [role] and record.keys() == {"pixels"} and stored.certainty(record) is None
         read = stored.decode({role: pixels[role]}, record, {"classes": table["classes"]})
         assert (read.confidence == 1).all() and (read.labels == label.labels).all()
+
+
+def test_label_maps_have_the_colours_of_a_known_set_where_it_has_their_classes():
+    tables = {"semantic": {"classes": ["background", "cat", "diningtable"]}, "depth": {"max_depth": 4.0}}
+    found = coloured(tables, "voc")["semantic"]
+    label = SemanticMap(np.full((4, 4), 2, np.uint8), np.ones((4, 4), np.float32), tuple(found["classes"]))
+    files, _ = LABEL_KINDS["semantic"].encode(label, {}, found)
+    palette = np.array(Image.open(io.BytesIO(files["semantic"])).getpalette()).reshape(256, 3).tolist()
+    assert palette[:3] == [[0, 0, 0], [64, 0, 0], [192, 128, 0]] and palette[255] == [224, 224, 192]
+    assert coloured(tables, "ours") == tables and coloured(tables, "voc")["depth"] == tables["depth"]
+    ours = LABEL_KINDS["semantic"].encode(label, {}, tables["semantic"])[0]["semantic"]
+    assert Image.open(io.BytesIO(ours)).getpalette()[3:6] == list(colour(1))
+    with pytest.raises(Refused, match="--palette cityscapes: has no colour for 'cat' of semantic"):
+        coloured(tables, "cityscapes")
 
 
 def test_a_map_shows_the_classes_that_fill_enough_of_it():

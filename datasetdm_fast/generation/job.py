@@ -18,7 +18,8 @@ from datasetdm_fast.generation.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
 from datasetdm_fast.labels import kind_of
-from datasetdm_fast.labels.numbering import laid_out, numbered
+from datasetdm_fast.labels.colours import OURS
+from datasetdm_fast.labels.numbering import coloured, laid_out, numbered
 from datasetdm_fast.run_folder.document import (
     FORMAT,
     GROWING,
@@ -358,7 +359,7 @@ def describe(
         },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
-        **numbered(label_tables(engine, recipe)),
+        **numbered(coloured(label_tables(engine, recipe), config.get("palette", OURS))),
     }
 
 

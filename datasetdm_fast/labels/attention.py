@@ -35,7 +35,7 @@ class AttentionKind(OpenVocabularyKind):
     )
 
     def encode(
-        self, label: SemanticMap, labels: Mapping[str, Any], table: Table, colours: Sequence[int] = ()
+        self, label: SemanticMap, labels: Mapping[str, Any], table: Table, colours: bytes = b""
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         files, record = super().encode(label, labels, table, colours)
         found = {task: agreement(label, labels[task]) for task in OTHERS if task in labels}

@@ -32,6 +32,10 @@ class ClassTable:
     classes: tuple[ClassWord, ...]
     other: tuple[str, ...] = ()
 
+    def colour(self, name: str) -> tuple[int, int, int] | None:
+        """The official colour of a class, None where the table has no such class."""
+        return _colours(self).get(_key(name))
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(word.name for word in self.classes)
@@ -113,6 +117,11 @@ def known(names: tuple[str, ...], own: ClassTable | None = None) -> tuple[tuple[
             found.append(ClassWord(name, word.say, word.words, word.number, word.colour))
             used += [of] if of not in used else []
     return tuple(found), tuple(phrase for one in used for phrase in one.other)
+
+
+@cache
+def _colours(table: ClassTable) -> dict[str, tuple[int, int, int]]:
+    return {_key(word.name): word.colour for word in table.classes if word.colour}
 
 
 def spoken(names: Sequence[str], own: ClassTable | None = None) -> list[str]:

@@ -1,7 +1,10 @@
 """Class colours: the same number has the same colour in every label file and on every page."""
 
 import colorsys
+from collections.abc import Iterable
 from functools import cache
+
+from datasetdm_fast.labels import class_tables
 
 COLOURS = (
     *(
@@ -26,6 +29,9 @@ COLOURS = (
     ),
 )
 IGNORED = (236, 236, 236)
+OURS = "ours"
+NOTHING = (0, 0, 0)
+BORDERS = {"voc": (224, 224, 192), "cityscapes": NOTHING, "coco": NOTHING}  # palette -> colour of ignored pixels
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -45,3 +51,22 @@ def palette(numbers: tuple[int, ...] = ()) -> bytes:
     """The 256 colours of an index PNG; value k has the colour of class numbers[k], of k itself beyond them."""
     shown = [*numbers, *range(len(numbers), 256)]
     return bytes(value for number in shown for value in colour(number))
+
+
+def colour_in(palette: str, name: str, index: int) -> tuple[int, int, int]:
+    """The colour of a class in a palette of `--palette`, by its name, and in ours by its number."""
+    found = None if palette == OURS else class_tables.table(palette).colour(name)
+    return found or (NOTHING if palette != OURS and name == "background" else colour(index))
+
+
+@cache
+def official_palette(palette: str, classes: tuple[tuple[int, str], ...]) -> bytes:
+    """The 256 colours of an index PNG in the palette of a data set; `classes` are its numbers with their names."""
+    named = dict(classes)
+    shown = [colour_in(palette, named[number], number) if number in named else colour(number) for number in range(255)]
+    return bytes(value for each in (*shown, BORDERS[palette]) for value in each)
+
+
+def strangers(palette: str, names: Iterable[str]) -> list[str]:
+    """The classes that a palette has no colour for."""
+    return [name for name in names if name != "background" and class_tables.table(palette).colour(name) is None]

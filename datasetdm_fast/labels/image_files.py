@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -25,11 +24,9 @@ def image_bytes(image: np.ndarray, image_format: str, quality: int = QUALITY) ->
     return buffer.getvalue()
 
 
-def index_png(labels: np.ndarray, numbers: Sequence[int] = ()) -> bytes:
-    """A palette PNG whose pixel values are the labels [H, W] uint8; label k has the colour of class numbers[k], of k
-    itself beyond them.
-    """
-    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), palette(tuple(numbers)))
+def index_png(labels: np.ndarray, colours: bytes = b"") -> bytes:
+    """A palette PNG whose pixel values are the labels [H, W] uint8, in the colours of our palette or of another."""
+    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), colours or palette())
 
 
 def with_text(png: bytes, name: str, text: str) -> bytes:

@@ -6,6 +6,7 @@ from typing import Any
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import by_kind, kind_of
+from datasetdm_fast.labels.colours import OURS, strangers
 from datasetdm_fast.labels.kind import Table
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.pose import PERSON
@@ -34,6 +35,19 @@ def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:
     classes = list(names | dict.fromkeys(others))
     order = {name: number for number, name in enumerate(classes)}
     return {"classes": classes, "labels": {label: kind_of(label).numbered(tables[label], order) for label in tables}}
+
+
+def coloured(tables: Mapping[str, Table], palette: str) -> dict[str, Table]:
+    """The tables with the palette that their label maps are written in; one without all of their classes is refused."""
+    if palette == OURS:
+        return dict(tables)
+    for label, table in tables.items():
+        if kind_of(label).is_map and (unknown := strangers(palette, table["classes"])):
+            raise Refused(
+                f"--palette {palette}: has no colour for {documents.quoted(unknown[0])} of {label}",
+                "Choose a palette that has all classes of the label maps, or ours.",
+            )
+    return {label: {**table, "palette": palette} if kind_of(label).is_map else table for label, table in tables.items()}
 
 
 def check_numbers(classes: Any, tables: Mapping[str, Table]) -> None:

@@ -5,6 +5,7 @@ from itertools import count
 from typing import Any
 
 from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.labels.colours import palette
 from datasetdm_fast.labels.kind import GalleryLayer, Table
 from datasetdm_fast.labels.semantic import ClassMap
 
@@ -34,10 +35,10 @@ class OpenVocabularyKind(ClassMap):
         return self.roles if table.get("has_confidence") else self.roles[:1]
 
     def encode(
-        self, label: SemanticMap, labels: Mapping[str, Any], table: Table, colours: Sequence[int] = ()
+        self, label: SemanticMap, labels: Mapping[str, Any], table: Table, colours: bytes = b""
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
         if "semantic" in labels and "numbers" not in table:
-            colours = colour_numbers(labels["semantic"].classes, label.classes)
+            colours = palette(tuple(colour_numbers(labels["semantic"].classes, label.classes)))
         return super().encode(label, labels, table, colours)
 
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:

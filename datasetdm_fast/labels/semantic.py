@@ -9,6 +9,7 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.labels.colours import OURS, official_palette, palette
 from datasetdm_fast.labels.image_files import index_png
 from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, iou, markdown_cell
 from datasetdm_fast.labels.pictures import painted
@@ -49,12 +50,17 @@ class ClassMap(LabelKind):
         place[numbers] = range(len(numbers))
         return place[pixels]
 
+    def palette(self, table: Table) -> bytes:
+        """The colours of its files, by number."""
+        name = table.get("palette", OURS)
+        return palette() if name == OURS else official_palette(name, tuple(self.names(table).items()))
+
     def encode(
-        self, label: SemanticMap, _: Mapping[str, Any], table: Table, colours: Sequence[int] = ()
+        self, label: SemanticMap, _: Mapping[str, Any], table: Table, colours: bytes = b""
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """The map, whose number k has the colour of class colours[k] where these are given, and its confidence."""
+        """The map, in 256 colours where these are given, and its confidence."""
         numbers, files = self.stored(label.labels, table), self.files(table)
-        contents = {files[0]: index_png(numbers, colours)}
+        contents = {files[0]: index_png(numbers, colours or self.palette(table))}
         record: dict[str, Any] = {"pixels": count_pixels(numbers)}
         for role in files[1:]:
             sure = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0

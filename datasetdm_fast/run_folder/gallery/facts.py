@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datasetdm_fast.labels import by_kind, kind_of
-from datasetdm_fast.labels.colours import colour
+from datasetdm_fast.labels.colours import OURS, colour_in
 from datasetdm_fast.labels.kind import GalleryLayer
 from datasetdm_fast.labels.names import LabelName, by_task
 from datasetdm_fast.run_folder.document import described_sides, maker, sides
@@ -183,7 +183,8 @@ class RunFacts:
                 others += tables[label].get("classes", [])
         for name in [*others, *words]:
             numbers.setdefault(name, len(numbers) + 1)
-        return ["#{:02x}{:02x}{:02x}".format(*colour(numbers[word])) for word in words]
+        palette = next((table["palette"] for table in tables.values() if "palette" in table), OURS)
+        return ["#{:02x}{:02x}{:02x}".format(*colour_in(palette, word, numbers[word])) for word in words]
 
 
 def layers_of(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:
