@@ -316,7 +316,7 @@ def test_the_image_folder_holds_the_run(run, tmp_path):
     out = converted(run, tmp_path / "out", "--to", "hf") / "hf" / "train"
     lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
     for line, sample in zip(lines, open_run(run), strict=True):
-        pictures = [Image.open(out / line[name]) for name in ("file_name", "semantic_file_name", "depth_file_name")]
+        pictures = [Image.open(out / line[f"{name}_file_name"]) for name in ("image", "semantic", "depth")]
         as_run(line, *pictures, sample)
 
 
@@ -364,6 +364,16 @@ def test_configs_name_what_is_there(run, tmp_path):
     assert all((out / "mask2former" / path).exists() for path in found["mask2former"]["files"]["train"].values())
     assert (out / "simcc" / found["simcc"]["datasets"]["train"]["ann_file"]).exists()
     assert (out / "depthformer" / found["depthformer"]["datasets"]["train"]["split"]).exists()
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf-parquet"])
+def test_our_reader_of_hf_takes_both_kinds(run, tmp_path, kind):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    source = open_data(f"hf:{converted(run, tmp_path / 'out', '--to', kind)}/{kind}", SIZE)
+    for item, sample in zip(source, open_run(run), strict=True):
+        assert item.caption == sample.prompt and (item.image == sample.image).all()
+        assert (np.where(item.semantic == 255, 255, item.semantic - 1) == sample.semantic.labels).all()
+        assert np.abs(item.depth - sample.depth.metres).max() < 1e-6
 
 
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):

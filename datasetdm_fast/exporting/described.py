@@ -1,8 +1,11 @@
 """A sample as one JSON object, and its maps as files: what formats without a layout of their own have in common."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
+from datasetdm_fast import _C
+from datasetdm_fast.exporting.classes import IGNORED
 from datasetdm_fast.exporting.format import Content, ExportPlan
 from datasetdm_fast.exporting.view import SampleView
 from datasetdm_fast.labels.depth import UNITS, unit_of
@@ -36,22 +39,25 @@ def described(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
     return found
 
 
-def maps(sample: SampleView, plan: ExportPlan) -> Iterator[tuple[str, Content]]:
-    """Name and PNG of each map: class numbers of the export, depth in the unit that the table names."""
+def maps(sample: SampleView, plan: ExportPlan, *, has_colours: bool) -> Iterator[tuple[str, Content]]:
+    """Name and PNG of each map: class numbers of the export, with a palette or grey, and depth in the table's unit."""
     if "semantic" in plan.tasks:
-        yield "semantic", index_png(sample.semantic)
+        yield "semantic", index_png(sample.semantic) if has_colours else _C.png_encode(sample.semantic)
     if "depth" in plan.tasks:
         yield "depth", sample.depth_file(UNITS[unit_of(plan.max_depth)])
 
 
-def table(plan: ExportPlan) -> dict[str, Any]:
-    """What the numbers mean."""
+def tables(plan: ExportPlan) -> dict[str, list[bytes]]:
+    """Files that say what the numbers mean, by their names."""
     names = {str(number): name for name, number in plan.classes.numbers.items()}
-    found: dict[str, Any] = {"id2label": {"0": "background", **names}}
+    id2label = {"0": "background", **names}
+    found: dict[str, Any] = {"id2label": id2label}
     if "semantic" in plan.tasks:
-        found["ignore"] = 255
+        found["ignore"] = IGNORED
     if "depth" in plan.tasks:
         found |= {"depth_steps_of_a_metre": UNITS[unit_of(plan.max_depth)], "max_depth": plan.max_depth}
     if "pose" in plan.tasks:
         found |= {"joints": list(plan.joints), "limbs": [list(limb) for limb in plan.limbs]}
-    return found
+    files = {"classes.json": found, "id2label.json": id2label}
+    written = {name: [json.dumps(value, ensure_ascii=False).encode()] for name, value in files.items()}
+    return written | ({"max_depth.txt": [f"{plan.max_depth:g}\n".encode()]} if "depth" in plan.tasks else {})

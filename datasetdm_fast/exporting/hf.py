@@ -7,12 +7,13 @@ from itertools import islice
 from typing import Any
 
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.exporting.described import described, maps, table
+from datasetdm_fast.exporting.described import described, maps, tables
 from datasetdm_fast.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.exporting.view import SampleView
 from datasetdm_fast.exporting.wds import held
 from datasetdm_fast.run_folder.ledger import canonical
 
+SPLITS = {"val": "validation"}  # as `datasets` names them
 ROWS = 64  # of a row group
 VALUES = {"id": "string", "prompt": "string", "seed": "int64", "width": "int32", "height": "int32"}
 
@@ -24,9 +25,10 @@ class ImageFolderFormat(Format):
 
     def converted(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, image = sample.picture(self.forms)
-        names = {"file_name": f"images/{sample.name}.{ending}"}
-        files: Files = {f"{sample.split}/{names['file_name']}": image}
-        for name, content in maps(sample, plan):
+        # beside other pictures the plain name `file_name` is not taken for the column image
+        names = {"image_file_name": f"images/{sample.name}.{ending}"}
+        files: Files = {f"{sample.split}/images/{sample.name}.{ending}": image}
+        for name, content in maps(sample, plan, has_colours=True):
             names[f"{name}_file_name"] = f"{name}/{sample.name}.png"
             files[f"{sample.split}/{name}/{sample.name}.png"] = content
         return files, {**names, **described(sample, plan)}
@@ -36,7 +38,7 @@ class ImageFolderFormat(Format):
             f"{split}/metadata.jsonl": (f"{canonical(entry)}\n".encode() for entry in samples.entries(split))
             for split in plan.splits
         }
-        return {**rows, "classes.json": [json.dumps(table(plan), ensure_ascii=False).encode()]}
+        return {**rows, **tables(plan)}
 
 
 class ParquetFormat(Format):
@@ -59,9 +61,9 @@ class ParquetFormat(Format):
         for split, count in plan.splits.items():
             shards = -(-count // size)
             for k in range(shards):
-                name = f"data/{split}-{k:05d}-of-{shards:05d}.parquet"
+                name = f"data/{SPLITS.get(split, split)}-{k:05d}-of-{shards:05d}.parquet"
                 found[name] = _parquet(plan, samples.views(split, k * size, (k + 1) * size))
-        return {**found, "classes.json": [json.dumps(table(plan), ensure_ascii=False).encode()]}
+        return {**found, **tables(plan)}
 
 
 class _Sink(io.RawIOBase):
@@ -102,7 +104,7 @@ def _parquet(plan: ExportPlan, views: Iterator[SampleView]) -> Iterator[bytes]:
 def _row(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
     ending, image = sample.picture(ParquetFormat.forms)
     row: dict[str, Any] = {"image": {"bytes": held(image), "path": f"{sample.name}.{ending}"}}
-    for name, content in maps(sample, plan):
+    for name, content in maps(sample, plan, has_colours=True):
         row[name] = {"bytes": held(content), "path": f"{sample.name}.png"}
     return row | described(sample, plan)
 

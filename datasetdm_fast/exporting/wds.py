@@ -1,11 +1,11 @@
-"""wds: tar shards for WebDataset, the same bytes for the same samples, and classes.json."""
+"""wds: tar shards for WebDataset, the same bytes for the same samples, and what their numbers mean."""
 
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.exporting.described import described, maps, table
+from datasetdm_fast.exporting.described import described, maps, tables
 from datasetdm_fast.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.exporting.view import SampleView
 
@@ -25,7 +25,7 @@ class WebDatasetFormat(Format):
             for split, count in plan.splits.items()
             for k in range(-(-count // size))
         }
-        return {**shards, "classes.json": [json.dumps(table(plan), ensure_ascii=False).encode()]}
+        return {**shards, **tables(plan)}
 
 
 def _shard(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Iterator[bytes]:
@@ -33,7 +33,9 @@ def _shard(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Ite
     for sample in samples.views(split, first, first + plan.settings.shard):
         ending, image = sample.picture(WebDatasetFormat.forms)
         told = json.dumps(described(sample, plan), ensure_ascii=False).encode()
-        members = {ending: image, "json": told, **{f"{name}.png": content for name, content in maps(sample, plan)}}
+        # grey, as its decoders make a palette's colours of the numbers
+        labels = {f"{name}.png": content for name, content in maps(sample, plan, has_colours=False)}
+        members = {ending: image, "json": told, **labels}
         for name, content in members.items():
             data = member(f"{sample.name}.{name}", held(content))
             size += len(data)
