@@ -1,5 +1,6 @@
 # make venv   sets up .venv, once           make demo   16 labelled images and a page to look at them
 # make test   every test                    make lint   what the style asks for
+# make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset: 5 minutes
 # make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end
 # make mutants  90 planted faults, one at a time: a quarter of an hour on two cores; 95 % have to be noticed
 # Variables: PYTHON=python3.12, TORCH=torch==2.11.0 and PIP_FLAGS=... choose another interpreter, torch and pip options.
@@ -18,7 +19,7 @@ BUILT := $(VENV)/.datasetdm-built
 # A spinning OpenMP pool starves its neighbours as soon as there are more threads than cores.
 QUIET_CORES := OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: venv demo test soak mutants lint clean
+.PHONY: venv demo test consumers soak mutants lint clean
 venv: $(BUILT)
 
 # torch comes first and by itself, so that pip takes the build the machine offers; nothing of the lock exchanges it, nor the
@@ -42,6 +43,19 @@ demo: venv
 test: venv
 	$(QUIET_CORES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
+# What reads exports asks for other versions than the product, so it has an environment of its own, without the product.
+CONSUMERS := $(VENV)-consumers
+$(CONSUMERS)/.installed: tests/consumers/requirements.txt
+	test -x $(CONSUMERS)/bin/python || $(PYTHON) -m venv $(CONSUMERS)
+	$(CONSUMERS)/bin/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -r $<
+	touch $@
+
+consumers: venv $(CONSUMERS)/.installed
+	exported=$$(mktemp -d) && trap 'rm -rf "$$exported"' EXIT && \
+	$(QUIET_CORES) $(BIN)/python tests/consumers/prepare.py "$$exported" && cd "$$exported" && \
+	HF_HUB_OFFLINE=1 HF_HOME="$$exported/cache" EXPORTED="$$exported" $(abspath $(CONSUMERS))/bin/python -m pytest -q \
+	--noconftest -c /dev/null --rootdir "$$exported" -p no:cacheprovider $(CURDIR)/tests/consumers/read_back.py
+
 # Longest first, as they are dealt out in this order; what hangs is ended after the hour.
 SOAKED := $(addprefix tests/test_,$(addsuffix .py,long_runs faults ray_interrupted fuzz audit ranks rehearsal sampling launchers package proofs to_tensorrt))
 soak: venv
@@ -56,4 +70,4 @@ lint: venv
 	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf .venv build datasetdm_fast.egg-info datasetdm_fast/_C.*.so .pytest_cache .ruff_cache
+	rm -rf .venv .venv-consumers build datasetdm_fast.egg-info datasetdm_fast/_C.*.so .pytest_cache .ruff_cache
