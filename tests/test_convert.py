@@ -19,7 +19,7 @@ from PIL import Image
 from planted_names import HOSTILE_NAMES
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import audit, open_run
+from datasetdm_fast import audit, filter, open_run
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
@@ -376,6 +376,45 @@ def test_our_reader_of_hf_takes_both_kinds(run, tmp_path, kind):
         assert np.abs(item.depth - sample.depth.metres).max() < 1e-6
 
 
+def test_resized_samples_have_labels_of_their_size(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "coco,nyu", "--resize", "32", "--image-format", "jpg")
+    source, depth = open_data(f"coco:{out}/coco", 32), open_data(f"nyu:{out}/nyu", 32)
+    pick = (2 * np.arange(32) + 1) * SIZE // 64
+    for item, far, sample in zip(source, depth, open_run(run), strict=True):
+        masks = sample.instances.masks[:, pick][:, :, pick]
+        assert item.image.shape == (32, 32, 3) and (item.masks == masks[masks.any((1, 2))]).all()
+        assert np.abs(far.depth - sample.depth.metres[pick][:, pick]).max() < 1e-3
+        seen = sample.keypoints.visibility > 0
+        assert np.abs(item.keypoints[..., :2] - sample.keypoints.points[..., :2] / 2)[seen].max(initial=0) < 1e-4
+
+
+def test_only_samples_of_a_condition_or_a_filter_are_converted(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    write_run(run, 6, SIZE)
+    where = ("--to", "yolo-detect", "--where", "score >= 0.7 and duplicate == 0")
+    converted(run, out, *where, code=2)
+    assert "datasetdm_fast.filter" in capsys.readouterr().err and not out.exists()
+    assert filter.main([str(run), "--where", where[-1], "--quiet"]) == 0
+    kept = {sample.id for sample in open_run(run, kept=True)}
+    assert 0 < len(kept) <= 6
+    for flags in (where, ("--to", "yolo-detect", "--kept")):
+        found = converted(run, tmp_path / flags[2].strip("-"), *flags) / "yolo-detect" / "images" / "train"
+        assert {path.stem for path in found.iterdir()} == kept
+
+
+def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, capsys):
+    run, described = tmp_path / "run", document(1, SIZE)
+    names = [f"class {k}" for k in range(300)]
+    described["labels"]["instance"]["classes"] = names
+    with RunFolder(run, described) as folder:
+        folder.add([rendered(0, SIZE)], {})
+        folder.rebuild()
+    out = converted(run, tmp_path / "out", "--to", "coco,yolo-seg")
+    assert len(open_data(f"coco:{out}/coco", SIZE).thing_classes) == 300
+    converted(run, tmp_path / "no", "--to", "voc", code=2)
+    assert "its label maps hold 254" in capsys.readouterr().err
+
+
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
     linked = converted(run, tmp_path / "linked", "--to", "coco")
     copied = converted(run, tmp_path / "copied", "--to", "coco", "--copy")
@@ -517,7 +556,7 @@ def test_hostile_class_names_are_harmless(tmp_path):
         folder.rebuild()
     out = converted(run, tmp_path / "out", "--to", ",".join(set(EXPORT_FORMATS) - {"cityscapes", "deepfashion-mm"}))
     for kind in ("coco", "yolo-seg"):
-        assert set(open_data(f"{kind}:{out}/{kind}", SIZE).thing_classes) == {*names, "person"}
+        assert set(open_data(f"{kind}:{out}/{kind}", SIZE).thing_classes) == set(names)
     root = out / "voc" / "VOCdevkit" / "VOC2012"
     assert len((root / "labelmap.txt").read_text().splitlines()) == 2 + len(names) + len(("wall", "table", "person"))
     for path in (root / "Annotations").iterdir():

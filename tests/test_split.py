@@ -7,6 +7,7 @@ import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import convert, open_run
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -52,6 +53,10 @@ def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, cap
         source = open_data(f"coco:{tmp_path}/out/coco[{part}]", 32)
         names = [int(item.id) for item in source]
         assert len(names) == count and {parts[index] for index in names} == {part}
+        assert [int(item.id) for item in open_data(f"run:{run}[{part}]", 32)] == names
+    assert len(open_data(f"run:{run}[all]", 32)) == NUMBER
+    with pytest.raises(Refused):
+        open_data(f"run:{run}[other]", 32)
     ids = []
     for part in ("train", "val", "test"):
         told = json.loads((tmp_path / f"out/coco/annotations/instances_{part}2017.json").read_text())

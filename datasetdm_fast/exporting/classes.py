@@ -55,16 +55,12 @@ class Classes:
     """The classes of an export but the background, each with its number from 1 on; 0 is the background."""
 
     names: tuple[str, ...]
-    things: tuple[str, ...]  # those that have instances
+    things: tuple[str, ...]  # those that instances have
+    stuff: tuple[str, ...]  # those that only maps show
 
     @property
     def numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names, 1)}
-
-    @property
-    def stuff(self) -> tuple[str, ...]:
-        """Those that only maps show."""
-        return tuple(name for name in self.names if name not in self.things)
 
     def check_map(self, format: str) -> None:
         """Refuses more classes than a map of 8 bits holds."""
@@ -101,7 +97,8 @@ def united(documents: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], ren
     names = tuple(name for name in maps | things | people if name and name != BACKGROUND)
     if not names and known:
         raise Refused("--classes: no class is left", "Leave fewer out.")
-    return Classes(names, tuple(name for name in names if name in things or name in people))
+    stuff = tuple(name for name in names if name in maps and name not in things)
+    return Classes(names, tuple(name for name in names if name in things), stuff)
 
 
 def lookup(names: Mapping[int, str], classes: Classes, renamed: Renaming) -> np.ndarray:

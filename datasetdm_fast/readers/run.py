@@ -15,27 +15,30 @@ from datasetdm_fast.labels.trust import without_doubtful
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.reader import Run, StoredSample
+from datasetdm_fast.run_folder.split import origins, read_split
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
 
 MAPS = ("semantic", "open-vocabulary", ATTENTION)  # the first that a run has tells the class of every pixel
-SPLITS = ("train", "all")
+ALL, TRAIN = "all", "train"
 
 
 class RunSamples(PictureSource):
     """What the last filter keeps and nothing calls doubtful, doubtful pixels ignored; with [all], every sample as it is
-    stored. Of several decoders of a task, the first of the run tells the truth; instances whose score is low are
-    neither right nor wrong to find.
+    stored. Where the run is split, SPLIT is one of its parts. Of several decoders of a task, the first of the run tells
+    the truth; instances whose score is low are neither right nor wrong to find.
     """
 
     rule = framing.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        if split not in SPLITS:
-            raise reading.no_split(path, split)
-        self.path, self.is_all = path, split == "all"
+        self.path, self.is_all = path, split == ALL
         self.run = Run(path, kept=not self.is_all)
+        parts = found.parts if not self.is_all and (found := read_split(path)) else {}
+        if split not in (ALL, *(parts or (TRAIN,))):
+            raise reading.no_split(path, split)
+        wanted = set(parts[split]) if parts else None
         self.labels: dict[str, str] = {}  # task -> the label of the run that tells its truth
         for label in self.run.tasks:
             self.labels.setdefault(task_of_label(label), label)
@@ -44,6 +47,8 @@ class RunSamples(PictureSource):
         # position in the run, id, and what the sample has in common with others
         self.records: list[tuple[int, str, tuple[str, ...]]] = []
         for position, row in enumerate(self.run.rows(("files", "trust"))):
+            if wanted is not None and row.request.index not in wanted:
+                continue
             if self.is_all or self._trusted(position, row):
                 self.records.append((position, row.request.id, self._origins(row)))
         super().__init__(size, len(self.records))
@@ -82,11 +87,11 @@ class RunSamples(PictureSource):
     def _origins(self, row: Row) -> tuple[str, ...]:
         """What a sample has in common with the others that were made of the same picture."""
         try:
-            origins = [row.group, *row.recipe.get("tiles", [])]
-            documents.check_form(origins, [str], "origins")
+            found = list(origins(self.run.document, row))
+            documents.check_form(found, [str], "origins")
         except (ValueError, TypeError, KeyError) as error:
             raise reading.bad(self.path / LEDGER, f"the row of sample {row.request.id} is damaged ({error})") from error
-        return tuple(origins)
+        return tuple(found)
 
     def name(self, record: int) -> str:
         return f"{self.path}: sample {self.records[record][1]}"

@@ -77,9 +77,8 @@ def origins(document: Mapping[str, Any], row: Row) -> tuple[str, ...]:
     """
     if "origins" in row.recipe:
         return tuple(row.recipe["origins"])
-    named = [row.recipe.get("group") or row.files["image"][1].sha256[:16]]
     source = document.get("composition", {}).get("source", {}).get("digests", {}).get("samples.jsonl", "")
-    return (*named, *(f"{source[:16]}/{id}" for id in row.recipe.get("tiles", ())))
+    return (row.group, *(f"{source[:16]}/{id}" for id in row.recipe.get("tiles", ())))
 
 
 def groups(origins: Sequence[Sequence[str]]) -> list[int]:

@@ -13,6 +13,7 @@ from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
+from datasetdm_fast.run_folder.split import groups
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.tasks.captions import held_to
 from datasetdm_fast.training.loop import TrainingViews, projected
@@ -29,32 +30,17 @@ def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: in
     """
     count = len(numbers)
     wanted = min(max(round(share * count), 1), count - 1) if share and count >= LEAST_IMAGES else 0
-    groups = _groups([source.origins(source.order[number]) for number in numbers])
+    numbered = groups([source.origins(source.order[number]) for number in numbers])
     members = defaultdict(list)
-    for place, group in enumerate(groups):
+    for place, group in enumerate(numbered):
         members[group].append(place)
     held: set[int] = set()
     for place in np.random.default_rng([seed, count]).permutation(count).tolist() if wanted else ():
-        if place not in held and len(held) + len(members[groups[place]]) <= wanted:
-            held.update(members[groups[place]])
+        if place not in held and len(held) + len(members[numbered[place]]) <= wanted:
+            held.update(members[numbered[place]])
     if wanted and not held and 2 * len(smallest := min(members.values(), key=len)) <= count:
         held.update(smallest)
     return [n for k, n in enumerate(numbers) if k not in held], [n for k, n in enumerate(numbers) if k in held]
-
-
-def _groups(origins: Sequence[tuple[str, ...]]) -> list[int]:
-    """The number of the group of each item; items that share an origin are in one group."""
-    parents, first = list(range(len(origins))), {}
-
-    def root(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = number = parents[parents[number]]
-        return number
-
-    for number, names in enumerate(origins):
-        for name in names:
-            parents[root(number)] = root(first.setdefault(name, number))
-    return [root(number) for number in range(len(origins))]
 
 
 def answers(
