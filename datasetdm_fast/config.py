@@ -269,7 +269,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "model decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells parity "
         "engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
-        "palette out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus ranks "
+        "palette format out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus ranks "
         "cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
@@ -395,6 +395,13 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "colours of the label maps: ours, or those of a data set that has all of their classes",
         choices=("ours", "voc", "cityscapes", "coco"),
         identity="if given",
+    )
+    format: tuple[str, ...] = setting(
+        (),
+        "formats that the finished run is converted to, below its exports: " + ", ".join(EXPORT_FORMATS),
+        identity=False,
+        choices=EXPORT_FORMATS,
+        metavar="LIST",
     )
     out: str = setting(
         "runs/demo",

@@ -1,6 +1,7 @@
 """python -m datasetdm_fast.generate: images and their labels from prompts; without any flag, the demo run."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -41,6 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     if config.only:
         return _make_again(config, given)
     object_store.check(config)
+    if config.format:
+        from datasetdm_fast.exporting.conversion import check_formats
+
+        if config.store:
+            raise Refused("--format: the samples go to an object store", "Convert a copy of the run.")
+        check_formats(config.format, config.task)
     peer = None if config.dry_run else launched.this_peer()
     if peer and config.cluster:
         raise Refused(
@@ -179,8 +186,18 @@ def _end(config: RunConfig, result: Result) -> int:
         _say(config, f"{speed}; look at {result.path}/gallery/index.html")
     if result.doubtful:
         _say(config, result.told)
+    if config.format and result.is_complete:
+        _convert(config, result)
     result.check()
     return 0
+
+
+def _convert(config: RunConfig, result: Result) -> None:
+    """Writes the formats that were asked for; the same line goes on with them where it was interrupted."""
+    from datasetdm_fast.exporting.conversion import export_run
+
+    found = export_run(result.path, config.format, config.threads or len(os.sched_getaffinity(0)))
+    _say(config, f"{result.path}/exports: {found.samples} samples as {', '.join(config.format)}, {found.files} files")
 
 
 def _put(config: RunConfig, facts: dict[str, Any], line: str) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from planted_names import HOSTILE_NAMES
 from rendered import document, rendered, write_run
 
-from datasetdm_fast import audit, filter, open_run
+from datasetdm_fast import audit, filter, generate, open_run
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
@@ -478,6 +478,7 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
         (("--classes", "ball"), "expected OLD=NEW"),
         (("--task", "semantic:other"), "no such labels"),
         (("--resize", "3"), "expected 16 to 4096"),
+        (("--kept",), "was filtered"),
         (("--least-score", "2"), "expected 0 to 1"),
         (("--quality", "50"), "expected 75 to 100"),
     ],
@@ -486,6 +487,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys, fla
     out = tmp_path / "out"
     converted(run, out, *(() if "--to" in flags else ("--to", "coco")), *flags, code=2)
     assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_generate_converts_its_run_and_refuses_formats_without_labels_first(tmp_path, capsys):
+    out = tmp_path / "run"
+    line = ["--number", "1", "--steps", "2", "--task", "semantic", "--out", str(out), "--quiet"]
+    assert generate.main([*line, "--format", "coco,yolo-seg"]) == 2
+    assert "--format yolo-seg: it needs labels for instance" in capsys.readouterr().err and not out.exists()
+    for _ in range(2):
+        assert generate.main([*line, "--format", "coco,mmseg"]) == 0
+    assert len(list((out / "exports").rglob("00000000.png"))) == 3 and audit.main([str(out)]) == 0
 
 
 def test_audit_covers_exports(run, tmp_path, capsys):

@@ -23,6 +23,7 @@ from datasetdm_fast.exporting.settings import ExportSettings
 from datasetdm_fast.exporting.view import RunView, SampleView
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.names import task_of_label
+from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import Row, canonical
 from datasetdm_fast.run_folder.reader import Run, StoredSample
 from datasetdm_fast.run_folder.seal import ELSEWHERE
@@ -79,8 +80,31 @@ def open_source(path: Path, settings: ExportSettings, chosen: frozenset[int] | N
     run = Run(path, kept=settings.kept)
     if (path / ELSEWHERE).exists():
         raise Refused(f"{path}: its samples are in an object store", "Copy them here, then convert the copy.")
+    if settings.kept and read_kept(path) is None:
+        raise Refused(
+            f"--kept: nothing of {path} was filtered",
+            f"Drop it, or filter first with: python -m datasetdm_fast.filter {path} --where CONDITION",
+        )
     split = read_split(path)
     return ExportSource(run, chosen_labels(run, settings.task), chosen, split and split.names())
+
+
+def check_formats(names: Sequence[str], labels: Sequence[str]) -> None:
+    """Refuses formats that a run with these labels could not be converted to."""
+    known = {task_of_label(label) for label in labels}
+    tasks = [task for task, kinds in TASKS.items() if known & set(kinds)]
+    for name in names:
+        _format(name).check_tasks(f"--format {name}", tasks)
+
+
+def export_run(path: Path, names: Sequence[str], threads: int) -> ExportResult:
+    """Converts a finished run to formats, into the exports in it."""
+    settings = ExportSettings(runs=(str(path),), to=tuple(names))
+    conversion = Conversion([open_source(path, settings)], settings, path / "exports")
+    try:
+        return conversion.run(threads)
+    finally:
+        conversion.close()
 
 
 def chosen_labels(run: Run, wanted: Sequence[str]) -> dict[str, str]:
