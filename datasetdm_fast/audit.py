@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.exporting.check import audit_export, exports_of
@@ -18,6 +19,7 @@ from datasetdm_fast.run_folder.audit import Report, audit
 from datasetdm_fast.run_folder.document import DOCUMENT
 
 PROG = "python -m datasetdm_fast.audit"
+EXAMPLES = ("runs/demo",)
 SHOWN = 100  # findings told on a terminal
 
 
@@ -31,7 +33,7 @@ class AuditConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, AuditConfig, PROG, __doc__)
+    config, _ = parse(arguments, AuditConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.threads < 0:
@@ -73,7 +75,7 @@ def _told(config: AuditConfig) -> Report:
 
 
 def _audited(config: AuditConfig) -> Report:
-    if config.quiet or not sys.stderr.isatty():
+    if not shows_bar(config.quiet):
         return audit(Path(config.run), threads=config.threads)
     from tqdm import tqdm
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 
+from datasetdm_fast.command_line.completion import completion
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.errors import Refused
@@ -40,13 +41,17 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: datasetdm-fast COMMAND [flags]   (also: python -m datasetdm_fast.COMMAND)\n")
         for known, (_, sentence) in COMMANDS.items():
             print(f"  {known:{max(map(len, COMMANDS))}}  {sentence}")
-        print("\nCOMMAND --help lists its flags.")
+        print("\nCOMMAND --help lists its flags. `datasetdm-fast completion SHELL` prints what makes bash, zsh or fish")
+        print("complete commands and flags.")
         return 0
     if name == "--version":
         print(f"datasetdm-fast {__version__}")
         return 0
+    if name == "completion":
+        print(completion(arguments[1] if len(arguments) > 1 else "", COMMANDS), end="")
+        return 0
     if name not in COMMANDS:
-        said = f"unknown command {name!r}{nearest(name, COMMANDS)}" if name else "no command given"
+        said = f"unknown command {name!r}{nearest(name, (*COMMANDS, 'completion'))}" if name else "no command given"
         remedy = f"commands: {', '.join(COMMANDS)}; `datasetdm-fast --help` says what they do"
         raise Refused(f"datasetdm-fast: {said}", remedy)
     return import_module(COMMANDS[name][0]).main(arguments[1:])

@@ -269,8 +269,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "model decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells parity "
         "engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
-        "palette format out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus ranks "
-        "cluster store dtype compile device provider streams engines trt_flavour"
+        "palette format out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus "
+        "ranks cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
     task: tuple[str, ...] = setting(

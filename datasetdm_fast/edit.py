@@ -12,11 +12,12 @@ from datasetdm_fast.compositions.settings import EditSettings
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m datasetdm_fast.edit"
+EXAMPLES = ('runs/demo --only 00000003 --class ball --prompt "a red star"',)
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    settings, given = parse(arguments, EditSettings, PROG, __doc__)
+    settings, given = parse(arguments, EditSettings, PROG, __doc__, EXAMPLES)
     is_remake = settings.only and not given & {"prompt", "class_", "instance", "mask", "box"}
     if not settings.run and not is_remake:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are edited, such as runs/demo.")

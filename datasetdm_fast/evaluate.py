@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.networks import BUILT_IN, MULTIPLE, open_network
 from datasetdm_fast.evaluation.settings import EvaluateConfig
@@ -15,11 +16,15 @@ from datasetdm_fast.labels.names import by_task, tasks_of
 
 ANY_SIZE = 64  # pixels of a side, where no image is read yet
 PROG = "python -m datasetdm_fast.evaluate"
+EXAMPLES = (
+    '--decoder decoder --data "folder:photos[val]"',
+    '--data "folder:photos[val]" --learn-from folder:photos --task semantic --curve 10,30,100',
+)
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, EvaluateConfig, PROG, __doc__)
+    config, _ = parse(arguments, EvaluateConfig, PROG, __doc__, EXAMPLES)
     config.check()
     if config.student:
         return _student(config) if config.student == BUILT_IN else _network(config)
@@ -219,7 +224,7 @@ def _engine(config: EvaluateConfig, decoder: str | None = None):
 def _bar(total: int, is_quiet: bool):
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="img", disable=is_quiet or None, file=sys.stderr)
+    return tqdm(total=total, unit="img", disable=not shows_bar(is_quiet), file=sys.stderr)
 
 
 def _moving(bar) -> Callable[[int], None]:
@@ -232,9 +237,10 @@ def _end(config: EvaluateConfig, result: dict, skipped: dict[str, str], text: st
         print(json.dumps(result | ({"skipped": skipped} if config.skip_bad else {})))
     elif text:
         print(text)
-    if skipped:
+    if skipped and not config.quiet:
         reasons = (f"  {one_line(reason)}" for reason in skipped.values())
-        print(f"{len(skipped)} images were skipped:", *reasons, sep="\n", file=sys.stderr)
+        verb = "was" if len(skipped) == 1 else "were"
+        print(f"{counted(len(skipped), 'image')} {verb} skipped:", *reasons, sep="\n", file=sys.stderr)
     return 0
 
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from datasetdm_fast.run_folder.reader import Run
 
 PROG = "python -m datasetdm_fast.filter"
+EXAMPLES = (
+    "runs/demo",
+    'runs/demo --where "score >= 0.6 and duplicate == 0"',
+)
 BAR = 24  # letters of the longest bar of a histogram
 SHOWN = 8  # classes of a histogram
 
@@ -43,7 +47,7 @@ class FilterConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, FilterConfig, PROG, __doc__)
+    config, given = parse(arguments, FilterConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.threads < 0:

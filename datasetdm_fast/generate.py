@@ -13,7 +13,7 @@ from typing import Any
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.defaults import with_folder, with_labels
@@ -30,11 +30,16 @@ from datasetdm_fast.workers import devices, launched, ray_driver, spawn
 from datasetdm_fast.workers.worker import Callbacks
 
 PROG = "python -m datasetdm_fast.generate"
+EXAMPLES = (
+    "--number 16",
+    "--model MODEL --decoder decoder --task semantic,depth --prompts prompts.txt --out runs/rooms",
+    "--only 00000003 --out runs/rooms",
+)
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, RunConfig, PROG, __doc__)
+    config, given = parse(arguments, RunConfig, PROG, __doc__, EXAMPLES)
     config = with_folder(spelled_out(with_labels(config, given), given), given)
     for name in ("prompts", "classes"):
         if name in given and not getattr(config, name):
@@ -182,7 +187,9 @@ def _end(config: RunConfig, result: Result) -> int:
     _put(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         closing = f"{duration(result.closing_seconds)} of it for index files and gallery"
-        speed = f"{result.made} images in {duration(result.seconds)} ({closing}), {rate:.3g} images per second"
+        speed = (
+            f"{counted(result.made, 'image')} in {duration(result.seconds)} ({closing}), {rate:.3g} images per second"
+        )
         _say(config, f"{speed}; look at {result.path}/gallery/index.html")
     if result.doubtful:
         _say(config, result.told)

@@ -16,11 +16,15 @@ from datasetdm_fast.generation.run import run
 from datasetdm_fast.generation.settings import check_settings, spelled_out
 
 PROG = "python -m datasetdm_fast.label"
+EXAMPLES = (
+    "photos --task semantic --out runs/photos",
+    "photos --labeller attention --classes dog,sofa",
+)
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, LabelConfig, PROG, __doc__)
+    config, given = parse(arguments, LabelConfig, PROG, __doc__, EXAMPLES)
     config = as_stored(config) if config.only else spelled_out(config, given)
     check_settings(config)
     job = prepare(config)

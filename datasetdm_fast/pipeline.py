@@ -220,7 +220,7 @@ class Pipeline:
         requests = []
         for place, text in enumerate(texts):
             line = said(check_line(text, "prompts"), recipe, words, self.engine, f"prompt {place}")
-            request = Request(place, line.text, settings.check_seed(seed + place), line.classes)
+            request = Request(place, line.text, settings.check_seed(seed + place), line.classes or ())
             requests.append(_checked(request, recipe, self.engine.model.tokenizer))
         batches = _batches(iter(requests), max(min(batch_size or self.engine.suggested_batch(), len(given)), 1))
         return Output(list(self._samples(batches, recipe, generator_of(recipe, pictures))))
@@ -308,6 +308,7 @@ class Pipeline:
         capture = invert(
             self.engine, torch.from_numpy(pixels)[None], [words], timestep, [settings.check_seed(seed)], is_raw=True
         )
+        assert isinstance(capture, Capture)  # as it was asked for raw
         return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
 
 

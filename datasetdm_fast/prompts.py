@@ -24,6 +24,7 @@ from datasetdm_fast.scenes import world
 from datasetdm_fast.truth.class_file import own_table
 
 PROG = "python -m datasetdm_fast.prompts"
+EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp --per-class 50 --pairs 0.3")
 SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", "demo")
 MOST_PROMPTS = 10_000_000
 LARGEST_COUNTS = 2**24  # bytes
@@ -41,7 +42,9 @@ class PromptsConfig:
     balance: str = setting("", "labelled images whose rarer classes are to catch up, such as coco:PATH", metavar="DATA")
     pairs: float = setting(0.0, "share of the prompts that name two classes, 0 to 1", metavar="SHARE")
     seed: int = setting(0, "seed of the sentences", metavar="N")
-    out: str = setting("prompts.jsonl", "file to write, one JSON object a line, for generate --prompts", metavar="FILE")
+    out: str = setting(
+        "prompts.jsonl", "file to write, one JSON object a line, for generate --prompts", metavar="FILE", output="file"
+    )
     llm_url: str = setting("", "ask the language model of an OpenAI-compatible endpoint", metavar="URL")
     llm_model: str = setting("", "name of the model at that endpoint", metavar="NAME")
     llm_command: str = setting("", "ask a program that reads a request on stdin and writes its reply", metavar="LINE")
@@ -53,7 +56,7 @@ class PromptsConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, PromptsConfig, PROG, __doc__)
+    config, given = parse(arguments, PromptsConfig, PROG, __doc__, EXAMPLES)
     _check(config)
     grammar = _grammar(config, "set" in given)
     counts = _counts(config, grammar.classes)

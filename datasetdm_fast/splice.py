@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.compositions.splice import Splicing
 
 PROG = "python -m datasetdm_fast.splice"
+EXAMPLES = ("runs/demo --grids 2x2 --number 100",)
 MOST = 2**31  # samples of a run
 
 
@@ -53,7 +54,7 @@ class SpliceConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, SpliceConfig, PROG, __doc__)
+    config, _ = parse(arguments, SpliceConfig, PROG, __doc__, EXAMPLES)
     config.check()
     if config.only:
         return _make_again(config)
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     rate = round(made / seconds, 4) if made else 0.0
     facts = {"number": config.number, "done": done, "made": made, "complete": done == config.number}
     _put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
-    speed = f"{made} images in {duration(seconds)}, {rate:.3g} images per second; look at {folder}/gallery/index.html"
+    speed = f"{counted(made, 'image')} in {duration(seconds)}, {rate:.3g} images per second"
+    speed = f"{speed}; look at {folder}/gallery/index.html"
     _say(config, speed if made else f"{folder}: complete with {done} samples, nothing to do")
     if done < config.number:
         again = f"{PROG} {shlex.join(arguments)}"

@@ -12,15 +12,20 @@ from typing import Any
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import StepProgress
+from datasetdm_fast.command_line.progress import StepProgress, counted
 from datasetdm_fast.training.settings import TrainConfig
 
 PROG = "python -m datasetdm_fast.train"
+EXAMPLES = (
+    "--data folder:photos --task semantic --out decoder",
+    "--data run:runs/demo --task semantic,depth",
+    "--data coco:COCO2017 --task instance --images list.txt --dry-run",
+)
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, TrainConfig, PROG, __doc__)
+    config, _ = parse(arguments, TrainConfig, PROG, __doc__, EXAMPLES)
     config.check()
     import torch
 
@@ -77,7 +82,8 @@ def _end(config: TrainConfig, results: dict[str, Any]) -> None:
         if figures:
             count, place = result["held_out_images"], f"{config.out}/{task}/training/page.html"
             notes = "".join(f"; {one}" for one in cautions(count, result.get("step_chosen_on_held_out", False)))
-            judged = f" on {count} held-out images: {'  '.join(figures)}{notes}; look at {place}"
+            images = counted(count, "held-out image")
+            judged = f" on {images}: {'  '.join(figures)}{notes}; look at {place}"
         print(f"{task}: {result['steps']} steps{judged}", file=sys.stderr)
 
 

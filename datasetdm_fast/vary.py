@@ -10,11 +10,12 @@ from datasetdm_fast.compositions.settings import VarySettings
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m datasetdm_fast.vary"
+EXAMPLES = ("runs/demo --domain night,fog",)
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    settings, given = parse(arguments, VarySettings, PROG, __doc__)
+    settings, given = parse(arguments, VarySettings, PROG, __doc__, EXAMPLES)
     is_remake = settings.only and "domain" not in given
     if not settings.run and not is_remake:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are varied, such as runs/demo.")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.config import (
     ENGINE_NAMES,
     TASKS,
@@ -27,6 +28,10 @@ from datasetdm_fast.run_folder.document import described
 from datasetdm_fast.run_folder.folder import note
 
 PROG = "python -m datasetdm_fast.verify"
+EXAMPLES = (
+    "--engine fast --against torch",
+    "--model MODEL --decoder decoder --dtype fp16 --html worst.html",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettin
 @command
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
-    config, _ = parse(arguments, VerifyConfig, PROG, __doc__)
+    config, _ = parse(arguments, VerifyConfig, PROG, __doc__, EXAMPLES)
     if config.number < 1 or config.batch_size < 1:
         raise Refused(
             f"--number {config.number}, --batch-size {config.batch_size}: expected 1 or more", "Choose another number."
@@ -76,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     from datasetdm_fast.agreement.verify import verify
 
     calls = -(-len(requests) // config.batch_size) * 3 * len(recipe.schedule)
-    with tqdm(total=calls, unit="call", disable=config.quiet or None, file=sys.stderr) as bar:
+    with tqdm(total=calls, unit="call", disable=not shows_bar(config.quiet), file=sys.stderr) as bar:
         verdict = verify(engine, reference, requests, recipe, config.batch_size, lambda: bar.update(1))
     print(table(verdict), file=sys.stderr if config.json else sys.stdout)
     if config.json:

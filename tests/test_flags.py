@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from datasetdm_fast import cli
+from datasetdm_fast.cli import COMMANDS
+from datasetdm_fast.command_line import progress
+from datasetdm_fast.command_line.completion import SHELLS
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.evaluation.settings import EvaluateConfig
@@ -177,6 +182,68 @@ def test_exit_codes_of_success_and_interruption():
     assert run_command(lambda arguments: None, []) == 0
     assert run_command(lambda arguments: 4, []) == 4
     assert ends_with(KeyboardInterrupt()) == 130
+
+
+def test_a_name_too_long_for_any_file_is_refused_wherever_it_is_met(capsys):
+    from datasetdm_fast import audit, prompts
+
+    for line in ((audit.main, ["x" * 300]), (prompts.main, ["--classes", "voc", "--out", "x" * 300])):
+        assert line[0](line[1]) == 2
+        assert len(capsys.readouterr().err.splitlines()) <= 2
+
+
+def test_a_file_that_is_not_there_is_told_from_one_of_nearly_its_name(tmp_path, capsys):
+    from datasetdm_fast import audit, train
+
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "photos").mkdir()
+    assert audit.main([str(tmp_path / "rusn")]) == 2 and "did you mean runs?" in capsys.readouterr().err
+    line = ["--data", f"folder:{tmp_path / 'photo'}", "--model", "tiny", "--dry-run"]
+    assert train.main(line) == 2 and "did you mean photos?" in capsys.readouterr().err
+    assert train.main(["--model", "dmeo", "--dry-run"]) == 2 and "did you mean demo?" in capsys.readouterr().err
+    assert train.main(["--data", "demo:9", "--only-classes", "bal", "--model", "tiny", "--dry-run"]) == 2
+    assert "did you mean ball?" in capsys.readouterr().err
+
+
+def test_one_of_a_thing_is_in_the_singular():
+    assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert counted(1, "batch", "batches") == "1 batch" and counted(3, "batch", "batches") == "3 batches"
+
+
+def test_tqdm_disable_leaves_lines_in_place_of_bars(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert shows_bar(False) and not shows_bar(True)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    assert not shows_bar(False)
+    with progress.ImageProgress(2, False) as images:
+        images.on_commit(1)
+    assert capsys.readouterr().err.startswith("1/2 images, 50%, about")
+
+
+def test_shells_complete_commands_flags_and_values(capsys, tmp_path):
+    scripts = {}
+    for shell in SHELLS:
+        assert cli.main(["completion", shell]) == 0
+        scripts[shell] = capsys.readouterr().out
+    (tmp_path / "bash").write_text(scripts["bash"])
+    for words, found in (
+        ("ge", ["generate"]),
+        ("train --imag", ["--images"]),
+        ("generate --engine f", ["fast"]),
+        ("verify --no-qu", ["--no-quiet"]),
+    ):
+        place = len(words.split())
+        call = f'COMP_WORDS=(datasetdm-fast {words}); COMP_CWORD={place}; _datasetdm_fast; echo "${{COMPREPLY[@]}}"'
+        asked = subprocess.run(["bash", "-c", f"source {tmp_path}/bash; {call}"], capture_output=True, text=True)
+        assert asked.stdout.split() == found and not asked.stderr
+    for shell in ("zsh", "fish"):
+        quotes = [line.count("'") for line in scripts[shell].splitlines()]
+        assert all(count % 2 == 0 for count in quotes) and all(name in scripts[shell] for name in COMMANDS)
+    assert (
+        cli.main(["completion", "tcsh"]) == cli.main(["completion"]) == 2
+        and "bash, zsh, fish" in capsys.readouterr().err
+    )
 
 
 def test_a_bug_leaves_a_report_and_no_traceback_on_the_screen(capsys, tmp_path, monkeypatch):

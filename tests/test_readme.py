@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast.cli import COMMANDS
+from datasetdm_fast.cli import main as cli_main
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.generate import main
@@ -40,6 +41,11 @@ def commands(text: str) -> list[str]:
 
 
 LINES = [(page.relative_to(ROOT), line) for page in PAGES for line in commands(page.read_text(encoding="utf-8"))]
+LINES += [  # of --help
+    ("help", f"python -m {module} {re.split(' [>|] ', line)[0]}")
+    for module, _ in COMMANDS.values()
+    for line in getattr(import_module(module), "EXAMPLES", ())
+]
 README_GENERATE = [line for line in commands(README) if line.startswith("python -m datasetdm_fast.generate")]
 
 
@@ -108,6 +114,8 @@ def check(words: list[str]) -> None:
         assert (ROOT / rest[0]).is_file()
     elif program == "python":
         assert rest[0] == "-m" and run_module(rest[1], rest[2:]) == PARSED
+    elif program == "datasetdm-fast" and rest[0] == "completion":
+        assert cli_main(rest) == 0
     elif program == "datasetdm-fast":
         check(["python", "-m", f"datasetdm_fast.{rest[0]}", *rest[1:]])
     elif program == "torchrun":

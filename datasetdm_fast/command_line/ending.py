@@ -1,5 +1,6 @@
 """How a command ends: exit codes, messages in two lines, a report for our own bugs."""
 
+import errno
 import os
 import platform
 import select
@@ -52,6 +53,11 @@ def _ended(command: Callable[[Sequence[str]], int | None], arguments: Sequence[s
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except BrokenPipeError as error:
         return 141 if _reader_is_gone() else report(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return report(error)
+        print(f"{documents.quoted(error.filename)}: no file or folder has so long a name", file=sys.stderr)
+        return Refused.exit_code
     except Exception as error:
         if watch.signal:  # a library made another error of it, as imports do
             print(ENDED, file=sys.stderr)

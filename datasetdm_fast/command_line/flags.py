@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import reprlib
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.version import __version__
 
+DESCRIBE = "--describe-flags"
 Config = TypeVar("Config")
 Converter = Callable[[str], Any]
 
@@ -23,10 +25,12 @@ def parse(
     cls: type[Config] = RunConfig,
     prog: str = "datasetdm-fast generate",
     description: str | None = None,
+    examples: Sequence[str] = (),
 ) -> tuple[Config, set[str]]:
     """The settings of a command line, and the names of those the user set by flag or by --config.
 
     A field of `cls` is one flag with `help`, `choices` and `metavar` in its metadata; without a default it is required.
+    `examples` are what may stand after `prog`, for --help.
     """
     hints = get_type_hints(cls)
     converters = {
@@ -35,7 +39,7 @@ def parse(
         )
         for field in flags_of(cls)
     }
-    parser = _build_parser(cls, hints, converters, prog, description)
+    parser = _build_parser(cls, hints, converters, prog, description, examples)
     flags, unknown = parser.parse_known_args(_hyphenate(arguments))
     if unknown:
         _refuse_unknown(unknown, [*(_flag(name)[2:] for name in converters), "config", "version", "help"], prog)
@@ -59,6 +63,33 @@ def parse(
     return config, set(values)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help whose description is wrapped to the terminal, and whose examples keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
+class _Describe(argparse.Action):
+    """Prints the flags as JSON, for shells that complete them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        found = [
+            {
+                "flags": [flag for flag in action.option_strings if flag.startswith("--")],
+                "metavar": action.metavar if isinstance(action.metavar, str) else "",
+                "takes": action.nargs != 0,
+                "help": (action.help or "").replace("%%", "%"),
+            }
+            for action in parser._actions
+            if action.help != argparse.SUPPRESS
+        ]
+        print(json.dumps(found))
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise Refused(
@@ -68,9 +99,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(
-    cls: type, hints: dict[str, Any], converters: dict[str, Converter], prog: str, description: str | None
+    cls: type,
+    hints: dict[str, Any],
+    converters: dict[str, Converter],
+    prog: str,
+    description: str | None,
+    examples: Sequence[str],
 ) -> _Parser:
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        epilog="\n".join(["examples:", *(f"  {prog} {line}" for line in examples)]) if examples else None,
+        formatter_class=_Help,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(DESCRIBE, action=_Describe, nargs=0, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"datasetdm-fast {__version__}")
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags win over it")
     for field in flags_of(cls):

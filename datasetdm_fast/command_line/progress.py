@@ -1,5 +1,6 @@
 """Progress on a terminal as a bar, elsewhere as a line every ten seconds."""
 
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ class Progress(AbstractContextManager):
     def __init__(self, total: int, unit: str, title: str, is_quiet: bool):
         self.total, self.is_quiet, self._bar = total, is_quiet, None
         self._begin = self._last_line = time.monotonic()
-        if not is_quiet and sys.stderr.isatty():
+        if shows_bar(is_quiet):
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit=unit, desc=title, file=sys.stderr)
@@ -51,7 +52,7 @@ class ImageProgress(Progress):
 
     @property
     def _title(self) -> str:
-        return f"{self._images_done}/{self._images} images"
+        return f"{self._images_done}/{counted(self._images, 'image')}"
 
     def on_unet_call(self, count: int = 1) -> None:
         self._calls_done += count
@@ -85,6 +86,16 @@ class StepProgress(Progress):
         elif self.is_line_due() or step == self.total:
             left = self.seconds_left(step, self._first_step)
             self.print(f"{self._task} {step}/{self.total}, loss {loss:.4f}{self._figure}, about {left:.0f} s left")
+
+
+def counted(count: int, noun: str, several: str = "") -> str:
+    """A count and what is counted, in the singular for one; `several` is the plural where it does not end in s."""
+    return f"{count} {noun if count == 1 else several or f'{noun}s'}"
+
+
+def shows_bar(is_quiet: bool) -> bool:
+    """Whether progress is shown as a bar: on a terminal, unless TQDM_DISABLE says no."""
+    return not is_quiet and sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE")
 
 
 def duration(seconds: float) -> str:

@@ -13,12 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, nearest
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
+MOST_COMPARED = 2000  # names of a folder that one which is not there is compared with
 
 
 def syscall(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -126,9 +127,22 @@ def refusal(error: OSError, path: str | Path) -> Missing:
         return Missing(
             f"{path}: the disk is full", "Make room and run the same line again: it goes on where it stopped."
         )
+    alike = named_alike(Path(path)) if error.errno == errno.ENOENT else ""
     return Missing(
-        f"{path}: {error.strerror or error}", "Check the folder and its permissions, then run the same line again."
+        f"{path}: {error.strerror or error}{alike}",
+        "Check the folder and its permissions, then run the same line again.",
     )
+
+
+def named_alike(path: Path) -> str:
+    """' (did you mean X?)' where a name beside that of a file or folder which is not there is close to it."""
+    while path.parent != path and not path.parent.exists():
+        path = path.parent
+    try:
+        names = os.listdir(path.parent)
+    except (OSError, ValueError):
+        return ""
+    return nearest(path.name, names) if len(names) <= MOST_COMPARED else ""
 
 
 @contextmanager

@@ -6,9 +6,8 @@ import os
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.command_line.flags import nearest
 from datasetdm_fast.engines import build_engine, check_engine
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, nearest
 
 if TYPE_CHECKING:
     from datasetdm_fast.decoders.folders import DecoderFolders

@@ -1,6 +1,6 @@
 """What a run is about to do, in lines for a person."""
 
-from datasetdm_fast.command_line.progress import duration
+from datasetdm_fast.command_line.progress import counted, duration
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.generation.job import Job
 
@@ -23,7 +23,7 @@ def table(job: Job, call: float = 0.0) -> list[str]:
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
         "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
         "labels": ", ".join(job.recipe.tasks),
-        "engine": f"{name}, {batches} batches of {plan.batch_size}",
+        "engine": f"{name}, {counted(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
         "time": f"about {duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "",
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",

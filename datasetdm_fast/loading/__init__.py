@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.loading.checks import SUPPORTED, check_size
 from datasetdm_fast.loading.folder import downloaded, load_folder
 from datasetdm_fast.loading.model import Model
@@ -37,13 +38,14 @@ def _load(name: str, size: int, allow_download: bool) -> Model:
         from datasetdm_fast.loading.single_file import load_file  # which needs diffusers
 
         return load_file(path, size=size, allow_download=allow_download)
+    alike = nearest(name, PRESETS) or storage.named_alike(path)
     if not HUB_NAME.fullmatch(name):
         raise Refused(
-            f"model: {name!r} is neither one of {', '.join(PRESETS)} nor an existing folder or file", SUPPORTED
+            f"model: {name!r} is neither one of {', '.join(PRESETS)} nor an existing folder or file{alike}", SUPPORTED
         )
     if not allow_download:
         raise Refused(
-            f"model: {name!r} is no folder here, and as a name on the model hub it would have to be downloaded",
+            f"model: {name!r} is no folder here{alike}, and as a name on the model hub it would have to be downloaded",
             "add --allow-download, or give a local folder",
         )
     return load_folder(downloaded(name), size=size, name=name)

@@ -70,7 +70,10 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise Refused(f"{documents.quoted(str(folder))}: no such folder", "Name a folder that generate has written.")
+        alike = storage.named_alike(folder)
+        raise Refused(
+            f"{documents.quoted(str(folder))}: no such folder{alike}", "Name a folder that generate has written."
+        )
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
         raise Refused(
             f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is no run folder",

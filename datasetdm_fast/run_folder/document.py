@@ -89,7 +89,8 @@ def described(folder: Path) -> dict[str, Any]:
     """run.json of a folder that must be a run folder."""
     document = read_document(folder)
     if document is None:
-        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder", "Name the folder of a run.")
+        alike = "" if folder.exists() else storage.named_alike(folder)
+        raise Refused(f"{folder}: holds no {DOCUMENT}, so it is no run folder{alike}", "Name the folder of a run.")
     return document
 
 

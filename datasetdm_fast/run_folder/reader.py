@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from datasetdm_fast.data import Trust
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
@@ -130,7 +131,7 @@ class StoredSample:
             ) from error
 
 
-class Run(AbstractContextManager):
+class Run(AbstractContextManager["Run"]):
     """A finished or growing run folder, read lazily; its length and order are those of the samples it held when it was
     opened.
     """
@@ -139,7 +140,8 @@ class Run(AbstractContextManager):
         self.path = Path(path)
         document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
         if document is None:
-            raise Refused(f"{path}: not a run folder", "Name a folder that generate has written.")
+            alike = "" if self.path.exists() else storage.named_alike(self.path)
+            raise Refused(f"{path}: not a run folder{alike}", "Name a folder that generate has written.")
         if not (self.path / LEDGER).exists():
             raise Refused(
                 f"{self.path}: holds no {LEDGER}", "Run generate with its flags once more: it goes on where it stopped."

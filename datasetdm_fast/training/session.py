@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.decoders.trunk import Decoder, fold
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
@@ -157,7 +158,7 @@ class TrainingSession:
     def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any]) -> None:
         config, (learnt, held) = self.config, self.parts
         self.say(
-            f"images     {len(learnt)} to learn from in {config.draws} looks each, {len(held)} held out, "
+            f"images     {len(learnt)} to learn from in {counted(config.draws, 'look')} each, {len(held)} held out, "
             f"{self.engine.model.size} pixels a side"
         )
         self.say(f"captures   {self.cache_plan}")

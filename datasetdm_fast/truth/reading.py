@@ -208,8 +208,11 @@ def first_there(*paths: Path) -> Path:
     for path in paths:
         if path.exists():
             return path
+    alike = storage.named_alike(paths[0])
     others = f", nor {', '.join(map(str, paths[1:]))}" if len(paths) > 1 else ""
-    raise Refused(f"{paths[0]}: not there{others}", "Give the data set's own folder, laid out as it was published.")
+    raise Refused(
+        f"{paths[0]}: not there{others}{alike}", "Give the data set's own folder, laid out as it was published."
+    )
 
 
 def class_file(path: Path) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.config import setting
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.truth.framing import UPSTREAM_SIDE
 from datasetdm_fast.truth.image_list import listed, read_image_list
@@ -108,7 +108,7 @@ def selected(source: LabelledSource, selection: Selection) -> LabelledSource:
     known = source.thing_classes or source.classes
     if unknown := [name for name in (*selection.classes, *selection.tail) if name not in known]:
         raise Refused(
-            f"selection: the data set has no class {unknown[0]!r}",
+            f"selection: the data set has no class {unknown[0]!r}{nearest(unknown[0], known)}",
             f"It has {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}.",
         )
     chosen = source.narrowed(list(_chosen(source, selection)))
