@@ -17,7 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 from rendered import document
 
-from datasetdm_fast import filter
+from datasetdm_fast import convert, filter
 from datasetdm_fast.data import Trust
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign.json_stream import JsonStream
@@ -1027,6 +1027,27 @@ def test_class_names_stand_in_the_features_of_a_table(copied):
         table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"label": feature}}})}), path
     )
     assert open_data(address, SIZE).classes == tuple(names) == world.CLASSES
+
+
+def test_what_convert_writes_is_read_again(made, tmp_path):
+    whole = open_data(f"run:{made('run')}[all]", SIDE)
+    for name, kind in (("hf", "hf"), ("hf-parquet", "hf"), ("voc", "voc")):
+        line = [str(made("run")), "--to", name, "--border", "0"] if name == "voc" else [str(made("run")), "--to", name]
+        assert convert.main([*line, "--out", str(tmp_path / name), "--quiet"]) == 0
+        found = open_data(f"{kind}:{tmp_path / name / name}", SIDE)
+        assert set(found.tasks) <= set(whole.tasks) and len(found) == COUNT and len(found.tasks) >= 3
+        for item, truth in zip(found, whole):
+            assert [found.classes[k] for k in np.unique(item.semantic)] == [
+                whole.classes[k] for k in np.unique(truth.semantic)
+            ]
+            if name == "voc":  # whose images are JPEG files
+                continue
+            assert (item.image == truth.image).all() and item.caption == truth.caption
+            assert (item.masks == truth.masks).all() and np.allclose(item.depth, truth.depth)
+            assert [found.thing_classes[k] for k in item.mask_classes] == [
+                whole.thing_classes[k] for k in truth.mask_classes
+            ]
+            assert np.allclose(item.keypoints, truth.keypoints, atol=1e-3)
 
 
 def test_a_damaged_hugging_face_folder_is_refused(copied):

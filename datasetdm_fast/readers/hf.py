@@ -1,6 +1,7 @@
 """hf:PATH[SPLIT]: a folder in one of Hugging Face's layouts, with an image and a label or depth map in each row."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.labels.depth import UNITS, unit_of
+from datasetdm_fast.labels import mask_rle
+from datasetdm_fast.labels.depth import LARGEST_STEP, UNITS, unit_of
+from datasetdm_fast.labels.instance import SHOWN_SCORE
+from datasetdm_fast.labels.pose import TO_EDGE
 from datasetdm_fast.truth import framing, reading, tables
 from datasetdm_fast.truth.labelled import IGNORED, Picture
 from datasetdm_fast.truth.pictures import PictureSource
@@ -18,14 +22,21 @@ COLUMNS = {
     "label": ("label", "mask", "annotation", "segmentation", "semantic", "labels"),
     "depth": ("depth", "depth_map"),
     "caption": ("caption", "text", "prompt"),
+    "objects": ("objects",),
+    "people": ("people",),
 }
+TABLE = "classes.json"  # of a data set that convert wrote: classes, the unit of depths, joints
+TABLE_FORM = {"id2label": dict, "joints": [str], "limbs": [[int]], "max_depth": float, "depth_steps_of_a_metre": float}
+OBJECT_FORM = {"category": [int], "rle": [str], "score": [float]}
+PEOPLE_FORM = {"bbox": [[float]], "keypoints": [[float]]}
 NOTE = "depth unit"  # of a depth map that says in which unit it is
 
 
 class HuggingFace(PictureSource):
     """Pictures with metadata.jsonl or metadata.csv, Parquet files, or what save_to_disk wrote; columns by their usual
     names. The numbers of a label map are named by id2label.json, {"0": name, ...}, by the features of the table, or by
-    classes.txt; max_depth.txt is as in a plain folder.
+    classes.txt; max_depth.txt is as in a plain folder. What convert wrote has all of it in classes.json, and its things
+    and people in lists.
     """
 
     rule = framing.RULES["voc"]
@@ -34,26 +45,53 @@ class HuggingFace(PictureSource):
         self.path, self.rows = path, tables.opened(path, split)
         names = self.rows.columns
         self.columns = {what: next((name for name in known if name in names), "") for what, known in COLUMNS.items()}
-        if not self.columns["image"] or not (self.columns["label"] or self.columns["depth"]):
+        self.table = self._table()
+        if not self.table:  # lists of any other form
+            self.columns |= {"objects": "", "people": ""}
+        if not self.columns["image"] or not any(self.columns[what] for what in ("label", "depth", "objects", "people")):
             raise reading.bad(
                 path, f"its columns are {documents.one_line(', '.join(names))}, expected image and label or depth"
             )
-        if self.columns["label"]:
+        if self.columns["label"] or self.columns["objects"]:
             self.classes = self._classes()
             self.thing_classes = reading.without_background(self.classes)
         if self.columns["depth"]:
-            self.max_depth = reading.farthest_depth(path / "max_depth.txt")
+            self.max_depth = self.table.get("max_depth") or reading.farthest_depth(path / "max_depth.txt")
+        if self.columns["people"]:
+            self.joints, self.limbs = tuple(self.table["joints"]), tuple(map(tuple, self.table["limbs"]))
         self.tasks = (
-            *(("semantic", "open-vocabulary") if self.classes else ()),
+            *(("semantic",) if self.classes else ()),
+            *(("instance",) if self.columns["objects"] else ()),
+            *(("open-vocabulary",) if self.classes else ()),
             *(("depth",) if self.max_depth else ()),
+            *(("pose",) if self.columns["people"] else ()),
         )
         self.captions_name_all = self.columns["caption"] is None
         super().__init__(size, len(self.rows))
 
+    def _table(self) -> dict[str, Any]:
+        """What classes.json says, empty where there is none."""
+        path = self.path / TABLE
+        if not path.exists():
+            return {}
+        found = documents.read_object(path)
+        try:
+            documents.check_form(found, {name: form for name, form in TABLE_FORM.items() if name in found})
+            limbs = found.get("limbs", [])
+            if any(len(limb) != 2 or not all(0 <= end < len(found["joints"]) for end in limb) for limb in limbs):
+                raise ValueError("a limb that joins no two joints")
+            if not 0 <= found.get("max_depth", 0) <= LARGEST_STEP or found.get("depth_steps_of_a_metre", 1) <= 0:
+                raise ValueError("a depth out of range")
+        except (ValueError, KeyError) as error:
+            raise reading.bad(path, f"not what convert writes ({error})") from error
+        return found
+
     def _classes(self) -> tuple[str, ...]:
+        if "id2label" in self.table:
+            return _numbered(self.path / TABLE, self.table["id2label"])
         for folder in dict.fromkeys((self.rows.folder, self.path)):
             if (file := folder / "id2label.json").exists():
-                return _numbered(file)
+                return _numbered(file, documents.read_object(file))
         if found := next(_names(self.rows.features(self.columns["label"])), ()):
             return found
         return reading.class_file(reading.first_there(self.path / "id2label.json", self.path / "classes.txt"))
@@ -83,7 +121,42 @@ class HuggingFace(PictureSource):
             caption = self.caption(labels)
         if not isinstance(caption, str):
             raise reading.bad(self.name(record), "its caption is no text")
-        return Picture(f"{record:08d}", image, caption, labels, depth=depth)
+        lists = self._things(row, record, image.shape) | self._people(row, record)
+        return Picture(f"{record:08d}", image, caption, labels, depth=depth, **lists)
+
+    def _things(self, row: dict[str, Any], record: int, shape: tuple[int, ...]) -> dict[str, Any]:
+        """The things of a row: the sure ones are masks, the others crowds."""
+        if not self.columns["objects"]:
+            return {}
+        found: dict[str, Any] = {"masks": [], "mask_classes": [], "crowds": [], "crowd_classes": []}
+        things = row[self.columns["objects"]]
+        try:
+            documents.check_form(things, OBJECT_FORM)
+            for number, counts, score in zip(*(things[name] for name in OBJECT_FORM), strict=True):
+                rle = {"size": list(shape[:2]), "counts": counts}
+                mask_rle.run_lengths(rle)
+                which = ("masks", "mask_classes") if score >= SHOWN_SCORE else ("crowds", "crowd_classes")
+                if not 0 <= number < len(self.classes) or self.classes[number] not in self.thing_classes:
+                    raise ValueError(f"the unknown category {number}")
+                found[which[0]].append(partial(mask_rle.decode, rle))
+                found[which[1]].append(self.thing_classes.index(self.classes[number]))
+        except (ValueError, TypeError) as error:
+            raise reading.bad(self.name(record), f"its objects are not what convert writes ({error})") from error
+        return found
+
+    def _people(self, row: dict[str, Any], record: int) -> dict[str, Any]:
+        if not self.columns["people"]:
+            return {}
+        people, count = row[self.columns["people"]], len(self.joints)
+        try:
+            documents.check_form(people, PEOPLE_FORM)
+            boxes = np.array(people["bbox"], np.float32).reshape(len(people["bbox"]), 4)
+            points = np.array(people["keypoints"], np.float32).reshape(len(boxes), count, 3)
+        except (ValueError, TypeError) as error:
+            raise reading.bad(self.name(record), f"its people are not what convert writes ({error})") from error
+        points[..., :2] += TO_EDGE  # files count from the middle of the first pixel
+        areas = np.maximum(boxes[:, 2] * boxes[:, 3], 1)
+        return {"keypoints": points, "keypoint_boxes": boxes, "keypoint_areas": areas}
 
     def _image(self, row: dict[str, Any], what: str, record: int) -> Image.Image:
         value = row[self.columns[what]]
@@ -110,7 +183,8 @@ class HuggingFace(PictureSource):
                 wanted = "one number of 16 bits each" if what == "depth" else "one number each"
                 raise reading.bad(self.name(record), f"the pixels of {column} are {image.mode}, expected {wanted}")
             found = np.asarray(image).astype(np.int32)
-            steps = UNITS.get(image.info.get(NOTE, ""), UNITS[unit_of(self.max_depth)])
+            said = self.table.get("depth_steps_of_a_metre") or UNITS.get(image.info.get(NOTE, ""))
+            steps = said or UNITS[unit_of(self.max_depth)]
         else:
             try:
                 found = np.asarray(value, np.float32 if what == "depth" else np.int32)
@@ -137,8 +211,7 @@ def _names(feature: Any) -> Iterator[tuple[str, ...]]:
             yield from _names(inner)
 
 
-def _numbered(path: Path) -> tuple[str, ...]:
-    found = documents.read_object(path)
+def _numbered(path: Path, found: dict[str, Any]) -> tuple[str, ...]:
     if (
         not found
         or set(found) != {str(k) for k in range(len(found))}

@@ -14,7 +14,9 @@ from datasetdm_fast.truth.selection import VOC_CLASSES
 
 
 class Voc(PictureSource):
-    """JPEGImages, label maps (grey or palette), SegmentationObject for instances; Annotations must agree with them."""
+    """JPEGImages, label maps (grey or palette), SegmentationObject for instances; Annotations must agree with them. In
+    PATH or PATH/VOCdevkit/VOC2012; labelmap.txt may name other classes than VOC's, NAME:... a line.
+    """
 
     classes = VOC_CLASSES
     thing_classes = VOC_CLASSES[1:]
@@ -22,7 +24,10 @@ class Voc(PictureSource):
     captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        path = inner if (inner := path / "VOCdevkit" / "VOC2012").is_dir() else path
         self.path, self.objects = path, path / "SegmentationObject"
+        if (path / "labelmap.txt").exists() and not set(names := _label_map(path / "labelmap.txt")) <= set(VOC_CLASSES):
+            self.classes, self.thing_classes = names, names[1:]
         lists = [
             path / "splits" / f"{split}_aug.txt",
             path / "splits" / f"{split}.txt",
@@ -80,6 +85,14 @@ class Voc(PictureSource):
         for thing in root.iterfind("object"):
             if (kind := (thing.findtext("name") or "").strip()) not in self.thing_classes:
                 raise reading.bad(path, f"the unknown class {documents.quoted(kind)}")
+
+
+def _label_map(path: Path) -> tuple[str, ...]:
+    """The classes of a file of lines NAME:COLOUR:PARTS:ACTIONS, in the order of their numbers."""
+    names = tuple(line.partition(":")[0] for line in reading.lines(path) if not line.startswith("#"))
+    if len(set(names)) < len(names) or len(names) < 2 or not all(names) or len(names) > IGNORED:
+        raise reading.bad(path, "its names are not different ones, the background's first")
+    return names
 
 
 def _id(line: str) -> str:
