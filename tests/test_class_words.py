@@ -85,6 +85,13 @@ def test_what_a_text_names(text, classes, named):
     assert find_classes(text, classes) == named
 
 
+@pytest.mark.parametrize("name", class_tables.TABLES)
+def test_a_class_that_ends_a_prompt_is_found_where_longer_phrases_begin_with_it(name):
+    table = class_tables.table(name)
+    for word in table.classes[1:] if table.names[0] == "background" else table.classes:
+        assert word.name in find_classes(f"a photo of a {word.say}", table.names)
+
+
 def test_an_own_table_goes_before_ours():
     own = class_tables.parse("name,say,words\nvehicle,,car | lorry\ncat,house cat,\n,,toy car\n", "own")
     assert own.other == ("toy car",)

@@ -70,6 +70,8 @@ class ClassMatcher:
         tokens, at, found = tuple(mark.group() for mark in marks), 0, {}
         while at < len(tokens):
             for length in self._longest.get(tokens[at], ()):
+                if at + length > len(tokens):
+                    continue
                 match = self._phrases[tokens[at]].get(tokens[at : at + length])
                 if match and not (match[1] and _goes_on(tokens, at + length)):
                     for index in match[0]:
