@@ -302,3 +302,35 @@ def test_statistics_are_those_of_the_samples_shown(chromium, run):
     told = page.locator("#statistics").inner_text()
     assert f"Statistics of {len(shown(page))} of {NUMBER} samples" in told and "Near duplicates are known once" in told
     page.close()
+
+
+@pytest.mark.loopback
+def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
+    """The other run has the same pictures, but of sample 2 a darker one."""
+    write_run(tmp_path / "other", 4, 48)
+    Image.fromarray(rendered(2, 48).image // 2).save(tmp_path / "other/images/00000002.png")
+    with server.opened(run, 18900, print, tmp_path / "other") as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        try:
+            watched = Watched(chromium)
+            page = watched.open(serving.address + "#id=00000002&layer=instance")
+            page.click("#beside [data-way=two]")
+            until(
+                page, "[...frame.children].every(stack => stack.querySelector('.shape')) && frame.children.length > 1"
+            )
+            boxes = [page.locator("#frame .stack").nth(k).bounding_box() for k in (0, 1)]
+            assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"] + 1 and boxes[0]["width"] > 300
+            page.click("#beside [data-way=difference]")
+            found = []
+            for key in ("ArrowLeft", "ArrowRight"):
+                page.keyboard.press(key)
+                until(page, "[...document.querySelectorAll('#frame img')].every(image => image.complete)")
+                page.wait_for_timeout(300)
+                page.locator("#frame .stack").screenshot(path=tmp_path / "difference.png")
+                found.append(np.array(Image.open(tmp_path / "difference.png").convert("L")).mean())
+            assert found[0] < 4 < 30 < found[1] and watched.errors == []
+            page.close()
+        finally:
+            serving.shutdown()
+            thread.join()

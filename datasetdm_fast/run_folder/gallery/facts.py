@@ -96,6 +96,7 @@ class RunFacts:
             "missing": [self.number(word) for word in missing],
             "reasons": list(reasons),
             "aside": int(row.status == DOUBTFUL),
+            "source": int(row.recipe["source"]) if str(row.recipe.get("source", "")).isdecimal() else request.index,
             "things": [
                 [self.number(word), round(100 * score), *(round(1000 * share) for share in (area, x, y))]
                 for word, score, area, x, y in things

@@ -65,11 +65,12 @@ function keepAddress() {
 // ---- data that lies in scripts beside the page
 
 const asked = new Set();
-function load(path) {
+function load(path, isCompared = false) {
   if (asked.has(path)) return Promise.resolve(true);
   asked.add(path);
   return new Promise(done => {
     const script = make("script");
+    if (isCompared) script.dataset.compared = "yes";
     script.onload = () => { script.remove(); done(true); };
     script.onerror = () => { script.remove(); fault(path); done(false); };
     script.src = path;
@@ -170,6 +171,7 @@ function drawn(layer, sample) {
 function active() { return run.layers.filter(layer => layersOn.includes(layer.name)); }
 function overlay(element, sample) {
   const box = element.querySelector(".stack");
+  if (element === frame && beside === "difference") return;
   for (const old of box.querySelectorAll(".layer")) old.remove();
   for (const layer of active()) box.append(...drawn(layer, sample));
 }
@@ -199,6 +201,7 @@ async function findServer() {
 }
 async function startReview() {
   await findServer();
+  startComparing();
   for (const [id, mark] of served ? served.marks : Object.entries(remembered(run.key) ?? {})) marks.set(id, mark);
   showReview();
   if (wish.flags.some(flag => ["good", "bad", "unmarked"].includes(flag))) refresh();
@@ -264,6 +267,44 @@ function reviewButtons() {
     by("review").append(element);
   }
   for (const element of viewer.querySelectorAll("[data-mark]")) element.addEventListener("click", () => mark(opened, element.dataset.mark));
+}
+
+// ---- another run beside this one: its source, or one of the same plan
+
+let beside = ""; // how the opened sample is compared: "two" pictures, their "difference", or not at all
+async function startComparing() {
+  if (!served?.against || !(await load(`${served.against}gallery/run.js`, true))) return;
+  compared.on = () => { if (opened && beside) open(shown.indexOf(opened)); };
+  by("beside").hidden = false;
+  const name = decodeURIComponent(served.against.split("/").at(-2));
+  by("beside").append(...[["two", `Beside ${name}`], ["difference", "Difference"]].map(([way, text]) => {
+    const element = button(text, () => {
+      beside = beside === way ? "" : way;
+      for (const each of by("beside").children) press(each, each.dataset.way === beside);
+      open(shown.indexOf(opened));
+    });
+    element.dataset.way = way;
+    press(element, false);
+    return element;
+  }));
+}
+function comparedImage(sample) {
+  return picture(`${served.against}images/${idOf(sample.source)}.${compared.run.format}`, "image compared", `The same in the other run`);
+}
+// The other run's picture of a sample, with the layers that both runs have.
+function comparedStack(sample) {
+  const box = make("span", "stack"), number = Math.floor(sample.source / compared.run.group);
+  box.append(comparedImage(sample));
+  for (const layer of active().map(each => compared.run.layers.find(other => other.name === each.name)).filter(Boolean)) {
+    if (layer.file) {
+      box.append(picture(`${served.against}${layer.is_drawn ? "gallery/" : ""}${layer.file.replace("ID", idOf(sample.source))}`, `layer ${layer.drawing}`, ""));
+      continue;
+    }
+    if (!compared.details.has(number)) load(`${served.against}gallery/${named("details", number)}`, true);
+    const values = compared.details.get(number)?.get(sample.source)?.[layer.name];
+    if (values) box.append(...DRAWINGS[layer.drawing](layer, sample, values));
+  }
+  return box;
 }
 
 // ---- values under the cursor, where the page is served: a browser lets no page read the pixels of files on a disk
@@ -407,11 +448,16 @@ function open(place) {
   wanted = "";
   by("prompt").textContent = opened.prompt;
   const ratio = opened.sides[1] / opened.sides[0], box = make("span", "stack");
-  box.style.setProperty("--ratio", ratio);
-  box.style.aspectRatio = String(ratio);
-  box.style.width = `min(100cqw, 100cqh * ${ratio})`;
   box.append(imageOf(opened));
-  frame.replaceChildren(box);
+  if (beside === "difference") box.append(comparedImage(opened));
+  frame.replaceChildren(box, ...(beside === "two" ? [comparedStack(opened)] : []));
+  frame.classList.toggle("two", beside === "two");
+  frame.classList.toggle("difference", beside === "difference");
+  for (const each of frame.children) {
+    each.style.setProperty("--ratio", ratio);
+    each.style.aspectRatio = String(ratio);
+    each.style.width = `min(100cqw, 100cqh * ${ratio})`;
+  }
   look({ x: 0, y: 0, scale: 1 });
   drawOpened();
   showOpenedMark();
@@ -481,7 +527,13 @@ function look({ x, y, scale }) {
   const box = frame.firstChild, larger = Math.min(Math.max(scale, 1), 40);
   const most = [(larger - 1) * box.offsetWidth, (larger - 1) * box.offsetHeight];
   zoom = { scale: larger, x: Math.min(0, Math.max(x, -most[0])), y: Math.min(0, Math.max(y, -most[1])) };
-  box.style.transform = larger === 1 ? "" : `translate(${zoom.x}px, ${zoom.y}px) scale(${larger})`;
+  for (const each of frame.children) {
+    each.style.setProperty("--zoom", larger);
+    each.style.transform = larger === 1 ? "" : `translate(${zoom.x}px, ${zoom.y}px) scale(${larger})`;
+    // Two pictures are each cut off where the other one begins.
+    const [left, top] = [-zoom.x / larger, -zoom.y / larger], { offsetWidth: wide, offsetHeight: high } = box;
+    each.style.clipPath = frame.children.length < 2 || larger === 1 ? "" : `inset(${top}px ${wide - left - wide / larger}px ${high - top - high / larger}px ${left}px)`;
+  }
   frame.classList.toggle("near", larger * box.offsetWidth > 2 * (opened?.sides[1] ?? 1));
 }
 function zoomed(factor, clientX, clientY) {
@@ -565,7 +617,7 @@ function toggleLayer(name) {
   layersOn = layersOn.includes(name) ? layersOn.filter(other => other !== name) : [...layersOn, name];
   showLayers();
   for (const [place, element] of cards) overlay(element, shown[place]);
-  if (opened) drawOpened();
+  if (opened) beside === "two" ? open(shown.indexOf(opened)) : drawOpened();
   remember("layers", layersOn);
   keepAddress();
 }

@@ -2,13 +2,15 @@
 // What the page decides without a look at itself: which samples it shows, in which order, and where they lie.
 
 const received = { run: null, leftOut: [], pages: new Map(), details: new Map(), on: () => {} };
+const compared = { run: null, details: new Map(), on: () => {} }; // of the run that this one is compared with
 
 // Every script that holds data calls this; `number` tells which part it is.
 function receive(kind, number, value) {
-  if (kind === "page") received.pages.set(number, value);
-  else if (kind === "details") received.details.set(number, new Map(value));
-  else received[kind] = value;
-  received.on(kind, number);
+  const into = document.currentScript?.dataset.compared ? compared : received;
+  if (kind === "page") into.pages.set(number, value);
+  else if (kind === "details") into.details.set(number, new Map(value));
+  else into[kind] = value;
+  into.on(kind, number);
 }
 
 function idOf(index) { return String(index).padStart(8, "0"); }
@@ -19,7 +21,7 @@ function samplesOf(columns, leftOut) {
   return columns.index.map((index, k) => ({
     index, id: idOf(index), prompt: columns.prompt[k], text: columns.prompt[k].toLowerCase(), seed: String(columns.seed[k]),
     sides: columns.sides[k], named: columns.named[k], shown: columns.shown[k], missing: columns.missing[k],
-    reasons: columns.reasons[k], aside: columns.aside[k] === 1, things: columns.things[k], figures: columns.figures[k],
+    reasons: columns.reasons[k], source: columns.source[k], aside: columns.aside[k] === 1, things: columns.things[k], figures: columns.figures[k],
     leftOut: leftOut.get(index) ?? "",
   }));
 }

@@ -44,14 +44,19 @@ RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 class RunServer(ThreadingHTTPServer):
-    """Serves a run folder below /NAME/ on this machine's own address."""
+    """Serves a run folder on this machine's own address, below /NAME/, and one beside it below /against/NAME/."""
 
     daemon_threads = True
     allow_reuse_address = False  # or a port that another server holds would seem to be free
 
-    def __init__(self, folder: Path, port: int):
+    def __init__(self, folder: Path, port: int, against: Path | None = None):
         self.folder = folder.resolve()
         self.prefix = f"/{quote(self.folder.name or 'run')}/"
+        self.folders = {self.prefix: self.folder}  # prefix of an address -> where its files lie
+        self.against = ""
+        if against is not None:
+            self.against = f"/against/{quote(against.resolve().name or 'run')}/"
+            self.folders[self.against] = against.resolve()
         self.marking = threading.Lock()
         super().__init__((LOOPBACK, port), Handler)
         self.hosts = frozenset(f"{name}:{self.server_port}" for name in NAMES)
@@ -63,11 +68,11 @@ class RunServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def opened(folder: Path, port: int, say: Callable[[str], None]) -> RunServer:
+def opened(folder: Path, port: int, say: Callable[[str], None], against: Path | None = None) -> RunServer:
     """A server on `port` or, where it is taken, on the next that is free."""
     for wanted in range(port, min(port + TRIED_PORTS, 2**16)):
         try:
-            server = RunServer(folder, wanted)
+            server = RunServer(folder, wanted, against)
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 continue
@@ -123,8 +128,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(204, b"", "")
         if path == f"{self.server.prefix}review":
             marks = review.read(self.server.folder)
-            told = json.dumps({"path": str(self.server.folder), "marks": sorted(marks.items())}).encode()
-            return self._send(200, told, "application/json")
+            told = {"path": str(self.server.folder), "marks": sorted(marks.items()), "against": self.server.against}
+            return self._send(200, json.dumps(told).encode(), "application/json")
         found = self._file(path)
         return self._send_file(found) if found else self._refuse(404)
 
@@ -133,20 +138,21 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Host", "") in self.server.hosts
 
     def _file(self, path: str) -> Path | None:
-        """The file of the run folder that a path of an address names, None where it is none that may be read."""
-        if not path.startswith(self.server.prefix):
+        """The file of a run folder that a path of an address names, None where it is none that may be read."""
+        prefix = next((each for each in self.server.folders if path.startswith(each)), None)
+        if prefix is None:
             return None
-        parts = unquote(path.removeprefix(self.server.prefix)).split("/")
+        folder, parts = self.server.folders[prefix], unquote(path.removeprefix(prefix)).split("/")
         if len(parts) < 2 or parts[0] in HIDDEN or any(part.startswith(".") or not part for part in parts):
             return None
         if "\0" in path or any("\0" in part or "\\" in part for part in parts):
             return None
-        found = self.server.folder.joinpath(*parts)
+        found = folder.joinpath(*parts)
         try:
             whole = found.resolve(strict=True)
         except OSError:
             return None
-        is_ours = whole.is_relative_to(self.server.folder) and whole.is_file() and whole.suffix in KINDS
+        is_ours = whole.is_relative_to(folder) and whole.is_file() and whole.suffix in KINDS
         return whole if is_ours else None
 
     def _send_file(self, path: Path) -> None:
