@@ -109,13 +109,13 @@ def test_marks_come_from_the_page_alone(run, ask):
     for wrong in ("", "[]", "{}", '{"marks": [["../x", "bad"]]}', '{"marks": [["00000001", "worse"]]}', '{"marks": 1}'):
         assert ask(f"{HOME}review", "PUT", wrong, Origin=own)[0] == 400
     assert ask(f"{HOME}images/00000001.png", "PUT", body, Origin=own)[0] == 404
-    assert ask(f"{HOME}review", "PUT", "x" * (server.LARGEST_REQUEST + 1), Origin=own)[0] == 413
+    assert ask(f"{HOME}review", "PUT", Origin=own, Content_Length=str(server.LARGEST_REQUEST + 1))[0] == 413
     assert ask(f"{HOME}review", "PUT", body, Origin=own)[0] == 204
     assert ask(f"{HOME}review", "PUT", '{"marks": [["00000000", "bad"], ["00000002", ""]]}', Origin=own)[0] == 204
     assert (run / "review" / "bad.txt").read_text() == "00000000\n00000001\n"
     assert (run / "review" / "good.txt").read_text() == "" and review.read(run)["00000001"] == "bad"
     told = json.loads(ask(f"{HOME}review")[2])
-    assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]]}
+    assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]], "against": ""}
 
 
 def test_a_taken_port_is_said_and_the_next_one_serves(run, capsys):

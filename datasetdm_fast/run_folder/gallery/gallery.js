@@ -92,7 +92,7 @@ async function loadPages() {
       if (performance.now() - last > 400 || !filled) {
         const end = parts.findIndex(part => !part);
         samples = parts.slice(0, end < 0 ? parts.length : end).flat();
-        if (samples.length) refresh();
+        if (samples.length) refresh(true);
         last = performance.now();
       }
     }
@@ -100,7 +100,7 @@ async function loadPages() {
   await Promise.all(Array.from({ length: LOADED_AT_ONCE }, work));
   samples = parts.filter(Boolean).flat();
   filled = true;
-  refresh();
+  refresh(true);
 }
 
 function detailsOf(sample) {
@@ -404,11 +404,18 @@ function arrange() {
   for (const [place, element] of cards) position(element, place);
   draft();
 }
-function refresh() {
-  const focused = document.activeElement?.dataset?.id;
+function refresh(isGrowing = false) {
+  const focused = document.activeElement?.dataset?.id, before = shown;
   shown = chosen(samples, wish, quantities, marks);
-  cards.clear();
-  grid.replaceChildren();
+  for (const [place, element] of cards) {
+    if (isGrowing && shown[place]?.index === before[place].index) {
+      element.setAttribute("aria-setsize", shown.length);
+      continue;
+    }
+    element.remove();
+    cards.delete(place);
+  }
+  grid.querySelector(".nothing")?.remove();
   if (!shown.length && filled) grid.append(make("p", "nothing", "No sample matches."));
   arrange();
   if (focused) [...cards.values()].find(element => element.dataset.id === focused)?.focus({ preventScroll: true });
