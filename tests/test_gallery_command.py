@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 from rendered import document, rendered, write_run
@@ -154,6 +155,20 @@ def test_a_stopped_run_is_shown_with_what_it_has(tmp_path, capsys):
         folder.add([rendered(k, 32) for k in range(4)], {})
     assert command.main([str(path)]) == 0 and (path / PAGE).exists() and audit(path).findings == []
     assert "4 of 6 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_rows_that_do_not_fit_are_refused_in_one_sentence(tmp_path, capsys, is_busy):
+    path = tmp_path / "run"
+    with RunFolder(path, document(2, 32)) as folder:
+        row = folder.write([rendered(0, 32)], {})[0]
+        folder.ledger.commit([replace(row, labels=row.labels | {"instance": [{}]}, tracings={})])
+        if is_busy:
+            assert command.main([str(path)]) == 2
+    if not is_busy:
+        assert command.main([str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "its rows do not fit run.json" in lines[0] and "audit" in lines[1]
 
 
 def names(path):

@@ -186,7 +186,7 @@ class RunFolder(AbstractContextManager):
         if not has_indexes(self.path, self.document, self.ledger):
             unseal(self.path)
             self._remove_leftovers()
-            try:
+            with refusing_rows(self.path):
                 storage.publish(
                     {
                         self.path / name: chunks(self.document, self.ledger)
@@ -194,11 +194,6 @@ class RunFolder(AbstractContextManager):
                     }
                 )
                 gallery.write(self.path, self.document, self.ledger, has_samples=not (self.path / ELSEWHERE).exists())
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                raise Refused(
-                    f"{self.path / LEDGER}: its rows do not fit {DOCUMENT} ({type(error).__name__}: {error})",
-                    f"See what is damaged with: python -m datasetdm_fast.audit {self.path}",
-                ) from error
             self.ledger.note("indexed", "yes")
         if not is_sealed(self.path) and self.ledger.settle():
             seal.seal(self.path, self.document)
@@ -253,6 +248,18 @@ def clean(folder: Path) -> None:
     """Removes what earlier processes left half-done; nobody else may be at work in the folder."""
     storage.remove_temporaries(folder)
     seal.remove_queue(folder)
+
+
+@contextmanager
+def refusing_rows(folder: Path) -> Iterator[None]:
+    """Within the block, what rows of the ledger lack becomes a refusal."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(
+            f"{folder / LEDGER}: its rows do not fit {DOCUMENT} ({type(error).__name__}: {error})",
+            f"See what is damaged with: python -m datasetdm_fast.audit {folder}",
+        ) from error
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder import gallery
-from datasetdm_fast.run_folder.document import LEDGER, described
-from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.document import LEDGER, LOCK, described
+from datasetdm_fast.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.run_folder.seal import ELSEWHERE, has_indexes, is_sealed
 
@@ -21,15 +22,23 @@ def show(folder: Path) -> tuple[Path, int, int]:
         raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same line again.")
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         is_shown = is_sealed(folder) and has_indexes(folder, document, ledger)
-    if not is_shown:
-        try:
-            with RunFolder(folder, document) as held:
-                held.rebuild()
-        except Refused:  # a process makes its samples
-            with gallery.held(folder):
-                if not is_sealed(folder):
-                    with Ledger(folder / LEDGER, read_only=True) as ledger:
-                        gallery.write(folder, document, ledger)
+    if not is_shown and is_held(folder):
+        with gallery.held(folder), refusing_rows(folder):
+            if not is_sealed(folder):
+                with Ledger(folder / LEDGER, read_only=True) as ledger:
+                    gallery.write(folder, document, ledger)
+    elif not is_shown:
+        with RunFolder(folder, document) as opened:
+            opened.rebuild()
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         there = ledger.count() + ledger.count(DOUBTFUL)
     return folder / gallery.PAGE, there, document["plan"]["number"]
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process makes samples of the run."""
+    try:
+        with locks.locked(folder / LOCK):
+            return False
+    except Refused:
+        return True
