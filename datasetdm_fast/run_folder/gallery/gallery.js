@@ -5,6 +5,7 @@ const run = received.run, SVG = "http://www.w3.org/2000/svg";
 const BONES = ["#ff5d5d", "#ffb454", "#ffe066", "#7bd88f", "#4cc9f0", "#9d8df1", "#f78fb3"];
 const GAP = 16, WORDS = 92, SMALL = 150; // pixels: between cards, of their text, and the width below which they have none
 const SETTLED = 120; // milliseconds after which a card that is still in view gets its image and labels
+const MADE_AT_ONCE = 48; // cards in one frame of a scroll: large windows fill over a few
 const KEPT_DETAILS = 200; // groups of details in memory
 const LOADED_AT_ONCE = 4;
 const root = document.documentElement, by = id => document.getElementById(id);
@@ -353,7 +354,7 @@ function position(element, place) {
   element.style.left = `${(at % layout.columns) * (layout.side + layout.gap)}px`;
   element.style.top = `${Math.floor(at / layout.columns) * layout.row}px`;
 }
-function draft() {
+function draft(most = Infinity) {
   const top = -grid.getBoundingClientRect().top, part = Math.min(shown.length - first, layout.most);
   const [from, to] = visible(layout, top, top + innerHeight, part);
   for (const [place, element] of cards) {
@@ -366,6 +367,10 @@ function draft() {
   for (let place = first + from; place < first + to; place++) {
     let element = cards.get(place);
     if (!element) {
+      if (most-- <= 0) {
+        requestAnimationFrame(() => draft(MADE_AT_ONCE));
+        break;
+      }
       element = card(place);
       cards.set(place, element);
       position(element, place);
@@ -874,7 +879,7 @@ frame.addEventListener("pointermove", event => {
 for (const end of ["pointerup", "pointercancel"]) frame.addEventListener(end, event => pointers.delete(event.pointerId));
 frame.addEventListener("dblclick", event => (zoom.scale > 1 ? look({ x: 0, y: 0, scale: 1 }) : zoomed(3, event.clientX, event.clientY)));
 addEventListener("keydown", keys);
-addEventListener("scroll", () => requestAnimationFrame(draft), { passive: true });
+addEventListener("scroll", () => requestAnimationFrame(() => draft(MADE_AT_ONCE)), { passive: true });
 addEventListener("hashchange", () => {
   if (viewer.open) viewer.close();
   applyAddress();
