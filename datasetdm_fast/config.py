@@ -266,13 +266,19 @@ class OutputSettings:
 @dataclass(frozen=True)
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "model decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells parity "
-        "engine prompts negative_prompt allow_unnamed truncate_prompts number "
+        "model lora decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells "
+        "parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
         "palette format out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus "
         "ranks cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
+    lora: tuple[str, ...] = setting(
+        (),
+        "low-rank adapters to fuse into the model, comma-separated, each FILE or FILE:SCALE",
+        identity="if given",
+        metavar="LIST",
+    )
     task: tuple[str, ...] = setting(
         ("semantic", "instance", "depth", "pose"),
         "labels to make, comma-separated, by default all that the decoders of --decoder make: "

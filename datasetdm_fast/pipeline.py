@@ -1,4 +1,4 @@
-"""The library: a Pipeline makes labelled images or the features of a real one; open_run reads a run folder."""
+"""The library: a Pipeline makes labelled images or the features of an image; open_run reads a run folder."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasetdm_fast.config import ATTENTION, LABELS, LabelConfig
-from datasetdm_fast.data import Batch, Capture, Request, Sample, SetAside
+from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
 from datasetdm_fast.generation.inverted import generator_of, in_memory, inverting, said
 from datasetdm_fast.generation.prompts import check_classes, check_line
-from datasetdm_fast.generation.recipe import Recipe, make_recipe
+from datasetdm_fast.generation.recipe import Recipe, capture_calls, make_recipe
 from datasetdm_fast.labels import kind_of, task_of
 from datasetdm_fast.labels.names import by_task
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.reader import SHOWN, Run, StoredSample, TaskDataset, open_run
-from datasetdm_fast.stages import LEVELS
+from datasetdm_fast.stages import FACTOR, LEVELS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,17 +109,31 @@ class Pipeline:
         decoder: str | None = None,
         size: int = 0,
         allow_download: bool = False,
+        lora: Sequence[str] = (),
         **options: Any,
     ) -> Pipeline:
         """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own, or no labels.
 
-        The options are what `generate` takes of an engine: engine, dtype, device, threads, compile, provider, streams,
-        engines and trt_flavour.
+        `lora` are adapters FILE or FILE:SCALE that are fused into it. The options are what `generate` takes of an
+        engine: engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour.
         """
         settings.check_size(size)
         decoder = "demo" if decoder is None and model == "demo" else decoder
-        built, _ = opening.open_engine(str(model), decoder, size=size, allow_download=allow_download, **options)
-        return cls(built)
+        found, _ = opening.open_engine(
+            str(model), decoder, size=size, allow_download=allow_download, lora=tuple(lora), **options
+        )
+        return cls(found)
+
+    @classmethod
+    def from_diffusers(cls, pipe: Any, *, decoder: str | None = None, size: int = 0, **options: Any) -> Pipeline:
+        """The model of a StableDiffusionPipeline that is in memory, adapters that were fused included; `decoder` and
+        options as in from_pretrained. The weights are copied.
+        """
+        from datasetdm_fast.loading.in_memory import model_of
+
+        settings.check_size(size)
+        found, _ = opening.open_engine("", decoder, loaded=model_of(pipe, size), **options)
+        return cls(found)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -278,24 +292,31 @@ class Pipeline:
                 yield result
 
     def features(
-        self, image: np.ndarray | Image, prompt: str = "", *, timestep: int | None = None, seed: int = 0
-    ) -> dict[str, Tensor]:
-        """The levels low, mid, high and highest [1, C, h, w] of a real image: features, then maps by head and token.
+        self,
+        image: np.ndarray | Image | None = None,
+        prompt: str = "",
+        *,
+        timestep: int | None = None,
+        seed: int = 0,
+        steps: int = 0,
+        guidance: float = 0.0,
+        projected: bool = False,
+    ) -> dict[str, Tensor] | dict[str, dict[str, Tensor]]:
+        """The levels low, mid, high and highest [1, C, h, w] of a real image, or without one of the image that a prompt
+        gives: features, then maps by head and token. With `projected` what each decoder makes of them, by its label.
 
-        The image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's noise,
-        and seen by one call.
+        A real image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's
+        noise, and seen by one call. A prompt's is sampled, in `steps` with this `guidance`, up to the call nearest it.
         """
         import torch
 
         from datasetdm_fast.sampling.inversion import capture_timestep, invert
 
         size, training = self.engine.model.size, int(self.engine.model.scheduler.get("num_train_timesteps", 1000))
-        pixels = np.array(image)
-        if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
-            raise Refused(
-                f"image: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [{size}, {size}, 3]",
-                "Convert it to RGB and resize it first.",
-            )
+        if image is None and not prompt:
+            raise Refused("features: neither an image nor a prompt was given", "Give one of them.")
+        if projected and not self.engine.decoders:
+            raise Refused("projected: this pipeline has no decoders", "Name a folder with some: decoder=DIR.")
         if timestep is None:
             configs = {label: decoder.config for label, decoder in self.engine.decoders.items()}
             timestep = capture_timestep(configs) if configs else 0
@@ -304,12 +325,59 @@ class Pipeline:
                 f"timestep: {timestep} is not within 0 .. {training - 1}",
                 "Choose one of the model's training timesteps.",
             )
-        words = prompts.fit(prompt, self.engine.model.tokenizer, "prompt")
-        capture = invert(
-            self.engine, torch.from_numpy(pixels)[None], [words], timestep, [settings.check_seed(seed)], is_raw=True
-        )
-        assert isinstance(capture, Capture)  # as it was asked for raw
-        return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
+        words, seed = prompts.fit(prompt, self.engine.model.tokenizer, "prompt"), settings.check_seed(seed)
+        if image is None:
+            settings.check_numbers(steps=steps, guidance=guidance)
+            capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
+        else:
+            pixels = np.array(image)
+            if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
+                raise Refused(
+                    f"image: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [{size}, {size}, 3]",
+                    "Convert it to RGB and resize it first.",
+                )
+            shown = torch.from_numpy(pixels)[None]
+            capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
+        if not projected:
+            assert isinstance(capture, Capture)  # as it was asked for raw
+            return {name: _concatenated(capture, level) for level, name in enumerate(LEVELS)}
+        return {label: self._projected(capture, label) for label in self.tasks}
+
+    def _sampled_capture(
+        self, prompt: str, timestep: int, seed: int, steps: int, guidance: float, *, is_raw: bool
+    ) -> Capture | ProjectedCapture:
+        """The capture of one image on its way from noise."""
+        import torch
+
+        from datasetdm_fast.sampling import make_schedule
+        from datasetdm_fast.sampling.times import initial_noise
+        from datasetdm_fast.sampling.walk import SamplerState
+
+        engine, side = self.engine, self.engine.model.size // FACTOR
+        schedule = make_schedule(engine.model.scheduler, "pndm", steps or engine.model.defaults.steps, "0.3.0")
+        last = capture_calls(schedule, {"": timestep})[""]
+        context = torch.cat([engine.encode_text([""]), engine.encode_text([prompt])])
+        noise = initial_noise(seed, 4, side, side)[None].to(engine.device)
+        state = SamplerState(schedule, guidance or engine.model.defaults.guidance, noise)
+        for call, time in enumerate(schedule.timesteps[:last]):
+            state.step(call, engine.denoise(state.latents, time, context))
+        capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
+        return capturing(state.latents, schedule.timesteps[last], context)[1]
+
+    def _projected(self, capture: Capture | ProjectedCapture, label: str) -> dict[str, Tensor]:
+        """Level -> what the decoder of a label reads of it, [1, F, h, w]."""
+        from datasetdm_fast.kernels import pyramid
+
+        weights = self.engine.decoders[label].projections()
+        places = [(place, level) for place, level in enumerate(self.engine.model.levels) if level.name in weights]
+        if isinstance(capture, Capture):
+            return {
+                level.name: pyramid.plain(
+                    capture.features[place], capture.maps[place], weights[level.name].to(self.engine.device), level.side
+                )
+                for place, level in places
+            }
+        return {level.name: capture.of(label).sums[place] for place, level in places}
 
 
 def _checked(request: Request, recipe: Recipe, tokenizer: Any) -> Request:

@@ -2,14 +2,18 @@
 weights.
 """
 
+import re
 from dataclasses import fields
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from stub_engine import StubEngine
+from test_loading import pipeline as in_diffusers
 
 from datasetdm_fast import Pipeline, generate, label, open_run
 from datasetdm_fast.config import EngineSettings
@@ -17,7 +21,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.loading import load_model
+from datasetdm_fast.loading import load_model, lora
 from datasetdm_fast.scenes import world
 from datasetdm_fast.stages import LEVELS
 
@@ -261,3 +265,84 @@ def test_without_decoders_there_are_images_alone():
     bare = Pipeline.from_pretrained("tiny", engine="torch")
     out = bare("a ball", steps=2)
     assert bare.tasks == () and len(out.images) == 1 and out.samples[0].annotations == {}
+
+
+def test_a_pipeline_in_memory_gives_what_its_folder_gives(tmp_path):
+    """Its weights are copied; an adapter that was not fused is refused, one that was is part of them."""
+    tiny = load_model("tiny")
+    theirs = in_diffusers(tiny)
+    found = Pipeline.from_diffusers(theirs, engine="fast", device="cpu", size=tiny.size)
+    theirs.save_pretrained(tmp_path / "model")
+    expected = Pipeline.from_pretrained(str(tmp_path / "model"), engine="fast", device="cpu", size=tiny.size)
+    images = [pipe("a ball", seed=3, steps=2, tasks=()).images[0] for pipe in (found, expected)]
+    assert np.array_equal(*images)
+    digests = found.engine.model.digests
+    assert set(digests) == {"tokenizer", "scheduler", "unet", "vae", "text_encoder"}
+    layer = theirs.unet.conv_in
+    layer.lora_A, layer.merged = {"one": torch.nn.Linear(1, 1)}, False
+    with pytest.raises(Refused, match="not fused, the first is conv_in"):
+        Pipeline.from_diffusers(theirs)
+    layer.merged = True
+    with torch.no_grad():
+        layer.weight += 0.1
+    again = Pipeline.from_diffusers(theirs, engine="fast", device="cpu", size=tiny.size)
+    changed = again.engine.model.digests
+    assert {name for name in digests if digests[name] != changed[name]} == {"unet"}
+    assert not np.array_equal(again("a ball", seed=3, steps=2, tasks=()).images[0], images[0])
+
+
+def test_an_adapter_is_fused_at_its_scale(tmp_path):
+    model, layer = load_model("tiny"), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    before = model.unet.get_submodule(layer).weight
+    down, up = torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2)
+    kohya = f"lora_unet_{layer.replace('.', '_')}"
+    named = {
+        "kohya": (
+            {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up, f"{kohya}.alpha": torch.ones(())},
+            0.5,
+        ),
+        "peft": ({f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}, 1.0),
+    }
+    for name, (state, share) in named.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+        changed = lora.fused(model, [f"{tmp_path / name}.safetensors:0.25"])
+        torch.testing.assert_close(changed.unet.get_submodule(layer).weight, before + 0.25 * share * up @ down)
+        assert (
+            changed.digests[f"lora {name}.safetensors"].endswith(" x 0.25")
+            and model.unet.get_submodule(layer).weight is before
+        )
+    for state, message in (
+        ({"nothing.weight": down}, "is no tensor of a low-rank adapter"),
+        ({"unet.nowhere.lora_A.weight": down, "unet.nowhere.lora_B.weight": up}, "has no layer 'nowhere'"),
+        ({f"unet.{layer}.lora_A.weight": down}, "only down of its adapter"),
+        ({f"unet.{layer}.lora_A.weight": down[:, 1:].clone(), f"unet.{layer}.lora_B.weight": up}, "for a weight of"),
+    ):
+        save_file(state, tmp_path / "bad.safetensors")
+        with pytest.raises(Refused, match=message):
+            lora.fused(model, [str(tmp_path / "bad.safetensors")])
+    with pytest.raises(Missing, match="no such file"):
+        lora.fused(model, ["none.safetensors:2"])
+
+
+def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):
+    raw = pipe.features(prompt="a ball", steps=2, seed=4)
+    projected = pipe.features(prompt="a ball", steps=2, seed=4, projected=True)
+    assert set(projected) == set(pipe.tasks) and torch.equal(
+        raw["low"], pipe.features(prompt="a ball", steps=2, seed=4)["low"]
+    )
+    for label, levels in projected.items():
+        weights = pipe.engine.decoders[label].projections()
+        highest = torch.nn.functional.conv2d(raw["highest"], weights["highest"])
+        torch.testing.assert_close(levels["highest"], highest, atol=1e-3, rtol=1e-3)
+    with pytest.raises(Refused, match="neither an image nor a prompt"):
+        pipe.features()
+
+
+def test_the_example_teaches_a_head_of_ones_own(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
+    _, example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(example.splitlines()) <= 40
+    names: dict = {}
+    exec(example, names)
+    truth = (names["truth"] > 0).float().mean().item()
+    assert names["share"] > 0.9 > max(truth, 1 - truth)

@@ -27,11 +27,14 @@ def open_engine(
     size: int = 0,
     allow_download: bool = False,
     threads: int = 0,
+    lora: Sequence[str] = (),
+    loaded: Model | None = None,
     **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings.
 
-    A task stands for its own decoder, TASK:NAME for the one in the folder NAME.
+    A task stands for its own decoder, TASK:NAME for the one in the folder NAME. `lora` are adapters to fuse into the
+    model, which may be `loaded` already.
     """
     check_engine(engine, **options)
     # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
@@ -46,7 +49,12 @@ def open_engine(
 
     if threads:
         torch.set_num_threads(threads)
-    loaded = load_model(model, size=size, allow_download=allow_download)
+    if loaded is None:
+        loaded = load_model(model, size=size, allow_download=allow_download)
+    if lora:
+        from datasetdm_fast.loading.lora import fused  # which few runs need
+
+        loaded = fused(loaded, lora)
     is_seeded = decoder == "demo" and loaded.licence == SEEDED_LICENCE  # what was trained for the demo model fits none
     if is_seeded:
         found = _seeded(loaded)

@@ -246,7 +246,8 @@ def check_room(job: Job) -> None:
 
 def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engine, dict[str, Any]]:
     """The engine and its decoders; a run folder keeps the engine that `--engine auto` chose for it."""
-    chosen = {"size": config.size, "allow_download": config.allow_download, **config.engine_choices()}
+    chosen = {"size": config.size, "allow_download": config.allow_download, "lora": config.lora}
+    chosen |= config.engine_choices()
     kept = stored["engine"].get("engine") if stored and config.engine == "auto" else None
     if kept in ENGINES and ENGINES[kept].races:
         chosen["engine"] = kept
