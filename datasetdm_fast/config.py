@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+from datasetdm_fast.plugins import Registry
+
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 ATTENTION = "attention"  # labels that need no decoder
 LABELS = (*TASKS, ATTENTION)
@@ -34,7 +36,7 @@ class EngineKind:
     races: bool = False  # whether --engine auto tries it for a long run on a CPU
 
 
-ENGINES = {
+OWN_ENGINES = {
     "torch": EngineKind("datasetdm_fast.engines.torch:TorchEngine"),
     "fast": EngineKind(
         "datasetdm_fast.engines.fast:FastEngine",
@@ -65,7 +67,8 @@ ENGINES = {
         requirement=("datasetdm_fast.export.tensorrt.flavours:require_gpu", "trt_flavour"),
     ),
 }
-ENGINE_NAMES = ("auto", *ENGINES)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
+ENGINES = Registry("engines", OWN_ENGINES, EngineKind)
+ENGINE_NAMES = ("auto", *ENGINES.names)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = {  # name -> module that ends with its SAMPLER

@@ -61,7 +61,14 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("foreign", "kernels"),
     ("disk", "scenes"),
 )
-FOR_ALL = ("data", "config", "errors", "stages", "version")  # used by every room, and importing none but each other
+FOR_ALL = (
+    "data",
+    "config",
+    "errors",
+    "plugins",
+    "stages",
+    "version",
+)  # used by every room, and importing none but each other
 DOOR = (
     f"{PACKAGE}.export.__main__",
     "export_cli",
@@ -69,7 +76,8 @@ DOOR = (
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
 # The commands splice, filter, edit and vary need flags, refusals, run folder, labels and files; labels that carry a
 # decoder's name and the trust of samples are read by engines, export and commands; the bench's probe times a layer of
-# the models by itself; checkpoints of other projects are read and written, and generate compares engines before a run.
+# the models by itself; checkpoints of other projects are read and written, and generate compares engines before a run;
+# other packages bring engines and readers.
 MOST = {"rooms": 60, "rows": 10, "arrows": 420}
 
 

@@ -330,8 +330,8 @@ def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):
     assert set(projected) == set(pipe.tasks) and torch.equal(
         raw["low"], pipe.features(prompt="a ball", steps=2, seed=4)["low"]
     )
-    for label, levels in projected.items():
-        weights = pipe.engine.decoders[label].projections()
+    for name, levels in projected.items():
+        weights = pipe.engine.decoders[name].projections()
         highest = torch.nn.functional.conv2d(raw["highest"], weights["highest"])
         torch.testing.assert_close(levels["highest"], highest, atol=1e-3, rtol=1e-3)
     with pytest.raises(Refused, match="neither an image nor a prompt"):

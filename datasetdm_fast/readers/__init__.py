@@ -7,6 +7,7 @@ from pathlib import Path
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.plugins import Registry
 from datasetdm_fast.readers import demo
 from datasetdm_fast.readers.celebamask import CelebAMask
 from datasetdm_fast.readers.cityscapes import Cityscapes
@@ -31,7 +32,7 @@ from datasetdm_fast.truth.selection import EVERYTHING, PRESETS, DataSettings, Se
 __all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "LabelledSource", "open_data"]
 
 # kind -> reader(path, split, size, tasks); `demo` alone has no path
-READERS = {
+OWN_READERS = {
     "run": RunSamples,
     "voc": Voc,
     "coco": Coco,
@@ -49,6 +50,7 @@ READERS = {
     "folder": Folder,
     "hf": HuggingFace,
 }
+READERS = Registry("readers", OWN_READERS)
 ADDRESS = "KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED"
 
 
@@ -86,7 +88,7 @@ def open_data(
                 raise Refused(stop.cause, reading.MEND_FIRST) from stop
             raise
     else:
-        known = ("demo", *READERS)
+        known = ("demo", *READERS.names)
         raise Refused(
             f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}",
             f"Expected {ADDRESS}; kinds: {', '.join(known)}.",
