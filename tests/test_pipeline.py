@@ -345,4 +345,4 @@ def test_the_example_teaches_a_head_of_ones_own(capsys):
     names: dict = {}
     exec(example, names)
     truth = (names["truth"] > 0).float().mean().item()
-    assert names["share"] > 0.9 > max(truth, 1 - truth)
+    assert names["share"] > 0.8 > max(truth, 1 - truth)
