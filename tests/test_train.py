@@ -120,7 +120,10 @@ def test_it_learns_from_every_layout(run, tmp_path, tmp_path_factory, captures, 
     kind, write, tasks = LAYOUTS[name]
     write(tmp_path / "data")
     assert run("--data", f"{kind}:{tmp_path / 'data'}", "--task", tasks[0], "--steps", "2", "--quiet") == 0
-    assert set(load_decoders(tmp_path / "decoder")) == {tasks[0]} and len(losses(tmp_path / "decoder", tasks[0])) == 2
+    found = load_decoders(tmp_path / "decoder")
+    assert set(found) == {tasks[0]} and len(losses(tmp_path / "decoder", tasks[0])) == 2
+    if name == "voc":  # whose captions are made of the masks
+        assert found["semantic"].config.named
 
 
 def test_captures_made_anew_teach_nearly_the_same_as_kept_ones(run, tmp_path):

@@ -96,7 +96,7 @@ def of_renders(count: int) -> list[JudgedPicture]:
     """Renders with the labels that the demo decoders give them, beside their truth."""
     engine, _ = open_engine("demo", "demo", KINDS)
     configs = {task: engine.decoders[task].config for task in KINDS}
-    timestep, source, pictures = capture_timestep(configs.values()), DemoWorld(count, RENDERS, engine.model.size), []
+    timestep, source, pictures = capture_timestep(configs), DemoWorld(count, RENDERS, engine.model.size), []
     items = iter(source)
     while some := list(islice(items, BATCH)):
         captions, first = [item.caption for item in some], len(pictures)
@@ -140,6 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
     renders, made = of_renders(options.renders), of_run(options.run, judge)
     sets = {"renders": renders, "trusted renders": [one for one in renders if one.trust.is_trusted]}
     sets |= {"generated": made, "trusted generated": [one for one in made if one.trust.is_trusted]}
+    for count in sorted({len(one.named) for one in (*renders, *made)}):
+        for name, pictures in (("renders", renders), ("generated", made)):
+            if some := [one for one in pictures if len(one.named) == count]:
+                sets[f"{name}, {count} named"] = some
     print("\n".join(table(sets)), file=sys.stderr)
     wrong = np.array([one.is_wrong for one in made])
     doubtful = np.array([not one.trust.is_trusted for one in made])
