@@ -77,6 +77,7 @@ def test_tokens_of_words_are_found_by_what_stands_before_them():
     places = token_places("Two CONES and a cat's ball, balls", ("ball", "cone", "star"), count, 77)
     assert places == {"cone": (2,), "ball": (6, 7)}
     assert token_places("a cone by a ball", ("ball", "cone"), count, 5) == {"cone": (2,)}
+    assert token_places("by a dining table and dog", ("dog", "diningtable"), count, 77)["diningtable"] == (3, 4)
 
 
 def test_heads_that_tell_words_are_a_part_of_the_projection(config):

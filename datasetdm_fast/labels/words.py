@@ -70,12 +70,11 @@ class ClassMatcher:
         tokens, at, found = tuple(mark.group() for mark in marks), 0, {}
         while at < len(tokens):
             for length in self._longest.get(tokens[at], ()):
-                if at + length > len(tokens):
-                    continue
+                phrase = marks[at : at + length]  # shorter at the end of the text
                 match = self._phrases[tokens[at]].get(tokens[at : at + length])
                 if match and not (match[1] and _goes_on(tokens, at + length)):
                     for index in match[0]:
-                        found.setdefault(index, []).append((marks[at].start(), marks[at + length - 1].end()))
+                        found.setdefault(index, []).append((phrase[0].start(), phrase[-1].end()))
                     at += length - 1
                     break
             at += 1
