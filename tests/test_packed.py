@@ -16,6 +16,7 @@ from datasetdm_fast.models.packed import (
     PackedLinear,
     PackedUpsample,
     packed,
+    weight_as,
     weights_of,
 )
 
@@ -112,19 +113,25 @@ def test_a_packed_convolution_says_what_the_plain_one_says(batch, channels, side
 
 def test_plain_weights_go_and_can_be_read_back():
     """Only a convolution that may be computed in either form keeps its own."""
-    given = [weights(32, 32), weights(32, 4), weights(48, 64, 1)]
+    given = [weights(32, 32), weights(32, 32), weights(32, 4), weights(48, 64, 1)]
     network = torch.nn.Sequential(
-        PackedConvolution(Convolution(given[0])),
-        PackedConvolution(Convolution(given[1])),
-        PackedLinear(Linear(given[2])),
+        *(PackedConvolution(Convolution(one)) for one in given[:3]), PackedLinear(Linear(given[3]))
     )
+    few = image(1, 32, 8, 8)
     with torch.inference_mode():
-        for layer, shape in zip(network, ((2, 32, 8, 8), (2, 4, 8, 8), (5, 64))):
+        before = network[1](few)
+        for layer, shape in zip(network, ((2, 32, 8, 8), (2, 32, 16, 16), (2, 4, 8, 8), (5, 64))):
             layer(noise(*shape))
-    assert [layer.weight is None for layer in network] == [False, True, True]
+        assert [layer.weight is None for layer in network] == [False, False, True, True]
+        network[1] = PackedConvolution(Convolution(given[1]))
+        network[1](noise(2, 32, 16, 16))
+        assert network[1].weight is None and distance(network[1](few), before.double()) <= 2e-6
     held = weights_of(network)
     for place, one in enumerate(given):
-        assert torch.equal(held[f"{place}.weight"].reshape(one["weight"].shape), one["weight"])
+        found = held[f"{place}.weight"]
+        truth = weight_as(found, one["weight"].reshape(found.shape) if place == 3 else one["weight"])
+        assert torch.equal(found, truth)
+    assert held["1.weight"].shape != given[1]["weight"].shape
 
 
 @torch.inference_mode()

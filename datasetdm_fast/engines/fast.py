@@ -34,7 +34,7 @@ from datasetdm_fast.models.capture import (
     Slot,
     SummedAttention,
 )
-from datasetdm_fast.models.packed import packed, weights_of
+from datasetdm_fast.models.packed import packed, weight_as, weights_of
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
@@ -190,7 +190,8 @@ class FastEngine:
         farthest, sources = 0.0, self._sources()
         for name in NETWORKS:
             held, truth = weights_of(getattr(self, name)), weights_of(self._network(name, sources))
-            farthest = max([farthest, *(state_distance(held[key], value) for key, value in truth.items())])
+            pairs = ((held[key], weight_as(held[key], value)) for key, value in truth.items())
+            farthest = max([farthest, *(state_distance(*pair) for pair in pairs)])
         return farthest
 
     def _weight_versions(self) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ class Upsample(nn.Module):
 
     def __init__(self, weights: Weights):
         super().__init__()
-        self.taps = weights["weight"]  # of the 3x3 convolution
+        self.taps: Tensor | None = weights["weight"]  # of the 3x3 convolution, from which other forms are made
         self.weight = frozen(
             torch.cat([_pairs(row, 3) for row in _pairs(self.taps, 2).chunk(2)])
         )  # [4 * out, in, 2, 2]: row, column

@@ -36,7 +36,8 @@ class PackedLinear(nn.Module):
 class PackedConvolution(nn.Module):
     """A Convolution by Winograd's minimal filtering where it is 3x3 and large enough, else in oneDNN's weight order.
 
-    A plain weight that has one other form only is dropped when that is made.
+    A plain weight goes when the form is made that every later call takes. Where calls for one image have too few tiles,
+    calls for more may have enough, so it stays.
     """
 
     def __init__(self, convolution: Convolution):
@@ -49,15 +50,17 @@ class PackedConvolution(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         bias = self.bias if bias is None else bias
-        if self.is_minimal and _has_tiles(*x.shape[-2:], len(x)):
+        weight, size = self.weight, x.shape[-2:]
+        # Slices run at once: another form is in place before the plain one goes.
+        if self.is_minimal and (weight is None or _has_tiles(*size, len(x))):
             if self._transformed is None:
-                self._transformed = winograd.transformed(self.weight)
+                self._transformed = winograd.transformed(weight)
+            if self._packed is None and _has_tiles(*size, 1):
+                self.weight = None
             return winograd.convolve(x, self._transformed, bias, residual)
         places = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
-        # Slices run at once: the packed weight is in place before the plain one goes.
-        if self._packed is None and (weight := self.weight) is not None:
-            weight = weight.detach()
-            self._packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *places, list(x.shape))
+        if self._packed is None and weight is not None:
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *places, list(x.shape))
             if not self.is_minimal:
                 self.weight = None
         if residual is None:
@@ -92,6 +95,7 @@ def packed(module: nn.Module) -> nn.Module:
         if isinstance(child, Upsample):
             if _is_minimal(child.taps) and child.weight.dtype == torch.float32:
                 setattr(module, name, PackedUpsample(child))
+            child.taps = None  # read by no call
         elif type(child) not in PACKED:
             packed(child)
         elif type(child) is Linear and torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -105,13 +109,20 @@ PACKED = {Linear: PackedLinear, Convolution: PackedConvolution}
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a network with every weight in its plain order, those of packed layers among them."""
-    packed_away = {
-        f"{name}.weight": layer._packed.to_dense()
+    """The state of a network with every weight in its plain order, those of packed layers among them; a weight that is
+    held transformed alone is given as `winograd.transformed` makes it.
+    """
+    away = {
+        f"{name}.weight": layer._packed.to_dense() if layer._packed is not None else layer._transformed
         for name, layer in module.named_modules()
         if isinstance(layer, tuple(PACKED.values())) and layer.weight is None
     }
-    return module.state_dict() | packed_away
+    return module.state_dict() | away
+
+
+def weight_as(held: Tensor, weight: Tensor) -> Tensor:
+    """A plain weight in the form of one of `weights_of`."""
+    return weight if held.shape == weight.shape else winograd.transformed(weight)
 
 
 def _is_minimal(weight: Tensor) -> bool:
