@@ -50,7 +50,7 @@ def stock(engine: TorchEngine) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
-        tokenizer=model.tokenizer,
+        tokenizer=model.clip_tokenizer,
         unet=model.unet,
         scheduler=PNDMScheduler.from_config(model.scheduler),
         safety_checker=None,

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def pipeline(model, **parts) -> StableDiffusionPipeline:
     parts = {
         "vae": model.vae,
         "text_encoder": model.text_encoder,
-        "tokenizer": model.tokenizer,
+        "tokenizer": model.clip_tokenizer,
         "unet": model.unet,
         **parts,
     }
@@ -114,14 +115,26 @@ def test_the_fast_engine_reads_networks_that_no_module_holds(tiny, tmp_path):
     assert model.networks["unet"].changes == 1 and engine.weight_distance() > 0.4
 
 
-def test_an_image_of_the_demo_model_needs_neither_diffusers_nor_a_compiler():
+def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler():
     """Each would take longer to import than the networks take for the image."""
     code = (
         "import sys; from datasetdm_fast.engines.opening import open_engine; open_engine(device='cpu'); "
-        "sys.exit(', '.join({'diffusers', 'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)"
+        "sys.exit(', '.join({'diffusers', 'transformers', 'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tokenizer_of_the_demo_model_gives_the_ids_of_transformers():
+    model, chance = load_model("demo"), random.Random(0)
+    texts = ["", "A  Red\tBALL, and it's <|endoftext|> it", "a " * 90 + "b", "x" * 400]
+    texts += ["".join(chance.choices("abc AB\u00e4\u00fc0129.,!?'\n\u2603\u6f22<|>", k=40)) for _ in range(300)]
+    theirs, given = model.clip_tokenizer, {"padding": "max_length", "max_length": 77, "truncation": True}
+    assert len(model.tokenizer) == len(theirs) and model.tokenizer.model_max_length == theirs.model_max_length
+    assert model.tokenizer(texts).input_ids == theirs(texts).input_ids
+    assert model.tokenizer(texts[1]).input_ids == theirs(texts[1]).input_ids
+    ours, truth = (one(texts, **given, return_tensors="pt").input_ids for one in (model.tokenizer, theirs))
+    assert torch.equal(ours, truth)
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,9 @@ class DatasetDiffusion:
         return torch.where(largest.values >= self.numbers.threshold, own, weak).to(torch.uint8)
 
     def _encoded(self, text: str) -> Tensor:
-        ids = self.model.tokenizer([text], padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        ids = self.model.clip_tokenizer(
+            [text], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        )
         return self.model.text_encoder(ids.input_ids).last_hidden_state
 
     def _one(self, request: Request, latents: Tensor) -> DrawnImage:

@@ -33,7 +33,7 @@ class Diffusers:
         parts = {name: stored(getattr(model, name), self.storage) for name in ("vae", "text_encoder", "unet")}
         scheduler = PNDMScheduler.from_config(dict(model.scheduler))
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        self.pipe = StableDiffusionPipeline(**parts, tokenizer=model.tokenizer, scheduler=scheduler, **absent)
+        self.pipe = StableDiffusionPipeline(**parts, tokenizer=model.clip_tokenizer, scheduler=scheduler, **absent)
         self.pipe.set_progress_bar_config(disable=True)
         self.unet = self.pipe.unet  # the plain module, which the captured call runs in
         self.decoders = lean_decoders(setting)

@@ -107,7 +107,7 @@ class Upstream:
         self.rounds_text = dtype != "fp32"
         self.storage = torch.float16 if dtype == "fp16" else torch.float32
         model = setting.model
-        self.tokenizer, self.levels, self.forms_maps = model.tokenizer, model.levels, forms_maps
+        self.tokenizer, self.levels, self.forms_maps = model.clip_tokenizer, model.levels, forms_maps
         parts = (model.text_encoder, model.unet, model.vae)
         self.text_encoder, self.unet, self.vae = (stored(part, self.storage) for part in parts)
         self.scheduler = PNDMScheduler.from_config(dict(model.scheduler))

@@ -164,7 +164,7 @@ class UpstreamClasses:
     def _run(self, request: Request) -> np.ndarray:
         self._clear()
         model, generator = self.setting.model, torch.Generator("cpu").manual_seed(request.seed)
-        parts = (self.unet, model.vae, model.tokenizer, model.text_encoder, self.scheduler)
+        parts = (self.unet, model.vae, model.clip_tokenizer, model.text_encoder, self.scheduler)
         options = {"num_inference_steps": self.recipe.facts["steps"], "guidance_scale": self.recipe.guidance}
         with arithmetic(False):
             return self.ptp.text2image(

@@ -161,8 +161,8 @@ class TorchEngine:
 
     @_oracle
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
-        length = min(self.model.tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
-        tokens = self.model.tokenizer(
+        length = min(self.model.clip_tokenizer.model_max_length, self.model.text_encoder.config.max_position_embeddings)
+        tokens = self.model.clip_tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         return self.model.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state

@@ -33,7 +33,7 @@ from datasetdm_fast.loading.checks import (
 from datasetdm_fast.loading.model import NETWORKS, SD_SCHEDULER, Model, checked
 from datasetdm_fast.loading.network import ConfigFile, Network, tensors_of
 from datasetdm_fast.loading.provenance import digest, files_of, folder_licence
-from datasetdm_fast.loading.tokenizer import load_tokenizer
+from datasetdm_fast.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.stages import FACTOR
 
 USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
@@ -44,7 +44,7 @@ def load_folder(
 ) -> Model:
     """The model in a diffusers folder; every part, its form and each of its tensors is checked.
 
-    A folder of this package (`is_own`) was written by today's diffusers: its networks are read without that library.
+    A folder of this package (`is_own`) was written by today's diffusers: its parts are read without that library.
     """
     with _making_sense(folder):
         configs = _folder_configs(folder)
@@ -56,7 +56,7 @@ def load_folder(
         check_unet(configs["unet"], folder)
         check_vae(configs["vae"], folder)
     weights = {part: _weight_files(folder / part) for part in NETWORKS}
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = (OwnTokenizer if is_own else load_tokenizer)(folder / "tokenizer")
     networks = {part: _network(folder / part, weights[part], configs[part], is_own) for part in NETWORKS}
     files = {
         **{part: found.files for part, found in weights.items()},

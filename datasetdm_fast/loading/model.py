@@ -13,6 +13,7 @@ from datasetdm_fast.config import Defaults
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.loading.checks import check_finite, check_size
 from datasetdm_fast.loading.network import Network
+from datasetdm_fast.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.stages import Level, levels
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Model:
 
     name: str
     source: str
-    tokenizer: CLIPTokenizer
+    tokenizer: CLIPTokenizer | OwnTokenizer
     networks: Mapping[str, Network]  # of NETWORKS
     scheduler: dict
     defaults: Defaults
@@ -58,6 +59,12 @@ class Model:
     @property
     def vae(self) -> AutoencoderKL:
         return self.networks["vae"].module
+
+    @cached_property
+    def clip_tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer as other libraries want it."""
+        own = isinstance(self.tokenizer, OwnTokenizer)
+        return load_tokenizer(self.tokenizer.folder) if own else self.tokenizer
 
     def with_modules(self, **modules: nn.Module) -> Model:
         """The same model with other networks."""

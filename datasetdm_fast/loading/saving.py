@@ -52,7 +52,7 @@ def save_model(model: Model, folder: Path) -> Path:
         with storage.refusing(folder), quiet_libraries():
             for part in NETWORKS:
                 getattr(model, part).save_pretrained(desk / part)
-            model.tokenizer.save_pretrained(desk / "tokenizer")
+            model.clip_tokenizer.save_pretrained(desk / "tokenizer")
             scheduler = {**model.scheduler, "_diffusers_version": diffusers.__version__}
             index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__, **CLASSES}
             index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "requires_safety_checker": False}
