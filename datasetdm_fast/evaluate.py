@@ -14,6 +14,7 @@ from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.foreign.documents import one_line
 from datasetdm_fast.labels.names import by_task, tasks_of
 
+STUDENTS_FOLDER = "runs/students"  # where no --out names another
 ANY_SIZE = 64  # pixels of a side, where no image is read yet
 PROG = "python -m datasetdm_fast.evaluate"
 EXAMPLES = (
@@ -185,7 +186,7 @@ def _network(config: EvaluateConfig) -> int:
         sets | {"run": Examples(run, vocabulary, task, is_generated=True)},
         Examples(judged, vocabulary, task),
         Course(batch_size=config.batch_size, is_fine=bool(config.weights), **given),
-        Path(config.out),
+        Path(config.out or STUDENTS_FOLDER),
         size,
         config.weights,
         seeds=config.repeats if config.repeats > 1 else SEEDS,

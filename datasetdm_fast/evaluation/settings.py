@@ -85,8 +85,9 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         metavar="N",
     )
     out: str = setting(
+        "",
+        "folder of students of transformers, their checkpoints and figures; the same line resumes; default: "
         "runs/students",
-        "folder of students of transformers, their checkpoints and figures; the same line resumes",
         metavar="OUT",
         output="folder",
     )
