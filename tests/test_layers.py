@@ -74,11 +74,9 @@ DOOR = (
     "export_cli",
 )  # `python -m datasetdm_fast.export` hands its line to the command above
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
-# The commands splice, filter, edit and vary need flags, refusals, run folder, labels and files; labels that carry a
-# decoder's name and the trust of samples are read by engines, export and commands; the bench's probe times a layer of
-# the models by itself; checkpoints of other projects are read and written, and generate compares engines before a run;
-# other packages bring engines and readers.
-MOST = {"rooms": 60, "rows": 10, "arrows": 420}
+# The limits before the commands prompts, edit, vary, label, drop, merge, split, convert and gallery were 38 and 224: each is
+# a room of its own and needs flags, refusals, run folder, labels and files.
+MOST = {"rooms": 55, "rows": 10, "arrows": 352}
 
 
 @dataclass(frozen=True)
