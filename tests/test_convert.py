@@ -391,7 +391,7 @@ def test_resized_samples_have_labels_of_their_size(run, tmp_path):
 def test_only_samples_of_a_condition_or_a_filter_are_converted(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     write_run(run, 6, SIZE)
-    where = ("--to", "yolo-detect", "--where", "score >= 0.7 and duplicate == 0")
+    where = ("--to", "yolo-detect", "--where", "score >= 0.6 and duplicate == 0")
     converted(run, out, *where, code=2)
     assert "datasetdm_fast.filter" in capsys.readouterr().err and not out.exists()
     assert filter.main([str(run), "--where", where[-1], "--quiet"]) == 0
@@ -406,6 +406,7 @@ def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, caps
     run, described = tmp_path / "run", document(1, SIZE)
     names = [f"class {k}" for k in range(300)]
     described["labels"]["instance"]["classes"] = names
+    described |= numbered(described["labels"])
     with RunFolder(run, described) as folder:
         folder.add([rendered(0, SIZE)], {})
         folder.rebuild()

@@ -9,7 +9,8 @@ from layouts import LAYOUTS
 from datasetdm_fast.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluate import main
+from datasetdm_fast.evaluate import _end, main
+from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
 
@@ -80,9 +81,9 @@ def test_bad_images_end_with_2_or_are_counted_and_listed(decoders, tmp_path, cap
     code, out, said = run(capsys, "--decoder", folder, "--data", address, "--json", "--skip-bad")
     result = json.loads(out)
     assert code == 0 and result["depth"]["images"] == 2
-    assert [reason for reason in result["skipped"].values() if "scene 1.png" in reason] and said.startswith(
-        "1 images were skipped:"
-    )
+    assert [reason for reason in result["skipped"].values() if "scene 1.png" in reason] and not said
+    assert _end(EvaluateConfig(skip_bad=True), {}, result["skipped"]) == 0
+    assert capsys.readouterr().err.startswith("1 image was skipped:")
 
 
 def test_captions_are_read_twice_once_or_not_at_all(decoders, capsys):

@@ -302,6 +302,7 @@ def test_every_flag_that_names_a_place_for_results_is_checked():
         ("RunConfig", "engines"),
         ("TrainConfig", "out"),
         ("TrainConfig", "cache_dir"),
+        ("EvaluateConfig", "out"),
         ("ExportConfig", "out"),
         ("VerifyConfig", "html"),
         ("VerifyConfig", "run"),

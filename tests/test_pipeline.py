@@ -65,8 +65,9 @@ def test_the_library_takes_what_generate_takes_of_an_engine(monkeypatch):
         **{"engine": "trt", "dtype": "fp16", "device": "cuda:1", "threads": 3, "compile": True, "provider": "cpu"},
         "streams": 2,
         **{"engines": "plans", "trt_flavour": "tensorrt", "size": 128, "allow_download": True},
+        "lora": ("weights.safetensors:0.5",),
     }
-    assert set(chosen) == {setting.name for setting in fields(EngineSettings)} | {"size", "allow_download"}
+    assert set(chosen) == {setting.name for setting in fields(EngineSettings)} | {"size", "allow_download", "lora"}
     opened = []
     monkeypatch.setattr(opening, "open_engine", lambda *given, **options: opened.append((given, options)) or (0, {}))
     Pipeline.from_pretrained("tiny", **chosen)

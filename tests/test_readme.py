@@ -51,7 +51,7 @@ README_GENERATE = [line for line in commands(README) if line.startswith("python 
 
 def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["--number", "4", "--steps", "4", "--batch-size", "4", "--quiet"]) == 0
+    assert main(["--number", "4", "--steps", "4", "--batch-size", "4", "--out", "runs/demo", "--quiet"]) == 0
     (example,) = blocks(README, "python")
     names: dict = {}
     exec(example, names)
@@ -65,7 +65,7 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
     (example,) = blocks((ROOT / "docs" / "data-set.md").read_text(encoding="utf-8"), "python")
     exec(example, names)
     assert names["image"].shape == (4, 3, 128, 128) and names["label"].shape == (4, 128, 128)
-    (example,) = blocks((ROOT / "docs" / "library.md").read_text(encoding="utf-8"), "python")
+    example, _ = blocks((ROOT / "docs" / "library.md").read_text(encoding="utf-8"), "python")
     exec(example, names)
     assert list(names["pyramid"]) == ["low", "mid", "high", "highest"]
 

@@ -20,8 +20,7 @@ from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.foreign import checkpoint
-from datasetdm_fast.loading import load_model
+from datasetdm_fast.loading import checkpoint, load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import session, task_run
 from datasetdm_fast.training.settings import QUIRKS

@@ -23,6 +23,7 @@ from datasetdm_fast.agreement.distances import by_image, relative
 from datasetdm_fast.agreement.gates import EXACT, ROUNDED
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.generation.driver import postprocess
+from datasetdm_fast.generation.recipe import label_tables
 from datasetdm_fast.labels.label_files import encode
 
 
@@ -58,7 +59,7 @@ def stages_of(run: BenchRun, naive: Upstream, ours: EnginePeer, folder: Path) ->
     latents = fitted(run.judge.truth.latents, batch).to(setting.device)
     _, capture = engine.denoise_and_capture(*captured)
     naive.denoise_and_capture(*one_captured)
-    samples = ours.make(requests)
+    samples, tables = ours.make(requests), label_tables(setting.reference, recipe)
     raw = {task: engine.annotate(task, capture) for task in recipe.tasks}
     on_host = {task: {name: value[:1].cpu() for name, value in answer.items()} for task, answer in raw.items()}
 
@@ -91,8 +92,8 @@ def stages_of(run: BenchRun, naive: Upstream, ours: EnginePeer, folder: Path) ->
             work["image"],
         ),
         Stage("post-process", lambda: labels(raw, setting, batch), lambda: labels(on_host, setting, 1)),
-        Stage("encode", lambda: [encode(sample, "png") for sample in samples]),
-        Stage("encode and write", lambda: write(samples, folder)),
+        Stage("encode", lambda: [encode(sample, "png", tables) for sample in samples]),
+        Stage("encode and write", lambda: write(samples, tables, folder)),
     ]
 
 

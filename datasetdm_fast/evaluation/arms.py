@@ -31,7 +31,8 @@ from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.networks.weights import build, check_folder
 from datasetdm_fast.evaluation.student_data import IGNORED, Vocabulary
 from datasetdm_fast.evaluation.worth import compared, t95
-from datasetdm_fast.foreign import checkpoint, documents
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.truth.labelled import Labelled
 
 ARMS = {"real": ("real",), "synthetic": ("run",), "both": ("real", "run")}  # name -> the sets it is taught by

@@ -20,7 +20,7 @@ from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.evaluation.examples import Examples, as_tensor
 from datasetdm_fast.evaluation.networks.network import StudentNetwork
 from datasetdm_fast.evaluation.student_data import Vocabulary
-from datasetdm_fast.foreign import checkpoint
+from datasetdm_fast.loading import checkpoint
 
 HEAD_TIMES = 10.0  # how many times as fast a head learns as a body whose weights were given
 BETWEEN = 60.0  # seconds from one checkpoint to the next

@@ -25,7 +25,7 @@ from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
-from datasetdm_fast.foreign import checkpoint
+from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.training import held_out, page, word_heads
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.loop import Trainer, TrainingViews
