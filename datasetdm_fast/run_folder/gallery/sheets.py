@@ -21,6 +21,7 @@ SIDE, COLUMNS, ROWS = 128, 10, 5  # pixels of a thumbnail's longer side, thumbna
 GROUP = COLUMNS * ROWS  # samples of a sheet: those of the indices GROUP * k to GROUP * (k + 1) - 1
 QUALITY = 82  # of the JPEG
 SHOWN = "gallery/sheets.json"  # sheet -> digest of the images that it shows
+UNKNOWN = ""  # in its place for a sheet that does not show all of its images: it is drawn anew by the next who writes
 LARGEST_SHOWN = 2**26  # bytes
 AT_ONCE = 16  # sheets drawn and published together
 
@@ -54,8 +55,9 @@ def draw(folder: Path, rows: Sequence[Row], before: dict[str, str]) -> dict[str,
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(wanted), AT_ONCE):
             some = wanted[first : first + AT_ONCE]
-            drawn = pool.map(partial(_drawn, folder), (group for _, group in some))
-            storage.publish({folder / sheet_name(number): sheet for (number, _), sheet in zip(some, drawn)})
+            drawn = list(pool.map(partial(_drawn, folder), (group for _, group in some)))
+            storage.publish({folder / sheet_name(number): sheet for (number, _), (sheet, _) in zip(some, drawn)})
+            found |= {str(number): UNKNOWN for (number, _), (_, is_whole) in zip(some, drawn) if not is_whole}
     return found
 
 
@@ -74,13 +76,18 @@ def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(canonical([SIDE, COLUMNS, ROWS, QUALITY, shown]).encode()).hexdigest()[:32]
 
 
-def _drawn(folder: Path, rows: Sequence[Row]) -> bytes:
-    """A sheet; an image that cannot be read leaves its place empty, `audit` names it."""
-    sheet = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE))
+def _drawn(folder: Path, rows: Sequence[Row]) -> tuple[bytes, bool]:
+    """A sheet, and whether it shows all of its images: one that is not there, or is no whole image, leaves its place
+    empty, and `audit` names it. Where the disk fails to read one, the sheet is not made.
+    """
+    sheet, is_whole = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE)), True
     for row in rows:
         try:
             image = images.read_image(folder / row.files["image"][0])
-        except (Refused, Missing):
+        except (Refused, Missing) as error:
+            if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            is_whole = False
             continue
         height, width = thumbnail_sides(image.height, image.width)
         down, across = divmod(row.request.index % GROUP, COLUMNS)
@@ -88,4 +95,4 @@ def _drawn(folder: Path, rows: Sequence[Row]) -> bytes:
         sheet.paste(small, (across * SIDE, down * SIDE))
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()
+    return buffer.getvalue(), is_whole
