@@ -27,9 +27,10 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import driver, job, run
-from datasetdm_fast.run_folder import document, object_store, seal
+from datasetdm_fast.run_folder import document, object_store, seal, showing
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder, write_samples
+from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.object_store import PublishingFolder
 from datasetdm_fast.workers import ray_connection
 from datasetdm_fast.workers.devices import pool_of
@@ -253,7 +254,7 @@ PROMPTS = [f"a ball {k}" if k != 5 else "broken" for k in range(SAMPLES)]
 @pytest.mark.loopback
 def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, tmp_path):
     """The store ends with every byte of a run folder of one process, a sample that did not come out set aside as
-    there.
+    there; thumbnails, which need all images in one place, are drawn by the first look at a copy.
     """
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
@@ -273,7 +274,17 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
         and "rank 1 has given no sign of life for" in errors
         and f"1 of {SAMPLES} samples were set aside" in errors
     ), errors
-    assert tree(tmp_path / "store") == tree(tmp_path / "alone") and audit(tmp_path / "store", threads=1).findings == []
+    store, alone = tree(tmp_path / "store"), tree(tmp_path / "alone")
+    thumbnails = {sheets.SHOWN, sheets.sheet_name(0)}
+    other = {name for name in store.keys() & alone.keys() if store[name] != alone[name]}
+    assert alone.keys() - store.keys() == thumbnails and store.keys() <= alone.keys()
+    assert other == {"gallery/run.js", seal.SEAL} and b'"sheet":null' in store["gallery/run.js"]
+    assert audit(tmp_path / "store", threads=1).findings == []
+    showing.show(tmp_path / "store")
+    store = tree(tmp_path / "store")
+    assert store.keys() == alone.keys()
+    opened = {document.LEDGER, seal.SEAL}  # SQLite counts in its file how often that was written to
+    assert {name for name in store if store[name] != alone[name]} <= opened
     assert not (tmp_path / "run" / "images").exists()
     with pytest.raises(Refused, match="its samples are in an object store"):
         audit(tmp_path / "run")
