@@ -78,6 +78,21 @@ def test_sheets_show_every_image_in_its_place_and_are_drawn_once(tmp_path):
     assert sheets.thumbnail_sides(512, 256) == (128, 64) and sheets.thumbnail_sides(1, 9000) == (1, 128)
 
 
+def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_path):
+    write_run(tmp_path, 2, 32)
+    image, sheet = tmp_path / "images" / "00000001.png", tmp_path / sheets.sheet_name(0)
+    kept, shown, known = image.read_bytes(), sheet.read_bytes(), sheets.read_shown(tmp_path)
+    for content in (None, kept):
+        image.unlink() if content is None else image.write_bytes(content)
+        (tmp_path / gallery.PAGE).unlink()
+        if content is None:
+            sheet.unlink()
+        with RunFolder(tmp_path, document(2, 32)) as folder:
+            folder.rebuild()
+        assert (sheet.read_bytes() == shown) == (content is not None)
+        assert sheets.read_shown(tmp_path) == (known if content else {"0": sheets.UNKNOWN})
+
+
 def test_page_index_and_sheets_are_audited(tmp_path):
     write_run(tmp_path, 3, 32)
     names = ["gallery/pages/000000.js", "gallery/details/000000.js", "gallery/sheets/000000.jpg", "gallery/gallery.js"]
