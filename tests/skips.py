@@ -1,5 +1,12 @@
 """Why a test may be skipped: conftest.py turns a skip for any other reason into a failure."""
 
+import os
+
+import pytest
+
+IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
+long_test = pytest.mark.skipif(not IS_LONG, reason="the long form only")
+
 # reason, as far as it is the same everywhere -> where it holds
 REASONS = {
     "no CUDA device": "machines without a GPU; the same tests run where there is one",

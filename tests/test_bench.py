@@ -15,15 +15,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from skips import long_test
 
 from bench import __main__ as bench
 from bench import run, suite
-from bench.machine import measure
+from bench.machine import limits, measure
 from bench.peers import PEERS
 from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
 from bench.report import report, results
-from bench.rows import race, scale
+from bench.rows import layers, race, scale
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.checkpoint import load_decoders
@@ -34,6 +35,14 @@ from datasetdm_fast.tasks import TASKS
 
 TINY = ["--model", "tiny", "--steps", "2", "--quick", "--seconds", "0.1"]
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch):
+    """The limits of a machine that needs not be measured; test_peers.py measures those of this one."""
+    known = {"tflops": {"fp32": 1.0, "bf16": 1.0}, "gbps": 100.0, "gexps": 1.0, "seconds": 0.0}
+    monkeypatch.setattr(limits, "measure", lambda device, seconds: known)
+    monkeypatch.setattr(layers, "fastest", lambda setting, dtype, seconds: 1e12)
 
 
 def test_an_unknown_command_names_the_known():
@@ -258,6 +267,7 @@ def wheel(folder: Path, name: str, version: str) -> None:
         archive.writestr(f"{about}/RECORD", "")
 
 
+@long_test
 def test_the_gpu_script_cut_in_the_middle_keeps_what_it_had_and_goes_on(tmp_path):
     file = tmp_path / "one.json"
     line, options = script(2, tmp_path, ONLY="bench", PARTS="layers,chunks")
@@ -295,6 +305,7 @@ def test_the_gpu_script_names_what_failed_or_took_too_long(tmp_path, call, varia
     assert call != 1 or time.monotonic() - begin < 60
 
 
+@long_test
 def test_an_interrupt_ends_with_130_and_leaves_the_parts_before(tmp_path):
     out = tmp_path / "one.json"
     line = [

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from skips import long_test
 
 from bench.claims import page, rows, sets, tuned
 from bench.claims.rows import CLAIMS, judged, row_of
@@ -326,6 +327,7 @@ def test_commands_refuse_what_proves_nothing(capsys):
     assert rows.OUTSIDE == 2
 
 
+@long_test
 def test_every_row_is_made_and_found_again(tmp_path):
     """All labellers, sets, students and exams, each in the smallest number that is one."""
     from bench.claims.experiments import Experiments

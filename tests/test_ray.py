@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torchless
+from skips import long_test
 from test_ranks import still_running, tree
 
 from datasetdm_fast import generate
@@ -216,6 +217,7 @@ def workers(parent: psutil.Process | subprocess.Popen) -> list[psutil.Process]:
     ]
 
 
+@long_test
 @with_ray
 @pytest.mark.loopback
 def test_interrupted_killed_and_with_a_worker_killed_a_run_ends_with_the_same_bytes(alone, head, command, tmp_path):

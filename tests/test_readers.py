@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import COUNT, LAYOUTS, SIDE, UNTAUGHT, save, things_of, views
+from layouts import COUNT, LAYOUTS, SIDE, TAUGHT, save, things_of, views
 from PIL import Image
 from pyarrow import parquet
 from rendered import document
+from skips import IS_LONG
 
 from datasetdm_fast import convert, filter
 from datasetdm_fast.data import Trust
@@ -30,7 +31,6 @@ from datasetdm_fast.truth import framing
 from datasetdm_fast.truth.labelled import Picture
 
 SIZE = 64
-IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +99,7 @@ def test_every_layout_is_read_at_the_models_size(made, name):
             assert len(item.keypoints) == len(item.keypoint_boxes) == len(item.keypoint_areas)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if IS_LONG or name not in UNTAUGHT])
+@pytest.mark.parametrize("name", LAYOUTS if IS_LONG else TAUGHT)
 def test_a_decoder_is_taught_and_judged_by_every_layout(made, tmp_path, monkeypatch, capsys, name):
     from datasetdm_fast import evaluate, train
 
