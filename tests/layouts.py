@@ -416,5 +416,5 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "hf-imagefolder": ("hf", hf_imagefolder, ("semantic", "open-vocabulary", "depth")),
 }
 
-# One of each way to store labels teaches a decoder in `make test`: maps, polygons, rows; the others do in the long form.
+# One of each way to store labels teaches a decoder in `make test`: maps, polygons, rows; the others in the long form.
 TAUGHT = ("voc", "coco", "hf")

@@ -292,7 +292,7 @@ def test_the_gpu_script_cut_in_the_middle_keeps_what_it_had_and_goes_on(tmp_path
 @pytest.mark.parametrize(
     ("call", "variables", "said"),
     [
-        (2, {"ONLY": "bench", "PARTS": "nonsense"}, r"failed: bench-1\(2\)"),
+        pytest.param(2, {"ONLY": "bench", "PARTS": "nonsense"}, r"failed: bench-1\(2\)", marks=long_test),
         (1, {"ONLY": "verify", "SECONDS_ALL": "9"}, r"verify-demo-bf16\((124|137|no time)\)"),
     ],
     ids=["a wrong part", "no time"],

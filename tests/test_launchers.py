@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import troubled
+from skips import IS_LONG, long_test
 from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
 
 from datasetdm_fast.config import RunConfig
@@ -198,6 +199,7 @@ def test_peers_make_the_bytes_of_one_process(alone, start, tmp_path, machines): 
     assert again.communicate(timeout=60) == ("", "") and again.returncode == 0
 
 
+@long_test
 def test_a_peer_that_is_killed_or_hangs_costs_its_speed_and_nothing_else(alone, start, tmp_path):  # noqa: F811
     world = [start(0, 3), start(1, 3, **{troubled.TROUBLE: "dies"}), start(2, 3, seconds="12")]
     assert world[0].wait(100) == 0
@@ -217,7 +219,7 @@ def test_a_signal_to_all_peers_finishes_their_batches(alone, start, tmp_path):  
     check_equal(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("seed", range(20 if os.environ.get("DATASETDM_LONG_TESTS") else 1))
+@pytest.mark.parametrize("seed", range(20 if IS_LONG else 1))
 def test_a_killed_world_goes_on(alone, start, tmp_path, seed):  # noqa: F811
     chance = random.Random(seed)
     world = [start(rank) for rank in range(2)]

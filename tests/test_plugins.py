@@ -63,26 +63,37 @@ def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
     sys.modules.pop("foreign_things")
 
 
+# One process for all: what each line ends with and says, then the length of a data set.
+COMMANDS = """
+import contextlib, io, json, sys
+from datasetdm_fast import generate
+from datasetdm_fast.readers import open_data
+found = []
+for line in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        code = generate.main(line)
+    found.append((code, said.getvalue()))
+print(json.dumps([*found, len(open_data("scenes:/x/3", 64))]))
+"""
+
+
 def test_commands_run_them_by_name(installed, tmp_path):
     paths = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
-    made = "from datasetdm_fast import {0}; import sys; sys.exit({0}.main({1!r}))"
     few = "--model tiny --task semantic --steps 2 --number 1 --prompts ball --quiet --out run --engine".split()
-    for line, code, says in (
-        ([*few, "torn"], 3, "'torn' of the package foreign-things does not load"),
-        ([*few, "slow"], 0, ""),
-        ([*few, "slo"], 2, "did you mean slow?"),
-    ):
-        ended = subprocess.run(
-            [sys.executable, "-c", made.format("generate", line)],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        assert (ended.returncode, says in ended.stderr) == (code, True), ended.stderr
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "slow"
-    line = "from datasetdm_fast.readers import open_data; print(len(open_data('scenes:/x/3', 64)))"
+    expected = {
+        "torn": (3, "'torn' of the package foreign-things does not load"),
+        "slow": (0, ""),
+        "slo": (2, "did you mean slow?"),
+    }
     ended = subprocess.run(
-        [sys.executable, "-c", line], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+        [sys.executable, "-c", COMMANDS, json.dumps([[*few, name] for name in expected])],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
     )
-    assert ended.stdout == "3\n", ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    *found, count = json.loads(ended.stdout)
+    for (code, says), (ended_with, said) in zip(expected.values(), found, strict=True):
+        assert ended_with == code and says in said, said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "slow" and count == 3

@@ -45,17 +45,22 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize("name", list(proofs.CASES))
-def test_no_code_runs(results, name):
-    found = results[name]
-    assert not found["canary"] and not found["events"], found
+def test_no_code_runs(results):
+    """One test for all cases, as they share a process that takes long to start."""
+    assert list(results) == list(proofs.CASES)
+    assert {name: found for name, found in results.items() if not is_harmless(name, found)} == {}
+
+
+def is_harmless(name: str, found: dict) -> bool:
+    """Whether a case ran no code and ended with one sentence; behind the sandbox the reader may raise what it likes."""
+    if found["canary"] or found["events"]:
+        return False
     if found["ended"] == "accepted":
-        assert name in HARMLESS and found["said"].startswith(HARMLESS[name]), found
-    else:
-        # Behind the sandbox the reader may raise what it likes; everywhere else the refusal is one sentence.
-        is_inner = name.startswith(("pickle", "archive", "legacy", "torchscript", "tar", "a numpy", "sandbox"))
-        assert found["ended"] in ("Refused", "Missing") or is_inner, found
-        assert found["said"] and (is_inner or "\n" not in found["said"]), found
+        return name in HARMLESS and found["said"].startswith(HARMLESS[name])
+    is_inner = name.startswith(("pickle", "archive", "legacy", "torchscript", "tar", "a numpy", "sandbox"))
+    return bool(found["said"]) and (
+        is_inner or (found["ended"] in ("Refused", "Missing") and "\n" not in found["said"])
+    )
 
 
 def test_there_are_enough_proofs():

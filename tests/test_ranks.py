@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torchless
 import troubled
+from skips import IS_LONG, long_test
 
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Missing, Refused
@@ -25,7 +26,6 @@ from datasetdm_fast.workers.devices import Place
 from datasetdm_fast.workers.heartbeat import USUAL, Patience
 from datasetdm_fast.workers.worker import Callbacks
 
-IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 SAMPLES, BATCH = 26, 2  # thirteen batches
 QUICK = Patience(start=60, least=3.0, times=0)
 
@@ -92,7 +92,9 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(arithmetic, alone, tmp_path):
     check_equal(out, alone)
 
 
-@pytest.mark.parametrize("trouble", ["dies", "hangs", "nan", "start"])
+@pytest.mark.parametrize(
+    "trouble", ["dies", "hangs", *[pytest.param(name, marks=long_test) for name in ("nan", "start")]]
+)
 def test_a_rank_in_trouble_costs_its_speed_and_nothing_else(alone, tmp_path, trouble):
     lines = []
     result = shared(
@@ -301,7 +303,7 @@ def test_no_rank_outlives_its_parent(alone, command, tmp_path):
     check_equal(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("seed", range(30 if IS_LONG else 3))
+@pytest.mark.parametrize("seed", range(30 if IS_LONG else 1))
 def test_kills_of_any_process_at_any_moment_cost_nothing(alone, command, tmp_path, seed):
     chance = random.Random(seed)
     process = command("--ranks", "2", seconds="0.05")

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torchless
-from test_ranks import IS_LONG, tree
+from skips import long_test
+from test_ranks import tree
 from test_ray import SAMPLES, alone, command, config, head, pictures, surroundings, with_ray  # noqa: F401
 
 from datasetdm_fast.generation import job, run
@@ -65,7 +66,7 @@ def at_work(folder: Path) -> list[psutil.Process]:
 
 @with_ray
 @pytest.mark.loopback
-@pytest.mark.skipif(not IS_LONG, reason="the long form only")
+@long_test
 def test_whoever_interrupts_a_ray_run_gets_130_the_line_that_resumes_it_and_a_whole_folder(
     alone,  # noqa: F811
     head,  # noqa: F811

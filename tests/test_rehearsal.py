@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from skips import long_test
 
 from bench.rehearsal import budget, carried
 from bench.rehearsal.compiled import loads_wide
@@ -19,11 +20,9 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import launch
 
 ROOT = Path(__file__).parents[1]
-LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
 needs_triton = pytest.mark.skipif(
     launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'"
 )
-long_test = pytest.mark.skipif(not LONG, reason="the long form only")
 
 # What is planted -> the rule that finds it, and the file whose line is named.
 EXPECTED = {
@@ -39,7 +38,7 @@ EXPECTED = {
     "a kernel launched on another GPU": ("wrong GPU", "kernels/layer_norm.py"),
     "fp32 that is TF32": ("precision", "engines/fast.py"),
 }
-USUAL = ("images decoded by other threads", "a number is read in the loop")  # of every `make test`
+USUAL = ("images decoded by other threads",)  # of every `make test`
 
 
 def ran(*arguments: str, seconds: float = 900, **variables: str) -> subprocess.CompletedProcess:
@@ -114,6 +113,7 @@ def test_waits_and_events_order_what_they_should():
     assert timeline.thread.clock == {}
 
 
+@long_test
 def test_the_budget_may_only_fall():
     """What a card is given for one call of SD 1.4, against bench/gpu_budget.json."""
     done = ran("-m", "bench", "rehearse", "--budget", "--json")

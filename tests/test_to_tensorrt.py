@@ -16,6 +16,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from skips import IS_LONG, long_test
 from transformers import CLIPTextConfig
 
 from datasetdm_fast.config import SD_DEFAULTS
@@ -31,8 +32,7 @@ from datasetdm_fast.export_cli.settings import ExportConfig
 from datasetdm_fast.loading import presets
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-IS_LONG = os.environ.get("DATASETDM_LONG_TESTS") == "1"
-CARDS = "sm80,sm86,sm89,sm120" if IS_LONG else "sm80,sm120"
+CARDS = "sm80,sm86,sm89,sm120" if IS_LONG else "sm120"
 BATCHES, RAW = ("1,2", ("--raw-capture",)) if IS_LONG else ("1", ())
 
 
@@ -238,13 +238,10 @@ def quarter(tmp_path_factory):
 
 STAGES = ("encode_text", "denoise", "denoise_and_capture", "decode_image", "encode_image")
 STAGES += tuple(f"annotate_{task}" for task in ("semantic", "open-vocabulary", "depth", "pose"))
-# All that the call without labels holds is in the one with them.
-IN_LONG_FORM = pytest.mark.skipif(not IS_LONG, reason="the long form only")
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=IN_LONG_FORM if stage == "denoise" else ()) for stage in STAGES]
-)
+@long_test
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_of_a_quarter_of_stable_diffusion_builds(quarter, stage, tmp_path, record_property):
     folder, manifest = quarter
     assert set(manifest.stages) == set(STAGES)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import LAYOUTS, save
-from skips import IS_LONG
+from skips import IS_LONG, long_test
 
 from datasetdm_fast import train
 from datasetdm_fast.decoders.checkpoint import load_decoders
@@ -297,6 +297,7 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
     ).read_bytes()
 
 
+@long_test
 @pytest.mark.loopback
 def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
     arguments = ["--data", "demo:10@1000", "--task", "depth,semantic", "--steps", "4", "--checks", "2"]
