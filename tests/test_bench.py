@@ -234,6 +234,7 @@ def test_the_gpu_script_refuses_what_it_cannot_do_and_writes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@long_test
 def test_the_gpu_script_completes_an_environment_and_leaves_torch_as_it_is(tmp_path):
     """A virtual environment made from another one that lacks diffusers, as GPU machines have it."""
     venv.create(tmp_path / "parent", with_pip=False, symlinks=True)

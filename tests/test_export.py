@@ -20,6 +20,7 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from skips import long_test
 
 from datasetdm_fast import stages
 from datasetdm_fast.data import AttentionSums
@@ -472,6 +473,7 @@ def line(*arguments) -> list[str]:
     return [sys.executable, "-m", "datasetdm_fast.export", "--to", "onnx", *map(str, arguments)]
 
 
+@long_test
 def test_two_processes_make_one_export_of_the_same_bytes(demo, tmp_path):
     """Of two at once one waits for the other; and what another interpreter writes, with other hashes of strings, is the
     same.
@@ -598,6 +600,7 @@ def test_every_call_to_the_disk_may_fail_or_be_the_last(tmp_path):
     assert list(met) == kinds and all(int(met[kind]) > 2 for kind in kinds) and int(met[kinds[0]]) > 8, met
 
 
+@long_test
 def test_a_signal_leaves_nothing_half_written(tmp_path):
     # A suite that was started in the background hands on that SIGINT is ignored.
     heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

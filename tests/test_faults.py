@@ -18,6 +18,7 @@ import pytest
 import torchless
 from fault_server import FaultServer
 from power import states
+from skips import IS_LONG, long_test
 
 from datasetdm_fast import generate
 from datasetdm_fast.disk import sqlite, storage
@@ -25,7 +26,6 @@ from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.ledger import Ledger
 
-IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 KILLS = 200 if IS_LONG else 12
 SMALL = ("--number", "2", "--batch-size", "1", "--task", "semantic", "--quiet")
 USUAL = ("--number", "6", "--batch-size", "2", "--quiet")
@@ -104,7 +104,7 @@ def run_with(fault: Fault, out: Path, monkeypatch, capsys) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("is_lasting", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize("is_lasting", [False, pytest.param(True, marks=long_test)], ids=["once", "for good"])
 @pytest.mark.parametrize("kind", ["full", "broken", "short", "unsynced"])
 def test_every_call_to_the_disk_may_fail(arithmetic, tmp_path, monkeypatch, capsys, kind, is_lasting):
     count = Fault(kind)
