@@ -8,19 +8,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.compositions.source import decisive
+from datasetdm_fast.compositions.source import begun, decisive, digests_of
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.foreign.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.labels.label_files import Files
-from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, read_document, sides
+from datasetdm_fast.run_folder.document import FORMAT, check_same, read_document, sides
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.kept import KEPT
-from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.reader import Run
-from datasetdm_fast.run_folder.seal import SEAL, index_files, is_sealed
+from datasetdm_fast.run_folder.seal import is_sealed
 from datasetdm_fast.run_folder.split import origins
 from datasetdm_fast.version import __version__
 
@@ -40,8 +40,7 @@ class Part:
     @cached_property
     def digests(self) -> dict[str, str]:
         """Digests of the files that tell every sample of the run with its labels."""
-        sealed = documents.read_object(self.path / SEAL)
-        return {name: sealed[name] for name in index_files(self.run.document) if name.endswith((".json", ".jsonl"))}
+        return digests_of(self.path, self.run.document)
 
 
 def open_part(path: Path, *, only_kept: bool) -> Part:
@@ -219,12 +218,7 @@ def begin(merging: Merging, folder: Path) -> int:
     ]
     if inside:
         raise Refused(f"--out {folder}: inside of the run folder {inside[0]}", "Choose another folder.")
-    if (stored := read_document(folder)) is not None:
-        check_same(folder, *map(decisive, (stored, merging.document)))
-    if not (folder / LEDGER).exists():
-        return 0
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return ledger.count()
+    return begun(folder, merging.document)
 
 
 def run(

@@ -13,14 +13,30 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of
-from datasetdm_fast.run_folder.document import sides
+from datasetdm_fast.run_folder.document import LEDGER, check_same, read_document, sides
 from datasetdm_fast.run_folder.kept import KEPT
-from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.run_folder.ledger import Ledger, Row
 from datasetdm_fast.run_folder.reader import Run
 from datasetdm_fast.run_folder.seal import SEAL, index_files, is_sealed
 
 KEPT_DECODED = 64 * 2**20  # bytes of pixels of samples that are used again soon
 PIXEL_BYTES = 8  # of a sample with every kind of label
+
+
+def digests_of(path: Path, document: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the files that tell every sample of a sealed run with its labels."""
+    sealed = documents.read_object(path / SEAL)
+    return {name: sealed[name] for name in index_files(document) if name.endswith((".json", ".jsonl"))}
+
+
+def begun(folder: Path, document: Mapping[str, Any]) -> int:
+    """Samples that the run folder of a composition holds already; other settings and another source are refused."""
+    if (stored := read_document(folder)) is not None:
+        check_same(folder, *map(decisive, (stored, document)))
+    if not (folder / LEDGER).exists():
+        return 0
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        return ledger.count()
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,7 @@ class Source:
 
     def digests(self) -> dict[str, str]:
         """Digests of the files that tell every sample of the run with its labels."""
-        sealed = documents.read_object(self.path / SEAL)
-        return {name: sealed[name] for name in index_files(self.document) if name.endswith((".json", ".jsonl"))}
+        return digests_of(self.path, self.document)
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.compositions.grids import Grid, drawn, parse_grids
-from datasetdm_fast.compositions.source import Source, Tile, decisive
+from datasetdm_fast.compositions.source import Source, Tile, begun, decisive
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
@@ -24,9 +24,9 @@ from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.image_files import image_bytes
 from datasetdm_fast.labels.kind import Placement
 from datasetdm_fast.labels.label_files import Files
-from datasetdm_fast.run_folder.document import FORMAT, LEDGER, check_same, read_document
+from datasetdm_fast.run_folder.document import FORMAT, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
-from datasetdm_fast.run_folder.ledger import Ledger, Row
+from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples written and committed together, fewer where they are large:
@@ -177,14 +177,9 @@ def spread(role: str, placed: Sequence[tuple[Tile, Placement]], sides: tuple[int
 
 def begin(splicing: Splicing, folder: Path) -> int:
     """Samples that the run folder holds already; other settings, another source and a full disk are refused."""
-    stored = read_document(folder)
-    if stored is not None:
-        check_same(folder, *map(decisive, (stored, splicing.document)))
+    done = begun(folder, splicing.document)
     splicing.check_room(folder)
-    if not (folder / LEDGER).exists():
-        return 0
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return ledger.count()
+    return done
 
 
 def run(

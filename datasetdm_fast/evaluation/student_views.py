@@ -42,10 +42,7 @@ def mild(lessons: StudentData, count: int, random: torch.Generator) -> StudentVi
         return planes[chosen[:, None, None], column[None, :, None], source.clamp(0, planes.shape[2] - 1)[:, None]]
 
     images = (moved(lessons.images).float() * light).clamp(0, 255) / 127.5 - 1
-    joints = lessons.joints[chosen].clone()
-    mirrored = joints[:, lessons.vocabulary.mirror]
-    mirrored[..., 0] = CELLS - mirrored[..., 0]
-    joints = torch.where(flip[:, None, None], mirrored, joints)
+    joints = _mirrored_joints(lessons, chosen, flip)
     joints[..., 0] += torch.where(flip, -shift, shift)[:, None]
     joints[..., 2] *= (joints[..., 0] >= 0) & (joints[..., 0] < CELLS)
     images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
@@ -62,6 +59,14 @@ def strong(lessons: StudentData, count: int, random: torch.Generator) -> Student
 
 
 AUGMENTATIONS: dict[str, Callable[[StudentData, int, torch.Generator], StudentView]] = {"mild": mild, "strong": strong}
+
+
+def _mirrored_joints(lessons: StudentData, chosen: Tensor, flip: Tensor) -> Tensor:
+    """Joints [B, J, 3] of the images chosen, those of a mirrored one in their places and under their names there."""
+    joints = lessons.joints[chosen].clone()
+    mirrored = joints[:, lessons.vocabulary.mirror]
+    mirrored[..., 0] = CELLS - mirrored[..., 0]
+    return torch.where(flip[:, None, None], mirrored, joints)
 
 
 def _between(low: float, high: float, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
@@ -94,10 +99,7 @@ def framed(lessons: StudentData, count: int, random: torch.Generator) -> Student
         is_inside = ((rows >= 0) & (rows <= last))[:, :, None] & ((columns >= 0) & (columns <= last))[:, None]
         return torch.where(is_inside, found, outside)
 
-    joints = lessons.joints[chosen].clone()
-    mirrored = joints[:, lessons.vocabulary.mirror]
-    mirrored[..., 0] = CELLS - mirrored[..., 0]
-    joints = torch.where(flip[:, None, None], mirrored, joints)
+    joints = _mirrored_joints(lessons, chosen, flip)
     joints[..., :2] = (joints[..., :2] - CELLS / 2) * zoom[:, None, None] + CELLS / 2 + moves.flip(0).T[:, None]
     joints[..., 2] *= ((joints[..., :2] >= 0) & (joints[..., :2] < CELLS)).all(-1)
     depth = read(lessons.depth, 0.0) * (~is_zoomed)[:, None, None]

@@ -286,24 +286,16 @@ def shared(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
 
 def keep(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:
     """Writes down which samples a filter keeps, or that there is no filter any more; nothing else is changed."""
-    with locks.locked(folder / LOCK):
-        was_sealed = is_sealed(folder)
-        unseal(folder)
+    with seal.resealed(folder, document):
         if decided is None:
             storage.remove(folder / KEPT)
         else:
             storage.publish({folder / KEPT: decided.content})
         gallery.mark(folder, document, decided)
-        if was_sealed:
-            seal.seal(folder, document)
 
 
 def note(folder: Path, name: str, value: Any) -> None:
     """Adds what was found out about a run later to its run.json, beside what decides its bytes."""
     document = described(folder)
-    with locks.locked(folder / LOCK):
-        was_sealed = is_sealed(folder)
-        unseal(folder)
+    with seal.resealed(folder, document):
         storage.publish({folder / DOCUMENT: pretty(document | {name: value})})
-        if was_sealed:
-            seal.seal(folder, document)

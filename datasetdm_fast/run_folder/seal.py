@@ -1,11 +1,12 @@
 """The seal of a finished run: digests of every file that is not a sample's own."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.disk import storage
+from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.run_folder.indexes import writers
@@ -66,6 +67,19 @@ def unseal(folder: Path) -> None:
     """Takes the digests back before the first change, so that a run killed during it is not called damaged."""
     if is_sealed(folder):
         storage.publish({folder / SEAL: pretty({})})
+
+
+@contextmanager
+def resealed(folder: Path, document: Mapping[str, Any]) -> Iterator[None]:
+    """Within the block, which no other process enters, a file of the run folder is replaced; what was sealed is sealed
+    again after it.
+    """
+    with locks.locked(folder / LOCK):
+        was_sealed = is_sealed(folder)
+        unseal(folder)
+        yield
+        if was_sealed:
+            seal(folder, document)
 
 
 def is_sealed(folder: Path) -> bool:

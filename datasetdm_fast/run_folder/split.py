@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.run_folder.document import LOCK
 from datasetdm_fast.run_folder.ledger import Row
-from datasetdm_fast.run_folder.seal import SPLIT, is_sealed, seal, unseal
+from datasetdm_fast.run_folder.seal import SPLIT, resealed
 
 LARGEST_SPLIT = 2**28  # bytes
 SPLIT_FORM = {"seed": int, "by_source": bool, "parts": dict}
@@ -59,15 +58,11 @@ def read_split(folder: Path) -> Split | None:
 
 def write_split(folder: Path, document: Mapping[str, Any], split: Split | None) -> None:
     """Writes down how a run is split, or that it is not; nothing else is changed."""
-    with locks.locked(folder / LOCK):
-        was_sealed = is_sealed(folder)
-        unseal(folder)
+    with resealed(folder, document):
         if split is None:
             storage.remove(folder / SPLIT)
         else:
             storage.publish({folder / SPLIT: split.content})
-        if was_sealed:
-            seal(folder, document)
 
 
 def origins(document: Mapping[str, Any], row: Row) -> tuple[str, ...]:
