@@ -410,9 +410,10 @@ class StageExport:
         context: Value,
         class_context: Value | None = None,
     ) -> dict[str, Value]:
+        sides = averaged_sides(name)
         if name == RAW:
             hook = KeepingOnce(self.model.levels, self.ops)
-        elif sides := averaged_sides(name):
+        elif sides:
             keys = (key for key, _ in modules["texts"](class_context.to(self.dtype)))
             hook = Averaging(self.model, sides, dict(zip(modules["unet"].text_layers, keys)), self.ops)
         else:
@@ -428,7 +429,7 @@ class StageExport:
                 for place, value in enumerate(row)
             }
             return {"noise": noise, **raw}
-        if averaged_sides(name):
+        if sides:
             return {"noise": noise, **hook.sums}
         sums = sorted(hook.sums.items()) if name != "denoise" else ()
         return {"noise": noise, **{f"sums_{LEVELS[level]}": total for level, total in sums}}
