@@ -585,7 +585,7 @@ def test_every_call_to_the_disk_may_fail_or_be_the_last(tmp_path):
     kinds = [
         str(fault_server.KINDS.index(kind))
         for kind in (
-            fault_server.KINDS[1:] if os.environ.get("DATASETDM_LONG_TESTS") else ("full", "short", "kill before")
+            fault_server.KINDS[1:] if os.environ.get("DATASETDM_LONG_TESTS") else ("full", "kill before")
         )
     ]
     done = subprocess.run(

@@ -281,12 +281,12 @@ def stopped(line, out, number, steps):
 
 
 def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_path):
-    arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "90", "--checks", "5", "--save-every", "0.05"]
+    arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "54", "--checks", "3", "--save-every", "0.05"]
     out = tmp_path / "troubled"
     line = command(captures, out, *arguments)
-    killed = stopped(line, out, signal.SIGKILL, 20)
+    killed = stopped(line, out, signal.SIGKILL, 14)
     assert killed.returncode == -signal.SIGKILL and not (out / "depth" / "config.json").exists()
-    interrupted = stopped(line, out, signal.SIGINT, 40)
+    interrupted = stopped(line, out, signal.SIGINT, 28)
     assert interrupted.returncode == 130 and "stopped; go on with: python -m datasetdm_fast.train" in interrupted.err
     assert (out / "depth" / "training" / checkpoint.NAME).exists()
     assert train.main(line[3:]) == 0
