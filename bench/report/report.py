@@ -15,7 +15,7 @@ from bench.claims import tuned
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.report import reckoned
-from bench.report.results import SUITES, cpu_suite, newest, read, rows_of
+from bench.report.results import SUITES, cpu_suite, measured, newest, read, rows_of
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
@@ -90,6 +90,8 @@ def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
     found = {suite: read(path) for suite in (*SUITES, FULL_SIZE, "claims", "tuned") if (path := newest(suite, folder))}
+    if before := measured("claims", folder)[:-1]:
+        found["claims before"] = read(before[-1])
     if not any(suite in found for suite in SUITES):
         raise Missing(f"{folder}: holds no result file", "measure first: python -m bench")
     files = {
@@ -307,6 +309,11 @@ def tuned_gains(found: Documents, charts: str) -> str:
     return tuned.section(found["tuned"])
 
 
+def earlier_claims(found: Documents, charts: str) -> str:
+    """The claims as they were measured before their rows were changed."""
+    return claims.figures(found["claims before"]) if "claims before" in found else "There are none."
+
+
 SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
@@ -317,5 +324,6 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "tuned": tuned_gains,
     "gains": gains,
     "claims": lambda found, charts: claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS,
+    "earlier-claims": earlier_claims,
     "forms": lambda found, charts: markdown(forms_table()),
 }

@@ -148,8 +148,13 @@ def now() -> str:
 
 
 def newest(suite: str, folder: Path = FOLDER) -> Path | None:
-    """The file of a suite that was measured last, of those whose peers were; a run of single parts is none for the
-    pages. Claims and their tuned arms have no peers.
+    """The file of a suite that was measured last, if there is one."""
+    return (measured(suite, folder) or [None])[-1]
+
+
+def measured(suite: str, folder: Path = FOLDER) -> list[Path]:
+    """The files of a suite in the order of their dates: those whose peers were measured, as a run of single parts is
+    none for the pages. Claims and their tuned arms have no peers.
     """
     documents = [(read(path), path) for path in sorted(folder.glob("*.json"))]
     found = [
@@ -157,4 +162,4 @@ def newest(suite: str, folder: Path = FOLDER) -> Path | None:
         for document, path in documents
         if document["suite"] == suite and (suite in ("claims", "tuned") or rows_of(document, "peers"))
     ]
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found)]
