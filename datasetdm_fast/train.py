@@ -3,8 +3,8 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     config.check()
     import torch
 
-    from datasetdm_fast.training import task_run
+    from datasetdm_fast.training import folds, task_run
     from datasetdm_fast.training.processes import joined, leave
     from datasetdm_fast.training.session import open_session
 
@@ -43,48 +43,81 @@ def main(arguments: Sequence[str]) -> int:
         folders = {task: Path(config.out) / task for task in config.task}
         plans = {task: session.plan(task) for task in config.task}
         results = {task: task_run.finished(folders[task], plan.settings) for task, plan in plans.items()}
-        session.announce(plans, results)
+        crossed, count = {task: folds.read(folders[task]) for task in config.task}, folds.count_of(session)
+        session.announce(plans, results, count)
         if config.dry_run:
             return 0
         with Interruption(is_quiet) as interruption, ExitStack() as held:
-            for task in [task for task in config.task if results[task] is None]:
+            line = f"{PROG} {shlex.join(arguments)}".rstrip()
+            for task in [task for task in config.task if results[task] is None or count]:
                 if ranks.is_first:
                     held.enter_context(task_run.alone(folders[task]))
-                training = session.training(folders[task], plans[task], interruption.is_stopping)
+                if count:
+                    given = (session, task, folders[task], ranks, _fold_progress(task, count, is_quiet))
+                    crossed[task] = folds.run(*given, interruption.is_stopping)
+                    if crossed[task] is None:
+                        results[task] = None
+                        break
+                if results[task] is not None:
+                    continue
+                training = session.training(folders[task], plans[task], interruption.is_stopping, line, crossed[task])
                 if training is not None:
                     with StepProgress(task, plans[task].schedule.steps, is_quiet) as progress:
                         results[task] = task_run.run(training, ranks, progress.on_step, interruption.is_stopping)
                 if results[task] is None:
                     break
         if ranks.is_first:
-            _end(config, results)
+            _end(config, results, crossed)
             if None in results.values():
-                print(f"stopped; go on with: {PROG} {shlex.join(arguments)}".rstrip(), file=sys.stderr)
+                print(f"stopped; go on with: {line}", file=sys.stderr)
         return interruption.exit_code(0)
     finally:
         leave(ranks)
 
 
-def _end(config: TrainConfig, results: dict[str, Any]) -> None:
+def _fold_progress(task: str, count: int, is_quiet: bool) -> Callable[[int, int], AbstractContextManager]:
+    """Progress of one fold after the other."""
+
+    @contextmanager
+    def of_fold(number: int, steps: int) -> Iterator[Callable[[int, float, float | None], None]]:
+        with StepProgress(f"{task}, fold {number} of {count},", steps, is_quiet) as progress:
+            yield progress.on_step
+
+    return of_fold
+
+
+def _figures(held_out: dict[str, Any], bounds: dict[str, list[float]]) -> str:
+    """Each figure with its interval."""
+    return "  ".join(
+        f"{name} {value:.4f}" + (f" ({bounds[name][0]:.4f} to {bounds[name][1]:.4f})" if name in bounds else "")
+        for name, value in held_out.items()
+        if isinstance(value, float)
+    )
+
+
+def _end(config: TrainConfig, results: dict[str, Any], crossed: dict[str, Any]) -> None:
     from datasetdm_fast.training.held_out import cautions
 
-    print(json.dumps({"path": config.out, "tasks": results}) if config.json else config.out, flush=True)
+    told = {
+        task: result if result is None or crossed[task] is None else {**result, "folds": crossed[task]}
+        for task, result in results.items()
+    }
+    print(json.dumps({"path": config.out, "tasks": told}) if config.json else config.out, flush=True)
     for task, result in () if config.quiet else results.items():
         if result is None:
             continue
-        judged = ""
-        bounds = result.get("held_out_intervals", {})
-        figures = [
-            f"{name} {value:.4f}" + (f" ({bounds[name][0]:.4f} to {bounds[name][1]:.4f})" if name in bounds else "")
-            for name, value in result["held_out"].items()
-            if isinstance(value, float)
-        ]
+        judged, folds = "", crossed[task]
+        figures = _figures(result["held_out"], result.get("held_out_intervals", {}))
         if figures:
             count, place = result["held_out_images"], f"{config.out}/{task}/training/page.html"
-            notes = "".join(f"; {one}" for one in cautions(count, result.get("step_chosen_on_held_out", False)))
+            notes = cautions(count, result.get("step_chosen_on_held_out", False), bool(folds))
             images = counted(count, "held-out image")
-            judged = f" on {images}: {'  '.join(figures)}{notes}; look at {place}"
-        print(f"{task}: {result['steps']} steps{judged}", file=sys.stderr)
+            judged = f" on {images}: {figures}{''.join(f'; {one}' for one in notes)}; look at {place}"
+        ended = ", stopped early" if result.get("stopped_early") else ""
+        print(f"{task}: {counted(result['steps'], 'step')}{ended}{judged}", file=sys.stderr)
+        if folds:
+            figures = _figures(folds["held_out"], folds["held_out_intervals"])
+            print(f"{task}: {folds['folds']}-fold on {counted(folds['images'], 'image')}: {figures}", file=sys.stderr)
 
 
 if __name__ == "__main__":

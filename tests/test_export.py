@@ -584,9 +584,7 @@ def test_every_call_to_the_disk_may_fail_or_be_the_last(tmp_path):
     environment = os.environ | {"LD_PRELOAD": shim, "FAULT_SHIM": shim}
     kinds = [
         str(fault_server.KINDS.index(kind))
-        for kind in (
-            fault_server.KINDS[1:] if os.environ.get("DATASETDM_LONG_TESTS") else ("full", "kill before")
-        )
+        for kind in (fault_server.KINDS[1:] if os.environ.get("DATASETDM_LONG_TESTS") else ("full", "kill before"))
     ]
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, str(tmp_path / "out"), *kinds],

@@ -23,7 +23,7 @@ from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.loading import checkpoint, load_model
 from datasetdm_fast.readers import open_data
-from datasetdm_fast.training import session, task_run
+from datasetdm_fast.training import folds, held_out, session, task_run
 from datasetdm_fast.training.settings import QUIRKS
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
@@ -62,7 +62,7 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
         "captures   features and maps kept in",
         "depth decoder, 6 steps of 4 views",
         "the step of the weights was chosen on the same images",
-        "1 images are too few for a figure to rely on",
+        "1 image is too few for a figure to rely on: --folds auto measures on all of them",
     ):
         assert line in err
     assert result["depth"]["step_chosen_on_held_out"] and not result["depth"]["held_out_intervals"]
@@ -70,7 +70,8 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     state = tmp_path / "decoder" / "depth" / "training"
     page = (state / "page.html").read_text()
     assert page.count('<img src="data:image/png;base64,') == 3 and "absrel" in page and 'src="http' not in page
-    assert "chosen on the same images" in page
+    assert "chosen on the same images" in page and page.count("<svg") == 2 and 'name="viewport"' in page
+    assert "python -m datasetdm_fast.train --model tiny" in page
     lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "held_out_absrel" in line] == [2, 4, 6] and not (
@@ -322,6 +323,49 @@ def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
         tmp_path / "one", "semantic"
     )
     assert weights(out) == weights(tmp_path / "one")
+
+
+def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, capsys, monkeypatch):
+    arguments = ["--data", "demo:10@1000", "--task", "semantic", "--steps", "6", "--checks", "2", "--folds", "3"]
+    state, judged = tmp_path / "decoder" / "semantic" / "training", []
+    taught, real = [], task_run.run
+
+    def stopping(training, *rest):  # as Ctrl-C does between two folds
+        taught.append([training.lessons.views.source.order[k] for k in training.lessons.views.numbers])
+        return None if len(taught) == 2 else real(training, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task_run, "run", stopping)
+        run(*arguments)
+    assert "stopped; go on with" in capsys.readouterr().err and not (state / "folds.json").exists()
+    first = (state / "folds-3" / "1" / "model.safetensors").read_bytes()
+
+    def watched(decoder, views, *rest):
+        judged.append([views.views.source.order[k] for k in views.views.numbers])
+        return answers(decoder, views, *rest)
+
+    answers = held_out.answers
+    monkeypatch.setattr(folds.held_out, "answers", watched)
+    assert run(*arguments, "--json") == 0
+    out, err = capsys.readouterr()
+    of_folds = [part for part in judged if len(part) > 1]
+    assert sorted(item for part in of_folds for item in part) == list(range(10)) and len(of_folds) == 3
+    assert not set(taught[0]) & set(of_folds[0])
+    assert first == (state / "folds-3" / "1" / "model.safetensors").read_bytes()
+    told = json.loads(out)["tasks"]["semantic"]["folds"]
+    assert told == json.loads((state / "folds.json").read_text()) and told["folds"] == 3 and told["images"] == 10
+    low, high = told["held_out_intervals"]["miou"]
+    assert low <= told["held_out"]["miou"] <= high and "semantic: 3-fold on 10 images: miou" in err
+    page = (state / "page.html").read_text()
+    assert "3-fold cross-validation" in page and "In no held-out image: " in page and 'class="legend"' in page
+    judged.clear()
+    assert run(*arguments) == 0 and not judged  # there is nothing left to do
+
+
+@pytest.mark.parametrize("folds_asked", ["1", "11", "many", "101"])
+def test_folds_that_cannot_be(run, tmp_path, capsys, folds_asked):
+    assert run("--data", "demo:10@1000", "--task", "depth", "--folds", folds_asked) == 2
+    assert "--folds" in capsys.readouterr().err and not (tmp_path / "decoder").exists()
 
 
 def test_a_full_disk_is_said_and_the_same_line_goes_on(run, tmp_path, monkeypatch, capsys):

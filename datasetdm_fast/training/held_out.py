@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.evaluation.meter import Meter
@@ -21,6 +22,7 @@ from datasetdm_fast.truth.labelled import LabelledSource
 
 LEAST_IMAGES = 10  # images below which none is held out
 DRAWS = 2000  # bootstrap resamples
+FOLDS = 5  # of `--folds auto`
 ENOUGH_IMAGES = 30  # held-out images below which a figure is told with a warning
 
 
@@ -86,15 +88,20 @@ def intervals(meter: Meter, level: float = 0.95) -> dict:
     return meter.intervals(DRAWS, float(wide))
 
 
-def cautions(images: int, has_chosen: bool) -> list[str]:
-    """What to know of figures on so many held-out images; `has_chosen` where these chose the step of the weights."""
+def cautions(images: int, has_chosen: bool, has_folds: bool = False) -> list[str]:
+    """What to know of figures on so many held-out images; `has_chosen` where these chose the step of the weights,
+    `has_folds` where cross-validation has better ones.
+    """
     found = []
     if has_chosen:
         found.append("the step of the weights was chosen on the same images, so that other images will score lower")
-    if images < ENOUGH_IMAGES:
+    few = f"{counted(images, 'image is', 'images are')} too few for a figure to rely on"
+    if images < ENOUGH_IMAGES and has_folds:
+        found.append(f"{few}: see those of cross-validation")
+    elif images < ENOUGH_IMAGES:
         found.append(
-            f"{images} images are too few for a figure to rely on: raise --held-out to {ENOUGH_IMAGES} images or more, "
-            "or evaluate on other data"
+            f"{few}: --folds auto measures on all of them by "
+            f"cross-validation; or raise --held-out to {ENOUGH_IMAGES} images or more, or evaluate on other data"
         )
     return found
 

@@ -58,6 +58,12 @@ class Log(AbstractContextManager):
             self._board.close()
 
 
+def log_lines(folder: Path) -> list[dict]:
+    """What the log of a folder holds."""
+    lines = storage.read(folder / NAME, LARGEST_LOG).splitlines()
+    return [json.loads(line) for line in lines if _step(line) < float("inf")]
+
+
 def _step(line: bytes) -> float:
     """The step of a line; a line that was cut short has none that is kept."""
     try:

@@ -155,22 +155,53 @@ class TrainingSession:
         ranks.wait()
         return TrainingViews(found, views)
 
-    def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any]) -> None:
+    def announce(self, plans: dict[str, TaskPlan], results: dict[str, Any], folds: int = 0) -> None:
         config, (learnt, held) = self.config, self.parts
         self.say(
             f"images     {len(learnt)} to learn from in {counted(config.draws, 'look')} each, {len(held)} held out, "
-            f"{self.engine.model.size} pixels a side"
+            f"{self.engine.model.size} pixels a side{self._own_size()}"
         )
         self.say(f"captures   {self.cache_plan}")
         for task, plan in plans.items():
             steps, batch = plan.schedule.steps, plan.schedule.batch_size
             done = " - finished" if results[task] is not None else ""
-            self.say(f"{task:<16}{plan.decoder.kind} decoder, {steps} steps of {batch} views{done}")
+            self.say(f"{task:<16}{plan.decoder.kind} decoder, {steps} steps of {batch} views{self._patience()}{done}")
+        if folds:
+            self.say(f"folds      {folds} more decoders of each kind, each to judge a share of the images")
         for name in sorted(config.quirks):
             self.say(f"{name}        {QUIRKS[name]}")
 
-    def training(self, folder: Path, plan: TaskPlan, is_stopping: Callable[[], bool]) -> TaskTraining | None:
-        """The training of a task with its captures at hand, or None where the making of them was stopped."""
+    def _patience(self) -> str:
+        """When the training stops before its last step."""
+        config = self.config
+        if not (config.patience and self.parts[1]):
+            return ""
+        return f", fewer once {config.patience} of {config.checks} evaluations in turn bring no improvement"
+
+    def _own_size(self) -> str:
+        """What is lost of the first image, where it is larger than the model's."""
+        size, source = self.engine.model.size, self.source
+        if not (hasattr(source, "picture") and len(source)):
+            return ""
+        height, width = source.picture(source.order[0]).image.shape[:2]
+        whole = "" if height == width else ", and cut to a square"
+        return (
+            f" (the first has {width} x {height}: scaled to the model's size{whole})"
+            if max(height, width) != size
+            else ""
+        )
+
+    def training(
+        self,
+        folder: Path,
+        plan: TaskPlan,
+        is_stopping: Callable[[], bool],
+        command: str = "",
+        folds: dict[str, Any] | None = None,
+    ) -> TaskTraining | None:
+        """The training of a task with its captures at hand, or None where the making of them was stopped. `command` and
+        `folds`, the figures of cross-validation, are for its page.
+        """
         (learnt, held), task = self.parts, plan.decoder.task
         count = len(learnt) * self.config.draws + len(held)
         choice, began, told = self._as_begun(folder), time.monotonic(), time.monotonic()
@@ -192,7 +223,8 @@ class TrainingSession:
         except _Stopped:
             return None
         model, device = self.engine.model, self.engine.device
-        return TaskTraining(folder, plan, lessons, judged, self.config, model.size, device, model.tokenizer)
+        told = (command, folds)
+        return TaskTraining(folder, plan, lessons, judged, self.config, model.size, device, model.tokenizer, *told)
 
     def _as_begun(self, folder: Path) -> cache.CachePlan:
         """The plan with captures kept or not as when the training began, as half precision decides bits."""

@@ -35,12 +35,14 @@ QUIRKS = {
     "Q14": "pose is taught from images with red and blue exchanged",
 }  # upstream's mistakes
 
+MOST_FOLDS = 100
+
 
 @dataclass(frozen=True)
 class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "select images limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
-        "allow_download held_out preset quirks pose_head steps batch_size accumulate rate patience checks draws "
+        "allow_download held_out folds preset quirks pose_head steps batch_size accumulate rate patience checks draws "
         "augment captions by_name by_word timestep latent inversion ddim_steps cache cache_dir cache_gb storage engine "
         "dtype device seed save_every threads dry_run json quiet"
     ).split()
@@ -59,6 +61,13 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     )
     held_out: float = setting(
         0.1, "share of images held out for evaluation; none of fewer than 10 images", metavar="SHARE"
+    )
+    folds: str = setting(
+        "no",
+        "k-fold cross-validation: as many more decoders, so that every image is judged by one that has not seen it; "
+        "auto: 5 where fewer than 30 images are held out",
+        identity=False,
+        metavar="N|auto|no",
     )
     preset: str = setting(
         "default", "training recipe: ours, or DatasetDM's optimiser, schedule and loss", choices=("default", "upstream")
@@ -143,5 +152,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
                 raise Refused(f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}")
         if not 0 <= self.held_out <= 0.5:
             raise Refused(f"--held-out: {self.held_out:g} is not between 0 and 0.5")
+        if self.folds not in ("auto", "no") and not (self.folds.isdigit() and 2 <= int(self.folds) <= MOST_FOLDS):
+            raise Refused(f"--folds: {self.folds!r} is neither auto, no, nor a number from 2 to {MOST_FOLDS}")
         if not self.out.strip():
             raise Refused("--out: no folder named", "give the folder the decoders are to be written to")

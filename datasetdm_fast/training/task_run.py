@@ -27,7 +27,7 @@ from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.loading import checkpoint
 from datasetdm_fast.training import held_out, page, word_heads
-from datasetdm_fast.training.log import Log
+from datasetdm_fast.training.log import Log, log_lines
 from datasetdm_fast.training.loop import Trainer, TrainingViews
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.schedule import TrainingSchedule
@@ -56,6 +56,8 @@ class TaskTraining:
     size: int  # pixels of a side
     device: torch.device
     tokenizer: Callable[..., object]
+    command: str = ""  # what the user typed
+    folds: Mapping[str, Any] | None = None  # figures of cross-validation
 
     @property
     def task(self) -> str:
@@ -230,6 +232,11 @@ class _StartedTraining:
             checkpoint.write(self.training.state, tensors, {"trainer": numbers, "journey": self.numbers})
         self.saved = time.monotonic()
 
+    def _steps_told(self) -> str:
+        done, steps = self.trainer.done, self.training.plan.schedule.steps
+        why = f" of {steps}: {self.numbers['worse']} evaluations in turn brought no improvement"
+        return str(done) + (why if done < steps else "")
+
     def end(self) -> dict:
         """Writes the decoder, the best by the held-out images or else the last, its figures and its page."""
         training, done, best = self.training, self.trainer.done, self.numbers["step"]
@@ -243,17 +250,18 @@ class _StartedTraining:
         if held:
             found, meter = self._held_out(decoder)
             figures, intervals = meter.result(), held_out.intervals(meter)
-            facts = {"images learnt from": images, "images held out": held.images, "steps": done}
-            facts |= {"weights of step": best}
-            cautions = held_out.cautions(held.images, has_chosen)
-            files[training.state / "page.html"] = page.page(
-                training.task, held, found, facts, figures, intervals, cautions
-            )
+            facts = {"data": training.config.data, "images learnt from": images, "images held out": held.images}
+            facts |= {"steps": self._steps_told(), "weights of step": best, "pixels a side": training.size}
+            facts |= {"command": training.command} if training.command else {}
+            cautions = held_out.cautions(held.images, has_chosen, bool(training.folds))
+            given = (training.task, held, found, facts, meter, intervals, log_lines(training.state))
+            files[training.state / "page.html"] = page.page(*given, cautions, training.folds)
         result = {
             "task": training.task,
             "images": images,
             "held_out_images": held.images if held else 0,
             "steps": done,
+            "stopped_early": done < training.plan.schedule.steps,
             "weights_of_step": best or done,
             "loss": self.numbers["last"],
             "words": {"masks": self.heads.masks, "named_rightly": self.heads.right, "read": bool(self.heads.shares)},

@@ -1,0 +1,109 @@
+"""Figures of k-fold cross-validation: every image is judged once, by a decoder that has learnt from other images only.
+
+FOLDER/training/folds-K/1, 2 ...   the decoders of the folds, each trained and resumed as the decoder itself
+FOLDER/training/folds.json         the figures over all images, with their intervals
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasetdm_fast.decoders.checkpoint import load_decoder
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation.metrics import METRICS
+from datasetdm_fast.run_folder.split import groups
+from datasetdm_fast.training import held_out, task_run
+from datasetdm_fast.training.processes import Ranks
+from datasetdm_fast.training.session import TrainingSession
+from datasetdm_fast.truth.labelled import LabelledSource
+
+NAME = "folds.json"
+LARGEST = 2**24  # bytes of that file
+
+
+def count_of(session: TrainingSession) -> int:
+    """How many folds are asked for; `auto` asks for five where the held-out images are too few for a figure."""
+    asked, images = session.config.folds, len(session.numbers)
+    held = len(session.parts[1])
+    if asked == "no":
+        return 0
+    if asked == "auto":
+        is_wanted = held < held_out.ENOUGH_IMAGES and images >= held_out.LEAST_IMAGES
+        return held_out.FOLDS if is_wanted else 0
+    if int(asked) > images:
+        raise Refused(f"--folds: {asked} folds of {images} images", "ask for no more folds than there are images")
+    return int(asked)
+
+
+def parts(source: LabelledSource, numbers: Sequence[int], folds: int, seed: int) -> list[list[int]]:
+    """The item numbers of each fold, as equal as may be; items that were made of one picture are in the same fold."""
+    members = defaultdict(list)
+    for number, group in zip(numbers, groups([source.origins(source.order[number]) for number in numbers])):
+        members[group].append(number)
+    found: list[list[int]] = [[] for _ in range(folds)]
+    for group in np.random.default_rng([seed, folds, len(numbers)]).permutation(sorted(members)).tolist():
+        min(found, key=len).extend(members[group])
+    if not all(found):
+        raise Refused(f"--folds: {folds} folds of {len(members)} pictures", "ask for no more folds than pictures")
+    return [sorted(fold) for fold in found]
+
+
+def run(
+    session: TrainingSession,
+    task: str,
+    folder: Path,
+    ranks: Ranks,
+    on_fold: Callable[[int, int], AbstractContextManager[Callable[[int, float, float | None], None]]],
+    is_stopping: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """The figures, or None where it was stopped; the same call again goes on. `on_fold` gives what hears of each step
+    of a fold: its number, and the steps it has.
+    """
+    count, model = count_of(session), session.engine.model
+    path, meter, has_changed = folder / "training" / NAME, METRICS[task](session.source), False
+    folds = parts(session.source, session.numbers, count, session.config.seed)
+    for number, fold in enumerate(folds, 1):
+        inner = replace(session, numbers=tuple(item for item in session.numbers if item not in set(fold)))
+        plan = inner.plan(task)
+        plan = replace(plan, settings={**plan.settings, "fold": f"{number} of {count}"})
+        place = folder / "training" / f"folds-{count}" / str(number)
+        if task_run.finished(place, plan.settings) is None:
+            has_changed, training = True, inner.training(place, plan, is_stopping)
+            if training is None:
+                return None
+            with on_fold(number, plan.schedule.steps) as on_step:
+                if task_run.run(training, ranks, on_step, is_stopping) is None:
+                    return None
+    if not has_changed and (found := read(folder)) is not None and found["folds"] == count:
+        return found
+    for number, fold in enumerate(folds, 1):
+        views = session.views(task, fold, 1)
+        if ranks.is_first:
+            decoder = load_decoder(folder / "training" / f"folds-{count}" / str(number))
+            given = (plan.words, model.size, session.engine.device, model.tokenizer)
+            for view, label in enumerate(held_out.answers(decoder, views, *given)):
+                meter.add(views.views.item(view), label)
+    document = None
+    if ranks.is_first:
+        document = {
+            "task": task,
+            "folds": count,
+            "images": meter.count,
+            "held_out": meter.result(),
+            "held_out_intervals": held_out.intervals(meter),
+        }
+        storage.publish({path: (json.dumps(document, indent=2) + "\n").encode()})
+    return ranks.said(document)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The figures that a decoder's folder has."""
+    path = folder / "training" / NAME
+    return json.loads(storage.read(path, LARGEST)) if path.exists() else None
