@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,12 +34,15 @@ from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder, write_samples
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.object_store import PublishingFolder
+from datasetdm_fast.version import __version__
 from datasetdm_fast.workers import ray_connection
 from datasetdm_fast.workers.devices import pool_of
 from datasetdm_fast.workers.queue import DIED, Owner
 from datasetdm_fast.workers.ray_connection import address_of
+from datasetdm_fast.workers.ray_driver import RayDriver
 from datasetdm_fast.workers.ray_worker import Coordinator
-from datasetdm_fast.workers.worker import Worker
+from datasetdm_fast.workers.spawn import Rank
+from datasetdm_fast.workers.worker import Callbacks, Worker
 
 SAMPLES, BATCH = 48, 2  # a worker that is slow to write its first batch has made some more by then
 HERE = Path(__file__).parent
@@ -491,6 +495,28 @@ def test_a_worker_that_is_told_to_stop_begins_nothing_more(made, tmp_path):
     queue = queue_of([0, 1], died=[1])
     queue.stop()
     assert work(made, queue, tmp_path / "out") == [] and queue.is_over() and not queue.is_complete()
+
+
+def test_doubtful_samples_are_made_up_for_round_by_round(monkeypatch, tmp_path):
+    """The driver adds batches once all are made, as the workers know no more of the run than their own samples."""
+    torchless.install(monkeypatch.setattr)
+    one, out = config(tmp_path / "one", keep="trusted", number=9), tmp_path / "run"
+    run.run(job.prepare(one))
+    settings = replace(one, out=str(out))
+    driver, queue = RayDriver(settings, Callbacks(lambda made: [])), Coordinator()
+    driver.queue, driver.ranks, driver.document = queue, [Rank(0), Rank(1)], None
+    made, rounds = job.prepare(settings), 0
+    driver.handle(driver.ranks[0], "planned", made, __version__, [])
+    while not queue.is_complete():
+        rounds += 1
+        owner = Owner(f"rank {rounds % 2}", rounds % 2)
+        folder = PublishingFolder(settings, made.document, frozenset(), partial(queue.report, owner.slot, "rows"))
+        stop = {"is_stopping": queue.is_all_made}
+        Worker(made, folder, queue, owner, **stop, has_ledger=False).work()
+        driver._receive()
+    assert driver.finish(0).is_complete and driver.committed == 9 and rounds > 2
+    driver.close()
+    assert tree(out) == tree(tmp_path / "one") and audit(out, threads=1).findings == []
 
 
 def test_a_worker_that_replaces_another_makes_what_that_had_begun_last():

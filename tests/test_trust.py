@@ -187,7 +187,6 @@ def test_it_gives_up(tmp_path, monkeypatch, capsys):
     [
         (["--ignore-below", "1.5"], "--ignore-below 1.5: expected a number from 0 to 1"),
         (["--refill"], "holds no samples yet"),
-        (["--keep", "trusted", "--cluster", "ray"], "--keep trusted: no cluster makes such runs"),
         (["--keep", "trusted", "--prompts", '{"prompt": "a ball", "seed": 3}'], "prompts with seeds of their own"),
     ],
 )

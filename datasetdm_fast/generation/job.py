@@ -78,6 +78,11 @@ class Job:
         return sets_aside(self.document["config"])
 
     @property
+    def makes_up(self) -> bool:
+        """Whether this command makes others in the place of doubtful samples, however many these are."""
+        return self.sets_aside and not self.config.limit
+
+    @property
     def bytes_needed(self) -> int:
         """An upper estimate of what is still to be written."""
         pixels = self.recipe.size**2

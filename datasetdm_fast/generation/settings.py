@@ -75,11 +75,6 @@ def check_settings(config: RunConfig) -> None:
         raise Refused(f"--ignore-below {config.ignore_below}: expected a number from 0 to 1", "Choose another number.")
     if config.verify_anyway and not config.verify:
         raise Refused("--verify-anyway: nothing is compared", "Add --verify N, or drop it.")
-    if config.cluster and config.keep == "trusted":
-        raise Refused(
-            f"--keep trusted: no cluster makes such runs, and --cluster is {config.cluster}",
-            "Use --ranks, --gpus or torchrun, or keep all and leave out doubtful samples with filter.",
-        )
 
 
 def check_size(size: int) -> None:

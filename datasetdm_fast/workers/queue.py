@@ -148,11 +148,18 @@ class WorkQueue:
         with self.alone():
             is_first = bool(self.execute("SELECT 1 FROM queue WHERE batch = ? AND state != 'done'", batch))
             self.execute("UPDATE queue SET state = 'done', owner = NULL, helper = NULL WHERE batch = ?", batch)
-            if not self.execute("SELECT 1 FROM queue WHERE state != 'done' LIMIT 1"):
-                for needed in more():
-                    again = "ON CONFLICT (batch) DO UPDATE SET state = 'free'"
-                    self.execute(f"INSERT INTO queue (batch, state) VALUES (?, 'free') {again}", needed)
+            if not self._has_unfinished():
+                self._add(more())
             return is_first
+
+    def _has_unfinished(self) -> bool:
+        return bool(self.execute("SELECT 1 FROM queue WHERE state != 'done' LIMIT 1"))
+
+    def _add(self, batches: Sequence[int]) -> None:
+        """Adds batches that the run has come to need, finished ones among them."""
+        for batch in batches:
+            again = "ON CONFLICT (batch) DO UPDATE SET state = 'free'"
+            self.execute(f"INSERT INTO queue (batch, state) VALUES (?, 'free') {again}", batch)
 
     def give_back(self, batch: int, owner: Owner, reason: str) -> None:
         """Frees a batch that has failed, first for other slots."""
@@ -170,7 +177,7 @@ class WorkQueue:
 
     def is_complete(self) -> bool:
         """Whether every batch is committed."""
-        return self.last() is not None and not self.execute("SELECT 1 FROM queue WHERE state != 'done' LIMIT 1")
+        return self.last() is not None and not self._has_unfinished()
 
     def is_over(self) -> bool:
         """Whether nothing is left to be taken, now or later."""

@@ -24,6 +24,7 @@ from datasetdm_fast.generation.settings import count_images
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder, clean
+from datasetdm_fast.run_folder.ledger import DOUBTFUL
 from datasetdm_fast.version import __version__
 from datasetdm_fast.workers.devices import pool_of
 from datasetdm_fast.workers.queue import Owner
@@ -92,6 +93,7 @@ class RayDriver(Supervisor):
         self.config, self.source = config, read_source(config)
         self.store = object_store.ObjectStore(config.store) if config.store else None
         self.folder: RunFolder | None = None
+        self.job: Job | None = None  # of the run folder, once that is open
         self.wanted: set[int] = set()
 
     def lead(self, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -123,7 +125,7 @@ class RayDriver(Supervisor):
             if rows:
                 self.folder.ledger.commit(rows.values())
                 self.wanted -= rows.keys()
-                super().handle(rank, "committed", len(rows))
+                super().handle(rank, "committed", sum(row.status != DOUBTFUL for row in rows.values()))
         else:
             super().handle(rank, kind, *content)
 
@@ -141,7 +143,7 @@ class RayDriver(Supervisor):
             check_room(job)
         for line in lines:
             self.callbacks.on_message(line)
-        self.folder, size = RunFolder(job.folder, job.document), job.plan.batch_size
+        self.job, self.folder, size = job, RunFolder(job.folder, job.document), job.plan.batch_size
         if self.store:
             self.store.note(job.folder)
         self.wanted = set(Quota(job, self.folder.ledger).lacking())
@@ -149,7 +151,16 @@ class RayDriver(Supervisor):
         batches = in_order(self.wanted, size)
         planned = {index for batch in batches for index in range(batch * size, (batch + 1) * size)}
         present = frozenset(planned - self.wanted)
-        self.queue.open(batches, max(self.wanted, default=-1), self.folder.document, present)
+        last, may_grow = max(self.wanted, default=-1), job.makes_up
+        self.queue.open(batches, last, self.folder.document, present, may_grow=may_grow)
+
+    def _receive(self) -> None:
+        super()._receive()
+        if self.job is not None and self.job.makes_up and self.queue.is_all_made():
+            self._hear()  # the rows of the last batches are reported before these are finished
+            self.wanted = set(Quota(self.job, self.folder.ledger).lacking())
+            batches = in_order(self.wanted, self.job.plan.batch_size)
+            self.queue.grow(batches, max(self.wanted, default=-1))
 
     def finish(self, begin: float) -> Result:
         """The result, once the index files are there."""

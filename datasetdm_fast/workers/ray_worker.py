@@ -30,13 +30,38 @@ class Coordinator(WorkQueue):
         self._session: tuple[Mapping[str, Any], frozenset[int]] | None = None
         self._planner = ""  # the process that makes the plan
         self._reports: list[list[Any]] = []
+        self._may_grow = False
 
-    def open(self, batches: Sequence[int], last: int, document: Mapping[str, Any], present: frozenset[int]) -> None:
+    def open(
+        self,
+        batches: Sequence[int],
+        last: int,
+        document: Mapping[str, Any],
+        present: frozenset[int],
+        *,
+        may_grow: bool = False,
+    ) -> None:
         """What the driver has found in the run folder: what is missing, run.json, and those samples of the batches
-        that are there already.
+        that are there already. A queue that `may_grow` is complete once the driver has no batch to add.
         """
+        self._may_grow = may_grow
         self.fill(batches, last)
         self._session = document, present
+
+    def is_complete(self) -> bool:
+        return super().is_complete() and not self._may_grow
+
+    def is_all_made(self) -> bool:
+        """Whether all batches are made, and the driver is to say whether the run has come to need others."""
+        return self._may_grow and super().is_complete()
+
+    def grow(self, batches: Sequence[int], last: int) -> None:
+        """Adds the batches that the run has come to need, up to this last sample; without any it is complete."""
+        with self.alone():
+            self._may_grow = bool(batches)
+            if batches:
+                self.execute("UPDATE session SET last = ?", last)
+                self._add(batches)
 
     def session(self) -> tuple[Mapping[str, Any], frozenset[int]] | None:
         """run.json and the samples that are there; None before the run folder is open."""
@@ -115,4 +140,4 @@ class RayWorker:
             queue.report(owner.slot, "ready", [])
             document, present = session
             folder = PublishingFolder(setup.config, document, present, partial(queue.report, owner.slot, "rows"))
-            Worker(adopt(job, document), folder, queue, owner).work()
+            Worker(adopt(job, document), folder, queue, owner, has_ledger=False).work()

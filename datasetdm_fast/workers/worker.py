@@ -58,7 +58,8 @@ class Worker:
     """Makes batches of a queue; `on_commit` hears of the samples that were committed here first, `on_idle` is called
     while there is nothing to take.
 
-    `folder` is the run folder, or what has its `write`, `unseal` and `ledger` on a machine that has no run folder.
+    `folder` is the run folder, or what has its `write`, `unseal` and `ledger` on a machine without run folder. There
+    `has_ledger` is false, and whoever has the ledger adds the batches that make up for doubtful samples.
     """
 
     def __init__(
@@ -70,8 +71,11 @@ class Worker:
         on_commit: Callable[[int], None] = lambda count: None,
         on_idle: Callable[[], object] = lambda: None,
         is_stopping: Callable[[], bool] = lambda: False,
+        *,
+        has_ledger: bool = True,
     ):
-        self.job, self.folder, self.queue, self.owner, self.last = job, folder, queue, owner, queue.last()
+        self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
+        self.makes_up = job.makes_up and has_ledger
         self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
         self.last_beat, self.made = 0.0, 0
         self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
@@ -155,12 +159,7 @@ class Worker:
             self.on_commit(sum(row.status != DOUBTFUL for row in rows))
 
     def _finish(self, batch: int) -> bool:
-        return self.queue.finish(batch, self._more) if self._grows else self.queue.finish(batch)
-
-    @property
-    def _grows(self) -> bool:
-        """Whether doubtful samples make room for further ones, as far as this command may make them."""
-        return self.job.sets_aside and not self.job.config.limit
+        return self.queue.finish(batch, self._more) if self.makes_up else self.queue.finish(batch)
 
     def _more(self) -> list[int]:
         return run.in_order(run.Quota(self.job, self.folder.ledger).lacking(), self.job.plan.batch_size)
@@ -169,9 +168,9 @@ class Worker:
         """The results that the run lacks."""
         size, ledger = self.job.plan.batch_size, self.folder.ledger
         first, stop = batch * size, (batch + 1) * size
-        if self._grows:
+        if self.makes_up:
             return run.Quota(self.job, ledger, first, stop).taken(results)
-        missing = set(range(first, min(stop, self.last + 1))) - ledger.within(first, stop)
+        missing = set(range(first, min(stop, self.queue.last() + 1))) - ledger.within(first, stop)
         return [result for result in results if result.request.index in missing]
 
     def _is_doubtful(self, batch: int, results: list[Sample | SetAside]) -> bool:
