@@ -28,7 +28,12 @@ class ClaimsConfig:
         "bench/results",
     )
     seeds: int = setting(0, "students of each kind, 0 = 3, with --quick 2; at least 2", metavar="N")
-    rows: tuple[str, ...] = setting((), "only these claims, comma-separated (default: all)", metavar="LIST")
+    rows: tuple[str, ...] = setting(
+        (),
+        "only these claims, comma-separated (default: all of the papers); training-free asks what labels from "
+        "attention teach beside those of the decoder",
+        metavar="LIST",
+    )
     out: str = setting(
         "",
         "folder of generated images, students and the page; the same one again resumes (default: runs/claims)",
@@ -50,13 +55,13 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     torch.set_num_threads(1)
-    from bench.claims import page
+    from bench.claims import page, training_free
     from bench.claims.experiments import Experiments
     from bench.claims.rows import CLAIMS
     from bench.claims.sets import FULL, QUICK
     from bench.report import results
 
-    names = chosen("rows", config.rows, tuple(CLAIMS), tuple(CLAIMS))
+    names = chosen("rows", config.rows, (*CLAIMS, training_free.NAME), tuple(CLAIMS))
     scale = QUICK if config.quick else FULL
     scale = replace(scale, seeds=config.seeds or scale.seeds)
     folder = Path(config.out or f"runs/claims{'-quick' if config.quick else ''}")
@@ -65,6 +70,13 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("--arms: belongs to --tuned, which is missing", "Add --tuned, or drop --arms.")
     if config.tuned:
         return _tuned(config, scale, folder, arguments)
+    if training_free.NAME in names:
+        if len(names) > 1:
+            raise Refused(
+                f"--rows {','.join(names)}: {training_free.NAME} has students and a table of its own",
+                f"Ask for {training_free.NAME} alone.",
+            )
+        return _training_free(config, scale, folder, arguments)
     with Experiments(folder, scale, say) as experiments:
         found = experiments.rows(names)
         document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
@@ -96,6 +108,26 @@ def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) 
         results.ResultFile(path, document).save()
     say("\n".join(map(str, paths)))
     print(json.dumps(found) if config.json else tuned.section(document))
+    return 0
+
+
+def _training_free(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) -> int:
+    from bench.claims import training_free
+    from bench.claims.experiments import Experiments
+    from bench.report import results
+
+    name, begin = training_free.NAME, time.monotonic()
+    with Experiments(folder, scale, say) as experiments:
+        found = {name: training_free.TrainingFree(experiments).row()}
+    document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
+    document["suite"] = name
+    paths = [folder / f"{name}.json"]
+    if not config.quick:
+        paths.append(results.default_path(document["machine"]).with_suffix(f".{name}.json"))
+    for path in paths:
+        results.ResultFile(path, document).save()
+    say("\n".join(map(str, paths)))
+    print(json.dumps(found) if config.json else training_free.section(document))
     return 0
 
 

@@ -106,6 +106,8 @@ class Scale:
     labeller_steps: int = 0  # 0 = as many as `train` takes
     labeller_draws: int = 12
     sizes: tuple[str, ...] = ("small", "large")  # of the students of the instance row
+    free: int = 300  # images of the row on labels from attention
+    free_steps: int = 2000  # of its students
 
 
 FULL = Scale()
@@ -121,6 +123,8 @@ QUICK = Scale(
     labeller_steps=120,
     labeller_draws=1,
     sizes=("small",),
+    free=96,
+    free_steps=500,
 )
 
 

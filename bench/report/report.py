@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.claims import page as claims
-from bench.claims import tuned
+from bench.claims import training_free, tuned
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.report import reckoned
-from bench.report.results import SUITES, cpu_suite, measured, newest, read, rows_of
+from bench.report.results import STUDENTS, SUITES, cpu_suite, measured, newest, read, rows_of
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
 def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
-    found = {suite: read(path) for suite in (*SUITES, FULL_SIZE, "claims", "tuned") if (path := newest(suite, folder))}
+    found = {suite: read(path) for suite in (*SUITES, FULL_SIZE, *STUDENTS) if (path := newest(suite, folder))}
     if before := measured("claims", folder)[:-1]:
         found["claims before"] = read(before[-1])
     if not any(suite in found for suite in SUITES):
@@ -314,6 +314,13 @@ def earlier_claims(found: Documents, charts: str) -> str:
     return claims.figures(found["claims before"]) if "claims before" in found else "There are none."
 
 
+def training_free_row(found: Documents, charts: str) -> str:
+    """What labels from attention teach beside those of a decoder."""
+    if training_free.NAME not in found:
+        return f"Not measured yet: `python -m bench claims --rows {training_free.NAME}`."
+    return training_free.section(found[training_free.NAME])
+
+
 SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
@@ -322,6 +329,7 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "full-size": full_size,
     "paper": paper,
     "tuned": tuned_gains,
+    "training-free": training_free_row,
     "gains": gains,
     "claims": lambda found, charts: claims.section(found["claims"], charts) if "claims" in found else NO_CLAIMS,
     "earlier-claims": earlier_claims,

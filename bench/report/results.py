@@ -18,6 +18,7 @@ FORMAT = 1
 FOLDER = ROOT / "bench" / "results"
 BEGUN, DONE, BROKEN = "begun", "done", "broken"
 SUITES = ("cpu", "gpu")
+STUDENTS = ("claims", "tuned", "training-free")  # suites of students, which have no peers
 
 
 class ResultFile:
@@ -154,12 +155,12 @@ def newest(suite: str, folder: Path = FOLDER) -> Path | None:
 
 def measured(suite: str, folder: Path = FOLDER) -> list[Path]:
     """The files of a suite in the order of their dates: those whose peers were measured, as a run of single parts is
-    none for the pages. Claims and their tuned arms have no peers.
+    none for the pages.
     """
     documents = [(read(path), path) for path in sorted(folder.glob("*.json"))]
     found = [
         (document["date"], path)
         for document, path in documents
-        if document["suite"] == suite and (suite in ("claims", "tuned") or rows_of(document, "peers"))
+        if document["suite"] == suite and (suite in STUDENTS or rows_of(document, "peers"))
     ]
     return [path for _, path in sorted(found)]
