@@ -469,9 +469,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
 @dataclass(frozen=True)
 class LabelConfig(RunConfig):
     FLAGS = (
-        "images captions model decoder task labeller classes exponent threshold uncertainty self_cells cross_cells "
-        "timesteps engine size seed batch_size image_format out only limit dry_run allow_download json quiet threads "
-        "dtype compile device"
+        "images captions tiles model decoder task labeller classes exponent threshold uncertainty self_cells "
+        "cross_cells timesteps engine size seed batch_size image_format out only limit dry_run allow_download json "
+        "quiet threads dtype compile device"
     ).split()
 
     images: str = setting("", "folder of PNG and JPEG files", identity=False, metavar="IMAGES", positional=True)
@@ -481,6 +481,12 @@ class LabelConfig(RunConfig):
         "for",
         identity=False,
         metavar="FILE",
+    )
+    tiles: bool = setting(
+        False,
+        "read pictures larger than the model tile by tile, each overlapping the next, and join the labels at the "
+        "picture's own size; not for depth and pose",
+        identity="if given",
     )
     ask: str = "named"
     timesteps: tuple[str, ...] = setting(

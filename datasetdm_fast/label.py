@@ -11,7 +11,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, duration
 from datasetdm_fast.config import LabelConfig
-from datasetdm_fast.generation.inverted import as_stored, prepare, remake
+from datasetdm_fast.generation.inverted import as_stored, prepare, remake, tileable
 from datasetdm_fast.generation.run import run
 from datasetdm_fast.generation.settings import check_settings, spelled_out
 
@@ -25,7 +25,7 @@ EXAMPLES = (
 @command
 def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, LabelConfig, PROG, __doc__, EXAMPLES)
-    config = as_stored(config) if config.only else spelled_out(config, given)
+    config = as_stored(config) if config.only else tileable(spelled_out(config, given), given)
     check_settings(config)
     job = prepare(config)
     if config.only:
@@ -34,19 +34,17 @@ def main(arguments: Sequence[str]) -> int:
         _say(config, f"sample {config.only}: made again, {told}")
         _put(config, {"path": config.out, "id": config.only, "written": written})
         return 0
-    left = job.plan.number - job.done
+    left, calls = job.plan.number - job.done, job.calls or job.recipe.facts["calls"]
     _say(
         config,
-        f"{left} of {job.plan.number} pictures, {job.recipe.facts['calls']} UNet calls each; labels: "
+        f"{left} of {job.plan.number} pictures, {calls} UNet calls each; labels: "
         f"{', '.join(job.recipe.tasks)}; run folder: {job.folder}",
     )
     if config.dry_run:
         return 0
     with (
         Interruption(config.quiet) as interruption,
-        ImageProgress(
-            min(left, config.limit or left), config.quiet, job.plan.batch_size, job.recipe.facts["calls"]
-        ) as progress,
+        ImageProgress(min(left, config.limit or left), config.quiet, job.plan.batch_size, calls) as progress,
     ):
         result = run(
             job,

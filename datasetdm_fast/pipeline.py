@@ -16,7 +16,8 @@ from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
-from datasetdm_fast.generation.inverted import generator_of, in_memory, inverting, said
+from datasetdm_fast.generation.inverted import generator_of, inverting, said
+from datasetdm_fast.generation.pictures import in_memory
 from datasetdm_fast.generation.prompts import check_classes, check_line
 from datasetdm_fast.generation.recipe import Recipe, capture_calls, make_recipe
 from datasetdm_fast.labels import kind_of, task_of

@@ -300,6 +300,37 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path):
     assert label.main([*line, "--seed", "5"]) == 2
 
 
+def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
+    """At their own sizes, things of several tiles as one; interrupted after a picture, the same bytes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    large, wide = world.view(11, 256), world.view(12, 160).image[16:144]
+    Image.fromarray(large.image).save(folder / "large.png")
+    Image.fromarray(wide).save(folder / "wide.png")
+    captions = {"large": world.sample_scene(11).caption, "wide": world.sample_scene(12).caption}
+    (folder / "captions.json").write_text(json.dumps(captions))
+    line = [str(folder), "--tiles", "--labeller", "decoder,attention", "--classes", ",".join(world.THINGS), "--quiet"]
+    line += ["--captions", str(folder / "captions.json"), "--timesteps", "200", "--batch-size", "5"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert label.main([*line, "--out", str(whole)]) == 0 and not audit(whole).findings
+    assert label.main([*line, "--out", str(cut), "--limit", "1"]) == label.main([*line, "--out", str(cut)]) == 0
+    for path in sorted((whole / "attention").iterdir()) + [whole / "instances.json", whole / "samples.jsonl"]:
+        assert (cut / path.relative_to(whole)).read_bytes() == path.read_bytes()
+    run = open_run(whole)
+    assert run.tasks == ("semantic", "instance", "attention")  # depth and pose need the whole picture
+    first, second = run
+    assert np.array_equal(first.image, large.image) and second.attention.labels.shape == (128, 160)
+    star = large.semantic == world.CLASSES.index("star")
+    found = first.attention.labels == first.attention.classes.index("star")
+    assert (star & found).sum() > 0.6 * (star | found).sum()
+    surest = first.instances.masks[first.instances.scores.argmax()]
+    assert (surest & star).sum() > 0.7 * star.sum()  # four tiles show a part of it
+    kept = (whole / "semantic/00000000.png").read_bytes()
+    (whole / "semantic/00000000.png").unlink()
+    assert label.main(["--out", str(whole), "--only", "00000000", "--quiet"]) == 0
+    assert (whole / "semantic/00000000.png").read_bytes() == kept
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -307,6 +338,7 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path):
         (["PHOTOS", "--labeller", "attention"], "no class words"),
         (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
         (["PHOTOS", "--only", "00000000"], "was not made by label"),
+        (["PHOTOS", "--tiles", "--task", "semantic,depth"], "a tile shows a part"),
     ],
 )
 def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):

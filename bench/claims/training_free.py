@@ -44,8 +44,8 @@ LEAST_SHARE, GOAL = 0.5, 0.75  # of what the decoder's labels teach
 
 
 @dataclass(frozen=True)
-class Question:
-    """One comparison of two arms: a ratio of their figures, or a difference that is at least 0."""
+class ArmComparison:
+    """Two arms: a ratio of their figures, or a difference that is at least 0."""
 
     title: str
     before: str
@@ -58,9 +58,9 @@ class Question:
 
 
 QUESTIONS = (
-    Question("attention as a share of the decoder", "decoder", "ignored", LEAST_SHARE, is_ratio=True),
-    Question("255 ignored over 255 filled in", "filled", "ignored"),
-    Question("self-training over none", "ignored", "self"),
+    ArmComparison("attention as a share of the decoder", "decoder", "ignored", LEAST_SHARE, is_ratio=True),
+    ArmComparison("255 ignored over 255 filled in", "filled", "ignored"),
+    ArmComparison("self-training over none", "ignored", "self"),
 )
 
 
@@ -187,7 +187,7 @@ def figure_of(found: Figures) -> float:
     return 100 * fmean(value for name, value in found["semantic"]["per_class"].items() if name in world.THINGS)
 
 
-def answered(question: Question, arms: Mapping[str, Row]) -> Row:
+def answered(question: ArmComparison, arms: Mapping[str, Row]) -> Row:
     """A comparison seed by seed with its 95 % interval; it holds where all of the interval does."""
     before, after = arms[question.before]["seeds"], arms[question.after]["seeds"]
     if question.is_ratio:
@@ -205,18 +205,18 @@ def answered(question: Question, arms: Mapping[str, Row]) -> Row:
 def table(row: Row) -> Table:
     """The comparisons, with the figures of both sides."""
 
-    def cell(name: Callable[[Question], str]) -> Callable[[Question], str]:
+    def cell(name: Callable[[ArmComparison], str]) -> Callable[[ArmComparison], str]:
         return lambda question: (
             f"{row['arms'][name(question)]['mean']:.1f} ± {row['arms'][name(question)]['spread']:.1f}"
         )
 
-    def told(question: Question) -> str:
+    def told(question: ArmComparison) -> str:
         found = row["questions"][question.title]
         shown = "{:.0%}" if question.is_ratio else "{:+.1f}"
         value, low, high = (shown.format(one) for one in (found["value"], *found["interval"]))
         return f"{value} ({low} to {high})"
 
-    def verdict(question: Question) -> str:
+    def verdict(question: ArmComparison) -> str:
         found = row["questions"][question.title]
         return "yes" if found["holds"] else f"no: {found['reason']}"
 
@@ -225,7 +225,7 @@ def table(row: Row) -> Table:
         "without": cell(lambda question: question.before),
         "with": cell(lambda question: question.after),
         "result (95 %)": told,
-        "asked for": Question.asked,
+        "asked for": ArmComparison.asked,
         "holds": verdict,
     }
     return Table(columns)

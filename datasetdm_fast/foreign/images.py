@@ -44,6 +44,15 @@ def decode_image(data: bytes, name: str, *, most_pixels: int = MOST_PIXELS) -> I
     return image
 
 
+def sides_of(path: Path) -> tuple[int, int]:
+    """Width and height that the head of a PNG or JPEG file tells; its pixels are not looked at."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            return image.size
+    except Exception as error:  # Pillow's readers raise nearly anything
+        raise Refused(f"{path}: not a whole image ({reason_of(error)})", GET_AGAIN) from error
+
+
 def check_png(data: bytes, *, may_go_on: bool = False) -> None:
     """A ValueError where a PNG file is not as it was written; more may follow its end only where it `may_go_on`."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):

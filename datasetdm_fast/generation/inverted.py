@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
+from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from datasetdm_fast.config import LabelConfig
-from datasetdm_fast.data import Batch, Sample, SetAside
-from datasetdm_fast.disk import storage
+from datasetdm_fast.config import LabelConfig, flags_of
+from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.generation import driver, prompts
 from datasetdm_fast.generation.class_prompts import check_class_prompt
+from datasetdm_fast.generation.inverting import InvertingGenerator, TilingGenerator
 from datasetdm_fast.generation.job import (
     Job,
     adopt,
@@ -27,150 +27,24 @@ from datasetdm_fast.generation.job import (
     recipe_of,
     row_facts,
 )
+from datasetdm_fast.generation.pictures import GivenPictures, Pictures, open_pictures
 from datasetdm_fast.generation.plan import Plan
 from datasetdm_fast.generation.prompts import GivenPrompt, fit
 from datasetdm_fast.generation.run import facts_of
 from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.names import task_of_label
+from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.document import check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.truth import framing, reading
-from datasetdm_fast.truth.labelled import Picture
+from datasetdm_fast.truth import reading
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
     from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.generation.recipe import Recipe
 
 TRAINING_STEPS = 1000  # of every model
-LARGEST_CAPTIONS = 64 * 2**20  # bytes
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of a folder, by name, and what is said of them."""
-
-    folder: Path
-    paths: tuple[Path, ...]
-    captions: dict[str, str]
-
-    @property
-    def names(self) -> list[str]:
-        return [path.relative_to(self.folder).as_posix() for path in self.paths]
-
-    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
-        """The largest square in the middle of a picture."""
-        return square(reading.colour_image(self.paths[index], reading.as_shown), size)
-
-    def digest(self) -> str:
-        """Of the names and bytes of all pictures and of their captions."""
-        whole = hashlib.sha256()
-        for name, path in zip(self.names, self.paths):
-            whole.update(f"{name}\n{storage.sha256_of(path)}\n{self.captions.get(name, '')}\n".encode())
-        return f"sha256:{whole.hexdigest()}"
-
-
-@dataclass(frozen=True)
-class GivenPictures:
-    """Pictures in memory, whose names are their places."""
-
-    images: Sequence[np.ndarray]  # each [H, W, 3] uint8
-
-    @property
-    def names(self) -> list[str]:
-        return [str(place) for place in range(len(self.images))]
-
-    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
-        return square(self.images[index], size)
-
-
-def in_memory(images: Sequence[np.ndarray | Image]) -> GivenPictures:
-    """Images of a caller, checked."""
-    return GivenPictures([_pixels(image, place) for place, image in enumerate(images)])
-
-
-def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
-    """The pixels of an image of a caller, checked."""
-    import numpy as np
-
-    pixels = np.array(image.convert("RGB") if hasattr(image, "convert") else image)
-    is_picture = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
-    if not is_picture or min(pixels.shape[:2]) < reading.LEAST_SIDE:
-        raise Refused(
-            f"image {place}: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [H, W, 3], sides of "
-            f"at least {reading.LEAST_SIDE}",
-            "Convert it to RGB first.",
-        )
-    return pixels
-
-
-def square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
-    """The largest square in the middle of an image [H, W, 3] uint8."""
-    return framing.framed(Picture("", image, ""), framing.fitted(*image.shape[:2], size), size).image
-
-
-def open_pictures(folder: str, captions: str) -> Pictures:
-    """The pictures of a folder and its sub-folders; `captions` is a JSON object, name or file name -> what it shows."""
-    root = Path(folder)
-    if not folder or not root.is_dir():
-        raise Refused(f"IMAGES: {documents.quoted(folder)} is no folder", "Name a folder of PNG or JPEG files.")
-    paths = tuple(reading.listing(root, *reading.PICTURES))
-    said: dict[str, str] = {}
-    if captions:
-        given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS)
-        for path in paths:
-            name = path.relative_to(root).as_posix()
-            text = given.get(name, given.get(Path(name).with_suffix("").as_posix(), ""))
-            if not isinstance(text, str):
-                raise Refused(f"{captions}: the caption of {name} is no text", 'Write {"a.jpg": "a dog on a sofa"}.')
-            said[name] = prompts.check_line(text, f"{captions}: {name}")
-    return Pictures(root, paths, said)
-
-
-class InvertingGenerator(driver.BatchGenerator):
-    """Brings pictures back: noise is added at the decoders' timestep, and at several for the attention."""
-
-    def __init__(self, *arguments: Any, pictures: Pictures | GivenPictures, timesteps: Sequence[int], capture: int):
-        super().__init__(*arguments)
-        self.pictures, self.timesteps, self.capture = pictures, timesteps, capture
-
-    def sample(self, batch: Batch) -> driver.SampledBatch:
-        import numpy as np
-        import torch
-
-        from datasetdm_fast.engines.device import to_device
-        from datasetdm_fast.sampling import times
-
-        engine, recipe, requests = self.engine, self.recipe, batch.padded
-        pixels = torch.from_numpy(np.stack([self.pictures.load(each.index, recipe.size) for each in requests]))
-        clean = engine.encode_image(pixels)
-        context, words = self.contexts(requests)
-        sums = self.nothing_yet(len(requests))
-        noise = to_device(
-            torch.stack([times.initial_noise(each.seed, *clean.shape[1:]) for each in requests]), clean.device
-        )
-        captures = {}
-        if recipe.decoded:
-            latents = times.add_noise(engine.model.scheduler, clean, noise, self.capture)
-            _, capture = engine.denoise_and_capture(latents, self.capture, context)
-            captures = dict.fromkeys(recipe.captured, capture)
-            self.on_unet_call()
-        for timestep in self.timesteps if sums is not None else ():
-            latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
-            _, sums = engine.denoise_and_average(latents, timestep, context, words, sums)
-            self.on_unet_call()
-        return driver.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels)
-
-    def label(self, batch: Batch, drawn: driver.SampledBatch) -> list[Sample | SetAside]:
-        names = self.pictures.names
-        return [
-            replace(one, provenance={**one.provenance, "picture": names[one.request.index]})
-            if isinstance(one, Sample)
-            else one
-            for one in super().label(batch, drawn)
-        ]
+WHOLE = ("depth", "pose")  # tasks that read a picture as a whole
 
 
 def as_stored(config: LabelConfig) -> LabelConfig:
@@ -179,10 +53,24 @@ def as_stored(config: LabelConfig) -> LabelConfig:
     if stored is None or stored.get("command") != "label":
         raise Refused(f"--only {config.only}: {config.out} was not made by label", "Name the folder with --out.")
     source = stored["composition"]["source"]
-    kept = {name: value for name, value in stored["config"].items() if name in config.identity()}
+    decisive = {flag.name for flag in flags_of(type(config)) if flag.metadata["identity"]}
+    kept = {name: value for name, value in stored["config"].items() if name in decisive}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
     moved = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
     return replace(config, **kept, **moved)
+
+
+def tileable(config: LabelConfig, given: Collection[str]) -> LabelConfig:
+    """The settings with only the labels that can be read from tiles, where `given` names none."""
+    whole = [task for task in config.task if task_of_label(task) in WHOLE]
+    if not config.tiles or not whole:
+        return config
+    if "task" in given:
+        raise Refused(
+            f"--tiles: {whole[0]} is read from a picture as a whole, and a tile shows a part of it",
+            "Leave it out of --task, or drop --tiles.",
+        )
+    return replace(config, task=tuple(task for task in config.task if task not in whole))
 
 
 def prepare(config: LabelConfig) -> Job:
@@ -196,7 +84,12 @@ def prepare(config: LabelConfig) -> Job:
     recipe = inverting(recipe, engine, timesteps)
     number, names = len(pictures.paths), pictures.names
     lines = [said(pictures.captions.get(name, ""), recipe, words, engine, name) for name in names]
-    size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))
+    sides = pictures.sides() if config.tiles else []
+    tiles = [len(Tiling.of(each, recipe.size).corners) for each in sides]
+    before = (stored["composition"].get("together") if tiles else stored["plan"]["batch_size"]) if stored else 0
+    together = config.batch_size or before or min(engine.suggested_batch(), sum(tiles) or number)
+    # a picture in tiles is a batch of its own, so that each is committed when it is done
+    size = 1 if tiles else together
     plan = Plan(lines.__getitem__, words, number, config.seed, size, pictures.digest(), number)
     if recipe.attention is not None:
         for request in plan:
@@ -207,7 +100,8 @@ def prepare(config: LabelConfig) -> Job:
         "command": "label",
         "composition": {
             "told": f"Labels of {number} pictures from the folder {pictures.folder.resolve().name}",
-            "sides": f"{recipe.size} × {recipe.size} pixels",
+            "sides": "their own number of pixels" if tiles else f"{recipe.size} × {recipe.size} pixels",
+            **({"together": together} if tiles else {}),
             "source": {
                 "path": str(pictures.folder),
                 "captions": config.captions,
@@ -215,8 +109,11 @@ def prepare(config: LabelConfig) -> Job:
             },
         },
     }
-    generator = generator_of(recipe, pictures)
+    generator = generator_of(recipe, pictures, together if tiles else 0)
     job = Job(config, plan, engine, replace(recipe, facts=row_facts(document)), document, 0, generator=generator)
+    if tiles:
+        calls = sum(ceil(count / together) for count in tiles) / number * recipe.facts["calls"]
+        job = replace(job, pixels=sum(width * height for width, height in sides) // number, calls=ceil(calls))
     if stored is not None:
         check_same(job.folder, *({"config": one["config"]} for one in (stored, document)))
         job = replace(adopt(job, stored), done=count_rows(config))
@@ -243,15 +140,15 @@ def inverting(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recip
     return replace(recipe, facts=facts)
 
 
-def generator_of(recipe: Recipe, pictures: Pictures | GivenPictures) -> Callable[..., InvertingGenerator]:
-    """What brings these pictures back by such a recipe."""
+def generator_of(
+    recipe: Recipe, pictures: Pictures | GivenPictures, together: int = 0
+) -> Callable[..., InvertingGenerator]:
+    """What brings these pictures back by such a recipe; with `together`, so many tiles of a picture at once."""
     facts = recipe.facts
-    return partial(
-        InvertingGenerator,
-        pictures=pictures,
-        timesteps=tuple(facts["timesteps"]),
-        capture=facts["capture_timestep"],
-    )
+    chosen = {"pictures": pictures, "timesteps": tuple(facts["timesteps"]), "capture": facts["capture_timestep"]}
+    if together:
+        return partial(TilingGenerator, together=together, **chosen)
+    return partial(InvertingGenerator, **chosen)
 
 
 def _timesteps(given: Sequence[str]) -> tuple[int, ...]:

@@ -67,6 +67,8 @@ class Job:
     race: str = ""  # how --engine auto chose, where it tried several
     call_seconds: float = 0.0  # of a UNet call at the run's batch size, where that was measured
     generator: Callable[..., Any] | None = None  # what samples a batch, see driver.generate
+    pixels: int = 0  # of an image on average, where images have sizes of their own
+    calls: int = 0  # UNet calls of a batch on average, where the recipe does not tell them
 
     @property
     def folder(self) -> Path:
@@ -85,7 +87,7 @@ class Job:
     @property
     def bytes_needed(self) -> int:
         """An upper estimate of what is still to be written."""
-        pixels = self.recipe.size**2
+        pixels = self.pixels or self.recipe.size**2
         one = pixels * (3 + sum(kind_of(task).pixel_bytes for task in self.recipe.tasks)) + 8192 * (
             2 + len(self.recipe.tasks)
         )

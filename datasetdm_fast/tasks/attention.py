@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, SemanticMap
+from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.tasks.to_host import to_host
 
 UNCERTAIN = 255
@@ -18,6 +19,11 @@ FLAT = 1e-12  # a map whose values lie no farther apart says nothing
 
 def class_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:
     """Per image the maps [K, s, s] of its classes, 0 to 1; `columns` names the tokens of each class of each image."""
+    return [scaled(one) for one in spread_maps(averages, columns, exponent)]
+
+
+def spread_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:
+    """The same as shares of attention, which can be compared from image to image."""
     side, cross = (round(one.shape[1] ** 0.5) for one in (averages.cells, averages.tokens))
     found = []
     for cells, tokens, named in zip(averages.cells, averages.tokens, columns, strict=True):
@@ -28,13 +34,13 @@ def class_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]
         spread = F.interpolate(seen[None], (side, side), mode="bicubic")[0].flatten(1).T  # [S, K]
         for _ in range(exponent):
             spread = cells @ spread
-        found.append(scaled(spread.T).unflatten(1, (side, side)))
+        found.append(spread.T.unflatten(1, (side, side)))
     return found
 
 
 def scaled(maps: Tensor) -> Tensor:
-    """Maps [K, S] moved and stretched to 0 .. 1; one without differences is 0 everywhere."""
-    lowest, highest = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    """Maps [K, h, w] moved and stretched to 0 .. 1; one without differences is 0 everywhere."""
+    lowest, highest = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     room = highest - lowest
     return torch.where(room > FLAT, (maps - lowest) / room.clamp(min=FLAT), 0.0)
 
@@ -63,3 +69,30 @@ def label_maps(
         values.append(largest.clamp(0, 1))
     numbered, sure = to_host(torch.stack(labels), torch.stack(values))
     return [SemanticMap(numbered[b], sure[b], classes) for b in range(len(numbered))]
+
+
+def joined_label(
+    tiling: Tiling,
+    maps: Sequence[Tensor],
+    numbers: Sequence[int],
+    classes: tuple[str, ...],
+    threshold: float,
+    uncertainty: float,
+) -> SemanticMap:
+    """The label of a picture from the maps [K, s, s] of `spread_maps` of its tiles: joined, then scaled to 0 .. 1 over
+    the whole picture, so that a tile without a class shows none of it; one class at a time, as pictures are large.
+    """
+    best, labels = torch.zeros(tiling.sides), torch.zeros(tiling.sides, dtype=torch.uint8)
+    weights = torch.from_numpy(tiling.weights)
+    for k, number in enumerate(numbers):
+        total, covered = torch.zeros(tiling.sides), torch.zeros(tiling.sides)
+        for (top, left), one in zip(tiling.corners, maps, strict=True):
+            part = slice(top, top + tiling.side), slice(left, left + tiling.side)
+            own = F.interpolate(one[None, k : k + 1].cpu(), (tiling.side, tiling.side), mode="bicubic")[0, 0]
+            total[part] += own * weights
+            covered[part] += weights
+        values = scaled((total / covered)[None])[0]
+        labels = torch.where(values > best, number, labels)
+        best = torch.maximum(best, values)
+    certain = torch.where(best >= threshold, labels, torch.where(best >= uncertainty, UNCERTAIN, 0).to(torch.uint8))
+    return SemanticMap(certain.numpy(), best.numpy(), classes)

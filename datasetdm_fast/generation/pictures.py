@@ -1,0 +1,118 @@
+"""Pictures that exist, in a folder or in memory, and what is said of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.generation import prompts
+from datasetdm_fast.truth import framing, reading
+from datasetdm_fast.truth.labelled import Picture
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+LARGEST_CAPTIONS = 64 * 2**20  # bytes
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a folder, by name, and what is said of them."""
+
+    folder: Path
+    paths: tuple[Path, ...]
+    captions: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        return [path.relative_to(self.folder).as_posix() for path in self.paths]
+
+    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
+        """The largest square in the middle of a picture."""
+        return square(self.whole(index), size)
+
+    def whole(self, index: int) -> np.ndarray:  # [H, W, 3] uint8
+        return reading.colour_image(self.paths[index], reading.as_shown)
+
+    def sides(self) -> list[tuple[int, int]]:
+        """Width and height of every picture, which is to be stored at its own size."""
+        found = [images.sides_of(path) for path in self.paths]
+        for path, (width, height) in zip(self.paths, found):
+            reading.check_sides(path, (width, height))
+            if width * height > images.MOST_PIXELS:
+                raise Refused(
+                    f"{path}: {width} x {height} pixels, with --tiles at most {images.MOST_PIXELS:,}",
+                    "Make it smaller, or drop --tiles.",
+                )
+        return found
+
+    def digest(self) -> str:
+        """Of the names and bytes of all pictures and of their captions."""
+        whole = hashlib.sha256()
+        for name, path in zip(self.names, self.paths):
+            whole.update(f"{name}\n{storage.sha256_of(path)}\n{self.captions.get(name, '')}\n".encode())
+        return f"sha256:{whole.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class GivenPictures:
+    """Pictures in memory, whose names are their places."""
+
+    images: Sequence[np.ndarray]  # each [H, W, 3] uint8
+
+    @property
+    def names(self) -> list[str]:
+        return [str(place) for place in range(len(self.images))]
+
+    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
+        return square(self.images[index], size)
+
+
+def in_memory(images: Sequence[np.ndarray | Image]) -> GivenPictures:
+    """Images of a caller, checked."""
+    return GivenPictures([_pixels(image, place) for place, image in enumerate(images)])
+
+
+def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
+    """The pixels of an image of a caller, checked."""
+    import numpy as np
+
+    pixels = np.array(image.convert("RGB") if hasattr(image, "convert") else image)
+    is_picture = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    if not is_picture or min(pixels.shape[:2]) < reading.LEAST_SIDE:
+        raise Refused(
+            f"image {place}: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [H, W, 3], sides of "
+            f"at least {reading.LEAST_SIDE}",
+            "Convert it to RGB first.",
+        )
+    return pixels
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
+    """The largest square in the middle of an image [H, W, 3] uint8."""
+    return framing.framed(Picture("", image, ""), framing.fitted(*image.shape[:2], size), size).image
+
+
+def open_pictures(folder: str, captions: str) -> Pictures:
+    """The pictures of a folder and its sub-folders; `captions` is a JSON object, name or file name -> what it shows."""
+    root = Path(folder)
+    if not folder or not root.is_dir():
+        raise Refused(f"IMAGES: {documents.quoted(folder)} is no folder", "Name a folder of PNG or JPEG files.")
+    paths = tuple(reading.listing(root, *reading.PICTURES))
+    said: dict[str, str] = {}
+    if captions:
+        given = documents.read_object(Path(captions), most=LARGEST_CAPTIONS)
+        for path in paths:
+            name = path.relative_to(root).as_posix()
+            text = given.get(name, given.get(Path(name).with_suffix("").as_posix(), ""))
+            if not isinstance(text, str):
+                raise Refused(f"{captions}: the caption of {name} is no text", 'Write {"a.jpg": "a dog on a sofa"}.')
+            said[name] = prompts.check_line(text, f"{captions}: {name}")
+    return Pictures(root, paths, said)

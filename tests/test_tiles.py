@@ -1,0 +1,91 @@
+"""Tiles cover a picture and overlap; their labels are joined, and a thing of several tiles is one."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.labels.tiles import OVERLAP, Tiling, joined_instances, joined_map, part
+from datasetdm_fast.tasks.attention import UNCERTAIN, joined_label
+
+SIZE = 32
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (33, 32), (57, 100), (20, 90), (320, 31)])
+def test_tiles_cover_a_picture_and_overlap(sides):
+    tiling = Tiling.of(sides, SIZE)
+    covered = np.zeros(sides, int)
+    for place in tiling.placements(SIZE):
+        assert covered[part(place)].shape == (tiling.side, tiling.side) == (min(SIZE, *sides),) * 2
+        covered[part(place)] += 1
+    assert covered.min() >= 1
+    for axis in (0, 1):
+        starts = sorted({corner[axis] for corner in tiling.corners})
+        assert starts[0] == 0 and starts[-1] == sides[axis] - tiling.side
+        assert all(b - a <= tiling.side * (1 - OVERLAP) for a, b in zip(starts, starts[1:]))
+
+
+def cut(tiling, truth):
+    """A map of a picture as its tiles show it, in the model's pixels."""
+    places = np.arange(SIZE) * tiling.side // SIZE
+    return [truth[part(place)][np.ix_(places, places)] for place in tiling.placements(SIZE)]
+
+
+@pytest.mark.parametrize("sides", [(70, 100), (16, 50)])
+def test_a_map_in_tiles_is_the_map(sides):
+    tiling = Tiling.of(sides, SIZE)
+    rows, columns = np.mgrid[: sides[0], : sides[1]]
+    truth = ((rows // 8 + columns // 8) % 3).astype(np.uint8)
+    tiles = [SemanticMap(one, np.full(one.shape, 0.5, np.float32), ("a", "b", "c")) for one in cut(tiling, truth)]
+    found = joined_map(tiling, tiles)
+    assert np.array_equal(found.labels, truth) and (found.confidence == 0.5).all()
+
+
+def test_what_a_tile_says_near_its_border_gives_way():
+    tiling = Tiling.of((32, 56), SIZE)
+    tiles = [SemanticMap(np.zeros((SIZE, SIZE), np.uint8), np.ones((SIZE, SIZE), np.float32), ("a", "b"))] * 2
+    wrong = tiles[1].labels.copy()
+    wrong[:, :3] = 1  # at its left border, which is inside of the other tile
+    found = joined_map(tiling, [tiles[0], SemanticMap(wrong, tiles[1].confidence, ("a", "b"))])
+    assert not found.labels[4:-4].any()
+
+
+def test_a_thing_of_several_tiles_is_one():
+    tiling = Tiling.of((60, 100), SIZE)
+    masks = np.zeros((3, 60, 100), bool)
+    masks[0, 10:50, 20:90] = True  # over many tiles
+    masks[1, 2:8, 2:8] = True
+    masks[2, 52:58, 90:98] = True  # of the class of the first, apart from it
+    kinds, scores = (0, 1, 0), (0.9, 0.6, 0.7)
+    shown = [cut(tiling, mask) for mask in masks]
+    tiles = []
+    for tile in range(len(tiling.corners)):
+        there = [k for k in range(3) if shown[k][tile].any()]
+        tiles.append(
+            Instances(
+                np.array([shown[k][tile] for k in there], bool).reshape(-1, SIZE, SIZE),
+                np.array([kinds[k] for k in there], np.int64),
+                np.array([scores[k] - 0.01 * (tile % 3) for k in there], np.float32),
+                ("ball", "cube"),
+            )
+        )
+    found = joined_instances(tiling, tiles)
+    assert found.class_ids.tolist() == [0, 0, 1] and (np.diff(found.scores) <= 0).all()
+    assert all(np.array_equal(found.masks[k], masks[own]) for k, own in enumerate((0, 2, 1)))
+    empty = joined_instances(
+        tiling, [Instances(one.masks[:0], one.class_ids[:0], one.scores[:0], ("a",)) for one in tiles]
+    )
+    assert empty.masks.shape == (0, 60, 100)
+
+
+def test_a_tile_without_a_class_shows_none_of_it():
+    """Attention is scaled over the picture: what is largest in a tile may be little beside another tile's."""
+    tiling = Tiling.of((32, 80), SIZE)
+    maps = [torch.full((1, 8, 8), 0.01) for _ in tiling.corners]
+    maps[0][0, 2:6, 2:6] = 1.0
+    maps[-1][0, 5, 5] = 0.02
+    found = joined_label(tiling, maps, [3], ("background", "a", "b", "c"), 0.6, 0.5)
+    assert set(np.unique(found.labels)) <= {0, 3, UNCERTAIN}
+    assert (found.labels[10:22, 10:22] == 3).all() and not found.labels[:, 40:].any()
+    nothing = joined_label(tiling, [one[:0] for one in maps], [], ("background",), 0.6, 0.5)
+    assert not nothing.labels.any() and not nothing.confidence.any()
