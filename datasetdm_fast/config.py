@@ -272,8 +272,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "model lora decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells "
         "parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
-        "palette format out only resume limit verify verify_anyway dry_run allow_download json quiet threads gpus "
-        "ranks cluster store dtype compile device provider streams engines trt_flavour"
+        "palette format out only resume limit page_every verify verify_anyway dry_run allow_download json quiet "
+        "threads gpus ranks cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
     lora: tuple[str, ...] = setting(
@@ -437,6 +437,13 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     verify_anyway: bool = setting(
         False, "with --verify: go on where they do not agree, and have that written down", identity=False
     )
+    page_every: float = setting(
+        5.0,
+        "minutes after which page and index files of the samples so far are written anew, less often where that would "
+        "take over 1 % of the time; 0 = at the end alone",
+        identity=False,
+        metavar="MINUTES",
+    )
     threads: int = setting(
         0, "CPU threads of a process, 0 = all cores, divided among the ranks", identity=False, metavar="N"
     )
@@ -470,7 +477,8 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
 class LabelConfig(RunConfig):
     FLAGS = (
         "images captions tiles model decoder task labeller classes exponent threshold uncertainty self_cells "
-        "cross_cells timesteps engine size seed batch_size image_format out only limit dry_run allow_download json "
+        "cross_cells timesteps engine size seed batch_size image_format out only limit page_every dry_run "
+        "allow_download json "
         "quiet threads dtype compile device"
     ).split()
 

@@ -26,7 +26,9 @@ from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder, note
+from datasetdm_fast.run_folder.showing import ShownSoFar
 from datasetdm_fast.workers import devices, launched, ray_driver, spawn
+from datasetdm_fast.workers.launched import LaunchedProcess
 from datasetdm_fast.workers.worker import Callbacks
 
 PROG = "python -m datasetdm_fast.generate"
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         _begin_verified(config)
     if peer:
         config = launched.settle_on(config, peer)
-        result = _run_together(config, partial(launched.run, config, peer), interruption, peer.world)
+        result = _run_together(config, partial(launched.run, config, peer), interruption, peer)
         if peer.rank:
             return interruption.exit_code(0)
     elif config.cluster:
@@ -116,6 +118,7 @@ def _run_here(config: RunConfig, interruption: Interruption) -> Result:
     with (
         interruption,
         ImageProgress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule)) as progress,
+        ShownSoFar(job.folder, config.page_every, progress.print),
     ):
         return run(
             job,
@@ -161,13 +164,23 @@ def _verified(config: RunConfig, job: Job) -> Job:
 
 
 def _run_together(
-    config: RunConfig, start: Callable[[Callbacks], Result], interruption: Interruption, processes: int = 1
+    config: RunConfig,
+    start: Callable[[Callbacks], Result],
+    interruption: Interruption,
+    peer: LaunchedProcess | None = None,
 ) -> Result:
     """The same of a run of several processes, of which this one counts the images of all, or its share of them."""
+    processes = peer.world if peer else 1
+    # where several machines share the ledger, who reads it keeps the others from committing
+    minutes = 0.0 if peer and (peer.rank or peer.is_on_several_machines) else config.page_every
     stored = read_document(Path(config.out))
     left = count_images(config) + (further(stored) if stored else 0) - count_rows(config)
     images = -(-min(left, config.limit or left) // processes)
-    with interruption, ImageProgress(images, config.quiet) as progress:
+    with (
+        interruption,
+        ImageProgress(images, config.quiet) as progress,
+        ShownSoFar(Path(config.out), minutes, progress.print),
+    ):
         return start(Callbacks(table, progress.print, progress.on_commit, is_stopping=interruption.is_stopping))
 
 

@@ -14,6 +14,7 @@ from datasetdm_fast.config import LabelConfig
 from datasetdm_fast.generation.inverted import as_stored, prepare, remake, tileable
 from datasetdm_fast.generation.run import run
 from datasetdm_fast.generation.settings import check_settings, spelled_out
+from datasetdm_fast.run_folder.showing import ShownSoFar
 
 PROG = "python -m datasetdm_fast.label"
 EXAMPLES = (
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     with (
         Interruption(config.quiet) as interruption,
         ImageProgress(min(left, config.limit or left), config.quiet, job.plan.batch_size, calls) as progress,
+        ShownSoFar(job.folder, config.page_every, progress.print),
     ):
         result = run(
             job,

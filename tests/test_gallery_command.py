@@ -4,15 +4,19 @@ import http.client
 import json
 import socket
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import gallery as command
+from datasetdm_fast.run_folder import showing
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import PAGE, review, server
+from datasetdm_fast.run_folder.seal import is_sealed
+from datasetdm_fast.run_folder.showing import ShownSoFar
 
 pytestmark = pytest.mark.loopback
 
@@ -137,7 +141,8 @@ def test_a_run_in_progress_has_a_page_and_is_not_disturbed(tmp_path, capsys):
         assert command.main([str(path)]) == 0
         told = capsys.readouterr()
         assert told.out == f"{path / PAGE}\n" and "4 of 6 samples" in told.err
-        assert not (path / "samples.jsonl").exists() and '"planned":6' in (path / "gallery/run.js").read_text()
+        assert (path / "samples.jsonl").read_text().count("\n") == 4 and not is_sealed(path)
+        assert '"planned":6' in (path / "gallery/run.js").read_text() and "4 of 6 images" in card(path)
         folder.add([rendered(k, 32) for k in range(4, 6)], {})
         folder.rebuild()
     write_run(tmp_path / "other", 6, 32)
@@ -147,6 +152,45 @@ def test_a_run_in_progress_has_a_page_and_is_not_disturbed(tmp_path, capsys):
     before = {p: (path / p).stat().st_mtime_ns for p in names(path)}
     assert command.main([str(path), "--quiet"]) == 0 and audit(path).findings == []
     assert {p: (path / p).stat().st_mtime_ns for p in names(path)} == before
+
+
+def test_a_run_shows_itself_while_it_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    path, said = tmp_path / "run", []
+    write_run(tmp_path / "other", 6, 32)
+    with ShownSoFar(path, 0.0005, said.append), RunFolder(path, document(6, 32)) as folder:
+        for k in range(6):
+            folder.add([rendered(k, 32)], {"batch_size": 4})
+            wait_until(lambda told=f"{k + 1} of 6 images": told in card(path))
+        assert not is_sealed(path) and audit(path).findings == []
+        folder.rebuild()
+    assert said == [] and {p: (tmp_path / "other" / p).read_bytes() for p in names(tmp_path / "other")} == {
+        p: (path / p).read_bytes() for p in names(path)
+    }
+    begun = []
+    monkeypatch.setattr(showing, "write_so_far", lambda folder: begun.append(time.sleep(0.02)))
+    with ShownSoFar(path, 1e-6, said.append):
+        time.sleep(0.5)
+    assert len(begun) == 1  # after 0.02 s of work two seconds without
+
+
+def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    path, said = tmp_path / "run", []
+    with RunFolder(path, document(1, 32)) as folder, ShownSoFar(path, 0.0005, said.append):
+        folder.add([rendered(0, 32)], {})
+        (path / "gallery" / "pages").write_text("in the way")
+        wait_until(lambda: said)
+    assert "the page of the samples so far was not written: " in said[0]
+
+
+def card(path):
+    return (path / "README.md").read_text() if (path / "README.md").exists() else ""
+
+
+def wait_until(is_so):
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_stopped_run_is_shown_with_what_it_has(tmp_path, capsys):

@@ -42,6 +42,7 @@ LEAST_SETTINGS = {
 }
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
+MOST_MINUTES = 1_000_000  # of a setting; two years
 
 
 def check_settings(config: RunConfig) -> None:
@@ -73,6 +74,10 @@ def check_settings(config: RunConfig) -> None:
     check_seed(config.seed + most_samples(config.identity(), count_images(config)) - 1)
     if not 0 <= config.ignore_below <= 1:
         raise Refused(f"--ignore-below {config.ignore_below}: expected a number from 0 to 1", "Choose another number.")
+    if not 0 <= config.page_every <= MOST_MINUTES:
+        raise Refused(
+            f"--page-every {config.page_every}: expected minutes from 0 to {MOST_MINUTES}", "Choose another number."
+        )
     if config.verify_anyway and not config.verify:
         raise Refused("--verify-anyway: nothing is compared", "Add --verify N, or drop it.")
 

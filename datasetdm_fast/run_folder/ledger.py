@@ -261,6 +261,15 @@ class Ledger(AbstractContextManager):
                     with suppress(Missing):  # what went wrong first is what is told; closing rolls back as well
                         self._connection.execute("ROLLBACK")
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Within the block a ledger that is open for reading shows the same rows, whatever others commit."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._connection.execute("ROLLBACK")
+
     def indices(self, status: str = DONE) -> list[int]:
         return [
             index
