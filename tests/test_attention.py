@@ -1,6 +1,7 @@
 """Labels from attention: engines against each other and against the algorithm written plainly, and a run with them."""
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 
@@ -149,15 +150,18 @@ def test_columns_are_tokens_or_words(model):
     tokenizer = model.tokenizer
     long = len(tokenizer("zebra").input_ids) - 2
     assert long > 1
-    assert class_prompts.columns("zebra ball", ("zebra", "ball"), tokenizer, by_words=False) == [
-        tuple(range(1, 1 + long)),
-        (1 + long,),
+    find = partial(class_prompts.columns, tokenizer=tokenizer)
+    assert find("zebra ball", ("ball", "zebra"), by_words=False) == [
+        ("ball", (1 + long,)),
+        ("zebra", tuple(range(1, 1 + long))),
     ]
-    assert class_prompts.columns("zebra ball", ("zebra", "ball"), tokenizer, by_words=True) == [(1,), (2,)]
-    said = class_prompts.columns("dining table hot dog", ("diningtable", "hot dog"), tokenizer, by_words=True)
-    assert said == [(1, 2), (3,)]
+    assert find("zebra ball", ("ball", "zebra"), by_words=True) == [("zebra", (1,)), ("ball", (2,))]
+    said = find("dining table hot dog dog", ("dog", "diningtable", "hot dog"), by_words=True)
+    assert said == [("diningtable", (1, 2)), ("hot dog", (3,)), ("dog", (5,))]  # the dog of "hot dog" is none
+    listed = find("person tv monitor person", ("person", "tvmonitor"), by_words=True)
+    assert listed == [("person", (1,)), ("tvmonitor", (2, 3)), ("person", (4,))]
     with pytest.raises(Refused, match="does not hold the class word 'cone'"):
-        class_prompts.columns("ball", ("cone",), tokenizer, by_words=False)
+        find("ball", ("cone",), by_words=False)
 
 
 def test_flat_maps_say_nothing_and_thresholds_part_three_kinds():

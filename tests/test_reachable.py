@@ -1,9 +1,9 @@
 """What no command and no library call reaches: `python tests/test_reachable.py [ROOT]` prints the figures and every
 unreached function, class, constant, method, property, field, form of an operation and name bound to C++.
 
-Definitions are read with `ast` and followed from the commands, the programs of `demo` and the library surface. A
-method is reached where its class is and its name occurs in reached code; a form of an operation where the table of
-forms names it or product code calls it, so that tests and bench keep nothing alive.
+Definitions are read with `ast` and followed from the commands, the programs of `demo` and `compat` and the library
+surface. A method is reached where its class is and its name occurs in reached code; a form of an operation where the
+table of forms names it or product code calls it, so that tests and bench keep nothing alive.
 """
 
 from __future__ import annotations
@@ -372,7 +372,10 @@ class Search:
         for name in self.modules:
             if name in (f"{PACKAGE}.cli", f"{PACKAGE}.__main__"):
                 self._program(name)
-            if name.startswith(f"{PACKAGE}.demo.") and "__main__" in self.modules[name].definitions:
+            if (
+                name.startswith((f"{PACKAGE}.demo.", f"{PACKAGE}.compat."))
+                and "__main__" in self.modules[name].definitions
+            ):
                 self._program(name)
             if name in {f"{PACKAGE}.{word}" for word in SURFACE} | {PACKAGE}:
                 for word, one in self.modules[name].definitions.items():

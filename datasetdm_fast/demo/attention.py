@@ -77,7 +77,8 @@ def labelled(
     """[N, H, W] the labels as a run would write them, and with the uncertain pixels filled in."""
     numbers, places, maps = recipe.attention, [], []
     for k, request in enumerate(requests):
-        places.append(columns(prompts[k], request.classes, engine.model.tokenizer, by_words=False))
+        named = columns(prompts[k], request.classes, engine.model.tokenizer, by_words=False)
+        places.append([own for _, own in named])
     for k, one in enumerate(averages):
         maps += class_maps(one, places[k * BATCH : (k + 1) * BATCH], numbers.exponent)
     known = [[world.CLASSES.index(word) for word in each.classes] for each in requests]

@@ -1,13 +1,13 @@
 """Labels from attention: their numbers, the class prompt of an image, and which of its tokens stand for which class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.prompts import Tokenizer, count_tokens, shown, token_limit
-from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.class_tables import known, spoken
 from datasetdm_fast.labels.words import mentioned
 from datasetdm_fast.stages import LEVELS
 
@@ -36,6 +36,11 @@ class AttentionRecipe:
             return request.class_prompt
         named = asked if self.parity else dict.fromkeys((*mentioned(request.prompt, asked), *asked))
         return self.start + self.between.join(spoken(tuple(named)))
+
+    def text(self, request: Request, words: str) -> str:
+        """The prompt as it is encoded; with `parity` one that brings its class prompt is complete."""
+        is_complete = not self.appends or (self.parity and request.class_prompt)
+        return request.prompt if is_complete else appended(request.prompt, words)
 
 
 def attention_recipe(
@@ -90,7 +95,7 @@ def appended(prompt: str, words: str) -> str:
 def check_class_prompt(request: Request, asked: Sequence[str], recipe: AttentionRecipe, tokenizer: Tokenizer) -> None:
     """Refuses what the text encoder does not take whole, and class words that the class prompt lacks."""
     words = recipe.class_prompt(request, asked)
-    for text in (words, *([appended(request.prompt, words)] if recipe.appends else [])):
+    for text in (words, recipe.text(request, words)):
         if (count := count_tokens(text, tokenizer)) > (limit := token_limit(tokenizer)):
             raise Refused(
                 f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: {shown(text)}",
@@ -99,34 +104,53 @@ def check_class_prompt(request: Request, asked: Sequence[str], recipe: Attention
     columns(words, asked, tokenizer, by_words=bool(recipe.parity))
 
 
-def columns(words: str, asked: Sequence[str], tokenizer: Tokenizer, *, by_words: bool) -> list[tuple[int, ...]]:
-    """The places of each class word among the tokens of a class prompt: of all its tokens, or `by_words`, as Dataset
-    Diffusion has it, the place of the word, however many tokens stand before it.
+def columns(
+    words: str, asked: Sequence[str], tokenizer: Tokenizer, *, by_words: bool
+) -> list[tuple[str, tuple[int, ...]]]:
+    """The class words of a class prompt, each with its places among the tokens: those of all its tokens, once for each
+    class; or `by_words`, as Dataset Diffusion has it, the place of the word, however many tokens stand before it, for
+    each time that it is listed.
     """
-    if by_words:
-        parts = words.lower().split()
-    else:
-        parts = tokenizer(words, truncation=False).input_ids[1:-1]
-    found = []
-    for name, said in zip(asked, spoken(asked)):
-        forms = dict.fromkeys((said, name))
-        if by_words:
-            sought = [form.lower().split()[: 1 if said in FIRST_WORD_ALONE else None] for form in forms]
-        else:
-            sought = [tokenizer(form, truncation=False).input_ids[1:-1] for form in forms]
-        place = next(
-            (
-                (at, len(one))
-                for one in sought
-                for at in range(len(parts) - len(one) + 1)
-                if one and parts[at : at + len(one)] == one
-            ),
-            None,
+
+    def parts(text: str) -> list:
+        return text.lower().split() if by_words else tokenizer(text, truncation=False).input_ids[1:-1]
+
+    def absent(found: Sequence[tuple[str, int, int]]) -> list[str]:
+        return [name for name in asked if name not in {name for name, _, _ in found}]
+
+    text, phrases = (
+        parts(words),
+        {name: [parts(form) for form in (said, name)] for name, said in zip(asked, spoken(asked))},
+    )
+    found = listed(text, phrases)
+    if lacking := absent(found):
+        found = listed(text, phrases | {name: [parts(form) for form in further_words(name)] for name in lacking})
+    if lacking := absent(found):
+        raise Refused(
+            f"class prompt {shown(words)}: does not hold the class word {shown(spoken(lacking)[0])}",
+            "Name every class of the prompt in it.",
         )
-        if place is None:
-            raise Refused(
-                f"class prompt {shown(words)}: does not hold the class word {shown(said)}",
-                "Name every class of the prompt in it.",
-            )
-        found.append(tuple(range(1 + place[0], 1 + sum(place))))  # the start mark is the first token
+    if by_words:
+        found = [(name, at, 1 if name in FIRST_WORD_ALONE else length) for name, at, length in found]
+    else:
+        found = [next(each for each in found if each[0] == name) for name in asked]
+    return [(name, tuple(range(1 + at, 1 + at + length))) for name, at, length in found]  # after the start mark
+
+
+def further_words(name: str) -> list[str]:
+    """The words that mean a class, beside its name."""
+    return [word.lstrip("~") for each in known((name,))[0] for word in each.words]
+
+
+def listed(parts: Sequence, phrases: Mapping[str, Sequence[Sequence]]) -> list[tuple[str, int, int]]:
+    """The names whose phrases are met from left to right, each with its place and length; the longest phrase wins."""
+    ordered = sorted(
+        ((list(one), name) for name, own in phrases.items() for one in own if one), key=lambda x: -len(x[0])
+    )
+    found, at = [], 0
+    while at < len(parts):
+        met = next(((one, name) for one, name in ordered if list(parts[at : at + len(one)]) == one), None)
+        if met:
+            found.append((met[1], at, len(met[0])))
+        at += len(met[0]) if met else 1
     return found

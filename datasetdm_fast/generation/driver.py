@@ -19,7 +19,7 @@ from datasetdm_fast.data import (
     SemanticMap,
     SetAside,
 )
-from datasetdm_fast.generation.class_prompts import appended, columns
+from datasetdm_fast.generation.class_prompts import columns
 from datasetdm_fast.generation.combining import combined
 from datasetdm_fast.generation.overlap import FinishedCalls, LabelStream
 from datasetdm_fast.labels.class_tables import spoken
@@ -139,8 +139,8 @@ class BatchGenerator:
 
         texts, settings = [request.prompt for request in requests], self.recipe.attention
         words = [self.recipe.class_prompt(request) for request in requests]
-        if settings and settings.appends:
-            texts = list(map(appended, texts, words))
+        if settings:
+            texts = list(map(settings.text, requests, words))
         context = torch.cat([self.unconditional(requests), self.engine.encode_text(texts)])
         return context, self.engine.encode_text(words) if settings else None
 
@@ -300,12 +300,12 @@ def attention_labels(
 
     asked, count = [recipe.asked(request) for request in requests], len(requests)
     own = AttentionSums(averages.cells[:count].nan_to_num(), averages.tokens[:count].nan_to_num())
-    places = [
+    named = [
         columns(recipe.class_prompt(request), words, engine.model.tokenizer, by_words=bool(recipe.attention.parity))
         for request, words in zip(requests, asked)
     ]
-    maps = class_maps(own, places, recipe.attention.exponent)
-    numbers = [[1 + recipe.words.index(word) for word in words] for words in asked]
+    maps = class_maps(own, [[places for _, places in one] for one in named], recipe.attention.exponent)
+    numbers = [[1 + recipe.words.index(word) for word, _ in one] for one in named]
     limits = recipe.attention.threshold, recipe.attention.uncertainty
     return label_maps(maps, numbers, ("background", *recipe.words), recipe.size, *limits)
 

@@ -94,13 +94,13 @@ class Job:
         return int(one * max(self.plan.number - self.done, 0)) + SPARE
 
 
-def finished(config: RunConfig, *, is_alone: bool = True) -> Result | None:
+def finished(config: RunConfig, *, is_alone: bool = True, source: prompts.PromptSource | None = None) -> Result | None:
     """The result of a run with nothing left to do, found without a network; other configurations are refused.
 
     Index files that are not up to date are rebuilt here, unless other processes may be about to do it.
     """
     check_settings(config)
-    source, folder = prompts.read_source(config), Path(config.out)
+    source, folder = source or prompts.read_source(config), Path(config.out)
     stored = read_document(folder)
     if stored is None:
         return None
@@ -174,13 +174,13 @@ def refill(config: RunConfig) -> None:
             folder.set_doubtful_aside()
 
 
-def prepare(config: RunConfig, *, races: bool = False) -> Job:
+def prepare(config: RunConfig, *, races: bool = False, source: prompts.PromptSource | None = None) -> Job:
     """The job of a configuration: everything is loaded and checked, nothing is written; with `races` `--engine auto`
-    may take another engine than the fast one.
+    may take another engine than the fast one. `source` holds prompts that no file of the configuration names.
     """
     check_settings(config)
     stored = read_document(Path(config.out))
-    job = compose(config, prompts.read_source(config), stored, races=races)
+    job = compose(config, source or prompts.read_source(config), stored, races=races)
     if stored is not None:
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)

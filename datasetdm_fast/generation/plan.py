@@ -102,19 +102,21 @@ def make_plan(
 
     # Batches of equal size leave less padding than full ones and a remainder.
     batches = -(-number // batch_size)
+    size = batch_size if source.is_part else -(-number // batches)
     has_seeds = any(given.seed is not None for given in source.lines)
     if has_seeds and turns > 1:
         raise Refused(
             f"{source.name}: prompts with seeds of their own, so that further images would repeat the first ones",
             "Drop the seeds, or --keep trusted: filter leaves out doubtful samples later.",
         )
-    return Plan(prompt, words, number, seed, -(-number // batches), source.digest, number * turns, has_seeds, negative)
+    return Plan(prompt, words, number, seed, size, source.digest, number * turns, has_seeds, negative)
 
 
 def _fitting(given: GivenPrompt, name: str, tokenizer: Tokenizer, words: Sequence[str], truncate: bool) -> GivenPrompt:
     """The prompt and its negative one where the text encoder takes them whole."""
     where = f"{given.file or name} line {given.line}"
-    text = fit(given.text, tokenizer, where, words, truncate=truncate)
+    # Labels of a prompt that brings its class prompt are read from that one alone.
+    text = fit(given.text, tokenizer, where, () if given.class_prompt else words, truncate=truncate)
     if given.negative is None:
         return given._replace(text=text)
     return given._replace(

@@ -58,6 +58,7 @@ class PromptSource:
     classes: tuple[str, ...]
     per_class: int
     negative: str = ""  # what --negative-prompt said
+    is_part: bool = False  # of a longer list: batches have the size that was asked for, whatever the part's length
 
     @property
     def listed(self) -> tuple[str, ...]:

@@ -1,0 +1,332 @@
+"""python -m datasetdm_fast.compat.vinai gen_data: the command lines of Dataset Diffusion, run by this engine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.progress import ImageProgress, counted
+from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
+from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, RunConfig, setting
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.generation.job import finished, prepare
+from datasetdm_fast.generation.run import run
+from datasetdm_fast.generation.summary import table
+from datasetdm_fast.labels import class_tables
+from datasetdm_fast.run_folder.document import DOCUMENT
+from datasetdm_fast.run_folder.reader import StoredSample, open_run
+
+if TYPE_CHECKING:
+    from datasetdm_fast.generation.result import Result
+
+PROG = "python -m datasetdm_fast.compat.vinai"
+PARITY = "dataset-diffusion"
+EXAMPLES = ("gen_data --sd-path SD --json-path voc_prompts.json --work-dir OUT",)
+RUN = ".run"  # the run folder in the folder of the data set
+SCHEDULERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm-solver++"}
+# mmsegmentation's colours of COCO's classes, 1 to 80
+COCO_COLOURS = """
+00c040 00c040 004060 80c0c0 004040 00c0e0 00c0c0 80c040 00c060 80c040 8020c0 0000e0 000040 00a0c0 800060 8000c0
+0020c0 8080e0 0000c0 80a0c0 808000 800020 802000 800080 408020 00a000 000000 c080a0 002000 008080 4080a0 80a000
+008000 c08020 806080 000080 400020 00e080 800000 c000a0 006080 808080 4000a0 80e080 808040 c00020 806000 8000c0
+008020 40e000 000040 8080a0 406000 0080c0 0080a0 c0e000 008040 808020 c02080 0040c0 000020 40a080 804040 8000a0
+402080 80c0c0 0000a0 c0a080 80c000 800060 c02000 804080 408060 40a000 004000 c080e0 402000 00c080 4080e0 c0a000
+"""
+
+
+@dataclass(frozen=True)
+class GenDataConfig:
+    work_dir: str = setting("", "folder of the data set: image/, mask/ and the run folder .run", metavar="OUT")
+    sd_path: str = setting("", "Stable Diffusion: a diffusers folder or a single file", metavar="MODEL")
+    json_path: str = setting("data/prompts/voc_prompts.json", "list of prompts", metavar="FILE")
+    data_type: str = setting("", "classes of the list; default: those that its class prompts name", choices=KINDS)
+    batch_size: int = setting(1, "images per batch", metavar="N")
+    self_res: int = setting(0, "cells of a side of the self-attention, 0 = half the latents' side, 32", metavar="N")
+    cross_res: int = setting(0, "cells of a side of the cross-attention, 0 = a quarter of it, 16", metavar="N")
+    threshold: float = setting(0.6, "least value of a class", metavar="X")
+    uncertainty_threshold: float = setting(0.5, "values from here to the threshold are 255", metavar="X")
+    start: int = setting(-1, "first entry of the list", metavar="N")
+    end: int = setting(-1, "entry before which to stop, -1 = none", metavar="N")
+    seed: int = setting(1111, "seed of the noise", metavar="N")
+    corrected: bool = setting(
+        False, "all tokens of a class word, and noise of each image from a seed of its own: shards add up to one run"
+    )
+    steps: int = setting(100, "sampler steps", metavar="N")
+    root: str = setting("", "folder that relative paths start from; default: here", metavar="DIR")
+    engine: str = setting("auto", "engine that runs the networks", choices=ENGINE_NAMES)
+    dtype: str = setting("auto", "precision", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
+    device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
+    threads: int = setting(0, "CPU threads, 0 = all cores", metavar="N")
+    limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N")
+    dry_run: bool = setting(False, "check everything and say what would be done")
+    json: bool = setting(False, "machine-readable result on stdout")
+    quiet: bool = setting(False, "show no progress")
+
+    def path(self, given: str) -> Path:
+        return Path(self.root) / given
+
+    def check(self) -> None:
+        for name in ("work_dir", "sd_path"):
+            if not getattr(self, name):
+                raise Refused(
+                    f"--{name.replace('_', '-')} is missing", f"Add it; {PROG} gen_data --help says what it is."
+                )
+        for name, least in (("batch_size", 1), ("start", -1), ("end", -1)):
+            if getattr(self, name) < least:
+                raise Refused(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more")
+        for name in ("threshold", "uncertainty_threshold"):
+            if not 0 < getattr(self, name) <= 1:
+                raise Refused(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected more than 0 and at most 1")
+        if self.uncertainty_threshold > self.threshold:
+            raise Refused(
+                f"--uncertainty-threshold {self.uncertainty_threshold:g}: expected at most --threshold, "
+                f"{self.threshold:g}",
+                "Give both, such as --threshold 0.6 --uncertainty-threshold 0.5.",
+            )
+
+
+@dataclass(frozen=True)
+class TrainMmsegConfig:
+    work_dir: str = setting("", "folder that gen_data wrote", metavar="OUT")
+    data: str = setting("", "real images to score on, KIND:PATH[SPLIT]", metavar="ADDRESS")
+    student: str = setting("deeplabv3plus", "network to train", choices=("segformer", "deeplabv3plus", "mask2former"))
+    weights: str = setting("", "local folder of transformers that the network begins with", metavar="DIR")
+    steps: int = setting(0, "training steps; default: 20000 for VOC, 40000 for COCO", metavar="N")
+    batch_size: int = setting(8, "images per batch", metavar="N")
+    repeats: int = setting(3, "students, each with another seed", metavar="N")
+    tta: bool = setting(False, "score the mean over six scales and their mirror images")
+    root: str = setting("", "folder that relative paths start from; default: here", metavar="DIR")
+    device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
+    dry_run: bool = setting(False, "print the lines that would be run")
+    quiet: bool = setting(False, "show no progress")
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    name = PurePosixPath(arguments[0]).name if arguments else ""
+    name = name.removesuffix(".sh").removesuffix(".py").replace("-", "_")
+    if name in ("_h", "__help"):
+        print(f"usage: {PROG} SCRIPT [flags]; SCRIPT --help lists its flags\n\nscripts: {', '.join(SCRIPTS)}")
+        return 0
+    if name not in SCRIPTS:
+        said = f"unknown script {arguments[0]!r}{nearest(name, SCRIPTS)}" if name else "no script is named"
+        raise Refused(f"{PROG}: {said}", f"Scripts: {', '.join(SCRIPTS)}.")
+    return SCRIPTS[name](arguments[1:])
+
+
+def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object) -> int:
+    """Images and masks of a prompt list; `usual` are the settings that the named shell script gives."""
+    config, given = parse(arguments, GenDataConfig, f"{PROG} {script}", __doc__, EXAMPLES)
+    config = replace(config, **{name: value for name, value in usual.items() if name not in given})
+    config.check()
+    prompts = read_list(config.path(config.json_path), config.data_type, config.start, config.end)
+    settings = _run_config(config, prompts)
+    out = config.path(config.work_dir)
+    _check_folder(out, Path(settings.out))
+    source = prompts.source(config.path(config.json_path), settings.negative_prompt)
+    if not config.quiet:
+        print(*_told(config, prompts, settings), sep="\n", file=sys.stderr, flush=True)
+    result, interruption = finished(settings, source=source), Interruption(config.quiet)
+    if result is None:
+        job = prepare(settings, source=source)
+        if not config.quiet:
+            print(*table(job), sep="\n", file=sys.stderr, flush=True)
+        if config.dry_run:
+            return 0
+        images = min(job.plan.number - job.done, config.limit or job.plan.number)
+        progress = ImageProgress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule))
+        with interruption, progress:
+            calls = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
+            result = run(job, **calls, is_stopping=interruption.is_stopping)
+    if config.dry_run:
+        return 0
+    write_data_set(Path(settings.out), out, prompts)
+    _end(config, result, out, [script, *arguments])
+    return interruption.exit_code(0)
+
+
+def _run_config(config: GenDataConfig, prompts: PromptList) -> RunConfig:
+    """The run whose samples are the images and masks of this part of the list."""
+    model = config.path(config.sd_path)
+    part = "" if prompts.is_whole else f"-{prompts.first}-{prompts.first + len(prompts.prompts)}"
+    same = "batch_size steps threshold engine dtype device threads limit json quiet dry_run".split()
+    settings = PARITIES[PARITY] | {name: getattr(config, name) for name in same}
+    return RunConfig(
+        **settings
+        | {
+            "model": str(model) if model.exists() else config.sd_path,
+            "task": (ATTENTION,),
+            "classes": prompts.classes,
+            "sampler": _sampler(model),
+            "parity": "" if config.corrected else PARITY,
+            "number": len(prompts.prompts),
+            # One generator begins anew with a part; seeds of their own count through the whole list.
+            "seed": config.seed + (prompts.first if config.corrected else 0),
+            "truncate_prompts": True,
+            "allow_unnamed": True,
+            "uncertainty": config.uncertainty_threshold,
+            "self_cells": config.self_res,
+            "cross_cells": config.cross_res,
+            "out": str(config.path(config.work_dir) / (RUN + part)),
+        }
+    )
+
+
+def _sampler(model: Path) -> str:
+    """The sampler that the model folder names, as its pipeline would take it."""
+    path = model / "scheduler" / "scheduler_config.json"
+    named = documents.read_object(path).get("_class_name", "PNDMScheduler") if path.is_file() else "PNDMScheduler"
+    if named not in SCHEDULERS:
+        raise Refused(
+            f"{path}: the scheduler {documents.quoted(named)} is none of {', '.join(SCHEDULERS)}",
+            "Put one of these there; --sd-path may name a copy of the folder with links to its weights.",
+        )
+    return SCHEDULERS[named]
+
+
+def _check_folder(out: Path, run_folder: Path) -> None:
+    """Refuses images that no run of this command made."""
+    others = [found for name in ("image", "mask") if (out / name).is_dir() for found in (out / name).iterdir()]
+    if others and not any((found / DOCUMENT).is_file() for found in out.glob(RUN + "*")):
+        raise Refused(
+            f"--work-dir {out}: holds {others[0].relative_to(out)}, which no run of {run_folder.name} made",
+            "Choose another folder.",
+        )
+
+
+def _told(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> list[str]:
+    """What is mapped, kept, mended and left out, a line each."""
+    noise = "seed + place in the list" if config.corrected else "one generator for the images of this line"
+    places = "all tokens of a word" if config.corrected else "word positions"
+    shard = "" if prompts.is_whole else f", entries {prompts.first} to {prompts.first + len(prompts.prompts) - 1}"
+    lines = {
+        "list": f"{len(prompts.prompts)} of {prompts.length} prompts{shard}, classes of {prompts.kind}",
+        "mapped": f"run folder {settings.out}; {settings.sampler}, {settings.steps} steps, guidance "
+        f"{settings.guidance:g}, its negative prompt, attention to the power {settings.exponent}",
+        "corrected" if config.corrected else "kept": f"noise: {noise}; class words: {places}",
+        "mended": "captions beyond 77 tokens are cut; images stay with their labels where a prompt lists no class",
+        "left out": "the safety checker",
+    }
+    if prompts.unnamed:
+        lines["no class"] = f"{counted(prompts.unnamed, 'prompt')}: mask 0 everywhere"
+    return [f"{name:<11}{value}" for name, value in lines.items()]
+
+
+def palette(kind: str) -> bytes:
+    """Red, green and blue of each class number, as the masks of that data set have them."""
+    if kind == "coco":
+        return bytes(3) + bytes.fromhex("".join(COCO_COLOURS.split()))
+    colours = class_tables.table(kind)
+    return bytes(3) + bytes(value for name in classes_of(kind) for value in colours.colour(name))
+
+
+def write_data_set(run_folder: Path, out: Path, prompts: PromptList) -> None:
+    """Writes image/NAME.jpg and mask/NAME.png of every sample of the run where they are not there already."""
+    colours = palette(prompts.kind)
+
+    def written(sample: StoredSample) -> None:
+        name = prompts.names[sample.row.request.index]
+        files = {
+            out / "image" / f"{name}.jpg": _encoded(sample.image, "JPEG"),
+            out / "mask" / f"{name}.png": _encoded(sample.label(ATTENTION).labels, "PNG", colours),
+        }
+        storage.publish({path: data for path, data in files.items() if not _holds(path, data)})
+
+    with open_run(run_folder) as found, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for folder in ("image", "mask"):
+            storage.make_folder(out / folder)
+        for _ in threads.map(written, found):
+            pass
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+
+
+def _encoded(pixels, form: str, colours: bytes = b"") -> bytes:
+    """The file that Pillow writes with its own settings, as the original does."""
+    from PIL import Image
+
+    image, data = Image.fromarray(pixels), io.BytesIO()
+    if colours:
+        image.putpalette(colours)
+    image.save(data, form)
+    return data.getvalue()
+
+
+def _end(config: GenDataConfig, result: Result, out: Path, arguments: Sequence[str]) -> None:
+    facts = {"number": result.number, "done": result.done, "made": result.made, "complete": result.is_complete}
+    print(json.dumps({"path": str(out), "run": str(result.path), **facts}) if config.json else out, flush=True)
+    if not result.is_complete:
+        remedy = f"go on with: {PROG} {shlex.join(arguments)}"
+        print(f"{result.done} of {result.number} samples are there; {remedy}", file=sys.stderr)
+    result.check()
+
+
+def train_mmseg(arguments: Sequence[str], kind: str, steps: int, real: str) -> int:
+    """The steps of a training script: a student, a second one by the labels of the first, and a config of mmseg."""
+    config, _ = parse(arguments, TrainMmsegConfig, f"{PROG} train_mmseg_{kind}", __doc__)
+    root = Path(config.root)
+    out = root / (config.work_dir or f"data/gen_{kind}")
+    parts = sorted(path for path in out.glob(RUN + "*") if (path / DOCUMENT).is_file())
+    if not parts:
+        raise Missing(f"{out / RUN}: there is no run folder", f"Make it with {PROG} gen_data_{kind} --sd-path SD.")
+    whole, lines = parts[0], []
+    if len(parts) > 1 and whole.name != RUN:
+        whole = out / ".merged"
+        lines.append(["merge", *map(str, parts), "--out", str(whole)])
+    student = ["--student", config.student, "--run", str(whole), "--only-synthetic", "--self-train"]
+    student += ["--data", config.data or f"{kind}:{root / real}[val]", "--steps", str(config.steps or steps)]
+    student += ["--batch-size", str(config.batch_size), "--repeats", str(config.repeats), "--device", config.device]
+    student += [*(["--weights", config.weights] if config.weights else ()), *(["--tta"] if config.tta else ())]
+    lines.append(["evaluate", *student, "--out", str(out / ".students"), *(["--quiet"] if config.quiet else ())])
+    lines.append(["convert", str(whole), "--to", "mmseg", *(["--quiet"] if config.quiet else ())])
+    for line in lines:
+        print(f"python -m datasetdm_fast.{shlex.join(line)}", file=sys.stderr)
+        if not config.dry_run and (code := import_module(f"datasetdm_fast.{line[0]}").main(line[1:])):
+            return code
+    return 0
+
+
+def gen_data_voc(arguments: Sequence[str]) -> int:
+    return gen_data(arguments, "gen_data_voc", work_dir="data/gen_voc", batch_size=4, data_type="voc")
+
+
+def gen_data_coco(arguments: Sequence[str]) -> int:
+    """The script passes no --data-type, and so took COCO's prompts for VOC's."""
+    usual = {"work_dir": "data/gen_coco", "json_path": "data/prompts/coco_prompts.json"}
+    return gen_data(arguments, "gen_data_coco", **usual, batch_size=4, data_type="coco")
+
+
+def train_mmseg_voc(arguments: Sequence[str]) -> int:
+    return train_mmseg(arguments, "voc", 20000, "data/VOCdevkit/VOC2012")
+
+
+def train_mmseg_coco(arguments: Sequence[str]) -> int:
+    return train_mmseg(arguments, "coco", 40000, "data/coco")
+
+
+SCRIPTS: dict[str, Callable[[Sequence[str]], int]] = {
+    "gen_data": gen_data,
+    "gen_data_voc": gen_data_voc,
+    "gen_data_coco": gen_data_coco,
+    "train_mmseg_voc": train_mmseg_voc,
+    "train_mmseg_coco": train_mmseg_coco,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

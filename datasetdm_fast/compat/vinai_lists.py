@@ -1,0 +1,125 @@
+"""The prompt lists of Dataset Diffusion: JSON entries with a file name, a caption and a class prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.foreign import documents
+from datasetdm_fast.generation.class_prompts import further_words, listed
+from datasetdm_fast.generation.prompts import LARGEST_FILE, GivenPrompt, PromptSource, check_line
+from datasetdm_fast.labels import class_tables
+from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.semantic import BACKGROUND
+
+KINDS = ("voc", "coco")
+FORM = {"filename": str, "caption": str, "class_prompt": str}
+EXAMPLE = '{"filename": "0.jpg", "caption": "a dog on a sofa; dog sofa", "class_prompt": "dog sofa"}'
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """A part of a list: prompts in their order, and the names of their files without the ending."""
+
+    kind: str  # of KINDS
+    prompts: tuple[GivenPrompt, ...]
+    names: tuple[str, ...]
+    length: int  # of the whole list
+    first: int  # place of the part in it
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return classes_of(self.kind)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.prompts) == self.length
+
+    @property
+    def unnamed(self) -> int:
+        """Prompts whose class prompt lists no class."""
+        return sum(not prompt.classes for prompt in self.prompts)
+
+    def source(self, path: Path, negative: str) -> PromptSource:
+        return PromptSource(self.prompts, str(path), self.classes, 0, negative, is_part=True)
+
+
+def classes_of(kind: str) -> tuple[str, ...]:
+    """The classes of a data set in the order of their numbers, 1 and up."""
+    return tuple(name for name in class_tables.table(kind).names if name != BACKGROUND)
+
+
+def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
+    """The entries from `start` to before `end` (-1: the last included); an empty `kind` is found from the class
+    prompts.
+    """
+    entries = documents.read_json(path, most=LARGEST_FILE)
+    if not isinstance(entries, list) or not entries:
+        raise Refused(f"{path}: no list of prompts", f"Write a JSON list of entries such as {EXAMPLE}.")
+    for place, entry in enumerate(entries):
+        try:
+            documents.check_form(entry, FORM)
+            name = documents.check_inside(entry["filename"])
+            if "/" in name or PurePosixPath(name).stem.startswith("."):
+                raise ValueError(f"filename {documents.quoted(name)} is no plain file name")
+        except ValueError as error:
+            raise Refused(f"{path}: entry {place}: {error}", f"Write entries such as {EXAMPLE}.") from error
+    names = [PurePosixPath(entry["filename"]).stem for entry in entries]
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise Refused(f"{path}: two entries have the file name {twice}", "Give each entry a name of its own.")
+    first, stop = max(start, 0), len(entries) if end == -1 else min(end, len(entries))
+    if first >= stop:
+        raise Refused(
+            f"--start {start} --end {end}: no entry of {path} lies between, it has {len(entries)}",
+            "Leave both out, or name a part of the list.",
+        )
+    texts = [entry["class_prompt"] for entry in entries]
+    kind = kind or _kind_of(texts)
+    known = {name: _phrases(name) for name in classes_of(kind)}
+    prompts = []
+    for place in range(first, stop):
+        where = f"{path}: entry {place}"
+        words = check_line(texts[place], f"{where}: class_prompt")
+        classes = _classes(words, known, kind, where)
+        text = check_line(entries[place]["caption"], f"{where}: caption")
+        if not text:
+            raise Refused(f"{where}: the caption is empty", "Say what the picture shows.")
+        prompts.append(GivenPrompt(place + 1, text, classes, class_prompt=words if classes else ""))
+    return PromptList(kind, tuple(prompts), tuple(names[first:stop]), len(entries), first)
+
+
+def _phrases(name: str) -> list[list[str]]:
+    """How a class prompt lists a class: by its name, as a person says it, or "tv monitor"."""
+    said = dict.fromkeys((name, *spoken((name,))))
+    said |= dict.fromkeys(word for word in further_words(name) if word.replace(" ", "") == name)
+    return [each.split() for each in said]
+
+
+def _classes(text: str, known: dict[str, list[list[str]]], kind: str, where: str) -> tuple[str, ...]:
+    """The classes that a class prompt lists; every word of it must belong to one."""
+    words = text.lower().split()
+    found = listed(words, known)
+    covered = {at + k for _, at, length in found for k in range(length)}
+    if (other := next((k for k in range(len(words)) if k not in covered), None)) is not None:
+        raise Refused(
+            f"{where}: {documents.quoted(words[other])} of its class prompt is no class of {kind}"
+            f"{nearest(words[other], known)}",
+            f"Name classes of {kind} alone, or choose another --data-type.",
+        )
+    return tuple(dict.fromkeys(name for name, _, _ in found))
+
+
+def _kind_of(texts: Sequence[str]) -> str:
+    """The first data set whose classes are all that the class prompts list, else the first."""
+    for kind in KINDS:
+        known = {name: _phrases(name) for name in classes_of(kind)}
+        try:
+            for text in dict.fromkeys(texts):
+                _classes(text, known, kind, "")
+        except Refused:
+            continue
+        return kind
+    return KINDS[0]

@@ -1,0 +1,111 @@
+"""Dataset Diffusion's command lines: files, parts of a list, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasetdm_fast.compat import vinai, vinai_lists
+from datasetdm_fast.generation.class_prompts import columns
+from datasetdm_fast.run_folder.audit import audit
+
+ENTRIES = [
+    ("a man with a dog; person dog", "person dog"),
+    ("a room with a television; tv monitor potted plant person", "tv monitor potted plant person"),
+    ("two people on a sofa; person person sofa", "person person sofa"),
+    ("clouds", ""),
+    ("a cat; cat", "cat"),
+]
+FEW = "--sd-path demo --steps 2 --batch-size 2 --quiet".split()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("list") / "voc_prompts.json"
+    keys = ("filename", "caption", "class_prompt")
+    path.write_text(json.dumps([dict(zip(keys, (f"n{k}.jpg", *entry))) for k, entry in enumerate(ENTRIES)]))
+    return path
+
+
+def run(prompts, out, *more) -> int:
+    return vinai.main(["gen_data.py", *FEW, "--json-path", str(prompts), "--work-dir", str(out), *more])
+
+
+def files(out) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.glob("[im]*/*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(prompts, tmp_path_factory):
+    """The corrected run of the whole list, made in two steps."""
+    out = tmp_path_factory.mktemp("vinai") / "OUT"
+    assert run(prompts, out, "--corrected", "--limit", "2") == 0
+    assert len(files(out)) == 4 and run(prompts, out, "--corrected") == 0
+    return out
+
+
+def test_images_and_masks_have_names_form_and_palette(whole):
+    found = files(whole)
+    assert list(found) == [f"{kind}/n{k}.{end}" for kind, end in (("image", "jpg"), ("mask", "png")) for k in range(5)]
+    mask = Image.open(whole / "mask/n1.png")
+    assert mask.mode == "P" and bytes(mask.getpalette()[:63]) == vinai.palette("voc")
+    assert set(np.unique(mask)) <= {0, 15, 16, 20, 255} and not np.asarray(Image.open(whole / "mask/n3.png")).any()
+    assert Image.open(whole / "image/n1.jpg").size == (128, 128)
+    assert not audit(whole / ".run").findings
+
+
+def test_parts_of_a_list_add_up(prompts, whole, tmp_path, monkeypatch):
+    for part in (("--start", "3"), ("--end", "3")):
+        assert run(prompts, tmp_path / "parts", "--corrected", *part) == 0
+    assert files(tmp_path / "parts") == files(whole)
+    (whole / "image/n0.jpg").unlink()
+    monkeypatch.setattr(vinai, "prepare", None)  # a finished run loads no network
+    assert run(prompts, whole, "--corrected") == 0 and files(tmp_path / "parts") == files(whole)
+
+
+def test_every_listed_word_has_its_own_place(prompts):
+    found = vinai_lists.read_list(prompts, "", -1, -1)
+    assert (
+        found.kind == "voc"
+        and found.unnamed == 1
+        and found.prompts[1].classes == ("tvmonitor", "pottedplant", "person")
+    )
+    named = columns(found.prompts[2].class_prompt, ("person", "sofa"), None, by_words=True)
+    assert named == [("person", (1,)), ("person", (2,)), ("sofa", (3,))]
+    entry = {"filename": "a.jpg", "caption": "x", "class_prompt": "hot dog fire hydrant dog"}
+    prompts.with_name("coco.json").write_text(json.dumps([entry]))
+    (other,) = (coco := vinai_lists.read_list(prompts.with_name("coco.json"), "", -1, -1)).prompts
+    assert coco.kind == "coco" and len(vinai.palette("coco")) == 81 * 3
+    assert [places for _, places in columns(other.class_prompt, other.classes, None, by_words=True)] == [
+        (1,),
+        (3, 4),
+        (5,),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (["gen_dat"], 2, "did you mean gen_data?"),
+        (["gen_data", "--work-dir", "OUT"], 2, "--sd-path is missing"),
+        (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "none.json"], 3, "none.json"),
+        (["gen_data", *FEW, "--work-dir", "OUT", "--treshold", "1"], 2, "did you mean --threshold?"),
+        (["gen_data", *FEW, "--work-dir", "OUT", "--threshold", "0.4"], 2, "--uncertainty-threshold 0.5"),
+        (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--start", "5"], 2, "it has 5"),
+        (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--data-type", "coco"], 2, "no class of coco"),
+        (["gen_data_voc", "--sd-path", "demo"], 3, "data/prompts/voc_prompts.json"),
+        (["train_mmseg_voc"], 3, "data/gen_voc/.run"),
+    ],
+)
+def test_bad_lines_write_nothing(prompts, line, code, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert vinai.main([str(prompts) if word == "LIST" else word for word in line]) == code
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_training_is_told_as_lines(whole, capsys):
+    assert vinai.main(["train_mmseg_voc.sh", "--work-dir", str(whole), "--dry-run"]) == 0
+    student, config = capsys.readouterr().err.splitlines()
+    assert "--only-synthetic --self-train" in student and "'voc:data/VOCdevkit/VOC2012[val]'" in student
+    assert config.endswith("--to mmseg")
