@@ -9,7 +9,7 @@ from typing import Any
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
 from datasetdm_fast.config import LabelConfig
 from datasetdm_fast.generation.inverted import as_stored, prepare, remake, tileable
 from datasetdm_fast.generation.run import run
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     left, calls = job.plan.number - job.done, job.calls or job.recipe.facts["calls"]
     _say(
         config,
-        f"{left} of {job.plan.number} pictures, {calls} UNet calls each; labels: "
+        f"{left} of {job.plan.number} pictures, {counted(calls, 'UNet call')} each; labels: "
         f"{', '.join(job.recipe.tasks)}; run folder: {job.folder}",
     )
     if config.dry_run:
