@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from rendered import document, write_run
+from rendered import document, rendered, write_run
 
 from datasetdm_fast.data import Request
 from datasetdm_fast.labels import LABEL_KINDS, pictures
@@ -76,6 +76,38 @@ def test_sheets_show_every_image_in_its_place_and_are_drawn_once(tmp_path):
     assert (tmp_path / sheets.sheet_name(0)).stat().st_mtime_ns == before
     assert np.array_equal(np.array(Image.open(tmp_path / sheets.sheet_name(1)), np.int16), sheet)
     assert sheets.thumbnail_sides(512, 256) == (128, 64) and sheets.thumbnail_sides(1, 9000) == (1, 128)
+
+
+@pytest.mark.parametrize(("size", "image_format"), [(64, "png"), (192, "png"), (256, "png"), (256, "jpg")])
+def test_sheets_are_the_same_whether_thumbnails_were_made_with_their_samples_or_later(tmp_path, size, image_format):
+    sheet = tmp_path / sheets.sheet_name(0)
+    with RunFolder(tmp_path, document(3, size, image_format=image_format)) as folder:
+        folder.add([rendered(k, size) for k in range(3)], {})
+        thumbnails = [Image.open(tmp_path / sheets.thumbnail_name(f"{k:08d}")) for k in range(3)]
+        assert [small.size for small in thumbnails] == [(min(size, 128),) * 2] * 3
+        folder.rebuild()
+        drawn = sheet.read_bytes()
+        assert not (tmp_path / sheets.THUMBNAILS).exists() and audit(tmp_path).findings == []
+        sheet.unlink()
+        folder.rebuild()
+    assert sheet.read_bytes() == drawn
+    image = np.array(Image.open(tmp_path / f"images/00000001.{image_format}").resize((128, 128), Image.Resampling.BOX))
+    shown = np.array(Image.open(sheet), np.int16)[:128, 128:256]
+    assert size < 128 or np.abs(shown - image).mean() < 4
+
+
+def test_a_damaged_thumbnail_is_made_anew_of_its_image(tmp_path):
+    write_run(tmp_path / "whole", 3, 32)
+    with RunFolder(tmp_path / "run", document(3, 32)) as folder:
+        folder.add([rendered(k, 32) for k in range(3)], {"batch_size": 4})
+        for k, content in enumerate(
+            (b"\xff\xd8\xff cut off", b"", (tmp_path / "whole/images/00000002.png").read_bytes())
+        ):
+            (tmp_path / "run" / sheets.thumbnail_name(f"{k:08d}")).write_bytes(content[:200])
+        folder.rebuild()
+    assert (tmp_path / "run" / sheets.sheet_name(0)).read_bytes() == (
+        tmp_path / "whole" / sheets.sheet_name(0)
+    ).read_bytes()
 
 
 def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_path):

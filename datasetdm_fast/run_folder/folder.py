@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from datasetdm_fast.data import Sample, SetAside
@@ -194,6 +195,7 @@ class RunFolder(AbstractContextManager):
                     }
                 )
                 gallery.write(self.path, self.document, self.ledger, has_samples=not (self.path / ELSEWHERE).exists())
+                gallery.remove_thumbnails(self.path)
             self.ledger.note("indexed", "yes")
         if not is_sealed(self.path) and self.ledger.settle():
             seal.seal(self.path, self.document)
@@ -206,10 +208,15 @@ class RunFolder(AbstractContextManager):
 
 
 def write_samples(
-    results: Sequence[Sample | SetAside], recipe: Mapping[str, Any], document: Mapping[str, Any], publish: Publish
+    results: Sequence[Sample | SetAside],
+    recipe: Mapping[str, Any],
+    document: Mapping[str, Any],
+    publish: Publish,
+    *,
+    has_thumbnails: bool = True,
 ) -> list[Row]:
     """The rows of the results, once `publish` has taken all of their files; `document` is the content of run.json."""
-    config = document["config"]
+    config, thumbnails = document["config"], {}
     made: list[tuple[Row, label_files.Files]] = []
     for result in results:
         if isinstance(result, SetAside):
@@ -222,12 +229,18 @@ def write_samples(
         if is_aside:
             row = replace(row, status=DOUBTFUL, reason="; ".join(result.trust.reasons))
         made.append((row, files))
-    return publish_samples(made, publish)
+        if has_thumbnails:
+            thumbnails[gallery.thumbnail_name(row.request.id)] = gallery.thumbnail(result.image, files["image"][1])
+    return publish_samples(made, publish, thumbnails)
 
 
-def publish_samples(made: Sequence[tuple[Row, label_files.Files]], publish: Publish) -> list[Row]:
+def publish_samples(
+    made: Sequence[tuple[Row, label_files.Files]],
+    publish: Publish,
+    thumbnails: Mapping[str, bytes] = MappingProxyType({}),
+) -> list[Row]:
     """The rows, once `publish` has taken their files and the pictures that the gallery shows of them."""
-    contents = {name: content for _, files in made for name, content in files.values()}
+    contents = {**thumbnails, **{name: content for _, files in made for name, content in files.values()}}
     stored = publish(contents | {name: content for _, files in made for name, content in gallery.pictures(files)})
     for row, files in made:
         row.files.update({role: (name, stored[name]) for role, (name, _) in files.items()})

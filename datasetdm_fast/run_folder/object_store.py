@@ -34,13 +34,14 @@ class PublishingFolder:
         commit: Callable[[list[Row]], object],
     ):
         self._document, self._present, self.commit, self.ledger = document, present, commit, self
+        self._has_thumbnails = not config.store  # which draws no sheets of them
         self._publish = ObjectStore(config.store).publish if config.store else into(Path(config.out))
 
     def unseal(self) -> None:
         """Done by whoever has the ledger."""
 
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
-        return write_samples(results, recipe, self._document, self._publish)
+        return write_samples(results, recipe, self._document, self._publish, has_thumbnails=self._has_thumbnails)
 
     def within(self, first: int, stop: int) -> set[int]:
         return set(range(first, stop)) & self._present

@@ -8,6 +8,7 @@ JSON files.
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,7 @@ from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.gallery.drawn import draw_missing, drawn_layer, picture_name, pictures, tracings
 from datasetdm_fast.run_folder.gallery.facts import RunFacts, layers_of, script
+from datasetdm_fast.run_folder.gallery.sheets import remove_thumbnails, thumbnail, thumbnail_name
 from datasetdm_fast.run_folder.kept import Kept, read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, Ledger
 
@@ -31,6 +33,9 @@ __all__ = [
     "missing",
     "picture_name",
     "pictures",
+    "remove_thumbnails",
+    "thumbnail",
+    "thumbnail_name",
     "tracings",
     "write",
     "written",
@@ -70,16 +75,20 @@ def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samp
     facts, shown, names = RunFacts(document, ledger), {}, set()
     before = sheets.read_shown(folder)
     rows = ledger.rows(DONE, DOUBTFUL, parts=("files", "labels", "trust", "tracings"))
-    for number, group in groupby(rows, lambda row: row.request.index // PAGE_SAMPLES):
-        block = list(group)
-        facts.pages.append((number, len(block)))
-        contents = {_page(number): script("page", number, facts.index(block))}
-        for place, few in sheets.grouped(block):
-            contents[_details(place)] = script("details", place, facts.details(few))
-        storage.publish({folder / name: content for name, content in contents.items()})
-        if has_samples:
-            shown |= sheets.draw(folder, block, before)
-        names |= contents.keys()
+    with ThreadPoolExecutor(1) as beside:  # the sheets of one thousand are drawn while the next is read
+        drawing: Future[dict[str, str]] | None = None
+        for number, group in groupby(rows, lambda row: row.request.index // PAGE_SAMPLES):
+            block = list(group)
+            facts.pages.append((number, len(block)))
+            contents = {_page(number): script("page", number, facts.index(block))}
+            for place, few in sheets.grouped(block):
+                contents[_details(place)] = script("details", place, facts.details(few))
+            storage.publish({folder / name: content for name, content in contents.items()})
+            names |= contents.keys()
+            if has_samples:
+                shown |= drawing.result() if drawing else {}
+                drawing = beside.submit(sheets.draw, folder, block, before)
+        shown |= drawing.result() if drawing else {}
     if has_samples:
         sheets.write_shown(folder, shown)
     for name in set(_scattered(folder)) - names - {sheets.sheet_name(int(number)) for number in shown}:

@@ -1,14 +1,20 @@
-"""Sheets of thumbnails: the page shows many samples at once without loading the image of each."""
+"""Sheets of thumbnails: the page shows many samples at once without loading the image of each.
+
+A sample's thumbnail is made when the sample is written, and lies in a file of its own until the sheets are drawn; where
+there is none, it is made of the image file, with the same bytes.
+"""
 
 import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from datasetdm_fast.disk import storage
@@ -20,9 +26,11 @@ from datasetdm_fast.run_folder.ledger import Row, canonical
 SIDE, COLUMNS, ROWS = 128, 10, 5  # pixels of a thumbnail's longer side, thumbnails of a sheet
 GROUP = COLUMNS * ROWS  # samples of a sheet: those of the indices GROUP * k to GROUP * (k + 1) - 1
 QUALITY = 82  # of the JPEG
+THUMBNAILS, THUMBNAIL_QUALITY = "gallery/thumbnails", 90  # of the samples that are in no sheet yet
 SHOWN = "gallery/sheets.json"  # sheet -> digest of the images that it shows
 UNKNOWN = ""  # in its place for a sheet that does not show all of its images: it is drawn anew by the next who writes
 LARGEST_SHOWN = 2**26  # bytes
+PNG = b"\x89PNG"  # the first bytes of such a file
 AT_ONCE = 16  # sheets drawn and published together
 
 
@@ -34,6 +42,45 @@ def thumbnail_sides(height: int, width: int) -> tuple[int, int]:
     """Height and width of a thumbnail: the longer side has SIDE pixels, or fewer where the image has."""
     longest = max(height, width, SIDE)
     return max(height * SIDE // longest, 1), max(width * SIDE // longest, 1)
+
+
+def thumbnail_name(id: str) -> str:
+    return f"{THUMBNAILS}/{id}.jpg"
+
+
+def thumbnail(pixels: np.ndarray, content: bytes) -> bytes:
+    """The thumbnail of an image [H, W, 3] uint8, as the content of its file would show it."""
+    return _small(Image.fromarray(pixels) if content.startswith(PNG) else _decoded(content, "the image"))
+
+
+def _decoded(content: bytes, name: str) -> Image.Image:
+    return images.decode_image(content, name, least_side=SIDE)
+
+
+def _small(image: Image.Image) -> bytes:
+    height, width = thumbnail_sides(image.height, image.width)
+    image = image.convert("RGB")
+    if image.width % width or image.height % height:
+        small = image.resize((width, height), Image.Resampling.BOX)
+    else:  # the same, several times faster
+        small = image.reduce((image.width // width, image.height // height))
+    return _jpeg(small, THUMBNAIL_QUALITY)
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def remove_thumbnails(folder: Path) -> None:
+    """Removes the thumbnails of single samples, which the sheets show by now."""
+    place = folder / THUMBNAILS
+    if place.is_dir():
+        for path in place.iterdir():
+            storage.remove(path)
+        with storage.refusing(place):
+            place.rmdir()
 
 
 def read_shown(folder: Path) -> dict[str, str]:
@@ -83,16 +130,24 @@ def _drawn(folder: Path, rows: Sequence[Row]) -> tuple[bytes, bool]:
     sheet, is_whole = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE)), True
     for row in rows:
         try:
-            image = images.read_image(folder / row.files["image"][0])
+            small = _thumbnail_in(folder, row)
         except (Refused, Missing) as error:
             if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
                 raise
             is_whole = False
             continue
-        height, width = thumbnail_sides(image.height, image.width)
         down, across = divmod(row.request.index % GROUP, COLUMNS)
-        small = image.convert("RGB").resize((width, height), Image.Resampling.BOX)
         sheet.paste(small, (across * SIDE, down * SIDE))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue(), is_whole
+    return _jpeg(sheet, QUALITY), is_whole
+
+
+def _thumbnail_in(folder: Path, row: Row) -> Image.Image:
+    """The thumbnail of a sample, from its file where there is a whole one."""
+    path, name = folder / thumbnail_name(row.request.id), row.files["image"][0]
+    if path.exists():
+        with suppress(Refused):
+            small = images.read_image(path, most_pixels=SIDE**2)
+            if small.mode == "RGB" and max(small.size) <= SIDE:
+                return small
+    content = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
+    return images.decode_image(_small(_decoded(content, str(folder / name))), name)
