@@ -21,6 +21,7 @@ from datasetdm_fast.generation import job, run
 from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.document import LEDGER
+from datasetdm_fast.run_folder.events import EVENTS
 from datasetdm_fast.workers import devices, spawn
 from datasetdm_fast.workers.devices import Place
 from datasetdm_fast.workers.heartbeat import USUAL, Patience
@@ -35,8 +36,9 @@ def config(out: Path, **changes) -> RunConfig:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file of a run folder, the ledger among them, with its bytes."""
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    """Every file of a run folder, the ledger among them, with its bytes; not the log, whose lines have times."""
+    files = {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    return {name: content for name, content in files.items() if name != EVENTS}
 
 
 def shared(settings: RunConfig, environments: list[dict[str, str]], **options):

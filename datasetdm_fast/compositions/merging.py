@@ -237,7 +237,7 @@ def run(
         while not is_stopping() and (block := list(islice(wanted, BLOCK))):
             rows = _write(merging, block, folder, is_copied)
             opened.unseal()
-            opened.ledger.commit(rows)
+            opened.commit(rows)
             done += len(rows)
             on_commit(len(rows))
         if not is_stopping():

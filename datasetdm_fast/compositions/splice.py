@@ -200,7 +200,7 @@ def run(
         wanted = islice((index for index in range(splicing.number) if index not in there), limit or None)
         for rows in in_threads(threads, splicing, wanted, folder, is_stopping):
             opened.unseal()
-            opened.ledger.commit(rows)
+            opened.commit(rows)
             done += len(rows)
             on_commit(len(rows))
         opened.rebuild()

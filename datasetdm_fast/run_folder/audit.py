@@ -31,6 +31,7 @@ from datasetdm_fast.run_folder.document import (
     read_document,
     sides,
 )
+from datasetdm_fast.run_folder.events import EVENTS
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
 
@@ -230,7 +231,7 @@ def _check_strangers(folder: Path, own: Iterable[str], known: set[str]) -> Itera
     """Files in our folders that no sample has; a run that is going on or was killed has some that the same line again
     writes over.
     """
-    state = {LEDGER, LOCK, seal.SEAL, KEPT, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
+    state = {LEDGER, LOCK, seal.SEAL, KEPT, EVENTS, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     state.add(DROPPED.rstrip("/"))
     if not seal.is_sealed(folder):
         return

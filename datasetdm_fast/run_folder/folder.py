@@ -28,6 +28,7 @@ from datasetdm_fast.run_folder.document import (
     read_document,
     sets_aside,
 )
+from datasetdm_fast.run_folder.events import EventLog
 from datasetdm_fast.run_folder.indexes import writers
 from datasetdm_fast.run_folder.kept import KEPT, Kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
@@ -53,7 +54,7 @@ class RunFolder(AbstractContextManager):
         self.document: dict[str, Any] = json.loads(
             pretty(document)
         )  # in the order of the file, which is what a later start will read
-        self._closing = ExitStack()
+        self._closing, self._log = ExitStack(), EventLog(path)
         storage.make_folder(path / "state")
         if not is_member:
             self._closing.enter_context(locks.locked(path / LOCK))
@@ -79,12 +80,18 @@ class RunFolder(AbstractContextManager):
 
     def add(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> None:
         """Makes the results part of the data set, all or none."""
-        unseal(self.path)
-        self.ledger.commit(self.write(results, recipe))
+        self.unseal()
+        self.commit(self.write(results, recipe))
 
     def unseal(self) -> None:
         """To be called before the first change."""
         unseal(self.path)
+        self._log.begin(self.document, self.ledger)
+
+    def commit(self, rows: Sequence[Row]) -> None:
+        """Makes rows whose files are there part of the data set, all or none."""
+        self.ledger.commit(rows)
+        self._log.committed(rows)
 
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
@@ -121,7 +128,7 @@ class RunFolder(AbstractContextManager):
 
     def set_doubtful_aside(self) -> None:
         """Moves the files of doubtful samples to where `--keep trusted` puts them, and what a killed process left."""
-        unseal(self.path)
+        self.unseal()
         self.ledger.commit([])  # the index files are out of date
         for row in list(self.ledger.rows(DONE, DOUBTFUL)):
             if row.trust is None or row.trust.is_trusted:
@@ -154,7 +161,7 @@ class RunFolder(AbstractContextManager):
         source: str,
         target: str,
     ) -> None:
-        unseal(self.path)
+        self.unseal()
         names = [name for row in rows for name, _ in row.files.values() if (self.path / (source + name)).exists()]
         into(self.path)(
             {target + name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in names}
@@ -182,10 +189,11 @@ class RunFolder(AbstractContextManager):
         """Writes every index file anew unless the last rebuild saw the same rows, and seals the folder."""
         with gallery.held(self.path):
             self._rebuild()
+        self._log.end(self.ledger)
 
     def _rebuild(self) -> None:
         if not has_indexes(self.path, self.document, self.ledger):
-            unseal(self.path)
+            self.unseal()
             self._remove_leftovers()
             with refusing_rows(self.path):
                 storage.publish(

@@ -123,7 +123,7 @@ class RayDriver(Supervisor):
         elif kind == "rows":
             rows = {row.request.index: row for row in content[0] if row.request.index in self.wanted}
             if rows:
-                self.folder.ledger.commit(rows.values())
+                self.folder.commit(list(rows.values()))
                 self.wanted -= rows.keys()
                 super().handle(rank, "committed", sum(row.status != DOUBTFUL for row in rows.values()))
         else:
