@@ -20,6 +20,7 @@ from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import kind_of, label_files, task_of
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.trust import trust_of
+from datasetdm_fast.run_folder import other_libraries
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, most_samples, read_document, sides
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, SET_ASIDE, Ledger, Row
@@ -280,6 +281,18 @@ class Run(AbstractContextManager["Run"]):
                     f"{self.path}: has no labels for {one!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
                 )
         return TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
+
+    @property
+    def _tables(self) -> dict[str, Any]:
+        return {task: self.document["labels"][task] for task in self.tasks}
+
+    def to_supervision(self) -> Any:
+        """The instances as supervision's DetectionDataset, where that library is installed."""
+        return other_libraries.supervision_dataset(self, self._tables)
+
+    def to_fiftyone(self, name: str | None = None) -> Any:
+        """All labels as FiftyOne's Dataset of this name, where that library is installed."""
+        return other_libraries.fiftyone_dataset(self, self._tables, name)
 
     def close(self) -> None:
         if self._ledger is not None:
