@@ -67,7 +67,7 @@ def test_every_kind_of_label_is_stored_beside_that_of_the_tasks_own_decoder(run)
 
 def test_pages_tell_both(run):
     card, told = (run / "README.md").read_text(), (run / "gallery" / "run.js").read_text()
-    assert "`semantic.other/ID.png`" in card and "## Instances: other" in card and "decoder pose:other" in card
+    assert "`semantic.other/ID.png`" in card and "## Instances: other" in card and "decoder `pose:other`" in card
     facts = json.loads(told.removeprefix('receive("run",0,').removesuffix(");\n"))
     files = {layer["title"]: (layer["file"], layer["is_drawn"]) for layer in facts["layers"]}
     assert files["Semantic: other"] == ("semantic.other/ID.png", False)

@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any
 
 from datasetdm_fast.labels import by_kind, kind_of
-from datasetdm_fast.run_folder.indexes import card, coco, samples
+from datasetdm_fast.run_folder.indexes import card, coco, samples, statistics
 from datasetdm_fast.run_folder.ledger import Ledger
 
 IndexWriter = Callable[[Mapping[str, Any], Ledger], Iterator[bytes]]  # chunks of a file, from run.json and the ledger
 INDEXES: dict[str, IndexWriter] = {  # of every run
     "samples.jsonl": samples.lines,
     "README.md": card.text,
+    statistics.STATISTICS: statistics.picture,
 }
 
 

@@ -1,12 +1,18 @@
 """README.md of a run folder: the data set card."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from datasetdm_fast.config import ATTENTION, RunConfig, flags_of
 from datasetdm_fast.labels import by_kind, kind_of
+from datasetdm_fast.labels.kind import markdown_cell
+from datasetdm_fast.labels.names import tasks_of
 from datasetdm_fast.run_folder.document import ASIDE, described_sides, maker, sets_aside
+from datasetdm_fast.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
+from datasetdm_fast.run_folder.indexes.statistics import STATISTICS
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger
 
 TITLES = ("# A labelled data set, made from prompts\n", "# Pictures and their labels\n")
@@ -16,6 +22,45 @@ ORIGINS = (
     "which were read from what a diffusion model computed of each picture: a model's opinion, not ground truth. The "
     "rights to the pictures are those of their authors.",
 )
+CATEGORIES = {  # task -> how model hubs call it
+    "semantic": "image-segmentation",
+    "open-vocabulary": "image-segmentation",
+    "instance": "object-detection",
+    "depth": "depth-estimation",
+    "pose": "keypoint-detection",
+    ATTENTION: "image-segmentation",
+}
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (2**63, "n>1M"))
+REFERENCE = "torch"  # the engine that others are compared with
+UNVERIFIED = (
+    "Nobody compared the outputs of this engine with those of the reference engine on this machine; "
+    "`generate --verify 8` does"
+)
+LONGEST_LICENCE = 80  # letters of one that is not known
+UNKNOWN_LICENCE = "Where a licence is unknown, ask its owner before you pass the data set on."
+USE = (
+    "- Meant to teach and test networks for the labels above, beside real images or before them. Measure on real "
+    "images: a figure on this data set says how well a network agrees with its decoders.",
+    "- Labels are wrong where the decoders are: small, thin, hidden and rare things most. `trust`, scores and "
+    "confidences tell where to look first.",
+    "- The images have the biases of the diffusion model and of what it was trained on, faces and texts that belong to "
+    "nobody or to somebody among them. Not meant to identify people, nor for decisions about them.",
+)
+CITATIONS = (
+    """@inproceedings{wu2023datasetdm,
+  title={{DatasetDM}: Synthesizing Data with Perception Annotations Using Diffusion Models},
+  author={Wu, Weijia and Zhao, Yuzhong and Chen, Hao and Gu, Yuchao and Zhao, Rui and He, Yefei and Zhou, Hong and
+    Shou, Mike Zheng and Shen, Chunhua},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2023}
+}""",
+    """@inproceedings{nguyen2023dataset,
+  title={{Dataset Diffusion}: Diffusion-based Synthetic Data Generation for Pixel-Level Semantic Segmentation},
+  author={Nguyen, Quang and Vu, Truong and Tran, Anh and Nguyen, Khoi},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2023}
+}""",
+)  # of labels of decoders, and of those from attention
 LOADING = """```python
 from datasetdm_fast import open_run
 
@@ -27,45 +72,137 @@ pairs = run.as_dataset("{task}")  # (image, label) tensors for a torch DataLoade
 
 def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
     """The card as Markdown; no prompt is quoted, as prompts are foreign text."""
-    config, sampling, model = document["config"], document["sampling"], document["model"]
-    done, aside = ledger.count(), ledger.indices(SET_ASIDE)
-    licences = {
-        "model": model["licence"],
-        **{f"decoder {task}": entry["licence"] for task, entry in document["decoders"].items()},
-    }
+    config, done, is_label = document["config"], ledger.count(), document.get("command") == "label"
     parts = [
-        TITLES[document.get("command") == "label"],
+        *_header(document, done),
+        TITLES[is_label],
         f"{done} of {document['plan']['number']} images of {described_sides(document)} with their "
-        f"labels ({', '.join(config['task'])}), {ORIGINS[document.get('command') == 'label']}\n",
+        f"labels ({', '.join(config['task'])}), {ORIGINS[is_label]}\n",
         "## Contents\n",
         f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
         "each sample",
         *(f"- {kind_of(task).contents}" for task in config["task"]),
         "- `gallery/index.html`: the page to look at them; `run.json`: everything that decided them; "
-        "`state/ledger.sqlite`: one row a sample\n",
+        "`state/ledger.sqlite`: one row a sample; `state/events.jsonl`: when it was made\n",
         *_trust(document, ledger),
+        f"## Statistics\n\n![Classes, areas, scores and depths of this data set]({STATISTICS})\n",
         *_sections(document, ledger),
-        *(
-            [f"Set aside because a number was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"]
-            if aside
-            else []
-        ),
-        *([f"Samples that were looked at and dropped: {dropped}.\n"] if (dropped := ledger.count_dropped()) else []),
+        *_left_out(ledger),
         "## How it was made\n",
-        *([f"- {_code(document['composition']['told'])}"] if "composition" in document else []),
-        f"- Model: {_code(model['name'])}; engine: {_code(document['engine'].get('engine', ''))}; datasetdm_fast "
-        f"{document['versions']['datasetdm_fast']}",
-        f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
-        f"{sampling['guidance']:g}",
-        *(f"- Combined: {_code(text)}" for text in config.get("combine", ())),
-        *_verified(document.get("verified")),
-        f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte\n",
-        "## Licence chain\n",
-        *(f"- {name}: {_code(licence)}" for name, licence in licences.items()),
+        *_making(document),
+        "\n## Intended use and limits\n",
+        *USE,
+        "\n## Licences\n",
+        *_licences(document),
+        "\n## Fingerprints\n",
+        *_fingerprints(document),
         "\n## How to load\n",
         LOADING.format(task=config["task"][0], attributes=_attributes(config["task"])),
+        "\n## Citation\n",
+        *_citations(document),
     ]
     yield ("\n".join(parts) + "\n").encode()
+
+
+def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
+    """What model hubs read of a card, as YAML."""
+    tasks = tasks_of(document["config"]["task"])
+    categories = dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks)
+    yield "---"
+    yield from _listed("license", hub_names(_licence_names(document).values()))
+    yield from _listed("task_categories", list(categories))
+    yield from _listed("size_categories", [next(name for most, name in SIZES if done < most)])
+    yield from _listed("annotations_creators", ["machine-generated"])
+    is_label = document.get("command") == "label"
+    yield from _listed("tags", ["datasetdm", *([] if is_label else ["synthetic"])])
+    yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
+
+
+def _listed(name: str, values: Sequence[str]) -> Iterator[str]:
+    yield f"{name}:"
+    yield from (f"- {value}" for value in values)
+
+
+def _left_out(ledger: Ledger) -> Iterator[str]:
+    """Samples that are in no file of labels."""
+    if aside := ledger.indices(SET_ASIDE):
+        yield f"Set aside because a number was not finite: {', '.join(f'`{index:08d}`' for index in aside)}.\n"
+    if dropped := ledger.count_dropped():
+        yield f"Samples that were looked at and dropped: {dropped}.\n"
+
+
+def _making(document: Mapping[str, Any]) -> Iterator[str]:
+    config, sampling, engine = document["config"], document["sampling"], document["engine"]
+    if "composition" in document:
+        yield f"- {_code(document['composition']['told'])}"
+    yield f"- Model: {_code(document['model']['name'])}; engine: {_code(engine.get('engine', ''))}"
+    versions = {**document["versions"], **{name: value for name, value in engine.items() if name != "engine"}}
+    yield f"- Versions and device: {', '.join(f'{_word(name)} {_code(value)}' for name, value in versions.items())}"
+    yield (
+        f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
+        f"{sampling['guidance']:g}"
+    )
+    yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
+    yield from _verified(document)
+    yield f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
+    if (line := command_line(document)) is None:
+        yield "- Its settings are `config` in `run.json`"
+    else:
+        yield f"- The command, where PROMPTS are those of `samples.jsonl`: {_code(line)}"
+
+
+def command_line(document: Mapping[str, Any]) -> str | None:
+    """The line of generate with every setting that decides the samples and is no default; None for other commands."""
+    if document.get("command"):
+        return None
+    words = []
+    for flag in flags_of(RunConfig):
+        value = document["config"].get(flag.name, flag.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if flag.name == "prompts":
+            words += ["--prompts", "PROMPTS"] if value else []
+        elif value != flag.default:
+            name = flag.name.rstrip("_").replace("_", "-")
+            told = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{'' if value is not False else 'no-'}{name}", *([] if isinstance(value, bool) else [told])]
+    return f"{maker(document)} {shlex.join([*words, '--out', 'THIS_FOLDER'])}"
+
+
+def _licence_names(document: Mapping[str, Any]) -> dict[str, str]:
+    """The licence of every set of weights, as its files name it."""
+    decoders = {f"decoder {task}": entry["licence"] for task, entry in document["decoders"].items()}
+    return {"model": document["model"]["licence"], **decoders}
+
+
+def _licences(document: Mapping[str, Any]) -> Iterator[str]:
+    """What the weights' licences allow, and which contradict one another."""
+    names = _licence_names(document)
+    yield "| weights | licence | use for money | changed copies | asks for |\n|---|---|---|---|---|"
+    for of, text in names.items():
+        found = licence_of(text)
+        row = found.row if found else f"{_word(text[:LONGEST_LICENCE])} | unknown | unknown | unknown"
+        yield f"| {_part(of)} | {row} |"
+    yield ""
+    yield from (f"**{sentence}**\n" for sentence in conflicts(names.values()))
+    if any(licence_of(text) is None for text in names.values()):
+        yield f"{UNKNOWN_LICENCE}\n"
+    yield DERIVED
+
+
+def _fingerprints(document: Mapping[str, Any]) -> Iterator[str]:
+    yield "| weights | SHA-256 |\n|---|---|"
+    for name, digest in document["model"]["digests"].items():
+        yield f"| {_part(f'model {name}')} | {_code(digest.removeprefix('sha256:'))} |"
+    for name, entry in document["decoders"].items():
+        yield f"| {_part(f'decoder {name}')} | {_code(entry['digest'].removeprefix('sha256:'))} |"
+    yield "\n`python -m datasetdm_fast.audit THIS_FOLDER` compares every file with its SHA-256."
+
+
+def _citations(document: Mapping[str, Any]) -> Iterator[str]:
+    """BibTeX of the works whose method made the labels."""
+    is_attention = {task == ATTENTION for task in tasks_of(document["config"]["task"])}
+    found = [CITATIONS[is_other] for is_other in sorted(is_attention)]
+    yield "```bibtex\n" + "\n\n".join(found) + "\n```"
 
 
 def _attributes(labels: Sequence[str]) -> str:
@@ -84,9 +221,12 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield "another; `trust` in `samples.jsonl` says why.\n"
 
 
-def _verified(verdict: Any) -> Iterator[str]:
-    """What a comparison with the reference engine found, where there was one."""
+def _verified(document: Mapping[str, Any]) -> Iterator[str]:
+    """What a comparison with the reference engine found, or that there was none."""
+    verdict = document.get("verified")
     if not verdict:
+        if document["engine"].get("engine") != REFERENCE:
+            yield f"- {UNVERIFIED}"
         return
     engine, reference = verdict["engine"], _code(verdict["against"]["engine"])
     name = _code(f"{engine['engine']} {engine['dtype']} on {engine['device_name']}")
@@ -115,5 +255,16 @@ def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield from kinds[task].section(document["labels"][task], counts[task])
 
 
-def _code(name: str) -> str:
+def _word(name: str) -> str:
+    """A name for a cell or a sentence."""
+    return markdown_cell(" ".join(str(name).split()))
+
+
+def _part(name: str) -> str:
+    """What weights are of, with the name of the decoder or network as code."""
+    kind, _, rest = name.partition(" ")
+    return f"{kind} {_code(rest.replace('|', '/'))}" if rest else kind
+
+
+def _code(name: Any) -> str:
     return "`" + " ".join(str(name).replace("`", "'").split()) + "`"

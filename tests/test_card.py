@@ -1,0 +1,128 @@
+"""The data set card: its header, command, verdict, licences and pictures."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from rendered import document, rendered, write_run
+
+from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.indexes import card, statistics
+from datasetdm_fast.run_folder.indexes.licences import KNOWN, conflicts, hub_names, licence_of
+from datasetdm_fast.run_folder.ledger import Ledger
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    write_run(path, 12, 64)
+    return path
+
+
+def text(run, **changes) -> str:
+    with Ledger(run / "state/ledger.sqlite", read_only=True) as ledger:
+        return b"".join(card.text(document(12) | changes, ledger)).decode()
+
+
+def test_the_header_is_what_hubs_read(run):
+    _, header, _ = (run / "README.md").read_text().split("---\n", 2)
+    found = yaml.safe_load(header)
+    assert found["license"] == ["apache-2.0"] and found["size_categories"] == ["n<1K"]
+    assert found["task_categories"] == [
+        "image-segmentation",
+        "object-detection",
+        "depth-estimation",
+        "keypoint-detection",
+    ]
+    assert found["configs"] == [{"config_name": "default", "data_files": "samples.jsonl"}]
+    big = yaml.safe_load("\n".join(card._header(document(12), 5000)).split("---")[1])
+    assert big["size_categories"] == ["1K<n<10K"]
+
+
+def test_the_command_names_every_setting_that_is_no_default():
+    told = document(12, seed=3, steps=20, negative_prompt="a 'dark' room", truncate_prompts=True)
+    line = card.command_line(told)
+    assert line.startswith("python -m datasetdm_fast.generate ") and line.endswith("--out THIS_FOLDER")
+    for part in ("--seed 3", "--steps 20", "--truncate-prompts", "--number 12", "dark"):
+        assert part in line, part
+    assert "--guidance" not in line and "--no-" not in line
+    assert card.command_line(told | {"command": "splice"}) is None
+
+
+def test_the_verdict_stands_there_or_that_there_is_none(run):
+    assert card.UNVERIFIED in text(run)
+    engine = {"engine": "fast", "dtype": "fp16", "device_name": "a GPU"}
+    verdict = {"agrees": True, "number": 8, "engine": engine, "against": {"engine": "torch"}, "measures": []}
+    told = text(run, verified=verdict)
+    assert "`fast fp16 on a GPU` agrees with `torch` on 8 of its samples" in told and card.UNVERIFIED not in told
+    assert card.UNVERIFIED not in text(run, engine={"engine": "torch"})
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        (["apache-2.0", "MIT", "cc-by-4.0"], []),
+        (["creativeml-openrail-m", "cc-by-nc-4.0"], []),
+        (["CC BY-SA 4.0", "cc-by-nc-4.0"], ["CC BY-SA 4.0 and CC BY-NC 4.0 conflict"]),
+        (["cc-by-nc-sa-4.0", "cc-by-sa-4.0"], ["each asks that what is derived carries it alone"]),
+        (["creativeml-openrail-m", "gpl-3.0"], ["GNU GPL 3.0 and CreativeML Open RAIL-M conflict"]),
+        (["cc-by-nc-nd-4.0", "none of ours"], ["does not allow to pass on"]),
+    ],
+)
+def test_licences_that_contradict_one_another_are_named(names, said):
+    found = list(conflicts(names))
+    assert len(found) == len(said) and all(part in sentence for part, sentence in zip(said, found)), found
+
+
+def test_an_unknown_licence_is_called_unknown(run):
+    model = document(12)["model"] | {"licence": "see | LICENSE\n<b> of the owner" + 1000 * "!"}
+    (line,) = [line for line in text(run, model=model).splitlines() if line.startswith("| model | see")]
+    assert line.endswith("| unknown | unknown | unknown |") and line.count("|") == 6 and "<" not in line
+    told = text(run, model=model)
+    assert "ask its owner" in told and hub_names(["apache-2.0", "mine"]) == ["apache-2.0", "unknown"]
+    assert licence_of("Apache License 2.0") is KNOWN["apache-2.0"] and licence_of("") is None
+
+
+def test_the_text_of_a_licence_is_known_by_its_title():
+    begin = "Copyright (c) 2022 Robin Rombach and Patrick Esser and contributors\n\nCreativeML Open RAIL-M\ndated"
+    assert licence_of(begin + 9000 * " word") is KNOWN["creativeml-openrail-m"]
+    assert licence_of((ROOT / "LICENSE").read_text()) is KNOWN["apache-2.0"]
+
+
+def test_the_picture_shows_what_the_ledger_holds(run):
+    with Ledger(run / "state/ledger.sqlite", read_only=True) as ledger:
+        figures = statistics.gather(document(12), ledger)
+    views = [rendered(k).annotations["instance"] for k in range(12)]
+    assert len(figures.areas) == len(figures.scores) == sum(len(view.masks) for view in views)
+    assert max(figures.areas) == pytest.approx(max(view.masks.mean((1, 2)).max() for view in views if len(view.masks)))
+    assert len(figures.depths) == 12 and figures.images["table"] == 12
+    picture = Image.open(run / statistics.STATISTICS)
+    assert picture.format == "PNG" and picture.size == (2 * statistics.PANEL[0], 2 * statistics.PANEL[1])
+    assert len(np.unique(np.array(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 3
+
+
+def test_bars_are_as_long_as_their_numbers():
+    figures = statistics.Figures(scores=[0.02] * 10 + [0.99] * 5 + [1.0] * 5)
+    bars = np.array(Image.open(io.BytesIO(statistics.drawn(figures))).convert("RGB")) == statistics.BAR
+    columns = bars.all(2).sum(0)
+    heights = [run.max() for run in np.split(columns, np.flatnonzero(np.diff(columns > 0)) + 1) if run.max()]
+    assert len(heights) == 2 and heights[0] == heights[1]
+
+
+def test_a_run_without_labels_to_count_has_a_card(tmp_path):
+    with RunFolder(tmp_path / "run", document(1)) as folder:
+        folder.rebuild()
+    assert (tmp_path / "run" / "statistics.png").stat().st_size and "0 of 1 images" in (
+        tmp_path / "run" / "README.md"
+    ).read_text()
+
+
+def test_many_classes_and_hostile_names_are_drawn():
+    figures = statistics.Figures(images={f"{k} \u202e<b>🎈{'x' * k}": k + 1 for k in range(40)})
+    title, bars, _ = next(statistics.panels_of(figures))
+    assert "24 most frequent of 40" in title and bars[0][1] == 40 and statistics.drawn(figures)
