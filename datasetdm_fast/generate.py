@@ -151,8 +151,8 @@ def _verified(config: RunConfig, job: Job) -> Job:
     failed = [row.measure for row in verdict.rows if not row.is_passed]
     if failed and not config.verify_anyway:
         raise GateFailed(
-            f"--verify {number}: {job.engine.name} does not say what {before.REFERENCE} says in {', '.join(failed)}; "
-            "nothing was written",
+            f"--verify {number}: outputs of {job.engine.name} do not match those of {before.REFERENCE} in "
+            f"{', '.join(failed)}; nothing was written",
             "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
         )
     told = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"

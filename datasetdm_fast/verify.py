@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     if not verdict.agrees:
         failed = [row.measure for row in verdict.rows if not row.is_passed]
         raise GateFailed(
-            f"verify: {config.engine} does not say what {config.against} says in {', '.join(failed)}",
+            f"verify: outputs of {config.engine} do not match those of {config.against} in {', '.join(failed)}",
             "Try --dtype fp32; --html FILE shows the worst samples.",
         )
     return 0

@@ -1,12 +1,14 @@
-"""The pages say what is there: the table of rooms is the code's own, links lead somewhere, lines fit.
+"""The pages say what is there: the table of rooms is the code's own, generated pages are those of the sources, links
+lead somewhere, lines fit.
 
-`python tests/test_docs.py` writes the table of rooms in docs/architecture.md.
+`python tests/test_docs.py` writes the table of rooms in docs/architecture.md, and the generated pages.
 """
 
 import ast
 import re
 from pathlib import Path
 
+import generated_pages
 import pytest
 from test_layers import FOR_ALL, HERE, PACKAGE, ROWS
 
@@ -44,6 +46,12 @@ def room_table() -> str:
 def test_the_table_of_rooms_is_that_of_the_code():
     written = ROOMS.search(ARCHITECTURE.read_text(encoding="utf-8"))[0].splitlines()[1:-1]
     assert written == room_table().splitlines(), "run `python tests/test_docs.py`"
+
+
+@pytest.mark.parametrize("name", generated_pages.PAGES)
+def test_generated_pages_are_those_of_the_sources(name):
+    written = (HERE / "docs" / name).read_text(encoding="utf-8")
+    assert written.splitlines() == generated_pages.PAGES[name]().splitlines(), "run `python tests/test_docs.py`"
 
 
 def prose(page: Path) -> str:
@@ -86,3 +94,5 @@ def test_the_readme_is_short_and_leads_to_every_page():
 if __name__ == "__main__":
     page = ARCHITECTURE.read_text(encoding="utf-8")
     ARCHITECTURE.write_text(ROOMS.sub(lambda match: match[1] + room_table() + match[2], page), encoding="utf-8")
+    for name, text in generated_pages.PAGES.items():
+        (HERE / "docs" / name).write_text(text(), encoding="utf-8")

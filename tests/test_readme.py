@@ -1,6 +1,7 @@
 """What the pages show is what happens: examples run, and every command line is one that the commands accept."""
 
 import argparse
+import json
 import re
 import shlex
 import subprocess
@@ -65,9 +66,26 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
     (example,) = blocks((ROOT / "docs" / "data-set.md").read_text(encoding="utf-8"), "python")
     exec(example, names)
     assert names["image"].shape == (4, 3, 128, 128) and names["label"].shape == (4, 128, 128)
+    (example,) = blocks((ROOT / "docs" / "five-thousand.md").read_text(encoding="utf-8"), "python")
+    exec(example.replace("runs/street", "runs/demo"), names)
+    assert all(len(one["boxes"]) == len(one["masks"]) == len(one["labels"]) > 0 for one in names["targets"])
     example, _ = blocks((ROOT / "docs" / "library.md").read_text(encoding="utf-8"), "python")
     exec(example, names)
     assert list(names["pyramid"]) == ["low", "mid", "high", "highest"]
+
+
+def test_times_of_five_thousand_images_are_those_of_the_budget():
+    """Reckoned from the bytes and operations of every call; the share of a slower card is that of its tensor cores."""
+    page = (ROOT / "docs" / "five-thousand.md").read_text(encoding="utf-8")
+    budget = json.loads((ROOT / "bench" / "gpu_budget.json").read_text(encoding="utf-8"))
+    calls = {name: call["milliseconds"] for name, call in budget["calls"].items()}
+    batch = 50 * calls["UNet call, 8 images"] + sum(
+        calls[f"{name}, 8 images"] for name in ("captured call", "label decoders", "autoencoder")
+    )
+    minutes = 5000 * batch / 8 / 60_000
+    row = re.search(r"^\| generate 5,000 images .*? \| (\d+) min \| (\d+) min \|", page, re.MULTILINE)
+    assert [int(number) for number in row.groups()] == [round(minutes), round(4.3 * minutes)]
+    assert f"{batch / 8:.0f} ms an image" in page and "**reckoned, not measured**" in " ".join(page.split())
 
 
 @pytest.mark.parametrize("line", README_GENERATE)

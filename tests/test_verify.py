@@ -323,7 +323,7 @@ def test_disagreement_is_exit_four_and_written_into_the_run(folder, tmp_path, ca
     assert command.main(line(folder, "--run", str(tmp_path / "run"))) == 4
     said = capsys.readouterr()
     assert "DISAGREE" in said.out and said.err.splitlines()[0].startswith(
-        "verify: fast does not say what torch says in "
+        "verify: outputs of fast do not match those of torch in "
     )
     stored = json.loads((tmp_path / "run" / "run.json").read_text())["verified"]
     assert not stored["agrees"] and stored["engine"]["engine"] == "fast" and stored["engine"]["device"]
@@ -366,7 +366,7 @@ def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys,
     assert run(tmp_path / "run", "--quiet") == 0  # the same setting: not compared again
     assert "agrees with `torch` on 1 of its samples" in (tmp_path / "run" / "README.md").read_text()
     assert run(tmp_path / "other") == 4
-    assert "does not say what torch says in call" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert "do not match those of torch in call" in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert run(tmp_path / "other", "--verify-anyway", "--quiet") == 0
     card, found = (tmp_path / "other" / "README.md").read_text(), open_run(tmp_path / "other").document["verified"]
     assert (

@@ -12,6 +12,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.stages import LEVELS, Level, levels
 
+FORMAT = 1  # of config.json; without one it is the first
 KINDS = ("segmentation", "open-vocabulary", "depth", "heatmap", "simcc")
 NORMALISATIONS = ("image", "running")
 CLASS_SOURCES = ("decoder", "prompt")
@@ -134,12 +135,15 @@ class DecoderConfig:
         return found
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str) -> DecoderConfig:
         try:
             values = documents.parse_json(text, "it")
+            documents.check_form(values, {})
+            if (found := values.pop("format", FORMAT)) != FORMAT:
+                raise ValueError(f"format {documents.quoted(found)}, this version reads {FORMAT}")
             documents.check_form(values, {"levels": [LEVEL_FORM]})
             if absent := [name for name in ("kind", "task") if name not in values]:
                 raise ValueError(f"{', '.join(absent)} not given, expected at least kind, task and levels")

@@ -126,8 +126,7 @@ class TrainingSession:
             names = "\n".join(sorted(skipped)).encode(errors="surrogateescape")
             settings["left_out"] = f"{len(skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
         settings |= {"task": task, "held_out_images": len(held)}
-        decoder = json.loads(recipe.config.to_json())
-        settings = json.loads(json.dumps({"decoder": decoder, **asdict(recipe.schedule), **settings}))
+        settings = json.loads(json.dumps({"decoder": asdict(recipe.config), **asdict(recipe.schedule), **settings}))
         return TaskPlan(recipe.config, recipe.schedule, words, settings)
 
     def views(

@@ -134,7 +134,12 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         metavar="DIR",
         output="folder",
     )
-    cache_gb: float = setting(0.0, "disk space for it, 0 = half of the free space", identity=False, metavar="GB")
+    cache_gb: float = setting(
+        0.0,
+        "GB of disk that the captures of --cache may fill, 0 = half of the free space",
+        identity=False,
+        metavar="GB",
+    )
     storage: str = setting("fp32", "precision of the saved weights", choices=("fp32", "fp16"))
     engine: str = setting("auto", "engine that runs the model's networks", choices=ENGINE_NAMES)
     dtype: str = setting(

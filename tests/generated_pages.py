@@ -1,0 +1,243 @@
+"""Pages that are made of the sources: docs/files.md of the schemas in datasetdm_fast/schemas, docs/flags.md of what the
+commands say of their flags, docs/refusals.md of every sentence with which a command ends.
+"""
+
+import ast
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.cli import COMMANDS
+from datasetdm_fast.command_line.flags import DESCRIBE
+
+ROOT = Path(__file__).parents[1]
+SCHEMAS = ROOT / "datasetdm_fast" / "schemas"
+FILES_OPENING = """# Files
+
+The files that a run folder, a decoder and an export describe themselves with, field by field. This page is made of the
+[JSON schemas](https://json-schema.org/draft/2020-12) in `datasetdm_fast/schemas/`, which lie in the installed package
+and which every file that the commands write is checked against in the tests. `*` marks fields that are always there.
+What else a run folder holds is told by [the data set](data-set.md); `instances.json`, `keypoints.json` and what
+[`convert`](formats.md) writes for others have the forms of those others.
+
+"""
+ORDER = ("run", "sample", "event", "split", "kept", "decoder", "export", "classes")
+
+
+def schema(name: str) -> dict[str, Any]:
+    """A schema of the package, by the name of its file."""
+    return json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def kind_of_value(field: Mapping[str, Any]) -> str:
+    """What a value may be, in words."""
+    if "const" in field:
+        return f"`{json.dumps(field['const'])}`"
+    if "enum" in field:
+        return ", ".join(f"`{one}`" for one in field["enum"])
+    if isinstance(kind := field.get("type", "any"), list):
+        return " or ".join(kind)
+    return f"array of {field['items'].get('type', 'any')}s" if kind == "array" and "items" in field else kind
+
+
+def field_rows(described: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """A row of a table for every field of an object, those of inner objects after it."""
+    own = described.get("properties", {})
+    inner = {**own, **{f"LABEL {name}": one for name, one in described.get("patternProperties", {}).items()}}
+    for name, field in inner.items():
+        if name.startswith("LABEL "):  # "^semantic(:.+)?$"
+            name = name.removeprefix("LABEL ^").removesuffix("(:.+)?$")
+        path = f"{place}{name}"
+        mark = "*" if name in described.get("required", ()) else ""
+        yield f"| `{path}`{mark} | {kind_of_value(field)} | {field['description']} |"
+        yield from field_rows(field, f"{path}.")
+        if isinstance(one := field.get("additionalProperties"), dict):
+            yield from field_rows(one, f"{path}.NAME.")
+        if isinstance(one := field.get("items"), dict):
+            yield from field_rows(one, f"{path}[].")
+
+
+def files_page() -> str:
+    """docs/files.md."""
+    parts = [FILES_OPENING]
+    for name in ORDER:
+        one = schema(name)
+        number = one["$id"].rpartition(":")[2]
+        parts.append(
+            f"## {one['title']}\n\n{wrapped(one['description'])}\n\nFormat {number}, `schemas/{name}.json`.\n\n"
+        )
+        for event in one.get("oneOf", ()):
+            parts.append(f"### {event['title']}\n\n{event['description']}\n\n")
+            parts.append(table(event))
+        if "properties" in one:
+            parts.append(table(one))
+    return "".join(parts).rstrip() + "\n"
+
+
+def table(described: Mapping[str, Any]) -> str:
+    return "\n".join(["| field | value | meaning |", "|---|---|---|", *field_rows(described), "", ""])
+
+
+def wrapped(text: str, width: int = 120) -> str:
+    """Sentences in lines that fit."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+FLAGS_OPENING = """# Flags
+
+Every command with every flag, as `--help` shows them. Each is `python -m datasetdm_fast.NAME` or, once installed,
+`datasetdm-fast NAME`. All of them also take `--help`, `--version` and `--config FILE`, a YAML file of the same
+settings; `no-` before the name of a switch turns it off. What the commands are for, exit codes and environment
+variables: [commands](commands.md).
+
+"""
+EVERYWHERE = ("--help", "--version", "--config")
+
+
+def cell(text: str) -> str:
+    """A text inside a table."""
+    return " ".join(text.split()).replace("|", "&#124;").replace("<", "&lt;")
+
+
+def folded(line: str, width: int = 110) -> str:
+    """A command line that fits, parted between two flags where it is long."""
+    if len(line) <= width:
+        return line
+    place = line.rindex(" --", 0, width)
+    return f"{line[:place]} \\\n    {folded(line[place + 1 :], width)}"
+
+
+def flags_page() -> str:
+    """docs/flags.md."""
+    parts = [FLAGS_OPENING]
+    for name, (module, sentence) in COMMANDS.items():
+        described = io.StringIO()
+        with redirect_stdout(described):
+            import_module(module).main([DESCRIBE])
+        parts.append(f"## {name}\n\nTo {sentence}.\n\n")
+        command = import_module(module)
+        if examples := getattr(command, "EXAMPLES", ()):
+            lines = [f"python -m {module.removesuffix('.__main__')} {line}" for line in examples]
+            parts.append("\n".join(["```bash", *map(folded, lines), "```", "", ""]))
+        rows = ["| flag | meaning |", "|---|---|"]
+        for flag in json.loads(described.getvalue()):
+            if flag["flags"] and flag["flags"][0] in EVERYWHERE:
+                continue
+            value = f" {flag['metavar']}" if flag["takes"] and flag["flags"] else flag["metavar"]
+            spelt = f"`{cell(''.join(flag['flags'][:1]) + value)}`"
+            rows.append(f"| {spelt} | {cell(flag['help'])} |")
+        parts.append("\n".join([*rows, "", ""]))
+    return "".join(parts).rstrip() + "\n"
+
+
+REFUSALS_OPENING = """# When it does not work
+
+Every sentence with which a command ends by exit code 2 (`Refused`: bad input or usage), 3 (`Missing`: something that is
+needed is not there) or 4 (`GateFailed`: the work was done, but a check failed), and what to do about it. Words in
+capitals stand for what the message names. Search the page for the part of your message that is no name of yours; every
+sentence has an anchor of its own to link to. Anything else that ends a command is a bug of ours: the message names a
+report file.
+
+"""
+STOPS = {"Refused": 2, "Missing": 3, "GateFailed": 4}
+SOURCES = ("datasetdm_fast", "export", "kernels")
+
+
+def spoken(node: ast.expr | None) -> str:
+    """The text of an expression, with names in capitals in the place of values; empty where it is none."""
+    if isinstance(node, ast.Constant):
+        return str(node.value) if isinstance(node.value, str) else ""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(spoken(part) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        inner = spoken(node.value) if isinstance(node.value, (ast.Constant, ast.JoinedStr, ast.IfExp)) else ""
+        return inner or placeholder(node.value)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return spoken(node.left) + spoken(node.right)
+    if isinstance(node, ast.IfExp):
+        return spoken(node.body) or spoken(node.orelse)
+    return ""
+
+
+UNSAID = ("nearest", "named_alike", "alike")  # "did you mean" and the like, which is there only now and then
+RENAMED = {"error": "reason", "stop": "reason", "strerror": "reason", "first_line": "reason", "said": "what", "k": "n"}
+
+
+def placeholder(node: ast.expr) -> str:
+    """The plain name that an expression is about, in capitals."""
+    if isinstance(node, ast.Call):
+        function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if function in UNSAID:
+            return ""
+        about = next((one for one in node.args if not isinstance(one, ast.Constant)), None)
+        if about is None and isinstance(node.func, ast.Attribute):
+            about = node.func.value
+        return placeholder(about) if about is not None else "VALUE"
+    if isinstance(node, (ast.GeneratorExp, ast.ListComp, ast.SetComp)):
+        return placeholder(node.generators[0].iter)
+    if isinstance(node, (ast.Subscript, ast.Starred)):
+        return placeholder(node.value)
+    names = [one for one in ast.walk(node) if isinstance(one, (ast.Name, ast.Attribute))]
+    if not names:
+        return "VALUE"
+    name = names[0].attr if isinstance(names[0], ast.Attribute) else names[0].id
+    return "" if name in UNSAID else RENAMED.get(name, name).strip("_").upper().replace("_", " ")
+
+
+def named_texts(function: ast.AST) -> dict[str, str]:
+    """Texts that a function gives names to, by these names."""
+    found = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = spoken(node.value)
+        elif isinstance(node, ast.NamedExpr):
+            found[node.target.id] = spoken(node.value)
+    return found
+
+
+def stops(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Exit code, cause and remedy of every refusal that a file can raise, in its order."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = named_texts(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in STOPS:
+            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+            told = [spoken(one) or (texts.get(one.id, "") if isinstance(one, ast.Name) else "") for one in arguments]
+            if told and told[0]:
+                yield STOPS[node.func.id], " ".join(told[0].split()), " ".join((told[1:] or [""])[0].split())
+
+
+def anchor_of(sentence: str) -> str:
+    """The name of a sentence's anchor, which stays while the sentence does."""
+    return f"r-{hashlib.sha256(sentence.encode()).hexdigest()[:8]}"
+
+
+def refusals_page() -> str:
+    """docs/refusals.md."""
+    rooms: dict[str, dict[str, str]] = {}
+    for path in sorted(path for source in SOURCES for path in (ROOT / source).rglob("*.py")):
+        place = path.relative_to(ROOT / "datasetdm_fast" if path.is_relative_to(ROOT / "datasetdm_fast") else ROOT)
+        room = rooms.setdefault(place.parts[0].removesuffix(".py"), {})
+        for code, cause, remedy in stops(path):
+            name = anchor_of(cause)
+            row = f'| <a id="{name}"></a>{cell(cause)} | {cell(remedy)} | {code} |'.replace("`", "'")
+            room.setdefault(name, row)
+    parts = [REFUSALS_OPENING]
+    for name, rows in sorted(rooms.items()):
+        if rows:
+            parts.append(f"## {name}\n\n| message | what to do | exit code |\n|---|---|---:|\n")
+            parts.append("\n".join([*sorted(rows.values(), key=lambda row: row.partition("</a>")[2]), "", ""]))
+    return "".join(parts).rstrip() + "\n"
+
+
+PAGES = {"files.md": files_page, "flags.md": flags_page, "refusals.md": refusals_page}

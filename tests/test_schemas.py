@@ -1,0 +1,106 @@
+"""The schemas of the package describe every file that is written, and folders of every earlier format still open."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from generated_pages import SCHEMAS, schema
+from jsonschema import Draft202012Validator
+from rendered import write_run
+
+from datasetdm_fast import convert, filter, generate, open_run, splice, split
+from datasetdm_fast.decoders.config import DecoderConfig, upstream
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.exporting import target
+from datasetdm_fast.loading.presets import DEMO
+from datasetdm_fast.run_folder import document, events
+from datasetdm_fast.run_folder.audit import audit
+
+STORED = Path(__file__).parent / "golden" / "formats"
+
+
+def faults(name: str, value) -> list[str]:
+    """What a value has that its schema does not allow."""
+    found = Draft202012Validator(schema(name)).iter_errors(value)
+    return [f"{'.'.join(map(str, fault.path))}: {fault.message}" for fault in found]
+
+
+def check_run(run: Path) -> None:
+    assert faults("run", json.loads((run / "run.json").read_text())) == []
+    for name, path in (("sample", "samples.jsonl"), ("event", events.EVENTS)):
+        lines = (run / path).read_text().splitlines() if (run / path).exists() else []
+        assert [fault for line in lines for fault in faults(name, json.loads(line))] == [], path
+        assert lines or name == "event"
+
+
+@pytest.mark.parametrize("path", sorted(SCHEMAS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_schemas_are_schemas(path):
+    Draft202012Validator.check_schema(json.loads(path.read_text()))
+
+
+def test_the_schemas_have_the_formats_of_the_code():
+    numbers = {"run": document.FORMAT, "sample": document.FORMAT, "event": events.FORMAT, "export": target.FORMAT}
+    for name, number in numbers.items():
+        assert schema(name)["$id"] == f"urn:datasetdm-fast:{name}:{number}"
+    assert set(schema("run")["properties"]["format"]["enum"]) == set(document.READ_FORMATS)
+    assert set(schema("run")["properties"]["command"]["enum"]) == set(document.COMMANDS)
+
+
+def test_what_commands_write_is_described(tmp_path):
+    run, spliced = tmp_path / "run", tmp_path / "spliced"
+    write_run(run, 4, 32)
+    quiet = ["--quiet"]
+    assert filter.main([str(run), "--where", "score >= 0", *quiet]) == 0
+    assert split.main([str(run), "--shares", "50,50", *quiet]) == 0
+    assert splice.main([str(run), "--number", "1", "--out", str(spliced), *quiet]) == 0
+    assert convert.main([str(run), "--to", "hf,coco", "--out", str(tmp_path / "export"), *quiet]) == 0
+    check_run(run)
+    check_run(spliced)
+    for name, path in (
+        ("kept", run / "state" / "kept.json"),
+        ("split", run / "split.json"),
+        ("export", tmp_path / "export" / "export.json"),
+        ("classes", tmp_path / "export" / "hf" / "classes.json"),
+    ):
+        assert faults(name, json.loads(path.read_text())) == [], path
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
+def test_what_generate_writes_is_described(tmp_path):
+    assert generate.main(["--number", "2", "--steps", "2", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    check_run(tmp_path / "run")
+    configs = sorted(DEMO.parent.rglob("decoders/*/config.json"))
+    assert configs and [fault for path in configs for fault in faults("decoder", json.loads(path.read_text()))] == []
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "open-vocabulary", "depth", "heatmap", "simcc"])
+def test_a_decoder_of_each_kind_is_described_and_tells_its_format(kind):
+    text = upstream(kind).to_json()
+    assert faults("decoder", json.loads(text)) == [] and json.loads(text)["format"] == 1
+    assert DecoderConfig.from_json(text) == upstream(kind)
+    with pytest.raises(Refused, match="format 2, this version reads 1"):
+        DecoderConfig.from_json(text.replace('"format": 1', '"format": 2'))
+
+
+def test_what_is_not_described_is_noticed(tmp_path):
+    write_run(tmp_path / "run", 1, 32)
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert faults("run", described | {"colour": 1}) and faults("run", described | {"format": 4})
+    described["labels"]["depth"]["unit"] = "inch"
+    assert faults("run", described)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_folder_of_an_earlier_format_opens(number, tmp_path):
+    """Made by the last commit that wrote this format: one image of the demo model at 64 pixels, three labels."""
+    with tarfile.open(STORED / f"format-{number}.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    run = tmp_path / f"format-{number}"
+    check_run(run)
+    assert json.loads((run / "run.json").read_text())["format"] == number
+    assert audit(run).findings == [] and audit(run).is_complete
+    with open_run(run) as opened:
+        (sample,) = opened
+        assert sample.image.shape == (64, 64, 3) and sample.semantic.labels.max() > 0 and sample.depth.metres.max() > 0
+    assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "export"), "--quiet"]) == 0
