@@ -4,11 +4,13 @@ and what cannot be taught is refused before anything is written.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rendered import write_run
 from safetensors.torch import load_file, save_file
 
@@ -142,6 +144,31 @@ def test_the_mean_over_scales_is_that_of_each_scale_and_its_mirror(scenes):
     second = answering.answered(network, model, turned, vocabulary, True)[0]
     assert isinstance(first, SemanticMap) and first.labels.shape == (SIDE, SIDE)
     assert np.allclose(first.confidence, second.confidence[:, ::-1], atol=1e-4), "both see the same views"
+
+
+def test_maps_are_scored_at_the_size_of_the_images(tmp_path):
+    """A wide image is seen whole: what stands at its border, beyond the square in its middle, counts."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    wide, labels = np.zeros((70, 200, 3), np.uint8), np.zeros((70, 200), np.uint8)
+    labels[:, 150:], labels[:, :20] = 1, IGNORED
+    Image.fromarray(wide).save(tmp_path / "images/a.png")
+    Image.fromarray(labels).save(tmp_path / "masks/a.png")
+    (tmp_path / "classes.txt").write_text("background\nball\n")
+    source = open_data(f"folder:{tmp_path}", SIDE, tasks=("semantic",))
+    vocabulary = student_data.vocabulary_of(source)
+    exam, shown = Examples(source, vocabulary, "semantic"), []
+
+    def predict(model, images):
+        """The right half is a ball, for a network that sees the whole image in another size."""
+        shown.append(images.shape[-2:])
+        right = torch.arange(images.shape[-1]) >= images.shape[-1] / 2
+        return torch.stack([~right, right]).float()[None, :, None].expand(len(images), -1, images.shape[-2], -1)
+
+    network, model = replace(open_network("segformer"), predict=predict), torch.nn.Linear(1, 1)
+    found = answering.scored(network, model, exam, vocabulary, 2)
+    assert shown == [(64, 192)] and exam[0].semantic.shape == (SIDE, SIDE)
+    assert found["per_class"]["ball"] == 50 / 100 and found["per_class"]["background"] == 80 / 130
 
 
 LINE = ["--data", "demo:2@900000", "--learn-from", "demo:4@1000", "--real", "4", "--steps", "2", "--batch-size", "2"]

@@ -23,7 +23,7 @@ from torch import nn
 
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.evaluation.answering import answered, scored
+from datasetdm_fast.evaluation.answering import answered, is_map, scored
 from datasetdm_fast.evaluation.course import Course, NetworkTraining, taught
 from datasetdm_fast.evaluation.examples import Examples
 from datasetdm_fast.evaluation.metrics import METRICS
@@ -164,7 +164,7 @@ class _Student:
     def figures(self, on_message: Callable[[str], None]) -> dict[str, Any]:
         """What it scores, read where it was scored on the same images before."""
         e, path = self.experiment, self.folder / "figures.json"
-        exam = {"images": digest_of(e.exam), "averaged": e.is_averaged}
+        exam = {"images": digest_of(e.exam), "averaged": e.is_averaged, "own_size": is_map(e.network)}
         before = _read(path) if storage.is_there(path) else {}
         if before.get("exam") != exam or not storage.is_there(self.folder / "model.safetensors"):
             found = scored(e.network, self.model(), e.exam, e.vocabulary, e.course.batch_size, e.is_averaged)
@@ -230,7 +230,12 @@ def _found(experiment: Experiment, scores: Mapping[str, Sequence[Mapping[str, An
     ]
     images = {name: len(some) for name, some in experiment.sets.items()} | {"judged": len(experiment.exam)}
     facts = {"student": f"{experiment.name} {experiment.size}".strip(), "pixels": experiment.side, "images": images}
-    facts |= {"steps": experiment.course.steps, "averaged": experiment.is_averaged, "figure": figure}
+    facts |= {
+        "own_size": is_map(experiment.network),
+        "steps": experiment.course.steps,
+        "averaged": experiment.is_averaged,
+        "figure": figure,
+    }
     return {task: facts | {"arms": arms, "gains": gains}}
 
 
@@ -246,7 +251,8 @@ def table(found: Mapping[str, Any]) -> str:
     ((task, row),) = found.items()
     wide = max(map(len, row["arms"]))
     averaged = ", the mean over six scales and their mirror images" if row["averaged"] else ""
-    lines = [f"{row['student']}, {task}, at {row['pixels']} x {row['pixels']} pixels{averaged}"]
+    own = ", scored at the images' own size" if row["own_size"] else ""
+    lines = [f"{row['student']}, {task}, at {row['pixels']} x {row['pixels']} pixels{own}{averaged}"]
     has_things = any("things" in arm for arm in row["arms"].values())
     lines.append(f"{'taught by':{wide}}  {row['figure']:>8}  95 % interval" + "       of things" * has_things)
     for name, arm in row["arms"].items():

@@ -88,6 +88,10 @@ class Examples:
             self._kept[index] = item
         return item
 
+    def whole(self, index: int) -> Labelled:
+        """An image and its map at their own size."""
+        return self._numbered(self.source.whole(index))
+
     def relabelled(self, again: Callable[[Labelled], Labelled]) -> Examples:
         """The same images with the labels that `again` gives them."""
         found = copy.copy(self)

@@ -80,8 +80,8 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     run: str = setting("", "run folder whose images --student adds", metavar="RUN")
     size: int = setting(
         0,
-        "pixels of a side that a --student of transformers learns from and is scored at, a multiple of 32; 0 = those "
-        "of the images of --run",
+        "pixels of a side that a --student of transformers learns from and is shown, a multiple of 32; 0 = those of "
+        "the images of --run",
         metavar="N",
     )
     out: str = setting(

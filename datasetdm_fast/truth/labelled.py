@@ -106,6 +106,10 @@ class LabelledSource:
             raise IndexError(index)
         return self.guarded(self.load, self.order[index], index if self.framing == "upstream" else None)
 
+    def whole(self, index: int) -> Labelled:
+        """Item `index` at its own size, image and maps; what is drawn at any size has no other than the model's."""
+        return self[index]
+
     def __iter__(self) -> Iterator[Labelled]:
         for index in range(len(self)):
             try:

@@ -1,6 +1,6 @@
 """What readers of image files share: a picture is loaded, framed, and the labels that follow from others are made."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,19 @@ class PictureSource(LabelledSource):
             window = framing.fitted(height, width, self.size)
         return self.completed(framing.framed(picture, window, self.size, self.least_mask))
 
+    def whole(self, index: int) -> Labelled:
+        picture = self.guarded(self.picture, self.order[index])
+        if picture.person:  # a part of a picture is looked at, and has no size of its own
+            return self[index]
+        masks = {
+            "masks": _stacked(picture.masks, picture.image.shape[:2]),
+            "mask_classes": np.array(picture.mask_classes, np.int64),
+            "crowds": _stacked(picture.crowds, picture.image.shape[:2]),
+            "crowd_classes": np.array(picture.crowd_classes, np.int64),
+        }
+        item = Labelled(picture.id, picture.image, picture.caption, picture.semantic, depth=picture.depth)
+        return self.completed(item if picture.masks is None else replace(item, **masks))
+
     def completed(self, item: Labelled) -> Labelled:
         """Class masks from a label map, or a label map from masks, where the data set stores one of the two."""
         if item.masks is None and item.semantic is not None and self.thing_classes:
@@ -40,10 +53,10 @@ class PictureSource(LabelledSource):
                 k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()
             ]
             masks = [item.semantic == self.classes.index(self.thing_classes[k]) for k in present]
-            masks = np.stack(masks) if masks else np.zeros((0, self.size, self.size), bool)
+            masks = np.stack(masks) if masks else np.zeros((0, *item.semantic.shape), bool)
             return replace(item, masks=masks, mask_classes=np.array(present, np.int64))
         if item.semantic is None and item.masks is not None and "semantic" in self.tasks:
-            labels = np.zeros((self.size, self.size), np.uint8)
+            labels = np.zeros(item.image.shape[:2], np.uint8)
             for crowd in item.crowds:
                 labels[crowd] = IGNORED
             for k in np.argsort([-mask.sum() for mask in item.masks], kind="stable"):  # small things lie on large ones
@@ -70,6 +83,11 @@ class PictureSource(LabelledSource):
             for k, name in enumerate(self.classes)
             if counts[k] and (name in self.thing_classes or not self.thing_classes)
         }
+
+
+def _stacked(makers: Sequence[Callable[[], np.ndarray]] | None, sides: tuple[int, ...]) -> np.ndarray:
+    """Masks [N, H, W] bool."""
+    return np.stack([make() for make in makers]).astype(bool) if makers else np.zeros((0, *sides), bool)
 
 
 def largest(areas: Iterable[tuple[str, int]]) -> dict[str, int]:
