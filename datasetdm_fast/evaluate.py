@@ -153,7 +153,8 @@ def _network(config: EvaluateConfig) -> int:
     size = "" if config.weights else size_of(network, config.student_size)
     if config.weights:
         check_folder(network, Path(config.weights))
-    document = read_document(Path(config.run)) or {"sampling": {"size": ANY_SIZE}}
+    folder = config.run if Path(config.run).is_dir() else config.run.partition("[")[0]  # RUN[LABEL], as readers take it
+    document = read_document(Path(folder)) or {"sampling": {"size": ANY_SIZE}}
     side = config.size or -(-document["sampling"]["size"] // MULTIPLE) * MULTIPLE
     try:
         run = _opened(config, f"run:{config.run}", side, tasks)

@@ -24,6 +24,7 @@ from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.kernels import choice
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.pipeline import Pipeline
+from datasetdm_fast.readers import open_data
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.sampling import times
@@ -236,6 +237,11 @@ def test_a_run_of_both_labellers(prompts, tmp_path, capsys):
         and "agree with those of the semantic decoder" in (run / "README.md").read_text()
     )
     assert '"attention"' in (run / "gallery/run.js").read_text()
+    for name, address in (("semantic", "[all]"), ("attention", "[all,attention]"), ("semantic", "[semantic,all]")):
+        read = open_data(f"run:{run}{address}", 128)[1]
+        assert np.array_equal(read.semantic, sample.label(name).labels), address
+    with pytest.raises(Refused, match="no labels of this name"):
+        open_data(f"run:{run}[open-vocabulary]", 128)
     (run / "attention/00000001.png").unlink()
     assert generate.main(["--out", str(run), "--only", "00000001", "--quiet"]) == 0
     assert (run / "attention/00000001.png").read_bytes() == kept

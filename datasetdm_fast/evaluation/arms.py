@@ -89,7 +89,7 @@ def digest_of(some: Examples) -> str:
     """SHA-256 of which images and labels a set holds."""
     digest = hashlib.sha256(f"{type(some.source).__name__} {some.source.framing} {some.source.classes}".encode())
     if (run := getattr(some.source, "run", None)) is not None:
-        digest.update(json.dumps(run.document, sort_keys=True, default=str).encode())
+        digest.update(f"{some.source.map}{json.dumps(run.document, sort_keys=True, default=str)}".encode())
     for index in range(len(some)):
         digest.update(f"{some.source.name(some.source.order[index])}\0".encode())
     return digest.hexdigest()

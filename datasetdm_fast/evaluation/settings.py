@@ -77,7 +77,11 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     )
     tta: bool = setting(False, "a --student's answer is the mean over six scales and their mirror images")
     real: int = setting(100, "real images for the student, the first of --learn-from", metavar="N")
-    run: str = setting("", "run folder whose images --student adds", metavar="RUN")
+    run: str = setting(
+        "",
+        "run folder whose images --student adds; RUN[attention] for its labels from attention where it has others, too",
+        metavar="RUN",
+    )
     size: int = setting(
         0,
         "pixels of a side that a --student of transformers learns from and is shown, a multiple of 32; 0 = those of "

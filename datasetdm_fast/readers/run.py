@@ -1,4 +1,4 @@
-"""run:RUN[SPLIT]: the samples of a run folder, with the labels that its decoders made taken for truth."""
+"""run:RUN[SPLIT,LABEL]: the samples of a run folder, with the labels that were made with them taken for truth."""
 
 from functools import partial
 from pathlib import Path
@@ -8,9 +8,10 @@ import numpy as np
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.instance import SHOWN_SCORE
-from datasetdm_fast.labels.names import task_of_label
+from datasetdm_fast.labels.names import LabelName, task_of_label
 from datasetdm_fast.labels.trust import without_doubtful
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.run_folder.ledger import Row
@@ -20,19 +21,41 @@ from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import Picture
 from datasetdm_fast.truth.pictures import MOST_SEMANTIC, PictureSource
 
-MAPS = ("semantic", "open-vocabulary", ATTENTION)  # the first that a run has tells the class of every pixel
+# the first that a run has tells the class of every pixel, where LABEL names none
+MAPS = ("semantic", "open-vocabulary", ATTENTION)
 ALL, TRAIN = "all", "train"
+
+
+def _split_and_label(text: str) -> tuple[str, str]:
+    """The part of the run and the map of classes that the brackets of an address name, the latter perhaps empty; the
+    name of a decoder follows its task after a dot.
+    """
+    words, labels = text.split(","), []
+    for word in words:
+        try:
+            label = LabelName.of_stem(word)
+        except ValueError:
+            continue
+        if label.task in MAPS:
+            labels.append((word, str(label)))
+    if not labels or len(words) > 2:
+        return text, ""
+    word, label = labels[-1]
+    words.remove(word)
+    return "".join(words) or TRAIN, label
 
 
 class RunSamples(PictureSource):
     """What the last filter keeps and nothing calls doubtful, doubtful pixels ignored; with [all], every sample as it is
-    stored. Where the run is split, SPLIT is one of its parts. Of several decoders of a task, the first of the run tells
-    the truth; instances whose score is low are neither right nor wrong to find.
+    stored. Where the run is split, SPLIT is one of its parts. LABEL is the map of classes to take; of several decoders
+    of another task, the first of the run tells the truth; instances whose score is low are neither right nor wrong to
+    find.
     """
 
     rule = framing.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+        split, chosen = _split_and_label(split)
         self.path, self.is_all = path, split == ALL
         self.run = Run(path, kept=not self.is_all)
         parts = found.parts if not self.is_all and (found := read_split(path)) else {}
@@ -42,7 +65,12 @@ class RunSamples(PictureSource):
         self.labels: dict[str, str] = {}  # task -> the label of the run that tells its truth
         for label in self.run.tasks:
             self.labels.setdefault(task_of_label(label), label)
-        self.map = next((self.labels[task] for task in MAPS if task in self.labels), "")
+        if chosen not in ("", *self.run.tasks):
+            raise Refused(
+                f"--data run:{path}[{chosen}]: the run has no labels of this name",
+                f"It has {', '.join(self.run.tasks)}.",
+            )
+        self.map = chosen or next((self.labels[task] for task in MAPS if task in self.labels), "")
         self._name_classes(tasks)
         # position in the run, id, and what the sample has in common with others
         self.records: list[tuple[int, str, tuple[str, ...]]] = []
