@@ -34,6 +34,7 @@ class EngineKind:
     options: Mapping[str, tuple[str, str] | None] = field(default_factory=dict)
     requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
     races: bool = False  # whether --engine auto tries it for a long run on a CPU
+    halves: tuple[str, ...] = ()  # precisions that --dtype auto tries for a long run
 
 
 OWN_ENGINES = {
@@ -46,6 +47,7 @@ OWN_ENGINES = {
                 "Use it with --engine fast.",
             )
         },
+        halves=("bf16", "fp16"),
     ),
     "ort": EngineKind(
         "datasetdm_fast.engines.exported.ort:OrtEngine",
@@ -60,6 +62,7 @@ OWN_ENGINES = {
         options={"streams": ("--streams: OpenVINO has streams, and the engine is {engine}", "Add --engine openvino.")},
         requirement=("datasetdm_fast.engines.exported.providers:require_openvino", "streams"),
         races=True,
+        halves=("bf16",),
     ),
     "trt": EngineKind(
         "datasetdm_fast.engines.exported.trt:TrtEngine",
@@ -70,6 +73,7 @@ OWN_ENGINES = {
 ENGINES = Registry("engines", OWN_ENGINES, EngineKind)
 ENGINE_NAMES = ("auto", *ENGINES.names)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
+HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = {  # name -> module that ends with its SAMPLER
     "pndm": "datasetdm_fast.sampling.multistep",
@@ -468,7 +472,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     dtype: str = setting(
         "auto",
-        "precision of the fast engines; tf32 is fp32 with TF32 convolutions on a GPU, fp8 only with --engine trt",
+        "precision of the fast engines; auto is fp32 on a CPU and fp16 on a GPU, and in a new run of 100 images or "
+        "more bf16 or fp16 where the device has it and four samples agree with the reference, else fp32; tf32 is fp32 "
+        "with TF32 convolutions on a GPU, fp8 only with --engine trt",
         choices=("auto", "fp32", "tf32", "fp16", "bf16", "fp8"),
     )
 

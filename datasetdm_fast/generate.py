@@ -4,7 +4,8 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,10 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
-from datasetdm_fast.config import RunConfig
+from datasetdm_fast.config import HALF, RunConfig
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.defaults import with_folder, with_labels
-from datasetdm_fast.generation.job import Job, count_rows, finished, further, prepare, refill
+from datasetdm_fast.generation.job import Job, count_rows, finished, further, measures, prepare, refill
 from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import prepare_remake, remake, run
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
         return _end(config, result)
     if config.dry_run:
-        job = prepare(config)
+        job = prepare(config, dtype=HALF if measures(config) else "")
         _say(config, *table(job))
         _show_plan(job)
         return 0
@@ -89,8 +90,8 @@ def main(arguments: Sequence[str]) -> int:
             f"--verify {config.verify}: several machines or processes that were started together make this run",
             "Run the line once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
         )
-    if config.verify and places:
-        _begin_verified(config)
+    if places and (config.verify or measures(config)):
+        _begin(config)
     if peer:
         config = launched.settle_on(config, peer)
         result = _run_together(config, partial(launched.run, config, peer), interruption, peer)
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
-    job = prepare(config, races=True)
+    job = _measured(config, races=True) if measures(config) else prepare(config, races=True)
     _say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size)))
     if config.verify:
         job = _verified(config, job)
@@ -128,26 +129,46 @@ def _run_here(config: RunConfig, interruption: Interruption) -> Result:
         )
 
 
-def _begin_verified(config: RunConfig) -> None:
-    """The same before several processes make the run: the folder they find tells that it was done."""
-    job = _verified(config, prepare(config))
+def _begin(config: RunConfig) -> None:
+    """What is compared before several processes make the run: the folder they find tells that it was done."""
+    job = _measured(config) if measures(config) else prepare(config)
+    if config.verify:
+        job = _verified(config, job)
     with RunFolder(job.folder, job.document):
         pass
 
 
-def _verified(config: RunConfig, job: Job) -> Job:
-    """The job with the verdict on its engine, an earlier one where that still holds."""
+def _measured(config: RunConfig, *, races: bool = False) -> Job:
+    """The job in the precision that --dtype auto takes."""
+    from datasetdm_fast.agreement import before
+
+    job = prepare(config, races=races, dtype=HALF)
+    if not job.half:
+        return job
+    with _comparing(config, before.calls_of(job, min(before.MEASURED, job.plan.number)), job.half) as advance:
+        return before.measured(job, lambda: prepare(config, races=races, dtype="fp32"), advance)
+
+
+@contextmanager
+def _comparing(config: RunConfig, calls: int, name: str) -> Iterator[Callable[[], None]]:
+    """Within the block a bar on the terminal advances with every call of a U-Net."""
     from tqdm import tqdm
 
+    with tqdm(total=calls, desc=name, unit="call", disable=config.quiet or None, file=sys.stderr) as bar:
+        yield lambda: bar.update(1)
+
+
+def _verified(config: RunConfig, job: Job) -> Job:
+    """The job with the verdict on its engine, an earlier one where that still holds."""
     from datasetdm_fast.agreement import before
 
     stored, number = read_document(job.folder), min(config.verify, job.plan.number)
-    if stored is not None and before.holds(stored.get("verified"), job.engine, number):
-        _say(config, f"verified   {stored['verified']['number']} samples agreed before, with this engine and device")
+    earlier = (stored or job.document).get("verified")
+    if before.holds(earlier, job.engine, number):
+        _say(config, f"verified   {earlier['number']} samples agreed before, with this engine and device")
         return job
-    calls = before.calls_of(job, number)
-    with tqdm(total=calls, desc="verify", unit="call", disable=config.quiet or None, file=sys.stderr) as bar:
-        verdict = before.compared(job, number, lambda: bar.update(1))
+    with _comparing(config, before.calls_of(job, number), "verify") as advance:
+        verdict = before.compared(job, number, advance)
     failed = [row.measure for row in verdict.rows if not row.is_passed]
     if failed and not config.verify_anyway:
         raise GateFailed(

@@ -1,12 +1,19 @@
-"""--engine auto in a long run on a CPU: the fastest of the engines that agree, kept by the run folder."""
+"""--engine auto and --dtype auto in a long run on a CPU: the fastest engine that agrees, half precision where verify's
+gates hold, both kept by the run folder.
+"""
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
-from datasetdm_fast.config import RunConfig
-from datasetdm_fast.engines import build_engine
+from datasetdm_fast import generate
+from datasetdm_fast.agreement import before
+from datasetdm_fast.agreement.gates import GateRow
+from datasetdm_fast.agreement.verify import Verdict
+from datasetdm_fast.config import HALF, RunConfig
+from datasetdm_fast.engines import build_engine, device
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import job, racing
 from datasetdm_fast.loading import load_model
@@ -121,3 +128,92 @@ def test_the_plan_and_run_json_name_the_winner(tmp_path, monkeypatch, capsys):
     assert "race       ort of ort 0.1 s, fast 0.2 s a call" in capsys.readouterr().err
     assert chosen and chosen[0][0] == 2 and chosen[0][1] % 2 == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "ort"
+
+
+@pytest.fixture
+def halved(monkeypatch):
+    """A CPU whose half precision is bf16, runs of two images long enough, and the verdict as a list of failed measures;
+    the reference is not asked.
+    """
+    failed: list[str] = []
+    monkeypatch.setattr(device, "half_of", lambda _: "bf16")
+    monkeypatch.setattr(job, "LEAST_MEASURED", 2)
+    compared = []
+
+    def compare(one, number, _):
+        compared.append((one.engine.fingerprint()["dtype"], number))
+        rows = [GateRow(name, 1.0, 1.0, (0.0, 0.0), None, 0) for name in failed]
+        passed = [GateRow("image", 0.0, 0.0, (0.0, 0.0), None, 0)]
+        return Verdict(passed + rows, one.engine.fingerprint(), {"engine": "torch"}, {"number": number}, [], [], [])
+
+    monkeypatch.setattr(before, "compared", compare)
+    return failed, compared
+
+
+def made(folder, *more: str) -> dict:
+    few = "--model tiny --task semantic --steps 2 --device cpu --prompts".split()
+    assert generate.main([*few, "a ball", "--out", str(folder), *more]) == 0
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_half_precision_is_taken_where_the_gates_hold_and_kept(tmp_path, halved, capsys):
+    _, compared = halved
+    two = "--number", "2", "--verify", "2"
+    document = made(tmp_path / "run", *two, "--limit", "1")
+    told = capsys.readouterr().err
+    assert "precision  bf16, as it agrees in all 1 measures with torch on 2 samples" in told
+    assert "verified   2 samples agreed before" in told
+    assert document["engine"]["dtype"] == "bf16" and document["verified"]["agrees"]
+    assert document["precision"] == {"tried": "bf16", "number": 2, "failed": []}
+    assert made(tmp_path / "run", *two)["engine"]["dtype"] == "bf16" and compared == [("bf16", 2)]
+    assert "precision  " not in capsys.readouterr().err
+
+
+def test_fp32_is_taken_where_a_gate_fails(tmp_path, halved, capsys, monkeypatch):
+    failed, compared = halved
+    failed.append("free depth")
+    assert generate.main(["--dry-run", "--number", "2", "--model", "tiny", "--prompts", "a", "--allow-unnamed"]) == 0
+    assert "precision  bf16 if the first samples agree with torch, else fp32" in capsys.readouterr().err
+    document = made(tmp_path / "run", "--number", "2", "--limit", "1")
+    assert "precision  fp32, as bf16 does not agree with torch in free depth" in capsys.readouterr().err
+    assert document["engine"]["dtype"] == "fp32" and document["precision"]["failed"] == ["free depth"]
+    asked = []
+    monkeypatch.setattr(job.opening, "open_engine", lambda *_, **chosen: (asked.append(chosen["dtype"]), {}))
+    for engine, dtype in (("auto", "auto"), ("torch", "auto"), ("auto", "bf16")):
+        job.engine_of(RunConfig(engine=engine, dtype=dtype), document)
+    assert asked == ["fp32", "auto", "bf16"] and compared == [("bf16", 2)]
+
+
+def test_what_compares_nothing(tmp_path, halved, monkeypatch):
+    """A short run, a precision or an engine by name, labels that no gate judges, a run folder that is there."""
+    config = RunConfig(model="tiny", number=2, out=str(tmp_path / "run"))
+    others = {"number": 1}, {"dtype": "fp32"}, {"engine": "torch"}, {"compile": True}, {"task": ("attention",)}
+    assert job.measures(config) and not any(job.measures(replace(config, **one)) for one in others)
+    monkeypatch.setattr(job, "read_document", lambda _: {})
+    assert not job.measures(config)
+
+
+def test_a_device_without_half_precision_stays_in_fp32(halved, monkeypatch):
+    monkeypatch.setattr(device, "half_of", lambda _: "")
+    engine, _ = job.opening.open_engine("tiny", None, dtype=HALF, device="cpu")
+    assert engine.fingerprint()["dtype"] == "fp32"
+
+
+def test_the_race_is_run_in_half_precision(tmp_path, halved, monkeypatch):
+    raced = []
+
+    def fastest(engine, *_):
+        raced.append(engine.fingerprint()["dtype"])
+        return racing.Race(engine)
+
+    monkeypatch.setattr(racing, "fastest", fastest)
+    halved[0].append("image")
+    made(tmp_path / "run", "--number", "2")
+    assert raced == ["bf16", "fp32"]
+
+
+def test_the_reference_of_a_comparison_is_let_go(tmp_path):
+    config = RunConfig(model="tiny", number=1, steps=2, prompts="a ball", task=("semantic",), out=str(tmp_path / "run"))
+    one = job.prepare(config)
+    assert before.compared(one, 1).agrees
+    assert not any(network.is_built for network in one.engine.model.networks.values())

@@ -19,6 +19,7 @@ from datasetdm_fast.loading.provenance import digest
 from datasetdm_fast.version import __version__
 
 REFERENCE = "torch"
+MEASURED = 4  # samples that --dtype auto compares
 
 
 def setting_of(engine: Engine) -> dict[str, str]:
@@ -55,14 +56,36 @@ def compared(job: Job, number: int, on_unet_call: Callable[[], None] = lambda: N
     engine = job.engine
     if engine.name == REFERENCE:
         raise Refused(f"--verify {number}: the engine is {REFERENCE}, the reference itself", "Drop --verify.")
+    unbuilt = [network for network in engine.model.networks.values() if not network.is_built]
     reference = build_engine(REFERENCE, engine.model, engine.decoders, device=str(engine.device))
     requests = [job.plan.request(index) for index in range(number)]
-    return verify(engine, reference, requests, _recipe(job), min(job.plan.batch_size, number), on_unet_call)
+    try:
+        return verify(engine, reference, requests, _recipe(job), min(job.plan.batch_size, number), on_unet_call)
+    finally:
+        for network in unbuilt:  # the reference's, as large as the engine
+            network.let_go()
 
 
 def _recipe(job: Job) -> Any:
     """The recipe of the run, every sample from its own noise and with the labels of decoders alone."""
     return replace(job.recipe, tasks=job.recipe.decoded, attention=None, origin=FROM_NOISE)
+
+
+def measured(job: Job, in_fp32: Callable[[], Job], on_unet_call: Callable[[], None] = lambda: None) -> Job:
+    """The job in the half precision that it tries, if its first samples pass the gates of that precision, else the same
+    in fp32; run.json keeps what was found.
+    """
+    number = min(MEASURED, job.plan.number)
+    verdict = compared(job, number, on_unet_call)
+    failed = [row.measure for row in verdict.rows if not row.is_passed]
+    found = {"precision": {"tried": job.half, "number": number, "failed": failed}}
+    if failed:
+        told = f"fp32, as {job.half} does not agree with {REFERENCE} in {', '.join(failed)} on {number} samples"
+        job = in_fp32()
+    else:
+        told = f"{job.half}, as it agrees in all {len(verdict.rows)} measures with {REFERENCE} on {number} samples"
+        found["verified"] = kept(verdict, job.engine)
+    return replace(job, half="", precision=told, document=job.document | found)
 
 
 def kept(verdict: Verdict, engine: Engine) -> dict[str, Any]:

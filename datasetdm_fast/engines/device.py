@@ -26,6 +26,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def half_of(device: torch.device) -> str:
+    """The half precision that is fast on `device`, "" where none is."""
+    if device.type == "cuda":
+        return "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else ""
+
+
 def to_device(value: Tensor, device: torch.device) -> Tensor:
     """A value of the host on `device`; for a GPU the copy is queued behind its work, and the host goes on."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

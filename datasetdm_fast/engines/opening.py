@@ -6,6 +6,7 @@ import os
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.config import ENGINES, HALF
 from datasetdm_fast.engines import build_engine, check_engine
 from datasetdm_fast.errors import Missing, Refused, nearest
 
@@ -31,7 +32,8 @@ def open_engine(
     loaded: Model | None = None,
     **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
-    """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings.
+    """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings. The
+    dtype "half" is that of a long run in which --dtype auto measures, or auto where engine and device have none.
 
     A task stands for its own decoder, TASK:NAME for the one in the folder NAME. `lora` are adapters to fuse into the
     model, which may be `loaded` already.
@@ -44,11 +46,15 @@ def open_engine(
     from datasetdm_fast.decoders.checkpoint import check_levels, load_decoder
     from datasetdm_fast.decoders.folders import find_decoders
     from datasetdm_fast.decoders.upstream import unpacked
+    from datasetdm_fast.engines.device import half_of, resolve_device
     from datasetdm_fast.loading import load_model
     from datasetdm_fast.loading.presets import SEEDED_LICENCE
 
     if threads:
         torch.set_num_threads(threads)
+    if dtype == HALF:
+        half = half_of(resolve_device(device))
+        dtype = half if half in ENGINES["fast" if engine == "auto" else engine].halves else "auto"
     if loaded is None:
         loaded = load_model(model, size=size, allow_download=allow_download)
     if lora:

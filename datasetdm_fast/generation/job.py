@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, ENGINES, RunConfig
+from datasetdm_fast.config import ATTENTION, ENGINES, HALF, RunConfig
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
@@ -37,6 +37,7 @@ from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
 from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
 
+LEAST_MEASURED = 100  # images; comparing some with the reference would not pay in a shorter run
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
 
 
@@ -65,6 +66,8 @@ class Job:
     document: dict[str, Any]  # run.json
     done: int  # samples the run folder already holds
     race: str = ""  # how --engine auto chose, where it tried several
+    half: str = ""  # the precision that --dtype auto tries, until it was measured
+    precision: str = ""  # how it chose
     call_seconds: float = 0.0  # of a UNet call at the run's batch size, where that was measured
     generator: Callable[..., Any] | None = None  # what samples a batch, see driver.generate
     pixels: int = 0  # of an image on average, where images have sizes of their own
@@ -174,13 +177,23 @@ def refill(config: RunConfig) -> None:
             folder.set_doubtful_aside()
 
 
-def prepare(config: RunConfig, *, races: bool = False, source: prompts.PromptSource | None = None) -> Job:
+def measures(config: RunConfig) -> bool:
+    """Whether `--dtype auto` compares samples before this run: of a long one that is new and read from no attention."""
+    kind = ENGINES["fast" if config.engine == "auto" else config.engine]
+    is_usual = config.dtype == "auto" and kind.halves and not config.compile and ATTENTION not in config.task
+    return bool(is_usual) and count_images(config) >= LEAST_MEASURED and read_document(Path(config.out)) is None
+
+
+def prepare(
+    config: RunConfig, *, races: bool = False, dtype: str = "", source: prompts.PromptSource | None = None
+) -> Job:
     """The job of a configuration: everything is loaded and checked, nothing is written; with `races` `--engine auto`
-    may take another engine than the fast one. `source` holds prompts that no file of the configuration names.
+    may take another engine than the fast one, and `dtype` takes the place of `--dtype auto`. `source` holds prompts that
+    no file of the configuration names.
     """
     check_settings(config)
     stored = read_document(Path(config.out))
-    job = compose(config, source or prompts.read_source(config), stored, races=races)
+    job = compose(config, source or prompts.read_source(config), stored, races=races, dtype=dtype)
     if stored is not None:
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)
@@ -188,10 +201,15 @@ def prepare(config: RunConfig, *, races: bool = False, source: prompts.PromptSou
 
 
 def compose(
-    config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any] | None, *, races: bool = False
+    config: RunConfig,
+    source: prompts.PromptSource,
+    stored: Mapping[str, Any] | None,
+    *,
+    races: bool = False,
+    dtype: str = "",
 ) -> Job:
     """The same for checked settings, without a look at the run folder; `stored` is its description, if any."""
-    engine, decoders = engine_of(config, stored)
+    engine, decoders = engine_of(config, stored, dtype)
     recipe = recipe_of(config, engine, source.classes or source.listed)
     words = recipe.words or class_words(engine, config.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free.
@@ -220,7 +238,9 @@ def compose(
         engine = race.engine
     document = describe(identity(config, source), plan, engine, recipe, decoders)
     facts = row_facts(document)
-    return Job(config, plan, engine, replace(recipe, facts=facts), document, 0, race.told, race.seconds)
+    precision = document["engine"].get("dtype", "")
+    half = precision if dtype == HALF and precision != "fp32" else ""
+    return Job(config, plan, engine, replace(recipe, facts=facts), document, 0, race.told, half, "", race.seconds)
 
 
 def _different(source: prompts.PromptSource, plan: Plan) -> list[Request]:
@@ -251,15 +271,24 @@ def check_room(job: Job) -> None:
         )
 
 
-def engine_of(config: RunConfig, stored: Mapping[str, Any] | None) -> tuple[Engine, dict[str, Any]]:
-    """The engine and its decoders; a run folder keeps the engine that `--engine auto` chose for it."""
+def engine_of(config: RunConfig, stored: Mapping[str, Any] | None, dtype: str = "") -> tuple[Engine, dict[str, Any]]:
+    """The engine and its decoders; a run folder keeps what `--engine auto` and `--dtype auto` chose for it."""
     chosen = {"size": config.size, "allow_download": config.allow_download, "lora": config.lora}
     chosen |= config.engine_choices()
     kept = stored["engine"].get("engine") if stored and config.engine == "auto" else None
     if kept in ENGINES and ENGINES[kept].races:
         chosen["engine"] = kept
+    if config.dtype == "auto":
+        chosen["dtype"] = (dtype or "auto") if stored is None else _kept_dtype(config, stored["engine"])
     decoded = tuple(task for task in config.task if task != ATTENTION)
     return opening.open_engine(config.model, config.decoder if decoded else None, decoded, **chosen)
+
+
+def _kept_dtype(config: RunConfig, engine: Mapping[str, Any]) -> str:
+    """The precision in which a run folder was begun, where `--dtype auto` may have measured it."""
+    kind, name, dtype = ENGINES.get(engine.get("engine")), config.engine, engine.get("dtype")
+    is_measured = kind is not None and name in ("auto", engine["engine"]) and dtype in ("fp32", *kind.halves)
+    return dtype if is_measured and kind.halves else "auto"
 
 
 def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str], strength: float = 1.0) -> Recipe:

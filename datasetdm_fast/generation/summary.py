@@ -25,6 +25,7 @@ def table(job: Job, call: float = 0.0) -> list[str]:
         "labels": ", ".join(job.recipe.tasks),
         "engine": f"{name}, {counted(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
+        "precision": job.precision or (job.half and f"{job.half} if the first samples agree with torch, else fp32"),
         "time": f"about {duration(call * facts['calls'] * batches * OVERHEAD)}, at {call:.3g} s a call" if call else "",
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": str(job.folder),

@@ -66,6 +66,15 @@ class Network:
         return self._module
 
     @property
+    def is_built(self) -> bool:
+        return self._module is not None
+
+    def let_go(self) -> None:
+        """Drops the module, which the next question for it builds again; one that was changed stays."""
+        if not self.changes:
+            self._module = None
+
+    @property
     def changes(self) -> int:
         """How often a weight was changed in place since the module was built."""
         return _versions(self._module) - self._built if self._module is not None else 0
