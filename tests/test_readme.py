@@ -116,9 +116,8 @@ def parse_only(monkeypatch):
 
 def run_module(name: str, words: list[str]) -> int:
     """The exit code of `python -m NAME WORDS`."""
-    module = import_module(
-        {"bench": "bench.__main__", "datasetdm_fast.export": "datasetdm_fast.export.__main__"}.get(name, name)
-    )
+    programs = ("bench", "datasetdm_fast.export", "datasetdm_fast.compat.showlab")
+    module = import_module(f"{name}.__main__" if name in programs else name)
     try:
         return run_command(module.dispatch, words) if name == "bench" else module.main(words)
     except SystemExit as stop:

@@ -30,13 +30,14 @@ def open_engine(
     threads: int = 0,
     lora: Sequence[str] = (),
     loaded: Model | None = None,
+    strict: bool = False,
     **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings. The
     dtype "half" is that of a long run in which --dtype auto measures, or auto where engine and device have none.
 
     A task stands for its own decoder, TASK:NAME for the one in the folder NAME. `lora` are adapters to fuse into the
-    model, which may be `loaded` already.
+    model, which may be `loaded` already; `strict` is for decoders as in load_decoder.
     """
     check_engine(engine, **options)
     # OpenMP's waiting threads would otherwise burn the cores other processes need; read when torch is first imported.
@@ -70,7 +71,7 @@ def open_engine(
     elif decoder:
         folders = find_decoders(unpacked(decoder, loaded.levels))
         labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
-        chosen = {label: load_decoder(folders[label]) for label in labels}
+        chosen = {label: load_decoder(folders[label], strict=strict) for label in labels}
         told = describe_decoders(folders, labels)
     else:
         chosen, told = {}, {}

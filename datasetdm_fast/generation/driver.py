@@ -189,7 +189,18 @@ class BatchGenerator:
         if images is None:
             images, checks["image"] = engine.decode_and_check(drawn.latents)
         checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
-        return collect(batch, images, raw, checks, engine, recipe, drawn.averages)
+        return self.collected(batch, images, raw, checks, drawn.averages)
+
+    def collected(
+        self,
+        batch: Batch,
+        images: Tensor,
+        raw: dict[str, dict[str, Tensor]],
+        checks: dict[str, Tensor],
+        averages: AttentionSums | None,
+    ) -> list[Sample | SetAside]:
+        """The results of a batch, from what its decoders answered; other generators may take more from that."""
+        return collect(batch, images, raw, checks, self.engine, self.recipe, averages)
 
 
 def collect(

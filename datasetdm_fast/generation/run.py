@@ -28,8 +28,11 @@ def run(
     on_commit: Callable[[int], None] = lambda count: None,
     on_unet_call: Callable[[], None] = lambda: None,
     is_stopping: Callable[[], bool] = lambda: False,
+    before_commit: Callable[[list[Sample | SetAside]], None] = lambda results: None,
 ) -> Result:
-    """Makes the missing samples batch by batch; `on_commit` hears of commits, `is_stopping` is asked after each."""
+    """Makes the missing samples batch by batch; `on_commit` hears of commits, `is_stopping` is asked after each.
+    `before_commit` is given what is about to be committed.
+    """
     begin, new = time.perf_counter(), 0
 
     def committed(rows: list[Row]) -> None:
@@ -45,7 +48,9 @@ def run(
                 stopping = until(is_stopping, batches)
                 made = driver.generate(stopping, job.engine, job.recipe, on_unet_call, job.generator)
                 for batch, results in made:
-                    writing.put(quota.taken(results), facts_of(job.recipe, batch))
+                    taken = quota.taken(results)
+                    before_commit(taken)
+                    writing.put(taken, facts_of(job.recipe, batch))
                 if is_stopping():
                     break
         return closed(folder, job.plan.number, new, begin)

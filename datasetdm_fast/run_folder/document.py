@@ -27,6 +27,7 @@ COMMANDS = (
     "vary",
     "label",
     "merge",
+    "compat.showlab",
 )  # that make run folders, and single samples of them again
 FORM = {
     "versions": {"datasetdm_fast": str},

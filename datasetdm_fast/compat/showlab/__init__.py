@@ -1,0 +1,1 @@
+"""DatasetDM's scripts by their own names: python -m datasetdm_fast.compat.showlab SCRIPT [its flags]."""

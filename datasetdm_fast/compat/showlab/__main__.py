@@ -1,0 +1,167 @@
+"""python -m datasetdm_fast.compat.showlab SCRIPT: a line of DatasetDM's script/*.sh, run by this package."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.command_line.ending import command
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.compat.showlab.files import Answer, jpeg
+from datasetdm_fast.compat.showlab.lines import Line, read_line
+from datasetdm_fast.compat.showlab.order import Order, order_of
+from datasetdm_fast.compat.showlab.scripts import GENERATORS, Generator
+from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.foreign import documents
+
+PROG = "python -m datasetdm_fast.compat.showlab"
+RUNNER = "datasetdm_fast.compat.scripts"  # of `run`, which runs a script of a checkout itself
+GONE = {  # names that a reader of DatasetDM may try -> why they are not there, and what is
+    "train": (
+        "train.py teaches a decoder that no generator of DatasetDM reads",
+        "Take one of the other trainers, such as train_semantic_voc.",
+    ),
+    "evaluation_Cityscapes": (
+        "DatasetDM's script/evaluation.sh names this script, but DatasetDM lacks it",
+        "python -m datasetdm_fast.evaluate measures labels.",
+    ),
+}
+
+
+@command
+def main(arguments: Sequence[str]) -> int:
+    """The exit code of the script named by the first argument."""
+    name = arguments[0].removesuffix(".py").rpartition("/")[2] if arguments else ""
+    if name in ("-h", "--help", ""):
+        return _help()
+    if name == "run":
+        return import_module(RUNNER).main(arguments[1:])
+    if name.startswith("--"):
+        return _make_again(arguments)
+    if name in GONE:
+        raise Refused(f"{PROG}: {GONE[name][0]}", GONE[name][1])
+    if name not in GENERATORS:
+        raise Refused(
+            f"{PROG}: unknown script {name!r}{nearest(name, (*GENERATORS, 'run'))}", f"`{PROG} --help` lists them."
+        )
+    generator = GENERATORS[name]
+    others = {each: {flag.name for flag in one.flags} for each, one in GENERATORS.items()}
+    line = read_line(PROG, name, generator.told, generator.flags, arguments[1:], others)
+    return generate(generator, line, f"{PROG} {shlex.join(arguments)}")
+
+
+def _help() -> int:
+    print(f"usage: {PROG} SCRIPT [flags of the script]\n")
+    for name, each in GENERATORS.items():
+        print(f"  {name}\n      {each.told}")
+    print("  run SCRIPT.py\n      A script of a checkout of DatasetDM itself, with our modules in place of its own.")
+    print("\nSCRIPT --help lists the flags. docs/from-datasetdm.md says what differs.")
+    return 0
+
+
+def generate(generator: Generator, line: Line, again: str) -> int:
+    """Makes the images of a line, or what is missing of them."""
+    from datasetdm_fast.compat.showlab import generating, telling
+
+    order = order_of(generator, line)
+    names = partial(names_of, generator, order)
+    stored = generating.begun(order, generator.folders)
+    if result := generating.already(order, stored, names):
+        _say(line, f"{order.out}: complete with {result.done} images, nothing to do")
+        return _end(line, order.out, result)
+    job = generating.prepare(order, partial(files_of, generator, order), stored)
+    _say(line, *telling.rows(order, job))
+    if line["dry_run"]:
+        for item in order.items:
+            print(f"{item.stem}  seed {item.seed}  {item.prompt!r}")
+        return 0
+    left = job.plan.number - job.done
+    with (
+        Interruption(line["quiet"]) as interruption,
+        ImageProgress(
+            min(left, line["limit"] or left), line["quiet"], job.plan.batch_size, len(job.recipe.schedule)
+        ) as progress,
+    ):
+        result = generating.make(
+            order,
+            job,
+            names,
+            on_commit=progress.on_commit,
+            on_unet_call=progress.on_unet_call,
+            is_stopping=interruption.is_stopping,
+        )
+    _say(line, f"{result.made} images in {duration(result.seconds)}; look at {result.path}/gallery/index.html")
+    code = _end(line, order.out, result)
+    if not result.is_complete:
+        print(f"{result.done} of {result.number} images are there; go on with: {again}", file=sys.stderr)
+    return interruption.exit_code(code)
+
+
+def names_of(generator: Generator, order: Order, index: int) -> list[str]:
+    """The files of an image, below the output."""
+    images, labels = generator.folders
+    stem = order.items[index].stem
+    return [f"{images}/{stem}.jpg", f"{labels}/{stem}.{generator.suffix}"]
+
+
+def files_of(
+    generator: Generator, order: Order, index: int, pixels: np.ndarray, raw: dict, configs: dict
+) -> dict[str, bytes]:
+    """The files of an image with their contents."""
+    images, labels = generator.folders
+    item = order.items[index]
+    places = {each.file: place for place, each in enumerate(order.classes, 1)}
+    answer = Answer(pixels, raw[generator.task], configs[generator.task], places.get(item.name, 0), order.line["fixed"])
+    found = {f"{images}/{item.stem}.jpg": jpeg(pixels)}
+    return found | {f"{labels}/{item.stem}.{suffix}": content for suffix, content in generator.write(answer).items()}
+
+
+def _make_again(arguments: Sequence[str]) -> int:
+    """One sample again, as the card and the audit of a run folder say it: --out RUN --only ID."""
+    from datasetdm_fast.compat.showlab import generating
+    from datasetdm_fast.run_folder.document import described
+
+    values = dict(zip(arguments[::2], arguments[1::2]))
+    if set(values) != {"--out", "--only"} or len(arguments) != 4:
+        raise Refused(
+            f"{PROG}: no script is named first", f"`{PROG} --help` lists them; --out RUN --only ID makes one."
+        )
+    folder = Path(values["--out"])
+    stored = described(folder)
+    try:
+        documents.check_form(stored.get("line"), {"script": str, "values": dict}, "line")
+        generator = GENERATORS[stored["line"]["script"]]
+    except (ValueError, KeyError) as error:
+        raise Refused(f"--out {folder}: no run of this command", "Name the folder .run of an output.") from error
+    flags = {flag.name: flag.default for flag in generator.flags}
+    kept = flags | {name: value for name, value in stored["line"]["values"].items() if name in flags}
+    order = order_of(generator, Line(generator.name, kept | {"outdir": str(folder.resolve().parent)}, frozenset()))
+    generating.begun(order, generator.folders)
+    job = generating.prepare(order, partial(files_of, generator, order), stored)
+    written = generating.remake(order, job, values["--only"])
+    print(f"sample {values['--only']}: made again, {len(written)} files of the run folder written", file=sys.stderr)
+    print(folder, flush=True)
+    return 0
+
+
+def _end(line: Line, out: Path, result) -> int:
+    facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
+    facts = {"path": str(out), "run": str(result.path), **facts, "complete": result.is_complete}
+    print(json.dumps(facts) if line["json"] else out, flush=True)
+    result.check()
+    return 0
+
+
+def _say(line: Line, *lines: str) -> None:
+    if not line["quiet"]:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

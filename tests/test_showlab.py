@@ -1,0 +1,591 @@
+"""DatasetDM's command lines on our engine: its prompts, seeds, names and files, a killed line, and what is refused.
+
+The checkout is one of ours in DatasetDM's form: its lists hold other texts than DatasetDM's.
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import random
+import sys
+import types
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import upstream_rules
+from PIL import Image
+from safetensors.torch import save_file
+from test_decoders import seeded_state
+
+from datasetdm_fast import audit
+from datasetdm_fast.compat.showlab import __main__ as command
+from datasetdm_fast.compat.showlab import contours, files, generating, order
+from datasetdm_fast.compat.showlab.scripts import GENERATORS
+from datasetdm_fast.decoders import upstream as checkpoints
+from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream
+from datasetdm_fast.decoders.config import upstream
+from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.labels.class_tables import table
+from datasetdm_fast.loading import load_model
+from datasetdm_fast.pipeline import open_run
+
+MASKS = {"width": 16, "layers": 2, "feed_forward": 24, "mask_dim": 12, "queries": 20}
+SMALL = {"segmentation": MASKS, "open-vocabulary": MASKS, "depth": {"width": 16, "depth_width": 8}}
+# Of the external contours that OpenCV 5.0 finds in the masks below, in its order.
+OPENCV = "36ce7192f287123c0565543fdfb00f3d"
+PROMPTS = "dataset/Prompts_From_GPT"
+VOC = """
+def sub_processor(pid, opt):
+    prompt_for_bicycle = ["a bicycle at a wall", "two bicycles"]
+    prompt_for_person = ["a {} waits", "a {} reads"]
+    prompt_for_diningtable = ["a table"]
+    one = ["small", ""]
+    map_dict = {%s}
+    for idx in classes:
+        prompts_list = ["one {} {}"]
+        names = ["woman", "man"]
+        if random.random() > 0.3:
+            prompts = [choice(sub_classes_list)]
+        else:
+            prompts = ["picture of {}".format(class_target)]
+"""
+COCO = """
+def sub_processor(pid, opt):
+    prompts_list = ["a {} stands", "a {} runs"]
+    names = ["woman", "man"]
+    prompts = [choice(sub_classes_list)]
+    prompts = ["picture of {}".format(class_target)]
+"""
+SENTENCE = """
+def sub_processor(pid, opt):
+    body = ["", "as a whole"]
+    names = ["woman", "man"]
+    prompts_list = ["a {} walks, {}"]
+    prompts = ["all of {}".format(choice(sub_classes_list))]
+    prompts = ["a scan"]
+"""
+
+
+def digest_of_contours(find) -> str:
+    """Of what `find` says of 400 random masks: sparse ones, full ones and smooth ones, of one pixel and more."""
+    whole, numbers = hashlib.md5(), np.random.default_rng(5)
+    for k in range(400):
+        height, width = numbers.integers(1, 48, 2)
+        values = numbers.random((height, width))
+        for _ in range(k % 4):
+            padded = np.pad(values, 1, mode="edge")
+            values = sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9
+        mask = values > np.quantile(values, numbers.random())
+        for one in find(mask):
+            whole.update(f"{one.reshape(-1).tolist()}\n".encode())
+        whole.update(b"\n")
+    return whole.hexdigest()
+
+
+def test_contours_are_those_of_opencv():
+    assert digest_of_contours(contours.external_contours) == OPENCV
+    if importlib.util.find_spec("cv2"):
+        import cv2
+
+        def found(mask):
+            return cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
+
+        assert digest_of_contours(found) == OPENCV
+
+
+# ---- prompts and seeds
+
+CLASSES = table("voc").names[1:]
+OWN_LISTS = {"bicycle", "person", "diningtable"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("demo")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, model):
+    """A checkout in DatasetDM's form, with weights for the demo model."""
+    folder = tmp_path_factory.mktemp("checkout")
+    lists = ", ".join(f'"{name}": one' for name in CLASSES if name not in OWN_LISTS)
+    scripts = {"Semantic_VOC_AnyClass": VOC % lists, "Instance_COCO_AnyClass": COCO}
+    scripts |= dict.fromkeys(
+        (
+            "Semantic_CityScapes_AnyClass",
+            "Semantic_Medical_CT",
+            "Semantic_DeepFashion",
+            "Pose_COCO_HeatMap",
+            "Pose_COCO",
+        ),
+        SENTENCE,
+    )
+    for name, text in scripts.items():
+        write(folder / f"tools/parallel_generate_{name}.py", text)
+    for kind in ("NYU", "KITTI", "coco_pose", "deepfashion_mm"):
+        write(folder / PROMPTS / kind / "general.txt", "a red ball\n\na blue cube \na green star\n")
+    for name in table("cityscapes").names:
+        write(folder / PROMPTS / f"cityscapes/{name}.txt", f"a {name} at night\n")
+    write(folder / PROMPTS / "cityscapes/general.txt", "a town\n")
+    write(folder / PROMPTS / "voc2012/bird.txt", "a bird on a branch\r\na bird\n")
+    write(folder / PROMPTS / "coco/dog.txt", "a dog on a lawn\n")
+    write(folder / PROMPTS / "coco/general.txt", "")
+    categories = [{"id": k, "name": name, "synonyms": []} for k, name in enumerate(("bow_(weapon)", "can"), 1)]
+    write(folder / "data/lvis/lvis_v1_train.json", json.dumps({"images": [], "categories": categories}))
+    write(folder / "config/NYU.yaml", "Depth_Decorder:\n  max_depth: 10\n  task: depth\n")
+    write(folder / "config/VOC.yaml", "SEG_Decorder:\n  num_classes: 2\n  num_queries: 20\n")
+    width = model.networks["text_encoder"].config.hidden_size
+    for kind, (network, settings) in checkpoints.KINDS.items():
+        sizes = {**SMALL.get(network, {"width": 16}), **settings, "levels": model.levels}
+        config = upstream(network, **sizes | ({"text_width": width} if "queries" in sizes else {}))
+        shapes = {name: value.shape for name, value in build_decoder(config).state_dict().items()}
+        shapes |= {name: torch.Size(shape) for name, shape in checkpoints._unused_shapes(config).items()}
+        prefix = "module." if kind == "coco" else ""
+        state = {f"{prefix}{name}": value for name, value in seeded_state(shapes, 4).items()}
+        torch.save(state, folder / f"{kind}.pth")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch, model, tmp_path_factory):
+    """The demo model of all tests, and weights without the process that reads a pickle."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    def converted(path: Path) -> Path:
+        save_file(torch.load(path, weights_only=True), folder / f"{path.stem}.safetensors")
+        return folder / f"{path.stem}.safetensors"
+
+    monkeypatch.setattr("datasetdm_fast.loading.load_model", lambda name, **_: model)
+    monkeypatch.setattr("datasetdm_fast.foreign.pickles.safe_copy", converted)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def ordered(root: Path, script: str, *arguments: str) -> order.Order:
+    generator = GENERATORS[f"parallel_generate_{script}"]
+    flags = ["--root", str(root), "--model", "demo", *arguments]
+    return order.order_of(generator, command.read_line(command.PROG, generator.name, "", generator.flags, flags, {}))
+
+
+def test_every_process_draws_the_same_prompts_and_has_seeds_of_its_own(root):
+    found = ordered(root, "Semantic_VOC_AnyClass", "--n_each_class", "7", "--thread_num", "3").items
+    assert len(found) == 3 * 20 * 2  # what is left of 7 by 3 is dropped
+    python, expected = random.Random(42), []
+    for k, name in enumerate(CLASSES):
+        lines = {
+            "bicycle": ["a bicycle at a wall", "two bicycles"],
+            "person": ["a woman waits", "a woman reads", "a man waits", "a man reads"],
+            "diningtable": ["a table"],
+        }.get(name, [f"one small {name}", f"one  {name}"])
+        lines = lines + (["a bird on a branch", "a bird"] if name == "bird" else [])
+        for n in range(2):
+            prompt = python.choice(lines) if python.random() > 0.3 else f"picture of {name}"
+            expected.append((f"{name}_{200000 + 2 * k + n}", prompt))
+    for process in range(3):
+        own = [item for item in found if item.process == process]
+        assert [item.prompt for item in own] == [prompt for _, prompt in expected]
+        assert [item.seed - 4 * process for item in own] == [int(stem.split("_")[1]) for stem, _ in expected]
+    assert found[0].stem == "aeroplane_200000" and len({item.stem for item in found}) == len(found)
+
+
+def test_what_is_left_over_is_made_where_it_is_asked_for(root):
+    line = ("Semantic_VOC_AnyClass", "--n_each_class", "7", "--thread_num", "3")
+    plain, whole = ordered(root, *line).items, ordered(root, *line, "--all").items
+    assert whole[: len(plain)] == plain and len(whole) == 7 * 20 == len({item.stem for item in whole})
+    apart = ordered(root, *line, "--fixed").items
+    assert [item.prompt for item in apart[:40]] != [item.prompt for item in apart[40:80]]
+
+
+@pytest.mark.parametrize(
+    "script, flags, first, count",
+    [
+        ("Instance_COCO_AnyClass", ("--n_each_class", "1"), {"picture of person", "a woman stands", "a man runs"}, 80),
+        ("Instance_LVIS_AnyClass", ("--n_each_class", "1"), {"picture of bow"}, 2),
+        ("Semantic_CityScapes_AnyClass", ("--n_each_class", "1"), {"all of a road at night", "all of a town"}, 19),
+        ("Semantic_Medical_CT", ("--n_each_class", "1"), {"a scan"}, 19),
+        (
+            "Semantic_DeepFashion",
+            ("--n_each_class", "3", "--prompt_root", f"{PROMPTS}/deepfashion_mm"),
+            {"all of ", "all of a red ball", "all of a blue cube ", "all of a green star"},
+            3,
+        ),
+        ("Depth_KITTI", ("--n_each_class", "2", "--prompt_root", f"{PROMPTS}/KITTI"), {"", "a red ball"}, 2),
+        (
+            "Pose_COCO",
+            ("--number_data", "4"),
+            {f"a {who} walks, {end}" for who in ("man", "woman") for end in ("",)},
+            4,
+        ),
+    ],
+)
+def test_prompts_of_the_other_generators(root, script, flags, first, count):
+    found = ordered(root, script, *flags, "--thread_num", "1")
+    assert len(found.items) == count and [item.seed for item in found.items] == list(range(200000, 200000 + count))
+    lines = {item.prompt for item in found.items}
+    assert first & lines or "walks" in next(iter(lines)) or "ball" in str(lines) or "cube" in str(lines)
+    if script == "Instance_COCO_AnyClass":
+        assert found.items[64].stem == "computer mouse_200064"
+        assert found.items[43].prompt == "picture of knife"  # it has no line, so nothing is drawn for it
+        assert found.given(found.items[64]).classes == ("mouse",)
+    assert found.guidance == 5.0 and ordered(root, "Semantic_VOC_AnyClass").guidance == 7.0
+
+
+# ---- files
+
+
+def answer(raw, kind="coco", side=64, **changes):
+    network, settings = checkpoints.KINDS[kind]
+    pixels = np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8)
+    return files.Answer(pixels, raw, upstream(network, **settings), **changes)
+
+
+def decoded(content: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(content)))
+
+
+def test_files_follow_upstreams_rules():
+    numbers = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(*shape, generator=numbers)  # noqa: E731
+    raw = {"pred_logits": 3 * draw(12, 20), "pred_masks": 4 * draw(12, 4, 4)}
+    masks = resize(raw["pred_masks"][None], 64)
+    mapped = decoded(files.semantic(answer(raw, "cityscapes"))["png"])
+    assert (mapped == upstream_rules.labels(raw["pred_logits"][None], masks, 5000 * (64 / 512) ** 2)[0].numpy()).all()
+    assert len(np.unique(mapped)) > 2
+    raw = {"pred_logits": draw(20, 3), "pred_masks": 4 * draw(20, 4, 4)}
+    expected = upstream_rules.mask(raw["pred_logits"][None], resize(raw["pred_masks"][None], 64), 7)[0].numpy()
+    found = decoded(files.one_class(answer(raw, "voc", class_id=7))["png"])
+    assert (found == expected).all() and found.max() == 7
+    maps = draw(17, 8, 8)
+    points, is_written = upstream_rules.keypoints(maps[None], 64)
+    line = files.heatmap_pose(answer({"heatmaps": maps}, "pose"))["txt"].decode()
+    assert np.allclose([float(x) for x in line.split(",")], points[0][is_written[0]].flatten())
+    assert len(files.heatmap_pose(answer({"heatmaps": maps}, "pose", is_fixed=True))["txt"].split(b",")) == 51
+    assert files.heatmap_pose(answer({"heatmaps": -torch.ones(17, 8, 8)}, "pose"))["txt"] == b"\n"
+    metres = 12 * torch.rand(1, 64, 64, generator=numbers)
+    coarse = decoded(files.depth(answer({"depth": metres}, "nyu"))["png"])
+    assert (coarse == upstream_rules.depth_bytes(metres[0].numpy(), 10)).all() and coarse.max() == 255
+    fine = decoded(files.depth(answer({"depth": metres}, "nyu", is_fixed=True))["png"])
+    assert fine.dtype == np.uint16 and (fine == np.rint(metres[0].numpy() * 1000)).all()
+
+
+def test_contour_lines():
+    """The larger part of each instance, its class and score; of two equal boxes the lower one."""
+    masks = torch.full((3, 64, 64), -9.0)
+    masks[0, 10:20, 5:30], masks[0, 40:50, 5:30], masks[1, 3, 7] = 9, 9, 9
+    raw = {"pred_logits": torch.full((3, 81), -20.0), "pred_masks": masks}
+    raw["pred_logits"][0, 4], raw["pred_logits"][1, 0], raw["pred_logits"][2, 2] = 1.0, 2.0, 3.0
+    lines = files.instances(answer(raw))["txt"].decode().splitlines()
+    # sorted, as PyTorch's topk promises no order
+    assert sorted(line.rpartition(",")[0] for line in lines) == ["5,40,5,49,29,49,29,40,4", "7,3,0"]
+    assert all(0.4 <= float(line.rpartition(",")[2]) <= 1 for line in lines)
+    mended = files.instances(answer(raw, class_id=3, is_fixed=True))["txt"].decode().splitlines()
+    assert sorted(line.rpartition(",")[0] for line in mended) == [
+        "5,10,5,19,29,19,29,10,2",
+        "5,40,5,49,29,49,29,40,2",
+        "7,3,2",
+    ]
+    assert files.instances(answer({**raw, "pred_logits": torch.zeros(3, 81)}))["txt"] == b""
+
+
+# ---- runs
+
+SHORT = ("--model", "demo", "--steps", "2", "--engine", "fast", "--quiet")
+NYU = ("parallel_generate_Depth_NYU", "--grounding_ckpt", "nyu.pth", "--prompt_root", f"{PROMPTS}/NYU")
+
+
+@pytest.fixture
+def run(root, capsys):
+    def run(*arguments, code=0):
+        assert command.main([*map(str, arguments), "--root", str(root), *SHORT]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of an output but those of its run folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and order.RUN not in path.parts
+    }
+
+
+def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp_path, capsys):
+    line = (*NYU, "--number_data", "4", "--thread_num", "2", "--batch_size", "2", "--config", "config/NYU.yaml")
+    run(*line, "--outdir", tmp_path / "whole")
+    whole = tree(tmp_path / "whole")
+    stems = ("200000", "200001", "200004", "200005")
+    assert sorted(whole) == sorted(f"{part}" for s in stems for part in (f"Image/{s}.jpg", f"Annotation/{s}.png"))
+    assert decoded(whole["Annotation/200000.png"]).shape == (128, 128)
+    picture = Image.open(tmp_path / "whole/Image/200000.jpg")
+    assert picture.layer[0][1:3] == (2, 2) and picture.layer[1][1:3] == (1, 1)  # colours at half the resolution
+    stored = open_run(tmp_path / "whole/.run")
+    assert stored[2].seed == 200004 and stored[2].prompt == stored[0].prompt
+    expected = upstream_rules.depth_bytes(stored[0].depth.metres, 10)
+    assert np.abs(decoded(whole["Annotation/200000.png"]).astype(int) - expected).max() <= 1  # millimetres there
+    assert audit.main([str(tmp_path / "whole/.run"), "--quiet"]) == 0
+
+    run(*line, "--outdir", tmp_path / "parts", "--limit", "2")
+    (tmp_path / "parts/Image/200000.jpg").unlink()
+    run(*line, "--outdir", tmp_path / "parts")
+    assert tree(tmp_path / "parts") == whole
+    before = os.stat(tmp_path / "parts/Image/200000.jpg").st_mtime_ns
+    assert json.loads(run(*line, "--outdir", tmp_path / "parts", "--json").out)["made"] == 0
+    assert os.stat(tmp_path / "parts/Image/200000.jpg").st_mtime_ns == before
+    (tmp_path / "parts/Annotation/200005.png").unlink()
+    capsys.readouterr()
+    assert command.main(["--out", str(tmp_path / "parts/.run"), "--only", "00000003"]) == 0
+    assert tree(tmp_path / "parts") == whole
+
+    for other in (("--thread_num", "1"), ("--seed", "7"), ("--fixed",), ("--profile", "0.14.0")):
+        assert "holds a run of another" in run(*line, *other, "--outdir", tmp_path / "parts", code=2).err
+    assert tree(tmp_path / "parts") == whole
+
+
+@pytest.mark.parametrize(
+    "script, kind, suffix, folder",
+    [
+        ("Semantic_VOC_AnyClass", "voc", "png", "Mask"),
+        ("Instance_COCO_AnyClass", "coco", "txt", "Mask"),
+        ("Pose_COCO", "pose-simcc", "png", "Annotation"),
+    ],
+)
+def test_the_other_labels(run, tmp_path, script, kind, suffix, folder):
+    count = "number_data" if "Pose" in script else "n_each_class"
+    line = (f"parallel_generate_{script}", "--grounding_ckpt", f"{kind}.pth", f"--{count}", "1", "--thread_num", "1")
+    run(*line, "--limit", "1", "--batch_size", "1", "--outdir", tmp_path / "out")
+    stem = {"voc": "aeroplane_200000", "coco": "person_200000"}.get(kind, "200000")
+    assert set(tree(tmp_path / "out")) == {f"Image/{stem}.jpg", f"{folder}/{stem}.{suffix}"}
+
+
+def test_strict_norms_move_from_image_to_image(root, model):
+    state = torch.load(root / "nyu.pth", weights_only=True)
+    network, settings = checkpoints.KINDS["nyu"]
+    config = upstream(network, **SMALL["depth"], **settings, levels=model.levels)
+    moving, counted = (load_upstream(build_decoder(config), state, strict=True) for _ in range(2))
+    norms = generating.MovingNorms({"depth": moving})
+    modules = [m for m in counted.modules() if hasattr(m, "normalised")]
+    for _ in range(3):
+        for module in modules:
+            module.normalised()
+    norms.be_at(0, 3)
+    assert all(torch.equal(a, b) for a, b in zip(moving.state_dict().values(), counted.state_dict().values()))
+    norms.be_at(1, 0)
+    assert torch.equal(moving.state_dict()["mid_feature_mix_conv.conv1.u0"], state["mid_feature_mix_conv.conv1.u0"])
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (("parallel_generate_Depth_NYY",), 2, "did you mean parallel_generate_Depth_NYU?"),
+        (("train",), 2, "no generator of DatasetDM reads"),
+        ((*NYU, "--numbr_data", "3"), 2, "did you mean --number_data?"),
+        ((*NYU, "--n_each_class", "3"), 2, "--n_each_class is a flag of"),
+        ((*NYU, "--thread_num", "0"), 2, "--thread_num 0: expected a number of 1 or more"),
+        ((*NYU, "--thread_num", "21"), 2, "--thread_num 21: --number_data 20 leaves no image"),
+        ((*NYU, "--thread_num", "1", "--number_data", "2", "--grounding_ckpt", "pose.pth"), 2, "do not fit this depth"),
+        ((*NYU, "--thread_num", "1", "--grounding_ckpt", "none.pth"), 3, "none.pth: no such file"),
+        ((*NYU, "--thread_num", "1", "--config", "config/VOC/none.yaml"), 3, "config/VOC/none.yaml is not there"),
+        ((*NYU, "--thread_num", "1", "--prompt_root", "none"), 3, "none/general.txt is not there"),
+        ((*NYU, "--thread_num", "1", "--model", "none"), 3, "none is not there"),
+        ((*NYU, "--thread_num", "1", "--config", "tag.yaml"), 2, "tags are not read"),
+        (
+            ("parallel_generate_Semantic_CityScapes_AnyClass", "--prompt_root", f"{PROMPTS}/NYU"),
+            2,
+            f"{PROMPTS}/NYU: it has no road.txt",
+        ),
+        (
+            ("parallel_generate_Semantic_VOC_AnyClass", "--root", "{empty}"),
+            3,
+            "tools/parallel_generate_Semantic_VOC_AnyClass.py is not there",
+        ),
+        (
+            (
+                "parallel_generate_Semantic_VOC_AnyClass",
+                "--grounding_ckpt",
+                "cityscapes.pth",
+                "--config",
+                "config/VOC.yaml",
+            ),
+            2,
+            "tensors do not fit this open-vocabulary decoder",
+        ),
+    ],
+)
+def test_what_is_refused(root, tmp_path, capsys, arguments, code, said):
+    write(root / "tag.yaml", "a: !!python/object/apply:os.system [ls]\n")
+    (tmp_path / "empty").mkdir()
+    given = [word.format(empty=tmp_path / "empty") for word in arguments]
+    rest = [] if len(given) == 1 else ["--outdir", str(tmp_path / "out"), "--quiet"]
+    rest += [] if "--root" in given or not rest else ["--root", str(root)]
+    rest += ["--model", "demo"] if rest and "--model" not in given else []
+    assert command.main([*given, *rest]) == code
+    told = capsys.readouterr().err
+    assert said in told and len(told.splitlines()) <= 3, told
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
+    write(tmp_path / "out/Image/200000.jpg", "mine")
+    told = run(*NYU, "--number_data", "1", "--thread_num", "1", "--outdir", tmp_path / "out", code=2).err
+    assert "holds files of another run" in told and (tmp_path / "out/Image/200000.jpg").read_text() == "mine"
+
+
+# ---- DatasetDM's own scripts
+
+
+class Stand(types.ModuleType):
+    """Stands for a module that DatasetDM's scripts import and whose answers are given here."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return mock.MagicMock(name=name)
+
+
+STOOD_FOR = ("IPython", "pytorch_lightning", "torchvision", "diffusers", "transformers", "detectron2", "mmcv", "model")
+STOOD_FOR += ("dataset", "seq_aligner", "train", "scipy", "matplotlib", "skimage", "albumentations")
+
+
+def picture_of(seed: int) -> np.ndarray:
+    """A smooth picture of 512 pixels a side."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+    return np.array(Image.fromarray(coarse).resize((512, 512)))
+
+
+def raw_of(task: str, seed: int) -> dict[str, torch.Tensor]:
+    """What a decoder of upstream's sizes might answer for an image."""
+    numbers = torch.Generator().manual_seed(seed)
+    classes, queries = {"voc": (3, 20), "coco": (81, 100), "cityscapes": (20, 100), "deepfashion": (25, 100)}.get(
+        task, (0, 0)
+    )
+    if classes:
+        coarse = torch.randn(1, queries, 12, 12, generator=numbers)
+        masks = 9 * torch.nn.functional.interpolate(coarse, size=(160, 160), mode="bicubic")
+        return {"pred_logits": 5 * torch.randn(1, queries, classes, generator=numbers), "pred_masks": masks}
+    if task == "pose":
+        return {"heatmaps": torch.randn(1, 17, 64, 64, generator=numbers) + 0.1}
+    return {"depth": torch.rand(1, 1, 512, 512, generator=numbers) * (10 if task == "nyu" else 80)}
+
+
+@contextmanager
+def upstreams_script(checkout: Path, name: str, kind: str, monkeypatch):
+    """A script of a checkout, imported with stands for the libraries and networks that it would use."""
+    before = dict(sys.modules)
+
+    class Finder:
+        @staticmethod
+        def find_spec(full, path=None, target=None):
+            if full.partition(".")[0] in STOOD_FOR:
+                return importlib.util.spec_from_loader(full, Finder(), is_package=True)
+            return None
+
+        def create_module(self, spec):
+            return Stand(spec.name)
+
+        def exec_module(self, module):
+            pass
+
+    for each in [one for one in sys.modules if one.partition(".")[0] in (*STOOD_FOR, "tools", "ptp_utils")]:
+        del sys.modules[each]
+    monkeypatch.setattr(sys, "path", [str(checkout), *sys.path])
+    sys.meta_path.insert(0, Finder)
+    try:
+        import ptp_utils
+
+        script = importlib.import_module(f"tools.{name}")
+        now = {"seed": 0}
+        prompts = []
+
+        def text2image(*arguments, generator, **options):
+            now["seed"] = generator.initial_seed()
+            prompts.append((now["seed"], arguments[5][0], options["guidance_scale"]))
+            return picture_of(now["seed"])[None], None
+
+        encoder = mock.MagicMock(return_value=[torch.zeros(1, 77, 8)])
+        encoder.to.return_value = encoder
+        encoder.from_pretrained.return_value = encoder
+
+        class Network:
+            def __call__(self, *_):
+                raw = raw_of(kind, now["seed"])
+                return raw if "pred_logits" in raw else next(iter(raw.values()))
+
+            def __getattr__(self, _):
+                return lambda *arguments, **options: self
+
+        for each in ("seg_decorder", "seg_decorder_open_word", "Depthmodule", "PoseModule_HeatMap"):
+            monkeypatch.setattr(script, each, lambda *_, **__: Network(), raising=False)
+        monkeypatch.setattr(script, "retry_if_cuda_oom", lambda function: function, raising=False)
+        monkeypatch.setattr(script, "CLIPTextModel", encoder)
+        monkeypatch.setattr(script, "seed_everything", random.seed)
+        monkeypatch.setattr(script, "softmax", lambda x, axis: np.exp(x) / np.exp(x).sum(axis), raising=False)
+        monkeypatch.setattr(ptp_utils, "text2image", text2image)
+        monkeypatch.setattr(ptp_utils, "register_attention_control", lambda *_: None)
+        monkeypatch.setattr(torch, "load", lambda *_, **__: {})
+        monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+        yield script, prompts
+    finally:
+        sys.meta_path.remove(Finder)
+        for each in set(sys.modules) - set(before):
+            del sys.modules[each]
+        sys.modules.update(before)
+
+
+@pytest.mark.parametrize(
+    "script, kind, config, prompts, count, processes",
+    [
+        ("Semantic_VOC_AnyClass", "voc", "VOC/VOC_Sematic_Seg_5Images", "voc2012", 5, 2),
+        ("Semantic_CityScapes_AnyClass", "cityscapes", "", "cityscapes", 1, 1),
+        ("Semantic_Medical_CT", "cityscapes", "", "cityscapes", 1, 1),
+        ("Semantic_DeepFashion", "deepfashion", "deepfashion/Deepfashion_Semantic_Seg_5mages", "deepfashion_mm", 5, 2),
+        ("Instance_COCO_AnyClass", "coco", "coco/COCO_Instance_Seg_10Images", "coco", 1, 1),
+        ("Depth_NYU", "nyu", "NYU/NYU_Depth", "NYU", 5, 2),
+        ("Depth_KITTI", "kitti", "KITTI/KITTI_Depth_50images", "KITTI", 4, 2),
+        ("Pose_COCO_HeatMap", "pose", "coco_pose/coco_pose", "coco_pose", 5, 2),
+    ],
+)
+def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, count, processes, tmp_path, monkeypatch):
+    """Its code as it stands, process by process, given pictures and answers of decoders, against ours."""
+    checkout = os.environ.get("DATASETDM_UPSTREAM")
+    if not checkout or not importlib.util.find_spec("cv2"):
+        pytest.skip("DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM, or OpenCV is not installed")
+    name, root = f"parallel_generate_{script}", Path(checkout)
+    generator = GENERATORS[name]
+    folder = root / PROMPTS / prompts
+    flags = ["--root", checkout, "--model", "demo", "--thread_num", str(processes), f"--{generator.count}", str(count)]
+    flags += ["--prompt_root", str(folder), "--config", str(root / f"config/{config}.yaml") if config else ""]
+    line = command.read_line(command.PROG, name, "", generator.flags, flags, {})
+    ours = order.order_of(generator, line)
+    options = types.SimpleNamespace(**line.values)
+    options.outdir, options.grounding_ckpt = str(tmp_path / "theirs"), "none"
+    with upstreams_script(root, name, kind, monkeypatch) as (module, drawn):
+        for process in range(processes):
+            module.sub_processor(process, options)
+    assert [(item.seed, item.prompt, ours.guidance) for item in ours.items] == drawn
+    decoder = {generator.task: answer({}, kind).config}
+    made = {}
+    for index, item in enumerate(ours.items):
+        raw = {generator.task: {key: value[0] for key, value in raw_of(kind, item.seed).items()}}
+        made |= command.files_of(generator, ours, index, picture_of(item.seed), raw, decoder)
+    theirs = tree(tmp_path / "theirs")
+    assert made.keys() == theirs.keys()
+    for path, content in made.items():
+        if path.endswith(".png"):
+            assert Image.open(io.BytesIO(theirs[path])).mode == "L"
+            assert (decoded(content) == decoded(theirs[path])).all(), path
+        else:
+            assert content == theirs[path], path
