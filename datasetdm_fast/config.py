@@ -6,7 +6,20 @@ from typing import Any
 
 from datasetdm_fast.plugins import Registry
 
-TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
+OWN_TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """Where the classes of another package's task are, each as module:class."""
+
+    label: str  # a LabelKind: files, pictures and distances of its labels
+    task: str  # a Task: from a decoder's raw tensors to labels, and how it is taught
+    meter: str  # a Meter: the figures
+
+
+TASK_KINDS = Registry("tasks", dict.fromkeys(OWN_TASKS), TaskKind)
+TASKS = TASK_KINDS.names
 ATTENTION = "attention"  # labels that need no decoder
 LABELS = (*TASKS, ATTENTION)
 # what a checkpoint of DatasetDM was trained on
@@ -81,7 +94,7 @@ SAMPLERS = {  # name -> module that ends with its SAMPLER
     "dpm-solver++": "datasetdm_fast.sampling.dpm_solver",
 }
 PROFILES = ("0.3.0", "0.14.0")
-EXPORT_FORMATS = {  # name -> module:format
+OWN_FORMATS = {  # name -> module:format
     "coco": "datasetdm_fast.exporting.coco:COCO",
     "voc": "datasetdm_fast.exporting.voc:VOC",
     "yolo-detect": "datasetdm_fast.exporting.yolo:DETECT",
@@ -102,6 +115,7 @@ EXPORT_FORMATS = {  # name -> module:format
     "simcc": "datasetdm_fast.exporting.configs:SIMCC",
     "depthformer": "datasetdm_fast.exporting.configs:DEPTHFORMER",
 }
+EXPORT_FORMATS = Registry("writers", OWN_FORMATS)  # of other packages, the formats themselves
 
 
 @dataclass(frozen=True)
@@ -411,9 +425,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     format: tuple[str, ...] = setting(
         (),
-        "formats that the finished run is converted to, below its exports: " + ", ".join(EXPORT_FORMATS),
+        "formats that the finished run is converted to, below its exports: " + ", ".join(EXPORT_FORMATS.names),
         identity=False,
-        choices=EXPORT_FORMATS,
+        choices=EXPORT_FORMATS.names,
         metavar="LIST",
     )
     out: str = setting(

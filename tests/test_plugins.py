@@ -1,4 +1,6 @@
-"""A package of another name adds an engine and a reader through its entry points; what is broken is named."""
+"""A package of another name adds an engine, a reader, a task, a format and a student through its entry points; what is
+broken is named.
+"""
 
 import json
 import os
@@ -7,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from skips import IS_LONG
 
 from datasetdm_fast.config import EngineKind
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import Registry
 
+EXTENDING = Path(__file__).parent / "extending" / "datasetdm_fast"
 CODE = """
-from datasetdm_fast.config import EngineKind
+from dataclasses import replace
+from datasetdm_fast.config import EngineKind, TaskKind
 from datasetdm_fast.engines.torch import TorchEngine
 from datasetdm_fast.readers import demo
 
@@ -24,6 +29,23 @@ SLOW = EngineKind("foreign_things:Slow")
 
 def scenes(path, split, size, tasks):
     return demo.read(path.name, size)
+
+EDGES = TaskKind("edges_label:EdgesKind", "edges_task:EdgesTask", "edges_meter:Edges")
+TORN = TaskKind("edges_label:EdgesKind", "edges_task:None", "edges_meter:Edges")
+"""
+WRITER = """
+from datasetdm_fast.exporting.configs import MmsegFormat
+
+class Listing(MmsegFormat):
+    def shared(self, plan, samples):
+        return {"list.txt": [b"one"]}
+
+LISTING = Listing()
+"""
+STUDENT = """
+from dataclasses import replace
+from datasetdm_fast.evaluation.networks.segformer import NETWORK
+OURS = replace(NETWORK)
 """
 POINTS = """[datasetdm_fast.engines]
 slow = foreign_things:SLOW
@@ -33,6 +55,18 @@ torch = foreign_things:NOTHING
 
 [datasetdm_fast.readers]
 scenes = foreign_things:scenes
+
+[datasetdm_fast.tasks]
+edges = foreign_things:EDGES
+bad-edges = foreign_things:TORN
+
+[datasetdm_fast.writers]
+listing = foreign_writer:LISTING
+wrong-listing = foreign_things:scenes
+
+[datasetdm_fast.students]
+seg = foreign_student:OURS
+lost = foreign_student:LOST
 """
 
 
@@ -40,7 +74,11 @@ scenes = foreign_things:scenes
 def installed(tmp_path_factory) -> Path:
     """A folder as pip leaves it."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "foreign_things.py").write_text(CODE)
+    for name, code in (("foreign_things", CODE), ("foreign_writer", WRITER), ("foreign_student", STUDENT)):
+        (folder / f"{name}.py").write_text(code)
+    for room, name in (("labels", "label"), ("tasks", "task"), ("evaluation", "meter")):
+        code = (EXTENDING / room / "edges.py").read_text()
+        (folder / f"edges_{name}.py").write_text(code.replace("datasetdm_fast.labels.edges", "edges_label"))
     (folder / "foreign_things-1.0.dist-info").mkdir()
     (folder / "foreign_things-1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: foreign-things\nVersion: 1.0\n"
@@ -63,37 +101,72 @@ def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
     sys.modules.pop("foreign_things")
 
 
-# One process for all: what each line ends with and says, then the length of a data set.
+# One process for all: what each line ends with and says, then the length of a data set, and what was never loaded.
 COMMANDS = """
 import contextlib, io, json, sys
-from datasetdm_fast import generate
+from datasetdm_fast import cli
+from datasetdm_fast.agreement.gates import EXACT
+from datasetdm_fast.errors import Missing
+from datasetdm_fast.evaluation.metrics import METRICS
+from datasetdm_fast.evaluation.networks import STUDENTS, open_network
+from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.readers import open_data
+from datasetdm_fast.tasks import TASKS
 found = []
 for line in json.loads(sys.argv[1]):
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-        code = generate.main(line)
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        code = cli.main(line)
     found.append((code, said.getvalue()))
-print(json.dumps([*found, len(open_data("scenes:/x/3", 64))]))
+is_late = not {"foreign_student", "edges_task", "edges_label"} & {*sys.modules} and "seg" in STUDENTS
+said = []
+for ask in (lambda: open_network("lost"), lambda: TASKS["bad-edges"]):
+    try:
+        ask()
+    except Missing as stop:
+        said.append(stop.cause)
+parts = LABEL_KINDS["edges"].title, TASKS["edges"].wanted, METRICS["edges"].figure, EXACT["free edges"][0] >= 0
+print(json.dumps([*found, len(open_data("scenes:/x/3", 64)), is_late, open_network("seg").task, parts, said]))
 """
 
 
 def test_commands_run_them_by_name(installed, tmp_path):
     paths = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
-    few = "--model tiny --task semantic --steps 2 --number 1 --prompts ball --quiet --out run --engine".split()
-    expected = {
-        "torn": (3, "'torn' of the package foreign-things does not load"),
-        "slow": (0, ""),
-        "slo": (2, "did you mean slow?"),
-    }
+    few = "--size 64 --threads 1 --quiet".split()
+    run = ["generate", "--model", "tiny", "--steps", "2", "--number", "1", "--prompts", "ball", *few]
+    teach = "train --data demo:2 --steps 1 --batch-size 1 --draws 1 --out".split()
+    lines = [
+        ([*run, "--task", "semantic", "--out", "torn", "--engine", "torn"], 3, "'torn' of the package foreign-things"),
+        ([*run, "--task", "semantic", "--out", "run", "--engine", "slow"], 0, ""),
+        ([*run, "--task", "semantic", "--out", "slo", "--engine", "slo"], 2, "did you mean slow?"),
+        (["convert", "run", "--to", "listing", "--out", "out", "--quiet"], 0, ""),
+        (
+            ["convert", "run", "--to", "wrong-listing", "--out", "none"],
+            3,
+            "'wrong-listing' of the package foreign-things",
+        ),
+    ]
+    edges = [  # the long form alone teaches a decoder of the foreign task
+        ([*teach, "decoder", "--task", "edges", *few], 0, ""),
+        ("generate --decoder decoder --task edges --steps 2 --number 1 --out edges".split() + few, 0, ""),
+        ("evaluate --decoder decoder --task edges --data demo:1@100 --bootstrap 0 --quiet".split(), 0, "f1"),
+        (["audit", "edges"], 0, ""),
+    ]
+    lines += edges if IS_LONG else []
     ended = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps([[*few, name] for name in expected])],
+        [sys.executable, "-c", COMMANDS, json.dumps([line for line, _, _ in lines])],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert ended.returncode == 0, ended.stderr
-    *found, count = json.loads(ended.stdout)
-    for (code, says), (ended_with, said) in zip(expected.values(), found, strict=True):
-        assert ended_with == code and says in said, said
+    *found, count, is_late, task, parts, (lost, bad) = json.loads(ended.stdout)
+    for (code, says), (line, ended_with, said) in zip(found, lines, strict=True):
+        assert ended_with == code and said in says, (line, says)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "slow" and count == 3
+    assert (tmp_path / "out" / "listing" / "list.txt").read_bytes() == b"one"
+    assert (tmp_path / "edges" / "edges" / "00000000.png").is_file() == IS_LONG and not (tmp_path / "none").exists()
+    assert (is_late or IS_LONG) and task == "semantic"
+    assert parts == ["Edges", "an edge between two classes", "f1", True]
+    assert "'lost' of the package foreign-things does not load" in lost
+    assert "'bad-edges' of the package foreign-things does not load" in bad

@@ -9,7 +9,23 @@ from datasetdm_fast.labels import LABEL_KINDS
 from datasetdm_fast.labels.kind import Limit
 
 SAME_TEXT: Limit = (1e-5, 4e-5)
-EXACT: dict[str, Limit] = {  # fp32 against fp32
+
+
+class LabelGates(dict[str, Limit]):
+    """Limits by measure, those of labels as their kinds have them."""
+
+    def __init__(self, own: Mapping[str, Limit], labels: str, free: str):
+        super().__init__(own)
+        self.fields = {"": labels, "free ": free}
+        for task in LABEL_KINDS:
+            self |= {f"{start}{task}": self[f"{start}{task}"] for start in self.fields}
+
+    def __missing__(self, measure: str) -> Limit:
+        task = measure.removeprefix("free ")
+        return getattr(LABEL_KINDS[task].gates, self.fields[measure.removesuffix(task)])
+
+
+OWN_EXACT: dict[str, Limit] = {  # fp32 against fp32
     "text": SAME_TEXT,
     "call": (1e-5, 4e-5),
     "level": (1e-5, 4e-5),
@@ -17,10 +33,8 @@ EXACT: dict[str, Limit] = {  # fp32 against fp32
     "image": (2e-4, 5e-4),  # 74 dB, 66 dB: one grey level at a few pixels
     "free latents": (1e-4, 4e-4),
     "free image": (5.6e-3, 1e-2),  # 45 dB, 40 dB
-    **{task: kind.gates.exact for task, kind in LABEL_KINDS.items()},
-    **{f"free {task}": kind.gates.free_exact for task, kind in LABEL_KINDS.items()},
 }
-ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
+OWN_ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
     "text": SAME_TEXT,
     "call": (1e-2, 4e-2),
     "level": (5e-3, 2e-2),
@@ -28,9 +42,8 @@ ROUNDED: dict[str, Limit] = {  # fp16 or bf16 against fp32
     "image": (1e-2, 2e-2),  # 40 dB, 34 dB
     "free latents": (0.1, 0.3),
     "free image": (4e-2, 8e-2),  # 28 dB, 22 dB
-    **{task: kind.gates.rounded for task, kind in LABEL_KINDS.items()},
-    **{f"free {task}": kind.gates.free_rounded for task, kind in LABEL_KINDS.items()},
 }
+EXACT, ROUNDED = LabelGates(OWN_EXACT, "exact", "free_exact"), LabelGates(OWN_ROUNDED, "rounded", "free_rounded")
 MARGIN = 1.5  # times the drift of the reference against itself at the same precision
 
 

@@ -5,11 +5,11 @@ exist once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINE_NAMES, ENGINES, EngineKind, EngineSettings
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.plugins import named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,7 @@ def check_engine(name: str, **options: Any) -> None:
     kind, own = _chosen(name, options)
     if kind.requirement:
         place, option = kind.requirement
-        _named(place)(own[option])
+        named(place)(own[option])
 
 
 def build_engine(
@@ -41,7 +41,7 @@ def build_engine(
     of another engine are refused, or passed over where that engine's record says so.
     """
     kind, own = _chosen(name, options)
-    return _named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own)
+    return named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own)
 
 
 def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
@@ -56,9 +56,3 @@ def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str
             if option not in chosen.options and refusal and value != getattr(usual, option):
                 raise Refused(*(text.format(engine=name, value=value) for text in refusal))
     return chosen, {option: getattr(given, option) for option in chosen.options}
-
-
-def _named(place: str) -> Any:
-    """What a module:name stands for."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)

@@ -10,11 +10,13 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from datasetdm_fast.config import TASK_KINDS
 from datasetdm_fast.data import DepthMap, SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.meter import Meter, check_names, mean, translation
 from datasetdm_fast.evaluation.ranking import Instance, Pose
+from datasetdm_fast.plugins import PartTable
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 BACKGROUND = ("background", "none")
@@ -130,10 +132,11 @@ class Depth(Meter):
         return dict(zip(("absrel", "rmse", "delta_1.25", "delta_1.25_2", "delta_1.25_3"), means.T))
 
 
-METRICS = {
+OWN_METRICS = {
     "semantic": Semantic,
     "instance": Instance,
     "depth": Depth,
     "pose": Pose,
     "open-vocabulary": OpenVocabulary,
 }
+METRICS = PartTable(OWN_METRICS, TASK_KINDS, "meter")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from datasetdm_fast.exporting.settings import ExportSettings
 from datasetdm_fast.exporting.view import RunView, SampleView
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels.names import task_of_label
+from datasetdm_fast.plugins import named
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import Row, canonical
 from datasetdm_fast.run_folder.reader import Run, StoredSample
@@ -320,8 +320,8 @@ class _Done:
 
 
 def _format(name: str) -> Format:
-    module, _, attribute = EXPORT_FORMATS[name].partition(":")
-    return getattr(import_module(module), attribute)
+    found = EXPORT_FORMATS[name]
+    return named(found) if isinstance(found, str) else EXPORT_FORMATS.checked(name, found, Format)
 
 
 def _split_order(name: str) -> tuple[int, str]:

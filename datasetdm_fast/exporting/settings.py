@@ -21,7 +21,7 @@ class ExportSettings(CommandSettings):
         (), "run folders, whose samples are numbered in this order", metavar="RUN", positional=True, identity=False
     )
     to: tuple[str, ...] = setting(
-        (), f"formats, comma-separated: {', '.join(EXPORT_FORMATS)}", choices=EXPORT_FORMATS, metavar="LIST"
+        (), f"formats, comma-separated: {', '.join(EXPORT_FORMATS.names)}", choices=EXPORT_FORMATS.names, metavar="LIST"
     )
     out: str = setting(
         "",

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from functools import lru_cache
 
+from datasetdm_fast.config import TASK_KINDS
 from datasetdm_fast.labels import attention, depth, instance, open_vocabulary, pose, semantic
 from datasetdm_fast.labels.kind import LabelKind
 from datasetdm_fast.labels.names import LabelName, ordered
+from datasetdm_fast.plugins import PartTable
 
-LABEL_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the first of them that its run has
+OWN_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the first of them that its run has
     "instance": instance.InstanceKind(),
     "semantic": semantic.SemanticKind(),
     "open-vocabulary": open_vocabulary.OpenVocabularyKind(),
@@ -15,6 +17,7 @@ LABEL_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the 
     "depth": depth.DepthKind(),
     "pose": pose.PoseKind(),
 }
+LABEL_KINDS = PartTable(OWN_KINDS, TASK_KINDS, "label", lambda kind: kind())
 
 
 @lru_cache(1024)
@@ -27,7 +30,7 @@ def kind_of(label: str) -> LabelKind:
 
 def by_kind(labels: Iterable[str]) -> list[str]:
     """Labels in the order of LABEL_KINDS, those of one task as they are given."""
-    return ordered(labels, list(LABEL_KINDS))
+    return ordered(labels, LABEL_KINDS.names)
 
 
 def task_of(attribute: str) -> str:

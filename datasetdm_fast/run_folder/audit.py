@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.config import LABELS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.labels import kind_of
+from datasetdm_fast.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.run_folder import gallery, seal
 from datasetdm_fast.run_folder.document import (
     ASIDE,
@@ -222,7 +221,8 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
 
 def _own_folders(document: Mapping[str, Any]) -> list[str]:
     """The folders whose every file is ours, those of labels that the run did not make among them."""
-    roles = dict.fromkeys(role for label in (*LABELS, *document["config"]["task"]) for role in kind_of(label).roles)
+    labels = (*LABEL_KINDS, *document["config"]["task"])
+    roles = dict.fromkeys(role for label in labels for role in kind_of(label).roles)
     own = [f"{place}{role}" for place in ("", ASIDE) for role in ("images", *roles)]
     return [*own, *gallery.FOLDERS, *(f"gallery/{role}" for role in roles if gallery.drawn_layer(role)), "state"]
 

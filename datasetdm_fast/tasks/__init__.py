@@ -1,11 +1,14 @@
 """One class a task: from a decoder's raw tensors to labels, and how such a decoder is taught."""
 
+from datasetdm_fast.config import TASK_KINDS
+from datasetdm_fast.plugins import PartTable
 from datasetdm_fast.tasks import depth, instance, open_vocabulary, pose, semantic
 
-TASKS = {
+OWN_TASKS = {
     "semantic": semantic.SemanticTask(),
     "instance": instance.InstanceTask(),
     "depth": depth.DepthTask(),
     "pose": pose.PoseTask(),
     "open-vocabulary": open_vocabulary.OpenVocabularyTask(),
 }
+TASKS = PartTable(OWN_TASKS, TASK_KINDS, "task", lambda task: task())

@@ -20,9 +20,6 @@ from datasetdm_fast.labels.names import own_stem
 from datasetdm_fast.run_folder.document import ASIDE
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, Ledger, Row
 
-DRAWN = {  # role of a file of a task's own decoder -> the layer whose picture of it the gallery makes
-    layer.role: layer for kind in LABEL_KINDS.values() for layer in kind.layers if layer.picture
-}
 BLOCK = 64  # pictures published at once
 
 
@@ -70,7 +67,9 @@ def picture_of(role: str, content: bytes) -> bytes:
 
 def drawn_layer(role: str) -> GalleryLayer | None:
     """The layer whose picture of the files of a role the gallery makes, None where it shows the files themselves."""
-    return DRAWN.get(own_stem(role))
+    wanted = own_stem(role)
+    layers = (layer for kind in LABEL_KINDS.values() for layer in kind.layers)
+    return next((layer for layer in layers if layer.picture and layer.role == wanted), None)
 
 
 def picture_name(role: str, row: Row) -> str:
