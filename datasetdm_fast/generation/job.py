@@ -188,8 +188,8 @@ def prepare(
     config: RunConfig, *, races: bool = False, dtype: str = "", source: prompts.PromptSource | None = None
 ) -> Job:
     """The job of a configuration: everything is loaded and checked, nothing is written; with `races` `--engine auto`
-    may take another engine than the fast one, and `dtype` takes the place of `--dtype auto`. `source` holds prompts that
-    no file of the configuration names.
+    may take another engine than the fast one, and `dtype` takes the place of `--dtype auto`. `source` holds prompts
+    that no file of the configuration names.
     """
     check_settings(config)
     stored = read_document(Path(config.out))
