@@ -123,10 +123,10 @@ def _group_norm_parts_kernel(
     chunks,
     chunk_cells,
     width,  # channels of a group
-    taken,  # channels of the groups of a block, by which Triton knows what lies aligned
     eps,
     HAS_SILU: tl.constexpr,
     GROUPS: tl.constexpr,  # of a block
+    TAKEN: tl.constexpr,  # their channels, of which Triton is to know what divides them
     SPAN: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -134,7 +134,7 @@ def _group_norm_parts_kernel(
     BLOCK_C: tl.constexpr,
 ):
     image, channels = tl.program_id(2).to(tl.int64), first_channels + second_channels
-    first = tl.program_id(1).to(tl.int64) * taken
+    first = tl.program_id(1).to(tl.int64) * TAKEN
     member = tl.arange(0, BLOCK_W)
     channel = first + (tl.arange(0, GROUPS) * width)[:, None] + member[None, :]
     is_first = ((member < width)[None, :] & (channel < first_channels))[None, :, :]
@@ -166,7 +166,7 @@ def _group_norm_parts_kernel(
 
     # From here on the channels of all groups lie end to end, so that rows are read in whole vectors.
     lane = tl.arange(0, BLOCK_C)
-    channel, is_ours = first + lane, lane < taken
+    channel, is_ours = first + lane, lane < TAKEN
     is_member = (lane // width)[:, None] == tl.arange(0, GROUPS)[None, :]
     centre = tl.sum(tl.where(is_member, centre[None, :], 0.0), 1)
     scale = tl.sum(tl.where(is_member, scale[None, :], 0.0), 1)
@@ -196,16 +196,16 @@ def _group_norm_parts_plane_kernel(
     channels,
     cells,
     width,  # channels of a group
-    taken,  # channels of the groups of a block, by which Triton knows what lies aligned
     eps,
     HAS_SILU: tl.constexpr,
     GROUPS: tl.constexpr,  # of a block
+    TAKEN: tl.constexpr,  # their channels, of which Triton is to know what divides them
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    first = tl.program_id(0) * taken
+    first = tl.program_id(0) * TAKEN
     cell, lane = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
-    channel, is_ours = first + lane, lane < taken
+    channel, is_ours = first + lane, lane < TAKEN
     inside = (cell < cells)[:, None] & is_ours[None, :]
     is_member = (lane // width)[:, None] == tl.arange(0, GROUPS)[None, :]
     image = tl.program_id(1).to(tl.int64) * cells * channels
@@ -252,7 +252,8 @@ def fused(
     together = blocked(groups, members, PLANE_LANES if is_plane else LANES)
     sides = [rows(part) for part in parts]
     out = x.new_empty((batch, cells, channels))
-    common = {"HAS_SILU": has_silu, "GROUPS": together, "BLOCK_C": padded(together * members)}
+    common = {"HAS_SILU": has_silu, "GROUPS": together, "TAKEN": together * members}
+    common["BLOCK_C"] = padded(together * members)
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         if is_plane:
             _group_norm_parts_plane_kernel[groups // together, batch](
@@ -264,7 +265,6 @@ def fused(
                 channels,
                 cells,
                 members,
-                together * members,
                 eps,
                 BLOCK_S=padded(cells),
                 **common,
@@ -291,7 +291,6 @@ def fused(
                 found[0].shape[2],
                 cells if is_merged else CHUNK,
                 members,
-                together * members,
                 eps,
                 SPAN=min(SPAN, ceil_divide(cells, sizes["BLOCK_S"]) * sizes["BLOCK_S"]),
                 BLOCK_W=padded(members, 1),
