@@ -5,6 +5,7 @@ import torch
 
 from bench.report.report import forms_table
 from datasetdm_fast.engines import build_engine, memory
+from datasetdm_fast.engines.device import choose_by_shape
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu, upsample_concat
@@ -104,9 +105,18 @@ def test_forms_by_device(monkeypatch):
     monkeypatch.setitem(upsample_concat.DEVICES, "Some GPU", "plain")
     names = ("Some GPU", "untuned")
     assert choice.form_on("upsample_concat", *names) == "plain" and choice.form_on("layer_norm", *names) == "fused"
-    assert choice.form_on("geglu", "without triton") == "plain" == choice.form_on("attention", *names)
+    assert choice.form_on("geglu", "without triton") == "plain" == choice.form_on("pyramid", *names)
     for name, op in OPS.items():
         assert all(hasattr(choice.FORM[form], name) for form in getattr(op, "DEVICES", {}).values())
+
+
+def test_cudnn_chooses_by_shape_alone(monkeypatch):
+    for name, before in (("benchmark", True), ("deterministic", False)):
+        monkeypatch.setattr(torch.backends.cudnn, name, before)
+    choose_by_shape(torch.device("cpu"))
+    assert torch.backends.cudnn.benchmark
+    choose_by_shape(torch.device("cuda"))
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
 def test_the_table_of_forms_has_a_row_for_each_operation():

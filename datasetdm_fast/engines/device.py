@@ -44,3 +44,11 @@ def allow_tf32(device: torch.device, is_allowed: bool) -> None:
     """
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = is_allowed, False
+
+
+def choose_by_shape(device: torch.device) -> None:
+    """Lets cuDNN choose by shape and GPU alone, among algorithms that round alike every time: a choice by timing, which
+    a program around the engine may have asked for, differs from rank to rank. The setting is the process's.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True

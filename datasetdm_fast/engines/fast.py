@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
 from datasetdm_fast.engines.cuda_graph import StepGraph
-from datasetdm_fast.engines.device import allow_tf32, resolve_device, to_device
+from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device, to_device
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested
 from datasetdm_fast.errors import Missing, Refused
@@ -72,6 +72,7 @@ def computed(method: Callable) -> Callable:
     @functools.wraps(method)
     def call(engine: FastEngine, *arguments, **named):
         allow_tf32(engine.device, engine.precision != "fp32")
+        choose_by_shape(engine.device)
         with torch.inference_mode():
             return method(engine, *arguments, **named)
 
@@ -488,14 +489,16 @@ class FastEngine:
 
     def fingerprint(self) -> dict[str, str]:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
-        compiled_by = {"compiled": "yes"} if self.is_compiled else {}
+        extras = {"compiled": "yes"} if self.is_compiled else {}
+        if self.device.type == "cuda":  # which algorithms they choose for a shape is theirs
+            extras |= {"cudnn": str(torch.backends.cudnn.version()), "cuda": str(torch.version.cuda)}
         return {
             "engine": self.name,
             "device": str(self.device),
             "device_name": device,
             "dtype": self.precision,
             "torch": torch.__version__,
-            **compiled_by,
+            **extras,
         }
 
 
