@@ -57,15 +57,15 @@ def main(arguments: Sequence[str]) -> int:
     if "where" in given and not config.where.strip():
         raise Refused("--where: nothing was given after it", "Write a condition, or drop the flag.")
     from datasetdm_fast.curation import filtering
-    from datasetdm_fast.run_folder.score_table import SCORES
+    from datasetdm_fast.run_folder.score_table import OF_NETWORKS, SCORES
     from datasetdm_fast.run_folder.where import parse_where
 
     if config.undo:
         return _undo(config)
-    if config.where:
-        parse_where(config.where, tuple(SCORES))  # before hours of scoring
+    names = parse_where(config.where, tuple(SCORES))[1] if config.where else ()  # before hours of scoring
     run = filtering.check(Path(config.run))
-    extra = [name for name in ("clip", "stability") if getattr(config, name)]
+    extra = [name for name in OF_NETWORKS if getattr(config, name)]
+    filtering.check_made(run, names, extra)
     if left := filtering.count_missing(run, extra):
         networks = _networks(config, run)
         with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:

@@ -203,7 +203,8 @@ def test_bad_input_is_refused_and_nothing_written(flags, said, made, capsys):
 
 
 def test_a_score_that_no_sample_has_is_refused(run, capsys):
-    assert filter.main([str(run), "--where", "clip>0.2", "--quiet"]) == 2
+    before = state(run)
+    assert filter.main([str(run), "--where", "clip>0.2", "--quiet"]) == 2 and state(run) == before
     assert "--clip DIR" in capsys.readouterr().err and not (run / KEPT).exists()
 
 

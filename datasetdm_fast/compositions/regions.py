@@ -39,6 +39,8 @@ def way_of(settings: EditSettings) -> str:
 
 def read_mask(path: str, side: int) -> dict[str, Any]:
     """The run lengths of a mask file for pictures of side x side pixels."""
+    if not Path(path).is_file():
+        raise Refused(f"--mask {path}: there is no such file", "Name a picture whose white pixels are drawn anew.")
     grey = np.asarray(images.read_image(Path(path)).convert("L"))
     if grey.shape != (side, side):
         raise Refused(

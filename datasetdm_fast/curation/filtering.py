@@ -18,7 +18,7 @@ from datasetdm_fast.run_folder.folder import RunFolder, keep
 from datasetdm_fast.run_folder.kept import Kept, read_kept
 from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.reader import Run, StoredSample
-from datasetdm_fast.run_folder.score_table import HASH, ScoreTable, passing
+from datasetdm_fast.run_folder.score_table import HASH, OF_NETWORKS, ScoreTable, absent, passing
 from datasetdm_fast.run_folder.seal import ELSEWHERE
 
 BLOCK = 64  # samples whose scores are committed together
@@ -43,6 +43,14 @@ def check(path: Path) -> Run:
     if not len(run):
         raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
     return run
+
+
+def check_made(run: Run, names: Sequence[str], extra: Sequence[str]) -> None:
+    """Refuses scores of networks that are neither there nor among `extra`, those about to be made."""
+    with Ledger(run.path / LEDGER, read_only=True) as ledger:
+        for name in names:
+            if name in OF_NETWORKS and name not in extra and not ledger.scores(name):
+                raise absent(run.path, name)
 
 
 def count_missing(run: Run, extra: Sequence[str]) -> int:

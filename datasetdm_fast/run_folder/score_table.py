@@ -26,6 +26,7 @@ SCORES = {  # name -> what it says
     "stability": "share of the pixels of things that the decoders call the same under two other noises, 0 to 1",
     "clip": "cosine of image and prompt by the CLIP of --clip",
 }
+OF_NETWORKS = ("clip", "stability")  # scores that are only made where a flag of their name asks for them
 ABSENT = {  # a score that no sample has -> what to do about it
     "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
     "stability": "Add --stability, and the scores are made with the model of the run.",
@@ -63,13 +64,17 @@ def read_scores(folder: Path, names: Sequence[str] = tuple(SCORES)) -> ScoreTabl
     return ScoreTable(indices, classes, values)
 
 
+def absent(folder: Path, name: str) -> Refused:
+    return Refused(f"--where: no sample of {folder} has the score {name}", ABSENT.get(name, "Leave it out."))
+
+
 def passing(folder: Path, where: str) -> Kept:
     """Which samples of a run folder the condition keeps, and why not the others."""
     condition, names = parse_where(where, tuple(SCORES))
     table = read_scores(folder, names)
     for name in names:
         if np.isnan(table.values[name]).all():
-            raise Refused(f"--where: no sample of {folder} has the score {name}", ABSENT.get(name, "Leave it out."))
+            raise absent(folder, name)
     passes = condition.passes(table.values)
     return Kept(
         where,
