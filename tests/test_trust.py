@@ -56,6 +56,10 @@ def test_the_rule():
     )
     assert trust_of(("ball",), RIGHT).unnamed == ("star",)
     assert trust_of((), RIGHT).is_trusted, "a prompt that names no thing says nothing about things"
+    apart = scene([0, 0, 2, 2, 2, 1, 1, 3, 3, 3], (0, slice(2, 5)), (1, slice(9, 10)))
+    assert trust_of(("ball", "star"), apart).reasons == (
+        "star in semantic overlaps star in instance with an IoU of 0.33",
+    )
     found = trust_of(("ball", "star"), SWAPPED)
     assert found.disagreeing == 1 and found.reasons == ("100% of the pixels of things have two names",)
 

@@ -86,10 +86,16 @@ def train_judge(count: int, steps: int, size: int) -> Judge:
 
 
 @torch.inference_mode()
+def probabilities(judge: Judge, images: np.ndarray) -> Tensor:
+    """[N, K, H, W] of each class, as the judge sees images [N, H, W, 3]."""
+    parts = np.array_split(images, max(len(images) // 32, 1))
+    pixels = (torch.from_numpy(one).permute(0, 3, 1, 2).float() / 127.5 - 1 for one in parts)
+    return torch.cat([judge(one).softmax(1) for one in pixels])
+
+
 def classes_in(judge: Judge, images: np.ndarray) -> Tensor:
     """[N, H, W] the class of each pixel, as the judge sees images [N, H, W, 3]."""
-    parts = np.array_split(images, max(len(images) // 32, 1))
-    return torch.cat([judge(torch.from_numpy(one).permute(0, 3, 1, 2).float() / 127.5 - 1).argmax(1) for one in parts])
+    return probabilities(judge, images).argmax(1)
 
 
 def seen(judge: Judge, images: np.ndarray) -> np.ndarray:

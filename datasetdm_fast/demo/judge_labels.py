@@ -1,7 +1,8 @@
 """python -m datasetdm_fast.demo.judge_labels RUN --judged DIR: how true are the labels of generated pictures?
 
 The segmentation net of demo.judge, which has only ever seen renders, is compared with the labels of a run, for all of
-its samples and for the trusted ones; the same figures on renders are against their truth. Prints a table and JSON.
+its samples and for the trusted ones; the same figures on renders are against their truth. Of a run of vary it tells,
+for each domain, how far what is to be seen has kept the label maps. Prints a table and JSON.
 """
 
 import argparse
@@ -15,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasetdm_fast.data import Annotation, Trust
-from datasetdm_fast.demo.judge import ENOUGH, Judge, classes_in, train_judge
+from datasetdm_fast.data import Annotation, SemanticMap, Trust
+from datasetdm_fast.demo.judge import ENOUGH, Judge, probabilities, train_judge
 from datasetdm_fast.engines.opening import open_engine
+from datasetdm_fast.labels import kind_of
 from datasetdm_fast.labels.trust import named_map, trust_of
 from datasetdm_fast.readers.demo import DemoWorld
 from datasetdm_fast.run_folder.reader import open_run
@@ -29,6 +31,8 @@ from datasetdm_fast.tasks.captions import held_to
 KINDS = ("semantic", "instance")
 FOUND = 0.5  # IoU of a thing that counts as found
 SAME = 0.25  # IoU below which a thing is called wrong
+LEAST_KEPT = 0.7  # mean IoU of a variant that shows what its source shows
+SURE = 0.9  # probability of a class in the judge, below which its pixel speaks against no label
 RENDERS = 900_000  # first scene seed, as in the model card
 BATCH = 10
 
@@ -40,25 +44,28 @@ class JudgedPicture:
     named: tuple[str, ...]  # things of its caption
     labels: dict[str, Annotation]
     seen: np.ndarray  # [H, W] class of each pixel
+    is_sure: np.ndarray  # [H, W] whether that is beyond doubt
     trust: Trust
+    domain: str = ""  # of a variant
 
     def shown(self, name: str) -> np.ndarray:
         return self.seen == world.CLASSES.index(name)
 
-    def overlaps(self, kind: str) -> dict[str, float]:
-        """IoU of every thing that is labelled or seen on ENOUGH pixels."""
+    def overlaps(self, kind: str, counted: np.ndarray | None = None) -> dict[str, float]:
+        """IoU of every thing that is labelled or seen on ENOUGH pixels, of those `counted` where these are given."""
         found, overlaps = named_map(self.labels[kind]), {}
+        counted = np.ones(self.seen.shape, bool) if counted is None else counted
         for name in world.THINGS:
-            labelled, shown = found.numbers == found.names.index(name), self.shown(name)
+            labelled, shown = (found.numbers == found.names.index(name)) & counted, self.shown(name) & counted
             if max(labelled.sum(), shown.sum()) >= ENOUGH:
                 overlaps[name] = float((labelled & shown).sum() / (labelled | shown).sum())
         return overlaps
 
     @property
     def is_wrong(self) -> bool:
-        """Whether a thing of the caption is not to be seen, or a label contradicts what is."""
+        """Whether a thing of the caption is not to be seen, or a label contradicts what is beyond doubt."""
         is_lacking = any(self.shown(name).sum() < ENOUGH for name in self.named)
-        return is_lacking or any(value < SAME for kind in KINDS for value in self.overlaps(kind).values())
+        return is_lacking or any(value < SAME for kind in KINDS for value in self.overlaps(kind, self.is_sure).values())
 
 
 def figures(pictures: Sequence[JudgedPicture], kind: str) -> dict[str, float]:
@@ -79,16 +86,35 @@ def figures(pictures: Sequence[JudgedPicture], kind: str) -> dict[str, float]:
     return {"found": float(np.mean(found)), "precision": right / count, "swapped": swapped / count}
 
 
+def geometry(pictures: Sequence[JudgedPicture]) -> dict[str, dict[str, float]]:
+    """For each domain of variants, the mean over pictures of the mean IoU of the label map with what is to be seen, and
+    the share of pictures where that is below LEAST_KEPT.
+    """
+    found: dict[str, list[float]] = {}
+    for one in pictures:
+        label = one.labels["semantic"]
+        seen = SemanticMap(one.seen.astype(np.uint8), label.confidence, world.CLASSES)
+        found.setdefault(one.domain, []).append(kind_of("semantic").overlap(seen, label))
+    return {
+        domain: {"miou": float(np.mean(ious)), "below": float(np.mean(np.array(ious) < LEAST_KEPT))}
+        for domain, ious in found.items()
+    }
+
+
 def of_run(path: Path, judge: Judge) -> list[JudgedPicture]:
     """The samples of a run, as the judge sees them."""
     pictures = []
     run = iter(open_run(path))
     while samples := list(islice(run, BATCH)):
-        seen = classes_in(judge, np.stack([sample.image for sample in samples])).numpy()
-        for sample, classes in zip(samples, seen, strict=True):
+        images = np.stack([sample.image for sample in samples])
+        mirrored = probabilities(judge, images[:, :, ::-1].copy()).flip(3)
+        sure, seen = (found.numpy() for found in ((probabilities(judge, images) + mirrored) / 2).max(1))
+        for sample, classes, probability in zip(samples, seen, sure, strict=True):
             named = tuple(name for name in sample.classes if name in world.THINGS)
             labels = {kind: sample.label(kind) for kind in KINDS}
-            pictures.append(JudgedPicture(named, labels, classes, trust_of(sample.classes, labels)))
+            trust = trust_of(sample.classes, labels)
+            domain = sample.meta.get("domain", "")
+            pictures.append(JudgedPicture(named, labels, classes, probability >= SURE, trust, domain))
     return pictures
 
 
@@ -109,7 +135,8 @@ def of_renders(count: int) -> list[JudgedPicture]:
         for k, item in enumerate(some):
             named = tuple(name for name in world.THINGS if name in item.caption.split())
             found: dict[str, Annotation] = {task: labels[task][k] for task in KINDS}
-            pictures.append(JudgedPicture(named, found, item.semantic, trust_of(named, found)))
+            is_sure = np.ones(item.semantic.shape, bool)
+            pictures.append(JudgedPicture(named, found, item.semantic, is_sure, trust_of(named, found)))
     return pictures
 
 
@@ -150,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = {"pictures": len(made), "wrong": int(wrong.sum()), "doubtful": int(doubtful.sum())}
     facts |= {"doubtful_of_wrong": float(doubtful[wrong].mean()), "doubtful_of_right": float(doubtful[~wrong].mean())}
     rows = {name: {kind: figures(pictures, kind) for kind in KINDS} for name, pictures in sets.items()}
-    print(json.dumps({**facts, "sets": rows}))
+    print(json.dumps({**facts, "geometry": geometry(made), "sets": rows}))
     return 0
 
 
