@@ -290,7 +290,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "model lora decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells "
         "parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
-        "palette format out only resume limit page_every verify verify_anyway dry_run allow_download json quiet "
+        "palette format out only resume mixed limit page_every verify verify_anyway dry_run allow_download json quiet "
         "threads gpus ranks cluster store dtype compile device provider streams engines trt_flavour"
     ).split()
 
@@ -454,6 +454,13 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     verify_anyway: bool = setting(
         False, "with --verify: go on where they do not agree, and have that written down", identity=False
+    )
+    mixed: str = setting(
+        "verified",
+        "verified: another engine, dtype, device or version may go on with a run folder, once images and labels of its "
+        "own samples, made again, agree with those that are there; no: it is refused, and so is another --batch-size",
+        identity=False,
+        choices=("verified", "no"),
     )
     page_every: float = setting(
         5.0,

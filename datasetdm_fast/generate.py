@@ -18,7 +18,7 @@ from datasetdm_fast.command_line.progress import ImageProgress, counted, duratio
 from datasetdm_fast.config import HALF, RunConfig
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.defaults import with_folder, with_labels
-from datasetdm_fast.generation.job import Job, count_rows, finished, further, measures, prepare, refill
+from datasetdm_fast.generation.job import Job, count_rows, finished, further, may_differ, measures, prepare, refill
 from datasetdm_fast.generation.racing import probe
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import prepare_remake, remake, run
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
         return _end(config, result)
     if config.dry_run:
-        job = prepare(config, dtype=HALF if measures(config) else "")
+        job = prepare(config, dtype=HALF if measures(config) else "", mixes=True)
         _say(config, *table(job))
         _show_plan(job)
         return 0
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
             f"--verify {config.verify}: several machines or processes that were started together make this run",
             "Run the line once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
         )
-    if places and (config.verify or measures(config)):
+    if places and (config.verify or measures(config) or may_differ(config)):
         _begin(config)
     if peer:
         config = launched.settle_on(config, peer)
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
-    job = _measured(config, races=True) if measures(config) else prepare(config, races=True)
+    job = _decided(config, races=True)
     _say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size)))
     if config.verify:
         job = _verified(config, job)
@@ -131,11 +131,18 @@ def _run_here(config: RunConfig, interruption: Interruption) -> Result:
 
 def _begin(config: RunConfig) -> None:
     """What is compared before several processes make the run: the folder they find tells that it was done."""
-    job = _measured(config) if measures(config) else prepare(config)
+    job = _decided(config)
     if config.verify:
         job = _verified(config, job)
     with RunFolder(job.folder, job.document):
         pass
+
+
+def _decided(config: RunConfig, *, races: bool = False) -> Job:
+    """The job with the precision that --dtype auto takes in a new folder, or with leave to go on with an old one."""
+    if measures(config):
+        return _measured(config, races=races)
+    return _mixed(config, prepare(config, races=races, mixes=True))
 
 
 def _measured(config: RunConfig, *, races: bool = False) -> Job:
@@ -145,17 +152,32 @@ def _measured(config: RunConfig, *, races: bool = False) -> Job:
     job = prepare(config, races=races, dtype=HALF)
     if not job.half:
         return job
-    with _comparing(config, before.calls_of(job, min(before.MEASURED, job.plan.number)), job.half) as advance:
+    calls = before.calls_of(job, min(before.MEASURED, job.plan.number))
+    with _calls_bar(job.half, calls, config.quiet) as advance:
         return before.measured(job, lambda: prepare(config, races=races, dtype="fp32"), advance)
 
 
-@contextmanager
-def _comparing(config: RunConfig, calls: int, name: str) -> Iterator[Callable[[], None]]:
-    """Within the block a bar on the terminal advances with every call of a U-Net."""
-    from tqdm import tqdm
+def _mixed(config: RunConfig, job: Job) -> Job:
+    """The job where its engine is one that the run folder knows, or makes samples of it again as they are there."""
+    if not job.differing:
+        return job
+    from datasetdm_fast.agreement import mixing
 
-    with tqdm(total=calls, desc=name, unit="call", disable=config.quiet or None, file=sys.stderr) as bar:
-        yield lambda: bar.update(1)
+    indices = mixing.chosen(job)
+    _say(config, f"mixed      another engine than before ({'; '.join(job.differing)})")
+    calls = -(-len(indices) // job.plan.batch_size) * len(job.recipe.schedule)
+    with _calls_bar("compare", calls, config.quiet) as on_unet_call:
+        rows = mixing.compared(job, indices, on_unet_call) if indices else []
+    if failed := [row.measure for row in rows if not row.is_passed]:
+        raise GateFailed(
+            f"{job.folder}: {job.engine.name} does not make its samples as they are there, {', '.join(failed)} beyond "
+            f"the limit in {counted(len(indices), 'sample')} ({'; '.join(job.differing)}); nothing was written",
+            "Go on with the engine it was begun with, or choose another --out.",
+        )
+    _say(config, f"mixed      {job.engine.name} makes {counted(len(indices), 'sample')} again as they are there")
+    job, entries = mixing.mixed(job, rows, len(indices))
+    note(job.folder, "mixed", entries)
+    return job
 
 
 def _verified(config: RunConfig, job: Job) -> Job:
@@ -167,8 +189,9 @@ def _verified(config: RunConfig, job: Job) -> Job:
     if before.holds(earlier, job.engine, number):
         _say(config, f"verified   {earlier['number']} samples agreed before, with this engine and device")
         return job
-    with _comparing(config, before.calls_of(job, number), "verify") as advance:
-        verdict = before.compared(job, number, advance)
+    calls = before.calls_of(job, number)
+    with _calls_bar("verify", calls, config.quiet) as on_unet_call:
+        verdict = before.compared(job, number, on_unet_call)
     failed = [row.measure for row in verdict.rows if not row.is_passed]
     if failed and not config.verify_anyway:
         raise GateFailed(
@@ -182,6 +205,15 @@ def _verified(config: RunConfig, job: Job) -> Job:
     if stored is not None:
         note(job.folder, "verified", facts)
     return replace(job, document=job.document | {"verified": facts})
+
+
+@contextmanager
+def _calls_bar(title: str, calls: int, is_quiet: bool) -> Iterator[Callable[[], None]]:
+    """A bar of so many UNet calls; what it gives is to be called after each."""
+    from tqdm import tqdm
+
+    with tqdm(total=calls, desc=title, unit="call", disable=is_quiet or None, file=sys.stderr) as bar:
+        yield bar.update
 
 
 def _run_together(

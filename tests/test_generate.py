@@ -13,9 +13,12 @@ from datasetdm_fast.config import TASKS, RunConfig
 from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.generation import job
 from datasetdm_fast.generation.defaults import with_labels
 from datasetdm_fast.run_folder.audit import audit
-from datasetdm_fast.run_folder.document import read_document
+from datasetdm_fast.run_folder.document import LEDGER, read_document
+from datasetdm_fast.run_folder.ledger import Ledger
 from datasetdm_fast.run_folder.reader import open_run
 
 
@@ -276,6 +279,66 @@ def test_other_configurations_exit_with_two(engines, tmp_path, capsys):
     capsys.readouterr()
     assert run("--number", "1", "--seed", "4", out=tmp_path / "run") == 2
     assert "number: 2 there, 1 asked for; seed: 0 there, 4 asked for" in capsys.readouterr().err
+
+
+class Other(StubEngine):
+    """Another engine, whose images may be darker."""
+
+    name, is_darker = "torch", False
+
+    def fingerprint(self):
+        return super().fingerprint() | {"engine": "torch", "device_name": "stub", "torch": "99.0"}
+
+    def decode_and_check(self, latents):
+        images, is_finite = super().decode_and_check(latents)
+        return images // 2 if self.is_darker else images, is_finite
+
+
+@pytest.fixture
+def mixing(monkeypatch, tmp_path):
+    """A run of two samples, then another engine in the place of the first; what run.json says of engines."""
+    opened = []
+
+    def open_engine(model="demo", decoder="demo", tasks=TASKS, **choices):
+        opened.append((Other if choices["engine"] == "torch" else StubEngine)(64, tasks=tuple(tasks)))
+        return opened[-1], {task: {"digest": "stub", "licence": "none"} for task in tasks}
+
+    monkeypatch.setattr(opening, "open_engine", open_engine)
+    assert run("--number", "2", "--batch-size", "2", out=tmp_path / "run") == 0
+    return opened
+
+
+LARGER = ("--number", "5", "--engine", "torch", "--batch-size", "3")
+
+
+def test_another_engine_goes_on_once_its_samples_are_those_that_are_there(mixing, tmp_path, capsys):
+    path = tmp_path / "run"
+    assert run(*LARGER, "--limit", "1", out=path) == 0
+    assert "torch makes 2 samples again as they are there" in capsys.readouterr().err
+    assert run(*LARGER, out=path) == 0 and "again" not in capsys.readouterr().err
+    (entry,) = read_document(path)["mixed"]
+    assert entry["engine"]["torch"] == "99.0" and entry["number"] == 2 and audit(path).findings == []
+    with Ledger(path / LEDGER, read_only=True) as ledger:
+        made = [(row.recipe["engine"]["engine"], row.recipe["batch_size"]) for row in ledger.rows()]
+    assert made == [("stub", 2)] * 2 + [("torch", 3)] * 3
+    assert "`torch fp32 on stub` went on with the run: 2 of the samples" in (path / "README.md").read_text()
+    for id, kind in (("00000004", Other), ("00000000", StubEngine)):
+        (path / f"depth/{id}.png").unlink()
+        assert run("--only", id, out=path) == 0 and type(mixing[-1]) is kind
+    count = len(mixing)
+    assert run("--number", "5", "--engine", "fast", out=path) == 0 and len(mixing) == count, "nothing to do"
+
+
+def test_an_engine_whose_samples_are_others_does_not_go_on(mixing, tmp_path, monkeypatch, capsys):
+    path, before = tmp_path / "run", files_of(tmp_path / "run")
+    monkeypatch.setattr(Other, "is_darker", True)
+    assert run(*LARGER, out=path) == 4 and "free image beyond the limit in 2 samples" in capsys.readouterr().err
+    for line in (("--number", "5", "--engine", "torch"), ("--number", "5", "--batch-size", "3")):
+        assert run(*line, "--mixed", "no", out=path) == 2
+        assert "holds a run of another configuration (" in capsys.readouterr().err
+    with pytest.raises(Refused, match=r"engine.torch: null there, .99\.0. asked for") as stop:
+        job.prepare(RunConfig(number=5, engine="torch", batch_size=2, out=str(path)))  # as a process of several does
+    assert "--limit 1" in stop.value.remedy and files_of(path) == before
 
 
 def test_samples_set_aside_exit_with_four(engines, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
 
 LEAST_MEASURED = 100  # images; comparing some with the reference would not pay in a shorter run
+COMPUTING = ("engine", "dtype", "compile", "batch_size")  # settings that decide no more than how samples round
+LIBRARIES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino")  # that engines name with their versions
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
 
 
@@ -72,6 +76,7 @@ class Job:
     generator: Callable[..., Any] | None = None  # what samples a batch, see driver.generate
     pixels: int = 0  # of an image on average, where images have sizes of their own
     calls: int = 0  # UNet calls of a batch on average, where the recipe does not tell them
+    differing: tuple[str, ...] = ()  # in what the engine is none of those that made the run folder's samples
 
     @property
     def folder(self) -> Path:
@@ -107,7 +112,7 @@ def finished(config: RunConfig, *, is_alone: bool = True, source: prompts.Prompt
     stored = read_document(folder)
     if stored is None:
         return None
-    check_config(folder, stored, identity(config, source))
+    check_config(folder, stored, compared_identity(config, source, stored))
     if config.resume == "never":
         raise Refused(
             f"{folder}: the run folder exists, and --resume never asks for a new one",
@@ -137,6 +142,32 @@ def settled(
     return result
 
 
+def compared_identity(config: RunConfig, source: prompts.PromptSource, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that have to be those of a run folder: what merely computes its samples may be mixed."""
+    wanted = identity(config, source)
+    if config.mixed == "no":
+        return wanted
+    return wanted | {name: stored["config"][name] for name in COMPUTING if name in stored["config"]}
+
+
+def _installed(name: str) -> str:
+    try:
+        return version_of(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def may_differ(config: RunConfig) -> bool:
+    """Whether it can be seen without loading the engine that it may be another than the run folder's."""
+    stored = read_document(Path(config.out))
+    if stored is None or config.mixed == "no":
+        return False
+    values = config.identity()
+    return any(stored["config"].get(name) != values[name] for name in COMPUTING) or any(
+        _installed(name) != stored["engine"][name] for name in LIBRARIES if name in stored["engine"]
+    )
+
+
 def refill(config: RunConfig) -> None:
     """Plans others in the place of the samples that were dropped, and sets aside the doubtful samples of a run that
     kept all, which from then on is one that keeps trusted ones alone.
@@ -147,7 +178,7 @@ def refill(config: RunConfig) -> None:
         if config.keep != "trusted":
             raise Refused(f"--refill: {config.out} holds no samples yet", "Drop the flag.")
         return
-    wanted = identity(config, prompts.read_source(config))
+    wanted = compared_identity(config, prompts.read_source(config), stored)
     check_config(Path(config.out), stored, wanted | {"keep": stored["config"].get("keep")})
     wanted |= {name: stored["config"][name] for name in GROWING if name in stored["config"]}  # it grows afterwards
     with Ledger(Path(config.out) / LEDGER, read_only=True) as ledger:
@@ -185,17 +216,22 @@ def measures(config: RunConfig) -> bool:
 
 
 def prepare(
-    config: RunConfig, *, races: bool = False, dtype: str = "", source: prompts.PromptSource | None = None
+    config: RunConfig,
+    *,
+    races: bool = False,
+    mixes: bool = False,
+    dtype: str = "",
+    source: prompts.PromptSource | None = None,
 ) -> Job:
     """The job of a configuration: everything is loaded and checked, nothing is written; with `races` `--engine auto`
-    may take another engine than the fast one, and `dtype` takes the place of `--dtype auto`. `source` holds prompts
-    that no file of the configuration names.
+    may take another engine than the fast one, with `mixes` the engine may be a new one for the run folder. `dtype`
+    takes the place of `--dtype auto`, `source` holds prompts that no file of the configuration names.
     """
     check_settings(config)
     stored = read_document(Path(config.out))
     job = compose(config, source or prompts.read_source(config), stored, races=races, dtype=dtype)
     if stored is not None:
-        job = replace(adopt(job, stored), done=count_rows(config))
+        job = replace(adopt(job, stored, mixes=mixes), done=count_rows(config))
     check_room(job)
     return job
 
@@ -303,9 +339,10 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB" if count < 1e10 else f"{count / 1e9:,.0f} GB"
 
 
-def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
+def adopt(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
     """The job as the run folder's description has it, which tells of more images where the run is to grow; other
-    weights or another engine are refused.
+    weights are refused, and so is an engine that has no part in the run yet, unless the caller `mixes`: the job then
+    tells in what it differs.
 
     Which of several equal GPUs continues a run folder, what its memory would hold and where the weights lie change no
     byte.
@@ -329,14 +366,42 @@ def adopt(job: Job, stored: Mapping[str, Any]) -> Job:
     document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
     compared = [
         {
-            part: {name: value for name, value in source[part].items() if name not in ("source", "device", "licence")}
-            for part in ("model", "decoders", "engine", "sampling", "plan", "labels")
+            part: {name: value for name, value in source[part].items() if name not in ("source", "licence")}
+            for part in ("model", "decoders", "sampling", "plan", "labels")
         }
         for source in (stored, document)
     ]
     check_same(job.folder, *compared)
-    plan = replace(job.plan, batch_size=stored["plan"]["batch_size"])
-    return replace(job, plan=plan, recipe=replace(job.recipe, facts=row_facts(stored)), document=dict(stored))
+    engine, differing = engine_among(stored, document["engine"])
+    if differing and not (mixes and job.config.mixed == "verified"):
+        alone = "Run generate once alone, in one process and with --limit 1: it compares the two engines. Then go on."
+        raise Refused(
+            f"{job.folder}: holds a run of another configuration ({'; '.join(differing)})",
+            "Choose another --out, or give the flags it was started with."
+            if job.config.mixed == "no" or "command" in stored
+            else alone,
+        )
+    size = (job.config.mixed != "no" and job.config.batch_size) or stored["plan"]["batch_size"]
+    facts = row_facts({**stored, "engine": engine, "plan": stored["plan"] | {"batch_size": size}})
+    return replace(
+        job,
+        plan=replace(job.plan, batch_size=size),
+        recipe=replace(job.recipe, facts=facts),
+        document=dict(stored),
+        differing=differing,
+    )
+
+
+def engine_among(stored: Mapping[str, Any], engine: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The engine of a run folder that is this one, which of several equal GPUs it runs on aside; else this one itself,
+    and in what it differs from the first of the run.
+    """
+    known = [stored["engine"], *(entry["engine"] for entry in stored.get("mixed", ()))]
+    plain = [{name: value for name, value in one.items() if name != "device"} for one in (*known, engine)]
+    for there, one in zip(known, plain):
+        if one == plain[-1]:
+            return dict(there), ()
+    return dict(engine), tuple(differences(plain[0], plain[-1], "engine"))
 
 
 def further(stored: Mapping[str, Any]) -> int:

@@ -139,6 +139,8 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
             f"--only {config.only}: {folder} was not made by generate",
             f"Make it again with: {maker(stored)} --out {folder} --only {config.only}",
         )
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        row = ledger.row(int(config.only)) if config.only.isdecimal() and len(config.only) <= 18 else None
     settings = replace(
         config,
         **{
@@ -147,6 +149,9 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
             if name != "prompts"
         },
     )
+    if row is not None and row.recipe["engine"] in [entry["engine"] for entry in stored.get("mixed", ())]:
+        engine = row.recipe["engine"]
+        settings = replace(settings, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
     changed = {
         name
         for name in config.identity()
@@ -162,8 +167,6 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
             f"{folder}: holds a run of another configuration ({told})",
             "Drop these flags: --only takes them from the run folder.",
         )
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        row = ledger.row(int(config.only)) if config.only.isdecimal() and len(config.only) <= 18 else None
     if row is None:
         raise Refused(
             f"--only {config.only}: no sample of {folder} has this id",

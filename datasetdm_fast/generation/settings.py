@@ -53,6 +53,7 @@ def check_settings(config: RunConfig) -> None:
         ("profile", PROFILES),
         ("image_format", ("png", "jpg")),
         ("resume", ("auto", "never")),
+        ("mixed", ("verified", "no")),
         ("keep", ("all", "trusted")),
         ("ignore", ("nothing", "disagreeing")),
         ("ask", ("named", "all")),

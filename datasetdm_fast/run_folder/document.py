@@ -112,6 +112,7 @@ def check_document(document: Mapping[str, Any]) -> None:
         if (palette := document["labels"][task].get("palette", OURS)) not in (OURS, *BORDERS):
             raise ValueError(f"labels.{task}.palette is {documents.quoted(palette)}")
     check_numbers(document.get("classes"), {task: document["labels"][task] for task in tasks})
+    documents.check_form(document.get("mixed", []), [{"engine": dict, "number": int}], "mixed")
     documents.check_form(document["config"].get("combine", []), [str], "config.combine")
     if document.get("command", COMMANDS[0]) not in COMMANDS:
         raise ValueError(f"command is {documents.quoted(document['command'])}, expected {', '.join(COMMANDS)}")

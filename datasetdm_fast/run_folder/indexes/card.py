@@ -138,6 +138,7 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Model: {_code(document['model']['name'])}; engine: {_code(engine.get('engine', ''))}"
     versions = {**document["versions"], **{name: value for name, value in engine.items() if name != "engine"}}
     yield f"- Versions and device: {', '.join(f'{_word(name)} {_code(value)}' for name, value in versions.items())}"
+    yield from _mixed(document)
     yield (
         f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
         f"{sampling['guidance']:g}"
@@ -219,6 +220,14 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
         yield f"{ledger.count_doubtful()} of the samples are doubtful, as their labels do not fit their prompt or one "
         yield "another; `trust` in `samples.jsonl` says why.\n"
+
+
+def _mixed(document: Mapping[str, Any]) -> Iterator[str]:
+    """The engines that went on with a run of another."""
+    for entry in document.get("mixed", ()):
+        engine = {"engine": "", "dtype": "", "device_name": "", **entry["engine"]}
+        name = _code("{engine} {dtype} on {device_name}".format(**engine))
+        yield f"- {name} went on with the run: {entry['number']} of the samples made again agreed in images and labels"
 
 
 def _verified(document: Mapping[str, Any]) -> Iterator[str]:
