@@ -1,5 +1,6 @@
-# make venv   sets up .venv, once           make demo   16 labelled images and a page to look at them
+# make demo   16 labelled images and a page to look at them; installs what they need into .venv, 1.1 GB
 # make test   every test                    make lint   what the style asks for
+# make venv   installs what tests need, too: optional engines and formats, 1.5 GB more
 # make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset: 5 minutes
 # make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end
 # make mutants  90 planted faults, one at a time: a quarter of an hour on two cores; 95 % have to be noticed
@@ -15,29 +16,36 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.datasetdm-libraries
+TESTING := $(VENV)/.datasetdm-test-libraries
 BUILT := $(VENV)/.datasetdm-built
 # A spinning OpenMP pool starves its neighbours as soon as there are more threads than cores.
 QUIET_CORES := OMP_WAIT_POLICY=PASSIVE
 
 .PHONY: venv demo test consumers soak mutants lint clean
-venv: $(BUILT)
+venv: $(BUILT) $(TESTING)
 
-# torch comes first and by itself, so that pip takes the build the machine offers; nothing of the lock exchanges it, nor the
+# torch comes first and by itself, so that pip takes the build the machine offers; nothing of the locks exchanges it, nor the
 # Triton that a torch built for CUDA brings. Every other file has to have one of the lock's digests (HASHES= asks for none).
+# What is never imported is never compiled, which is a fifth of all bytes.
 $(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(TORCH),$(PIP) install $(PIP_FLAGS) $(TORCH))
-	theirs=torch; $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && theirs='torch|triton'; \
-	grep -Ev "^($$theirs)==" requirements.lock > $(VENV)/requirements.txt
-	$(PIP) install $(PIP_FLAGS) --no-deps $(HASHES) -r $(VENV)/requirements.txt
+	$(if $(TORCH),$(PIP) install --no-compile $(PIP_FLAGS) $(TORCH))
+	grep -v "^torch==" requirements.lock > $(VENV)/requirements.txt
+	$(PIP) install --no-compile $(PIP_FLAGS) --no-deps $(HASHES) -r $(VENV)/requirements.txt
+	touch $@
+
+$(TESTING): tests/requirements.lock $(INSTALLED)
+	theirs=none; $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && theirs=triton; \
+	grep -v "^$$theirs==" tests/requirements.lock > $(VENV)/test-requirements.txt
+	$(PIP) install --no-compile $(PIP_FLAGS) --no-deps $(HASHES) -r $(VENV)/test-requirements.txt
 	touch $@
 
 $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*)
 	$(PIP) install $(PIP_FLAGS) --no-build-isolation --no-deps -e .
 	touch $@
 
-demo: venv
+demo: $(BUILT)
 	$(QUIET_CORES) $(BIN)/python -m datasetdm_fast.generate
 
 test: venv

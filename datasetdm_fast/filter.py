@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             filtering.complete(
                 run,
                 networks,
-                config.threads or len(os.sched_getaffinity(0)),
+                config.threads or cores(),
                 progress.on_commit,
                 interruption.is_stopping,
             )

@@ -1,7 +1,6 @@
 """python -m datasetdm_fast.generate: images and their labels from prompts; without any flag, the demo run."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str]) -> int:
             object_store.ObjectStore(config.store).complete(result.path)
         _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
         return _end(config, result)
+    if sys.stderr.isatty():  # who waits there hears why: libraries and networks take seconds
+        _say(config, f"loading    {config.model}")
     if config.dry_run:
         job = prepare(config, dtype=HALF if measures(config) else "", mixes=True)
         _say(config, *table(job))
@@ -269,7 +271,7 @@ def _convert(config: RunConfig, result: Result) -> None:
     """Writes the formats that were asked for; the same line goes on with them where it was interrupted."""
     from datasetdm_fast.exporting.conversion import export_run
 
-    found = export_run(result.path, config.format, config.threads or len(os.sched_getaffinity(0)))
+    found = export_run(result.path, config.format, config.threads or cores())
     _say(config, f"{result.path}/exports: {found.samples} samples as {', '.join(config.format)}, {found.files} files")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
     splicing, folder = _opened(config), Path(config.out)
     there = begin(splicing, folder)
-    threads = config.threads or 2 * len(os.sched_getaffinity(0))  # half of them wait for the disk
+    threads = config.threads or 2 * cores()  # half of them wait for the disk
     left = config.number - there
     with (
         Interruption(config.quiet) as interruption,

@@ -1,6 +1,6 @@
-"""`python tests/lock.py [NAME==VERSION ...]` writes into requirements.lock the SHA-256 of every file that the package
-index offers for each version it names, for CPython 3.11 and newer on Linux, macOS and Windows; the versions given
-replace or join those that are there.
+"""`python tests/lock.py [NAME==VERSION ...]` writes into requirements.lock and tests/requirements.lock the SHA-256 of
+every file that the package index offers for each version they name, for CPython 3.11 and newer on Linux, macOS and
+Windows; the versions given replace those that are there, or join those of the tests.
 
 torch has no digests: machines with their own build of it bring other files.
 """
@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-LOCK = Path(__file__).parents[1] / "requirements.lock"
+LOCKS = (Path(__file__).parents[1] / "requirements.lock", Path(__file__).with_name("requirements.lock"))
 INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple")
 FREE = ("torch",)
 LINK = re.compile(r'/([^/"#?]+)#sha256=([0-9a-f]{64})')
@@ -50,25 +50,36 @@ def digests(name: str, version: str) -> list[str]:
     return sorted(set(found.values()))
 
 
+def read_lock(lock: Path) -> tuple[list[str], dict[str, str]]:
+    """Comments of a lock file, and what it says of each package before the digests: version and marker."""
+    lines = lock.read_text().splitlines()
+    versions = [line.partition(" --hash")[0].split("==", 1) for line in lines if line and not line.startswith("#")]
+    return [line for line in lines if line.startswith("#")], dict(versions)
+
+
 def main() -> None:
-    """Read the lock, ask the index about each version, and write it again."""
-    comments, versions = [], {}
-    for line in [*LOCK.read_text().splitlines(), *sys.argv[1:]]:
-        if line.startswith("#"):
-            comments.append(line)
-        elif line.strip():
-            name, version = line.split()[0].split("==")
-            versions = {other: kept for other, kept in versions.items() if normal(other) != normal(name)}
-            versions[name] = version
-    asked = [name for name in versions if name not in FREE]
-    with ThreadPoolExecutor(8) as threads:
-        found = dict(zip(asked, threads.map(lambda name: digests(name, versions[name]), asked)))
-    lines = [
-        " ".join([f"{name}=={versions[name]}", *(f"--hash=sha256:{digest}" for digest in found.get(name, ()))])
-        for name in sorted(versions, key=str.lower)
-    ]
-    LOCK.write_text("\n".join([*comments, *lines]) + "\n")
-    print(f"{LOCK.name}: {len(versions)} versions, {sum(map(len, found.values()))} files")
+    """Read the locks, ask the index about each version, and write them again."""
+    locks = {lock: read_lock(lock) for lock in LOCKS}
+    for given in sys.argv[1:]:
+        name, version = given.split("==")
+        places = [
+            (versions, other) for _, versions in locks.values() for other in versions if normal(other) == normal(name)
+        ]
+        versions, other = places[0] if places else (locks[LOCKS[-1]][1], name)
+        _, _, marker = versions.get(other, "").partition(" ; ")
+        versions[other] = f"{version} ; {marker}" if marker else version
+    for lock, (comments, versions) in locks.items():
+        asked = [name for name in versions if name not in FREE]
+        with ThreadPoolExecutor(8) as threads:
+            found = dict(
+                zip(asked, threads.map(lambda name, versions=versions: digests(name, versions[name].split()[0]), asked))
+            )
+        lines = [
+            " ".join([f"{name}=={versions[name]}", *(f"--hash=sha256:{digest}" for digest in found.get(name, ()))])
+            for name in sorted(versions, key=str.lower)
+        ]
+        lock.write_text("\n".join([*comments, *lines]) + "\n")
+        print(f"{lock.name}: {len(versions)} versions, {sum(map(len, found.values()))} files")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The package as a user meets it: imports, the wheel's contents, commands that answer at once."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from importlib import import_module
@@ -15,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 
 import pytest
+from lock import normal
+from packaging.requirements import Requirement
 
 import datasetdm_fast
 from datasetdm_fast import _C, cli
@@ -105,10 +109,14 @@ def sources(root):
 
 def test_make_installs_only_files_whose_digests_are_locked(tmp_path):
     """All but torch, of which each machine brings its own build."""
-    lines = [line.split() for line in (ROOT / "requirements.lock").read_text().splitlines() if line[0] != "#"]
-    free = [name for name, *digests in lines if not digests]
-    assert [name.split("==")[0] for name in free] == ["torch"] and len(lines) > 50
-    assert all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", digest) for _, *digests in lines for digest in digests)
+    locks = [ROOT / "requirements.lock", ROOT / "tests" / "requirements.lock"]
+    read = [[line for line in lock.read_text().splitlines() if line[0] != "#"] for lock in locks]
+    assert [line.split("==")[0] for line in sum(read, []) if "--hash" not in line] == ["torch"]
+    entry = re.compile(r'[\w-]+==\S+( ; sys_platform == "linux")?( --hash=sha256:[0-9a-f]{64})+')
+    assert [line[:60] for line in sum(read, []) if not entry.fullmatch(line) and not line.startswith("torch==")] == []
+    names = [{normal(line.split("==")[0]) for line in lines} for lines in read]
+    assert names[0] == needed_by_the_product(), "what make demo installs is what the package itself needs"
+    assert not names[0] & names[1] and {"pytest", "triton", "ray", "tensorrt-rtx", "pyarrow"} <= names[1]
     rehearsed = ["make", "--dry-run", "venv", f"VENV={tmp_path / 'new'}"]
     plain = {
         name: text for name, text in os.environ.items() if name not in ("MAKEFLAGS", "TORCH", "PIP_FLAGS", "HASHES")
@@ -116,6 +124,26 @@ def test_make_installs_only_files_whose_digests_are_locked(tmp_path):
     said = subprocess.run(rehearsed, cwd=ROOT, env=plain, capture_output=True, text=True, check=True).stdout
     installs = [line for line in said.splitlines() if " install " in line and "torch==" not in line]
     assert "--no-deps --require-hashes -r" in installs[0] and installs[1].endswith("--no-deps -e ."), said
+    assert "test-requirements.txt" in installs[2] and len(installs) == 3
+    demo = subprocess.run([*rehearsed[:2], "demo", rehearsed[3]], cwd=ROOT, env=plain, capture_output=True, text=True)
+    assert "test-requirements.txt" not in demo.stdout and "-e ." in demo.stdout, demo.stderr
+
+
+def needed_by_the_product() -> set[str]:
+    """The packages that ours and its build ask for, and those that they ask for in turn, on this platform."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    waiting, found = [*project["project"]["dependencies"], *project["build-system"]["requires"]], {}
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name, extras = normal(requirement.name), {"", *requirement.extras}
+        if extras <= found.get(name, set()):
+            continue
+        found[name] = found.get(name, set()) | extras
+        for line in importlib.metadata.requires(name) or ():
+            marker = Requirement(line).marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in found[name]):
+                waiting.append(line)
+    return {name for name in found if not name.startswith(("nvidia", "cuda", "triton"))}  # of torch's own build
 
 
 def copy_of_the_sources(copy):

@@ -13,7 +13,7 @@ from typing import Any
 from bench.claims import sets
 from bench.claims.rows import CLAIMS, row_of
 from bench.claims.students import Arm, Figures, StudentStore, TestSet
-from datasetdm_fast.engines.hardware import cores
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.evaluation import student_data
 from datasetdm_fast.evaluation.student import StudentSchedule
 from datasetdm_fast.evaluation.student_data import SIDE, StudentData

@@ -1,4 +1,4 @@
-"""Cores and GPUs that this process may use."""
+"""GPUs that this process may use."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import os
 from collections.abc import Sequence
 
 from datasetdm_fast.errors import Missing, Refused
-
-
-def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose(asked: str, visible: Sequence[str]) -> list[str]:

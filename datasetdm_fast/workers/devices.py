@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.engines.hardware import choose, cores, visible_gpus
+from datasetdm_fast.engines.hardware import choose, visible_gpus
 from datasetdm_fast.errors import Missing, Refused
 
 
