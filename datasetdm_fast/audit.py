@@ -17,6 +17,7 @@ from datasetdm_fast.exporting.check import audit_export, exports_of
 from datasetdm_fast.exporting.target import DOCUMENT as EXPORT
 from datasetdm_fast.run_folder.audit import Report, audit
 from datasetdm_fast.run_folder.document import DOCUMENT
+from datasetdm_fast.run_folder.object_store import copy_of
 
 PROG = "python -m datasetdm_fast.audit"
 EXAMPLES = ("runs/demo",)
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _told(config: AuditConfig) -> Report:
     """The report on a run folder with the exports in it, or on an export."""
+    if (copies := copy_of(config.run)) is not None:
+        return replace(_told(replace(config, run=str(copies.whole()))), path=config.run)
     folder = Path(config.run)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
         return audit_export(folder)

@@ -291,7 +291,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
         "palette format out only resume mixed limit page_every verify verify_anyway dry_run allow_download json quiet "
-        "threads gpus ranks cluster store dtype compile device provider streams engines trt_flavour"
+        "threads gpus ranks cluster store make_bucket dtype compile device provider streams engines trt_flavour"
     ).split()
 
     lora: tuple[str, ...] = setting(
@@ -491,6 +491,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         identity=False,
         metavar="URL",
     )
+    make_bucket: bool = setting(False, "create the bucket of --store where there is none", identity=False)
     dtype: str = setting(
         "auto",
         "precision of the fast engines; auto is fp32 on a CPU and fp16 on a GPU, and in a new run of 100 images or "

@@ -6,13 +6,13 @@ With --to decoder, pth or diffusers it converts checkpoints: `convert FILE --to 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
@@ -23,6 +23,7 @@ from datasetdm_fast.exporting.settings import ExportSettings
 
 if TYPE_CHECKING:
     from datasetdm_fast.exporting.conversion import Conversion
+from datasetdm_fast.run_folder.object_store import is_url
 
 PROG = "python -m datasetdm_fast.convert"
 
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("--quality: PNG files have none", "Drop it, or give --image-format jpg.")
     if "where" in given and not settings.where.strip():
         raise Refused("--where: nothing was given after it", "Write a condition, or drop the flag.")
+    if not settings.out and is_url(settings.runs[0]):
+        raise Refused(f"{PROG}: --out is missing", "Name a folder here for the export of a run in an object store.")
     folder = Path(settings.out) if settings.out else Path(settings.runs[0]) / "exports"
     conversion = _opened(settings, folder)
     for source in conversion.sources:
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         Interruption(settings.quiet) as interruption,
         ImageProgress(conversion.samples, settings.quiet) as progress,
     ):
-        threads = settings.threads or len(os.sched_getaffinity(0))
+        threads = settings.threads or cores()
         result = conversion.run(threads, progress.on_commit, interruption.is_stopping)
     conversion.close()
     if not result.is_complete:
@@ -73,9 +76,9 @@ def _opened(settings: ExportSettings, folder: Path) -> Conversion:
     from datasetdm_fast.exporting.conversion import Conversion, open_source
 
     sources = []
-    for path in map(Path, settings.runs):
-        chosen = _passing(path, settings.where) if settings.where else None
-        sources.append(open_source(path, settings, chosen))
+    for place in settings.runs:
+        chosen = _passing(Path(place), settings.where) if settings.where else None
+        sources.append(open_source(place, settings, chosen))
     return Conversion(sources, settings, folder)
 
 

@@ -2,8 +2,10 @@
 the driver.
 """
 
+import gc
 import importlib.util
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -24,7 +26,8 @@ import torchless
 from skips import long_test
 from test_ranks import still_running, tree
 
-from datasetdm_fast import generate
+from datasetdm_fast import audit as audit_command
+from datasetdm_fast import convert, generate
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import Missing, Refused
@@ -34,6 +37,7 @@ from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder, write_samples
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.object_store import PublishingFolder
+from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.version import __version__
 from datasetdm_fast.workers import ray_connection
 from datasetdm_fast.workers.devices import pool_of
@@ -571,6 +575,56 @@ def test_a_store_that_fsspec_reaches_holds_what_it_was_given(monkeypatch, made, 
     with pytest.raises(Missing, match="not all of it is there"):
         bucket.publish({"a": b"content"})
     there.rm("/bucket", recursive=True)
+
+
+def test_a_misspelt_bucket_is_not_created(monkeypatch):
+    import fsspec
+
+    monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
+    bucket, there = object_store.ObjectStore("memory://buket/run"), fsspec.filesystem("memory")
+    with pytest.raises(Refused, match="there is no bucket 'buket'") as stop:
+        bucket.require_bucket(is_made=False)
+    assert "--make-bucket" in stop.value.remedy and not there.exists("/buket")
+    bucket.require_bucket(is_made=True)
+    bucket.require_bucket(is_made=False)
+    there.rmdir("/buket")
+
+
+@pytest.mark.parametrize("place", ["url", "folder"])
+def test_a_run_in_a_store_is_read_audited_and_converted_from_there(monkeypatch, made, tmp_path, capsys, place):
+    import fsspec
+
+    monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
+    url, there = "memory://bucket/my run", fsspec.filesystem("memory")
+    bucket = object_store.ObjectStore(url)
+    samples = [torchless.drawn(made.plan.request(k), made.recipe.tasks) for k in range(2)]
+    with RunFolder(made.folder, made.document) as folder:
+        rows = write_samples(samples, {}, made.document, bucket.publish, has_thumbnails=False)
+        bucket.note(made.folder)
+        folder.unseal()
+        folder.ledger.commit(rows)
+        folder.rebuild()
+    bucket.complete(made.folder)
+    name = url if place == "url" else str(made.folder)
+    run = open_run(name)
+    assert len(run) == 2 and not (made.folder / "images").exists()
+    assert (run[1].image == samples[1].image).all() and run[0].label(made.recipe.tasks[0]) is not None
+    assert (pickle.loads(pickle.dumps(run))[0].image == samples[0].image).all()
+    assert audit_command.main([name, "--quiet"]) == 0 and f"{name}: whole, 2 of " in capsys.readouterr().out
+    line = [name, "--to", "coco", "--out", str(tmp_path / "export"), "--quiet"]
+    assert convert.main(line) == 0 and len(list((tmp_path / "export").rglob("*.png"))) >= 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "export").rglob("*")}
+    assert convert.main(line) == 0 and {path: path.stat().st_mtime_ns for path in before} == before
+    assert convert.main([url, "--to", "coco"]) == 2 and "--out is missing" in capsys.readouterr().err
+    there.pipe_file("/bucket/my run/images/00000001.png", there.cat_file("/bucket/my run/images/00000001.png")[:-9])
+    assert audit_command.main([name, "--quiet"]) == 4
+    there.rm("/bucket", recursive=True)
+    with pytest.raises((Refused, Missing)):
+        print(open_run(name)[0].image)
+    copies = run.copies.folder
+    del run
+    gc.collect()
+    assert not copies.exists()
 
 
 def test_a_store_on_a_disk_keeps_nothing_of_workers_that_were_killed(made, tmp_path):

@@ -26,7 +26,6 @@ from datasetdm_fast.plugins import named
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import Row, canonical
 from datasetdm_fast.run_folder.reader import Run, StoredSample
-from datasetdm_fast.run_folder.seal import ELSEWHERE
 from datasetdm_fast.run_folder.split import origins, read_split
 from datasetdm_fast.version import __version__
 
@@ -75,11 +74,12 @@ class ExportResult:
     is_complete: bool
 
 
-def open_source(path: Path, settings: ExportSettings, chosen: frozenset[int] | None = None) -> ExportSource:
-    """A run folder for conversion; `chosen` are the indices of samples that a condition lets through."""
-    run = Run(path, kept=settings.kept)
-    if (path / ELSEWHERE).exists():
-        raise Refused(f"{path}: its samples are in an object store", "Copy them here, then convert the copy.")
+def open_source(place: str | Path, settings: ExportSettings, chosen: frozenset[int] | None = None) -> ExportSource:
+    """A run folder, or one in an object store, of which a copy is made, for conversion; `chosen` are the indices of
+    samples that a condition lets through.
+    """
+    run = Run(place, kept=settings.kept)
+    path = run.path = run.copies.whole() if run.copies else run.path
     if settings.kept and read_kept(path) is None:
         raise Refused(
             f"--kept: nothing of {path} was filtered",

@@ -1,7 +1,13 @@
-"""Where the files of samples go: below the run folder, or with --store to an object store of fsspec's."""
+"""Where the files of samples go, below the run folder or with --store to an object store of fsspec's, and how a run in
+such a store is read.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +20,9 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
 from datasetdm_fast.run_folder.folder import into, write_samples
+from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
-from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, rebuilt_files
+from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, SPLIT, rebuilt_files
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
@@ -103,6 +110,21 @@ class ObjectStore:
                 "Check the address and the credentials, then run the same line again.",
             ) from error
 
+    def require_bucket(self, *, is_made: bool) -> None:
+        """Refuses a bucket that is not there, as its name may be misspelt; where it `is_made`, it is created."""
+        if "file" in self._protocols:
+            return
+        bucket = self.root.strip("/").split("/")[0]
+        with self._refusing():
+            is_there = self.files.exists(bucket)
+            if not is_there and is_made:
+                self.files.mkdir(bucket)
+        if not is_there and not is_made:
+            raise Refused(
+                f"--store {documents.quoted(self.url)}: there is no bucket {documents.quoted(bucket)}",
+                "Check its name, or add --make-bucket.",
+            )
+
     def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         """Digests and sizes of the files, once all are there."""
         if "file" in self._protocols:  # where a file is only whole at once if it is renamed
@@ -126,6 +148,18 @@ class ObjectStore:
                 return self.files.cat_file(f"{self.root}/{name}")
             except FileNotFoundError:
                 return None
+
+    def names(self) -> list[str]:
+        """The files of the run, by their path inside it."""
+        with self._refusing():
+            found = self.files.find(self.root)
+        return sorted(name[name.index(self.root) + len(self.root) :].strip("/") for name in found)
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copies a file of any size here."""
+        storage.make_folder(path.parent)
+        with self._refusing():
+            self.files.get_file(f"{self.root}/{name}", str(path))
 
     def complete(self, folder: Path) -> None:
         """Uploads the other files of the run folder, the seal last; a store that has this seal is complete."""
@@ -151,3 +185,57 @@ class ObjectStore:
     def note(self, folder: Path) -> None:
         if stored_at(folder) != self.url:
             storage.publish({folder / ELSEWHERE: self.url.encode()})
+
+
+class StoreCopy:
+    """The files of a run in an object store that this process has read, in a folder that goes with this object."""
+
+    def __init__(self, url: str):
+        self.store, place = ObjectStore(url), Path(tempfile.mkdtemp(prefix="datasetdm-"))
+        self.folder = place / (url.rstrip("/").rpartition("/")[2].strip(".") or "run")  # exports name it
+        weakref.finalize(self, _discard, place, os.getpid())
+
+    def state(self) -> Path:
+        """The folder, once it has what tells of the samples."""
+        for name in (DOCUMENT, LEDGER, SEAL, KEPT, SPLIT):
+            content = self.store.read(name)
+            if content is not None:
+                storage.publish({self.folder / name: content})
+        return self.folder
+
+    def samples(self, rows: Iterable[Row]) -> Path:
+        """The folder, once it has the files of these rows."""
+        wanted = {name for row in rows for name, _ in row.files.values()}
+        for name in sorted(wanted):
+            self._bring(name)
+        return self.folder
+
+    def whole(self) -> Path:
+        """The folder, once it has every file of the run."""
+        for name in self.store.names():
+            if not storage.is_temporary(Path(name)):
+                self._bring(documents.check_inside(name))
+        return self.folder
+
+    def _bring(self, name: str) -> None:
+        path = self.folder / name
+        if not path.exists():
+            part = path.with_name(f".{path.name}.{os.getpid()}.part")  # other processes may read from the same folder
+            self.store.fetch(name, part)
+            storage.move(part, path)
+
+
+def _discard(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # a forked one leaves it to the first
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a run is named by the URL of an object store."""
+    return "://" in str(place)
+
+
+def copy_of(place: str | Path) -> StoreCopy | None:
+    """What reads the files of samples of a run that has them in an object store; None where they are in its folder."""
+    url = str(place) if is_url(place) else stored_at(Path(place))
+    return StoreCopy(url) if url else None

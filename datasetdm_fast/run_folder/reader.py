@@ -24,6 +24,7 @@ from datasetdm_fast.run_folder import other_libraries
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, most_samples, read_document, sides
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url
 from datasetdm_fast.run_folder.score_table import passing
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class StoredSample:
     row: Row
     folder: Path
     document: Mapping[str, Any]
+    copies: StoreCopy | None = None  # of files that are in an object store
 
     @property
     def id(self) -> str:
@@ -78,7 +80,7 @@ class StoredSample:
     @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
         with self._naming_damage():
-            return np.array(images.read_image(self.folder / self.row.files["image"][0]))
+            return np.array(images.read_image(self._place() / self.row.files["image"][0]))
 
     def __repr__(self) -> str:
         labels = ", ".join(self.row.labels)
@@ -117,7 +119,11 @@ class StoredSample:
         files = {role: name for role, (name, _) in self.row.files.items()}
         with self._naming_damage():
             table = {**self.document["labels"][task], "size": sides(self.document, self.row.recipe)}
-            return label_files.decode(task, self.folder, files, self.row.labels[task], table)
+            return label_files.decode(task, self._place(), files, self.row.labels[task], table)
+
+    def _place(self) -> Path:
+        """The folder in which the files of the sample are."""
+        return self.copies.samples([self.row]) if self.copies else self.folder
 
     @contextmanager
     def _naming_damage(self) -> Iterator[None]:
@@ -138,7 +144,8 @@ class Run(AbstractContextManager["Run"]):
     """
 
     def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
-        self.path = Path(path)
+        self.copies = copy_of(path)
+        self.path = self.copies.state() if self.copies and is_url(path) else Path(path)
         document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
         if document is None:
             alike = "" if self.path.exists() else storage.named_alike(self.path)
@@ -209,7 +216,7 @@ class Run(AbstractContextManager["Run"]):
         row = self._rows().row(index)
         if row is None:
             raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
-        return StoredSample(row, self.path, self.document)
+        return StoredSample(row, self.path, self.document, self.copies)
 
     def _narrowed(self, indices: Sequence[int]) -> Run:
         """The same run with only these samples; it has a connection of its own to the ledger."""
@@ -365,7 +372,7 @@ def _batched(values: list[Any]) -> Any:
 
 
 def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:
-    """A run folder for reading; with `kept`, without the samples that the last filter left out; with `doubtful`, those
-    that `generate --keep trusted` set aside in place of the others.
+    """A run folder, or the URL of a run in an object store, for reading; with `kept`, without the samples that the last
+    filter left out; with `doubtful`, those that `generate --keep trusted` set aside in place of the others.
     """
     return Run(path, kept=kept, doubtful=doubtful)

@@ -92,6 +92,8 @@ class RayDriver(Supervisor):
         super().__init__(config.out, callbacks)
         self.config, self.source = config, read_source(config)
         self.store = object_store.ObjectStore(config.store) if config.store else None
+        if self.store:
+            self.store.require_bucket(is_made=config.make_bucket)
         self.folder: RunFolder | None = None
         self.job: Job | None = None  # of the run folder, once that is open
         self.wanted: set[int] = set()
