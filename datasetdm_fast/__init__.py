@@ -1,6 +1,8 @@
 """From a text prompt to an image and its labels: `Pipeline` makes them, `open_run` reads them back."""
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -22,6 +24,27 @@ __all__ = [
     "__version__",
     "open_run",
 ]
+
+
+def _check_command(line: list[str]) -> None:
+    """Ends `python -m MODULE` where the module is a part of the library, which would do nothing and say nothing."""
+    module = next((word for before, word in zip(line, line[1:]) if before.startswith("-") and before[-1] == "m"), "")
+    package, *names = module.split(".")
+    path = Path(__file__).parent.joinpath(*names)
+    if package != __name__ or not (path.is_dir() or path.with_suffix(".py").exists()):
+        return  # Python says it where there is no such module
+    if path.is_dir():
+        is_command = (path / "__main__.py").exists()
+    else:
+        is_command = '__name__ == "__main__"' in path.with_suffix(".py").read_text(encoding="utf-8")
+    if not is_command:
+        print(f"python -m {module}: a part of the library, not a command", file=sys.stderr)
+        print("Commands are listed by python -m datasetdm_fast --help.", file=sys.stderr)
+        sys.exit(2)
+
+
+if sys.argv[:1] == ["-m"]:  # Python is still looking for the module that it is to run
+    _check_command(sys.orig_argv)
 
 
 def __getattr__(name: str) -> Any:

@@ -305,3 +305,16 @@ def command(arguments):
         out, err = process.communicate(timeout=30)
     assert process.returncode == 1 and "BrokenPipeError" in err
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "said"),
+    [
+        ("labels.words", 2, "a part of the library, not a command"),
+        ("generation", 2, "a part of the library, not a command"),
+        ("no_such", 1, "No module named"),
+    ],
+)
+def test_a_module_without_a_command_says_so(module, code, said):
+    ended = subprocess.run([sys.executable, "-m", f"datasetdm_fast.{module}"], capture_output=True, text=True)
+    assert ended.returncode == code and said in ended.stderr
