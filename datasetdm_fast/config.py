@@ -287,8 +287,8 @@ class OutputSettings:
 @dataclass(frozen=True)
 class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "model lora decoder task combine labeller classes ask exponent threshold uncertainty self_cells cross_cells "
-        "parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
+        "model lora decoder task combine labeller classes class_table ask exponent threshold uncertainty self_cells "
+        "cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
         "palette format out only resume mixed limit page_every verify verify_anyway dry_run allow_download json quiet "
         "threads gpus ranks cluster store make_bucket dtype compile device provider streams engines trt_flavour"
@@ -370,6 +370,13 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "class words, comma-separated, or the name of a set (voc, coco, cityscapes, deepfashion, demo): for "
         "open-vocabulary labels, labels from attention and --per-class",
         metavar="LIST",
+    )
+    class_table: str = setting(
+        "",
+        "class words of your own: a CSV file (number,name,say,words), or an annotation file of LVIS or COCO; --classes "
+        "then chooses some of them",
+        identity="if given",
+        metavar="FILE",
     )
     negative_prompt: str = setting(
         "",
@@ -504,10 +511,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
 @dataclass(frozen=True)
 class LabelConfig(RunConfig):
     FLAGS = (
-        "images captions tiles model decoder task labeller classes exponent threshold uncertainty self_cells "
-        "cross_cells timesteps engine size seed batch_size image_format out only limit page_every dry_run "
-        "allow_download json "
-        "quiet threads dtype compile device"
+        "images captions tiles model decoder task labeller classes class_table exponent threshold uncertainty "
+        "self_cells cross_cells timesteps engine size seed batch_size image_format out only limit page_every dry_run "
+        "allow_download json quiet threads dtype compile device"
     ).split()
 
     images: str = setting("", "folder of PNG and JPEG files", identity=False, metavar="IMAGES", positional=True)

@@ -247,6 +247,45 @@ def test_a_run_of_both_labellers(prompts, tmp_path, capsys):
     assert (run / "attention/00000001.png").read_bytes() == kept
 
 
+OWN = "number,name,say,words\n2,kubus_(toy),cube,box | block\n1,kugel,ball,sphere | globe\n,,,ball pen\n"
+
+
+def test_class_words_of_an_own_table(photos, tmp_path, capsys):
+    """What they are called in files, said to the text encoder and found by in prompts are three things."""
+    table, listed, run = tmp_path / "own.csv", tmp_path / "prompts.txt", tmp_path / "run"
+    table.write_text(OWN)
+    listed.write_text("a red sphere and a ball pen on a table\na blue box and a green globe on a table\n")
+    line = ["--labeller", "attention", "--class-table", str(table), "--prompts", str(listed), "--number", "2"]
+    line += ["--steps", "2", "--quiet", "--out", str(run)]
+    assert generate.main(line) == 0 and not audit(run).findings
+    first, second = open_run(run)
+    assert first.attention.classes == ("background", "kugel", "kubus_(toy)")  # in the order of their numbers
+    assert first.classes == ("kugel",) and second.classes == ("kugel", "kubus_(toy)")
+    kept = (run / "attention/00000001.png").read_bytes()
+    (run / "attention/00000001.png").unlink()
+    table.rename(tmp_path / "moved.csv")
+    assert generate.main(["--out", str(run), "--only", "00000001", "--quiet"]) == 0
+    assert (run / "attention/00000001.png").read_bytes() == kept
+    (tmp_path / "other.csv").write_text(OWN.replace("globe", "orb"))
+    line[line.index("--class-table") + 1] = str(tmp_path / "other.csv")
+    assert generate.main(line) == 2 and "class_table" in capsys.readouterr().err
+    line[line.index("--class-table") + 1] = str(tmp_path / "moved.csv")
+    assert generate.main([*line, "--classes", "kuegel", "--out", str(tmp_path / "no")]) == 2
+    assert "did you mean kugel" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    (tmp_path / "captions.json").write_text(
+        json.dumps({"a.png": "a brown globe", "b": "a block", "more/c": "a sphere"})
+    )
+    line = [str(photos), "--labeller", "attention", "--class-table", str(tmp_path / "moved.csv"), "--timesteps", "200"]
+    line += ["--captions", str(tmp_path / "captions.json"), "--quiet", "--out", str(tmp_path / "labelled")]
+    assert label.main(line) == 0
+    labelled = tmp_path / "labelled"
+    assert [sample.classes for sample in open_run(labelled)] == [("kugel",), ("kubus_(toy)",), ("kugel",)]
+    kept = (labelled / "attention/00000000.png").read_bytes()
+    (labelled / "attention/00000000.png").unlink()
+    assert label.main(["--out", str(labelled), "--only", "00000000", "--quiet"]) == 0
+    assert (labelled / "attention/00000000.png").read_bytes() == kept
+
+
 def test_the_library_gives_these_labels_too(engines):
     found = Pipeline(engines["fast"])(
         ["a cone", "two cubes"], tasks=("attention",), classes=CLASSES, steps=2, exponent=0, ask="all"

@@ -63,7 +63,7 @@ def observe(
         outputs.append(output.float().cpu())
         state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
         on_unet_call()
-    words = WordTable(engine, recipe.words, recipe.asks_all)
+    words = WordTable(engine, recipe.words, recipe.asks_all, recipe.table)
     raw = {
         task: engine.annotate(task, captures[recipe.captures[task]], words.asked(task, requests))
         for task in recipe.tasks

@@ -7,7 +7,7 @@ from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.prompts import Tokenizer, count_tokens, shown, token_limit
-from datasetdm_fast.labels.class_tables import known, spoken
+from datasetdm_fast.labels.class_tables import ClassTable, known, spoken
 from datasetdm_fast.labels.words import mentioned
 from datasetdm_fast.stages import LEVELS
 
@@ -28,14 +28,14 @@ class AttentionRecipe:
     start: str = ""  # of a class prompt
     between: str = " "  # its words
 
-    def class_prompt(self, request: Request, asked: Sequence[str]) -> str:
+    def class_prompt(self, request: Request, asked: Sequence[str], own: ClassTable | None = None) -> str:
         """The text whose tokens the labels are read from: the words asked of an image, as its prompt names them one
         after the other, and with `parity` as the classes are listed.
         """
         if request.class_prompt or not asked:
             return request.class_prompt
-        named = asked if self.parity else dict.fromkeys((*mentioned(request.prompt, asked), *asked))
-        return self.start + self.between.join(spoken(tuple(named)))
+        named = asked if self.parity else dict.fromkeys((*mentioned(request.prompt, asked, own), *asked))
+        return self.start + self.between.join(spoken(tuple(named), own))
 
     def text(self, request: Request, words: str) -> str:
         """The prompt as it is encoded; with `parity` one that brings its class prompt is complete."""
@@ -92,20 +92,26 @@ def appended(prompt: str, words: str) -> str:
     return prompt if not words or prompt.rstrip().endswith(f"; {words}") else f"{prompt}; {words}"
 
 
-def check_class_prompt(request: Request, asked: Sequence[str], recipe: AttentionRecipe, tokenizer: Tokenizer) -> None:
+def check_class_prompt(
+    request: Request,
+    asked: Sequence[str],
+    recipe: AttentionRecipe,
+    tokenizer: Tokenizer,
+    own: ClassTable | None = None,
+) -> None:
     """Refuses what the text encoder does not take whole, and class words that the class prompt lacks."""
-    words = recipe.class_prompt(request, asked)
+    words = recipe.class_prompt(request, asked, own)
     for text in (words, recipe.text(request, words)):
         if (count := count_tokens(text, tokenizer)) > (limit := token_limit(tokenizer)):
             raise Refused(
                 f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: {shown(text)}",
                 "Shorten it, or ask for fewer classes.",
             )
-    columns(words, asked, tokenizer, by_words=bool(recipe.parity))
+    columns(words, asked, tokenizer, by_words=bool(recipe.parity), own=own)
 
 
 def columns(
-    words: str, asked: Sequence[str], tokenizer: Tokenizer, *, by_words: bool
+    words: str, asked: Sequence[str], tokenizer: Tokenizer, *, by_words: bool, own: ClassTable | None = None
 ) -> list[tuple[str, tuple[int, ...]]]:
     """The class words of a class prompt, each with its places among the tokens: those of all its tokens, once for each
     class; or `by_words`, as Dataset Diffusion has it, the place of the word, however many tokens stand before it, for
@@ -120,14 +126,14 @@ def columns(
 
     text, phrases = (
         parts(words),
-        {name: [parts(form) for form in (said, name)] for name, said in zip(asked, spoken(asked))},
+        {name: [parts(form) for form in (said, name)] for name, said in zip(asked, spoken(asked, own))},
     )
     found = listed(text, phrases)
     if lacking := absent(found):
-        found = listed(text, phrases | {name: [parts(form) for form in further_words(name)] for name in lacking})
+        found = listed(text, phrases | {name: [parts(form) for form in further_words(name, own)] for name in lacking})
     if lacking := absent(found):
         raise Refused(
-            f"class prompt {shown(words)}: does not hold the class word {shown(spoken(lacking)[0])}",
+            f"class prompt {shown(words)}: does not hold the class word {shown(spoken(lacking, own)[0])}",
             "Name every class of the prompt in it.",
         )
     if by_words:
@@ -137,9 +143,9 @@ def columns(
     return [(name, tuple(range(1 + at, 1 + at + length))) for name, at, length in found]  # after the start mark
 
 
-def further_words(name: str) -> list[str]:
+def further_words(name: str, own: ClassTable | None) -> list[str]:
     """The words that mean a class, beside its name."""
-    return [word.lstrip("~") for each in known((name,))[0] for word in each.words]
+    return [word.lstrip("~") for each in known((name,), own)[0] for word in each.words]
 
 
 def listed(parts: Sequence, phrases: Mapping[str, Sequence[Sequence]]) -> list[tuple[str, int, int]]:

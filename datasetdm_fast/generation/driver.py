@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engines.engine import Engine
     from datasetdm_fast.generation.prompts import Tokenizer
     from datasetdm_fast.generation.recipe import Recipe
+    from datasetdm_fast.labels.class_tables import ClassTable
 
 MOST_NEGATIVES = 256  # encoded negative prompts that are kept
 
@@ -100,7 +101,7 @@ class BatchGenerator:
         on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
     ):
         self.engine, self.recipe, self.on_unet_call, self.on_step = engine, recipe, on_unet_call, on_step
-        self.words = WordTable(engine, recipe.words, recipe.asks_all)
+        self.words = WordTable(engine, recipe.words, recipe.asks_all, recipe.table)
         self._negatives: dict[str, Tensor] = {}
 
     def make(self, batch: Batch) -> list[Sample | SetAside]:
@@ -297,7 +298,7 @@ def postprocess(
     if not config.is_open:
         return found
     if not config.has_text:
-        return [of_prompt(label, request, recipe.words) for label, request in zip(found, requests, strict=True)]
+        return [of_prompt(label, request, recipe) for label, request in zip(found, requests, strict=True)]
     return [
         renumber(label, recipe.asked(request), recipe.words) for label, request in zip(found, requests, strict=True)
     ]
@@ -312,7 +313,13 @@ def attention_labels(
     asked, count = [recipe.asked(request) for request in requests], len(requests)
     own = AttentionSums(averages.cells[:count].nan_to_num(), averages.tokens[:count].nan_to_num())
     named = [
-        columns(recipe.class_prompt(request), words, engine.model.tokenizer, by_words=bool(recipe.attention.parity))
+        columns(
+            recipe.class_prompt(request),
+            words,
+            engine.model.tokenizer,
+            by_words=bool(recipe.attention.parity),
+            own=recipe.table,
+        )
         for request, words in zip(requests, asked)
     ]
     maps = class_maps(own, [[places for _, places in one] for one in named], recipe.attention.exponent)
@@ -324,11 +331,11 @@ def attention_labels(
 class WordTable:
     """Class embeddings of a run's words, computed once."""
 
-    def __init__(self, engine: Engine, words: Sequence[str], asks_all: bool = False):
+    def __init__(self, engine: Engine, words: Sequence[str], asks_all: bool = False, table: ClassTable | None = None):
         self.asks_all = asks_all
         self.decoders, self.places = engine.decoders, {word: k for k, word in enumerate(words)}
         is_read = any(decoder.config.has_text for decoder in engine.decoders.values())
-        self.embeddings = engine.encode_classes(spoken(words)) if words and is_read else None
+        self.embeddings = engine.encode_classes(spoken(words, table)) if words and is_read else None
 
     def asked(self, task: str, requests: Sequence[Request]) -> Tensor | None:
         """What the decoder of a task reads beside its capture."""
@@ -350,11 +357,12 @@ def word_slots(asked: Sequence[Sequence[str]]) -> int:
     return max(map(len, asked))
 
 
-def of_prompt(label: Instances, request: Request, words: tuple[str, ...]) -> Instances:
+def of_prompt(label: Instances, request: Request, recipe: Recipe) -> Instances:
     """The instances as those of the class that the prompt names first; none where it names no class."""
     import numpy as np
 
-    named = mentioned(request.prompt, request.classes) or request.classes
+    words = recipe.words
+    named = mentioned(request.prompt, request.classes, recipe.table) or request.classes
     count = len(label.masks) if named else 0
     number = words.index(named[0]) if named else 0
     return Instances(label.masks[:count], np.full(count, number, np.int64), label.scores[:count], words)

@@ -26,18 +26,20 @@ from datasetdm_fast.generation.job import (
     engine_of,
     recipe_of,
     row_facts,
+    table_of,
 )
 from datasetdm_fast.generation.pictures import GivenPictures, Pictures, open_pictures
 from datasetdm_fast.generation.plan import Plan
 from datasetdm_fast.generation.prompts import GivenPrompt, fit
 from datasetdm_fast.generation.run import facts_of
-from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.class_tables import digest_of, spoken
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.document import check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.truth import reading
+from datasetdm_fast.truth.class_file import own_table
 
 if TYPE_CHECKING:
     from datasetdm_fast.engines.engine import Engine
@@ -56,6 +58,7 @@ def as_stored(config: LabelConfig) -> LabelConfig:
     decisive = {flag.name for flag in flags_of(type(config)) if flag.metadata["identity"]}
     kept = {name: value for name, value in stored["config"].items() if name in decisive}
     kept = {name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()}
+    kept.pop("class_table", None)  # the run folder holds its words
     moved = {"images": config.images or source["path"], "captions": config.captions or source.get("captions", "")}
     return replace(config, **kept, **moved)
 
@@ -79,7 +82,8 @@ def prepare(config: LabelConfig) -> Job:
     pictures = open_pictures(config.images, config.captions)
     stored = read_document(Path(config.out))
     engine, decoders = engine_of(config, stored)
-    recipe = recipe_of(config, engine, prompts.check_classes(config.classes))
+    table = own_table(config.class_table) if config.class_table else table_of(stored or {}) if config.only else None
+    recipe = recipe_of(config, engine, prompts.check_classes(config.classes), table=table)
     words = recipe.words or class_words(engine, recipe.decoded, prompts.check_classes(config.classes))
     recipe = inverting(recipe, engine, timesteps)
     number, names = len(pictures.paths), pictures.names
@@ -90,11 +94,13 @@ def prepare(config: LabelConfig) -> Job:
     together = config.batch_size or before or min(engine.suggested_batch(), sum(tiles) or number)
     # a picture in tiles is a batch of its own, so that each is committed when it is done
     size = 1 if tiles else together
-    plan = Plan(lines.__getitem__, words, number, config.seed, size, pictures.digest(), number)
+    plan = Plan(lines.__getitem__, words, number, config.seed, size, pictures.digest(), number, table=table)
     if recipe.attention is not None:
         for request in plan:
-            check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer)
+            check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, table)
     identity = {name: list(value) if isinstance(value, tuple) else value for name, value in config.identity().items()}
+    if table is not None:
+        identity["class_table"] = digest_of(table, config.classes)
     document = describe({**identity, "sampler": "inversion"}, plan, engine, recipe, decoders)
     document |= {
         "command": "label",
@@ -167,8 +173,10 @@ def _timesteps(given: Sequence[str]) -> tuple[int, ...]:
 def said(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> GivenPrompt:
     """What a picture shows: its caption and the classes that it names, or without one all words that are looked for."""
     if caption:
-        return GivenPrompt(0, fit(caption, engine.model.tokenizer, name, words), find_classes(caption, words))
-    text = reading.photo_of(spoken(recipe.words))
+        return GivenPrompt(
+            0, fit(caption, engine.model.tokenizer, name, words), find_classes(caption, words, recipe.table)
+        )
+    text = reading.photo_of(spoken(recipe.words, recipe.table))
     return GivenPrompt(0, fit(text, engine.model.tokenizer, "--classes"), recipe.words)
 
 

@@ -120,7 +120,8 @@ class TilingGenerator(InvertingGenerator):
         if drawn.averages is not None:
             asked = self.recipe.asked(request)
             words = self.recipe.class_prompt(request)
-            places = columns(words, asked, self.engine.model.tokenizer, by_words=bool(self.recipe.attention.parity))
+            by_words, own = bool(self.recipe.attention.parity), self.recipe.table
+            places = columns(words, asked, self.engine.model.tokenizer, by_words=by_words, own=own)
             maps = spread_maps(drawn.averages, [places] * len(padded), self.recipe.attention.exponent)[: len(squares)]
         return driver.BatchGenerator.label(self, batch, drawn), maps
 

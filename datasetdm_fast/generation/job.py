@@ -19,7 +19,7 @@ from datasetdm_fast.generation.plan import Plan, make_plan
 from datasetdm_fast.generation.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
-from datasetdm_fast.labels import kind_of
+from datasetdm_fast.labels import class_tables, kind_of
 from datasetdm_fast.labels.colours import OURS
 from datasetdm_fast.labels.numbering import coloured, laid_out, numbered
 from datasetdm_fast.run_folder.document import (
@@ -246,7 +246,7 @@ def compose(
 ) -> Job:
     """The same for checked settings, without a look at the run folder; `stored` is its description, if any."""
     engine, decoders = engine_of(config, stored, dtype)
-    recipe = recipe_of(config, engine, source.classes or source.listed)
+    recipe = recipe_of(config, engine, source.classes or source.listed, table=source.table)
     words = recipe.words or class_words(engine, config.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free.
     size = config.batch_size or (
@@ -266,7 +266,7 @@ def compose(
         check_named(source, plan)
     if recipe.attention is not None:
         for request in _different(source, plan):
-            check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer)
+            check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, recipe.table)
     race = racing.Race(engine)
     if races and stored is None and config.engine == "auto" and not config.compile and recipe.attention is None:
         images = min(config.limit or plan.number, plan.number)
@@ -327,12 +327,23 @@ def _kept_dtype(config: RunConfig, engine: Mapping[str, Any]) -> str:
     return dtype if is_measured and kind.halves else "auto"
 
 
-def recipe_of(config: RunConfig, engine: Engine, classes: Sequence[str], strength: float = 1.0) -> Recipe:
+def recipe_of(
+    config: RunConfig,
+    engine: Engine,
+    classes: Sequence[str],
+    strength: float = 1.0,
+    table: class_tables.ClassTable | None = None,
+) -> Recipe:
     names = ["sampler", "steps", "guidance", "profile", "combine", "ignore", "ignore_below", "ask"]
     if ATTENTION in config.task:
         names += ["exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity"]
     chosen = {name: getattr(config, name) for name in names}
-    return make_recipe(engine, config.task, classes=classes, strength=strength, **chosen)
+    return make_recipe(engine, config.task, classes=classes, strength=strength, table=table, **chosen)
+
+
+def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
+    """The user's own class words that a run folder's description holds, if any."""
+    return class_tables.of_rows(stored["class_table"], "class_table") if "class_table" in stored else None
 
 
 def _megabytes(count: int) -> str:
@@ -460,6 +471,7 @@ def describe(
             "digests": dict(model.digests),
         },
         "decoders": dict(decoders),
+        **({} if recipe.table is None else {"class_table": class_tables.rows_of(recipe.table, plan.words)}),
         "engine": dict(engine.fingerprint()),
         **numbered(coloured(label_tables(engine, recipe), config.get("palette", OURS))),
     }

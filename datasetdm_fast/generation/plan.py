@@ -15,7 +15,7 @@ from datasetdm_fast.generation.prompts import (
     shown,
     token_limit,
 )
-from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.scenes.world import sample_scene
 
@@ -38,6 +38,7 @@ class Plan:
     most: int  # samples that may be made: more than `number` where further ones replace doubtful ones
     has_seeds: bool = False  # whether prompts bring seeds of their own
     negative: str = ""  # text of the unconditional half, where a prompt brings none
+    table: ClassTable | None = None  # of the user's own words
 
     def __len__(self) -> int:
         """Batches."""
@@ -45,7 +46,7 @@ class Plan:
 
     def request(self, index: int) -> Request:
         prompt = self.prompt(index)
-        named = find_classes(prompt.text, self.words)
+        named = find_classes(prompt.text, self.words, self.table)
         if prompt.classes is not None:
             named = tuple(word for word in self.words if word in prompt.classes)
         seed = self.seed + index if prompt.seed is None else prompt.seed
@@ -82,20 +83,20 @@ def make_plan(
     if source.per_class:
         number = source.per_class * len(source.classes)
         longest = f"{max(OPENINGS, key=len)} an {{}}{max(SURROUNDINGS, key=len)}"
-        for word in spoken(source.classes):
+        for word in spoken(source.classes, source.table):
             if (count := count_tokens(longest.format(word), tokenizer)) > (most := token_limit(tokenizer)):
                 raise Refused(
                     f"--classes: {shown(word)} makes a prompt of {count} tokens, at most {most} fit",
                     "Use a shorter name for the class.",
                 )
     negative = fit_negative(source.negative, tokenizer, "--negative-prompt", truncate=truncate)
-    prompts = tuple(_fitting(given, source.name, tokenizer, words, truncate) for given in source.lines)
-    names = spoken(chosen)
+    prompts = tuple(_fitting(given, source, tokenizer, words, truncate) for given in source.lines)
+    names = spoken(chosen, source.table)
 
     def prompt(index: int) -> GivenPrompt:
         if chosen:
             text, own = template(names[index % len(chosen)], index // len(chosen)), chosen[index % len(chosen)]
-            return GivenPrompt(0, text, (*find_classes(text, words), own))
+            return GivenPrompt(0, text, (*find_classes(text, words, source.table), own))
         if prompts:
             return prompts[index % len(prompts)]
         return GivenPrompt(0, sample_scene(DEMO_SCENES + seed + index).caption)
@@ -109,14 +110,18 @@ def make_plan(
             f"{source.name}: prompts with seeds of their own, so that further images would repeat the first ones",
             "Drop the seeds, or --keep trusted: filter leaves out doubtful samples later.",
         )
-    return Plan(prompt, words, number, seed, size, source.digest, number * turns, has_seeds, negative)
+    most = number * turns
+    return Plan(prompt, words, number, seed, size, source.digest, most, has_seeds, negative, source.table)
 
 
-def _fitting(given: GivenPrompt, name: str, tokenizer: Tokenizer, words: Sequence[str], truncate: bool) -> GivenPrompt:
+def _fitting(
+    given: GivenPrompt, source: PromptSource, tokenizer: Tokenizer, words: Sequence[str], truncate: bool
+) -> GivenPrompt:
     """The prompt and its negative one where the text encoder takes them whole."""
-    where = f"{given.file or name} line {given.line}"
+    where = f"{given.file or source.name} line {given.line}"
     # Labels of a prompt that brings its class prompt are read from that one alone.
-    text = fit(given.text, tokenizer, where, () if given.class_prompt else words, truncate=truncate)
+    named = () if given.class_prompt else words
+    text = fit(given.text, tokenizer, where, named, truncate=truncate, own=source.table)
     if given.negative is None:
         return given._replace(text=text)
     return given._replace(

@@ -13,8 +13,9 @@ from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.labels.words import find_classes
+from datasetdm_fast.truth.class_file import own_table
 
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes
@@ -59,6 +60,7 @@ class PromptSource:
     per_class: int
     negative: str = ""  # what --negative-prompt said
     is_part: bool = False  # of a longer list: batches have the size that was asked for, whatever the part's length
+    table: ClassTable | None = None  # the words of --class-table
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -73,7 +75,8 @@ class PromptSource:
 
 def read_source(config: RunConfig) -> PromptSource:
     """The prompts of a run, checked as far as that needs no tokenizer."""
-    return replace(_read_source(config), negative=check_line(config.negative_prompt, "--negative-prompt"))
+    table = own_table(config.class_table) if config.class_table else None
+    return replace(_read_source(config), negative=check_line(config.negative_prompt, "--negative-prompt"), table=table)
 
 
 def _read_source(config: RunConfig) -> PromptSource:
@@ -237,8 +240,8 @@ def fit_negative(given: str, tokenizer: Tokenizer, where: str, *, truncate: bool
     return fit(NEGATIVE_PROMPTS.get(given, given), tokenizer, where, truncate=truncate or given in NEGATIVE_PROMPTS)
 
 
-def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer) -> None:
-    for word in spoken(classes):
+def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer, own: ClassTable | None = None) -> None:
+    for word in spoken(classes, own):
         count = count_tokens(word, tokenizer)
         if count > token_limit(tokenizer):
             raise Refused(
@@ -256,7 +259,15 @@ def count_tokens(prompt: str, tokenizer: Tokenizer) -> int:
     return len(tokenizer(prompt, truncation=False).input_ids)
 
 
-def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = (), *, truncate: bool = False) -> str:
+def fit(
+    prompt: str,
+    tokenizer: Tokenizer,
+    where: str,
+    words: Sequence[str] = (),
+    *,
+    truncate: bool = False,
+    own: ClassTable | None = None,
+) -> str:
     """The prompt where the text encoder takes it whole; with `truncate` its longest beginning, cut between words."""
     limit = token_limit(tokenizer)
     head = prompt[:LONGEST_LINE]
@@ -278,7 +289,7 @@ def fit(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str] = ()
     if is_inside_word and re.search(r"\s", kept):
         kept = kept.rsplit(None, 1)[0]
     kept = kept.strip()
-    lost = [word for word in find_classes(prompt, words) if word not in find_classes(kept, words)]
+    lost = [word for word in find_classes(prompt, words, own) if word not in find_classes(kept, words, own)]
     if lost or not kept:
         what = (
             f"cutting it to {limit} tokens would lose the class word {shown(lost[0])}"

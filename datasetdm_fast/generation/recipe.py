@@ -15,6 +15,7 @@ from datasetdm_fast.generation.class_prompts import AttentionRecipe, attention_r
 from datasetdm_fast.generation.combining import Combination, check_words, parse_combinations
 from datasetdm_fast.generation.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.labels import kind_of
+from datasetdm_fast.labels.class_tables import ClassTable
 from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Recipe:
     origin: Origin = FROM_NOISE
     attention: AttentionRecipe | None = None  # of labels that need no decoder
     asks_all: bool = False  # whether all words are looked for in every image
+    table: ClassTable | None = None  # of the user's own words
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -56,7 +58,7 @@ class Recipe:
 
     def class_prompt(self, request: Request) -> str:
         """What its labels are read from, empty where no label is read from attention."""
-        return self.attention.class_prompt(request, self.asked(request)) if self.attention else ""
+        return self.attention.class_prompt(request, self.asked(request), self.table) if self.attention else ""
 
 
 def make_recipe(
@@ -73,6 +75,7 @@ def make_recipe(
     ignore_below: float = 0.0,
     strength: float = 1.0,
     ask: str = "named",
+    table: ClassTable | None = None,
     **attention: Any,
 ) -> Recipe:
     """The recipe of a run; zeros stand for what the model was made for. A `strength` below 1 leaves only the last calls
@@ -84,7 +87,7 @@ def make_recipe(
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
     decoded = [task for task in tasks if task != ATTENTION]
     asked = [task for task in tasks if task == ATTENTION or engine.decoders[task].config.is_open]
-    words = class_words_of(engine, asked, classes) if asked else ()
+    words = class_words_of(engine, asked, classes, table) if asked else ()
     captures = capture_calls(schedule, {task: engine.decoders[task].config.capture_timestep for task in decoded})
     numbers = None
     if ATTENTION in tasks:
@@ -114,6 +117,7 @@ def make_recipe(
         origin=ONE_GENERATOR if numbers and numbers.parity else FROM_NOISE,
         attention=numbers,
         asks_all=ask == "all",
+        table=table,
     )
     check_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
@@ -131,7 +135,9 @@ def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, 
     return times if len(set(times.values())) > 1 else next(iter(times.values()), schedule.timesteps[-1])
 
 
-def class_words_of(engine: Engine, labels: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
+def class_words_of(
+    engine: Engine, labels: Sequence[str], classes: Sequence[str], table: ClassTable | None = None
+) -> tuple[str, ...]:
     """The words that the decoders of these labels are asked for: those given, else those they were taught."""
     words = tuple(classes) or tuple(
         dict.fromkeys(word for label in labels if label != ATTENTION for word in engine.decoders[label].config.classes)
@@ -142,7 +148,7 @@ def class_words_of(engine: Engine, labels: Sequence[str], classes: Sequence[str]
         )
     if len(words) > 254 and any(label == ATTENTION or engine.decoders[label].config.has_text for label in labels):
         raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")
-    prompts.check_class_lengths(words, engine.model.tokenizer)
+    prompts.check_class_lengths(words, engine.model.tokenizer, table)
     return words
 
 

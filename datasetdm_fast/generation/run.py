@@ -12,7 +12,7 @@ from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation import driver, prompts
 from datasetdm_fast.generation.driver import word_slots
-from datasetdm_fast.generation.job import Job, engine_of, recipe_of
+from datasetdm_fast.generation.job import Job, engine_of, recipe_of, table_of
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, closed
@@ -175,7 +175,8 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     engine, decoders = engine_of(settings, stored)
     weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
-    recipe = recipe_of(settings, engine, tuple(stored["plan"].get("words", ())) or settings.classes)
+    words = tuple(stored["plan"].get("words", ())) or settings.classes
+    recipe = recipe_of(settings, engine, words, table=table_of(stored))
     size, place = row.recipe["batch_size"], row.request.index % row.recipe["batch_size"]
     filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
     batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))

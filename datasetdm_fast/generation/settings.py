@@ -22,6 +22,7 @@ from datasetdm_fast.labels import class_tables
 from datasetdm_fast.labels.names import LabelName
 from datasetdm_fast.labels.semantic import BACKGROUND
 from datasetdm_fast.run_folder.document import most_samples
+from datasetdm_fast.truth.class_file import listed_words
 
 LEAST_SETTINGS = {
     "number": 1,
@@ -112,7 +113,9 @@ def check_seed(seed: int) -> int:
 
 def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
     """The settings with what --classes, --labeller and --parity stand for, where `given` does not name it."""
-    if len(config.classes) == 1 and config.classes[0] in class_tables.TABLES:
+    if config.class_table:
+        config = replace(config, classes=listed_words(config.class_table, config.classes))
+    elif len(config.classes) == 1 and config.classes[0] in class_tables.TABLES:
         names = class_tables.table(config.classes[0]).names
         config = replace(config, classes=tuple(name for name in names if name != BACKGROUND))
     if config.labeller and set(config.labeller) == {ATTENTION}:
@@ -167,4 +170,6 @@ def count_images(config: RunConfig) -> int:
 def identity(config: RunConfig, source: prompts.PromptSource) -> dict[str, Any]:
     """The settings that decide the data set's bytes; prompts by their digest, so that the file may move."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in config.identity().items()}
+    if source.table is not None:
+        values["class_table"] = class_tables.digest_of(source.table, config.classes)
     return values | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}

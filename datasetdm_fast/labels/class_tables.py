@@ -1,12 +1,17 @@
 """Tables of class words: number, name, what a person says, official colour, and the words that mean a class."""
 
 import csv
+import hashlib
 import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.foreign import documents
 
 FOLDER = Path(__file__).parent / "class_tables"
 TABLES = ("voc", "coco", "cityscapes", "deepfashion", "demo")
@@ -24,7 +29,7 @@ class ClassWord:
     colour: tuple[int, int, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: what is found in a table is cached for it
 class ClassTable:
     """The classes of a data set, and the phrases that hold a class word without meaning the class ("hot dog")."""
 
@@ -67,6 +72,25 @@ def parse(text: str, name: str) -> ClassTable:
         if twice := next((value for k, value in enumerate(given) if value in given[:k]), None):
             raise ValueError(f"the {column} {twice!r} is there twice")
     return ClassTable(name, tuple(classes), tuple(other))
+
+
+def rows_of(table: ClassTable, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Some classes of a table as JSON, and its phrases of no class under an empty name."""
+    kept = [word for word in table.classes if word.name in names]
+    rows = [{"name": word.name, "say": word.say, "words": list(word.words)} for word in kept]
+    return [*rows, {"name": "", "say": "", "words": list(table.other)}]
+
+
+def digest_of(table: ClassTable, names: Sequence[str]) -> str:
+    """SHA-256 of what a table says of some classes."""
+    return f"sha256:{hashlib.sha256(json.dumps(rows_of(table, names)).encode()).hexdigest()}"
+
+
+def of_rows(rows: object, name: str) -> ClassTable:
+    """The table that `rows_of` has written; a ValueError where it is of another form."""
+    documents.check_form(rows, [{"name": str, "say": str, "words": [str]}], name)
+    words = [ClassWord(row["name"], row["say"], tuple(row["words"])) for row in rows if row["name"]]
+    return ClassTable(name, tuple(words), tuple(word for row in rows if not row["name"] for word in row["words"]))
 
 
 def of_categories(categories: object, name: str) -> ClassTable:

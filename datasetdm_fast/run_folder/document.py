@@ -8,7 +8,7 @@ from typing import Any
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
-from datasetdm_fast.labels import kind_of
+from datasetdm_fast.labels import class_tables, kind_of
 from datasetdm_fast.labels.colours import BORDERS, OURS
 from datasetdm_fast.labels.numbering import check_numbers
 
@@ -101,6 +101,8 @@ def check_document(document: Mapping[str, Any]) -> None:
     tasks, size = document["config"]["task"], document["sampling"]["size"]
     for name, entry in document["decoders"].items():
         documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
+    if "class_table" in document:
+        class_tables.of_rows(document["class_table"], "class_table")
     if "composition" in document:
         documents.check_form(document["composition"], COMPOSITION_FORM, "composition")
     for task in tasks:

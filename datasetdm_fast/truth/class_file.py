@@ -1,15 +1,31 @@
 """Class tables of the user's own, and those inside annotation files."""
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.foreign.json_stream import JsonStream
 from datasetdm_fast.labels import class_tables
+from datasetdm_fast.labels.semantic import BACKGROUND
 
 LARGEST_TABLE = 2**22  # bytes
 
 
+def listed_words(path: str, chosen: Sequence[str]) -> tuple[str, ...]:
+    """The names of a table of the user's own in the order of their numbers, or those of them that are `chosen`."""
+    table = own_table(path)
+    if unknown := [name for name in chosen if name not in table.names]:
+        raise Refused(
+            f"--classes: {unknown[0]!r} is not in {path}{nearest(unknown[0], table.names)}",
+            f"It has {', '.join(table.names[:20])}{' ...' if len(table.names) > 20 else ''}.",
+        )
+    numbered = sorted(table.classes, key=lambda word: len(table.classes) if word.number is None else word.number)
+    return tuple(chosen) or tuple(word.name for word in numbered if word.name != BACKGROUND)
+
+
+@cache  # an annotation file may have gigabytes
 def own_table(path: str) -> class_tables.ClassTable:
     """The classes of a CSV file with the columns name, say and words, or of LVIS's or COCO's annotation file."""
     try:
