@@ -15,7 +15,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import pickles
-from datasetdm_fast.loading.checks import DOWN_BLOCKS, SUPPORTED, UP_BLOCKS, check_readable, check_unet, check_vae
+from datasetdm_fast.loading.checks import (
+    DOWN_BLOCKS,
+    SUPPORTED,
+    UP_BLOCKS,
+    check_readable,
+    check_unet,
+    check_vae,
+    quiet_libraries,
+)
 from datasetdm_fast.loading.model import SD_SCHEDULER, Model, checked
 from datasetdm_fast.loading.network import Network
 from datasetdm_fast.loading.provenance import UNKNOWN_LICENCE, digest
@@ -34,9 +42,10 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
         read(state, path) for read in (_unet_config, _vae_config, _text_config)
     )
     tokenizer = tokenizer_beside(path, is_second, allow_download)
-    converted = single_file_utils.convert_ldm_unet_checkpoint(
-        with_averaged(state, path) if ema else state, unet_config, extract_ema=False
-    )
+    with quiet_libraries():  # advice about a flag that is none of ours
+        converted = single_file_utils.convert_ldm_unet_checkpoint(
+            with_averaged(state, path) if ema else state, unet_config, extract_ema=False
+        )
     unet = _filled(UNet2DConditionModel(**unet_config), converted, f"{path}: unet")
     convert = single_file_utils.convert_ldm_vae_checkpoint
     vae = _filled(AutoencoderKL(**vae_config), convert(state, vae_config), f"{path}: vae")
