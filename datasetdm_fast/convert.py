@@ -54,6 +54,13 @@ def main(arguments: Sequence[str]) -> int:
     for name, format in conversion.formats.items():
         if unknown := format.unknown(conversion.plan):
             _say(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
+    if settings.dry_run:
+        would = f"{conversion.samples} samples would be written as {', '.join(settings.to)}"
+        _say(settings, f"{folder}: {'complete, nothing to do' if conversion.is_complete else would}")
+        facts = {"path": str(folder), "samples": conversion.samples, "splits": conversion.splits}
+        print(json.dumps(facts) if settings.json else folder, flush=True)
+        conversion.close()
+        return 0
     with (
         Interruption(settings.quiet) as interruption,
         ImageProgress(conversion.samples, settings.quiet) as progress,

@@ -38,6 +38,7 @@ class FilterConfig:
         "", "keep the samples for which this holds, such as 'score>=0.6 and duplicate==0'", metavar="CONDITION"
     )
     undo: bool = setting(False, "keep all samples again")
+    dry_run: bool = setting(False, "say how many samples of a scored run --where would keep, and write nothing")
     clip: str = setting("", "folder of a CLIP, which adds the score clip", metavar="DIR")
     stability: bool = setting(False, "adds the score stability, with the model and the decoders of the run")
     threads: int = setting(0, "samples scored at once, 0 = all cores", metavar="N")
@@ -62,11 +63,17 @@ def main(arguments: Sequence[str]) -> int:
 
     if config.undo:
         return _undo(config)
+    if config.dry_run and not config.where:
+        raise Refused("--dry-run: no condition to be tried", "Add --where.")
     names = parse_where(config.where, tuple(SCORES))[1] if config.where else ()  # before hours of scoring
     run = filtering.check(Path(config.run))
     extra = [name for name in OF_NETWORKS if getattr(config, name)]
     filtering.check_made(run, names, extra)
     if left := filtering.count_missing(run, extra):
+        if config.dry_run:
+            raise Refused(
+                f"--dry-run: {left} samples have no scores yet", "Score them first: the line without --where."
+            )
         networks = _networks(config, run)
         with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
             filtering.complete(
@@ -109,10 +116,10 @@ def _keep(config: FilterConfig, run: Run) -> int:
     from datasetdm_fast.curation import filtering
     from datasetdm_fast.run_folder.score_table import read_scores
 
-    decided = filtering.decide(run, config.where)
+    decided = filtering.decide(run, config.where, is_dry=config.dry_run)
     total = len(decided.kept) + len(decided.left_out)
-    reasons = f"{config.run}/state/kept.json says why the others are not"
-    _say(config, f"{len(decided.kept)} of {total} samples are kept; {reasons}")
+    reasons = f"are kept; {config.run}/state/kept.json says why the others are not"
+    _say(config, f"{len(decided.kept)} of {total} samples {'would be kept' if config.dry_run else reasons}")
     table = read_scores(run.path, ())
     kept, every = set(decided.kept), Counter(word for words in table.classes for word in words)
     left = Counter(

@@ -28,6 +28,7 @@ class MergeConfig:
     out: str = setting("", "run folder", metavar="RUN", output="folder")
     kept: bool = setting(False, "take only the samples that filter keeps")
     copy: bool = setting(False, "copy files instead of linking to them")
+    dry_run: bool = setting(False, "say how many samples the run would have, and write nothing")
     only: str = setting("", "take over this one sample of the run folder --out again", metavar="ID")
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
@@ -50,6 +51,11 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(config.out)
     merging = Merging([open_part(Path(path), only_kept=config.kept) for path in config.runs])
     number, there = len(merging.places), begin(merging, folder)
+    if config.dry_run:
+        merging.close()
+        _say(config, f"{folder}: would have {number} samples, {there} are there, {merging.duplicates} are left out")
+        _put(config, {"path": config.out, "number": number, "done": there, "duplicates": merging.duplicates})
+        return 0
     with Interruption(config.quiet) as interruption, ImageProgress(number - there, config.quiet) as progress:
         options = {"on_commit": progress.on_commit, "is_stopping": interruption.is_stopping}
         made = run(merging, folder, is_copied=config.copy, **options)

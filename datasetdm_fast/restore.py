@@ -20,6 +20,7 @@ class RestoreConfig:
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id a line", metavar="FILE")
     all: bool = setting(False, "bring all back that were dropped")
+    dry_run: bool = setting(False, "say which samples would be brought back, and bring none")
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no message")
 
@@ -37,10 +38,11 @@ def main(arguments: Sequence[str]) -> int:
 
     run = dropping.open_folder(Path(config.run))
     wanted = None if config.all else dropping.read_ids(config.ids, config.file)
-    ids = [f"{index:08d}" for index in dropping.restore(run, wanted)]
+    ids = [f"{index:08d}" for index in dropping.restore(run, wanted, is_dry=config.dry_run)]
     if not config.quiet:
-        print(f"{config.run}: {len(ids)} samples are back", file=sys.stderr)
-    print(json.dumps({"path": config.run, "restored": ids}) if config.json else config.run, flush=True)
+        print(f"{config.run}: {len(ids)} samples {'would be' if config.dry_run else 'are'} back", file=sys.stderr)
+    facts = {"path": config.run, "restored": ids}
+    print(json.dumps(facts) if config.json else "\n".join(ids) if config.dry_run else config.run, flush=True)
     return 0
 
 

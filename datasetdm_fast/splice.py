@@ -39,6 +39,7 @@ class SpliceConfig:
     out: str = setting("runs/spliced", "run folder", metavar="RUN", output="folder")
     only: str = setting("", "make this one sample of the run folder --out again", metavar="ID")
     limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N")
+    dry_run: bool = setting(False, "say what would be made, and write nothing")
     threads: int = setting(0, "threads, 0 = two a core", metavar="N")
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
@@ -64,6 +65,10 @@ def main(arguments: Sequence[str]) -> int:
 
     splicing, folder = _opened(config), Path(config.out)
     there = begin(splicing, folder)
+    if config.dry_run:
+        _say(config, f"{folder}: {config.number - there} of {config.number} images would be made")
+        _put(config, {"path": config.out, "number": config.number, "done": there}, config.out)
+        return 0
     threads = config.threads or 2 * cores()  # half of them wait for the disk
     left = config.number - there
     with (

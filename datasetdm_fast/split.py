@@ -29,6 +29,7 @@ class SplitConfig:
     by_source: bool = setting(True, "never part samples that were made of one picture: variants, edits, splices")
     seed: int = setting(0, "what the order of the samples is drawn from", metavar="N")
     undo: bool = setting(False, "take the split back")
+    dry_run: bool = setting(False, "say how many samples each part would have, and write nothing")
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
 
@@ -66,8 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         if config.undo:
             if read_split(path) is None:
                 raise Refused(f"--undo: {path} is not split", "Split it first with --shares.")
-            write_split(path, document, None)
-            return _end(config, {}, f"{path}: is split no more")
+            if not config.dry_run:
+                write_split(path, document, None)
+            return _end(config, {}, f"{path}: {'would be' if config.dry_run else 'is'} split no more")
         if not len(run):
             raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
         indices, keys = [], []
@@ -80,12 +82,14 @@ def main(arguments: Sequence[str]) -> int:
         config.by_source,
         {name: tuple(index for index, part in zip(indices, found) if part == name) for name in parts},
     )
-    write_split(path, document, split)
+    if not config.dry_run:
+        write_split(path, document, split)
     counts = Counter(found)
     told = ", ".join(f"{name} {counts[name]}" for name in parts)
     lone = [name for name in parts if not counts[name]]
     more = f"; none left for {', '.join(lone)}, as too many samples were made of one picture" if lone else ""
-    return _end(config, {name: counts[name] for name in parts}, f"{path}: {told}{more}")
+    would = " (nothing is written)" if config.dry_run else ""
+    return _end(config, {name: counts[name] for name in parts}, f"{path}: {told}{more}{would}")
 
 
 def _end(config: SplitConfig, counts: dict[str, int], line: str) -> int:

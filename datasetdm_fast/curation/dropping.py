@@ -72,7 +72,7 @@ def drop(run: Run, wanted: Sequence[int], *, is_dry: bool = False) -> list[int]:
     return chosen
 
 
-def restore(run: Run, wanted: Sequence[int] | None) -> list[int]:
+def restore(run: Run, wanted: Sequence[int] | None, *, is_dry: bool = False) -> list[int]:
     """Brings the wanted samples back into the data set, or all that were dropped; their indices."""
     there = {row.request.index for row in run.rows(())}
     run.close()
@@ -82,6 +82,8 @@ def restore(run: Run, wanted: Sequence[int] | None) -> list[int]:
     _check_known(run.path, wanted or (), there | dropped.keys())
     for index in chosen:
         _check_files(run.path, dropped[index])
+    if is_dry:
+        return chosen
     with RunFolder(run.path, run.document) as folder:
         _in_blocks([dropped[index] for index in chosen], folder.bring_back)
         folder.rebuild()

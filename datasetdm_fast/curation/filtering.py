@@ -139,9 +139,10 @@ def undo(run: Run) -> int:
     return len(decided.left_out)
 
 
-def decide(run: Run, where: str) -> Kept:
-    """Writes down which samples of a run the condition keeps, and why not the others."""
+def decide(run: Run, where: str, *, is_dry: bool = False) -> Kept:
+    """Writes down which samples of a run the condition keeps, and why not the others; a dry run only tells."""
     decided = passing(run.path, where)
     run.close()
-    keep(run.path, run.document, decided)
+    if not is_dry:
+        keep(run.path, run.document, decided)
     return decided

@@ -14,7 +14,7 @@ LEAST_QUALITY, BEST_QUALITY = 75, 100
 class ExportSettings(CommandSettings):
     FLAGS = (
         "runs to out task classes where kept least_score image_format quality resize polygons parts border shard copy "
-        "threads json quiet"
+        "dry_run threads json quiet"
     ).split()
 
     runs: tuple[str, ...] = setting(
@@ -59,6 +59,7 @@ class ExportSettings(CommandSettings):
     border: int = setting(0, "voc: pixels of the border of 255 around each object, 5 in the original", metavar="N")
     shard: int = setting(1000, "wds and hf-parquet: samples of a file", metavar="N")
     copy: bool = setting(False, "copy files that need no change, instead of linking to them", identity=False)
+    dry_run: bool = setting(False, "say what would be written, and write nothing", identity=False)
     threads: int = setting(0, "samples worked on at once, 0 = all cores", metavar="N", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "show no progress", identity=False)
