@@ -35,7 +35,11 @@ REFUSALS = {
 
 
 def nearest(word: str, known: Collection[str], before: str = "") -> str:
-    """' (did you mean X?)' where a known word starts like this one or is close to it, `before` put before X."""
+    """' (did you mean X?)' where a known word starts like this one or is close to it, `before` put before X.
+
+    >>> nearest("sede", ("seed", "size"), before="--")
+    ' (did you mean --seed?)'
+    """
     import difflib
 
     longer = [candidate for candidate in known if word and candidate.startswith(word)]

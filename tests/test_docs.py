@@ -5,7 +5,9 @@ lead somewhere, lines fit.
 """
 
 import ast
+import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import generated_pages
@@ -52,6 +54,16 @@ def test_the_table_of_rooms_is_that_of_the_code():
 def test_generated_pages_are_those_of_the_sources(name):
     written = (HERE / "docs" / name).read_text(encoding="utf-8")
     assert written.splitlines() == generated_pages.PAGES[name]().splitlines(), "run `python tests/test_docs.py`"
+
+
+EXAMPLES = [path for path in sorted((HERE / PACKAGE).rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_in_docstrings_say_what_comes_out(path):
+    name = path.relative_to(HERE).with_suffix("").as_posix().replace("/", ".")
+    failed, tried = doctest.testmod(import_module(name))
+    assert tried and not failed
 
 
 def prose(page: Path) -> str:

@@ -66,6 +66,13 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
     (example,) = blocks((ROOT / "docs" / "data-set.md").read_text(encoding="utf-8"), "python")
     exec(example, names)
     assert names["image"].shape == (4, 3, 128, 128) and names["label"].shape == (4, 128, 128)
+    notebook = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            *lines, shown = "".join(cell["source"]).splitlines()
+            exec("\n".join(lines), names)
+            value = eval(shown, names)  # what a notebook shows of it
+            assert getattr(value, "_repr_html_", lambda: "<img")().count("<img") >= 1
     (example,) = blocks((ROOT / "docs" / "five-thousand.md").read_text(encoding="utf-8"), "python")
     exec(example.replace("runs/street", "runs/demo"), names)
     assert all(len(one["boxes"]) == len(one["masks"]) == len(one["labels"]) > 0 for one in names["targets"])

@@ -18,7 +18,11 @@ class LabelName:
 
     @classmethod
     def parse(cls, text: str) -> "LabelName":
-        """The name that flags, run.json and the ledger write as TASK or TASK:DECODER; a ValueError for another text."""
+        """The name that flags, run.json and the ledger write as TASK or TASK:DECODER; a ValueError for another text.
+
+        >>> LabelName.parse("semantic:cityscapes").stem
+        'semantic.cityscapes'
+        """
         task, colon, decoder = text.partition(":")
         if task not in LABELS:
             raise ValueError(f"not one of {', '.join(LABELS)}")

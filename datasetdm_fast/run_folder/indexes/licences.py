@@ -103,7 +103,11 @@ def hub_names(texts: Iterable[str]) -> list[str]:
 
 
 def conflicts(texts: Iterable[str]) -> Iterator[str]:
-    """A sentence for each pair of licences that cannot both be kept, and for each that forbids a set like this one."""
+    """A sentence for each pair of licences that cannot both be kept, and for each that forbids a set like this one.
+
+    >>> list(conflicts(["cc-by-sa-4.0", "CC BY-NC-SA 4.0"]))
+    ['CC BY-SA 4.0 and CC BY-NC-SA 4.0 conflict: each asks that what is derived carries it alone.']
+    """
     found = {licence.hub: licence for text in texts if (licence := licence_of(text))}
     for one in found.values():
         if not one.allows_changes:

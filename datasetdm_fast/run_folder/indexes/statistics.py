@@ -103,7 +103,11 @@ def panels_of(figures: Figures) -> Iterator[tuple[str, Bars, bool]]:
 
 
 def rounded_up(value: float) -> float:
-    """The next of 1, 2, 5, 10, 20, ... that is not below a value."""
+    """The next of 1, 2, 5, 10, 20, ... that is not below a value.
+
+    >>> rounded_up(3.2), rounded_up(80), rounded_up(0.5)
+    (5.0, 100.0, 0.5)
+    """
     power = 10.0 ** math.floor(math.log10(max(value, 1e-6)))
     return next(step * power for step in (1, 2, 5, 10) if value <= step * power * (1 + 1e-9))
 
