@@ -1,5 +1,5 @@
 # make demo   16 labelled images and a page to look at them; installs what they need into .venv, 1.1 GB
-# make test   every test                    make lint   what the style asks for
+# make test   every test                    make lint   what the style asks for, and types of the public surface
 # make venv   installs what tests need, too: optional engines and formats, 1.5 GB more
 # make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset: 5 minutes
 # make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end
@@ -77,6 +77,7 @@ mutants: venv
 lint: venv
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:
 	rm -rf .venv .venv-consumers build datasetdm_fast.egg-info datasetdm_fast/_C.*.so .pytest_cache .ruff_cache

@@ -59,12 +59,14 @@ class Capture:
 
     @property
     def batch(self) -> int:
-        return self.features[-1][0].shape[0]
+        batch: int = self.features[-1][0].shape[0]
+        return batch
 
     @property
     def side(self) -> int:
         """Cells of a side of the highest level."""
-        return self.features[-1][0].shape[-1]
+        side: int = self.features[-1][0].shape[-1]
+        return side
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,14 @@ class ProjectedCapture:
 
     @property
     def batch(self) -> int:
-        return self.sums[-1].shape[0]
+        batch: int = self.sums[-1].shape[0]
+        return batch
 
     @property
     def side(self) -> int:
         """Cells of a side of the highest level."""
-        return self.sums[-1].shape[-1]
+        side: int = self.sums[-1].shape[-1]
+        return side
 
 
 @dataclass(frozen=True)

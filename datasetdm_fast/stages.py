@@ -6,6 +6,7 @@ queries, K classes, J joints. A CFG batch is [uncond_0 .. uncond_{B-1}, cond_0 .
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 LEVELS = ("low", "mid", "high", "highest")
 FACTOR = 8  # pixels per latent cell in every SD 1.x and 2.x autoencoder
@@ -27,13 +28,13 @@ class Level:
         return 2 * sum(self.features) + sum(self.heads) * self.tokens
 
 
-def heads_per_block(unet: Mapping) -> tuple[int, ...]:
+def heads_per_block(unet: Mapping[str, Any]) -> tuple[int, ...]:
     """Attention heads of the four down blocks; diffusers calls this number attention_head_dim."""
     heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
     return (heads,) * 4 if isinstance(heads, int) else tuple(heads)
 
 
-def levels(unet: Mapping, tokens: int, size: int) -> tuple[Level, ...]:
+def levels(unet: Mapping[str, Any], tokens: int, size: int) -> tuple[Level, ...]:
     """The four levels a UNet of this diffusers config yields at size x size pixels, low to highest."""
     width, count, heads = unet["block_out_channels"], unet["layers_per_block"], heads_per_block(unet)
     side = size // FACTOR
@@ -111,7 +112,10 @@ def average(self_side: int, cross_side: int) -> Tensors:
     over `cross_side` x `cross_side` cells with the tokens of a class prompt.
     """
     cells, queries = self_side**2, cross_side**2
-    sums = {"cells": (("B", cells, cells), "float32"), "tokens": (("B", queries, "T"), "float32")}
+    sums: dict[str, tuple[Shape, str]] = {
+        "cells": (("B", cells, cells), "float32"),
+        "tokens": (("B", queries, "T"), "float32"),
+    }
     return Tensors(_CALL | {"class_context": (("B", "T", "D"), "float32")}, {"noise": _NOISE, **sums})
 
 

@@ -3,11 +3,13 @@
 """
 
 import sys
+from types import FrameType
 
 
 def _importers() -> list[str]:
     """Names of the modules on the call stack, nearest first."""
-    frame, names = sys._getframe(1), []
+    frame: FrameType | None = sys._getframe(1)
+    names = []
     while frame:
         names.append(frame.f_globals.get("__name__", ""))
         frame = frame.f_back

@@ -41,7 +41,8 @@ def build_engine(
     of another engine are refused, or passed over where that engine's record says so.
     """
     kind, own = _chosen(name, options)
-    return named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own)
+    built: Engine = named(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **own)
+    return built
 
 
 def _chosen(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
