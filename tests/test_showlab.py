@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from test_decoders import seeded_state
 
 from datasetdm_fast import audit
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab import __main__ as command
-from datasetdm_fast.compat.showlab import contours, files, generating, order
+from datasetdm_fast.compat.showlab import contours, files, generating, order, splicing, training
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream
@@ -34,6 +35,7 @@ from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.pipeline import open_run
+from datasetdm_fast.training.settings import TrainConfig
 
 MASKS = {"width": 16, "layers": 2, "feed_forward": 24, "mask_dim": 12, "queries": 20}
 SMALL = {"segmentation": MASKS, "open-vocabulary": MASKS, "depth": {"width": 16, "depth_width": 8}}
@@ -444,6 +446,98 @@ def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
     assert "holds files of another run" in told and (tmp_path / "out/Image/200000.jpg").read_text() == "mine"
 
 
+# ---- splicers and trainers
+
+
+def contour_output(folder: Path) -> None:
+    """An output of four images with a contour each."""
+    for k in range(4):
+        (folder / "Image").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((512, 512, 3), 50 * k, np.uint8)).save(folder / f"Image/dog_{k}.jpg")
+        write(folder / f"Mask/dog_{k}.txt", f"{k},1,{k},5,9,5,1,0.5\n")
+
+
+def test_contours_move_with_their_images(tmp_path, capsys):
+    contour_output(tmp_path / "DataDiffusion/in")
+    line = ["splicing_augmentation_coco", "--root", str(tmp_path), "--input_root", "in", "--quiet"]
+    small = splicing.Splicer("splicing_augmentation_coco", (2, 1, 1, 0, 0, 0, 0), "Mask", ".txt")
+
+    def made(out, *flags):
+        read = command.read_line("", small.name, "", small.flags, [*line[1:], "--out_root", out, *flags], {})
+        return splicing.splice(small, read, lambda: False)[1:]
+
+    assert made("whole") == (4, 0) and made("whole") == (0, 0)
+    assert made("parts", "--limit", "3") == (3, 1) and made("parts", "--limit", "3") == (1, 0)
+    holder = tmp_path / "DataDiffusion"
+    assert tree(holder / "parts") == tree(holder / "whole")
+    names = {name for name in tree(holder / "whole") if name.startswith("Image")}
+    assert names == {f"Image/splicing_{k}.jpg" for k in (0, 1, 15001, 35001)}
+    with Image.open(holder / "whole/Image/splicing_15001.jpg") as picture:
+        assert picture.size == (1024, 1024)
+        grey = np.array(picture.convert("L")).astype(int)
+    for place, text in enumerate((holder / "whole/Mask/splicing_15001.txt").read_text().splitlines()):
+        row, column = divmod(place, 2)
+        k = round(grey[512 * row + 99, 512 * column + 99] / 50)
+        moved = (k + 512 * column, 1 + 512 * row, k + 512 * column, 5 + 512 * row, 9 + 512 * column, 5 + 512 * row)
+        assert text == f"{','.join(map(str, moved))},1,0.5"
+    assert command.main([*line, "--out_root", "whole", "--seed", "3"]) == 2
+    assert "pictures of another line" in capsys.readouterr().err
+    assert command.main([*line, "--out_root", "new", "--input_root", "none"]) == 3
+
+
+def test_ids_of_splices():
+    coco = splicing.SPLICERS["splicing_augmentation_coco"]
+    grids = splicing.grids_of(coco, 7, fixed=False)
+    assert len(grids) == 93000 - 10000 and max(grids) == 88000  # 65001 to 75000 are written twice, last by 6 x 6
+    assert grids[65001] == 6 and grids[64999] == 5
+    assert list(splicing.grids_of(coco, 1, fixed=True)) == list(range(93000))
+    assert len(splicing.grids_of(coco, 1, fixed=False)) == 15000
+
+
+@pytest.mark.parametrize(
+    "script, config, data, flags",
+    [
+        ("train_semantic_voc", "is_zero: true", "voc:{}/data/PascalVOC12", "--select voc-zero-shot --quirks Q11"),
+        ("train_semantic_voc", "long_tail: true", "voc:{}/data/PascalVOC12", "--select voc-long-tail"),
+        ("train_instance_coco", "", "coco:{}/data/COCO2017", "--select coco --limit-per-class 50 --quirks Q12"),
+        ("train_pose_coco", "", "coco:{}/data/COCO2017", "--select coco-pose --limit-images 50 --pose-head simcc"),
+        ("train_depth_KITTI", "", "vkitti2:{}/data/VirtualKITTI2", "--select vkitti2"),
+    ],
+)
+def test_a_trainers_line_becomes_one_of_train(tmp_path, script, config, data, flags):
+    for name in ("PascalVOC12", "COCO2017", "VirtualKITTI2"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    line = ["--root", str(tmp_path), "--model", "demo", "--image_limitation", "50", "--save_name", "one"]
+    line += ["--dataset", "VirtualKITTI"] if "KITTI" in script else []
+    if config:
+        write(tmp_path / "c.yaml", f"DATASETS:\n  dataset: VOC\n  {config}\n")
+        line += ["--config", "c.yaml"]
+    trainer = training.TRAINERS[script]
+    words = training.line_of_train(trainer, command.read_line("", script, "", trainer.flags, line, {}))
+    read, _ = parse(words, TrainConfig)
+    read.check()
+    assert words[1] == data.format(tmp_path) and flags in " ".join(words) or set(flags.split()) <= set(words)
+    assert ("--limit-per-class" in words) == (script == "train_instance_coco" or config == "is_zero: true")
+    assert read.preset == "upstream" and read.out == str(tmp_path / "checkpoint/one/.train")
+
+
+def test_what_a_trainer_leaves_is_a_checkpoint(root, tmp_path):
+    found = checkpoints.open_checkpoint(root / "nyu.pth", "nyu", load_model("demo").levels)
+    for name, content in found.files().items():
+        write_bytes(tmp_path / "checkpoint/one/.train/depth" / name, content)
+    trainer = training.TRAINERS["train_depth_NYU"]
+    read = ["--root", str(tmp_path), "--save_name", "one"]
+    path = training.checkpoint_of(trainer, command.read_line("", trainer.name, "", trainer.flags, read, {}))
+    assert path == tmp_path / "checkpoint/one/latest_checkpoint.pth"
+    ours, theirs = (torch.load(one, weights_only=True) for one in (path, root / "nyu.pth"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
 # ---- DatasetDM's own scripts
 
 
@@ -531,6 +625,7 @@ def upstreams_script(checkout: Path, name: str, kind: str, monkeypatch):
             monkeypatch.setattr(script, each, lambda *_, **__: Network(), raising=False)
         monkeypatch.setattr(script, "retry_if_cuda_oom", lambda function: function, raising=False)
         monkeypatch.setattr(script, "CLIPTextModel", encoder)
+        monkeypatch.setattr(script, "random", random, raising=False)  # one of them has it from `dataset`
         monkeypatch.setattr(script, "seed_everything", random.seed)
         monkeypatch.setattr(script, "softmax", lambda x, axis: np.exp(x) / np.exp(x).sum(axis), raising=False)
         monkeypatch.setattr(ptp_utils, "text2image", text2image)

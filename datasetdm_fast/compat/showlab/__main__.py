@@ -17,11 +17,15 @@ from datasetdm_fast.compat.showlab.files import Answer, jpeg
 from datasetdm_fast.compat.showlab.lines import Line, read_line
 from datasetdm_fast.compat.showlab.order import Order, order_of
 from datasetdm_fast.compat.showlab.scripts import GENERATORS, Generator
+from datasetdm_fast.compat.showlab.splicing import SPLICERS, Splicer, splice
+from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train, shown
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.foreign import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
 RUNNER = "datasetdm_fast.compat.scripts"  # of `run`, which runs a script of a checkout itself
+TRAIN = "datasetdm_fast.train"
+SCRIPTS = {**GENERATORS, **TRAINERS, **SPLICERS}
 GONE = {  # names that a reader of DatasetDM may try -> why they are not there, and what is
     "train": (
         "train.py teaches a decoder that no generator of DatasetDM reads",
@@ -46,19 +50,21 @@ def main(arguments: Sequence[str]) -> int:
         return _make_again(arguments)
     if name in GONE:
         raise Refused(f"{PROG}: {GONE[name][0]}", GONE[name][1])
-    if name not in GENERATORS:
+    if name not in SCRIPTS:
         raise Refused(
-            f"{PROG}: unknown script {name!r}{nearest(name, (*GENERATORS, 'run'))}", f"`{PROG} --help` lists them."
+            f"{PROG}: unknown script {name!r}{nearest(name, (*SCRIPTS, 'run'))}", f"`{PROG} --help` lists them."
         )
-    generator = GENERATORS[name]
-    others = {each: {flag.name for flag in one.flags} for each, one in GENERATORS.items()}
-    line = read_line(PROG, name, generator.told, generator.flags, arguments[1:], others)
-    return generate(generator, line, f"{PROG} {shlex.join(arguments)}")
+    script, again = SCRIPTS[name], f"{PROG} {shlex.join(arguments)}"
+    others = {each: {flag.name for flag in one.flags} for each, one in SCRIPTS.items()}
+    line = read_line(PROG, name, script.told, script.flags, arguments[1:], others)
+    if isinstance(script, Generator):
+        return generate(script, line, again)
+    return teach(script, line, again) if isinstance(script, TrainingScript) else join(script, line, again)
 
 
 def _help() -> int:
     print(f"usage: {PROG} SCRIPT [flags of the script]\n")
-    for name, each in GENERATORS.items():
+    for name, each in SCRIPTS.items():
         print(f"  {name}\n      {each.told}")
     print("  run SCRIPT.py\n      A script of a checkout of DatasetDM itself, with our modules in place of its own.")
     print("\nSCRIPT --help lists the flags. docs/from-datasetdm.md says what differs.")
@@ -101,6 +107,31 @@ def generate(generator: Generator, line: Line, again: str) -> int:
     if not result.is_complete:
         print(f"{result.done} of {result.number} images are there; go on with: {again}", file=sys.stderr)
     return interruption.exit_code(code)
+
+
+def teach(trainer: TrainingScript, line: Line, again: str) -> int:
+    """Teaches a decoder, or goes on with it, and leaves its checkpoint."""
+    words = line_of_train(trainer, line)
+    if idle := [flag.name for flag in trainer.flags if flag.name in line.given and not flag.has_effect]:
+        _say(line, f"ignored   {', '.join(f'--{name}' for name in idle)}: without effect in DatasetDM, too")
+    _say(line, f"mapped    {shown(words)}", f"kept      {trainer.quirk or 'one image a step'}, DatasetDM's recipe")
+    if (code := import_module(TRAIN).main(words)) or line["dry_run"]:
+        return code
+    if (path := checkpoint_of(trainer, line)) is None:
+        print(f"stopped; go on with: {again}", file=sys.stderr)
+        return 0
+    _say(line, f"{path}: a state dict as DatasetDM saves and loads it")
+    print(path, flush=True)
+    return 0
+
+
+def join(splicer: Splicer, line: Line, again: str) -> int:
+    """Makes the pictures of a splicer, or what is missing of them."""
+    with Interruption(line["quiet"]) as interruption:
+        out, made, left = splice(splicer, line, interruption.is_stopping)
+    _say(line, f"{made} pictures made, {left} left" + (f"; go on with: {again}" if left else ""))
+    print(out, flush=True)
+    return interruption.exit_code(0)
 
 
 def names_of(generator: Generator, order: Order, index: int) -> list[str]:
