@@ -1,18 +1,26 @@
 """python -m datasetdm_fast.evaluate: measure the labels of trained decoders against ground truth."""
 
+from __future__ import annotations
+
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import counted, shows_bar
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.evaluation import naming
 from datasetdm_fast.evaluation.networks import BUILT_IN, MULTIPLE, open_network
 from datasetdm_fast.evaluation.settings import EvaluateConfig
 from datasetdm_fast.foreign.documents import one_line
 from datasetdm_fast.labels.names import by_task, tasks_of
+
+if TYPE_CHECKING:
+    from datasetdm_fast.engines.engine import Engine
 
 STUDENTS_FOLDER = "runs/students"  # where no --out names another
 ANY_SIZE = 64  # pixels of a side, where no image is read yet
@@ -27,17 +35,39 @@ EXAMPLES = (
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, EvaluateConfig, PROG, __doc__, EXAMPLES)
     config.check()
+    if (config.student or config.curve) and (len(naming.addresses(config.data)) > 1 or config.class_names):
+        raise Refused(
+            "--data: several data sets and other class names are for decoders that stand",
+            "Leave out --student and --curve, or name one data set.",
+        )
     if config.student:
         return _student(config) if config.student == BUILT_IN else _network(config)
     return _curve(config) if config.curve else _decoders(config)
 
 
 def _decoders(config: EvaluateConfig) -> int:
-    selection = config.selection()
+    """Each of the data sets in turn, their figures by address where there are several."""
+    addresses = naming.addresses(config.data)
     # a bad data set is refused before a model loads
-    there = _opened(config, config.data, ANY_SIZE, tasks_of(config.task)).tasks
-    engine = _engine(config, config.decoder)
-    decoders = engine.decoders
+    sources = {address: _opened(config, address, ANY_SIZE, tasks_of(config.task)) for address in addresses}
+    pairs = naming.pairs(config.class_names, sources.values())
+    engine, found, skipped = _engine(config, config.decoder), {}, {}
+    for address, source in sources.items():
+        found[address], own = _judged(replace(config, data=address), engine, source.tasks, pairs)
+        skipped |= own
+        if len(addresses) > 1 and not config.json:
+            print(f"{address}\n{table(found[address], config.level)}", flush=True)
+    if len(addresses) > 1:
+        return _end(config, {"data": found}, skipped)
+    (result,) = found.values()
+    return _end(config, result, skipped, "" if config.json else table(result, config.level))
+
+
+def _judged(
+    config: EvaluateConfig, engine: Engine, there: Sequence[str], pairs: Mapping[str, str]
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """The figures of the decoders on one data set, and the images that were skipped."""
+    decoders, selection = engine.decoders, config.selection()
     if absent := [task for task in config.task if task not in decoders]:
         raise Refused(
             f"--task: {config.decoder} holds no decoder for {', '.join(absent)}", f"it has {', '.join(decoders)}"
@@ -54,13 +84,16 @@ def _decoders(config: EvaluateConfig) -> int:
     result, skipped = {}, {}
     for some in passes(config.data, {label: decoders[label].config for label in tasks}):
         source = _opened(config, config.data, engine.model.size, tasks_of(some), selection)
+        known = dict.fromkeys(name for label in some for name in decoders[label].config.classes)
+        source = naming.renamed(source, pairs, tuple(known), finds=naming.AUTO in config.class_names)
         with _bar(len(source), config.quiet) as bar:
             given = (config.captions, config.batch_size, config.seed, _moving(bar))
             meters = measure(engine, source, some, *given, unseen=config.unseen)
         result |= {task: figures(meter, config.bootstrap, config.level) for task, meter in meters.items()}
+        if config.class_names:
+            result |= {task: naming.in_common(result[task], tuple(known)) for task in meters}
         skipped |= source.skipped
-    result = {task: result[task] for task in tasks}
-    return _end(config, result, skipped, "" if config.json else table(result, config.level))
+    return {task: result[task] for task in tasks}, skipped
 
 
 def _curve(config: EvaluateConfig) -> int:

@@ -49,6 +49,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "doctor",
         "export_cli",
         "compat",
+        "recipe",
         "demo",
         "bench",
     ),
@@ -76,8 +77,8 @@ DOOR = (
 )  # `python -m datasetdm_fast.export` hands its line to the command above
 DOORS = {"__init__": "pipeline", "__main__": "cli"}  # files that only lead on to the room beside them
 # Before the commands prompts, edit, vary, label, drop, merge, split, convert and gallery they were 38 and 224: each
-# is a room of its own and needs flags, refusals, run folder, labels and files. label shows the run it makes so far,
-# and agreement reads samples of a run folder, which another engine made.
+# is a room of its own and needs flags, refusals, run folder, labels and files; before the command lines of others
+# (compat), recipes and tasks of other packages 55 and 353.
 MOST = {"rooms": 60, "rows": 10, "arrows": 420}
 
 

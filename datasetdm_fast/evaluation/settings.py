@@ -12,13 +12,22 @@ from datasetdm_fast.truth.selection import DataSettings
 class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
     FLAGS = (
         "select images limit_per_class min_area limit_images only_classes framing skip_bad model allow_download "
-        "decoder data task unseen captions bootstrap level curve learn_from repeats steps more student student_size "
-        "weights only_synthetic both self_train tta real run size out engine dtype device batch_size seed threads json "
-        "quiet"
+        "decoder data class_names task unseen captions bootstrap level curve learn_from repeats steps more student "
+        "student_size weights only_synthetic both self_train tta real run size out engine dtype device batch_size seed "
+        "threads json quiet"
     ).split()
 
     data: str = setting(
-        "demo:500@900000", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="ADDRESS"
+        "demo:500@900000",
+        "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED; several with commas between them are "
+        "judged one after the other",
+        metavar="ADDRESS",
+    )
+    class_names: tuple[str, ...] = setting(
+        (),
+        "other names for the classes of --data, each as theirs=ours, comma-separated; auto: where the decoder has "
+        "another word for one",
+        metavar="LIST",
     )
     task: tuple[str, ...] = setting(
         (),
