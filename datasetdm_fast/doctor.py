@@ -25,8 +25,24 @@ from datasetdm_fast.version import __version__
 
 LIBRARIES = (
     "torch diffusers transformers accelerate safetensors tokenizers numpy scipy pillow pycocotools pyyaml tqdm triton "
-    "onnx onnxruntime onnxruntime-gpu onnxscript openvino tensorrt tensorrt-rtx ray openai pyarrow"
+    "onnx onnxruntime onnxruntime-gpu onnxscript openvino tensorrt tensorrt-rtx xformers ray openai pyarrow"
 ).split()
+EXTRAS = {  # of pip install 'datasetdm-fast[NAME]' -> the library it is about, and when it is worth it
+    "trt-full": (
+        "tensorrt",
+        "worth it on data-centre GPUs from Hopper on, which TensorRT-RTX does not serve, and for plans built once for "
+        "one kind of card",
+    ),
+    "ort-gpu": (
+        "onnxruntime-gpu",
+        "worth it where --engine ort shall run on an NVIDIA GPU, in an environment without onnxruntime, whose place it "
+        "takes; --engine fast needs neither",
+    ),
+    "xformers": (
+        "xformers",
+        "worth it for pipelines of diffusers that are run beside this package to compare; no engine here calls it",
+    ),
+}
 PATIENCE = 180.0  # seconds for one process
 COUNTED = 200_000  # files of a cache looked at
 MARK = "datasetdm-doctor:"
@@ -225,6 +241,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         ("driver", gpu["problem"] or gpu["driver"]),
         ("torch", torch["problem"] or f"{torch['version']}, {cards}"),
     ]
+    for name, (library, sentence) in EXTRAS.items():
+        told.append(("extra", f"{name} ({found['libraries'][library] or 'not installed'}): {sentence}"))
     for name, engine in found["engines"].items():
         cause = f"does not run here: {engine['cause']}. {engine['remedy']}"
         told.append((f"--engine {name}", "runs here" if engine["runs"] else cause))

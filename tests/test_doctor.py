@@ -57,6 +57,8 @@ def test_a_sound_machine():
         free > 0 for free in found["disk"].values()
     )
     told = doctor.lines(found)
+    extras = [line.split()[1] for line in told if line.startswith("extra ")]
+    assert extras == list(doctor.EXTRAS)
     assert any(line.startswith("self-test      passed") for line in told) and all("\n" not in line for line in told)
 
 

@@ -395,7 +395,9 @@ def test_a_gpu_the_flavour_does_not_serve_is_named_with_those_it_does(monkeypatc
     monkeypatch.setattr(flavours, "gpu_capabilities", lambda: ["sm90"])
     monkeypatch.setattr(flavours, "find", lambda name: fake_tensorrt.FakeFlavour(fake_tensorrt))
     monkeypatch.setattr(flavours.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Missing, match="serves sm75, sm86, sm89, and this machine has sm90.*\n.*pip install tensorrt"):
+    with pytest.raises(
+        Missing, match="serves sm75, sm86, sm89, and this machine has sm90.*\n.*pip install 'datasetdm-fast.trt-full"
+    ):
         flavours.require_gpu()
 
 
@@ -405,7 +407,7 @@ def test_no_module_names_the_way_to_install_one(monkeypatch):
         Missing, match=r"neither the module tensorrt nor tensorrt_rtx is installed.*\n.*datasetdm-fast\[trt\]"
     ):
         flavours.find()
-    with pytest.raises(Missing, match="the module tensorrt is not installed.*\n.*pip install tensorrt"):
+    with pytest.raises(Missing, match="the module tensorrt is not installed.*\n.*pip install 'datasetdm-fast.trt-full"):
         flavours.find("tensorrt")
 
 

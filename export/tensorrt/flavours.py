@@ -19,7 +19,7 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 DATA_CENTRE = {"sm90", "sm100", "sm103"}
 INSTALL = {
-    "tensorrt": "Install it with: pip install tensorrt, on a machine with an NVIDIA driver.",
+    "tensorrt": "Install it with: pip install 'datasetdm-fast[trt-full]', on a machine with an NVIDIA driver.",
     "tensorrt-rtx": "Install it with: pip install 'datasetdm-fast[trt]'.",
 }
 
@@ -147,7 +147,8 @@ def require_gpu(name: str = "auto") -> Flavour:
         raise Missing(
             f"engine trt: {flavour.title} serves {', '.join(flavour.capabilities)}, and this machine has "
             f"{', '.join(gpus)}; {driver()}",
-            "Install the full TensorRT, which serves this GPU: pip install tensorrt; then --trt-flavour tensorrt.",
+            "Install the full TensorRT, which serves this GPU: pip install 'datasetdm-fast[trt-full]'; then "
+            "--trt-flavour tensorrt.",
         )
     return flavour
 

@@ -23,7 +23,7 @@ def require_provider(provider: str) -> None:
         raise Missing(
             f"provider: {provider} is not in the installed onnxruntime {onnxruntime.__version__}, which has "
             f"{', '.join(short)}",
-            "use one of those, or install onnxruntime-gpu in its place",
+            "use one of those, or install 'datasetdm-fast[ort-gpu]' in its place",
         )
 
 
