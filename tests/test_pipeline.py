@@ -321,8 +321,8 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
         save_file(state, tmp_path / "bad.safetensors")
         with pytest.raises(Refused, match=message):
             lora.fused(model, [str(tmp_path / "bad.safetensors")])
-    with pytest.raises(Missing, match="no such file"):
-        lora.fused(model, ["none.safetensors:2"])
+    with pytest.raises(Missing, match=r"no such file \(did you mean bad.safetensors\?\)"):
+        lora.fused(model, [f"{tmp_path}/bat.safetensors:2"])
 
 
 def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):

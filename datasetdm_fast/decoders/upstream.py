@@ -97,7 +97,7 @@ def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_
     if kind and kind not in KINDS:
         raise Refused(f"--kind {kind}: not one of {', '.join(KINDS)}", "Choose one of these.")
     if not path.is_file():
-        raise Missing(f"decoder weights {path}: no such file", "Check the path.")
+        raise Missing(f"decoder weights {path}: no such file{storage.named_alike(path)}", "Check the path.")
     copy = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
     if others := _left_out(copy):
         raise Refused(f"{path}: it holds {', '.join(others)}, which are no tensors of a decoder", ALONE)

@@ -13,7 +13,7 @@ import numpy as np
 from datasetdm_fast.config import TASK_KINDS
 from datasetdm_fast.data import DepthMap, SemanticMap
 from datasetdm_fast.decoders.config import DecoderConfig
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.evaluation.meter import Meter, check_names, mean, translation
 from datasetdm_fast.evaluation.ranking import Instance, Pose
 from datasetdm_fast.plugins import PartTable
@@ -56,7 +56,10 @@ class _Overlap(Meter):
 def _told_apart(known: Sequence[str], unseen: Sequence[str]) -> Sequence[str]:
     """The unseen classes, none where all of them are."""
     if unknown := [name for name in unseen if name not in known]:
-        raise Refused(f"--unseen: the data set has no class {unknown[0]!r}", f"It has {', '.join(known[:20])}.")
+        raise Refused(
+            f"--unseen: the data set has no class {unknown[0]!r}{nearest(unknown[0], known)}",
+            f"It has {', '.join(known[:20])}.",
+        )
     return unseen if len(unseen) < len(known) else ()
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, tensors
 from datasetdm_fast.loading.model import Model
@@ -61,7 +62,10 @@ def parse(text: str) -> tuple[Path, float]:
 def _with_one(model: Model, text: str) -> Model:
     path, scale = parse(text)
     if not path.is_file():
-        raise Missing(f"--lora {path}: no such file", "Check the path; a scale follows the file: FILE:0.8")
+        raise Missing(
+            f"--lora {path}: no such file{storage.named_alike(path)}",
+            "Check the path; a scale follows the file: FILE:0.8",
+        )
     tensors.check_safetensors(path)
     changed: dict[str, nn.Module] = {}
     for (network, layer), parts in sorted(_adapters(load_file(path), path).items()):
