@@ -33,10 +33,13 @@ if __name__ == "datasetdm_fast.kernels":
         layer_norm,
         linear_add,
         linear_geglu,
+        linear_norm,
+        mask_embedding,
         mask_head,
         masked_attention,
         place_statistics,
         pyramid,
+        query_attention,
         upsample_concat,
     )
 
@@ -57,6 +60,9 @@ if __name__ == "datasetdm_fast.kernels":
         "upsample_concat": upsample_concat,
         "image_norm": image_norm,
         "masked_attention": masked_attention,
+        "query_attention": query_attention,
+        "linear_norm": linear_norm,
+        "mask_embedding": mask_embedding,
         "mask_head": mask_head,
         "depth_head": depth_head,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,8 +12,15 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.case import BATCH, HEADS, LEVELS, TOKENS, Case, noise
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
-DEVICES = {"cpu": "native"}
+DEVICES = {"cpu": "native", "untuned": "fused"}
+BLOCKS = {
+    "untuned": block_sizes("attention", 8, 3, bits=(16,), BLOCK_N=128, BLOCK_S=64)
+    | block_sizes("attention", 4, 1, bits=(32,), BLOCK_N=64, BLOCK_S=32)
+}
+LIBRARY_WIDTHS = (64, 96, 128, 192, 256)  # to which the attention of libraries pads heads
+MANY_KEYS = 1024  # fewer are bound by memory, where wide tiles cost nothing
 NATIVE_KEYS = 1024  # all scores of a few queries are held at once; longer rows leave the second-level cache
 
 
@@ -46,6 +54,112 @@ def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def split(width: int) -> tuple[int, int]:
+    """The two tiles in which the kernel holds a head: 40 channels take 48 instead of 64."""
+    wide = max(padded(width + 1) // 2, 16)
+    return wide, padded(width - wide) if width > wide else 0
+
+
+def library_width(width: int) -> int:
+    return next((size for size in LIBRARY_WIDTHS if size >= width), width)
+
+
+@jit
+def _attention_kernel(
+    q_ptr,  # [B, heads, N, d], heads side by side as in `k_ptr`, `v_ptr` and `out_ptr`
+    k_ptr,  # [B, heads, S, d]
+    v_ptr,  # [B, heads, S, d]
+    out_ptr,  # [B, heads, N, d]
+    queries,
+    keys,
+    scale,  # of scores that are powers of two
+    q_image_stride,
+    q_row_stride,
+    k_image_stride,
+    k_row_stride,
+    v_image_stride,
+    v_row_stride,
+    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr,  # of a head, of which Triton is to know what divides it
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # the tile of a head's first channels
+    BLOCK_R: tl.constexpr,  # the tile of the rest
+):
+    image, first = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64) * WIDTH
+    query = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane, rest, column = tl.arange(0, BLOCK_D), BLOCK_D + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
+    is_query, is_rest = (query < queries)[:, None], (rest < WIDTH)[None, :]
+    row_ptr = q_ptr + image * q_image_stride + first + query[:, None] * q_row_stride
+    q = tl.load(row_ptr + lane[None, :], mask=is_query, other=0.0)
+    q_rest = tl.load(row_ptr + rest[None, :], mask=is_query & is_rest, other=0.0)
+    k_ptr += image * k_image_stride + first
+    v_ptr += image * v_image_stride + first
+    highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    answer = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    answer_rest = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for start in range(0, keys, BLOCK_S):
+        cell = start + column
+        is_cell = (cell < keys)[:, None]
+        skipped = tl.cast(start, tl.int64)  # within a block 32 bits are enough, and take fewer registers
+        key_ptr = k_ptr + skipped * k_row_stride + column[:, None] * k_row_stride
+        k = tl.load(key_ptr + lane[None, :], mask=is_cell, other=0.0)
+        k_rest = tl.load(key_ptr + rest[None, :], mask=is_cell & is_rest, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION) * scale
+        scores = tl.where((cell < keys)[None, :], scores, float("-inf"))
+        top = tl.maximum(highest, tl.max(scores, 1))
+        share = tl.exp2(highest - top)
+        weights = tl.exp2(scores - top[:, None])
+        total = total * share + tl.sum(weights, 1)
+        weights = weights.to(k.dtype)
+        value_ptr = v_ptr + skipped * v_row_stride + column[:, None] * v_row_stride
+        v = tl.load(value_ptr + lane[None, :], mask=is_cell, other=0.0)
+        v_rest = tl.load(value_ptr + rest[None, :], mask=is_cell & is_rest, other=0.0)
+        answer = tl.dot(weights, v, answer * share[:, None], input_precision=PRECISION)
+        answer_rest = tl.dot(weights, v_rest, answer_rest * share[:, None], input_precision=PRECISION)
+        highest = top
+    place_ptr = out_ptr + (image * queries + query)[:, None] * (tl.num_programs(1) * WIDTH) + first
+    tl.store(place_ptr + lane[None, :], (answer / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)
+    tl.store(
+        place_ptr + rest[None, :], (answer_rest / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_query & is_rest
+    )
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What `reference` says; by PyTorch's own fused attention unless there are many keys and this kernel's tiles of a
+    head are narrower by a quarter.
+    """
+    (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    if not is_served("attention", q, k, v):
+        return reference(q, k, v)
+    wide, rest = split(width)
+    is_packed = all(x.stride(3) == 1 and x.stride(1) == width for x in (q, k, v))
+    is_narrower = rest > 0 and 4 * (wide + rest) <= 3 * library_width(width)
+    if keys < MANY_KEYS or v.shape[3] != width or not is_packed or not is_narrower:
+        return plain(q, k, v)
+    out, sizes = q.new_empty(batch, queries, heads, width).transpose(1, 2), blocks(BLOCKS, "attention", q)
+    strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2))]
+    with torch.cuda.device_of(q):  # Triton launches on the current device of the thread
+        _attention_kernel[ceil_divide(queries, sizes["BLOCK_N"]), heads, batch](
+            q,
+            k,
+            v,
+            out,
+            queries,
+            keys,
+            width**-0.5 * math.log2(math.e),
+            *strides,
+            PRECISION=PRECISION,
+            WIDTH=width,
+            BLOCK_D=wide,
+            BLOCK_R=rest,
+            **sizes,
+        )
+    return out
+
+
 def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
     for side, width in LEVELS:
         cells, wide = side * side, width // HEADS
@@ -66,6 +180,10 @@ def cases() -> list[Case]:
             noise(batch, heads, tokens, width) + 1,
         )
 
+    def many_keys(width):
+        q, k, v = packed(1, 2, MANY_KEYS + 6, width)
+        return q[:, :, :9], k, v
+
     return [
         Case("smallest", crossed(1, 1, 1, 1, 1), (1, 1, 1, 1)),
         Case("ragged in every size", crossed(2, 3, 37, 67, 21), (2, 3, 37, 21)),
@@ -74,4 +192,5 @@ def cases() -> list[Case]:
         Case("SD 1.x second level over text", crossed(1, 2, 64, 77, 80), (1, 2, 64, 80)),
         Case("SD 1.x lowest level's heads", packed(1, 2, 64, 160), (1, 2, 64, 160)),
         Case("SD 2.x heads, scores that overflow exp", tuple(8 * x for x in packed(1, 1, 96, 64)), (1, 1, 96, 64)),
+        Case("SD 1.x first level's heads, as many keys as a kernel of our own takes", many_keys(40), (1, 2, 9, 40)),
     ]

@@ -14,6 +14,7 @@ HEADS = 8
 TOKENS = 77
 BATCH = 8
 FEATURES = 256
+QUERIES = 100  # of upstream's decoders
 
 
 class Case(NamedTuple):

@@ -11,13 +11,17 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.case import BATCH, Case, noise
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
-BLOCKS = {"untuned": block_sizes("depth_head", 4, BLOCK_S=256) | block_sizes("depth_head last", 4, BLOCK_S=512)}
+BLOCKS = {
+    "untuned": block_sizes("depth_head", 4, 3, bits=(16,), BLOCK_S=256, BLOCK_O=32)
+    | block_sizes("depth_head", 4, 2, bits=(32,), BLOCK_S=128, BLOCK_O=16)
+    | block_sizes("depth_head last", 4, BLOCK_S=512)
+}
 SLICE = 256  # hidden channels whose products are held at once: 36 MiB per image of 64 x 64 cells in fp32
 CHUNK = 64  # hidden channels held at full size at once: 64 MiB per image of 512 pixels in fp32
-WIDE_CHUNK = 128  # the same on a GPU: 64 MiB per image in fp16
+WIDE_CHUNK = 256  # the same on a GPU: 128 MiB per image in fp16
 TAPS = 9  # of the last convolution
 
 
@@ -69,12 +73,12 @@ def hidden_parts(x: Tensor, weight: Tensor, sides: Sequence[int], chunk: int) ->
     side = x.shape[-1]
     matrices = shifted(resize_matrix(side, sides, x))
     across = matrices.permute(0, 2, 1).reshape(3 * side, -1)  # [3 w, W]
-    down = matrices.permute(1, 0, 2).reshape(-1, 3 * side)  # [H, 3 h]
+    down = matrices.permute(1, 2, 0).reshape(-1, 3 * side)  # [H, h 3], as the rows lie
     for start in range(0, len(weight), chunk):
         part = weight[start : start + chunk]
         taps = torch.einsum("bcyx,oclk->boylkx", x, part)  # y, x: cells; l, k: rows and columns of the 3x3 taps
         rows = taps.reshape(*taps.shape[:4], 3 * side) @ across  # [B, o, h, 3, W]
-        yield start, down @ rows.transpose(2, 3).reshape(len(x), len(part), 3 * side, -1)
+        yield start, down @ rows.reshape(len(x), len(part), 3 * side, -1)
 
 
 @jit
@@ -87,7 +91,9 @@ def _depth_head_kernel(
     cells,
     IS_FIRST: tl.constexpr,
     TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
@@ -98,11 +104,17 @@ def _depth_head_kernel(
     total = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
     if not IS_FIRST:
         total = tl.load(planes_ptr + place, mask=inside, other=0.0)
-    for channel in range(hidden):
-        x = tl.load(x_ptr + (image * hidden + channel) * cells + cell, mask=is_cell, other=0.0).to(tl.float32)
-        x = tl.maximum(x + tl.load(bias_ptr + channel).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        weight = tl.load(weight_ptr + channel * TAPS + tap, mask=is_tap, other=0.0).to(tl.float32)
-        total += weight[:, None] * x[None, :]
+    for start in range(0, hidden, BLOCK_O):
+        channel = start + tl.arange(0, BLOCK_O)
+        is_channel, row = channel < hidden, image * hidden + channel
+        x = tl.load(
+            x_ptr + row[:, None] * cells + cell[None, :], mask=is_channel[:, None] & is_cell[None, :], other=0.0
+        )
+        bias = tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+        y = tl.maximum(x.to(tl.float32) + bias[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+        taps = channel[None, :] * TAPS + tap[:, None]
+        weight = tl.load(weight_ptr + taps, mask=is_tap[:, None] & is_channel[None, :], other=0.0)
+        total = tl.dot(weight, y, total, input_precision=PRECISION)
     tl.store(planes_ptr + place, total, mask=inside)
 
 
@@ -152,7 +164,8 @@ def fused(
                 cells,
                 IS_FIRST=start == 0,
                 TAPS=TAPS,
-                BLOCK_T=16,
+                PRECISION=PRECISION,
+                BLOCK_T=padded(TAPS),
                 **sizes,
             )
         sizes = blocks(BLOCKS, "depth_head last", x)

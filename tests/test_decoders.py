@@ -10,6 +10,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.decoders.layers import SpectralConv2d
 from datasetdm_fast.decoders.trunk import fold, narrowed
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import plain
+from datasetdm_fast.kernels import fused, plain
 from datasetdm_fast.stages import levels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoders.json").read_text())
@@ -337,6 +338,19 @@ def test_stored_in_16_bits_the_answers_are_near(kind, normalisation):
         right, found = decoder(capture, text), narrow(capture.to(torch.float16), text)
     for name, value in right.items():
         assert found[name].dtype == torch.float16 and distance(found[name].float(), value) <= 2e-2, name
+
+
+@pytest.mark.parametrize("form", (plain, fused), ids=("plain", "fused"))
+@pytest.mark.parametrize("kind", ("segmentation", "open-vocabulary", "heatmap"))
+def test_products_stacked_for_a_gpu_change_rounding_alone(kind, form):
+    """In fp32; the fused form runs in Triton's interpreter."""
+    decoder = fold(randomise(build_decoder(small(kind, layers=4))))
+    ops = SimpleNamespace(**vars(plain) | vars(form))
+    capture, text = capture_of(DEMO_LEVELS, 2), text_for(decoder.config, 2)
+    with torch.inference_mode():
+        right, found = decoder(capture, text), narrowed(decoder, torch.float32, ops)(capture, text)
+    for name, value in right.items():
+        assert distance(found[name], value) <= 2e-5, name
 
 
 def test_words_asked_together_equal_words_asked_alone():

@@ -54,8 +54,8 @@ def attention(inputs: Inputs) -> Rows:
                 keys=keys,
                 width=width,
             ):
-                q = inputs.tensor(inputs.rows, HEADS, cells, width)
-                k, v = inputs.tensor(2, inputs.rows, HEADS, keys, width)
+                q = inputs.tensor(inputs.rows, cells, HEADS, width).transpose(1, 2)  # as products leave heads
+                k, v = inputs.tensor(2, inputs.rows, keys, HEADS, width).transpose(2, 3)
 
                 def call() -> Tensor:
                     with within():

@@ -31,10 +31,16 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
         2 * given["q_ptr"].shape[0] * given["heads"] * given["queries"] * given["tokens"]
         * (2 * given["width"] + given["features"])
     ),
+    "attention": lambda given: 4 * given["q_ptr"].shape.numel() * given["keys"],
     "linear_add": lambda given: (
         2 * given["residual_ptr"].shape.numel() * (given["width"] + given["second_width"])
     ),
     "linear_geglu": lambda given: 4 * given["rows"] * given["channels"] * given["width"],
+    "linear_norm": lambda given: 2 * given["rows"] * given["channels"] * given["width"],
+    "mask_embedding": lambda given: (
+        2 * given["rows"] * given["channels"] * (2 * given["channels"] + given["features"])
+    ),
+    "query_attention": lambda given: 4 * given["q_ptr"].shape.numel() * given["cells"],
 }  # fmt: skip
 
 

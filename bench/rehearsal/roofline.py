@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 from bench.rehearsal.operations import ATTENTION
 from bench.rehearsal.timeline import Operation
+from datasetdm_fast.kernels.attention import library_width, split
 
 # An H100's, as good libraries reach them: bytes a second, operations a second, seconds between two launches of a graph.
 MEMORY = 2.8e12
 CONVOLUTIONS, PRODUCTS, ATTENTIONS = 620e12, 650e12, 480e12
-OWN_PRODUCTS = {"triton linear_add": 500e12, "triton linear_geglu": 500e12}  # Triton's tiles, without TMA
+OWN = 500e12  # Triton's tiles, without TMA
+OWN_PRODUCTS = ("triton linear_add", "triton linear_geglu", "triton linear_norm", "triton mask_embedding")
 TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
 LAUNCH = 1.2e-6
 TILE, CORES = 128, 132  # a product is computed in tiles of 128 x 128, 132 at a time
-WIDTHS = (64, 96, 128, 192, 256)  # of heads, as attention kernels pad them
 STATED = (
     f"memory {MEMORY / 1e12:g} TB/s, convolutions {CONVOLUTIONS / 1e12:g}, products {PRODUCTS / 1e12:g} (our own "
-    f"{OWN_PRODUCTS['triton linear_add'] / 1e12:g}), attention "
-    f"{ATTENTIONS / 1e12:g} TFLOP/s on padded tiles, in fp32 {TF32_CONVOLUTIONS / 1e12:g} (convolutions, TF32) and "
-    f"{FP32_PRODUCTS / 1e12:g} (products), {LAUNCH * 1e6:g} µs a launch"
+    f"{OWN / 1e12:g}), attention {ATTENTIONS / 1e12:g} TFLOP/s on padded tiles, in fp32 {TF32_CONVOLUTIONS / 1e12:g} "
+    f"(convolutions, TF32) and {FP32_PRODUCTS / 1e12:g} (products), {LAUNCH * 1e6:g} µs a launch"
 )
 
 
@@ -56,11 +56,15 @@ def rate(one: Operation) -> float:
         return (TF32_CONVOLUTIONS if is_wide else CONVOLUTIONS) * busy(batch * height * width, outputs)
     if one.name == ATTENTION or one.name == "triton attention_capture":
         width = one.shapes[0][-1]
-        whole = next((size for size in WIDTHS if size >= width), width)
-        return (FP32_PRODUCTS if is_wide else ATTENTIONS) * width / whole
+        return (FP32_PRODUCTS if is_wide else ATTENTIONS) * width / library_width(width)
+    if one.name == "triton attention":
+        width = one.shapes[0][-1]
+        return (FP32_PRODUCTS if is_wide else ATTENTIONS) * width / sum(split(width))
+    if one.name == "triton query_attention":  # heads that fill half a tile of such kernels
+        return FP32_PRODUCTS if is_wide else ATTENTIONS / 2
     if one.name in OWN_PRODUCTS:
-        (*batch, _), (columns, _) = one.shapes[:2]
-        return (FP32_PRODUCTS if is_wide else OWN_PRODUCTS[one.name]) * busy(math.prod(batch), columns)
+        (*batch, _), (columns, *_) = one.shapes[:2]
+        return (FP32_PRODUCTS if is_wide else OWN) * busy(math.prod(batch), columns)
     if len(one.shapes) < 2:
         return FP32_PRODUCTS
     *_, (*batch, rows, _), (*_, columns) = one.shapes

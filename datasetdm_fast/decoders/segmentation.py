@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.decoders.layers import MASKS, Upscale
+from datasetdm_fast.decoders.stacked import StackedTransformer
 from datasetdm_fast.decoders.transformer import CrossAttention, FeedForward, MaskEmbedding, SelfAttention, sine_position
 from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.kernels.mask_embedding import WIDEST
 
 MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of the highest captured level
 
@@ -35,6 +37,7 @@ class SegmentationDecoder(Decoder):
         self.decoder_norm = nn.LayerNorm(width)
         self.class_embed = nn.Linear(width, config.logits)
         self.mask_embed = MaskEmbedding(width, config.mask_dim)
+        self.stacked: StackedTransformer | None = None  # for inference on a GPU
 
     def forward(
         self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False
@@ -62,6 +65,8 @@ class SegmentationDecoder(Decoder):
     def answer(
         self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor, auxiliary: bool
     ) -> dict:
+        if self.stacked is not None and not auxiliary:
+            return self.stacked(content, position, memory, mask_features)
         levels = [
             (x.flatten(2).transpose(1, 2) + level, sine_position(x.shape[-1], x.shape[1], x), x.shape[-1])
             for x, level in zip(memory, self.level_embed.weight)
@@ -78,6 +83,14 @@ class SegmentationDecoder(Decoder):
             content = feed(itself(content, position))
         last = self.heads(content, mask_features)
         return {**last, "aux": earlier} if auxiliary else last
+
+    def stack(self) -> None:
+        super().stack()
+        if max(self.config.width, self.config.mask_dim) <= WIDEST:
+            layers = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
+            layers = list(zip(*layers, self.transformer_ffn_layers))
+            heads = self.decoder_norm, self.mask_embed, self.class_embed
+            self.stacked = StackedTransformer(layers, self.level_embed.weight, *heads, self.ops)
 
     def heads(self, content: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
         normed = self.decoder_norm(content)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.decoders.layers import SegBlock, SpectralConv2d
+from datasetdm_fast.decoders.stacked import StackedSegBlock
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.stages import LEVELS, Level
@@ -57,6 +58,13 @@ class Decoder(nn.Module):
             total = capture.sums[place]
             return total[:, : convolution.out_channels] if name in self.config.word_levels() else total
         return self.ops.pyramid(capture.features[place], capture.maps[place], convolution.weight, side)
+
+    @torch.no_grad()
+    def stack(self) -> None:
+        """Prepares a folded decoder, which is for inference on a GPU from then on; see stacked.py."""
+        for name, block in list(self.named_children()):
+            if isinstance(block, SegBlock) and not block.is_running:
+                setattr(self, name, StackedSegBlock(block))
 
     def token_attention(self, capture: Capture | ProjectedCapture) -> Tensor:
         """[B, T, h, w] the attention of each cell of the highest level to each token, by the heads that tell words."""
@@ -119,12 +127,13 @@ def is_folded(decoder: Decoder) -> bool:
 
 
 def narrowed(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Decoder:
-    """A copy of the folded decoder with parameters in `dtype`, which its inputs must have; statistics and what centres
-    words stay in fp32.
+    """A copy of the folded decoder for a GPU, with parameters in `dtype`, which its inputs must have; statistics and
+    what centres words stay in fp32.
     """
     copied = with_ops(decoder, ops).to(dtype)
     for module, exact in zip(copied.modules(), decoder.modules(), strict=True):
         module._buffers.update(exact._buffers)
+    copied.stack()
     return copied
 
 

@@ -1,0 +1,154 @@
+"""A product added to a residual and normalised along its channels: the end of every step of a decoder's transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.kernels.case import BATCH, FEATURES, QUERIES, Case, noise
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+
+WIDEST = 256  # channels of a row, which lies in registers
+DEVICES = {"untuned": "fused"}
+BLOCKS = {
+    "untuned": block_sizes("linear_norm", 4, 3, bits=(16,), BLOCK_S=16, BLOCK_K=32)
+    | block_sizes("linear_norm", 4, 2, bits=(32,), BLOCK_S=16, BLOCK_K=32)
+}
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    eps: float,
+    has_relu: bool = False,
+) -> Tensor:
+    """`residual` [..., N] plus `x` [..., K], or its ReLU, under `weight` [N, K] and `bias` [N], with zero mean and unit
+    variance along N, times `gain` plus `shift`.
+    """
+    x = F.relu(x) if has_relu else x
+    return F.layer_norm(residual + F.linear(x, weight, bias), gain.shape, gain, shift, eps)
+
+
+@jit
+def _linear_norm_kernel(
+    x_ptr,  # [S, K]
+    weight_ptr,  # [N, K]
+    bias_ptr,  # [N]
+    residual_ptr,  # [S, N]
+    gain_ptr,  # [N]
+    shift_ptr,  # [N]
+    out_ptr,  # [S, N]
+    rows,
+    channels,
+    width,
+    eps,
+    HAS_RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    channel, lane = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    is_row, is_channel = row < rows, channel < channels
+    inside = is_row[:, None] & is_channel[None, :]
+    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    for start in range(0, width, BLOCK_K):
+        inner = start + lane
+        is_inner = inner < width
+        x = tl.load(x_ptr + row[:, None] * width + inner[None, :], mask=is_row[:, None] & is_inner[None, :], other=0.0)
+        if HAS_RELU:
+            x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x_ptr.dtype.element_ty)
+        place = channel[None, :] * width + inner[:, None]
+        weight = tl.load(weight_ptr + place, mask=is_channel[None, :] & is_inner[:, None], other=0.0)
+        total = tl.dot(x, weight, total, input_precision=PRECISION)
+    place = row[:, None] * channels + channel[None, :]
+    total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    distance = tl.where(inside, total - (tl.sum(total, 1) / channels)[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(distance * distance, 1) / channels + eps)
+    gain = tl.load(gain_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    y = distance * scale[:, None] * gain[None, :] + shift[None, :]
+    tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    eps: float,
+    has_relu: bool = False,
+) -> Tensor:
+    """What `reference` says, in one pass."""
+    channels, width = weight.shape
+    shapes = f"weight {list(weight.shape)}, residual {list(residual.shape)} and rows {list(x.shape)}"
+    if x.shape[-1] != width or residual.shape != (*x.shape[:-1], channels):
+        raise ValueError(f"linear_norm: {shapes} do not fit each other")
+    if any(one.shape != (channels,) for one in (bias, gain, shift)):
+        raise ValueError(f"linear_norm: bias, gain and shift do not fit {channels} outputs")
+    if not is_served("linear_norm", x, weight, bias, residual, gain, shift):
+        return reference(x, weight, bias, residual, gain, shift, eps, has_relu)
+    if channels > WIDEST:
+        raise ValueError(f"linear_norm: rows of {channels} do not fit into registers, at most {WIDEST} do")
+    x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous()
+    rows, sizes, out = x.numel() // width, blocks(BLOCKS, "linear_norm", x), torch.empty_like(residual)
+    with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
+        _linear_norm_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
+            x,
+            weight,
+            bias,
+            residual,
+            gain,
+            shift,
+            out,
+            rows,
+            channels,
+            width,
+            eps,
+            HAS_RELU=has_relu,
+            PRECISION=PRECISION,
+            BLOCK_C=padded(channels),
+            **sizes,
+        )
+    return out
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    for width in (FEATURES, 8 * FEATURES):
+        rows = empty(BATCH, QUERIES, FEATURES)
+        vectors = empty(FEATURES), empty(FEATURES)
+        inputs = (
+            empty(BATCH, QUERIES, width),
+            empty(FEATURES, width),
+            empty(FEATURES),
+            rows,
+            *vectors,
+            1e-5,
+            width > FEATURES,
+        )
+        yield f"{width} to {FEATURES} channels", inputs
+
+
+def cases() -> list[Case]:
+    def layer(*shape, width):
+        channels = shape[-1]
+        weight = noise(channels, width, scale=width**-0.5)
+        affine = noise(channels) + 1, noise(channels + 1)[1:]
+        return noise(*shape[:-1], width), weight, noise(channels + 2)[2:], noise(*shape, 1)[..., 0], *affine, 1e-5
+
+    return [
+        Case("smallest row that varies", layer(1, 2, width=1), (1, 2)),
+        Case("ReLU before it, ragged in every size", (*layer(2, 19, 37, width=75), True), (2, 19, 37)),
+        Case("upstream's queries, a few of them", layer(1, 5, 256, width=256), (1, 5, 256)),
+    ]

@@ -1,0 +1,144 @@
+"""What the masks of a query are made with: its norm and three linear layers with ReLU between, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.kernels.case import BATCH, FEATURES, QUERIES, Case, noise
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, padded, tl
+
+WIDEST = 256  # channels of a row, which lies in registers
+DEVICES = {"untuned": "fused"}
+BLOCKS = {
+    "untuned": block_sizes("mask_embedding", 4, 2, bits=(16,), BLOCK_S=16, BLOCK_J=32)
+    | block_sizes("mask_embedding", 8, 1, bits=(32,), BLOCK_S=16, BLOCK_J=16)
+}
+
+
+def reference(
+    x: Tensor, gain: Tensor, shift: Tensor, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> Tensor:
+    """The normed rows of `x` [..., C] under three `weights` [C, C], [C, C], [D, C] and their `biases`, with ReLU after
+    the first two.
+    """
+    x = F.layer_norm(x, gain.shape, gain, shift, eps)
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        x = F.relu(F.linear(x, weight, bias))
+    return F.linear(x, weights[-1], biases[-1])
+
+
+@jit
+def _mask_embedding_kernel(
+    x_ptr,  # [S, C]
+    gain_ptr,  # [C]
+    shift_ptr,  # [C]
+    first_ptr,  # [C, C]
+    first_bias_ptr,  # [C]
+    second_ptr,  # [C, C]
+    second_bias_ptr,  # [C]
+    last_ptr,  # [D, C]
+    last_bias_ptr,  # [D]
+    out_ptr,  # [S, D]
+    rows,
+    channels,
+    features,
+    eps,
+    PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    channel, lane = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_J)
+    is_row, is_channel = row < rows, channel < channels
+    inside = is_row[:, None] & is_channel[None, :]
+    x = tl.load(x_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    distance = tl.where(inside, x - (tl.sum(x, 1) / channels)[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(distance * distance, 1) / channels + eps)
+    gain = tl.load(gain_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    normed = (distance * scale[:, None] * gain[None, :] + shift[None, :]).to(out_ptr.dtype.element_ty)
+    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    for start in range(0, channels, BLOCK_J):  # a slice of the first layer is all that the second needs of it at once
+        hidden = start + lane
+        is_hidden = hidden < channels
+        place = hidden[None, :] * channels + channel[:, None]
+        first = tl.load(first_ptr + place, mask=is_hidden[None, :] & is_channel[:, None], other=0.0)
+        bias = tl.load(first_bias_ptr + hidden, mask=is_hidden, other=0.0).to(tl.float32)
+        y = tl.dot(normed, first, input_precision=PRECISION) + bias[None, :]
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL).to(out_ptr.dtype.element_ty)
+        place = channel[None, :] * channels + hidden[:, None]
+        second = tl.load(second_ptr + place, mask=is_channel[None, :] & is_hidden[:, None], other=0.0)
+        total = tl.dot(y, second, total, input_precision=PRECISION)
+    total += tl.load(second_bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL).to(out_ptr.dtype.element_ty)
+    for start in range(0, features, BLOCK_J):
+        feature = start + lane
+        is_feature = feature < features
+        place = feature[None, :] * channels + channel[:, None]
+        last = tl.load(last_ptr + place, mask=is_feature[None, :] & is_channel[:, None], other=0.0)
+        bias = tl.load(last_bias_ptr + feature, mask=is_feature, other=0.0).to(tl.float32)
+        y = tl.dot(total, last, input_precision=PRECISION) + bias[None, :]
+        place = row[:, None] * features + feature[None, :]
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & is_feature[None, :])
+
+
+def fused(
+    x: Tensor, gain: Tensor, shift: Tensor, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> Tensor:
+    """What `reference` says; the hidden layers never leave the registers."""
+    channels, features = x.shape[-1], len(weights[-1])
+    shapes = [list(one.shape) for one in weights]
+    if shapes != [[channels, channels], [channels, channels], [features, channels]]:
+        raise ValueError(f"mask_embedding: weights {shapes} are not three layers for rows of {channels}")
+    if [len(one) for one in (gain, shift, *biases)] != [channels] * 4 + [features]:
+        raise ValueError(f"mask_embedding: norm and biases do not fit rows of {channels} and {features} outputs")
+    if not is_served("mask_embedding", x, gain, shift, *weights, *biases):
+        return reference(x, gain, shift, eps, weights, biases)
+    if channels > WIDEST:
+        raise ValueError(f"mask_embedding: rows of {channels} do not fit into registers, at most {WIDEST} do")
+    x = x.contiguous()
+    rows, sizes = x.numel() // channels, blocks(BLOCKS, "mask_embedding", x)
+    out = x.new_empty((*x.shape[:-1], features))
+    layers = [part for weight, bias in zip(weights, biases) for part in (weight.contiguous(), bias)]
+    with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
+        _mask_embedding_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
+            x,
+            gain,
+            shift,
+            *layers,
+            out,
+            rows,
+            channels,
+            features,
+            eps,
+            PRECISION="ieee",  # three passes of TF32 would not fit into registers; of 16 bits it says nothing
+            BLOCK_C=padded(channels),
+            **sizes,
+        )
+    return out
+
+
+def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
+    weights, biases = [empty(FEATURES, FEATURES)] * 3, [empty(FEATURES)] * 3
+    rows = empty(BATCH, QUERIES, FEATURES)
+    yield f"{BATCH * QUERIES} rows of {FEATURES}", (rows, empty(FEATURES), empty(FEATURES), 1e-5, weights, biases)
+
+
+def cases() -> list[Case]:
+    def layers(*shape, features):
+        channels = shape[-1]
+        weights = [noise(count, channels, k, scale=channels**-0.5)[..., 0] for k, count in
+                   ((1, channels), (2, channels), (3, features))]  # fmt: skip
+        biases = [noise(len(one) + k)[k:] for k, one in enumerate(weights)]
+        return noise(*shape), noise(channels) + 1, noise(channels + 1)[1:], 1e-5, weights, biases
+
+    return [
+        Case("smallest row that varies", layers(1, 2, features=1), (1, 1)),
+        Case("ragged in every size", layers(2, 19, 37, features=43), (2, 19, 43)),
+        Case("upstream's queries, a few of them", layers(1, 5, 256, features=256), (1, 5, 256)),
+    ]
