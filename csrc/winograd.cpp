@@ -18,6 +18,8 @@ constexpr int64_t kTiles = 48;            // tiles that share one reading of the
 constexpr int64_t kChannels = 256;        // channels of a panel that stay in the first-level cache
 constexpr int64_t kApart = 16;            // floats between places, which would otherwise fall on the same lines of the caches
 
+int64_t panels_of(int64_t outputs) { return (outputs + 2 * kPanel - 1) / (2 * kPanel) * 2; }  // an even number, as the widest vectors take two
+
 struct Tile {
     int64_t image, y, x;
 };
@@ -30,11 +32,21 @@ struct Winograd {
 
     int64_t down() const { return (height + kTile - 1) / kTile; }
     int64_t across() const { return (width + kTile - 1) / kTile; }
-    int64_t panels() const { return (outputs + 2 * kPanel - 1) / (2 * kPanel) * 2; }  // an even number, as the widest vectors take two
+    int64_t panels() const { return panels_of(outputs); }
     Tile tile(int64_t index) const {
         const int64_t row = index / across();
         return {row / down(), row % down() * kTile, index % across() * kTile};
     }
+};
+
+// Rows that make the 6 values which are multiplied of 3 taps: at the points 0, +-1/2, +-3/2 and infinity.
+constexpr double kTaps[kSide][3] = {{16.0 / 9, 0, 0},        {-1, -0.5, -0.25},             {-1, 0.5, -0.25},
+                                    {1.0 / 9, 1.0 / 6, 0.25}, {1.0 / 9, -1.0 / 6, 0.25}, {0, 0, 1}};
+
+struct Weight {
+    const float* plain;
+    float* target;
+    int64_t channels, outputs, panels;
 };
 
 float* scratch(int64_t count) {
@@ -65,6 +77,18 @@ void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t resid
                         reinterpret_cast<const float*>(residual), reinterpret_cast<float*>(out), height, width, channels, outputs, is_doubled};
     const int64_t tiles = images * work.down() * work.across();
     share(tiles, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, convolve, work, first, last); });
+}
+
+void winograd_weight(uintptr_t plain, uintptr_t weight, int64_t channels, int64_t outputs, int64_t threads, int64_t vector_bytes) {
+    require(plain && weight, "winograd_weight: a pointer is null; pass data_ptr() of a CPU tensor");
+    require(channels > 0 && channels % kPanel == 0 && outputs > 0 && outputs % kPanel == 0, "winograd_weight: ", channels, " channels to ", outputs,
+            ", expected multiples of ", kPanel);
+    require(threads > 0, "winograd_weight: threads is ", threads, ", expected at least 1");
+    const std::vector<int64_t> found = depth_head_vector_bytes();
+    if (vector_bytes == 0) vector_bytes = found.front();
+    require(std::count(found.begin(), found.end(), vector_bytes), "winograd_weight: this CPU has no vectors of ", vector_bytes, " bytes");
+    const Weight work{reinterpret_cast<const float*>(plain), reinterpret_cast<float*>(weight), channels, outputs, panels_of(outputs)};
+    share(work.panels, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, transform_panels, work, first, last); });
 }
 
 }  // namespace datasetdm

@@ -30,6 +30,62 @@ INLINE void from_products(const Vector* m, int64_t step, Vector* y) {
     y[3] = 0.125f * difference + 3.375f * far_difference + m[5 * step];
 }
 
+typedef double Wide __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int64_t kWides = kPanel * 8 / VECTOR_BYTES;  // that hold a number of each output of a panel
+
+// Keeps a compiler from fusing a product with the sum it is for.
+INLINE void rounded([[maybe_unused]] Wide& product) {
+#if defined(__x86_64__)
+    __asm__("" : "+x"(product));
+#endif
+}
+
+// Where sums are exact, halves of the last place are common, and whether a product is rounded before it is added decides which way these go.
+// As PyTorch multiplied these matrices, the first four rows were fused; so an image stays the same to the bit.
+template <bool is_fused>
+INLINE Wide sum_of_three(const double* factors, const Wide& first, const Wide& second, const Wide& third) {
+    Wide sum = factors[0] * first;
+    rounded(sum);
+    if constexpr (is_fused) {
+        for (int64_t k = 0; k < VECTOR_BYTES / 8; ++k) sum[k] = __builtin_fma(factors[2], third[k], __builtin_fma(factors[1], second[k], sum[k]));
+        return sum;
+    }
+    Wide product = factors[1] * second, last = factors[2] * third;
+    rounded(product);
+    rounded(last);
+    return sum + product + last;
+}
+
+// Panels first .. last of a weight.
+INSTRUCTIONS inline void transform_panels(const Weight& work, int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+        for (int64_t channel = 0; channel < work.channels; ++channel) {
+            alignas(64) double taps[9][kPanel] = {};
+            if (panel * kPanel < work.outputs)
+                for (int64_t output = 0; output < kPanel; ++output)
+                    for (int64_t tap = 0; tap < 9; ++tap)
+                        taps[tap][output] = work.plain[((panel * kPanel + output) * 9 + tap) * work.channels + channel];
+            for (int64_t part = 0; part < kWides; ++part) {
+                Wide cells[9], half[kSide][3];
+                for (int64_t tap = 0; tap < 9; ++tap) __builtin_memcpy(&cells[tap], &taps[tap][part * VECTOR_BYTES / 8], sizeof(Wide));
+                for (int64_t column = 0; column < 3; ++column) {
+                    for (int64_t row = 0; row < 4; ++row)
+                        half[row][column] = sum_of_three<true>(kTaps[row], cells[column], cells[3 + column], cells[6 + column]);
+                    for (int64_t row = 4; row < kSide; ++row)
+                        half[row][column] = sum_of_three<false>(kTaps[row], cells[column], cells[3 + column], cells[6 + column]);
+                }
+                for (int64_t row = 0; row < kSide; ++row)
+                    for (int64_t column = 0; column < kSide; ++column) {
+                        const Wide sum = sum_of_three<false>(kTaps[column], half[row][0], half[row][1], half[row][2]);
+                        float* target =
+                            work.target + (((row * kSide + column) * work.panels + panel) * work.channels + channel) * kPanel + part * VECTOR_BYTES / 8;
+                        for (int64_t k = 0; k < VECTOR_BYTES / 8; ++k) target[k] = static_cast<float>(sum[k]);
+                    }
+            }
+        }
+    }
+}
+
 // Channels first .. first + count of one tile, transformed, to target[k * pitch + channel] for each of the 36 places.
 INSTRUCTIONS inline void transform_tile(const Winograd& work, int64_t tile, int64_t first, int64_t count, float* target, int64_t pitch) {
     const Tile place = work.tile(tile);

@@ -117,6 +117,9 @@ def winograd(
     threads: int,
     vector_bytes: int = 0,
 ) -> None: ...
+def winograd_weight(
+    plain: int, weight: int, channels: int, outputs: int, threads: int, vector_bytes: int = 0
+) -> None: ...
 
 class Norm:
     def __init__(self, weight: int, bias: int, channels: int, groups: int, eps: float) -> None: ...

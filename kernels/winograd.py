@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+
 import torch
 from torch import Tensor
 
@@ -9,15 +12,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.kernels.cpu import threads
 
 PANEL = 16  # outputs that lie side by side in the weight, and what channels and outputs must be multiples of
-# Rows that make the 6 values which are multiplied of 3 taps: at the points 0, +-1/2, +-3/2 and infinity.
-TAPS = (
-    (16 / 9, 0, 0),
-    (-1, -1 / 2, -1 / 4),
-    (-1, 1 / 2, -1 / 4),
-    (1 / 9, 1 / 6, 1 / 4),
-    (1 / 9, -1 / 6, 1 / 4),
-    (0, 0, 1),
-)
+_OWN = threading.local()
 
 
 def takes(weight: Tensor) -> bool:
@@ -26,15 +21,23 @@ def takes(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and taps == [3, 3] and outputs % PANEL == channels % PANEL == 0
 
 
-def transformed(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
+def transformed(weight: Tensor, out: Tensor | None = None) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]
     """The weight as `convolve` reads it, computed in fp64."""
-    taps = torch.tensor(TAPS, dtype=torch.float64)
     outputs, channels = weight.shape[:2]
-    padded = torch.zeros(36, -(-outputs // (2 * PANEL)) * 2 * PANEL, channels)
-    for start in range(0, outputs, PANEL):  # a panel at a time: in fp64 a whole weight would be eight times as large
-        part = weight[start : start + PANEL].double()
-        padded[:, start : start + PANEL] = torch.einsum("yr,oirs,xs->yxoi", taps, part, taps).flatten(0, 1)
-    return padded.unflatten(1, (-1, PANEL)).transpose(2, 3).contiguous()
+    shape = 36, -(-outputs // (2 * PANEL)) * 2, channels, PANEL
+    found = torch.empty(shape) if out is None else out[: math.prod(shape)].view(shape)
+    weight = weight.detach().contiguous(memory_format=torch.channels_last)
+    _C.winograd_weight(weight.data_ptr(), found.data_ptr(), channels, outputs, threads(found))
+    return found
+
+
+def transformed_for_now(weight: Tensor) -> Tensor:
+    """The same in memory of this thread, until its next call."""
+    size = 36 * (len(weight) + PANEL) * weight.shape[1]
+    if (kept := getattr(_OWN, "kept", None)) is None or len(kept) < size:
+        _OWN.kept = None  # before the larger one is there
+        kept = _OWN.kept = torch.empty(size)
+    return transformed(weight, kept)
 
 
 def convolve(

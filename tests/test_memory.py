@@ -80,6 +80,17 @@ def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
     assert asked == [5, 3, 3] and engine.adjustments == {"unet_batch": 3}
 
 
+def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
+    engine = FastEngine(load_model("tiny"), device="cpu")
+    assert "text_encoder" not in vars(engine)
+    context, latents = engine.encode_text(["", "a ball"]), torch.randn(1, 4, 16, 16)
+    engine.denoise(latents, 5, context)
+    assert "text_encoder" in vars(engine)
+    monkeypatch.setattr("datasetdm_fast.engines.fast.LARGEST_IDLE", 0)
+    engine.denoise(latents, 5, context)
+    assert "text_encoder" not in vars(engine) and torch.equal(engine.encode_text(["", "a ball"]), context)
+
+
 def test_a_kernel_that_fails_its_probe_gives_way(monkeypatch):
     device = torch.device("cpu")
     assert choice.is_sound("geglu", geglu.reference, device, torch.float32)

@@ -86,6 +86,15 @@ def test_what_it_cannot_compute_is_refused():
     ):
         with pytest.raises(ValueError, match=cause):
             _C.winograd(64, 64, 64, 0, 64, *numbers)
+    for numbers, cause in (
+        ((8, 16, 1), "8 channels to 16"),
+        ((16, 16, 0), "threads is 0"),
+        ((16, 16, 1, 8), "8 bytes"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            _C.winograd_weight(64, 64, *numbers)
+    with pytest.raises(ValueError, match="a pointer is null"):
+        _C.winograd_weight(0, 64, 16, 16, 1)
     with pytest.raises(ValueError, match="a pointer is null"):
         _C.winograd(64, 0, 64, 0, 64, 1, 4, 4, 16, 16, False, 1)
 
@@ -132,6 +141,35 @@ def test_plain_weights_go_and_can_be_read_back():
         truth = weight_as(found, one["weight"].reshape(found.shape) if place == 3 else one["weight"])
         assert torch.equal(found, truth)
     assert held["1.weight"].shape != given[1]["weight"].shape
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+def test_a_transformed_weight_is_that_of_fp64(vector_bytes, monkeypatch):
+    """The last of an odd number of panels is filled with zeros; a weight is transformed anew at each call or held."""
+    inner = _C.winograd_weight
+    monkeypatch.setattr(_C, "winograd_weight", lambda *arguments: inner(*arguments, vector_bytes))
+    weight = noise(48, 32, 3, 3)
+    rows = [[16 / 9, 0, 0], [-1, -1 / 2, -1 / 4], [-1, 1 / 2, -1 / 4], [1 / 9, 1 / 6, 1 / 4], [1 / 9, -1 / 6, 1 / 4]]
+    taps = torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
+    truth = torch.einsum("yr,oirs,xs->yxoi", taps, weight.double(), taps).flatten(0, 1)
+    found = winograd.transformed(weight)
+    panels = found.transpose(2, 3).flatten(1, 2)  # [36, outputs, channels]
+    assert distance(panels[:, :48], truth) <= 3e-8 and (panels[:, 48:] == 0).all()
+    for one in (noise(64, 64, 3, 3), weight):  # the memory of a larger one
+        assert torch.equal(winograd.transformed_for_now(one), winograd.transformed(one))
+
+
+@torch.inference_mode()
+def test_a_large_weight_is_transformed_at_each_call(monkeypatch):
+    monkeypatch.setattr("datasetdm_fast.models.packed.LARGEST_HELD", 0)
+    x, one = image(2, 32, 16, 16), weights(32, 32)
+    fleeting = PackedConvolution(Convolution(one))
+    upsample = PackedUpsample(Upsample(one))
+    found = [fleeting(x), upsample(x)]
+    assert fleeting.weight is not None and fleeting._transformed is None and upsample._transformed is None
+    monkeypatch.undo()
+    held = PackedConvolution(Convolution(one))(x), PackedUpsample(Upsample(one))(x)
+    assert all(torch.equal(*pair) for pair in zip(found, held))
 
 
 @torch.inference_mode()

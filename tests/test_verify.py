@@ -131,7 +131,8 @@ def one_head_of_the_network(engine: FastEngine) -> None:
 
 
 def one_weight_of_a_decoder(engine: FastEngine) -> None:
-    engine.decoders["semantic"].transformer_ffn_layers[1].linear2.weight.mul_(1.01)
+    layer = engine.decoders["semantic"].transformer_ffn_layers[1].linear2
+    layer.weight = torch.nn.Parameter(layer.weight * 1.01, requires_grad=False)  # the reference keeps its own
 
 
 def halves(engine: FastEngine) -> None:

@@ -113,8 +113,9 @@ def wide_mixes(width: int) -> dict[str, tuple[int, int]]:
 
 
 def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
-    """A copy of the decoder that computes with other operations."""
-    copied = copy.deepcopy(decoder)
+    """A copy of the decoder that computes with other operations and has the same weights, held once."""
+    shared = {id(one): nn.Parameter(one.detach(), requires_grad=one.requires_grad) for one in decoder.parameters()}
+    copied = copy.deepcopy(decoder, shared)
     for module in copied.modules():
         if hasattr(module, "ops"):
             module.ops = ops

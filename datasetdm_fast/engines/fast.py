@@ -17,7 +17,7 @@ from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
 from datasetdm_fast.engines.cuda_graph import StepGraph
 from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device, to_device
 from datasetdm_fast.engines.lanes import Lanes
-from datasetdm_fast.engines.memory import halving, suggested
+from datasetdm_fast.engines.memory import halving, suggested, trim
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
@@ -47,6 +47,7 @@ CHUNK_PIXELS = {
 TIMES = 2048  # timesteps whose biases are kept
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
 COMPUTED = ("time_emb", "upsamplers")
+LARGEST_IDLE = 2**27  # bytes; on a CPU a larger text encoder is let go while the UNet works, and read again at need
 WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
 
@@ -127,10 +128,11 @@ class FastEngine:
 
     def _read_weights(self) -> None:
         self._seen = self._weight_versions()
-        sources = self._sources()
+        sources = self._sources("unet", "vae")
         for name in NETWORKS:
             setattr(self, name, self._network(name, sources))
-        self.__dict__.pop("image_encoder", None)
+        for name in AT_NEED:
+            self.__dict__.pop(name, None)
         is_wide = self.device.type == "cpu" or self.is_compiled or self.dtype == torch.float32
         # In bf16, too: labels need its three further bits, and what leaves its range is made again in fp32.
         self.label_dtype = torch.float32 if is_wide else torch.float16
@@ -144,6 +146,9 @@ class FastEngine:
         if self.device.type == "cpu" and not self.is_compiled:
             packed(with_blocks(self.unet) if self._has_usual_ops else self.unet)
             packed(self.image_decoder)
+        del sources
+        if self.device.type == "cpu":
+            trim()
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
@@ -180,6 +185,10 @@ class FastEngine:
         return placed(module, self.device, torch.float32 if is_wide else self.dtype)
 
     @functools.cached_property
+    def text_encoder(self) -> nn.Module:
+        return self._network("text_encoder", self._sources("text_encoder"))
+
+    @functools.cached_property
     def image_encoder(self) -> nn.Module:
         encoder = self._network("image_encoder", self._sources("vae"))
         return packed(encoder) if self.device.type == "cpu" and not self.is_compiled else encoder
@@ -189,7 +198,7 @@ class FastEngine:
         something changed it.
         """
         farthest, sources = 0.0, self._sources()
-        for name in NETWORKS:
+        for name in (*NETWORKS, "text_encoder"):
             held, truth = weights_of(getattr(self, name)), weights_of(self._network(name, sources))
             pairs = ((held[key], weight_as(held[key], value)) for key, value in truth.items())
             farthest = max([farthest, *(state_distance(*pair) for pair in pairs)])
@@ -271,6 +280,7 @@ class FastEngine:
         """
         row, latents = self._row(timestep), self._latents(latents)
         if self.device.type == "cpu":
+            self._let_text_encoder_go()
             parts = self._in_slices(step, latents, row, context, own, slice_of(len(latents)))
         else:
             size = min(self.widest or len(latents), len(latents))
@@ -282,6 +292,11 @@ class FastEngine:
         noise, *others = zip(*parts)
         unconditional, conditional = zip(*(part.chunk(2) for part in noise))
         return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
+
+    def _let_text_encoder_go(self) -> None:
+        if (encoder := self.__dict__.get("text_encoder")) is not None:
+            if sum(weight.numel() * weight.element_size() for weight in encoder.parameters()) > LARGEST_IDLE:
+                self.__dict__.pop("text_encoder", None)
 
     def _in_slices(
         self,
@@ -504,15 +519,15 @@ class FastEngine:
 
 Building = Callable[[FastEngine, Mapping[str, Weighted]], nn.Module]
 NETWORKS: dict[str, Building] = {
-    "text_encoder": lambda engine, sources: TextEncoder(sources["text_encoder"], engine.ops),
     "times": lambda engine, sources: TimeTable(sources["unet"]),
     "texts": lambda engine, sources: TextTable(sources["unet"]),
     "unet": lambda engine, sources: engine.kinds[0](sources["unet"], engine.ops),
     "image_decoder": lambda engine, sources: engine.kinds[1](sources["vae"], engine.ops),
     "projection": lambda engine, sources: Projection(engine.model.levels, engine.decoders),
 }
-AT_NEED: dict[str, Building] = {  # labelled images are made without it
-    "image_encoder": lambda engine, sources: ImageEncoder(sources["vae"], engine.ops)
+AT_NEED: dict[str, Building] = {
+    "text_encoder": lambda engine, sources: TextEncoder(sources["text_encoder"], engine.ops),
+    "image_encoder": lambda engine, sources: ImageEncoder(sources["vae"], engine.ops),
 }
 
 

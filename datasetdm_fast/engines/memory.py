@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -38,6 +39,12 @@ def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None])
         return run(-(-size // 2)), -(-size // 2)
     except torch.OutOfMemoryError as error:
         raise _too_large(-(-size // 2)) from error
+
+
+def trim() -> None:
+    """Gives back what the C library keeps of freed memory, where it has a function for that."""
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _too_large(size: int) -> Missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
+
+from datasetdm_fast.models.layers import room
 
 Stored = Callable[[str, Tensor], Tensor]  # what is to be kept of a tensor, by its name
 
@@ -98,7 +99,8 @@ def tensors_of(files: list[Path], stored: Stored) -> dict[str, Tensor]:
         with safetensors.safe_open(file, "pt") as opened:
             for name in opened.keys():
                 value = opened.get_tensor(name)
-                found[name] = apart(stored(name, value.float() if value.is_floating_point() else value))
+                value = stored(name, value.float() if value.is_floating_point() else value)
+                found[name] = room(value.shape, value.dtype).copy_(value)
     return found
 
 
@@ -106,14 +108,9 @@ def as_filled(
     shapes: Mapping[str, torch.Size], fill: Callable[[str, Tensor], Tensor], stored: Stored
 ) -> dict[str, Tensor]:
     """Tensors of these shapes, each filled in the order of the names."""
-    return {name: apart(stored(name, fill(name, torch.empty(shapes[name])))) for name in sorted(shapes)}
-
-
-def apart(value: Tensor) -> Tensor:
-    """A copy in memory of its own, which the system has back when the copy goes: what an allocator keeps of freed
-    weights would be as large as half a model.
-    """
-    if value.dim() < 2:
-        return value
-    copy = torch.frombuffer(mmap.mmap(-1, value.numel() * value.element_size()), dtype=value.dtype)
-    return copy.view(value.shape).copy_(value)
+    found = {}
+    for name in sorted(shapes):
+        value = fill(name, room(shapes[name]))
+        kept = stored(name, value)
+        found[name] = kept if kept is value else room(kept.shape, kept.dtype).copy_(kept)
+    return found

@@ -1,12 +1,27 @@
 """Layers of UNet and autoencoder, filled from diffusers state dicts; images are channels-last throughout."""
 
-from collections.abc import Mapping
+import math
+import mmap
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LEAST_APART = 2**20  # bytes
+
+
+def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """An empty tensor; a large one has memory of its own, which the system has back when it goes: what an allocator
+    keeps of freed weights would be as large as half a model.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < LEAST_APART:
+        return torch.empty(tuple(shape), dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 class Weights:
@@ -30,8 +45,15 @@ class Weights:
 
 def frozen(value: Tensor) -> nn.Parameter:
     """A copy of its own, so that neither side's changes reach the other."""
-    layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
-    return nn.Parameter(value.detach().clone(memory_format=layout), requires_grad=False)
+    value = value.detach()
+    if value.device.type != "cpu":
+        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+        return nn.Parameter(value.clone(memory_format=layout), requires_grad=False)
+    order = (0, 2, 3, 1) if value.ndim == 4 else range(value.ndim)
+    copy = room([value.shape[axis] for axis in order], value.dtype)
+    if value.ndim == 4:
+        copy = copy.permute(0, 3, 1, 2)
+    return nn.Parameter(copy.copy_(value), requires_grad=False)
 
 
 class Linear(nn.Module):
@@ -39,7 +61,8 @@ class Linear(nn.Module):
 
     def __init__(self, *parts: Weights):
         super().__init__()
-        self.weight = frozen(torch.cat([part["weight"].flatten(1) for part in parts]))
+        weights = [part["weight"].flatten(1) for part in parts]
+        self.weight = frozen(weights[0] if len(weights) == 1 else torch.cat(weights))
         self.bias = frozen(torch.cat([part["bias"] for part in parts])) if "bias" in parts[0] else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +135,8 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         x = x if skip is None else torch.cat([x, skip], 1)
         h = self.conv1(self.norm1(x), bias)
-        return self.conv2(self.norm2(h), residual=self.shortcut(x))
+        h = self.norm2(h)  # under one name, as two large images would be held
+        return self.conv2(h, residual=self.shortcut(x))
 
 
 class Upsample(nn.Module):

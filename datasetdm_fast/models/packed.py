@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.models.blocks import Block
-from datasetdm_fast.models.layers import Convolution, Linear, Upsample
+from datasetdm_fast.models.layers import Convolution, Linear, Upsample, frozen
 
 ROWS = 2048  # oneDNN is told how many to expect
-LARGEST_TRANSFORMED = 5 << 18  # inputs times outputs; a transformed weight takes four times its memory
+LARGEST_TRANSFORMED = 5 << 18  # inputs times outputs; transforming a larger one costs more than it saves
+LARGEST_HELD = 1 << 16  # inputs times outputs; a transformed weight takes four times its memory, and larger ones are
+# transformed at every call, which takes a hundredth of it
 FEWEST_TILES = 8  # of 4x4 results; with fewer the transformed weight is read for too little
 
 
@@ -45,6 +47,7 @@ class PackedConvolution(nn.Module):
         self.weight, self.bias = convolution.weight, convolution.bias
         self.stride, self.padding = convolution.stride, convolution.padding
         self.is_minimal = self.stride == self.padding == 1 and _is_minimal(self.weight)
+        self.is_held = _is_held(self.weight)
         self._transformed: Tensor | None = None
         self._packed: Tensor | None = None
 
@@ -53,6 +56,8 @@ class PackedConvolution(nn.Module):
         weight, size = self.weight, x.shape[-2:]
         # Slices run at once: another form is in place before the plain one goes.
         if self.is_minimal and (weight is None or _has_tiles(*size, len(x))):
+            if not self.is_held:
+                return winograd.convolve(x, winograd.transformed_for_now(weight), bias, residual)
             if self._transformed is None:
                 self._transformed = winograd.transformed(weight)
             if self._packed is None and _has_tiles(*size, 1):
@@ -76,13 +81,16 @@ class PackedUpsample(nn.Module):
     def __init__(self, upsample: Upsample):
         super().__init__()
         self.plain, self.weight, self.bias = upsample, upsample.weight, upsample.bias
-        self._transformed = winograd.transformed(upsample.taps)
+        is_held = _is_held(upsample.taps)
+        self._taps = None if is_held else frozen(upsample.taps)
+        self._transformed = winograd.transformed(upsample.taps) if is_held else None
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         if not _has_tiles(2 * height, 2 * width, len(x)):
             return self.plain(x)
-        return winograd.convolve(x, self._transformed, self.bias[: len(self.bias) // 4], is_doubled=True)
+        weight = winograd.transformed_for_now(self._taps) if self._transformed is None else self._transformed
+        return winograd.convolve(x, weight, self.bias[: len(self.bias) // 4], is_doubled=True)
 
 
 def packed(module: nn.Module) -> nn.Module:
@@ -127,6 +135,10 @@ def weight_as(held: Tensor, weight: Tensor) -> Tensor:
 
 def _is_minimal(weight: Tensor) -> bool:
     return winograd.takes(weight) and len(weight) * weight.shape[1] <= LARGEST_TRANSFORMED
+
+
+def _is_held(weight: Tensor) -> bool:
+    return len(weight) * weight.shape[1] <= LARGEST_HELD
 
 
 def _has_tiles(height: int, width: int, images: int) -> bool:

@@ -38,7 +38,8 @@ class TextEncoder(nn.Module):
             raise Refused(
                 f"text encoder: its activation is {config.hidden_act!r}, supported are {', '.join(ACTIVATIONS)}"
             )
-        weights = Weights({name.removeprefix("text_model."): value for name, value in module.state_dict().items()})
+        state, prefix = module.state_dict(), "text_model."
+        weights = Weights(state, prefix if any(name.startswith(prefix) for name in state) else "")
         self.words = frozen(weights["embeddings.token_embedding.weight"])
         self.places = frozen(weights["embeddings.position_embedding.weight"])
         activation = ACTIVATIONS[config.hidden_act]
