@@ -9,7 +9,7 @@ import pytest
 import torch
 from skips import long_test
 
-from bench.claims import page, rows, sets, tuned
+from bench.claims import page, rows, sets, training_free, tuned
 from bench.claims.rows import CLAIMS, judged, row_of
 from bench.claims.students import Arm, StudentStore, TestSet
 from datasetdm_fast import evaluate
@@ -90,6 +90,38 @@ def test_loss_falls_and_every_answer_is_there(lessons, unseen):
 
 def test_large_student_has_less_than_a_million_parameters():
     assert sum(parameter.numel() for parameter in Student(VOCABULARY, "large").parameters()) < 1_000_000
+
+
+def test_training_free_compares_arms_seed_by_seed():
+    figures = {"decoder": (80.0, 82.0, 84.0), "ignored": (60.0, 62.0, 64.0), "filled": (61.0, 60.0, 63.0)}
+    figures |= {"self": (50.0, 52.0, 54.0)}
+    arms = {
+        name: {"mean": float(np.mean(each)), "spread": float(np.std(each, ddof=1)), "seeds": list(each)}
+        for name, each in figures.items()
+    }
+    found = {one.title: training_free.answered(one, arms) for one in training_free.COMPARISONS}
+    share, filled, itself = found.values()
+    assert share["holds"] and 0.75 < share["value"] < 0.77 and share["interval"][0] > 0.5
+    assert not filled["holds"] and filled["reason"].startswith("the seeds differ")
+    assert not itself["holds"] and itself["reason"].startswith("less") and itself["value"] == -10
+    row = {"arms": arms, "questions": found, "images": 300, "steps": 2000, "uncertain": 0.04, "figure": "mIoU"}
+    document = {"setting": {"seeds": 3, "test": 1000}, "machine": {"device": "a CPU", "commit": "0"}, "command": "c"}
+    section = training_free.section(document | {"date": "2026-11-21", "rows": {training_free.NAME: row}})
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    assert len(lines) == 5 and lines[2].endswith("| yes |") and "no: " in lines[3] and "-10.0" in lines[4]
+
+
+def test_training_free_knows_things_and_a_background():
+    numbers = training_free.renumbered(world.CLASSES)
+    assert all(
+        training_free.CLASSES[numbers[k]] == name for k, name in enumerate(world.CLASSES) if name in world.THINGS
+    )
+    assert not numbers[[k for k, name in enumerate(world.CLASSES) if name not in world.THINGS]].any()
+    assert numbers[IGNORED] == IGNORED
+    item = training_free.ThingScenes(SOURCE)[0]
+    assert np.array_equal(item.semantic, numbers[SOURCE[0].semantic]) and item.semantic.max() < len(
+        training_free.CLASSES
+    )
 
 
 def test_same_seed_same_student(lessons):

@@ -4,7 +4,7 @@ learn from each, with uncertain pixels ignored or filled in, and from their own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
@@ -17,7 +17,7 @@ from bench.claims import sets
 from bench.claims.experiments import Experiments
 from bench.claims.rows import spread
 from bench.claims.students import Arm, Figures, TestSet
-from bench.report.tables import Row, Table, markdown
+from bench.report.tables import Row, Table, markdown, text
 from datasetdm_fast.config import ATTENTION, RunConfig
 from datasetdm_fast.data import SemanticMap, Trust
 from datasetdm_fast.evaluation import student_data
@@ -57,7 +57,7 @@ class ArmComparison:
         return f"at least {self.least:.0%}, goal {GOAL:.0%}" if self.is_ratio else "at least 0"
 
 
-QUESTIONS = (
+COMPARISONS = (
     ArmComparison("attention as a share of the decoder", "decoder", "ignored", LEAST_SHARE, is_ratio=True),
     ArmComparison("255 ignored over 255 filled in", "filled", "ignored"),
     ArmComparison("self-training over none", "ignored", "self"),
@@ -132,8 +132,8 @@ class TrainingFree:
             found[name] = {"mean": fmean(values), "spread": spread(values), "seeds": values}
         uncertain = float((self._set("ignored").semantic == IGNORED).float().mean())
         facts = {"images": len(self._set("decoder")), "steps": self.scale.free_steps, "uncertain": uncertain}
-        questions = {one.title: answered(one, found) for one in QUESTIONS}
-        return {"title": TITLE, "figure": FIGURE, "arms": found, "questions": questions, **facts}
+        told = {one.title: answered(one, found) for one in COMPARISONS}
+        return {"title": TITLE, "figure": FIGURE, "arms": found, "questions": told, **facts}
 
     @cached_property
     def _arms(self) -> dict[str, Arm]:
@@ -202,33 +202,21 @@ def answered(question: ArmComparison, arms: Mapping[str, Row]) -> Row:
     return {"value": value, "interval": [low, high], "holds": bool(holds), "reason": reason, "asked": question.asked()}
 
 
-def table(row: Row) -> Table:
-    """The comparisons, with the figures of both sides."""
+def cells(row: Row) -> list[Row]:
+    """The comparisons as rows of TABLE, with the figures of both sides."""
+    found = []
+    for one in COMPARISONS:
+        told, shown = row["questions"][one.title], "{:.0%}" if one.is_ratio else "{:+.1f}"
+        value, low, high = (shown.format(each) for each in (told["value"], *told["interval"]))
+        sides = (row["arms"][name] for name in (one.before, one.after))
+        before, after = (f"{side['mean']:.1f} ± {side['spread']:.1f}" for side in sides)
+        holds = "yes" if told["holds"] else f"no: {told['reason']}"
+        found.append({"comparison": one.title, "without": before, "with": after, "asked for": told["asked"]})
+        found[-1] |= {"result (95 %)": f"{value} ({low} to {high})", "holds": holds}
+    return found
 
-    def cell(name: Callable[[ArmComparison], str]) -> Callable[[ArmComparison], str]:
-        return lambda question: (
-            f"{row['arms'][name(question)]['mean']:.1f} ± {row['arms'][name(question)]['spread']:.1f}"
-        )
 
-    def told(question: ArmComparison) -> str:
-        found = row["questions"][question.title]
-        shown = "{:.0%}" if question.is_ratio else "{:+.1f}"
-        value, low, high = (shown.format(one) for one in (found["value"], *found["interval"]))
-        return f"{value} ({low} to {high})"
-
-    def verdict(question: ArmComparison) -> str:
-        found = row["questions"][question.title]
-        return "yes" if found["holds"] else f"no: {found['reason']}"
-
-    columns: dict[str, Any] = {
-        "comparison": lambda question: question.title,
-        "without": cell(lambda question: question.before),
-        "with": cell(lambda question: question.after),
-        "result (95 %)": told,
-        "asked for": ArmComparison.asked,
-        "holds": verdict,
-    }
-    return Table(columns)
+TABLE = Table({name: text(name) for name in ("comparison", "without", "with", "result (95 %)", "asked for", "holds")})
 
 
 def section(document: Mapping[str, Any]) -> str:
@@ -240,4 +228,4 @@ def section(document: Mapping[str, Any]) -> str:
         f"cells uncertain; {scale['seeds']} students of each kind at {SIDE} pixels, {row['steps']:,} steps each, "
         f"{scale['test']:,} unseen scenes; {row['figure']}, mean ± deviation over students"
     )
-    return f"{made}: {facts}.\n\n{markdown(table(row).cells(QUESTIONS))}"
+    return f"{made}: {facts}.\n\n{markdown(TABLE.cells(cells(row)))}"
