@@ -1,8 +1,8 @@
 """python -m datasetdm_fast.demo.attention --out DIR: how true are the demo model's labels from attention?
 
 A small segmentation net that has only ever seen renders is the judge of pictures of one or two things: IoU of the named
-things, beside that without self-attention and that of class prompts that belong to other pictures. Writes
-attention.json and masks.png.
+things, beside that without self-attention, that of class prompts that belong to other pictures, and that of the labels
+of other pictures, which lie where things usually do. Writes attention.json and masks.png.
 """
 
 import argparse
@@ -89,10 +89,24 @@ def labelled(
     return both[0], both[1]
 
 
-def thing_iou(labels: np.ndarray, truth: np.ndarray, requests: Sequence[Request]) -> float:
-    """Mean over classes of the IoU of named things the judge sees; pixels of 255 are left out."""
+def by_things(labels: np.ndarray, truth: np.ndarray, requests: Sequence[Request]) -> dict[str, float]:
+    """`thing_iou` of all pictures, and of those of one and of two things alone."""
+    return {
+        name: thing_iou(labels, truth, requests, counts)
+        for name, counts in (("all", (1, 2)), ("one_thing", (1,)), ("two_things", (2,)))
+    }
+
+
+def thing_iou(
+    labels: np.ndarray, truth: np.ndarray, requests: Sequence[Request], counts: Sequence[int] = (1, 2)
+) -> float:
+    """Mean over classes of the IoU of named things the judge sees, in pictures that name so many classes; pixels of 255
+    are left out.
+    """
     inside, union = np.zeros(len(world.CLASSES)), np.zeros(len(world.CLASSES))
     for found, seen, request in zip(labels, truth, requests):
+        if len(request.classes) not in counts:
+            continue
         is_certain = found != UNCERTAIN
         for number in map(world.CLASSES.index, request.classes):
             if (seen == number).sum() >= SEEN:
@@ -100,6 +114,19 @@ def thing_iou(labels: np.ndarray, truth: np.ndarray, requests: Sequence[Request]
                 inside[number] += (ours & theirs).sum()
                 union[number] += (ours | theirs).sum()
     return round(float((inside[union > 0] / union[union > 0]).mean()), 4)
+
+
+def following(count: int) -> list[int]:
+    """For each of so many pictures, another one of as many things."""
+    return [(k + APART) % count for k in range(count)]
+
+
+def renamed(labels: np.ndarray, own: Request, other: Request) -> np.ndarray:
+    """The labels of a picture with the classes of another one, in their order."""
+    numbers = np.arange(256, dtype=np.uint8)
+    for place, word in enumerate(own.classes):
+        numbers[world.CLASSES.index(word)] = world.CLASSES.index(other.classes[min(place, len(other.classes) - 1)])
+    return numbers[labels]
 
 
 def judged(path: Path, size: int) -> Judge:
@@ -127,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         named = tuple(word for word in world.THINGS if any(thing.kind == word for thing in scene.things))
         requests.append(Request(k, scene.caption, ASKED + k, named))
     prompts = list(map(recipe.class_prompt, requests))
-    strangers = requests[APART:] + requests[:APART]
+    strangers = [requests[k] for k in following(len(requests))]
     other_prompts = list(map(recipe.class_prompt, strangers))
     drawn = draw(engine, recipe, requests, other_prompts)
     truth = classes_in(judge, drawn.images).numpy()
@@ -135,15 +162,17 @@ def main(arguments: list[str] | None = None) -> int:
     alone = replace(recipe, attention=replace(recipe.attention, exponent=0))
     flat, _ = labelled(engine, alone, requests, drawn.own, prompts)
     shuffled, _ = labelled(engine, recipe, strangers, drawn.others, other_prompts)
+    elsewhere = [renamed(labels[k], requests[k], request) for k, request in zip(following(len(requests)), requests)]
     result = {
         "pictures": options.number,
         "calls": len(recipe.schedule),
         **recipe.facts["attention"],
-        "iou": thing_iou(labels, truth, requests),
-        "iou_filled": thing_iou(filled, truth, requests),
+        "iou": by_things(labels, truth, requests),
+        "iou_filled": by_things(filled, truth, requests),
         "uncertain": round(float((labels == UNCERTAIN).mean()), 4),
-        "iou_exponent_0": thing_iou(flat, truth, requests),
-        "iou_shuffled": thing_iou(shuffled, truth, requests),
+        "iou_exponent_0": by_things(flat, truth, requests),
+        "iou_shuffled": by_things(shuffled, truth, requests),
+        "iou_elsewhere": by_things(np.stack(elsewhere), truth, requests),
     }
     (options.out / "attention.json").write_text(json.dumps(result, indent=2) + "\n")
     rows = [
