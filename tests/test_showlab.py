@@ -26,7 +26,7 @@ from test_decoders import seeded_state
 from datasetdm_fast import audit
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab import __main__ as command
-from datasetdm_fast.compat.showlab import contours, files, generating, order, splicing, training
+from datasetdm_fast.compat.showlab import contours, demo, drawing, files, generating, order, splicing, training
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream
@@ -444,6 +444,53 @@ def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
     write(tmp_path / "out/Image/200000.jpg", "mine")
     told = run(*NYU, "--number_data", "1", "--thread_num", "1", "--outdir", tmp_path / "out", code=2).err
     assert "holds files of another run" in told and (tmp_path / "out/Image/200000.jpg").read_text() == "mine"
+
+
+# ---- the demo and the vis scripts
+
+
+def test_the_demo_draws_seven_labels_of_each_picture(root):
+    """One pass: all of its decoders stand in one run. Every process would draw the same seeds."""
+    script = demo.Demo()
+    flags = ["--root", str(root), "--model", "demo", "--number_data", "6", "--thread_num", "2", "--open_word", "kite"]
+    line = command.read_line("", script.name, "", script.flags, flags, {})
+    ours, python = script.order(line), random.Random(42)
+    assert [item.seed for item in ours.items] == [python.randint(1, 1000000) for _ in range(3)]
+    assert len(ours.config.task) == 7 and ours.given(ours.items[0]).classes == ("kite",) and ours.guidance == 5.0
+    numbers = torch.Generator().manual_seed(3)
+    raw, configs = {}, {}
+    for label, kind, _ in demo.LABELS.values():
+        configs[label] = answer({}, kind).config
+        if configs[label].has_queries:
+            shapes = {"pred_logits": (20, configs[label].logits), "pred_masks": (20, 8, 8)}
+        else:
+            shapes = {"heatmaps": (17, 8, 8)} if kind == "pose" else {"depth": (1, 64, 64)}
+        raw[label] = {name: torch.randn(*shape, generator=numbers) for name, shape in shapes.items()}
+    made = script.files(ours, 0, answer({}).pixels, raw, configs)
+    assert sorted(made) == sorted(script.names(ours, 0)) and len(made) == 8
+    assert all(decoded(content).shape == (64, 64, 3) for content in made.values())
+
+
+def test_colours_of_depth():
+    ends = np.array([[0.0, 0.5, 1.0, 2.0]])
+    assert drawing.jet(ends)[0].tolist() == [[0, 0, 128], [128, 255, 128], [128, 0, 0], [128, 0, 0]]
+    assert drawing.near_to_far(ends)[0, [0, 2]].tolist() == [[252, 253, 191], [0, 0, 4]]
+
+
+@pytest.mark.parametrize("script", ["vis_COCO", "vis_VOC", "vis_KITTI"])
+def test_vis_scripts_draw_the_labels_of_an_output(tmp_path, script, capsys):
+    contour_output(tmp_path / "DataDiffusion/in")
+    for folder in ("Mask", "Annotation"):
+        for k in range(2):
+            (tmp_path / "DataDiffusion/in" / folder).mkdir(exist_ok=True)
+            Image.fromarray(np.full((512, 512), 3, np.uint8)).save(tmp_path / f"DataDiffusion/in/{folder}/dog_{k}.png")
+    write(tmp_path / "DataDiffusion/in/Mask/dog_0.txt", "100,100,100,400,400,400,400,100,0,0.9\n9,9,0,0.1\n")
+    assert command.main([script, "--root", str(tmp_path), "--input_root", "in", "--quiet"]) == 0
+    drawn = sorted((tmp_path / "DataDiffusion/Vis").iterdir())
+    assert [path.name for path in drawn] == [f"dog_{k}.jpg" for k in range(4 if script == "vis_COCO" else 2)]
+    first = decoded(drawn[0].read_bytes()).astype(int)
+    assert first[250, 250].sum() > 60 or script == "vis_KITTI"
+    assert (first[50, 50].max() < 10) == (script == "vis_COCO")
 
 
 # ---- splicers and trainers

@@ -3,7 +3,8 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.compat.showlab.demo import Demo
 from datasetdm_fast.compat.showlab.files import Answer, jpeg
 from datasetdm_fast.compat.showlab.lines import Line, read_line
 from datasetdm_fast.compat.showlab.order import Order, order_of
 from datasetdm_fast.compat.showlab.scripts import GENERATORS, Generator
+from datasetdm_fast.compat.showlab.showing import SHOWERS, Shower, show
 from datasetdm_fast.compat.showlab.splicing import SPLICERS, Splicer, splice
 from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train, shown
 from datasetdm_fast.errors import Refused, nearest
@@ -25,7 +28,8 @@ from datasetdm_fast.foreign import documents
 PROG = "python -m datasetdm_fast.compat.showlab"
 RUNNER = "datasetdm_fast.compat.scripts"  # of `run`, which runs a script of a checkout itself
 TRAIN = "datasetdm_fast.train"
-SCRIPTS = {**GENERATORS, **TRAINERS, **SPLICERS}
+DEMO = Demo()
+SCRIPTS = {**GENERATORS, DEMO.name: DEMO, **TRAINERS, **SPLICERS, **SHOWERS}
 GONE = {  # names that a reader of DatasetDM may try -> why they are not there, and what is
     "train": (
         "train.py teaches a decoder that no generator of DatasetDM reads",
@@ -57,8 +61,13 @@ def main(arguments: Sequence[str]) -> int:
     script, again = SCRIPTS[name], f"{PROG} {shlex.join(arguments)}"
     others = {each: {flag.name for flag in one.flags} for each, one in SCRIPTS.items()}
     line = read_line(PROG, name, script.told, script.flags, arguments[1:], others)
-    if isinstance(script, Generator):
-        return generate(script, line, again)
+    if isinstance(script, (Generator, Demo)):
+        return generate(planned(script, line), line, again)
+    if isinstance(script, Shower):
+        out, count = show(script, line)
+        _say(line, f"{count} pictures")
+        print(out, flush=True)
+        return 0
     return teach(script, line, again) if isinstance(script, TrainingScript) else join(script, line, again)
 
 
@@ -71,17 +80,34 @@ def _help() -> int:
     return 0
 
 
-def generate(generator: Generator, line: Line, again: str) -> int:
+@dataclass(frozen=True)
+class Planned:
+    """What a line makes, and the files of each of its images."""
+
+    order: Order
+    folders: tuple[str, ...]  # of the output
+    names: Callable[[int], list[str]]
+    filed: Callable[..., dict[str, bytes]]
+
+
+def planned(script: Generator | Demo, line: Line) -> Planned:
+    if isinstance(script, Demo):
+        order = script.order(line)
+        return Planned(order, script.folders, partial(script.names, order), partial(script.files, order))
+    order = order_of(script, line)
+    return Planned(order, script.folders, partial(names_of, script, order), partial(files_of, script, order))
+
+
+def generate(plan: Planned, line: Line, again: str) -> int:
     """Makes the images of a line, or what is missing of them."""
     from datasetdm_fast.compat.showlab import generating, telling
 
-    order = order_of(generator, line)
-    names = partial(names_of, generator, order)
-    stored = generating.begun(order, generator.folders)
+    order, names = plan.order, plan.names
+    stored = generating.begun(order, plan.folders)
     if result := generating.already(order, stored, names):
         _say(line, f"{order.out}: complete with {result.done} images, nothing to do")
         return _end(line, order.out, result)
-    job = generating.prepare(order, partial(files_of, generator, order), stored)
+    job = generating.prepare(order, plan.filed, stored)
     _say(line, *telling.rows(order, job))
     if line["dry_run"]:
         for item in order.items:
@@ -167,15 +193,15 @@ def _make_again(arguments: Sequence[str]) -> int:
     stored = described(folder)
     try:
         documents.check_form(stored.get("line"), {"script": str, "values": dict}, "line")
-        generator = GENERATORS[stored["line"]["script"]]
+        script = (GENERATORS | {DEMO.name: DEMO})[stored["line"]["script"]]
     except (ValueError, KeyError) as error:
         raise Refused(f"--out {folder}: no run of this command", "Name the folder .run of an output.") from error
-    flags = {flag.name: flag.default for flag in generator.flags}
+    flags = {flag.name: flag.default for flag in script.flags}
     kept = flags | {name: value for name, value in stored["line"]["values"].items() if name in flags}
-    order = order_of(generator, Line(generator.name, kept | {"outdir": str(folder.resolve().parent)}, frozenset()))
-    generating.begun(order, generator.folders)
-    job = generating.prepare(order, partial(files_of, generator, order), stored)
-    written = generating.remake(order, job, values["--only"])
+    plan = planned(script, Line(script.name, kept | {"outdir": str(folder.resolve().parent)}, frozenset()))
+    generating.begun(plan.order, plan.folders)
+    job = generating.prepare(plan.order, plan.filed, stored)
+    written = generating.remake(plan.order, job, values["--only"])
     print(f"sample {values['--only']}: made again, {len(written)} files of the run folder written", file=sys.stderr)
     print(folder, flush=True)
     return 0

@@ -74,13 +74,13 @@ def at_size(masks: Tensor, size: int) -> Tensor:
     return F.interpolate(masks.float()[None], size=(size, size), mode="bilinear", align_corners=False)[0]
 
 
-def class_map(answer: Answer) -> np.ndarray:  # [H, W] uint8
-    """The class with the most evidence; those with little in all are left out, all but class 0."""
+def class_map(answer: Answer, least: float = SMALLEST_AREA) -> np.ndarray:  # [H, W] uint8
+    """The class with the most evidence; those with less than `least` in all are left out, all but class 0."""
     import torch
 
     logits, masks = answer.raw["pred_logits"].float(), at_size(answer.raw["pred_masks"], answer.size)
     found = torch.einsum("qc,qhw->chw", logits.softmax(-1)[..., :-1], masks.sigmoid())
-    least = SMALLEST_AREA * (answer.size / AREA_SIDE) ** 2
+    least *= (answer.size / AREA_SIDE) ** 2
     for plane in found[1:]:
         if (plane * (plane > 0.5)).sum() < least:
             plane.zero_()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.compat.showlab.order import Order
+from datasetdm_fast.compat.showlab.order import RUN, Order
 from datasetdm_fast.data import AttentionSums, Batch, Sample, SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
@@ -137,7 +137,7 @@ def begun(order: Order, folders: Iterable[str]) -> dict[str, Any] | None:
         check_same(order.run_folder, {"config": stored["config"]}, {"config": identity_of(order)})
         return stored
     for folder in (order.out / name for name in folders):
-        if folder.is_dir() and any(not storage.is_temporary(path) for path in folder.iterdir()):
+        if folder.is_dir() and any(path.name != RUN and not storage.is_temporary(path) for path in folder.iterdir()):
             raise Refused(
                 f"--outdir {order.out}: {folder} holds files of another run, and nothing is overwritten",
                 "Choose another --outdir.",

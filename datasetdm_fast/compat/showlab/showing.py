@@ -1,0 +1,112 @@
+"""DatasetDM's vis scripts: the first images of an output with their labels drawn over them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast.compat.showlab import drawing
+from datasetdm_fast.compat.showlab.checkout import present
+from datasetdm_fast.compat.showlab.files import encoded
+from datasetdm_fast.compat.showlab.lines import Flag, Line
+from datasetdm_fast.compat.showlab.splicing import HOLDER, LARGEST_TEXT
+from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.foreign import documents, images
+from datasetdm_fast.labels.pictures import masked
+
+LEAST_SCORE = 0.6  # of an instance that is drawn
+ROOM_STEPS = 256  # of a file of rooms, at the end of the colours
+STREET_STEPS = 128  # and of streets
+
+
+@dataclass(frozen=True)
+class Shower:
+    """A script that shows the labels of one kind of output."""
+
+    name: str
+    source: str  # folder that DatasetDM's script names
+    first: int  # images that are shown
+    draw: Callable[[np.ndarray, Path], Image.Image]
+    folder: str = "Mask"
+    suffix: str = ".png"
+
+    @property
+    def told(self) -> str:
+        return f"The first {self.first} images of an output with their labels drawn over them, in DataDiffusion/Vis."
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        return (
+            Flag("root", ".", help="checkout of DatasetDM, which holds DataDiffusion"),
+            Flag("input_root", self.source, help="folder in DataDiffusion with the images"),
+            Flag("out_root", "Vis", help="folder in DataDiffusion to write"),
+            Flag("quiet", False, "switch", "say nothing on stderr"),
+        )
+
+
+def _map_over(palette: str, alpha: float) -> Callable[[np.ndarray, Path], Image.Image]:
+    def draw(pixels: np.ndarray, label: Path) -> Image.Image:
+        labels = np.array(images.read_image(label))
+        return drawing.over(pixels, labels[..., 0] if labels.ndim == 3 else labels, palette, alpha)
+
+    return draw
+
+
+def _room(pixels: np.ndarray, label: Path) -> Image.Image:
+    return Image.fromarray(drawing.jet(_depth(label) / ROOM_STEPS))
+
+
+def _street(pixels: np.ndarray, label: Path) -> Image.Image:
+    return Image.fromarray(drawing.near_to_far(_depth(label) / STREET_STEPS))
+
+
+def _depth(label: Path) -> np.ndarray:
+    plane = np.array(images.read_image(label)).astype(np.float32)
+    return plane[..., 0] if plane.ndim == 3 else plane
+
+
+def _contours(pixels: np.ndarray, label: Path) -> Image.Image:
+    masks, classes = [], []
+    for text in storage.read(label, LARGEST_TEXT).decode(errors="replace").splitlines():
+        *numbers, name, score = text.split(",")
+        try:
+            if float(score) >= LEAST_SCORE:
+                masks.append(drawing.filled(pixels.shape[:2], list(map(int, numbers))))
+                classes.append(int(name))
+        except ValueError as error:
+            raise Refused(f"{label}: {documents.quoted(text)} is no contour", "Make the file again.") from error
+    return masked(pixels, np.array(masks, bool).reshape(-1, *pixels.shape[:2]), np.array(classes, int))
+
+
+_VOC_RUN = "Train_10_images_t1_attention_transformer_VOC_10layers_ablation_200images"
+SHOWERS = {
+    each.name: each
+    for each in (
+        Shower("vis_VOC", _VOC_RUN, 300, _map_over("voc", 0.5)),
+        Shower("vis_Cityscapes", "Cityscapes_Train_19_images_t1", 100, _map_over("cityscapes", 0.5)),
+        Shower("vis_deepfashion_MM", "DeepFashion_MM_Train_105_images_t1", 100, _map_over("deepfashion", 0.6)),
+        Shower("vis_COCO", "COCO_Train_10_images_t1_10layers_NoClass", 200, _contours, suffix=".txt"),
+        Shower("vis_NYU", "NYU_Train_250_images_t1", 100, _room, "Annotation"),
+        Shower("vis_KITTI", "KITTI_Train_50_images_t1", 20, _street, "Annotation"),
+    )
+}
+
+
+def show(shower: Shower, line: Line) -> tuple[Path, int]:
+    """Draws the first images that have a label: the output, and how many there are."""
+    source, out = (line.root / HOLDER / line[name] for name in ("input_root", "out_root"))
+    present(source / "Image", "--input_root", "Generate the images first.")
+    if out.resolve() == (source / "Image").resolve():
+        raise Refused(f"--out_root {line['out_root']}: it holds the images themselves", "Name another folder.")
+    pairs = [
+        (path, source / shower.folder / f"{path.stem}{shower.suffix}") for path in (source / "Image").glob("*.jpg")
+    ]
+    shown = [pair for pair in sorted(pairs) if pair[1].is_file()][: shower.first]
+    for path, label in shown:
+        pixels = np.array(images.read_image(path).convert("RGB"))
+        drawn = shower.draw(pixels, label).convert("RGB")
+        storage.publish({out / path.name: encoded(drawn, "JPEG", quality=95)})
+    return out, len(shown)
