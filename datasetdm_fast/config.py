@@ -118,6 +118,9 @@ OWN_FORMATS = {  # name -> module:format
 EXPORT_FORMATS = Registry("writers", OWN_FORMATS)  # of other packages, the formats themselves
 
 
+REFERENCE = "torch"  # the engine that others are compared with
+
+
 @dataclass(frozen=True)
 class AttentionDefaults:
     """The numbers with which labels are read from the attention of a model; those of Dataset Diffusion."""
@@ -290,8 +293,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "model lora decoder task combine labeller classes class_table ask exponent threshold uncertainty self_cells "
         "cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
-        "palette format out only resume mixed limit page_every verify verify_anyway dry_run allow_download json quiet "
-        "threads gpus ranks cluster store make_bucket dtype compile device provider streams engines trt_flavour"
+        "palette format out only resume mixed limit page_every verify verify_anyway verify_every dry_run "
+        "allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile device provider streams "
+        "engines trt_flavour"
     ).split()
 
     lora: tuple[str, ...] = setting(
@@ -468,6 +472,13 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "own samples, made again, agree with those that are there; no: it is refused, and so is another --batch-size",
         identity=False,
         choices=("verified", "no"),
+    )
+    verify_every: int = setting(
+        0,
+        "after every N samples compare the newest once more with the reference engine, less often where that would "
+        "take over 1 % of the time; where it does not agree, the run stops; 0 = never",
+        identity=False,
+        metavar="N",
     )
     page_every: float = setting(
         5.0,

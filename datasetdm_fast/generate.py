@@ -15,7 +15,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
-from datasetdm_fast.config import HALF, RunConfig
+from datasetdm_fast.config import HALF, REFERENCE, RunConfig
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.defaults import with_folder, with_labels
 from datasetdm_fast.generation.job import Job, count_rows, finished, further, may_differ, measures, prepare, refill
@@ -92,6 +92,11 @@ def main(arguments: Sequence[str]) -> int:
             f"--verify {config.verify}: several machines or processes that were started together make this run",
             "Run the line once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
         )
+    if config.verify_every and (peer or config.cluster or places):
+        raise Refused(
+            f"--verify-every {config.verify_every}: several processes make this run",
+            "Leave it out, or run the line in one process.",
+        )
     if places and (config.verify or measures(config) or may_differ(config)):
         _begin(config)
     if peer:
@@ -128,7 +133,21 @@ def _run_here(config: RunConfig, interruption: Interruption) -> Result:
             on_commit=progress.on_commit,
             on_unet_call=progress.on_unet_call,
             is_stopping=interruption.is_stopping,
+            **_while_it_goes_on(config, job, progress.print),
         )
+
+
+def _while_it_goes_on(config: RunConfig, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
+    """The comparison of --verify-every, where it is asked for."""
+    if not config.verify_every:
+        return {}
+    from datasetdm_fast.agreement.during import RepeatedComparison
+
+    if job.engine.name == REFERENCE:
+        raise Refused(
+            f"--verify-every {config.verify_every}: the engine is {REFERENCE}, the reference", "Leave it out."
+        )
+    return {"before_commit": RepeatedComparison(job, config.verify_every, say)}
 
 
 def _begin(config: RunConfig) -> None:
@@ -197,12 +216,12 @@ def _verified(config: RunConfig, job: Job) -> Job:
     failed = [row.measure for row in verdict.rows if not row.is_passed]
     if failed and not config.verify_anyway:
         raise GateFailed(
-            f"--verify {number}: outputs of {job.engine.name} do not match those of {before.REFERENCE} in "
+            f"--verify {number}: outputs of {job.engine.name} do not match those of {REFERENCE} in "
             f"{', '.join(failed)}; nothing was written",
             "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
         )
     told = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"
-    _say(config, f"verified   {job.engine.name} {told} with {before.REFERENCE} on {number} samples")
+    _say(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {number} samples")
     facts = before.kept(verdict, job.engine)
     if stored is not None:
         note(job.folder, "verified", facts)

@@ -379,3 +379,20 @@ def test_a_run_is_compared_with_the_reference_before_it_begins(tmp_path, capsys,
     assert run(tmp_path / "third", "--engine", "torch") == 2
     assert generate.main(["--verify-anyway", "--out", str(tmp_path / "third")]) == 2
     assert not (tmp_path / "third").exists()
+
+
+def test_a_run_is_compared_again_while_it_goes_on(tmp_path, capsys, monkeypatch):
+    few = "generate --engine fast --model tiny --steps 2 --number 5 --batch-size 1 --task semantic --verify-every 2"
+    line = [*few.split()[1:], "--prompts", "a ball", "--out", str(tmp_path / "run")]
+    assert generate.main([*line, "--engine", "torch"]) == 2 and not (tmp_path / "run").exists()
+    assert generate.main([*line, "--ranks", "2"]) == 2 and not (tmp_path / "run").exists()
+    assert generate.main([*line, "--limit", "2"]) == 0
+    assert capsys.readouterr().err.count("sample 00000001: agrees in all") == 1
+    wrong = FastEngine.denoise
+    monkeypatch.setattr(FastEngine, "denoise", lambda engine, *given: wrong(engine, *given) * 1.01)
+    assert generate.main(line) == 4
+    assert "sample 00000003 of fast does not match that of torch in call" in capsys.readouterr().err
+    with open_run(tmp_path / "run") as found:
+        assert len(found) == 3  # what was made before stays
+    monkeypatch.setattr("datasetdm_fast.agreement.during.SHARE", -1.0)  # comparisons have taken their share
+    assert generate.main(line) == 0 and len(open_run(tmp_path / "run")) == 5

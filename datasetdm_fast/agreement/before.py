@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.agreement.verify import Verdict, verify
+from datasetdm_fast.config import REFERENCE
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
@@ -18,7 +19,6 @@ from datasetdm_fast.generation.origin import FROM_NOISE
 from datasetdm_fast.loading.provenance import digest
 from datasetdm_fast.version import __version__
 
-REFERENCE = "torch"
 MEASURED = 4  # samples that --dtype auto compares
 
 
@@ -51,14 +51,16 @@ def calls_of(job: Job, number: int) -> int:
     return -(-number // size) * 3 * len(_recipe(job).schedule)
 
 
-def compared(job: Job, number: int, on_unet_call: Callable[[], None] = lambda: None) -> Verdict:
-    """The first samples of the plan through the job's engine and the reference; labels from attention are left out."""
+def compared(job: Job, number: int, on_unet_call: Callable[[], None] = lambda: None, *, first: int = 0) -> Verdict:
+    """Samples of the plan, from `first` on, through the job's engine and the reference; labels from attention are left
+    out.
+    """
     engine = job.engine
     if engine.name == REFERENCE:
         raise Refused(f"--verify {number}: the engine is {REFERENCE}, the reference itself", "Drop --verify.")
     unbuilt = [network for network in engine.model.networks.values() if not network.is_built]
     reference = build_engine(REFERENCE, engine.model, engine.decoders, device=str(engine.device))
-    requests = [job.plan.request(index) for index in range(number)]
+    requests = [job.plan.request(index) for index in range(first, first + number)]
     try:
         return verify(engine, reference, requests, _recipe(job), min(job.plan.batch_size, number), on_unet_call)
     finally:

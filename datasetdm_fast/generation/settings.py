@@ -33,6 +33,7 @@ LEAST_SETTINGS = {
     "batch_size": 0,
     "limit": 0,
     "verify": 0,
+    "verify_every": 0,
     "threads": 0,
     "ranks": 0,
     "exponent": -1,
