@@ -102,10 +102,10 @@ def drawn(request: Request, tasks) -> Sample | SetAside:
 def install(patch=setattr) -> None:
     """Puts the arithmetic in its place; `patch` is setattr, or a test's monkeypatch.setattr."""
 
-    def engine_of(config, stored):
+    def engine_of(config, stored, dtype=""):
         return Engine(config.task), {task: {"digest": "arithmetic", "licence": "none"} for task in config.task}
 
-    def recipe_of(config, engine, classes):
+    def recipe_of(config, engine, classes, table=None):
         facts = {
             "sampler": config.sampler,
             "profile": config.profile,
