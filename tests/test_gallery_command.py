@@ -157,6 +157,8 @@ def test_a_run_in_progress_has_a_page_and_is_not_disturbed(tmp_path, capsys):
 def test_a_run_shows_itself_while_it_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
     path, said = tmp_path / "run", []
     write_run(tmp_path / "other", 6, 32)
+    share = showing.MOST_SHARE
+    monkeypatch.setattr(showing, "MOST_SHARE", 1.0)
     with ShownSoFar(path, 0.0005, said.append), RunFolder(path, document(6, 32)) as folder:
         for k in range(6):
             folder.add([rendered(k, 32)], {"batch_size": 4})
@@ -167,14 +169,16 @@ def test_a_run_shows_itself_while_it_goes_on_and_ends_with_the_same_bytes(tmp_pa
         p: (path / p).read_bytes() for p in names(path)
     }
     begun = []
+    monkeypatch.setattr(showing, "MOST_SHARE", share)
     monkeypatch.setattr(showing, "write_so_far", lambda folder: begun.append(time.sleep(0.02)))
     with ShownSoFar(path, 1e-6, said.append):
         time.sleep(0.5)
     assert len(begun) == 1  # after 0.02 s of work two seconds without
 
 
-def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path):
+def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch):
     path, said = tmp_path / "run", []
+    monkeypatch.setattr(showing, "MOST_SHARE", 1.0)
     with RunFolder(path, document(1, 32)) as folder, ShownSoFar(path, 0.0005, said.append):
         folder.add([rendered(0, 32)], {})
         (path / "gallery" / "pages").write_text("in the way")
