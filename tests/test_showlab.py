@@ -715,12 +715,16 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
     options = types.SimpleNamespace(**line.values)
     options.outdir, options.grounding_ckpt = str(tmp_path / "theirs"), "none"
     with upstreams_script(root, name, kind, monkeypatch) as (module, drawn):
+        if ours.classes:  # the first few: the instances of an image of 512 pixels take seconds
+            module.classes = dict(list(module.classes.items())[:6])
         for process in range(processes):
             module.sub_processor(process, options)
-    assert [(item.seed, item.prompt, ours.guidance) for item in ours.items] == drawn
+    few = set(module.classes.values()) if ours.classes else {""}
+    wanted = [(index, item) for index, item in enumerate(ours.items) if item.name in few]
+    assert [(item.seed, item.prompt, ours.guidance) for _, item in wanted] == drawn
     decoder = {generator.task: answer({}, kind).config}
     made = {}
-    for index, item in enumerate(ours.items):
+    for index, item in wanted:
         raw = {generator.task: {key: value[0] for key, value in raw_of(kind, item.seed).items()}}
         made |= command.files_of(generator, ours, index, picture_of(item.seed), raw, decoder)
     theirs = tree(tmp_path / "theirs")
