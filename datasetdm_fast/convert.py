@@ -16,7 +16,7 @@ from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.progress import ImageProgress, counted
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.exporting import checkpoints
 from datasetdm_fast.exporting.settings import ExportSettings
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         if unknown := format.unknown(conversion.plan):
             _say(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
     if settings.dry_run:
-        would = f"{conversion.samples} samples would be written as {', '.join(settings.to)}"
+        would = f"{counted(conversion.samples, 'sample')} would be written as {', '.join(settings.to)}"
         _say(settings, f"{folder}: {'complete, nothing to do' if conversion.is_complete else would}")
         facts = {"path": str(folder), "samples": conversion.samples, "splits": conversion.splits}
         print(json.dumps(facts) if settings.json else folder, flush=True)
@@ -72,7 +72,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"not all samples are converted; go on with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
         return interruption.exit_code(0)
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
-    told = f"{result.samples} samples ({splits}) as {', '.join(settings.to)}, {result.files} files"
+    told = (
+        f"{counted(result.samples, 'sample')} ({splits}) as {', '.join(settings.to)}, {counted(result.files, 'file')}"
+    )
     _say(settings, f"{folder}: {told}" if result.made else f"{folder}: complete, {told}; nothing to do")
     facts = {"path": str(folder), "samples": result.samples, "made": result.made, "files": result.files}
     print(json.dumps({**facts, "splits": conversion.splits}) if settings.json else folder, flush=True)

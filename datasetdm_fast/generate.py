@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if config.store and not config.dry_run:
             object_store.ObjectStore(config.store).complete(result.path)
-        _say(config, f"{result.path}: complete with {result.done} samples, nothing to do")
+        _say(config, f"{result.path}: complete with {counted(result.done, 'sample')}, nothing to do")
         return _end(config, result)
     if sys.stderr.isatty():  # who waits there hears why: libraries and networks take seconds
         _say(config, f"loading    {config.model}")
@@ -208,7 +208,7 @@ def _verified(config: RunConfig, job: Job) -> Job:
     stored, number = read_document(job.folder), min(config.verify, job.plan.number)
     earlier = (stored or job.document).get("verified")
     if before.holds(earlier, job.engine, number):
-        _say(config, f"verified   {earlier['number']} samples agreed before, with this engine and device")
+        _say(config, f"verified   {counted(earlier['number'], 'sample')} agreed before, with this engine and device")
         return job
     calls = before.calls_of(job, number)
     with _calls_bar("verify", calls, config.quiet) as on_unet_call:
@@ -221,7 +221,7 @@ def _verified(config: RunConfig, job: Job) -> Job:
             "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
         )
     told = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"
-    _say(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {number} samples")
+    _say(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {counted(number, 'sample')}")
     facts = before.kept(verdict, job.engine)
     if stored is not None:
         note(job.folder, "verified", facts)
@@ -261,7 +261,8 @@ def _run_together(
 def _make_again(config: RunConfig, given: set[str]) -> int:
     task = prepare_remake(config, given)
     written, id = remake(task), task.row.request.id
-    _say(config, f"sample {id}: made again, {f'{len(written)} files written' if written else 'every byte as it was'}")
+    told = f"{counted(len(written), 'file')} written" if written else "every byte as it was"
+    _say(config, f"sample {id}: made again, {told}")
     _put(config, {"path": str(task.folder), "id": id, "written": written}, str(task.folder))
     return 0
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     job = prepare(config)
     if config.only:
         written = remake(job, config.only)
-        told = f"{len(written)} files written" if written else "every byte as it was"
+        told = f"{counted(len(written), 'file')} written" if written else "every byte as it was"
         _say(config, f"sample {config.only}: made again, {told}")
         _put(config, {"path": config.out, "id": config.only, "written": written})
         return 0
@@ -56,7 +56,10 @@ def main(arguments: Sequence[str]) -> int:
         )
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     _put(config, {"path": config.out, **facts, "complete": result.is_complete})
-    _say(config, f"{result.made} pictures in {duration(result.seconds)}; look at {result.path}/gallery/index.html")
+    _say(
+        config,
+        f"{counted(result.made, 'picture')} in {duration(result.seconds)}; look at {result.path}/gallery/index.html",
+    )
     result.check()
     if not result.is_complete:
         again = f"{PROG} {shlex.join(arguments)}"

@@ -13,7 +13,7 @@ from typing import Any
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.progress import ImageProgress, counted
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
 
@@ -43,7 +43,10 @@ def main(arguments: Sequence[str]) -> int:
 
     if config.only:
         written = remake(Path(config.out), config.only)
-        _say(config, f"sample {config.only}: {len(written)} files written" if written else "every byte as it was")
+        _say(
+            config,
+            f"sample {config.only}: {counted(len(written), 'file')} written" if written else "every byte as it was",
+        )
         _put(config, {"path": config.out, "id": config.only, "written": written})
         return 0
     if len(config.runs) < 2:

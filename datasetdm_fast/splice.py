@@ -104,7 +104,7 @@ def _make_again(config: SpliceConfig) -> int:
     from datasetdm_fast.compositions.splice import remake
 
     written = remake(Path(config.out), config.only, config.run)
-    told = f"{len(written)} files written" if written else "every byte as it was"
+    told = f"{counted(len(written), 'file')} written" if written else "every byte as it was"
     _say(config, f"sample {config.only}: made again, {told}")
     _put(config, {"path": config.out, "id": config.only, "written": written}, config.out)
     return 0

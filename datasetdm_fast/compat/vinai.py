@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m datasetdm_fast.compat.vinai"
 PARITY = "dataset-diffusion"
-EXAMPLES = ("gen_data --sd-path SD --json-path voc_prompts.json --work-dir OUT",)
+EXAMPLES = ("--sd-path SD --json-path voc_prompts.json --work-dir OUT",)
 RUN = ".run"  # the run folder in the folder of the data set
 SCHEDULERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm-solver++"}
 # mmsegmentation's colours of COCO's classes, 1 to 80

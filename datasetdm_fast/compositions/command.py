@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
 from datasetdm_fast.compositions.settings import RedrawSettings
 from datasetdm_fast.config import flags_of
 from datasetdm_fast.errors import Refused
@@ -30,7 +30,7 @@ def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: S
     folder = Path(settings.out)
     redrawing = cls(Source(Path(settings.run), only_kept=settings.kept), settings)
     if result := redraw.finished(redrawing, folder):
-        _say(settings, f"{folder}: complete with {result.done} samples, nothing to do")
+        _say(settings, f"{folder}: complete with {counted(result.done, 'sample')}, nothing to do")
         return _end(settings, result)
     job = redraw.prepare(redrawing, folder)
     _say(settings, redrawing.told)
@@ -67,7 +67,7 @@ def make_again(cls: type[Redrawing], settings: RedrawSettings, given: Collection
         )
     task = prepare_remake(cls, settings)
     written, id = remake(task), task.row.request.id
-    told = f"{len(written)} files written" if written else "every byte as it was"
+    told = f"{counted(len(written), 'file')} written" if written else "every byte as it was"
     _say(settings, f"sample {id}: made again, {told}")
     _put(settings, {"path": settings.out, "id": id, "written": written}, settings.out)
     return 0
@@ -79,7 +79,7 @@ def _end(settings: RedrawSettings, result: Result) -> int:
     facts |= {"complete": result.is_complete, "images_per_second": round(rate, 4)}
     _put(settings, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
-        speed = f"{result.made} images in {duration(result.seconds)}, {rate:.3g} images per second"
+        speed = f"{counted(result.made, 'image')} in {duration(result.seconds)}, {rate:.3g} images per second"
         _say(settings, f"{speed}; look at {result.path}/gallery/index.html")
     result.check()
     return 0

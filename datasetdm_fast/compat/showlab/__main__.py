@@ -13,7 +13,7 @@ import numpy as np
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress, duration
+from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
 from datasetdm_fast.compat.showlab.demo import Demo
 from datasetdm_fast.compat.showlab.files import Answer, jpeg
 from datasetdm_fast.compat.showlab.lines import Line, read_line
@@ -105,7 +105,7 @@ def generate(plan: Planned, line: Line, again: str) -> int:
     order, names = plan.order, plan.names
     stored = generating.begun(order, plan.folders)
     if result := generating.already(order, stored, names):
-        _say(line, f"{order.out}: complete with {result.done} images, nothing to do")
+        _say(line, f"{order.out}: complete with {counted(result.done, 'image')}, nothing to do")
         return _end(line, order.out, result)
     job = generating.prepare(order, plan.filed, stored)
     _say(line, *telling.rows(order, job))
@@ -128,7 +128,9 @@ def generate(plan: Planned, line: Line, again: str) -> int:
             on_unet_call=progress.on_unet_call,
             is_stopping=interruption.is_stopping,
         )
-    _say(line, f"{result.made} images in {duration(result.seconds)}; look at {result.path}/gallery/index.html")
+    _say(
+        line, f"{counted(result.made, 'image')} in {duration(result.seconds)}; look at {result.path}/gallery/index.html"
+    )
     code = _end(line, order.out, result)
     if not result.is_complete:
         print(f"{result.done} of {result.number} images are there; go on with: {again}", file=sys.stderr)
@@ -202,7 +204,10 @@ def _make_again(arguments: Sequence[str]) -> int:
     generating.begun(plan.order, plan.folders)
     job = generating.prepare(plan.order, plan.filed, stored)
     written = generating.remake(plan.order, job, values["--only"])
-    print(f"sample {values['--only']}: made again, {len(written)} files of the run folder written", file=sys.stderr)
+    print(
+        f"sample {values['--only']}: made again, {counted(len(written), 'file')} of the run folder written",
+        file=sys.stderr,
+    )
     print(folder, flush=True)
     return 0
 
