@@ -174,7 +174,11 @@ def _size(shapes: Shapes, name: str, axis: int, otherwise: int = 0) -> int:
 def config_of(name: str, shapes: Shapes, levels: tuple[Level, ...]) -> DecoderConfig:
     """The configuration of a checkpoint: the settings of its kind, and the widths that its tensors have."""
     kind, settings = KINDS[name]
-    usual = upstream(kind, levels=levels, **settings)
+    return fitted(upstream(kind, levels=levels, **settings), shapes)
+
+
+def fitted(usual: DecoderConfig, shapes: Shapes) -> DecoderConfig:
+    """A configuration with the widths that the tensors of a checkpoint have."""
     width = _size(shapes, "low_feature_conv.0.weight", 0, usual.width)
     sizes = {"width": width}
     if usual.has_queries:
@@ -187,7 +191,7 @@ def config_of(name: str, shapes: Shapes, levels: tuple[Level, ...]) -> DecoderCo
             "mask_dim": _size(shapes, "mask_embed.layers.2.weight", 0, usual.mask_dim),
             "text_width": max(mixed - width, 1),
         }
-    if kind == "depth":
+    if usual.kind == "depth":
         sizes["depth_width"] = _size(shapes, "last_layer_depth.0.weight", 0, usual.depth_width)
     return DecoderConfig.from_json(replace(usual, **sizes).to_json())
 

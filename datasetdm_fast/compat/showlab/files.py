@@ -90,12 +90,18 @@ def class_map(answer: Answer, least: float = SMALLEST_AREA) -> np.ndarray:  # [H
 def candidates(answer: Answer, count: int) -> tuple[np.ndarray, list[int], Tensor]:
     """Masks [k, H, W] bool, classes and scores of the most probable pairs of query and class, in PyTorch's order."""
     logits, masks = answer.raw["pred_logits"].float(), at_size(answer.raw["pred_masks"], answer.size)
+    inside, classes, scores = best_pairs(logits, masks, count)
+    return inside.cpu().numpy() > 0, classes.tolist(), scores
+
+
+def best_pairs(logits: Tensor, masks: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of logits [Q, C + 1] and mask logits [Q, H, W], as tensors; the masks are 0 or 1."""
     probability = logits.softmax(-1)[:, :-1]
     best, places = probability.flatten().topk(min(count, probability.numel()), sorted=False)
     chosen = masks[places // probability.shape[1]]
     inside = (chosen > 0).float()
     mean = (chosen.sigmoid().flatten(1) * inside.flatten(1)).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
-    return inside.cpu().numpy() > 0, (places % probability.shape[1]).tolist(), best * mean
+    return inside, places % probability.shape[1], best * mean
 
 
 def best_of(scores: Tensor, count: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""Modules that DatasetDM's scripts import, by the names they use, over this package's engines and decoders."""

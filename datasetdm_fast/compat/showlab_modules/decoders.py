@@ -1,0 +1,117 @@
+"""DatasetDM's decoder classes by name and call, each filled with one of this package's decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.compat.showlab_modules import session
+from datasetdm_fast.compat.showlab_modules.attention import AttentionStore, by_level
+from datasetdm_fast.data import Capture
+from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream
+from datasetdm_fast.decoders.config import SD1_LEVELS, upstream
+from datasetdm_fast.decoders.upstream import PREFIX, fitted
+from datasetdm_fast.stages import LEVELS
+
+
+class NamedDecoder(nn.Module):
+    """A decoder that takes the features and attention of a script; it stays as it is trained, as DatasetDM leaves it:
+    its spectral norms move from image to image.
+    """
+
+    kind = ""
+
+    def __init__(self, **settings: Any):
+        super().__init__()
+        here = session.current()
+        self.levels = here.model.levels if here.has_model else SD1_LEVELS
+        self.settings = settings
+        self.place = torch.device("cpu")
+        self.decoder: nn.Module | None = None
+
+    def to(self, device: Any) -> NamedDecoder:
+        self.place = torch.device(device)
+        return super().to(device)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
+        """Takes a checkpoint of DatasetDM, `module.` before its names or not; the widths of layers are those it has."""
+        shapes = {name.removeprefix(PREFIX): tuple(value.shape) for name, value in state.items()}
+        config = fitted(upstream(self.kind, levels=self.levels, **self.settings), shapes)
+        self.decoder = load_upstream(build_decoder(config), state, strict=True).to(self.place)
+
+    def forward(
+        self,
+        features: Mapping[str, Sequence[Tensor]],
+        controller: AttentionStore,
+        prompts: Sequence[str],
+        tokenizer: Any = None,
+        class_embedding: Tensor | None = None,
+    ):
+        if self.decoder is None:
+            raise RuntimeError(f"{type(self).__name__}: no checkpoint was loaded into it")
+        found = tuple(tuple(features[level]) for level in LEVELS)
+        cells = [level[0].shape[-2] * level[0].shape[-1] for level in found]
+        capture = Capture(found, by_level(controller.get_average_attention(), cells, len(prompts)))
+        text = None if class_embedding is None else class_embedding[:, 0].expand(len(prompts), -1)
+        return self.answered(self.decoder(capture, text))
+
+    def answered(self, raw: dict[str, Tensor]):
+        """The answer in the form that scripts take."""
+        return raw
+
+
+class seg_decorder(NamedDecoder):
+    """Masks and class logits of queries; DatasetDM's own defaults are those of Cityscapes."""
+
+    kind = "segmentation"
+
+    def __init__(self, num_queries: int = 100, num_classes: int = 19, **_: Any):
+        super().__init__(queries=num_queries, classes=tuple(f"class {k}" for k in range(num_classes)))
+
+
+class seg_decorder_open_word(NamedDecoder):
+    """The same for the word whose embedding is given with the features."""
+
+    kind = "open-vocabulary"
+
+    def __init__(self, num_queries: int = 100, num_classes: int = 2, **_: Any):
+        super().__init__(queries=num_queries)
+
+
+class Depthmodule(NamedDecoder):
+    """Depth in metres [B, 1, H, W]."""
+
+    kind = "depth"
+
+    def __init__(self, max_depth: float = 10.0, **_: Any):
+        super().__init__(max_depth=float(max_depth))
+
+    def answered(self, raw: dict[str, Tensor]) -> Tensor:
+        return raw["depth"]
+
+
+class PoseModule_HeatMap(NamedDecoder):
+    """Heatmaps of joints [B, J, h, w]."""
+
+    kind = "heatmap"
+
+    def __init__(self, cfg: Any = None):
+        super().__init__()
+
+    def answered(self, raw: dict[str, Tensor]) -> Tensor:
+        return raw["heatmaps"]
+
+
+class PoseModule(NamedDecoder):
+    """Logits of the columns and of the rows of joints."""
+
+    kind = "simcc"
+
+    def __init__(self, cfg: Any = None):
+        super().__init__()
+
+    def answered(self, raw: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return raw["x"], raw["y"]
