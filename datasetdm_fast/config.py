@@ -93,6 +93,8 @@ SAMPLERS = {  # name -> module that ends with its SAMPLER
     "ddim": "datasetdm_fast.sampling.ddim",
     "dpm-solver++": "datasetdm_fast.sampling.dpm_solver",
 }
+# diffusers' class -> sampler
+SCHEDULERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm-solver++"}
 PROFILES = ("0.3.0", "0.14.0")
 OWN_FORMATS = {  # name -> module:format
     "coco": "datasetdm_fast.exporting.coco:COCO",

@@ -14,7 +14,7 @@ from datasetdm_fast.config import ATTENTION, LABELS, LabelConfig
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.generation import driver, job, prompts, settings
+from datasetdm_fast.generation import diffusing, driver, job, prompts, settings
 from datasetdm_fast.generation.class_prompts import check_class_prompt
 from datasetdm_fast.generation.inverted import generator_of, inverting, said
 from datasetdm_fast.generation.pictures import in_memory
@@ -28,13 +28,14 @@ from datasetdm_fast.run_folder.reader import SHOWN, Run, StoredSample, TaskDatas
 from datasetdm_fast.stages import FACTOR, LEVELS
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from torch import Tensor
 
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
     from datasetdm_fast.engines.engine import Engine
 
-__all__ = ["Output", "Pipeline", "Run", "Sample", "StoredSample", "TaskDataset", "open_run"]
+__all__ = ["DiffusionOutput", "Output", "Pipeline", "Run", "Sample", "StoredSample", "TaskDataset", "open_run"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,6 +95,18 @@ class Output:
             }
             for sample in self.samples
         ]
+
+
+@dataclass(frozen=True, repr=False)
+class DiffusionOutput(Output):
+    """Samples, and their images in the form that was asked for."""
+
+    converted: Any
+
+    @property
+    def images(self) -> Any:
+        """A list of PIL images, [N, H, W, 3] or [N, 3, H, W] float32 in 0 .. 1, or latents [N, 4, h, w]."""
+        return self.converted
 
 
 class Pipeline:
@@ -203,6 +216,63 @@ class Pipeline:
         requests = map(partial(_checked, recipe=recipe, tokenizer=self.engine.model.tokenizer), requests)
         make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
         return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe, make)
+
+    def diffuse(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        callback_on_step_end: Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        output_type: str = "pil",
+        tasks: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
+        sampler: str = "",
+        batch_size: int = 0,
+        truncate: bool = False,
+        **choices: Any,
+    ) -> DiffusionOutput:
+        """Images and labels by the arguments of diffusers' StableDiffusionPipeline: with the same generators the images
+        that it makes.
+
+        One generator, or None for PyTorch's own, draws the noise of all images, several draw one's each; how they are
+        batched changes no noise. `callback_on_step_end` is called once per step of a batch, with this pipeline, the
+        step, its timestep and {"latents": [B, 4, h, w]}, and returns such a dict with the latents to go on with.
+        `output_type` is "pil", "np", "pt" or "latent". An empty `sampler` is that of the model's scheduler. Other
+        choices are those of `stream`.
+        """
+        if output_type not in diffusing.OUTPUT_TYPES:
+            raise Refused(
+                f"output_type: {output_type!r} is none of {', '.join(diffusing.OUTPUT_TYPES)}", "Choose one of these."
+            )
+        texts, negatives = diffusing.listed(prompt, negative_prompt)
+        chosen = self.tasks if tasks is None else tuple(tasks)
+        settings.check_numbers(steps=num_inference_steps, guidance=guidance_scale, batch_size=batch_size)
+        self._check_tasks(chosen)
+        recipe, words = self._recipe(
+            chosen,
+            classes,
+            sampler=sampler or diffusing.sampler_of(self.engine.model),
+            steps=num_inference_steps,
+            guidance=max(guidance_scale, 1.0),  # up to 1 the text alone decides, as in diffusers
+            **{"profile": diffusing.PROFILE, **choices},
+        )
+        fitted = [
+            _checked(each, recipe, self.engine.model.tokenizer)
+            for each in self._requests(texts, [0] * len(texts), words, truncate, negatives)
+        ]
+        noise, seeds = diffusing.drawn(generator, len(texts), recipe.size)
+        told = None if callback_on_step_end is None else partial(callback_on_step_end, self)
+        facts = {**recipe.facts, "noise": "of the caller's generators"}
+        recipe = replace(recipe, facts=facts, origin=diffusing.GivenNoise(noise, told))
+        requests = (replace(each, seed=seed) for each, seed in zip(fitted, seeds, strict=True))
+        kept: dict[int, Tensor] = {}
+        size = max(min(batch_size or self.engine.suggested_batch(), len(texts)), 1)
+        make = partial(diffusing.KeepingGenerator, kept=kept) if output_type == "latent" else None
+        samples = list(self._samples(_batches(requests, size), recipe, make))
+        return DiffusionOutput(samples, diffusing.converted(samples, output_type, kept))
 
     def label(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 from datasetdm_fast import Pipeline, data, engines, open_run, stages
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.kernels import OPS
-from datasetdm_fast.pipeline import Output, Run
+from datasetdm_fast.pipeline import DiffusionOutput, Output, Run
 
 RECORDED = Path(__file__).parent / "golden" / "interface.json"
 NOUNS = ("Request", "Batch", "Capture", "ProjectedCapture", "AttentionSums", "SemanticMap", "Instances", "DepthMap")
@@ -48,8 +48,9 @@ def interface() -> dict[str, Any]:
         "stages.STAGES": sorted(stages.STAGES),
         "stages.levels": signature(stages.levels),
     }
-    for name, kind in (("Pipeline", Pipeline), ("Output", Output), ("Run", Run), ("engines.Engine", Engine)):
-        found[name] = members(kind)
+    for kind in (Pipeline, Output, DiffusionOutput, Run):
+        found[kind.__name__] = members(kind)
+    found["engines.Engine"] = members(Engine)
     found["engines.Engine"] |= {name: "attribute" for name in sorted(Engine.__annotations__)}
     found |= {f"data.{name}": members(kind) for name in NOUNS if is_dataclass(kind := getattr(data, name))}
     found["stages.Level"] = members(stages.Level)

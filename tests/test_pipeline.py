@@ -292,6 +292,49 @@ def test_a_pipeline_in_memory_gives_what_its_folder_gives(tmp_path):
     assert not np.array_equal(again("a ball", seed=3, steps=2, tasks=()).images[0], images[0])
 
 
+def test_the_arguments_of_diffusers_give_its_images(pipe):
+    """Of several generators and of one, in batches of two, with a callback that changes latents in the middle."""
+    model, prompts = pipe.engine.model, ["a red ball", "two cubes", "a tree"]
+    theirs = in_diffusers(model)
+    theirs.set_progress_bar_config(disable=True)
+
+    def pulled(_, step, timestep, given):
+        return {"latents": given["latents"] * 0.5} if step == 1 else given
+
+    def same(labels=(), **choices):
+        generators = [[torch.Generator().manual_seed(seed) for seed in (7, 2, 7)] for _ in range(2)]
+        if choices.pop("is_one", False):
+            generators = [torch.Generator().manual_seed(9) for _ in range(2)]
+        given = {"num_inference_steps": 3, "callback_on_step_end": pulled, **choices}
+        expected = theirs(prompts, generator=generators[0], **given).images
+        found = pipe.diffuse(prompts, generator=generators[1], batch_size=2, tasks=labels, **given)
+        return found, found.images, expected
+
+    found, images, expected = same(output_type="latent", guidance_scale=1.0, negative_prompt=["fog", "", "rain"])
+    torch.testing.assert_close(images, expected, atol=1e-3, rtol=1e-3)
+    _, images, expected = same(output_type="pt", is_one=True, guidance_scale=4.0, negative_prompt=["fog"] * 3)
+    torch.testing.assert_close(images, expected, atol=1.1 / 255, rtol=0)
+    found, images, expected = same(labels=("depth",))
+    for mine, other in zip(images, expected, strict=True):
+        assert np.abs(np.asarray(mine, int) - np.asarray(other, int)).max() <= 1
+    assert len(found.depth) == 3 and [entry["seed"] for entry in found.meta] == [7, 2, 7]
+    assert pipe.diffuse("a ball", num_inference_steps=2, output_type="np", tasks=()).images.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.parametrize(
+    "choices, message",
+    [
+        ({"output_type": "jpg"}, "output_type: 'jpg' is none of pil, np, pt, latent"),
+        ({"negative_prompt": ["fog"]}, "negative_prompt: 1 were given for 2 prompts"),
+        ({"generator": [torch.Generator()] * 3}, "generator: 3 were given for 2 prompts"),
+        ({"callback_on_step_end": lambda *given: {"latents": torch.zeros(1)}}, r"latents of shape \[1\], expected"),
+    ],
+)
+def test_wrong_arguments_of_diffusers_are_refused(pipe, choices, message):
+    with pytest.raises(Refused, match=message):
+        pipe.diffuse(["a ball", "a cube"], num_inference_steps=2, **{"tasks": (), **choices})
+
+
 def test_an_adapter_is_fused_at_its_scale(tmp_path):
     model, layer = load_model("tiny"), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     before = model.unet.get_submodule(layer).weight

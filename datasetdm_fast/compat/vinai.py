@@ -19,7 +19,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted
 from datasetdm_fast.compat.vinai_lists import KINDS, PromptList, classes_of, read_list
-from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, RunConfig, setting
+from datasetdm_fast.config import ATTENTION, ENGINE_NAMES, PARITIES, SCHEDULERS, RunConfig, setting
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents
@@ -37,7 +37,6 @@ PROG = "python -m datasetdm_fast.compat.vinai"
 PARITY = "dataset-diffusion"
 EXAMPLES = ("--sd-path SD --json-path voc_prompts.json --work-dir OUT",)
 RUN = ".run"  # the run folder in the folder of the data set
-SCHEDULERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm-solver++"}
 # mmsegmentation's colours of COCO's classes, 1 to 80
 COCO_COLOURS = """
 00c040 00c040 004060 80c0c0 004040 00c0e0 00c0c0 80c040 00c060 80c040 8020c0 0000e0 000040 00a0c0 800060 8000c0

@@ -1,0 +1,134 @@
+"""Images by the arguments of diffusers' pipelines: noise of a caller's generators, a callback after every step, images
+in a caller's form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.config import SCHEDULERS
+from datasetdm_fast.data import Batch, Request, Sample
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.generation import driver
+from datasetdm_fast.generation.origin import Beginning, FromNoise
+from datasetdm_fast.stages import FACTOR
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from datasetdm_fast.engines.engine import Engine
+    from datasetdm_fast.loading import Model
+    from datasetdm_fast.sampling.schedule import Schedule
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PROFILE = "0.14.0"  # whose timesteps later versions of diffusers have, too
+OnStepEnd = Callable[[int, "Tensor", dict[str, "Tensor"]], "dict[str, Tensor] | None"]
+
+
+def listed(prompt: str | Sequence[str], negative: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Prompts and as many negative prompts."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise Refused("prompt: none was given", "Give at least one.")
+    negatives = [negative or ""] * len(prompts) if isinstance(negative, str | None) else list(negative)
+    if len(negatives) != len(prompts):
+        raise Refused(
+            f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts", "Give one, or one a prompt."
+        )
+    return prompts, negatives
+
+
+def drawn(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int, size: int
+) -> tuple[Tensor, list[int]]:
+    """[count, 4, h, w] fp32 noise on the CPU as diffusers draws it, and the seed of each image's generator: one
+    generator, or None for PyTorch's own, draws all images at once, several draw one each.
+    """
+    import torch
+
+    shape = (4, size // FACTOR, size // FACTOR)
+    if generator is None or isinstance(generator, torch.Generator):
+        one = torch.default_generator if generator is None else generator
+        noise = torch.randn((count, *shape), generator=one, device=one.device).cpu()
+        return noise, [one.initial_seed() % 2**63] * count
+    several = list(generator)
+    if len(several) != count:
+        raise Refused(f"generator: {len(several)} were given for {count} prompts", "Give one, or one a prompt.")
+    parts = [torch.randn((1, *shape), generator=one, device=one.device).cpu() for one in several]
+    return torch.cat(parts), [one.initial_seed() % 2**63 for one in several]
+
+
+def sampler_of(model: Model) -> str:
+    """The sampler that a model's scheduler is of."""
+    named = model.scheduler.get("_class_name", "PNDMScheduler")
+    if named not in SCHEDULERS:
+        raise Refused(
+            f"scheduler: the model's own, {named}, is none of {', '.join(SCHEDULERS)}",
+            "Name another: sampler='ddim'.",
+        )
+    return SCHEDULERS[named]
+
+
+@dataclass(frozen=True)
+class GivenNoise(FromNoise):
+    """Images from noise that is there; after every call a caller may put other latents in the place of a batch's."""
+
+    noise: Tensor  # [N, 4, h, w] fp32, by the index of a request
+    on_step_end: OnStepEnd | None = None
+
+    def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
+        from datasetdm_fast.engines.device import to_device
+
+        latents = to_device(self.noise[[request.index for request in requests]], engine.device)
+        if self.on_step_end is None:
+            return Beginning(latents)
+        count = len({request.index for request in requests})  # the rest are repeats of the last
+        return Beginning(latents, partial(_after, self.on_step_end, schedule, count))
+
+
+def _after(told: OnStepEnd, schedule: Schedule, count: int, call: int, latents: Tensor) -> Tensor:
+    """The latents that the next call gets: those that the callback returns for the first `count` of a batch."""
+    import torch
+
+    own = latents[:count].clone()
+    changed = (told(call, torch.tensor(schedule.timesteps[call]), {"latents": own}) or {}).get("latents", own)
+    if changed.shape != own.shape:
+        raise Refused(
+            f"callback_on_step_end: it returned latents of shape {list(changed.shape)}, expected {list(own.shape)}",
+            "Return them in the shape they came in.",
+        )
+    return torch.cat([changed.to(latents), latents[count:]])
+
+
+class KeepingGenerator(driver.BatchGenerator):
+    """Keeps the last latents of every image, by its place."""
+
+    def __init__(self, *arguments: Any, kept: dict[int, Tensor]):
+        super().__init__(*arguments)
+        self.kept = kept
+
+    def sample(self, batch: Batch) -> driver.SampledBatch:
+        made = super().sample(batch)
+        self.kept |= {request.index: made.latents[place] for place, request in enumerate(batch.requests)}
+        return made
+
+
+def converted(samples: Sequence[Sample], output_type: str, kept: Mapping[int, Tensor]) -> Any:
+    """The images as diffusers returns them: a list of PIL images, [N, H, W, 3] or [N, 3, H, W] float32 in 0 .. 1, or
+    the latents [N, 4, h, w].
+    """
+    import numpy as np
+    import torch
+
+    if output_type == "pil":
+        from PIL import Image
+
+        return [Image.fromarray(sample.image) for sample in samples]
+    if output_type == "latent":
+        return torch.stack([kept[place].cpu() for place in range(len(samples))])
+    pixels = np.stack([sample.image for sample in samples]).astype(np.float32) / 255
+    return pixels if output_type == "np" else torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
