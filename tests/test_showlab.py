@@ -29,7 +29,7 @@ from datasetdm_fast.compat.showlab import __main__ as command
 from datasetdm_fast.compat.showlab import contours, demo, drawing, files, generating, order, splicing, training
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.decoders import upstream as checkpoints
-from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream
+from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream, save_decoder
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.labels.class_tables import table
@@ -368,6 +368,19 @@ def test_the_other_labels(run, tmp_path, script, kind, suffix, folder):
     run(*line, "--limit", "1", "--batch_size", "1", "--outdir", tmp_path / "out")
     stem = {"voc": "aeroplane_200000", "coco": "person_200000"}.get(kind, "200000")
     assert set(tree(tmp_path / "out")) == {f"Image/{stem}.jpg", f"{folder}/{stem}.{suffix}"}
+
+
+def test_a_decoder_with_the_classes_of_its_own_lvis_data_labels(run, root, model, tmp_path):
+    """As the trainer leaves it: three class logits for two categories, whatever the configuration says."""
+    network, settings = checkpoints.KINDS["lvis"]
+    sizes = {**SMALL[network], **settings, "classes": ("bow", "can"), "levels": model.levels}
+    config = upstream(network, **sizes, text_width=model.networks["text_encoder"].config.hidden_size)
+    save_decoder(build_decoder(config), tmp_path / "checkpoint/.train/instance")
+    (tmp_path / "own.pth").write_bytes(checkpoints.as_checkpoint(tmp_path / "checkpoint/.train/instance"))
+    write(tmp_path / "LVIS.yaml", f"SEG_Decorder:\n  num_classes: 80\n  num_queries: {config.queries}\n")
+    line = ("parallel_generate_Instance_LVIS_AnyClass", "--grounding_ckpt", tmp_path / "own.pth", "--thread_num", "1")
+    run(*line, "--n_each_class", "1", "--config", tmp_path / "LVIS.yaml", "--limit", "1", "--outdir", tmp_path / "out")
+    assert set(tree(tmp_path / "out")) == {"Image/bow_(weapon)_200000.jpg", "Mask/bow_(weapon)_200000.txt"}
 
 
 def test_strict_norms_move_from_image_to_image(root, model):

@@ -38,6 +38,10 @@ def _things(name: str) -> tuple[str, ...]:
     return tuple(word for word in table(name).names if word != BACKGROUND)
 
 
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"thing {k + 1}" for k in range(count))
+
+
 _ANY_THING = {"task": "instance", "min_area": 0, "instance_class_from": "prompt"}  # taught one class for all things
 # What a checkpoint is called -> kind of decoder and the settings that its weights do not tell.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +49,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "cityscapes": ("segmentation", {"classes": table("cityscapes").names}),
     "deepfashion": ("segmentation", {"classes": table("deepfashion").names}),
     "coco": ("segmentation", {"classes": _things("coco"), **_ANY_THING}),
-    "lvis": ("segmentation", {"classes": tuple(f"thing {k + 1}" for k in range(LVIS_LOGITS)), **_ANY_THING}),
+    "lvis": ("segmentation", {"classes": _numbered(LVIS_LOGITS), **_ANY_THING}),
     "nyu": ("depth", {"max_depth": 10.0}),
     "kitti": ("depth", {"max_depth": 80.0}),
     "vkitti2": ("depth", {"max_depth": 80.0}),
@@ -174,6 +178,9 @@ def _size(shapes: Shapes, name: str, axis: int, otherwise: int = 0) -> int:
 def config_of(name: str, shapes: Shapes, levels: tuple[Level, ...]) -> DecoderConfig:
     """The configuration of a checkpoint: the settings of its kind, and the widths that its tensors have."""
     kind, settings = KINDS[name]
+    if name == "lvis":  # ours has a class for each category of its data; all are taught as one
+        logits = _size(shapes, "class_embed.weight", 0, LVIS_LOGITS + 1)
+        settings = settings | {"classes": _numbered(max(logits - 1, 1))}
     return fitted(upstream(kind, levels=levels, **settings), shapes)
 
 
