@@ -31,6 +31,7 @@ from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream, save_decoder
 from datasetdm_fast.decoders.config import upstream
+from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.loading import load_model
@@ -322,7 +323,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp_path, capsys):
+def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp_path, capsys, monkeypatch):
     line = (*NYU, "--number_data", "4", "--thread_num", "2", "--batch_size", "2", "--config", "config/NYU.yaml")
     run(*line, "--outdir", tmp_path / "whole")
     whole = tree(tmp_path / "whole")
@@ -348,6 +349,16 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
     capsys.readouterr()
     assert command.main(["--out", str(tmp_path / "parts/.run"), "--only", "00000003"]) == 0
     assert tree(tmp_path / "parts") == whole
+
+    sizes = []
+    denoise = FastEngine.denoise_and_capture
+    monkeypatch.setattr(
+        FastEngine, "denoise_and_capture", lambda self, x, *given: sizes.append(len(x)) or denoise(self, x, *given)
+    )
+    run(*line, "--batch_size", "3", "--together", "--limit", "1", "--outdir", tmp_path / "fast")
+    assert sizes == [3]
+    run(*line, "--batch_size", "3", "--outdir", tmp_path / "other")
+    assert sizes[1:] == [1] * 4 and tree(tmp_path / "other") == whole
 
     for other in (("--thread_num", "1"), ("--seed", "7"), ("--fixed",), ("--profile", "0.14.0")):
         assert "holds a run of another" in run(*line, *other, "--outdir", tmp_path / "parts", code=2).err

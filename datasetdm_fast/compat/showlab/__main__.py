@@ -113,12 +113,10 @@ def generate(plan: Planned, line: Line, again: str) -> int:
         for item in order.items:
             print(f"{item.stem}  seed {item.seed}  {item.prompt!r}")
         return 0
-    left = job.plan.number - job.done
+    left, together = job.plan.number - job.done, job.plan.batch_size if line["together"] else 1
     with (
         Interruption(line["quiet"]) as interruption,
-        ImageProgress(
-            min(left, line["limit"] or left), line["quiet"], job.plan.batch_size, len(job.recipe.schedule)
-        ) as progress,
+        ImageProgress(min(left, line["limit"] or left), line["quiet"], together, len(job.recipe.schedule)) as progress,
     ):
         result = generating.make(
             order,

@@ -95,6 +95,23 @@ class FilingGenerator(driver.BatchGenerator):
         return FiledSample(**{each.name: getattr(sample, each.name) for each in fields(sample)}, files=made)
 
 
+class SingleGenerator(FilingGenerator):
+    """Samples and labels each image of a batch by itself, so that the size of batches changes no byte."""
+
+    def sample(self, batch: Batch) -> list[driver.SampledBatch]:
+        sample = super().sample
+        return [sample(one) for one in singles(batch)]
+
+    def label(self, batch: Batch, drawn: list[driver.SampledBatch]) -> list[Sample | SetAside]:
+        label = super().label
+        return [result for one, own in zip(singles(batch), drawn, strict=True) for result in label(one, own)]
+
+
+def singles(batch: Batch) -> list[Batch]:
+    """A batch as batches of one, without its padding."""
+    return [Batch(batch.index, (request,)) for request in batch.requests]
+
+
 class MovingNorms:
     """Spectral norms of decoders in training mode, which move with every image of a process."""
 
@@ -163,7 +180,8 @@ def prepare(order: Order, filed: Filed, stored: Mapping[str, Any] | None) -> Job
     document = describe(identity_of(order), plan, engine, recipe, decoders)
     document |= {"command": COMMAND, "line": {"script": order.line.script, "values": dict(order.line.values)}}
     recipe = replace(recipe, facts=row_facts(document))
-    job = Job(config, plan, engine, recipe, document, 0, generator=partial(FilingGenerator, order=order, filed=filed))
+    kind = FilingGenerator if order.line["together"] else SingleGenerator
+    job = Job(config, plan, engine, recipe, document, 0, generator=partial(kind, order=order, filed=filed))
     if stored is not None:
         job = replace(adopt(job, stored), done=count_rows(config))
     check_room(job)

@@ -26,7 +26,8 @@ def rows(order: Order, job: Job) -> Iterator[str]:
     )
     for label, (kind, path) in order.checkpoints.items():
         yield _row("", f"{path}: {label} by a decoder of {kind}")
-    yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, batches of {job.plan.batch_size}")
+    networks = "batches" if line["together"] else "one image at a time in the networks, batches"
+    yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks} of {job.plan.batch_size}")
     if idle := [flag.name for flag in NO_EFFECT if flag.name in line.given]:
         yield _row("ignored", f"{', '.join(f'--{name}' for name in idle)}: without effect in DatasetDM, too")
     yield _row("mended", MENDED)
