@@ -16,6 +16,7 @@ from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.cli import main as cli_main
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.compat.showlab.__main__ import SCRIPTS
 from datasetdm_fast.generate import main
 from datasetdm_fast.loading.presets import DEMO
 
@@ -184,12 +185,13 @@ def known_flags():
             text=True,
             check=True,
         ).stdout
-        found[name] = set(re.findall(r"--[a-z-]+", shown))
+        found[name] = set(re.findall(r"--[a-z_-]+", shown))
+    found["showlab"] = {f"--{flag.name}" for script in SCRIPTS.values() for flag in script.flags}
     return found
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent != ROOT / "bench"], ids=lambda page: page.name)
 def test_every_flag_in_a_sentence_exists(page, known_flags):
-    for name, flag in re.findall(r"`(?:([a-z]+) )?(--[a-z-]+)", page.read_text(encoding="utf-8")):
+    for name, flag in re.findall(r"`(?:([a-z]+) )?(--[a-z_-]+)", page.read_text(encoding="utf-8")):
         wanted = known_flags[name] if name in known_flags else set().union(*known_flags.values())
         assert flag in wanted, f"{name} {flag}"
