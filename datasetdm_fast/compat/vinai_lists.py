@@ -94,7 +94,7 @@ def read_list(path: Path, kind: str, start: int, end: int) -> PromptList:
 def _phrases(name: str) -> list[list[str]]:
     """How a class prompt lists a class: by its name, as a person says it, or "tv monitor"."""
     said = dict.fromkeys((name, *spoken((name,))))
-    said |= dict.fromkeys(word for word in further_words(name) if word.replace(" ", "") == name)
+    said |= dict.fromkeys(word for word in further_words(name, None) if word.replace(" ", "") == name)
     return [each.split() for each in said]
 
 
