@@ -86,6 +86,7 @@ OWN_ENGINES = {
 ENGINES = Registry("engines", OWN_ENGINES, EngineKind)
 ENGINE_NAMES = ("auto", *ENGINES.names)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
+MOST_TRIES = 10  # samples that a run makes for every one that is asked for, before it gives up
 HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 SAMPLERS = {  # name -> module that ends with its SAMPLER
@@ -294,10 +295,10 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     FLAGS = (
         "model lora decoder task combine labeller classes class_table ask exponent threshold uncertainty self_cells "
         "cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
-        "per_class keep refill ignore ignore_below seed steps guidance sampler profile size batch_size image_format "
-        "palette format out only resume mixed limit page_every verify verify_anyway verify_every dry_run "
-        "allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile device provider streams "
-        "engines trt_flavour"
+        "per_class keep accept most_tries refill ignore ignore_below seed steps guidance sampler profile size "
+        "batch_size image_format palette format out only resume mixed limit page_every verify verify_anyway "
+        "verify_every dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
+        "device provider streams engines trt_flavour"
     ).split()
 
     lora: tuple[str, ...] = setting(
@@ -406,6 +407,20 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
         "all: doubtful samples are kept and counted; trusted: they are set aside with their reason, and the run makes "
         "further ones until it has --number others",
         choices=("all", "trusted"),
+        identity="if given",
+    )
+    accept: str = setting(
+        "",
+        'condition on scores, such as "score >= 0.5 and agreement > 0.8": samples that do not meet it are set aside, '
+        "and the run makes further ones until it has --number others, with --per-class that many of every class",
+        metavar="COND",
+        identity="if given",
+    )
+    most_tries: int = setting(
+        MOST_TRIES,
+        "with --keep trusted or --accept: samples made at most for every one that is asked for, of each class where "
+        "the run counts by class",
+        metavar="N",
         identity="if given",
     )
     refill: bool = setting(

@@ -182,6 +182,7 @@ class Sample:
     annotations: dict[str, Annotation]  # task -> label
     provenance: dict[str, Any] = field(default_factory=dict)
     trust: Trust | None = None  # None where nothing has judged its labels
+    aside: str = ""  # why its run sets it aside; empty where the data set has it
 
     def __repr__(self) -> str:
         labels, request = ", ".join(self.annotations), self.request

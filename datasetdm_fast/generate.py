@@ -27,6 +27,7 @@ from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder, note
+from datasetdm_fast.run_folder.goal import counts_by_class
 from datasetdm_fast.run_folder.showing import ShownSoFar
 from datasetdm_fast.workers import devices, launched, ray_driver, spawn
 from datasetdm_fast.workers.launched import LaunchedProcess
@@ -44,7 +45,7 @@ EXAMPLES = (
 def main(arguments: Sequence[str]) -> int:
     config, given = parse(arguments, RunConfig, PROG, __doc__, EXAMPLES)
     config = with_folder(spelled_out(with_labels(config, given), given), given)
-    for name in ("prompts", "classes"):
+    for name in ("prompts", "classes", "accept"):
         if name in given and not getattr(config, name):
             raise Refused(f"--{name}: nothing was given after it", f"Drop the flag, or see {PROG} --help.")
     if config.only:
@@ -87,6 +88,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     interruption = Interruption(config.quiet)
     places = () if peer or config.cluster else devices.places(config)
+    if config.cluster and counts_by_class(config.identity()):
+        raise Refused(
+            f"--accept: with --per-class the machines of --cluster {config.cluster} cannot tell which class has enough",
+            "Leave out --per-class, or make the run on one machine with --gpus or --ranks.",
+        )
     if config.verify and (peer or config.cluster):
         raise Refused(
             f"--verify {config.verify}: several machines or processes that were started together make this run",
@@ -279,7 +285,7 @@ def _end(config: RunConfig, result: Result) -> int:
             f"{counted(result.made, 'image')} in {duration(result.seconds)} ({closing}), {rate:.3g} images per second"
         )
         _say(config, f"{speed}; look at {result.path}/gallery/index.html")
-    if result.doubtful:
+    if result.told:
         _say(config, result.told)
     if config.format and result.is_complete:
         _convert(config, result)

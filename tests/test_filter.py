@@ -19,7 +19,8 @@ from datasetdm_fast import filter, generate, splice
 from datasetdm_fast.curation import scores
 from datasetdm_fast.data import Request
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.run_folder import where
+from datasetdm_fast.labels.trust import NamedMap
+from datasetdm_fast.run_folder import sample_scores, where
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.events import EVENTS
 from datasetdm_fast.run_folder.folder import RunFolder
@@ -253,7 +254,7 @@ def test_conditions_follow_their_grammar():
 
 def test_sharpness_and_hash_tell_images_apart():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    assert scores.sharpness(noise) > 100 * scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
+    assert sample_scores.sharpness(noise) > 100 * sample_scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
     assert scores.difference_hash(noise) == scores.difference_hash(noise.copy())
     hashes = np.array([0, 7, 7, -1, 2**62], np.int64)
     assert scores.nearest(hashes, 0).tolist() == [64, 3, 0, 61, 1]
@@ -261,11 +262,11 @@ def test_sharpness_and_hash_tell_images_apart():
 
 
 def test_agreement_counts_pixels_with_one_name():
-    first = scores.NamedMap(np.array([[0, 1], [2, 2]]), ("wall", "ball", "cube"))
-    second = scores.NamedMap(np.array([[0, 1], [1, 2]]), ("", "ball", "cube"))
-    assert scores.agreement([first, second]) == pytest.approx(2 / 3)
-    assert scores.agreement([first]) is None
-    assert scores.agreement([first, scores.NamedMap(np.zeros((2, 2), int), ("", "dog"))]) is None
+    first = NamedMap(np.array([[0, 1], [2, 2]]), ("wall", "ball", "cube"))
+    second = NamedMap(np.array([[0, 1], [1, 2]]), ("", "ball", "cube"))
+    assert sample_scores.agreement([first, second]) == pytest.approx(2 / 3)
+    assert sample_scores.agreement([first]) is None
+    assert sample_scores.agreement([first, NamedMap(np.zeros((2, 2), int), ("", "dog"))]) is None
 
 
 def test_clip_scores_come_from_a_local_folder(run, tmp_path):

@@ -1,6 +1,7 @@
 """Doubtful samples are recorded, set aside and replaced, and the same samples come out whatever happens on the way."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,9 +187,79 @@ def test_it_gives_up(tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "run", "--keep", "trusted") == 4
 
 
+BY_CLASS = {"task": ("semantic", "instance"), "classes": ("ball", "star"), "per_class": 3, "accept": "presence >= 0.5"}
+LINE = [
+    word
+    for name, value in BY_CLASS.items()
+    for word in (f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value))
+]
+
+
+@pytest.fixture(scope="module")
+def accepted(tmp_path_factory):
+    """A run that counts the accepted samples of each class, made by one process without interruption."""
+    path = tmp_path_factory.mktemp("accept") / "accepted"
+    with pytest.MonkeyPatch.context() as patch:
+        torchless.install(patch.setattr)
+        assert run(path, *LINE) == 0
+    return path
+
+
+def test_accepted_samples_are_counted_by_class_and_no_more_are_made(accepted):
+    samples, others = open_run(accepted), open_run(accepted, doubtful=True)
+    assert samples.is_complete and audit(accepted).findings == []
+    for place, name in enumerate(BY_CLASS["classes"]):
+        mine = [sample for sample in samples if sample.classes == (name,)]
+        indices = sorted(
+            sample.row.request.index for run in (samples, others) for sample in run if sample.classes == (name,)
+        )
+        assert len(mine) == 3 and indices[-1] == mine[-1].row.request.index, "the last one made is the third accepted"
+        assert indices == [k for k in range(indices[-1] + 1) if k // 3 % 2 == place], "none of the class is left out"
+    assert len(others) > 0 and {sample.row.reason for sample in others} == {"presence is 0, expected >= 0.5"}
+    assert "Samples with `presence >= 0.5`" in (accepted / "README.md").read_text()
+
+
+def test_the_scores_are_those_of_the_filter(accepted, tmp_path):
+    path = shutil.copytree(accepted, tmp_path / "run")
+    assert filter.main([str(path), "--where", BY_CLASS["accept"], "--quiet"]) == 0
+    assert ids(path, kept=True) == ids(path)
+
+
+def test_stopped_anywhere_it_accepts_the_same(accepted, tmp_path):
+    for _ in range(40):
+        assert run(tmp_path / "run", *LINE, "--limit", "4") == 0
+        if open_run(tmp_path / "run").is_complete:
+            break
+    assert tree(tmp_path / "run") == tree(accepted)
+
+
+def test_any_number_of_ranks_accepts_the_same(accepted, tmp_path):
+    config = RunConfig(out=str(tmp_path / "run"), number=NUMBER, batch_size=BATCH, quiet=True, **BY_CLASS)
+    places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]
+    limited = replace(config, limit=9)
+    assert not spawn.run(limited, places[1:], Callbacks(table, on_start=troubled.install)).is_complete
+    assert spawn.run(config, places, Callbacks(table, on_start=troubled.install)).is_complete
+    assert tree(tmp_path / "run") == tree(accepted)
+
+
+def test_it_tells_the_class_that_the_model_cannot_make(tmp_path, capsys):
+    """The arithmetic shows no instance of the last classes."""
+    line = ["--task", "instance", "--classes", "ball,person", "--per-class", "2", "--most-tries", "4"]
+    assert run(tmp_path / "run", *line, "--accept", "presence == 1") == 4
+    told = "fewer than 2 of 8 samples with presence == 1 of these classes: person (0)"
+    assert told in capsys.readouterr().err and len(ids(tmp_path / "run")) == 2
+    assert run(tmp_path / "run", *line, "--accept", "presence == 1") == 4
+
+
 @pytest.mark.parametrize(
     "flags, told",
     [
+        (["--accept", "scor > 0.5"], "--accept: 'scor' is no score (did you mean score?)"),
+        (["--accept", "clip > 0.5"], "--accept: 'clip' is no score"),
+        (["--accept", ""], "--accept: nothing was given after it"),
+        (["--accept", "agreement > 0", "--task", "semantic"], "no sample of semantic has the score agreement"),
+        (["--accept", "score > 0", "--task", "depth"], "no sample of depth has the score score"),
+        (["--most-tries", "3"], "--most-tries 3: no sample is set aside"),
         (["--ignore-below", "1.5"], "--ignore-below 1.5: expected a number from 0 to 1"),
         (["--refill"], "holds no samples yet"),
         (["--keep", "trusted", "--prompts", '{"prompt": "a ball", "seed": 3}'], "prompts with seeds of their own"),

@@ -27,8 +27,8 @@ def install(environment: Mapping[str, str] = MappingProxyType({})) -> None:
     torchless.install()
     undisturbed = driver.generate
 
-    def troubled(batches, engine, recipe, on_unet_call=lambda: None):
-        for batch, results in undisturbed(batches, engine, recipe, on_unet_call):
+    def troubled(batches, engine, recipe, on_unet_call=lambda: None, make=None):
+        for batch, results in undisturbed(batches, engine, recipe, on_unet_call, make):
             time.sleep(float(os.environ.get(SECONDS, "0")))
             if any("poison" in request.prompt for request in batch.requests):
                 os.kill(os.getpid(), signal.SIGKILL)

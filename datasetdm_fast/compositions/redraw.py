@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.sampling.schedule import Schedule
 
 # settings of a run that its compositions do not have: what its samples were chosen by, and which pixels it ignored
-NOT_KEPT = ("prompts", "number", "per_class", "truncate_prompts", "keep", "ignore", "ignore_below")
+NOT_KEPT = "prompts number per_class truncate_prompts keep accept most_tries ignore ignore_below".split()
 KEPT = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"] and flag.name not in NOT_KEPT}
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.curation.scores import agreement
 from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.labels.trust import named_map
 from datasetdm_fast.run_folder.document import check_same
 from datasetdm_fast.run_folder.reader import Run, StoredSample
+from datasetdm_fast.run_folder.sample_scores import agreement
 
 OTHER_NOISE = (10**9 + 7, 2 * 10**9 + 11)  # added to a sample's seed; a generator reads no more than its last 32 bits
 LARGEST_SEED = 2**63

@@ -22,6 +22,7 @@ from datasetdm_fast.generation.settings import check_settings, count_images, ide
 from datasetdm_fast.labels import class_tables, kind_of
 from datasetdm_fast.labels.colours import OURS
 from datasetdm_fast.labels.numbering import coloured, laid_out, numbered
+from datasetdm_fast.run_folder.acceptance import check_scored
 from datasetdm_fast.run_folder.document import (
     FORMAT,
     GROWING,
@@ -35,6 +36,7 @@ from datasetdm_fast.run_folder.document import (
     sets_aside,
 )
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.goal import counts_by_class
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger
 from datasetdm_fast.run_folder.seal import is_indexed
 from datasetdm_fast.version import __version__
@@ -84,12 +86,12 @@ class Job:
 
     @property
     def sets_aside(self) -> bool:
-        """Whether doubtful samples are set aside and replaced."""
+        """Whether samples are set aside and replaced."""
         return sets_aside(self.document["config"])
 
     @property
     def makes_up(self) -> bool:
-        """Whether this command makes others in the place of doubtful samples, however many these are."""
+        """Whether this command makes others in the place of those set aside, however many these are."""
         return self.sets_aside and not self.config.limit
 
     @property
@@ -188,6 +190,11 @@ def refill(config: RunConfig) -> None:
                 f"--refill: no sample of {config.out} was dropped, and doubtful ones are kept",
                 "Drop some with python -m datasetdm_fast.drop, or add --keep trusted.",
             )
+        if dropped and counts_by_class(wanted):
+            raise Refused(
+                f"--refill: {config.out} counts the samples of each class, so that none takes the place of another",
+                f"Bring them back with python -m datasetdm_fast.restore {config.out}, or choose another --out.",
+            )
         if dropped and "seeds" in stored["plan"]:
             raise Refused(
                 f"--refill: the prompts of {config.out} have seeds of their own, so that further images would repeat "
@@ -204,7 +211,7 @@ def refill(config: RunConfig) -> None:
     number = max(stored["plan"]["number"], stored["config"]["number"] + dropped)
     document = stored | {"config": wanted, "plan": stored["plan"] | {"number": number}}
     with RunFolder(Path(config.out), document) as folder:
-        if sets_aside(wanted):
+        if config.keep == "trusted":
             folder.set_doubtful_aside()
 
 
@@ -261,6 +268,7 @@ def compose(
         words=words,
         truncate=config.truncate_prompts,
         turns=most_samples(config.identity(), 1),
+        is_by_class=counts_by_class(config.identity()),
     )
     if recipe.words and not config.allow_unnamed and not recipe.asks_all:
         check_named(source, plan)
@@ -273,6 +281,7 @@ def compose(
         race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
         engine = race.engine
     document = describe(identity(config, source), plan, engine, recipe, decoders)
+    check_scored(document)
     facts = row_facts(document)
     precision = document["engine"].get("dtype", "")
     half = precision if dtype == HALF and precision != "fp32" else ""

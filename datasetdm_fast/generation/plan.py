@@ -17,6 +17,7 @@ from datasetdm_fast.generation.prompts import (
 )
 from datasetdm_fast.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.labels.words import find_classes
+from datasetdm_fast.run_folder.goal import place
 from datasetdm_fast.scenes.world import sample_scene
 
 DEMO_SCENES = 900_000_000  # first scene seed of the demo captions, far from those the demo model was trained on
@@ -74,9 +75,10 @@ def make_plan(
     words: Sequence[str] = (),
     truncate: bool = False,
     turns: int = 1,
+    is_by_class: bool = False,
 ) -> Plan:
     """The plan of a run; `words` are the class words to look for where --classes names none, `turns` how many samples
-    may be made for every one that is asked for.
+    may be made for every one that is asked for, `is_by_class` whether the samples of a class lie side by side.
     """
     words = source.classes or tuple(words)
     chosen = source.classes if source.per_class else ()
@@ -95,8 +97,9 @@ def make_plan(
 
     def prompt(index: int) -> GivenPrompt:
         if chosen:
-            text, own = template(names[index % len(chosen)], index // len(chosen)), chosen[index % len(chosen)]
-            return GivenPrompt(0, text, (*find_classes(text, words, source.table), own))
+            kind, turn = place(index, source.per_class if is_by_class else 1, len(chosen))
+            text = template(names[kind], turn)
+            return GivenPrompt(0, text, (*find_classes(text, words, source.table), chosen[kind]))
         if prompts:
             return prompts[index % len(prompts)]
         return GivenPrompt(0, sample_scene(DEMO_SCENES + seed + index).caption)
@@ -108,7 +111,7 @@ def make_plan(
     if has_seeds and turns > 1:
         raise Refused(
             f"{source.name}: prompts with seeds of their own, so that further images would repeat the first ones",
-            "Drop the seeds, or --keep trusted: filter leaves out doubtful samples later.",
+            "Drop the seeds, or --keep trusted and --accept: filter leaves out samples later.",
         )
     most = number * turns
     return Plan(prompt, words, number, seed, size, source.digest, most, has_seeds, negative, source.table)

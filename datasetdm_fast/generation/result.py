@@ -1,13 +1,17 @@
 """What a run has to show: samples, quarantined samples, speed."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.run_folder.document import ASIDE, LEDGER, most_samples, read_document
+from datasetdm_fast.run_folder.document import ASIDE, LEDGER, read_document, sets_aside
 from datasetdm_fast.run_folder.folder import RunFolder
-from datasetdm_fast.run_folder.ledger import SET_ASIDE, Ledger
+from datasetdm_fast.run_folder.goal import Goal, goal_of
+from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger
+
+LOOK = "Look at the others in its gallery; other prompts or decoders may help."
 
 
 @dataclass(frozen=True)
@@ -20,35 +24,32 @@ class Result:
     seconds: float = 0.0  # of this process's work, its closing included
     closing_seconds: float = 0.0  # of these, for the index files and the gallery
     doubtful: int = 0  # of those done, or where they are set aside, of those beside them
-    most: int = 0  # samples that the run may make in all
-    dropped: int = 0  # samples that were made and then dropped
-
-    @property
-    def is_complete(self) -> bool:
-        return self._there >= self.number or self._is_exhausted
-
-    @property
-    def _there(self) -> int:
-        return self.done + self.set_aside + self.dropped
-
-    @property
-    def _is_exhausted(self) -> bool:
-        return self.most > self.number and self._there + self.doubtful >= self.most
+    goal: Goal | None = None  # None before there is a run folder
+    is_complete: bool = False  # whether nothing more is to be made
+    lacking: Mapping[str, int] = field(default_factory=dict)  # class -> samples it has, where it can have no more
+    accept: str = ""  # the condition on the samples of the data set
 
     @property
     def told(self) -> str:
-        """How many samples are doubtful, in words."""
-        if self.most > self.number:
+        """How many samples are doubtful or were set aside, in words; empty where none."""
+        if not self.doubtful:
+            return ""
+        if self.accept:
+            return f"{self.done} samples are accepted, {self.doubtful} are not and lie in {self.path}/{ASIDE}"
+        if self.goal and self.goal.most > self.goal.number:
             return f"{self.done} samples are trusted, {self.doubtful} are doubtful and lie in {self.path}/{ASIDE}"
         return f"{self.doubtful} of {self.done} samples are doubtful: --keep trusted leaves them out"
 
     def check(self) -> None:
         """Raises GateFailed where samples were set aside, or too few can be trusted."""
-        if self._is_exhausted and self._there < self.number:
-            raise GateFailed(
-                f"{self.path}: {self.done} of {self.most} samples are trusted, {self.number} were asked for",
-                "Look at the others in its gallery; other prompts or decoders may help.",
-            )
+        if self.goal and self.lacking:
+            number, most = self.goal.number, self.goal.most
+            if len(self.goal.names) > 1:
+                each = ", ".join(f"{name} ({count})" for name, count in self.lacking.items())
+                cause = f"fewer than {number} of {most} samples with {self.accept} of these classes: {each}"
+                raise GateFailed(f"{self.path}: {cause}", LOOK)
+            is_what = "accepted" if self.accept else "trusted"
+            raise GateFailed(f"{self.path}: {self.done} of {most} samples are {is_what}, {number} were asked for", LOOK)
         if self.set_aside:
             raise GateFailed(
                 f"{self.path}: {self.set_aside} of {self.number} samples were set aside because a number was not "
@@ -60,9 +61,16 @@ class Result:
 def result_of(folder: Path, number: int, ledger: Ledger, made: int = 0, **seconds: float) -> Result:
     document = read_document(folder)
     number = max(number, document["plan"]["number"])  # more where others take the place of dropped ones
-    most = most_samples(document["config"], number)
-    facts = {"doubtful": ledger.count_doubtful(), "most": most, "dropped": ledger.count_dropped(), **seconds}
-    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), **facts)
+    config, goal = document["config"], goal_of(document["config"], number)
+    tally, accept = goal.tally(ledger), config.get("accept", "")
+    facts = {
+        "doubtful": ledger.count(DOUBTFUL) if accept else ledger.count_doubtful(),
+        "goal": goal,
+        "is_complete": goal.is_reached(tally),
+        "lacking": goal.lacking(tally) if sets_aside(config) else {},
+        "accept": accept,
+    }
+    return Result(folder, number, ledger.count(), made, ledger.count(SET_ASIDE), **facts, **seconds)
 
 
 def closed(folder: RunFolder, number: int, made: int, begin: float) -> Result:

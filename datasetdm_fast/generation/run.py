@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, closed
 from datasetdm_fast.generation.settings import identity
+from datasetdm_fast.run_folder.acceptance import acceptance_of
 from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, maker, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
 
 
@@ -46,14 +49,22 @@ def run(
             while wanted := quota.lacking():
                 batches = (job.plan.batch(k) for k in in_order(wanted, job.plan.batch_size))
                 stopping = until(is_stopping, batches)
-                made = driver.generate(stopping, job.engine, job.recipe, on_unet_call, job.generator)
-                for batch, results in made:
+                for batch, results in made(job, stopping, on_unet_call):
                     taken = quota.taken(results)
                     before_commit(taken)
                     writing.put(taken, facts_of(job.recipe, batch))
                 if is_stopping():
                     break
         return closed(folder, job.plan.number, new, begin)
+
+
+def made(
+    job: Job, batches: Iterable[Batch], on_unet_call: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Batch, list[Sample | SetAside]]]:
+    """Every batch with its samples, in order; those that the run sets aside have their reason."""
+    rule = acceptance_of(job.document)
+    for batch, results in driver.generate(batches, job.engine, job.recipe, on_unet_call, job.generator):
+        yield batch, rule.judged(results)
 
 
 def facts_of(recipe: Recipe, batch: Batch) -> dict[str, Any]:
@@ -77,35 +88,38 @@ def in_order(wanted: Iterable[int], size: int) -> list[int]:
 class Quota:
     """Which samples of a run are still to be made.
 
-    Where doubtful ones are set aside, each makes room for one more at the end. So the run ends with the sample that is
-    the last one needed, whatever the order in which they are made.
+    Where some are set aside, each makes room for one more at the end, of its class where the run counts by class. So
+    the run ends with the sample that is the last one needed, whatever the order in which they are made.
     """
 
     def __init__(self, job: Job, ledger: Ledger, first: int = 0, stop: int | None = None):
         """Of all samples, or of those from `first` to before `stop`, which alone are then taken."""
-        self._number, self._most = job.plan.number, job.plan.most
-        self._sets_aside = job.sets_aside
-        self._there = ledger.within(first, self._most if stop is None else stop)
-        self._doubtful = ledger.count(DOUBTFUL) if job.sets_aside else 0
-        self._left = job.config.limit or self._most  # samples that this command may make
+        self._goal = goal_of(job.document["config"], job.plan.number)
+        self._there = ledger.within(first, job.plan.most if stop is None else stop)
+        self._aside = self._goal.tally(ledger).aside if job.sets_aside else [0]
+        self._left = job.config.limit or job.plan.most  # samples that this command may make
 
-    def _stop(self) -> int:
-        return min(self._number + self._doubtful, self._most)
+    def wants(self, index: int) -> bool:
+        """Whether a sample belongs to the run, as far as is known now."""
+        kind, turn = self._goal.place(index)
+        return turn < self._goal.stop(self._aside[kind])
 
     def lacking(self) -> list[int]:
         """Indices still to be made, as far as is known now."""
-        return [index for index in range(self._stop()) if index not in self._there][: self._left]
+        wanted = (index for index in self._goal.wanted(self._aside) if index not in self._there)
+        return list(islice(wanted, self._left))
 
     def taken(self, results: Iterable[Sample | SetAside]) -> list[Sample | SetAside]:
         """The results of a batch that belong to the run, which are there from now on."""
         found = []
         for result in results:
             index = result.request.index
-            if index not in self._there and index < self._stop() and self._left:
+            if index not in self._there and self.wants(index) and self._left:
                 found.append(result)
                 self._there.add(index)
                 self._left -= 1
-                self._doubtful += self._sets_aside and isinstance(result, Sample) and result.is_doubtful
+                if isinstance(result, Sample) and result.aside:
+                    self._aside[self._goal.place(index)[0]] += 1
         return found
 
 
@@ -194,7 +208,7 @@ def remake(task: Remake) -> list[str]:
         )
     with RunFolder(task.folder, task.document) as folder:
         if task.row.status == SET_ASIDE:
-            folder.add([result], task.row.recipe)
+            folder.add(acceptance_of(task.document).judged([result]), task.row.recipe)
             folder.rebuild()
             return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
         return folder.renew(task.row, result)

@@ -21,12 +21,14 @@ from datasetdm_fast.generation.combining import parse_combinations
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.labels.names import LabelName
 from datasetdm_fast.labels.semantic import BACKGROUND
-from datasetdm_fast.run_folder.document import most_samples
+from datasetdm_fast.run_folder.acceptance import check_accept
+from datasetdm_fast.run_folder.document import most_samples, sets_aside
 from datasetdm_fast.truth.class_file import listed_words
 
 LEAST_SETTINGS = {
     "number": 1,
     "per_class": 0,
+    "most_tries": 1,
     "seed": 0,
     "steps": 0,
     "guidance": 0,
@@ -68,6 +70,11 @@ def check_settings(config: RunConfig) -> None:
     check_tasks(config.task, LABELS)
     check_attention(config)
     parse_combinations(config.combine, config.task)
+    check_accept(config.accept)
+    if config.most_tries != RunConfig.most_tries and not sets_aside(config.identity()):
+        raise Refused(
+            f"--most-tries {config.most_tries}: no sample is set aside", "Add --accept COND or --keep trusted."
+        )
     check_size(config.size)
     check_numbers(**{name: getattr(config, name) for name in LEAST_SETTINGS})
     if config.batch_size > LARGEST_BATCH:

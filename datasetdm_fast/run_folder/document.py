@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.config import MOST_TRIES
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
@@ -18,8 +19,7 @@ FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 READ_FORMATS = (1, 2, FORMAT)
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
-ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted sets aside
-MOST_TURNS = 10  # samples that such a run makes for every one that is asked for, before it gives up
+ASIDE = "doubtful/"  # where the files of samples lie that --keep trusted or --accept sets aside
 COMMANDS = (
     "generate",
     "splice",
@@ -131,13 +131,13 @@ def check_document(document: Mapping[str, Any]) -> None:
 
 
 def sets_aside(config: Mapping[str, Any]) -> bool:
-    """Whether a run of these settings sets doubtful samples aside and makes others in their place."""
-    return config.get("keep") == "trusted"
+    """Whether a run of these settings sets samples aside and makes others in their place."""
+    return config.get("keep") == "trusted" or bool(config.get("accept"))
 
 
 def most_samples(config: Mapping[str, Any], number: int) -> int:
     """Samples that a run of `number` makes at most."""
-    return number * (MOST_TURNS if sets_aside(config) else 1)
+    return number * (config.get("most_tries", MOST_TRIES) if sets_aside(config) else 1)
 
 
 def maker(document: Mapping[str, Any]) -> str:

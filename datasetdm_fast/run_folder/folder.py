@@ -26,7 +26,6 @@ from datasetdm_fast.run_folder.document import (
     described,
     pretty,
     read_document,
-    sets_aside,
 )
 from datasetdm_fast.run_folder.events import EventLog
 from datasetdm_fast.run_folder.indexes import writers
@@ -230,12 +229,11 @@ def write_samples(
         if isinstance(result, SetAside):
             made.append((Row(result.request, dict(recipe), status=SET_ASIDE, reason=result.reason), {}))
             continue
-        is_aside = sets_aside(config) and result.is_doubtful
-        place = ASIDE if is_aside else ""
+        place = ASIDE if result.aside else ""
         files, records = label_files.encode(result, config["image_format"], document["labels"], place)
         row = Row(result.request, {**recipe, **result.provenance}, labels=records, trust=result.trust)
-        if is_aside:
-            row = replace(row, status=DOUBTFUL, reason="; ".join(result.trust.reasons))
+        if result.aside:
+            row = replace(row, status=DOUBTFUL, reason=result.aside)
         made.append((row, files))
         if has_thumbnails:
             thumbnails[gallery.thumbnail_name(row.request.id)] = gallery.thumbnail(result.image, files["image"][1])

@@ -294,6 +294,20 @@ class Ledger(AbstractContextManager):
             found = self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,))
             return found.fetchone()[0]
 
+    def tally(self, number: int, classes: int) -> tuple[list[int], list[int]]:
+        """Samples of each class that have a row, and those of them that were set aside, where every `number` indices
+        belong to the next class.
+        """
+        there, aside = [0] * classes, [0] * classes
+        for table in ("samples", *(["dropped"] if self._has_dropped() else [])):
+            statement = f'SELECT "index" / ? % ?, status, count(*) FROM {table} GROUP BY 1, 2'
+            with self._lock:
+                found = self._connection.execute(statement, (number, classes)).fetchall()
+            for kind, status, count in found:
+                there[kind] += count
+                aside[kind] += count if status == DOUBTFUL else 0
+        return there, aside
+
     def last_record(self, label: str) -> int:
         """The largest id of the records of a label of the data set, or how many there are where that is more."""
         statement = (

@@ -21,9 +21,10 @@ from datasetdm_fast.labels import kind_of, label_files, task_of
 from datasetdm_fast.labels.pictures import preview
 from datasetdm_fast.labels.trust import trust_of
 from datasetdm_fast.run_folder import other_libraries
-from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, most_samples, read_document, sides
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, sides
+from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.kept import read_kept
-from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url
 from datasetdm_fast.run_folder.score_table import passing
 
@@ -184,12 +185,8 @@ class Run(AbstractContextManager["Run"]):
     @property
     def is_complete(self) -> bool:
         """Whether no sample of the plan is missing."""
-        ledger = self._rows()
-        number = self.document["plan"]["number"]
-        if (there := ledger.count() + ledger.count(SET_ASIDE) + ledger.count_dropped()) >= number:
-            return True
-        most = most_samples(self.document["config"], number)
-        return most > number and there + ledger.count(DOUBTFUL) >= most
+        goal = goal_of(self.document["config"], self.document["plan"]["number"])
+        return goal.is_reached(goal.tally(self._rows()))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -373,6 +370,6 @@ def _batched(values: list[Any]) -> Any:
 
 def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:
     """A run folder, or the URL of a run in an object store, for reading; with `kept`, without the samples that the last
-    filter left out; with `doubtful`, those that `generate --keep trusted` set aside in place of the others.
+    filter left out; with `doubtful`, those that `generate --keep trusted` or `--accept` set aside, in place of them.
     """
     return Run(path, kept=kept, doubtful=doubtful)

@@ -81,11 +81,11 @@ class Negated:
         return f"{self.text} holds"
 
 
-def parse_where(text: str, known: Collection[str]) -> tuple[Condition, tuple[str, ...]]:
-    """The condition that a text states, and the scores it names; what is no condition is refused."""
+def parse_where(text: str, known: Collection[str], flag: str = "--where") -> tuple[Condition, tuple[str, ...]]:
+    """The condition that the text after `flag` states, and the scores it names; what is no condition is refused."""
     if len(text) > LONGEST:
-        raise Refused(f"--where: {len(text)} characters, at most {LONGEST} are read", "Write a shorter condition.")
-    reader = _Reader(text, known)
+        raise Refused(f"{flag}: {len(text)} characters, at most {LONGEST} are read", "Write a shorter condition.")
+    reader = _Reader(text, known, flag)
     condition = reader.either()
     if reader.at < len(reader.tokens):
         raise reader.refusal("the end")
@@ -95,15 +95,15 @@ def parse_where(text: str, known: Collection[str]) -> tuple[Condition, tuple[str
 class _Reader:
     """A recursive descent over the tokens of a condition."""
 
-    def __init__(self, text: str, known: Collection[str]):
-        self.text, self.known, self.at, self.depth = text, known, 0, 0
+    def __init__(self, text: str, known: Collection[str], flag: str):
+        self.text, self.known, self.flag, self.at, self.depth = text, known, flag, 0, 0
         self.tokens: list[tuple[str, str, int]] = []  # kind, text, where it starts
         self.named: list[str] = []
         place = 0
         while text[place:].strip():
             match = _TOKEN.match(text, place)
             if match is None:
-                raise Refused(f"--where: {documents.quoted(text[place:].strip()[:20])} is not understood", REMEDY)
+                raise Refused(f"{flag}: {documents.quoted(text[place:].strip()[:20])} is not understood", REMEDY)
             self.tokens.append((match.lastgroup or "", match[match.lastgroup or 0], match.start(match.lastgroup or 0)))
             place = match.end()
 
@@ -122,7 +122,7 @@ class _Reader:
     def single(self) -> Condition:
         self.depth += 1
         if self.depth > DEEPEST:
-            raise Refused(f"--where: nested more than {DEEPEST} deep", "Write a simpler condition.")
+            raise Refused(f"{self.flag}: nested more than {DEEPEST} deep", "Write a simpler condition.")
         begin = self.at
         if self.take("not"):
             part = self.single()
@@ -140,8 +140,8 @@ class _Reader:
         name = self.next("word", "a score")
         if name not in self.known:
             raise Refused(
-                f"--where: {documents.quoted(name)} is no score{nearest(name, self.known)}",
-                f"Scores of this run: {', '.join(self.known)}.",
+                f"{self.flag}: {documents.quoted(name)} is no score{nearest(name, self.known)}",
+                f"Scores that it may name: {', '.join(self.known)}.",
             )
         sign = self.next("sign", "a comparison such as >=")
         if sign not in OPERATORS:
@@ -168,5 +168,5 @@ class _Reader:
     def refusal(self, wanted: str) -> Refused:
         if self.at < len(self.tokens):
             _, text, place = self.tokens[self.at]
-            return Refused(f"--where: {documents.quoted(text)} at character {place + 1}, expected {wanted}", REMEDY)
-        return Refused(f"--where: it ends where {wanted} is expected", REMEDY)
+            return Refused(f"{self.flag}: {documents.quoted(text)} at character {place + 1}, expected {wanted}", REMEDY)
+        return Refused(f"{self.flag}: it ends where {wanted} is expected", REMEDY)

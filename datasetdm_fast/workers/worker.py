@@ -11,11 +11,12 @@ from itertools import chain
 
 from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.disk import sqlite
-from datasetdm_fast.generation import driver, run
+from datasetdm_fast.generation import run
 from datasetdm_fast.generation.job import Job, adopt
 from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.goal import counts_by_class
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Row
 from datasetdm_fast.workers.heartbeat import USUAL, Patience
 from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
@@ -138,8 +139,7 @@ class Worker:
     def _make(self, batches: Iterable[int]) -> None:
         plan = self.job.plan
         with BackgroundWriter(self.folder, self._committed) as writer:
-            planned, engine, recipe = (plan.batch(k) for k in batches), self.job.engine, self.job.recipe
-            for batch, results in driver.generate(planned, engine, recipe, self._beat):
+            for batch, results in run.made(self.job, (plan.batch(k) for k in batches), self._beat):
                 self.count += 1
                 if self._is_doubtful(batch.index, results):
                     self.queue.give_back(batch.index, self.owner, NOT_FINITE)
@@ -170,6 +170,9 @@ class Worker:
         first, stop = batch * size, (batch + 1) * size
         if self.makes_up:
             return run.Quota(self.job, ledger, first, stop).taken(results)
+        if counts_by_class(self.job.document["config"]):  # a batch holds samples of classes that have enough
+            wants = run.Quota(self.job, ledger, first, stop).wants
+            results = [result for result in results if wants(result.request.index)]
         missing = set(range(first, min(stop, self.queue.last() + 1))) - ledger.within(first, stop)
         return [result for result in results if result.request.index in missing]
 

@@ -81,6 +81,8 @@ class RunFacts:
         visible = [word for word in shown if word not in NO_CLASS]
         missing = row.trust.missing if row.trust else self._missing(request.classes, shown)
         reasons = row.trust.reasons if row.trust else ()
+        if row.status == DOUBTFUL and row.reason != "; ".join(reasons):
+            reasons = (row.reason,)
         self.named.update(request.classes)
         self.shown.update(visible)
         self.missing += bool(missing)

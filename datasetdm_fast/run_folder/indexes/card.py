@@ -214,7 +214,10 @@ def _attributes(labels: Sequence[str]) -> str:
 
 def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     """How many samples are doubtful, where that was judged."""
-    if sets_aside(document["config"]):
+    if where := document["config"].get("accept"):
+        yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{ASIDE}`: "
+        yield f"{ledger.count(DOUBTFUL)}.\n"
+    elif sets_aside(document["config"]):
         yield f"Samples whose labels do not fit their prompt or one another, set aside in `{ASIDE}`: "
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
