@@ -447,8 +447,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
     palette: str = setting(
         "ours",
-        "colours of the label maps: ours, or those of a data set that has all of their classes",
-        choices=("ours", "voc", "cityscapes", "coco"),
+        "colours of the label maps: ours, those of a data set that has all of their classes, or with --class-table "
+        "those of that table",
+        choices=("ours", "voc", "cityscapes", "coco", "table"),
         identity="if given",
     )
     format: tuple[str, ...] = setting(

@@ -9,10 +9,10 @@ from PIL import Image
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.labels import LABEL_KINDS, kind
+from datasetdm_fast.labels import LABEL_KINDS, class_tables, kind
 from datasetdm_fast.labels import pose as pose_labels
 from datasetdm_fast.labels.colours import colour
-from datasetdm_fast.labels.numbering import coloured
+from datasetdm_fast.labels.numbering import check_palette, coloured, numbered
 
 TABLES = {
     "semantic": {"classes": ["wall", "ball"]},
@@ -97,6 +97,26 @@ def test_label_maps_have_the_colours_of_a_known_set_where_it_has_their_classes()
     assert Image.open(io.BytesIO(ours)).getpalette()[3:6] == list(colour(1))
     with pytest.raises(Refused, match="--palette cityscapes: has no colour for 'cat' of semantic"):
         coloured(tables, "cityscapes")
+
+
+def test_label_maps_have_the_colours_of_an_own_table():
+    tables = {"semantic": {"classes": ["background", "cat", "lorry"]}, "depth": {"max_depth": 4.0}}
+    own = class_tables.parse("name,colour\ncat,1 2 3\nlorry,0 0 142\n", "own.csv")
+    found = numbered(coloured(tables, "table", own))["labels"]["semantic"]
+    check_palette(found)
+    label = SemanticMap(np.full((4, 4), 2, np.uint8), np.ones((4, 4), np.float32), tuple(found["classes"]))
+    files, _ = LABEL_KINDS["semantic"].encode(label, {}, found)
+    palette = np.array(Image.open(io.BytesIO(files["semantic"])).getpalette()).reshape(256, 3).tolist()
+    assert palette[:4] == [[0, 0, 0], [1, 2, 3], [0, 0, 142], list(colour(3))]
+    kept = class_tables.of_rows(class_tables.rows_of(own, ("cat", "lorry"), has_colours=True), "class_table")
+    assert coloured(tables, "table", kept) == coloured(tables, "table", own)
+    with pytest.raises(Refused, match="--palette table: has no colour for 'lorry' of semantic"):
+        coloured(tables, "table", class_tables.parse("name,colour\ncat,1 2 3\nlorry,\n", "own.csv"))
+    with pytest.raises(Refused, match="--palette table: this run has no table of class words"):
+        coloured(tables, "table")
+    for colours in ([[1, 2]] * 3, [[1, 2, 3]], [[1, 2, 300]] * 3):
+        with pytest.raises(ValueError, match="three numbers"):
+            check_palette(found | {"colours": colours})
 
 
 def test_a_map_shows_the_classes_that_fill_enough_of_it():

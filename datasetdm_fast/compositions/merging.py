@@ -25,7 +25,7 @@ from datasetdm_fast.run_folder.split import origins
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples written and committed together
-LISTS = ("classes", "numbers")  # of a label's table, which that of another run may continue
+LISTS = ("classes", "numbers", "colours")  # of a label's table, which that of another run may continue
 OWN = ("size",)  # of a label's table: the sides of its pictures, which every row tells
 
 

@@ -189,7 +189,7 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
     engine, decoders = job.engine_of(config, stored)
     _check_weights(redrawing.source, engine, decoders)
     words = [table["classes"][1:] for label, table in source["labels"].items() if _is_asked(label)]
-    recipe = job.recipe_of(config, engine, words[0] if words else (), settings.strength)
+    recipe = job.recipe_of(config, engine, words[0] if words else (), settings.strength, job.table_of(source))
     redrawing.check_words(engine)
     number = redrawing.number
     size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))

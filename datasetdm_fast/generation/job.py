@@ -20,7 +20,7 @@ from datasetdm_fast.generation.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.generation.result import Result, result_of
 from datasetdm_fast.generation.settings import check_settings, count_images, identity
 from datasetdm_fast.labels import class_tables, kind_of
-from datasetdm_fast.labels.colours import OURS
+from datasetdm_fast.labels.colours import OURS, OWN
 from datasetdm_fast.labels.numbering import coloured, laid_out, numbered
 from datasetdm_fast.run_folder.acceptance import check_scored
 from datasetdm_fast.run_folder.document import (
@@ -460,7 +460,7 @@ def describe(
     config: Mapping[str, Any], plan: Plan, engine: Engine, recipe: Recipe, decoders: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of run.json."""
-    model = engine.model
+    model, palette = engine.model, config.get("palette", OURS)
     return {
         "format": FORMAT,
         "versions": {"datasetdm_fast": __version__},
@@ -480,9 +480,13 @@ def describe(
             "digests": dict(model.digests),
         },
         "decoders": dict(decoders),
-        **({} if recipe.table is None else {"class_table": class_tables.rows_of(recipe.table, plan.words)}),
+        **(
+            {}
+            if recipe.table is None
+            else {"class_table": class_tables.rows_of(recipe.table, plan.words, has_colours=palette == OWN)}
+        ),
         "engine": dict(engine.fingerprint()),
-        **numbered(coloured(label_tables(engine, recipe), config.get("palette", OURS))),
+        **numbered(coloured(label_tables(engine, recipe), palette, recipe.table)),
     }
 
 

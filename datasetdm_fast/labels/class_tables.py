@@ -74,10 +74,12 @@ def parse(text: str, name: str) -> ClassTable:
     return ClassTable(name, tuple(classes), tuple(other))
 
 
-def rows_of(table: ClassTable, names: Sequence[str]) -> list[dict[str, Any]]:
+def rows_of(table: ClassTable, names: Sequence[str], *, has_colours: bool = False) -> list[dict[str, Any]]:
     """Some classes of a table as JSON, and its phrases of no class under an empty name."""
     kept = [word for word in table.classes if word.name in names]
-    rows = [{"name": word.name, "say": word.say, "words": list(word.words)} for word in kept]
+    rows: list[dict[str, Any]] = [{"name": word.name, "say": word.say, "words": list(word.words)} for word in kept]
+    if has_colours:
+        rows = [row | ({"colour": list(word.colour)} if word.colour else {}) for row, word in zip(rows, kept)]
     return [*rows, {"name": "", "say": "", "words": list(table.other)}]
 
 
@@ -89,7 +91,12 @@ def digest_of(table: ClassTable, names: Sequence[str]) -> str:
 def of_rows(rows: object, name: str) -> ClassTable:
     """The table that `rows_of` has written; a ValueError where it is of another form."""
     documents.check_form(rows, [{"name": str, "say": str, "words": [str]}], name)
-    words = [ClassWord(row["name"], row["say"], tuple(row["words"])) for row in rows if row["name"]]
+    words = []
+    for row in (row for row in rows if row["name"]):
+        documents.check_form(row.get("colour", []), [int], f"{name}.colour")
+        if len(colour := tuple(row.get("colour", ()))) not in (0, 3):
+            raise ValueError(f"{name}: the colour of {documents.quoted(row['name'])} is not three numbers")
+        words.append(ClassWord(row["name"], row["say"], tuple(row["words"]), colour=colour or None))
     return ClassTable(name, tuple(words), tuple(word for row in rows if not row["name"] for word in row["words"]))
 
 

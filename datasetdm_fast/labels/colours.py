@@ -29,7 +29,7 @@ COLOURS = (
     ),
 )
 IGNORED = (236, 236, 236)
-OURS = "ours"
+OURS, OWN = "ours", "table"  # palettes: of this package, and that of the user's class table
 NOTHING = (0, 0, 0)
 BORDERS = {"voc": (224, 224, 192), "cityscapes": NOTHING, "coco": NOTHING}  # palette -> colour of ignored pixels
 
@@ -59,6 +59,17 @@ def colour_in(palette: str, name: str, index: int) -> tuple[int, int, int]:
     return found or (NOTHING if palette != OURS and name == "background" else colour(index))
 
 
+def own_colours(table: class_tables.ClassTable, names: Iterable[str]) -> list[list[int]]:
+    """Red, green and blue of each class in a table that has them all."""
+    return [list(table.colour(name) or NOTHING) for name in names]
+
+
+def own_palette(numbers: Iterable[int], colours: Iterable[Iterable[int]]) -> bytes:
+    """The 256 colours of an index PNG whose class numbers have these colours."""
+    given = dict(zip(numbers, map(tuple, colours), strict=True))
+    return bytes(value for number in range(256) for value in given.get(number, colour(number)))
+
+
 @cache
 def official_palette(palette: str, classes: tuple[tuple[int, str], ...]) -> bytes:
     """The 256 colours of an index PNG in the palette of a data set; `classes` are its numbers with their names."""
@@ -67,6 +78,6 @@ def official_palette(palette: str, classes: tuple[tuple[int, str], ...]) -> byte
     return bytes(value for each in (*shown, BORDERS[palette]) for value in each)
 
 
-def strangers(palette: str, names: Iterable[str]) -> list[str]:
-    """The classes that a palette has no colour for."""
-    return [name for name in names if name != "background" and class_tables.table(palette).colour(name) is None]
+def strangers(table: class_tables.ClassTable, names: Iterable[str]) -> list[str]:
+    """The classes that a table has no colour for."""
+    return [name for name in names if name != "background" and table.colour(name) is None]

@@ -5,8 +5,8 @@ from typing import Any
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.labels import by_kind, kind_of
-from datasetdm_fast.labels.colours import OURS, strangers
+from datasetdm_fast.labels import by_kind, class_tables, kind_of
+from datasetdm_fast.labels.colours import BORDERS, OURS, OWN, own_colours, strangers
 from datasetdm_fast.labels.kind import Table
 from datasetdm_fast.labels.names import task_of_label
 from datasetdm_fast.labels.pose import PERSON
@@ -37,17 +37,37 @@ def numbered(tables: Mapping[str, Table]) -> dict[str, Any]:
     return {"classes": classes, "labels": {label: kind_of(label).numbered(tables[label], order) for label in tables}}
 
 
-def coloured(tables: Mapping[str, Table], palette: str) -> dict[str, Table]:
-    """The tables with the palette that their label maps are written in; one without all of their classes is refused."""
+def coloured(tables: Mapping[str, Table], palette: str, own: class_tables.ClassTable | None = None) -> dict[str, Table]:
+    """The tables with the palette that their label maps are written in; one without all of their classes is refused.
+    `own` is the table of the user's own, whose colours the palette OWN takes.
+    """
     if palette == OURS:
         return dict(tables)
+    if palette == OWN and own is None:
+        raise Refused(f"--palette {palette}: this run has no table of class words", "Add --class-table FILE.")
+    colours = class_tables.table(palette) if palette != OWN else own
     for label, table in tables.items():
-        if kind_of(label).is_map and (unknown := strangers(palette, table["classes"])):
+        if kind_of(label).is_map and (unknown := strangers(colours, table["classes"])):
             raise Refused(
                 f"--palette {palette}: has no colour for {documents.quoted(unknown[0])} of {label}",
                 "Choose a palette that has all classes of the label maps, or ours.",
             )
-    return {label: {**table, "palette": palette} if kind_of(label).is_map else table for label, table in tables.items()}
+    told = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
+    if palette == OWN:
+        told = {label: {**told[label], "colours": own_colours(own, tables[label]["classes"])} for label in told}
+    return {label: {**table, **told.get(label, {})} for label, table in tables.items()}
+
+
+def check_palette(table: Table) -> None:
+    """A ValueError where the colours of a label's table are not those of a palette."""
+    if (palette := table.get("palette", OURS)) not in (OURS, OWN, *BORDERS):
+        raise ValueError(f"palette is {documents.quoted(palette)}")
+    if palette == OWN:
+        documents.check_form(table.get("colours"), [[int]], "colours")
+        if [len(each) for each in table["colours"]] != [3] * len(table["classes"]) or not all(
+            0 <= value < 256 for each in table["colours"] for value in each
+        ):
+            raise ValueError("colours are not three numbers from 0 to 255 for each of its classes")
 
 
 def check_numbers(classes: Any, tables: Mapping[str, Table]) -> None:

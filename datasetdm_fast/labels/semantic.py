@@ -9,7 +9,7 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import SemanticMap
-from datasetdm_fast.labels.colours import OURS, official_palette, palette
+from datasetdm_fast.labels.colours import OURS, OWN, official_palette, own_palette, palette
 from datasetdm_fast.labels.image_files import index_png
 from datasetdm_fast.labels.kind import GalleryLayer, Gates, LabelKind, Pixels, Table, iou, markdown_cell
 from datasetdm_fast.labels.pictures import painted
@@ -53,6 +53,8 @@ class ClassMap(LabelKind):
     def palette(self, table: Table) -> bytes:
         """The colours of its files, by number."""
         name = table.get("palette", OURS)
+        if name == OWN:
+            return own_palette(self.numbers(table), table["colours"])
         return palette() if name == OURS else official_palette(name, tuple(self.names(table).items()))
 
     def encode(

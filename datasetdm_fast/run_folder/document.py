@@ -10,8 +10,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.labels import class_tables, kind_of
-from datasetdm_fast.labels.colours import BORDERS, OURS
-from datasetdm_fast.labels.numbering import check_numbers
+from datasetdm_fast.labels.numbering import check_numbers, check_palette
 
 FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 # In the first each row of the ledger holds its whole recipe, and no outline; before the third every label numbers its
@@ -111,8 +110,10 @@ def check_document(document: Mapping[str, Any]) -> None:
         except ValueError as error:
             raise ValueError(f"config.task names {documents.quoted(task)}: {error}") from error
         documents.check_form(document["labels"].get(task), kind.table_form, f"labels.{task}")
-        if (palette := document["labels"][task].get("palette", OURS)) not in (OURS, *BORDERS):
-            raise ValueError(f"labels.{task}.palette is {documents.quoted(palette)}")
+        try:
+            check_palette(document["labels"][task])
+        except ValueError as error:
+            raise ValueError(f"labels.{task}: {error}") from error
     check_numbers(document.get("classes"), {task: document["labels"][task] for task in tasks})
     documents.check_form(document.get("mixed", []), [{"engine": dict, "number": int}], "mixed")
     documents.check_form(document["config"].get("combine", []), [str], "config.combine")

@@ -187,7 +187,13 @@ class RunFacts:
         for name in [*others, *words]:
             numbers.setdefault(name, len(numbers) + 1)
         palette = next((table["palette"] for table in tables.values() if "palette" in table), OURS)
-        return ["#{:02x}{:02x}{:02x}".format(*colour_in(palette, word, numbers[word])) for word in words]
+        own = {
+            name: each
+            for table in tables.values()
+            for name, each in zip(table.get("classes", ()), table.get("colours", ()))
+        }
+        found = [own.get(word) or colour_in(OURS if own else palette, word, numbers[word]) for word in words]
+        return ["#{:02x}{:02x}{:02x}".format(*each) for each in found]
 
 
 def layers_of(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:
