@@ -59,7 +59,9 @@ def _parser() -> ScriptParser:
     parser.add_argument("--model", default="", help="diffusers folder, or one of ours, instead of the script's own")
     parser.add_argument("--engine", default="auto", choices=ENGINE_NAMES, help="engine that runs the U-Net")
     parser.add_argument("--dtype", default="auto", help="precision of the fast engines")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where networks run, for the script, too"
+    )
     parser.add_argument(
         "--profile", default=PROFILES[0], choices=PROFILES, help="diffusers version whose timesteps are used"
     )

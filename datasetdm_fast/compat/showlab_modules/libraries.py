@@ -76,6 +76,4 @@ class Manager:
 
 
 def set_device(device: Any) -> None:
-    """Takes the device of that number among those there are; without a GPU nothing."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(device) % torch.cuda.device_count())
+    """Changes nothing: processes run in turn, all on the device of the engine."""
