@@ -154,6 +154,14 @@ def _(folder: Path) -> Ending:
     return data_set(folder, "folder", spoil, "not a whole image")
 
 
+@case("a photo whose head is cut off, for tiles")
+def _(folder: Path) -> Ending:
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    line = [folder / "photos", "--tiles", "--classes", "ball", "--out", folder / "run", "--quiet"]
+    return run("label", *line, ends=BAD, says="not a whole image")
+
+
 @case("annotations cut off")
 def _(folder: Path) -> Ending:
     def spoil(data: Path) -> None:

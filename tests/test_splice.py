@@ -79,7 +79,7 @@ def test_the_folder_is_whole_and_names_its_source(source, spliced):
     document = open_run(spliced).document
     assert document["model"] == open_run(source).document["model"]
     assert document["composition"]["source"]["path"] == str(source)
-    assert "Apache-2.0" in (spliced / "README.md").read_text()
+    assert "| model | Apache 2.0 |" in (spliced / "README.md").read_text()
     assert "python -m datasetdm_fast.splice --out THIS_FOLDER" in (spliced / "README.md").read_text()
 
 

@@ -149,6 +149,8 @@ class FastEngine:
         del sources
         if self.device.type == "cpu":
             trim()
+        else:
+            self.text_encoder  # noqa: B018 - built before a run begins, as copies to a GPU make the host wait
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None

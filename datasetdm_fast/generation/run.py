@@ -163,8 +163,8 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
             if name != "prompts"
         },
     )
-    if row is not None and row.recipe["engine"] in [entry["engine"] for entry in stored.get("mixed", ())]:
-        engine = row.recipe["engine"]
+    engine = row.recipe.get("engine") if row is not None else None
+    if engine is not None and engine in [entry["engine"] for entry in stored.get("mixed", ())]:
         settings = replace(settings, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
     changed = {
         name

@@ -268,7 +268,7 @@ class Ledger(AbstractContextManager):
         try:
             yield
         finally:
-            self._connection.execute("ROLLBACK")
+            self._connection.execute("END")
 
     def indices(self, status: str = DONE) -> list[int]:
         return [

@@ -74,13 +74,14 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def remove_thumbnails(folder: Path) -> None:
-    """Removes the thumbnails of single samples, which the sheets show by now."""
+    """Removes the thumbnails of single samples, which the sheets show by now, for good."""
     place = folder / THUMBNAILS
     if place.is_dir():
         for path in place.iterdir():
             storage.remove(path)
         with storage.refusing(place):
             place.rmdir()
+        storage.sync_folder(place.parent)
 
 
 def read_shown(folder: Path) -> dict[str, str]:
