@@ -121,7 +121,8 @@ class TilingGenerator(InvertingGenerator):
             asked = self.recipe.asked(request)
             words = self.recipe.class_prompt(request)
             by_words, own = bool(self.recipe.attention.parity), self.recipe.table
-            places = columns(words, asked, self.engine.model.tokenizer, by_words=by_words, own=own)
+            named = columns(words, asked, self.engine.model.tokenizer, by_words=by_words, own=own)
+            places = [each for _, each in named]
             maps = spread_maps(drawn.averages, [places] * len(padded), self.recipe.attention.exponent)[: len(squares)]
         return driver.BatchGenerator.label(self, batch, drawn), maps
 

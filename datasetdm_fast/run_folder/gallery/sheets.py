@@ -79,6 +79,7 @@ def remove_thumbnails(folder: Path) -> None:
     if place.is_dir():
         for path in place.iterdir():
             storage.remove(path)
+        storage.sync_folder(place)
         with storage.refusing(place):
             place.rmdir()
         storage.sync_folder(place.parent)
