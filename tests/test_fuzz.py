@@ -40,7 +40,7 @@ from datasetdm_fast.run_folder.reader import open_run
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
 CORPUS = Path(__file__).parent / "corpus"
 CSRC = Path(__file__).parents[1] / "csrc"
-INPUTS = 20_000 if IS_LONG else 600  # over all readers
+INPUTS = 20_000 if IS_LONG else 300  # over all readers
 SECONDS = 10  # more for one input is a hang
 MEMORY = 512 * 2**20  # bytes the process may grow by
 
@@ -427,7 +427,7 @@ def test_the_native_code_takes_anything_without_a_report(target, tmp_path):
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
         if not compiler or not build(compiler, tmp_path / "fuzz", sources=[*core, CSRC / "fuzz" / "replay.cpp"]):
             pytest.skip("no compiler with AddressSanitizer")
-        command = [tmp_path / "fuzz", f"-mutations={2_000_000 if IS_LONG else 20_000}", *sorted(corpus.iterdir())]
+        command = [tmp_path / "fuzz", f"-mutations={2_000_000 if IS_LONG else 8_000}", *sorted(corpus.iterdir())]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-4000:]
     if IS_LONG:

@@ -139,6 +139,7 @@ def test_a_figure_that_rose_is_named():
     ]
 
 
+@long_test
 @needs_triton
 def test_compiled_kernels_are_found_in_another_folder(tmp_path):
     """Triton lists the files of a kernel with their whole paths, so a folder that was moved holds nothing for it."""

@@ -144,6 +144,7 @@ def test_the_kind_of_captures_is_not_changed_on_the_way(run, tmp_path, capsys):
     assert run(*line) == 0
 
 
+@long_test
 def test_a_limit_per_class_and_upstreams_ways_are_followed(run, tmp_path, capsys):
     line = [
         "--data",
@@ -282,12 +283,12 @@ def stopped(line, out, number, steps):
 
 
 def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_path):
-    arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "54", "--checks", "3", "--save-every", "0.05"]
+    arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "36", "--checks", "2", "--save-every", "0.05"]
     out = tmp_path / "troubled"
     line = command(captures, out, *arguments)
-    killed = stopped(line, out, signal.SIGKILL, 14)
+    killed = stopped(line, out, signal.SIGKILL, 10)
     assert killed.returncode == -signal.SIGKILL and not (out / "depth" / "config.json").exists()
-    interrupted = stopped(line, out, signal.SIGINT, 28)
+    interrupted = stopped(line, out, signal.SIGINT, 20)
     assert interrupted.returncode == 130 and "stopped; go on with: python -m datasetdm_fast.train" in interrupted.err
     assert (out / "depth" / "training" / checkpoint.NAME).exists()
     assert train.main(line[3:]) == 0
