@@ -79,10 +79,10 @@ def remove_thumbnails(folder: Path) -> None:
     if place.is_dir():
         for path in place.iterdir():
             storage.remove(path)
-        storage.sync_folder(place)
         with storage.refusing(place):
+            storage.sync_folder(place)
             place.rmdir()
-        storage.sync_folder(place.parent)
+            storage.sync_folder(place.parent)
 
 
 def read_shown(folder: Path) -> dict[str, str]:
