@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -36,8 +36,10 @@ class StoredFile:
     size: int  # bytes
 
 
-def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredFile]:
-    """Digest and size of every file, once all are on the disk under their names; none is ever half-written."""
+def publish(files: Mapping[Path, bytes | Iterable[bytes]], unsynced: Collection[Path] = ()) -> dict[Path, StoredFile]:
+    """Digest and size of every file, once all are on the disk under their names; none is ever half-written. A loss of
+    power may cost those that are `unsynced`.
+    """
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
     stored: dict[Path, StoredFile] = {}
     try:
@@ -46,10 +48,11 @@ def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredF
                 make_folder(folder)
         waiting = iter(files.items())
         while block := list(islice(waiting, FILES_PER_SYNC)):
-            stored |= _write({parts[path]: content for path, content in block}, [path for path, _ in block])
+            contents = {parts[path]: content for path, content in block}
+            stored |= _write(contents, [path for path, _ in block], unsynced)
         for path, part in parts.items():
             syscall("rename", os.replace, part, path)
-        for folder in sorted({path.parent for path in files}):
+        for folder in sorted({path.parent for path in files if path not in unsynced}):
             sync_folder(folder)
     except BaseException as error:
         for part in parts.values():
@@ -60,7 +63,9 @@ def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredF
     return stored
 
 
-def _write(contents: Mapping[Path, bytes | Iterable[bytes]], names: Iterable[Path]) -> dict[Path, StoredFile]:
+def _write(
+    contents: Mapping[Path, bytes | Iterable[bytes]], names: Sequence[Path], unsynced: Collection[Path]
+) -> dict[Path, StoredFile]:
     """Writes and syncs the parts; what they hold, by the names they are to have."""
     handles: list[int] = []
     found = {}
@@ -68,8 +73,9 @@ def _write(contents: Mapping[Path, bytes | Iterable[bytes]], names: Iterable[Pat
         for (part, content), name in zip(contents.items(), names, strict=True):
             handles.append(syscall("open", os.open, part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
             found[name] = _fill(handles[-1], [content] if isinstance(content, bytes) else content)
-        for handle in handles:
-            syscall("fsync", os.fsync, handle)
+        for handle, name in zip(handles, names):
+            if name not in unsynced:
+                syscall("fsync", os.fsync, handle)
     finally:
         for handle in handles:
             os.close(handle)

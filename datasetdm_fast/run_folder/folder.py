@@ -257,7 +257,8 @@ def publish_samples(
 def into(folder: Path) -> Publish:
 
     def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        stored = storage.publish({folder / name: content for name, content in files.items()})
+        paths = {folder / name: content for name, content in files.items()}
+        stored = storage.publish(paths, {folder / name for name in files if gallery.is_thumbnail(name)})
         return {name: stored[folder / name] for name in files}
 
     return publish

@@ -48,6 +48,11 @@ def thumbnail_name(id: str) -> str:
     return f"{THUMBNAILS}/{id}.jpg"
 
 
+def is_thumbnail(name: str) -> bool:
+    """Whether a file is the thumbnail of one sample, which its image gives again."""
+    return name.startswith(f"{THUMBNAILS}/")
+
+
 def thumbnail(pixels: np.ndarray, content: bytes) -> bytes:
     """The thumbnail of an image [H, W, 3] uint8, as the content of its file would show it."""
     return _small(Image.fromarray(pixels) if content.startswith(PNG) else _decoded(content, "the image"))
