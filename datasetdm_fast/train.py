@@ -3,8 +3,8 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,9 @@ def main(arguments: Sequence[str]) -> int:
         leave(ranks)
 
 
-def _fold_progress(task: str, count: int, is_quiet: bool) -> Callable[[int, int], AbstractContextManager]:
+def _fold_progress(task: str, count: int, is_quiet: bool) -> Callable[[int, int], StepProgress]:
     """Progress of one fold after the other."""
-
-    @contextmanager
-    def of_fold(number: int, steps: int) -> Iterator[Callable[[int, float, float | None], None]]:
-        with StepProgress(f"{task}, fold {number} of {count},", steps, is_quiet) as progress:
-            yield progress.on_step
-
-    return of_fold
+    return lambda number, steps: StepProgress(f"{task}, fold {number} of {count},", steps, is_quiet)
 
 
 def _figures(held_out: dict[str, Any], bounds: dict[str, list[float]]) -> str:

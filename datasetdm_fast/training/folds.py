@@ -7,13 +7,13 @@ FOLDER/training/folds.json         the figures over all images, with their inter
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.command_line.progress import StepProgress
 from datasetdm_fast.decoders.checkpoint import load_decoder
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
@@ -25,7 +25,6 @@ from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.truth.labelled import LabelledSource
 
 NAME = "folds.json"
-LARGEST = 2**24  # bytes of that file
 
 
 def count_of(session: TrainingSession) -> int:
@@ -60,17 +59,18 @@ def run(
     task: str,
     folder: Path,
     ranks: Ranks,
-    on_fold: Callable[[int, int], AbstractContextManager[Callable[[int, float, float | None], None]]],
+    progress: Callable[[int, int], StepProgress],
     is_stopping: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    """The figures, or None where it was stopped; the same call again goes on. `on_fold` gives what hears of each step
-    of a fold: its number, and the steps it has.
+    """The figures, or None where it was stopped; the same call again goes on. `progress` shows the steps of a
+    fold, from its number and how many they are.
     """
     count, model = count_of(session), session.engine.model
     path, meter, has_changed = folder / "training" / NAME, METRICS[task](session.source), False
     folds = parts(session.source, session.numbers, count, session.config.seed)
     for number, fold in enumerate(folds, 1):
-        inner = replace(session, numbers=tuple(item for item in session.numbers if item not in set(fold)))
+        judged = set(fold)
+        inner = replace(session, numbers=tuple(item for item in session.numbers if item not in judged))
         plan = inner.plan(task)
         plan = replace(plan, settings={**plan.settings, "fold": f"{number} of {count}"})
         place = folder / "training" / f"folds-{count}" / str(number)
@@ -78,8 +78,8 @@ def run(
             has_changed, training = True, inner.training(place, plan, is_stopping)
             if training is None:
                 return None
-            with on_fold(number, plan.schedule.steps) as on_step:
-                if task_run.run(training, ranks, on_step, is_stopping) is None:
+            with progress(number, plan.schedule.steps) as shown:
+                if task_run.run(training, ranks, shown.on_step, is_stopping) is None:
                     return None
     if not has_changed and (found := read(folder)) is not None and found["folds"] == count:
         return found
@@ -106,4 +106,4 @@ def run(
 def read(folder: Path) -> dict[str, Any] | None:
     """The figures that a decoder's folder has."""
     path = folder / "training" / NAME
-    return json.loads(storage.read(path, LARGEST)) if path.exists() else None
+    return task_run.read_state(path) if path.exists() else None

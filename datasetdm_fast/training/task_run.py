@@ -80,7 +80,7 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> dict | None:
         if (folder / "config.json").exists():
             raise Refused(f"--out: {folder} holds a decoder that was not trained there", "choose another --out")
         return None
-    before = _read(path)
+    before = read_state(path)
     if differing := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
         said = ", ".join(
             f"{name} {json.dumps(before.get(name))} there, {json.dumps(settings.get(name))} now"
@@ -91,7 +91,7 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> dict | None:
             "choose another --out, or the settings it was begun with",
         )
     result = folder / "training" / "result.json"
-    return _read(result) if result.exists() else None
+    return read_state(result) if result.exists() else None
 
 
 @contextmanager
@@ -102,7 +102,8 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> dict:
+def read_state(path: Path) -> dict:
+    """A JSON file of a training."""
     try:
         found = json.loads(storage.read(path, LARGEST_STATE))
     except ValueError as error:
