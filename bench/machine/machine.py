@@ -1,6 +1,5 @@
 """The machine a measurement is taken on."""
 
-import os
 import platform
 import re
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.machine.nvml import Nvml
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     common = {"kind": device.type, "commit": commit(), "versions": versions}
-    common |= {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    common |= {"cores": cores(), "threads": torch.get_num_threads()}
     if device.type == "cpu":
         told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         model, clocks = re.search(r"model name\s*: (.+)", told), re.findall(r"cpu MHz\s*: ([\d.]+)", told)

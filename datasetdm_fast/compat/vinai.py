@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
@@ -245,7 +245,7 @@ def write_data_set(run_folder: Path, out: Path, prompts: PromptList) -> None:
         }
         storage.publish({path: data for path, data in files.items() if not _holds(path, data)})
 
-    with open_run(run_folder) as found, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with open_run(run_folder) as found, ThreadPoolExecutor(cores()) as threads:
         for folder in ("image", "mask"):
             storage.make_folder(out / folder)
         for _ in threads.map(written, found):
