@@ -1,6 +1,8 @@
 """Blocks of csrc: every instruction set against the plain module in fp64, whatever the threads."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,6 +110,22 @@ def test_a_block_says_what_the_plain_module_says(kind, monkeypatch):
             assert torch.equal(found[0], found[-1])
         assert float((found[0].double() - truth).norm() / truth.norm()) <= 2e-6
     assert block.state_dict().keys() == module.state_dict().keys()
+
+
+def test_slices_that_begin_together_run_the_same_packed_weights(monkeypatch):
+    """A second packing would free the weights that the first slice is reading."""
+    block, made = BLOCKS[Resnet](resnet(16, 16)), []
+    packed = block.packed
+
+    def slow(packing: Packing):
+        made.append(packing)
+        time.sleep(0.1)
+        return packed(packing)
+
+    monkeypatch.setattr(block, "packed", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: block.native(), range(2))
+    assert first is second and len(made) == 1
 
 
 def test_only_small_blocks_in_fp32_are_replaced():

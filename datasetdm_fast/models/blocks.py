@@ -4,6 +4,7 @@ operation than its arithmetic takes.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from datasetdm_fast.models.layers import (
 from datasetdm_fast.models.unet import Transformer, UNet
 
 LARGEST_BLOCK = 1 << 20  # weights; larger ones would be held twice for a gain that is small beside their arithmetic
+_PACKING = threading.Lock()  # slices run at once, and a block must not be exchanged while another slice is inside it
 
 
 class Packing:
@@ -67,9 +69,10 @@ class Block(nn.Module):
 
     def native(self) -> Any:
         """The block of csrc."""
-        if self._packed is None:  # slices run at once, and each may pack what is the same
-            packing = Packing()
-            self._packed = self.packed(packing), packing.kept
+        with _PACKING:
+            if self._packed is None:
+                packing = Packing()
+                self._packed = self.packed(packing), packing.kept
         return self._packed[0]
 
     def packed(self, packing: Packing) -> Any:
