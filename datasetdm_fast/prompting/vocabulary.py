@@ -361,7 +361,14 @@ NO_KIND = frozenset(
         "human|adult|crowd|couple|family|friend|somebody|someone|brother|sister|son|daughter|mother|father|kid|infant|"
         "baggage|canine|feline|disc golf|pick-up|glass of wine|plant in a pot|pair of skis|pair of scissors|ball|table|"
         "trainers|heels|outer|neckwear|headwear|footwear|eyeglass|glove|sock|earring|shoe|cycle|cook|guy|mobile|cab|"
-        "rider|driver|passenger|player|clutch|bun|cap|fir|pine|spruce|block|box|pup|kitty|ski|teddy"
+        "rider|driver|passenger|player|clutch|bun|cap|fir|pine|spruce|block|box|pup|kitty|ski|teddy|"
+        "potted|tv shows a|tv shows the|tv shows an|swings his bat|swings her bat|swings the bat|swings a bat|"
+        "swinging a bat|swinging his bat|swinging her bat|swinging the bat|cow boy|sheep dog|bird dog|motor cycle|"
+        "cactus in a pot|fern in a pot|family of three|family of four|family of five|family of people|pair of birds|"
+        "family of ducks|family of swans|family of geese|family of bears|family of elephants|glass of champagne|"
+        "glass of red wine|glass of white wine|parent|sibling|uncle|aunt|husband|wife|mum|mom|dad|grandchild|"
+        "grandparent|lad|youth|boxer|monitor|planter|basin|visitor|customer|bystander|quail|mitt|"
+        "orchid in a pot|flower in a pot|flowers in pots|plants in pots|herbs in pots|warrior"
     )
 )
 ROOMS = phrases(
