@@ -14,7 +14,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import nearest, parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.prompting import balance, language_model, vocabulary
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         sentences = balance.sentences(grammar, counts, config.pairs, config.seed)
     if not sentences:
         why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-        raise Refused(f"{config.out}: no usable prompt came back: {why}", "Try another model, or leave it out.")
+        raise Missing(f"{config.out}: no usable prompt came back: {why}", "Try another model, or leave it out.")
     text = "".join(json.dumps(_row(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
     storage.publish({Path(config.out): text.encode()})
     _tell(config, sentences, total, reasons)
@@ -174,7 +174,8 @@ def _asked(
         if not config.quiet:
             print(f"{done}/{len(plan)} prompts, {replies.asked} requests", file=sys.stderr)
 
-    return language_model.written(plan, classes, replies, on_progress)
+    own = own_table(config.class_table) if config.class_table else None
+    return language_model.written(plan, classes, replies, on_progress, own)
 
 
 def _row(sentence: Sentence) -> dict[str, object]:

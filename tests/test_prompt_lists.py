@@ -19,6 +19,7 @@ from datasetdm_fast.prompting import balance, language_model, measures, vocabula
 from datasetdm_fast.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar
 
 SECRET = "canary-5b1f0c77"
+ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
 
 
 def rows(path):
@@ -200,6 +201,7 @@ BAD = {
     "too long": (lambda h: h.answer(reply_of(json.dumps(["dog " * 80]))), "too short or too long"),
     "a link": (lambda h: h.answer(reply_of('["a dog on a porch, see http://evil"]')), "holds marks"),
     "markup": (lambda h: h.answer(reply_of('["a dog <script>alert(1)</script> on a porch"]')), "holds marks"),
+    "SQL": (lambda h: h.answer(reply_of('["a dog; DROP TABLE prompts on a porch"]')), "holds marks"),
     "a NUL": (lambda h: h.answer(reply_of('["a dog on a \\u0000 wooden porch"]')), "holds marks"),
     "bidi marks": (lambda h: h.answer(reply_of('["a dog on a \\u202e wooden porch"]')), "holds marks"),
     "line ends": (lambda h: h.answer(reply_of('["a dog on\\na wooden porch"]')), "holds marks"),
@@ -207,7 +209,9 @@ BAD = {
     "choices of numbers": (lambda h: h.answer(b'{"choices": [1]}'), "another form than OpenAI's"),
     "content of null": (lambda h: h.answer(reply_of(None)), "another form than OpenAI's"),
     "bad UTF-8": (lambda h: h.answer(b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'), "another form"),
-    "the key": (lambda h: h.answer(reply_of(json.dumps([f"a dog says {SECRET} on a porch"]))), ""),
+    "other script": (lambda h: h.answer(reply_of('["a dog 狗在公园里玩耍的照片 on a porch"]')), "is not English"),
+    "the key": (lambda h: h.answer(reply_of(json.dumps([f"a dog says {SECRET} on a porch"]))), "repeats the key"),
+    "the key escaped": (lambda h: h.answer(reply_of(f'["a dog says {ESCAPED} on a porch"]')), "repeats the key"),
     "401": (lambda h: h.answer(f"wrong key {SECRET}".encode(), 401), None),
     "404": (lambda h: h.answer(b"", 404), None),
     "500 for ever": (lambda h: h.answer(b"", 500), None),
@@ -299,7 +303,7 @@ def test_a_reply_half_written_by_a_killed_process_is_asked_for_again(endpoint, t
     replies.write_bytes(whole[:-30])
     assert prompts.main([*line_for(endpoint, out), "--quiet"]) == 0
     assert out.read_bytes() == first
-    assert prompts.main([*line_for(endpoint, out), "--quiet"]) in (0, 2)
+    assert prompts.main([*line_for(endpoint, out), "--quiet"]) in (0, 3)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -330,9 +334,25 @@ def test_a_prompt_that_names_another_class_of_the_list_is_left_out():
     assert language_model.why_not("A dog  on a porch", ("dog",), ("dog",), ["a dog on a porch"]) == "is there twice"
 
 
-def test_the_number_of_requests_is_bounded(endpoint, tmp_path, capsys):
-    assert prompts.main(line_for(endpoint, tmp_path / "list", count=50)) == 0
-    assert len(endpoint.seen) <= 4 and len(rows(tmp_path / "list")) == 2
+def test_the_number_of_requests_is_bounded_with_those_of_the_file(endpoint, tmp_path, capsys):
+    endpoint.behave = lambda h: h.answer(reply_of(json.dumps([f"a dog on porch {len(endpoint.seen)} at night"])))
+    for _ in range(2):
+        assert prompts.main(line_for(endpoint, tmp_path / "list", count=50)) == 0
+        assert len(endpoint.seen) == 4 and len(rows(tmp_path / "list")) == 4
+
+
+def test_words_of_an_own_table_name_the_class_to_a_language_model(endpoint, tmp_path):
+    table, out = tmp_path / "own.csv", tmp_path / "list"
+    table.write_text("name,say,words\nc1,lorry,juggernaut\nc2,cat,\n")
+    endpoint.behave = lambda h: h.answer(reply_of('["a juggernaut on a bridge at night", "a cat on a lorry at night"]'))
+    line = [*line_for(endpoint, out, count=1)[4:], "--class-table", str(table), "--classes", "c1"]
+    assert prompts.main(line) == 0
+    assert b"lorry" in endpoint.seen[0][1] and rows(out)[0]["prompt"] == "a juggernaut on a bridge at night"
+
+
+def test_what_is_meant_for_this_machine_goes_through_no_proxy(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert prompts.main([*line_for(endpoint, tmp_path / "list"), "--quiet"]) == 0
 
 
 def test_a_program_may_answer_too_and_does_not_see_the_key(tmp_path, monkeypatch, capsys):
@@ -354,7 +374,7 @@ def test_a_program_may_answer_too_and_does_not_see_the_key(tmp_path, monkeypatch
 )
 def test_a_program_that_fails_gives_no_prompts(code, told, tmp_path, capsys):
     line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list")]
-    assert prompts.main([*line, "--llm-command", f'{sys.executable} -c "{code}"']) == 2
+    assert prompts.main([*line, "--llm-command", f'{sys.executable} -c "{code}"']) == 3
     assert told in capsys.readouterr().err and not (tmp_path / "list").exists()
 
 
@@ -362,7 +382,7 @@ def test_a_program_that_hangs_is_ended(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(language_model, "SECONDS", 0.5)
     line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list")]
     start = time.monotonic()
-    assert prompts.main([*line, "--llm-command", "sleep 100"]) == 2 and time.monotonic() - start < 10
+    assert prompts.main([*line, "--llm-command", "sleep 100"]) == 3 and time.monotonic() - start < 10
 
 
 def test_killed_and_started_again_the_command_writes_the_same_list(endpoint, tmp_path):

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -22,7 +22,7 @@ from urllib import error, parse, request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign.documents import one_line
-from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.class_tables import ClassTable, spoken
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.prompting.grammar import Sentence
 
@@ -35,7 +35,8 @@ LONGEST_WAIT = 30.0  # seconds before a request is sent again
 AT_ONCE = 25  # prompts asked for in one request
 LEAST_WORDS, MOST_WORDS = 4, 50  # of a prompt: 77 tokens of CLIP hold about 50 words
 MOST_CHARACTERS = 350
-UNWANTED = re.compile(r"[\x00-\x1f\x7f<>{}\[\]\\`]|https?:|www\.", re.IGNORECASE)
+MOST_FOREIGN = 8  # characters beyond ASCII: quotes, dashes and accents; of other scripts each takes several tokens
+UNWANTED = re.compile(r"[\x00-\x1f\x7f<>{}\[\]\\`;|$#@=*_^~]|https?:|www\.", re.IGNORECASE)
 
 GUIDE = """You write captions of photographs. They are given to a text-to-image model, whose pictures then teach a
 computer vision model to find {what}. Write {count} captions that all show: {wanted}.
@@ -59,7 +60,8 @@ class Replies:
     ask: Ask
     most_requests: int
     secret: str = ""
-    asked: int = 0
+    asked: int = 0  # requests that were sent now
+    used: int = 0  # those and the ones that the file answers
     known: dict[str, tuple[str, str]] = field(default_factory=dict)  # digest of a request -> reply, what was wrong
 
     def __post_init__(self) -> None:
@@ -77,15 +79,18 @@ class Replies:
 
     def __call__(self, text: str) -> str:
         key = hashlib.sha256(text.encode()).hexdigest()
+        if self.used >= self.most_requests:  # counted with the file, so that the same line ends with the same list
+            raise UnusableReply("the limit of --llm-requests was reached")
+        self.used += 1
         if key not in self.known:
-            if self.asked >= self.most_requests:
-                raise UnusableReply("the limit of --llm-requests was reached")
             self.asked += 1
             try:
                 reply, problem = self.ask(text), ""
             except UnusableReply as why:
                 reply, problem = "", str(why)
-            self._keep(key, reply.replace(self.secret, "***") if self.secret else reply, problem)
+            if self.secret and self.secret in _unescaped(reply):
+                reply, problem = "", "the reply repeats the key"
+            self._keep(key, reply, problem)
         reply, problem = self.known[key]
         if problem:
             raise UnusableReply(problem)
@@ -103,6 +108,11 @@ class Replies:
             raise storage.refusal(stop, self.path) from stop
 
 
+def _unescaped(reply: str) -> str:
+    """The reply with the characters that its JSON escapes stand for."""
+    return re.sub(r"\\u([0-9a-fA-F]{4})|\\(.)", lambda one: chr(int(one[1], 16)) if one[1] else one[2], reply)
+
+
 def _ends_a_line(path: Path) -> bool:
     """Whether the file is empty or whole: a killed process may have left half a line."""
     with path.open("rb") as file:
@@ -111,24 +121,29 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def written(
-    plan: Sequence[tuple[str, ...]], classes: Sequence[str], replies: Replies, on_progress: Callable[[int], None]
+    plan: Sequence[tuple[str, ...]],
+    classes: Sequence[str],
+    replies: Replies,
+    on_progress: Callable[[int], None],
+    own: ClassTable | None = None,
 ) -> tuple[list[Sentence], Counter[str]]:
     """One sentence for each entry of the plan as far as replies gave one, and why others were left out."""
     wanted = Counter(plan)
     found: dict[tuple[str, ...], list[str]] = {names: [] for names in wanted}
     reasons: Counter[str] = Counter()
     for names, count in wanted.items():
-        kept, number, empty = found[names], 0, 0
+        kept, said, number, empty = found[names], set[str](), 0, 0
         while len(kept) < count and empty < 2:
             number += 1
             before = len(kept)
             try:
-                reply = replies(guide(names, classes, AT_ONCE, number))
+                reply = replies(guide(names, classes, AT_ONCE, number, own))
                 for prompt in items(reply):
-                    if reason := why_not(prompt, names, classes, kept):
+                    if reason := why_not(prompt, names, classes, said, own):
                         reasons[reason] += 1
                     elif len(kept) < count:
                         kept.append(" ".join(prompt.split()))
+                        said.add(kept[-1].lower())
             except UnusableReply as problem:
                 reasons[str(problem)] += 1
             empty = 0 if len(kept) > before else empty + 1
@@ -142,12 +157,13 @@ def written(
     return sentences, reasons
 
 
-def guide(names: Sequence[str], classes: Sequence[str], count: int, number: int) -> str:
+def guide(names: Sequence[str], classes: Sequence[str], count: int, number: int, own: ClassTable | None = None) -> str:
+    """The text of a request."""
     others = [name for name in classes if name not in names]
     return GUIDE.format(
-        what=", ".join(spoken(classes)),
-        wanted=" and ".join(spoken(names)),
-        others=", ".join(spoken(others)) or "none",
+        what=", ".join(spoken(classes, own)),
+        wanted=" and ".join(spoken(names, own)),
+        others=", ".join(spoken(others, own)) or "none",
         count=count,
         least=LEAST_WORDS,
         number=number,
@@ -172,8 +188,10 @@ def items(reply: str) -> list[Any]:
     return value
 
 
-def why_not(prompt: Any, names: Sequence[str], classes: Sequence[str], kept: Sequence[str]) -> str:
-    """Why a prompt is left out; nothing where it is used."""
+def why_not(
+    prompt: Any, names: Sequence[str], classes: Sequence[str], said: Container[str], own: ClassTable | None = None
+) -> str:
+    """Why a prompt is left out, `said` being those that are used, in lower case; nothing where it is used."""
     if not isinstance(prompt, str):
         return "not a text"
     words = prompt.split()
@@ -181,12 +199,14 @@ def why_not(prompt: Any, names: Sequence[str], classes: Sequence[str], kept: Seq
         return "too short or too long"
     if UNWANTED.search(prompt) or not prompt.isprintable():
         return "holds marks that no caption has"
-    there = set(find_classes(prompt, classes))
+    if sum(not letter.isascii() for letter in prompt) > MOST_FOREIGN:
+        return "is not English"
+    there = set(find_classes(prompt, classes, own))
     if not set(names) <= there:
         return "does not name its class"
     if there - set(names):
         return "names another class"
-    if " ".join(words).lower() in {other.lower() for other in kept}:
+    if " ".join(words).lower() in said:
         return "is there twice"
     return ""
 
@@ -237,7 +257,10 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, key: str, sleep: Callable[[float], None] = time.sleep):
         self.url, self.model, self.key, self.sleep = check_url(url, key), model, key, sleep
-        self._open = request.build_opener(_NoRedirect()).open
+        # a proxy would get what is meant for this machine, the key of an unencrypted request among it
+        is_here = _is_loopback(parse.urlsplit(self.url).hostname or "")
+        proxies = [request.ProxyHandler({})] if is_here else []
+        self._open = request.build_opener(_NoRedirect(), *proxies).open
 
     def __call__(self, text: str) -> str:
         for turn in range(TRIES):
