@@ -1,15 +1,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from datasetdm_fast import demo
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts, settings
 from datasetdm_fast.generation.plan import make_plan
 from datasetdm_fast.labels import words as class_words
+from datasetdm_fast.loading.tokenizer import OwnTokenizer
 
 
 class Tokenizer:
@@ -113,6 +116,16 @@ def test_bad_prompt_files_are_refused(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(Refused, match=message):
         plan_of(prompts=str(path))
+
+
+def test_the_demo_model_names_the_prompts_it_can_read(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("an aerial view of a locomotive crossing a viaduct between snowy mountains, early winter morning light")
+    tokenizer = OwnTokenizer(Path(demo.__file__).parent / "model" / "tokenizer")
+    source = prompts.read_source(RunConfig(prompts=str(path)))
+    with pytest.raises(Refused, match="tokens, at most 77") as stop:
+        make_plan(source, tokenizer, number=1, seed=0, batch_size=1, words=())
+    assert "datasetdm_fast.prompts --set demo" in stop.value.remedy
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "folder/with/no/prompts"])

@@ -19,6 +19,7 @@ from datasetdm_fast.truth.class_file import own_table
 
 LONGEST_LINE = 4096  # bytes; no prompt of 77 tokens comes near it
 LARGEST_FILE = 256 * 2**20  # bytes
+MOST_PIECES = 3  # tokens of a word, on average, where a tokenizer knows the language of a prompt
 NEGATIVE_PROMPTS = {
     # Dataset Diffusion's text, letter by letter: two of its commas have no space after them.
     "dataset-diffusion": "ugly, tiling, poorly drawn hands, poorly drawn feet, poorly drawn face,out of frame, "
@@ -275,9 +276,13 @@ def fit(
     if count <= limit and head == prompt:
         return prompt
     if not truncate:
-        raise Refused(
-            f"{where}: {count} tokens, at most {limit} fit: {shown(prompt)}", "Shorten it, or pass --truncate-prompts."
-        )
+        remedy = "Shorten it, or pass --truncate-prompts."
+        if count > MOST_PIECES * len(head.split()):
+            remedy = (
+                "The model's tokenizer knows few of its words. For the demo model write prompts with "
+                "python -m datasetdm_fast.prompts --set demo; others need another --model."
+            )
+        raise Refused(f"{where}: {count} tokens, at most {limit} fit: {shown(prompt)}", remedy)
     shortest, longest = 0, len(head)
     while shortest < longest:
         middle = (shortest + longest + 1) // 2
