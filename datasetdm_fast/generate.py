@@ -27,7 +27,6 @@ from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder import object_store
 from datasetdm_fast.run_folder.document import read_document
 from datasetdm_fast.run_folder.folder import RunFolder, note
-from datasetdm_fast.run_folder.goal import counts_by_class
 from datasetdm_fast.run_folder.showing import ShownSoFar
 from datasetdm_fast.workers import devices, launched, ray_driver, spawn
 from datasetdm_fast.workers.launched import LaunchedProcess
@@ -88,11 +87,6 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     interruption = Interruption(config.quiet)
     places = () if peer or config.cluster else devices.places(config)
-    if config.cluster and counts_by_class(config.identity()):
-        raise Refused(
-            f"--accept: with --per-class the machines of --cluster {config.cluster} cannot tell which class has enough",
-            "Leave out --per-class, or make the run on one machine with --gpus or --ranks.",
-        )
     if config.verify and (peer or config.cluster):
         raise Refused(
             f"--verify {config.verify}: several machines or processes that were started together make this run",

@@ -438,7 +438,7 @@ def queue_of(batches: list[int], places: int = 1, died: Sequence[int] = ()) -> C
     queue = Coordinator()
     for slot in range(places):
         queue.enter(Owner(f"rank {slot}", slot))
-    queue.open(batches, SAMPLES, {}, frozenset())
+    queue.open(batches, frozenset(range(SAMPLES)), {})
     for batch in died:
         queue.execute("INSERT INTO failures VALUES (?, 0, ?)", batch, DIED)
     return queue
@@ -447,7 +447,8 @@ def queue_of(batches: list[int], places: int = 1, died: Sequence[int] = ()) -> C
 def work(made: job.Job, queue: Coordinator, out: Path, slot: int = 0, present: set[int] = frozenset()) -> list:
     """The rows of a worker in this process, which ends where it would wait for others."""
     idle = []
-    folder = PublishingFolder(config(out), made.document, frozenset(present), partial(queue.report, slot, "rows"))
+    rows = partial(queue.report, slot, "rows")
+    folder = PublishingFolder(config(out), made.document, lambda *ends: queue.wanted(*ends) - present, rows)
     owner = Owner(f"rank {slot}", slot)
     callbacks = {"on_idle": lambda: idle.append(True), "is_stopping": lambda: bool(idle)}
     Worker(made, folder, queue, owner, **callbacks).work()
@@ -501,10 +502,17 @@ def test_a_worker_that_is_told_to_stop_begins_nothing_more(made, tmp_path):
     assert work(made, queue, tmp_path / "out") == [] and queue.is_over() and not queue.is_complete()
 
 
-def test_doubtful_samples_are_made_up_for_round_by_round(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "asked, count",
+    [
+        ({"keep": "trusted", "number": 9}, 9),
+        ({"accept": "presence >= 0.5", "per_class": 3, "classes": ("ball", "star")}, 6),
+    ],
+)
+def test_samples_that_are_set_aside_are_made_up_for_round_by_round(monkeypatch, tmp_path, asked, count):
     """The driver adds batches once all are made, as the workers know no more of the run than their own samples."""
     torchless.install(monkeypatch.setattr)
-    one, out = config(tmp_path / "one", keep="trusted", number=9), tmp_path / "run"
+    one, out = config(tmp_path / "one", task=("semantic", "instance"), **asked), tmp_path / "run"
     run.run(job.prepare(one))
     settings = replace(one, out=str(out))
     driver, queue = RayDriver(settings, Callbacks(lambda made: [])), Coordinator()
@@ -514,11 +522,11 @@ def test_doubtful_samples_are_made_up_for_round_by_round(monkeypatch, tmp_path):
     while not queue.is_complete():
         rounds += 1
         owner = Owner(f"rank {rounds % 2}", rounds % 2)
-        folder = PublishingFolder(settings, made.document, frozenset(), partial(queue.report, owner.slot, "rows"))
+        folder = PublishingFolder(settings, made.document, queue.wanted, partial(queue.report, owner.slot, "rows"))
         stop = {"is_stopping": queue.is_all_made}
         Worker(made, folder, queue, owner, **stop, has_ledger=False).work()
         driver._receive()
-    assert driver.finish(0).is_complete and driver.committed == 9 and rounds > 2
+    assert driver.finish(0).is_complete and driver.committed == count and rounds > 2
     driver.close()
     assert tree(out) == tree(tmp_path / "one") and audit(out, threads=1).findings == []
 

@@ -30,17 +30,17 @@ LONGEST = 4096  # bytes of a URL
 
 class PublishingFolder:
     """The run folder of a process that only publishes the files of samples, where the configuration wants them;
-    `commit` gets their rows to whoever has the ledger, which holds those of the samples that are `present`.
+    `commit` gets their rows to whoever has the ledger, and `wanted` tells which samples of a range that still lacks.
     """
 
     def __init__(
         self,
         config: RunConfig,
         document: Mapping[str, Any],
-        present: Set[int],
+        wanted: Callable[[int, int], Set[int]],
         commit: Callable[[list[Row]], object],
     ):
-        self._document, self._present, self.commit, self.ledger = document, present, commit, self
+        self._document, self._wanted, self.commit, self.ledger = document, wanted, commit, self
         self._has_thumbnails = not config.store  # which draws no sheets of them
         self._publish = ObjectStore(config.store).publish if config.store else into(Path(config.out))
 
@@ -51,7 +51,7 @@ class PublishingFolder:
         return write_samples(results, recipe, self._document, self._publish, has_thumbnails=self._has_thumbnails)
 
     def within(self, first: int, stop: int) -> set[int]:
-        return set(range(first, stop)) & self._present
+        return set(range(first, stop)) - self._wanted(first, stop)
 
 
 def check(config: RunConfig) -> None:

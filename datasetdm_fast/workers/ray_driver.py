@@ -150,11 +150,8 @@ class RayDriver(Supervisor):
             self.store.note(job.folder)
         self.wanted = set(Quota(job, self.folder.ledger).lacking())
         self.folder.unseal()
-        batches = in_order(self.wanted, size)
-        planned = {index for batch in batches for index in range(batch * size, (batch + 1) * size)}
-        present = frozenset(planned - self.wanted)
-        last, may_grow = max(self.wanted, default=-1), job.makes_up
-        self.queue.open(batches, last, self.folder.document, present, may_grow=may_grow)
+        batches, document = in_order(self.wanted, size), self.folder.document
+        self.queue.open(batches, frozenset(self.wanted), document, may_grow=job.makes_up)
 
     def _receive(self) -> None:
         super()._receive()
@@ -162,7 +159,7 @@ class RayDriver(Supervisor):
             self._hear()  # the rows of the last batches are reported before these are finished
             self.wanted = set(Quota(self.job, self.folder.ledger).lacking())
             batches = in_order(self.wanted, self.job.plan.batch_size)
-            self.queue.grow(batches, max(self.wanted, default=-1))
+            self.queue.grow(batches, frozenset(self.wanted))
 
     def finish(self, begin: float) -> Result:
         """The result, once the index files are there."""

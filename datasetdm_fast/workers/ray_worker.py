@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +27,8 @@ class Coordinator(WorkQueue):
 
     def __init__(self):
         super().__init__()
-        self._session: tuple[Mapping[str, Any], frozenset[int]] | None = None
+        self._session: Mapping[str, Any] | None = None
+        self._wanted: Set[int] = frozenset()
         self._planner = ""  # the process that makes the plan
         self._reports: list[list[Any]] = []
         self._may_grow = False
@@ -35,18 +36,17 @@ class Coordinator(WorkQueue):
     def open(
         self,
         batches: Sequence[int],
-        last: int,
+        wanted: Set[int],
         document: Mapping[str, Any],
-        present: frozenset[int],
         *,
         may_grow: bool = False,
     ) -> None:
-        """What the driver has found in the run folder: what is missing, run.json, and those samples of the batches
-        that are there already. A queue that `may_grow` is complete once the driver has no batch to add.
+        """What the driver has found in the run folder: what is missing, in which batches, and run.json. A queue that
+        `may_grow` is complete once the driver has no batch to add.
         """
-        self._may_grow = may_grow
-        self.fill(batches, last)
-        self._session = document, present
+        self._may_grow, self._wanted = may_grow, wanted
+        self.fill(batches, max(wanted, default=-1))
+        self._session = document
 
     def is_complete(self) -> bool:
         return super().is_complete() and not self._may_grow
@@ -55,16 +55,20 @@ class Coordinator(WorkQueue):
         """Whether all batches are made, and the driver is to say whether the run has come to need others."""
         return self._may_grow and super().is_complete()
 
-    def grow(self, batches: Sequence[int], last: int) -> None:
-        """Adds the batches that the run has come to need, up to this last sample; without any it is complete."""
+    def grow(self, batches: Sequence[int], wanted: Set[int]) -> None:
+        """Adds the batches of the samples that the run has come to want; without any it is complete."""
         with self.alone():
-            self._may_grow = bool(batches)
+            self._may_grow, self._wanted = bool(batches), wanted
             if batches:
-                self.execute("UPDATE session SET last = ?", last)
+                self.execute("UPDATE session SET last = ?", max(wanted))
                 self._add(batches)
 
-    def session(self) -> tuple[Mapping[str, Any], frozenset[int]] | None:
-        """run.json and the samples that are there; None before the run folder is open."""
+    def wanted(self, first: int, stop: int) -> set[int]:
+        """The samples from `first` to before `stop` that the driver still lacked when it filled the queue."""
+        return {index for index in range(first, stop) if index in self._wanted}
+
+    def session(self) -> Mapping[str, Any] | None:
+        """run.json; None before the run folder is open."""
         return self._session
 
     def is_planner(self, owner: Owner) -> bool:
@@ -138,6 +142,5 @@ class RayWorker:
             if session is None:
                 return
             queue.report(owner.slot, "ready", [])
-            document, present = session
-            folder = PublishingFolder(setup.config, document, present, partial(queue.report, owner.slot, "rows"))
-            Worker(adopt(job, document), folder, queue, owner, has_ledger=False).work()
+            folder = PublishingFolder(setup.config, session, queue.wanted, partial(queue.report, owner.slot, "rows"))
+            Worker(adopt(job, session), folder, queue, owner, has_ledger=False).work()

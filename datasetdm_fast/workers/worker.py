@@ -77,6 +77,7 @@ class Worker:
     ):
         self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
         self.makes_up = job.makes_up and has_ledger
+        self.counts_by_class = counts_by_class(job.document["config"]) and has_ledger
         self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
         self.last_beat, self.made = 0.0, 0
         self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
@@ -170,7 +171,7 @@ class Worker:
         first, stop = batch * size, (batch + 1) * size
         if self.makes_up:
             return run.Quota(self.job, ledger, first, stop).taken(results)
-        if counts_by_class(self.job.document["config"]):  # a batch holds samples of classes that have enough
+        if self.counts_by_class:  # a batch holds samples of classes that have enough
             wants = run.Quota(self.job, ledger, first, stop).wants
             results = [result for result in results if wants(result.request.index)]
         missing = set(range(first, min(stop, self.queue.last() + 1))) - ledger.within(first, stop)
