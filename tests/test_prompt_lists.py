@@ -370,7 +370,11 @@ def test_a_program_may_answer_too_and_does_not_see_the_key(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "code, told", [("import sys; sys.exit(1)", "ended with an error"), ("print('x' * 2**21)", "longer")]
+    "code, told",
+    [
+        ("import sys; sys.exit('no model here')", "ended with an error (no model here)"),
+        ("print('x' * 2**21)", "longer than 1 MiB (2)"),
+    ],
 )
 def test_a_program_that_fails_gives_no_prompts(code, told, tmp_path, capsys):
     line = ["--set", "voc", "--classes", "dog", "--per-class", "1", "--out", str(tmp_path / "list")]

@@ -353,7 +353,7 @@ class Program:
                 self.arguments,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 start_new_session=True,
                 env={name: value for name, value in os.environ.items() if name not in KEY_VARIABLES},
             )
@@ -363,15 +363,22 @@ class Program:
                 "Name a program that is installed.",
             ) from stop
         try:
-            found, _ = process.communicate(text.encode(), timeout=SECONDS)
+            found, said = process.communicate(text.encode(), timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            raise UnusableReply("the program did not answer in time") from None
+            raise self._failed(f"did not answer within {SECONDS:g} s") from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if process.returncode:
-            raise UnusableReply("the program ended with an error")
+            last = one_line(said.decode(errors="replace").strip().rpartition("\n")[2])
+            raise self._failed(f"ended with an error{f' ({last})' if last else ''}")
         if len(found) > LARGEST_REPLY:
             raise UnusableReply("the reply is longer than 1 MiB")
         return found.decode(errors="replace")
+
+    def _failed(self, how: str) -> Missing:
+        return Missing(
+            f"--llm-command {self.arguments[0]}: {how}",
+            "Try the program by hand, then run the same line again; replies that came are kept.",
+        )
