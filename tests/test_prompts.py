@@ -120,7 +120,9 @@ def test_bad_prompt_files_are_refused(tmp_path, content, message):
 
 def test_the_demo_model_names_the_prompts_it_can_read(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("an aerial view of a locomotive crossing a viaduct between snowy mountains, early winter morning light")
+    path.write_text(
+        "an aerial view of a locomotive crossing a viaduct between snowy mountains, early winter morning light"
+    )
     tokenizer = OwnTokenizer(Path(demo.__file__).parent / "model" / "tokenizer")
     source = prompts.read_source(RunConfig(prompts=str(path)))
     with pytest.raises(Refused, match="tokens, at most 77") as stop:

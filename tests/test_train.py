@@ -21,6 +21,7 @@ from datasetdm_fast.decoders.checkpoint import load_decoders
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.loading import checkpoint, load_model
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.training import folds, held_out, session, task_run
@@ -105,6 +106,24 @@ def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, cap
                 LAYOUTS["folder"][1](tmp_path / "data")
         assert run("--data", data, *line, "--by-name", flag, out=f"decoder{k}") == 0
         assert load_decoders(tmp_path / f"decoder{k}")[line[1]].config.named == found and (not found or "ball" in found)
+
+
+def test_class_words_of_an_own_table_are_said_found_and_kept(run, tmp_path, capsys):
+    LAYOUTS["voc"][1](tmp_path / "data")
+    table, line = tmp_path / "own.csv", ["--data", f"voc:{tmp_path / 'data'}", "--task", "semantic", "--quiet"]
+    source = open_data(line[1], 64)
+    shown = next(name for name in source.thing_classes if f"a {name}" in source[0].caption)
+    table.write_text(f"name,say,words\n{shown.upper()},gadget,gizmo | doodad\n,,toy gadget\n")
+    assert run(*line, "--steps", "1", "--class-table", str(table)) == 0
+    config = load_decoders(tmp_path / "decoder")["semantic"].config
+    assert config == type(config).from_json(config.to_json()) and shown in config.named
+    assert [find_classes(text, config.named, config.table) for text in ("doodads", "a toy gadget")] == [(shown,), ()]
+    source.table = config.table
+    assert "a gadget" in source[0].caption and shown not in source[0].caption
+    assert run(*line, "--steps", "1") == 2 and "other settings (class_table" in capsys.readouterr().err
+    (tmp_path / "other.csv").write_text("name\nunicorn\n")
+    assert run(*line, "--class-table", str(tmp_path / "other.csv"), out="other") == 2
+    assert "holds none of the data's classes" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):

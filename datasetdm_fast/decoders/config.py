@@ -10,6 +10,7 @@ from typing import Any
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
+from datasetdm_fast.labels.class_tables import ClassTable, ClassWord, of_words
 from datasetdm_fast.stages import LEVELS, Level, levels
 
 FORMAT = 1  # of config.json; without one it is the first
@@ -46,6 +47,8 @@ class DecoderConfig:
     classes: tuple[str, ...] = ()
     # of them, those its captions always named: they are looked for only where a prompt names them
     named: tuple[str, ...] = ()
+    # what a table of the user's own says of them, and its phrases of no class under an empty name
+    class_words: tuple[ClassWord, ...] = ()
     # share of each cross-attention head, low to highest, in telling where the words of a prompt are; empty: things are
     # named by the class logits alone
     word_heads: tuple[float, ...] = ()
@@ -134,8 +137,20 @@ class DecoderConfig:
                 found[level.name] = shares
         return found
 
+    @property
+    def table(self) -> ClassTable | None:
+        """The words of the user's own that its classes are found by."""
+        return of_words(self.class_words, "class_words") if self.class_words else None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The fields as JSON holds them; without words of the user's own there is none for them."""
+        found = asdict(self)
+        found["class_words"] = [{name: word[name] for name in WORD_FORM} for word in found["class_words"]]
+        return {name: value for name, value in found.items() if name != "class_words" or value}
+
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        return json.dumps({"format": FORMAT, **self.values}, indent=2) + "\n"
 
     @staticmethod
     def from_json(text: str) -> DecoderConfig:
@@ -155,6 +170,7 @@ class DecoderConfig:
         for given, known, whose in (
             (values, own, ""),
             *((level, LEVEL_FORM, " of a level") for level in values["levels"]),
+            *((word, WORD_FORM, " of a word") for word in values.get("class_words", ())),
         ):
             if unknown := sorted(set(given) - set(known)):
                 names = documents.one_line(", ".join(unknown))
@@ -165,10 +181,14 @@ class DecoderConfig:
         )
         for name in ("classes", "named", "word_heads", "joints"):
             values[name] = tuple(values.get(name, ()))
+        values["class_words"] = tuple(
+            ClassWord(**{**word, "words": tuple(word["words"])}) for word in values.get("class_words", ())
+        )
         values["limbs"] = tuple(tuple(limb) for limb in values.get("limbs", ()))
         return DecoderConfig(**values)
 
 
+WORD_FORM = {"name": str, "say": str, "words": [str]}
 LEVEL_FORM = {"name": str, "side": int, "features": [int], "heads": [int], "tokens": int}
 COUNTS = ("width", "heads", "layers", "feed_forward", "mask_dim", "queries", "text_width", "depth_width")
 FORM = dict.fromkeys((*COUNTS, "upscale", "min_area"), int)
@@ -177,6 +197,7 @@ FORM |= dict.fromkeys(("kind", "task", "normalisation", "instance_class_from"), 
     "text_centre": bool,
     "limbs": [[int]],
     "word_heads": [float],
+    "class_words": [WORD_FORM],
 }
 FORM |= dict.fromkeys(("classes", "named", "joints"), [str])
 LEAST_NUMBERS = {"upscale": 0, "min_area": 0, "max_depth": 0, "score_threshold": 0, "overlap_threshold": 0}  # others: 1

@@ -45,7 +45,11 @@ def measure(
     configs = {task: engine.decoders[task].config for task in tasks}
     meters = {task: METRICS[config.task].judging(source, config, unseen) for task, config in configs.items()}
     timestep = capture_timestep(configs)
-    words = engine.encode_classes(spoken(source.thing_classes)) if any(c.has_text for c in configs.values()) else None
+    words = {
+        task: engine.encode_classes(spoken(source.thing_classes, config.table))
+        for task, config in configs.items()
+        if config.has_text
+    }
     start, left = 0, iter(source)
     while items := list(islice(left, batch_size)):
         said = ["" if captions == "none" else item.caption for item in items]
@@ -53,7 +57,8 @@ def measure(
         capture = invert(engine, pixels, said, timestep, range(seed + start, seed + start + len(items)))
         for task, meter in meters.items():
             config = METRICS[configs[task].task].reading(configs[task])
-            raw = engine.annotate(task, capture, words[None].expand(len(items), -1, -1) if config.has_text else None)
+            text = words[task][None].expand(len(items), -1, -1) if task in words else None
+            raw = engine.annotate(task, capture, text)
             if captions == "true":
                 asked = source.thing_classes if config.has_text else ()
                 raw = held_to(raw, config, said, asked, tokenizer=engine.model.tokenizer)

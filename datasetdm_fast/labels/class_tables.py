@@ -74,9 +74,27 @@ def parse(text: str, name: str) -> ClassTable:
     return ClassTable(name, tuple(classes), tuple(other))
 
 
+def _chosen(table: ClassTable, names: Sequence[str]) -> list[ClassWord]:
+    keys = set(map(_key, names))
+    return [word for word in table.classes if _key(word.name) in keys]
+
+
+def words_of(table: ClassTable, names: Sequence[str]) -> tuple[ClassWord, ...]:
+    """What a table says of some classes, and its phrases of no class under an empty name."""
+    kept = (ClassWord(word.name, word.say, word.words) for word in _chosen(table, names))
+    return *kept, ClassWord("", "", table.other)
+
+
+@cache
+def of_words(words: tuple[ClassWord, ...], name: str = "") -> ClassTable:
+    """The table that `words_of` was told of, the same one at every call."""
+    classes = tuple(word for word in words if word.name)
+    return ClassTable(name, classes, tuple(text for word in words if not word.name for text in word.words))
+
+
 def rows_of(table: ClassTable, names: Sequence[str], *, has_colours: bool = False) -> list[dict[str, Any]]:
     """Some classes of a table as JSON, and its phrases of no class under an empty name."""
-    kept = [word for word in table.classes if word.name in names]
+    kept = _chosen(table, names)
     rows: list[dict[str, Any]] = [{"name": word.name, "say": word.say, "words": list(word.words)} for word in kept]
     if has_colours:
         rows = [row | ({"colour": list(word.colour)} if word.colour else {}) for row, word in zip(rows, kept)]

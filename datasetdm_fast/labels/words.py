@@ -96,20 +96,22 @@ def mentioned(prompt: str, classes: Sequence[str], own: ClassTable | None = None
     return matcher(tuple(classes), own).mentioned(prompt)
 
 
-def always_named(classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]]) -> tuple[str, ...]:
+def always_named(
+    classes: Sequence[str], seen: Sequence[tuple[Sequence[str], str]], own: ClassTable | None = None
+) -> tuple[str, ...]:
     """Of `classes`, those named by the caption of every picture that shows them; `seen` pairs classes and captions."""
-    unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown))}
+    unsaid = {name for shown, caption in seen for name in set(shown) - set(find_classes(caption, shown, own))}
     return tuple(name for name in classes if name not in unsaid)
 
 
 def token_places(
-    prompt: str, classes: Sequence[str], count: Callable[[str], int], limit: int
+    prompt: str, classes: Sequence[str], count: Callable[[str], int], limit: int, own: ClassTable | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Of the classes that a prompt names, the places among its tokens of the words that name them; `count` tells the
     tokens of a text without marks, and places from `limit` on are left out.
     """
     text, found = prompt.lower(), {}
-    for name, spans in matcher(tuple(classes)).spans(prompt).items():
+    for name, spans in matcher(tuple(classes), own).spans(prompt).items():
         ranges = ((count(text[:begin]), count(text[:end])) for begin, end in spans)
         # the start mark is the first token
         found[name] = tuple(k + 1 for begin, end in ranges for k in range(begin, end) if k + 1 < limit)

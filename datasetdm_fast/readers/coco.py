@@ -184,7 +184,7 @@ class Coco(PictureSource):
                 f"{pixels.shape[1]} x {pixels.shape[0]} pixels, but {first.path.name} says {said['width']} x "
                 f"{said['height']}",
             )
-        fields: dict[str, Any] = {"caption": reading.photo_of(["person"])}
+        fields: dict[str, Any] = {"caption": self.photo_of(["person"])}
         if self.things:
             fields |= self._things(image, pixels.shape[:2])
         if self.persons:
@@ -207,7 +207,7 @@ class Coco(PictureSource):
             found[which[0]].append(make)
             found[which[1]].append(kind)
         names = [self.thing_classes[k] for k in sorted(set(found["mask_classes"]))]
-        return found | {"caption": reading.photo_of(names)}
+        return found | {"caption": self.photo_of(names)}
 
     def _joints(self, rows: Sequence[int]) -> dict[str, Any]:
         points, boxes, areas = [], [], []

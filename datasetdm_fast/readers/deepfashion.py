@@ -35,7 +35,7 @@ class DeepFashion(PictureSource):
         path, stem = self.images[record], self.images[record].stem
         image = reading.colour_image(path)
         labels = reading.label_map(self.maps[record], image.shape, self.classes)
-        caption = reading.photo_of([self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes)])
+        caption = self.photo_of([self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes)])
         if self.captions is not None:
             caption = self.captions.get(path.name, self.captions.get(stem))
             if not isinstance(caption, str):

@@ -66,7 +66,7 @@ class LabelMe(PictureSource):
             except (ValueError, TypeError, OverflowError) as error:
                 raise reading.bad(path, f"shape {number}: {documents.reason_of(error)}") from error
         truth = shapes.things(found, self.thing_classes)
-        caption = reading.photo_of([self.thing_classes[k] for k in sorted(set(truth["mask_classes"]))])
+        caption = self.photo_of([self.thing_classes[k] for k in sorted(set(truth["mask_classes"]))])
         return Picture(path.stem, image, caption, **truth)
 
     def _image(self, path: Path, document: dict[str, Any], sides: tuple[int, int]) -> np.ndarray:

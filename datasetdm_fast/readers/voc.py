@@ -54,7 +54,7 @@ class Voc(PictureSource):
         labels = reading.label_map(self.maps / f"{name}.png", image.shape, self.classes)
         self._check_annotation(name, image.shape)
         masks, kinds = self._things(name, labels) if self.has_objects else (None, ())
-        caption = reading.photo_of([self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)])
+        caption = self.photo_of([self.classes[k] for k in np.unique(labels) if k not in (0, IGNORED)])
         return Picture(name, image, caption, labels, masks, kinds)
 
     def _things(self, name: str, labels: np.ndarray) -> tuple[list, list[int]]:

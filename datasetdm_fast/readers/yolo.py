@@ -39,7 +39,7 @@ class Yolo(PictureSource):
         path = self.images[record]
         image, labels = reading.colour_image(path, reading.as_shown), self._label(path)
         rows = self._rows(labels, image.shape) if labels.exists() and labels.stat().st_size else []
-        caption = reading.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
+        caption = self.photo_of(sorted({self.thing_classes[kind] for kind, _ in rows}))
         return Picture(
             path.stem,
             image,

@@ -31,7 +31,8 @@ def held_to(
     is_open = config.has_text
     asked, classes = (words, words) if is_open else (config.named, config.classes)
     there = [
-        {*find_classes(prompt, asked), *(named[b] if named else ())} & set(asked) for b, prompt in enumerate(prompts)
+        {*find_classes(prompt, asked, config.table), *(named[b] if named else ())} & set(asked)
+        for b, prompt in enumerate(prompts)
     ]
     ruled_out = torch.tensor(
         [[bool(own) and name in asked and name not in own for name in classes] for own in there], dtype=torch.bool
@@ -76,7 +77,7 @@ def word_attention(
     batch, tokens, *sides = attention.shape
     found = attention.new_ones(batch, len(config.classes), *sides)
     for b, (prompt, own) in enumerate(zip(prompts, there, strict=True)):
-        places = token_places(prompt, config.named, count, tokens)
+        places = token_places(prompt, config.named, count, tokens, config.table)
         if len(own) < 2 or not own <= set(places):
             continue
         for name in sorted(own):

@@ -17,7 +17,7 @@ from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.foreign import documents
-from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.class_tables import ClassTable, digest_of, spoken, words_of
 from datasetdm_fast.labels.words import always_named, find_classes
 from datasetdm_fast.lessons import cache
 from datasetdm_fast.lessons.cache import Inversion
@@ -32,6 +32,7 @@ from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.task_run import TaskPlan, TaskTraining
 from datasetdm_fast.truth.augment import AUGMENTATIONS
+from datasetdm_fast.truth.class_file import own_table
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 from datasetdm_fast.truth.reading import photo_of
 
@@ -75,7 +76,7 @@ class TrainingSession:
 
     def recipe(self, task: str, images: int) -> tuple[recipes.TrainingRecipe, Any]:
         """Decoder and schedule of a task, and the class embeddings it is taught with."""
-        config, engine = self.config, self.engine
+        config, engine, table = self.config, self.engine, self.source.table
         width = engine.model.networks["text_encoder"].config.hidden_size
         found = recipes.recipe(
             *(task, self.source, engine.model.levels, width, self.timestep, images),
@@ -84,9 +85,13 @@ class TrainingSession:
             reader=config.data.partition(":")[0],
         )
         words = (
-            engine.encode_classes(spoken(self.source.thing_classes)).float().clone() if found.config.has_text else None
+            engine.encode_classes(spoken(self.source.thing_classes, table)).float().clone()
+            if found.config.has_text
+            else None
         )
         decoder = replace(found.config, named=self._named(found.config.classes))
+        if table is not None and (decoder.named or decoder.has_text):
+            decoder = replace(decoder, class_words=words_of(table, self.source.thing_classes))
         changes = {name: getattr(config, name) for name in ("steps", "batch_size", "rate") if getattr(config, name)}
         changes |= {"parts": config.accumulate, "seed": config.seed, "first_word_only": "Q11" in config.quirks}
         schedule = replace(found.schedule, **changes)
@@ -99,14 +104,15 @@ class TrainingSession:
 
     def _named(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes of a decoder that are looked for only where a prompt names them."""
-        config = self.config
+        config, table = self.config, self.source.table
         is_wanted = config.by_name == "yes" or (config.by_name == "auto" and self.source.captions_name_all)
         things = [name for name in classes if name in self.source.thing_classes]
         if not (is_wanted and config.captions == "true" and things):
             return ()
         if self.source.captions_name_all:
-            return tuple(name for name in things if name in find_classes(photo_of([name]), things))
-        return always_named(things, self.shown)
+            said = zip(things, spoken(things, table), strict=True)
+            return tuple(name for name, word in said if name in find_classes(photo_of([word]), things, table))
+        return always_named(things, self.shown, table)
 
     def plan(self, task: str) -> TaskPlan:
         """What is taught, with everything that decides the weights."""
@@ -120,13 +126,15 @@ class TrainingSession:
         }
         if self.config.images:
             settings["listed"] = storage.sha256_of(Path(self.config.images))[:12]
+        if self.source.table is not None:
+            settings["class_table"] = digest_of(self.source.table, self.source.thing_classes)
         for name in ("task", "steps", "batch_size", "rate", "skip_bad"):  # said by the recipe, or by what is left out
             del settings[name]
         if skipped := self.source.skipped:
             names = "\n".join(sorted(skipped)).encode(errors="surrogateescape")
             settings["left_out"] = f"{len(skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
         settings |= {"task": task, "held_out_images": len(held)}
-        settings = json.loads(json.dumps({"decoder": asdict(recipe.config), **asdict(recipe.schedule), **settings}))
+        settings = json.loads(json.dumps({"decoder": recipe.config.values, **asdict(recipe.schedule), **settings}))
         return TaskPlan(recipe.config, recipe.schedule, words, settings)
 
     def views(
@@ -245,6 +253,17 @@ class _Stopped(Exception):
     """A signal came while captures were made; those that are there stay."""
 
 
+def _table(path: str, source: LabelledSource) -> ClassTable:
+    """The words of the user's own for the classes of the data."""
+    table = own_table(path)
+    if not words_of(table, source.thing_classes)[:-1]:
+        raise Refused(
+            f"--class-table {path}: holds none of the data's classes",
+            f"Name them as the data does: {', '.join(source.thing_classes[:20]) or 'it has no things'}.",
+        )
+    return table
+
+
 def _augmentation(config: TrainConfig, task: str) -> str:
     if config.augment != "auto":
         return config.augment
@@ -289,6 +308,8 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     model = load_model(config.model, size=config.size, allow_download=config.allow_download)
     options = {"selection": config.selection(), "skip_bad": config.skip_bad, "framing": config.framing}
     source = open_data(config.data, model.size, tasks=config.task, **options)
+    if config.class_table:
+        source.table = _table(config.class_table, source)
     if config.skip_bad:
         count, source = len(source), source.readable()
         if not len(source):

@@ -43,8 +43,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     FLAGS = (
         "select images limit_per_class min_area limit_images only_classes framing skip_bad data task out model size "
         "allow_download held_out folds preset quirks pose_head steps batch_size accumulate rate patience checks draws "
-        "augment captions by_name by_word timestep latent inversion ddim_steps cache cache_dir cache_gb storage engine "
-        "dtype device seed save_every threads dry_run json quiet"
+        "augment captions class_table by_name by_word timestep latent inversion ddim_steps cache cache_dir cache_gb "
+        "storage engine dtype device seed save_every threads dry_run json quiet"
     ).split()
 
     data: str = setting(
@@ -99,6 +99,13 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         choices=AUGMENTATIONS,
     )
     captions: str = setting("true", "text condition: each image's own caption, or none", choices=("true", "none"))
+    class_table: str = setting(
+        "",
+        "class words of your own: a CSV file (name,say,words), or an annotation file of LVIS or COCO; captions made of "
+        "labels say them, and --by-name finds them in captions",
+        identity="if given",
+        metavar="FILE",
+    )
     by_name: str = setting(
         "auto",
         "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "

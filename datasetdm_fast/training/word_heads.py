@@ -67,7 +67,7 @@ def _masks(lessons: TrainingViews, config: DecoderConfig, tokenizer: Callable[..
     views, draws = lessons.views, lessons.views.looks.draws
     for view in range(0, min(lessons.count, MOST_IMAGES * draws), draws):
         (caption,) = views.captions([views.item(view)])
-        places = token_places(caption, config.named, count, config.levels[0].tokens)
+        places = token_places(caption, config.named, count, config.levels[0].tokens, config.table)
         if len(places) < 2:
             continue
         levels, names = _attention(lessons, config, view), list(places)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasetdm_fast.labels.class_tables import spoken
 from datasetdm_fast.truth import framing, reading
 from datasetdm_fast.truth.labelled import IGNORED, Labelled, LabelledSource, Picture
 
@@ -67,7 +68,13 @@ class PictureSource(LabelledSource):
     def caption(self, labels: np.ndarray | None) -> str:
         """A caption of the things in a label map, where the data set stores none."""
         named = enumerate(self.classes)
-        return reading.photo_of([name for k, name in named if name in self.thing_classes and np.any(labels == k)])
+        return self.photo_of([name for k, name in named if name in self.thing_classes and np.any(labels == k)])
+
+    def photo_of(self, names: Sequence[str]) -> str:
+        """A caption of these classes, as a person says them."""
+        known = tuple(dict.fromkeys((*self.classes, *self.thing_classes, *names)))
+        said = dict(zip(known, spoken(known, self.table), strict=True))
+        return reading.photo_of([said[name] for name in names])
 
     def areas(self, record: int) -> dict[str, int]:
         picture = self.picture(record)

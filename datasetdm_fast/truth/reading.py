@@ -230,7 +230,7 @@ def without_background(classes: Sequence[str]) -> tuple[str, ...]:
 
 def photo_of(names: Sequence[str]) -> str:
     """Upstream's prompt, for every class there is instead of a random one."""
-    return "a photo of " + ", ".join(f"a {name.replace('_', ' ')}" for name in names) if names else "a photo"
+    return "a photo of " + ", ".join(f"a {name}" for name in names) if names else "a photo"
 
 
 def farthest_depth(path: Path) -> float:
