@@ -153,7 +153,10 @@ def _present(address: str) -> dict[str, int]:
     """In how many labelled images each class is."""
     from datasetdm_fast.readers import open_data
 
-    source = open_data(address, 64)
+    try:
+        source = open_data(address, 64)
+    except Refused as stop:
+        raise Refused(stop.cause.replace("--data", "--balance", 1), stop.remedy) from stop
     return dict(Counter(name for record in source.order for name in source.guarded(source.areas, record)))
 
 

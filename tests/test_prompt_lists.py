@@ -154,6 +154,7 @@ def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):
         (["--llm-command", ""], ""),
         (["--class-table", "nowhere.csv"], "nowhere.csv"),
         (["--target-counts", "nowhere.json"], "nowhere.json"),
+        (["--balance", "coco"], "--balance coco: no folder named"),
         (["--out", "."], "is a folder"),
     ],
 )
