@@ -1,6 +1,7 @@
 """From raw tensors to labels: DatasetDM's rules on hand-made logits, our own formats, a batch against its images."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.generation import driver
 from datasetdm_fast.labels import LABEL_KINDS, words
+from datasetdm_fast.labels.class_tables import ClassWord
 from datasetdm_fast.tasks import TASKS, captions, instance, open_vocabulary, pose, semantic
 
 SIZE = 32
@@ -550,6 +552,18 @@ def test_classes_a_prompt_does_not_name_are_ruled_out():
     )
     free = upstream("segmentation", classes=CLASSES, min_area=0)
     assert captions.held_to(answers, free, prompts) is answers
+
+
+def test_words_that_a_decoder_keeps_name_its_classes():
+    config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"))
+    own = replace(config, class_words=(ClassWord("ball", "globe", ("orb",)), ClassWord("", "", ("crystal globe",))))
+    answers, prompts = raw(torch.zeros(3, 2, 4), planes(None)), ("two orbs", "a cone", "a crystal globe")
+
+    def are_out(config):
+        return [held[0, 1:3].isinf().tolist() for held in captions.held_to(answers, config, prompts)["pred_logits"]]
+
+    assert are_out(own) == [[False, True], [True, False], [False, False]]
+    assert are_out(config) == [[False, False], [True, False], [False, False]]
 
 
 def test_what_is_not_ruled_out_is_answered_as_before():
