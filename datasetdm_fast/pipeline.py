@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
     from datasetdm_fast.engines.engine import Engine
+    from datasetdm_fast.labels.class_tables import ClassTable
 
 __all__ = ["DiffusionOutput", "Output", "Pipeline", "Run", "Sample", "StoredSample", "TaskDataset", "open_run"]
 
@@ -212,7 +213,9 @@ class Pipeline:
             ask=ask,
             **attention,
         )
-        requests = self._requests(prompts, count(seed) if seeds is None else seeds, words, truncate, negative_prompt)
+        requests = self._requests(
+            prompts, count(seed) if seeds is None else seeds, words, truncate, negative_prompt, recipe.table
+        )
         requests = map(partial(_checked, recipe=recipe, tokenizer=self.engine.model.tokenizer), requests)
         make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
         return self._samples(_batches(requests, batch_size or self.engine.suggested_batch()), recipe, make)
@@ -261,7 +264,7 @@ class Pipeline:
         )
         fitted = [
             _checked(each, recipe, self.engine.model.tokenizer)
-            for each in self._requests(texts, [0] * len(texts), words, truncate, negatives)
+            for each in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe.table)
         ]
         noise, seeds = diffusing.drawn(generator, len(texts), recipe.size)
         told = None if callback_on_step_end is None else partial(callback_on_step_end, self)
@@ -337,6 +340,7 @@ class Pipeline:
         words: tuple[str, ...],
         truncate: bool,
         negative: str | Iterable[str],
+        table: ClassTable | None,
     ) -> Iterator[Request]:
         where, tokenizer = "negative_prompt", self.engine.model.tokenizer
 
@@ -350,8 +354,8 @@ class Pipeline:
                 raise Refused(f"negative_prompt: there is none for prompt {index}", "Give one, or one a prompt.")
             where = f"prompt {index}"
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
-            text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate)
-            yield Request(index, text, settings.check_seed(seed), find_classes(text, words), unwanted)
+            text = prompts.fit(line.text, self.engine.model.tokenizer, where, words, truncate=truncate, own=table)
+            yield Request(index, text, settings.check_seed(seed), find_classes(text, words, table), unwanted)
 
     def _samples(
         self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None

@@ -14,7 +14,9 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.generation import driver, job, run
 from datasetdm_fast.generation.overlap import FinishedCalls
 from datasetdm_fast.generation.recipe import capture_calls, make_recipe
+from datasetdm_fast.labels.class_tables import ClassWord
 from datasetdm_fast.labels.trust import trust_of
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.reader import open_run
 from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.scenes import world
@@ -99,6 +101,14 @@ def test_a_repeated_timestep_is_captured_at_its_last_call():
     repeated = schedule.timesteps.index(schedule.timesteps[1])
     assert schedule.timesteps[1] == schedule.timesteps[2]
     assert capture_calls(schedule, {"depth": schedule.timesteps[1]}) == {"depth": repeated + 1}
+
+
+def test_words_that_a_decoder_keeps_are_those_of_a_run():
+    engine = StubEngine()
+    assert make_recipe(engine, ("semantic",), steps=2).table is None
+    decoder = engine.decoders["semantic"]
+    decoder.config = replace(decoder.config, class_words=(ClassWord("ball", "globe", ("orb",)),))
+    assert find_classes("two orbs", ("ball",), make_recipe(engine, ("semantic",), steps=2).table) == ("ball",)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

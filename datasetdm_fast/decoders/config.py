@@ -218,7 +218,8 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
         numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])
         if not all(1 <= number <= 65536 for number in numbers) or len(numbers) > 128:
             raise ValueError("a level's numbers are out of range")
-    if len(values.get("classes", ())) > MOST_NAMES or len(values.get("joints", ())) > 1024:
+    names = max(len(values.get(name, ())) for name in ("classes", "class_words"))
+    if names > MOST_NAMES or len(values.get("joints", ())) > 1024:
         raise ValueError("it names more classes or joints than a decoder has")
     joints = len(values.get("joints", ()))
     if any(len(limb) != 2 or not all(0 <= joint < joints for joint in limb) for limb in values.get("limbs", ())):

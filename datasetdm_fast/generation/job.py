@@ -260,7 +260,7 @@ def compose(
         stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), count_images(config))
     )
     plan = make_plan(
-        source,
+        replace(source, table=recipe.table),
         engine.model.tokenizer,
         number=config.number,
         seed=config.seed,

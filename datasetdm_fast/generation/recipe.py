@@ -15,7 +15,7 @@ from datasetdm_fast.generation.class_prompts import AttentionRecipe, attention_r
 from datasetdm_fast.generation.combining import Combination, check_words, parse_combinations
 from datasetdm_fast.generation.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.labels import kind_of
-from datasetdm_fast.labels.class_tables import ClassTable
+from datasetdm_fast.labels.class_tables import ClassTable, of_words
 from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def make_recipe(
     model = engine.model
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
     decoded = [task for task in tasks if task != ATTENTION]
+    table = table or kept_words(engine, decoded)
     asked = [task for task in tasks if task == ATTENTION or engine.decoders[task].config.is_open]
     words = class_words_of(engine, asked, classes, table) if asked else ()
     captures = capture_calls(schedule, {task: engine.decoders[task].config.capture_timestep for task in decoded})
@@ -127,6 +128,12 @@ def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What run.json says of each label: names and ranges."""
     configs = {label: engine.decoders[label].config if label in engine.decoders else None for label in recipe.tasks}
     return {label: kind_of(label).table(config, recipe.size, recipe.words) for label, config in configs.items()}
+
+
+def kept_words(engine: Engine, labels: Sequence[str]) -> ClassTable | None:
+    """The words of the user's own that the decoders of these labels were taught with."""
+    words = dict.fromkeys(word for label in labels for word in engine.decoders[label].config.class_words)
+    return of_words(tuple(words), "class_words") if words else None
 
 
 def _told(schedule: Schedule, captures: Mapping[str, int]) -> float | dict[str, float]:
