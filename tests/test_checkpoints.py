@@ -120,6 +120,26 @@ def test_a_decoder_of_our_own_becomes_a_checkpoint_where_the_architecture_is_ups
     assert "its architecture is not DatasetDM's" in capsys.readouterr().err and not (tmp_path / "x.pth").exists()
 
 
+@pytest.mark.parametrize("kind, count", [("", 1203), ("", 4), ("coco", 4), ("lvis", 2)])
+def test_instances_of_other_numbers_of_classes_and_queries_are_read(kind, count, tmp_path):
+    config = config_of("lvis", classes=tuple(map(str, range(count))), queries=7, feed_forward=40)
+    save_file(state_of(config), tmp_path / "w.safetensors")
+    found = checkpoints.open_checkpoint(tmp_path / "w.safetensors", kind)
+    assert (found.config.logits, found.config.queries, found.config.feed_forward) == (count + 1, 7, 40)
+    assert found.kind == (kind or "coco") and found.config.is_open and len(found.config.classes) == count
+    assert f"7 queries, {count + 1} class logits{'' if count == 2 else ' of classes without names'}" in found.told
+    for other in ("cityscapes", "voc")[: 1 if count == 2 else 2]:  # three class logits are those of VOC, too
+        with pytest.raises(Refused, match="tensors do not fit"):
+            checkpoints.open_checkpoint(tmp_path / "w.safetensors", other)
+
+
+def test_instances_are_not_read_from_a_decoder_of_classes(tmp_path):
+    save_file(state_of(config_of("cityscapes")), tmp_path / "w.safetensors")
+    for kind in ("coco", "lvis"):
+        with pytest.raises(Refused, match=r"class_embed.bias \[20\] for \[81\]"):
+            checkpoints.open_checkpoint(tmp_path / "w.safetensors", kind)
+
+
 def broken(state: dict) -> dict[str, tuple[object, str, str]]:
     """name -> what is saved, --kind, and what the refusal says."""
     extra = {**state, "extra.weight": torch.ones(2)}
@@ -133,7 +153,8 @@ def broken(state: dict) -> dict[str, tuple[object, str, str]]:
         "optimiser": ({"state_dict": state, "optimizer": {"lr": 1}, "epoch": 3}, "", "it holds optimizer, epoch"),
         "code": ({**state, "payload": Payload()}, "", "which could run code"),
         "another project": ({"layer1.weight": torch.ones(2)}, "", "no decoder of DatasetDM: 1 tensors, layer1.weight"),
-        "logits": ({**state, "class_embed.weight": torch.ones(7, 16)}, "", "7 class logits"),
+        "logits": ({**state, "class_embed.weight": torch.ones(7, 16)}, "", "class_embed.bias [3] for [7]"),
+        "no class": ({**state, "class_embed.weight": torch.ones(1, 16)}, "", "class_embed.weight is [1, 16], expected"),
         "other U-Net": (state_of(config_of("voc", levels=DEMO_LEVELS)), "", "levels have "),
     }
 

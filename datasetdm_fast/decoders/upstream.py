@@ -56,7 +56,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "pose": ("heatmap", {}),
     "pose-simcc": ("simcc", {}),
 }
-LOGITS = {3: ("voc",), 20: ("cityscapes",), 25: ("deepfashion",), LVIS_LOGITS + 1: ("coco", "lvis")}
+ANY_COUNT = ("coco", "lvis")  # all things are taught as one class, so that any number of them is read alike
+LOGITS = {3: ("voc",), 20: ("cityscapes",), 25: ("deepfashion",), LVIS_LOGITS + 1: ANY_COUNT}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -76,6 +77,7 @@ class Checkpoint:
         """What the checkpoint was taken for, in a sentence."""
         config, how = self.config, "its tensors are those of" if self.is_guessed else "read as"
         numbers = f", {config.queries} queries, {config.logits} class logits" if config.has_queries else ""
+        numbers += "" if not numbers or config.logits in LOGITS else " of classes without names"
         alike = [kind for kind in _alike(_shapes(self.copy)[1]) if kind != self.kind] if self.is_guessed else []
         others = f"; a checkpoint of {' or '.join(alike)} looks the same, say so with --kind" if alike else ""
         source = "; the class of an instance is what its prompt names" if config.instance_class_from == "prompt" else ""
@@ -131,7 +133,8 @@ def _shapes(copy: Path) -> tuple[str, Shapes]:
 def _alike(shapes: Shapes) -> tuple[str, ...]:
     """The kinds whose checkpoints have these names and last layers."""
     if "class_embed.weight" in shapes:
-        return LOGITS.get(_size(shapes, "class_embed.weight", 0), ())
+        logits = _size(shapes, "class_embed.weight", 0)
+        return LOGITS.get(logits, ANY_COUNT if logits > 1 else ())
     if "last_layer_depth.0.weight" in shapes:
         return ("nyu", "kitti", "vkitti2")
     if "final_layer.weight" in shapes:
@@ -151,10 +154,9 @@ def guessed(shapes: Shapes, path: Path) -> str:
             f"(or --decoder nyu:{path}).",
         )
     if "class_embed.weight" in shapes:
-        logits = _size(shapes, "class_embed.weight", 0)
+        shape = list(shapes["class_embed.weight"])
         raise Refused(
-            f"{path}: its queries have {logits} class logits, as no decoder of DatasetDM has ({_known_logits()})",
-            "Name another file.",
+            f"{path}: class_embed.weight is {shape}, expected [classes and none, width]", "Name another file."
         )
     legacy = "to_k.weight" in shapes and "to_q.weight" in shapes
     what = "the decoder of DatasetDM's train.py, which no generator reads" if legacy else "no decoder of DatasetDM"
@@ -166,10 +168,6 @@ def guessed(shapes: Shapes, path: Path) -> str:
     )
 
 
-def _known_logits() -> str:
-    return ", ".join(f"{count} {' and '.join(kinds)}" for count, kinds in LOGITS.items())
-
-
 def _size(shapes: Shapes, name: str, axis: int, otherwise: int = 0) -> int:
     shape = shapes.get(name, ())
     return shape[axis] if len(shape) > axis else otherwise
@@ -178,9 +176,10 @@ def _size(shapes: Shapes, name: str, axis: int, otherwise: int = 0) -> int:
 def config_of(name: str, shapes: Shapes, levels: tuple[Level, ...]) -> DecoderConfig:
     """The configuration of a checkpoint: the settings of its kind, and the widths that its tensors have."""
     kind, settings = KINDS[name]
-    if name == "lvis":  # ours has a class for each category of its data; all are taught as one
-        logits = _size(shapes, "class_embed.weight", 0, LVIS_LOGITS + 1)
-        settings = settings | {"classes": _numbered(max(logits - 1, 1))}
+    logits = _size(shapes, "class_embed.weight", 0)
+    is_of_others = logits in LOGITS and (name, logits) != ("lvis", 3)  # which our trainer gives it for two categories
+    if name in ANY_COUNT and logits > 1 and not is_of_others:
+        settings = settings | {"classes": _numbered(logits - 1)}
     return fitted(upstream(kind, levels=levels, **settings), shapes)
 
 
