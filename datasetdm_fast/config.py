@@ -493,8 +493,9 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     )
     verify_every: int = setting(
         0,
-        "after every N samples compare the newest once more with the reference engine, less often where that would "
-        "take over 1 % of the time; where it does not agree, the run stops; 0 = never",
+        "after every N samples compare the newest once more with the reference engine, after the first time less often "
+        "where that would take over 1 % of the time; of several processes one does it; where it does not agree, the "
+        "run stops; 0 = never",
         identity=False,
         metavar="N",
     )

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.agreement.during import RepeatedComparison
 from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
@@ -30,7 +31,7 @@ from datasetdm_fast.run_folder.folder import RunFolder, note
 from datasetdm_fast.run_folder.showing import ShownSoFar
 from datasetdm_fast.workers import devices, launched, ray_driver, spawn
 from datasetdm_fast.workers.launched import LaunchedProcess
-from datasetdm_fast.workers.worker import Callbacks
+from datasetdm_fast.workers.worker import Callbacks, Compare
 
 PROG = "python -m datasetdm_fast.generate"
 EXAMPLES = (
@@ -92,10 +93,9 @@ def main(arguments: Sequence[str]) -> int:
             f"--verify {config.verify}: several machines or processes that were started together make this run",
             "Run the line once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
         )
-    if config.verify_every and (peer or config.cluster or places):
+    if config.verify_every and config.engine == REFERENCE:
         raise Refused(
-            f"--verify-every {config.verify_every}: several processes make this run",
-            "Leave it out, or run the line in one process.",
+            f"--verify-every {config.verify_every}: the engine is {REFERENCE}, the reference", "Leave it out."
         )
     if places and (config.verify or measures(config) or may_differ(config)):
         _begin(config)
@@ -122,7 +122,7 @@ def _run_here(config: RunConfig, interruption: Interruption) -> Result:
     _say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size)))
     if config.verify:
         job = _verified(config, job)
-    images = min(job.plan.number - job.done, config.limit or job.plan.number)
+    images, compare = min(job.plan.number - job.done, config.limit or job.plan.number), _comparison(config)
     with (
         interruption,
         ImageProgress(images, config.quiet, job.plan.batch_size, len(job.recipe.schedule)) as progress,
@@ -133,21 +133,13 @@ def _run_here(config: RunConfig, interruption: Interruption) -> Result:
             on_commit=progress.on_commit,
             on_unet_call=progress.on_unet_call,
             is_stopping=interruption.is_stopping,
-            **_while_it_goes_on(config, job, progress.print),
+            **({"before_commit": compare(job, on_message=progress.print)} if compare else {}),
         )
 
 
-def _while_it_goes_on(config: RunConfig, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
-    """The comparison of --verify-every, where it is asked for."""
-    if not config.verify_every:
-        return {}
-    from datasetdm_fast.agreement.during import RepeatedComparison
-
-    if job.engine.name == REFERENCE:
-        raise Refused(
-            f"--verify-every {config.verify_every}: the engine is {REFERENCE}, the reference", "Leave it out."
-        )
-    return {"before_commit": RepeatedComparison(job, config.verify_every, say)}
+def _comparison(config: RunConfig) -> Compare | None:
+    """What compares samples of a run while it goes on, where --verify-every asks for it."""
+    return partial(RepeatedComparison, every=config.verify_every) if config.verify_every else None
 
 
 def _begin(config: RunConfig) -> None:
@@ -255,7 +247,8 @@ def _run_together(
         ImageProgress(images, config.quiet) as progress,
         ShownSoFar(Path(config.out), minutes, progress.print),
     ):
-        return start(Callbacks(table, progress.print, progress.on_commit, is_stopping=interruption.is_stopping))
+        told = Callbacks(table, progress.print, progress.on_commit, interruption.is_stopping)
+        return start(replace(told, compare=_comparison(config)))
 
 
 def _make_again(config: RunConfig, given: set[str]) -> int:

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ import troubled
 from skips import IS_LONG, long_test
 
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.generation import job, run
 from datasetdm_fast.generation.summary import table
 from datasetdm_fast.run_folder.audit import audit
@@ -156,6 +157,17 @@ def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
     with pytest.raises(Refused, match="holds a run of another configuration .*seed: 0 there, 5 asked for"):
         shared(config(tmp_path / "run"), [{}])
         job.finished(config(tmp_path / "run", seed=5))
+
+
+def test_one_rank_compares_samples_and_ends_the_run_where_one_differs(alone, tmp_path):
+    lines, others = [], [{}, {troubled.SECONDS: "0.3"}]
+    options = {"on_message": lines.append, "compare": partial(troubled.compare, until=5)}
+    with pytest.raises(GateFailed, match="differs"):
+        shared(config(tmp_path / "run"), others, **options)
+    assert "2 share the run" in lines
+    result = shared(config(tmp_path / "run"), others, compare=partial(troubled.compare, until=SAMPLES))
+    assert 0 < result.made <= SAMPLES
+    check_equal(tmp_path / "run", alone)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from skips import IS_LONG
+from skips import IS_LONG, long_test
 
 from datasetdm_fast import generate
 from datasetdm_fast import verify as command
-from datasetdm_fast.agreement import observe, verify
+from datasetdm_fast.agreement import before, observe, verify
 from datasetdm_fast.agreement.distances import (
     free_running_distances,
     relative,
@@ -388,7 +388,6 @@ def test_a_run_is_compared_again_while_it_goes_on(tmp_path, capsys, monkeypatch)
     few = "generate --engine fast --model tiny --steps 2 --number 5 --batch-size 1 --task semantic --verify-every 2"
     line = [*few.split()[1:], "--prompts", "a ball", "--out", str(tmp_path / "run")]
     assert generate.main([*line, "--engine", "torch"]) == 2 and not (tmp_path / "run").exists()
-    assert generate.main([*line, "--ranks", "2"]) == 2 and not (tmp_path / "run").exists()
     assert generate.main([*line, "--limit", "2"]) == 0
     assert capsys.readouterr().err.count("sample 00000001: agrees in all") == 1
     wrong = FastEngine.denoise
@@ -399,3 +398,27 @@ def test_a_run_is_compared_again_while_it_goes_on(tmp_path, capsys, monkeypatch)
         assert len(found) == 3  # what was made before stays
     monkeypatch.setattr("datasetdm_fast.agreement.during.SHARE", -1.0)  # comparisons have taken their share
     assert generate.main(line) == 0 and len(open_run(tmp_path / "run")) == 5
+
+
+@pytest.mark.parametrize("free", [1e12, 0], ids=["room", "no room"])
+def test_the_reference_is_built_once_unless_memory_is_short(tmp_path, monkeypatch, capsys, free):
+    built = []
+    build = before.build_engine
+    monkeypatch.setattr(before, "build_engine", lambda *given, **chosen: built.append(1) or build(*given, **chosen))
+    monkeypatch.setattr("datasetdm_fast.engines.memory.free_bytes", lambda device: free)
+    monkeypatch.setattr("datasetdm_fast.agreement.during.SHARE", 1e9)
+    few = "--engine fast --model tiny --steps 2 --number 4 --batch-size 1 --task semantic --verify-every 2"
+    assert generate.main([*few.split(), "--prompts", "a ball", "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count("agrees in all") == 2 and len(built) == (1 if free else 2)
+
+
+@long_test
+def test_one_of_several_processes_compares_samples(tmp_path, capsys):
+    """The bytes are those of one process that compares none."""
+    few = "--engine fast --model tiny --steps 2 --number 8 --batch-size 1 --task semantic --threads 1".split()
+    line = [*few, "--prompts", "a ball", "--out"]
+    assert generate.main([*line, str(tmp_path / "run"), "--verify-every", "2", "--ranks", "2"]) == 0
+    assert "agrees in all" in capsys.readouterr().err
+    assert generate.main([*line, str(tmp_path / "alone")]) == 0
+    for path in sorted((tmp_path / "alone").glob("*/*.png")):
+        assert path.read_bytes() == (tmp_path / "run" / path.relative_to(tmp_path / "alone")).read_bytes()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,26 +52,43 @@ def calls_of(job: Job, number: int) -> int:
     return -(-number // size) * 3 * len(_recipe(job).schedule)
 
 
-def compared(job: Job, number: int, on_unet_call: Callable[[], None] = lambda: None, *, first: int = 0) -> Verdict:
-    """Samples of the plan, from `first` on, through the job's engine and the reference; labels from attention are left
-    out.
+@contextmanager
+def reference_of(job: Job) -> Iterator[Engine]:
+    """The reference engine over the job's weights; networks that it alone needs, as large as the engine, are let go at
+    the end.
     """
     engine = job.engine
-    if engine.name == REFERENCE:
-        raise Refused(f"--verify {number}: the engine is {REFERENCE}, the reference itself", "Drop --verify.")
     unbuilt = [network for network in engine.model.networks.values() if not network.is_built]
-    reference = build_engine(REFERENCE, engine.model, engine.decoders, device=str(engine.device))
-    requests = [job.plan.request(index) for index in range(first, first + number)]
     try:
-        return verify(engine, reference, requests, _recipe(job), min(job.plan.batch_size, number), on_unet_call)
+        yield build_engine(REFERENCE, engine.model, engine.decoders, device=str(engine.device))
     finally:
-        for network in unbuilt:  # the reference's, as large as the engine
+        for network in unbuilt:
             network.let_go()
+
+
+def compared(
+    job: Job,
+    number: int,
+    on_unet_call: Callable[[], None] = lambda: None,
+    *,
+    first: int = 0,
+    reference: Engine | None = None,
+) -> Verdict:
+    """Samples of the plan, from `first` on, through the job's engine and the reference, which is built where none is
+    given; labels that no decoder reads are left out.
+    """
+    if job.engine.name == REFERENCE:
+        raise Refused(f"--verify {number}: the engine is {REFERENCE}, the reference itself", "Drop --verify.")
+    requests = [job.plan.request(index) for index in range(first, first + number)]
+    with nullcontext(reference) if reference else reference_of(job) as other:
+        return verify(job.engine, other, requests, _recipe(job), min(job.plan.batch_size, number), on_unet_call)
 
 
 def _recipe(job: Job) -> Any:
     """The recipe of the run, every sample from its own noise and with the labels of decoders alone."""
-    return replace(job.recipe, tasks=job.recipe.decoded, attention=None, origin=FROM_NOISE)
+    tasks, captures = job.recipe.decoded, job.recipe.captures
+    read = {task: captures[task] for task in tasks}
+    return replace(job.recipe, tasks=tasks, captures=read, attention=None, origin=FROM_NOISE)
 
 
 def measured(job: Job, in_fp32: Callable[[], Job], on_unet_call: Callable[[], None] = lambda: None) -> Job:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from datasetdm_fast.errors import Missing
+
+if TYPE_CHECKING:
+    from datasetdm_fast.engines.engine import Engine
 
 Answer = TypeVar("Answer")
 BATCH = 8  # of engines whose graphs tell nothing about their memory
@@ -25,6 +30,28 @@ def suggested(side: int, device: torch.device, bytes_of: Callable[[int], int] | 
     free = torch.cuda.mem_get_info(device)[0]
     most = 1 + (SHARE * free - one) / max(two - one, 1)
     return max(min(int(most) // 2 * 2, LARGEST_SUGGESTED_BATCH), 1)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is left: of a GPU with what PyTorch keeps unused, of a machine as far as it says."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # other systems than Linux
+        return math.inf
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
+
+
+def weight_bytes(engine: Engine) -> int:
+    """Memory of the networks of the reference engine."""
+    model = engine.model
+    return sum(
+        weight.numel() * weight.element_size()
+        for network in (model.text_encoder, model.unet, model.vae, *engine.decoders.values())
+        for weight in network.parameters()
+    )
 
 
 def halving(run: Callable[[int], Answer], size: int, forget: Callable[[], None]) -> tuple[Answer, int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from datasetdm_fast.config import RunConfig
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.engines.hardware import visible_gpus
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.job import prepare
 from datasetdm_fast.generation.result import Result, close, look
 from datasetdm_fast.generation.settings import count_images
@@ -94,9 +94,16 @@ def run(config: RunConfig, peer: LaunchedProcess, callbacks: Callbacks) -> Resul
         for line in callbacks.describe(job):
             callbacks.on_message(line)
         watch = partial(drop_lost, queue, Silence(callbacks.patience), owner)
+        compare = callbacks.compare and partial(callbacks.compare, on_message=callbacks.on_message)
         with opened:
-            worker = Worker(job, opened, queue, owner, callbacks.on_commit, watch, callbacks.is_stopping)
-            worker.work()
+            worker = Worker(
+                job, opened, queue, owner, callbacks.on_commit, watch, callbacks.is_stopping, compare=compare
+            )
+            try:
+                worker.work()
+            except GateFailed:  # the others begin nothing more, either
+                queue.stop()
+                raise
     is_waiting = peer.rank == 0 and not callbacks.is_stopping()
     return leave(folder, count_images(config), worker.made, begin, is_waiting=is_waiting)
 

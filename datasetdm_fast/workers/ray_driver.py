@@ -108,8 +108,11 @@ class RayDriver(Supervisor):
         coordinator = ray.remote(num_cpus=0, scheduling_strategy=here)(Coordinator).remote()
         out = os.path.abspath(self.config.out)
         config = replace(self.config, out=out, threads=pool.threads, quiet=True, gpus="", ranks=0)
-        self.document, describe, on_start = read_document(Path(out)), self.callbacks.describe, self.callbacks.on_start
-        self.setup = ray.put(RayWorkerSetup(config, self.source, self.document, describe, on_start, coordinator))
+        self.document, told = read_document(Path(out)), self.callbacks
+        setup = RayWorkerSetup(
+            config, self.source, self.document, told.describe, told.on_start, told.compare, coordinator
+        )
+        self.setup = ray.put(setup)
         self.worker = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, scheduling_strategy="SPREAD")(RayWorker)
         self.work(RemoteQueue(coordinator), pool.workers)
 
@@ -118,9 +121,7 @@ class RayDriver(Supervisor):
         return Actor(handle, handle.work.remote(self.setup, owner), self.config.cluster)
 
     def handle(self, rank: Rank, kind: str, *content: Any) -> None:
-        if kind == "said":
-            self.callbacks.on_message(*content)
-        elif kind == "planned":
+        if kind == "planned":
             self._open(*content)
         elif kind == "rows":
             rows = {row.request.index: row for row in content[0] if row.request.index in self.wanted}

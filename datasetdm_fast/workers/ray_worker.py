@@ -17,7 +17,7 @@ from datasetdm_fast.run_folder.object_store import PublishingFolder
 from datasetdm_fast.version import __version__
 from datasetdm_fast.workers.queue import DIED, NOT_FINITE, Owner, WorkQueue
 from datasetdm_fast.workers.spawn import reported
-from datasetdm_fast.workers.worker import Worker
+from datasetdm_fast.workers.worker import Compare, Worker
 
 SECONDS_BETWEEN_TRIES = 0.5  # to learn what the driver has found in the run folder
 
@@ -119,6 +119,7 @@ class RayWorkerSetup:
     document: Mapping[str, Any] | None  # run.json, where it is known
     describe: Callable[[Job], list[str]]
     on_start: Callable[[], None] | None  # called before anything else
+    compare: Compare | None
     coordinator: Any
     folder: str = field(default_factory=os.getcwd)  # from where relative paths are meant
 
@@ -143,4 +144,6 @@ class RayWorker:
                 return
             queue.report(owner.slot, "ready", [])
             folder = PublishingFolder(setup.config, session, queue.wanted, partial(queue.report, owner.slot, "rows"))
-            Worker(adopt(job, session), folder, queue, owner, has_ledger=False).work()
+            say = partial(queue.report, owner.slot, "said")
+            compare = setup.compare and partial(setup.compare, on_message=say)
+            Worker(adopt(job, session), folder, queue, owner, has_ledger=False, compare=compare).work()

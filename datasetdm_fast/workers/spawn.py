@@ -173,6 +173,8 @@ class Supervisor(ABC):
                 self.was_ready = True
                 for line in content[0]:
                     self.callbacks.on_message(line)
+        elif kind == "said":
+            self.callbacks.on_message(*content)
         elif kind == "committed":
             rank.deaths = 0
             self.committed += content[0]
@@ -238,7 +240,8 @@ class SpawningSupervisor(Supervisor):
             stdout=2,  # the standard output of a command holds its result alone
         )
         with suppress(BrokenPipeError):  # it has just ended
-            pickle.dump((config, owner, self.callbacks.describe, self.callbacks.on_start), process.stdin)
+            told = self.callbacks
+            pickle.dump((config, owner, told.describe, told.on_start, told.compare), process.stdin)
             process.stdin.flush()
         return process
 
@@ -248,7 +251,7 @@ def enter() -> None:
     # a terminal sends them to all of the group; the parent alone decides
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    config, owner, describe, on_start = pickle.load(sys.stdin.buffer)
+    config, owner, describe, on_start, compare = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     if on_start:
         on_start()
@@ -256,8 +259,9 @@ def enter() -> None:
         job, folder = join(prepare(config), queue)
         with folder:
             queue.report(owner.slot, "ready", describe(job))
-            on_commit = partial(queue.report, owner.slot, "committed")
-            Worker(job, folder, queue, owner, on_commit).work()
+            on_commit, say = (partial(queue.report, owner.slot, kind) for kind in ("committed", "said"))
+            compare = compare and partial(compare, on_message=say)
+            Worker(job, folder, queue, owner, on_commit, compare=compare).work()
 
 
 def _end_with_parent() -> None:

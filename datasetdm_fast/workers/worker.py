@@ -28,6 +28,10 @@ LATE_FACTOR = 2.0  # average times of a batch after which that of another proces
 LEAST_LATE_SECONDS = 5.0
 
 
+# from a job, and on_message, on_unet_call and sharing by name, what is called with samples before they are committed
+Compare = Callable[..., Callable[[list[Sample | SetAside]], None]]
+
+
 @dataclass(frozen=True)
 class Callbacks:
     """How a launcher and whoever starts a run hear of each other."""
@@ -38,6 +42,7 @@ class Callbacks:
     is_stopping: Callable[[], bool] = lambda: False  # asked between two batches
     on_start: Callable[[], None] | None = None  # called by every process before anything else
     patience: Patience = USUAL
+    compare: Compare | None = None
 
 
 def join(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
@@ -74,6 +79,7 @@ class Worker:
         is_stopping: Callable[[], bool] = lambda: False,
         *,
         has_ledger: bool = True,
+        compare: Compare | None = None,
     ):
         self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
         self.makes_up = job.makes_up and has_ledger
@@ -81,6 +87,14 @@ class Worker:
         self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
         self.last_beat, self.made = 0.0, 0
         self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
+        self.before_commit = (
+            compare(job, on_unet_call=self._beat, sharing=self._sharing) if compare else lambda results: None
+        )
+
+    def _sharing(self) -> int:
+        """How many processes make the run; 0 for all but the one that compares samples, that of the lowest slot."""
+        slots = [owner.slot for owner in self.queue.owners()]
+        return len(slots) if self.owner.slot == min(slots, default=0) else 0
 
     def work(self) -> None:
         """Makes batches until none is left, or until it is to stop, and then leaves the queue."""
@@ -149,6 +163,7 @@ class Worker:
 
     def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | SetAside]) -> None:
         if kept := self._wanted(batch.index, results):
+            self.before_commit(kept)
             writer.put(kept, run.facts_of(self.job.recipe, batch))
         else:
             self._finish(batch.index)
