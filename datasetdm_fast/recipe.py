@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{PROG}: there is no recipe {config.name!r}{nearest(config.name, names)}", f"{', '.join(names)}."
         )
     if config.real < 0:
-        raise Refused(f"--real {config.real}: expected a number of 0 or more")
+        raise Refused(f"--real {config.real}: expected a number of 0 or more", "Leave it out for the published number.")
     recipe = read(config.name)
     steps = steps_of(recipe, config)
     if other := [name for name in config.only if name not in [step.name for step in steps]]:

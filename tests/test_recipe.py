@@ -1,7 +1,10 @@
 """Recipes of published experiments: their lines are accepted, begin where all is there, and are run once."""
 
 import argparse
+import json
+import shutil
 from importlib import import_module
+from pathlib import Path
 
 import layouts
 import pytest
@@ -10,6 +13,8 @@ from skips import long_test
 from datasetdm_fast import recipe
 from datasetdm_fast.evaluate import main as evaluate
 from datasetdm_fast.evaluation import naming
+from datasetdm_fast.exporting.conversion import check_formats
+from datasetdm_fast.readers import open_data
 
 PARSED = 77
 NAMES = sorted(path.stem for path in recipe.FOLDER.glob("*.yaml"))
@@ -18,6 +23,69 @@ NAMES = sorted(path.stem for path in recipe.FOLDER.glob("*.yaml"))
 def steps(name: str, *flags: str) -> list[recipe.Step]:
     config, _ = recipe.parse([name, *flags], recipe.RecipeConfig)
     return recipe.steps_of(recipe.read(name), config)
+
+
+def published(root: Path) -> None:
+    """The data sets of all recipes as they are published, the same three images in every split."""
+    for split in ("train2017", "val2017"):
+        layouts.coco(root / "coco", split)
+    for name, write in (
+        ("VOC2012", layouts.voc),
+        ("cityscapes", layouts.cityscapes),
+        ("deepfashion-mm", layouts.deepfashion),
+        ("kitti", layouts.kitti),
+        ("lvis", layouts.lvis),
+        ("nyudepthv2", layouts.nyu),
+        ("vkitti2", layouts.vkitti2),
+    ):
+        write(root / name)
+    (root / "lvis" / "lvis_v1_train.json").rename(root / "lvis" / "annotations" / "lvis_v1_train.json")
+    for there, copy in (
+        ("cityscapes/leftImg8bit/train", "cityscapes/leftImg8bit/val"),
+        ("cityscapes/gtFine/train", "cityscapes/gtFine/val"),
+        ("deepfashion-mm", "deepfashion-mm-test"),
+        ("kitti/kitti_eigen_train.txt", "kitti/kitti_eigen_test.txt"),
+        ("lvis/annotations/lvis_v1_train.json", "lvis/annotations/lvis_v1_val.json"),
+        ("nyudepthv2/sync", "nyudepthv2/official_splits/test"),
+        ("nyudepthv2/train_list.txt", "nyudepthv2/test_list.txt"),
+    ):
+        (shutil.copytree if (root / there).is_dir() else shutil.copy)(root / there, root / copy)
+    (root / "prompts").mkdir()
+    for kind, words in (("voc", ("dog sofa", "cat", "bus")), ("coco", ("dog couch", "cat", "bus"))):
+        rows = [
+            {"filename": f"{k}.jpg", "caption": f"a {text.replace(' ', ' on a ')}; {text}", "class_prompt": text}
+            for k, text in enumerate(words)
+        ]
+        (root / "prompts" / f"{kind}_prompts.json").write_text(json.dumps(rows))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "data"
+    published(folder)
+    return folder
+
+
+def test_every_data_set_of_a_line_is_there_in_its_published_layout(data):
+    opened = {}
+    for name in NAMES:
+        for step in steps(name, "--root", str(data), "--model", "demo"):
+            assert not step.missing, step.missing
+            given = [after for flag, after in zip(step.words, step.words[1:]) if flag in ("--data", "--learn-from")]
+            for address in {one for text in given for one in naming.addresses(text) if not one.startswith("run:")}:
+                opened[address] = opened.get(address) or len(open_data(address, 64))
+    assert len(opened) == 15 and set(opened.values()) == {layouts.COUNT}
+
+
+def test_every_export_is_one_of_the_labels_that_are_made():
+    for name in NAMES:
+        words = {step.words[0]: step.words for step in steps(name)}
+        if "convert" in words:
+            made = words.get("generate", ("--task", "attention"))  # Dataset Diffusion's labels are read from attention
+            formats, tasks = (
+                line[line.index(flag) + 1].split(",") for line, flag in ((words["convert"], "--to"), (made, "--task"))
+            )
+            check_formats(formats, tasks)
 
 
 @pytest.mark.parametrize("flags", [(), ("--quick",)], ids=["whole", "quick"])
@@ -92,13 +160,12 @@ def test_several_data_sets_and_names_of_classes(tmp_path, capsys):
 
 
 @long_test
-@pytest.mark.parametrize("name, layout", [("voc-semantic", "voc:VOC2012"), ("voc-long-tail", "voc:VOC2012")])
-def test_a_quick_recipe_runs_to_its_end(name, layout, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quick_recipe_runs_to_its_end(name, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    kind, _, folder = layout.partition(":")
-    getattr(layouts, kind)(tmp_path / "data" / folder)
-    line = [name, "--model", "demo", "--quick"]
+    line = [name, "--root", str(data), "--model", "demo", "--quick"]
     assert recipe.main(line) == 0
-    out = tmp_path / "runs" / f"{name}-quick"
-    assert (out / "students").is_dir() and (out / "export" / "mmseg" / "dataset.py").is_file()
-    assert recipe.main(line) == 0
+    done = json.loads((tmp_path / "runs" / f"{name}-quick" / recipe.DONE).read_text())
+    assert list(done) == [step.name for step in steps(*line)]
+    capsys.readouterr()
+    assert recipe.main(line) == 0 and "step" not in capsys.readouterr().err
