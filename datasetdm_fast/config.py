@@ -20,11 +20,24 @@ class TaskKind:
 
 TASK_KINDS = Registry("tasks", dict.fromkeys(OWN_TASKS), TaskKind)
 TASKS = TASK_KINDS.names
-ATTENTION = "attention"  # labels that need no decoder
-LABELS = (*TASKS, ATTENTION)
+ATTENTION = "attention"  # labels read from the attention of the calls that draw an image
+DECODER = "decoder"
+
+
+@dataclass(frozen=True)
+class LabellerKind:
+    """Where the classes of another package's labeller are, each as module:class."""
+
+    label: str  # a LabelKind: files, pictures and distances of its labels
+    labeller: str  # a Labeller: what reads them
+
+
+LABELLER_KINDS = Registry("labellers", dict.fromkeys((DECODER, ATTENTION)), LabellerKind, taken=TASKS)
+LABELLERS = LABELLER_KINDS.names
+UNDECODED = tuple(name for name in LABELLERS if name != DECODER)  # labels that no decoder reads, called as what does
+LABELS = (*TASKS, *UNDECODED)
 # what a checkpoint of DatasetDM was trained on
 UPSTREAM_KINDS = ("voc", "cityscapes", "deepfashion", "coco", "lvis", "nyu", "kitti", "vkitti2", "pose", "pose-simcc")
-LABELLERS = ("decoder", ATTENTION)
 PARITIES = {  # name -> settings that a work was made with, where others are not given
     "dataset-diffusion": {
         "steps": 100,
@@ -325,7 +338,7 @@ class RunConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings,
     labeller: tuple[str, ...] = setting(
         (),
         "what reads the labels, comma-separated: decoder, those of --task; attention, without any decoder, the class "
-        "words of the prompts",
+        "words of the prompts; a labeller that another package registers, by its name",
         identity=False,
         choices=LABELLERS,
         metavar="LIST",

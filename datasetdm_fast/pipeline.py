@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import ATTENTION, LABELS, LabelConfig
+from datasetdm_fast.config import LABELS, UNDECODED, LabelConfig
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Request, Sample, SetAside
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
@@ -327,7 +327,7 @@ class Pipeline:
         if tasks:
             settings.check_tasks(tasks, LABELS)
         for task in tasks:
-            if task != ATTENTION and task not in self.engine.decoders:
+            if task not in UNDECODED and task not in self.engine.decoders:
                 raise Refused(
                     f"tasks: this pipeline has no decoder for {task!r}, it has {', '.join(self.tasks) or 'none'}",
                     "Name a folder with one: decoder=DIR.",

@@ -1,6 +1,6 @@
 """What other packages add, found by their entry points and loaded when its name is asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -23,11 +23,12 @@ class Registry(dict):
     where both have one name.
     """
 
-    def __init__(self, kind: str, own: Mapping[str, Any], wanted: type | None = None):
+    def __init__(self, kind: str, own: Mapping[str, Any], wanted: type | None = None, taken: Collection[str] = ()):
+        """Entries of other packages are of the type `wanted`; names that are `taken` elsewhere are ours, too."""
         super().__init__(own)
         self.kind, self.wanted = kind, wanted
         self.others: dict[str, EntryPoint] = {
-            found.name: found for found in entry_points(group=GROUP + kind) if found.name not in own
+            found.name: found for found in entry_points(group=GROUP + kind) if found.name not in {*own, *taken}
         }
 
     @property
@@ -47,14 +48,19 @@ class Registry(dict):
         found = self.others[name]
         return f"{self.kind}: {name!r} of the package {found.dist.name if found.dist else found.value}"
 
-    def loaded(self, name: str, load: Callable[[], Any]) -> Any:
+    def package(self, name: str) -> str:
+        """Name and version of the package that registers an entry."""
+        found = self.others[name]
+        return f"{found.dist.name} {found.dist.version}" if found.dist else found.value
+
+    def loaded(self, name: str, load: Callable[[], Any], failure: str = "does not load") -> Any:
         """What `load` returns for the entry of another package; a Missing that names the package where it fails."""
         try:
             return load()
         except Exception as error:  # code of others fails in any way
             told = (str(error).splitlines() or [""])[0]
             raise Missing(
-                f"{self._where(name)} does not load ({type(error).__name__}: {told})",
+                f"{self._where(name)} {failure} ({type(error).__name__}: {told})",
                 "Update that package, or remove it.",
             ) from error
 
@@ -69,20 +75,22 @@ class Registry(dict):
 
 
 class PartTable(dict):
-    """One part of every task by its name: ours, and behind them those of the tasks that packages register."""
+    """One part of every label by its name: ours, and behind them those of the entries that packages register."""
 
-    def __init__(self, own: Mapping[str, Any], tasks: Registry, part: str, make: Callable[[Any], Any] = lambda it: it):
-        """`part` is the field of the tasks' records that says where it is, `make` what becomes of the object there."""
+    def __init__(
+        self, own: Mapping[str, Any], part: str, *registries: Registry, make: Callable[[Any], Any] = lambda it: it
+    ):
+        """`part` is the field of the entries that says where it is, `make` what becomes of the object there."""
         super().__init__(own)
-        self.tasks, self.part, self.make = tasks, part, make
+        self.part, self.make = part, make
+        self.others = {name: registry for registry in registries for name in registry.others}
 
     @property
     def names(self) -> tuple[str, ...]:
-        return *(name for name in self if name not in self.tasks.others), *sorted(self.tasks.others)
+        return *(name for name in self if name not in self.others), *sorted(self.others)
 
     def __missing__(self, name: str) -> Any:
-        if name not in self.tasks.others:
-            raise KeyError(name)
-        place = getattr(self.tasks[name], self.part)
-        self[name] = made = self.tasks.loaded(name, lambda: self.make(named(place)))
+        registry = self.others[name]
+        place = getattr(registry[name], self.part)
+        self[name] = made = registry.loaded(name, lambda: self.make(named(place)))
         return made

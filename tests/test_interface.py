@@ -12,6 +12,7 @@ from datasetdm_fast import Pipeline, data, engines, open_run, stages
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.kernels import OPS
 from datasetdm_fast.pipeline import DiffusionOutput, Output, Run
+from datasetdm_fast.tasks.labeller import Labeller, LabellerInput
 
 RECORDED = Path(__file__).parent / "golden" / "interface.json"
 NOUNS = ("Request", "Batch", "Capture", "ProjectedCapture", "AttentionSums", "SemanticMap", "Instances", "DepthMap")
@@ -54,6 +55,9 @@ def interface() -> dict[str, Any]:
     found["engines.Engine"] |= {name: "attribute" for name in sorted(Engine.__annotations__)}
     found |= {f"data.{name}": members(kind) for name in NOUNS if is_dataclass(kind := getattr(data, name))}
     found["stages.Level"] = members(stages.Level)
+    for kind in (Labeller, LabellerInput):
+        found[f"tasks.labeller.{kind.__name__}"] = members(kind)
+    found["tasks.labeller.Labeller"] |= {name: "attribute" for name in sorted(Labeller.__annotations__)}
     found["kernels.OPS"] = {name: signature(operation.reference) for name, operation in sorted(OPS.items())}
     return found
 

@@ -1,5 +1,5 @@
-"""A package of another name adds an engine, a reader, a task, a format and a student through its entry points; what is
-broken is named.
+"""A package of another name adds an engine, a reader, a task, a labeller, a format and a student through its entry
+points; what is broken is named.
 """
 
 import json
@@ -47,6 +47,45 @@ from dataclasses import replace
 from datasetdm_fast.evaluation.networks.segformer import NETWORK
 OURS = replace(NETWORK)
 """
+LABELLER = """
+from datasetdm_fast.config import LabellerKind
+from datasetdm_fast.data import SemanticMap
+from datasetdm_fast.labels.kind import GalleryLayer
+from datasetdm_fast.labels.semantic import SemanticKind
+from datasetdm_fast.tasks.labeller import Labeller
+
+class BrightKind(SemanticKind):
+    attribute, title, contents = "bright", "Bright pixels", "`bright/ID.png`: 1 = bright"
+    roles = ("bright", "bright_confidence")
+    layers = (GalleryLayer("bright", "Bright", "map", role="bright"),)
+
+class Bright(Labeller):
+    classes = ("dark", "bright")
+    reads_capture = True
+
+    def label(self, given):
+        assert len(given.requests) == given.capture.batch == len(given.latents)
+        grey = given.images.float().mean(3).cpu() / 255
+        return [SemanticMap((one > 0.5).byte().numpy(), one.numpy(), self.classes) for one in grey]
+
+class Words(Bright):
+    reads_capture, asks_words = False, True
+
+    def label(self, given):
+        assert given.words == (("ball",),) and given.classes == ("cube", "ball")
+        classes = ("background", *given.classes)
+        return [SemanticMap((one[..., 0] > 0).byte().cpu().numpy() * 2, one[..., 0].numpy(), classes)
+                for one in given.images]
+
+class Mute(Bright):
+    def label(self, given):
+        return []
+
+BRIGHT = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Bright")
+WORDS = LabellerKind("datasetdm_fast.labels.open_vocabulary:OpenVocabularyKind", "foreign_labeller:Words")
+MUTE = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Mute")
+HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
+"""
 POINTS = """[datasetdm_fast.engines]
 slow = foreign_things:SLOW
 torn = foreign_things:NOTHING
@@ -59,6 +98,14 @@ scenes = foreign_things:scenes
 [datasetdm_fast.tasks]
 edges = foreign_things:EDGES
 bad-edges = foreign_things:TORN
+
+[datasetdm_fast.labellers]
+bright = foreign_labeller:BRIGHT
+words = foreign_labeller:WORDS
+mute = foreign_labeller:MUTE
+hollow = foreign_labeller:HOLLOW
+faint = foreign_labeller:FAINT
+semantic = foreign_labeller:FAINT
 
 [datasetdm_fast.writers]
 listing = foreign_writer:LISTING
@@ -74,7 +121,8 @@ lost = foreign_student:LOST
 def installed(tmp_path_factory) -> Path:
     """A folder as pip leaves it."""
     folder = tmp_path_factory.mktemp("site")
-    for name, code in (("foreign_things", CODE), ("foreign_writer", WRITER), ("foreign_student", STUDENT)):
+    modules = {"things": CODE, "writer": WRITER, "student": STUDENT, "labeller": LABELLER}
+    for name, code in ((f"foreign_{name}", code) for name, code in modules.items()):
         (folder / f"{name}.py").write_text(code)
     for room, name in (("labels", "label"), ("tasks", "task"), ("evaluation", "meter")):
         code = (EXTENDING / room / "edges.py").read_text()
@@ -117,6 +165,8 @@ for line in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
         code = cli.main(line)
     found.append((code, said.getvalue()))
+    if len(found) == 1:
+        assert "foreign_labeller" not in sys.modules
 is_late = not {"foreign_student", "edges_task", "edges_label"} & {*sys.modules} and "seg" in STUDENTS
 said = []
 for ask in (lambda: open_network("lost"), lambda: TASKS["bad-edges"]):
@@ -138,6 +188,16 @@ def test_commands_run_them_by_name(installed, tmp_path):
         ([*run, "--task", "semantic", "--out", "torn", "--engine", "torn"], 3, "'torn' of the package foreign-things"),
         ([*run, "--task", "semantic", "--out", "run", "--engine", "slow"], 0, ""),
         ([*run, "--task", "semantic", "--out", "slo", "--engine", "slo"], 2, "did you mean slow?"),
+        ([*run, "--labeller", "decoder,bright", "--task", "semantic", "--out", "both"], 0, ""),
+        ([*run, "--labeller", "words", "--classes", "cube,ball", "--out", "words"], 0, ""),
+        (["audit", "both"], 0, ""),
+        (["label", "both/images", "--labeller", "bright", "--model", "tiny", "--out", "seen", *few], 0, ""),
+        (["label", "both/images", "--labeller", "bright", "--tiles", "--out", "none"], 2, "bright is read from a"),
+        ([*run, "--labeller", "mute", "--out", "mute"], 3, "fails on a batch (ValueError: 0 labels for 1 images)"),
+        ([*run, "--labeller", "hollow", "--out", "none"], 3, "'hollow' of the package foreign-things does not load"),
+        ([*run, "--labeller", "faint", "--out", "none"], 3, "'faint' of the package foreign-things does not load"),
+        ([*run, "--labeller", "brigth", "--out", "none"], 2, "did you mean bright?"),
+        ([*run, "--labeller", "words", "--out", "none"], 2, "no class words were given"),
         (["convert", "run", "--to", "listing", "--out", "out", "--quiet"], 0, ""),
         (
             ["convert", "run", "--to", "wrong-listing", "--out", "none"],
@@ -164,6 +224,14 @@ def test_commands_run_them_by_name(installed, tmp_path):
     for (code, says), (line, ended_with, said) in zip(found, lines, strict=True):
         assert ended_with == code and said in says, (line, says)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "slow" and count == 3
+    both, seen, words = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("both", "seen", "words"))
+    assert both["config"]["task"] == ["semantic", "bright"] and seen["config"]["task"] == ["bright"]
+    assert both["sampling"]["labellers"] == {"bright": "foreign-things 1.0"} and seen["sampling"]["calls"] == 1
+    assert both["labels"]["bright"]["classes"] == ["dark", "bright"] and words["decoders"] == {}
+    assert "read by the package `foreign-things 1.0`" in (tmp_path / "both" / "README.md").read_text()
+    # of the same pixels; the maps of classes have the numbers of each run
+    first, second = (tmp_path / name / "bright_confidence" / "00000000.png" for name in ("both", "seen"))
+    assert first.read_bytes() == second.read_bytes()
     assert (tmp_path / "out" / "listing" / "list.txt").read_bytes() == b"one"
     assert (tmp_path / "edges" / "edges" / "00000000.png").is_file() == IS_LONG and not (tmp_path / "none").exists()
     assert (is_late or IS_LONG) and task == "semantic"

@@ -142,4 +142,4 @@ OWN_METRICS = {
     "pose": Pose,
     "open-vocabulary": OpenVocabulary,
 }
-METRICS = PartTable(OWN_METRICS, TASK_KINDS, "meter")
+METRICS = PartTable(OWN_METRICS, "meter", TASK_KINDS)

@@ -124,7 +124,8 @@ class BatchGenerator:
         captures = {}
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call in recipe.captured:
-                output, captures[call] = engine.denoise_and_capture(state.latents, timestep, context)
+                capturing = engine.denoise_and_capture_raw if call in recipe.raw else engine.denoise_and_capture
+                output, captures[call] = capturing(state.latents, timestep, context)
             if sums is not None:
                 averaged, sums = engine.denoise_and_average(state.latents, timestep, context, class_context, sums)
             if call not in recipe.captured[-1:]:
@@ -171,7 +172,7 @@ class BatchGenerator:
         return torch.cat([self._negatives[request.negative] for request in requests])
 
     def label(self, batch: Batch, drawn: SampledBatch) -> list[Sample | SetAside]:
-        """Annotations, image and post-processing; `drawn` loses its captures on the way."""
+        """Annotations, image and post-processing; `drawn` loses its captures on the way, but for those of labellers."""
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         raw = {
             task: engine.annotate(task, drawn.captures[recipe.captures[task]], self.words.asked(task, requests))
@@ -185,12 +186,13 @@ class BatchGenerator:
         if drawn.averages is not None:
             checks[ATTENTION] = is_finite(drawn.averages.cells) & is_finite(drawn.averages.tokens)
             release((drawn.averages.cells, drawn.averages.tokens))
-        drawn.captures.clear()  # as large as the rest of the batch together, and the image decoder needs room
+        # as large as the rest of the batch together, and the image decoder needs room
+        drawn.captures = {call: capture for call, capture in drawn.captures.items() if call in recipe.raw}
         images = drawn.pixels
         if images is None:
             images, checks["image"] = engine.decode_and_check(drawn.latents)
         checks |= {task: all_of(is_finite(value) for value in outputs.values()) for task, outputs in raw.items()}
-        return self.collected(batch, images, raw, checks, drawn.averages)
+        return self.collected(batch, images, raw, checks, drawn)
 
     def collected(
         self,
@@ -198,10 +200,10 @@ class BatchGenerator:
         images: Tensor,
         raw: dict[str, dict[str, Tensor]],
         checks: dict[str, Tensor],
-        averages: AttentionSums | None,
+        drawn: SampledBatch,
     ) -> list[Sample | SetAside]:
         """The results of a batch, from what its decoders answered; other generators may take more from that."""
-        return collect(batch, images, raw, checks, self.engine, self.recipe, averages)
+        return collect(batch, images, raw, checks, self.engine, self.recipe, drawn)
 
 
 def collect(
@@ -211,7 +213,7 @@ def collect(
     checks: dict[str, Tensor],
     engine: Engine,
     recipe: Recipe,
-    averages: AttentionSums | None = None,
+    drawn: SampledBatch,
 ) -> list[Sample | SetAside]:
     """Post-processing: one result per request of the batch, the padding left out."""
     import torch
@@ -226,8 +228,10 @@ def collect(
         labels[task] = postprocess(
             batch.requests, outputs, engine.decoders[task].config, recipe, engine.model.tokenizer
         )
-    if averages is not None:
-        labels[ATTENTION] = attention_labels(batch.requests, averages, engine, recipe)
+    if drawn.averages is not None:
+        labels[ATTENTION] = attention_labels(batch.requests, drawn.averages, engine, recipe)
+    if recipe.foreign:
+        labels |= foreign_labels(batch, images, drawn, engine, recipe)
     results: list[Sample | SetAside] = []
     for b, request in enumerate(batch.requests):
         where = [name for name, flags in zip(checks, passed) if not flags[b]]
@@ -326,6 +330,21 @@ def attention_labels(
     numbers = [[1 + recipe.words.index(word) for word, _ in one] for one in named]
     limits = recipe.attention.threshold, recipe.attention.uncertainty
     return label_maps(maps, numbers, ("background", *recipe.words), recipe.size, *limits)
+
+
+def foreign_labels(
+    batch: Batch, images: Tensor, drawn: SampledBatch, engine: Engine, recipe: Recipe
+) -> dict[str, list[Annotation]]:
+    """What the labellers of other packages answer, one label an image of the padded batch."""
+    from datasetdm_fast.tasks.labeller import LabellerInput, labels_of
+
+    words = tuple(recipe.asked(request) for request in batch.padded)
+    found = {}
+    for task in recipe.foreign:
+        capture = drawn.captures.get(recipe.captures.get(task, -1))
+        given = LabellerInput(batch.padded, words, recipe.words, images, drawn.latents, capture)
+        found[task] = labels_of(task, engine.device, given)
+    return found
 
 
 class WordTable:

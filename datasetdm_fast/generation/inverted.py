@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.config import LabelConfig, flags_of
+from datasetdm_fast.config import LABELLER_KINDS, LabelConfig, flags_of
 from datasetdm_fast.data import SetAside
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.foreign import documents
@@ -31,6 +31,7 @@ from datasetdm_fast.generation.job import (
 from datasetdm_fast.generation.pictures import GivenPictures, Pictures, open_pictures
 from datasetdm_fast.generation.plan import Plan
 from datasetdm_fast.generation.prompts import GivenPrompt, fit
+from datasetdm_fast.generation.recipe import Recipe, labellers_of
 from datasetdm_fast.generation.run import facts_of
 from datasetdm_fast.labels.class_tables import digest_of, spoken
 from datasetdm_fast.labels.names import task_of_label
@@ -43,10 +44,9 @@ from datasetdm_fast.truth.class_file import own_table
 
 if TYPE_CHECKING:
     from datasetdm_fast.engines.engine import Engine
-    from datasetdm_fast.generation.recipe import Recipe
 
 TRAINING_STEPS = 1000  # of every model
-WHOLE = ("depth", "pose")  # tasks that read a picture as a whole
+WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
 
 
 def as_stored(config: LabelConfig) -> LabelConfig:
@@ -65,13 +65,13 @@ def as_stored(config: LabelConfig) -> LabelConfig:
 
 def tileable(config: LabelConfig, given: Collection[str]) -> LabelConfig:
     """The settings with only the labels that can be read from tiles, where `given` names none."""
-    whole = [task for task in config.task if task_of_label(task) in WHOLE]
+    whole = [task for task in config.task if task_of_label(task) in (*WHOLE, *LABELLER_KINDS.others)]
     if not config.tiles or not whole:
         return config
-    if "task" in given:
+    if "task" in given or whole[0] in LABELLER_KINDS.others:
         raise Refused(
             f"--tiles: {whole[0]} is read from a picture as a whole, and a tile shows a part of it",
-            "Leave it out of --task, or drop --tiles.",
+            "Leave it out of --task and --labeller, or drop --tiles.",
         )
     return replace(config, task=tuple(task for task in config.task if task not in whole))
 
@@ -134,13 +134,14 @@ def inverting(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recip
     from datasetdm_fast.sampling.inversion import capture_timestep
 
     timesteps = list(timesteps) if recipe.attention else []
-    configs = {task: engine.decoders[task].config for task in recipe.decoded}
+    configs = labellers_of(engine, recipe.tasks) | {task: engine.decoders[task].config for task in recipe.decoded}
+    read = {task: config for task, config in configs.items() if task in recipe.captures}
     facts = {
         **recipe.facts,
         "sampler": "inversion",
         "steps": len(timesteps),
-        "calls": len(timesteps) + bool(recipe.decoded),
-        "capture_timestep": capture_timestep(configs) if configs else 0,
+        "calls": len(timesteps) + bool(read),
+        "capture_timestep": capture_timestep(read) if read else 0,
         "timesteps": timesteps,
     }
     return replace(recipe, facts=facts)

@@ -50,9 +50,10 @@ class InvertingGenerator(driver.BatchGenerator):
             torch.stack([times.initial_noise(each.seed, *clean.shape[1:]) for each in requests]), clean.device
         )
         captures = {}
-        if recipe.decoded:
+        if recipe.captures:
             latents = times.add_noise(engine.model.scheduler, clean, noise, self.capture)
-            _, capture = engine.denoise_and_capture(latents, self.capture, context)
+            capturing = engine.denoise_and_capture_raw if recipe.raw else engine.denoise_and_capture
+            _, capture = capturing(latents, self.capture, context)
             captures = dict.fromkeys(recipe.captured, capture)
             self.on_unet_call()
         for timestep in self.timesteps if sums is not None else ():

@@ -7,7 +7,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, ENGINES, HALF, RunConfig
+from datasetdm_fast.config import ATTENTION, ENGINES, HALF, UNDECODED, RunConfig
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
@@ -49,7 +49,7 @@ SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other 
 
 def class_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """The words looked for in prompts: those given, else the names the decoders know."""
-    tasks = [task for task in tasks if task != ATTENTION]
+    tasks = [task for task in tasks if task not in UNDECODED]
     known = dict.fromkeys(name for task in tasks for name in engine.decoders[task].config.classes)
     if classes and known and not any(engine.decoders[task].config.has_text for task in tasks):
         for word in classes:
@@ -216,9 +216,10 @@ def refill(config: RunConfig) -> None:
 
 
 def measures(config: RunConfig) -> bool:
-    """Whether `--dtype auto` compares samples before this run: of a long one that is new and read from no attention."""
+    """Whether `--dtype auto` compares samples before this run: of a long one that is new and read by decoders alone."""
     kind = ENGINES["fast" if config.engine == "auto" else config.engine]
-    is_usual = config.dtype == "auto" and kind.halves and not config.compile and ATTENTION not in config.task
+    is_usual = config.dtype == "auto" and kind.halves and not config.compile
+    is_usual = is_usual and set(config.task).isdisjoint(UNDECODED)
     return bool(is_usual) and count_images(config) >= LEAST_MEASURED and read_document(Path(config.out)) is None
 
 
@@ -276,7 +277,8 @@ def compose(
         for request in _different(source, plan):
             check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, recipe.table)
     race = racing.Race(engine)
-    if races and stored is None and config.engine == "auto" and not config.compile and recipe.attention is None:
+    is_decoded = recipe.decoded == recipe.tasks
+    if races and stored is None and config.engine == "auto" and not config.compile and is_decoded:
         images = min(config.limit or plan.number, plan.number)
         race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
         engine = race.engine
@@ -325,7 +327,7 @@ def engine_of(config: RunConfig, stored: Mapping[str, Any] | None, dtype: str = 
         chosen["engine"] = kept
     if config.dtype == "auto":
         chosen["dtype"] = (dtype or "auto") if stored is None else _kept_dtype(config, stored["engine"])
-    decoded = tuple(task for task in config.task if task != ATTENTION)
+    decoded = tuple(task for task in config.task if task not in UNDECODED)
     return opening.open_engine(config.model, config.decoder if decoded else None, decoded, **chosen)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, UNDECODED
 from datasetdm_fast.data import Request
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.errors import Refused
@@ -30,7 +30,7 @@ class Recipe:
     guidance: float
     size: int  # pixels
     tasks: tuple[str, ...]
-    captures: Mapping[str, int]  # label -> the sampler call whose activations its decoder reads
+    captures: Mapping[str, int]  # label -> the sampler call whose activations its decoder or labeller reads
     words: tuple[str, ...] = ()  # open-vocabulary classes; a label map holds 1 + the position here
     combinations: tuple[Combination, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # what a row says of how its sample was made
@@ -44,13 +44,23 @@ class Recipe:
     @property
     def captured(self) -> tuple[int, ...]:
         """The calls that are captured, in their order; the last of the schedule where no label is read from any."""
-        last = () if self.attention else (len(self.schedule) - 1,)
+        last = () if self.attention or self.foreign else (len(self.schedule) - 1,)
         return tuple(sorted(set(self.captures.values()))) or last
 
     @property
     def decoded(self) -> tuple[str, ...]:
         """The labels that decoders read."""
-        return tuple(task for task in self.tasks if task != ATTENTION)
+        return tuple(task for task in self.tasks if task not in UNDECODED)
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The labels that labellers of other packages read."""
+        return tuple(task for task in self.tasks if task in LABELLER_KINDS.others)
+
+    @property
+    def raw(self) -> frozenset[int]:
+        """The captured calls of which labellers read features and maps themselves."""
+        return frozenset(self.captures[task] for task in self.foreign if task in self.captures)
 
     def asked(self, request: Request) -> tuple[str, ...]:
         """The words looked for in an image."""
@@ -84,12 +94,18 @@ def make_recipe(
     from datasetdm_fast.sampling import make_schedule
 
     model = engine.model
+    labellers = labellers_of(engine, tasks)
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
-    decoded = [task for task in tasks if task != ATTENTION]
-    table = table or kept_words(engine, decoded)
-    asked = [task for task in tasks if task == ATTENTION or engine.decoders[task].config.is_open]
+    configs = {task: engine.decoders[task].config for task in tasks if task not in UNDECODED}
+    table = table or kept_words(engine, list(configs))
+    asked = [
+        task
+        for task in tasks
+        if task == ATTENTION or (labellers[task].asks_words if task in labellers else configs[task].is_open)
+    ]
     words = class_words_of(engine, asked, classes, table) if asked else ()
-    captures = capture_calls(schedule, {task: engine.decoders[task].config.capture_timestep for task in decoded})
+    reading = {task: labeller for task, labeller in labellers.items() if labeller.reads_capture}
+    captures = capture_calls(schedule, {task: one.capture_timestep for task, one in {**configs, **reading}.items()})
     numbers = None
     if ATTENTION in tasks:
         numbers = attention_recipe(model.defaults.attention, model.size // FACTOR, **attention)
@@ -104,6 +120,8 @@ def make_recipe(
     }
     if numbers is not None:
         facts["attention"] = asdict(numbers)
+    if labellers:
+        facts["labellers"] = {name: LABELLER_KINDS.package(name) for name in labellers}
     recipe = Recipe(
         schedule,
         facts["guidance"],
@@ -125,9 +143,19 @@ def make_recipe(
 
 
 def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What run.json says of each label: names and ranges."""
-    configs = {label: engine.decoders[label].config if label in engine.decoders else None for label in recipe.tasks}
-    return {label: kind_of(label).table(config, recipe.size, recipe.words) for label, config in configs.items()}
+    """What run.json says of each label: names and ranges, those of a labeller as its own class has them."""
+    found = labellers_of(engine, recipe.tasks) | {name: decoder.config for name, decoder in engine.decoders.items()}
+    return {label: kind_of(label).table(found.get(label), recipe.size, recipe.words) for label in recipe.tasks}
+
+
+def labellers_of(engine: Engine, tasks: Sequence[str]) -> dict[str, Any]:
+    """The labellers of other packages among these labels, by their names."""
+    names = [task for task in tasks if task in LABELLER_KINDS.others]
+    if not names:
+        return {}
+    from datasetdm_fast.tasks.labeller import open_labeller
+
+    return {name: open_labeller(name, engine.device) for name in names}
 
 
 def kept_words(engine: Engine, labels: Sequence[str]) -> ClassTable | None:
@@ -147,13 +175,15 @@ def class_words_of(
 ) -> tuple[str, ...]:
     """The words that the decoders of these labels are asked for: those given, else those they were taught."""
     words = tuple(classes) or tuple(
-        dict.fromkeys(word for label in labels if label != ATTENTION for word in engine.decoders[label].config.classes)
+        dict.fromkeys(
+            word for label in labels if label not in UNDECODED for word in engine.decoders[label].config.classes
+        )
     )
-    if not words or not classes and ATTENTION in labels:
+    if not words or not classes and not set(labels).isdisjoint(UNDECODED):
         raise Refused(
             f"--task {labels[0]}: no class words were given, and no decoder of it names any", "Add --classes ball,cube."
         )
-    if len(words) > 254 and any(label == ATTENTION or engine.decoders[label].config.has_text for label in labels):
+    if len(words) > 254 and any(label in UNDECODED or engine.decoders[label].config.has_text for label in labels):
         raise Refused(f"--classes: {len(words)} words, an 8-bit label map holds 254", "Make several runs.")
     prompts.check_class_lengths(words, engine.model.tokenizer, table)
     return words

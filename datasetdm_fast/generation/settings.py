@@ -7,18 +7,20 @@ from typing import Any
 
 from datasetdm_fast.config import (
     ATTENTION,
+    DECODER,
     ENGINE_NAMES,
     LABELS,
     PARITIES,
     PROFILES,
     SAMPLERS,
     TASKS,
+    UNDECODED,
     RunConfig,
 )
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation import prompts
 from datasetdm_fast.generation.combining import parse_combinations
-from datasetdm_fast.labels import class_tables
+from datasetdm_fast.labels import class_tables, kind_of
 from datasetdm_fast.labels.names import LabelName
 from datasetdm_fast.labels.semantic import BACKGROUND
 from datasetdm_fast.run_folder.acceptance import check_accept
@@ -68,6 +70,7 @@ def check_settings(config: RunConfig) -> None:
                 f"{_flag(name)} {getattr(config, name)}: not one of {', '.join(known)}", "Choose one of these."
             )
     check_tasks(config.task, LABELS)
+    check_files(config.task)
     check_attention(config)
     parse_combinations(config.combine, config.task)
     check_accept(config.accept)
@@ -126,16 +129,17 @@ def spelled_out(config: RunConfig, given: Collection[str]) -> RunConfig:
     elif len(config.classes) == 1 and config.classes[0] in class_tables.TABLES:
         names = class_tables.table(config.classes[0]).names
         config = replace(config, classes=tuple(name for name in names if name != BACKGROUND))
-    if config.labeller and set(config.labeller) == {ATTENTION}:
-        if decoded := [task for task in config.task if "task" in given and task != ATTENTION]:
-            raise Refused(
-                f"--labeller attention: {decoded[0]} is read by a decoder",
-                "Write --labeller decoder,attention for both, or drop --task.",
-            )
-        config = replace(config, task=(ATTENTION,))
-    elif config.labeller:
-        others = tuple(task for task in config.task if task != ATTENTION)
-        config = replace(config, task=(*others, *((ATTENTION,) if ATTENTION in config.labeller else ())))
+    if config.labeller:
+        named = ",".join(config.labeller)
+        decoded = tuple(task for task in config.task if task not in UNDECODED)
+        if DECODER not in config.labeller:
+            if decoded and "task" in given:
+                raise Refused(
+                    f"--labeller {named}: {decoded[0]} is read by a decoder",
+                    f"Write --labeller decoder,{named} for both, or drop --task.",
+                )
+            decoded = ()
+        config = replace(config, task=(*decoded, *(name for name in config.labeller if name != DECODER)))
     preset = PARITIES.get(config.parity, {})
     return replace(config, **{name: value for name, value in preset.items() if name not in given})
 
@@ -165,6 +169,17 @@ def check_tasks(tasks: Sequence[str], known: Sequence[str] = TASKS) -> None:
             raise Refused(f"--task {task}: {error}", f"Choose from {', '.join(known)}, or TASK:NAME.") from error
     if len({task.lower() for task in tasks}) < len(tasks):  # some file systems know no capitals
         raise Refused(f"--task {','.join(tasks)}: a label is named twice", "Name each label once.")
+
+
+def check_files(labels: Sequence[str]) -> None:
+    """Refuses labels that would write the same files; code of another package that does not load is named here, before
+    networks are loaded.
+    """
+    writing: dict[str, str] = {}
+    for label in labels:
+        for role in kind_of(label).roles:
+            if (other := writing.setdefault(role, label)) != label:
+                raise Refused(f"--task: {other} and {label} both write {role}/ID.png", "Make a run of each.")
 
 
 def _flag(name: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import lru_cache
 
-from datasetdm_fast.config import TASK_KINDS
+from datasetdm_fast.config import LABELLER_KINDS, TASK_KINDS
 from datasetdm_fast.labels import attention, depth, instance, open_vocabulary, pose, semantic
 from datasetdm_fast.labels.kind import LabelKind
 from datasetdm_fast.labels.names import LabelName, ordered
@@ -17,7 +17,7 @@ OWN_KINDS: dict[str, LabelKind] = {  # task -> kind; a gallery opens with the fi
     "depth": depth.DepthKind(),
     "pose": pose.PoseKind(),
 }
-LABEL_KINDS = PartTable(OWN_KINDS, TASK_KINDS, "label", lambda kind: kind())
+LABEL_KINDS = PartTable(OWN_KINDS, "label", TASK_KINDS, LABELLER_KINDS, make=lambda kind: kind())
 
 
 @lru_cache(1024)

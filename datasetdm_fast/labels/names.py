@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from datasetdm_fast.config import ATTENTION, LABELS
+from datasetdm_fast.config import LABELS, UNDECODED
 
 DECODER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
@@ -26,8 +26,8 @@ class LabelName:
         task, colon, decoder = text.partition(":")
         if task not in LABELS:
             raise ValueError(f"not one of {', '.join(LABELS)}")
-        if colon and task == ATTENTION:
-            raise ValueError("labels from attention have no decoder")
+        if colon and task in UNDECODED:
+            raise ValueError(f"labels of the labeller {task} have no decoder")
         if colon and not DECODER_NAME.fullmatch(decoder):
             raise ValueError("the name of a decoder has up to 63 letters, digits, - or _")
         return cls(task, decoder)

@@ -11,4 +11,4 @@ OWN_TASKS = {
     "pose": pose.PoseTask(),
     "open-vocabulary": open_vocabulary.OpenVocabularyTask(),
 }
-TASKS = PartTable(OWN_TASKS, TASK_KINDS, "task", lambda task: task())
+TASKS = PartTable(OWN_TASKS, "task", TASK_KINDS, make=lambda task: task())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasetdm_fast.compat.showlab.order import RUN, Order
-from datasetdm_fast.data import AttentionSums, Batch, Sample, SetAside
+from datasetdm_fast.data import Batch, Sample, SetAside
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engines import opening
 from datasetdm_fast.errors import GateFailed, Refused
@@ -79,9 +79,9 @@ class FilingGenerator(driver.BatchGenerator):
         images: Tensor,
         raw: dict[str, dict[str, Tensor]],
         checks: dict[str, Tensor],
-        averages: AttentionSums | None,
+        drawn: driver.SampledBatch,
     ) -> list[Sample | SetAside]:
-        results = super().collected(batch, images, raw, checks, averages)
+        results = super().collected(batch, images, raw, checks, drawn)
         return [self._with_files(one, b, raw) if isinstance(one, Sample) else one for b, one in enumerate(results)]
 
     def _with_files(self, sample: Sample, b: int, raw: Raw) -> FiledSample:

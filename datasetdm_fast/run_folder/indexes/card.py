@@ -143,6 +143,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
         f"- Sampler {config['sampler']}, {sampling['steps']} steps ({sampling['calls']} network calls), guidance "
         f"{sampling['guidance']:g}"
     )
+    foreign = sampling.get("labellers", {}).items()
+    yield from (f"- Labels {_code(name)}: read by the package {_code(package)}" for name, package in foreign)
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
     yield from _verified(document)
     yield f"- {_seeds(document)}; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
@@ -201,9 +203,12 @@ def _fingerprints(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _citations(document: Mapping[str, Any]) -> Iterator[str]:
     """BibTeX of the works whose method made the labels."""
-    is_attention = {task == ATTENTION for task in tasks_of(document["config"]["task"])}
+    foreign = document["sampling"].get("labellers", {})
+    is_attention = {task == ATTENTION for task in tasks_of(document["config"]["task"]) if task not in foreign}
     found = [CITATIONS[is_other] for is_other in sorted(is_attention)]
-    yield "```bibtex\n" + "\n\n".join(found) + "\n```"
+    yield (
+        "```bibtex\n" + "\n\n".join(found) + "\n```" if found else f"The works behind {', '.join(map(_code, foreign))}."
+    )
 
 
 def _attributes(labels: Sequence[str]) -> str:
