@@ -163,7 +163,8 @@ def steps_of(recipe: Mapping[str, Any], config: RecipeConfig) -> list[Step]:
 def quickened(words: Sequence[str]) -> list[str]:
     """The line with the flags of QUICK in the place of its own."""
     short = shlex.split(QUICK[words[0]])
-    if words[0] == "evaluate":
+    if words[0] == "evaluate":  # after three steps every label may be doubtful
+        words = [f"{word}[all]" if before == "--run" else word for before, word in zip(("", *words), words)]
         short = [*short, *shlex.split(QUICK_STUDENT)] if "--student" in words else ["--bootstrap", "0"]
     gone = {*NOT_QUICK, *(word for word in short if word.startswith("--"))}
     kept = [word for k, word in enumerate(words) if word not in gone and (not k or words[k - 1] not in gone)]

@@ -170,7 +170,7 @@ def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
         )
     assert [item.id for item in open_data(address, SIZE)] == [before[0], before[2]]
     assert filter.main([str(root), "--where", "trust == 0", "--quiet"]) == 0
-    with pytest.raises(Refused, match="no image has truth"):
+    with pytest.raises(Refused, match="all 1 samples that it keeps are doubtful"):
         open_data(address, SIZE)
     whole = open_data(f"{address}[all]", SIZE)
     assert [item.id for item in whole] == before and [whole.origins(k) for k in range(COUNT)] == [("g",)] * COUNT

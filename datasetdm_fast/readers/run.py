@@ -79,6 +79,11 @@ class RunSamples(PictureSource):
                 continue
             if self.is_all or self._trusted(position, row):
                 self.records.append((position, row.request.id, self._origins(row)))
+        if len(self.run) and wanted is None and not self.records:
+            raise Refused(
+                f"--data run:{path}: all {len(self.run)} samples that it keeps are doubtful",
+                f"Look at them in its gallery; run:{path}[all] takes them as they are.",
+            )
         super().__init__(size, len(self.records))
 
     def _name_classes(self, tasks: tuple[str, ...]) -> None:
