@@ -45,9 +45,10 @@ class Experiments:
     in processes beside this one.
     """
 
-    def __init__(self, folder: Path, scale: sets.Scale, say: Callable[[str], None]):
+    def __init__(self, folder: Path, scale: sets.Scale, say: Callable[[str], None], processes: int = 0):
         self.folder, self.scale, self.say = folder, scale, say
-        self.store = StudentStore(folder / "students", say, min(cores(), MOST_PROCESSES))
+        self.processes = processes or min(cores(), MOST_PROCESSES)
+        self.store = StudentStore(folder / "students", say, self.processes)
         self.schedule = StudentSchedule(steps=scale.steps)
         self.vocabulary = student_data.vocabulary_of(sets.scenes(sets.LABELLED, 1, SIDE))
         self._made: dict[str, Any] = {}

@@ -41,10 +41,17 @@ class ClaimsConfig:
     )
     tuned: bool = setting(
         False,
-        "instead of the claims: every arm by the best of three courses, chosen on validation scenes, beside arms with "
-        "unlabelled real images and with ten times as many real ones",
+        "instead of the claims: every arm by the best of its courses, chosen in an equal search on validation scenes, "
+        "beside arms with unlabelled real images and with ten times as many real ones",
     )
     arms: tuple[str, ...] = setting((), "only these arms of --tuned, comma-separated (default: all)", metavar="LIST")
+    real: int = setting(
+        0, "with --tuned: so many real scenes, beside the rows of 100 that are there already; 0 = 100", metavar="N"
+    )
+    processes: int = setting(0, "students of --tuned trained side by side, 0 = one a core", metavar="N")
+    finished: bool = setting(
+        False, "with --tuned: nobody is trained; the rows of those students that are there become the result file"
+    )
     json: bool = setting(False, "the rows as one JSON object on stdout")
 
 
@@ -66,8 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     scale = replace(scale, seeds=config.seeds or scale.seeds)
     folder = Path(config.out or f"runs/claims{'-quick' if config.quick else ''}")
     begin = time.monotonic()
-    if config.arms and not config.tuned:
-        raise Refused("--arms: belongs to --tuned, which is missing", "Add --tuned, or drop --arms.")
+    for name in ("arms", "real", "processes", "finished"):
+        if getattr(config, name) and not config.tuned:
+            raise Refused(f"--{name}: belongs to --tuned, which is missing", f"Add --tuned, or drop --{name}.")
     if config.tuned:
         return _tuned(config, scale, folder, arguments)
     if training_free.NAME in names:
@@ -92,22 +100,38 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) -> int:
-    from bench.claims import tuned
+    from bench.claims import tuned, tuned_page
     from bench.claims.experiments import Experiments
     from bench.report import results
 
-    arms, begin = chosen("arms", config.arms, tuple(tuned.ARMS), tuple(tuned.ARMS)), time.monotonic()
-    with Experiments(folder, scale, say) as experiments:
-        found = tuned.TunedArms(experiments, arms).rows()
-    document = described(found, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
-    document["suite"] = "tuned"
-    paths = [folder / "tuned.json"]
-    if not config.quick and {"real", "both"} <= set(arms):
-        paths.append(results.default_path(document["machine"]).with_suffix(".tuned.json"))
-    for path in paths:
-        results.ResultFile(path, document).save()
+    names, count = chosen("arms", config.arms, tuple(tuned.ARMS), tuple(tuned.ARMS)), config.real or scale.real
+    if count < 2:
+        raise Refused(f"--real {count}: expected at least 2 scenes", "Ask for more.")
+    begin = time.monotonic()
+    with Experiments(folder, scale, say, config.processes) as experiments:
+        asked = tuned.TunedArms(experiments, names, count)
+        every = [asked] if asked.is_usual else [tuned.TunedArms(experiments, names, scale.real), asked]
+
+        def save(paths: Sequence[Path]) -> dict[str, Any]:
+            rows = {key: row for arms in every for key, row in arms.rows().items()}
+            document = described(rows, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
+            document |= {"suite": "tuned", "tried": [row for arms in every for row in arms.tried()]}
+            document["missing"] = sum(arms.missing() for arms in every)
+            for path in paths:
+                results.ResultFile(path, document).save()
+            return document
+
+        for arms in every if config.finished else every[:-1]:
+            arms.look_for_students()
+        for _ in () if config.finished else asked.train():
+            save([folder / "tuned.json"])
+        paths = [folder / "tuned.json"]
+        document = save(paths)
+        if not config.quick and {"real", "both"} <= set(names):
+            paths.append(results.default_path(document["machine"]).with_suffix(".tuned.json"))
+            results.ResultFile(paths[-1], document).save()
     say("\n".join(map(str, paths)))
-    print(json.dumps(found) if config.json else tuned.section(document))
+    print(json.dumps(document["rows"]) if config.json else tuned_page.section(document))
     return 0
 
 

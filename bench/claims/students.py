@@ -23,6 +23,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.evaluation.metrics import METRICS
 from datasetdm_fast.evaluation.student import Student, StudentSchedule, answers, has_bf16, teach
 from datasetdm_fast.evaluation.student_data import StudentData
+from datasetdm_fast.evaluation.student_views import mild
 from datasetdm_fast.evaluation.worth import graded
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
@@ -64,24 +65,25 @@ class Arm:
     tasks: tuple[str, ...]
 
     def digest(self, seed: int, test: TestSet) -> str:
-        """Of everything that decides the figures, the student's own code among it."""
+        """Of everything that decides the figures, the code of the student and of its views among it."""
         decided = [asdict(self.schedule), self.tasks, seed, test.digest, has_bf16()]
         found = hashlib.sha256(json.dumps(decided).encode())
-        found.update(Path(inspect.getfile(Student)).read_bytes())
+        for code in (Student, mild):
+            found.update(Path(inspect.getfile(code)).read_bytes())
         for data in self.sets:
             for name in TENSORS:
                 found.update(getattr(data, name).numpy().tobytes())
         return found.hexdigest()[:32]
 
 
-_unpacked = lru_cache(8)(pickle.loads)
+unpacked = lru_cache(8)(pickle.loads)
 
 
 def train_and_test(arm: Arm, sets: Sequence[bytes], seed: int, test: bytes, path: Path) -> tuple[Figures, float]:
     """The figures of a student and the CPU seconds of its training; student and figures are stored beside `path`. What
     is large comes pickled and is unpacked once.
     """
-    arm, test = replace(arm, sets=tuple(map(_unpacked, sets))), _unpacked(test)
+    arm, test = replace(arm, sets=tuple(map(unpacked, sets))), unpacked(test)
     begin = time.process_time()
     student = teach(arm.sets, arm.schedule, seed, arm.tasks)
     seconds = time.process_time() - begin
@@ -117,13 +119,13 @@ class StudentStore:
         """Starts the training of a student, unless the same one was trained before; where its figures will be."""
         path = self.folder / f"{arm.digest(seed, test)}.json"
         if path not in self._started and not path.exists():
-            sets = [self._pickle(data) for data in arm.sets]
-            bare, packed = replace(arm, sets=()), self._pickle(test)
+            sets = [self.pickle(data) for data in arm.sets]
+            bare, packed = replace(arm, sets=()), self.pickle(test)
             future = self._started[path] = self.submit(train_and_test, bare, sets, seed, packed, path)
             future.add_done_callback(lambda done: self._on_trained(arm, seed, done))
         return path
 
-    def _pickle(self, thing: object) -> bytes:
+    def pickle(self, thing: object) -> bytes:
         """The same bytes for every student that a thing is sent to."""
         if id(thing) not in self._pickled:
             self._pickled[id(thing)] = thing, pickle.dumps(thing)

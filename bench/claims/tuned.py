@@ -1,64 +1,58 @@
-"""The same question with the best course found for every arm: augmentation and steps are chosen on validation scenes,
-in an equal search for each, and the scenes that judge are looked at once.
+"""The same question with the best course found for every arm: augmentation, learning rate and number of steps are
+chosen on validation scenes, in an equal search for each, and the scenes that judge are shown to the chosen ones alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from bench.claims import sets
-from bench.claims.experiments import Experiments, Pick, Sets, points
+from bench.claims.experiments import TASKS, Experiments, Sets
 from bench.claims.rows import OUTSIDE, spread
-from bench.claims.students import Arm, Figures, TestSet
-from bench.report.tables import Row, Table, markdown, text
+from bench.claims.search import QUESTIONS, Looking, Question, SearchedStudent, SearchedStudents, StudentLooks
+from bench.claims.students import TestSet
+from bench.report.tables import Row
 from datasetdm_fast.decoders.folders import DEMO
 from datasetdm_fast.evaluation import student_data
 from datasetdm_fast.evaluation.student import answers
 from datasetdm_fast.evaluation.student_data import SIDE
-from datasetdm_fast.evaluation.worth import gain_of, graded
+from datasetdm_fast.evaluation.worth import gain_of
 from datasetdm_fast.labels.words import find_classes
+
+AUGMENTATIONS = ("strong", "mild", "none")
+USUAL_RATE, OTHER_RATES = 3e-3, (1e-3,)
+SEARCHED = len(AUGMENTATIONS) + len(OTHER_RATES)  # courses of an arm
+LONGEST = 3  # times the usual steps
+PATIENCE = 2  # looks, of which there are two in the usual steps
+QUEUED = 1  # students started before a process is free
+UNLABELLED = 500_000  # first seed of the real scenes whose labels nobody uses
+ARMS = {  # in the order in which they are taught
+    "real": "real",
+    "many": "ten times real",
+    "both": "real + generated",
+    "labelled": "real + unlabelled real, labelled by the decoder",
+    "self": "real + unlabelled real, labelled by the student of real",
+    "generated": "generated",
+}
+FEWER_ARMS = ("real", "both", "many")  # where there are fewer real scenes than taught the shipped decoders
 
 
 @dataclass(frozen=True)
 class TunedCourse:
+    """How the students of an arm are taught; for how many steps their looks decide."""
+
     augmentation: str
-    times: int  # the usual number of steps
+    rate: float
 
-    def title(self, steps: int) -> str:
-        return f"{self.augmentation}, {self.times * steps:,}"
-
-
-COURSES = (TunedCourse("mild", 1), TunedCourse("strong", 1), TunedCourse("strong", 3))
-UNLABELLED = 500_000  # first seed of the real scenes whose labels nobody uses
-ARMS = {
-    "real": "real",
-    "generated": "generated",
-    "both": "real + generated",
-    "labelled": "real + unlabelled real, labelled by the decoder",
-    "many": "ten times real",
-}
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row: a figure of the students."""
-
-    title: str
-    figure: str
-    pick: Pick
-    less_is_better: bool = False
-
-
-QUESTIONS = {
-    "semantic": Question("Semantic segmentation", "mIoU", points("semantic", "miou")),
-    "instance": Question("Instance segmentation", "AP", points("instance", "ap")),
-    "depth": Question("Depth", "REL (less is better)", lambda found: found["depth"]["absrel"], less_is_better=True),
-    "pose": Question("Pose", "OKS-AP", points("pose", "oks_ap")),
-}
+    @property
+    def title(self) -> str:
+        return f"{self.augmentation}, {self.rate:g}"
 
 
 @dataclass(frozen=True)
@@ -75,8 +69,11 @@ class UnlabelledScene:
 class UnlabelledScenes:
     """Rendered scenes whose labels are not looked at."""
 
-    def __init__(self, count: int):
-        self.source = sets.scenes(UNLABELLED, count, sets.MODEL_SIDE)
+    def __init__(self, count: int, size: int):
+        self.source = sets.scenes(UNLABELLED, count, size)
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def __getitem__(self, position: int) -> UnlabelledScene:
         item, seed = self.source[position], UNLABELLED + position
@@ -85,48 +82,113 @@ class UnlabelledScenes:
 
 
 class TunedArms:
-    """Students of every arm, course and seed; each figure of an arm is that of its best course."""
+    """Students of every arm: each course of the search once, and the best of them with every seed, to a plateau."""
 
-    def __init__(self, experiments: Experiments, arms: Sequence[str]):
-        self.experiments, self.names = experiments, arms
-        self._validated: dict[tuple[str, TunedCourse, int], Figures] = {}
+    def __init__(self, experiments: Experiments, arms: Sequence[str], count: int):
+        self.experiments, self.count = experiments, count
+        scale = experiments.scale
+        self.is_usual = count == scale.real
+        self.names = [name for name in arms if self.is_usual or name in FEWER_ARMS]
+        self.chooser = TestSet("validation", sets.scenes(sets.VALIDATION, scale.test * 2 // 5, SIDE))
+        self.students = SearchedStudents(experiments.store, self.chooser, experiments.test_set())
+        self._students: dict[tuple[str, TunedCourse, int | None], SearchedStudent] = {}
 
-    def rows(self) -> dict[str, Row]:
-        """A row of every question, once every student has been trained."""
-        scale, store, test = self.experiments.scale, self.experiments.store, self.experiments.test_set()
-        for arm in self._students.values():
-            for seed in range(scale.seeds):
-                store.start(arm, seed, test)
-        return {name: self._row(question) for name, question in QUESTIONS.items()}
+    # Training ---------------------------------------------------------------------------------------------------------
+    def train(self) -> Iterator[None]:
+        """Trains every student that is not there yet, and comes back whenever one is done."""
+        while True:
+            running = self.students.running()
+            if len(running) < self.experiments.processes + QUEUED and (found := next(self._ready(), None)):
+                self.students.start(found)
+            elif running:
+                wait(running, return_when=FIRST_COMPLETED)
+                yield
+            else:
+                return
 
-    @cached_property
-    def _students(self) -> dict[tuple[str, TunedCourse], Arm]:
-        steps = self.experiments.scale.steps
-        return {
-            (name, course): self.experiments.arm(
-                name, data, steps=course.times * steps, augmentation=course.augmentation
-            )
-            for name in self.names
-            for data in [self._sets[name]()]
-            for course in COURSES
-        }
+    def _ready(self) -> Iterator[SearchedStudent]:
+        """Students that may be started, the most urgent first: the first student of every arm, then the others."""
+        for seed in range(self.experiments.scale.seeds):
+            for name in self.names:
+                if name == "self" and not self._looks("real", self.best("real"), 0):
+                    continue  # its labels are those of the student of real
+                courses, best = self.courses(name), self.best(name)
+                students = [self._student(name, course) for course in courses]
+                if best:
+                    students.append(self._student(name, best, seed))
+                for student in students:
+                    if not self.students.is_started(student) and not self.students.looks(student):
+                        yield student
+
+    def look_for_students(self) -> None:
+        """Makes the images and labels of every arm, so that rows have the students that are there."""
+        for _ in self._ready():
+            pass
+
+    def _begun(self) -> list[str]:
+        return [name for name in self.names if any(key[0] == name for key in self._students)]
+
+    # The search -------------------------------------------------------------------------------------------------------
+    def courses(self, name: str) -> tuple[TunedCourse, ...]:
+        """Every augmentation at the usual rate, and the best of them at the others, once it is known."""
+        first = tuple(TunedCourse(augmentation, USUAL_RATE) for augmentation in AUGMENTATIONS)
+        best = self._best(name, first)
+        return (*first, *(TunedCourse(best.augmentation, rate) for rate in OTHER_RATES)) if best else first
+
+    def best(self, name: str) -> TunedCourse | None:
+        """The best course of an arm by its mean rank in all figures, None while the search goes on."""
+        courses = self.courses(name)
+        return self._best(name, courses) if len(courses) == SEARCHED else None
+
+    def _best(self, name: str, courses: Sequence[TunedCourse]) -> TunedCourse | None:
+        looks = {course: self._looks(name, course) for course in courses}
+        if not all(looks.values()):
+            return None
+        ranks = dict.fromkeys(courses, 0)
+        for question in QUESTIONS.values():
+            values = {course: question.pick(looks[course].figures[self._short]) for course in courses}
+            ordered = sorted(courses, key=values.get, reverse=not question.less_is_better)
+            ranks = {course: ranks[course] + ordered.index(course) for course in courses}
+        return min(courses, key=ranks.get)
+
+    def _looks(self, name: str, course: TunedCourse | None, seed: int | None = None) -> StudentLooks | None:
+        return course and self.students.looks(self._student(name, course, seed))
 
     @property
+    def _short(self) -> int:
+        return self.experiments.scale.steps
+
+    def _student(self, name: str, course: TunedCourse, seed: int | None = None) -> SearchedStudent:
+        """A student of the search, or with a seed one that goes on to a plateau and is judged."""
+        if (key := (name, course, seed)) not in self._students:
+            is_judged = seed is not None
+            facts = {"steps": self._short * (LONGEST if is_judged else 1)}
+            facts |= {"augmentation": course.augmentation, "rate": course.rate}
+            looking = Looking(max(self._short // 2, 1) if is_judged else self._short, PATIENCE)
+            arm = self.experiments.arm(name, self._sets[name](), **facts)
+            self._students[key] = SearchedStudent(arm, seed or 0, looking, is_judged)
+        return self._students[key]
+
+    # Arms -------------------------------------------------------------------------------------------------------------
+    @property
     def _sets(self) -> Mapping[str, Sets]:
-        e, scale = self.experiments, self.experiments.scale
+        e = self.experiments
 
         def real() -> student_data.StudentData:
-            return e.real(scale.real)
+            return e.real(self.count)
 
         def generated() -> student_data.StudentData:
-            return e.generated("fast", scale.synthetic)
+            if self.is_usual:
+                return e.generated("fast", e.scale.synthetic)
+            return e.relabelled("is_any", self.count, TASKS)
 
         return {
             "real": lambda: (real(),),
             "generated": lambda: (generated(),),
             "both": lambda: (real(), generated()),
             "labelled": lambda: (real(), self._labelled()),
-            "many": lambda: (e.real(10 * scale.real),),
+            "self": lambda: (real(), self._self_labelled()),
+            "many": lambda: (e.real(10 * self.count),),
         }
 
     def _labelled(self) -> student_data.StudentData:
@@ -134,96 +196,88 @@ class TunedArms:
         e, count = self.experiments, self.experiments.scale.synthetic
 
         def synthetic() -> student_data.StudentData:
-            found = sets.relabelled(UnlabelledScenes(count), range(count), DEMO, sets.unchanged)
-            return student_data.synthetic(found, e.vocabulary)
+            scenes = UnlabelledScenes(count, sets.MODEL_SIDE)
+            return student_data.synthetic(sets.relabelled(scenes, range(count), DEMO, sets.unchanged), e.vocabulary)
 
         path = e.folder / "sets" / f"unlabelled-{count}.pt"
         return e.once("unlabelled", lambda: sets.stored(path, e.vocabulary, synthetic).balanced())
 
-    def _validation(self, name: str, course: TunedCourse, seed: int) -> Figures:
-        """What a trained student scores on the scenes that choose."""
-        key = name, course, seed
-        if key not in self._validated:
-            e, items = self.experiments, self._chooser.items
-            student = e.store.student(self._students[name, course], seed, e.test_set())
-            found = answers(student, self._chooser.images)
-            self._validated[key] = graded(self._chooser.source, items, found, tuple(QUESTIONS))
-        return self._validated[key]
+    def _self_labelled(self) -> student_data.StudentData:
+        """The same scenes with the labels of the best students of the real arm, one for each task."""
 
-    @cached_property
-    def _chooser(self) -> TestSet:
-        return TestSet("validation", sets.scenes(sets.VALIDATION, self.experiments.scale.test // 2, SIDE))
+        def samples() -> Iterator[sets.RelabelledSample]:
+            scenes = list(UnlabelledScenes(self.experiments.scale.synthetic, SIDE))
+            images = torch.stack([torch.from_numpy(scene.image) for scene in scenes])
+            teacher, found = self._student("real", self.best("real"), 0), {}
+            for task in TASKS:
+                student = self.students.restored(teacher, QUESTIONS[task])
+                found[task] = [getattr(one, task) for one in answers(student, images)]
+            for scene, semantic, instances, depth, joints in zip(scenes, *(found[task] for task in TASKS)):
+                yield sets.RelabelledSample(scene.id, scene.image, scene.classes, semantic, instances, depth, joints)
 
-    def _row(self, question: Question) -> Row:
-        e, seeds = self.experiments, range(self.experiments.scale.seeds)
-        cells = {}
-        for name in self.names:
-            chosen = {
-                course: fmean(question.pick(self._validation(name, course, seed)) for seed in seeds)
-                for course in COURSES
-            }
-            best = (min if question.less_is_better else max)(COURSES, key=chosen.get)
-            own = [question.pick(e.store.figures(self._students[name, best], seed, e.test_set())) for seed in seeds]
-            validation = {course.title(e.scale.steps): value for course, value in chosen.items()}
-            cells[name] = {"course": best.title(e.scale.steps), "mean": fmean(own), "spread": spread(own)}
-            cells[name] |= {"seeds": own, "validation": validation}
-        return {"title": question.title, "figure": question.figure, "arms": cells, **_verdict(question, cells)}
+        e = self.experiments
+        return e.once("self-labelled", lambda: student_data.synthetic(samples(), e.vocabulary).balanced())
+
+    # Rows -------------------------------------------------------------------------------------------------------------
+    def rows(self) -> dict[str, Row]:
+        """A row of every question, from the students that are there."""
+        found = {key: self._row(key) for key in QUESTIONS}
+        return {key if self.is_usual else f"{key}-{self.count}": row for key, row in found.items() if row["arms"]}
+
+    def tried(self) -> list[Row]:
+        """What every student scored on the validation scenes at each look."""
+        found = []
+        for name in self._begun():
+            best, seeds = self.best(name), range(self.experiments.scale.seeds)
+            students = [(course, None) for course in self.courses(name)]
+            for course, seed in students + [(best, seed) for seed in seeds if best]:
+                if looks := self._looks(name, course, seed):
+                    told = {
+                        step: {key: question.pick(figures) for key, question in QUESTIONS.items()}
+                        for step, figures in looks.figures.items()
+                    }
+                    facts = {"real": self.count, "arm": name, "course": course.title, "seed": seed or 0}
+                    facts |= {"is_chosen": seed is not None, "cpu_seconds": looks.cpu_seconds, "looks": told}
+                    found.append(facts)
+        return found
+
+    def missing(self) -> int:
+        """How many students are not there yet."""
+        return len(self.names) * (SEARCHED + self.experiments.scale.seeds) - len(self.tried())
+
+    def _row(self, key: str) -> Row:
+        question, cells = QUESTIONS[key], {}
+        for name in self._begun():
+            if cell := self._cell(name, question):
+                cells[name] = cell
+        title = question.title if self.is_usual else f"{question.title}, {self.count} real"
+        return {"title": title, "figure": question.figure, "arms": cells, **_verdict(question, cells)}
+
+    def _cell(self, name: str, question: Question) -> Row | None:
+        course, own, steps = self.best(name), [], []
+        for seed in range(self.experiments.scale.seeds):
+            if not (looks := self._looks(name, course, seed)):
+                break
+            steps.append(question.best(looks.figures))
+            own.append(question.pick(looks.judged[steps[-1]]))
+        if not own:
+            return None
+        found = {"course": course.title, "steps": steps, "mean": fmean(own), "seeds": own}
+        return found | {"spread": spread(own) if len(own) > 1 else None}
 
 
 def _verdict(question: Question, cells: Mapping[str, Row]) -> Row:
     """The gain over real images alone, its 95 % interval, and which share of the way to ten times as many it goes."""
     found: Row = {}
-    for name in ("both", "labelled"):
+    for name in ("generated", "both", "labelled", "self"):
         if name in cells and "real" in cells:
-            gain, sigma, half = gain_of(cells["real"]["seeds"], cells[name]["seeds"])
+            count = min(len(cells[one]["seeds"]) for one in ("real", name))
+            gain, sigma, half = gain_of(*(cells[one]["seeds"][:count] for one in ("real", name)))
             better = -gain if question.less_is_better else gain
-            found[name] = {"gain": gain, "interval": [gain - half, gain + half], "holds": better > OUTSIDE * sigma}
+            found[name] = {"gain": gain, "students": count, "holds": better > OUTSIDE * sigma}
+            if count > 1:
+                found[name] |= {"sigma": sigma, "interval": [gain - half, gain + half]}
             way = cells["many"]["mean"] - cells["real"]["mean"] if "many" in cells else 0.0
             if (way < 0) if question.less_is_better else (way > 0):
                 found[name]["closed"] = gain / way
     return {"gains": found}
-
-
-def _figure(row: Row, value: float) -> str:
-    return f"{value:.3f}" if row["figure"].startswith("REL") else f"{value:.1f}"
-
-
-def _cell(name: str) -> Callable[[Row], str]:
-    def told(row: Row) -> str:
-        if name not in row["arms"]:
-            return "–"
-        cell = row["arms"][name]
-        return f"{_figure(row, cell['mean'])} ± {_figure(row, cell['spread'])} ({cell['course']})"
-
-    return told
-
-
-def _gain(row: Row) -> str:
-    if "both" not in row["gains"]:
-        return "–"
-    found = row["gains"]["both"]
-    low, high = (_figure(row, value) for value in found["interval"])
-    closed = f", closes {found['closed']:.0%}" if "closed" in found else ""
-    return f"{_figure(row, found['gain'])} ({low} to {high}){closed}"
-
-
-def table(rows: Mapping[str, Row]) -> Table:
-    """The columns of the arms that there are."""
-    arms = [name for name in ARMS if any(name in row["arms"] for row in rows.values())]
-    columns = {"holds": lambda row: "yes" if row["gains"].get("both", {}).get("holds") else "no"}
-    columns |= {"question": text("title"), "figure": text("figure")}
-    columns |= {ARMS[name]: _cell(name) for name in arms}
-    return Table(columns | {"gain of generated images (95 %)": _gain})
-
-
-def section(document: Mapping[str, Any]) -> str:
-    """The table with what it was made from, for a page."""
-    scale, machine = document["setting"], document["machine"]
-    made = f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, commit {machine['commit']}"
-    courses = "; ".join(course.title(scale["steps"]) + " steps" for course in COURSES)
-    facts = (
-        f"{scale['real']} real scenes, {scale['synthetic']:,} generated images; the best of these courses for each arm "
-        f"and figure, chosen on {scale['test'] // 2:,} validation scenes: {courses}; {scale['seeds']} students of each "
-        f"kind, {scale['test']:,} unseen scenes, mean ± deviation"
-    )
-    return f"{made}: {facts}.\n\n{markdown(table(document['rows']).cells(list(document['rows'].values())))}"

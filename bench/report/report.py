@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.claims import page as claims
-from bench.claims import training_free, tuned
+from bench.claims import training_free, tuned_page
 from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.report import reckoned
@@ -47,6 +47,7 @@ GAINS = {  # the same of the claims
 }
 DEVICES = {"cpu": "a CPU", "untuned": "a GPU with Triton", "without triton": "a GPU without Triton"}
 VERSIONS = ("torch", "diffusers", "onnxruntime")
+NOT_TUNED = "Not measured yet: `python -m bench claims --tuned`."
 NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
 ASSUMED = 4.5  # images a second of one GPU, the first release's aim, where none was measured yet
 FULL_SIZE = cpu_suite(FULL_SIZE_MODEL)
@@ -302,11 +303,14 @@ def full_size(found: Documents, charts: str) -> str:
     return f"{source(document)}; {setting_line(document)}.\n\n{markdown(table.cells(rows))}"
 
 
+def tuned_front(found: Documents, charts: str) -> str:
+    """What the front page says of the worth of generated images where every arm is taught by its best course."""
+    return tuned_page.front(found["tuned"]) if "tuned" in found else NOT_TUNED
+
+
 def tuned_gains(found: Documents, charts: str) -> str:
     """What remains of the gains where every arm is taught by the best course found for it."""
-    if "tuned" not in found:
-        return "Not measured yet: `python -m bench claims --tuned`."
-    return tuned.section(found["tuned"])
+    return tuned_page.section(found["tuned"]) if "tuned" in found else NOT_TUNED
 
 
 def earlier_claims(found: Documents, charts: str) -> str:
@@ -328,6 +332,7 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "reckoned": lambda found, charts: reckoned.section(),
     "full-size": full_size,
     "paper": paper,
+    "tuned-front": tuned_front,
     "tuned": tuned_gains,
     "training-free": training_free_row,
     "gains": gains,

@@ -4,8 +4,9 @@ One U-Net with dense answers: a class per pixel, centres of things and the way t
 under a minute of one core.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,6 +72,13 @@ def _layer(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequentia
     return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
 
 
+class TaughtStep(NamedTuple):
+    """A student after a step."""
+
+    student: Student
+    loss: Tensor
+
+
 def teach(
     sets: Sequence[StudentData],
     course: StudentSchedule,
@@ -79,6 +87,15 @@ def teach(
     told: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Student:
     """A student taught from one labelled set, or from a real and a synthetic one mixed in every batch."""
+    for step, taught in enumerate(taught_by_step(sets, course, seed, tasks)):
+        told(step, float(taught.loss))
+    return taught.student.eval().requires_grad_(False)
+
+
+def taught_by_step(
+    sets: Sequence[StudentData], course: StudentSchedule, seed: int, tasks: Sequence[str] | None = None
+) -> Iterator[TaughtStep]:
+    """The student, which goes on learning, and its loss after every step of its course."""
     tasks = LEARNT_TASKS if tasks is None else tasks
     vocabulary = sets[0].vocabulary
     random = torch.Generator().manual_seed(seed)
@@ -88,7 +105,7 @@ def teach(
     counts = shares(course, len(sets))
     optimiser = torch.optim.AdamW(student.parameters(), course.rate, weight_decay=course.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, course.rate, total_steps=course.steps, pct_start=0.1)
-    for step in range(course.steps):
+    for _ in range(course.steps):
         views = [AUGMENTATIONS[course.augmentation](some, count, random) for some, count in zip(sets, counts)]
         view = StudentView(*map(torch.cat, zip(*views)))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
@@ -99,8 +116,7 @@ def teach(
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        told(step, float(loss.detach()))
-    return student.eval().requires_grad_(False)
+        yield TaughtStep(student, loss.detach())
 
 
 def has_bf16() -> bool:

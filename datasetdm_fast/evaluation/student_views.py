@@ -1,4 +1,6 @@
-"""How a student sees its images: mildly changed, or strongly, as a few labelled images have to serve for many steps."""
+"""How a student sees its images: as they are, mildly changed, or strongly, as a few labelled images have to serve for
+many steps.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,15 @@ class StudentView(NamedTuple):
     instance: Tensor  # [B, CELLS, CELLS] int64
     depth: Tensor  # [B, CELLS, CELLS] fp32
     joints: Tensor  # [B, J, 3] fp32, in cells
+
+
+def unchanged(lessons: StudentData, count: int, random: torch.Generator) -> StudentView:
+    """Images drawn at random, as they are."""
+    chosen = torch.multinomial(lessons.weights, count, replacement=True, generator=random)
+    images = lessons.images[chosen].float() / 127.5 - 1
+    images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    labels = lessons.semantic[chosen].long(), lessons.instance[chosen].long(), lessons.depth[chosen]
+    return StudentView(images, *labels, lessons.joints[chosen])
 
 
 def mild(lessons: StudentData, count: int, random: torch.Generator) -> StudentView:
@@ -58,7 +69,11 @@ def strong(lessons: StudentData, count: int, random: torch.Generator) -> Student
     return view._replace(images=images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
 
 
-AUGMENTATIONS: dict[str, Callable[[StudentData, int, torch.Generator], StudentView]] = {"mild": mild, "strong": strong}
+AUGMENTATIONS: dict[str, Callable[[StudentData, int, torch.Generator], StudentView]] = {
+    "none": unchanged,
+    "mild": mild,
+    "strong": strong,
+}
 
 
 def _mirrored_joints(lessons: StudentData, chosen: Tensor, flip: Tensor) -> Tensor:
