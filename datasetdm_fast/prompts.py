@@ -20,12 +20,12 @@ from datasetdm_fast.labels import class_tables
 from datasetdm_fast.prompting import balance, language_model, vocabulary
 from datasetdm_fast.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, Sentence
 from datasetdm_fast.prompting.measures import measure
-from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.worlds import WORLDS
 from datasetdm_fast.truth.class_file import own_table
 
 PROG = "python -m datasetdm_fast.prompts"
 EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp --per-class 50 --pairs 0.3")
-SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", "demo")
+SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", *WORLDS)
 MOST_PROMPTS = 10_000_000
 LARGEST_COUNTS = 2**24  # bytes
 
@@ -111,8 +111,9 @@ def _grammar(config: PromptsConfig, is_set_given: bool) -> Grammar | DemoGrammar
         return PlaceGrammar(_chosen(config.classes, vocabulary.ROOMS), vocabulary.ROOM, config.seed)
     if config.set == "kitti":
         return PlaceGrammar(_chosen(config.classes, vocabulary.STREETS), vocabulary.SCENERY, config.seed)
-    if config.set == "demo":
-        return DemoGrammar(_chosen(config.classes, world.THINGS), config.seed)
+    if config.set in WORLDS:
+        world = WORLDS[config.set]
+        return DemoGrammar(_chosen(config.classes, world.things), config.seed, world)
     if config.set == "pose":
         return Grammar(_chosen(config.classes, ("person",)), config.seed)
     names = tuple(name for name in class_tables.table(config.set).names if name != "background")

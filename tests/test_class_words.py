@@ -7,7 +7,7 @@ import pytest
 
 from datasetdm_fast.labels import class_tables
 from datasetdm_fast.labels.words import find_classes
-from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.worlds import WORLDS
 
 SENTENCES = [
     [cell.strip() for cell in line.split("|")]
@@ -22,7 +22,7 @@ def names_of(name):
 
 @pytest.mark.parametrize(
     "name, count",
-    [("voc", 21), ("coco", 81), ("cityscapes", 19), ("deepfashion", 24), ("demo", 9)],
+    [("voc", 21), ("coco", 81), ("cityscapes", 19), ("deepfashion", 24), ("demo", 9), ("hard", 18)],
 )
 def test_a_table_numbers_its_classes_without_a_gap_and_colours_each(name, count):
     classes = class_tables.table(name).classes
@@ -38,8 +38,9 @@ def test_voc_has_the_colours_of_its_palette_rule():
         assert word.colour == tuple(colour), word.name
 
 
-def test_the_demo_table_is_the_world_of_the_demo():
-    assert class_tables.table("demo").names == world.CLASSES
+def test_the_table_of_a_world_has_its_classes():
+    for name, own in WORLDS.items():
+        assert class_tables.table(name).names == own.classes
 
 
 def test_most_sentences_name_their_classes():
@@ -120,7 +121,7 @@ def test_a_bad_table_is_refused(text, why):
 def test_a_class_is_said_as_a_person_says_it():
     assert class_tables.spoken(["diningtable", "flip-flop_(sandal)"]) == ["dining table", "flip-flop"]
     assert class_tables.spoken(names_of("voc"))[-1] == "television"
-    assert class_tables.spoken(world.CLASSES) == list(world.CLASSES)
+    assert class_tables.spoken(WORLDS["demo"].classes) == list(WORLDS["demo"].classes)
 
 
 def test_a_prompt_is_matched_in_a_tenth_of_a_millisecond_whatever_the_number_of_classes():

@@ -46,12 +46,14 @@ def test_sentences_about_places_mean_no_class():
 
 
 def test_demo_sentences_use_the_words_its_model_knows():
-    from datasetdm_fast.scenes import tokenizer
+    from datasetdm_fast.scenes.tokenizer import words_of
+    from datasetdm_fast.scenes.worlds import WORLDS
 
-    known = set(tokenizer.WORDS)
-    for number in range(200):
-        sentence = DemoGrammar().sentence("cone", number)
-        assert set(sentence.prompt.split()) <= known and "cone" in sentence.classes
+    for world, name in (("demo", "cone"), ("hard", "mushroom")):
+        grammar, known = DemoGrammar(world=WORLDS[world]), set(words_of(WORLDS[world]))
+        for number in range(200):
+            sentence = grammar.sentence(name, number)
+            assert set(sentence.prompt.split()) <= known and name in sentence.classes
 
 
 def test_a_thousand_sentences_of_a_class_hold_few_near_duplicates():

@@ -1,56 +1,75 @@
-"""The demo world: truth that agrees with itself, from a seed alone."""
+"""The worlds: truth that agrees with itself, from a seed alone."""
+
+import hashlib
+import time
 
 import numpy as np
 import pytest
 
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.readers import open_data
 from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.hard import scene as hard
+from datasetdm_fast.scenes.tokenizer import build_tokenizer, words_of
+from datasetdm_fast.scenes.worlds import JUDGES, TRAIN_SEEDS, WORLDS
+
+COUNTS = {"demo": 300, "hard": 200}
 
 
-@pytest.fixture(scope="module")
-def views():
-    return [world.view(seed, 64) for seed in range(300)]
+@pytest.fixture(scope="module", params=WORLDS)
+def rendered(request):
+    """A world and its first views."""
+    own = WORLDS[request.param]
+    return own, [own.view(seed, 64) for seed in range(COUNTS[own.name])]
 
 
-def test_a_seed_gives_the_same_scene_again(views):
-    again = world.view(7, 64)
+def test_a_seed_gives_the_same_scene_again(rendered):
+    own, views = rendered
+    again = own.view(7, 64)
     assert again.caption == views[7].caption
     for name in ("image", "semantic", "instance", "depth"):
         assert np.array_equal(getattr(again, name), getattr(views[7], name)), name
 
 
-def test_instances_carry_the_class_of_their_thing(views):
+def test_instances_carry_the_class_of_their_thing(rendered):
+    own, views = rendered
     for view in views:
         for k in np.unique(view.instance):
             classes = set(np.unique(view.semantic[view.instance == k]))
-            assert classes <= ({0, 1} if k == 0 else {world.CLASSES.index(view.scene.things[k - 1].kind)})
+            assert classes <= ({0, 1} if k == 0 else {own.classes.index(view.scene.things[k - 1].kind)})
 
 
-def test_every_visible_thing_is_named_in_the_caption_from_left_to_right(views):
+def test_every_visible_thing_is_named_in_the_caption_from_left_to_right(rendered):
+    own, views = rendered
     for view in views:
-        kinds = [word.strip(",") for word in view.caption.split() if word.strip(",") in world.THINGS]
+        kinds = [word.strip(",") for word in view.caption.split() if word.strip(",") in own.things]
         assert kinds == [thing.kind for thing in view.scene.things]
         assert sorted(thing.x for thing in view.scene.things) == [thing.x for thing in view.scene.things]
 
 
-def test_all_classes_and_domains_appear_and_rare_ones_rarely(views):
-    counts = {kind: sum(thing.kind == kind for view in views for thing in view.scene.things) for kind in world.THINGS}
+def test_all_classes_and_domains_appear_and_rare_ones_rarely(rendered):
+    own, views = rendered
+    counts = {kind: sum(thing.kind == kind for view in views for thing in view.scene.things) for kind in own.things}
     assert min(counts.values()) > 0
-    rare = {"ring", "star"}
-    assert max(counts[kind] for kind in rare) < min(counts[kind] for kind in counts.keys() - rare)
-    assert {view.scene.domain for view in views} == set(world.DOMAINS)
+    rare, frequent = {"ring", "star"}, {"ball", "cube", "person", "tree", "cone"}
+    assert max(counts[kind] for kind in rare) < min(counts[kind] for kind in frequent)
+    assert {view.scene.domain for view in views} == set(own.domains)
 
 
-def test_nearer_things_hide_farther_ones(views):
+def test_nearer_things_hide_farther_ones(rendered):
+    own, views = rendered
     for view in views:
-        assert view.depth.min() > 0.4 and view.depth.max() < world.MAX_DEPTH
+        assert view.depth.dtype == np.float32 and view.depth.min() >= 0.2 and view.depth.max() < own.max_depth
         wall, things = view.semantic == 0, view.instance > 0
         if wall.any() and things.any():
             assert view.depth[things].max() < view.depth[wall].min()
 
 
-def test_joints_lie_on_the_figure_where_they_are_visible(views):
+def test_joints_lie_on_the_figure_where_they_are_visible(rendered):
+    own, views = rendered
     seen = 0
     for view in views:
+        assert set(view.keypoints) == {k + 1 for k, thing in enumerate(view.scene.things) if thing.kind == "person"}
         for k, points in view.keypoints.items():
             for x, y, visibility in points:
                 inside = 0 <= x < 64 and 0 <= y < 64
@@ -61,26 +80,94 @@ def test_joints_lie_on_the_figure_where_they_are_visible(views):
     assert seen > 200
 
 
-def test_the_same_scene_at_another_size_has_the_same_labels():
-    small, large = world.view(3, 64), world.view(3, 128)
-    shrunk = large.semantic[1::2, 1::2]
-    assert (shrunk == small.semantic).mean() > 0.97
-    for k, points in small.keypoints.items():
-        assert np.allclose(points[:, :2] * 2, large.keypoints[k][:, :2])
+def test_the_same_scene_at_another_size_has_the_same_labels(rendered):
+    own, _ = rendered
+    for seed in (3, 4, 11):
+        small, large = own.view(seed, 64), own.view(seed, 128)
+        shrunk = large.semantic[1::2, 1::2]
+        assert (shrunk == small.semantic).mean() > 0.96
+        for k, points in small.keypoints.items():
+            assert np.allclose(points[:, :2] * 2, large.keypoints[k][:, :2])
 
 
-def test_choices_are_obeyed():
-    scene = world.sample_scene(5, count=2, kinds=("star", "ring"), domain="fog")
-    assert (
-        {thing.kind for thing in scene.things} <= {"star", "ring"} and scene.domain == "fog" and len(scene.things) == 2
-    )
-    assert scene.caption.endswith(" in fog")
+def test_choices_are_obeyed(rendered):
+    own, _ = rendered
+    scene = own.sample_scene(5, count=2, kinds=("star", "ring"), domain="fog")
+    assert {thing.kind for thing in scene.things} <= {"star", "ring"} and scene.domain == "fog"
+    assert len(scene.things) == 2 and scene.caption.endswith(" in fog")
 
 
-def test_retold_captions_use_only_words_of_the_tokenizer():
-    from datasetdm_fast.scenes.tokenizer import WORDS
+def test_retold_captions_use_only_words_of_the_tokenizer(rendered):
+    own, views = rendered
+    known, rng = words_of(own), np.random.default_rng(0)
+    for view in views:
+        for word in view.scene.retold(rng).replace(",", " ,").split():
+            assert word in known
 
-    rng = np.random.default_rng(0)
-    for seed in range(200):
-        for word in world.sample_scene(seed).retold(rng).replace(",", " ,").split():
-            assert word in WORDS
+
+def test_the_tokens_of_the_hard_world_begin_with_those_of_the_demo(tmp_path):
+    ours, theirs = (build_tokenizer(tmp_path / name, WORLDS[name]) for name in ("hard", "demo"))
+    assert set(theirs.get_vocab()) < set(ours.get_vocab())
+    caption = "a red ball and an orange cone on a pink table at night"
+    assert ours.tokenize(caption) == theirs.tokenize(caption)
+    longest = max((hard.sample_scene(seed, count=8).caption for seed in range(30)), key=len)
+    assert len(ours(longest)["input_ids"]) <= 77
+
+
+def test_the_demo_world_is_the_one_that_taught_the_shipped_weights():
+    found, mean = hashlib.sha256(), 0.0
+    for seed in range(12):
+        view = world.view(seed, 48)
+        found.update(view.semantic.tobytes() + view.instance.tobytes() + view.caption.encode())
+        mean += float(view.image.mean()) + 10 * float(view.depth.mean())
+    assert found.hexdigest() == "234e6a53dbcf79705ac4a345f2c8c57acdcac8e7d5afb5b97b8b3b287ce86452"
+    assert mean == pytest.approx(1720.18, abs=0.01)
+
+
+def test_scenes_have_as_many_things_as_they_may_and_each_can_be_seen(rendered):
+    own, views = rendered
+    pixels = [np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:] for view in views]
+    assert {len(each) for each in pixels} == (set(range(1, 9)) if own.name == "hard" else {1, 2, 3})
+    assert (np.concatenate(pixels) >= 12).mean() > 0.97
+
+
+def test_hard_kinds_differ_within_a_kind():
+    """The outlines of two things of a kind, each in its own box, are rarely the same."""
+    for kind in hard.THINGS:
+        outlines = []
+        for seed in range(12):
+            view = WORLDS["hard"].render(hard.sample_scene(seed, count=1, kinds=(kind,)), 64)
+            rows, columns = np.nonzero(view.instance)
+            box = view.instance[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] > 0
+            across, down = (np.arange(16) * n // 16 for n in (box.shape[1], box.shape[0]))
+            outlines.append(box[down][:, across])
+        same = [(a & b).sum() / (a | b).sum() for k, a in enumerate(outlines) for b in outlines[:k]]
+        assert np.mean(np.array(same) > 0.97) < 0.5, kind
+
+
+def test_a_hard_scene_costs_a_few_times_a_demo_scene():
+    def seconds(own):
+        begin = time.process_time()
+        for seed in range(20):
+            own.view(seed, 64)
+        return time.process_time() - begin
+
+    ratio = min(seconds(WORLDS["hard"]) / seconds(WORLDS["demo"]) for _ in range(2))
+    assert ratio < 5
+
+
+@pytest.mark.parametrize("kind", WORLDS)
+@pytest.mark.parametrize("first, owner", [(JUDGES.start - 2, "demo.judge"), (TRAIN_SEEDS + 5, "the diffusion model")])
+def test_seeds_of_the_judges_and_of_the_diffusion_model_are_refused(kind, first, owner):
+    with pytest.raises(Refused, match=f"these seeds are those of .*{owner}"):
+        open_data(f"{kind}:9@{first}", 64)
+    assert len(open_data(f"{kind}:2@{JUDGES.start - 2}", 64)) == 2
+
+
+def test_hard_scenes_are_read_as_labelled_images():
+    source = open_data("hard:6@40", 64)
+    assert source.classes == hard.CLASSES and source.max_depth == hard.MAX_DEPTH
+    for item in source:
+        assert item.image.shape == (64, 64, 3) and len(item.masks) == len(item.mask_classes)
+        for mask, number in zip(item.masks, item.mask_classes):
+            assert (item.semantic[mask] == source.classes.index(source.thing_classes[number])).all()

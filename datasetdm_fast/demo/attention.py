@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from datasetdm_fast.data import AttentionSums, Request
-from datasetdm_fast.demo.judge import ASKED, Judge, classes_in, train_judge
+from datasetdm_fast.demo.judge import Judge, classes_in, train_judge
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.engines.engine import Engine
 from datasetdm_fast.generation.class_prompts import columns
@@ -26,6 +26,7 @@ from datasetdm_fast.labels.pictures import painted
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling import times, walk
 from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.worlds import ASKED
 from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.tasks.attention import UNCERTAIN, class_maps, label_maps
 

@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.demo.judge --out DIR: do the demo model's pictures show what their captions say?
+"""python -m datasetdm_fast.demo.judge --out DIR: do the pictures of a world's model show what their captions say?
 
 A small segmentation net that has only ever seen renders looks for the captioned classes in generated pictures, under
 the right captions and under shuffled ones. Writes judge.json and contact.png.
@@ -24,16 +24,16 @@ from datasetdm_fast import sampling
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.sampling import times, walk
-from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.world import TableTop
+from datasetdm_fast.scenes.worlds import ASKED, HELD_OUT, LEARN, WORLDS, World
 
-LEARN, HELD_OUT, ASKED = 2_000_000, 3_000_000, 4_000_000  # first scene seeds: to learn from, be tested on, ask for
 ENOUGH = 100  # pixels of 128 x 128 that count as seen
 
 
 class Judge(nn.Module):
     """A plain U-Net of three resolutions."""
 
-    def __init__(self, width: int = 24):
+    def __init__(self, classes: int = len(WORLDS["demo"].classes), width: int = 24):
         super().__init__()
 
         def block(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -45,7 +45,7 @@ class Judge(nn.Module):
         sizes = ((3, width), (width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width))
         self.down = nn.ModuleList([block(*pair) for pair in sizes])
         self.up = nn.ModuleList([block(8 * width, 2 * width), block(4 * width, width), block(2 * width, width)])
-        self.head = nn.Conv2d(width, len(world.CLASSES), 1)
+        self.head = nn.Conv2d(width, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         x, skips = F.avg_pool2d(images, 2), []  # half resolution is enough to name a shape
@@ -65,12 +65,12 @@ def softened(images: Tensor, generator: torch.Generator) -> Tensor:
     return soft + 0.04 * torch.randn(soft.shape, generator=generator)
 
 
-def train_judge(count: int, steps: int, size: int) -> Judge:
+def train_judge(count: int, steps: int, size: int, world: World = WORLDS["demo"]) -> Judge:
     views = [world.view(LEARN + k, size) for k in range(count)]
     images = torch.stack([torch.from_numpy(view.image) for view in views]).permute(0, 3, 1, 2)
     labels = torch.stack([torch.from_numpy(view.semantic) for view in views])
     torch.manual_seed(0)
-    judge, generator = Judge().train(), torch.Generator().manual_seed(0)
+    judge, generator = Judge(len(world.classes)).train(), torch.Generator().manual_seed(0)
     optimiser = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
     for step in range(steps):
@@ -100,15 +100,15 @@ def classes_in(judge: Judge, images: np.ndarray) -> Tensor:
 
 def seen(judge: Judge, images: np.ndarray) -> np.ndarray:
     """[N, K] pixels of each class."""
-    return F.one_hot(classes_in(judge, images), len(world.CLASSES)).sum((1, 2)).numpy()
+    return F.one_hot(classes_in(judge, images), judge.head.out_channels).sum((1, 2)).numpy()
 
 
-def held_out_miou(judge: Judge, count: int, size: int) -> float:
-    confusion = np.zeros((len(world.CLASSES),) * 2)
+def held_out_miou(judge: Judge, count: int, size: int, world: World) -> float:
+    confusion = np.zeros((len(world.classes),) * 2)
     for start in range(0, count, 32):
         views = [world.view(HELD_OUT + k, size) for k in range(start, min(start + 32, count))]
         guess = classes_in(judge, np.stack([view.image for view in views])).numpy()
-        pairs = np.stack([view.semantic for view in views]).ravel() * len(world.CLASSES) + guess.ravel()
+        pairs = np.stack([view.semantic for view in views]).ravel() * len(world.classes) + guess.ravel()
         confusion += np.bincount(pairs, minlength=confusion.size).reshape(confusion.shape)
     both = np.diag(confusion)
     return float((both / (confusion.sum(0) + confusion.sum(1) - both)).mean())
@@ -139,10 +139,10 @@ def draw(
     return np.concatenate(images)
 
 
-def score(counts: np.ndarray, scenes: Sequence[world.Scene]) -> dict:
+def score(counts: np.ndarray, scenes: Sequence[TableTop], classes: Sequence[str]) -> dict:
     """Shares of captioned objects seen, and of pictures in which every captioned class is seen."""
-    wanted = [sorted({world.CLASSES.index(thing.kind) for thing in scene.things}) for scene in scenes]
-    hits = [[bool(count[k] >= ENOUGH) for k in classes] for count, classes in zip(counts, wanted)]
+    wanted = [sorted({classes.index(thing.kind) for thing in scene.things}) for scene in scenes]
+    hits = [[bool(count[k] >= ENOUGH) for k in numbers] for count, numbers in zip(counts, wanted)]
     one = [all(hit) for hit, scene in zip(hits, scenes) if len(scene.things) == 1]
     two = [all(hit) for hit, scene in zip(hits, scenes) if len(scene.things) == 2]
     objects = [flag for hit in hits for flag in hit]
@@ -154,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.judge", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="the world whose model it is")
     parser.add_argument("--number", type=int, default=500)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -164,29 +165,29 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     engine = build_engine("torch", load_model(options.model), {})
-    size, path = engine.model.size, options.out / "judge.pt"
+    size, path, world = engine.model.size, options.out / "judge.pt", WORLDS[options.world]
     options.out.mkdir(parents=True, exist_ok=True)
-    judge = Judge().eval()
+    judge = Judge(len(world.classes)).eval()
     if path.exists():
         judge.load_state_dict(torch.load(path, weights_only=True))
     else:
-        judge = train_judge(2000, options.judge_steps, size)
+        judge = train_judge(2000, options.judge_steps, size, world)
         torch.save(judge.state_dict(), path)
     scenes = [world.sample_scene(ASKED + k, count=1 + k % 2) for k in range(options.number)]
     captions, seeds = [scene.caption for scene in scenes], [ASKED + k for k in range(options.number)]
     images = draw(engine, captions, seeds, options.steps, options.guidance, options.sampler)
     counts = seen(judge, images)
     shifts = (2, 38, 134, 222)  # even ones keep the number of objects
-    shuffled = [score(counts, scenes[shift:] + scenes[:shift]) for shift in shifts]
+    shuffled = [score(counts, scenes[shift:] + scenes[:shift], world.classes) for shift in shifts]
     per_class = {}
-    for k, name in enumerate(world.CLASSES):
+    for k, name in enumerate(world.classes):
         shows = [any(thing.kind == name for thing in scene.things) for scene in scenes]
         if (asked := counts[shows, k] >= ENOUGH).size:
             per_class[name] = [round(float(np.mean(asked)), 3), len(asked)]
-    result = {"judge_miou": round(held_out_miou(judge, 320, size), 4), "pictures": options.number}
+    result = {"judge_miou": round(held_out_miou(judge, 320, size, world), 4), "pictures": options.number}
     result |= {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
     means = {name: round(float(np.mean([row[name] for row in shuffled])), 4) for name in shuffled[0]}
-    result |= {"captions": score(counts, scenes), "shuffled": means, "per_class": per_class}
+    result |= {"captions": score(counts, scenes, world.classes), "shuffled": means, "per_class": per_class}
     (options.out / "judge.json").write_text(json.dumps(result, indent=2) + "\n")
     starts = range(0, min(len(images) // 12 * 12, 72), 12)
     rows = [np.concatenate(list(images[start : start + 12]), 1) for start in starts]

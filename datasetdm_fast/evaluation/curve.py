@@ -9,6 +9,7 @@ import numpy as np
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.metrics import METRICS
+from datasetdm_fast.scenes.worlds import WORLDS
 
 MORE = 50  # labels that the forecast adds
 FLOORS = np.linspace(0, 0.99, 100)  # shares of the smallest error tried as the one that no number of labels removes
@@ -108,8 +109,8 @@ def parse_counts(words: Sequence[str]) -> list[int]:
 def to_learn_from(data: str, learn_from: str, most: int) -> str:
     """The address of the images that teach: not those that judge."""
     if not learn_from:
-        if data.startswith("demo:"):
-            learn_from = f"demo:{most}@1000"
+        if (kind := data.partition(":")[0]) in WORLDS:
+            learn_from = f"{kind}:{most}@1000"
         elif not data.startswith("vkitti2:"):  # whose address without brackets is every scene
             match = re.fullmatch(r"(.+)\[(.+)\]", data)
             learn_from = match[1] if match else ""
@@ -123,11 +124,11 @@ def to_learn_from(data: str, learn_from: str, most: int) -> str:
 
 
 def _share_scenes(*addresses: str) -> bool:
-    """Whether two addresses of demo scenes name some of the same."""
-    found = [re.fullmatch(r"demo:(\d+)(?:@(\d+))?", address) for address in addresses]
-    if not all(found):
+    """Whether two addresses of rendered scenes name some of the same."""
+    found = [re.fullmatch(rf"({'|'.join(WORLDS)}):(\d+)(?:@(\d+))?", address) for address in addresses]
+    if not all(found) or found[0][1] != found[1][1]:
         return False
-    (first, end), (other, other_end) = ((int(match[2] or 0), int(match[2] or 0) + int(match[1])) for match in found)
+    (first, end), (other, other_end) = ((int(match[3] or 0), int(match[3] or 0) + int(match[2])) for match in found)
     return first < other_end and other < end
 
 

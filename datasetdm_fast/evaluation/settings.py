@@ -19,8 +19,8 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
 
     data: str = setting(
         "demo:500@900000",
-        "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED; several with commas between them are "
-        "judged one after the other",
+        "labelled images: KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED; several with "
+        "commas between them are judged one after the other",
         metavar="ADDRESS",
     )
     class_names: tuple[str, ...] = setting(

@@ -14,7 +14,7 @@ from typing import Any
 from datasetdm_fast.foreign import documents
 
 FOLDER = Path(__file__).parent / "class_tables"
-TABLES = ("voc", "coco", "cityscapes", "deepfashion", "demo")
+TABLES = ("voc", "coco", "cityscapes", "deepfashion", "demo", "hard")
 COLUMNS = ["number", "name", "say", "colour", "words"]
 
 

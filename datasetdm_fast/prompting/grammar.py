@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datasetdm_fast.labels.class_tables import ClassTable, ClassWord, known
 from datasetdm_fast.labels.words import find_classes, plural
 from datasetdm_fast.prompting import vocabulary as v
-from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.worlds import WORLDS, World
 
 TRIES = 200  # sentences drawn until one names the wanted classes and no others
 OWN_NAME = 0.5  # share of nouns that are the name of the class, where it has other words
@@ -64,20 +64,21 @@ class Grammar:
 
 
 class DemoGrammar:
-    """Captions of the demo world that name a class: the words its model knows."""
+    """Captions of a world that name a class: the words its model knows."""
 
     LIGHTS = ("", " at night", " at sunset", " in fog")
 
-    def __init__(self, classes: Sequence[str] = world.THINGS, seed: int = 0):
-        self.classes, self.seed = tuple(classes), seed
+    def __init__(self, classes: Sequence[str] = (), seed: int = 0, world: World = WORLDS["demo"]):
+        self.classes, self.seed, self.world = tuple(classes) or world.things, seed, world
+        self.lights = (*self.LIGHTS, *(said for said in world.domains.values() if said not in self.LIGHTS))
 
     def sentence(self, name: str, number: int, beside: Sequence[str] = ()) -> Sentence:
-        draw = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(beside)}")
+        draw, world = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(beside)}"), self.world
         kinds = [name, *beside]
         if not beside and draw.random() < 0.4:
-            kinds.append(draw.choice(world.THINGS))
-        things = " and ".join(_article(f"{draw.choice(tuple(world.COLOURS))} {kind}") for kind in kinds)
-        prompt = f"{things} on {_article(f'{draw.choice(tuple(world.TABLES))} table')}{draw.choice(self.LIGHTS)}"
+            kinds.append(draw.choice(world.things))
+        things = " and ".join(_article(f"{draw.choice(tuple(world.colours))} {kind}") for kind in kinds)
+        prompt = f"{things} on {_article(f'{draw.choice(tuple(world.tables))} table')}{draw.choice(self.lights)}"
         return Sentence(prompt, find_classes(prompt, self.classes), name)
 
 

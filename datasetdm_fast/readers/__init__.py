@@ -25,13 +25,14 @@ from datasetdm_fast.readers.run import RunSamples
 from datasetdm_fast.readers.vkitti2 import VirtualKitti
 from datasetdm_fast.readers.voc import Voc
 from datasetdm_fast.readers.yolo import Yolo
+from datasetdm_fast.scenes.worlds import WORLDS
 from datasetdm_fast.truth import reading
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 from datasetdm_fast.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, selected
 
 __all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "LabelledSource", "open_data"]
 
-# kind -> reader(path, split, size, tasks); `demo` alone has no path
+# kind -> reader(path, split, size, tasks); the worlds alone have no path
 OWN_READERS = {
     "run": RunSamples,
     "voc": Voc,
@@ -51,7 +52,7 @@ OWN_READERS = {
     "hf": HuggingFace,
 }
 READERS = Registry("readers", OWN_READERS)
-ADDRESS = "KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED"
+ADDRESS = "KIND:PATH, KIND:PATH[SPLIT], demo:COUNT@FIRST_SEED or hard:COUNT@FIRST_SEED"
 
 
 def open_data(
@@ -68,8 +69,8 @@ def open_data(
     `tasks` are those whose truth is wanted, all that the data set has where none is named.
     """
     kind, _, rest = spec.partition(":")
-    if kind == "demo":
-        source: LabelledSource = demo.read(rest, size)
+    if kind in WORLDS:
+        source: LabelledSource = demo.read(kind, rest, size)
     elif kind in READERS:
         match = re.fullmatch(r"(.+?)(?:\[([\w.,-]+)\])?", rest, re.DOTALL)
         if not match:
@@ -88,7 +89,7 @@ def open_data(
                 raise Refused(stop.cause, reading.MEND_FIRST) from stop
             raise
     else:
-        known = ("demo", *READERS.names)
+        known = (*WORLDS, *READERS.names)
         raise Refused(
             f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}",
             f"Expected {ADDRESS}; kinds: {', '.join(known)}.",

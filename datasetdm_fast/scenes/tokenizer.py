@@ -1,4 +1,4 @@
-"""The byte-pair tokenizer of the demo world's captions, built from its own words."""
+"""The byte-pair tokenizer of a world's captions, built from its own words."""
 
 import json
 import math
@@ -6,13 +6,21 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from datasetdm_fast.scenes import world
+from datasetdm_fast.scenes.worlds import WORLDS, World
 
 TOKENS = 77
 WORDS = (
-    *world.CLASSES, *world.COLOURS, *world.TABLES, "a", "an", "the", "and", "on", "at", "in", "of", "with", "near",
+    "a", "an", "the", "and", "on", "at", "in", "of", "with", "near",
     "next", "to", "beside", "night", "fog", "sunset", "day", "photo", "picture", "scene", ",", ".",
 )  # fmt: skip
+
+
+def words_of(world: World) -> tuple[str, ...]:
+    """The words of a world's captions; those of the demo world come first, in one order, so that the tokens of another
+    world begin with its tokens.
+    """
+    demo, own = WORLDS["demo"], (*world.classes, *world.colours, *world.tables, *world.words)
+    return tuple(dict.fromkeys((*demo.classes, *demo.colours, *demo.tables, *WORDS, *own)))
 
 
 def byte_letters() -> list[str]:
@@ -33,10 +41,10 @@ def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     return symbols
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
+def build_tokenizer(folder: Path, world: World = WORLDS["demo"]) -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer in which each word of the world is one token; other words fall back to pieces."""
     ranks: dict[tuple[str, str], int] = {}
-    for word in dict.fromkeys(WORDS):
+    for word in words_of(world):
         symbols = merge([*word[:-1], word[-1] + "</w>"], ranks)
         while len(symbols) > 1:
             ranks[symbols[0], symbols[1]] = len(ranks)
@@ -56,6 +64,6 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps({entry: k for k, entry in enumerate(entries)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in ranks))
-    broken = [word for word in WORDS if len(tokenizer(word)["input_ids"]) != 3]
+    broken = [word for word in words_of(world) if len(tokenizer(word)["input_ids"]) != 3]
     assert not broken, f"not one token each: {broken}"
     return tokenizer

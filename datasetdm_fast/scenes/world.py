@@ -1,9 +1,10 @@
 """The demo world: table-top scenes drawn from a seed, with every label a perception model could ask for."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
+
+from datasetdm_fast.scenes.shapes import SHAPES, joints
 
 CLASSES = ("wall", "table", "ball", "cube", "cone", "ring", "star", "tree", "person")
 THINGS = CLASSES[2:]
@@ -42,9 +43,9 @@ class Thing:
     size: float  # metres, base to top
     pose: tuple[float, ...] = ()  # person: arm and leg angles in radians; others: one turn
 
-
-def _named(thing: Thing) -> str:
-    return f"{'an' if thing.colour == 'orange' else 'a'} {thing.colour} {thing.kind}"
+    @property
+    def name(self) -> str:
+        return f"{'an' if self.colour == 'orange' else 'a'} {self.colour} {self.kind}"
 
 
 def _listed(names: list[str], between: str = " and ") -> str:
@@ -52,34 +53,45 @@ def _listed(names: list[str], between: str = " and ") -> str:
 
 
 @dataclass(frozen=True)
-class Scene:
+class TableTop:
+    """What a caption tells of a scene."""
+
     things: tuple[Thing, ...]  # left to right, the order of the caption
     table: str
     domain: str
+
+    @property
+    def where(self) -> str:
+        """The domain as a caption ends with it."""
+        return WHERE[self.domain]
+
+    @property
+    def caption(self) -> str:
+        return f"{_listed([thing.name for thing in self.things])} on a {self.table} table{self.where}"
+
+    def retold(self, rng: np.random.Generator) -> str:
+        """The caption in looser words: a colour, the table or the hour may go unsaid."""
+        names = [thing.name if rng.random() < 0.8 else f"a {thing.kind}" for thing in self.things]
+        start = str(rng.choice(["", "", "a photo of ", "a picture of ", "a scene with "]))
+        between = str(rng.choice([" and ", " beside ", " next to ", " near ", " with "]))
+        place = f" on a {self.table} table" if rng.random() < 0.6 else ""
+        return start + _listed(names, between) + place + (self.where if rng.random() < 0.7 else "")
+
+
+@dataclass(frozen=True)
+class Scene(TableTop):
     wall: int
     pattern: str
     horizon: float  # image heights from the top
     far: float  # metres to the wall
     light: float  # -1 from the left .. 1 from the right
 
-    @property
-    def caption(self) -> str:
-        return f"{_listed([_named(thing) for thing in self.things])} on a {self.table} table{WHERE[self.domain]}"
-
-    def retold(self, rng: np.random.Generator) -> str:
-        """The caption in looser words: a colour, the table or the hour may go unsaid."""
-        names = [_named(thing) if rng.random() < 0.8 else f"a {thing.kind}" for thing in self.things]
-        start = str(rng.choice(["", "", "a photo of ", "a picture of ", "a scene with "]))
-        between = str(rng.choice([" and ", " beside ", " next to ", " near ", " with "]))
-        place = f" on a {self.table} table" if rng.random() < 0.6 else ""
-        return start + _listed(names, between) + place + (WHERE[self.domain] if rng.random() < 0.7 else "")
-
 
 @dataclass(frozen=True)
 class View:
     """One rendered scene and its truth; instance i of `instance` (i >= 1) is scene.things[i - 1]."""
 
-    scene: Scene
+    scene: TableTop
     image: np.ndarray  # [H, W, 3] uint8
     semantic: np.ndarray  # [H, W] uint8, index into CLASSES
     instance: np.ndarray  # [H, W] uint8, 0 = wall or table
@@ -128,113 +140,6 @@ def sample_scene(
     )
 
 
-def joints(thing: Thing) -> np.ndarray:
-    """[J, 2] joints of a person in its own frame: x to the right, y up, feet near 0, top of the head at 1."""
-    sway, right_arm, left_arm, right_leg, left_leg = thing.pose
-    neck, pelvis = np.array([0.04 * sway, 0.72]), np.array([0.0, 0.42])
-    head = neck + [0.02 * sway, 0.15]
-
-    def limb(start: np.ndarray, angle: float, length: float, side: int) -> np.ndarray:
-        return start + length * np.array([side * math.sin(angle), -math.cos(angle)])
-
-    # The figure faces us: its right hand is on our left.
-    right_hand = limb(neck, 1.45 + 0.95 * right_arm, 0.33, -1)
-    left_hand = limb(neck, 1.45 + 0.95 * left_arm, 0.33, 1)
-    right_foot = limb(pelvis, 0.36 + 0.16 * right_leg, 0.40, -1)
-    left_foot = limb(pelvis, 0.36 + 0.16 * left_leg, 0.40, 1)
-    return np.stack([head, neck, pelvis, left_hand, right_hand, left_foot, right_foot])
-
-
-def _capsule(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, radius: float) -> np.ndarray:
-    along = b - a
-    t = np.clip(((x - a[0]) * along[0] + (y - a[1]) * along[1]) / (along @ along), 0, 1)
-    return np.hypot(x - a[0] - t * along[0], y - a[1] - t * along[1]) - radius
-
-
-def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Signed distance to a polygon, negative inside."""
-    nearest, inside = np.full(x.shape, np.inf, np.float32), np.zeros(x.shape, bool)
-    for a, b in zip(corners, np.roll(corners, -1, axis=0)):
-        nearest = np.minimum(nearest, _capsule(x, y, a, b, 0.0))
-        crosses = (a[1] > y) != (b[1] > y)
-        inside ^= crosses & (x < a[0] + (y - a[1]) * (b[0] - a[0]) / (b[1] - a[1] if b[1] != a[1] else 1e-9))
-    return np.where(inside, -nearest, nearest)
-
-
-def _ball(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
-    dx, dy = x / 0.5, (y - 0.5) / 0.5
-    height = np.sqrt(np.clip(1 - dx * dx - dy * dy, 0, 1))
-    shade = 0.45 + 0.55 * np.clip(0.5 * light * dx + 0.45 * dy + 0.74 * height, 0, 1)
-    gloss = np.clip(1 - 6 * np.hypot(dx - 0.35 * light, dy - 0.4), 0, 1) * 0.6
-    return np.hypot(x, y - 0.5) - 0.5, shade, gloss, 0.5 * height
-
-
-def _cube(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
-    side = 1 if thing.pose[0] > 0 else -1
-    u = x * side
-    front = np.array([[-0.46, 0.0], [0.26, 0.0], [0.26, 0.72], [-0.46, 0.72]])
-    top = np.array([[-0.46, 0.72], [0.26, 0.72], [0.50, 0.94], [-0.22, 0.94]])
-    flank = np.array([[0.26, 0.0], [0.50, 0.22], [0.50, 0.94], [0.26, 0.72]])
-    faces = np.stack([_polygon(u, y, face) for face in (front, top, flank)])
-    face = faces.argmin(0)
-    shade = np.choose(face, [0.82, 1.0, 0.62 + 0.2 * light * side]).astype(np.float32)
-    relief = np.choose(face, [0.36 + 0 * u, 0.36 - 1.6 * (y - 0.72), 0.36 - 1.5 * (u - 0.26)])
-    return faces.min(0), shade, 0.0, relief
-
-
-def _cone(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
-    body = _polygon(x, y, np.array([[-0.44, 0.09], [0.44, 0.09], [0.0, 1.0]]))
-    foot = (np.hypot(x / 0.44, (y - 0.09) / 0.09) - 1) * 0.09
-    across = np.clip(x / np.maximum(0.44 * (1 - y) / 0.91, 0.03), -1, 1)
-    shade = 0.50 + 0.5 * np.clip(0.45 * light * across + 0.7 * np.sqrt(1 - across * across) + 0.1, 0, 1)
-    return np.minimum(body, foot), shade, 0.0, 0.44 * np.clip(1 - y, 0, 1) * np.sqrt(1 - across * across)
-
-
-def _ring(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
-    radius = np.hypot(x, y - 0.5)
-    across = np.clip((radius - 0.36) / 0.14, -1, 1)
-    lift = np.sqrt(1 - across * across)
-    outward = (light * x + 0.8 * (y - 0.5)) / np.maximum(radius, 1e-3)
-    shade = 0.48 + 0.52 * np.clip(0.45 * across * outward + 0.75 * lift, 0, 1)
-    return np.abs(radius - 0.36) - 0.14, shade, np.clip(lift - 0.9, 0, 1) * 2 * (outward > 0.6), 0.14 * lift
-
-
-def _star(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
-    angles = np.pi / 2 + np.arange(10) * np.pi / 5 + 0.12 * thing.pose[0]
-    radii = np.where(np.arange(10) % 2 == 0, 0.54, 0.29)
-    corners = np.stack([radii * np.cos(angles), 0.46 + radii * np.sin(angles)], 1)
-    facet = np.floor((np.arctan2(y - 0.46, x) - angles[0]) / (np.pi / 5)).astype(int) % 2
-    shade = np.where(facet == (light > 0), 0.98, 0.70).astype(np.float32)
-    return _polygon(x, y, corners), shade, 0.0, 0.12 * np.clip(1 - np.hypot(x, y - 0.46) / 0.5, 0, 1)
-
-
-def _tree(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
-    trunk = np.maximum(np.abs(x) - 0.085, np.abs(y - 0.16) - 0.16)
-    tiers = [
-        np.array([[-w, low], [w, low], [0.0, high]])
-        for w, low, high in ((0.42, 0.26, 0.70), (0.34, 0.48, 0.86), (0.24, 0.70, 1.0))
-    ]
-    crown = np.stack([_polygon(x, y, tier) for tier in tiers]).min(0)
-    shade = 0.72 + 0.28 * np.clip(light * x / 0.35, -1, 1)
-    return np.minimum(trunk, crown), shade, 0.0, 0.15 + 0 * x, (crown > 0) & (trunk <= crown)
-
-
-def _person(thing: Thing, x: np.ndarray, y: np.ndarray, light: float):
-    head, neck, pelvis, left_hand, right_hand, left_foot, right_foot = joints(thing)
-    skin = np.hypot(x - head[0], y - head[1]) - 0.125
-    arms = np.minimum(
-        _capsule(x, y, neck - [0, 0.05], left_hand, 0.062), _capsule(x, y, neck - [0, 0.05], right_hand, 0.062)
-    )
-    torso = _capsule(x, y, neck - [0, 0.08], pelvis, 0.13)
-    legs = np.minimum(
-        _capsule(x, y, pelvis + [0.05, 0], left_foot, 0.072), _capsule(x, y, pelvis - [0.05, 0], right_foot, 0.072)
-    )
-    parts = np.stack([skin, arms, torso, legs])
-    shade = (0.80 + 0.2 * np.clip(light * x / 0.2, -1, 1)).astype(np.float32)
-    return parts.min(0), shade, 0.0, 0.08 + 0 * x, parts.argmin(0)
-
-
-_SHAPES = {"ball": _ball, "cube": _cube, "cone": _cone, "ring": _ring, "star": _star, "tree": _tree, "person": _person}
 _SKIN, _TROUSERS, _TRUNK = (
     np.float32([0.93, 0.74, 0.60]),
     np.float32([0.18, 0.20, 0.34]),
@@ -281,15 +186,26 @@ def _shadow(scene: Scene, thing: Thing, foot: float, scale: float, u: np.ndarray
     return np.clip(1.25 - spread, 0, 1) * (0.15 if scene.domain == "fog" else 0.45)
 
 
-def _weather(scene: Scene, image: np.ndarray, depth: np.ndarray, v: np.ndarray) -> np.ndarray:
-    if scene.domain == "night":
+def weather(domain: str, image: np.ndarray, depth: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The image by day as it is in another domain."""
+    if domain == "night":
         return image * np.float32([0.46, 0.50, 0.66]) + np.float32([0.01, 0.02, 0.07])
-    if scene.domain == "fog":
+    if domain == "fog":
         veil = (1 - np.exp(-0.42 * np.maximum(depth - 0.6, 0)))[..., None]
         return image * (1 - veil) + np.float32([0.80, 0.82, 0.84]) * veil
-    if scene.domain == "sunset":
+    if domain == "sunset":
         return image * np.float32([0.98, 0.80, 0.62]) + np.float32([0.18, 0.07, 0.02]) * (1 - v)[..., None]
     return image
+
+
+def mark_visible(keypoints: dict[int, np.ndarray], instance: np.ndarray) -> None:
+    """Writes into the joints of every person whether they are visible, hidden or outside."""
+    size = len(instance)
+    for k, points in keypoints.items():
+        column, row = np.floor(points[:, :2]).astype(int).T
+        inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
+        seen = instance[row.clip(0, size - 1), column.clip(0, size - 1)] == k
+        points[:, 2] = np.where(inside, np.where(seen, 2, 1), 0)
 
 
 def render(scene: Scene, size: int = 128) -> View:
@@ -314,7 +230,7 @@ def render(scene: Scene, size: int = 128) -> View:
         x, y = (u[rows, columns] - thing.x) / scale, (feet[k] - v[rows, columns]) / scale + 0.02
         if not x.size:
             continue
-        distance, shade, gloss, relief, *parts = _SHAPES[thing.kind](thing, x, y, scene.light)
+        distance, shade, gloss, relief, *parts = SHAPES[thing.kind](thing.pose, x, y, scene.light)
         cover = np.clip(0.5 - distance * scale * size, 0, 1).astype(np.float32)[..., None]
         colour = (
             _paint(thing, parts[0] if parts else None, x.shape) * np.asarray(shade)[..., None]
@@ -326,7 +242,7 @@ def render(scene: Scene, size: int = 128) -> View:
         instance[rows, columns][solid] = k + 1
         depth[rows, columns][solid] = np.maximum(thing.z - 0.8 * thing.size * relief, 0.5)[solid]
         if thing.kind == "person":
-            frame = joints(thing)
+            frame = joints(thing.pose)
             keypoints[k + 1] = np.stack(
                 [
                     (thing.x + frame[:, 0] * scale) * size,
@@ -335,12 +251,8 @@ def render(scene: Scene, size: int = 128) -> View:
                 ],
                 1,
             )
-    for k, points in keypoints.items():
-        column, row = np.floor(points[:, :2]).astype(int).T
-        inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
-        seen = instance[row.clip(0, size - 1), column.clip(0, size - 1)] == k
-        points[:, 2] = np.where(inside, np.where(seen, 2, 1), 0)
-    image = _weather(scene, image, depth, v)
+    mark_visible(keypoints, instance)
+    image = weather(scene.domain, image, depth, v)
     pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
     return View(scene, pixels, semantic, instance, depth.astype(np.float32), keypoints)
 
