@@ -349,7 +349,7 @@ def test_what_helps_is_outside_its_interval(capsys):
     assert evaluate.main(["--student", "small"]) == 2 and "--run is missing" in capsys.readouterr().err
 
 
-def test_commands_refuse_what_proves_nothing(capsys):
+def test_commands_refuse_what_proves_nothing(capsys, tmp_path):
     from bench import __main__ as bench
     from datasetdm_fast.command_line.ending import run_command
 
@@ -363,6 +363,8 @@ def test_commands_refuse_what_proves_nothing(capsys):
     )
     assert run_command(bench.dispatch, ["claims", "--tuned", "--real", "1"]) == 2
     assert "expected at least 2 scenes" in capsys.readouterr().err
+    assert run_command(bench.dispatch, ["claims", "--tuned", "--finished", "--out", str(tmp_path)]) == 2
+    assert "no student has been judged yet" in capsys.readouterr().err
     assert rows.OUTSIDE == 2
 
 
@@ -444,6 +446,12 @@ class ToldStudents:
     rate; the second student of `both` is not there yet.
     """
 
+    def arms(self):
+        return set(tuned.ARMS)
+
+    def is_started(self, student):
+        return False
+
     def looks(self, student):
         course, name = student.arm.schedule, student.arm.name
         best = {"strong": 0.6, "mild": 0.5, "none": 0.7 if name == "many" else 0.3}[course.augmentation]
@@ -462,7 +470,6 @@ def test_every_arm_has_the_best_of_equally_many_courses(lessons):
     experiments.generated = lambda engine, count: lessons
     arms = tuned.TunedArms(experiments, ("real", "both", "many"), scale.real)
     arms.students = ToldStudents()
-    arms.students.is_started = lambda student: False
     arms.look_for_students()
     assert arms.best("real").title == "strong, 0.001" and arms.best("many").title == "none, 0.001"
     rows, tried = arms.rows(), arms.tried()

@@ -112,24 +112,23 @@ def _tuned(config: ClaimsConfig, scale, folder: Path, arguments: Sequence[str]) 
         asked = tuned.TunedArms(experiments, names, count)
         every = [asked] if asked.is_usual else [tuned.TunedArms(experiments, names, scale.real), asked]
 
-        def save(paths: Sequence[Path]) -> dict[str, Any]:
+        def result() -> dict[str, Any]:
             rows = {key: row for arms in every for key, row in arms.rows().items()}
             document = described(rows, scale, [*PROG.split(), *arguments], config.quick, time.monotonic() - begin)
             document |= {"suite": "tuned", "tried": [row for arms in every for row in arms.tried()]}
-            document["missing"] = sum(arms.missing() for arms in every)
-            for path in paths:
-                results.ResultFile(path, document).save()
-            return document
+            return document | {"missing": sum(arms.missing() for arms in every)}
 
         for arms in every if config.finished else every[:-1]:
             arms.look_for_students()
         for _ in () if config.finished else asked.train():
-            save([folder / "tuned.json"])
-        paths = [folder / "tuned.json"]
-        document = save(paths)
+            results.ResultFile(folder / "tuned.json", result()).save()
+        document, paths = result(), [folder / "tuned.json"]
+        if not document["rows"]:
+            raise Refused(f"{folder}: no student has been judged yet", "Drop --finished, or name another --out.")
         if not config.quick and {"real", "both"} <= set(names):
             paths.append(results.default_path(document["machine"]).with_suffix(".tuned.json"))
-            results.ResultFile(paths[-1], document).save()
+        for path in paths:
+            results.ResultFile(path, document).save()
     say("\n".join(map(str, paths)))
     print(json.dumps(document["rows"]) if config.json else tuned_page.section(document))
     return 0

@@ -139,6 +139,10 @@ class SearchedStudents:
         self._paths: dict[SearchedStudent, Path] = {}
         self._looks: dict[Path, StudentLooks] = {}
 
+    def arms(self) -> set[str]:
+        """The names of the arms that have students."""
+        return {json.loads(path.read_text(encoding="utf-8"))["arm"] for path in self.store.folder.glob("*.json")}
+
     def running(self) -> list[Future]:
         return [future for future in self._started.values() if not future.done()]
 

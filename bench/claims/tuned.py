@@ -98,7 +98,7 @@ class TunedArms:
         """Trains every student that is not there yet, and comes back whenever one is done."""
         while True:
             running = self.students.running()
-            if len(running) < self.experiments.processes + QUEUED and (found := next(self._ready(), None)):
+            if len(running) < self.experiments.processes + QUEUED and (found := next(self._ready(self.names), None)):
                 self.students.start(found)
             elif running:
                 wait(running, return_when=FIRST_COMPLETED)
@@ -106,10 +106,10 @@ class TunedArms:
             else:
                 return
 
-    def _ready(self) -> Iterator[SearchedStudent]:
+    def _ready(self, names: Sequence[str]) -> Iterator[SearchedStudent]:
         """Students that may be started, the most urgent first: the first student of every arm, then the others."""
         for seed in range(self.experiments.scale.seeds):
-            for name in self.names:
+            for name in names:
                 if name == "self" and not self._looks("real", self.best("real"), 0):
                     continue  # its labels are those of the student of real
                 courses, best = self.courses(name), self.best(name)
@@ -121,8 +121,9 @@ class TunedArms:
                         yield student
 
     def look_for_students(self) -> None:
-        """Makes the images and labels of every arm, so that rows have the students that are there."""
-        for _ in self._ready():
+        """Makes the images and labels of every arm that has students, so that rows have these."""
+        there = self.students.arms()
+        for _ in self._ready([name for name in self.names if self._arm_name(name) in there]):
             pass
 
     def _begun(self) -> list[str]:
@@ -165,11 +166,14 @@ class TunedArms:
             facts = {"steps": self._short * (LONGEST if is_judged else 1)}
             facts |= {"augmentation": course.augmentation, "rate": course.rate}
             looking = Looking(max(self._short // 2, 1) if is_judged else self._short, PATIENCE)
-            arm = self.experiments.arm(name, self._sets[name](), **facts)
+            arm = self.experiments.arm(self._arm_name(name), self._sets[name](), **facts)
             self._students[key] = SearchedStudent(arm, seed or 0, looking, is_judged)
         return self._students[key]
 
     # Arms -------------------------------------------------------------------------------------------------------------
+    def _arm_name(self, name: str) -> str:
+        return name if self.is_usual else f"{name}-{self.count}"
+
     @property
     def _sets(self) -> Mapping[str, Sets]:
         e = self.experiments
