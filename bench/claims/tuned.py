@@ -27,7 +27,7 @@ from datasetdm_fast.labels.words import find_classes
 
 AUGMENTATIONS = ("strong", "mild", "none")
 USUAL_RATE, OTHER_RATES = 3e-3, (1e-3,)
-SEARCHED = len(AUGMENTATIONS) + len(OTHER_RATES)  # courses of an arm
+CHOSEN_TOGETHER = ("semantic", "instance", "pose", "long-tail"), ("depth",)  # zoom and moves hide how far things are
 LONGEST = 3  # times the usual steps
 PATIENCE = 2  # looks, of which there are two in the usual steps
 QUEUED = 1  # students started before a process is free
@@ -53,6 +53,9 @@ class TunedCourse:
     @property
     def title(self) -> str:
         return f"{self.augmentation}, {self.rate:g}"
+
+
+FIRST_COURSES = tuple(TunedCourse(augmentation, USUAL_RATE) for augmentation in AUGMENTATIONS)
 
 
 @dataclass(frozen=True)
@@ -107,18 +110,27 @@ class TunedArms:
                 return
 
     def _ready(self, names: Sequence[str]) -> Iterator[SearchedStudent]:
-        """Students that may be started, the most urgent first: the first student of every arm, then the others."""
-        for seed in range(self.experiments.scale.seeds):
-            for name in names:
-                if name == "self" and not self._looks("real", self.best("real"), 0):
-                    continue  # its labels are those of the student of real
-                courses, best = self.courses(name), self.best(name)
-                students = [self._student(name, course) for course in courses]
-                if best:
-                    students.append(self._student(name, best, seed))
-                for student in students:
-                    if not self.students.is_started(student) and not self.students.looks(student):
-                        yield student
+        """Students that may be started, the most urgent first: those of most figures, and the first of every arm."""
+        for group in CHOSEN_TOGETHER:
+            for seed in range(self.experiments.scale.seeds):
+                for name in names:
+                    for student in self._needed(name, group, seed):
+                        if not self.students.is_started(student) and not self.students.looks(student):
+                            yield student
+
+    def _needed(self, name: str, group: Sequence[str], seed: int) -> list[SearchedStudent]:
+        """What the figures of a student ask for, as far as it is known."""
+        if name == "self" and not self._teachers():
+            return [student for one in CHOSEN_TOGETHER for student in self._needed("real", one, 0)]
+        best = self.best(name, group)
+        found = [self._student(name, course) for course in self.courses(name, group)]
+        return [*found, self._student(name, best, seed)] if best else found
+
+    def _teachers(self) -> dict[str, SearchedStudent]:
+        """The first student of real by task, once all are there."""
+        best = {task: self.best("real", group) for group in CHOSEN_TOGETHER for task in TASKS if task in group}
+        is_there = all(self._looks("real", course, 0) for course in best.values())
+        return {task: self._student("real", course, 0) for task, course in best.items()} if is_there else {}
 
     def look_for_students(self) -> None:
         """Makes the images and labels of every arm that has students, so that rows have these."""
@@ -130,23 +142,22 @@ class TunedArms:
         return [name for name in self.names if any(key[0] == name for key in self._students)]
 
     # The search -------------------------------------------------------------------------------------------------------
-    def courses(self, name: str) -> tuple[TunedCourse, ...]:
+    def courses(self, name: str, group: Sequence[str]) -> tuple[TunedCourse, ...]:
         """Every augmentation at the usual rate, and the best of them at the others, once it is known."""
-        first = tuple(TunedCourse(augmentation, USUAL_RATE) for augmentation in AUGMENTATIONS)
-        best = self._best(name, first)
-        return (*first, *(TunedCourse(best.augmentation, rate) for rate in OTHER_RATES)) if best else first
+        best = self._best(name, FIRST_COURSES, group)
+        return (*FIRST_COURSES, *(TunedCourse(best.augmentation, rate) for rate in OTHER_RATES if best))
 
-    def best(self, name: str) -> TunedCourse | None:
-        """The best course of an arm by its mean rank in all figures, None while the search goes on."""
-        courses = self.courses(name)
-        return self._best(name, courses) if len(courses) == SEARCHED else None
+    def best(self, name: str, group: Sequence[str]) -> TunedCourse | None:
+        """The best course of an arm by its mean rank in some figures, None while the search goes on."""
+        courses = self.courses(name, group)
+        return self._best(name, courses, group) if len(courses) > len(FIRST_COURSES) else None
 
-    def _best(self, name: str, courses: Sequence[TunedCourse]) -> TunedCourse | None:
+    def _best(self, name: str, courses: Sequence[TunedCourse], group: Sequence[str]) -> TunedCourse | None:
         looks = {course: self._looks(name, course) for course in courses}
         if not all(looks.values()):
             return None
         ranks = dict.fromkeys(courses, 0)
-        for question in QUESTIONS.values():
+        for question in (QUESTIONS[key] for key in group):
             values = {course: question.pick(looks[course].figures[self._short]) for course in courses}
             ordered = sorted(courses, key=values.get, reverse=not question.less_is_better)
             ranks = {course: ranks[course] + ordered.index(course) for course in courses}
@@ -212,8 +223,8 @@ class TunedArms:
         def samples() -> Iterator[sets.RelabelledSample]:
             scenes = list(UnlabelledScenes(self.experiments.scale.synthetic, SIDE))
             images = torch.stack([torch.from_numpy(scene.image) for scene in scenes])
-            teacher, found = self._student("real", self.best("real"), 0), {}
-            for task in TASKS:
+            found = {}
+            for task, teacher in self._teachers().items():
                 student = self.students.restored(teacher, QUESTIONS[task])
                 found[task] = [getattr(one, task) for one in answers(student, images)]
             for scene, semantic, instances, depth, joints in zip(scenes, *(found[task] for task in TASKS)):
@@ -232,9 +243,7 @@ class TunedArms:
         """What every student scored on the validation scenes at each look."""
         found = []
         for name in self._begun():
-            best, seeds = self.best(name), range(self.experiments.scale.seeds)
-            students = [(course, None) for course in self.courses(name)]
-            for course, seed in students + [(best, seed) for seed in seeds if best]:
+            for course, seed in self._known(name):
                 if looks := self._looks(name, course, seed):
                     told = {
                         step: {key: question.pick(figures) for key, question in QUESTIONS.items()}
@@ -245,20 +254,36 @@ class TunedArms:
                     found.append(facts)
         return found
 
+    def _known(self, name: str) -> list[tuple[TunedCourse, int | None]]:
+        """The students of an arm of which it is known that they are needed: course, and seed of a chosen one."""
+        found: dict[tuple[TunedCourse, int | None], None] = {}
+        for group in CHOSEN_TOGETHER:
+            found |= {(course, None): None for course in self.courses(name, group)}
+        for group in CHOSEN_TOGETHER:
+            best = self.best(name, group)
+            found |= {(best, seed): None for seed in range(self.experiments.scale.seeds) if best}
+        return list(found)
+
     def missing(self) -> int:
-        """How many students are not there yet."""
-        return len(self.names) * (SEARCHED + self.experiments.scale.seeds) - len(self.tried())
+        """How many students are not there yet, as far as it is known which are needed."""
+        known = {name: self._known(name) for name in self._begun()}
+        unknown = len(self.names) - len(known) + sum(not self.best(name, CHOSEN_TOGETHER[0]) for name in known)
+        each = len(OTHER_RATES) + self.experiments.scale.seeds
+        there = sum(bool(self._looks(name, *one)) for name, found in known.items() for one in found)
+        first = len(FIRST_COURSES) * (len(self.names) - len(known))
+        return sum(map(len, known.values())) - there + unknown * each + first
 
     def _row(self, key: str) -> Row:
         question, cells = QUESTIONS[key], {}
         for name in self._begun():
-            if cell := self._cell(name, question):
+            if cell := self._cell(name, key):
                 cells[name] = cell
         title = question.title if self.is_usual else f"{question.title}, {self.count} real"
         return {"title": title, "figure": question.figure, "arms": cells, **_verdict(question, cells)}
 
-    def _cell(self, name: str, question: Question) -> Row | None:
-        course, own, steps = self.best(name), [], []
+    def _cell(self, name: str, key: str) -> Row | None:
+        question, group = QUESTIONS[key], next(group for group in CHOSEN_TOGETHER if key in group)
+        course, own, steps = self.best(name, group), [], []
         for seed in range(self.experiments.scale.seeds):
             if not (looks := self._looks(name, course, seed)):
                 break
