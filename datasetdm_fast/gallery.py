@@ -1,27 +1,38 @@
-"""python -m datasetdm_fast.gallery RUN [--serve]: the page of a run folder, of one in progress too, written and, if
-asked for, served to the browsers of this machine.
+"""python -m datasetdm_fast.gallery RUN [--serve]: the page of a run folder, of one in progress too, or of a run in an
+object store, written and, if asked for, served to the browsers of this machine.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.run_folder.gallery import server
-from datasetdm_fast.run_folder.showing import show
+from datasetdm_fast.run_folder.gallery import PAGE, server
+from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, copy_whole, is_url
+from datasetdm_fast.run_folder.showing import ShownRun, show
 
 PROG = "python -m datasetdm_fast.gallery"
+EXAMPLES = ("runs/demo --serve", "s3://bucket/run --serve", "s3://bucket/run --out runs/copy")
 
 
 @dataclass(frozen=True)
 class GalleryConfig:
-    run: str = setting("", "run folder, finished, stopped or in progress", metavar="RUN", positional=True)
+    run: str = setting(
+        "",
+        "run folder, finished, stopped or in progress, or URL such as s3://bucket/run",
+        metavar="RUN",
+        positional=True,
+    )
     serve: bool = setting(
         False, "serve it to browsers of this machine until Ctrl-C; marks of a review are written down"
+    )
+    out: str = setting(
+        "", "of a run in an object store: folder for a copy of all of it, with its page", metavar="DIR", output="folder"
     )
     against: str = setting("", "another run, shown beside this one: its source, or one of the same plan", metavar="RUN")
     port: int = setting(server.FIRST_PORT, "port to serve it on; where it is taken, the next that is free", metavar="N")
@@ -30,26 +41,45 @@ class GalleryConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, GalleryConfig, PROG, __doc__)
+    config, _ = parse(arguments, GalleryConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if not 0 < config.port < 2**16:
         raise Refused(f"--port {config.port}: expected a number from 1 to 65535", "Choose another number.")
     if config.against and not config.serve:
         raise Refused("--against: a page from a disk reads no other folder", "Add --serve.")
-    page, there, planned = show(Path(config.run))
-    _say(config, f"{config.run}: {there} of {planned} samples")
+    if config.out:
+        _copy(config)
+    place = config.out or config.run
+    run = show(place, is_served=config.serve)
+    _say(config, f"{place}: {run.samples} of {run.planned} samples")
     if not config.serve:
-        print(page, flush=True)
+        print(run.folder / PAGE, flush=True)
         return 0
-    against = Path(config.against) if config.against else None
-    if against:
-        show(against)
-    with server.opened(Path(config.run), config.port, lambda line: _say(config, line), against) as serving:
+    against = _served(config.against, show(config.against, is_served=True)) if config.against else None
+    with server.opened(_served(place, run), config.port, lambda line: _say(config, line), against) as serving:
         print(serving.address, flush=True)
-        _say(config, f"marks of a review are written to {config.run}/review; Ctrl-C ends it")
+        _say(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
         serving.serve_forever()
     return 0
+
+
+def _served(place: str, run: ShownRun) -> server.ServedRun:
+    if run.copies is None:
+        return server.ServedRun.of_folder(run.folder)
+    if is_url(place):  # no command takes one sample of it, and its marks belong beside it
+        return server.ServedRun(run.folder.resolve(), "", run.copies.bring, run.copies.keep_review)
+    return replace(server.ServedRun.of_folder(run.folder), bring=run.copies.bring)
+
+
+def _copy(config: GalleryConfig) -> None:
+    copies = copy_of(config.run)
+    if copies is None:
+        raise Refused(f"--out: {config.run} is a folder on a disk", "Drop it: the page of a folder is written there.")
+    from tqdm import tqdm
+
+    with tqdm(unit="file", file=sys.stderr, disable=not shows_bar(config.quiet)) as bar:
+        copy_whole(StoreCopy(copies.store.url, Path(config.out)), bar.reset, bar.update)
 
 
 def _say(config: GalleryConfig, line: str) -> None:

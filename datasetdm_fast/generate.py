@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         from datasetdm_fast.exporting.conversion import check_formats
 
         if config.store:
-            raise Refused("--format: the samples go to an object store", "Convert a copy of the run.")
+            raise Refused("--format: the samples go to an object store", "Convert the run at its end, by its URL.")
         check_formats(config.format, config.task)
     peer = None if config.dry_run else launched.this_peer()
     if peer and config.cluster:
@@ -271,13 +271,21 @@ def _end(config: RunConfig, result: Result) -> int:
         speed = (
             f"{counted(result.made, 'image')} in {duration(result.seconds)} ({closing}), {rate:.3g} images per second"
         )
-        _say(config, f"{speed}; look at {result.path}/gallery/index.html")
+        _say(config, f"{speed}; look at {_page(config, result)}")
     if result.told:
         _say(config, result.told)
     if config.format and result.is_complete:
         _convert(config, result)
     result.check()
     return 0
+
+
+def _page(config: RunConfig, result: Result) -> str:
+    """What shows the samples of a run: its page or, where that is in an object store, a command."""
+    if not config.store:
+        return f"{result.path}/gallery/index.html"
+    place = config.store if result.is_complete else str(result.path)
+    return f"them with: python -m datasetdm_fast.gallery {shlex.quote(place)} --serve"
 
 
 def _convert(config: RunConfig, result: Result) -> None:

@@ -6,12 +6,13 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import gallery as command
-from datasetdm_fast.run_folder import showing
+from datasetdm_fast.run_folder import object_store, showing
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import PAGE, review, server
@@ -33,7 +34,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ask(run):
     """Status, headers and body of an answer of a server of the run."""
-    with server.opened(run, 18800, print) as serving:
+    with server.opened(server.ServedRun.of_folder(run), 18800, print) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
 
@@ -129,7 +130,7 @@ def test_a_taken_port_is_said_and_the_next_one_serves(run, capsys):
         taken.listen()
         port = taken.getsockname()[1]
         said = []
-        with server.opened(run, port, said.append) as serving:
+        with server.opened(server.ServedRun.of_folder(run), port, said.append) as serving:
             assert serving.server_port > port and said == [f"port {port} is taken, so it is {serving.server_port}"]
             assert serving.server_address[0] == "127.0.0.1" and f":{serving.server_port}/a%20run/" in serving.address
 
@@ -223,6 +224,116 @@ def names(path):
     return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and "state" not in p.parts)
 
 
+@pytest.fixture
+def bucket(monkeypatch):
+    """What fsspec offers in place of a bucket, in memory, with its URL."""
+    import fsspec
+
+    monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
+    there = fsspec.filesystem("memory")
+    yield SimpleNamespace(url="memory://bucket/my run", root="/bucket/my run", files=there)
+    if there.exists("/bucket"):
+        there.rm("/bucket", recursive=True)
+
+
+def fill(bucket, run):
+    """Puts a run there as the workers of a cluster leave it: without thumbnails."""
+    for name in (*own_files(run), "state/ledger.sqlite", "state/seal.json", "state/lock"):
+        if "/sheets" not in name:
+            bucket.files.pipe_file(f"{bucket.root}/{name}", (run / name).read_bytes())
+
+
+def own_files(run):
+    """The files of the run, without what other tests put there."""
+    return [name for name in names(run) if name != "images/link.png" and not name.startswith("review/")]
+
+
+@pytest.mark.parametrize("place", ["url", "folder"])
+def test_a_run_in_a_store_is_served_from_there(run, bucket, tmp_path, monkeypatch, place):
+    fill(bucket, run)
+    folder = tmp_path / "out"
+    if place == "folder":  # where --out has the ledger, and the store the samples
+        for name in ("run.json", "state/ledger.sqlite"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((run / name).read_bytes())
+        (folder / "state/store").write_text(bucket.url)
+    name = bucket.url if place == "url" else str(folder)
+    answers = {}
+    opened = server.opened
+
+    def ask(serving, path, method="GET", body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", serving.server_port, timeout=20)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        answers[path] = (answer.status, answer.read())
+
+    def asked(*arguments):
+        serving = opened(*arguments)
+        home = serving.prefix
+
+        def look():
+            for path in ("gallery/run.js", "images/00000001.png", "gallery/depth/00000001.png", "images/none.png"):
+                ask(serving, home + path)
+            ask(serving, f"{home}state/ledger.sqlite")
+            own = f"http://127.0.0.1:{serving.server_port}"
+            ask(serving, f"{home}review", "PUT", '{"marks": [["00000001", "bad"]]}', Origin=own)
+            bucket.files.cat_file, kept = lambda *_: 1 / 0, bucket.files.cat_file
+            bucket.files.get_file, fetched = lambda *_: 1 / 0, bucket.files.get_file
+            ask(serving, f"{home}images/00000002.png")
+            bucket.files.cat_file, bucket.files.get_file = kept, fetched
+            serving.shutdown()
+
+        threading.Thread(target=look).start()
+        return serving
+
+    monkeypatch.setattr(server, "opened", asked)
+    assert command.main([name, "--serve", "--port", "18820", "--quiet"]) == 0
+    home = "/my%20run/" if place == "url" else "/out/"
+    assert answers[f"{home}gallery/run.js"][0] == 200 and b'"sheet":null' in answers[f"{home}gallery/run.js"][1]
+    assert answers[f"{home}images/00000001.png"] == (200, (run / "images/00000001.png").read_bytes())
+    assert answers[f"{home}gallery/depth/00000001.png"][0] == 200
+    assert answers[f"{home}images/none.png"][0] == answers[f"{home}state/ledger.sqlite"][0] == 404
+    assert answers[f"{home}images/00000002.png"][0] == 502 and answers[f"{home}review"][0] == 204
+    at_url = place == "url" and bucket.files.cat_file(f"{bucket.root}/review/bad.txt")
+    assert (at_url or (folder / "review/bad.txt").read_bytes()) == b"00000001\n" and not (folder / "images").exists()
+
+
+def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys):
+    copy, line = tmp_path / "copy", [bucket.url, "--out", str(tmp_path / "copy"), "--quiet"]
+    assert command.main(line) == 2 and "holds no run.json, so it is no finished run" in capsys.readouterr().err
+    fill(bucket, run)
+    assert command.main([bucket.url]) == 2 and not copy.exists()
+    bucket.files.get_file, kept = broken_after(5, bucket.files.get_file), bucket.files.get_file
+    assert command.main(line) == 3 and not (copy / "run.json").exists() and (copy / object_store.COPYING).exists()
+    bucket.files.get_file = kept
+    capsys.readouterr()
+    assert command.main(line) == 0 and capsys.readouterr().out == f"{copy / PAGE}\n"
+    assert audit(copy).findings == []
+    assert {name: (copy / name).read_bytes() for name in names(copy)} == {
+        name: (run / name).read_bytes() for name in own_files(run)
+    }
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    assert command.main(line) == 0 and {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+    bucket.files.pipe_file(f"{bucket.root}/run.json", b"{}")
+    assert command.main(line) == 2 and "copy: holds something else than memory://" in capsys.readouterr().err
+
+
+def broken_after(number, get_file):
+    """The same call, which fails after so many files."""
+    left = iter(range(number))
+
+    def get(*arguments):
+        if next(left, None) is None:
+            raise OSError("the line is broken")
+        return get_file(*arguments)
+
+    return get
+
+
+def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
+    assert command.main([f"file://{run}", "--quiet"]) == 0 and capsys.readouterr().out == f"{run / PAGE}\n"
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
@@ -230,7 +341,10 @@ def names(path):
         (["nowhere"], "nowhere: holds no run.json"),
         (["nowhere", "--port", "0"], "--port 0"),
         (["empty"], "empty: no sample is committed yet"),
-        (["away"], "away: its samples are in an object store"),
+        (["away"], "away: no browser opens a page whose samples are in an object store"),
+        (["away", "--serve"], "away: no sample is committed yet"),
+        (["empty", "--out", "copy"], "--out: empty is a folder on a disk"),
+        (["nothing://bucket/run", "--serve"], "Protocol not known"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, line, said):
@@ -238,7 +352,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys, lin
     for name in ("empty", "away"):
         (tmp_path / name / "state").mkdir(parents=True)
         (tmp_path / name / "run.json").write_text(json.dumps(document(1, 32)))
-    (tmp_path / "away" / "state" / "store").write_text("s3://bucket")
+    (tmp_path / "away" / "state" / "store").write_text(f"file://{tmp_path}/none")
     assert command.main(line) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and said in lines[0]

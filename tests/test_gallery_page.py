@@ -12,6 +12,7 @@ from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.gallery import server
 
 NUMBER = 300
+served = server.ServedRun.of_folder
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_what_is_sure_stays_clear(chromium, run, tmp_path):
         page.wait_for_timeout(300)
         page.locator("#frame").screenshot(path=tmp_path / "picture.png")
         pictures.append(np.array(Image.open(tmp_path / "picture.png").convert("RGB"), np.int16))
-        page.locator("#viewer-layers button", has_text="Uncertainty").click()
+        page.locator("#viewer-layers").get_by_role("button", name="Uncertainty", exact=True).click()
     changed = np.abs(pictures[1] - pictures[0]).mean(2)
     left = int(box["x"] - page.locator("#frame").bounding_box()["x"]) + 5
     top, side = int(box["y"] - page.locator("#frame").bounding_box()["y"]), int(box["width"]) - 10
@@ -257,7 +258,7 @@ def test_marks_are_kept_and_saved_as_a_list(chromium, run):
 
 @pytest.mark.loopback
 def test_a_served_page_writes_marks_and_tells_values(chromium, run):
-    with server.opened(run, 18765, print) as serving:
+    with server.opened(served(run), 18765, print) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
         try:
@@ -306,7 +307,7 @@ def test_another_run_lies_beside_this_one(chromium, run, tmp_path):
     """The other run has the same pictures, but of sample 2 a darker one."""
     write_run(tmp_path / "other", 4, 48)
     Image.fromarray(rendered(2, 48).image // 2).save(tmp_path / "other/images/00000002.png")
-    with server.opened(run, 18900, print, tmp_path / "other") as serving:
+    with server.opened(served(run), 18900, print, served(tmp_path / "other")) as serving:
         thread = threading.Thread(target=serving.serve_forever)
         thread.start()
         try:

@@ -24,7 +24,10 @@ def open_folder(path: Path) -> Run:
     """The run whose samples are to be dropped or brought back."""
     run = Run(path)
     if (path / ELSEWHERE).exists():
-        raise Refused(f"{path}: its samples are in an object store", "Copy them here, then name the copy.")
+        raise Refused(
+            f"{path}: its samples are in an object store",
+            f"Copy the run with: python -m datasetdm_fast.gallery {path} --out COPY",
+        )
     return run
 
 

@@ -39,7 +39,10 @@ def check(path: Path) -> Run:
     """The run whose samples are to be scored."""
     run = Run(path)
     if (path / ELSEWHERE).exists():
-        raise Refused(f"{path}: its samples are in an object store", "Copy them here, then filter the copy.")
+        raise Refused(
+            f"{path}: its samples are in an object store",
+            f"Copy the run with: python -m datasetdm_fast.gallery {path} --out COPY",
+        )
     if not len(run):
         raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
     return run

@@ -82,7 +82,7 @@ def audit(folder: Path, *, threads: int = 0, seen: Callable[[int, int], None] = 
     if (folder / seal.ELSEWHERE).exists():
         raise Refused(
             f"{folder}: its samples are in an object store",
-            f"Copy them here, then audit the copy; {seal.ELSEWHERE} says where they are.",
+            f"Give its URL, which {seal.ELSEWHERE} has, to python -m datasetdm_fast.audit.",
         )
     findings: list[Finding] = []
     document = _document(folder, findings)

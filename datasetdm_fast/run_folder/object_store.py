@@ -6,8 +6,10 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,16 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document
 from datasetdm_fast.run_folder.folder import into, write_samples
+from datasetdm_fast.run_folder.gallery import review
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, SPLIT, rebuilt_files
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
+AT_ONCE = 16  # files copied together
+REVIEW = tuple(f"review/{mark}.txt" for mark in review.MARKS)
+COPYING = "state/copying"  # the URL of a run of which this folder does not have all files yet
 
 
 class PublishingFolder:
@@ -84,21 +90,26 @@ class ObjectStore:
         try:
             self.files, self.root = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            raise Missing(f"--store {url}: {error}", "Install that on every machine of the cluster.") from error
+            raise Missing(f"{url}: {error}", "Install that, for a cluster on every machine of it.") from error
         except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
             raise Refused(
-                f"--store {documents.quoted(url)}: {type(error).__name__}: {error}",
+                f"{documents.quoted(url)}: {type(error).__name__}: {error}",
                 "Name a folder such as s3://bucket/run.",
             ) from error
         if "memory" in self._protocols:
             raise Refused(
-                f"--store {url}: every process has a memory of its own",
+                f"{url}: every process has a memory of its own",
                 "Name a folder that all machines reach, such as s3://bucket/run.",
             )
 
     @property
     def _protocols(self) -> tuple[str, ...]:
         return (self.files.protocol,) if isinstance(self.files.protocol, str) else tuple(self.files.protocol)
+
+    @property
+    def disk(self) -> Path | None:
+        """The folder that the URL names, where it is on a disk."""
+        return Path(self.root) if "file" in self._protocols else None
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -149,17 +160,26 @@ class ObjectStore:
             except FileNotFoundError:
                 return None
 
-    def names(self) -> list[str]:
-        """The files of the run, by their path inside it."""
+    def sizes(self) -> dict[str, int]:
+        """Path inside the run -> bytes, of its files."""
         with self._refusing():
-            found = self.files.find(self.root)
-        return sorted(name[name.index(self.root) + len(self.root) :].strip("/") for name in found)
+            found = self.files.find(self.root, detail=True)
+        inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in found.items()}
+        return {
+            documents.check_inside(name): inside[name]["size"] or 0
+            for name in sorted(inside)
+            if not storage.is_temporary(Path(name))
+        }
 
-    def fetch(self, name: str, path: Path) -> None:
-        """Copies a file of any size here."""
+    def fetch(self, name: str, path: Path) -> bool:
+        """Copies a file of any size here; False where the store has none of that name."""
         storage.make_folder(path.parent)
         with self._refusing():
-            self.files.get_file(f"{self.root}/{name}", str(path))
+            try:
+                self.files.get_file(f"{self.root}/{name}", str(path))
+            except FileNotFoundError:
+                return False
+        return True
 
     def complete(self, folder: Path) -> None:
         """Uploads the other files of the run folder, the seal last; a store that has this seal is complete."""
@@ -188,16 +208,22 @@ class ObjectStore:
 
 
 class StoreCopy:
-    """The files of a run in an object store that this process has read, in a folder that goes with this object."""
+    """The files of a run in an object store that this process has read, in `folder` or in one that goes with this
+    object.
+    """
 
-    def __init__(self, url: str):
-        self.store, place = ObjectStore(url), Path(tempfile.mkdtemp(prefix="datasetdm-"))
+    def __init__(self, url: str, folder: Path | None = None):
+        self.store = ObjectStore(url)
+        if folder is not None:
+            self.folder = folder
+            return
+        place = Path(tempfile.mkdtemp(prefix="datasetdm-"))
         self.folder = place / (url.rstrip("/").rpartition("/")[2].strip(".") or "run")  # exports name it
         weakref.finalize(self, _discard, place, os.getpid())
 
     def state(self) -> Path:
         """The folder, once it has what tells of the samples."""
-        for name in (DOCUMENT, LEDGER, SEAL, KEPT, SPLIT):
+        for name in (DOCUMENT, LEDGER, SEAL, KEPT, SPLIT, *REVIEW):
             content = self.store.read(name)
             if content is not None:
                 storage.publish({self.folder / name: content})
@@ -207,27 +233,86 @@ class StoreCopy:
         """The folder, once it has the files of these rows."""
         wanted = {name for row in rows for name, _ in row.files.values()}
         for name in sorted(wanted):
-            self._bring(name)
+            self._require(name)
         return self.folder
 
-    def whole(self) -> Path:
-        """The folder, once it has every file of the run."""
-        for name in self.store.names():
-            if not storage.is_temporary(Path(name)):
-                self._bring(documents.check_inside(name))
+    def whole(self, on_file: Callable[[], object] = lambda: None) -> Path:
+        """The folder, once it has every file of the run, run.json and seal after the others."""
+        there = self.store.sizes().keys()
+        last = there & {DOCUMENT, SEAL}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for names in (there - last, last):
+                for _ in pool.map(self._require, names):
+                    on_file()
         return self.folder
 
-    def _bring(self, name: str) -> None:
+    def _require(self, name: str) -> None:
+        if self.bring(name) is None:
+            raise Missing(
+                f"{self.store.url}: {documents.quoted(name)} is not there",
+                f"See what else is damaged with: python -m datasetdm_fast.audit {self.store.url}",
+            )
+
+    def bring(self, name: str) -> Path | None:
+        """The copy of a file, None where the store has none of that name."""
         path = self.folder / name
-        if not path.exists():
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")  # other processes may read from the same folder
-            self.store.fetch(name, part)
-            storage.move(part, path)
+        if path.exists():
+            return path
+        # other threads, and other processes, may bring the same file to the same folder
+        part = path.with_name(f".{path.name}.{threading.get_native_id()}.part")
+        if not self.store.fetch(name, part):
+            storage.forget(part)
+            return None
+        storage.move(part, path)
+        return path
+
+    def keep_review(self) -> None:
+        """Uploads the marks of the review."""
+        self.store.publish({name: storage.read(self.folder / name, review.LARGEST_LIST) for name in REVIEW})
 
 
 def _discard(folder: Path, process: int) -> None:
     if os.getpid() == process:  # a forked one leaves it to the first
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_whole(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Callable[[], object]) -> None:
+    """Copies a finished run into a folder that is empty or that a killed copying began; `on_begin` gets the number of
+    its files, and `on_file` is called after each. A folder that has all of the run stays as it is.
+    """
+    folder, store, begun = copies.folder, copies.store, copies.folder / COPYING
+    document = store.read(DOCUMENT)
+    if document is None:
+        raise unfinished(store.url)
+    if begun.exists():
+        is_other = storage.read(begun, LONGEST) != store.url.encode()
+    elif (folder / DOCUMENT).exists():
+        is_other = storage.sha256_of(folder / DOCUMENT) != hashlib.sha256(document).hexdigest()
+        if not is_other:
+            return
+    else:
+        is_other = folder.exists() and any(folder.iterdir())
+    if is_other:
+        raise Refused(f"{folder}: holds something else than {store.url}", "Choose another --out.")
+    sizes, free = store.sizes(), storage.free_bytes(folder.absolute())
+    left = sum(size for name, size in sizes.items() if not (folder / name).exists())
+    if left > free:
+        raise Missing(
+            f"{folder}: the run needs {left / 1e6:,.0f} MB of disk, {free / 1e6:,.0f} MB are free",
+            "Make room, or choose another --out.",
+        )
+    storage.publish({begun: store.url.encode()})
+    on_begin(len(sizes))
+    copies.whole(on_file)
+    storage.remove(begun)
+
+
+def unfinished(url: str) -> Refused:
+    """What a command says of a URL where no finished run is."""
+    return Refused(
+        f"{url}: holds no {DOCUMENT}, so it is no finished run",
+        "Check the address; of a run in progress name the folder that its --out names.",
+    )
 
 
 def is_url(place: str | Path) -> bool:

@@ -4,27 +4,61 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder import gallery
-from datasetdm_fast.run_folder.document import LEDGER, LOCK, described
+from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, described
 from datasetdm_fast.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.run_folder.indexes import writers
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger
+from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished
 from datasetdm_fast.run_folder.seal import ELSEWHERE, has_indexes, is_sealed
 
 MOST_SHARE = 0.01  # of a run's time that is spent on pages of what it has so far
 
 
-def show(folder: Path) -> tuple[Path, int, int]:
-    """The page of a run folder, written anew where it does not show every committed sample; how many there are, and how
-    many the run is to have. A run in progress is not disturbed: its page and index files are written, nothing else.
+@dataclass(frozen=True)
+class ShownRun:
+    """A run whose page shows every committed sample."""
+
+    folder: Path  # where the page is
+    samples: int
+    planned: int
+    copies: StoreCopy | None = None  # what brings the samples' files there, where they are in an object store
+
+
+def show(place: str | Path, *, is_served: bool = False) -> ShownRun:
+    """A run, by its folder or the URL of a finished one in an object store, with its page, which is written anew where
+    it lacks a committed sample. A run in progress is not disturbed: its page and index files are written, nothing else.
+    Where the samples are in an object store, the page is for a server alone.
     """
+    copies = copy_of(place)
+    folder = Path(place)
+    if copies and copies.store.disk and (copies.store.disk / DOCUMENT).exists():
+        copies, folder = None, copies.store.disk
+    elif copies and not is_served:
+        raise Refused(
+            f"{place}: no browser opens a page whose samples are in an object store",
+            "Add --serve, or copy the run here with --out DIR.",
+        )
+    elif copies and is_url(place):
+        folder = copies.state()
+        if not (folder / DOCUMENT).exists():
+            raise unfinished(copies.store.url)
+        copies.store.note(folder)
+    document = _write_page(folder)
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        there = ledger.count() + ledger.count(DOUBTFUL)
+    return ShownRun(folder, there, document["plan"]["number"], copies)
+
+
+def _write_page(folder: Path) -> dict[str, Any]:
+    """run.json of a run folder that has its page now."""
     document = described(folder)
-    if (folder / ELSEWHERE).exists():
-        raise Refused(f"{folder}: its samples are in an object store", "Copy them here, then look at the copy.")
     if not (folder / LEDGER).exists():
         raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same line again.")
     with Ledger(folder / LEDGER, read_only=True) as ledger:
@@ -34,9 +68,7 @@ def show(folder: Path) -> tuple[Path, int, int]:
     elif not is_shown:
         with RunFolder(folder, document) as opened:
             opened.rebuild()
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        there = ledger.count() + ledger.count(DOUBTFUL)
-    return folder / gallery.PAGE, there, document["plan"]["number"]
+    return document
 
 
 def write_so_far(folder: Path) -> None:

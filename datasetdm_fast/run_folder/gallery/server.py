@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,36 @@ IDLE_SECONDS = 60.0  # after which a connection that asks for nothing is closed
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
+@dataclass(frozen=True)
+class ServedRun:
+    """A run folder that is given out; where its samples are elsewhere, `bring` gives the copy of a file by its name
+    inside the run, None where there is none. `on_marks` is called once marks of a review were written into the folder.
+    """
+
+    folder: Path
+    command_path: str  # names the run in the commands that the page shows, empty where none takes it
+    bring: Callable[[str], Path | None] | None = None
+    on_marks: Callable[[], object] = lambda: None
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "ServedRun":
+        return cls(folder.resolve(), str(folder.resolve()))
+
+
 class RunServer(ThreadingHTTPServer):
-    """Serves a run folder on this machine's own address, below /NAME/, and one beside it below /against/NAME/."""
+    """Serves a run on this machine's own address, below /NAME/, and one beside it below /against/NAME/."""
 
     daemon_threads = True
     allow_reuse_address = False  # or a port that another server holds would seem to be free
 
-    def __init__(self, folder: Path, port: int, against: Path | None = None):
-        self.folder = folder.resolve()
-        self.prefix = f"/{quote(self.folder.name or 'run')}/"
-        self.folders = {self.prefix: self.folder}  # prefix of an address -> where its files lie
+    def __init__(self, run: ServedRun, port: int, against: ServedRun | None = None):
+        self.run = run
+        self.prefix = f"/{quote(run.folder.name or 'run')}/"
+        self.runs = {self.prefix: run}  # by the prefix of their addresses
         self.against = ""
         if against is not None:
-            self.against = f"/against/{quote(against.resolve().name or 'run')}/"
-            self.folders[self.against] = against.resolve()
+            self.against = f"/against/{quote(against.folder.name or 'run')}/"
+            self.runs[self.against] = against
         self.marking = threading.Lock()
         super().__init__((LOOPBACK, port), Handler)
         self.hosts = frozenset(f"{name}:{self.server_port}" for name in NAMES)
@@ -68,11 +85,11 @@ class RunServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def opened(folder: Path, port: int, say: Callable[[str], None], against: Path | None = None) -> RunServer:
+def opened(run: ServedRun, port: int, say: Callable[[str], None], against: ServedRun | None = None) -> RunServer:
     """A server on `port` or, where it is taken, on the next that is free."""
     for wanted in range(port, min(port + TRIED_PORTS, 2**16)):
         try:
-            server = RunServer(folder, wanted, against)
+            server = RunServer(run, wanted, against)
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 continue
@@ -111,7 +128,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             marks = review.parse(documents.parse_json(content.decode(), "the marks"))
             with self.server.marking:
-                review.change(self.server.folder, marks)
+                review.change(self.server.run.folder, marks)
+                self.server.run.on_marks()
         except (ValueError, Refused):
             return self._refuse(400)
         except Missing:
@@ -127,10 +145,14 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/favicon.ico":  # which browsers ask for without being told to
             return self._send(204, b"", "")
         if path == f"{self.server.prefix}review":
-            marks = review.read(self.server.folder)
-            told = {"path": str(self.server.folder), "marks": sorted(marks.items()), "against": self.server.against}
+            run = self.server.run
+            marks = sorted(review.read(run.folder).items())
+            told = {"path": run.command_path, "marks": marks, "against": self.server.against}
             return self._send(200, json.dumps(told).encode(), "application/json")
-        found = self._file(path)
+        try:
+            found = self._file(path)
+        except Missing:  # the store does not answer
+            return self._refuse(502)
         return self._send_file(found) if found else self._refuse(404)
 
     def _is_asked_here(self) -> bool:
@@ -139,20 +161,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: str) -> Path | None:
         """The file of a run folder that a path of an address names, None where it is none that may be read."""
-        prefix = next((each for each in self.server.folders if path.startswith(each)), None)
+        prefix = next((each for each in self.server.runs if path.startswith(each)), None)
         if prefix is None:
             return None
-        folder, parts = self.server.folders[prefix], unquote(path.removeprefix(prefix)).split("/")
+        run, parts = self.server.runs[prefix], unquote(path.removeprefix(prefix)).split("/")
         if len(parts) < 2 or parts[0] in HIDDEN or any(part.startswith(".") or not part for part in parts):
             return None
         if "\0" in path or any("\0" in part or "\\" in part for part in parts):
             return None
-        found = folder.joinpath(*parts)
+        found = run.folder.joinpath(*parts)
         try:
+            if run.bring and found.suffix in KINDS and not found.exists():
+                return run.bring("/".join(parts))
             whole = found.resolve(strict=True)
         except OSError:
             return None
-        is_ours = whole.is_relative_to(folder) and whole.is_file() and whole.suffix in KINDS
+        is_ours = whole.is_relative_to(run.folder) and whole.is_file() and whole.suffix in KINDS
         return whole if is_ours else None
 
     def _send_file(self, path: Path) -> None:
