@@ -1,7 +1,8 @@
 # make demo   16 labelled images and a page to look at them; installs what they need into .venv, 1.1 GB
 # make test   every test                    make lint   what the style asks for, and types of the public surface
 # make venv   installs what tests need, too: optional engines and formats, 1.5 GB more
-# make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset: 5 minutes
+# make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset, learnt from by
+#                 models of transformers, and the gallery in Chromium: 8 minutes
 # make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end
 # make mutants  90 planted faults, one at a time: a quarter of an hour on two cores; 95 % have to be noticed
 # Variables: PYTHON=python3.12, TORCH=torch==2.11.0 and PIP_FLAGS=... choose another interpreter, torch and pip options.
@@ -53,9 +54,12 @@ test: venv
 
 # What reads exports asks for other versions than the product, so it has an environment of its own, without the product.
 CONSUMERS := $(VENV)-consumers
-$(CONSUMERS)/.installed: tests/consumers/requirements.txt
+$(CONSUMERS)/.installed: tests/consumers/requirements.txt tests/consumers/browser.txt | $(BUILT)
 	test -x $(CONSUMERS)/bin/python || $(PYTHON) -m venv $(CONSUMERS)
 	$(CONSUMERS)/bin/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -r $<
+	$(PIP) install $(PIP_FLAGS) --target $(CONSUMERS)/browser -r tests/consumers/browser.txt
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	PYTHONPATH=$(CONSUMERS)/browser $(BIN)/python -m playwright install --only-shell chromium || true
 	touch $@
 
 consumers: venv $(CONSUMERS)/.installed
@@ -63,10 +67,12 @@ consumers: venv $(CONSUMERS)/.installed
 	$(QUIET_CORES) $(BIN)/python tests/consumers/prepare.py "$$exported" && cd "$$exported" && \
 	HF_HUB_OFFLINE=1 HF_HOME="$$exported/cache" EXPORTED="$$exported" $(abspath $(CONSUMERS))/bin/python -m pytest -q \
 	--noconftest -c /dev/null --rootdir "$$exported" -p no:cacheprovider $(CURDIR)/tests/consumers/read_back.py
+	$(QUIET_CORES) OMP_NUM_THREADS=1 DATASETDM_LONG_TESTS=1 PYTHONPATH=$(abspath $(CONSUMERS))/browser \
+	$(BIN)/python -m pytest -q -n $(WORKERS) tests/test_trainers.py tests/test_gallery_page.py
 
 # Longest first, as they are dealt out in this order; what hangs is ended after the hour.
 SOAKED := $(addprefix tests/test_,$(addsuffix .py,long_runs faults ray_interrupted fuzz audit ranks rehearsal sampling launchers package \
-proofs to_tensorrt claims bench kernels ray readers train drop export verify plugins recipe checkpoints))
+proofs to_tensorrt claims bench kernels ray readers train drop export verify plugins recipe checkpoints trainers))
 soak: venv
 	$(QUIET_CORES) OMP_NUM_THREADS=1 DATASETDM_LONG_TESTS=1 \
 	timeout --kill-after=60 3600 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rA --durations=25 $(SOAKED)

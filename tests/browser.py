@@ -17,10 +17,11 @@ def browser() -> Iterator:
         from playwright.sync_api import sync_playwright
     except ImportError:
         pytest.skip("Playwright is not installed")
-    program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip("Chromium is not installed")
     with sync_playwright() as driver:
+        own = driver.chromium.executable_path
+        program = next((found for name in (*PROGRAMS, own) if (found := shutil.which(name))), None)
+        if program is None:
+            pytest.skip("Chromium is not installed")
         running = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield running
         running.close()

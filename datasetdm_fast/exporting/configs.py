@@ -79,7 +79,7 @@ class Mask2FormerFormat(CocoFormat):
             for split in plan.splits
         }
         config = python(
-            "For Mask2Former: ids are those of the files; transformers' processor takes id2label, ignore_index 255.",
+            "For Mask2Former: ids are those of the files; segment 0 is none: transformers' ignore_index=0.",
             id2label={number: name for name, number in numbers.items()},
             thing_ids=things,
             stuff_ids=[numbers[name] for name in plan.classes.stuff],
