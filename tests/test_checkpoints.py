@@ -52,7 +52,7 @@ def config_of(kind: str, **changes):
 def state_of(config, prefix: str = "", seed: int = 4) -> dict[str, torch.Tensor]:
     """A state dict as upstream's class of this kind has it, with random weights."""
     shapes = {name: value.shape for name, value in build_decoder(config).state_dict().items()}
-    shapes |= {name: torch.Size(shape) for name, shape in checkpoints._unused_shapes(config).items()}
+    shapes |= {name: torch.Size(shape) for name, shape in checkpoints.unused_shapes(config).items()}
     return {f"{prefix}{name}": value for name, value in seeded_state(shapes, seed).items()}
 
 

@@ -148,7 +148,7 @@ def root(tmp_path_factory, model):
         sizes = {**SMALL.get(network, {"width": 16}), **settings, "levels": model.levels}
         config = upstream(network, **sizes | ({"text_width": width} if "queries" in sizes else {}))
         shapes = {name: value.shape for name, value in build_decoder(config).state_dict().items()}
-        shapes |= {name: torch.Size(shape) for name, shape in checkpoints._unused_shapes(config).items()}
+        shapes |= {name: torch.Size(shape) for name, shape in checkpoints.unused_shapes(config).items()}
         prefix = "module." if kind == "coco" else ""
         state = {f"{prefix}{name}": value for name, value in seeded_state(shapes, 4).items()}
         torch.save(state, folder / f"{kind}.pth")

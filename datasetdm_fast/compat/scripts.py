@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import builtins
+import ast
 import sys
 import tokenize
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, ModuleType
-from typing import Any
+from types import CodeType
 
 from datasetdm_fast.compat.showlab.lines import ScriptParser
 from datasetdm_fast.config import PROFILES
@@ -20,28 +19,31 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
-WITHOUT = ("train", "splicing_augmentation_", "vis_", "parallel_demo")  # scripts that need more than the names here
+WITHOUT_MODEL = ("splicing_augmentation_", "vis_")  # how names of scripts begin that run no network
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a script within this process, with the modules of `showlab_modules` in place of the checkout's own."""
     given = _parser().parse_args(arguments)
     path = Path(given.script)
-    code = compiled(path)
-    if not given.model and not Path("dataset/ckpts/imagenet").is_dir():
+    code = compiled(path, given.device)
+    has_model = not path.stem.startswith(WITHOUT_MODEL)
+    if has_model and not given.model and not Path("dataset/ckpts/imagenet").is_dir():
         raise Missing(
             "model: ./dataset/ckpts/imagenet is not there, which DatasetDM's scripts read",
             "Start in the checkout, or name a diffusers folder with --model before the script.",
         )
+    from datasetdm_fast.compat.showlab_modules.importing import ScriptImports
     from datasetdm_fast.compat.showlab_modules.names import modules_of_scripts  # after the line was read: torch
     from datasetdm_fast.compat.showlab_modules.session import EnoughImages, ScriptSettings, opened
 
     names = ("model", "engine", "dtype", "device", "profile", "steps", "limit")
     settings = ScriptSettings(**{name: getattr(given, name) for name in names})
-    modules = modules_of_scripts(has_gpu=given.device != "cpu")
+    modules = modules_of_scripts(has_gpu=given.device != "cpu", is_trainer=is_trainer(path))
+    imports = ScriptImports(modules, (Path.cwd(), path.resolve().parent, path.resolve().parent.parent))
     with opened(settings) as session, _arguments([given.script, *given.arguments]):
         try:
-            exec(code, _globals(path, modules))
+            exec(code, imports.globals_of("__main__", path))
         except EnoughImages:
             pass
         except Exception as error:
@@ -78,46 +80,43 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def compiled(path: Path) -> CodeType:
-    """The code of a script; refused where it is none, or one that a command of ours does instead."""
+def compiled(path: Path, device: str) -> CodeType:
+    """The code of a script; refused where it is none, or one that cannot run on this device."""
     if not path.is_file():
         raise Refused(f"{path}: no such script", "Name a script of the checkout's folder tools.")
-    if path.stem.startswith(WITHOUT):
-        raise Refused(
-            f"{path}: {path.stem} imports modules of DatasetDM that have no counterpart here",
-            f"`{PROG} {path.stem} --help` shows our command of that name, if it has one.",
-        )
+    if path.stem == "train":
+        raise Refused(f"{path}: it teaches a decoder that no generator of DatasetDM reads", "Run one of tools/train_*.")
     try:
         with tokenize.open(path) as file:
-            return compile(file.read(), str(path), "exec")
-    except (SyntaxError, ValueError) as error:
+            tree = ast.parse(file.read(), str(path))
+        code = compile(tree, str(path), "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Refused(
             f"{path}: not a Python script ({documents.one_line(str(error))})", "Name another file."
         ) from error
+    if is_trainer(path) and (line := _moved_to_gpu(tree)):
+        _check_gpu(path, line, device)
+    return code
 
 
-def _globals(path: Path, modules: Mapping[str, ModuleType]) -> dict[str, Any]:
-    """Globals of a script whose imports find these modules first; no other code's imports change."""
-    own = {**vars(builtins), "__import__": _importer(modules)}
-    return {"__name__": "__main__", "__file__": str(path), "__builtins__": own}
+def is_trainer(path: Path) -> bool:
+    return path.stem.startswith("train_")
 
 
-def _importer(modules: Mapping[str, ModuleType]) -> Callable[..., ModuleType]:
-    def importing(
-        name: str, scope: Any = None, local: Any = None, wanted: Sequence[str] | None = (), level: int = 0
-    ) -> ModuleType:
-        top = name.partition(".")[0]
-        if level or top not in modules:
-            return __import__(name, scope, local, wanted, level)
-        if name in modules:
-            return modules[name if wanted else top]
-        library = getattr(modules[top], "_library", None)
-        if library is None:
-            raise ImportError(f"{name} is none of the modules that compat.showlab has")
-        found = __import__(name, scope, local, wanted, level)
-        return found if wanted else modules[top]
+def _moved_to_gpu(tree: ast.Module) -> int:
+    """The first line that moves a tensor by `.cuda()`, whatever the machine has; 0 where there is none."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    return min((node.lineno for node in calls if node.func.attr == "cuda"), default=0)
 
-    return importing
+
+def _check_gpu(path: Path, line: int, device: str) -> None:
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        why = "--device is cpu" if device == "cpu" else "this machine has no GPU"
+        raise Refused(
+            f"{path}, line {line}: it calls .cuda(), and {why}", f"`{PROG} {path.stem}` does its work on any machine."
+        )
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def _check(config: DecoderConfig, shapes: Shapes, path: Path, kind: str) -> None
         raise Refused(stop.cause, f"Its last layer is that of {' or '.join(alike)}." if alike else ALONE) from stop
 
 
-def _unused_shapes(config: DecoderConfig) -> Shapes:
+def unused_shapes(config: DecoderConfig) -> Shapes:
     """Shapes of what upstream's class has and never reads."""
     if config.kind == "segmentation":
         widths = config.width, config.width + config.text_width
@@ -260,7 +260,7 @@ def as_checkpoint(folder: Path) -> bytes:
         if prefix not in ("", PREFIX) or not all(name.startswith(UNUSED.get(config.kind, ())) for name in left):
             raise Refused(f"{side}: it holds other tensors than the unused ones", "Convert the checkpoint again.")
     else:
-        left = {name: torch.zeros(shape) for name, shape in _unused_shapes(config).items()}
+        left = {name: torch.zeros(shape) for name, shape in unused_shapes(config).items()}
         state = {name: value.float() for name, value in state.items()}  # upstream has fp32 only
     whole = {f"{prefix}{name}": value for name, value in sorted({**state, **left}.items())}
     buffer = BytesIO()

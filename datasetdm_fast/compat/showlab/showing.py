@@ -32,6 +32,7 @@ class Shower:
     draw: Callable[[np.ndarray, Path], Image.Image]
     folder: str = "Mask"
     suffix: str = ".png"
+    is_beside: bool = False  # whether image_NAME.jpg, the image itself, lies beside its drawing
 
     @property
     def told(self) -> str:
@@ -89,8 +90,8 @@ SHOWERS = {
         Shower("vis_Cityscapes", "Cityscapes_Train_19_images_t1", 100, _map_over("cityscapes", 0.5)),
         Shower("vis_deepfashion_MM", "DeepFashion_MM_Train_105_images_t1", 100, _map_over("deepfashion", 0.6)),
         Shower("vis_COCO", "COCO_Train_10_images_t1_10layers_NoClass", 200, _contours, suffix=".txt"),
-        Shower("vis_NYU", "NYU_Train_250_images_t1", 100, _room, "Annotation"),
-        Shower("vis_KITTI", "KITTI_Train_50_images_t1", 20, _street, "Annotation"),
+        Shower("vis_NYU", "NYU_Train_250_images_t1", 100, _room, "Annotation", is_beside=True),
+        Shower("vis_KITTI", "KITTI_Train_50_images_t1", 20, _street, "Annotation", is_beside=True),
     )
 }
 
@@ -107,6 +108,8 @@ def show(shower: Shower, line: Line) -> tuple[Path, int]:
     shown = [pair for pair in sorted(pairs) if pair[1].is_file()][: shower.first]
     for path, label in shown:
         pixels = np.array(images.read_image(path).convert("RGB"))
-        drawn = shower.draw(pixels, label).convert("RGB")
-        storage.publish({out / path.name: encoded(drawn, "JPEG", quality=95)})
+        made = {out / path.name: shower.draw(pixels, label).convert("RGB")}
+        if shower.is_beside:
+            made[out / f"image_{path.name}"] = Image.fromarray(pixels)
+        storage.publish({name: encoded(picture, "JPEG", quality=95) for name, picture in made.items()})
     return out, len(shown)

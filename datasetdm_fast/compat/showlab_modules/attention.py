@@ -33,21 +33,20 @@ class AttentionStore:
         """The latents to go on with after a step."""
         return latents
 
-    def keep(self, capture: Capture) -> None:
-        """Adds the maps of a call to those of the calls before."""
-        if not self.activate:
-            return
-        found = by_place(capture)
-        if self.attention_store:
-            found = {
-                key: [old + new for old, new in zip(self.attention_store[key], maps)] for key, maps in found.items()
-            }
-        self.attention_store = found
-        self.cur_step += 1
-
     def get_average_attention(self) -> dict[str, list[Tensor]]:
         """The maps of each place, divided by the number of calls."""
         return {key: [one / self.cur_step for one in maps] for key, maps in self.attention_store.items()}
+
+
+def keep(store: AttentionStore, capture: Capture) -> None:
+    """Adds the maps of a call to those of the calls before, in a store of ours or of a script's own class."""
+    if not store.activate:
+        return
+    found = by_place(capture)
+    if store.attention_store:
+        found = {key: [old + new for old, new in zip(store.attention_store[key], maps)] for key, maps in found.items()}
+    store.attention_store = found
+    store.cur_step += 1
 
 
 def by_place(capture: Capture) -> dict[str, list[Tensor]]:

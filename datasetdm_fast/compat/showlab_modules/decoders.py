@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from datasetdm_fast.compat.showlab_modules import session
 from datasetdm_fast.compat.showlab_modules.attention import AttentionStore, by_level
 from datasetdm_fast.data import Capture
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream
-from datasetdm_fast.decoders.config import SD1_LEVELS, upstream
-from datasetdm_fast.decoders.upstream import PREFIX, fitted
+from datasetdm_fast.decoders.config import SD1_LEVELS, DecoderConfig, upstream
+from datasetdm_fast.decoders.upstream import PREFIX, fitted, unused_shapes
 from datasetdm_fast.stages import LEVELS
 
 
 class NamedDecoder(nn.Module):
     """A decoder that takes the features and attention of a script; it stays as it is trained, as DatasetDM leaves it:
-    its spectral norms move from image to image.
+    its spectral norms move from image to image. Without a checkpoint it has fresh weights, to be trained.
     """
 
     kind = ""
@@ -28,6 +28,8 @@ class NamedDecoder(nn.Module):
         super().__init__()
         here = session.current()
         self.levels = here.model.levels if here.has_model else SD1_LEVELS
+        if here.has_model and "queries" in settings:
+            settings |= {"text_width": here.model.networks["text_encoder"].config.hidden_size}
         self.settings = settings
         self.place = torch.device("cpu")
         self.decoder: nn.Module | None = None
@@ -36,10 +38,27 @@ class NamedDecoder(nn.Module):
         self.place = torch.device(device)
         return super().to(device)
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those to train: what asks for them first makes a decoder with fresh weights."""
+        if self.decoder is None:
+            self.decoder = build_decoder(self.config).train().to(self.place)
+        return self.decoder.parameters(recurse)
+
+    @property
+    def config(self) -> DecoderConfig:
+        return upstream(self.kind, levels=self.levels, **self.settings)
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """A checkpoint as DatasetDM saves it: with what its class has and never reads, as zeros."""
+        if self.decoder is None:
+            raise RuntimeError(f"{type(self).__name__}: it has no weights yet")
+        unread = {name: torch.zeros(shape) for name, shape in unused_shapes(self.decoder.config).items()}
+        return {**self.decoder.state_dict(), **unread}
+
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         """Takes a checkpoint of DatasetDM, `module.` before its names or not; the widths of layers are those it has."""
         shapes = {name.removeprefix(PREFIX): tuple(value.shape) for name, value in state.items()}
-        config = fitted(upstream(self.kind, levels=self.levels, **self.settings), shapes)
+        config = fitted(self.config, shapes)
         self.decoder = load_upstream(build_decoder(config), state, strict=True).to(self.place)
 
     def forward(
@@ -51,7 +70,7 @@ class NamedDecoder(nn.Module):
         class_embedding: Tensor | None = None,
     ):
         if self.decoder is None:
-            raise RuntimeError(f"{type(self).__name__}: no checkpoint was loaded into it")
+            raise RuntimeError(f"{type(self).__name__}: no checkpoint was loaded into it, nor is it trained")
         found = tuple(tuple(features[level]) for level in LEVELS)
         cells = [level[0].shape[-2] * level[0].shape[-1] for level in found]
         capture = Capture(found, by_level(controller.get_average_attention(), cells, len(prompts)))

@@ -1,28 +1,20 @@
-"""Stand-ins for libraries as far as DatasetDM's generators call them."""
+"""Stand-ins for libraries as far as DatasetDM's scripts call them; detectron2 and OpenCV have files of their own."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
-
-def retry_if_cuda_oom(function: Callable) -> Callable:
-    """The function itself: what does not fit is refused by the engine."""
-    return function
-
-
-def sem_seg_postprocess(result: Tensor, img_size: tuple[int, int], output_height: int, output_width: int) -> Tensor:
-    """Class planes [C, h, w] without their padding, at another size."""
-    planes = result[None, :, : img_size[0], : img_size[1]]
-    return F.interpolate(planes, size=(output_height, output_width), mode="bilinear", align_corners=False)[0]
+from datasetdm_fast.compat.showlab import drawing
+from datasetdm_fast.foreign import documents
 
 
 def seed_everything(seed: int | None = None, workers: bool = False) -> int:
@@ -38,13 +30,41 @@ def display(*_: Any, **__: Any) -> None:
     """Shows nothing."""
 
 
-def imwrite(path: str, image: np.ndarray, params: Any = None) -> bool:
-    """Writes a grey plane or channels blue, green, red: rounded half to even and clipped to 8 bits, 16 as they are."""
-    plane = image if image.dtype == np.uint16 else np.rint(image).clip(0, 255).astype(np.uint8)
-    if plane.ndim == 3:
-        plane = plane[:, :, 0] if plane.shape[2] == 1 else plane[:, :, ::-1]
-    Image.fromarray(np.ascontiguousarray(plane)).save(path)
-    return True
+def get_cmap(name: str) -> Callable[..., np.ndarray]:
+    """The colours of values 0 to 1, in this package's maps: `magma_r` for streets, `jet` for rooms."""
+    colours = {"jet": drawing.jet, "magma_r": drawing.near_to_far}[name]
+
+    def mapped(values: np.ndarray, bytes: bool = False) -> np.ndarray:  # noqa: A002, as the library calls it
+        solid = np.full((*values.shape, 1), 255, np.uint8)
+        found = np.concatenate([colours(values), solid], -1)
+        return found if bytes else found / 255
+
+    return mapped
+
+
+class Timer:
+    """How long something takes."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+
+class LvisFile:
+    """Images and annotations of a file in LVIS's form, by their ids."""
+
+    def __init__(self, path: str):
+        found = documents.read_object(Path(path))
+        self.imgs = {each["id"]: each for each in found["images"]}
+        self.cats = {each["id"]: each for each in found["categories"]}
+        self.img_ann_map: dict[int, list[dict]] = defaultdict(list)
+        for each in found["annotations"]:
+            self.img_ann_map[each["image_id"]].append(each)
+
+    def load_imgs(self, ids: Sequence[int]) -> list[dict]:
+        return [self.imgs[id] for id in ids]
 
 
 class ProcessInTurn:

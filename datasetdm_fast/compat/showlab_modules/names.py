@@ -7,13 +7,11 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
-import torch
 from PIL import Image
 
-from datasetdm_fast.compat.showlab_modules import libraries
+from datasetdm_fast.compat.showlab_modules import detectron, libraries, opencv
 from datasetdm_fast.compat.showlab_modules.answers import (
     dict2obj,
     get_findContours,
@@ -30,7 +28,8 @@ from datasetdm_fast.compat.showlab_modules.decoders import (
     seg_decorder,
     seg_decorder_open_word,
 )
-from datasetdm_fast.compat.showlab_modules.networks import HubPipeline, PartOfModel
+from datasetdm_fast.compat.showlab_modules.importing import StandInModule
+from datasetdm_fast.compat.showlab_modules.networks import HubPipeline, PartOfModel, TrainingScheduler
 from datasetdm_fast.compat.showlab_modules.ptp_utils import (
     init_latent,
     latent2image,
@@ -50,6 +49,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "seq_aligner": {},
     "train": {"AttentionStore": AttentionStore},
     "dataset": {"random": random, "OrderedDict": OrderedDict},  # scripts use these two without importing them
+    "model.diffusers.models.unet_2d_condition": {"UNet2DConditionModel": None},  # imported, and used by none
     "model.unet": {"UNet2D": UNet2D, "get_feature_dic": get_feature_dic, "clear_feature_dic": clear_feature_dic},
     "model.segment.transformer_decoder": {"seg_decorder": seg_decorder},
     "model.segment.transformer_decoder_semantic": {"seg_decorder_open_word": seg_decorder_open_word},
@@ -67,13 +67,20 @@ MODULES: dict[str, dict[str, Any]] = {
 }
 # In place of libraries, where they are not installed.
 STAND_INS: dict[str, dict[str, Any]] = {
-    "detectron2.utils.memory": {"retry_if_cuda_oom": libraries.retry_if_cuda_oom},
-    "detectron2.modeling.postprocessing": {"sem_seg_postprocess": libraries.sem_seg_postprocess},
+    **detectron.MODULES,
     "pytorch_lightning": {"seed_everything": libraries.seed_everything},
     "IPython.display": {"display": libraries.display, "Image": Image.Image},
-    "cv2": {"imwrite": libraries.imwrite},
-    "mmcv": {"imwrite": libraries.imwrite},
-    "torchvision": {},
+    "cv2": opencv.NAMES,
+    "mmcv": {"imwrite": opencv.write_first},
+    "matplotlib.cm": {"get_cmap": libraries.get_cmap},
+    "matplotlib.pyplot": {},
+    "torchvision.transforms": {},
+    "fvcore.common.timer": {"Timer": libraries.Timer},
+    "lvis": {"LVIS": libraries.LvisFile},
+    "distutils.version": {},
+    "albumentations": {},
+    "json_tricks": {},
+    "skimage.util": {},
 }
 # Before the library's own names, for the script alone.
 BEFORE: dict[str, dict[str, Any]] = {
@@ -82,7 +89,13 @@ BEFORE: dict[str, dict[str, Any]] = {
         "Process": libraries.ProcessInTurn,
         "Manager": libraries.Manager,
     },
-    "diffusers": {"AutoencoderKL": PartOfModel("vae"), "StableDiffusionPipeline": HubPipeline},
+    "diffusers": {
+        "AutoencoderKL": PartOfModel("vae"),
+        "StableDiffusionPipeline": HubPipeline,
+        "DDPMScheduler": TrainingScheduler,
+    },
+    "numpy": {"float": float, "int": int},  # gone from newer versions, and so are these colour maps
+    "matplotlib.cm": {"get_cmap": libraries.get_cmap},
     "transformers": {
         "CLIPTextModel": PartOfModel("text_encoder"),
         "CLIPTokenizer": PartOfModel("clip_tokenizer"),
@@ -91,32 +104,28 @@ BEFORE: dict[str, dict[str, Any]] = {
 }
 
 
-class StandInModule(ModuleType):
-    """A module of given names, and behind them those of the library it stands before, if any."""
-
-    def __init__(self, name: str, values: Mapping[str, Any], library: ModuleType | None = None):
-        super().__init__(name)
-        self.__dict__.update(values)
-        self.__dict__["_library"] = library
-
-    def __getattr__(self, name: str) -> Any:
-        if self._library is not None:
-            return getattr(self._library, name)
-        raise AttributeError(f"{self.__name__}.{name} is none of the names that compat.showlab has")
-
-
-def modules_of_scripts(has_gpu: bool) -> dict[str, ModuleType]:
-    """Module -> what a script gets for it, packages above it included."""
-    found = {name: StandInModule(name, values) for name, values in MODULES.items()}
+def modules_of_scripts(has_gpu: bool, *, is_trainer: bool = False) -> dict[str, StandInModule]:
+    """Module -> what a script gets for it, packages above it included; a trainer has the checkout's data sets."""
+    ours = {name: values for name, values in MODULES.items() if name != "dataset" or not is_trainer}
+    found = {name: StandInModule(name, values) for name, values in ours.items()}
     missing = [name for name in STAND_INS if find_spec(name.partition(".")[0]) is None]
-    found |= {name: StandInModule(name, STAND_INS[name]) for name in missing}
+    found |= {name: StandInModule(name, STAND_INS[name], is_library=True) for name in missing}
     for name, values in BEFORE.items():
-        __import__(name)
-        found[name] = StandInModule(name, values, sys.modules[name])
+        if name not in found and find_spec(name.partition(".")[0]) is not None:
+            __import__(name)
+            found[name] = _before(name, values)
     cuda = {"set_device": libraries.set_device} | ({} if has_gpu else {"is_available": lambda: False})
-    found["torch"] = StandInModule("torch", {"cuda": StandInModule("torch.cuda", cuda, torch.cuda)}, torch)
+    found["torch"] = _before("torch", {"cuda": _before("torch.cuda", cuda)})
     for name in list(found):
         while "." in name:
             child, (name, _, last) = name, name.rpartition(".")
-            found.setdefault(name, StandInModule(name, {})).__dict__[last] = found[child]
+            below = found[child]
+            has_library = below._is_library and below._behind is not None
+            holder = _before(name, {}) if has_library else StandInModule(name, {}, is_library=below._is_library)
+            found.setdefault(name, holder).__dict__[last] = below
     return found
+
+
+def _before(name: str, values: Mapping[str, Any]) -> StandInModule:
+    """Names before those of a library."""
+    return StandInModule(name, values, lambda: sys.modules[name], is_library=True)

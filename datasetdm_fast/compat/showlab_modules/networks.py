@@ -44,6 +44,18 @@ class ScriptSampler:
         return {"prev_sample": self.state.latents}
 
 
+class TrainingScheduler:
+    """Makes diffusers' DDPM over the betas of Stable Diffusion 1.x; nothing is downloaded."""
+
+    @classmethod
+    def from_config(cls, *_: Any, **__: Any) -> Any:
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(**{name: SD_SCHEDULER[name] for name in ("beta_start", "beta_end", "beta_schedule")})
+
+    from_pretrained = from_config
+
+
 class HubPipeline:
     """Stands for the pipeline that scripts download to take its scheduler; nothing is downloaded."""
 

@@ -68,11 +68,20 @@ class ScriptSession:
     def has_model(self) -> bool:
         return bool(self.settings.model or self.folder)
 
-    def begin(self, count: int) -> None:
-        """Counts images that are begun; ends the script where it has made enough."""
+    def check(self) -> None:
+        """Ends the script where it has made enough images."""
         if self.settings.limit and self.images >= self.settings.limit:
             raise EnoughImages
+
+    def begin(self, count: int) -> None:
+        """Counts images that are begun."""
+        self.check()
         self.images += count
+
+    def written(self, path: str) -> None:
+        """Counts a JPEG file that a script without a model writes, as an image that is begun."""
+        if not self.has_model and Path(path).suffix in (".jpg", ".jpeg"):
+            self.begin(1)
 
 
 SESSIONS = [ScriptSession()]

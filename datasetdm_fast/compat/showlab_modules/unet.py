@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.compat.showlab_modules import session
+from datasetdm_fast.compat.showlab_modules import attention, session
 from datasetdm_fast.data import Capture
 from datasetdm_fast.stages import LEVELS
 
@@ -18,7 +18,10 @@ CAPTURED = (0, 1)  # timesteps whose call collects features
 
 
 def clear_feature_dic() -> None:
-    """Forgets the features of the last image."""
+    """Forgets the features of the last image, and ends a script that has made enough: some trainers catch the end
+    within an image.
+    """
+    session.current().check()
     session.current().features = {level: [] for level in LEVELS}
 
 
@@ -83,7 +86,7 @@ class UNet2D:
         noise, capture = self.engine.denoise_and_capture_raw(latents, float(timestep), context)
         keep(capture)
         if self.controller is not None:
-            self.controller.keep(capture)
+            attention.keep(self.controller, capture)
         return noise
 
 
