@@ -296,9 +296,14 @@ class SamplingSettings:
     profile: str = setting("0.3.0", "diffusers version whose PNDM timesteps are used", choices=PROFILES)
 
 
+def dry_run_setting() -> Any:
+    """The flag of every command that writes."""
+    return setting(False, "show what would be done, and write nothing", identity=False)
+
+
 @dataclass(frozen=True)
 class OutputSettings:
-    dry_run: bool = setting(False, "show the plan and stop", identity=False)
+    dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "show no progress", identity=False)
 

@@ -5,7 +5,6 @@ With --to decoder, pth or diffusers it converts checkpoints: `convert FILE --to 
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted
+from datasetdm_fast.command_line.telling import planned, put, say
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.exporting import checkpoints
 from datasetdm_fast.exporting.settings import ExportSettings
@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 from datasetdm_fast.run_folder.object_store import is_url
 
 PROG = "python -m datasetdm_fast.convert"
+EXAMPLES = (
+    "runs/demo --to coco,yolo-seg",
+    "runs/day runs/night --to voc --border 5 --classes person=human --out exports",
+)
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
     if checkpoints.is_meant(arguments):
         return checkpoints.run(arguments)
-    settings, given = parse(arguments, ExportSettings, PROG, __doc__)
+    settings, given = parse(arguments, ExportSettings, PROG, __doc__, EXAMPLES)
     settings.check()
     if not settings.runs:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
@@ -50,17 +54,16 @@ def main(arguments: Sequence[str]) -> int:
     conversion = _opened(settings, folder)
     for source in conversion.sources:
         if not source.run.is_complete:
-            _say(settings, f"{source.run.path}: not finished, the {len(source.run)} samples it has are converted")
+            say(settings, f"{source.run.path}: not finished, the {len(source.run)} samples it has are converted")
     for name, format in conversion.formats.items():
         if unknown := format.unknown(conversion.plan):
-            _say(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
+            say(settings, f"{name}: it has no class {', '.join(unknown)}, which --classes can rename")
     if settings.dry_run:
         would = f"{counted(conversion.samples, 'sample')} would be written as {', '.join(settings.to)}"
-        _say(settings, f"{folder}: {'complete, nothing to do' if conversion.is_complete else would}")
         facts = {"path": str(folder), "samples": conversion.samples, "splits": conversion.splits}
-        print(json.dumps(facts) if settings.json else folder, flush=True)
         conversion.close()
-        return 0
+        told = f"{folder}: {'complete, nothing to do' if conversion.is_complete else would}"
+        return planned(settings, facts, str(folder), told)
     with (
         Interruption(settings.quiet) as interruption,
         ImageProgress(conversion.samples, settings.quiet) as progress,
@@ -75,9 +78,9 @@ def main(arguments: Sequence[str]) -> int:
     told = (
         f"{counted(result.samples, 'sample')} ({splits}) as {', '.join(settings.to)}, {counted(result.files, 'file')}"
     )
-    _say(settings, f"{folder}: {told}" if result.made else f"{folder}: complete, {told}; nothing to do")
+    say(settings, f"{folder}: {told}" if result.made else f"{folder}: complete, {told}; nothing to do")
     facts = {"path": str(folder), "samples": result.samples, "made": result.made, "files": result.files}
-    print(json.dumps({**facts, "splits": conversion.splits}) if settings.json else folder, flush=True)
+    put(settings, {**facts, "splits": conversion.splits}, str(folder))
     return interruption.exit_code(0)
 
 
@@ -102,11 +105,6 @@ def _passing(path: Path, where: str) -> frozenset[int]:
             f"--where: samples of {path} are not scored", f"Score them with: python -m datasetdm_fast.filter {path}"
         )
     return frozenset(passing(path, where).kept)
-
-
-def _say(settings: ExportSettings, line: str) -> None:
-    if not settings.quiet:
-        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 from datasetdm_fast.config import ENGINES, setting
 from datasetdm_fast.version import __version__
 
+EXAMPLES = ("--json",)
 LIBRARIES = (
     "torch diffusers transformers accelerate safetensors tokenizers numpy scipy pillow pycocotools pyyaml tqdm triton "
     "onnx onnxruntime onnxruntime-gpu onnxscript openvino tensorrt tensorrt-rtx xformers ray openai pyarrow"
@@ -278,7 +279,7 @@ def _command(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.flags import parse
     from datasetdm_fast.errors import Missing
 
-    config, _ = parse(arguments, DoctorConfig, "python -m datasetdm_fast.doctor", __doc__)
+    config, _ = parse(arguments, DoctorConfig, "python -m datasetdm_fast.doctor", __doc__, EXAMPLES)
     found = examine()
     print(json.dumps(found) if config.json else "\n".join(lines(found)))
     if problem := found["self_test"]["problem"]:

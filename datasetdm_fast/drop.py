@@ -1,6 +1,5 @@
 """python -m datasetdm_fast.drop RUN ID...: take samples out of a run folder; restore brings them back."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +7,12 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
+from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m datasetdm_fast.drop"
+EXAMPLES = ("runs/demo 00000003 00000007", 'runs/demo --where "score < 0.4" --dry-run')
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class DropConfig:
     where: str = setting(
         "", "drop the samples for which this holds, such as 'score<0.4 or duplicate==1'", metavar="CONDITION"
     )
-    dry_run: bool = setting(False, "say which samples would be dropped, and drop none")
+    dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no message")
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, DropConfig, PROG, __doc__)
+    config, given = parse(arguments, DropConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     for name in ("file", "where"):
@@ -45,12 +46,13 @@ def main(arguments: Sequence[str]) -> int:
     before = len(run)
     chosen = dropping.drop(run, sorted(wanted), is_dry=config.dry_run)
     ids = [f"{index:08d}" for index in chosen]
-    if not config.quiet:
-        told = f"{len(ids)} of {before} samples {'would be' if config.dry_run else 'are'} dropped"
-        again = f"; {len(wanted) - len(ids)} were dropped before" if len(wanted) > len(ids) else ""
-        print(f"{config.run}: {told}{again}", file=sys.stderr)
+    again = f"; {len(wanted) - len(ids)} were dropped before" if len(wanted) > len(ids) else ""
+    told = f"{config.run}: {len(ids)} of {before} samples {'would be' if config.dry_run else 'are'} dropped{again}"
     facts = {"path": config.run, "dropped": ids, "left": before - len(ids)}
-    print(json.dumps(facts) if config.json else "\n".join(ids) if config.dry_run else config.run, flush=True)
+    if config.dry_run:
+        return planned(config, facts, "\n".join(ids), told)
+    say(config, told)
+    put(config, facts, config.run)
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.progress import counted, shows_bar
+from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation import naming
 from datasetdm_fast.evaluation.networks import BUILT_IN, MULTIPLE, open_network
@@ -51,6 +52,10 @@ def _decoders(config: EvaluateConfig) -> int:
     # a bad data set is refused before a model loads
     sources = {address: _opened(config, address, ANY_SIZE, tasks_of(config.task)) for address in addresses}
     pairs = naming.pairs(config.class_names, sources.values())
+    if config.dry_run:
+        images = {address: len(source) for address, source in sources.items()}
+        told = [f"{address}: {counted(count, 'image')} would be judged" for address, count in images.items()]
+        return planned(config, {"images": images}, "\n".join(told))
     engine, found, skipped = _engine(config, config.decoder), {}, {}
     for address, source in sources.items():
         found[address], own = _judged(replace(config, data=address), engine, source.tasks, pairs)
@@ -105,6 +110,10 @@ def _curve(config: EvaluateConfig) -> int:
     counts = curve.parse_counts(config.curve)
     address = curve.to_learn_from(config.data, config.learn_from, counts[-1])
     there = [_opened(config, data, ANY_SIZE, config.task).tasks for data in (address, config.data)][-1]
+    if config.dry_run:
+        trained = config.repeats * len(counts)
+        told = f"{counted(trained, 'decoder')} for each task would be taught by {address} and judged on {config.data}"
+        return planned(config, {"labels": list(counts), "repeats": config.repeats, "learn_from": address}, told)
     from datasetdm_fast.engines import build_engine
     from datasetdm_fast.evaluation.measure import measure
     from datasetdm_fast.training.session import train_on
@@ -156,9 +165,13 @@ def _student(config: EvaluateConfig) -> int:
         learnt = _opened(config, address, SIDE, selection=config.selection())
         judged = _opened(config, config.data, SIDE)
         learnt = learnt.readable() if config.skip_bad else learnt
+        tasks = worth.student_tasks(learnt, judged, run, config.task)
+        seeds = config.repeats if config.repeats > 1 else worth.SEEDS
+        if config.dry_run:
+            return _planned_students(config, len(judged), tasks, seeds)
         found = worth.worth(
-            *(learnt, judged, run, worth.student_tasks(learnt, judged, run, config.task), config.real),
-            seeds=config.repeats if config.repeats > 1 else worth.SEEDS,
+            *(learnt, judged, run, tasks, config.real),
+            seeds=seeds,
             steps=config.steps,
             told=lambda line: None if config.quiet else print(line, file=sys.stderr, flush=True),
         )
@@ -231,6 +244,8 @@ def _network(config: EvaluateConfig) -> int:
         device=device,
         dtype=torch.bfloat16 if is_short else torch.float32,
     )
+    if config.dry_run:
+        return _planned_students(config, len(judged), names, experiment.seeds, str(experiment.folder))
     with _bar(0, config.quiet) as bar:
 
         def moved(name: str, step: int, loss: float) -> None:
@@ -242,6 +257,13 @@ def _network(config: EvaluateConfig) -> int:
         )
     skipped = {**run.skipped, **judged.skipped, **({} if learnt is None else learnt.skipped)}
     return _end(config, {"student": found}, skipped, arms.table(found))
+
+
+def _planned_students(config: EvaluateConfig, images: int, kinds: Sequence[str], seeds: int, folder: str = "") -> int:
+    """The exit code of a dry run of students of some kinds, whose checkpoints `folder` would keep."""
+    told = f"{counted(seeds, 'student')} for each of {', '.join(kinds)} would be taught and judged on {images} images"
+    facts = {"students": seeds * len(kinds), "images": images, **({"path": folder} if folder else {})}
+    return planned(config, facts, told, *([f"their checkpoints and figures would be in {folder}"] if folder else []))
 
 
 def _opened(config: EvaluateConfig, data: str, size: int, tasks: Sequence[str] = (), selection=None):

@@ -14,8 +14,9 @@ from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.config import setting
+from datasetdm_fast.command_line.progress import ImageProgress, counted
+from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class FilterConfig:
         "", "keep the samples for which this holds, such as 'score>=0.6 and duplicate==0'", metavar="CONDITION"
     )
     undo: bool = setting(False, "keep all samples again")
-    dry_run: bool = setting(False, "say how many samples of a scored run --where would keep, and write nothing")
+    dry_run: bool = dry_run_setting()
     clip: str = setting("", "folder of a CLIP, which adds the score clip", metavar="DIR")
     stability: bool = setting(False, "adds the score stability, with the model and the decoders of the run")
     threads: int = setting(0, "samples scored at once, 0 = all cores", metavar="N")
@@ -63,17 +64,18 @@ def main(arguments: Sequence[str]) -> int:
 
     if config.undo:
         return _undo(config)
-    if config.dry_run and not config.where:
-        raise Refused("--dry-run: no condition to be tried", "Add --where.")
     names = parse_where(config.where, tuple(SCORES))[1] if config.where else ()  # before hours of scoring
     run = filtering.check(Path(config.run))
     extra = [name for name in OF_NETWORKS if getattr(config, name)]
     filtering.check_made(run, names, extra)
     if left := filtering.count_missing(run, extra):
-        if config.dry_run:
+        if config.dry_run and config.where:
             raise Refused(
                 f"--dry-run: {left} samples have no scores yet", "Score them first: the line without --where."
             )
+        if config.dry_run:
+            told = f"{config.run}: {counted(left, 'sample')} would be scored"
+            return planned(config, {"path": config.run, "scored": left}, config.run, told)
         networks = _networks(config, run)
         with Interruption(config.quiet) as interruption, ImageProgress(left, config.quiet) as progress:
             filtering.complete(
@@ -106,9 +108,13 @@ def _networks(config: FilterConfig, run: Run) -> dict[str, Any]:
 def _undo(config: FilterConfig) -> int:
     from datasetdm_fast.curation import filtering
 
-    count = filtering.undo(filtering.check(Path(config.run)))
-    _say(config, f"{config.run}: all samples are kept again, {count} had been left out")
-    _put(config, {"path": config.run, "restored": count})
+    count = filtering.undo(filtering.check(Path(config.run)), is_dry=config.dry_run)
+    facts = {"path": config.run, "restored": count}
+    if config.dry_run:
+        told = f"{config.run}: all samples would be kept again, {count} are left out"
+        return planned(config, facts, config.run, told)
+    say(config, f"{config.run}: all samples are kept again, {count} had been left out")
+    put(config, facts, config.run)
     return 0
 
 
@@ -119,17 +125,20 @@ def _keep(config: FilterConfig, run: Run) -> int:
     decided = filtering.decide(run, config.where, is_dry=config.dry_run)
     total = len(decided.kept) + len(decided.left_out)
     reasons = f"are kept; {config.run}/state/kept.json says why the others are not"
-    _say(config, f"{len(decided.kept)} of {total} samples {'would be kept' if config.dry_run else reasons}")
+    say(config, f"{len(decided.kept)} of {total} samples {'would be kept' if config.dry_run else reasons}")
     table = read_scores(run.path, ())
     kept, every = set(decided.kept), Counter(word for words in table.classes for word in words)
     left = Counter(
         word for index, words in zip(table.indices, table.classes, strict=True) if index in kept for word in words
     )
-    if every and not config.quiet:
+    if every:
         told = ", ".join(f"{word} {left[word]} of {count}" for word, count in every.most_common())
-        print(f"of each class: {told}", file=sys.stderr)
+        say(config, f"of each class: {told}")
     facts = {"path": config.run, "where": decided.where, "kept": len(decided.kept), "left_out": len(decided.left_out)}
-    _put(config, {**facts, "classes": {word: [left[word], count] for word, count in every.items()}})
+    facts["classes"] = {word: [left[word], count] for word, count in every.items()}
+    if config.dry_run:
+        return planned(config, facts, config.run)
+    put(config, facts, config.run)
     return 0
 
 
@@ -160,15 +169,6 @@ def _lines(bins: Sequence[Bin], words: Sequence[str]) -> Iterator[str]:
         bar = "#" * -(-each.samples * BAR // most)
         left = (f"{each.left_by_class.get(word, 0):>{width}}" for word, width in zip(words, widths, strict=True))
         yield f"{each.least:>10.4g} {each.samples:>8} {bar:{BAR}} {each.left:>9} {' '.join(left)}".rstrip()
-
-
-def _put(config: FilterConfig, facts: dict[str, Any]) -> None:
-    print(json.dumps(facts) if config.json else config.run, flush=True)
-
-
-def _say(config: FilterConfig, line: str) -> None:
-    if not config.quiet:
-        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,21 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import shows_bar
-from datasetdm_fast.config import setting
+from datasetdm_fast.command_line.progress import counted, shows_bar
+from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.run_folder.gallery import PAGE, server
 from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, copy_whole, is_url
 from datasetdm_fast.run_folder.showing import ShownRun, show
 
 PROG = "python -m datasetdm_fast.gallery"
-EXAMPLES = ("runs/demo --serve", "s3://bucket/run --serve", "s3://bucket/run --out runs/copy")
+EXAMPLES = (
+    "runs/demo --serve",
+    "runs/varied --serve --against runs/demo",
+    "s3://bucket/run --serve",
+    "s3://bucket/run --out runs/copy",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class GalleryConfig:
     )
     against: str = setting("", "another run, shown beside this one: its source, or one of the same plan", metavar="RUN")
     port: int = setting(server.FIRST_PORT, "port to serve it on; where it is taken, the next that is free", metavar="N")
+    dry_run: bool = dry_run_setting()
+    json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "print only the path or the address of the page")
 
 
@@ -48,18 +56,24 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused(f"--port {config.port}: expected a number from 1 to 65535", "Choose another number.")
     if config.against and not config.serve:
         raise Refused("--against: a page from a disk reads no other folder", "Add --serve.")
+    place = config.run if config.dry_run else config.out or config.run
     if config.out:
         _copy(config)
-    place = config.out or config.run
-    run = show(place, is_served=config.serve)
-    _say(config, f"{place}: {run.samples} of {run.planned} samples")
+    is_copied = config.dry_run and config.out != ""
+    run = show(place, is_served=config.serve or is_copied, is_dry=config.dry_run)
+    told = f"{place}: {run.samples} of {counted(run.planned, 'sample')}"
+    page = str((Path(config.out) if config.out else run.folder) / PAGE)
+    facts = {"page": page, "samples": run.samples, "number": run.planned}
+    if config.dry_run:
+        return planned(config, facts, page, f"{told}, which the page would show")
+    say(config, told)
     if not config.serve:
-        print(run.folder / PAGE, flush=True)
+        put(config, facts, page)
         return 0
     against = _served(config.against, show(config.against, is_served=True)) if config.against else None
-    with server.opened(_served(place, run), config.port, lambda line: _say(config, line), against) as serving:
-        print(serving.address, flush=True)
-        _say(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
+    with server.opened(_served(place, run), config.port, lambda line: say(config, line), against) as serving:
+        put(config, facts | {"address": serving.address}, serving.address)
+        say(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
         serving.serve_forever()
     return 0
 
@@ -76,15 +90,12 @@ def _copy(config: GalleryConfig) -> None:
     copies = copy_of(config.run)
     if copies is None:
         raise Refused(f"--out: {config.run} is a folder on a disk", "Drop it: the page of a folder is written there.")
+    if config.dry_run:
+        return
     from tqdm import tqdm
 
     with tqdm(unit="file", file=sys.stderr, disable=not shows_bar(config.quiet)) as bar:
         copy_whole(StoreCopy(copies.store.url, Path(config.out)), bar.reset, bar.update)
-
-
-def _say(config: GalleryConfig, line: str) -> None:
-    if not config.quiet:
-        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

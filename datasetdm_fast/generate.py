@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from datasetdm_fast.agreement.during import RepeatedComparison
 from datasetdm_fast.command_line.cores import cores
@@ -16,6 +15,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
+from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, put, remade, say
 from datasetdm_fast.config import HALF, REFERENCE, RunConfig
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.generation.defaults import with_folder, with_labels
@@ -77,14 +77,15 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if config.store and not config.dry_run:
             object_store.ObjectStore(config.store).complete(result.path)
-        _say(config, f"{result.path}: complete with {counted(result.done, 'sample')}, nothing to do")
+        say(config, f"{result.path}: complete with {counted(result.done, 'sample')}, nothing to do")
         return _end(config, result)
     if sys.stderr.isatty():  # who waits there hears why: libraries and networks take seconds
-        _say(config, f"loading    {config.model}")
+        say(config, f"loading    {config.model}")
     if config.dry_run:
         job = prepare(config, dtype=HALF if measures(config) else "", mixes=True)
-        _say(config, *table(job))
+        say(config, *table(job))
         _show_plan(job)
+        say(config, NOTHING_WRITTEN)
         return 0
     interruption = Interruption(config.quiet)
     places = () if peer or config.cluster else devices.places(config)
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run_here(config: RunConfig, interruption: Interruption) -> Result:
     job = _decided(config, races=True)
-    _say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size)))
+    say(config, *table(job, job.call_seconds or probe(job.engine, job.plan.batch_size)))
     if config.verify:
         job = _verified(config, job)
     images, compare = min(job.plan.number - job.done, config.limit or job.plan.number), _comparison(config)
@@ -177,7 +178,7 @@ def _mixed(config: RunConfig, job: Job) -> Job:
     from datasetdm_fast.agreement import mixing
 
     indices = mixing.chosen(job)
-    _say(config, f"mixed      another engine than before ({'; '.join(job.differing)})")
+    say(config, f"mixed      another engine than before ({'; '.join(job.differing)})")
     calls = -(-len(indices) // job.plan.batch_size) * len(job.recipe.schedule)
     with _calls_bar("compare", calls, config.quiet) as on_unet_call:
         rows = mixing.compared(job, indices, on_unet_call) if indices else []
@@ -187,7 +188,7 @@ def _mixed(config: RunConfig, job: Job) -> Job:
             f"the limit in {counted(len(indices), 'sample')} ({'; '.join(job.differing)}); nothing was written",
             "Go on with the engine it was begun with, or choose another --out.",
         )
-    _say(config, f"mixed      {job.engine.name} makes {counted(len(indices), 'sample')} again as they are there")
+    say(config, f"mixed      {job.engine.name} makes {counted(len(indices), 'sample')} again as they are there")
     job, entries = mixing.mixed(job, rows, len(indices))
     note(job.folder, "mixed", entries)
     return job
@@ -200,7 +201,7 @@ def _verified(config: RunConfig, job: Job) -> Job:
     stored, number = read_document(job.folder), min(config.verify, job.plan.number)
     earlier = (stored or job.document).get("verified")
     if before.holds(earlier, job.engine, number):
-        _say(config, f"verified   {counted(earlier['number'], 'sample')} agreed before, with this engine and device")
+        say(config, f"verified   {counted(earlier['number'], 'sample')} agreed before, with this engine and device")
         return job
     calls = before.calls_of(job, number)
     with _calls_bar("verify", calls, config.quiet) as on_unet_call:
@@ -213,7 +214,7 @@ def _verified(config: RunConfig, job: Job) -> Job:
             "Try --dtype fp32 or another --engine; --verify-anyway makes the run and writes this down.",
         )
     told = f"does NOT agree in {', '.join(failed)}" if failed else f"agrees in all {len(verdict.rows)} measures"
-    _say(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {counted(number, 'sample')}")
+    say(config, f"verified   {job.engine.name} {told} with {REFERENCE} on {counted(number, 'sample')}")
     facts = before.kept(verdict, job.engine)
     if stored is not None:
         note(job.folder, "verified", facts)
@@ -253,11 +254,7 @@ def _run_together(
 
 def _make_again(config: RunConfig, given: set[str]) -> int:
     task = prepare_remake(config, given)
-    written, id = remake(task), task.row.request.id
-    told = f"{counted(len(written), 'file')} written" if written else "every byte as it was"
-    _say(config, f"sample {id}: made again, {told}")
-    _put(config, {"path": str(task.folder), "id": id, "written": written}, str(task.folder))
-    return 0
+    return remade(config, str(task.folder), task.row.request.id, partial(remake, task))
 
 
 def _end(config: RunConfig, result: Result) -> int:
@@ -265,16 +262,16 @@ def _end(config: RunConfig, result: Result) -> int:
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     facts |= {"doubtful": result.doubtful, "complete": result.is_complete, "images_per_second": round(rate, 4)}
     facts |= {"closing_seconds": round(result.closing_seconds, 3)}
-    _put(config, {"path": str(result.path), **facts}, str(result.path))
+    put(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         closing = f"{duration(result.closing_seconds)} of it for index files and gallery"
         speed = (
             f"{counted(result.made, 'image')} in {duration(result.seconds)} ({closing}), {rate:.3g} images per second"
         )
-        _say(config, f"{speed}; look at {_page(config, result)}")
+        say(config, f"{speed}; look at {_page(config, result)}")
     if result.told:
-        _say(config, result.told)
-    if config.format and result.is_complete:
+        say(config, result.told)
+    if config.format and result.is_complete and not config.dry_run:
         _convert(config, result)
     result.check()
     return 0
@@ -293,16 +290,7 @@ def _convert(config: RunConfig, result: Result) -> None:
     from datasetdm_fast.exporting.conversion import export_run
 
     found = export_run(result.path, config.format, config.threads or cores())
-    _say(config, f"{result.path}/exports: {found.samples} samples as {', '.join(config.format)}, {found.files} files")
-
-
-def _put(config: RunConfig, facts: dict[str, Any], line: str) -> None:
-    print(json.dumps(facts) if config.json else line, flush=True)
-
-
-def _say(config: RunConfig, *lines: str) -> None:
-    if not config.quiet:
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    say(config, f"{result.path}/exports: {found.samples} samples as {', '.join(config.format)}, {found.files} files")
 
 
 def _show_plan(job: Job) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import nearest, parse
-from datasetdm_fast.config import setting
+from datasetdm_fast.command_line.telling import planned
+from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents
@@ -49,7 +50,7 @@ class PromptsConfig:
     llm_model: str = setting("", "name of the model at that endpoint", metavar="NAME")
     llm_command: str = setting("", "ask a program that reads a request on stdin and writes its reply", metavar="LINE")
     llm_requests: int = setting(1000, "at most so many requests to the language model", metavar="N")
-    dry_run: bool = setting(False, "show how many prompts each class gets and stop")
+    dry_run: bool = dry_run_setting()
     json: bool = setting(False, "the measures of the list as one JSON object on stdout")
     quiet: bool = setting(False, "show no progress")
 
@@ -62,9 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     counts = _counts(config, grammar.classes)
     total = sum(counts.values())
     if config.dry_run:
-        for name, count in counts.items():
-            print(f"{name:24} {count:8,}")
-        return 0
+        told = "\n".join(f"{name:24} {count:8,}" for name, count in counts.items())
+        return planned(config, {"out": config.out, "classes": counts, "asked_for": total}, told)
     reasons: Counter[str] = Counter()
     if config.llm_url or config.llm_command:
         sentences, reasons = _asked(config, grammar.classes, counts)

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
+from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents
@@ -46,7 +46,7 @@ class RecipeConfig:
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
     only: tuple[str, ...] = setting((), "only these steps, comma-separated", metavar="LIST")
     quick: bool = setting(False, "three images, three steps of everything: to see whether all is there")
-    dry_run: bool = setting(False, "print the lines, what is missing, and the published figures")
+    dry_run: bool = dry_run_setting()
 
 
 @dataclass(frozen=True)

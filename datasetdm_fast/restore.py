@@ -1,6 +1,5 @@
 """python -m datasetdm_fast.restore RUN ID...: bring samples back that were dropped from a run folder."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +7,13 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
+from datasetdm_fast.command_line.progress import counted
+from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m datasetdm_fast.restore"
+EXAMPLES = ("runs/demo 00000003", "runs/demo --all")
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,14 @@ class RestoreConfig:
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id a line", metavar="FILE")
     all: bool = setting(False, "bring all back that were dropped")
-    dry_run: bool = setting(False, "say which samples would be brought back, and bring none")
+    dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no message")
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, RestoreConfig, PROG, __doc__)
+    config, given = parse(arguments, RestoreConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if "file" in given and not config.file.strip():
@@ -39,10 +41,12 @@ def main(arguments: Sequence[str]) -> int:
     run = dropping.open_folder(Path(config.run))
     wanted = None if config.all else dropping.read_ids(config.ids, config.file)
     ids = [f"{index:08d}" for index in dropping.restore(run, wanted, is_dry=config.dry_run)]
-    if not config.quiet:
-        print(f"{config.run}: {len(ids)} samples {'would be' if config.dry_run else 'are'} back", file=sys.stderr)
+    told = f"{config.run}: {counted(len(ids), 'sample')} {'would be' if config.dry_run else 'brought'} back"
     facts = {"path": config.run, "restored": ids}
-    print(json.dumps(facts) if config.json else "\n".join(ids) if config.dry_run else config.run, flush=True)
+    if config.dry_run:
+        return planned(config, facts, "\n".join(ids), told)
+    say(config, told)
+    put(config, facts, config.run)
     return 0
 
 

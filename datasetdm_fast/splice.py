@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.cores import cores
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
-from datasetdm_fast.config import setting
+from datasetdm_fast.command_line.telling import planned, put, remade, say
+from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class SpliceConfig:
     out: str = setting("runs/spliced", "run folder", metavar="RUN", output="folder")
     only: str = setting("", "make this one sample of the run folder --out again", metavar="ID")
     limit: int = setting(0, "stop after N new images; the same command resumes", metavar="N")
-    dry_run: bool = setting(False, "say what would be made, and write nothing")
+    dry_run: bool = dry_run_setting()
     threads: int = setting(0, "threads, 0 = two a core", metavar="N")
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
@@ -58,7 +59,11 @@ def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, SpliceConfig, PROG, __doc__, EXAMPLES)
     config.check()
     if config.only:
-        return _make_again(config)
+        from datasetdm_fast.compositions.splice import remake, to_remake
+
+        folder = Path(config.out)
+        sample = to_remake(folder, config.only)
+        return remade(config, config.out, config.only, partial(remake, folder, *sample, config.run))
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are spliced, such as runs/demo.")
     from datasetdm_fast.compositions.splice import begin, run
@@ -66,9 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     splicing, folder = _opened(config), Path(config.out)
     there = begin(splicing, folder)
     if config.dry_run:
-        _say(config, f"{folder}: {config.number - there} of {config.number} images would be made")
-        _put(config, {"path": config.out, "number": config.number, "done": there}, config.out)
-        return 0
+        told = f"{folder}: {config.number - there} of {counted(config.number, 'image')} would be made"
+        return planned(config, {"path": config.out, "number": config.number, "done": there}, config.out, told)
     threads = config.threads or 2 * cores()  # half of them wait for the disk
     left = config.number - there
     with (
@@ -80,10 +84,10 @@ def main(arguments: Sequence[str]) -> int:
     done = there + made
     rate = round(made / seconds, 4) if made else 0.0
     facts = {"number": config.number, "done": done, "made": made, "complete": done == config.number}
-    _put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
+    put(config, {"path": config.out, **facts, "images_per_second": rate}, config.out)
     speed = f"{counted(made, 'image')} in {duration(seconds)}, {rate:.3g} images per second"
     speed = f"{speed}; look at {folder}/gallery/index.html"
-    _say(config, speed if made else f"{folder}: complete with {done} samples, nothing to do")
+    say(config, speed if made else f"{folder}: complete with {done} samples, nothing to do")
     if done < config.number:
         again = f"{PROG} {shlex.join(arguments)}"
         print(f"{done} of {config.number} samples are there; go on with: {again}", file=sys.stderr)
@@ -98,25 +102,6 @@ def _opened(config: SpliceConfig) -> Splicing:
     grids = parse_grids(config.grids)
     source = Source(Path(config.run), only_kept=config.kept)
     return Splicing(source, grids, config.number, config.seed, config.resize)
-
-
-def _make_again(config: SpliceConfig) -> int:
-    from datasetdm_fast.compositions.splice import remake
-
-    written = remake(Path(config.out), config.only, config.run)
-    told = f"{counted(len(written), 'file')} written" if written else "every byte as it was"
-    _say(config, f"sample {config.only}: made again, {told}")
-    _put(config, {"path": config.out, "id": config.only, "written": written}, config.out)
-    return 0
-
-
-def _put(config: SpliceConfig, facts: dict[str, Any], line: str) -> None:
-    print(json.dumps(facts) if config.json else line, flush=True)
-
-
-def _say(config: SpliceConfig, line: str) -> None:
-    if not config.quiet:
-        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -13,10 +12,12 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.config import setting
+from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.config import dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m datasetdm_fast.split"
+EXAMPLES = ("runs/demo --shares 80,10,10", "runs/demo --shares 90,10 --names train,val")
 USUAL = ("train", "val", "test")
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
@@ -29,7 +30,7 @@ class SplitConfig:
     by_source: bool = setting(True, "never part samples that were made of one picture: variants, edits, splices")
     seed: int = setting(0, "what the order of the samples is drawn from", metavar="N")
     undo: bool = setting(False, "take the split back")
-    dry_run: bool = setting(False, "say how many samples each part would have, and write nothing")
+    dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "show no progress")
 
@@ -52,7 +53,7 @@ class SplitConfig:
 
 @command
 def main(arguments: Sequence[str]) -> int:
-    config, given = parse(arguments, SplitConfig, PROG, __doc__)
+    config, given = parse(arguments, SplitConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.undo and given & {"shares", "names", "by_source", "seed"}:
@@ -88,14 +89,15 @@ def main(arguments: Sequence[str]) -> int:
     told = ", ".join(f"{name} {counts[name]}" for name in parts)
     lone = [name for name in parts if not counts[name]]
     more = f"; none left for {', '.join(lone)}, as too many samples were made of one picture" if lone else ""
-    would = " (nothing is written)" if config.dry_run else ""
-    return _end(config, {name: counts[name] for name in parts}, f"{path}: {told}{more}{would}")
+    return _end(config, {name: counts[name] for name in parts}, f"{path}: {told}{more}")
 
 
 def _end(config: SplitConfig, counts: dict[str, int], line: str) -> int:
-    if not config.quiet:
-        print(line, file=sys.stderr, flush=True)
-    print(json.dumps({"path": config.run, "parts": counts}) if config.json else config.run, flush=True)
+    facts = {"path": config.run, "parts": counts}
+    if config.dry_run:
+        return planned(config, facts, config.run, line)
+    say(config, line)
+    put(config, facts, config.run)
     return 0
 
 

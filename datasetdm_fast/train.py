@@ -13,6 +13,7 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import StepProgress, counted
+from datasetdm_fast.command_line.telling import NOTHING_WRITTEN, say
 from datasetdm_fast.training.settings import TrainConfig
 
 PROG = "python -m datasetdm_fast.train"
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         crossed, count = {task: folds.read(folders[task]) for task in config.task}, folds.count_of(session)
         session.announce(plans, results, count)
         if config.dry_run:
+            if ranks.is_first:
+                say(config, NOTHING_WRITTEN)
             return 0
         with Interruption(is_quiet) as interruption, ExitStack() as held:
             line = f"{PROG} {shlex.join(arguments)}".rstrip()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import shows_bar
+from datasetdm_fast.command_line.progress import counted, shows_bar
+from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.config import (
     ENGINE_NAMES,
     TASKS,
@@ -38,7 +39,7 @@ EXAMPLES = (
 class VerifyConfig(ModelSettings, EngineSettings, SamplingSettings, OutputSettings):
     FLAGS = (
         "engine against model decoder task classes prompts number batch_size seed steps guidance sampler profile size "
-        "dtype compile device engines trt_flavour provider threads html run allow_download json quiet"
+        "dtype compile device engines trt_flavour provider threads html run dry_run allow_download json quiet"
     ).split()
 
     engine: str = setting("fast", "engine to check", choices=ENGINE_NAMES)
@@ -81,6 +82,13 @@ def main(arguments: Sequence[str]) -> int:
     from datasetdm_fast.agreement.verify import verify
 
     calls = -(-len(requests) // config.batch_size) * 3 * len(recipe.schedule)
+    if config.dry_run:
+        facts = {"number": len(requests), "calls": calls, "engine": config.engine, "against": config.against}
+        told = (
+            f"{counted(len(requests), 'image')} of {config.engine} and {config.against}, {counted(calls, 'UNet call')}"
+        )
+        places = ", ".join(place for place in (config.html, config.run and f"run.json of {config.run}") if place)
+        return planned(config, facts, told, *([f"the verdict would be written to {places}"] if places else []))
     with tqdm(total=calls, unit="call", disable=not shows_bar(config.quiet), file=sys.stderr) as bar:
         verdict = verify(engine, reference, requests, recipe, config.batch_size, lambda: bar.update(1))
     print(table(verdict), file=sys.stderr if config.json else sys.stdout)

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Sequence
 
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.export_cli.command import run
+from datasetdm_fast.export_cli.command import EXAMPLES, run
+
+__all__ = ["EXAMPLES", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -386,7 +386,7 @@ def test_pictures_larger_than_the_model_are_labelled_in_tiles(tmp_path):
         ([], "is no folder"),
         (["PHOTOS", "--labeller", "attention"], "no class words"),
         (["PHOTOS", "--labeller", "attention", "--classes", "ball", "--timesteps", "5000"], "--timesteps"),
-        (["PHOTOS", "--only", "00000000"], "was not made by label"),
+        (["PHOTOS", "--only", "00000000"], "is no run folder"),
         (["PHOTOS", "--tiles", "--task", "semantic,depth"], "a tile shows a part"),
     ],
 )

@@ -72,6 +72,20 @@ def varied(source) -> Path:
     return out
 
 
+def test_dry_runs_write_nothing(source, edited, tmp_path, capsys):
+    before = tree(source.parent)
+    for command, line, told in (
+        (edit, [str(source), *EDIT, "--out", str(tmp_path / "run")], {"number": 2, "done": 0}),
+        (edit, ["--out", str(edited), "--only", "00000001"], {"id": "00000001", "written": []}),
+        (vary, [str(source), *VARY, "--out", str(tmp_path / "run")], {"number": 6, "done": 0}),
+    ):
+        assert command.main([*line, "--dry-run", "--json"]) == 0
+        out, err = capsys.readouterr()
+        found = json.loads(out)
+        assert found | told == found and err.endswith("--dry-run: nothing is written\n")
+    assert tree(source.parent) == before and not list(tmp_path.iterdir())
+
+
 def test_outside_of_the_mask_nothing_changes(source, edited):
     run, new = open_run(source), open_run(edited)
     assert [sample.meta["source"] for sample in new] == ["00000000", "00000001"]  # the third shows no ball

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.progress import ImageProgress, counted, duration
+from datasetdm_fast.command_line.telling import planned, put, remade, say
 from datasetdm_fast.compositions.settings import RedrawSettings
 from datasetdm_fast.config import flags_of
 from datasetdm_fast.errors import Refused
@@ -30,10 +31,14 @@ def make(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments: S
     folder = Path(settings.out)
     redrawing = cls(Source(Path(settings.run), only_kept=settings.kept), settings)
     if result := redraw.finished(redrawing, folder):
-        _say(settings, f"{folder}: complete with {counted(result.done, 'sample')}, nothing to do")
+        say(settings, f"{folder}: complete with {counted(result.done, 'sample')}, nothing to do")
         return _end(settings, result)
     job = redraw.prepare(redrawing, folder)
-    _say(settings, redrawing.told)
+    if settings.dry_run:
+        facts = {"path": settings.out, "number": job.plan.number, "done": job.done, "bytes": job.bytes_needed}
+        told = f"{folder}: {job.plan.number - job.done} of {counted(job.plan.number, 'image')} would be made"
+        return planned(settings, facts, settings.out, redrawing.told, told)
+    say(settings, redrawing.told)
     interruption = Interruption(settings.quiet)
     result = _run(job, interruption)
     code = _end(settings, result)
@@ -66,29 +71,16 @@ def make_again(cls: type[Redrawing], settings: RedrawSettings, given: Collection
             f"Drop {flags}.",
         )
     task = prepare_remake(cls, settings)
-    written, id = remake(task), task.row.request.id
-    told = f"{counted(len(written), 'file')} written" if written else "every byte as it was"
-    _say(settings, f"sample {id}: made again, {told}")
-    _put(settings, {"path": settings.out, "id": id, "written": written}, settings.out)
-    return 0
+    return remade(settings, settings.out, task.row.request.id, partial(remake, task))
 
 
 def _end(settings: RedrawSettings, result: Result) -> int:
     rate = result.made / result.seconds if result.made else 0.0
     facts = {"number": result.number, "done": result.done, "made": result.made, "set_aside": result.set_aside}
     facts |= {"complete": result.is_complete, "images_per_second": round(rate, 4)}
-    _put(settings, {"path": str(result.path), **facts}, str(result.path))
+    put(settings, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
         speed = f"{counted(result.made, 'image')} in {duration(result.seconds)}, {rate:.3g} images per second"
-        _say(settings, f"{speed}; look at {result.path}/gallery/index.html")
+        say(settings, f"{speed}; look at {result.path}/gallery/index.html")
     result.check()
     return 0
-
-
-def _put(settings: RedrawSettings, facts: dict[str, Any], line: str) -> None:
-    print(json.dumps(facts) if settings.json else line, flush=True)
-
-
-def _say(settings: RedrawSettings, line: str) -> None:
-    if not settings.quiet:
-        print(line, file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.kept import KEPT
 from datasetdm_fast.run_folder.ledger import Row
 from datasetdm_fast.run_folder.reader import Run
+from datasetdm_fast.run_folder.remaking import remakable
 from datasetdm_fast.run_folder.seal import is_sealed
 from datasetdm_fast.run_folder.split import origins
 from datasetdm_fast.version import __version__
@@ -262,23 +263,18 @@ def _write(merging: Merging, block: Sequence[int], folder: Path, is_copied: bool
     return publish_samples([(row, files) for row, files, _ in made], publish)
 
 
-def remake(folder: Path, id: str) -> list[str]:
+def to_remake(folder: Path, id: str) -> tuple[dict[str, Any], Row]:
+    """run.json and the row of a sample of a run folder that merge made."""
+    return remakable("merge", folder, id)
+
+
+def remake(folder: Path, stored: Mapping[str, Any], row: Row) -> list[str]:
     """Takes over one sample of a merged run again; the files that were missing or damaged."""
-    stored = read_document(folder)
-    if stored is None or stored.get("command") != "merge":
-        raise Refused(f"--only {id}: {folder} was not made by merge", "Name the folder with --out.")
     paths = [Path(path) for path in stored["composition"]["source"]["paths"]]
     merging = Merging([open_part(path, only_kept=bool(kept)) for path, kept in zip(paths, stored["config"]["kept"])])
     check_same(folder, *map(decisive, (stored, merging.document)))
     with RunFolder(folder, stored) as opened:
-        index = int(id) if id.isdecimal() and len(id) <= 18 else -1
-        row = opened.ledger.row(index)
-        if row is None:
-            raise Refused(
-                f"--only {id}: no sample of {folder} has this id",
-                "Ids are those of samples.jsonl, for example 00000003.",
-            )
-        again, files, _ = merging.made(index)
+        again, files, _ = merging.made(row.request.index)
         written = opened.restore(row, files, again.labels)
         opened.rebuild()
     return written

@@ -23,8 +23,8 @@ from datasetdm_fast.generation.prompts import GivenPrompt
 from datasetdm_fast.generation.result import Result
 from datasetdm_fast.generation.run import Remake
 from datasetdm_fast.labels.names import LabelName
-from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, read_document
-from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.document import check_same, differences, read_document
+from datasetdm_fast.run_folder.remaking import remakable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,7 +179,8 @@ class Redrawing(ABC):
 def finished(redrawing: Redrawing, folder: Path) -> Result | None:
     """The result of a run with nothing left to do, found without a network."""
     stored = redrawing.check(folder)
-    return None if stored is None else job.settled(folder, stored, redrawing.number)
+    is_dry = redrawing.settings.dry_run
+    return None if stored is None else job.settled(folder, stored, redrawing.number, is_dry=is_dry)
 
 
 def prepare(redrawing: Redrawing, folder: Path) -> Job:
@@ -253,15 +254,7 @@ def _check_weights(source: Source, engine: Engine, decoders: Mapping[str, Any]) 
 def prepare_remake(cls: type[Redrawing], settings: RedrawSettings) -> Remake:
     """The one sample `settings.only` of the run folder `settings.out`, in the batch that it was made in."""
     folder, id = Path(settings.out), ",".join(settings.only)
-    stored = read_document(folder)
-    if stored is None or stored.get("command") != cls.command:
-        raise Refused(f"--only {id}: {folder} was not made by {cls.command}", "Name the folder with --out.")
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        row = ledger.row(int(id)) if id.isdecimal() and len(id) <= 18 else None
-    if row is None:
-        raise Refused(
-            f"--only {id}: no sample of {folder} has this id", "Ids are those of samples.jsonl, for example 00000003."
-        )
+    stored, row = remakable(cls.command, folder, id)
     made = prepare(cls.resumed(folder, stored, replace(settings, only=())), folder)
     index, place = divmod(row.request.index, made.plan.batch_size)
     return Remake(folder, dict(stored), row, made.engine, made.recipe, made.plan.batch(index), place)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from datasetdm_fast.config import CommandSettings, EngineSettings, setting
+from datasetdm_fast.config import CommandSettings, EngineSettings, dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.generation.settings import LARGEST_BATCH, check_numbers
 
 LABEL_CHOICES = ("source", "predicted", "agreeing")
 OF_EDIT = "run prompt alone class_ instance mask box grow feather strength seed only".split()
 SHARED = (
-    "steps guidance batch_size out limit kept engine dtype device model decoder allow_download threads compile "
+    "steps guidance batch_size out limit kept dry_run engine dtype device model decoder allow_download threads compile "
     "provider streams engines trt_flavour json quiet"
 ).split()
 
@@ -36,6 +36,7 @@ class RedrawSettings(EngineSettings, CommandSettings):
     model: str = setting("", "where the model of RUN lies now, if it was moved", identity=False, metavar="MODEL")
     decoder: str = setting("", "where the decoders of RUN lie now, if they were moved", identity=False, metavar="DIR")
     allow_download: bool = setting(False, "allow the model to come from the model hub, if RUN's did", identity=False)
+    dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "show no progress", identity=False)
 

@@ -27,6 +27,7 @@ from datasetdm_fast.labels.label_files import Files
 from datasetdm_fast.run_folder.document import FORMAT, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.run_folder.ledger import Row
+from datasetdm_fast.run_folder.remaking import remakable
 from datasetdm_fast.version import __version__
 
 BLOCK = 32  # samples written and committed together, fewer where they are large:
@@ -231,21 +232,16 @@ def write(splicing: Splicing, block: Sequence[int], folder: Path) -> list[Row]:
     return publish_samples([splicing.made(index) for index in block], into(folder))
 
 
-def remake(folder: Path, id: str, source: str = "") -> list[str]:
+def to_remake(folder: Path, id: str) -> tuple[dict[str, Any], Row]:
+    """run.json and the row of a sample of a run folder that splice made."""
+    return remakable("splice", folder, id)
+
+
+def remake(folder: Path, stored: Mapping[str, Any], row: Row, source: str = "") -> list[str]:
     """Makes one sample of a run folder again; the files that were missing or damaged."""
-    stored = read_document(folder)
-    if stored is None or stored.get("command") != "splice":
-        raise Refused(f"--only {id}: {folder} was not made by splice", "Name the folder with --out.")
     splicing = resumed(folder, stored, source)
     with RunFolder(folder, stored) as opened:
-        index = int(id) if id.isdecimal() and len(id) <= 18 else -1
-        row = opened.ledger.row(index)
-        if row is None:
-            raise Refused(
-                f"--only {id}: no sample of {folder} has this id",
-                "Ids are those of samples.jsonl, for example 00000003.",
-            )
-        again, files = splicing.made(index)
+        again, files = splicing.made(row.request.index)
         written = opened.restore(row, files, again.labels)
         opened.rebuild()
     return written

@@ -132,13 +132,14 @@ def histogram(table: ScoreTable, name: str) -> list[Bin]:
     return bins
 
 
-def undo(run: Run) -> int:
-    """Keeps all samples again; how many had been left out."""
+def undo(run: Run, *, is_dry: bool = False) -> int:
+    """Keeps all samples again; how many had been left out. A dry run only tells."""
     decided = read_kept(run.path)
     if decided is None:
         raise Refused(f"--undo: nothing of {run.path} was filtered", "Filter it first with --where.")
     run.close()
-    keep(run.path, run.document, None)
+    if not is_dry:
+        keep(run.path, run.document, None)
     return len(decided.left_out)
 
 

@@ -14,7 +14,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         "select images limit_per_class min_area limit_images only_classes framing skip_bad model allow_download "
         "decoder data class_names task unseen captions bootstrap level curve learn_from repeats steps more student "
         "student_size weights only_synthetic both self_train tta real run size out engine dtype device batch_size seed "
-        "threads json quiet"
+        "threads dry_run json quiet"
     ).split()
 
     data: str = setting(

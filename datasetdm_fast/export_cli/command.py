@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export_cli.settings import PROG, ExportConfig
+from datasetdm_fast.export_cli.settings import EXAMPLES, PROG, ExportConfig
 
 
 def run(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.flags import parse
     from datasetdm_fast.generation.settings import check_size
 
-    config, _ = parse(arguments, ExportConfig, PROG, __doc__)
+    config, _ = parse(arguments, ExportConfig, PROG, __doc__, EXAMPLES)
     _check(config)
     if config.list or config.prune:
         from datasetdm_fast.export_cli import plan_commands
@@ -63,6 +63,9 @@ def write_graphs(config: ExportConfig) -> None:
     if config.precision == "fp8":
         raise Refused("--precision fp8: graphs are written in fp32, fp16 or bf16", "Choose one of these.")
     model, decoders = config.load()
+    if config.dry_run:
+        config.show_plan(decoders, "ONNX graphs")
+        return
     from datasetdm_fast.export.onnx.to_onnx import export
 
     options = {"precision": "fp32" if config.precision == "auto" else config.precision}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import NAME, Manifest
 from datasetdm_fast.export.tensorrt import flavours
@@ -36,6 +37,10 @@ def build(config: ExportConfig) -> None:
     from datasetdm_fast.export_cli import calibration
 
     model, decoders = config.load()
+    if config.dry_run:
+        plans = ", ".join(capabilities) or "every GPU"
+        config.show_plan(decoders, f"TensorRT plans for {plans}, batches {', '.join(map(str, batches))}")
+        return
     folder, precision, drift = Path(config.out), "fp16" if config.precision == "auto" else config.precision, {}
     if precision == "fp8":
         prompts = calibration.read_prompts(config.prompts, model)
@@ -120,13 +125,13 @@ def prune(config: ExportConfig) -> None:
     """Deletes plans of --out or of the cache that would not be used, and the least used beyond --cap-gb."""
     removed, cap = [], int(config.cap_gb * 1e9)
     for opened in _folders(config.out):
-        removed += opened.prune(_staleness(opened.folder), cap)
+        removed += opened.prune(_staleness(opened.folder), cap, is_dry=config.dry_run)
     if config.json:
         print(json.dumps([{"path": str(path), "reason": reason} for path, reason in removed]))
         return
     for path, reason in removed:
         print(f"{path}: {reason.removeprefix(f'{path} ')}")
-    say(f"{len(removed)} files deleted")
+    say(f"{counted(len(removed), 'file')} {'would be' if config.dry_run else 'are'} deleted")
 
 
 def _folders(out: str) -> list[PlanFolder]:

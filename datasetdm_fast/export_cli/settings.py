@@ -1,19 +1,26 @@
 """The settings of the command export."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from datasetdm_fast.command_line.telling import planned
 from datasetdm_fast.config import FLAVOURS, ModelSettings, OutputSettings, setting
 from datasetdm_fast.export.staging import say
 
 PROG = "python -m datasetdm_fast.export"
+EXAMPLES = (
+    "--model MODEL --decoder decoder --out graphs",
+    "--to tensorrt --precision fp16 --batch 1,8 --model MODEL --out engines",
+    "--list",
+)
 
 
 @dataclass(frozen=True)
 class ExportConfig(ModelSettings, OutputSettings):
     FLAGS = (
         "out to model decoder precision batch capability trt_flavour prompts steps weight_streaming refit raw_capture "
-        "size allow_download list prune cap_gb json quiet"
+        "size dry_run allow_download list prune cap_gb json quiet"
     ).split()
 
     out: str = setting("", "output folder", metavar="ENGINES", output="folder")
@@ -63,3 +70,10 @@ class ExportConfig(ModelSettings, OutputSettings):
         for label, decoder in decoders.items():
             check_levels(decoder, model.levels, label)
         return model, decoders
+
+    def show_plan(self, decoders: Mapping[str, Any], kind: str) -> None:
+        """Tells what stages would be written."""
+        from datasetdm_fast.export.onnx.to_onnx import chosen_stages
+
+        names = chosen_stages(decoders, self.raw_capture, None, None)
+        planned(self, {"path": self.out, "stages": list(names)}, self.out, f"{kind} of {', '.join(names)}")

@@ -2,8 +2,6 @@
 decoders become checkpoints of DatasetDM.
 """
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,16 @@ from typing import Any
 
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.outputs import check_output
-from datasetdm_fast.config import UPSTREAM_KINDS, setting
+from datasetdm_fast.command_line.telling import planned, put, say
+from datasetdm_fast.config import UPSTREAM_KINDS, dry_run_setting, setting
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 
 PROG = "python -m datasetdm_fast.convert"
+EXAMPLES = (
+    "latest_checkpoint.pth --to decoder --out decoders/voc",
+    "model.ckpt --to diffusers --ema --out models/mine",
+)
 TARGETS = ("decoder", "pth", "diffusers")
 
 
@@ -40,6 +43,7 @@ class CheckpointConfig:
     ema: bool = setting(False, "with --to diffusers: take the averaged weights of the U-Net")
     allow_download: bool = setting(False, "with --to diffusers: fetch the tokenizer's vocabulary where it is not here")
     out: str = setting("", "folder to write, or the file of --to pth", metavar="OUT")
+    dry_run: bool = dry_run_setting()
     json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "say nothing on stderr")
 
@@ -72,16 +76,17 @@ def is_meant(arguments: Sequence[str]) -> bool:
 
 
 def run(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, CheckpointConfig, PROG, __doc__)
+    config, _ = parse(arguments, CheckpointConfig, PROG, __doc__, EXAMPLES)
     facts = convert(config)
-    if not config.quiet:
-        print(facts["told"], file=sys.stderr)
-    print(json.dumps(facts) if config.json else facts["path"], flush=True)
+    if config.dry_run:
+        return planned(config, facts, facts["path"], f"{facts['path']}: would be written", facts["told"])
+    say(config, facts["told"])
+    put(config, facts, facts["path"])
     return 0
 
 
 def convert(config: CheckpointConfig) -> dict[str, Any]:
-    """Writes what the settings ask for; its path, and what there is to say of it."""
+    """Writes what the settings ask for, unless on a dry run; its path, and what there is to say of it."""
     config.check()
     return {"decoder": _to_decoder, "pth": _to_checkpoint, "diffusers": _to_diffusers}[config.to](config)
 
@@ -93,7 +98,7 @@ def _to_decoder(config: CheckpointConfig) -> dict[str, Any]:
 
     levels = load_model(config.model).levels if config.model else SD1_LEVELS
     checkpoint, folder = open_checkpoint(Path(config.source), config.kind, levels), Path(config.out)
-    _publish({folder / name: content for name, content in checkpoint.files().items()}, folder)
+    _publish(config, {folder / name: content for name, content in checkpoint.files().items()}, folder)
     told = f"{checkpoint.told}\nuse it with --decoder {folder.parent} --task {checkpoint.config.task}"
     return {"path": config.out, "told": told, "kind": checkpoint.kind, "task": checkpoint.config.task}
 
@@ -104,7 +109,7 @@ def _to_checkpoint(config: CheckpointConfig) -> dict[str, Any]:
     path = Path(config.out)
     if not path.suffix:
         raise Refused(f"--out {path}: expected a file such as latest_checkpoint.pth", "Name a file.")
-    _publish({path: as_checkpoint(Path(config.source))}, path)
+    _publish(config, {path: as_checkpoint(Path(config.source))}, path)
     return {"path": config.out, "told": f"{path}: a state dict as DatasetDM saves and loads its decoders"}
 
 
@@ -117,14 +122,16 @@ def _to_diffusers(config: CheckpointConfig) -> dict[str, Any]:
         raise Refused(f"{source}: expected one file of a whole model, .ckpt or .safetensors", "Name such a file.")
     check_new(folder)
     model = load_file(source, allow_download=config.allow_download, ema=config.ema)
-    save_model(model, folder)
+    if not config.dry_run:
+        save_model(model, folder)
     weights = "the averaged weights" if config.ema else "the weights"
     return {"path": config.out, "told": f"{folder}: {weights} of {source} as a diffusers folder, for --model {folder}"}
 
 
-def _publish(files: Mapping[Path, bytes], place: Path) -> None:
+def _publish(config: CheckpointConfig, files: Mapping[Path, bytes], place: Path) -> None:
     """Writes files, or finds the very same there; where one has another content, nothing is written."""
     for path, content in files.items():
         if storage.is_there(path) and storage.read(path, 2**40) != content:
             raise Refused(f"--out {place}: {path} is there, with another content", "Choose another --out.")
-    storage.publish(files)
+    if not config.dry_run:
+        storage.publish(files)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.config import EXPORT_FORMATS, LABELS, CommandSettings, setting
+from datasetdm_fast.config import EXPORT_FORMATS, LABELS, CommandSettings, dry_run_setting, setting
 from datasetdm_fast.errors import Refused
 
 PARTS = ("joined", "split")
@@ -59,7 +59,7 @@ class ExportSettings(CommandSettings):
     border: int = setting(0, "voc: pixels of the border of 255 around each object, 5 in the original", metavar="N")
     shard: int = setting(1000, "wds and hf-parquet: samples of a file", metavar="N")
     copy: bool = setting(False, "copy files that need no change, instead of linking to them", identity=False)
-    dry_run: bool = setting(False, "say what would be written, and write nothing", identity=False)
+    dry_run: bool = dry_run_setting()
     threads: int = setting(0, "samples worked on at once, 0 = all cores", metavar="N", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "show no progress", identity=False)

@@ -39,6 +39,7 @@ from datasetdm_fast.labels.tiles import Tiling
 from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.run_folder.document import check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
+from datasetdm_fast.run_folder.remaking import remakable
 from datasetdm_fast.truth import reading
 from datasetdm_fast.truth.class_file import own_table
 
@@ -51,9 +52,7 @@ WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of 
 
 def as_stored(config: LabelConfig) -> LabelConfig:
     """The settings a run folder was started with; its pictures and captions may have been moved."""
-    stored = read_document(Path(config.out))
-    if stored is None or stored.get("command") != "label":
-        raise Refused(f"--only {config.only}: {config.out} was not made by label", "Name the folder with --out.")
+    stored, _ = remakable("label", Path(config.out), config.only)
     source = stored["composition"]["source"]
     decisive = {flag.name for flag in flags_of(type(config)) if flag.metadata["identity"]}
     kept = {name: value for name, value in stored["config"].items() if name in decisive}
@@ -183,13 +182,8 @@ def said(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, nam
 
 def remake(job: Job, id: str) -> list[str]:
     """Labels one picture of a run folder again; the files that were missing or damaged."""
+    _, row = remakable("label", job.folder, id)
     with RunFolder(job.folder, job.document) as folder:
-        row = folder.ledger.row(int(id)) if id.isdecimal() and len(id) <= 18 else None
-        if row is None:
-            raise Refused(
-                f"--only {id}: no sample of {job.folder} has this id",
-                "Ids are those of samples.jsonl, for example 00000003.",
-            )
         batch = job.plan.batch(row.request.index // job.plan.batch_size)
         ((_, results),) = driver.generate([batch], job.engine, job.recipe, make=job.generator)
         result = next(one for one in results if one.request.index == row.request.index)

@@ -19,10 +19,11 @@ from datasetdm_fast.generation.recipe import Recipe
 from datasetdm_fast.generation.result import Result, closed
 from datasetdm_fast.generation.settings import identity
 from datasetdm_fast.run_folder.acceptance import acceptance_of
-from datasetdm_fast.run_folder.document import LEDGER, check_same, differences, maker, read_document
+from datasetdm_fast.run_folder.document import check_same, differences
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
+from datasetdm_fast.run_folder.remaking import remakable
 
 
 def run(
@@ -145,16 +146,7 @@ class Remake:
 def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
     """The sample `config.only` from its row; settings in `given` must agree with the run folder's."""
     folder = Path(config.out)
-    stored = read_document(folder)
-    if stored is None or not (folder / LEDGER).exists():
-        raise Refused(f"--only {config.only}: {folder} is no run folder", "Name the folder with --out.")
-    if stored.get("command"):
-        raise Refused(
-            f"--only {config.only}: {folder} was not made by generate",
-            f"Make it again with: {maker(stored)} --out {folder} --only {config.only}",
-        )
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        row = ledger.row(int(config.only)) if config.only.isdecimal() and len(config.only) <= 18 else None
+    stored, row = remakable("", folder, config.only)
     settings = replace(
         config,
         **{
@@ -163,7 +155,7 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
             if name != "prompts"
         },
     )
-    engine = row.recipe.get("engine") if row is not None else None
+    engine = row.recipe.get("engine")
     if engine is not None and engine in [entry["engine"] for entry in stored.get("mixed", ())]:
         settings = replace(settings, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
     changed = {
@@ -180,11 +172,6 @@ def prepare_remake(config: RunConfig, given: Iterable[str] = ()) -> Remake:
         raise Refused(
             f"{folder}: holds a run of another configuration ({told})",
             "Drop these flags: --only takes them from the run folder.",
-        )
-    if row is None:
-        raise Refused(
-            f"--only {config.only}: no sample of {folder} has this id",
-            "Ids are those of samples.jsonl, for example 00000003.",
         )
     engine, decoders = engine_of(settings, stored)
     weights = {"model": {"digests": dict(engine.model.digests)}, "decoders": decoders}

@@ -31,10 +31,10 @@ class ShownRun:
     copies: StoreCopy | None = None  # what brings the samples' files there, where they are in an object store
 
 
-def show(place: str | Path, *, is_served: bool = False) -> ShownRun:
+def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
     """A run, by its folder or the URL of a finished one in an object store, with its page, which is written anew where
-    it lacks a committed sample. A run in progress is not disturbed: its page and index files are written, nothing else.
-    Where the samples are in an object store, the page is for a server alone.
+    it lacks a committed sample. A run in progress is not disturbed: its page and index files are written, nothing else;
+    a dry run writes nothing there. Where the samples are in an object store, the page is for a server alone.
     """
     copies = copy_of(place)
     folder = Path(place)
@@ -49,20 +49,21 @@ def show(place: str | Path, *, is_served: bool = False) -> ShownRun:
         folder = copies.state()
         if not (folder / DOCUMENT).exists():
             raise unfinished(copies.store.url)
-        copies.store.note(folder)
-    document = _write_page(folder)
+        if not is_dry:
+            copies.store.note(folder)
+    document = _write_page(folder, is_dry=is_dry)
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         there = ledger.count() + ledger.count(DOUBTFUL)
     return ShownRun(folder, there, document["plan"]["number"], copies)
 
 
-def _write_page(folder: Path) -> dict[str, Any]:
-    """run.json of a run folder that has its page now."""
+def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
+    """run.json of a run folder that has its page now, unless the run is dry."""
     document = described(folder)
     if not (folder / LEDGER).exists():
         raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same line again.")
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        is_shown = is_sealed(folder) and has_indexes(folder, document, ledger)
+        is_shown = is_dry or (is_sealed(folder) and has_indexes(folder, document, ledger))
     if not is_shown and is_held(folder):
         write_so_far(folder)
     elif not is_shown:

@@ -188,8 +188,12 @@ class PlanFolder:
             found.append(Entry(path, path.lstat().st_size, facts, notes, fault))
         return found
 
-    def prune(self, is_stale: Callable[[Mapping[str, Any]], str], cap: int = CAP) -> list[tuple[Path, str]]:
-        """What was deleted and why: unusable and stale plans, stray files, then the least used beyond `cap` bytes."""
+    def prune(
+        self, is_stale: Callable[[Mapping[str, Any]], str], cap: int = CAP, *, is_dry: bool = False
+    ) -> list[tuple[Path, str]]:
+        """What was deleted and why: unusable and stale plans, stray files, then the least used beyond `cap` bytes; a
+        dry run only tells.
+        """
         reasons = [(entry, entry.fault or is_stale(entry.facts)) for entry in self.entries()]
         removed = [(entry.path, reason) for entry, reason in reasons if reason]
         good, total = [entry for entry, reason in reasons if not reason], 0
@@ -197,13 +201,14 @@ class PlanFolder:
             total += entry.size
             if total > cap:
                 removed.append((entry.path, f"beyond the {cap} bytes that are kept"))
-        for path, _ in removed:
+        for path, _ in () if is_dry else removed:
             for one in (path, golden_path(path), path.with_suffix(".lock")):
                 with storage.refusing(one):
                     one.unlink(missing_ok=True)
         names = {golden_path(path) for path in self.folder.glob(f"*{SUFFIX}")}
         for orphan in sorted(set(self.folder.glob(f"*{GOLDEN}")) - names):
-            orphan.unlink(missing_ok=True)
+            if not is_dry:
+                orphan.unlink(missing_ok=True)
             removed.append((orphan, "belongs to no plan"))
         return removed
 

@@ -37,6 +37,7 @@ from datasetdm_fast.generation.settings import check_settings, identity
 from datasetdm_fast.run_folder.document import LEDGER, check_same, read_document
 from datasetdm_fast.run_folder.folder import RunFolder
 from datasetdm_fast.run_folder.ledger import DONE, Ledger
+from datasetdm_fast.run_folder.remaking import remakable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,10 +242,8 @@ def put_files(out: Path, results: Sequence[Sample | SetAside]) -> None:
 
 def remake(order: Order, job: Job, id: str) -> list[str]:
     """Makes one sample and its files again; the paths of those in the run folder that were missing or damaged."""
+    _, row = remakable("compat.showlab", job.folder, id)
     with RunFolder(job.folder, job.document) as folder:
-        row = folder.ledger.row(int(id)) if id.isdecimal() and len(id) <= 18 else None
-        if row is None:
-            raise Refused(f"--only {id}: no sample of {job.folder} has this id", "Ids are those of samples.jsonl.")
         batch = job.plan.batch(row.request.index // job.plan.batch_size)
         ((_, results),) = driver.generate([batch], job.engine, job.recipe, make=job.generator)
         result = next(one for one in results if one.request.index == row.request.index)
