@@ -28,7 +28,7 @@ class Slow(TorchEngine):
 SLOW = EngineKind("foreign_things:Slow")
 
 def scenes(path, split, size, tasks):
-    return demo.read(path.name, size)
+    return demo.read("demo", path.name, size)
 
 EDGES = TaskKind("edges_label:EdgesKind", "edges_task:EdgesTask", "edges_meter:Edges")
 TORN = TaskKind("edges_label:EdgesKind", "edges_task:None", "edges_meter:Edges")
