@@ -147,6 +147,11 @@ def broken(state: dict) -> dict[str, tuple[object, str, str]]:
     return {
         "wrong kind": (state, "nyu", "unexpected: class_embed (2)"),
         "extra": (extra, "", "unexpected: extra.weight"),
+        "no prefix": (
+            {**{f"module.{name}": value for name, value in state.items()}, "x.y": torch.ones(2)},
+            "",
+            "unexpected: x.y (without module.)",
+        ),
         "shape": (wide, "", "decoder_norm.weight [3] for [16]"),
         "missing": ({k: v for k, v in state.items() if k != "query_embed.weight"}, "", "missing: query_embed.weight"),
         "NaN": ({**state, "class_embed.bias": torch.full((3,), torch.nan)}, "", "class_embed.bias holds 3 values"),

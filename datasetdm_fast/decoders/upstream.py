@@ -124,10 +124,14 @@ def _left_out(copy: Path) -> list[str]:
 
 
 def _shapes(copy: Path) -> tuple[str, Shapes]:
-    """The prefix of all names, and shapes by name without it."""
+    """The prefix of most names, and shapes by name without it; a name that lacks it is one that no decoder has."""
     found = {name: shape for name, (_, shape) in tensors.check_safetensors(copy).items()}
-    prefix = PREFIX if found and all(name.startswith(PREFIX) for name in found) else ""
-    return prefix, {name.removeprefix(prefix): shape for name, shape in found.items()}
+    if sum(name.startswith(PREFIX) for name in found) * 2 <= len(found):
+        return "", found
+    return PREFIX, {
+        name.removeprefix(PREFIX) if name.startswith(PREFIX) else f"{name} (without {PREFIX})": shape
+        for name, shape in found.items()
+    }
 
 
 def _alike(shapes: Shapes) -> tuple[str, ...]:
