@@ -147,6 +147,11 @@ def broken(state: dict) -> dict[str, tuple[object, str, str]]:
     return {
         "wrong kind": (state, "nyu", "unexpected: class_embed (2)"),
         "extra": (extra, "", "unexpected: extra.weight"),
+        "complex": (
+            {**state, "query_feat.weight": torch.ones(20, 16).cfloat()},
+            "",
+            "found query_feat.weight complex64",
+        ),
         "no prefix": (
             {**{f"module.{name}": value for name, value in state.items()}, "x.y": torch.ones(2)},
             "",
@@ -186,6 +191,7 @@ def test_what_does_not_fit_is_refused_with_all_of_it(tmp_path, capsys):
     ):
         assert convert(*line) == 2
     assert convert(tmp_path / "none.pth", "--to", "decoder", "--out", tmp_path / "d") == 3
+    assert convert(tmp_path, "--to", "decoder", "--out", tmp_path / "d") == 2
     assert not (tmp_path / "d").exists() and not (tmp_path / "d.pth").exists()
 
 

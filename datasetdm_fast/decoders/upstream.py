@@ -89,6 +89,9 @@ class Checkpoint:
         unused = UNUSED.get(self.config.kind, ())
         left = {name: value for name, value in state.items() if name.startswith(unused)}
         read = {name: value for name, value in state.items() if name not in left}
+        if strange := [name for name, value in read.items() if value.dim() and not value.is_floating_point()]:
+            kinds = ", ".join(f"{name} {str(read[name].dtype).removeprefix('torch.')}" for name in strange)
+            raise Refused(f"{self.path}: weights are floating-point numbers, found {kinds}", ALONE)
         check_finite(read, str(self.path))
         files = {"model.safetensors": save(read)}
         if left or self.prefix:
@@ -102,6 +105,8 @@ def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_
     """
     if kind and kind not in KINDS:
         raise Refused(f"--kind {kind}: not one of {', '.join(KINDS)}", "Choose one of these.")
+    if path.is_dir():
+        raise Refused(f"{path}: a folder, expected a checkpoint FILE.pth of DatasetDM", "Name the file.")
     if not path.is_file():
         raise Missing(f"decoder weights {path}: no such file{storage.named_alike(path)}", "Check the path.")
     copy = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
