@@ -303,7 +303,7 @@ def _verdict(question: Question, cells: Mapping[str, Row]) -> Row:
             count = min(len(cells[one]["seeds"]) for one in ("real", name))
             gain, sigma, half = gain_of(*(cells[one]["seeds"][:count] for one in ("real", name)))
             better = -gain if question.less_is_better else gain
-            found[name] = {"gain": gain, "students": count, "holds": better > OUTSIDE * sigma}
+            found[name] = {"gain": gain, "better": better, "students": count, "holds": better > OUTSIDE * sigma}
             if count > 1:
                 found[name] |= {"sigma": sigma, "interval": [gain - half, gain + half]}
             way = cells["many"]["mean"] - cells["real"]["mean"] if "many" in cells else 0.0
