@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers import open_data
@@ -171,3 +172,22 @@ def test_hard_scenes_are_read_as_labelled_images():
         assert item.image.shape == (64, 64, 3) and len(item.masks) == len(item.mask_classes)
         for mask, number in zip(item.masks, item.mask_classes):
             assert (item.semantic[mask] == source.classes.index(source.thing_classes[number])).all()
+
+
+def test_a_model_of_the_hard_world_begins_with_what_the_demo_model_knows(tmp_path):
+    from transformers import CLIPTokenizer
+
+    from datasetdm_fast.demo.train import SHIPPED, build_models
+
+    ours = build_tokenizer(tmp_path / "hard", WORLDS["hard"])
+    theirs = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
+    own, old = build_models(ours, SHIPPED), build_models(theirs, SHIPPED)
+    texts = [
+        text(tokens(["a red ball on a pink table"], padding="max_length", return_tensors="pt").input_ids)
+        for tokens, (_, _, text) in ((ours, own), (theirs, old))
+    ]
+    assert torch.equal(texts[0].last_hidden_state, texts[1].last_hidden_state)
+    for ours_part, their_part in zip(own[:2], old[:2]):
+        assert all(torch.equal(a, b) for a, b in zip(ours_part.parameters(), their_part.parameters(), strict=True))
+    assert own[2].get_input_embeddings().num_embeddings == len(ours) > len(theirs)
+    assert own[2].config.eos_token_id == ours.eos_token_id

@@ -1,16 +1,18 @@
 """python -m datasetdm_fast.demo.teach --out DIR: the five demo decoders from 100 rendered, labelled scenes.
 
 It is `python -m datasetdm_fast.train` with the settings of the decoders that ship with the package; any of its flags
-may follow. `--words DIR` teaches none, and only learns from the same scenes which heads of the cross-attention tell
-the words of a caption apart, for the decoders in DIR.
+may follow, and `--world hard` takes scenes of the harder world. `--words DIR` teaches none, and only learns from the
+same scenes which heads of the cross-attention tell the words of a caption apart, for the decoders in DIR.
 """
 
+import argparse
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from datasetdm_fast.config import TASKS
+from datasetdm_fast.scenes.worlds import WORLDS
 
 SETTINGS = {
     "--model": "demo",
@@ -46,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(given) == 2 and given[0] == "--words":
         learn_words(Path(given[1]))
         return 0
-    sys.argv[1:] = [*(word for pair in SETTINGS.items() for word in pair), *given]
+    parser = argparse.ArgumentParser(prog="python -m datasetdm_fast.demo.teach", add_help=False, allow_abbrev=False)
+    parser.add_argument("--world", choices=tuple(WORLDS), default="demo")
+    options, given = parser.parse_known_args(given)
+    settings = SETTINGS | {"--data": SETTINGS["--data"].replace("demo", options.world)}
+    sys.argv[1:] = [*(word for pair in settings.items() for word in pair), *given]
     try:
         runpy.run_module("datasetdm_fast.train", run_name="__main__", alter_sys=True)
     except SystemExit as end:

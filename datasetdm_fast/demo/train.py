@@ -1,5 +1,5 @@
-"""python -m datasetdm_fast.demo.train --out DIR: the demo diffusion model from nothing; the same line again goes on
-where it stopped.
+"""python -m datasetdm_fast.demo.train --out DIR: the diffusion model of a world, from nothing or from the weights of
+another; the same line again goes on where it stopped.
 
 Stages: tokenizer, autoencoder, latents, diffusion, polish (the autoencoder's decoder, its encoder frozen), export.
 """
@@ -19,27 +19,47 @@ from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from datasetdm_fast.demo.optimiser import Average, Muon, matrices
-from datasetdm_fast.scenes import world
 from datasetdm_fast.scenes.tokenizer import TOKENS, build_tokenizer
+from datasetdm_fast.scenes.worlds import TRAIN_SEEDS, WORLDS, World
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 SIZE, SEED = 128, 20261120
-TRAIN_SEEDS = 10_000_000  # scenes from here on teach the diffusion model; below are those of decoders and evaluation
 SHIPPED = Path(__file__).parent / "model"
 
 
-def build_models(vocabulary: int) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
-    """Fresh networks of the shapes that the shipped model has."""
-    text = CLIPTextConfig.from_pretrained(SHIPPED / "text_encoder")
-    assert text.vocab_size == vocabulary, "the shipped model has another tokenizer"
+def build_models(
+    tokenizer: CLIPTokenizer, start: Path | None = None
+) -> tuple[AutoencoderKL, UNet2DConditionModel, CLIPTextModel]:
+    """Networks of the shapes that the shipped model has: fresh, or with the weights of the model in a folder."""
+    config = CLIPTextConfig.from_pretrained(SHIPPED / "text_encoder")
+    config.vocab_size, config.bos_token_id = len(tokenizer), tokenizer.bos_token_id
+    config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     torch.manual_seed(SEED)
     autoencoder, unet = (
         kind.from_config(kind.load_config(SHIPPED / part))
         for kind, part in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
     )
-    return autoencoder, unet, CLIPTextModel(text)
+    text = CLIPTextModel(config)
+    if start is not None:
+        for model, part in ((autoencoder, "vae"), (unet, "unet")):
+            given = type(model).from_pretrained(start / part, torch_dtype=torch.float32)
+            model.load_state_dict(given.state_dict())
+        copy_text(start, tokenizer, text)
+    return autoencoder, unet, text
+
+
+def copy_text(start: Path, tokenizer: CLIPTokenizer, text: CLIPTextModel) -> None:
+    """Gives a text model the weights of another, and each token that both know its row; a new token keeps its own."""
+    given = CLIPTextModel.from_pretrained(start / "text_encoder", torch_dtype=torch.float32)
+    known = json.loads((start / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    pairs = [(number, known[token]) for token, number in tokenizer.get_vocab().items() if token in known]
+    own, old = map(list, zip(*pairs))
+    state, rows = given.state_dict(), text.get_input_embeddings().weight.detach().clone()
+    rows[own] = given.get_input_embeddings().weight.detach()[old]
+    name = next(key for key in state if key.endswith("token_embedding.weight"))
+    text.load_state_dict(state | {name: rows})
 
 
 def store(value: object, path: Path) -> None:
@@ -124,7 +144,7 @@ class TrainingLog:
         self.sums, self.count, self.start = {}, 0, time.monotonic()
 
 
-def pictures(seeds: range) -> torch.Tensor:
+def pictures(world: World, seeds: range) -> torch.Tensor:
     """[N, 3, H, W] uint8 renders."""
     images = [torch.from_numpy(world.view(seed, SIZE).image) for seed in seeds]
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
@@ -141,7 +161,15 @@ def edges(images: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def train_autoencoder(
-    folder: Path, model: AutoencoderKL, steps: int, batch: int, renders: int, rate: float, device: str, polish: bool
+    folder: Path,
+    model: AutoencoderKL,
+    world: World,
+    steps: int,
+    batch: int,
+    renders: int,
+    rate: float,
+    device: str,
+    polish: bool,
 ) -> None:
     stage = "polish" if polish else "autoencoder"
     for part in (model.encoder, model.quant_conv):
@@ -150,7 +178,7 @@ def train_autoencoder(
     if run.step >= steps:
         return run.average.swap()
     log = TrainingLog(folder / "log.jsonl", stage)
-    images = pictures(range(TRAIN_SEEDS, TRAIN_SEEDS + renders)).to(device)
+    images = pictures(world, range(TRAIN_SEEDS, TRAIN_SEEDS + renders)).to(device)
     model.train().to(memory_format=torch.channels_last)
     while run.step < steps:
         generator = torch.Generator().manual_seed(SEED + run.step)
@@ -174,7 +202,9 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def cache_latents(folder: Path, model: AutoencoderKL, count: int, device: str) -> tuple[torch.Tensor, float]:
+def cache_latents(
+    folder: Path, model: AutoencoderKL, world: World, count: int, device: str
+) -> tuple[torch.Tensor, float]:
     """Posterior means of `count` renders in fp16 and the factor that gives them unit variance."""
     path = folder / "latents.pt"
     model.eval()
@@ -184,7 +214,8 @@ def cache_latents(folder: Path, model: AutoencoderKL, count: int, device: str) -
     while len(done) < count:
         parts = []
         for start in range(len(done), min(len(done) + 4096, count), 64):
-            images = pictures(range(TRAIN_SEEDS + start, TRAIN_SEEDS + min(start + 64, count))).to(device)
+            some = range(TRAIN_SEEDS + start, TRAIN_SEEDS + min(start + 64, count))
+            images = pictures(world, some).to(device)
             parts.append(model.encode(scaled(images)).latent_dist.mean.half().cpu())
         done = torch.cat([done, *parts])
         store(done, path)
@@ -193,7 +224,16 @@ def cache_latents(folder: Path, model: AutoencoderKL, count: int, device: str) -
 
 
 def train_diffusion(
-    folder: Path, unet, text, tokenizer, latents: torch.Tensor, steps: int, batch: int, rate: float, device: str
+    folder: Path,
+    unet,
+    text,
+    tokenizer,
+    world: World,
+    latents: torch.Tensor,
+    steps: int,
+    batch: int,
+    rate: float,
+    device: str,
 ) -> None:
     run = DemoTraining(folder / "diffusion.pt", {"unet": unet, "text": text}, rate, steps, decay=0.9985, hold=0.35)
     if run.step >= steps:
@@ -244,6 +284,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of the finished model; checkpoints lie in OUT.work"
     )
+    parser.add_argument("--world", choices=tuple(WORLDS), default="demo", help="the world whose scenes teach it")
+    parser.add_argument(
+        "--start",
+        default="",
+        help="begin with the weights of a model of this form: demo, or a folder (default: from nothing)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's choice")
     parser.add_argument("--renders", type=int, default=8000, help="scenes the autoencoder sees")
@@ -259,19 +305,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    work = options.out.with_name(options.out.name + ".work")
-    tokenizer = build_tokenizer(work / "tokenizer")
-    autoencoder, unet, text = (model.to(options.device) for model in build_models(len(tokenizer)))
+    start = SHIPPED if options.start == "demo" else Path(options.start) if options.start else None
+    if start is not None and not (start / "model_index.json").exists():
+        parser.error(
+            f"--start {options.start}: no diffusers model is there; name demo or a folder with model_index.json"
+        )
+    work, world = options.out.with_name(options.out.name + ".work"), WORLDS[options.world]
+    tokenizer = build_tokenizer(work / "tokenizer", world)
+    autoencoder, unet, text = (model.to(options.device) for model in build_models(tokenizer, start))
     wanted = stages[: stages.index(options.until) + 1]
     seen = (options.autoencoder_batch, options.renders)
-    train_autoencoder(work, autoencoder, options.autoencoder_steps, *seen, 2e-3, options.device, polish=False)
+    train_autoencoder(work, autoencoder, world, options.autoencoder_steps, *seen, 2e-3, options.device, polish=False)
     if "latents" in wanted:
-        latents, factor = cache_latents(work, autoencoder, options.latents, options.device)
+        latents, factor = cache_latents(work, autoencoder, world, options.latents, options.device)
     if "diffusion" in wanted:
         schedule = (options.diffusion_steps, options.diffusion_batch, options.rate)
-        train_diffusion(work, unet, text, tokenizer, latents.float() * factor, *schedule, options.device)
+        train_diffusion(work, unet, text, tokenizer, world, latents.float() * factor, *schedule, options.device)
     if "polish" in wanted:
-        train_autoencoder(work, autoencoder, options.polish_steps, *seen, 1.5e-3, options.device, polish=True)
+        train_autoencoder(work, autoencoder, world, options.polish_steps, *seen, 1.5e-3, options.device, polish=True)
     if "export" in wanted:
         export(options.out, work / "tokenizer", autoencoder, unet, text, factor)
         print(options.out)

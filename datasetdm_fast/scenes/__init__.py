@@ -1,1 +1,1 @@
-"""The procedural world whose ground truth is known: scenes, their labels, and the tokenizer of their captions."""
+"""The procedural worlds whose ground truth is known: scenes, their labels, and the tokenizer of their captions."""
