@@ -90,6 +90,7 @@ def test_every_listed_word_has_its_own_place(prompts):
         (["gen_dat"], 2, "did you mean gen_data?"),
         (["gen_data", "--work-dir", "OUT"], 2, "--sd-path is missing"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "none.json"], 3, "none.json"),
+        (["gen_data", "--sd-path", "SD", "--work-dir", "OUT", "--json-path", "LIST"], 3, "--sd-path: SD is not there"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--treshold", "1"], 2, "did you mean --threshold?"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--threshold", "0.4"], 2, "--uncertainty-threshold 0.5"),
         (["gen_data", *FEW, "--work-dir", "OUT", "--json-path", "LIST", "--start", "5"], 2, "it has 5"),

@@ -1,6 +1,7 @@
 """Scripts of DatasetDM run as they are: what they import from us, batches, refusals, and what its own scripts write."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skips import long_test
 from test_decoders import seeded_state
 
 from datasetdm_fast.compat.showlab import __main__ as command
+from datasetdm_fast.compat.showlab import splicing
 from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder
 from datasetdm_fast.decoders.config import upstream
@@ -262,6 +265,7 @@ def test_what_a_script_cannot_find_is_said_in_a_sentence(text, code, told, tmp_p
 
 def test_what_cannot_run_is_refused_before_its_first_line(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert run("--engin", "torch", "mine.py") == 2 and "(did you mean --engine?)" in capfd.readouterr().err
     for name, rest, code, told in (
         ("mine.py", "", 3, WEIGHTS),
         ("train.py", "", 2, "no generator of DatasetDM reads"),
@@ -282,10 +286,7 @@ def test_what_cannot_run_is_refused_before_its_first_line(tmp_path, capfd, monke
 )
 def test_upstreams_scripts_write_what_our_commands_write(script, kind, config, count, tmp_path, monkeypatch):
     """Unmodified, on the demo model. 3 steps, as of 2 two calls are at the last timestep: PNDM repeats its second."""
-    checkout = os.environ.get("DATASETDM_UPSTREAM")
-    if not checkout:
-        pytest.skip("DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM")
-    root, name = Path(checkout), f"parallel_generate_{script}"
+    root, name = upstream_checkout(), f"parallel_generate_{script}"
     weights = weights_of(kind, tmp_path / f"{kind}.pth")
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     flags = ["--model", "demo", "--steps", "3", "--limit", "2", "--device", "cpu"]
@@ -305,3 +306,73 @@ def test_upstreams_scripts_write_what_our_commands_write(script, kind, config, c
             assert (np.array(a.resize(b.size, Image.Resampling.NEAREST)) == np.array(b)).mean() > (
                 0.97 if kind == "voc" else 0.9999
             )
+
+
+def upstream_checkout() -> Path:
+    checkout = os.environ.get("DATASETDM_UPSTREAM")
+    if not checkout:
+        pytest.skip("DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM")
+    return Path(checkout).resolve()
+
+
+def labelled_output(folder: Path) -> Path:
+    """An output of two images with masks, depth and contours."""
+    for name in ("Image", "Mask", "Annotation"):
+        (folder / name).mkdir(parents=True)
+    for k in range(2):
+        pixels = np.random.default_rng(k).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).resize((512, 512)).save(folder / f"Image/dog_{k}.jpg")
+        plane = np.full((512, 512), 30 * k, np.uint8)
+        plane[99:300, 99:200] = 12
+        for name in ("Mask", "Annotation"):
+            Image.fromarray(plane).save(folder / f"{name}/dog_{k}.png")
+        (folder / f"Mask/dog_{k}.txt").write_text(f"{k},1,{k},5,9,5,1,0.5\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", splicing.SPLICERS)
+def test_upstreams_splicers_write_what_our_commands_write(name, tmp_path, monkeypatch):
+    """Given the same draws: its own have no seed."""
+    root, source = upstream_checkout(), labelled_output(tmp_path / "DataDiffusion/in")
+    monkeypatch.chdir(tmp_path)
+    random.seed(3)
+    line = ["--input_root", "in", "--out_root", "theirs", "--thread_num", 1]
+    assert run("--limit", 3, root / f"tools/{name}.py", *line) == 0
+    drawn, listed, splicer = random.Random(3), os.listdir(source / "Image"), splicing.SPLICERS[name]
+    out = tmp_path / "DataDiffusion/theirs"
+    assert len(list(out.rglob("*.*"))) == 6
+    for id in range(3):
+        pair = tuple(Path(drawn.choice(listed)).stem for _ in range(2))
+        rows = (pair,) if drawn.random() > 0.5 else tuple((one,) for one in pair)
+        image, label = splicing.spliced(splicer, source, splicing.Tiles(id, rows), is_single=False)
+        assert (out / f"Image/splicing_{id}.jpg").read_bytes() == image
+        assert (out / f"{splicer.folder}/splicing_{id}{splicer.suffix}").read_bytes() == label
+
+
+def test_upstreams_vis_script_draws_what_our_command_draws(tmp_path, monkeypatch):
+    root = upstream_checkout()
+    labelled_output(tmp_path / "DataDiffusion/NYU_Train_250_images_t1")
+    monkeypatch.chdir(tmp_path)
+    assert run(root / "DataDiffusion/vis_NYU.py") == 0
+    assert command.main(["vis_NYU", "--root", str(tmp_path), "--out_root", "ours", "--quiet"]) == 0
+    ours, theirs = (sorted((tmp_path / "DataDiffusion" / name).iterdir()) for name in ("ours", "Vis"))
+    assert [path.name for path in ours] == [path.name for path in theirs] and len(ours) == 4
+    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+
+
+@long_test
+def test_upstreams_trainer_leaves_a_checkpoint(tmp_path, monkeypatch):
+    root, data = upstream_checkout(), tmp_path / "data/PascalVOC12"
+    for name in ("JPEGImages", "SegmentationClassAug", "splits"):
+        (data / name).mkdir(parents=True)
+    Image.new("RGB", (600, 520), (90, 120, 30)).save(data / "JPEGImages/a.jpg")
+    Image.fromarray(np.pad(np.full((300, 300), 3, np.uint8), 110)).save(data / "SegmentationClassAug/a.png")
+    (data / "splits/train_aug.txt").write_text("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n")
+    config = (root / "config/VOC/VOC_Sematic_Seg_5Images.yaml").read_text()
+    (tmp_path / "short.yaml").write_text(config.replace("total_epoch: 5000", "total_epoch: 1"))
+    monkeypatch.chdir(tmp_path)
+    flags = ("--model", "demo", "--engine", "torch", "--device", "cpu")
+    assert run(*flags, root / "tools/train_semantic_voc.py", "--config", "short.yaml", "--save_name", "one") == 0
+    path = tmp_path / "checkpoint/one/latest_checkpoint.pth"
+    assert checkpoints.open_checkpoint(path, "voc", load_model("demo").levels).config.queries == 20
+    assert len(list((tmp_path / "checkpoint/one/training").iterdir())) >= 3

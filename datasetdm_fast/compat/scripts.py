@@ -15,16 +15,17 @@ from types import CodeType
 from datasetdm_fast.compat.showlab.lines import ScriptParser
 from datasetdm_fast.config import PROFILES
 from datasetdm_fast.engines import ENGINE_NAMES
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.foreign import documents
 
 PROG = "python -m datasetdm_fast.compat.showlab"
+FLAGS = ("model", "engine", "dtype", "device", "profile", "steps", "limit")
 WITHOUT_MODEL = ("splicing_augmentation_", "vis_")  # how names of scripts begin that run no network
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs a script within this process, with the modules of `showlab_modules` in place of the checkout's own."""
-    given = _parser().parse_args(arguments)
+    given = _given(arguments)
     path = Path(given.script)
     code = compiled(path, given.device)
     has_model = not path.stem.startswith(WITHOUT_MODEL)
@@ -37,8 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     from datasetdm_fast.compat.showlab_modules.names import modules_of_scripts  # after the line was read: torch
     from datasetdm_fast.compat.showlab_modules.session import EnoughImages, ScriptSettings, opened
 
-    names = ("model", "engine", "dtype", "device", "profile", "steps", "limit")
-    settings = ScriptSettings(**{name: getattr(given, name) for name in names})
+    settings = ScriptSettings(**{name: getattr(given, name) for name in FLAGS})
     modules = modules_of_scripts(has_gpu=given.device != "cpu", is_trainer=is_trainer(path))
     imports = ScriptImports(modules, (Path.cwd(), path.resolve().parent, path.resolve().parent.parent))
     with opened(settings) as session, _arguments([given.script, *given.arguments]):
@@ -50,6 +50,18 @@ def main(arguments: Sequence[str]) -> int:
             raise _refusal(path, error) from error
     print(f"{path.name}: {session.images} images", file=sys.stderr)
     return 0
+
+
+def _given(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        raise Refused(
+            f"{parser.prog}: unknown flag {word}{nearest(word.lstrip('-'), FLAGS, before='--')}",
+            f"run `{parser.prog} --help` for the flags; those of the script stand after it",
+        )
+    return given
 
 
 def _parser() -> ScriptParser:

@@ -27,6 +27,7 @@ from datasetdm_fast.generation.job import finished, prepare
 from datasetdm_fast.generation.run import run
 from datasetdm_fast.generation.summary import table
 from datasetdm_fast.labels import class_tables
+from datasetdm_fast.loading import PRESETS
 from datasetdm_fast.run_folder.document import DOCUMENT
 from datasetdm_fast.run_folder.reader import StoredSample, open_run
 
@@ -137,9 +138,11 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object
     out = config.path(config.work_dir)
     _check_folder(out, Path(settings.out))
     source = prompts.source(config.path(config.json_path), settings.negative_prompt)
+    result, interruption = finished(settings, source=source), Interruption(config.quiet)
+    if result is None:
+        _check_model(config)
     if not config.quiet:
         print(*_told(config, prompts, settings), sep="\n", file=sys.stderr, flush=True)
-    result, interruption = finished(settings, source=source), Interruption(config.quiet)
     if result is None:
         job = prepare(settings, source=source)
         if not config.quiet:
@@ -183,6 +186,12 @@ def _run_config(config: GenDataConfig, prompts: PromptList) -> RunConfig:
             "out": str(config.path(config.work_dir) / (RUN + part)),
         }
     )
+
+
+def _check_model(config: GenDataConfig) -> None:
+    model = config.path(config.sd_path)
+    if config.sd_path not in PRESETS and not model.exists():
+        raise Missing(f"--sd-path: {model} is not there{storage.named_alike(model)}", "Name Stable Diffusion's folder.")
 
 
 def _sampler(model: Path) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from PIL import Image
 
 from datasetdm_fast.compat.showlab_modules import detectron, libraries, opencv
@@ -74,6 +75,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "mmcv": {"imwrite": opencv.write_first},
     "matplotlib.cm": {"get_cmap": libraries.get_cmap},
     "matplotlib.pyplot": {},
+    "torchvision": {"_is_tracing": torch.jit.is_tracing},
     "torchvision.transforms": {},
     "fvcore.common.timer": {"Timer": libraries.Timer},
     "lvis": {"LVIS": libraries.LvisFile},
