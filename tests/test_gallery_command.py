@@ -314,6 +314,9 @@ def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys)
     }
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     assert command.main(line) == 0 and {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+    bucket.files.pipe_file(f"{bucket.root}/images/a\\b.png", b"")
+    assert command.main([bucket.url, "--out", str(tmp_path / "other")]) == 2 and not (tmp_path / "other").exists()
+    assert "is no plain relative path" in capsys.readouterr().err
     bucket.files.pipe_file(f"{bucket.root}/run.json", b"{}")
     assert command.main(line) == 2 and "copy: holds something else than memory://" in capsys.readouterr().err
 

@@ -283,6 +283,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
         and "rank 0 has given no sign of life for" in errors
         and "rank 1 has given no sign of life for" in errors
         and f"1 of {SAMPLES} samples were set aside" in errors
+        and "look at them with: python -m datasetdm_fast.gallery " in errors
     ), errors
     store, alone = tree(tmp_path / "store"), tree(tmp_path / "alone")
     thumbnails = {sheets.SHOWN, sheets.sheet_name(0)}

@@ -165,11 +165,14 @@ class ObjectStore:
         with self._refusing():
             found = self.files.find(self.root, detail=True)
         inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in found.items()}
-        return {
-            documents.check_inside(name): inside[name]["size"] or 0
-            for name in sorted(inside)
-            if not storage.is_temporary(Path(name))
-        }
+        try:
+            return {
+                documents.check_inside(name): inside[name]["size"] or 0
+                for name in sorted(inside)
+                if not storage.is_temporary(Path(name))
+            }
+        except ValueError as error:
+            raise Refused(f"{self.url}: {error}", "No run has such a file: remove it there.") from error
 
     def fetch(self, name: str, path: Path) -> bool:
         """Copies a file of any size here; False where the store has none of that name."""
