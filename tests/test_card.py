@@ -26,7 +26,13 @@ def run(tmp_path_factory):
 
 def text(run, **changes) -> str:
     with Ledger(run / "state/ledger.sqlite", read_only=True) as ledger:
-        return b"".join(card.text(document(12) | changes, ledger)).decode()
+        return b"".join(given(card.Card(document(12) | changes, ledger)).end()).decode()
+
+
+def given(file, /):
+    """An index file that was given all rows."""
+    file.add(list(file.ledger.rows()))
+    return file
 
 
 def test_the_header_is_what_hubs_read(run):
@@ -96,7 +102,7 @@ def test_the_text_of_a_licence_is_known_by_its_title():
 
 def test_the_picture_shows_what_the_ledger_holds(run):
     with Ledger(run / "state/ledger.sqlite", read_only=True) as ledger:
-        figures = statistics.gather(document(12), ledger)
+        figures = given(statistics.StatisticsPicture(document(12), ledger)).figures
     views = [rendered(k).annotations["instance"] for k in range(12)]
     assert len(figures.areas) == len(figures.scores) == sum(len(view.masks) for view in views)
     assert max(figures.areas) == pytest.approx(max(view.masks.mean((1, 2)).max() for view in views if len(view.masks)))

@@ -86,7 +86,10 @@ RECIPES = {
         edits={
             "datasetdm_fast/run_folder/indexes/__init__.py": (
                 ("import card, coco", "import captions, card, coco"),
-                ('    "README.md": card.text,\n', '    "README.md": card.text,\n    "captions.tsv": captions.lines,\n'),
+                (
+                    '    "README.md": card.Card,\n',
+                    '    "README.md": card.Card,\n    "captions.tsv": captions.Captions,\n',
+                ),
             )
         },
     ),

@@ -8,11 +8,11 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from datasetdm_fast.errors import Missing, Refused, nearest
 
@@ -36,11 +36,54 @@ class StoredFile:
     size: int  # bytes
 
 
+class Publication(AbstractContextManager):
+    """Files that are written in turns, piece by piece, and are all on the disk under their names once the block ends;
+    where it fails, none is.
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self._parts = {path: _part_of(path) for path in paths}
+        self._handles: dict[Path, int] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            for path, part in self._parts.items():
+                self._handles[path] = _opened(part)
+        except OSError as error:
+            self.__exit__(type(error), error, None)
+            raise refusal(error, error.filename) from error
+        return self
+
+    def write(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Adds to one of the files."""
+        for chunk in chunks:
+            with refusing(path):
+                _write_all(self._handles[path], chunk)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with ExitStack() as undo:
+            for part in self._parts.values():
+                undo.callback(forget, part)
+            for handle in self._handles.values():
+                undo.callback(os.close, handle)
+            if kind is not None:
+                return
+            for path, handle in self._handles.items():
+                with refusing(path):
+                    syscall("fsync", os.fsync, handle)
+            for path, part in self._parts.items():
+                with refusing(path):
+                    syscall("rename", os.replace, part, path)
+            for folder in sorted({path.parent for path in self._parts}):
+                with refusing(folder):
+                    sync_folder(folder)
+
+
 def publish(files: Mapping[Path, bytes | Iterable[bytes]], unsynced: Collection[Path] = ()) -> dict[Path, StoredFile]:
     """Digest and size of every file, once all are on the disk under their names; none is ever half-written. A loss of
     power may cost those that are `unsynced`.
     """
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
+    parts = {path: _part_of(path) for path in files}
     stored: dict[Path, StoredFile] = {}
     try:
         for folder in dict.fromkeys(path.parent for path in files):
@@ -71,7 +114,7 @@ def _write(
     found = {}
     try:
         for (part, content), name in zip(contents.items(), names, strict=True):
-            handles.append(syscall("open", os.open, part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644))
+            handles.append(_opened(part))
             found[name] = _fill(handles[-1], [content] if isinstance(content, bytes) else content)
         for handle, name in zip(handles, names):
             if name not in unsynced:
@@ -87,13 +130,25 @@ def _fill(handle: int, chunks: Iterable[bytes]) -> StoredFile:
     for chunk in chunks:
         digest.update(chunk)
         size += len(chunk)
-        rest = memoryview(chunk)
-        while rest:
-            count = syscall("write", os.write, handle, rest)
-            if not count:
-                raise OSError(errno.EIO, "the disk took no byte")
-            rest = rest[count:]
+        _write_all(handle, chunk)
     return StoredFile(digest.hexdigest(), size)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _opened(part: Path) -> int:
+    return syscall("open", os.open, part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+
+
+def _write_all(handle: int, chunk: bytes) -> None:
+    rest = memoryview(chunk)
+    while rest:
+        count = syscall("write", os.write, handle, rest)
+        if not count:
+            raise OSError(errno.EIO, "the disk took no byte")
+        rest = rest[count:]
 
 
 def append(path: Path, line: bytes) -> None:
@@ -113,7 +168,7 @@ def append(path: Path, line: bytes) -> None:
 
 def link(source: Path, path: Path) -> bool:
     """Whether a file has this second name now: other disks, and some file systems, cannot give it one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part_of(path)
     if not path.parent.is_dir():
         make_folder(path.parent)
     try:

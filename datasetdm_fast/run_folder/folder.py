@@ -28,10 +28,10 @@ from datasetdm_fast.run_folder.document import (
     read_document,
 )
 from datasetdm_fast.run_folder.events import EventLog
-from datasetdm_fast.run_folder.indexes import writers
 from datasetdm_fast.run_folder.kept import KEPT, Kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, SET_ASIDE, Ledger, Row
-from datasetdm_fast.run_folder.seal import ELSEWHERE, SEAL, has_indexes, is_sealed, unseal
+from datasetdm_fast.run_folder.rebuilding import rebuild
+from datasetdm_fast.run_folder.seal import SEAL, has_indexes, is_sealed, unseal
 
 ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
 SECONDS_BETWEEN_TRIES = 0.2
@@ -195,13 +195,7 @@ class RunFolder(AbstractContextManager):
             self.unseal()
             self._remove_leftovers()
             with refusing_rows(self.path):
-                storage.publish(
-                    {
-                        self.path / name: chunks(self.document, self.ledger)
-                        for name, chunks in writers(self.document).items()
-                    }
-                )
-                gallery.write(self.path, self.document, self.ledger, has_samples=not (self.path / ELSEWHERE).exists())
+                rebuild(self.path, self.document, self.ledger)
                 gallery.remove_thumbnails(self.path)
             self.ledger.note("indexed", "yes")
         if not is_sealed(self.path) and self.ledger.settle():

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, LOCK, described
 from datasetdm_fast.run_folder.folder import RunFolder, refusing_rows
-from datasetdm_fast.run_folder.indexes import writers
 from datasetdm_fast.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished
-from datasetdm_fast.run_folder.seal import ELSEWHERE, has_indexes, is_sealed
+from datasetdm_fast.run_folder.rebuilding import rebuild
+from datasetdm_fast.run_folder.seal import has_indexes, is_sealed
 
 MOST_SHARE = 0.01  # of a run's time that is spent on pages of what it has so far
 
@@ -79,9 +79,7 @@ def write_so_far(folder: Path) -> None:
         if is_sealed(folder):
             return
         with Ledger(folder / LEDGER, read_only=True) as ledger, ledger.snapshot():
-            files = {folder / name: chunks(document, ledger) for name, chunks in writers(document).items()}
-            storage.publish(files)
-            gallery.write(folder, document, ledger, has_samples=not (folder / ELSEWHERE).exists())
+            rebuild(folder, document, ledger)
 
 
 class ShownSoFar(AbstractContextManager):

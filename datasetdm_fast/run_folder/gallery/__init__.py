@@ -7,9 +7,9 @@ JSON files.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from datasetdm_fast.run_folder.gallery.drawn import draw_missing, drawn_layer, p
 from datasetdm_fast.run_folder.gallery.facts import RunFacts, layers_of, script
 from datasetdm_fast.run_folder.gallery.sheets import is_thumbnail, remove_thumbnails, thumbnail, thumbnail_name
 from datasetdm_fast.run_folder.kept import Kept, read_kept
-from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, Ledger
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 
 __all__ = [
     "FOLDERS",
     "PAGE",
+    "PageWriter",
     "drawn_layer",
     "expected",
     "is_thumbnail",
@@ -35,10 +36,10 @@ __all__ = [
     "picture_name",
     "pictures",
     "remove_thumbnails",
+    "thousands",
     "thumbnail",
     "thumbnail_name",
     "tracings",
-    "write",
     "written",
 ]
 
@@ -69,34 +70,67 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def write(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True) -> None:
-    """Writes the page and, where the folder has the samples, the pictures for it that are missing."""
-    for role in [layer.role for layer in layers_of(document) if layer.picture and has_samples]:
-        draw_missing(folder, ledger, role)
-    facts, shown, names = RunFacts(document, ledger), {}, set()
-    before = sheets.read_shown(folder)
-    rows = ledger.rows(DONE, DOUBTFUL, parts=("files", "labels", "trust", "tracings"))
-    with ThreadPoolExecutor(1) as beside:  # the sheets of one thousand are drawn while the next is read
-        drawing: Future[dict[str, str]] | None = None
-        for number, group in groupby(rows, lambda row: row.request.index // PAGE_SAMPLES):
-            block = list(group)
-            facts.pages.append((number, len(block)))
-            contents = {_page(number): script("page", number, facts.index(block))}
-            for place, few in sheets.grouped(block):
-                contents[_details(place)] = script("details", place, facts.details(few))
-            storage.publish({folder / name: content for name, content in contents.items()})
-            names |= contents.keys()
-            if has_samples:
-                shown |= drawing.result() if drawing else {}
-                drawing = beside.submit(sheets.draw, folder, block, before)
-        shown |= drawing.result() if drawing else {}
-    if has_samples:
-        sheets.write_shown(folder, shown)
-    for name in set(_scattered(folder)) - names - {sheets.sheet_name(int(number)) for number in shown}:
-        storage.remove(folder / name)
-    contents = {RUN: script("run", 0, facts.whole(has_sheets=has_samples)), LEFT_OUT: _left_out(read_kept(folder))}
-    contents |= {f"gallery/{name}": (HERE / name).read_bytes() for name in FIXED}
-    storage.publish({folder / name: content for name, content in contents.items()})
+class PageWriter(AbstractContextManager):
+    """Writes the page and, where the folder has the samples, the pictures for it that are missing; within the block it
+    is given the rows of every thousand.
+    """
+
+    def __init__(self, folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True):
+        self._folder, self._has_samples, self._facts = folder, has_samples, RunFacts(document, ledger)
+        self._shown: dict[str, str] = {}
+        self._names: set[str] = set()
+        for role in [layer.role for layer in layers_of(document) if layer.picture and has_samples]:
+            draw_missing(folder, ledger, role)
+        self._before = sheets.read_shown(folder)
+        self._beside = ThreadPoolExecutor(1)  # the sheets of one thousand are drawn while the next is read
+        self._drawing: Future[dict[str, str]] | None = None
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Writes what the page reads of the samples of one thousand, all that there are."""
+        number = rows[0].request.index // PAGE_SAMPLES
+        self._facts.pages.append((number, len(rows)))
+        contents = {_page(number): script("page", number, self._facts.index(rows))}
+        for place, few in sheets.grouped(rows):
+            contents[_details(place)] = script("details", place, self._facts.details(few))
+        storage.publish({self._folder / name: content for name, content in contents.items()})
+        self._names |= contents.keys()
+        if self._has_samples:
+            self._wait()
+            self._drawing = self._beside.submit(sheets.draw, self._folder, rows, self._before)
+
+    def _wait(self) -> None:
+        self._shown |= self._drawing.result() if self._drawing else {}
+
+    def end(self) -> None:
+        """Writes the page itself, once all rows were added."""
+        self._wait()
+        folder, shown = self._folder, self._shown
+        if self._has_samples:
+            sheets.write_shown(folder, shown)
+        for name in set(_scattered(folder)) - self._names - {sheets.sheet_name(int(number)) for number in shown}:
+            storage.remove(folder / name)
+        contents = {RUN: script("run", 0, self._facts.whole(has_sheets=self._has_samples))}
+        contents |= {LEFT_OUT: _left_out(read_kept(folder))}
+        contents |= {f"gallery/{name}": (HERE / name).read_bytes() for name in FIXED}
+        storage.publish({folder / name: content for name, content in contents.items()})
+
+    def __exit__(self, *_: object) -> None:
+        self._beside.shutdown()
+
+
+def thousands(ledger: Ledger) -> Iterator[list[Row]]:
+    """The rows of the data set and those set aside, with all their parts: of an index page each."""
+    rows = ledger.rows(DONE, DOUBTFUL, parts=(*PARTS, "tracings"))
+    for _, group in groupby(rows, lambda row: row.request.index // PAGE_SAMPLES):
+        yield list(group)
+
+
+def write(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> None:
+    """Writes the page alone."""
+    with PageWriter(folder, document, ledger) as page:
+        for rows in thousands(ledger):
+            page.add(rows)
+        page.end()
 
 
 def mark(folder: Path, document: Mapping[str, Any], decided: Kept | None) -> None:

@@ -11,9 +11,10 @@ from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.kind import markdown_cell
 from datasetdm_fast.labels.names import tasks_of
 from datasetdm_fast.run_folder.document import ASIDE, described_sides, maker, sets_aside
+from datasetdm_fast.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
 from datasetdm_fast.run_folder.indexes.statistics import STATISTICS
-from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger
+from datasetdm_fast.run_folder.ledger import DOUBTFUL, SET_ASIDE, Ledger, Row
 
 TITLES = ("# A labelled data set, made from prompts\n", "# Pictures and their labels\n")
 ORIGINS = (
@@ -70,8 +71,27 @@ pairs = run.as_dataset("{task}")  # (image, label) tensors for a torch DataLoade
 ```"""
 
 
-def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
+class Card(IndexFile):
     """The card as Markdown; no prompt is quoted, as prompts are foreign text."""
+
+    def __init__(self, document: Mapping[str, Any], ledger: Ledger):
+        super().__init__(document, ledger)
+        self._kinds = {task: kind_of(task) for task in by_kind(document["config"]["task"])}
+        self._counts: dict[str, Counter] = {task: Counter() for task in self._kinds}
+
+    def add(self, rows: Sequence[Row]) -> tuple[()]:
+        for row in rows:
+            for task, counter in self._counts.items():
+                if task in row.labels:
+                    counter.update(self._kinds[task].count(row.labels[task]))
+        return ()
+
+    def end(self) -> Iterator[bytes]:
+        yield text(self.document, self.ledger, self._counts).encode()
+
+
+def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Counter]) -> str:
+    """The card, from what the labels hold in all."""
     config, done, is_label = document["config"], ledger.count(), document.get("command") == "label"
     parts = [
         *_header(document, done),
@@ -86,7 +106,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         "`state/ledger.sqlite`: one row a sample; `state/events.jsonl`: when it was made\n",
         *_trust(document, ledger),
         f"## Statistics\n\n![Classes, areas, scores and depths of this data set]({STATISTICS})\n",
-        *_sections(document, ledger),
+        *_sections(document, counts),
         *_left_out(ledger),
         "## How it was made\n",
         *_making(document),
@@ -101,7 +121,7 @@ def text(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
         "\n## Citation\n",
         *_citations(document),
     ]
-    yield ("\n".join(parts) + "\n").encode()
+    return "\n".join(parts) + "\n"
 
 
 def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
@@ -260,16 +280,10 @@ def _seeds(document: Mapping[str, Any]) -> str:
     return f"Sample k has seed {document['config']['seed']} + k"
 
 
-def _sections(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
+def _sections(document: Mapping[str, Any], counts: Mapping[str, Counter]) -> Iterator[str]:
     """What the labels hold in all, maps of classes first."""
-    kinds = {task: kind_of(task) for task in by_kind(document["config"]["task"])}
-    counts: dict[str, Counter] = {task: Counter() for task in kinds}
-    for row in ledger.rows(parts=("labels",)):
-        for task, counter in counts.items():
-            if task in row.labels:
-                counter.update(kinds[task].count(row.labels[task]))
-    for task in sorted(kinds, key=lambda task: not kinds[task].is_map):
-        yield from kinds[task].section(document["labels"][task], counts[task])
+    for task in sorted(counts, key=lambda task: not kind_of(task).is_map):
+        yield from kind_of(task).section(document["labels"][task], counts[task])
 
 
 def _word(name: str) -> str:

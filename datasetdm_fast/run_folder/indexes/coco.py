@@ -1,22 +1,85 @@
-"""Records of one task in COCO's form as pycocotools reads it, written line by line to save memory."""
+"""Records of one task in COCO's form as pycocotools reads it, written some rows at a time to save memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.run_folder.document import sides
-from datasetdm_fast.run_folder.ledger import Ledger, Row, canonical
+from datasetdm_fast.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.run_folder.ledger import BLOCK, Ledger, Row, canonical
 
 
-def document(task: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
+class Images:
+    """The list of images, which stands before the annotations and is the same in every file of a run."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] | None = None
+
+    def chunks(self, document: Mapping[str, Any], ledger: Ledger) -> list[bytes]:
+        if self._chunks is None:
+            listed = _listed(_image(document, row) for row in ledger.rows(parts=("files",)))
+            self._chunks = list(_joined(listed))
+        return self._chunks
+
+
+class AnnotationList(IndexFile):
     """Images, categories and annotations; a kind of one category leaves its number to us."""
-    info = {"description": "made by datasetdm_fast", "version": run["versions"]["datasetdm_fast"]}
-    categories = kind_of(task).categories(run["labels"][task])
-    yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{canonical(categories)},\n"images":['.encode()
-    yield from _listed(_image(run, row) for row in ledger.rows(parts=("files",)))
-    yield b'],\n"annotations":['
-    yield from _listed(_annotations(task, run, ledger, categories[0]["id"] if categories else 0))
-    yield b"]}\n"
+
+    def __init__(self, label: str, images: Images, document: Mapping[str, Any], ledger: Ledger):
+        super().__init__(document, ledger)
+        self._label, self._images = label, images
+        self._categories = kind_of(label).categories(document["labels"][label])
+        self._category = self._categories[0]["id"] if self._categories else 0
+        self._number = first_number(label, document, ledger)
+        self._is_empty = True
+
+    def begin(self) -> Iterator[bytes]:
+        info = {"description": "made by datasetdm_fast", "version": self.document["versions"]["datasetdm_fast"]}
+        categories = canonical(self._categories)
+        yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{categories},\n"images":['.encode()
+        yield from self._images.chunks(self.document, self.ledger)
+        yield b'],\n"annotations":['
+
+    def add(self, rows: Sequence[Row]) -> Iterator[bytes]:
+        chunk = b"".join(_listed(self._annotations(rows), self._is_empty))
+        self._is_empty = self._is_empty and not chunk
+        yield chunk
+
+    def end(self) -> tuple[bytes]:
+        return (b"]}\n",)
+
+    def _annotations(self, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            records = row.labels[self._label]
+            for id, record in zip(ids_of(records, self._number), records, strict=True):
+                own = {"id": id, "image_id": row.request.index, "iscrowd": 0, "category_id": self._category}
+                yield {**own, **record}
+            self._number += len(records)
+
+
+def first_number(label: str, run: Mapping[str, Any], ledger: Ledger) -> int:
+    """The annotations that stand in the run's other files in COCO's form: these go on after them, to be merged."""
+    number = 0  # pycocotools takes annotation 0 for "no match", so ids start at 1
+    for other in by_kind(run["labels"]) if "classes" in run else ():
+        if other == label:
+            break
+        if kind_of(other).coco_file:
+            number += ledger.last_record(other)
+    return number
+
+
+def ids_of(records: Sequence[Mapping[str, Any]], number: int) -> list[int]:
+    """The ids of annotations: those of their records, else numbers that go on after `number`."""
+    return [record.get("id", number + k) for k, record in enumerate(records, 1)]
+
+
+def numbered(label: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[tuple[Row, list[int]]]:
+    """Every row of a run with the ids of its annotations."""
+    number = first_number(label, run, ledger)
+    for row in ledger.rows(parts=("labels",)):
+        yield row, ids_of(row.labels[label], number)
+        number += len(row.labels[label])
 
 
 def _image(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
@@ -24,28 +87,13 @@ def _image(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
     return {"id": row.request.index, "file_name": row.files["image"][0], "width": width, "height": height}
 
 
-def _annotations(task: str, run: Mapping[str, Any], ledger: Ledger, category: int) -> Iterator[dict[str, Any]]:
-    for row, ids in numbered(task, run, ledger):
-        for id, record in zip(ids, row.labels[task], strict=True):
-            yield {"id": id, "image_id": row.request.index, "iscrowd": 0, "category_id": category, **record}
+def _listed(items: Iterable[dict[str, Any]], is_first: bool = True) -> Iterator[bytes]:
+    for item in items:
+        yield (("" if is_first else ",") + "\n" + canonical(item)).encode()
+        is_first = False
 
 
-def numbered(task: str, run: Mapping[str, Any], ledger: Ledger) -> Iterator[tuple[Row, list[int]]]:
-    """Every row of a run with the ids of its annotations: those of its records, else numbers in order, which go on
-    after those of the run's other files in COCO's form, so that these can be merged.
-    """
-    number = 0  # pycocotools takes annotation 0 for "no match", so ids start at 1
-    for label in by_kind(run["labels"]) if "classes" in run else ():
-        if label == task:
-            break
-        if kind_of(label).coco_file:
-            number += ledger.last_record(label)
-    for row in ledger.rows(parts=("labels",)):
-        records = row.labels[task]
-        yield row, [record.get("id", number + k) for k, record in enumerate(records, 1)]
-        number += len(records)
-
-
-def _listed(items: Iterator[dict]) -> Iterator[bytes]:
-    for k, item in enumerate(items):
-        yield (("" if k == 0 else ",") + "\n" + canonical(item)).encode()
+def _joined(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in fewer chunks."""
+    while block := list(islice(chunks, BLOCK)):
+        yield b"".join(block)

@@ -11,7 +11,8 @@ from typing import Any
 from datasetdm_fast.labels import by_kind, kind_of
 from datasetdm_fast.labels.names import LabelName
 from datasetdm_fast.run_folder.document import sides
-from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.run_folder.ledger import Ledger, Row
 
 STATISTICS = "statistics.png"
 MOST_CLASSES = 24  # bars, the most frequent ones
@@ -33,31 +34,36 @@ class Figures:
     depths: list[float] = field(default_factory=list)  # mean of an image in metres
 
 
-def gather(document: Mapping[str, Any], ledger: Ledger) -> Figures:
-    """The figures of a run, from its ledger."""
-    found, tables = Figures(), document["labels"]
-    kinds = {label: (LabelName.parse(label).task, kind_of(label)) for label in by_kind(document["config"]["task"])}
-    has_things = any(task == "instance" for task, _ in kinds.values())
-    for row in ledger.rows(parts=("labels",)):
-        height, width = sides(document, row.recipe)
-        shown: set[str] = set()
-        for label, record in row.labels.items():
-            task, kind = kinds[label]
-            shown.update(kind.words(record, tables[label], LEAST_SHARE * height * width))
-            if task == "instance":
-                found.areas += [thing["area"] / (height * width) for thing in record]
-                found.scores += [thing["score"] for thing in record]
-            elif task == "depth":
-                found.depths.append(record["mean"])
-            elif kind.is_map and not has_things and record.get("mean_confidence") is not None:
-                found.scores.append(record["mean_confidence"])
-        found.images.update(shown - NO_CLASS)
-    return found
+class StatisticsPicture(IndexFile):
+    """A PNG with a panel for everything there are figures of."""
 
+    def __init__(self, document: Mapping[str, Any], ledger: Ledger):
+        super().__init__(document, ledger)
+        self.figures = Figures()
+        labels = by_kind(document["config"]["task"])
+        self._kinds = {label: (LabelName.parse(label).task, kind_of(label)) for label in labels}
+        self._has_things = any(task == "instance" for task, _ in self._kinds.values())
 
-def picture(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
-    """The bytes of a PNG with a panel for everything there are figures of."""
-    yield drawn(gather(document, ledger))
+    def add(self, rows: Sequence[Row]) -> tuple[()]:
+        found, tables = self.figures, self.document["labels"]
+        for row in rows:
+            height, width = sides(self.document, row.recipe)
+            shown: set[str] = set()
+            for label, record in row.labels.items():
+                task, kind = self._kinds[label]
+                shown.update(kind.words(record, tables[label], LEAST_SHARE * height * width))
+                if task == "instance":
+                    found.areas += [thing["area"] / (height * width) for thing in record]
+                    found.scores += [thing["score"] for thing in record]
+                elif task == "depth":
+                    found.depths.append(record["mean"])
+                elif kind.is_map and not self._has_things and record.get("mean_confidence") is not None:
+                    found.scores.append(record["mean_confidence"])
+            found.images.update(shown - NO_CLASS)
+        return ()
+
+    def end(self) -> Iterator[bytes]:
+        yield drawn(self.figures)
 
 
 def drawn(figures: Figures) -> bytes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from datasetdm_fast.run_folder.ledger import Ledger
+from datasetdm_fast.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.run_folder.ledger import Row
 
 
-def lines(document: Mapping[str, Any], ledger: Ledger) -> Iterator[bytes]:
+class Captions(IndexFile):
     """The lines of captions.tsv by id."""
-    for row in ledger.rows():
-        yield f"{row.files['image'][0]}\t{' '.join(row.request.prompt.split())}\n".encode()
+
+    def add(self, rows: Sequence[Row]) -> Iterator[bytes]:
+        for row in rows:
+            yield f"{row.files['image'][0]}\t{' '.join(row.request.prompt.split())}\n".encode()

@@ -1,0 +1,31 @@
+"""Index files and page of a run folder, made anew out of one reading of its ledger."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.run_folder import gallery
+from datasetdm_fast.run_folder.indexes import writers
+from datasetdm_fast.run_folder.ledger import DONE, Ledger
+from datasetdm_fast.run_folder.seal import ELSEWHERE
+
+
+def rebuild(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> None:
+    """Writes every index file and the page."""
+    files = {folder / name: writer(document, ledger) for name, writer in writers(document).items()}
+    has_samples = not (folder / ELSEWHERE).exists()
+    with (
+        gallery.PageWriter(folder, document, ledger, has_samples=has_samples) as page,
+        storage.Publication(files) as publication,
+    ):
+        for path, file in files.items():
+            publication.write(path, file.begin())
+        for rows in gallery.thousands(ledger):
+            there = [row for row in rows if row.status == DONE]
+            for path, file in files.items():
+                publication.write(path, file.add(there))
+            page.add(rows)
+        for path, file in files.items():
+            publication.write(path, file.end())
+        page.end()
