@@ -91,7 +91,7 @@ def _judged(
         source = _opened(config, config.data, engine.model.size, tasks_of(some), selection)
         known = dict.fromkeys(name for label in some for name in decoders[label].config.classes)
         # captions made of the labels say what they said in training
-        source.table = next((table for label in some if (table := decoders[label].config.table)), None)
+        source.class_table = next((table for label in some if (table := decoders[label].config.table)), None)
         source = naming.renamed(source, pairs, tuple(known), finds=naming.AUTO in config.class_names)
         with _bar(len(source), config.quiet) as bar:
             given = (config.captions, config.batch_size, config.seed, _moving(bar))

@@ -118,7 +118,7 @@ def test_class_words_of_an_own_table_are_said_found_and_kept(run, tmp_path, caps
     config = load_decoders(tmp_path / "decoder")["semantic"].config
     assert config == type(config).from_json(config.to_json()) and shown in config.named
     assert [find_classes(text, config.named, config.table) for text in ("doodads", "a toy gadget")] == [(shown,), ()]
-    source.table = config.table
+    source.class_table = config.table
     assert "a gadget" in source[0].caption and shown not in source[0].caption
     assert run(*line, "--steps", "1") == 2 and "other settings (class_table" in capsys.readouterr().err
     (tmp_path / "other.csv").write_text("name\nunicorn\n")

@@ -76,7 +76,7 @@ class TrainingSession:
 
     def recipe(self, task: str, images: int) -> tuple[recipes.TrainingRecipe, Any]:
         """Decoder and schedule of a task, and the class embeddings it is taught with."""
-        config, engine, table = self.config, self.engine, self.source.table
+        config, engine, table = self.config, self.engine, self.source.class_table
         width = engine.model.networks["text_encoder"].config.hidden_size
         found = recipes.recipe(
             *(task, self.source, engine.model.levels, width, self.timestep, images),
@@ -104,7 +104,7 @@ class TrainingSession:
 
     def _named(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes of a decoder that are looked for only where a prompt names them."""
-        config, table = self.config, self.source.table
+        config, table = self.config, self.source.class_table
         is_wanted = config.by_name == "yes" or (config.by_name == "auto" and self.source.captions_name_all)
         things = [name for name in classes if name in self.source.thing_classes]
         if not (is_wanted and config.captions == "true" and things):
@@ -126,8 +126,8 @@ class TrainingSession:
         }
         if self.config.images:
             settings["listed"] = storage.sha256_of(Path(self.config.images))[:12]
-        if self.source.table is not None:
-            settings["class_table"] = digest_of(self.source.table, self.source.thing_classes)
+        if self.source.class_table is not None:
+            settings["class_table"] = digest_of(self.source.class_table, self.source.thing_classes)
         for name in ("task", "steps", "batch_size", "rate", "skip_bad"):  # said by the recipe, or by what is left out
             del settings[name]
         if skipped := self.source.skipped:
@@ -309,7 +309,7 @@ def open_session(config: TrainConfig, ranks: Ranks) -> TrainingSession:
     options = {"selection": config.selection(), "skip_bad": config.skip_bad, "framing": config.framing}
     source = open_data(config.data, model.size, tasks=config.task, **options)
     if config.class_table:
-        source.table = _table(config.class_table, source)
+        source.class_table = _table(config.class_table, source)
     if config.skip_bad:
         count, source = len(source), source.readable()
         if not len(source):

@@ -66,7 +66,7 @@ class LabelledSource:
     max_depth: float = 0.0
     tasks: tuple[str, ...] = ()  # those it has truth for
     captions_name_all: bool = False  # whether captions are made of the labels, or name every thing by their making
-    table: ClassTable | None = None  # of the user's own words, for captions that are made of the labels
+    class_table: ClassTable | None = None  # of the user's own words, for captions that are made of the labels
     framing: str = "fit"
     skip_bad: bool = False
     least_mask: float = 1.0  # pixels at the model's size: smaller masks are dropped
