@@ -193,7 +193,7 @@ def test_binary_masks_are_read_whatever_their_file_holds(copied):
         save(path, write(np.asarray(Image.open(path))))
     after = open_data(address, SIZE)
     assert all((item.semantic == labels).all() for item, labels in zip(after, before)) and after[0].caption.endswith(
-        "a Ball"
+        "a ball"
     )
     (root / "classes.txt").write_text("background\nsalient thing\n")
     assert open_data(f"{address}[DIS-TR]", SIZE).thing_classes == ("salient thing",)
