@@ -12,7 +12,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.kernels.cpu import threads
 
 PANEL = 16  # outputs that lie side by side in the weight, and what channels and outputs must be multiples of
-_OWN = threading.local()
+_KEPT: dict[int, Tensor] = {}  # memory of each thread, by its number
 
 
 def takes(weight: Tensor) -> bool:
@@ -33,11 +33,17 @@ def transformed(weight: Tensor, out: Tensor | None = None) -> Tensor:  # [36, P,
 
 def transformed_for_now(weight: Tensor) -> Tensor:
     """The same in memory of this thread, until its next call."""
-    size = 36 * (len(weight) + PANEL) * weight.shape[1]
-    if (kept := getattr(_OWN, "kept", None)) is None or len(kept) < size:
-        _OWN.kept = None  # before the larger one is there
-        kept = _OWN.kept = torch.empty(size)
+    size, thread = 36 * (len(weight) + PANEL) * weight.shape[1], threading.get_ident()
+    if (kept := _KEPT.get(thread)) is None or len(kept) < size:
+        del kept  # before the larger one is there
+        _KEPT.pop(thread, None)
+        kept = _KEPT[thread] = torch.empty(size)
     return transformed(weight, kept)
+
+
+def let_go() -> None:
+    """Frees what the threads keep."""
+    _KEPT.clear()
 
 
 def convolve(

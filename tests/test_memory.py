@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from bench.report.report import forms_table
-from datasetdm_fast.engines import build_engine, memory
+from datasetdm_fast.decoders.checkpoint import for_inference
+from datasetdm_fast.decoders.seeded import untrained_decoders
+from datasetdm_fast.engines import build_engine, fast, memory
 from datasetdm_fast.engines.device import choose_by_shape
 from datasetdm_fast.engines.fast import FastEngine
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu, upsample_concat
 from datasetdm_fast.loading import load_model
+from datasetdm_fast.models import blocks, packed
 
 
 class Memory:
@@ -89,6 +92,40 @@ def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
     monkeypatch.setattr("datasetdm_fast.engines.fast.LARGEST_IDLE", 0)
     engine.denoise(latents, 5, context)
     assert "text_encoder" not in vars(engine) and torch.equal(engine.encode_text(["", "a ball"]), context)
+
+
+def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkeypatch):
+    engine = FastEngine(load_model("tiny"), device="cpu")
+    latents, large = torch.randn(1, 4, 16, 16), ("text_encoder", "image_decoder", "image_encoder")
+    image = engine.decode_image(latents)
+    moments = engine.encode_image(image)
+    monkeypatch.setattr("datasetdm_fast.engines.fast.LARGEST_IDLE", 0)
+    for call, kept in (
+        (lambda: engine.encode_text([""]), "text_encoder"),
+        (lambda: engine.decode_image(latents), "image_decoder"),
+        (lambda: engine.encode_image(image), "image_encoder"),
+    ):
+        call()
+        assert [name for name in large if name in vars(engine)] == [kept]
+    assert torch.equal(engine.decode_image(latents), image) and torch.equal(engine.encode_image(image), moments)
+
+
+@pytest.mark.parametrize("is_minimal", [True, False])
+def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(monkeypatch, is_minimal):
+    model = load_model("tiny")
+    decoders = untrained_decoders(model.levels, model.networks["text_encoder"].config.hidden_size)
+    decoders = {task: for_inference(decoders[task], strict=False) for task in ("semantic", "depth")}
+    latents, answers = torch.randn(2, 4, 16, 16), []
+    monkeypatch.setattr(packed, "LARGEST_TRANSFORMED", 1 << 30 if is_minimal else 0)
+    monkeypatch.setattr(blocks, "LARGEST_BLOCK", 0)
+    for held in (1 << 30, 0):
+        monkeypatch.setattr(packed, "LARGEST_HELD", held)
+        monkeypatch.setattr(fast, "LARGEST_STACKED", held)
+        engine = FastEngine(model, decoders, device="cpu")
+        assert bool(list(engine.projection.parameters())) == bool(held) and engine.weight_distance() == 0
+        noise, capture = engine.denoise_and_capture(latents, 5, engine.encode_text(["", "", "a ball", "a red box"]))
+        answers.append([noise, *capture.sums, engine.decode_image(latents)])
+    assert all(torch.equal(*pair) for pair in zip(*answers, strict=True))
 
 
 def test_a_kernel_that_fails_its_probe_gives_way(monkeypatch):

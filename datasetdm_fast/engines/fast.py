@@ -5,6 +5,7 @@ on a CPU.
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_d
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested, trim
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import plain
+from datasetdm_fast.kernels import plain, winograd
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.network import Weighted
@@ -47,7 +48,8 @@ CHUNK_PIXELS = {
 TIMES = 2048  # timesteps whose biases are kept
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
 COMPUTED = ("time_emb", "upsamplers")
-LARGEST_IDLE = 2**27  # bytes; on a CPU a larger text encoder is let go while the UNet works, and read again at need
+LARGEST_IDLE = 2**27  # bytes; on a CPU larger networks of AT_NEED are let go while others work, and read again
+LARGEST_STACKED = 2**23  # weights of all decoders' first layers; on a CPU more are stacked anew for a captured call
 WIDEST_SLICE = 8  # images a core of a CPU takes at once: more would leave its caches
 
 
@@ -128,7 +130,7 @@ class FastEngine:
 
     def _read_weights(self) -> None:
         self._seen = self._weight_versions()
-        sources = self._sources("unet", "vae")
+        sources = self._sources("unet")
         for name in NETWORKS:
             setattr(self, name, self._network(name, sources))
         for name in AT_NEED:
@@ -145,12 +147,11 @@ class FastEngine:
             }
         if self.device.type == "cpu" and not self.is_compiled:
             packed(with_blocks(self.unet) if self._has_usual_ops else self.unet)
-            packed(self.image_decoder)
         del sources
         if self.device.type == "cpu":
             trim()
-        else:
-            self.text_encoder  # noqa: B018 - built before a run begins, as copies to a GPU make the host wait
+        else:  # built before a run begins, as copies to a GPU make the host wait
+            self.text_encoder, self.image_decoder  # noqa: B018
         self._step = torch.compile(self._plain, dynamic=False) if self.is_compiled else self._plain
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
@@ -188,19 +189,37 @@ class FastEngine:
 
     @functools.cached_property
     def text_encoder(self) -> nn.Module:
-        return self._network("text_encoder", self._sources("text_encoder"))
+        return self._read_at_need("text_encoder", "text_encoder")
+
+    @functools.cached_property
+    def image_decoder(self) -> nn.Module:
+        return self._read_at_need("image_decoder", "vae")
 
     @functools.cached_property
     def image_encoder(self) -> nn.Module:
-        encoder = self._network("image_encoder", self._sources("vae"))
-        return packed(encoder) if self.device.type == "cpu" and not self.is_compiled else encoder
+        return self._read_at_need("image_encoder", "vae")
+
+    def _read_at_need(self, name: str, source: str) -> nn.Module:
+        is_packed = self.device.type == "cpu" and name != "text_encoder" and not self.is_compiled
+        if self.device.type == "cpu":  # what calls left behind makes room for it
+            winograd.let_go()
+            trim()
+        module = self._network(name, self._sources(source))
+        return packed(module) if is_packed else module
+
+    def _keep_alone(self, *wanted: str) -> None:
+        """On a CPU lets the large networks go that are not wanted now."""
+        for name in AT_NEED if self.device.type == "cpu" else ():
+            if name not in wanted and (module := self.__dict__.get(name)) is not None:
+                if sum(weight.numel() * weight.element_size() for weight in module.parameters()) > LARGEST_IDLE:
+                    self.__dict__.pop(name, None)
 
     def weight_distance(self) -> float:
         """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or
         something changed it.
         """
         farthest, sources = 0.0, self._sources()
-        for name in (*NETWORKS, "text_encoder"):
+        for name in (*NETWORKS, "text_encoder", "image_decoder"):
             held, truth = weights_of(getattr(self, name)), weights_of(self._network(name, sources))
             pairs = ((held[key], weight_as(held[key], value)) for key, value in truth.items())
             farthest = max([farthest, *(state_distance(*pair) for pair in pairs)])
@@ -220,6 +239,7 @@ class FastEngine:
 
     @computed
     def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
+        self._keep_alone("text_encoder")
         return self.text_encoder(to_device(self.model.token_ids(prompts), self.device))
 
     @computed
@@ -282,7 +302,7 @@ class FastEngine:
         """
         row, latents = self._row(timestep), self._latents(latents)
         if self.device.type == "cpu":
-            self._let_text_encoder_go()
+            self._keep_alone()
             parts = self._in_slices(step, latents, row, context, own, slice_of(len(latents)))
         else:
             size = min(self.widest or len(latents), len(latents))
@@ -294,11 +314,6 @@ class FastEngine:
         noise, *others = zip(*parts)
         unconditional, conditional = zip(*(part.chunk(2) for part in noise))
         return torch.cat([*unconditional, *conditional]), *(torch.cat(other) for other in others)
-
-    def _let_text_encoder_go(self) -> None:
-        if (encoder := self.__dict__.get("text_encoder")) is not None:
-            if sum(weight.numel() * weight.element_size() for weight in encoder.parameters()) > LARGEST_IDLE:
-                self.__dict__.pop("text_encoder", None)
 
     def _in_slices(
         self,
@@ -411,6 +426,8 @@ class FastEngine:
         if self.device.type == "cuda":  # a thread of its own would work on another stream, which nothing waits for
             parts = [self._decoded(chunk) for chunk in chunks]
         else:
+            self._keep_alone("image_decoder")
+            self.image_decoder  # noqa: B018 - read once, before threads ask for it
             parts = self.lanes.map(self._decoded, [(chunk,) for chunk in chunks])
         return tuple(torch.cat(part) for part in zip(*parts))
 
@@ -433,6 +450,7 @@ class FastEngine:
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
+        self._keep_alone("image_encoder")
         parts = images.to(self.device).split(self._chunk(images.shape[2]))
         moments = torch.cat(
             [
@@ -524,11 +542,13 @@ NETWORKS: dict[str, Building] = {
     "times": lambda engine, sources: TimeTable(sources["unet"]),
     "texts": lambda engine, sources: TextTable(sources["unet"]),
     "unet": lambda engine, sources: engine.kinds[0](sources["unet"], engine.ops),
-    "image_decoder": lambda engine, sources: engine.kinds[1](sources["vae"], engine.ops),
-    "projection": lambda engine, sources: Projection(engine.model.levels, engine.decoders),
+    "projection": lambda engine, sources: Projection(
+        engine.model.levels, engine.decoders, largest_held=LARGEST_STACKED if engine.device.type == "cpu" else math.inf
+    ),
 }
 AT_NEED: dict[str, Building] = {
     "text_encoder": lambda engine, sources: TextEncoder(sources["text_encoder"], engine.ops),
+    "image_decoder": lambda engine, sources: engine.kinds[1](sources["vae"], engine.ops),
     "image_encoder": lambda engine, sources: ImageEncoder(sources["vae"], engine.ops),
 }
 

@@ -28,6 +28,8 @@ class ConfigFile(dict):
 class ReadOnce(dict):
     """Tensors by name; a weight is let go when it is read, so that what is made of it takes its place."""
 
+    is_given_away = True  # nobody else holds the tensors
+
     def __getitem__(self, name: str) -> Tensor:
         return self.pop(name) if dict.__getitem__(self, name).dim() > 1 else dict.__getitem__(self, name)
 

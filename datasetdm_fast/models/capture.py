@@ -4,6 +4,7 @@ A decoder's first layer is a 1x1 convolution over a level, which commutes with r
 its slice of the weight and added to the level's sum, so that the concatenated level never exists.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from types import SimpleNamespace
@@ -90,31 +91,52 @@ class Projecting(Protocol):
 
 
 class Projection(nn.Module):
-    """The first layers of all decoders, stacked along their outputs, as one matrix per captured tensor."""
+    """The first layers of all decoders, stacked along their outputs, as one matrix per captured tensor: held where they
+    are few, else put together of the decoders' own weights whenever one is read.
+    """
 
-    def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Projecting]):
+    def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Projecting], *, largest_held: float = math.inf):
         super().__init__()
         # which of the sums are a task's own, per level
         self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(decoders, ())
+        read = [decoder.projections() for decoder in decoders.values()]
+        is_held = sum(weight.numel() for one in read for weight in one.values()) <= largest_held
+        stacked = _Held if is_held else _ReadAtNeed
         self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
         for level in levels:
             empty = torch.zeros(0, level.channels)
-            weights = [decoder.projections().get(level.name, empty).flatten(1).cpu() for decoder in decoders.values()]
+            weights = [one.get(level.name, empty).flatten(1).cpu() for one in read]
             stops = list(accumulate(map(len, weights), initial=0))
             for task, start, stop in zip(decoders, stops, stops[1:]):
                 self.tasks[task] += (slice(start, stop),)
             self.widths.append(stops[-1])
+            rows = [2] * len(level.features) + list(level.heads)
             widths = [2 * channels for channels in level.features] + [heads * level.tokens for heads in level.heads]
-            parts = iter(torch.cat([empty, *weights]).split(widths, 1))
-            # features: [2, C, F], a matrix for each CFG half
-            self.features.append(
-                nn.ParameterList(
-                    frozen(next(parts).unflatten(1, (2, -1)).permute(1, 2, 0).contiguous()) for _ in level.features
-                )
-            )
-            self.maps.append(
-                nn.ParameterList(frozen(next(parts).T.unflatten(0, (heads, -1)).contiguous()) for heads in level.heads)
-            )  # [heads, T, F]
+            parts = list(zip(*(weight.split(widths, 1) for weight in (empty, *weights))))
+            matrices = [
+                [part.unflatten(1, (count, -1)).permute(1, 2, 0) for part in own] for count, own in zip(rows, parts)
+            ]
+            count = len(level.features)
+            self.features.append(stacked(matrices[:count]))  # [2, C, F], a matrix for each CFG half
+            self.maps.append(stacked(matrices[count:]))  # [heads, T, F]
+
+
+class _Held(nn.ParameterList):
+    """Matrices, each of its parts side by side."""
+
+    def __init__(self, parts: Sequence[Sequence[Tensor]]):
+        super().__init__(frozen(torch.cat(own, -1)) for own in parts)
+
+
+class _ReadAtNeed(nn.Module):
+    """The same, put together when one is asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[Tensor]]):
+        super().__init__()
+        self._parts = parts
+
+    def __getitem__(self, place: int) -> Tensor:
+        return torch.cat(self._parts[place], -1)
 
 
 class ProjectedSums(NoCapture):
@@ -133,7 +155,7 @@ class ProjectedSums(NoCapture):
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         if slot is not None and self.projection.widths[slot[0]]:
             (level, place), total = slot, self.sums[slot[0]]
-            for half, weight in zip(tokens(x).chunk(2), self.projection.features[level][place]):
+            for half, weight in zip(tokens(x).chunk(2), self.projection.features[level][place].to(x.dtype)):
                 cells = half.flatten(0, 1)
                 if total.dtype == cells.dtype:
                     total.addmm_(cells, weight)
@@ -145,7 +167,8 @@ class ProjectedSums(NoCapture):
         if not self.projection.widths[level]:
             return self.ops.attention(q, k, v)
         (plain_q, q), (plain_k, k), (plain_v, v) = q.chunk(2), k.chunk(2), v.chunk(2)
-        output, projected = self.ops.attention_capture(q, k, v, self.projection.maps[level][place])
+        weight = self.projection.maps[level][place].to(q.dtype)
+        output, projected = self.ops.attention_capture(q, k, v, weight)
         self.sums[level].add_(projected.flatten(0, 1))
         return torch.cat([self.ops.attention(plain_q, plain_k, plain_v), output])
 

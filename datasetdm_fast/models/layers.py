@@ -42,6 +42,12 @@ class Weights:
     def get(self, name: str) -> Tensor | None:
         return self.state.get(self.prefix + name)
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The tensor itself where the state gives it away, else a copy."""
+        if getattr(self.state, "is_given_away", False):
+            return nn.Parameter(self[name], requires_grad=False)
+        return frozen(self[name])
+
 
 def frozen(value: Tensor) -> nn.Parameter:
     """A copy of its own, so that neither side's changes reach the other."""
@@ -148,21 +154,27 @@ class Upsample(nn.Module):
     def __init__(self, weights: Weights):
         super().__init__()
         self.taps: Tensor | None = weights["weight"]  # of the 3x3 convolution, from which other forms are made
-        self.weight = frozen(
-            torch.cat([_pairs(row, 3) for row in _pairs(self.taps, 2).chunk(2)])
-        )  # [4 * out, in, 2, 2]: row, column
+        self.weight = frozen(by_place(self.taps))
         self.bias = frozen(weights["bias"].repeat(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        places = F.conv2d(x, self.weight, self.bias, padding=1).unflatten(1, (2, 2, -1))  # [B, 2, 2, C, h + 1, w + 1]
-        doubled = x.new_empty(len(x), 2 * height, 2 * width, places.shape[3]).permute(0, 3, 1, 2)
-        for row in (0, 1):
-            for column in (0, 1):
-                doubled[:, :, row::2, column::2] = places[
-                    :, row, column, :, row : row + height, column : column + width
-                ]
-        return doubled
+        return upsampled(x, self.weight, self.bias)
+
+
+def by_place(taps: Tensor) -> Tensor:  # [4 * out, in, 2, 2]: row, column
+    """The four 2x2 convolutions of an Upsample, from its 3x3 taps."""
+    return torch.cat([_pairs(row, 3) for row in _pairs(taps, 2).chunk(2)])
+
+
+def upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The answer of an Upsample with such weights."""
+    height, width = x.shape[-2:]
+    places = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # [B, 2, 2, C, h + 1, w + 1]
+    doubled = x.new_empty(len(x), 2 * height, 2 * width, places.shape[3]).permute(0, 3, 1, 2)
+    for row in (0, 1):
+        for column in (0, 1):
+            doubled[:, :, row::2, column::2] = places[:, row, column, :, row : row + height, column : column + width]
+    return doubled
 
 
 def _pairs(weight: Tensor, axis: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.models.blocks import Block
-from datasetdm_fast.models.layers import Convolution, Linear, Upsample, frozen
+from datasetdm_fast.models.layers import Convolution, Linear, Upsample, by_place, frozen, upsampled
 
 ROWS = 2048  # oneDNN is told how many to expect
 LARGEST_TRANSFORMED = 5 << 18  # inputs times outputs; transforming a larger one costs more than it saves
@@ -76,19 +76,25 @@ class PackedConvolution(nn.Module):
 
 
 class PackedUpsample(nn.Module):
-    """An Upsample by Winograd's minimal filtering, which reads every cell where it doubles it."""
+    """An Upsample by Winograd's minimal filtering, which reads every cell where it doubles it, where that is faster;
+    of large weights the taps alone are held, of which the other forms are made at every call.
+    """
 
     def __init__(self, upsample: Upsample):
         super().__init__()
-        self.plain, self.weight, self.bias = upsample, upsample.weight, upsample.bias
-        is_held = _is_held(upsample.taps)
+        self.bias, is_held = upsample.bias, _is_held(upsample.taps)
+        self.is_minimal = _is_minimal(upsample.taps)
+        self.weight = upsample.weight if is_held else None
         self._taps = None if is_held else frozen(upsample.taps)
-        self._transformed = winograd.transformed(upsample.taps) if is_held else None
+        self._transformed = winograd.transformed(upsample.taps) if is_held and self.is_minimal else None
+
+    def plain_weight(self) -> Tensor:
+        return by_place(self._taps) if self.weight is None else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        if not _has_tiles(2 * height, 2 * width, len(x)):
-            return self.plain(x)
+        if not (self.is_minimal and _has_tiles(2 * height, 2 * width, len(x))):
+            return upsampled(x, self.plain_weight(), self.bias)
         weight = winograd.transformed_for_now(self._taps) if self._transformed is None else self._transformed
         return winograd.convolve(x, weight, self.bias[: len(self.bias) // 4], is_doubled=True)
 
@@ -101,7 +107,7 @@ def packed(module: nn.Module) -> nn.Module:
         if isinstance(child, Block):
             continue
         if isinstance(child, Upsample):
-            if _is_minimal(child.taps) and child.weight.dtype == torch.float32:
+            if winograd.takes(child.taps) and child.weight.dtype == torch.float32:
                 setattr(module, name, PackedUpsample(child))
             child.taps = None  # read by no call
         elif type(child) not in PACKED:
@@ -125,7 +131,8 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
         for name, layer in module.named_modules()
         if isinstance(layer, tuple(PACKED.values())) and layer.weight is None
     }
-    return module.state_dict() | away
+    upsamples = {name: layer for name, layer in module.named_modules() if isinstance(layer, PackedUpsample)}
+    return module.state_dict() | away | {f"{name}.weight": layer.plain_weight() for name, layer in upsamples.items()}
 
 
 def weight_as(held: Tensor, weight: Tensor) -> Tensor:

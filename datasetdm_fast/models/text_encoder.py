@@ -40,7 +40,7 @@ class TextEncoder(nn.Module):
             )
         state, prefix = module.state_dict(), "text_model."
         weights = Weights(state, prefix if any(name.startswith(prefix) for name in state) else "")
-        self.words = frozen(weights["embeddings.token_embedding.weight"])
+        self.words = weights.parameter("embeddings.token_embedding.weight")  # the largest, and never held twice
         self.places = frozen(weights["embeddings.position_embedding.weight"])
         activation = ACTIVATIONS[config.hidden_act]
         self.layers = nn.ModuleList(
