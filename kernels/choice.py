@@ -48,6 +48,11 @@ def operations(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(**forms)
 
 
+def gave_way(operations: SimpleNamespace, device: torch.device) -> list[str]:
+    """The operations whose kernel failed its probe on `device`."""
+    return [op for op, form in vars(operations).items() if form is not chosen(op, device)]
+
+
 def is_sound(name: str, form: Callable, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `form` says on `device` what the reference says of the operation's last case, the largest."""
     inputs = OPS[name].cases()[-1].inputs

@@ -158,6 +158,21 @@ def test_forms_by_device(monkeypatch):
         assert all(hasattr(choice.FORM[form], name) for form in getattr(op, "DEVICES", {}).values())
 
 
+def test_a_kernel_that_gave_way_is_written_down(monkeypatch):
+    """Ranks whose kernels do not all work round differently: their engines are not the same."""
+    monkeypatch.setattr(choice, "is_sound", lambda name, *_: name != "layer_norm")
+    ops = choice.operations(torch.device("meta"), torch.float16)
+    assert choice.gave_way(ops, torch.device("meta")) == ["layer_norm"]
+    engine = FastEngine(load_model("tiny"), device="cpu")
+    engine.ops, engine.device = ops, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(choice, "names_of", lambda _: ("untuned",))
+    assert engine.fingerprint()["plain"] == "layer_norm" and {"cudnn", "cuda", "triton"} <= set(engine.fingerprint())
+    monkeypatch.setattr(choice, "is_sound", lambda *_: True)
+    engine.ops = choice.operations(torch.device("meta"), torch.float16)
+    assert "plain" not in engine.fingerprint()
+
+
 def test_cudnn_chooses_by_shape_alone(monkeypatch):
     for name, before in (("benchmark", True), ("deterministic", False)):
         monkeypatch.setattr(torch.backends.cudnn, name, before)

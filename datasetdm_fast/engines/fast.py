@@ -21,7 +21,8 @@ from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.engines.memory import halving, suggested, trim
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import plain, winograd
-from datasetdm_fast.kernels.choice import operations
+from datasetdm_fast.kernels.choice import gave_way, operations
+from datasetdm_fast.kernels.launch import triton
 from datasetdm_fast.loading.model import Model
 from datasetdm_fast.loading.network import Weighted
 from datasetdm_fast.models import fused
@@ -527,6 +528,9 @@ class FastEngine:
         extras = {"compiled": "yes"} if self.is_compiled else {}
         if self.device.type == "cuda":  # which algorithms they choose for a shape is theirs
             extras |= {"cudnn": str(torch.backends.cudnn.version()), "cuda": str(torch.version.cuda)}
+            extras |= {"triton": triton.__version__} if triton else {}
+            if self._has_usual_ops and not self.is_compiled and (lost := gave_way(self.ops, self.device)):
+                extras["plain"] = ", ".join(lost)
         return {
             "engine": self.name,
             "device": str(self.device),

@@ -43,7 +43,8 @@ from datasetdm_fast.version import __version__
 
 LEAST_MEASURED = 100  # images; comparing some with the reference would not pay in a shorter run
 COMPUTING = ("engine", "dtype", "compile", "batch_size")  # settings that decide no more than how samples round
-LIBRARIES = ("torch", "diffusers", "transformers", "onnxruntime", "openvino")  # that engines name with their versions
+# whose versions engines name
+LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "openvino")
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
 
 
