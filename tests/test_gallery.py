@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 from rendered import document, rendered, write_run
 
 from datasetdm_fast.data import Request
+from datasetdm_fast.generation.overlap import BackgroundWriter
 from datasetdm_fast.labels import LABEL_KINDS, pictures
 from datasetdm_fast.run_folder import gallery
 from datasetdm_fast.run_folder.audit import audit
@@ -94,6 +96,34 @@ def test_sheets_are_the_same_whether_thumbnails_were_made_with_their_samples_or_
     image = np.array(Image.open(tmp_path / f"images/00000001.{image_format}").resize((128, 128), Image.Resampling.BOX))
     shown = np.array(Image.open(sheet), np.int16)[:128, 128:256]
     assert size < 128 or np.abs(shown - image).mean() < 4
+
+
+def test_full_sheets_are_drawn_while_samples_are_written_and_taken_at_the_end_where_they_still_fit(
+    tmp_path, monkeypatch
+):
+    drawn = []
+
+    def noted(folder, rows, draw=sheets._drawn):
+        drawn.append((rows[0].request.index, len(rows)))
+        return draw(folder, rows)
+
+    made = [rendered(k, 32) for k in range(110)]
+    write_run(tmp_path / "whole", 110, 32)
+    monkeypatch.setattr(sheets, "_drawn", noted)
+    with RunFolder(tmp_path / "run", document(110, 32)) as folder:
+        with BackgroundWriter(folder, lambda rows: None) as writing:
+            for k in (100, 50, 0, 60, 10, 70, 20, 80, 30, 90, 40):  # as two ranks may take turns
+                writing.put(made[k : k + 10], {"batch_size": 4})
+        assert drawn == [(50, 50), (0, 50)]  # 100 to 109 fill no sheet
+        folder.add([replace(made[7], image=made[8].image)], {"batch_size": 4})
+        folder.rebuild()
+        assert sorted(drawn[2:]) == [(0, 50), (100, 10)]  # the other sheet still shows what it shall
+        folder.add([made[7]], {"batch_size": 4})
+        folder.rebuild()
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for name in (*map(sheets.sheet_name, range(3)), sheets.SHOWN):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (run / sheets.THUMBNAILS).exists() and audit(run).findings == []
 
 
 def test_a_damaged_thumbnail_is_made_anew_of_its_image(tmp_path):

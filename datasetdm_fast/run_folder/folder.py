@@ -92,6 +92,10 @@ class RunFolder(AbstractContextManager):
         self.ledger.commit(rows)
         self._log.committed(rows)
 
+    def draw_sheets(self, committed: Sequence[Row]) -> None:
+        """Draws the thumbnail sheets that these rows complete, which closing the run then need not."""
+        gallery.draw_early(self.path, self.ledger, committed)
+
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
         return write_samples(results, recipe, self.document, into(self.path))

@@ -289,6 +289,15 @@ class Ledger(AbstractContextManager):
                 )
             }
 
+    def rows_within(self, first: int, stop: int, *statuses: str) -> list[Row]:
+        """The rows of these statuses from the index `first` to before `stop`, with their files alone."""
+        columns = self._only(("files",))
+        where = f'"index" >= ? AND "index" < ? AND status IN ({", ".join("?" * len(statuses))})'
+        statement = f'SELECT {columns} FROM samples WHERE {where} ORDER BY "index"'
+        with self._lock:
+            found = self._connection.execute(statement, (first, stop, *statuses)).fetchall()
+            return [self._row(*values) for values in found]
+
     def count(self, status: str = DONE) -> int:
         with self._lock:
             found = self._connection.execute("SELECT count(*) FROM samples WHERE status = ?", (status,))
@@ -330,9 +339,7 @@ class Ledger(AbstractContextManager):
         """Rows of these statuses, or of the data set, by index, read as they are asked for; of PARTS and `tracings`
         only these, the others are empty.
         """
-        wanted, names = statuses or (DONE,), self._columns.split(", ")
-        columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in names)
-        source = "samples"
+        wanted, columns, source = statuses or (DONE,), self._only(parts), "samples"
         if "tracings" in parts and self._is_compact:
             columns, source = f"{columns}, tracings", 'samples LEFT JOIN tracings USING ("index")'
         where = f"status IN ({', '.join('?' * len(wanted))})"
@@ -340,6 +347,11 @@ class Ledger(AbstractContextManager):
         while block := found.fetchmany(BLOCK):
             for values in block:
                 yield self._row(*values)
+
+    def _only(self, parts: Sequence[str]) -> str:
+        """The columns, of PARTS only these and NULL for the others."""
+        names = self._columns.split(", ")
+        return ", ".join("NULL" if name in PARTS and name not in parts else name for name in names)
 
     def _row(self, index: int, *values: Any) -> Row:
         try:

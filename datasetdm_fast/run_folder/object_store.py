@@ -56,6 +56,9 @@ class PublishingFolder:
     def write(self, results: Sequence[Sample | SetAside], recipe: Mapping[str, Any]) -> list[Row]:
         return write_samples(results, recipe, self._document, self._publish, has_thumbnails=self._has_thumbnails)
 
+    def draw_sheets(self, committed: Sequence[Row]) -> None:
+        """Done at the end, by whoever has the ledger."""
+
     def within(self, first: int, stop: int) -> set[int]:
         return set(range(first, stop)) - self._wanted(first, stop)
 

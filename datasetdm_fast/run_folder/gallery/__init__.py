@@ -20,7 +20,13 @@ from datasetdm_fast.run_folder.document import LEDGER
 from datasetdm_fast.run_folder.gallery import sheets
 from datasetdm_fast.run_folder.gallery.drawn import draw_missing, drawn_layer, picture_name, pictures, tracings
 from datasetdm_fast.run_folder.gallery.facts import RunFacts, layers_of, script
-from datasetdm_fast.run_folder.gallery.sheets import is_thumbnail, remove_thumbnails, thumbnail, thumbnail_name
+from datasetdm_fast.run_folder.gallery.sheets import (
+    draw_early,
+    is_thumbnail,
+    remove_thumbnails,
+    thumbnail,
+    thumbnail_name,
+)
 from datasetdm_fast.run_folder.kept import Kept, read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 
@@ -28,6 +34,7 @@ __all__ = [
     "FOLDERS",
     "PAGE",
     "PageWriter",
+    "draw_early",
     "drawn_layer",
     "expected",
     "is_thumbnail",

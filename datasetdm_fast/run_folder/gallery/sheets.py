@@ -1,7 +1,8 @@
 """Sheets of thumbnails: the page shows many samples at once without loading the image of each.
 
-A sample's thumbnail is made when the sample is written, and lies in a file of its own until the sheets are drawn; where
-there is none, it is made of the image file, with the same bytes.
+A sample's thumbnail is made when the sample is written, and lies in a file of its own until the run is closed; where
+there is none, it is made of the image file, with the same bytes. A sheet is drawn as soon as all of its samples are
+committed, and lies beside the thumbnails under the digest of what it shows: the end of a run takes it from there.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.foreign import documents, images
 from datasetdm_fast.run_folder.document import pretty
-from datasetdm_fast.run_folder.ledger import Row, canonical
+from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, Ledger, Row, canonical
 
 SIDE, COLUMNS, ROWS = 128, 10, 5  # pixels of a thumbnail's longer side, thumbnails of a sheet
 GROUP = COLUMNS * ROWS  # samples of a sheet: those of the indices GROUP * k to GROUP * (k + 1) - 1
@@ -51,6 +52,11 @@ def thumbnail_name(id: str) -> str:
 def is_thumbnail(name: str) -> bool:
     """Whether a file is the thumbnail of one sample, which its image gives again."""
     return name.startswith(f"{THUMBNAILS}/")
+
+
+def _early_name(digest: str) -> str:
+    """Where the sheet that shows the images of a digest lies, drawn before the run is closed."""
+    return f"{THUMBNAILS}/{digest}.jpg"
 
 
 def thumbnail(pixels: np.ndarray, content: bytes) -> bytes:
@@ -98,6 +104,18 @@ def read_shown(folder: Path) -> dict[str, str]:
         return {}
 
 
+def draw_early(folder: Path, ledger: Ledger, committed: Sequence[Row]) -> None:
+    """Draws the full sheets whose last samples are the rows that were just committed."""
+    for number in sorted({row.request.index // GROUP for row in committed}):
+        first = GROUP * number
+        if len(ledger.within(first, first + GROUP)) < GROUP:
+            continue
+        rows = ledger.rows_within(first, first + GROUP, DONE, DOUBTFUL)
+        sheet, is_whole = _drawn(folder, rows)
+        if rows and is_whole:
+            storage.publish({folder / _early_name(_digest(rows)): sheet})
+
+
 def draw(folder: Path, rows: Sequence[Row], before: dict[str, str]) -> dict[str, str]:
     """What the sheets of these rows show, all rows of a sheet among them; a sheet that shows the same already stays."""
     found: dict[str, str] = {}
@@ -109,7 +127,7 @@ def draw(folder: Path, rows: Sequence[Row], before: dict[str, str]) -> dict[str,
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(wanted), AT_ONCE):
             some = wanted[first : first + AT_ONCE]
-            drawn = list(pool.map(partial(_drawn, folder), (group for _, group in some)))
+            drawn = list(pool.map(partial(_sheet, folder), (group for _, group in some)))
             storage.publish({folder / sheet_name(number): sheet for (number, _), (sheet, _) in zip(some, drawn)})
             found |= {str(number): UNKNOWN for (number, _), (_, is_whole) in zip(some, drawn) if not is_whole}
     return found
@@ -128,6 +146,12 @@ def grouped(rows: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
 def _digest(rows: Sequence[Row]) -> str:
     shown = [(row.request.index, row.files["image"][1].sha256) for row in rows]
     return hashlib.sha256(canonical([SIDE, COLUMNS, ROWS, QUALITY, shown]).encode()).hexdigest()[:32]
+
+
+def _sheet(folder: Path, rows: Sequence[Row]) -> tuple[bytes, bool]:
+    """A sheet, and whether it shows all of its images, from the file that was drawn early where there is one."""
+    early = folder / _early_name(_digest(rows))
+    return (storage.read(early, images.LARGEST_IMAGE_FILE), True) if early.exists() else _drawn(folder, rows)
 
 
 def _drawn(folder: Path, rows: Sequence[Row]) -> tuple[bytes, bool]:
