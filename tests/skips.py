@@ -33,6 +33,7 @@ REASONS = {
     "TensorRT cannot run here": "GPUs that the installed TensorRT does not know",
     "kernels run in the interpreter where there is no GPU": "block sizes are measured on a GPU only",
     "DATASETDM_UPSTREAM does not name a checkout of showlab/DatasetDM": "a comparison with code that is not ours",
+    "DATASET_DIFFUSION_UPSTREAM does not name a checkout of VinAIResearch/Dataset-Diffusion": "the same",
     "the demo model is not trained yet": "checkouts without the demo model",
     "the long form only": "`make soak` runs it",
     "a measurement; set DATASETDM_LONG_TESTS=1": "`make soak` leaves it out, as it needs a quiet machine",

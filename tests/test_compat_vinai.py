@@ -105,6 +105,19 @@ def test_bad_lines_write_nothing(prompts, line, code, said, tmp_path, monkeypatc
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_what_does_not_fit_is_cut_by_the_tokenizer(tmp_path, capsys):
+    """With --corrected a class prompt must fit."""
+    path = tmp_path / "long.json"
+    for words, more, code in ((76, (), 0), (77, (), 2), (76, ("--corrected",), 2)):
+        entry = {"filename": "a.jpg", "caption": "zigzag " * 40, "class_prompt": "cat " * words}
+        path.write_text(json.dumps([entry]))
+        assert run(path, tmp_path / "OUT", "--dry-run", *more) == code
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        "its class prompt has a class at word 77, at most 76 words are read" in said[0] and "at most 77 fit" in said[2]
+    )
+
+
 def test_training_is_told_as_lines(whole, capsys):
     assert vinai.main(["train_mmseg_voc.sh", "--work-dir", str(whole), "--dry-run"]) == 0
     student, config = capsys.readouterr().err.splitlines()

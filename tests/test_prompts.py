@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +167,25 @@ def test_truncation_cuts_before_a_word_that_does_not_fit():
     )
     assert prompts.fit("abcde " * 20, tokenizer, "line", truncate=True) == ("abcde " * 12).strip()
     assert prompts.fit("x" * 100, tokenizer, "line", truncate=True) == "x" * 75
+
+
+def test_the_tokenizer_cuts_where_another_work_leaves_it_to_it():
+    long = "a ball " + "word " * 100 + "cube"
+    given = prompts.GivenPrompt(1, long, negative="fog " * 90)
+    source = prompts.PromptSource((given,), "list", (), 0, "dataset-diffusion", tokenizer_cuts=True)
+    request = make_plan(source, Tokenizer(), number=1, seed=0, batch_size=1, words=("cube",)).request(0)
+    assert (request.prompt, request.negative, request.classes) == (long, given.negative, ("cube",))
+    with pytest.raises(Refused, match="tokens, at most 77 fit"):
+        make_plan(replace(source, tokenizer_cuts=False), Tokenizer(), number=1, seed=0, batch_size=1)
+
+
+def test_a_negative_prompt_with_a_name_stays_whole():
+    """Its author leaves the cut to the tokenizer, which cuts within a word."""
+    few = Tokenizer()
+    few.model_max_length = 9
+    whole = prompts.NEGATIVE_PROMPTS["dataset-diffusion"]
+    for given in ("dataset-diffusion", whole):
+        assert prompts.fit_negative(given, few, "--negative-prompt") == whole
 
 
 def test_the_name_of_a_set_stands_for_its_classes():

@@ -12,6 +12,7 @@ import random
 import sys
 import types
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -32,6 +33,7 @@ from datasetdm_fast.decoders import upstream as checkpoints
 from datasetdm_fast.decoders.checkpoint import build_decoder, load_upstream, save_decoder
 from datasetdm_fast.decoders.config import upstream
 from datasetdm_fast.engines.fast import FastEngine
+from datasetdm_fast.generation.plan import make_plan
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.labels.class_tables import table
 from datasetdm_fast.loading import load_model
@@ -177,6 +179,13 @@ def ordered(root: Path, script: str, *arguments: str) -> order.Order:
     generator = GENERATORS[f"parallel_generate_{script}"]
     flags = ["--root", str(root), "--model", "demo", *arguments]
     return order.order_of(generator, command.read_line(command.PROG, generator.name, "", generator.flags, flags, {}))
+
+
+def test_prompts_stay_whole_for_the_tokenizer_to_cut(root, model):
+    source = ordered(root, "Semantic_VOC_AnyClass", "--n_each_class", "1", "--thread_num", "1").source
+    given = source.lines[0]._replace(text="zigzagging " * 40 + "end")
+    plan = make_plan(replace(source, lines=(given,)), model.tokenizer, number=1, seed=0, batch_size=1)
+    assert plan.request(0).prompt == given.text
 
 
 def test_every_process_draws_the_same_prompts_and_has_seeds_of_its_own(root):

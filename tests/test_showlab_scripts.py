@@ -1,5 +1,6 @@
 """Scripts of DatasetDM run as they are: what they import from us, batches, refusals, and what its own scripts write."""
 
+import json
 import os
 import random
 import sys
@@ -360,19 +361,71 @@ def test_upstreams_vis_script_draws_what_our_command_draws(tmp_path, monkeypatch
     assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
 
+def picture(path: Path, pixels: np.ndarray | None = None) -> None:
+    """A file of these pixels, else a photo of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((520, 600, 3), (90, 120, 30), np.uint8) if pixels is None else pixels).save(path)
+
+
+def voc_data(root: Path) -> None:
+    picture(root / "PascalVOC12/JPEGImages/a.jpg")
+    picture(root / "PascalVOC12/SegmentationClassAug/a.png", np.pad(np.full((300, 380), 3, np.uint8), 110))
+    (root / "PascalVOC12/splits").mkdir()
+    (root / "PascalVOC12/splits/train_aug.txt").write_text("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n")
+
+
+def cityscapes_data(root: Path) -> None:
+    picture(root / "cityscapes/leftImg8bit/train/aachen/a_leftImg8bit.png", np.full((700, 1400, 3), 90, np.uint8))
+    picture(root / "cityscapes/gtFine/train/aachen/a_gtFine_labelTrainIds.png", np.full((700, 1400), 10, np.uint8))
+
+
+def instances(categories: int) -> str:
+    """One image with two things, in COCO's form with what LVIS adds."""
+    image = {"id": 1, "file_name": "a.jpg", "height": 520, "width": 600, "coco_url": "http://x/train2017/a.jpg"}
+    names = [{"id": k, "name": f"c{k}", "synonyms": [f"c{k}"], "frequency": "f"} for k in range(1, categories + 1)]
+    place = {"image_id": 1, "bbox": [100, 100, 200, 300], "area": 60000, "iscrowd": 0}
+    outline = [[100, 100, 300, 100, 300, 400, 100, 400]]
+    things = [{**place, "id": k, "category_id": k, "segmentation": outline} for k in (1, 2)]
+    lacking = {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    return json.dumps({"images": [image | lacking], "annotations": things, "categories": names})
+
+
+def coco_data(root: Path) -> None:
+    picture(root / "COCO2017/train2017/a.jpg")
+    (root / "COCO2017/annotations").mkdir()
+    (root / "COCO2017/annotations/instances_train2017.json").write_text(instances(80))
+
+
+def lvis_data(root: Path) -> None:
+    picture(root / "lvis/train2017/a.jpg")
+    (root / "lvis/lvis_v1_train.json").write_text(instances(1203))
+    (root.parent / "dataset/Selected_File/LVIS").mkdir(parents=True)  # where its script writes a list
+
+
 @long_test
-def test_upstreams_trainer_leaves_a_checkpoint(tmp_path, monkeypatch):
-    root, data = upstream_checkout(), tmp_path / "data/PascalVOC12"
-    for name in ("JPEGImages", "SegmentationClassAug", "splits"):
-        (data / name).mkdir(parents=True)
-    Image.new("RGB", (600, 520), (90, 120, 30)).save(data / "JPEGImages/a.jpg")
-    Image.fromarray(np.pad(np.full((300, 300), 3, np.uint8), 110)).save(data / "SegmentationClassAug/a.png")
-    (data / "splits/train_aug.txt").write_text("/JPEGImages/a.jpg /SegmentationClassAug/a.png\n")
-    config = (root / "config/VOC/VOC_Sematic_Seg_5Images.yaml").read_text()
-    (tmp_path / "short.yaml").write_text(config.replace("total_epoch: 5000", "total_epoch: 1"))
+@pytest.mark.parametrize(
+    ("script", "config", "kind", "write", "queries"),
+    [
+        ("train_semantic_voc", "VOC/VOC_Sematic_Seg_5Images", "voc", voc_data, 20),
+        (
+            "train_semantic_cityscapes",
+            "cityscapes/Cityscapes_Semantic_Seg_50images",
+            "cityscapes",
+            cityscapes_data,
+            100,
+        ),
+        ("train_instance_coco", "coco/COCO_Instance_Seg_10Images", "coco", coco_data, 100),
+        ("train_instance_LVIS", "LVIS/LVIS_Instance_Seg_10Images", "lvis", lvis_data, 100),
+    ],
+)
+def test_upstreams_trainers_leave_a_checkpoint(script, config, kind, write, queries, tmp_path, monkeypatch):
+    root = upstream_checkout()
+    write(tmp_path / "data")
+    text = (root / f"config/{config}.yaml").read_text()
+    (tmp_path / "short.yaml").write_text(text.replace("total_epoch: 5000", "total_epoch: 1"))
     monkeypatch.chdir(tmp_path)
     flags = ("--model", "demo", "--engine", "torch", "--device", "cpu")
-    assert run(*flags, root / "tools/train_semantic_voc.py", "--config", "short.yaml", "--save_name", "one") == 0
+    assert run(*flags, root / f"tools/{script}.py", "--config", "short.yaml", "--save_name", "one") == 0
     path = tmp_path / "checkpoint/one/latest_checkpoint.pth"
-    assert checkpoints.open_checkpoint(path, "voc", load_model("demo").levels).config.queries == 20
+    assert checkpoints.open_checkpoint(path, kind, load_model("demo").levels).config.queries == queries
     assert len(list((tmp_path / "checkpoint/one/training").iterdir())) >= 3

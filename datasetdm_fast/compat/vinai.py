@@ -137,7 +137,8 @@ def gen_data(arguments: Sequence[str], script: str = "gen_data", **usual: object
     settings = _run_config(config, prompts)
     out = config.path(config.work_dir)
     _check_folder(out, Path(settings.out))
-    source = prompts.source(config.path(config.json_path), settings.negative_prompt)
+    path = config.path(config.json_path)
+    source = prompts.source(path, settings.negative_prompt, tokenizer_cuts=not config.corrected)
     result, interruption = finished(settings, source=source), Interruption(config.quiet)
     if result is None:
         _check_model(config)
@@ -226,7 +227,8 @@ def _told(config: GenDataConfig, prompts: PromptList, settings: RunConfig) -> li
         "mapped": f"run folder {settings.out}; {settings.sampler}, {settings.steps} steps, guidance "
         f"{settings.guidance:g}, its negative prompt, attention to the power {settings.exponent}",
         "corrected" if config.corrected else "kept": f"noise: {noise}; class words: {places}",
-        "mended": "captions beyond 77 tokens are cut; images stay with their labels where a prompt lists no class",
+        "mended": f"captions beyond 77 tokens are cut{' between words' if config.corrected else ''}; images stay with "
+        "their labels where a prompt lists no class",
         "left out": "the safety checker",
     }
     if prompts.unnamed:

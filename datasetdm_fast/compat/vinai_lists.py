@@ -42,8 +42,10 @@ class PromptList:
         """Prompts whose class prompt lists no class."""
         return sum(not prompt.classes for prompt in self.prompts)
 
-    def source(self, path: Path, negative: str) -> PromptSource:
-        return PromptSource(self.prompts, str(path), self.classes, 0, negative, is_part=True)
+    def source(self, path: Path, negative: str, *, tokenizer_cuts: bool) -> PromptSource:
+        return PromptSource(
+            self.prompts, str(path), self.classes, 0, negative, is_part=True, tokenizer_cuts=tokenizer_cuts
+        )
 
 
 def classes_of(kind: str) -> tuple[str, ...]:

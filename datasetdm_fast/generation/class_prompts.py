@@ -98,16 +98,25 @@ def check_class_prompt(
     recipe: AttentionRecipe,
     tokenizer: Tokenizer,
     own: ClassTable | None = None,
+    *,
+    tokenizer_cuts: bool = False,
 ) -> None:
-    """Refuses what the text encoder does not take whole, and class words that the class prompt lacks."""
-    words = recipe.class_prompt(request, asked, own)
-    for text in (words, recipe.text(request, words)):
-        if (count := count_tokens(text, tokenizer)) > (limit := token_limit(tokenizer)):
+    """Refuses what the text encoder does not take whole, unless its tokenizer is to cut it, and class words that the
+    class prompt lacks or that have no place among its tokens.
+    """
+    words, limit = recipe.class_prompt(request, asked, own), token_limit(tokenizer)
+    for text in () if tokenizer_cuts else (words, recipe.text(request, words)):
+        if (count := count_tokens(text, tokenizer)) > limit:
             raise Refused(
                 f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: {shown(text)}",
                 "Shorten it, or ask for fewer classes.",
             )
-    columns(words, asked, tokenizer, by_words=bool(recipe.parity), own=own)
+    found = columns(words, asked, tokenizer, by_words=bool(recipe.parity), own=own)
+    if (most := max((places[-1] for _, places in found), default=0)) >= limit:
+        raise Refused(
+            f"prompt {request.index}: its class prompt has a class at word {most}, at most {limit - 1} words are read",
+            "Name fewer classes.",
+        )
 
 
 def columns(

@@ -276,7 +276,14 @@ def compose(
         check_named(source, plan)
     if recipe.attention is not None:
         for request in _different(source, plan):
-            check_class_prompt(request, recipe.asked(request), recipe.attention, engine.model.tokenizer, recipe.table)
+            check_class_prompt(
+                request,
+                recipe.asked(request),
+                recipe.attention,
+                engine.model.tokenizer,
+                recipe.table,
+                tokenizer_cuts=source.tokenizer_cuts,
+            )
     race = racing.Race(engine)
     is_decoded = recipe.decoded == recipe.tasks
     if races and stored is None and config.engine == "auto" and not config.compile and is_decoded:

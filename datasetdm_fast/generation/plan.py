@@ -120,7 +120,9 @@ def make_plan(
 def _fitting(
     given: GivenPrompt, source: PromptSource, tokenizer: Tokenizer, words: Sequence[str], truncate: bool
 ) -> GivenPrompt:
-    """The prompt and its negative one where the text encoder takes them whole."""
+    """The prompt and its negative one where the text encoder takes them whole, or its tokenizer is to cut them."""
+    if source.tokenizer_cuts:
+        return given
     where = f"{given.file or source.name} line {given.line}"
     # Labels of a prompt that brings its class prompt are read from that one alone.
     named = () if given.class_prompt else words

@@ -62,6 +62,7 @@ class PromptSource:
     negative: str = ""  # what --negative-prompt said
     is_part: bool = False  # of a longer list: batches have the size that was asked for, whatever the part's length
     table: ClassTable | None = None  # the words of --class-table
+    tokenizer_cuts: bool = False  # prompts of any length are taken, and cut as diffusers does: also within a word
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -235,10 +236,11 @@ def check_line(text: str, where: str) -> str:
 
 
 def fit_negative(given: str, tokenizer: Tokenizer, where: str, *, truncate: bool = False) -> str:
-    """The text of the unconditional half, by its name in NEGATIVE_PROMPTS or as it was given, where it fits; what has a
-    name is cut to what the tokenizer's model takes, as its author does.
+    """The text of the unconditional half, by its name in NEGATIVE_PROMPTS or as it was given, where it fits; one that
+    has a name stays whole, as its author leaves it to the tokenizer to cut it.
     """
-    return fit(NEGATIVE_PROMPTS.get(given, given), tokenizer, where, truncate=truncate or given in NEGATIVE_PROMPTS)
+    text = NEGATIVE_PROMPTS.get(given, given)
+    return text if text in NEGATIVE_PROMPTS.values() else fit(text, tokenizer, where, truncate=truncate)
 
 
 def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer, own: ClassTable | None = None) -> None:

@@ -58,7 +58,7 @@ class Order:
 
     @property
     def source(self) -> PromptSource:
-        return PromptSource(tuple(map(self.given, self.items)), self.line.script, self.words, 0)
+        return PromptSource(tuple(map(self.given, self.items)), self.line.script, self.words, 0, tokenizer_cuts=True)
 
     @property
     def config(self) -> RunConfig:
