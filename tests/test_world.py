@@ -11,6 +11,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.readers import open_data
 from datasetdm_fast.scenes import world
 from datasetdm_fast.scenes.hard import scene as hard
+from datasetdm_fast.scenes.hard.render import render
 from datasetdm_fast.scenes.tokenizer import build_tokenizer, words_of
 from datasetdm_fast.scenes.worlds import JUDGES, TRAIN_SEEDS, WORLDS
 
@@ -137,7 +138,7 @@ def test_hard_kinds_differ_within_a_kind():
     for kind in hard.THINGS:
         outlines = []
         for seed in range(12):
-            view = WORLDS["hard"].render(hard.sample_scene(seed, count=1, kinds=(kind,)), 64)
+            view = render(hard.sample_scene(seed, count=1, kinds=(kind,)), 64)
             rows, columns = np.nonzero(view.instance)
             box = view.instance[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] > 0
             across, down = (np.arange(16) * n // 16 for n in (box.shape[1], box.shape[0]))

@@ -27,23 +27,20 @@ class World:
     domains: Mapping[str, str]  # name -> what a caption ends with
     max_depth: float
     sample_scene: Callable[..., TableTop]
-    render: Callable[[TableTop, int], View]
+    view: Callable[[int, int], View]  # of a seed, at so many pixels
     words: tuple[str, ...] = ()  # of its captions, beside the names above
     joints: tuple[str, ...] = world.JOINTS
     limbs: tuple[tuple[int, int], ...] = world.LIMBS
-
-    def view(self, seed: int, size: int) -> View:
-        return self.render(self.sample_scene(seed), size)
 
 
 WORLDS = {
     "demo": World(
         "demo", world.CLASSES, world.THINGS, world.COLOURS, world.TABLES, world.WHERE, world.MAX_DEPTH,
-        world.sample_scene, world.render,
+        world.sample_scene, world.view,
     ),
     "hard": World(
         "hard", hard.CLASSES, hard.THINGS, hard.COLOURS, hard.TABLES, hard.WHERE, hard.MAX_DEPTH,
-        hard.sample_scene, hard_render.render, (*filter(None, hard.LOOKS), "rain", "snow"),
+        hard.sample_scene, hard_render.view, (*filter(None, hard.LOOKS), "rain", "snow"),
     ),
 }  # fmt: skip
 

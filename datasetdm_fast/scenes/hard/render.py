@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from datasetdm_fast.scenes.hard.kinds import figure
-from datasetdm_fast.scenes.hard.scene import CLASSES, WIDTHS, HardScene, HardThing, Patch, Print
+from datasetdm_fast.scenes.hard.scene import CLASSES, WIDTHS, HardScene, HardThing, Patch, Print, sample_scene
 from datasetdm_fast.scenes.hard.surfaces import opacity, painted, patterned, plane
 from datasetdm_fast.scenes.shapes import joints
 from datasetdm_fast.scenes.world import View, mark_visible, weather
@@ -192,6 +192,10 @@ def render(scene: HardScene, size: int = 128) -> View:
     image = _weather(scene, image, depth, frame) * (plane(scene.tint) * np.float32(255 * scene.exposure)) + 0.5
     pixels = np.ascontiguousarray(np.clip(image, 0, 255).astype(np.uint8).transpose(1, 2, 0))
     return View(scene, pixels, semantic, instance, depth, keypoints)
+
+
+def view(seed: int, size: int = 128) -> View:
+    return render(sample_scene(seed), size)
 
 
 def _stand(
