@@ -189,8 +189,10 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
     config = _run_config(redrawing, folder)
     engine, decoders = job.engine_of(config, stored)
     _check_weights(redrawing.source, engine, decoders)
+    # A label of another package tells nothing of the words that it was asked for: the plan of the run does.
     words = [table["classes"][1:] for label, table in source["labels"].items() if _is_asked(label)]
-    recipe = job.recipe_of(config, engine, words[0] if words else (), settings.strength, job.table_of(source))
+    asked = words[0] if words else source["plan"].get("words", ())
+    recipe = job.recipe_of(config, engine, asked, settings.strength, job.table_of(source))
     redrawing.check_words(engine)
     number = redrawing.number
     size = config.batch_size or (stored["plan"]["batch_size"] if stored else min(engine.suggested_batch(), number))
