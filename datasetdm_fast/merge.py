@@ -47,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         sample = to_remake(folder, config.only)
         return remade(config, config.out, config.only, partial(remake, folder, *sample))
     if len(config.runs) < 2:
-        raise Refused(f"{PROG}: {len(config.runs)} runs, expected two or more", "Name the run folders to be merged.")
+        told = "one run" if config.runs else "no run"
+        raise Refused(f"{PROG}: {told} was named, expected two or more", "Name the run folders to be merged.")
     merging = Merging([open_part(Path(path), only_kept=config.kept) for path in config.runs])
     number, there = len(merging.places), begin(merging, folder)
     if config.dry_run:

@@ -6,7 +6,7 @@ import pytest
 from rendered import write_run
 from skips import IS_LONG
 
-from datasetdm_fast import drop, filter, restore
+from datasetdm_fast import drop, filter, merge, restore
 from datasetdm_fast.disk import storage
 from datasetdm_fast.run_folder.audit import audit
 from datasetdm_fast.run_folder.reader import open_run
@@ -110,6 +110,15 @@ def test_what_names_no_sample_is_refused_and_nothing_changes(run, whole, capsys,
     assert code == (3 if "none.txt" in said else 2)
     assert said in capsys.readouterr().err.splitlines()[0] and tree(run) == tree(whole)
     assert command.main([str(run.parent), "1"]) == 2 and "run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "file:///bucket/run"])
+def test_the_url_of_a_run_is_answered_with_the_line_that_copies_it(capsys, url):
+    lines = (drop, ["1"]), (restore, ["1"]), (filter, ["--where", "score>1"]), (merge, [url, "--out", "all"])
+    for command, line in lines:
+        assert command.main([url, *line]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"{url}: a run in an object store") and f"gallery {url} --out DIR" in told
 
 
 def test_a_sample_whose_file_was_damaged_stays_dropped(run, capsys):

@@ -9,8 +9,10 @@ import pytest
 
 from datasetdm_fast import demo
 from datasetdm_fast.config import RunConfig
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.decoders.folders import find_decoders
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.generation import prompts, settings
+from datasetdm_fast.generation.pictures import open_pictures
 from datasetdm_fast.generation.plan import make_plan
 from datasetdm_fast.labels import words as class_words
 from datasetdm_fast.loading.tokenizer import OwnTokenizer
@@ -129,6 +131,16 @@ def test_the_demo_model_names_the_prompts_it_can_read(tmp_path):
     with pytest.raises(Refused, match="tokens, at most 77") as stop:
         make_plan(source, tokenizer, number=1, seed=0, batch_size=1, words=())
     assert "datasetdm_fast.prompts --set demo" in stop.value.remedy
+
+
+def test_a_file_of_nearly_the_same_name_is_told(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a ball")
+    with pytest.raises(Refused, match=r"\(did you mean prompts.txt\?\)"):
+        prompts.read_prompts(str(tmp_path / "promts.txt"))
+    with pytest.raises(Missing, match=r"\(did you mean prompts.txt\?\)"):
+        find_decoders(tmp_path / "prompt.txt")
+    with pytest.raises(Refused, match=r"\(did you mean prompts.txt\?\)"):
+        open_pictures(str(tmp_path / "prompts.tx"), "")
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "folder/with/no/prompts"])

@@ -104,7 +104,8 @@ def open_pictures(folder: str, captions: str) -> Pictures:
     """The pictures of a folder and its sub-folders; `captions` is a JSON object, name or file name -> what it shows."""
     root = Path(folder)
     if not folder or not root.is_dir():
-        raise Refused(f"IMAGES: {documents.quoted(folder)} is no folder", "Name a folder of PNG or JPEG files.")
+        alike = storage.named_alike(root) if folder and not root.exists() else ""
+        raise Refused(f"IMAGES: {documents.quoted(folder)} is no folder{alike}", "Name a folder of PNG or JPEG files.")
     paths = tuple(reading.listing(root, *reading.PICTURES))
     said: dict[str, str] = {}
     if captions:

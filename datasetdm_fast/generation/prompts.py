@@ -185,7 +185,8 @@ def read_prompts(given: str) -> tuple[str, str]:
         data = storage.read(path, LARGEST_FILE)
     except Missing as error:
         raise Refused(
-            f"{path}: the prompt file cannot be read ({getattr(error.__cause__, 'strerror', '')})",
+            f"{path}: the prompt file cannot be read ({getattr(error.__cause__, 'strerror', '')})"
+            f"{'' if path.exists() else storage.named_alike(path)}",
             "Name a readable file with one prompt a line, or give the prompt itself.",
         ) from error
     try:

@@ -4,6 +4,7 @@ such a store is read.
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -319,6 +320,16 @@ def unfinished(url: str) -> Refused:
         f"{url}: holds no {DOCUMENT}, so it is no finished run",
         "Check the address; of a run in progress name the folder that its --out names.",
     )
+
+
+def refuse_made_of_url(path: Path) -> None:
+    """Refuses the path that a command for folders made of the URL of a run, which has one slash after the colon."""
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/(?=[^/])", str(path)):
+        url = f"{found[1]}:{'///' if found[1] == 'file' else '//'}{str(path)[found.end() :]}"
+        raise Refused(
+            f"{url}: a run in an object store, expected a run folder on this machine",
+            f"Copy it here first with: python -m datasetdm_fast.gallery {url} --out DIR",
+        )
 
 
 def is_url(place: str | Path) -> bool:

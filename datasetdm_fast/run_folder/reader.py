@@ -25,7 +25,7 @@ from datasetdm_fast.run_folder.document import DOCUMENT, LEDGER, read_document, 
 from datasetdm_fast.run_folder.goal import goal_of
 from datasetdm_fast.run_folder.kept import read_kept
 from datasetdm_fast.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
-from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url
+from datasetdm_fast.run_folder.object_store import StoreCopy, copy_of, is_url, refuse_made_of_url
 from datasetdm_fast.run_folder.score_table import passing
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ class Run(AbstractContextManager["Run"]):
         self.path = self.copies.state() if self.copies and is_url(path) else Path(path)
         document = read_document(self.path) if (self.path / DOCUMENT).exists() else None
         if document is None:
+            refuse_made_of_url(self.path)
             alike = "" if self.path.exists() else storage.named_alike(self.path)
             raise Refused(f"{path}: not a run folder{alike}", "Name a folder that generate has written.")
         if not (self.path / LEDGER).exists():
