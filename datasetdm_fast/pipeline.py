@@ -46,7 +46,8 @@ class Output:
     samples: list[Sample]
 
     def __repr__(self) -> str:
-        return f"<Output of {len(self.samples)} samples>" + "".join(f"\n  {sample}" for sample in self.samples)
+        told = "1 sample" if len(self.samples) == 1 else f"{len(self.samples)} samples"
+        return f"<Output of {told}>" + "".join(f"\n  {sample}" for sample in self.samples)
 
     def _repr_html_(self) -> str:
         pictures = []
