@@ -520,7 +520,9 @@ def test_vis_scripts_draw_the_labels_of_an_output(tmp_path, script, capsys):
     write(tmp_path / "DataDiffusion/in/Mask/dog_0.txt", "100,100,100,400,400,400,400,100,0,0.9\n9,9,0,0.1\n")
     assert command.main([script, "--root", str(tmp_path), "--input_root", "in", "--quiet"]) == 0
     drawn = sorted((tmp_path / "DataDiffusion/Vis").iterdir())
-    assert [path.name for path in drawn] == [f"dog_{k}.jpg" for k in range(4 if script == "vis_COCO" else 2)]
+    beside = ["image_dog_0.jpg", "image_dog_1.jpg"] if script == "vis_KITTI" else []
+    labelled = [f"dog_{k}.jpg" for k in range(4 if script == "vis_COCO" else 2)]
+    assert [path.name for path in drawn] == labelled + beside
     first = decoded(drawn[0].read_bytes()).astype(int)
     assert first[250, 250].sum() > 60 or script == "vis_KITTI"
     assert (first[50, 50].max() < 10) == (script == "vis_COCO")
