@@ -189,17 +189,20 @@ def test_every_system_call_may_fail(server, undisturbed, tmp_path, kind, is_last
 def test_a_killed_run_loses_and_repeats_nothing(server, undisturbed, tmp_path):
     path, dice = tmp_path / "run", random.Random(0)
     count = calls(server, path, "kill before")
-    places = sorted(dice.sample(range(count), min(KILLS, count)))
+    places, kills = sorted(dice.sample(range(count), min(KILLS, count))), 0
     for k, place in enumerate(places):
         kind = ("kill before", "kill after")[k % 2]
         ended = server.run(*USUAL, out=path, kind=kind, at=place)
-        assert ended["signal"] == 9, (place, ended)
+        # A slower run writes a few events more, so one of the last calls may be none of this one's.
+        assert ended["signal"] == 9 or ended["seen"] <= place, (place, ended)
+        kills += ended["signal"] == 9
         check_whole(path)
         if k % 10 == 0:  # and killed again while it goes on
             server.run(*USUAL, out=path, kind=kind, at=dice.randrange(count))
             check_whole(path)
         resume(server, path, undisturbed)
-    print(f"{len(places)} kills at chosen calls of {count}, each run whole and of the same bytes")
+    assert kills >= 0.9 * len(places)
+    print(f"{kills} kills at chosen calls of {count}, each run whole and of the same bytes")
 
 
 def test_a_run_killed_at_any_moment_loses_and_repeats_nothing(server, undisturbed, tmp_path):

@@ -171,7 +171,7 @@ def test_prune_deletes_what_is_stale(built, tmp_path, capsys):
     assert "is stale: built by version 1.6.0, installed is 1.7.1.116" in capsys.readouterr().out
     assert command.main(["--prune", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
-    assert all(f"{path}: is stale" in said.out for path in stale) and "2 files deleted" in said.err
+    assert all(f"{path}: is stale" in said.out for path in stale) and "2 files are deleted" in said.err
     assert list(tmp_path.glob("*.plan")) == [kept]
     assert command.main(["--prune", "--out", str(tmp_path), "--cap-gb", "0"]) == 0 and not list(tmp_path.glob("*.plan"))
 

@@ -101,7 +101,8 @@ class Replies:
         line = json.dumps({"request": key, "reply": reply, "problem": problem}).encode() + b"\n"
         try:
             with self.path.open("ab") as file:
-                file.write(line if _ends_a_line(self.path) else b"\n" + line)
+                file.truncate(_whole_lines(self.path))
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as stop:
@@ -113,11 +114,9 @@ def _unescaped(reply: str) -> str:
     return re.sub(r"\\u([0-9a-fA-F]{4})|\\(.)", lambda one: chr(int(one[1], 16)) if one[1] else one[2], reply)
 
 
-def _ends_a_line(path: Path) -> bool:
-    """Whether the file is empty or whole: a killed process may have left half a line."""
-    with path.open("rb") as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-        return file.read() in (b"", b"\n")
+def _whole_lines(path: Path) -> int:
+    """Bytes of the file without the half line that a killed process may have left."""
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def written(
