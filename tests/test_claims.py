@@ -476,7 +476,7 @@ def test_every_arm_has_the_best_of_equally_many_courses(lessons):
     found = [arms.best(name, group).title for name in ("real", "many") for group in tuned.CHOSEN_TOGETHER]
     assert found == ["strong, 0.001", "mild, 0.003", "none, 0.001", "mild, 0.003"]
     rows, tried = arms.rows(), arms.tried()
-    assert len(tried) == 3 * (3 + 2 + 4) - 2 and arms.missing() == 2
+    assert len(tried) == 3 * (3 + 4 + 3) - 2 and arms.missing() == 2  # to a plateau, to compare rates, best courses
     assert tried[0]["looks"][1000]["semantic"] == pytest.approx(60)
     cell = rows["depth"]["arms"]["real"]
     assert cell["steps"] == [1000, 1000] and cell["seeds"] == pytest.approx([0.5, 0.49])

@@ -1,5 +1,5 @@
 """The same question with the best course found for every arm: augmentation, learning rate and number of steps are
-chosen on validation scenes, in an equal search for each, and the scenes that judge are shown to the chosen ones alone.
+chosen on validation scenes, in an equal search for each; what the scenes that judge say of others is not used.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class UnlabelledScenes:
 
 
 class TunedArms:
-    """Students of every arm: each course of the search once, and the best of them with every seed, to a plateau."""
+    """Students of every arm: each augmentation once and the best of them with every seed, to a plateau; the best at
+    every rate for the usual steps.
+    """
 
     def __init__(self, experiments: Experiments, arms: Sequence[str], count: int):
         self.experiments, self.count = experiments, count
@@ -123,7 +125,8 @@ class TunedArms:
         if name == "self" and not self._teachers():
             return [student for one in CHOSEN_TOGETHER for student in self._needed("real", one, 0)]
         best = self.best(name, group)
-        found = [self._student(name, course) for course in self.courses(name, group)]
+        found = [self._student(name, course, 0) for course in FIRST_COURSES]
+        found += [self._student(name, course) for course in self.rates(name, group)]
         return [*found, self._student(name, best, seed)] if best else found
 
     def _teachers(self) -> dict[str, SearchedStudent]:
@@ -142,26 +145,28 @@ class TunedArms:
         return [name for name in self.names if any(key[0] == name for key in self._students)]
 
     # The search -------------------------------------------------------------------------------------------------------
-    def courses(self, name: str, group: Sequence[str]) -> tuple[TunedCourse, ...]:
-        """Every augmentation at the usual rate, and the best of them at the others, once it is known."""
-        best = self._best(name, FIRST_COURSES, group)
-        return (*FIRST_COURSES, *(TunedCourse(best.augmentation, rate) for rate in OTHER_RATES if best))
+    def rates(self, name: str, group: Sequence[str]) -> tuple[TunedCourse, ...]:
+        """The best augmentation at every rate, once it is known: the first student of each was taught to a plateau, as
+        strong augmentation is slow at first.
+        """
+        best = self._best({course: self._looks(name, course, 0) for course in FIRST_COURSES}, group)
+        return tuple(TunedCourse(best.augmentation, rate) for rate in (USUAL_RATE, *OTHER_RATES)) if best else ()
 
     def best(self, name: str, group: Sequence[str]) -> TunedCourse | None:
         """The best course of an arm by its mean rank in some figures, None while the search goes on."""
-        courses = self.courses(name, group)
-        return self._best(name, courses, group) if len(courses) > len(FIRST_COURSES) else None
+        return self._best({course: self._looks(name, course) for course in self.rates(name, group)}, group)
 
-    def _best(self, name: str, courses: Sequence[TunedCourse], group: Sequence[str]) -> TunedCourse | None:
-        looks = {course: self._looks(name, course) for course in courses}
-        if not all(looks.values()):
+    def _best(self, looks: Mapping[TunedCourse, StudentLooks | None], group: Sequence[str]) -> TunedCourse | None:
+        if not looks or not all(looks.values()):
             return None
-        ranks = dict.fromkeys(courses, 0)
+        ranks = dict.fromkeys(looks, 0)
         for question in (QUESTIONS[key] for key in group):
-            values = {course: question.pick(looks[course].figures[self._short]) for course in courses}
-            ordered = sorted(courses, key=values.get, reverse=not question.less_is_better)
-            ranks = {course: ranks[course] + ordered.index(course) for course in courses}
-        return min(courses, key=ranks.get)
+            figures = {course: one.figures[question.best(one.figures)] for course, one in looks.items()}
+            ordered = sorted(
+                looks, key=lambda course: question.pick(figures[course]), reverse=not question.less_is_better
+            )
+            ranks = {course: ranks[course] + ordered.index(course) for course in looks}
+        return min(looks, key=ranks.get)
 
     def _looks(self, name: str, course: TunedCourse | None, seed: int | None = None) -> StudentLooks | None:
         return course and self.students.looks(self._student(name, course, seed))
@@ -171,7 +176,7 @@ class TunedArms:
         return self.experiments.scale.steps
 
     def _student(self, name: str, course: TunedCourse, seed: int | None = None) -> SearchedStudent:
-        """A student of the search, or with a seed one that goes on to a plateau and is judged."""
+        """A student that compares rates, or with a seed one that goes on to a plateau and is judged."""
         if (key := (name, course, seed)) not in self._students:
             is_judged = seed is not None
             facts = {"steps": self._short * (LONGEST if is_judged else 1)}
@@ -243,6 +248,7 @@ class TunedArms:
         """What every student scored on the validation scenes at each look."""
         found = []
         for name in self._begun():
+            chosen = {self.best(name, group) for group in CHOSEN_TOGETHER}
             for course, seed in self._known(name):
                 if looks := self._looks(name, course, seed):
                     told = {
@@ -250,15 +256,19 @@ class TunedArms:
                         for step, figures in looks.figures.items()
                     }
                     facts = {"real": self.count, "arm": name, "course": course.title, "seed": seed or 0}
-                    facts |= {"is_chosen": seed is not None, "cpu_seconds": looks.cpu_seconds, "looks": told}
+                    facts |= {
+                        "is_chosen": seed is not None and course in chosen,
+                        "cpu_seconds": looks.cpu_seconds,
+                        "looks": told,
+                    }
                     found.append(facts)
         return found
 
     def _known(self, name: str) -> list[tuple[TunedCourse, int | None]]:
         """The students of an arm of which it is known that they are needed: course, and seed of a chosen one."""
-        found: dict[tuple[TunedCourse, int | None], None] = {}
+        found: dict[tuple[TunedCourse, int | None], None] = {(course, 0): None for course in FIRST_COURSES}
         for group in CHOSEN_TOGETHER:
-            found |= {(course, None): None for course in self.courses(name, group)}
+            found |= {(course, None): None for course in self.rates(name, group)}
         for group in CHOSEN_TOGETHER:
             best = self.best(name, group)
             found |= {(best, seed): None for seed in range(self.experiments.scale.seeds) if best}
@@ -268,7 +278,7 @@ class TunedArms:
         """How many students are not there yet, as far as it is known which are needed."""
         known = {name: self._known(name) for name in self._begun()}
         unknown = len(self.names) - len(known) + sum(not self.best(name, CHOSEN_TOGETHER[0]) for name in known)
-        each = len(OTHER_RATES) + self.experiments.scale.seeds
+        each = 1 + len(OTHER_RATES) + self.experiments.scale.seeds - 1  # the first seed is one of the first courses
         there = sum(bool(self._looks(name, *one)) for name, found in known.items() for one in found)
         first = len(FIRST_COURSES) * (len(self.names) - len(known))
         return sum(map(len, known.values())) - there + unknown * each + first
