@@ -59,7 +59,7 @@ _BY_FILE = {
         "test_ledger.py",
         ("INSERT OR REPLACE INTO samples", "INSERT OR IGNORE INTO samples", "a sample set aside can never be made"),
         ('self._connection.execute("ROLLBACK")', 'self._connection.execute("COMMIT")', "half of a batch is committed"),
-        ('"index" < ?', '"index" <= ?', "the first sample of the next batch is never made"),
+        ("< ?', (first, stop)", "<= ?', (first, stop)", "the first sample of the next batch is never made"),
         ("sort_keys=True", "sort_keys=False", "equal runs differ in bytes"),
         ("allow_nan=False", "allow_nan=True", "files that no JSON reader takes"),
         ('documents.check_inside(file["path"])', 'file["path"]', "a foreign ledger names files outside its folder"),
