@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bench.claims import sets
 from bench.claims.students import Arm, StudentStore, TestSet
 from datasetdm_fast.evaluation import student_data
 from datasetdm_fast.evaluation.student import LEARNT_TASKS, StudentSchedule
@@ -24,14 +25,10 @@ STEPS = 4_800
 
 def scenes(world: str, count: int, first: int, folder: Path) -> StudentData:
     """Rendered scenes as a student reads them; they are rendered once."""
-    source, path = open_data(f"{world}:{count}@{first}", SIDE), folder / f"{world}-{count}-{first}.pt"
+    source = open_data(f"{world}:{count}@{first}", SIDE)
     vocabulary = student_data.vocabulary_of(source)
-    if path.exists():
-        return StudentData(vocabulary, **torch.load(path, weights_only=True))
-    data = student_data.real(source, source, vocabulary)
-    tensors = {name: getattr(data, name) for name in ("images", "semantic", "instance", "depth", "joints", "weights")}
-    torch.save(tensors, path)
-    return data
+    path = folder / f"{world}-{count}-{first}.pt"
+    return sets.stored(path, vocabulary, lambda: student_data.real(source, source, vocabulary))
 
 
 def main(arguments: list[str] | None = None) -> int:

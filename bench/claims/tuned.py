@@ -278,7 +278,7 @@ class TunedArms:
         """How many students are not there yet, as far as it is known which are needed."""
         known = {name: self._known(name) for name in self._begun()}
         unknown = len(self.names) - len(known) + sum(not self.best(name, CHOSEN_TOGETHER[0]) for name in known)
-        each = 1 + len(OTHER_RATES) + self.experiments.scale.seeds - 1  # the first seed is one of the first courses
+        each = len(OTHER_RATES) + self.experiments.scale.seeds  # the usual rate, too, but no first seed: that is known
         there = sum(bool(self._looks(name, *one)) for name, found in known.items() for one in found)
         first = len(FIRST_COURSES) * (len(self.names) - len(known))
         return sum(map(len, known.values())) - there + unknown * each + first
