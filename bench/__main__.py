@@ -17,6 +17,7 @@ BENCHES = {
     "rehearse": ("bench.rehearsal.command", "the CUDA path without a GPU: launches, order, lifetimes, and a budget"),
     "report": ("bench.report.report", "tables and charts of the pages from the newest result files"),
     "claims": ("bench.claims.run", "whether generated images help a small student: the papers' tables in small"),
+    "labels": ("bench.claims.labels", "how many labelled scenes of a world are few: students by number of scenes"),
     "attention": (
         "bench.rows.attention",
         "images with labels from attention, against Dataset Diffusion over diffusers",

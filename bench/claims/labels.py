@@ -1,0 +1,102 @@
+"""python -m bench labels: how many labels of a world are few? A student's figures by number of real scenes.
+
+Every student is taught by the strong course (views.strong, three times the usual steps) and judged on the same unseen
+scenes. The same line again resumes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.options import chosen, say
+from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.config import setting
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.scenes.worlds import WORLDS, owner_of
+
+PROG = "python -m bench labels"
+LEARN_FROM, JUDGE = 1_000, 900_000  # first seeds
+SHOWN = {"semantic": ("mIoU", "miou"), "instance": ("AP", "ap"), "pose": ("OKS-AP", "oks_ap")}  # task -> figure
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    world: str = setting("hard", "the world of the scenes", choices=tuple(WORLDS))
+    labels: tuple[str, ...] = setting(
+        ("100", "1000", "10000"), "numbers of real scenes to learn from, comma-separated", metavar="LIST"
+    )
+    tasks: tuple[str, ...] = setting((), "what a student learns, comma-separated (default: all)", metavar="LIST")
+    size: str = setting("small", "of the student", choices=("small", "large"))
+    steps: int = setting(4_800, "optimiser steps of a student", metavar="N")
+    seeds: int = setting(1, "students of each number", metavar="N")
+    test: int = setting(500, "unseen scenes that judge", metavar="N")
+    processes: int = setting(1, "students trained side by side", metavar="N")
+    out: str = setting("runs/labels", "folder of scenes and students", metavar="DIR", output="folder")
+    json: bool = setting(False, "the figures as one JSON object on stdout")
+
+    def counts(self) -> list[int]:
+        """The numbers of scenes, checked."""
+        for name in ("steps", "seeds", "test", "processes"):
+            if getattr(self, name) < 1:
+                raise Refused(f"--{name} {getattr(self, name)}: expected at least 1", "choose another number")
+        for given in self.labels:
+            if not (given.isdecimal() and int(given)):
+                raise Refused(f"--labels {given}: expected numbers of 1 or more, comma-separated", "e.g. 100,1000")
+            if owner := owner_of(range(LEARN_FROM, LEARN_FROM + int(given))):
+                raise Refused(f"--labels {given}: so many scenes would be those of {owner}", "ask for fewer")
+            if LEARN_FROM + int(given) > JUDGE:
+                raise Refused(f"--labels {given}: so many scenes would be among those that judge", "ask for fewer")
+        return sorted(map(int, self.labels))
+
+
+def main(arguments: Sequence[str]) -> int:
+    config, _ = parse(arguments, LabelsConfig, PROG, __doc__)
+    counts = config.counts()
+    import torch
+
+    torch.set_num_threads(1)
+    from bench.claims.students import Arm, StudentStore, TestSet
+    from datasetdm_fast.evaluation.student import LEARNT_TASKS, StudentSchedule
+    from datasetdm_fast.evaluation.student_data import SIDE
+    from datasetdm_fast.readers import open_data
+
+    tasks, folder = chosen("tasks", config.tasks, LEARNT_TASKS, LEARNT_TASKS), Path(config.out)
+    store = StudentStore(folder, say, config.processes)
+    test = TestSet(config.world, open_data(f"{config.world}:{config.test}@{JUDGE}", SIDE))
+    schedule = StudentSchedule(steps=config.steps, size=config.size, augmentation="strong")
+    arms = {n: Arm(f"{n} real", (_scenes(config.world, n, folder),), schedule, tuple(tasks)) for n in counts}
+    is_done = False
+    try:
+        for arm in arms.values():
+            for seed in range(config.seeds):
+                store.start(arm, seed, test)
+        found = {n: [store.figures(arm, seed, test) for seed in range(config.seeds)] for n, arm in arms.items()}
+        is_done = True
+    finally:
+        store.close(is_done)
+    print(json.dumps({str(n): rows for n, rows in found.items()}) if config.json else table(found))
+    return 0
+
+
+def _scenes(world: str, count: int, folder: Path):
+    """Rendered scenes as a student reads them; they are rendered once."""
+    from bench.claims import sets
+    from datasetdm_fast.evaluation import student_data
+    from datasetdm_fast.evaluation.student_data import SIDE
+    from datasetdm_fast.readers import open_data
+
+    source = open_data(f"{world}:{count}@{LEARN_FROM}", SIDE)
+    vocabulary = student_data.vocabulary_of(source)
+    path = folder / f"{world}-{count}-{LEARN_FROM}.pt"
+    return sets.stored(path, vocabulary, lambda: student_data.real(source, source, vocabulary))
+
+
+def table(found: dict[int, list[dict]]) -> str:
+    """Markdown, a row for each number of scenes, a figure for each student."""
+    there = {task: shown for task, shown in SHOWN.items() if task in next(iter(found.values()))[0]}
+    lines = [["real scenes", *(title for title, _ in there.values())], ["---:"] * (1 + len(there))]
+    for count, rows in found.items():
+        cells = (", ".join(f"{100 * one[task][key]:.1f}" for one in rows) for task, (_, key) in there.items())
+        lines.append([f"{count:,}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
