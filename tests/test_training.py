@@ -23,7 +23,17 @@ from datasetdm_fast.training.held_out import split
 from datasetdm_fast.training.loop import Trainer, TrainingSchedule, TrainingViews, fit, projected
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.recipes import recipe
-from datasetdm_fast.truth.augment import AUGMENTATIONS, Augmentation, lit, look, mirrored, mirrored_names, turned
+from datasetdm_fast.truth.augment import (
+    AUGMENTATIONS,
+    Augmentation,
+    cropped,
+    lit,
+    look,
+    mirrored,
+    mirrored_names,
+    pasted,
+    turned,
+)
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
@@ -251,6 +261,58 @@ def test_another_light_changes_the_image_alone_and_by_its_seed(source):
     assert np.array_equal(first.image, again.image) and not np.array_equal(first.image, other.image)
     assert np.array_equal(first.semantic, source[0].semantic)
     assert np.array_equal(lit(source[0].image, 0.0, np.random.default_rng(0)), source[0].image)
+
+
+def test_things_are_pasted_with_their_truth_and_their_names(source):
+    item, other = source[0], source[2]  # a cone and a person, a star and a tree
+    found = pasted(item, other, source, 1.0, np.random.default_rng(0))
+    over = other.masks.any(0)
+    assert np.array_equal(found.image[over], other.image[over]) and np.array_equal(found.depth[over], other.depth[over])
+    assert np.array_equal(found.image[~over], item.image[~over])
+    assert np.array_equal(found.semantic, np.where(over, other.semantic, item.semantic))
+    names = [source.thing_classes[k] for k in found.mask_classes]
+    assert {"star", "tree"} < set(names) and (found.masks.sum(0) <= 1).all() and found.masks.any((1, 2)).all()
+    assert found.caption == f"{item.caption}, a star, a tree"
+    unmasked = pasted(replace(item, masks=None), replace(other, masks=None), source, 1.0, np.random.default_rng(0))
+    assert np.array_equal(unmasked.image[over], other.image[over])
+
+
+def test_a_covered_joint_is_hidden(source):
+    item = next(item for item in source if len(item.keypoints))
+    whole = replace(item, masks=np.ones((1, *item.image.shape[:2]), bool), mask_classes=np.array([0]))
+    found = pasted(item, whole, source, 1.0, np.random.default_rng(0))
+    assert (found.keypoints[..., 2] <= 1).all() and np.array_equal(found.keypoints[..., :2], item.keypoints[..., :2])
+
+
+def test_a_crop_moves_truth_and_image_alike(source):
+    item = source[0]
+    found = cropped(item, 2.0, 1.0, 0.0)
+    assert np.array_equal(found.semantic, item.semantic[:32, 32:].repeat(2, 0).repeat(2, 1))
+    places = (item.keypoints[..., :2] - (32, 0)) * 2
+    assert np.allclose(found.keypoints[..., :2], places, atol=1e-4)
+    inside = ((places >= 0) & (places < 64)).all(-1)
+    assert not found.keypoints[..., 2][~inside].any()
+
+
+def test_strong_looks_paste_only_what_is_learnt_from(source):
+    asked = []
+
+    def read(number):
+        asked.append(number)
+        return source[number]
+
+    for draw in range(12):
+        look(source, 1, AUGMENTATIONS["strong"], draw, 0, read, (1, 2))
+    assert set(asked) == {1, 2}
+    deep = look(source, 1, AUGMENTATIONS["strong-depth"], 0, 0, source.__getitem__, (1,))
+    assert np.array_equal(deep.depth, source[1].depth) and not np.array_equal(deep.image, source[1].image)
+
+
+def test_every_fourth_view_has_no_caption_where_they_are_mixed(source):
+    views = Views(source, [0, 1], "semantic", Looks(draws=8, captions="mixed"))
+    said = [bool(views.item(view).caption) for view in range(len(views))]
+    assert said == [True, True, True, False] * 4
+    assert views.captions(views.items(1)) == [source[1].caption] * 3 + [""] + [source[1].caption] * 3 + [""]
 
 
 @pytest.mark.parametrize("name", [name for name, how in AUGMENTATIONS.items() if how.is_drawn])
@@ -482,6 +544,8 @@ def test_upstreams_schedule(engine, source, folder):
     )
     assert [trainer.rate(step) for step in (0, 34_999, 35_000, 70_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
     assert recipe("pose", source, engine.model.levels, 32, 0, 10, preset="upstream").schedule.decay_every == 4000
+    usual, varied = (recipe("semantic", source, engine.model.levels, 32, 0, 100, is_varied=k).schedule for k in (0, 1))
+    assert varied.dropout < usual.dropout and varied.weight_decay < usual.weight_decay and varied.steps == usual.steps
 
 
 def test_simcc_learns_too(engine, source, folder):

@@ -1,7 +1,7 @@
 """python -m bench labels: how many labels of a world are few? A student's figures by number of real scenes.
 
-Every student is taught by the strong course (views.strong, three times the usual steps) and judged on the same unseen
-scenes. The same line again resumes.
+Every student is taught for three times the usual steps and judged on the same unseen scenes. The same line again
+resumes.
 """
 
 import json
@@ -27,6 +27,7 @@ class LabelsConfig:
         ("100", "1000", "10000"), "numbers of real scenes to learn from, comma-separated", metavar="LIST"
     )
     tasks: tuple[str, ...] = setting((), "what a student learns, comma-separated (default: all)", metavar="LIST")
+    augmentation: str = setting("strong", "of the scenes that are learnt from", choices=("none", "mild", "strong"))
     size: str = setting("small", "of the student", choices=("small", "large"))
     steps: int = setting(4_800, "optimiser steps of a student", metavar="N")
     seeds: int = setting(1, "students of each number", metavar="N")
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     tasks, folder = chosen("tasks", config.tasks, LEARNT_TASKS, LEARNT_TASKS), Path(config.out)
     store = StudentStore(folder, say, config.processes)
     test = TestSet(config.world, open_data(f"{config.world}:{config.test}@{JUDGE}", SIDE))
-    schedule = StudentSchedule(steps=config.steps, size=config.size, augmentation="strong")
+    schedule = StudentSchedule(steps=config.steps, size=config.size, augmentation=config.augmentation)
     arms = {n: Arm(f"{n} real", (_scenes(config.world, n, folder),), schedule, tuple(tasks)) for n in counts}
     is_done = False
     try:

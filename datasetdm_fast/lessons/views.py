@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +17,7 @@ from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 TARGET_BYTES = 2**29  # of truth kept in memory; what is beyond is made again when it is needed
 
+UNSAID = 4  # of so many looks one has no caption, where they are mixed
 ITEMS = 128  # labelled images kept in memory
 
 
@@ -24,7 +25,7 @@ ITEMS = 128  # labelled images kept in memory
 class Looks:
     draws: int = 12  # looks at each image
     augmentation: Augmentation = Augmentation(flip=True)
-    captions: str = "true"  # or none
+    captions: str = "true"  # or none, or mixed: every fourth look has none
     seed: int = 0
     quirks: frozenset[str] = frozenset()
 
@@ -44,7 +45,10 @@ class Views:
     def item(self, view: int) -> Labelled:
         """The labelled image as it is looked at."""
         number, draw = self.numbers[view // self.looks.draws], view % self.looks.draws
-        return look(self.source, number, self.looks.augmentation, draw, self.looks.seed, self._read)
+        how, seed = self.looks.augmentation, self.looks.seed
+        found = look(self.source, number, how, draw, seed, self._read, self.numbers)
+        is_mute = self.looks.captions == "none" or (self.looks.captions == "mixed" and draw % UNSAID == UNSAID - 1)
+        return replace(found, caption="") if is_mute else found
 
     def items(self, image: int) -> list[Labelled]:
         return [self.item(image * self.looks.draws + draw) for draw in range(self.looks.draws)]
@@ -66,7 +70,7 @@ class Views:
             return ["a photo of "] * len(items)
         if self.has("Q12"):
             return [f"a photo of {self.source.thing_classes[1]},"] * len(items)
-        return [item.caption if self.looks.captions == "true" else "" for item in items]
+        return [item.caption for item in items]
 
     def has(self, quirk: str) -> bool:
         """Whether one of upstream's mistakes is to be made with this task."""

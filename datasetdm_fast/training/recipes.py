@@ -1,7 +1,7 @@
 """How each task is taught: the shape of its decoder and the schedule of its training, ours or upstream's."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.stages import Level
@@ -14,6 +14,8 @@ POINTS = 12544 / 512**2  # sampled on a mask, as a share of the image's pixels
 WHOLE_EPOCHS = 5000
 # For decoders of upstream's widths: its number of points, a rate their attention stands, and no more steps than pay.
 LARGE = {"steps": 6000, "batch_size": 4, "rate": 2e-4, "points": 12544, "dropout": 0.0, "warmup": 200}
+# At most, where strong augmentation already keeps a hundred images from being learnt by heart.
+VARIED = {"dropout": 0.2, "weight_decay": 0.1}
 EPOCHS = {"nyu": 400}  # of data sets, after which upstream's rate falls to a tenth; 350 elsewhere
 
 
@@ -34,8 +36,11 @@ def recipe(
     preset: str = "default",
     pose_head: str = "heatmap",
     reader: str = "",
+    is_varied: bool = False,
 ) -> TrainingRecipe:
-    """Decoder and schedule for a task; `preset` is default or upstream, `images` are those to learn from."""
+    """Decoder and schedule for a task; `preset` is default or upstream, `images` are those to learn from, which strong
+    augmentation makes varied.
+    """
     is_small = levels[-1].features[0] < WIDE_UNET
     config = DecoderConfig(
         task=task,
@@ -46,7 +51,10 @@ def recipe(
     )
     if preset == "upstream":
         return TrainingRecipe(config, _upstream(task, images, reader, levels))
-    return TrainingRecipe(config, TrainingSchedule(**(TASKS[task].small if is_small else LARGE | TASKS[task].large)))
+    schedule = TrainingSchedule(**(TASKS[task].small if is_small else LARGE | TASKS[task].large))
+    if is_varied:
+        schedule = replace(schedule, **{name: min(most, getattr(schedule, name)) for name, most in VARIED.items()})
+    return TrainingRecipe(config, schedule)
 
 
 def _upstream(task: str, images: int, reader: str, levels: Sequence[Level]) -> TrainingSchedule:

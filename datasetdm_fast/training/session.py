@@ -31,7 +31,7 @@ from datasetdm_fast.training.loop import TrainingViews, fit
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.task_run import TaskPlan, TaskTraining
-from datasetdm_fast.truth.augment import AUGMENTATIONS
+from datasetdm_fast.truth.augment import AUGMENTATIONS, VARYING
 from datasetdm_fast.truth.class_file import own_table
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 from datasetdm_fast.truth.reading import photo_of
@@ -83,6 +83,7 @@ class TrainingSession:
             preset=config.preset,
             pose_head=config.pose_head,
             reader=config.data.partition(":")[0],
+            is_varied=_augmentation(config, task) in VARYING,
         )
         words = (
             engine.encode_classes(spoken(self.source.thing_classes, table)).float().clone()
@@ -107,7 +108,7 @@ class TrainingSession:
         config, table = self.config, self.source.class_table
         is_wanted = config.by_name == "yes" or (config.by_name == "auto" and self.source.captions_name_all)
         things = [name for name in classes if name in self.source.thing_classes]
-        if not (is_wanted and config.captions == "true" and things):
+        if not (is_wanted and config.captions != "none" and things):
             return ()
         if self.source.captions_name_all:
             said = zip(things, spoken(things, table), strict=True)
@@ -266,7 +267,7 @@ def _table(path: str, source: LabelledSource) -> ClassTable:
 
 def _augmentation(config: TrainConfig, task: str) -> str:
     if config.augment != "auto":
-        return config.augment
+        return next(name for name in (f"{config.augment}-{task}", config.augment) if name in AUGMENTATIONS)
     kind = config.data.partition(":")[0].removesuffix("-mm")
     return next((name for name in (f"{kind}-{task}", kind) if name in AUGMENTATIONS), "flip")
 

@@ -18,6 +18,7 @@ AUGMENTATIONS = (
     "auto",
     "none",
     "flip",
+    "strong",
     "voc",
     "cityscapes",
     "deepfashion",
@@ -97,10 +98,15 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     draws: int = setting(12, "augmented views of each image, each with its own noise", metavar="N")
     augment: str = setting(
         "auto",
-        "augmentation: none, flip, or DatasetDM's for a data set; auto: that of this data set, else flip",
+        "augmentation: none, flip, strong (flips, zoom, moves, other colours, things of other images pasted in), or "
+        "DatasetDM's for a data set; auto: that of this data set, else flip",
         choices=AUGMENTATIONS,
     )
-    captions: str = setting("true", "text condition: each image's own caption, or none", choices=("true", "none"))
+    captions: str = setting(
+        "true",
+        "text condition: each image's own caption, none, or mixed: none in every fourth view",
+        choices=("true", "none", "mixed"),
+    )
     class_table: str = setting(
         "",
         "class words of your own: a CSV file (name,say,words), or an annotation file of LVIS or COCO; captions made of "

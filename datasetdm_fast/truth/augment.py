@@ -1,16 +1,23 @@
-"""Augmentation of a labelled image and its truth: cropped, rotated, mirrored, relit, drawn from a seed alone."""
+"""Augmentation of a labelled image and its truth: cropped, rotated, mirrored, relit, pasted into, drawn from a seed
+alone.
+"""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast.labels.class_tables import spoken
+from datasetdm_fast.labels.words import find_classes
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 IGNORE = 255
+PERSON = "person"
+CONTRAST, BRIGHTNESS, GAIN, SATURATION, NOISE = (0.6, 1.4), 0.2, (0.7, 1.3), (0.3, 1.4), 0.04
+GREY = np.float32([0.299, 0.587, 0.114])
 SIDES = re.compile(r"(?<![A-Za-z])(?:left|right)(?![A-Za-z])")
 
 
@@ -23,13 +30,19 @@ class Augmentation:
     turned: float = 0.0  # share of turned views
     rotation: float = 0.0  # degrees, the standard deviation; twice as many at most
     light: float = 0.0  # chance of each of: brightness and contrast, gamma, hue and saturation
+    zoom: float = 1.0  # of a crop, at most; every second view is one
+    pasted: float = 0.0  # chance of things of another image over this one, and of each of its things
+    is_recoloured: bool = False  # other saturation, tint, contrast, brightness, some noise
 
 
+STRONG = Augmentation(flip=True, zoom=1.7, pasted=0.5, is_recoloured=True)
 CROP, CROP_AND_FLIP = Augmentation(is_drawn=True), Augmentation(is_drawn=True, flip=True)
 ROAD = Augmentation(is_drawn=True, flip=True, light=0.5)
 AUGMENTATIONS = {
     "none": Augmentation(),
     "flip": Augmentation(flip=True),
+    "strong": STRONG,
+    "strong-depth": replace(STRONG, zoom=1.0),  # a crop would change how far things seem
     "voc": CROP,
     "cityscapes": CROP,
     "deepfashion": CROP,
@@ -40,18 +53,33 @@ AUGMENTATIONS = {
     "nyu": ROAD,
     "coco-pose": Augmentation(is_drawn=True, flip=True, turned=0.6, rotation=40.0),
 }
+VARYING = {"strong", "strong-depth"}  # those whose looks are hardly alike
 
 
 def look(
-    source: LabelledSource, number: int, how: Augmentation, draw: int, seed: int, read: Callable[[int], Labelled]
+    source: LabelledSource,
+    number: int,
+    how: Augmentation,
+    draw: int,
+    seed: int,
+    read: Callable[[int], Labelled],
+    others: Sequence[int] = (),
 ) -> Labelled:
-    """Look number `draw` at an item of a data set, whose items `read` gives."""
+    """Look number `draw` at an item of a data set, whose items `read` gives; things are pasted from `others`."""
     generator = np.random.default_rng([seed, number, draw])
     item = source.drawn(number, int(generator.integers(2**31))) if how.is_drawn else read(number)
     if generator.random() < how.turned:
         item = turned(item, float(np.clip(generator.normal() * how.rotation, -2 * how.rotation, 2 * how.rotation)))
     if how.flip and draw % 2:
         item = mirrored(item, source)
+    if how.pasted and generator.random() < how.pasted:
+        other = read(others[int(generator.integers(len(others)))])
+        other = mirrored(other, source) if how.flip and generator.random() < 0.5 else other
+        item = pasted(item, other, source, how.pasted, generator)
+    if how.zoom > 1 and generator.random() < 0.5:
+        item = cropped(item, how.zoom ** generator.random(), *generator.random(2))
+    if how.is_recoloured:
+        item = replace(item, image=recoloured(item.image, generator))
     return replace(item, image=lit(item.image, how.light, generator)) if how.light else item
 
 
@@ -86,8 +114,21 @@ def turned(item: Labelled, angle: float) -> Labelled:
     size = item.image.shape[0]
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     back = np.array([[c, s], [-s, c]])  # from the new picture to the old one
-    origin = np.full(2, size / 2) - back @ np.full(2, size / 2)
-    numbers = (back[0, 0], back[0, 1], origin[0], back[1, 0], back[1, 1], origin[1])
+    return warped(item, back, np.full(2, size / 2) - back @ np.full(2, size / 2))
+
+
+def cropped(item: Labelled, zoom: float, x: float, y: float) -> Labelled:
+    """A part of the image at its size; x and y in 0..1 move the part from one end of the image to the other."""
+    size = item.image.shape[0]
+    return warped(item, np.eye(2) / zoom, np.array([x, y]) * (size - size / zoom))
+
+
+def warped(item: Labelled, back: np.ndarray, origin: np.ndarray) -> Labelled:
+    """The image that shows at (x, y) what the item has at `back` (x, y) + `origin`; what lies outside is black and
+    unknown in the truth.
+    """
+    size, forth = item.image.shape[0], np.linalg.inv(back).T
+    numbers = (*back[0], origin[0], *back[1], origin[1])
 
     def moved(plane: np.ndarray, fill: float, how: Image.Resampling = Image.Resampling.NEAREST) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(plane))
@@ -104,7 +145,7 @@ def turned(item: Labelled, angle: float) -> Labelled:
     if item.depth is not None:
         changes["depth"] = moved(item.depth.astype(np.float32), 0.0)
     if item.keypoints is not None:
-        places = (item.keypoints[..., :2] - origin) @ back
+        places = (item.keypoints[..., :2] - origin) @ forth
         inside = ((places >= 0) & (places < size)).all(-1)
         changes["keypoints"] = np.concatenate([places, (item.keypoints[..., 2] * inside)[..., None]], -1).astype(
             np.float32
@@ -112,11 +153,79 @@ def turned(item: Labelled, angle: float) -> Labelled:
     if item.keypoint_boxes is not None:
         x, y, w, h = np.moveaxis(item.keypoint_boxes.astype(np.float64), -1, 0)
         corners = np.stack([np.stack([x + i * w, y + j * h], -1) for i in (0, 1) for j in (0, 1)], 1)
-        corners = ((corners - origin) @ back).clip(0, size).reshape(-1, 4, 2)
+        corners = ((corners - origin) @ forth).clip(0, size).reshape(-1, 4, 2)
         changes["keypoint_boxes"] = np.concatenate([corners.min(1), corners.max(1) - corners.min(1)], -1).astype(
             np.float32
         )
-    return replace(item, **changes)
+    return _without_empty(replace(item, **changes))
+
+
+def _without_empty(item: Labelled) -> Labelled:
+    """The item without masks of which nothing is left."""
+    if item.masks is None or (kept := item.masks.any((1, 2))).all():
+        return item
+    return replace(item, masks=item.masks[kept], mask_classes=np.asarray(item.mask_classes)[kept])
+
+
+def pasted(
+    item: Labelled, other: Labelled, source: LabelledSource, chance: float, generator: np.random.Generator
+) -> Labelled:
+    """Things of another image over this one, each by a chance, in truth and caption too; where joints are known, no
+    person, and a joint that is covered counts as hidden.
+    """
+    changes = {}
+    things = [
+        (name, mask)
+        for name, mask in _things(other, source)
+        if not (name == PERSON and item.keypoints is not None) and generator.random() < chance
+    ]
+    over = np.any([np.zeros(item.image.shape[:2], bool), *(mask for _, mask in things)], 0)
+    if not over.any():
+        return item
+    if item.semantic is not None:
+        changes["semantic"] = np.where(over, other.semantic, item.semantic)
+    if item.masks is not None:
+        numbers = [source.thing_classes.index(name) for name, _ in things]
+        changes["masks"] = np.concatenate([item.masks & ~over, [mask for _, mask in things]])
+        changes["mask_classes"] = np.concatenate([item.mask_classes, numbers]).astype(np.int64)
+    if item.crowds is not None:
+        changes["crowds"] = item.crowds & ~over
+    if item.depth is not None:
+        changes["depth"] = np.where(over, other.depth, item.depth)
+    if item.keypoints is not None:
+        last = np.array(over.shape[::-1]) - 1
+        column, row = np.moveaxis(item.keypoints[..., :2].astype(int).clip(0, last), -1, 0)
+        changes["keypoints"] = item.keypoints.copy()
+        changes["keypoints"][..., 2] = np.minimum(item.keypoints[..., 2], np.where(over[row, column], 1, 2))
+    if item.caption:
+        named = dict.fromkeys(name for name, _ in things)
+        said = find_classes(item.caption, tuple(named), source.class_table)
+        words = spoken([name for name in named if name not in said], source.class_table)
+        articles = ("an" if word[0] in "aeiou" else "a" for word in words)
+        changes["caption"] = ", ".join([item.caption, *map(" ".join, zip(articles, words))])
+    return _without_empty(replace(item, image=np.where(over[..., None], other.image, item.image), **changes))
+
+
+def _things(item: Labelled, source: LabelledSource) -> list[tuple[str, np.ndarray]]:
+    """The things of an image with their masks: without masks, all pixels of a class that is one of things."""
+    if item.masks is not None:
+        return [(source.thing_classes[k], mask) for k, mask in zip(item.mask_classes, item.masks)]
+    if item.semantic is None:
+        return []
+    names = ((k, name) for k, name in enumerate(source.classes) if name in source.thing_classes)
+    found = ((name, item.semantic == k) for k, name in names)
+    return [(name, mask) for name, mask in found if mask.any()]
+
+
+def recoloured(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The image with other saturation, tint, contrast and brightness, and some noise."""
+    pixels = image.astype(np.float32) / 255
+    grey = (pixels * GREY).sum(2, keepdims=True)
+    pixels = grey + (pixels - grey) * generator.uniform(*SATURATION)
+    pixels = pixels * generator.uniform(*GAIN, 3)
+    pixels = (pixels - 0.5) * generator.uniform(*CONTRAST) + 0.5 + generator.uniform(-BRIGHTNESS, BRIGHTNESS)
+    noise = generator.standard_normal(pixels.shape, np.float32) * generator.uniform(0, NOISE)
+    return ((pixels + noise).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def lit(image: np.ndarray, chance: float, generator: np.random.Generator) -> np.ndarray:
