@@ -79,6 +79,23 @@ void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t resid
     share(tiles, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, convolve, work, first, last); });
 }
 
+void winograd_gradient(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t outputs,
+                       int64_t threads, int64_t vector_bytes) {
+    require(x && out && weight, "winograd_gradient: a pointer is null; pass data_ptr() of a CPU tensor");
+    require(images > 0 && height > 0 && width > 0, "winograd_gradient: an empty tensor, ", images, " images of ", height, " x ", width);
+    require(channels > 0 && channels % kPanel == 0 && outputs > 0 && outputs % kPanel == 0, "winograd_gradient: ", channels, " channels to ", outputs,
+            ", expected multiples of ", kPanel);
+    require(threads > 0, "winograd_gradient: threads is ", threads, ", expected at least 1");
+    const std::vector<int64_t> found = depth_head_vector_bytes();
+    if (vector_bytes == 0) vector_bytes = found.front();
+    require(std::count(found.begin(), found.end(), vector_bytes), "winograd_gradient: this CPU has no vectors of ", vector_bytes, " bytes");
+    const Winograd work{reinterpret_cast<const float*>(x), nullptr, nullptr, nullptr, reinterpret_cast<float*>(out), height, width, channels, outputs, false};
+    const int64_t tiles = images * work.down() * work.across();
+    share(channels / kPanel, threads, [&](int64_t first, int64_t last) {
+        WITH_VECTORS(vector_bytes, gather, work, reinterpret_cast<float*>(weight), tiles, first, last);
+    });
+}
+
 void winograd_weight(uintptr_t plain, uintptr_t weight, int64_t channels, int64_t outputs, int64_t threads, int64_t vector_bytes) {
     require(plain && weight, "winograd_weight: a pointer is null; pass data_ptr() of a CPU tensor");
     require(channels > 0 && channels % kPanel == 0 && outputs > 0 && outputs % kPanel == 0, "winograd_weight: ", channels, " channels to ", outputs,

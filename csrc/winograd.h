@@ -14,6 +14,11 @@ namespace datasetdm {
 void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width,
                   int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes);
 
+// The gradient of the transformed weight, [36, channels, outputs], from the image `x` and the gradient `out` of what became of it; the sums over
+// tiles have one order, whatever `threads` is.
+void winograd_gradient(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t outputs,
+                       int64_t threads, int64_t vector_bytes);
+
 // The `weight` above, from that of the plain convolution in channels-last order [outputs, 3, 3, channels]; the sums are those of fp64.
 void winograd_weight(uintptr_t plain, uintptr_t weight, int64_t channels, int64_t outputs, int64_t threads, int64_t vector_bytes);
 

@@ -139,6 +139,78 @@ INSTRUCTIONS inline void finish_tile(const Winograd& work, int64_t tile, const f
     }
 }
 
+// The four results of a row or column to what their gradient is for the six products: the adjoint of from_products.
+INLINE void to_products(const Vector* y, int64_t step, Vector* m) {
+    const Vector even = y[0] + 0.25f * y[2 * step], odd = 0.5f * y[step] + 0.125f * y[3 * step];
+    const Vector far_even = y[0] + 2.25f * y[2 * step], far_odd = 1.5f * y[step] + 3.375f * y[3 * step];
+    m[0] = y[0];
+    m[1] = even + odd;
+    m[2] = even - odd;
+    m[3] = far_even + far_odd;
+    m[4] = far_even - far_odd;
+    m[5] = y[3 * step];
+}
+
+// The gradient of one tile's results as that of its products, to target[k * pitch + output].
+INSTRUCTIONS inline void spread_tile(const Winograd& work, int64_t tile, float* target, int64_t pitch) {
+    const Tile place = work.tile(tile);
+    const int64_t rows = std::min(kTile, work.height - place.y), columns = std::min(kTile, work.width - place.x);
+    const int64_t corner = ((place.image * work.height + place.y) * work.width + place.x) * work.outputs;
+    for (int64_t c = 0; c < work.outputs; c += kLanes) {
+        Vector half[kSide * kTile], results[kTile], products[kSide];
+        for (int64_t column = 0; column < kTile; ++column) {
+            for (int64_t row = 0; row < kTile; ++row)
+                results[row] = row < rows && column < columns ? load(work.out + corner + (row * work.width + column) * work.outputs + c) : Vector{};
+            to_products(results, 1, products);
+            for (int64_t row = 0; row < kSide; ++row) half[row * kTile + column] = products[row];
+        }
+        for (int64_t row = 0; row < kSide; ++row) {
+            to_products(half + row * kTile, 1, products);
+            for (int64_t column = 0; column < kSide; ++column) store(target + (row * kSide + column) * pitch + c, products[column]);
+        }
+    }
+}
+
+constexpr int64_t kWide = kPanel / kLanes;  // vectors of a panel
+constexpr int64_t kDeep = 8 / kWide;        // channels whose sums for one panel hide how long a sum takes
+
+// Channels kDeep times one panel of outputs, summed over `tiles` and added to the target.
+INLINE void multiply_tiles(const float* left, int64_t left_pitch, const float* right, int64_t right_pitch, int64_t tiles, float* target,
+                           int64_t target_pitch) {
+    Vector sums[kDeep][kWide];
+    for (int64_t row = 0; row < kDeep; ++row)
+        for (int64_t j = 0; j < kWide; ++j) sums[row][j] = load(target + row * target_pitch + j * kLanes);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        Vector values[kWide];
+        for (int64_t j = 0; j < kWide; ++j) values[j] = load(right + tile * right_pitch + j * kLanes);
+#pragma GCC unroll 8
+        for (int64_t row = 0; row < kDeep; ++row)
+            for (int64_t j = 0; j < kWide; ++j) sums[row][j] += left[tile * left_pitch + row] * values[j];
+    }
+    for (int64_t row = 0; row < kDeep; ++row)
+        for (int64_t j = 0; j < kWide; ++j) store(target + row * target_pitch + j * kLanes, sums[row][j]);
+}
+
+// The gradient of the weight for panels first .. last of the channels, over all tiles.
+INSTRUCTIONS inline void gather(const Winograd& work, float* target, int64_t tiles, int64_t first, int64_t last) {
+    const int64_t start = first * kPanel, depth = (last - first) * kPanel, step = std::min(kTiles, tiles);
+    const int64_t left_pitch = step * depth + kApart, pitch = step * work.outputs + kApart;
+    float *left = scratch(kPlaces * (left_pitch + pitch)), *right = left + kPlaces * left_pitch;
+    for (int64_t place = 0; place < kPlaces; ++place) std::fill_n(target + (place * work.channels + start) * work.outputs, depth * work.outputs, 0.0f);
+    for (int64_t begin = 0; begin < tiles; begin += step) {
+        const int64_t count = std::min(step, tiles - begin);
+        for (int64_t tile = 0; tile < count; ++tile) {
+            transform_tile(work, begin + tile, start, depth, left + tile * depth, left_pitch);
+            spread_tile(work, begin + tile, right + tile * work.outputs, pitch);
+        }
+        for (int64_t place = 0; place < kPlaces; ++place)
+            for (int64_t output = 0; output < work.outputs; output += kPanel)
+                for (int64_t channel = 0; channel < depth; channel += kDeep)
+                    multiply_tiles(left + place * left_pitch + channel, depth, right + place * pitch + output, work.outputs, count,
+                                   target + (place * work.channels + start + channel) * work.outputs + output, work.outputs);
+    }
+}
+
 // kRows rows of `left` times one panel of the weight, added to what the target holds where `is_added`.
 INLINE void multiply_rows(const float* left, int64_t left_pitch, int64_t inner, const float* panels, int64_t panel, float* target, int64_t target_pitch,
                           bool is_added) {

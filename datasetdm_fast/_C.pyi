@@ -117,6 +117,18 @@ def winograd(
     threads: int,
     vector_bytes: int = 0,
 ) -> None: ...
+def winograd_gradient(
+    x: int,
+    out: int,
+    weight: int,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    outputs: int,
+    threads: int,
+    vector_bytes: int = 0,
+) -> None: ...
 def winograd_weight(
     plain: int, weight: int, channels: int, outputs: int, threads: int, vector_bytes: int = 0
 ) -> None: ...

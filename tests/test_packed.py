@@ -76,7 +76,52 @@ def test_neither_threads_nor_the_batch_change_a_bit(monkeypatch):
         assert torch.equal(winograd.convolve(x, prepared, given["bias"]), alone)
 
 
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+@pytest.mark.parametrize(
+    ("batch", "channels", "outputs", "height", "width"),
+    [
+        pytest.param(1, 16, 48, 12, 12, id="an odd number of panels"),
+        pytest.param(3, 48, 16, 11, 13, id="ragged borders, more tiles than are worked on at once"),
+    ],
+)
+def test_gradients_of_every_instruction_set(vector_bytes, batch, channels, outputs, height, width, monkeypatch):
+    """The distances from fp64 stay within five times those of PyTorch's own."""
+    for name in ("winograd", "winograd_gradient"):
+        inner = getattr(_C, name)
+        monkeypatch.setattr(_C, name, lambda *arguments, inner=inner: inner(*arguments, vector_bytes))
+    given, out = weights(outputs, channels), image(batch, outputs, height, width)
+    leaves = [image(batch, channels, height, width), given["weight"], given["bias"]]
+
+    def gradients(convolution, dtype):
+        own = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        return torch.autograd.grad(convolution(*own), own, out.to(dtype))
+
+    truth = gradients(lambda *own: F.conv2d(*own, padding=1), torch.float64)
+    direct = gradients(lambda *own: F.conv2d(*own, padding=1), torch.float32)
+    for found, plain, wanted in zip(gradients(winograd.trained, torch.float32), direct, truth):
+        assert distance(found, wanted) <= max(5 * distance(plain, wanted), 1e-6)
+
+
+def test_threads_change_no_bit_of_a_gradient(monkeypatch):
+    x, out = image(5, 48, 13, 9), image(5, 32, 13, 9)
+    found = []
+    for threads in (1, 2, 200):
+        monkeypatch.setattr(winograd, "threads", lambda *_, threads=threads: threads)
+        found.append(winograd.gradient(x, out))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_what_it_cannot_compute_is_refused():
+    for numbers, cause in (
+        ((1, 4, 4, 8, 16, 1), "8 channels to 16, expected multiples of 16"),
+        ((0, 4, 4, 16, 16, 1), "an empty tensor"),
+        ((1, 4, 4, 16, 16, 0), "threads is 0"),
+        ((1, 4, 4, 16, 16, 1, 8), "no vectors of 8 bytes"),
+    ):
+        with pytest.raises(ValueError, match=cause):
+            _C.winograd_gradient(64, 64, 64, *numbers)
+    with pytest.raises(ValueError, match="a pointer is null"):
+        _C.winograd_gradient(64, 64, 0, 1, 4, 4, 16, 16, 1)
     for numbers, cause in (
         ((1, 4, 4, 8, 16, False, 1), "8 channels to 16, expected multiples of 16"),
         ((1, 3, 4, 16, 16, True, 1), "3 x 4 cells are no doubled ones"),

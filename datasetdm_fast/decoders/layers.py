@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast.kernels import winograd
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.image_norm import EPS
 from datasetdm_fast.models.layers import pointwise
@@ -47,6 +48,8 @@ class SpectralConv2d(nn.Conv2d):
         weight = self.normalised()
         if self.kernel_size == (1, 1):
             return pointwise(x, weight, self.bias)
+        if self.training:
+            return winograd.trained(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
     @torch.no_grad()
@@ -104,4 +107,6 @@ class Upscale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = pointwise(x, self.reduce.weight, self.reduce.bias)
-        return resize(x, x.shape[-1] * self.times) + F.pixel_shuffle(self.detail(F.relu(x)), self.times)
+        detail, reduced = self.detail, F.relu(x)
+        places = winograd.trained(reduced, detail.weight, detail.bias) if self.training else detail(reduced)
+        return resize(x, x.shape[-1] * self.times) + F.pixel_shuffle(places, self.times)
