@@ -30,6 +30,35 @@ def reference(x: Tensor, has_relu: bool = False) -> Tensor:
     return F.relu(y) if has_relu else y
 
 
+class _TrainedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide.mean((2, 3), keepdim=True)
+        centred = wide - mean
+        variance = centred.square().mean((2, 3), keepdim=True)
+        scale = torch.rsqrt(variance + EPS)
+        normed = centred.mul_(scale)
+        ctx.save_for_backward(normed, scale)
+        ctx.mark_non_differentiable(mean, variance)
+        return F.relu(normed.to(x.dtype)), mean, variance
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        normed, scale = ctx.saved_tensors
+        out = gradients[0]
+        wide = torch.ops.aten.threshold_backward(out.to(normed.dtype), normed, 0)
+        first, second = (one.mean((2, 3), keepdim=True) for one in (wide, wide * normed))
+        return torch.addcmul(wide - first, normed, second, value=-1).mul_(scale).to(out.dtype)
+
+
+def trained(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `reference` says with ReLU, and mean and biased variance [B, C, 1, 1] of each image; the backward has half
+    the passes that PyTorch would make of it.
+    """
+    return _TrainedNorm.apply(x)
+
+
 @jit
 def _image_norm_kernel(
     x_ptr,  # [B, S, C]

@@ -11,6 +11,7 @@ import torch
 from datasetdm_fast.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engines import build_engine
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.kernels import image_norm
 from datasetdm_fast.lessons import cache
 from datasetdm_fast.lessons.cache import Inversion, Layout
 from datasetdm_fast.lessons.targets import target
@@ -115,6 +116,19 @@ def test_an_image_without_things_still_teaches_their_absence():
     )
     loss.backward()
     assert loss.item() == pytest.approx(2 * math.log(4)) and (logits.grad[..., 3] < 0).all()
+
+
+def test_the_norm_of_a_training_has_the_references_answer_and_gradient():
+    torch.manual_seed(0)
+    x, out = (2 * torch.randn(3, 5, 4, 6) + 7).requires_grad_(), torch.randn(3, 5, 4, 6)
+    found, mean, variance = image_norm.trained(x)
+    assert torch.equal(found, image_norm.reference(x, has_relu=True))
+    assert torch.allclose(mean, x.mean((2, 3), keepdim=True))
+    assert torch.allclose(variance, x.var((2, 3), keepdim=True, correction=0))
+    (gradient,) = torch.autograd.grad(found, x, out)
+    wide = x.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(image_norm.reference(wide, has_relu=True), wide, out.double())
+    assert torch.allclose(gradient.double(), truth, atol=1e-5)
 
 
 def test_scale_invariant_log_by_its_formula():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.kernels import winograd
+from datasetdm_fast.kernels import image_norm, winograd
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.image_norm import EPS
 from datasetdm_fast.models.layers import pointwise
@@ -77,13 +77,14 @@ class SegBlock(nn.Module):
     def normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """relu(norm(x))."""
         if self.training:
+            normed, means, variances = image_norm.trained(x)
             with torch.no_grad():
-                now = x.float().mean((0, 2, 3))
-                # a third of the time of var over these axes
-                squares = (x.float() - now[:, None, None]).square_().sum((0, 2, 3))
-                mean.lerp_(now, MOMENTUM)
-                variance.lerp_(squares / (x.numel() // x.shape[1] - 1), MOMENTUM)
-        elif self.is_running:
+                count, now = x.shape[2] * x.shape[3], means.mean(0)
+                squares = count * (variances + (means - now).square()).sum(0)
+                mean.lerp_(now.flatten(), MOMENTUM)
+                variance.lerp_(squares.flatten() / (count * len(x) - 1), MOMENTUM)
+            return normed
+        if self.is_running:
             exact = x.to(mean.dtype if x.dtype in (torch.float16, torch.bfloat16) else x.dtype)
             return F.relu(F.batch_norm(exact, mean, variance, eps=EPS).to(x.dtype))
         return self.ops.image_norm(x, has_relu=True)
