@@ -16,9 +16,14 @@ def reference(queries: Tensor, features: Tensor, side: int, is_blocking: bool = 
     is outside the mask.
     """
     logits = resize(torch.einsum("bnd,bdhw->bnhw", queries, features), side)
+    return outside(logits) if is_blocking else logits
+
+
+def outside(logits: Tensor) -> Tensor:
+    """Whether a cell is outside the mask."""
     # Against the sigmoid, not the sign of the logit: just below zero the sigmoid rounds to one half, which upstream
     # lets through.
-    return logits.sigmoid() < 0.5 if is_blocking else logits
+    return logits.sigmoid() < 0.5
 
 
 def cases() -> list[Case]:

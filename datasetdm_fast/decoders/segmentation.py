@@ -14,6 +14,7 @@ from datasetdm_fast.decoders.trunk import Decoder
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.mask_embedding import WIDEST
+from datasetdm_fast.kernels.mask_head import outside
 
 MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of the highest captured level
 
@@ -77,8 +78,10 @@ class SegmentationDecoder(Decoder):
             tokens, token_position, side = levels[i % len(levels)]
             if auxiliary:
                 earlier.append(self.heads(content, mask_features))
-            embedded = self.mask_embed(self.decoder_norm(content))
-            blocked = self.ops.mask_head(embedded, mask_features, side, is_blocking=True)
+                blocked = outside(resize(earlier[-1]["pred_masks"].detach(), side))
+            else:
+                embedded = self.mask_embed(self.decoder_norm(content))
+                blocked = self.ops.mask_head(embedded, mask_features, side, is_blocking=True)
             content = cross(content, position, tokens, token_position, blocked.flatten(2))
             content = feed(itself(content, position))
         last = self.heads(content, mask_features)
