@@ -63,7 +63,7 @@ def plain(
     """
     answer = last_bias[:, None, None]
     for start, hidden in hidden_parts(x, weight, sides, CHUNK):
-        hidden = F.relu(hidden + bias[start : start + CHUNK, None, None])
+        hidden = (hidden + bias[start : start + CHUNK, None, None]).relu_()  # in place: a third of the time in training
         answer = answer + F.conv2d(hidden, last_weight[:, start : start + CHUNK], padding=1)
     return answer
 
