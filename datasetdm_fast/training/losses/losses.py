@@ -80,7 +80,7 @@ def match(
 def uncertain_points(mask_logits: Tensor, places: Tensor, others: Tensor) -> Tensor:
     """[N, P, 2]: of `places` [N, 3P, 2] where masks [N, h, w] are least certain, then `others` (PointRend, 3.1)."""
     hard = places.shape[1] // OVERSAMPLE - others.shape[1]
-    chosen = sample_points(mask_logits, places).abs().topk(hard, largest=False).indices
+    chosen = sample_points(mask_logits, places).abs().topk(hard, largest=False, sorted=False).indices
     return torch.cat([places.take_along_dim(chosen[..., None], 1), others], 1)
 
 
