@@ -19,6 +19,7 @@ Answer = TypeVar("Answer")
 BATCH = 8  # of engines whose graphs tell nothing about their memory
 CPU_CELLS = 4096  # latent cells a CPU works on at once: 16 demo images, one of 512 x 512
 SHARE = 0.8  # of the free memory; the rest is for what other batches of the pipeline hold
+KEPT = {-1: 2**28, -3: 2**25}  # of glibc's mallopt: bytes freed in all that are kept, bytes of a tensor from which not
 LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
 
 
@@ -72,6 +73,15 @@ def trim() -> None:
     """Gives back what the C library keeps of freed memory, where it has a function for that."""
     if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
+
+
+def keep_freed() -> None:
+    """Lets glibc keep freed memory for what is asked for next: a step of a training frees all that the next one needs,
+    and fresh pages cost more than the work on them.
+    """
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in KEPT.items():
+            library.mallopt(parameter, value)
 
 
 def _too_large(size: int) -> Missing:
