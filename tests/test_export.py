@@ -19,7 +19,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from skips import long_test
 
 from datasetdm_fast import stages
@@ -37,7 +36,6 @@ from datasetdm_fast.export.onnx.to_onnx import average_name, export
 from datasetdm_fast.export.onnx.weights import DataFile, Deferred, value_of
 from datasetdm_fast.kernels import plain, pyramid
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.presets import seeded
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
@@ -104,15 +102,12 @@ def second_generation(tiny):
         sample_size=16,
         block_out_channels=(32, 64, 64, 64),
         attention_head_dim=[1, 2, 4, 4],
+        cross_attention_dim=32,
+        norm_num_groups=8,
         use_linear_projection=True,
         layers_per_block=1,
     )
-    unet = seeded(
-        lambda: UNet2DConditionModel(
-            cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config
-        ),
-        seed=3,
-    )
+    unet = seeded("unet", config, seed=3)
     return replace(tiny, networks={**tiny.networks, "unet": unet})
 
 

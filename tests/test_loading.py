@@ -471,7 +471,7 @@ def first_generation(tiny):
 
 
 def with_vocabulary(tiny, folder: Path) -> Path:
-    tiny.tokenizer.save_pretrained(folder / "tokenizer")
+    tiny.clip_tokenizer.save_pretrained(folder / "tokenizer")
     return folder
 
 
@@ -612,3 +612,36 @@ def test_file_without_vocabulary_says_where_to_put_one(first_generation, tmp_pat
     save_file(first_generation[-1], tmp_path / "model.safetensors")
     with pytest.raises(Missing, match="vocab.json"):
         load_model(str(tmp_path / "model.safetensors"))
+
+
+LINEAR = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64, 64, 64),
+    "attention_head_dim": [1, 2, 4, 4],
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+    "use_linear_projection": True,
+    "layers_per_block": 1,
+}
+
+
+@pytest.mark.parametrize("source", ["tiny", "random-sd14", "linear"])
+def test_seeded_networks_have_the_tensors_and_settings_of_their_modules(source):
+    """Their own tables of shapes and settings are what the libraries would have told."""
+    networks = load_model(source).networks if source != "linear" else {"unet": presets.seeded("unet", LINEAR, 3)}
+    for part, network in networks.items():
+        kind = presets.class_of(part)
+        with torch.device("meta"):
+            module = kind(CLIPTextConfig(**network.config)) if part == "text_encoder" else kind(**network.config)
+        theirs = {name.removeprefix("text_model."): tuple(value.shape) for name, value in module.state_dict().items()}
+        assert presets.SHAPES[part](network.config) == theirs
+        known = module.config.to_dict() if part == "text_encoder" else module.config
+        assert {name: known[name] for name in network.config} == network.config
+
+
+def test_a_seeded_model_is_opened_without_the_libraries_of_its_modules():
+    script = (
+        "import sys; from datasetdm_fast.engines.opening import open_engine; open_engine('tiny', tasks=['depth']); "
+        "sys.exit(bool({'transformers', 'diffusers'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.decoders.checkpoint import build_decoder, fold
@@ -15,7 +14,6 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.loading import load_model
-from datasetdm_fast.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.loading.presets import seeded
 from datasetdm_fast.models import fused
 from datasetdm_fast.models.capture import ProjectedSums, Projection, RawCapture
@@ -50,15 +48,12 @@ def second_generation(tiny):
         sample_size=16,
         block_out_channels=(32, 64, 64, 64),
         attention_head_dim=[1, 2, 4, 4],
+        cross_attention_dim=32,
+        norm_num_groups=8,
         use_linear_projection=True,
         layers_per_block=1,
     )
-    unet = seeded(
-        lambda: UNet2DConditionModel(
-            cross_attention_dim=32, norm_num_groups=8, down_block_types=DOWN_BLOCKS, up_block_types=UP_BLOCKS, **config
-        ),
-        seed=3,
-    )
+    unet = seeded("unet", config, seed=3)
     scheduler = {**tiny.scheduler, "prediction_type": "v_prediction"}
     return replace(tiny, networks={**tiny.networks, "unet": unet}, scheduler=scheduler)
 

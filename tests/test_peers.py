@@ -291,12 +291,12 @@ def test_classes_of_upstream_agree(monkeypatch):
     """Its UNet, attention store and loop at 512 pixels; the norms it vendors have 32 groups whatever the model says."""
     from datasetdm_fast.loading import presets
 
-    preset = presets._preset
+    preset = presets.preset
 
-    def with_its_groups(name, tokenizer, text, unet, *rest, **more):
-        return preset(name, tokenizer, text, unet | {"norm_num_groups": 32}, *rest, **more)
+    def with_its_groups(name, parts, *rest, **more):
+        return preset(name, parts | {"unet": parts["unet"] | {"norm_num_groups": 32}}, *rest, **more)
 
-    monkeypatch.setattr(presets, "_preset", with_its_groups)
+    monkeypatch.setattr(presets, "preset", with_its_groups)
     setting = open_setting("tiny", "cpu", steps=3, number=1, size=512)
     peer = PEERS["upstream-classes"].build(setting, 1)
     rows = parity.ParityJudge(setting, 1).rows(peer, peer.make(setting.batch(1)))

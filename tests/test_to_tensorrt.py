@@ -17,7 +17,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from skips import IS_LONG, long_test
-from transformers import CLIPTextConfig
 
 from datasetdm_fast.config import SD_DEFAULTS
 from datasetdm_fast.decoders import checkpoint
@@ -193,31 +192,12 @@ def quarter(tmp_path_factory):
     """Graphs in fp16 of Stable Diffusion 1.x with every width divided by four, and of one decoder of each kind as
     upstream shapes them.
     """
-    text = CLIPTextConfig(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=3,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    unet = {
-        "block_out_channels": (80, 160, 320, 320),
-        "attention_head_dim": 8,
-        "cross_attention_dim": 192,
-        "sample_size": 64,
+    parts = {
+        "text_encoder": {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3},
+        "unet": {"block_out_channels": (80, 160, 320, 320), "cross_attention_dim": 192, "norm_num_groups": 16},
+        "vae": {"block_out_channels": (32, 64, 128, 128)},
     }
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = {
-        "block_out_channels": (32, 64, 128, 128),
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "norm_num_groups": 32,
-        "sample_size": 512,
-        **blocks,
-    }
-    unet = unet | {"norm_num_groups": 16}
-    model = presets._preset("quarter", presets._small_tokenizer(), text, unet, vae, SD_DEFAULTS, 512, seed=4)
+    model = presets.preset("quarter", parts, SD_DEFAULTS, 512, seed=4)
     narrow = {
         "levels": model.levels,
         "width": 64,

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
@@ -16,7 +15,6 @@ from bench.rehearsal.run import open_engine, stage
 from bench.rehearsal.timeline import Timeline
 from bench.report.reckoned import BUDGET
 from datasetdm_fast.engines.fast import FastEngine
-from datasetdm_fast.loading import presets
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
 SLACK = 1.0005  # of rounding
@@ -31,8 +29,8 @@ class Reckoned(NamedTuple):
 
 
 def reckoned() -> Reckoned:
-    timeline, tokenizer = Timeline(), presets._small_tokenizer()
-    with mock.patch.object(presets, "_small_tokenizer", lambda: tokenizer), stage(timeline):
+    timeline = Timeline()
+    with stage(timeline):
         engine = open_engine(MODEL, "auto", "cuda")
         calls = {
             f"UNet call, {batch} image{'s' * (batch > 1)}": unet_call(engine, batch, "_plain") for batch in BATCHES

@@ -74,8 +74,7 @@ def rehearse(
 ) -> Rehearsal:
     """`generate` over some batches, each decoded in two chunks as large ones are; what raises is a finding, too."""
     timeline, graphs, samples = Timeline(), {}, 0
-    tokenizer = presets._small_tokenizer()
-    with mock.patch.object(presets, "_small_tokenizer", lambda: tokenizer), stage(timeline) as operations:
+    with stage(timeline) as operations:
         try:
             engine = open_engine(model, dtype, device)
             operations.storage, operations.is_exact = {engine.dtype, engine.label_dtype}, engine.precision == "fp32"

@@ -176,7 +176,8 @@ def _network(folder: Path, weights: _Weights, config: Mapping, is_own: bool) -> 
     )
 
 
-def _class_of(part: str) -> type:
+def class_of(part: str) -> type:
+    """The class of diffusers or transformers that is a network of this name."""
     import diffusers
     import transformers
 
@@ -189,7 +190,7 @@ def _class_of(part: str) -> type:
 
 def _from_folder(folder: Path, weights: _Weights, config: Mapping) -> nn.Module:
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
-    kind = _class_of(folder.name)
+    kind = class_of(folder.name)
     try:
         with quiet_libraries(), _only_weights(folder, weights, config) as safe:
             module, info = kind.from_pretrained(
