@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAST_APART = 2**20  # bytes
+PLACES = 0, 1  # the first and the second half of a doubled cell, along an axis
 
 
 def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -163,7 +164,8 @@ class Upsample(nn.Module):
 
 def by_place(taps: Tensor) -> Tensor:  # [4 * out, in, 2, 2]: row, column
     """The four 2x2 convolutions of an Upsample, from its 3x3 taps."""
-    return torch.cat([_pairs(row, 3) for row in _pairs(taps, 2).chunk(2)])
+    rows = [_pair(taps, 2, row) for row in PLACES]
+    return torch.cat([_pair(row, 3, column) for row in rows for column in PLACES])
 
 
 def upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -171,16 +173,28 @@ def upsampled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     places = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # [B, 2, 2, C, h + 1, w + 1]
     doubled = x.new_empty(len(x), 2 * height, 2 * width, places.shape[3]).permute(0, 3, 1, 2)
-    for row in (0, 1):
-        for column in (0, 1):
+    for row in PLACES:
+        for column in PLACES:
             doubled[:, :, row::2, column::2] = places[:, row, column, :, row : row + height, column : column + width]
     return doubled
 
 
-def _pairs(weight: Tensor, axis: int) -> Tensor:
-    """Three taps along `axis` as two, for the first and the second place of a doubled cell, stacked on axis 0."""
+def upsampled_in_turn(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """The same from the taps, with the weight of one place at a time."""
+    height, width = x.shape[-2:]
+    doubled = x.new_empty(len(x), 2 * height, 2 * width, len(taps)).permute(0, 3, 1, 2)
+    for row in PLACES:
+        weights = _pair(taps, 2, row)
+        for column in PLACES:
+            place = F.conv2d(x, _pair(weights, 3, column), bias[: len(taps)], padding=1)
+            doubled[:, :, row::2, column::2] = place[:, :, row : row + height, column : column + width]
+    return doubled
+
+
+def _pair(weight: Tensor, axis: int, place: int) -> Tensor:
+    """Three taps along `axis` as two, for the first or the second place of a doubled cell."""
     first, middle, last = weight.unbind(axis)
-    return torch.cat([torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)])
+    return torch.stack([first + middle, last] if place else [first, middle + last], axis)
 
 
 class Layers:

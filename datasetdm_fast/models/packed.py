@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.models.blocks import Block
-from datasetdm_fast.models.layers import Convolution, Linear, Upsample, by_place, frozen, upsampled
+from datasetdm_fast.models.layers import Convolution, Linear, Upsample, by_place, frozen, upsampled, upsampled_in_turn
 
 ROWS = 2048  # oneDNN is told how many to expect
 LARGEST_TRANSFORMED = 5 << 18  # inputs times outputs; transforming a larger one costs more than it saves
@@ -77,7 +77,7 @@ class PackedConvolution(nn.Module):
 
 class PackedUpsample(nn.Module):
     """An Upsample by Winograd's minimal filtering, which reads every cell where it doubles it, where that is faster;
-    of large weights the taps alone are held, of which the other forms are made at every call.
+    of large weights the taps alone are held, of which the other forms are made at every call, one place at a time.
     """
 
     def __init__(self, upsample: Upsample):
@@ -94,7 +94,11 @@ class PackedUpsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         if not (self.is_minimal and _has_tiles(2 * height, 2 * width, len(x))):
-            return upsampled(x, self.plain_weight(), self.bias)
+            return (
+                upsampled_in_turn(x, self._taps, self.bias)
+                if self.weight is None
+                else upsampled(x, self.weight, self.bias)
+            )
         weight = winograd.transformed_for_now(self._taps) if self._transformed is None else self._transformed
         return winograd.convolve(x, weight, self.bias[: len(self.bias) // 4], is_doubled=True)
 
