@@ -479,6 +479,7 @@ class FastEngine:
             return {name: value.float() for name, value in decoder(own, text).items()}
         if self.device.type == "cuda":
             return self._replayed(task, decoder, own, text)
+        winograd.let_go()  # what the UNet alone works with
         size = slice_of(own.batch)
         texts = [None] * own.batch if text is None else text.split(size)
         sums = zip(*(total.split(size) for total in own.sums))
