@@ -100,8 +100,7 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     config = read_config(folder)
     state = read_state(folder / "model.safetensors")
     with torch.device("meta"), Undrawn():  # before memory is taken for what the configuration asks for
-        check_fit(build_decoder(config, ops), state, str(folder))
-    decoder = build_decoder(config, ops)
+        decoder = build_decoder(config, ops)
     fill(decoder, state, str(folder))
     return for_inference(decoder, strict)
 
@@ -160,11 +159,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copies every tensor of `state` into the decoder, or refuses with everything that does not match."""
+    """Copies every tensor of `state` into the decoder, which may have no memory yet, or refuses with everything that
+    does not match.
+    """
     check_fit(decoder, state, origin)
     check_finite(state, origin)
     ours = decoder.state_dict()
-    decoder.load_state_dict({name: value.to(ours[name].dtype) for name, value in state.items()})
+    is_empty = any(value.is_meta for value in ours.values())
+    copies = {name: value.to(ours[name].dtype, copy=is_empty) for name, value in state.items()}
+    decoder.load_state_dict(copies, assign=is_empty)
 
 
 def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:

@@ -115,6 +115,7 @@ def wide_mixes(width: int) -> dict[str, tuple[int, int]]:
 def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
     """A copy of the decoder that computes with other operations and has the same weights, held once."""
     shared = {id(one): nn.Parameter(one.detach(), requires_grad=one.requires_grad) for one in decoder.parameters()}
+    shared[id(decoder.config)] = decoder.config
     copied = copy.deepcopy(decoder, shared)
     for module in copied.modules():
         if hasattr(module, "ops"):
