@@ -111,7 +111,7 @@ def test_every_call_to_the_disk_may_fail(arithmetic, tmp_path, monkeypatch, caps
     assert run_with(count, tmp_path / "whole", monkeypatch, capsys) == (0, "")
     whole = tree(tmp_path / "whole")
     assert count.seen >= {"full": 30, "broken": 60, "short": 10, "unsynced": 20}[kind]
-    places = chosen(count.seen, 16, seed=2)
+    places = range(count.seen) if IS_LONG else of_every_name(count.names, 8, seed=2)
     for place in places:
         out = tmp_path / "run"
         fault = Fault(kind, place, is_lasting)
@@ -160,6 +160,13 @@ def calls(server, path: Path, kind: str) -> int:
 def chosen(count: int, most: int, seed: int) -> list[int]:
     """Places spread over all of `count`: every one where the test is long, `most` of them else."""
     return list(range(count)) if IS_LONG else sorted(random.Random(seed).sample(range(count), min(most, count)))
+
+
+def of_every_name(names: list[str], most: int, seed: int) -> list[int]:
+    """About `most` places among all calls, as many of each name and one of each at least."""
+    places = {name: [place for place, other in enumerate(names) if other == name] for name in names}
+    each, dice = max(most // len(places), 1), random.Random(seed)
+    return sorted(place for found in places.values() for place in dice.sample(found, min(each, len(found))))
 
 
 def resume(server, path: Path, undisturbed: dict[str, bytes]) -> None:
