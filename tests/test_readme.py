@@ -7,7 +7,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -179,13 +181,10 @@ def known_flags():
     """Every flag of the commands, by command."""
     found = {}
     for name in (*COMMANDS, "compat.vinai gen_data"):
-        shown = subprocess.run(
-            [sys.executable, "-m", *f"datasetdm_fast.{name}".split(), "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        found[name] = set(re.findall(r"--[a-z_-]+", shown))
+        module, *words = f"datasetdm_fast.{name}".split()
+        with redirect_stdout(StringIO()) as shown:
+            assert run_module(module, [*words, "--help"]) == 0
+        found[name] = set(re.findall(r"--[a-z_-]+", shown.getvalue()))
     found["showlab"] = {f"--{flag.name}" for script in SCRIPTS.values() for flag in script.flags}
     return found
 
