@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from bench.machine.machine import ROOT
 
 DEEPEST = 5  # lines that a finding names
-OURS = ("datasetdm_fast", "kernels", "export")  # folders whose lines a finding names
+OURS = tuple(f"{ROOT / folder}/" for folder in ("datasetdm_fast", "kernels", "export"))  # whose lines a finding names
 LOAD, WAIT = "load", "host wait"  # a phase, in which the host may wait, and a rule
 GRAPH_POOL = -1  # in the place of a stream: memory of graphs, which only they give out
 StreamId = tuple[int, int]  # GPU, number on it; 0 is the default stream
@@ -265,5 +265,5 @@ def frames_of_ours(frame) -> Iterator[tuple[str, int, str]]:
 
 def ours(frame, line: int) -> Iterator[tuple[str, int, str]]:
     name = frame.f_code.co_filename
-    if name.startswith(tuple(f"{ROOT / folder}/" for folder in OURS)):
+    if name.startswith(OURS):
         yield name.removeprefix(f"{ROOT}/"), line, frame.f_code.co_name
