@@ -3,6 +3,7 @@ skipped for a reason that is not listed, and figures at the end.
 """
 
 import fcntl
+import gc
 import os
 import socket
 import struct
@@ -14,6 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# Modules make no garbage, and what they hold would be looked through again and again: until all tests are collected.
+gc.disable()
 
 import pytest  # noqa: E402
 import skips  # noqa: E402
@@ -54,6 +58,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def fail_unlisted(report):
