@@ -30,14 +30,12 @@ def main(arguments: Sequence[str]) -> int:
     config.check()
     import torch
 
-    from datasetdm_fast.engines.memory import keep_freed
     from datasetdm_fast.training import folds, task_run
     from datasetdm_fast.training.processes import joined, leave
     from datasetdm_fast.training.session import open_session
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    keep_freed()
     ranks, device = joined(config.device)
     config = replace(config, device=device)
     is_quiet = config.quiet or not ranks.is_first

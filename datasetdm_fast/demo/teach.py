@@ -19,6 +19,10 @@ SETTINGS = {
     "--data": "demo:100@1000",
     "--task": ",".join(TASKS),
     "--held-out": "0",
+    "--augment": "strong",
+    "--captions": "mixed",
+    "--draws": "64",
+    "--steps": "3000",
     "--storage": "fp16",
 }
 

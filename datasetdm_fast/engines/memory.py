@@ -19,7 +19,9 @@ Answer = TypeVar("Answer")
 BATCH = 8  # of engines whose graphs tell nothing about their memory
 CPU_CELLS = 4096  # latent cells a CPU works on at once: 16 demo images, one of 512 x 512
 SHARE = 0.8  # of the free memory; the rest is for what other batches of the pipeline hold
-KEPT = {-1: 2**28, -3: 2**25}  # of glibc's mallopt: bytes freed in all that are kept, bytes of a tensor from which not
+# of mallopt of glibc: bytes freed in all that are kept, bytes of a tensor from which not, arenas: what one thread frees
+# serves the others
+KEPT = {-1: 2**28, -3: 2**25, -8: 1}
 LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
 
 

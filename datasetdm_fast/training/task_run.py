@@ -22,6 +22,7 @@ from datasetdm_fast.data import Annotation
 from datasetdm_fast.decoders.checkpoint import Decoder, save_decoder
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.engines.memory import keep_freed
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluation.meter import Meter
 from datasetdm_fast.evaluation.metrics import METRICS
@@ -121,6 +122,7 @@ def run(
 ) -> dict | None:
     """The result of the training, or None where it was stopped; the same call again then goes on, to the same bits."""
     plan = training.plan
+    keep_freed()
     if ranks.is_first:
         storage.publish({training.state / "settings.json": (json.dumps(plan.settings, indent=2) + "\n").encode()})
     trainer = Trainer(
