@@ -137,13 +137,14 @@ RECIPES = {
     ),
 }
 
-# Runs every command in one process, and says how each ended.
+# Runs every command in one process, then the kernel's own test, and says how each ended.
 COMMANDS = """
 import contextlib, io, json, sys
-import datasetdm_fast, torch
+import datasetdm_fast, pytest, torch
 from datasetdm_fast import cli, doctor
 ended = {"package": datasetdm_fast.__file__}
-for name, line in json.loads(sys.argv[1]).items():
+*judged, lines = sys.argv[1:]
+for name, line in json.loads(lines).items():
     said, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
         code = cli.main(line)
@@ -152,14 +153,15 @@ with open("other/captions.tsv", "a") as file, contextlib.redirect_stdout(error),
     file.write("one more line")
     file.flush()
     ended["changed"] = cli.main(["audit", "other"]), error.getvalue()
-question = "engine halves"
-ended["doctor"] = doctor.ask({question: doctor.QUESTIONS[question]})[question]
+exec(doctor.QUESTIONS["engine halves"], {"tell": lambda answer: ended.update(doctor=answer)})
 from datasetdm_fast.kernels import choice
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.models.text_encoder import TextEncoder
 ops = choice.operations(torch.device("cpu"), torch.float32)
 layers = TextEncoder(load_model("demo").text_encoder, ops).layers
 ended["kernel"] = all(layer.activation is ops.quick_gelu for layer in layers)
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    ended["judged"] = int(pytest.main(judged)), said.getvalue()
 print(json.dumps(ended))
 """
 
@@ -272,7 +274,7 @@ def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
     same, taught = ["--size", "64", "--threads", "1", "--quiet"], ["--decoder", "decoder", "--task", "edges"]
     few = ["--number", "2", "--steps", "2", *same]
     lines = {
-        "train": "train --data demo:12 --task edges --steps 20 --batch-size 4 --draws 1 --out decoder".split() + same,
+        "train": "train --data demo:4 --task edges --steps 8 --batch-size 4 --draws 1 --out decoder".split() + same,
         "generate": ["generate", *taught, "--out", "run", *few],
         "generate otherwise": "generate --task semantic --engine halves --sampler trailing --out other".split() + few,
         "audit": ["audit", "run"],
@@ -284,8 +286,9 @@ def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
         "export": ["export", "--decoder", "decoder", "--size", "64", "--out", "graphs", "--quiet"],
     }
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    judged = ["-q", "-p", "no:cacheprovider", "-k", "quick_gelu", str(HERE / "tests" / "test_kernels.py")]
     ended = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(lines)],
+        [sys.executable, "-c", COMMANDS, *judged, json.dumps(lines)],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -297,19 +300,11 @@ def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
     assert found.pop("package") == str(root / "datasetdm_fast" / "__init__.py")
     assert found.pop("doctor")["runs"]
     assert found.pop("kernel")
+    code, said = found.pop("judged")
+    assert code == 0 and " passed" in said, said
     code, said = found.pop("changed")
     assert code and "captions.tsv" in said
     assert {name: error for name, (code, _, error) in found.items() if code} == {}
-
-    judged = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "quick_gelu"]
-    ended = subprocess.run(
-        [*judged, str(HERE / "tests" / "test_kernels.py")],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout + ended.stderr
 
     page = (tmp_path / "run" / "gallery" / "run.js").read_text(encoding="utf-8")
     assert "Class edges" in page
