@@ -127,12 +127,12 @@ def test_a_run_that_grew_gets_the_scores_that_it_lacks(tmp_path):
 
 
 def test_kill_9_while_scoring(tmp_path):
-    write_run(tmp_path / "a", 200)
+    write_run(tmp_path / "a", 80)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     process = subprocess.Popen([sys.executable, "-m", "datasetdm_fast.filter", str(tmp_path / "a"), "--quiet"])
     while process.poll() is None and not (tmp_path / "a" / "state" / "ledger.sqlite-wal").exists():
         time.sleep(0.01)
-    time.sleep(0.2)
+    time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     lines = [[str(tmp_path / name), "--where", "sharpness>200", "--quiet"] for name in "ab"]

@@ -116,7 +116,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(source, spliced, tmp_path):
 
 
 def test_kill_9_loses_nothing(source, tmp_path):
-    lines = [[str(source), "--number", "240", "--out", str(tmp_path / name), "--quiet"] for name in "ab"]
+    lines = [[str(source), "--number", "96", "--out", str(tmp_path / name), "--quiet"] for name in "ab"]
     process = subprocess.Popen([sys.executable, "-m", "datasetdm_fast.splice", *lines[0]])
     while process.poll() is None and not (tmp_path / "a" / "images").exists():
         time.sleep(0.01)
