@@ -318,7 +318,9 @@ def test_strong_looks_paste_only_what_is_learnt_from(source):
     for draw in range(12):
         look(source, 1, AUGMENTATIONS["strong"], draw, 0, read, (1, 2))
     assert set(asked) == {1, 2}
-    deep = look(source, 1, AUGMENTATIONS["strong-depth"], 0, 0, source.__getitem__, (1,))
+    first = look(source, 1, AUGMENTATIONS["strong"], 0, 0, read, (1, 2))
+    assert np.array_equal(first.image, source[1].image) and first.caption == source[1].caption
+    deep = look(source, 1, AUGMENTATIONS["strong-depth"], 2, 0, source.__getitem__, (1,))
     assert np.array_equal(deep.depth, source[1].depth) and not np.array_equal(deep.image, source[1].image)
 
 

@@ -1,6 +1,7 @@
 """What a decoder should have said about a labelled image, as tensors."""
 
-from dataclasses import dataclass
+import mmap
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
+ALIGNED = 8  # bytes
 DTYPES = {"classes": np.int64, "masks": bool, "depth": np.float32, "points": np.float32, "weights": np.float32}
 
 
@@ -26,6 +28,26 @@ class TrainingTarget:
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.classes, self.masks, self.depth, self.points, self.weights))
+
+
+class TargetMemory:
+    """Room for the truth of many views apart from the heap, which small blocks that stay would leave in pieces, too
+    small for the tensors of the next step. Pages count once they are written.
+    """
+
+    def __init__(self, size: int):
+        self._bytes, self._used = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8), 0
+
+    def kept(self, target: TrainingTarget) -> TrainingTarget | None:
+        """The same truth in this memory, None where it does not fit any more."""
+        if self._used + target.bytes + ALIGNED * len(fields(target)) > len(self._bytes):
+            return None
+        return TrainingTarget(*map(self._copied, (getattr(target, field.name) for field in fields(target))))
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        room = self._bytes[self._used : self._used + tensor.nbytes]
+        self._used += -(-tensor.nbytes // ALIGNED) * ALIGNED
+        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def check_truth(source: LabelledSource, item: Labelled, task: str, spec: str) -> None:

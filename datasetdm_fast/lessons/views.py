@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.lessons.targets import TrainingTarget, target
+from datasetdm_fast.lessons.targets import TargetMemory, TrainingTarget, target
 from datasetdm_fast.tasks import TASKS
 from datasetdm_fast.truth.augment import Augmentation, look
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
@@ -37,7 +37,7 @@ class Views:
         self.source, self.numbers, self.task, self.looks = source, tuple(numbers), task, looks
         self._targets: dict[int, TrainingTarget] = {}
         self._read = lru_cache(ITEMS)(source.__getitem__)
-        self._room, self._lock = TARGET_BYTES, threading.Lock()
+        self._memory, self._lock = TargetMemory(TARGET_BYTES), threading.Lock()
 
     def __len__(self) -> int:
         return len(self.numbers) * self.looks.draws
@@ -82,9 +82,8 @@ class Views:
                 return self._targets[view]
         found = target(self.source, self.item(view), self.task, 1 if self.has("Q12") else None)
         with self._lock:
-            if found.bytes <= self._room:
-                self._room -= found.bytes
-                self._targets[view] = found
+            if kept := self._memory.kept(found):
+                self._targets[view] = kept
         return found
 
 

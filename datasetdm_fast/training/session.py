@@ -83,7 +83,7 @@ class TrainingSession:
             preset=config.preset,
             pose_head=config.pose_head,
             reader=config.data.partition(":")[0],
-            is_varied=_augmentation(config, task) in VARYING,
+            is_varied=AUGMENTATIONS[_augmentation(config, task)] in VARYING,
         )
         words = (
             engine.encode_classes(spoken(self.source.thing_classes, table)).float().clone()

@@ -53,7 +53,7 @@ AUGMENTATIONS = {
     "nyu": ROAD,
     "coco-pose": Augmentation(is_drawn=True, flip=True, turned=0.6, rotation=40.0),
 }
-VARYING = {"strong", "strong-depth"}  # those whose looks are hardly alike
+VARYING = {AUGMENTATIONS[name] for name in ("strong", "strong-depth")}  # those whose looks are hardly alike
 
 
 def look(
@@ -72,6 +72,8 @@ def look(
         item = turned(item, float(np.clip(generator.normal() * how.rotation, -2 * how.rotation, 2 * how.rotation)))
     if how.flip and draw % 2:
         item = mirrored(item, source)
+    if how in VARYING and not draw:
+        return item  # as it is, for what is learnt of the first looks
     if how.pasted and generator.random() < how.pasted:
         other = read(others[int(generator.integers(len(others)))])
         other = mirrored(other, source) if how.flip and generator.random() < 0.5 else other
