@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.kernels import image_norm
 from datasetdm_fast.lessons import cache
 from datasetdm_fast.lessons.cache import Inversion, Layout
-from datasetdm_fast.lessons.targets import target
+from datasetdm_fast.lessons.targets import TargetMemory, target
 from datasetdm_fast.lessons.views import Looks, Views, check_quirks
 from datasetdm_fast.loading import load_model
 from datasetdm_fast.readers import open_data
@@ -354,6 +354,17 @@ def test_the_cache_holds_what_an_inversion_gives(engine, source, folder):
     fresh = invert(engine, pixels, [source[2].caption], 1, [5], is_raw=True)
     for a, b in zip(Layout.of(engine.model.levels).joined(fresh), held.captures.batch([5])):
         assert (a - b).norm() / a.norm() < 2e-3  # half precision
+
+
+def test_truth_is_kept_as_it_is_until_its_memory_is_full(source):
+    made = [target(source, item, "instance") for item in source]
+    memory = TargetMemory(sum(one.bytes for one in made[:2]) + 2 * 5 * 8)
+    kept = [memory.kept(one) for one in made]
+    assert kept[0] and kept[1] and kept[3] is None
+    for one, own in zip(made[:2], kept):
+        for field in fields(one):
+            before, after = getattr(one, field.name), getattr(own, field.name)
+            assert before.dtype == after.dtype and torch.equal(before, after)
 
 
 def test_a_projected_view_is_what_the_decoder_makes_of_its_capture(engine, source, folder):
