@@ -27,8 +27,7 @@ from datasetdm_fast.engines import fast
 from datasetdm_fast.generation import driver
 from datasetdm_fast.generation.recipe import make_recipe
 from datasetdm_fast.kernels import choice, launch
-from datasetdm_fast.loading import PRESETS, presets
-from datasetdm_fast.loading.network import Network
+from datasetdm_fast.loading import PRESETS
 from datasetdm_fast.sampling import walk
 from datasetdm_fast.tasks.to_host import to_host
 
@@ -123,7 +122,6 @@ def stage(timeline: Timeline) -> Iterator[Operations]:
     with ExitStack() as stack:
         for module, name, value in (
             (nn.Module, "_apply", _replaced),
-            (presets, "seeded", lambda build, seed: Network.of(build())),
             (sampling, "make_schedule", unobserved(sampling.make_schedule)),
             (sys.modules[to_host.__module__], "_own", threading.local()),
             (choice, "is_sound", lambda name, form, device, dtype: True),
