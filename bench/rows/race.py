@@ -63,8 +63,10 @@ def race(
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
         whole = {one.name: to_files(one.peer, setting, Path(folder)) for one in runners}
-        for one in runners if device.type == "cuda" else ():  # the first batch also tuned, in memory of its own
-            one.row["peak_mib"] = mib(peak(device, whole[one.name])[1])
+        for one in runners:  # a round that does not count: memory that nobody had before comes slowly
+            most = peak(device, whole[one.name])[1]
+            if device.type == "cuda":  # the first batch also tuned, in memory of its own
+                one.row["peak_mib"] = mib(most)
         with watched() as attention:
             rounds = interleaved(whole, run.seconds, meter(device), least=LEAST_ROUNDS)
         add_times(runners, rounds, setting, run.limits)
