@@ -69,6 +69,49 @@ def test_joules_are_those_between_two_readings():
     assert rounds["a"].joules == [10.0, 10.0]
 
 
+def test_a_short_call_is_made_until_its_round_has_lasted():
+    counts = {"short": 0, "long": 0}
+
+    def call(name: str, seconds: float) -> None:
+        counts[name] += 1
+        time.sleep(seconds)
+
+    calls = {"short": lambda: call("short", 0.005), "long": lambda: call("long", 0.05)}
+    rounds = measure.interleaved(calls, 0.0, least=2, lasting=0.05)
+    assert counts["long"] == 2 and counts["short"] > 6
+    assert all(value >= 0.005 for value in rounds["short"].seconds) and max(rounds["short"].seconds) < 0.05
+
+
+@pytest.mark.parametrize(
+    "slowness, kept, again",
+    [
+        ([1, 1, 1.3, 1], [0, 1, 3], 1),  # slower for all alike
+        ([1, 1, 1.05], [0, 1, 2], 0),
+        ([1, 0.7, 1], [0, 1, 2], 0),  # nothing is set aside for being fast
+    ],
+)
+def test_rounds_in_which_the_machine_was_slower_are_made_again(monkeypatch, slowness, kept, again):
+    left, own = iter(slowness), {"a": [2.0, 2.1, 2.2, 2.0], "b": [0.5] * 4}
+
+    def interleaved(calls, seconds, meter, *, least, most=200, lasting):
+        found = {name: measure.Rounds() for name in calls}
+        for _ in range(least):
+            for name, slower in zip(calls, [next(left)] * len(calls)):
+                found[name].seconds.append(own[name][0] * slower)
+        return found
+
+    monkeypatch.setattr(measure, "interleaved", interleaved)
+    rounds, found = measure.undisturbed(dict.fromkeys(own), 0.0, least=3, lasting=0.0)
+    assert found == again
+    assert rounds["a"].seconds == [2.0 * slowness[k] for k in kept]
+    assert rounds["b"].seconds == [0.5 * slowness[k] for k in kept]
+
+
+def test_a_peer_that_is_slow_alone_keeps_its_round():
+    taken = {name: measure.Rounds([1.0, 1.0, 1.0]) for name in ("a", "b")} | {"c": measure.Rounds([1.0, 2.0, 1.0])}
+    assert measure._as_usual(taken) == [0, 1, 2]
+
+
 def test_the_suite_prints_ratios_parity_and_rows(monkeypatch, capsys):
     monkeypatch.setitem(race.CANDIDATES, True, (1, 2))
     assert bench.dispatch([*TINY, "--peers", "torch,ours", "--parts", "peers", "--json"]) == 0

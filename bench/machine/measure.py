@@ -20,6 +20,7 @@ from datasetdm_fast.errors import Missing
 STATUS, CLEAR, CORES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/stat")
 TICKS = os.sysconf("SC_CLK_TCK")  # a second
 RESET_PEAK = "5"
+SLOWER = 1.1  # times as long as usual for all calls alike: what else the hardware did then is not the calls' doing
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -35,6 +36,15 @@ class Rounds:
     cpu_seconds: list[float] = field(default_factory=list)  # of all cores at work
     joules: list[float] = field(default_factory=list)  # empty where nobody counts them
 
+    def add(self, more: "Rounds") -> None:
+        for name in ("seconds", "cpu_seconds", "joules"):
+            getattr(self, name).extend(getattr(more, name))
+
+    def only(self, kept: Sequence[int]) -> "Rounds":
+        """These rounds alone."""
+        lists = (self.seconds, self.cpu_seconds, self.joules)
+        return Rounds(*([values[k] for k in kept] if values else [] for values in lists))
+
 
 def interleaved(
     calls: Mapping[str, Callable[[], object]],
@@ -43,9 +53,10 @@ def interleaved(
     *,
     least: int = 3,
     most: int = 200,
+    lasting: float = 0.0,
 ) -> dict[str, Rounds]:
     """Rounds of every call in turn, A B A B, for about `seconds` in all; `meter` returns once a device is idle, with
-    the joules it has used.
+    the joules it has used. In every round a call is made until that took `lasting` seconds, and its mean counts.
     """
     taken = {name: Rounds() for name in calls}
     end = time.perf_counter() + seconds
@@ -53,14 +64,44 @@ def interleaved(
     while calls and count < most and (count < least or time.perf_counter() < end):
         count += 1
         for name, call in calls.items():
-            used, cpu, begin = meter(), time.process_time(), time.perf_counter()
-            call()
+            used, cpu, begin, made = meter(), time.process_time(), time.perf_counter(), 0
+            while not made or time.perf_counter() - begin < lasting:
+                call()
+                made += 1
             now = meter()
-            taken[name].seconds.append(time.perf_counter() - begin)
-            taken[name].cpu_seconds.append(time.process_time() - cpu)
+            taken[name].seconds.append((time.perf_counter() - begin) / made)
+            taken[name].cpu_seconds.append((time.process_time() - cpu) / made)
             if used is not None and now is not None:
-                taken[name].joules.append(now - used)
+                taken[name].joules.append((now - used) / made)
     return taken
+
+
+def undisturbed(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    meter: Callable[[], float | None] = lambda: None,
+    *,
+    least: int,
+    lasting: float,
+) -> tuple[dict[str, Rounds], int]:
+    """At least `least` rounds of every call, and how many were set aside and made again: those in which the machine was
+    slower for all calls alike. Where that happens to most rounds, all of them count.
+    """
+    taken = interleaved(calls, seconds, meter, least=least, lasting=lasting)
+    for _ in range(least + 1):
+        kept = _as_usual(taken)
+        if len(kept) >= least:
+            made = max(len(one.seconds) for one in taken.values())
+            return {name: one.only(kept) for name, one in taken.items()}, made - len(kept)
+        for name, more in interleaved(calls, 0.0, meter, least=1, most=1, lasting=lasting).items():
+            taken[name].add(more)
+    return taken, 0
+
+
+def _as_usual(taken: Mapping[str, Rounds]) -> list[int]:
+    """The rounds in which the calls took as long as usual, by the median over them."""
+    slowness = zip(*([value / statistics.median(one.seconds) for value in one.seconds] for one in taken.values()))
+    return [k for k, found in enumerate(slowness) if statistics.median(found) <= SLOWER]
 
 
 @dataclass

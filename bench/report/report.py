@@ -20,6 +20,7 @@ from bench.report.tables import Cells, Table, aligned, markdown, number, percent
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
 from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.progress import counted
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 
@@ -153,6 +154,8 @@ def summary(found: Documents, charts: str) -> str:
                 facts += (
                     f" {len(rows) - len(steady)} rows are left out, as the machine was busy or their rounds differ."
                 )
+            if again := max((row.get("rounds_made_again", 0) for row in rows), default=0):
+                facts += f" {counted(again, 'round')} in which the machine was slower for all were made again."
             calls = found[suite]["setting"]["calls"]
             headings = SHORT | {"images/s": f"images/s, {calls} UNet calls each"}
             table = narrowed(MEASUREMENTS["peers"].tables[0], headings)

@@ -22,6 +22,7 @@ from bench.machine.measure import (
     peak,
     release,
     spread,
+    undisturbed,
     wait,
     watched,
 )
@@ -38,7 +39,7 @@ from datasetdm_fast.labels.kind import Table
 
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
 SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long
-LEAST_ROUNDS = 5
+LEAST_ROUNDS, LASTING = 5, 2.0  # seconds of a round and peer
 MOST_SPREAD = 0.15  # of a row's slowest round over its fastest, as a share of the median, beyond which it is unsteady
 MOST_OTHERS = 0.1  # of all cores that others may use meanwhile
 
@@ -68,10 +69,11 @@ def race(
             if device.type == "cuda":  # the first batch also tuned, in memory of its own
                 one.row["peak_mib"] = mib(most)
         with watched() as attention:
-            rounds = interleaved(whole, run.seconds, meter(device), least=LEAST_ROUNDS)
+            lasting = 0.0 if setting.quick else LASTING
+            rounds, again = undisturbed(whole, run.seconds, meter(device), least=LEAST_ROUNDS, lasting=lasting)
         add_times(runners, rounds, setting, run.limits)
         for one in runners:
-            one.row |= steadiness(one.row["seconds_per_image"], attention)
+            one.row |= steadiness(one.row["seconds_per_image"], attention) | {"rounds_made_again": again}
     if without_labels:
         drawn = [one for one in runners if offers[one.name].draws]
         images = {one.name: lambda one=one: one.peer.draw(setting.batch(one.peer.batch)) for one in drawn}
