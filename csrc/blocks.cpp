@@ -41,14 +41,6 @@ void normalise_rows(const Norm& norm, const float* x, float* out, int64_t rows, 
     layer_norm_cpu(kFp32, place(x), norm.weight, norm.bias, place(out), rows, norm.channels, norm.eps, 1, vector_bytes);
 }
 
-// `vector_bytes` 0 having become the widest of this CPU.
-int64_t chosen(int64_t vector_bytes) {
-    static const std::vector<int64_t> found = depth_head_vector_bytes();
-    if (vector_bytes == 0) return found.front();
-    require(std::count(found.begin(), found.end(), vector_bytes), "blocks: this CPU has no vectors of ", vector_bytes, " bytes");
-    return vector_bytes;
-}
-
 // Calls work(first, count) on images that are worked on together, shared by the threads.
 template <typename Work>
 void share_images(int64_t images, int64_t cells, int64_t threads, const Work& work) {
@@ -129,7 +121,7 @@ Convolution::Convolution(uintptr_t weight, uintptr_t bias, uintptr_t transformed
 
 void Convolution::run(uintptr_t x, uintptr_t bias, uintptr_t residual, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads,
                  int64_t vector_bytes) const {
-    vector_bytes = chosen(vector_bytes);
+    vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("convolution", images, height * width, threads, {x, bias, out});
     const bool minimal = is_minimal(*this, images, height, width);
     const int64_t cells = height * width, results = side_of(height, *this) * side_of(width, *this), outputs = product.outputs;
@@ -155,7 +147,7 @@ Resnet::Resnet(const Norm& norm1, const Convolution& conv1, const Norm& norm2, c
 
 void Resnet::run(uintptr_t x, uintptr_t bias, uintptr_t out, int64_t images, int64_t height, int64_t width, int64_t threads,
                  int64_t vector_bytes) const {
-    vector_bytes = chosen(vector_bytes);
+    vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("resnet", images, height * width, threads, {x, bias, out});
     const int64_t cells = height * width, channels = conv1.channels, outputs = conv2.product.outputs, inner = norm2.channels;
     const bool first_is_minimal = is_minimal(conv1, images, height, width), second_is_minimal = is_minimal(conv2, images, height, width);
@@ -194,7 +186,7 @@ Transformer::Transformer(const Norm& norm, const Norm& norm1, const Norm& norm2,
 
 void Transformer::before(uintptr_t x, uintptr_t hidden, uintptr_t query, int64_t images, int64_t cells, int64_t threads,
                  int64_t vector_bytes) const {
-    vector_bytes = chosen(vector_bytes);
+    vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("transformer", images, cells, threads, {x, hidden, query});
     const int64_t channels = norm.channels, width = entry.product.outputs, head = width / heads;
     share_images(images, cells, threads, [&](int64_t first, int64_t count) {
@@ -216,7 +208,7 @@ void Transformer::before(uintptr_t x, uintptr_t hidden, uintptr_t query, int64_t
 
 void Transformer::after(uintptr_t x, uintptr_t hidden, uintptr_t attended, uintptr_t out, int64_t images, int64_t cells, int64_t threads,
                  int64_t vector_bytes) const {
-    vector_bytes = chosen(vector_bytes);
+    vector_bytes = chosen_vector_bytes("blocks", vector_bytes);
     require_images("transformer", images, cells, threads, {x, hidden, attended, out});
     const int64_t channels = norm.channels, width = entry.product.outputs, inner = narrow.product.inner;
     share_images(images, cells, threads, [&](int64_t first, int64_t count) {

@@ -131,6 +131,13 @@ std::vector<int64_t> depth_head_vector_bytes() {
     return found;
 }
 
+int64_t chosen_vector_bytes(const char* name, int64_t vector_bytes) {
+    static const std::vector<int64_t> found = depth_head_vector_bytes();
+    if (vector_bytes == 0) return found.front();
+    require(std::count(found.begin(), found.end(), vector_bytes), name, ": this CPU has no vectors of ", vector_bytes, " bytes");
+    return vector_bytes;
+}
+
 template <typename Real>
 void depth_head_add(const py::array_t<Real, py::array::c_style>& products, const py::array_t<Real, py::array::c_style>& bias,
                     const py::array_t<Real, py::array::c_style>& last, int64_t middle, py::array_t<Real, py::array::c_style> logits, int64_t threads,
@@ -146,9 +153,7 @@ void depth_head_add(const py::array_t<Real, py::array::c_style>& products, const
     require_size("depth_head_add: cells", side, side);
     require_size("depth_head_add: middle", middle, middle);
     require_size("depth_head_add: logits", full, full);
-    const std::vector<int64_t> found = depth_head_vector_bytes();
-    if (vector_bytes == 0) vector_bytes = found.front();
-    require(std::count(found.begin(), found.end(), vector_bytes), "depth_head_add: this CPU has no vectors of ", vector_bytes, " bytes");
+    vector_bytes = chosen_vector_bytes("depth_head_add", vector_bytes);
     const Real* source = products.data();
     Real* target = logits.mutable_data();
     const AddRows<Real> add_rows = add_rows_with<Real>(vector_bytes);

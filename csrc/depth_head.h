@@ -18,4 +18,7 @@ void depth_head_add(const pybind11::array_t<Real, pybind11::array::c_style>& pro
 
 std::vector<int64_t> depth_head_vector_bytes();  // that this CPU has, widest first
 
+// The width of vectors to take: `vector_bytes`, which this CPU must have, or its widest for 0.
+int64_t chosen_vector_bytes(const char* name, int64_t vector_bytes);
+
 }  // namespace datasetdm

@@ -93,9 +93,7 @@ template <typename Work>
 void with_storage(const char* name, int64_t storage, int64_t threads, int64_t& vector_bytes, const Work& work) {
     require(threads > 0, name, ": threads is ", threads, ", expected at least 1");
     require(storage == 0 || storage == 1, name, ": storage is ", storage, ", expected 0 for fp32 or 1 for bf16");
-    const std::vector<int64_t> found = depth_head_vector_bytes();
-    if (vector_bytes == 0) vector_bytes = found.front();
-    require(std::count(found.begin(), found.end(), vector_bytes), name, ": this CPU has no vectors of ", vector_bytes, " bytes");
+    vector_bytes = chosen_vector_bytes(name, vector_bytes);
     if (storage == 0)
         work(float{});
     else

@@ -54,6 +54,14 @@ float* scratch(int64_t count) {
     return kept.of(count);
 }
 
+// What every call is asked of; the width of vectors to take.
+int64_t checked(const char* name, int64_t channels, int64_t outputs, int64_t threads, int64_t vector_bytes) {
+    require(channels > 0 && channels % kPanel == 0 && outputs > 0 && outputs % kPanel == 0, name, ": ", channels, " channels to ", outputs,
+            ", expected multiples of ", kPanel);
+    require(threads > 0, name, ": threads is ", threads, ", expected at least 1");
+    return chosen_vector_bytes(name, vector_bytes);
+}
+
 }  // namespace
 }  // namespace datasetdm
 
@@ -66,13 +74,8 @@ void winograd_cpu(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t resid
                   int64_t channels, int64_t outputs, bool is_doubled, int64_t threads, int64_t vector_bytes) {
     require(x && weight && bias && out, "winograd: a pointer is null; pass data_ptr() of a CPU tensor");
     require(images > 0 && height > 0 && width > 0, "winograd: an empty tensor, ", images, " images of ", height, " x ", width);
-    require(channels > 0 && channels % kPanel == 0 && outputs > 0 && outputs % kPanel == 0, "winograd: ", channels, " channels to ", outputs,
-            ", expected multiples of ", kPanel);
     require(!is_doubled || (height % 2 == 0 && width % 2 == 0), "winograd: ", height, " x ", width, " cells are no doubled ones");
-    require(threads > 0, "winograd: threads is ", threads, ", expected at least 1");
-    const std::vector<int64_t> found = depth_head_vector_bytes();
-    if (vector_bytes == 0) vector_bytes = found.front();
-    require(std::count(found.begin(), found.end(), vector_bytes), "winograd: this CPU has no vectors of ", vector_bytes, " bytes");
+    vector_bytes = checked("winograd", channels, outputs, threads, vector_bytes);
     const Winograd work{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(weight), reinterpret_cast<const float*>(bias),
                         reinterpret_cast<const float*>(residual), reinterpret_cast<float*>(out), height, width, channels, outputs, is_doubled};
     const int64_t tiles = images * work.down() * work.across();
@@ -83,12 +86,7 @@ void winograd_gradient(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t ima
                        int64_t threads, int64_t vector_bytes) {
     require(x && out && weight, "winograd_gradient: a pointer is null; pass data_ptr() of a CPU tensor");
     require(images > 0 && height > 0 && width > 0, "winograd_gradient: an empty tensor, ", images, " images of ", height, " x ", width);
-    require(channels > 0 && channels % kPanel == 0 && outputs > 0 && outputs % kPanel == 0, "winograd_gradient: ", channels, " channels to ", outputs,
-            ", expected multiples of ", kPanel);
-    require(threads > 0, "winograd_gradient: threads is ", threads, ", expected at least 1");
-    const std::vector<int64_t> found = depth_head_vector_bytes();
-    if (vector_bytes == 0) vector_bytes = found.front();
-    require(std::count(found.begin(), found.end(), vector_bytes), "winograd_gradient: this CPU has no vectors of ", vector_bytes, " bytes");
+    vector_bytes = checked("winograd_gradient", channels, outputs, threads, vector_bytes);
     const Winograd work{reinterpret_cast<const float*>(x), nullptr, nullptr, nullptr, reinterpret_cast<float*>(out), height, width, channels, outputs, false};
     const int64_t tiles = images * work.down() * work.across();
     share(channels / kPanel, threads, [&](int64_t first, int64_t last) {
@@ -98,12 +96,7 @@ void winograd_gradient(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t ima
 
 void winograd_weight(uintptr_t plain, uintptr_t weight, int64_t channels, int64_t outputs, int64_t threads, int64_t vector_bytes) {
     require(plain && weight, "winograd_weight: a pointer is null; pass data_ptr() of a CPU tensor");
-    require(channels > 0 && channels % kPanel == 0 && outputs > 0 && outputs % kPanel == 0, "winograd_weight: ", channels, " channels to ", outputs,
-            ", expected multiples of ", kPanel);
-    require(threads > 0, "winograd_weight: threads is ", threads, ", expected at least 1");
-    const std::vector<int64_t> found = depth_head_vector_bytes();
-    if (vector_bytes == 0) vector_bytes = found.front();
-    require(std::count(found.begin(), found.end(), vector_bytes), "winograd_weight: this CPU has no vectors of ", vector_bytes, " bytes");
+    vector_bytes = checked("winograd_weight", channels, outputs, threads, vector_bytes);
     const Weight work{reinterpret_cast<const float*>(plain), reinterpret_cast<float*>(weight), channels, outputs, panels_of(outputs)};
     share(work.panels, threads, [&](int64_t first, int64_t last) { WITH_VECTORS(vector_bytes, transform_panels, work, first, last); });
 }

@@ -26,14 +26,17 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, 
     return F.silu(x) if has_silu else x
 
 
-def native(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True) -> Tensor:
+def native(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_silu: bool = True, *, in_place: bool = False
+) -> Tensor:
     """The same on a CPU over a channels-last image, from csrc/network_ops.cpp: statistics, norm and SiLU without a map
-    between.
+    between; `in_place` in the memory of the image, where that lies as it is read.
     """
     if x.ndim != 4 or not is_native(weight, bias) or not is_native(x.permute(0, 2, 3, 1)) or x.dtype != weight.dtype:
         return reference(x, weight, bias, groups, eps, has_silu)
     x = x.contiguous(memory_format=torch.channels_last)
-    out, (batch, channels, height, width) = torch.empty_like(x, memory_format=torch.channels_last), x.shape
+    batch, channels, height, width = x.shape
+    out = x if in_place else torch.empty_like(x, memory_format=torch.channels_last)
     places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
     _C.group_norm(STORAGES[x.dtype], *places, batch, height * width, channels, groups, eps, has_silu, threads(x))
     return out

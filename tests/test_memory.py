@@ -96,18 +96,22 @@ def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
 
 def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkeypatch):
     engine = FastEngine(load_model("tiny"), device="cpu")
-    latents, large = torch.randn(1, 4, 16, 16), ("text_encoder", "image_decoder", "image_encoder")
-    image = engine.decode_image(latents)
+    latents, large = torch.randn(8, 4, 16, 16), ("text_encoder", "image_decoder", "image_encoder")
+    one, several = latents[:1], latents
+    monkeypatch.setitem(fast.CHUNK_PIXELS, "cpu", 4 * engine.model.size**2)
+    image, images = engine.decode_image(one), engine.decode_image(several)
     moments = engine.encode_image(image)
     monkeypatch.setattr("datasetdm_fast.engines.fast.LARGEST_IDLE", 0)
     for call, kept in (
-        (lambda: engine.encode_text([""]), "text_encoder"),
-        (lambda: engine.decode_image(latents), "image_decoder"),
-        (lambda: engine.encode_image(image), "image_encoder"),
+        (lambda: engine.encode_text([""]), ["text_encoder"]),
+        (lambda: engine.decode_image(several), ["image_decoder"]),
+        (lambda: engine.decode_image(one), []),  # its layers go one by one
+        (lambda: engine.encode_image(image), ["image_encoder"]),
     ):
         call()
-        assert [name for name in large if name in vars(engine)] == [kept]
-    assert torch.equal(engine.decode_image(latents), image) and torch.equal(engine.encode_image(image), moments)
+        assert [name for name in large if name in vars(engine)] == kept
+    assert torch.equal(engine.decode_image(one), image) and torch.equal(engine.decode_image(several), images)
+    assert torch.equal(engine.encode_image(image), moments)
 
 
 @pytest.mark.parametrize("is_minimal", [True, False])

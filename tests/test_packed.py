@@ -3,18 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasetdm_fast import _C
 from datasetdm_fast.engines.lanes import Lanes
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.kernels.case import noise
-from datasetdm_fast.models.layers import Convolution, Linear, Upsample, Weights
+from datasetdm_fast.kernels.choice import operations
+from datasetdm_fast.models.layers import Convolution, Linear, Resnet, Upsample, Weights
 from datasetdm_fast.models.packed import (
     FEWEST_TILES,
     PackedConvolution,
     PackedLinear,
     PackedUpsample,
+    SpendingResnet,
     packed,
     weight_as,
     weights_of,
@@ -248,3 +250,16 @@ def test_a_packed_upsample_says_what_the_plain_one_says(side):
     (ours,) = packed(torch.nn.Sequential(plain))
     x = image(2, 32, side, side)
     assert isinstance(ours, PackedUpsample) and distance(ours(x), plain(x).double()) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_that_spends_its_input_says_what_the_plain_one_says(dtype):
+    shapes = {"norm1": (32,), "conv1": (16, 32, 3, 3), "norm2": (16,), "conv2": (16, 16, 3, 3)}
+    shapes |= {"conv_shortcut": (16, 32, 1, 1)}
+    state = {f"{name}.weight": noise(*shape, scale=0.3) for name, shape in shapes.items()}
+    state |= {f"{name}.bias": noise(shape[0], 2)[:, 0] for name, shape in shapes.items()}
+    plain = Resnet(Weights(state), 4, 1e-6, operations(torch.device("cpu"), dtype)).to(dtype)
+    block, x = packed(nn.ModuleList([plain]))[0], image(2, 32, 12, 12).to(dtype)
+    with torch.inference_mode():
+        spent = x.clone(memory_format=torch.preserve_format)
+        assert torch.equal(SpendingResnet(block)(spent), block(x)) and not spent.untyped_storage().nbytes()

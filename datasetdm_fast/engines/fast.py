@@ -36,7 +36,7 @@ from datasetdm_fast.models.capture import (
     Slot,
     SummedAttention,
 )
-from datasetdm_fast.models.packed import packed, weight_as, weights_of
+from datasetdm_fast.models.packed import packed, spending, weight_as, weights_of
 from datasetdm_fast.models.text_encoder import TextEncoder
 from datasetdm_fast.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.models.vae import ImageDecoder, ImageEncoder
@@ -81,6 +81,17 @@ def computed(method: Callable) -> Callable:
             return method(engine, *arguments, **named)
 
     return call
+
+
+def is_large(module: nn.Module) -> bool:
+    """Whether it is too large to be held while others work."""
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters()) > LARGEST_IDLE
+
+
+def make_room() -> None:
+    """Gives back what calls left behind on a CPU."""
+    winograd.let_go()
+    trim()
 
 
 def placed(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -203,17 +214,18 @@ class FastEngine:
     def _read_at_need(self, name: str, source: str) -> nn.Module:
         is_packed = self.device.type == "cpu" and name != "text_encoder" and not self.is_compiled
         if self.device.type == "cpu":  # what calls left behind makes room for it
-            winograd.let_go()
-            trim()
+            make_room()
         module = self._network(name, self._sources(source))
-        return packed(module) if is_packed else module
+        module = packed(module) if is_packed else module
+        if self.device.type == "cpu":  # what reading left behind
+            trim()
+        return spending(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
 
     def _keep_alone(self, *wanted: str) -> None:
         """On a CPU lets the large networks go that are not wanted now."""
         for name in AT_NEED if self.device.type == "cpu" else ():
-            if name not in wanted and (module := self.__dict__.get(name)) is not None:
-                if sum(weight.numel() * weight.element_size() for weight in module.parameters()) > LARGEST_IDLE:
-                    self.__dict__.pop(name, None)
+            if name not in wanted and (module := self.__dict__.get(name)) is not None and is_large(module):
+                self.__dict__.pop(name, None)
 
     def weight_distance(self) -> float:
         """How far, in the largest weight of its tensor, a weight of the engine lies from what its model gives: 0, or
@@ -428,7 +440,10 @@ class FastEngine:
             parts = [self._decoded(chunk) for chunk in chunks]
         else:
             self._keep_alone("image_decoder")
-            self.image_decoder  # noqa: B018 - read once, before threads ask for it
+            decoder = self.image_decoder  # read once, before threads ask for it
+            if len(chunks) == 1 and is_large(decoder):
+                del self.image_decoder  # the next call of another network would let it go
+                return as_images(decoder.spent(_channels_last(chunks[0], self.dtype), make_room))
             parts = self.lanes.map(self._decoded, [(chunk,) for chunk in chunks])
         return tuple(torch.cat(part) for part in zip(*parts))
 

@@ -16,7 +16,7 @@ from datasetdm_fast.generation.prompts import (
     token_limit,
 )
 from datasetdm_fast.labels.class_tables import ClassTable, spoken
-from datasetdm_fast.labels.words import find_classes
+from datasetdm_fast.labels.words import find_classes, with_article
 from datasetdm_fast.run_folder.goal import place
 from datasetdm_fast.scenes.world import sample_scene
 
@@ -138,4 +138,4 @@ def template(word: str, turn: int) -> str:
     """The prompt for the turn-th image of a class; all pairings of opening and surroundings come up equally often."""
     opening = OPENINGS[turn % len(OPENINGS)]
     surroundings = SURROUNDINGS[turn // len(OPENINGS) % len(SURROUNDINGS)]
-    return f"{opening} {'an' if word[0].lower() in 'aeiou' else 'a'} {word}{surroundings}"
+    return f"{opening} {with_article(word)}{surroundings}"

@@ -148,6 +148,13 @@ def plural(noun: str) -> str:
     return " ".join([*words[:head], last, *words[head + 1 :]])
 
 
+def with_article(noun: str) -> str:
+    """The noun phrase with the article it is said with: "an apple", "a unicorn"."""
+    low = noun.lower()
+    is_vowel = re.match(r"[aeiou]", low) and not re.match(r"(uni|use|eu|one)", low)
+    return f"{'an' if is_vowel or re.match(r'(suv|hour|x-)', low) else 'a'} {noun}"
+
+
 def _head(words: Sequence[str]) -> int:
     """The place of the noun that takes the plural."""
     return next((k - 1 for k, word in enumerate(words) if k and word in ("of", "in")), len(words) - 1)

@@ -5,9 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.kernels import winograd
+from datasetdm_fast.kernels import group_norm_silu, winograd
 from datasetdm_fast.models.blocks import Block
-from datasetdm_fast.models.layers import Convolution, Linear, Upsample, by_place, frozen, upsampled, upsampled_in_turn
+from datasetdm_fast.models.layers import (
+    Convolution,
+    GroupNorm,
+    Linear,
+    Resnet,
+    Upsample,
+    by_place,
+    frozen,
+    upsampled,
+    upsampled_in_turn,
+)
+from datasetdm_fast.models.vae import ImageDecoder
 
 ROWS = 2048  # oneDNN is told how many to expect
 LARGEST_TRANSFORMED = 5 << 18  # inputs times outputs; transforming a larger one costs more than it saves
@@ -101,6 +112,35 @@ class PackedUpsample(nn.Module):
             )
         weight = winograd.transformed_for_now(self._taps) if self._transformed is None else self._transformed
         return winograd.convolve(x, weight, self.bias[: len(self.bias) // 4], is_doubled=True)
+
+
+class SpendingResnet(nn.Module):
+    """A Resnet with a convolution as its shortcut whose input nobody else reads: the shortcut comes first, the norms
+    take the memory of their images, and that of the input is free for the second convolution.
+    """
+
+    def __init__(self, resnet: Resnet):
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = resnet.norm1, resnet.conv1, resnet.norm2, resnet.conv2
+        self.shortcut = resnet.shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.shortcut(x)
+        h = self.conv1(_normed_in_place(self.norm1, x))
+        x.untyped_storage().resize_(0)  # whoever called still holds its name
+        return self.conv2(_normed_in_place(self.norm2, h), residual=residual)
+
+
+def _normed_in_place(norm: GroupNorm, x: Tensor) -> Tensor:
+    return group_norm_silu.native(x, norm.weight, norm.bias, norm.groups, norm.eps, norm.has_silu, in_place=True)
+
+
+def spending(decoder: ImageDecoder) -> ImageDecoder:
+    """`decoder` with such blocks; each of its images is read by one layer alone."""
+    for k, layer in enumerate(decoder.layers):
+        if type(layer) is Resnet and not isinstance(layer.shortcut, nn.Identity):
+            decoder.layers[k] = SpendingResnet(layer)
+    return decoder
 
 
 def packed(module: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """The autoencoder between images and latents."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch.nn.functional as F
@@ -90,6 +91,17 @@ class ImageDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.layers(latents * self.scale)
+
+    def spent(self, latents: Tensor, make_room: Callable[[], None]) -> Tensor:
+        """The same for the last time: layers are let go when they are done, and room is made where images have grown."""
+        x, layers = latents * self.scale, list(self.layers)
+        del self.layers
+        while layers:
+            width = x.shape[-1]
+            x = layers.pop(0)(x)
+            if x.shape[-1] > width:
+                make_room()
+        return x
 
 
 class ImageEncoder(nn.Module):

@@ -1,12 +1,11 @@
 """Sentences for a class, drawn from the phrases of its category: the same seed, class and number, the same sentence."""
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasetdm_fast.labels.class_tables import ClassTable, ClassWord, known
-from datasetdm_fast.labels.words import find_classes, plural
+from datasetdm_fast.labels.words import find_classes, plural, with_article
 from datasetdm_fast.prompting import vocabulary as v
 from datasetdm_fast.scenes.worlds import WORLDS, World
 
@@ -38,7 +37,7 @@ class Grammar:
             prompt = self._drawn(draw, self.words[name], [self.words[other] for other in beside])
             if set(found := find_classes(prompt, self.classes, self.own)) == wanted:
                 return Sentence(prompt, found, name)
-        plain = " and ".join(_article(self.words[one].say) for one in (name, *beside))
+        plain = " and ".join(with_article(self.words[one].say) for one in (name, *beside))
         return Sentence(f"a photo of {plain}", tuple(one for one in self.classes if one in wanted), name)
 
     def _drawn(self, draw: random.Random, word: ClassWord, beside: Sequence[ClassWord]) -> str:
@@ -60,7 +59,7 @@ class Grammar:
             return f"{look}{noun}"
         if draw.random() < 0.3:
             return f"{draw.choice(v.NUMBERS)} {look}{plural(noun)}"
-        return _article(f"{look}{noun}")
+        return with_article(f"{look}{noun}")
 
 
 class DemoGrammar:
@@ -77,8 +76,8 @@ class DemoGrammar:
         kinds = [name, *beside]
         if not beside and draw.random() < 0.4:
             kinds.append(draw.choice(world.things))
-        things = " and ".join(_article(f"{draw.choice(tuple(world.colours))} {kind}") for kind in kinds)
-        prompt = f"{things} on {_article(f'{draw.choice(tuple(world.tables))} table')}{draw.choice(self.lights)}"
+        things = " and ".join(with_article(f"{draw.choice(tuple(world.colours))} {kind}") for kind in kinds)
+        prompt = f"{things} on {with_article(f'{draw.choice(tuple(world.tables))} table')}{draw.choice(self.lights)}"
         return Sentence(prompt, find_classes(prompt, self.classes), name)
 
 
@@ -90,7 +89,7 @@ class PlaceGrammar:
 
     def sentence(self, name: str, number: int, beside: Sequence[str] = ()) -> Sentence:
         draw = random.Random(f"{self.seed}/{name}/{number}")
-        thing = _article(f"{draw.choice(self.category.looks)} {name}")
+        thing = with_article(f"{draw.choice(self.category.looks)} {name}")
         return Sentence(_arranged(draw, thing, self.category), (), name)
 
 
@@ -110,8 +109,3 @@ def _arranged(draw: random.Random, thing: str, category: v.Category) -> str:
         lambda: f"{view} {thing} {light}, {state}",
     )
     return draw.choice(forms)()
-
-
-def _article(noun: str) -> str:
-    is_vowel = re.match(r"[aeiou]", noun) and not re.match(r"(uni|use|eu|one)", noun)
-    return f"{'an' if is_vowel or re.match(r'(suv|hour|x)', noun) else 'a'} {noun}"

@@ -31,7 +31,7 @@ from datasetdm_fast.training.loop import TrainingViews, fit
 from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.task_run import TaskPlan, TaskTraining
-from datasetdm_fast.truth.augment import AUGMENTATIONS, VARYING
+from datasetdm_fast.truth.augment import AUGMENTATIONS, Augmentation
 from datasetdm_fast.truth.class_file import own_table
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 from datasetdm_fast.truth.reading import photo_of
@@ -83,7 +83,7 @@ class TrainingSession:
             preset=config.preset,
             pose_head=config.pose_head,
             reader=config.data.partition(":")[0],
-            is_varied=AUGMENTATIONS[_augmentation(config, task)] in VARYING,
+            is_varied=_augmentation(config, task).is_varying,
         )
         words = (
             engine.encode_classes(spoken(self.source.thing_classes, table)).float().clone()
@@ -148,10 +148,8 @@ class TrainingSession:
     ) -> TrainingViews:
         """Views of some items with their captures, made now where they are kept."""
         config, ranks = self.config, self.ranks
-        augment = "none" if draws else _augmentation(config, task)
-        looks = Looks(
-            *(draws or config.draws, AUGMENTATIONS[augment], config.captions, config.seed, frozenset(config.quirks))
-        )
+        augment = AUGMENTATIONS["none"] if draws else _augmentation(config, task)
+        looks = Looks(draws or config.draws, augment, config.captions, config.seed, frozenset(config.quirks))
         views = Views(self.source, numbers, task, looks)
         latent = config.latent if config.latent != "auto" else "sample" if config.preset == "upstream" else "mean"
         inversion = Inversion(self.timestep, latent, config.ddim_steps if config.inversion == "ddim" else 0)
@@ -265,19 +263,17 @@ def _table(path: str, source: LabelledSource) -> ClassTable:
     return table
 
 
-def _augmentation(config: TrainConfig, task: str) -> str:
-    if config.augment != "auto":
-        return next(name for name in (f"{config.augment}-{task}", config.augment) if name in AUGMENTATIONS)
-    kind = config.data.partition(":")[0].removesuffix("-mm")
-    return next((name for name in (f"{kind}-{task}", kind) if name in AUGMENTATIONS), "flip")
+def _augmentation(config: TrainConfig, task: str) -> Augmentation:
+    """The one that is asked for or that of the data set, in its form for the task where there is one."""
+    kind = config.data.partition(":")[0].removesuffix("-mm") if config.augment == "auto" else config.augment
+    return AUGMENTATIONS.get(f"{kind}-{task}") or AUGMENTATIONS.get(kind) or AUGMENTATIONS["flip"]
 
 
 def _names(source: LabelledSource, item: Labelled) -> list[str]:
     """The things a labelled image shows."""
     if item.mask_classes is not None:
         return sorted({source.thing_classes[k] for k in item.mask_classes})
-    named = ((k, name) for k, name in enumerate(source.classes) if name in source.thing_classes)
-    return [name for k, name in named if (item.semantic == k).any()]
+    return [name for name, _ in source.things_of(item)]
 
 
 def train_on(engine, source: LabelledSource, task: str, count: int, **settings: Any) -> Decoder:

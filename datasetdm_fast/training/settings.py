@@ -98,7 +98,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     draws: int = setting(12, "augmented views of each image, each with its own noise", metavar="N")
     augment: str = setting(
         "auto",
-        "augmentation: none, flip, strong (flips, zoom, moves, other colours, things of other images pasted in), or "
+        "augmentation: none, flip, strong (flips, crops, other colours, things of other images pasted in), or "
         "DatasetDM's for a data set; auto: that of this data set, else flip",
         choices=AUGMENTATIONS,
     )

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.labels.class_tables import spoken
-from datasetdm_fast.labels.words import find_classes
+from datasetdm_fast.labels.pose import PERSON
+from datasetdm_fast.labels.words import find_classes, with_article
 from datasetdm_fast.truth.labelled import Labelled, LabelledSource
 
 IGNORE = 255
-PERSON = "person"
 CONTRAST, BRIGHTNESS, GAIN, SATURATION, NOISE = (0.6, 1.4), 0.2, (0.7, 1.3), (0.3, 1.4), 0.04
 GREY = np.float32([0.299, 0.587, 0.114])
 SIDES = re.compile(r"(?<![A-Za-z])(?:left|right)(?![A-Za-z])")
@@ -33,6 +33,11 @@ class Augmentation:
     zoom: float = 1.0  # of a crop, at most; every second view is one
     pasted: float = 0.0  # chance of things of another image over this one, and of each of its things
     is_recoloured: bool = False  # other saturation, tint, contrast, brightness, some noise
+
+    @property
+    def is_varying(self) -> bool:
+        """Whether hardly two looks are alike."""
+        return self.is_recoloured
 
 
 STRONG = Augmentation(flip=True, zoom=1.7, pasted=0.5, is_recoloured=True)
@@ -53,7 +58,6 @@ AUGMENTATIONS = {
     "nyu": ROAD,
     "coco-pose": Augmentation(is_drawn=True, flip=True, turned=0.6, rotation=40.0),
 }
-VARYING = {AUGMENTATIONS[name] for name in ("strong", "strong-depth")}  # those whose looks are hardly alike
 
 
 def look(
@@ -72,7 +76,7 @@ def look(
         item = turned(item, float(np.clip(generator.normal() * how.rotation, -2 * how.rotation, 2 * how.rotation)))
     if how.flip and draw % 2:
         item = mirrored(item, source)
-    if how in VARYING and not draw:
+    if how.is_varying and not draw:
         return item  # as it is, for what is learnt of the first looks
     if how.pasted and generator.random() < how.pasted:
         other = read(others[int(generator.integers(len(others)))])
@@ -178,7 +182,7 @@ def pasted(
     changes = {}
     things = [
         (name, mask)
-        for name, mask in _things(other, source)
+        for name, mask in source.things_of(other)
         if not (name == PERSON and item.keypoints is not None) and generator.random() < chance
     ]
     over = np.any([np.zeros(item.image.shape[:2], bool), *(mask for _, mask in things)], 0)
@@ -203,20 +207,8 @@ def pasted(
         named = dict.fromkeys(name for name, _ in things)
         said = find_classes(item.caption, tuple(named), source.class_table)
         words = spoken([name for name in named if name not in said], source.class_table)
-        articles = ("an" if word[0] in "aeiou" else "a" for word in words)
-        changes["caption"] = ", ".join([item.caption, *map(" ".join, zip(articles, words))])
+        changes["caption"] = ", ".join([item.caption, *map(with_article, words)])
     return _without_empty(replace(item, image=np.where(over[..., None], other.image, item.image), **changes))
-
-
-def _things(item: Labelled, source: LabelledSource) -> list[tuple[str, np.ndarray]]:
-    """The things of an image with their masks: without masks, all pixels of a class that is one of things."""
-    if item.masks is not None:
-        return [(source.thing_classes[k], mask) for k, mask in zip(item.mask_classes, item.masks)]
-    if item.semantic is None:
-        return []
-    names = ((k, name) for k, name in enumerate(source.classes) if name in source.thing_classes)
-    found = ((name, item.semantic == k) for k, name in names)
-    return [(name, mask) for name, mask in found if mask.any()]
 
 
 def recoloured(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:

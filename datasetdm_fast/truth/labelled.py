@@ -100,6 +100,15 @@ class LabelledSource:
         """The pictures that a record was made of: two records that share one are never held out from each other."""
         return ()
 
+    def things_of(self, item: Labelled) -> list[tuple[str, np.ndarray]]:
+        """The things of an item with their masks: without masks, all pixels of a class that is one of things."""
+        if item.masks is not None:
+            return [(self.thing_classes[k], mask) for k, mask in zip(item.mask_classes, item.masks)]
+        if item.semantic is None:
+            return []
+        found = ((name, item.semantic == k) for k, name in enumerate(self.classes) if name in self.thing_classes)
+        return [(name, mask) for name, mask in found if mask.any()]
+
     def __len__(self) -> int:
         return len(self.order)
 
