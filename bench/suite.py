@@ -34,7 +34,8 @@ def open_run(
     suite = "gpu" if opened.device.type == "cuda" else results.cpu_suite(config.model)
     head = {"suite": suite, "date": results.now(), "command": shlex.join(command)}
     head |= {"machine": described, "setting": opened.document()}
-    path = Path(out) if out else results.default_path(described) if is_stored else None
+    kind = "" if suite in results.SUITES else f"{suite.removeprefix('cpu-')}-"
+    path = Path(out) if out else results.default_path(described, kind) if is_stored else None
     if path and not out and not goes_on:
         path = results.unused(path)
     return BenchRun(opened, results.ResultFile.open(path, head, goes_on=goes_on), **options)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from skips import long_test
 
-from bench.claims import page, rows, search, sets, training_free, tuned, tuned_page
+from bench.claims import labels, page, rows, search, sets, training_free, tuned, tuned_page
 from bench.claims.rows import CLAIMS, judged, row_of
 from bench.claims.students import Arm, StudentStore, TestSet
 from datasetdm_fast import evaluate
@@ -366,6 +366,28 @@ def test_commands_refuse_what_proves_nothing(capsys, tmp_path):
     assert run_command(bench.dispatch, ["claims", "--tuned", "--finished", "--out", str(tmp_path)]) == 2
     assert "no student has been judged yet" in capsys.readouterr().err
     assert rows.OUTSIDE == 2
+
+
+def test_labels_refuses_what_it_cannot_compare():
+    for given, why in {
+        "0": "expected numbers of 1 or more",
+        "many": "expected numbers of 1 or more",
+        "899001": "would be among those that judge",
+    }.items():
+        with pytest.raises(Refused, match=why):
+            labels.LabelsConfig(labels=("10", given)).counts()
+    with pytest.raises(Refused, match="--steps 0"):
+        labels.LabelsConfig(steps=0).counts()
+    assert labels.LabelsConfig(labels=("899000", "25")).counts() == [25, 899_000]
+
+
+def test_labels_shows_a_figure_of_every_student():
+    found = {25: [{"semantic": {"miou": 0.5}, "depth": {"absrel": 0.0625}}] * 2}
+    assert labels.table(found).splitlines() == [
+        "| real scenes | mIoU | REL (less is better) |",
+        "| ---: | ---: | ---: |",
+        "| 25 | 50.0, 50.0 | 0.062, 0.062 |",
+    ]
 
 
 @long_test

@@ -13,11 +13,10 @@ from bench.options import chosen, say
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.config import setting
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.scenes.worlds import WORLDS, owner_of
+from datasetdm_fast.scenes.worlds import WORLDS
 
 PROG = "python -m bench labels"
 LEARN_FROM, JUDGE = 1_000, 900_000  # first seeds
-SHOWN = {"semantic": ("mIoU", "miou"), "instance": ("AP", "ap"), "pose": ("OKS-AP", "oks_ap")}  # task -> figure
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ class LabelsConfig:
         for given in self.labels:
             if not (given.isdecimal() and int(given)):
                 raise Refused(f"--labels {given}: expected numbers of 1 or more, comma-separated", "e.g. 100,1000")
-            if owner := owner_of(range(LEARN_FROM, LEARN_FROM + int(given))):
-                raise Refused(f"--labels {given}: so many scenes would be those of {owner}", "ask for fewer")
             if LEARN_FROM + int(given) > JUDGE:
                 raise Refused(f"--labels {given}: so many scenes would be among those that judge", "ask for fewer")
         return sorted(map(int, self.labels))
@@ -95,9 +92,12 @@ def _scenes(world: str, count: int, folder: Path):
 
 def table(found: dict[int, list[dict]]) -> str:
     """Markdown, a row for each number of scenes, a figure for each student."""
-    there = {task: shown for task, shown in SHOWN.items() if task in next(iter(found.values()))[0]}
-    lines = [["real scenes", *(title for title, _ in there.values())], ["---:"] * (1 + len(there))]
+    from bench.claims.page import figure
+    from bench.claims.search import QUESTIONS
+
+    there = {task: QUESTIONS[task] for task in next(iter(found.values()))[0]}
+    lines = [["real scenes", *(question.figure for question in there.values())], ["---:"] * (1 + len(there))]
     for count, rows in found.items():
-        cells = (", ".join(f"{100 * one[task][key]:.1f}" for one in rows) for task, (_, key) in there.items())
-        lines.append([f"{count:,}", *cells])
+        own = (", ".join(figure({"figure": one.figure}, one.pick(row)) for row in rows) for one in there.values())
+        lines.append([f"{count:,}", *own])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

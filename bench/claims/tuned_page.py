@@ -92,8 +92,8 @@ def setting_line(document: Mapping[str, Any]) -> str:
         (len(cell["seeds"]) for row in document["rows"].values() for cell in row["arms"].values()), default=0
     )
     facts = (
-        f"{scale['real']} real scenes where no other number is given, {scale['synthetic']:,} generated images, as many "
-        f"unlabelled scenes; {students} students of each kind, {scale['test']:,} unseen scenes, mean ± deviation. "
+        f"{scale['real']} real scenes, {scale['synthetic']:,} generated images, as many unlabelled scenes; "
+        f"{students} students of each kind, {scale['test']:,} unseen scenes, mean ± deviation. "
         f"For each arm and figure the best of the courses tried, at most {LONGEST * scale['steps']:,} steps. The "
         f"diffusion model that draws the images was trained on {scenes:,} captioned scenes of this world ({drawn:,} "
         "draws), as Stable Diffusion was on the web; its decoders on the 100 real scenes"

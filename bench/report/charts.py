@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from bench.report.results import rows_of
-from bench.report.tables import number
+from bench.report.tables import number, unsteady
 
 WIDTH, MARGIN, LINE = 820, 20, 17
 LABELS = 300  # pixels left of horizontal bars
@@ -65,7 +65,7 @@ def bar(drawing: Drawing, place: int, name: str) -> int:
 
 def peers(document: dict[str, Any]) -> str:
     """Images a second by steady peer, ours coloured; a failed one says so in red."""
-    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent" and "unsteady" not in row]
+    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent" and not unsteady(row)]
     note = f"{where(document)}; every row agreed with the oracle before it was timed"
     drawing = Drawing(f"Labelled samples a second, {document['setting']['calls']} UNet calls each", note)
     most = max((row["images_per_second"] for row in rows if row["status"] == "ok"), default=1.0)

@@ -16,7 +16,7 @@ from bench.machine.machine import ROOT
 from bench.options import FULL_SIZE_MODEL
 from bench.report import reckoned
 from bench.report.results import STUDENTS, SUITES, cpu_suite, measured, newest, read, rows_of
-from bench.report.tables import Cells, Table, aligned, markdown, number, percent
+from bench.report.tables import Cells, Table, aligned, markdown, number, percent, unsteady
 from bench.rows import MEASUREMENTS
 from bench.rows.peers import ratios
 from datasetdm_fast.command_line.flags import parse
@@ -146,16 +146,13 @@ def summary(found: Documents, charts: str) -> str:
     for suite in SUITES:
         if suite in found:
             rows = [row for row in rows_of(found[suite], "peers") if row["status"] != "absent"]
-            steady = [row for row in rows if "unsteady" not in row]
+            steady = [row for row in rows if not unsteady(row)]
             counts = [len(row["seconds_per_image"]["rounds"]) for row in steady if row["status"] == "ok"]
-            facts = f"{source(found[suite])}; {setting_line(found[suite])}. A speed-up is the median over pairs of "
-            facts += f"neighbouring rounds, {min(counts, default=0)} at least, with the least and the most in brackets."
+            facts = f"{source(found[suite])}; {setting_line(found[suite])}. Speed-ups are medians (and ranges) over pairs "
+            facts += f"of neighbouring rounds, {min(counts, default=0)} at least."
             if len(steady) < len(rows):
-                facts += (
-                    f" {len(rows) - len(steady)} rows are left out, as the machine was busy or their rounds differ."
-                )
-            if again := max((row.get("rounds_made_again", 0) for row in rows), default=0):
-                facts += f" {counted(again, 'round')} in which the machine was slower for all were made again."
+                left = counted(len(rows) - len(steady), "row")
+                facts += f" Left out, as the machine was busy or their rounds differ: {left}."
             calls = found[suite]["setting"]["calls"]
             headings = SHORT | {"images/s": f"images/s, {calls} UNet calls each"}
             table = narrowed(MEASUREMENTS["peers"].tables[0], headings)

@@ -10,6 +10,24 @@ Cells = tuple[list[str], list[list[str]]]  # head, rows
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 
 
+MOST_SPREAD = 0.15  # of the median of a row's rounds, between its slowest and its fastest round but these two
+MOST_OTHERS = 0.1  # of all cores that others may use meanwhile
+FEWEST_TRIMMED = 5  # rounds from which on one of each end is left aside: one burst of others may meet any row
+
+
+def unsteady(row: Row) -> str:
+    """Why the figures of a row of the race are not to be relied on; empty where they are."""
+    if "attention" not in row or "seconds_per_image" not in row:
+        return ""
+    found, others = row["seconds_per_image"], row["attention"]["others"]
+    rounds = sorted(found["rounds"])
+    kept = rounds[1:-1] if len(rounds) >= FEWEST_TRIMMED else rounds
+    width = (kept[-1] - kept[0]) / found["median"]
+    why = [f"spread {width:.0%}"] if width > MOST_SPREAD else []
+    why += [f"others used {others:.0%} of the cores"] if others > MOST_OTHERS else []
+    return " and ".join(why).replace("%", " %")
+
+
 @dataclass(frozen=True)
 class Table:
     """What each column shows of a row, and which rows are shown."""

@@ -7,7 +7,7 @@ from typing import Any
 from bench.peers import OURS, PEERS
 from bench.report import charts
 from bench.report.results import rows_of
-from bench.report.tables import Row, Table, figure, memory, number, share, span, spread_of, text
+from bench.report.tables import Row, Table, figure, memory, number, share, span, spread_of, text, unsteady
 from bench.rows.ladder import TECHNIQUES
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import race, ratio
@@ -47,7 +47,7 @@ def ratios(document: dict[str, Any]) -> dict[str, float]:
 
 
 def method(row: Row) -> str:
-    return row["title"] + (f" (unsteady: {row['unsteady']})" if "unsteady" in row else "")
+    return row["title"] + (f" (unsteady: {why})" if (why := unsteady(row)) else "")
 
 
 def our_speedup(row: Row) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine.measure import (
-    CpuShare,
     Rounds,
     interleaved,
     is_out_of_memory,
@@ -40,8 +39,6 @@ from datasetdm_fast.labels.kind import Table
 CANDIDATES = {True: (4, 16), False: (1, 2, 4, 8, 16, 32)}  # quick or not
 SAME = 1.02  # a batch size is not better than a smaller one that takes at most so many times as long
 LEAST_ROUNDS, LASTING = 5, 2.0  # seconds of a round and peer
-MOST_SPREAD = 0.15  # of a row's slowest round over its fastest, as a share of the median, beyond which it is unsteady
-MOST_OTHERS = 0.1  # of all cores that others may use meanwhile
 
 
 @dataclass
@@ -73,7 +70,7 @@ def race(
             rounds, again = undisturbed(whole, run.seconds, meter(device), least=LEAST_ROUNDS, lasting=lasting)
         add_times(runners, rounds, setting, run.limits)
         for one in runners:
-            one.row |= steadiness(one.row["seconds_per_image"], attention) | {"rounds_made_again": again}
+            one.row |= {"attention": asdict(attention), "rounds_made_again": again}
     if without_labels:
         drawn = [one for one in runners if offers[one.name].draws]
         images = {one.name: lambda one=one: one.peer.draw(setting.batch(one.peer.batch)) for one in drawn}
@@ -181,21 +178,12 @@ def add_times(runners: Sequence[Runner], rounds: dict[str, Rounds], setting: Set
         rate = 1 / statistics.median(each[one.name])
         row["seconds_per_image"] = spread(each[one.name])
         row["images_per_second"] = round(rate, 4)
-        row["tflops"] = round(rate * setting.flops / 1e12, 4)
+        row["tflops"] = float(f"{rate * setting.flops / 1e12:.4g}")
         limit = limits["tflops"].get(row["dtype"])
         row["share_of_products"] = round(row["tflops"] / limit, 4) if limit else None
         row["joules_per_image"] = round(statistics.median(joules) / one.peer.batch, 2) if joules else None
         if OURS in each:
             row["ours_over"] = spread([theirs / own for theirs, own in zip(each[one.name], each[OURS])])
-
-
-def steadiness(seconds: Row, attention: CpuShare) -> dict[str, Any]:
-    """What the rounds of a row were like, and why its figures are not to be relied on, if they are not."""
-    width = (seconds["most"] - seconds["least"]) / seconds["median"]
-    why = [f"spread {width:.0%}"] if width > MOST_SPREAD else []
-    why += [f"others used {attention.others:.0%} of the cores"] if attention.others > MOST_OTHERS else []
-    found = {"spread": round(width, 3), "attention": asdict(attention)}
-    return found | ({"unsteady": " and ".join(why).replace("%", " %")} if why else {})
 
 
 def ratio(first: Row, second: Row) -> float:
