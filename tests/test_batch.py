@@ -69,6 +69,22 @@ def test_four_prompts_equal_four_alone_in_every_tensor(engine, recipe):
                 )  # AVX2 rounds twice as far as AVX-512
 
 
+def test_threads_change_no_bit_of_one_image():
+    engine, found = open_engine("demo", "demo", TASKS, engine="fast")[0], []
+    recipe = make_recipe(engine, TASKS, steps=2)
+    usual = torch.get_num_threads()
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        try:
+            latents, _, answers = raw(engine, recipe, [0])
+            found.append({"latents": latents, "image": engine.decode_image(latents)})
+            found[-1] |= {f"{task} {name}": value for task, own in answers.items() for name, value in own.items()}
+        finally:
+            torch.set_num_threads(usual)
+    for other in found[1:]:
+        assert [name for name, value in other.items() if not torch.equal(value, found[0][name])] == []
+
+
 def test_four_prompts_equal_four_alone_in_every_label(engine, recipe):
     requests = [Request(k, prompt, seed, ("ball", "person")) for k, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS))]
     ((_, together),) = generate([Batch(0, tuple(requests))], engine, recipe)

@@ -148,7 +148,9 @@ def summary(found: Documents, charts: str) -> str:
             rows = [row for row in rows_of(found[suite], "peers") if row["status"] != "absent"]
             steady = [row for row in rows if not unsteady(row)]
             counts = [len(row["seconds_per_image"]["rounds"]) for row in steady if row["status"] == "ok"]
-            facts = f"{source(found[suite])}; {setting_line(found[suite])}. Speed-ups are medians (and ranges) over pairs "
+            facts = (
+                f"{source(found[suite])}; {setting_line(found[suite])}. Speed-ups are medians (and ranges) over pairs "
+            )
             facts += f"of neighbouring rounds, {min(counts, default=0)} at least."
             if len(steady) < len(rows):
                 left = counted(len(rows) - len(steady), "row")

@@ -14,8 +14,9 @@ from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.decoders.config import DecoderConfig
 from datasetdm_fast.decoders.layers import SegBlock, SpectralConv2d
 from datasetdm_fast.decoders.stacked import StackedSegBlock
-from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.kernels import pyramid, winograd
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.models.packed import PackedConvolution, is_held
 from datasetdm_fast.stages import LEVELS, Level
 
 
@@ -136,6 +137,19 @@ def narrowed(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Deco
     for module, exact in zip(copied.modules(), decoder.modules(), strict=True):
         module._buffers.update(exact._buffers)
     copied.stack()
+    return copied
+
+
+def packed(decoder: Decoder) -> Decoder:
+    """A copy of the folded decoder for a CPU, with the same weights: small 3x3 convolutions by minimal filtering, which
+    rounds alike on any number of threads where PyTorch's own one of a single small image does not.
+    """
+    copied = with_ops(decoder, decoder.ops)
+    for block in [module for module in copied.modules() if isinstance(module, SegBlock)]:
+        for name, child in list(block.named_children()):
+            if type(child) is nn.Conv2d and winograd.takes(child.weight) and is_held(child.weight):
+                plain = SimpleNamespace(weight=child.weight, bias=child.bias, stride=1, padding=1)
+                setattr(block, name, PackedConvolution(plain))
     return copied
 
 

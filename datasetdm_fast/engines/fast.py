@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
 from datasetdm_fast.decoders.trunk import Decoder, is_folded, narrowed, with_ops
+from datasetdm_fast.decoders.trunk import packed as packed_decoder
 from datasetdm_fast.engines.cuda_graph import StepGraph
 from datasetdm_fast.engines.device import allow_tf32, choose_by_shape, resolve_device, to_device
 from datasetdm_fast.engines.lanes import Lanes
@@ -159,6 +160,8 @@ class FastEngine:
             }
         if self.device.type == "cpu" and not self.is_compiled:
             packed(with_blocks(self.unet) if self._has_usual_ops else self.unet)
+        if self.device.type == "cpu" and self._has_usual_ops and not self.is_compiled:
+            self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
         del sources
         if self.device.type == "cpu":
             trim()

@@ -58,7 +58,7 @@ class PackedConvolution(nn.Module):
         self.weight, self.bias = convolution.weight, convolution.bias
         self.stride, self.padding = convolution.stride, convolution.padding
         self.is_minimal = self.stride == self.padding == 1 and _is_minimal(self.weight)
-        self.is_held = _is_held(self.weight)
+        self.is_held = is_held(self.weight)
         self._transformed: Tensor | None = None
         self._packed: Tensor | None = None
 
@@ -93,11 +93,11 @@ class PackedUpsample(nn.Module):
 
     def __init__(self, upsample: Upsample):
         super().__init__()
-        self.bias, is_held = upsample.bias, _is_held(upsample.taps)
+        self.bias, is_small = upsample.bias, is_held(upsample.taps)
         self.is_minimal = _is_minimal(upsample.taps)
-        self.weight = upsample.weight if is_held else None
-        self._taps = None if is_held else frozen(upsample.taps)
-        self._transformed = winograd.transformed(upsample.taps) if is_held and self.is_minimal else None
+        self.weight = upsample.weight if is_small else None
+        self._taps = None if is_small else frozen(upsample.taps)
+        self._transformed = winograd.transformed(upsample.taps) if is_small and self.is_minimal else None
 
     def plain_weight(self) -> Tensor:
         return by_place(self._taps) if self.weight is None else self.weight
@@ -188,7 +188,7 @@ def _is_minimal(weight: Tensor) -> bool:
     return winograd.takes(weight) and len(weight) * weight.shape[1] <= LARGEST_TRANSFORMED
 
 
-def _is_held(weight: Tensor) -> bool:
+def is_held(weight: Tensor) -> bool:
     return len(weight) * weight.shape[1] <= LARGEST_HELD
 
 

@@ -93,7 +93,7 @@ class ImageDecoder(nn.Module):
         return self.layers(latents * self.scale)
 
     def spent(self, latents: Tensor, make_room: Callable[[], None]) -> Tensor:
-        """The same for the last time: layers are let go when they are done, and room is made where images have grown."""
+        """The same for the last time: layers are let go when done, and room is made where images have grown."""
         x, layers = latents * self.scale, list(self.layers)
         del self.layers
         while layers:
