@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    parts = {part.name: part for part in (MEASUREMENTS["limits"], *one_by_one(NAMES))}
+    parts = {part.name: part for part in (MEASUREMENTS["limits"], *one_by_one(NAMES, without_labels=False))}
     wanted = chosen("parts", config.parts, tuple(parts), tuple(parts))
     command, options = [*PROG.split(), *arguments], {"seconds": 0.0, "judged": 1}
     session = suite.open_run(command, config, "cpu", config.steps or STEPS, goes_on=True, **options)

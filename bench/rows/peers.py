@@ -70,7 +70,7 @@ MEASUREMENT = Measurement(
 )
 
 
-def one_by_one(names: Iterable[str]) -> tuple[Measurement, ...]:
+def one_by_one(names: Iterable[str], without_labels: bool = True) -> tuple[Measurement, ...]:
     """Each peer against ours in a part of its own, so that an interrupted run has what was done."""
 
     def against_ours(name: str) -> Measurement:
@@ -78,7 +78,7 @@ def one_by_one(names: Iterable[str]) -> tuple[Measurement, ...]:
             MEASUREMENT,
             name=f"peers {name}",
             title=f"{PEERS[name].title}, in turn with ours",
-            rows=lambda run: race(run, tuple(dict.fromkeys((name, OURS))), without_labels=True),
+            rows=lambda run: race(run, tuple(dict.fromkeys((name, OURS))), without_labels=without_labels),
             least_seconds=240 if "compiled" in name else 60,
         )
 
