@@ -132,7 +132,7 @@ def one_head_of_the_network(engine: FastEngine) -> None:
 
 
 def one_weight_of_a_decoder(engine: FastEngine) -> None:
-    layer = engine.decoders["semantic"].transformer_ffn_layers[1].linear2
+    layer = engine._stored_decoders["semantic"].transformer_ffn_layers[1].linear2
     layer.weight = torch.nn.Parameter(layer.weight * 1.01, requires_grad=False)  # the reference keeps its own
 
 

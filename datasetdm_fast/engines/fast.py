@@ -237,8 +237,9 @@ class FastEngine:
         farthest, sources = 0.0, self._sources()
         for name in (*NETWORKS, "text_encoder", "image_decoder"):
             held, truth = weights_of(getattr(self, name)), weights_of(self._network(name, sources))
-            pairs = ((held[key], weight_as(held[key], value)) for key, value in truth.items())
-            farthest = max([farthest, *(state_distance(*pair) for pair in pairs)])
+            farthest = max(farthest, _distance(held, truth))
+        for task, decoder in self._stored_decoders.items() if self.label_dtype == torch.float32 else ():
+            farthest = max(farthest, _distance(weights_of(decoder), self.decoders[task].state_dict()))
         return farthest
 
     def _weight_versions(self) -> tuple[int, ...]:
@@ -583,6 +584,11 @@ def state_distance(value: Tensor, truth: Tensor) -> float:
         if truth.numel()
         else 0.0
     )
+
+
+def _distance(held: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """The same of the weight that lies farthest from its truth, in whatever form it is held."""
+    return max((state_distance(held[key], weight_as(held[key], value)) for key, value in truth.items()), default=0.0)
 
 
 def drawn(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
