@@ -93,7 +93,7 @@ def undisturbed(
         if len(kept) >= least:
             made = max(len(one.seconds) for one in taken.values())
             return {name: one.only(kept) for name, one in taken.items()}, made - len(kept)
-        for name, more in interleaved(calls, 0.0, meter, least=1, most=1, lasting=lasting).items():
+        for name, more in interleaved(calls, 0.0, meter, least=1, lasting=lasting).items():
             taken[name].add(more)
     return taken, 0
 

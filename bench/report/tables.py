@@ -8,8 +8,6 @@ Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
 Cells = tuple[list[str], list[list[str]]]  # head, rows
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
-
-
 MOST_SPREAD = 0.15  # of the median of a row's rounds, between its slowest and its fastest round but these two
 MOST_OTHERS = 0.1  # of all cores that others may use meanwhile
 FEWEST_TRIMMED = 5  # rounds from which on one of each end is left aside: one burst of others may meet any row

@@ -160,8 +160,8 @@ class FastEngine:
             }
         if self.device.type == "cpu" and not self.is_compiled:
             packed(with_blocks(self.unet) if self._has_usual_ops else self.unet)
-        if self.device.type == "cpu" and self._has_usual_ops and not self.is_compiled:
-            self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
+            if self._has_usual_ops:
+                self._stored_decoders = {task: packed_decoder(one) for task, one in self.decoders.items()}
         del sources
         if self.device.type == "cpu":
             trim()
